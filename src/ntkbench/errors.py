@@ -1,0 +1,30 @@
+"""Errors that a user can act on; every message names what was wrong and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NtkbenchError(Exception):
+    """Base of everything that ntkbench raises on purpose."""
+
+
+class BadInput(NtkbenchError, ValueError):
+    """An argument or a configuration value that cannot be used."""
+
+
+class Unavailable(NtkbenchError):
+    """Something this machine does not have (a data set, a device); the reason goes into the table."""
+
+
+class OverMemory(NtkbenchError, MemoryError):
+    """A computation that would need more memory than it may use."""
+
+
+def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
+    """The error for a name that does not exist: what was given, what was meant, what there is."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")

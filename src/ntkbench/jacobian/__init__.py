@@ -1,0 +1,29 @@
+"""J as a linear operator, one file a backend."""
+
+from __future__ import annotations
+
+import importlib
+
+from ntkbench.jacobian.base import Array, Jacobian, Rng
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+__all__ = ["Array", "Jacobian", "Rng", "device_memory", "linearise"]
+
+
+def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+    """The Jacobian of ``problem`` at ``"theta_0"`` or ``"theta_f"``, on the target's backend and device.
+
+    Nothing is computed until the first product; the forward pass is then run once and shared by all VJPs.
+
+    Raises:
+        BadInput: no such weights, or the backend does not have the problem's network.
+        Unavailable: the device is not there.
+    """
+    backend = importlib.import_module(f"ntkbench.jacobian.{target.backend}")
+    return backend.linearise(problem, weights, target)
+
+
+def device_memory(target: Target) -> int | None:
+    """Peak bytes that the target's GPU allocator has held so far, ``None`` on the CPU."""
+    return importlib.import_module(f"ntkbench.jacobian.{target.backend}").device_memory(target)

@@ -1,0 +1,204 @@
+"""The Jacobian operator in PyTorch: ``torch.func`` products, probes folded in with ``vmap``."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ntkbench.errors import Unavailable
+from ntkbench.jacobian import base
+from ntkbench.problems.base import Problem, Weights
+from ntkbench.target import Target
+
+
+def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+    """See :func:`ntkbench.jacobian.linearise`."""
+    to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
+    parameters = {key: torch.from_numpy(w).to(**to) for key, w in problem.weights(weights).items()}
+    x = torch.from_numpy(problem.x)
+    x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
+    module = _module_on(problem.module, to["device"], to["dtype"])
+    return Jacobian(module, parameters, x, problem.output_shape, target.memory)
+
+
+def device(target: Target) -> torch.device:
+    """The device a target means on this machine.
+
+    Raises:
+        Unavailable: ``cuda`` was asked for and torch sees none.
+    """
+    if target.device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("device 'cuda' was asked for, but torch sees no CUDA device; allowed here: auto, cpu")
+    name = "cuda" if target.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name)
+
+
+def device_memory(target: Target) -> int | None:
+    """See :func:`ntkbench.jacobian.device_memory`."""
+    return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
+
+
+def output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[int, ...]:
+    """Shape of ``module(x)``, from meta tensors: nothing is computed."""
+    empty = {key: torch.empty(w.shape, dtype=torch.float32, device="meta") for key, w in weights.items()}
+    empty |= {key: torch.empty_like(b, device="meta") for key, b in module.named_buffers()}
+    inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
+    inputs = inputs.float() if inputs.is_floating_point() else inputs
+    return tuple(functional_call(module, empty, (inputs,)).shape)
+
+
+class Jacobian(base.Jacobian):
+    """J of a module at given parameters; see :class:`ntkbench.jacobian.base.Jacobian`."""
+
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, shape: tuple[int, ...], memory: int
+    ) -> None:
+        self.N, self.O = shape[0], int(np.prod(shape[1:]))
+        self.P = sum(w.numel() for w in parameters.values())
+        self.memory = memory
+        self.itemsize = next(iter(parameters.values())).element_size()
+        self._module, self._parameters, self._x = module, dict(parameters), x
+
+    def _forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        with _differentiable_kernels(self._module):
+            return functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)
+
+    @functools.cached_property
+    def _pullback(self):
+        """The forward pass, run once; its VJP is shared by all probes."""
+        return vjp(lambda parameters: self._forward(parameters, self._x), self._parameters)[1]
+
+    def _vjp(self, u: Tensor) -> Tensor:
+        return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
+
+    def _jvp(self, w: Tensor) -> Tensor:
+        def push(tangent: Tensor) -> Tensor:
+            forward = lambda parameters: self._forward(parameters, self._x)  # noqa: E731
+            return jvp(forward, (self._parameters,), (self._unflat(tangent),))[1]
+
+        # The primal does not depend on the probe, so vmap runs it once a block.
+        return vmap(push)(w).reshape(-1, self.n)
+
+    @functools.cached_property
+    def _graph(self) -> tuple[Tensor, list[Tensor]]:
+        """Outputs with a plain autograd graph, for one backward pass at a time."""
+        leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
+        return self._forward(leaves, self._x).reshape(-1), list(leaves.values())
+
+    def _row(self, i: int) -> Tensor:
+        outputs, leaves = self._graph
+        grads = torch.autograd.grad(outputs[i], leaves, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in grads])
+
+    def _sample_rows(self, samples: slice, outputs: slice) -> Tensor:
+        basis = self._eye(self.O, outputs.start, outputs.stop)
+
+        def one(x: Tensor) -> Tensor:
+            pullback = vjp(lambda parameters: self._forward(parameters, x[None])[0], self._parameters)[1]
+            return _flat(vmap(pullback)(basis)[0])
+
+        return vmap(one, out_dims=1)(self._x[samples])
+
+    def basis(self, start: int, stop: int) -> Tensor:
+        return self._eye(self.n, start, stop)
+
+    def _eye(self, size: int, start: int, stop: int) -> Tensor:
+        like = next(iter(self._parameters.values()))
+        eye = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
+        eye[:, start:stop].fill_diagonal_(1)
+        return eye
+
+    def rng(self, seed: int) -> Rng:
+        like = next(iter(self._parameters.values()))
+        return Rng(seed, like.dtype, like.device)
+
+    def bytes_per_probe(self) -> int:
+        return self._bytes_per_probe
+
+    @functools.cached_property
+    def _bytes_per_probe(self) -> int:
+        # Twice what autograd keeps of a forward pass (value and cotangent), and three gradients (a sum, its next
+        # term, and the flat copy).
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._forward(leaves, self._x)
+        return 2 * sum(kept.values()) + 3 * self.P * self.itemsize
+
+    def _unflat(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([w.numel() for w in self._parameters.values()])
+        return {key: part.reshape(w.shape) for (key, w), part in zip(self._parameters.items(), parts, strict=True)}
+
+
+class Rng(base.Rng):
+    """Probes from a ``torch.Generator`` of their own on the operator's device."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._to = {"dtype": dtype, "device": device}
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, k: int, dim: int) -> Tensor:
+        return torch.randn(k, dim, generator=self._generator, **self._to)
+
+    def sign(self, k: int, dim: int) -> Tensor:
+        bits = torch.randint(0, 2, (k, dim), generator=self._generator, dtype=torch.int8, device=self._to["device"])
+        return bits.to(self._to["dtype"]).mul_(2).sub_(1)
+
+
+def _flat(blocks: Mapping[str, Tensor]) -> Tensor:
+    """Gradients by parameter, each ``[k, ...]``, side by side: ``[k, P]``."""
+    return torch.cat([block.reshape(block.shape[0], -1) for block in blocks.values()], dim=1)
+
+
+@functools.lru_cache(maxsize=8)
+def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of the module with its buffers where its inputs will be; the original is left alone."""
+    return copy.deepcopy(module).to(device=where, dtype=dtype).requires_grad_(False)
+
+
+class _BatchedState(TorchFunctionMode):
+    """Give recurrent layers an initial state that carries vmap's batch dimension.
+
+    Their kernels add the input's part to the state's part in place, which vmap refuses when only the input is batched.
+    """
+
+    LAYERS = frozenset({"rnn_tanh", "rnn_relu", "gru", "lstm"})
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in self.LAYERS:
+            x, state, *rest = args
+            nothing = torch.zeros_like(x).sum()
+            state = tuple(s + nothing for s in state) if isinstance(state, tuple) else state + nothing
+            args = (x, state, *rest)
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Keep recurrent layers and attention off the fused kernels, which have neither forward mode nor a vmap rule."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=False))
+            stack.enter_context(_BatchedState())
+            # Not mkldnn.flags(), which warns about Intel GPUs wherever there is none.
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+        yield

@@ -1,0 +1,157 @@
+"""The four metrics, and the moments of Theta that they are made of.
+
+With Theta = J J^T at theta_0 and Theta_f at theta_f:
+
+- trace           tr Theta = ||J||_F^2
+- norm            ||Theta||_F
+- effective_rank  (tr Theta)^2 / ||Theta||_F^2, the participation ratio
+- alignment       tr(Theta Theta_f) / (||Theta||_F ||Theta_f||_F)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ntkbench.errors import unknown
+from ntkbench.jacobian.base import Array, Jacobian
+
+METRICS = ("trace", "norm", "effective_rank", "alignment")
+SYMBOLS = {
+    "trace": r"$\mathrm{tr}\,\Theta$",
+    "norm": r"$\|\Theta\|_F$",
+    "effective_rank": "effective rank",
+    "alignment": "alignment",
+}
+
+
+def check(metric: str) -> None:
+    """Refuse a metric that does not exist."""
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+
+
+def ends(metric: str) -> tuple[str, ...]:
+    """The weights that a metric looks at."""
+    return ("theta_0", "theta_f") if metric == "alignment" else ("theta_0",)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the entries of Theta (and Theta_f) that the metrics are made of; what was not computed is ``nan`` or 0.
+
+    Attributes:
+        trace: tr Theta.
+        square: ||Theta||_F^2.
+        square_f: ||Theta_f||_F^2.
+        cross: tr(Theta Theta_f).
+    """
+
+    trace: float = math.nan
+    square: float = math.nan
+    square_f: float = math.nan
+    cross: float = math.nan
+
+    def metric(self, name: str) -> float:
+        """The value of a metric.
+
+        Raises:
+            BadInput: no such metric.
+        """
+        check(name)
+        if name == "trace":
+            return self.trace
+        if name == "norm":
+            return math.sqrt(self.square)
+        if name == "effective_rank":
+            return self.trace**2 / self.square
+        return self.cross / math.sqrt(self.square * self.square_f)
+
+
+def from_rows_of_theta(blocks: Iterable[Sequence[tuple[Array, int]]]) -> Moments:
+    """Moments from consecutive blocks of rows of Theta (and, beside each, of Theta_f); one block is held at a time.
+
+    Args:
+        blocks: for each block one or two pairs ``(rows [r, n], index of the first row)``, theta_0's first.
+    """
+    sums = _Sums()
+    for (rows, first), *at_f in blocks:
+        sums.trace += rows[:, first:].diagonal().sum()
+        sums.square += squared_norm(rows)
+        for rows_f, _ in at_f:
+            sums.square_f += squared_norm(rows_f)
+            sums.cross += (rows * rows_f).sum()
+    return sums.moments()
+
+
+def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
+    """Moments from Theta written out, ``[n, n]`` (and Theta_f)."""
+    return from_rows_of_theta([[(block, 0) for block in (theta, theta_f) if block is not None]])
+
+
+def from_rows_of_jacobian(
+    metric: str, jacobians: Sequence[Jacobian], blocks: Sequence[Any], rows: Callable[[Jacobian, Any], Array]
+) -> Moments:
+    """Moments from rows of J, by blocks of rows: what ``metric`` needs and no more.
+
+    The trace needs every block once. The other metrics need the products of all pairs of blocks, of which one triangle
+    is computed; J is kept where all of it fits in the operators' memory budget, and its blocks are made anew for every pair
+    otherwise.
+
+    Args:
+        metric: which metric the moments are for.
+        jacobians: J at theta_0 (and at theta_f, for alignment).
+        blocks: descriptions of disjoint sets of rows that together are all rows.
+        rows: makes a block's rows, ``(jacobian, block) -> [r, P]``.
+    """
+    sums = _Sums()
+    if metric == "trace":
+        for block in blocks:
+            sums.trace += squared_norm(rows(jacobians[0], block))
+        return sums.moments()
+
+    j = jacobians[0]
+    keep = len(jacobians) * j.n * j.P * j.itemsize <= j.memory
+    kept: dict[int, list[Array]] = {}
+
+    def made(i: int) -> list[Array]:
+        if i in kept:
+            return kept[i]
+        block = [rows(jacobian, blocks[i]) for jacobian in jacobians]
+        if keep:
+            kept[i] = block
+        return block
+
+    for i in range(len(blocks)):
+        left = made(i)
+        sums.trace += squared_norm(left[0])
+        for k in range(i + 1):
+            right = left if k == i else made(k)
+            grams = [a @ b.T for a, b in zip(left, right, strict=True)]
+            copies = 1 if k == i else 2
+            sums.square += copies * squared_norm(grams[0])
+            if len(grams) == 2:
+                sums.square_f += copies * squared_norm(grams[1])
+                sums.cross += copies * (grams[0] * grams[1]).sum()
+    return sums.moments()
+
+
+def squared_norm(block: Array) -> Array:
+    """Sum of squares of all entries, left on the block's device."""
+    flat = block.reshape(-1)
+    return flat @ flat
+
+
+class _Sums:
+    """Running sums that stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.trace: Any = 0.0
+        self.square: Any = 0.0
+        self.square_f: Any = 0.0
+        self.cross: Any = 0.0
+
+    def moments(self) -> Moments:
+        return Moments(float(self.trace), float(self.square), float(self.square_f), float(self.cross))

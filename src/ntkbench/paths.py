@@ -1,0 +1,28 @@
+"""Where things lie in a checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout that this package is installed from (editable)."""
+
+REFERENCE = ROOT / "results" / "reference"
+"""Committed: exact values, trained weights, published values, measured tables."""
+
+
+def cache() -> Path:
+    """Folder for what can be made again: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout."""
+    return Path(os.environ.get("NTKBENCH_CACHE") or ROOT / "results" / "cache")
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write ``path`` so that it is there whole or not at all, whatever interrupts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}.half")
+    try:
+        half.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""The GRU of Hazelden (arXiv 2511.10796, section 4): the NTK of the whole hidden trajectory."""
+
+from __future__ import annotations
+
+from ntkbench.problems import _training
+from ntkbench.problems.base import Definition, problem
+
+INPUTS, HIDDEN = 10, 64
+
+
+@problem
+def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
+    """GRU(10, 64) over T = 50 steps of N = 15 trials, all hidden states (the paper prints B=50, T=15; it ran T=50, B=15)."""
+    import torch
+    from torch import nn
+
+    class States(nn.Module):
+        """All hidden states ``[N, T, H]`` of a GRU fed ``[N, T, inputs]``."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(INPUTS, HIDDEN, batch_first=True)
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(50, 15, INPUTS).transpose(0, 1).contiguous()  # drawn time-first, as the paper's script does
+        module = States()
+
+    def train(module: nn.Module) -> None:
+        """40 full-batch steps of holding the previous input in the first hidden units."""
+
+        def loss(states, inputs):
+            return nn.functional.mse_loss(states[:, 1:, :INPUTS], torch.tanh(inputs[:, :-1].double()))
+
+        _training.adam(module, x, x, loss, lr=3e-3, batch=15, epochs=40)
+
+    return Definition(module, x[:N, :T].numpy().copy(), train, jax_forward=_jax_forward)
+
+
+def _jax_forward(weights, x):
+    import jax
+    import jax.numpy as jnp
+
+    w_x, w_h = weights["gru.weight_ih_l0"], weights["gru.weight_hh_l0"]
+    b_x, b_h = weights["gru.bias_ih_l0"], weights["gru.bias_hh_l0"]
+
+    def step(h, from_input):
+        reset_x, update_x, new_x = jnp.split(from_input, 3, axis=-1)
+        reset_h, update_h, new_h = jnp.split(h @ w_h.T + b_h, 3, axis=-1)
+        update = jax.nn.sigmoid(update_x + update_h)
+        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
+        h = (1 - update) * new + update * h
+        return h, h
+
+    h = jnp.zeros((x.shape[0], HIDDEN), x.dtype)
+    _, states = jax.lax.scan(step, h, jnp.swapaxes(x @ w_x.T + b_x, 0, 1))
+    return jnp.swapaxes(states, 0, 1)
