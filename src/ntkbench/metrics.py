@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import array_api_compat
+import numpy as np
+
 from ntkbench.errors import unknown
 from ntkbench.jacobian.base import Array, Jacobian
 
@@ -70,17 +73,18 @@ class Moments:
         return self.cross / math.sqrt(self.square * self.square_f)
 
 
-def from_rows_of_theta(blocks: Iterable[Sequence[tuple[Array, int]]]) -> Moments:
-    """Moments from consecutive blocks of rows of Theta (and, beside each, of Theta_f); one block is held at a time.
+def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Moments:
+    """Moments from blocks of rows of Theta (and of Theta_f); one block is held at a time.
 
     Args:
-        blocks: for each block one or two pairs ``(rows [r, n], index of the first row)``, theta_0's first.
+        blocks: for each block the numbers of its rows, ``[r]`` integers, and the rows themselves, ``[r, n]``, of Theta and
+            for alignment of Theta_f.
     """
     sums = _Sums()
-    for (rows, first), *at_f in blocks:
-        sums.trace += rows[:, first:].diagonal().sum()
+    for numbers, (rows, *at_f) in blocks:
+        sums.trace += rows[np.arange(len(rows)), np.asarray(numbers)].sum()
         sums.square += squared_norm(rows)
-        for rows_f, _ in at_f:
+        for rows_f in at_f:
             sums.square_f += squared_norm(rows_f)
             sums.cross += (rows * rows_f).sum()
     return sums.moments()
@@ -88,11 +92,15 @@ def from_rows_of_theta(blocks: Iterable[Sequence[tuple[Array, int]]]) -> Moments
 
 def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
     """Moments from Theta written out, ``[n, n]`` (and Theta_f)."""
-    return from_rows_of_theta([[(block, 0) for block in (theta, theta_f) if block is not None]])
+    return from_rows_of_theta([(range(len(theta)), [theta] if theta_f is None else [theta, theta_f])])
 
 
 def from_rows_of_jacobian(
-    metric: str, jacobians: Sequence[Jacobian], blocks: Sequence[Any], rows: Callable[[Jacobian, Any], Array]
+    metric: str,
+    jacobians: Sequence[Jacobian],
+    blocks: Sequence[Any],
+    rows: Callable[[Jacobian, Any], Array],
+    count: int | None = None,
 ) -> Moments:
     """Moments from rows of J, by blocks of rows: what ``metric`` needs and no more.
 
@@ -105,6 +113,7 @@ def from_rows_of_jacobian(
         jacobians: J at theta_0 (and at theta_f, for alignment).
         blocks: descriptions of disjoint sets of rows that together are all rows.
         rows: makes a block's rows, ``(jacobian, block) -> [r, P]``.
+        count: rows in all; n if not given.
     """
     sums = _Sums()
     if metric == "trace":
@@ -113,7 +122,7 @@ def from_rows_of_jacobian(
         return sums.moments()
 
     j = jacobians[0]
-    keep = len(jacobians) * j.n * j.P * j.itemsize <= j.memory
+    keep = len(jacobians) * (count or j.n) * j.P * j.itemsize <= j.memory
     kept: dict[int, list[Array]] = {}
 
     def made(i: int) -> list[Array]:
@@ -140,8 +149,8 @@ def from_rows_of_jacobian(
 
 def squared_norm(block: Array) -> Array:
     """Sum of squares of all entries, left on the block's device."""
-    flat = block.reshape(-1)
-    return flat @ flat
+    # Row by row and pairwise: one long dot product in float32 loses two digits.
+    return array_api_compat.array_namespace(block).linalg.vecdot(block, block).sum()
 
 
 class _Sums:

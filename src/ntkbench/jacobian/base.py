@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 Array = Any
 """A tensor of the operator's backend (``torch.Tensor`` or ``jax.Array``)."""
@@ -25,6 +27,9 @@ class Jacobian(ABC):
         P: parameters.
         memory: bytes that one block may fill; longer blocks are done in turns.
     """
+
+    COMPUTED: tuple[str, ...] = ()
+    """Names under which a backend caches what its forward pass made."""
 
     N: int
     O: int  # noqa: E741 - the field's symbol
@@ -62,15 +67,25 @@ class Jacobian(ABC):
         self._sample_passes += self.N
         return self._row(i)
 
+    def sample_vjp(self, samples: slice, v: Array) -> Array:
+        """J_b^T v_b for each sample b of a slice by itself: ``v [k, samples, O] -> [k, samples, P]``.
+
+        One backward pass serves all samples at once and still gives each its own gradient; only right where samples do not
+        interact. Costs k * (number of samples) / N passes.
+        """
+        self._sample_passes += v.shape[0] * v.shape[1]
+        return self._sample_vjp(samples, v)
+
     def sample_rows(self, samples: slice, outputs: slice) -> Array:
         """Rows of J for a rectangle of samples and outputs, ``[outputs * samples, P]`` with samples running fastest.
 
-        One backward pass per output serves all the samples at once, each with its own gradient; only right where samples
-        do not interact. Costs (number of outputs) * (number of samples) / N passes.
+        Per-sample backward passes: (number of outputs) * (number of samples) / N passes in all, and samples may not interact.
         """
-        count = (samples.stop - samples.start) * (outputs.stop - outputs.start)
-        self._sample_passes += count
-        return self._sample_rows(samples, outputs).reshape(count, self.P)
+        count = samples.stop - samples.start
+        units = self._eye(self.O, outputs.start, outputs.stop)[:, None, :]
+        xp = array_api_compat.array_namespace(units)
+        rows = self.sample_vjp(samples, xp.broadcast_to(units, (units.shape[0], count, self.O)))
+        return rows.reshape(-1, self.P)
 
     def rectangles(self, held: float = 1.0) -> Iterator[tuple[slice, slice]]:
         """Cut the rows of J into rectangles for :meth:`sample_rows` that fill at most ``held`` of the memory budget.
@@ -84,9 +99,27 @@ class Jacobian(ABC):
             for first in range(0, self.O, outputs):
                 yield slice(start, min(start + samples, self.N)), slice(first, min(first + outputs, self.O))
 
-    @abstractmethod
+    def row_numbers(self, samples: slice, outputs: slice) -> np.ndarray:
+        """Which rows of J the rows of :meth:`sample_rows` are."""
+        first, second = np.mgrid[outputs, samples]
+        return (second * self.O + first).reshape(-1)
+
     def basis(self, start: int, stop: int) -> Array:
         """Unit vectors ``start`` to ``stop`` of output space, ``[stop - start, n]``."""
+        return self._eye(self.n, start, stop)
+
+    def fresh(self) -> Jacobian:
+        """The same operator before its forward pass and with its counter at zero, on the same device arrays."""
+        twin = copy.copy(self)
+        twin._sample_passes = 0
+        for name in self.COMPUTED:
+            twin.__dict__.pop(name, None)
+        return twin
+
+    def blocks(self, probes: int) -> list[int]:
+        """Sizes of blocks that together are ``probes`` and that each fit in the memory budget."""
+        count = -(-probes // max(1, self.memory // self.bytes_per_probe()))
+        return [probes // count + (i < probes % count) for i in range(count)]
 
     @abstractmethod
     def rng(self, seed: int) -> Rng:
@@ -100,15 +133,11 @@ class Jacobian(ABC):
         """Bytes that one row of J takes while it is made (its sample's share of the activations, its gradient)."""
         return self.bytes_per_probe() // self.N + 2 * self.P * self.itemsize
 
-    def _block(self) -> int:
-        return max(1, self.memory // self.bytes_per_probe())
-
     def _split(self, rows: Array) -> Iterator[Array]:
-        """Consecutive blocks of rows of nearly equal size, each within the budget."""
-        count = -(-rows.shape[0] // self._block())
-        size = -(-rows.shape[0] // count)
-        for start in range(0, rows.shape[0], size):
+        start = 0
+        for size in self.blocks(rows.shape[0]):
             yield rows[start : start + size]
+            start += size
 
     def _in_blocks(self, product: Any, rows: Array, cost: int) -> Array:
         xp = array_api_compat.array_namespace(rows)
@@ -126,7 +155,11 @@ class Jacobian(ABC):
     def _row(self, i: int) -> Array: ...
 
     @abstractmethod
-    def _sample_rows(self, samples: slice, outputs: slice) -> Array: ...
+    def _sample_vjp(self, samples: slice, v: Array) -> Array: ...
+
+    @abstractmethod
+    def _eye(self, size: int, start: int, stop: int) -> Array:
+        """Rows ``start`` to ``stop`` of the identity matrix of a size."""
 
 
 class Rng(ABC):

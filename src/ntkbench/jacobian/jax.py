@@ -70,6 +70,8 @@ def device_memory(target: Target) -> int | None:
 class Jacobian(base.Jacobian):
     """J of a pure function at given weights; see :class:`ntkbench.jacobian.base.Jacobian`."""
 
+    COMPUTED = ("_pullback",)
+
     def __init__(self, forward: Forward, parameters: Weights, x: jax.Array, shape: tuple[int, ...], memory: int) -> None:
         self.N, self.O = shape[0], int(np.prod(shape[1:]))
         self.P = sum(w.size for w in parameters.values())
@@ -91,13 +93,12 @@ class Jacobian(base.Jacobian):
     def _row(self, i: int) -> jax.Array:
         return _one_row(self._pullback, i, self.N, self.O)
 
-    def _sample_rows(self, samples: slice, outputs: slice) -> jax.Array:
-        count = outputs.stop - outputs.start
-        return _rows_of_samples(self._forward, self._parameters, self._x[samples], outputs.start, count)
+    def _sample_vjp(self, samples: slice, v: jax.Array) -> jax.Array:
+        return _pulled_back_by_sample(self._forward, self._parameters, self._x[samples], v)
 
-    def basis(self, start: int, stop: int) -> jax.Array:
+    def _eye(self, size: int, start: int, stop: int) -> jax.Array:
         dtype = next(iter(self._parameters.values())).dtype
-        return jax.nn.one_hot(jnp.arange(start, stop), self.n, dtype=dtype)
+        return jax.nn.one_hot(jnp.arange(start, stop), size, dtype=dtype)
 
     def rng(self, seed: int) -> Rng:
         like = next(iter(self._parameters.values()))
@@ -168,14 +169,13 @@ def _pushed_forward(forward: Forward, parameters: Weights, x: jax.Array, w: jax.
     return jax.vmap(push)(w)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _rows_of_samples(forward: Forward, parameters: Weights, x: jax.Array, first: int, count: int) -> jax.Array:
-    def one(sample: jax.Array) -> jax.Array:
-        outputs, pullback = jax.vjp(lambda p: _outputs(forward, p, sample[None])[0], parameters)
-        basis = jax.nn.one_hot(first + jnp.arange(count), outputs.size, dtype=outputs.dtype)
-        return _flat(jax.vmap(pullback)(basis)[0])
+@functools.partial(jax.jit, static_argnums=0)
+def _pulled_back_by_sample(forward: Forward, parameters: Weights, x: jax.Array, v: jax.Array) -> jax.Array:
+    def one(x: jax.Array, v: jax.Array) -> jax.Array:
+        pullback = jax.vjp(lambda p: _outputs(forward, p, x[None])[0], parameters)[1]
+        return _flat(jax.vmap(pullback)(v)[0])
 
-    return jax.vmap(one, out_axes=1)(x)
+    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, v)
 
 
 @functools.lru_cache(maxsize=64)

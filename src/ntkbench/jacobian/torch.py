@@ -61,6 +61,8 @@ def output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[in
 class Jacobian(base.Jacobian):
     """J of a module at given parameters; see :class:`ntkbench.jacobian.base.Jacobian`."""
 
+    COMPUTED = ("_pullback", "_graph")
+
     def __init__(
         self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, shape: tuple[int, ...], memory: int
     ) -> None:
@@ -101,17 +103,12 @@ class Jacobian(base.Jacobian):
         grads = torch.autograd.grad(outputs[i], leaves, retain_graph=True, materialize_grads=True)
         return torch.cat([g.reshape(-1) for g in grads])
 
-    def _sample_rows(self, samples: slice, outputs: slice) -> Tensor:
-        basis = self._eye(self.O, outputs.start, outputs.stop)
-
-        def one(x: Tensor) -> Tensor:
+    def _sample_vjp(self, samples: slice, v: Tensor) -> Tensor:
+        def one(x: Tensor, v: Tensor) -> Tensor:
             pullback = vjp(lambda parameters: self._forward(parameters, x[None])[0], self._parameters)[1]
-            return _flat(vmap(pullback)(basis)[0])
+            return _flat(vmap(pullback)(v)[0])
 
-        return vmap(one, out_dims=1)(self._x[samples])
-
-    def basis(self, start: int, stop: int) -> Tensor:
-        return self._eye(self.n, start, stop)
+        return vmap(one, in_dims=(0, 1), out_dims=1)(self._x[samples], v)
 
     def _eye(self, size: int, start: int, stop: int) -> Tensor:
         like = next(iter(self._parameters.values()))

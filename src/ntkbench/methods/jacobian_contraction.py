@@ -1,0 +1,33 @@
+"""Jacobian contraction: per-sample Jacobians by vmap over one backward pass per output, then J J^T."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench import metrics
+from ntkbench.jacobian import Jacobian
+from ntkbench.methods.base import Deterministic
+from ntkbench.metrics import Moments
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+
+class JacobianContraction(Deterministic):
+    """The textbook torch.func kernel: J by per-sample reverse mode, contracted over parameters.
+
+    O passes for each set of weights where J fits in the memory budget, and as many again for every pair of blocks where it
+    does not; n^2 P multiplications.
+    """
+
+    title = "Jacobian contraction"
+    kind = "exact"
+    source = "Novak et al. 2022, section 3.1; PyTorch's tutorial on neural tangent kernels"
+    backends = ("torch",)
+    needs_independent_samples = True
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return problem.O * len(metrics.ends(metric))
+
+    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+        blocks = list(jacobians[0].rectangles(1 / 4))
+        return metrics.from_rows_of_jacobian(metric, jacobians, blocks, lambda j, block: j.sample_rows(*block))

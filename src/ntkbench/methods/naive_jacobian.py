@@ -1,0 +1,38 @@
+"""Naive: one backward pass for each of the n rows of J, then J J^T."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import array_api_compat
+
+from ntkbench import metrics
+from ntkbench.jacobian import Jacobian
+from ntkbench.methods.base import Deterministic
+from ntkbench.metrics import Moments
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+
+class NaiveJacobian(Deterministic):
+    """What one writes first: ``torch.autograd.grad`` in a loop over all outputs. n passes for each set of weights."""
+
+    title = "naive Jacobian"
+    kind = "exact"
+    source = "folklore; the loop over torch.autograd.grad"
+    backends = ("torch",)
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return problem.n * len(metrics.ends(metric))
+
+    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+        j = jacobians[0]
+        # A quarter of the budget a block: two blocks are held at a time, of each J.
+        size = max(1, j.memory // (4 * j.P * j.itemsize))
+        blocks = [range(i, min(i + size, j.n)) for i in range(0, j.n, size)]
+
+        def rows(jacobian: Jacobian, block: range):
+            made = [jacobian.row(i) for i in block]
+            return array_api_compat.array_namespace(made[0]).stack(made)
+
+        return metrics.from_rows_of_jacobian(metric, jacobians, blocks, rows)

@@ -1,0 +1,28 @@
+"""One-sided forward: tr Theta = E ||J w||^2, JVPs only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench import statistics
+from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.methods.base import Stochastic
+
+
+class OneSidedForward(Stochastic):
+    """The mean of ||J w||^2 over random signs w in parameter space: 1 pass a probe and no backward pass; unbiased.
+
+    Variance 2 (||J^T J||_F^2 - sum_p (J^T J)_pp^2) / k.
+    """
+
+    title = "one-sided forward"
+    source = "Hazelden 2025, section 3 (one-sided trace estimates)"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 1
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        (j,) = jacobians
+        return statistics.mean(statistics.by_probe((j.jvp(rng.sign(k, j.P)) ** 2).sum(1) for k in j.blocks(probes)))

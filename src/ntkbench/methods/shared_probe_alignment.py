@@ -1,0 +1,39 @@
+"""Shared-probe alignment: both norms and the cross term from the same Theta-products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import array_api_compat
+
+from ntkbench import statistics
+from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.methods.base import Stochastic
+from ntkbench.metrics import Moments
+
+
+class SharedProbeAlignment(Stochastic):
+    """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u: 2m Theta-products, 4m passes.
+
+    The blog's ``op_alignment``, with its QR of a Gaussian block. The ratio of means is biased at order 1/m; the standard
+    error is the jackknife over probes.
+    """
+
+    title = "shared-probe alignment"
+    source = "Hazelden, blog post on recurrent models, op_alignment"
+    backends = ("torch", "jax")
+    metrics = ("alignment",)
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 4
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        n = jacobians[0].n
+        block = rng.normal(min(probes, n), n)
+        u = array_api_compat.array_namespace(block).linalg.qr(block.T)[0].T
+        theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
+        columns = ((theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1))
+        return statistics.jackknife(
+            lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
+            *(statistics.by_probe([column]) for column in columns),
+        )

@@ -1,0 +1,47 @@
+"""pNTK: the N x N kernel of the sum of logits, standing for Theta as pNTK (x) I_O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import array_api_compat
+
+from ntkbench import metrics
+from ntkbench.jacobian import Jacobian
+from ntkbench.methods.base import Deterministic
+from ntkbench.metrics import Moments
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+
+class SumOfLogits(Deterministic):
+    """g(x) = O^{-1/2} sum_o f_o(x), kernel <grad g(x), grad g(x')>: 1 pass for each set of weights, N^2 P multiplications.
+
+    The metrics are those of pNTK (x) I_O; that it is not Theta shows as error.
+    """
+
+    title = "pNTK (sum of logits)"
+    kind = "approximate"
+    source = "Mohamadi, Bae, Sutherland 2023, equation 4"
+    backends = ("torch", "jax")
+    needs_independent_samples = True
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return len(metrics.ends(metric))
+
+    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+        j = jacobians[0]
+        size = max(1, j.memory // (4 * (j.bytes_per_probe() // j.N + j.P * j.itemsize)))
+        blocks = [slice(i, min(i + size, j.N)) for i in range(0, j.N, size)]
+
+        def gradients(jacobian: Jacobian, samples: slice):
+            unit = jacobian.basis(0, 1)
+            xp = array_api_compat.array_namespace(unit)
+            ones = xp.full_like(unit[:, : jacobian.O], 1 / math.sqrt(jacobian.O))
+            count = samples.stop - samples.start
+            return jacobian.sample_vjp(samples, xp.broadcast_to(ones[:, None, :], (1, count, jacobian.O)))[0]
+
+        pntk = metrics.from_rows_of_jacobian(metric, jacobians, blocks, gradients, count=j.N)
+        # tr, squared norm and inner product of A (x) I_O are O times those of A.
+        return Moments(*(j.O * m for m in (pntk.trace, pntk.square, pntk.square_f, pntk.cross)))
