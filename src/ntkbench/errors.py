@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class NtkbenchError(Exception):
@@ -28,3 +30,12 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+
+
+@contextlib.contextmanager
+def as_one_line() -> Iterator[None]:
+    """End a command with the message alone where it fails for a reason that its user can act on."""
+    try:
+        yield
+    except NtkbenchError as error:
+        sys.exit(f"ntkbench: {error}")

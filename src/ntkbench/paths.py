@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from ntkbench.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout that this package is installed from (editable)."""
@@ -15,6 +18,21 @@ REFERENCE = ROOT / "results" / "reference"
 def cache() -> Path:
     """Folder for what can be made again: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout."""
     return Path(os.environ.get("NTKBENCH_CACHE") or ROOT / "results" / "cache")
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        BadInput: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"the results folder {folder} cannot be written to: {error.strerror}") from None
+    return folder
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -10,12 +10,13 @@ ROOMS_OWN = {"base"}
 """File names that belong to a room itself and are no plug-ins."""
 
 
+def names(package: str) -> list[str]:
+    """Names of the plug-in files of ``package``, sorted; none of them is imported."""
+    room = importlib.import_module(package)
+    found = (module.name for module in pkgutil.iter_modules(room.__path__) if not module.ispkg)
+    return sorted(name for name in found if name not in ROOMS_OWN and not name.startswith("_"))
+
+
 def modules(package: str) -> dict[str, ModuleType]:
     """Import every plug-in file of ``package``; file name to module, sorted by name."""
-    room = importlib.import_module(package)
-    names = sorted(m.name for m in pkgutil.iter_modules(room.__path__) if not m.ispkg)
-    return {
-        name: importlib.import_module(f"{package}.{name}")
-        for name in names
-        if name not in ROOMS_OWN and not name.startswith("_")
-    }
+    return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}

@@ -8,7 +8,7 @@ from ntkbench.jacobian.base import Array, Jacobian, Rng
 from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
-__all__ = ["Array", "Jacobian", "Rng", "device_memory", "linearise"]
+__all__ = ["Array", "Jacobian", "Rng", "device_memory", "device_name", "linearise"]
 
 
 def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
@@ -22,6 +22,11 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     """
     backend = importlib.import_module(f"ntkbench.jacobian.{target.backend}")
     return backend.linearise(problem, weights, target)
+
+
+def device_name(target: Target) -> str:
+    """What the target's device calls itself: ``"cpu"`` or the GPU's model."""
+    return importlib.import_module(f"ntkbench.jacobian.{target.backend}").device_name(target)
 
 
 def device_memory(target: Target) -> int | None:

@@ -61,6 +61,11 @@ def device(target: Target) -> jax.Device:
     return jax.devices()[0]
 
 
+def device_name(target: Target) -> str:
+    """See :func:`ntkbench.jacobian.device_name`."""
+    return device(target).device_kind
+
+
 def device_memory(target: Target) -> int | None:
     """See :func:`ntkbench.jacobian.device_memory`."""
     statistics = device(target).memory_stats()

@@ -44,6 +44,12 @@ def device(target: Target) -> torch.device:
     return torch.device(name)
 
 
+def device_name(target: Target) -> str:
+    """See :func:`ntkbench.jacobian.device_name`."""
+    where = device(target)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+
+
 def device_memory(target: Target) -> int | None:
     """See :func:`ntkbench.jacobian.device_memory`."""
     return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None

@@ -1,0 +1,119 @@
+"""The study on one screen: a configuration's cells, one asv shard a method, one tidy table, the figures.
+
+snakemake --cores all                                  config/default.yaml
+snakemake --cores all --configfile config/smoke.yaml   another one
+"""
+
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from snakemake.utils import min_version
+
+from ntkbench import errors, grid, paths, plugins
+
+min_version("9.0")
+
+ROOT = Path(workflow.basedir)
+if "grid" not in config:
+
+    configfile: ROOT / "config" / "default.yaml"
+
+
+with errors.as_one_line():
+    STUDY = grid.Config.check(config, ", ".join(map(str, workflow.configfiles)))
+    CELLS = grid.cells(STUDY)
+    RESULTS = paths.writable(Path("results") / STUDY.profile)
+    CONFIG = grid.write(STUDY, RESULTS / "config.yaml")
+
+METHODS = sorted({cell.method for cell in CELLS})
+FIGURES = plugins.names("ntkbench.figures")
+
+if workflow.is_main_process:
+    LOCK = FileLock(RESULTS / ".lock")
+    try:
+        LOCK.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"ntkbench: another run is writing to {RESULTS}; wait for it, or choose another profile")
+
+
+wildcard_constraints:
+    problem=r"[^/]+",
+    method=r"\w+",
+    figure=r"\w+",
+
+
+rule all:
+    input:
+        RESULTS / "table.csv",
+        expand(RESULTS / "figures" / "{figure}.png", figure=FIGURES),
+
+
+rule problem:
+    output:
+        RESULTS / "problems" / "{problem}.json",
+    params:
+        fingerprint=lambda wildcards: grid.problem_fingerprint(wildcards.problem),
+    log:
+        RESULTS / "logs" / "problem-{problem}.log",
+    conda:
+        "environment.yml"
+    resources:
+        timer=1,
+    shell:
+        "python -m ntkbench problem {wildcards.problem:q} --output {output:q} > {log:q} 2>&1"
+
+
+rule measure:
+    input:
+        lambda wildcards: [
+            RESULTS / "problems" / f"{label}.json"
+            for label in sorted({cell.problem for cell in CELLS if cell.method == wildcards.method})
+        ],
+    output:
+        RESULTS / "shards" / "{method}.csv",
+    params:
+        root=ROOT,
+        config=CONFIG,
+        fingerprint=lambda wildcards: grid.fingerprint(STUDY, wildcards.method, ROOT / "benchmarks"),
+    log:
+        RESULTS / "logs" / "asv-{method}.log",
+    conda:
+        "environment.yml"
+    resources:
+        timer=1,
+    shell:
+        "PYTHONPATH={params.root:q} python -m benchmarks.shard --config {params.config:q} "
+        "--method {wildcards.method} --output {output:q} --log {log:q}"
+
+
+rule table:
+    input:
+        expand(RESULTS / "shards" / "{method}.csv", method=METHODS),
+    output:
+        RESULTS / "table.csv",
+    params:
+        config=CONFIG,
+        cells=len(CELLS),
+    log:
+        RESULTS / "logs" / "table.log",
+    conda:
+        "environment.yml"
+    shell:
+        "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
+
+
+rule figure:
+    input:
+        RESULTS / "table.csv",
+    output:
+        multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
+    params:
+        fingerprint=lambda wildcards: grid.figure_fingerprint(wildcards.figure),
+        folder=RESULTS / "figures",
+    log:
+        RESULTS / "logs" / "figure-{figure}.log",
+    conda:
+        "environment.yml"
+    shell:
+        "python -m ntkbench.figures {wildcards.figure} --table {input:q} --out {params.folder:q} > {log:q} 2>&1"

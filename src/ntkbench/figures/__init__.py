@@ -1,0 +1,56 @@
+"""Figures: the tidy table in; PDF, PNG, the plotted numbers as CSV and a caption out.
+
+One file a figure: a file dropped in here is drawn under its own name. It holds one function, ``draw(table) -> Drawing``,
+which gets a table that :func:`ntkbench.figures.base.checked` has passed and that has at least one row.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+
+from ntkbench import plugins
+from ntkbench.errors import unknown
+from ntkbench.figures import base
+from ntkbench.paths import write_atomically
+
+__all__ = ["draw", "names"]
+
+
+def names() -> list[str]:
+    """Every figure there is, sorted."""
+    return list(plugins.modules(__name__))
+
+
+def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw one figure into ``folder``: ``name.csv`` (what is plotted), ``.txt`` (caption), ``.png`` and ``.pdf``.
+
+    The same table gives the same bytes.
+
+    Raises:
+        BadInput: no such figure, or the table lacks columns.
+    """
+    modules = plugins.modules(__name__)
+    if name not in modules:
+        raise unknown("figure", name, modules)
+    table = base.checked(table)
+    with base.style():
+        drawing = modules[name].draw(table) if len(table) else base.nothing(table, "The table has no rows.")
+        made = {
+            "csv": drawing.plotted.to_csv(index=False, lineterminator="\n"),
+            "txt": base.caption(name, drawing, table),
+            "png": _rendered(drawing, "png", {"Software": None}),
+            "pdf": _rendered(drawing, "pdf", {"CreationDate": None}),
+        }
+    paths = [Path(folder) / f"{name}.{kind}" for kind in made]
+    for path, data in zip(paths, made.values(), strict=True):
+        write_atomically(path, data)
+    return paths
+
+
+def _rendered(drawing: base.Drawing, kind: str, metadata: dict[str, None]) -> bytes:
+    buffer = io.BytesIO()
+    drawing.figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()

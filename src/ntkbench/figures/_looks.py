@@ -1,0 +1,91 @@
+"""Every method has one colour and one marker, in all figures and for good."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ntkbench.figures.base import KINDS
+
+# Okabe and Ito's colour-blind safe colours without yellow (too pale for a line), and two of Paul Tol's "muted".
+BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2"
+VERMILION, PINK, WINE, INDIGO = "#D55E00", "#CC79A7", "#882255", "#332288"
+COLOURS = (ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, WINE, INDIGO, BLACK)
+MARKERS = {"exact": "s^vPXd", "approximate": "*H", "stochastic": "oD<>p"}
+"""Shapes that can be filled or left open; no two kinds share one."""
+
+KNOWN = {
+    "naive_jacobian": (BLACK, "s"),
+    "direct": (WINE, "X"),
+    "jacobian_contraction": (BLUE, "^"),
+    "ntk_vector_products": (GREEN, "v"),
+    "nt_jacobian_contraction": (SKY, "^"),
+    "nt_ntk_vector_products": (ORANGE, "v"),
+    "nt_structured_derivatives": (VERMILION, "P"),
+    "sum_of_logits": (INDIGO, "*"),
+    "hutchinson": (ORANGE, "o"),
+    "hutchpp": (BLUE, "D"),
+    "one_sided_reverse": (VERMILION, "<"),
+    "one_sided_forward": (GREEN, ">"),
+    "shared_probe_alignment": (PINK, "p"),
+}
+"""Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""
+
+BACKENDS = {"torch": "-", "jax": (0, (3.2, 1.6))}
+TITLES = {"torch": "PyTorch", "jax": "JAX"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn."""
+
+    method: str
+    title: str
+    kind: str
+    colour: str
+    marker: str
+
+    def line(self, backend: str) -> dict[str, Any]:
+        """Keywords for a line with markers: filled and solid for PyTorch, open and dashed for JAX."""
+        size = {"*": 9.0, "D": 4.8, "P": 6.5, "X": 6.5, "d": 6.5}.get(self.marker, 5.5)
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markersize": size,
+            "markerfacecolor": self.colour if backend == "torch" else "white",
+            "markeredgecolor": self.colour,
+            "linestyle": BACKENDS.get(backend, ":"),
+        }
+
+
+def looks(table: pd.DataFrame) -> dict[str, Look]:
+    """The look of every method in the table, in the order of legends: by kind, listed ones first.
+
+    A method that is not listed takes the colour and marker that its name hashes to. Only where an unlisted method that
+    comes before it in the alphabet has taken that pair does it take the next free one.
+    """
+    methods = table.drop_duplicates("method").set_index("method")
+    taken, chosen = set(KNOWN.values()), dict(KNOWN)
+    for method in sorted(set(methods.index) - set(KNOWN)):
+        markers = MARKERS.get(methods["kind"][method], "".join(MARKERS.values()))
+        pairs = list(itertools.product(COLOURS, markers))
+        start = zlib.crc32(method.encode())
+        tries = [pairs[(start + i) % len(pairs)] for i in range(len(pairs))]
+        chosen[method] = next((pair for pair in tries if pair not in taken), tries[0])
+        taken.add(chosen[method])
+    listed = list(chosen)
+    kinds = [*KINDS, *sorted(set(methods["kind"]) - set(KINDS))]
+    order = sorted(methods.index, key=lambda m: (kinds.index(methods["kind"][m]), listed.index(m)))
+    return {
+        m: Look(m, methods["title"][m] or m.replace("_", " "), methods["kind"][m], *chosen[m]) for m in order
+    }
+
+
+def backends_in(table: pd.DataFrame) -> list[str]:
+    """The table's backends, the usual ones first."""
+    there = set(table["backend"])
+    return [b for b in BACKENDS if b in there] + sorted(there - set(BACKENDS))

@@ -1,0 +1,61 @@
+"""From the tidy table to speed-ups at equal accuracy: what ``speedup.py`` draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from ntkbench.figures import base
+
+BASELINES = ("naive_jacobian", "direct")
+"""Both of them in PyTorch, on the same problem, metric and setting."""
+TOLERANCES = {"1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
+"""Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
+
+
+def speedups(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each problem, setting, metric, method, backend and tolerance.
+
+    A method's time is the least of its measured medians whose median error is within the tolerance; nothing is
+    interpolated between budgets. ``outcome`` is ``reached``, ``not reached``, or how the cells ended if none was measured.
+    """
+    runs = table.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
+    table = table[runs].sort_values(["family", "n", "problem", "setting"])
+    made = []
+    for case, cells in table.groupby(["problem", "setting", "metric"], sort=False):
+        baselines = {name: _baseline(cells, name) for name in BASELINES}
+        for (method, backend), rows in cells.groupby(["method", "backend"]):
+            first = rows.iloc[0]
+            for tolerance in TOLERANCES if first["kind"] == "exact" else list(TOLERANCES)[:2]:
+                best = _best(rows, TOLERANCES[tolerance])
+                row = dict(zip(("problem", "setting", "metric"), case, strict=True))
+                row |= {"n": first["n"], "P": first["P"], "method": method, "title": first["title"]}
+                row |= {"kind": first["kind"], "backend": backend, "tolerance": tolerance}
+                row |= {"outcome": _outcome(rows) if best is None else "reached"}
+                row |= {c: np.nan if best is None else best[c] for c in ("passes", "error", "seconds")}
+                for name, seconds in baselines.items():
+                    row[f"{name}_seconds"] = seconds
+                    row[f"speedup_over_{name}"] = seconds / row["seconds"]
+                made.append(row)
+    return pd.DataFrame(made)
+
+
+def _baseline(cells: pd.DataFrame, method: str) -> float:
+    """Seconds of a baseline, ``nan`` where it was not measured."""
+    rows = cells[(cells["method"] == method) & (cells["backend"] == "torch")]
+    return float(base.measured(rows, "seconds")["seconds"].min())
+
+
+def _best(rows: pd.DataFrame, tolerance: float) -> pd.Series | None:
+    good = base.measured(rows, "seconds", "error")
+    good = good[good["error"] <= tolerance]
+    return good.loc[good["seconds"].idxmin()] if len(good) else None
+
+
+def _outcome(rows: pd.DataFrame) -> str:
+    """Why there is no time: too wrong, or else the most frequent end of its cells other than having been skipped."""
+    if len(base.measured(rows, "seconds", "error")):
+        return "not reached"
+    ends = rows.loc[~rows["status"].isin(["ok"]), "status"]
+    ended = ends[ends != "skipped"] if (ends != "skipped").any() else ends
+    return base.status_label(ended.mode().iloc[0]) if len(ended) else "not measured"

@@ -1,0 +1,232 @@
+"""Run neural-tangents 0.6.5, which is archived and imports unmodified only up to jax 0.4.25, on jax 0.10.
+
+:func:`load` imports it and mends what newer versions of jax broke. Two kinds of mend keep the rest of the process as it was:
+
+- names that neural-tangents takes *while it is imported* are lent to jax's modules for that long and taken back;
+- names that it looks up *while it runs* are put into its own modules, on top of jax's.
+
+So jax itself is the same before and after, and other methods in the process never notice. Everything rests on jax's public
+API, and every mend is needed by the three implementations that this package runs; neural-tangents' other parts (``AUTO``,
+``predict``, infinite-width kernels, the TensorFlow bridge) are not looked after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ntkbench.errors import Unavailable
+
+
+@functools.cache
+def load() -> types.ModuleType:
+    """The module ``neural_tangents``, mended. The first call imports it, and jax; later calls return the same module.
+
+    Raises:
+        Unavailable: neural-tangents is not installed.
+    """
+    if importlib.util.find_spec("neural_tangents") is None:
+        raise Unavailable("neural-tangents is not installed; it comes with: pip install neural-tangents==0.6.5")
+    with _core_names(), _zeros_like_primitive(), _module(_jax_util()), _module(_no_tensorflow()):
+        neural_tangents = importlib.import_module("neural_tangents")
+    empirical = neural_tangents._src.empirical
+    _dynamic_shapes(empirical)
+    _names_of_ad(empirical)
+    _transposes(empirical)
+    return neural_tangents
+
+
+def _core_names() -> contextlib.AbstractContextManager[None]:
+    """The classes of jaxprs, for the import: moved from ``jax.core`` to ``jax.extend.core`` (jax 0.4.36 to 0.6).
+
+    They are the same classes, so neural-tangents' type checks still hold.
+    """
+    import jax.core
+    import jax.extend.core
+
+    names = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
+    return _lent(jax.core, {name: getattr(jax.extend.core, name) for name in names})
+
+
+def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
+    """``ad.zeros_like_p``, for the import: removed (by jax 0.4.26), zeros have been ``broadcast_in_dim`` since.
+
+    neural-tangents files a rule under it. No network contains it any more, so any primitive of its own will do.
+    """
+    import jax.extend.core
+    import jax.interpreters.ad
+
+    return _lent(jax.interpreters.ad, {"zeros_like_p": jax.extend.core.Primitive("zeros_like")})
+
+
+def _jax_util() -> types.ModuleType:
+    """``jax.util``, for the import: removed in jax 0.8. Two functions are wanted from it: strict, eager map and zip."""
+    util = types.ModuleType("jax.util")
+
+    def safe_zip(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return list(zip(*rows, strict=True))
+
+    def safe_map(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
+        return [function(*row) for row in safe_zip(*rows)]
+
+    util.safe_map, util.safe_zip = safe_map, safe_zip
+    return util
+
+
+def _no_tensorflow() -> types.ModuleType:
+    """An empty ``neural_tangents.experimental``, for the import: the real one is all TensorFlow and nothing else needs it."""
+    return types.ModuleType("neural_tangents.experimental")
+
+
+def _dynamic_shapes(empirical: types.ModuleType) -> None:
+    """``core.DShapedArray``: removed with dynamic shapes (jax 0.8). No array is one any more, so any unused type will do."""
+    empirical.core = _Overlay(empirical.core, DShapedArray=type("DShapedArray", (), {}))
+
+
+def _names_of_ad(empirical: types.ModuleType) -> None:
+    """What the pass over a linearised network takes from ``jax.interpreters.ad``, a module that got a closed list of names.
+
+    ``source_info_util`` (jax 0.4.26) lives on in ``jax.extend``. Of ``config`` (jax 0.4.26) only ``jax_enable_checks`` is
+    read; it turns on a check that needs functions jax no longer has, so it stays off. For ``linearize`` see :func:`_linearize`.
+    """
+    import jax.extend.source_info_util
+
+    empirical.ad = _Overlay(
+        empirical.ad,
+        source_info_util=jax.extend.source_info_util,
+        config=types.SimpleNamespace(jax_enable_checks=False),
+        linearize=_linearize,
+    )
+
+
+def _linearize(
+    network: Any, *weights: Any, has_aux: bool = False
+) -> tuple[list[Any], list[_Unknown], Any, list[Any]]:
+    """``ad.linearize`` as it was: outputs, a mark for each output, the linear map as a jaxpr, and its constants.
+
+    Since then (jax 0.4.36 to 0.10) it takes other arguments and returns other things. The public ``jax.linearize``, traced,
+    says the same; it has no output marked as known to be constant, which only means that the zeros of one are written out.
+    """
+    import jax
+
+    outputs, jvp = jax.linearize(network.call_wrapped, *weights)
+    linear = jax.make_jaxpr(_splits_as_slices(jax.make_jaxpr(jvp)(*weights)))(*weights)
+    return outputs, [_Unknown()] * len(outputs), linear.jaxpr, linear.consts
+
+
+class _Unknown:
+    """Marks an output as one that depends on the weights."""
+
+    def is_known(self) -> bool:
+        return False
+
+
+def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
+    """The function that a jaxpr stands for, with a slice for each part of a ``split``.
+
+    ``jnp.split`` used to be made of slices and became a primitive with many outputs (jax 0.4.36); neural-tangents has always
+    refused primitives with more than one output.
+    """
+    import jax
+    from jax.extend.core import Literal
+
+    def evaluate(*inputs: Any) -> list[Any]:
+        values = dict(zip([*linear.jaxpr.constvars, *linear.jaxpr.invars], [*linear.consts, *inputs], strict=True))
+
+        def read(variables: Sequence[Any]) -> list[Any]:
+            return [v.val if isinstance(v, Literal) else values[v] for v in variables]
+
+        for equation in linear.jaxpr.eqns:
+            if equation.primitive is jax.lax.split_p:
+                made = _slices(*read(equation.invars), **equation.params)
+            else:
+                made = equation.primitive.bind(*read(equation.invars), **equation.params)
+            made = made if equation.primitive.multiple_results else [made]
+            values.update(zip(equation.outvars, made, strict=True))
+        return read(linear.jaxpr.outvars)
+
+    return evaluate
+
+
+def _slices(array: Any, sizes: Sequence[int], axis: int) -> list[Any]:
+    import jax
+    import numpy as np
+
+    ends = [int(end) for end in np.cumsum(sizes)]
+    return [jax.lax.slice_in_dim(array, end - int(s), end, axis=axis) for end, s in zip(ends, sizes, strict=True)]
+
+
+def _transposes(empirical: types.ModuleType) -> None:
+    """How a cotangent goes back through one equation: by the public ``jax.linear_transpose``.
+
+    neural-tangents looks the rule up in tables: one was emptied (``ad.reducing_transposes``, gone in jax 0.10), and from
+    jax 0.8 on the rules of several primitives (slice, among others) moved to a private one and changed their contract.
+    ``jax.linear_transpose`` of a single equation applies the very same rule wherever it is kept.
+    """
+    empirical._eqn_vjp_fn = _equation_vjp
+
+
+def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...]:
+    """Cotangents of an equation's inputs; ``None`` for those that are values and not variables of the linear map."""
+    import jax
+    from jax.interpreters import ad
+
+    if equation is None:  # the identity, where an output is a weight itself
+        return (cotangent,)
+    linear = [i for i, value in enumerate(inputs) if ad.is_undefined_primal(value)]
+    cotangents: list[Any] = [None] * len(inputs)
+    if isinstance(cotangent, ad.Zero):
+        return tuple(cotangents)
+
+    def apply(*variables: Any) -> Any:
+        values = list(inputs)
+        for i, variable in zip(linear, variables, strict=True):
+            values[i] = variable
+        return equation.primitive.bind(*values, **equation.params)
+
+    for i, made in zip(linear, jax.linear_transpose(apply, *(inputs[i].aval for i in linear))(cotangent), strict=True):
+        cotangents[i] = made
+    return tuple(cotangents)
+
+
+@contextlib.contextmanager
+def _lent(module: types.ModuleType, names: dict[str, Any]) -> Iterator[None]:
+    """Add names to a module that lacks them, and take them back at the end."""
+    lacking = [name for name in names if name not in vars(module)]
+    for name in lacking:
+        setattr(module, name, names[name])
+    try:
+        yield
+    finally:
+        for name in lacking:
+            delattr(module, name)
+
+
+@contextlib.contextmanager
+def _module(stand_in: types.ModuleType) -> Iterator[None]:
+    """Let a name be imported as a stand-in, and forget the stand-in at the end."""
+    before = sys.modules.get(stand_in.__name__)
+    sys.modules[stand_in.__name__] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[stand_in.__name__]
+        if before is not None:
+            sys.modules[stand_in.__name__] = before
+
+
+class _Overlay:
+    """A module with some names on top; all others are the module's own."""
+
+    def __init__(self, module: types.ModuleType, **names: Any) -> None:
+        self._module = module
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,68 @@
+"""Where a number comes from: code, packages, machine."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ntkbench import paths
+
+PACKAGES = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every row of the table carries.
+
+    Attributes:
+        git_sha: commit of the checkout, ``"unknown"`` without git.
+        git_dirty: whether tracked files differ from the commit, ``None`` without git.
+        machine: processor model.
+        versions: the packages that compute, ``"torch 2.13.0, jax 0.10.2, ..."``.
+        python: version of the interpreter.
+    """
+
+    git_sha: str
+    git_dirty: bool | None
+    machine: str
+    versions: str
+    python: str
+
+    def columns(self) -> dict[str, object]:
+        """As columns of the table."""
+        return asdict(self)
+
+
+@functools.cache
+def provenance() -> Provenance:
+    """The provenance of this process."""
+    sha, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return Provenance(
+        git_sha=sha or "unknown",
+        git_dirty=None if changes is None else bool(changes),
+        machine=f"{_processor()} ({os.cpu_count()} cores)",
+        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        python=platform.python_version(),
+    )
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, ``None`` where there is no git, no repository or no commit."""
+    try:
+        done = subprocess.run(["git", "-C", str(paths.ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
