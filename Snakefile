@@ -52,14 +52,14 @@ rule all:
 rule problem:
     output:
         RESULTS / "problems" / "{problem}.json",
-    params:
-        fingerprint=lambda wildcards: grid.problem_fingerprint(wildcards.problem),
     log:
         RESULTS / "logs" / "problem-{problem}.log",
     conda:
         "environment.yml"
     resources:
         timer=1,
+    params:
+        fingerprint=lambda wildcards: grid.problem_fingerprint(wildcards.problem),
     shell:
         "python -m ntkbench problem {wildcards.problem:q} --output {output:q} > {log:q} 2>&1"
 
@@ -72,18 +72,17 @@ rule measure:
         ],
     output:
         RESULTS / "shards" / "{method}.csv",
-    params:
-        root=ROOT,
-        config=CONFIG,
-        fingerprint=lambda wildcards: grid.fingerprint(STUDY, wildcards.method, ROOT / "benchmarks"),
     log:
         RESULTS / "logs" / "asv-{method}.log",
     conda:
         "environment.yml"
     resources:
         timer=1,
+    params:
+        config=CONFIG,
+        fingerprint=lambda wildcards: grid.fingerprint(STUDY, wildcards.method, ROOT / "benchmarks"),
     shell:
-        "PYTHONPATH={params.root:q} python -m benchmarks.shard --config {params.config:q} "
+        "PYTHONPATH={ROOT:q} python -m benchmarks.shard --config {params.config:q} "
         "--method {wildcards.method} --output {output:q} --log {log:q}"
 
 
@@ -92,13 +91,13 @@ rule table:
         expand(RESULTS / "shards" / "{method}.csv", method=METHODS),
     output:
         RESULTS / "table.csv",
-    params:
-        config=CONFIG,
-        cells=len(CELLS),
     log:
         RESULTS / "logs" / "table.log",
     conda:
         "environment.yml"
+    params:
+        config=CONFIG,
+        cells=len(CELLS),
     shell:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
@@ -108,12 +107,12 @@ rule figure:
         RESULTS / "table.csv",
     output:
         multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
-    params:
-        fingerprint=lambda wildcards: grid.figure_fingerprint(wildcards.figure),
-        folder=RESULTS / "figures",
     log:
         RESULTS / "logs" / "figure-{figure}.log",
     conda:
         "environment.yml"
+    params:
+        fingerprint=lambda wildcards: grid.figure_fingerprint(wildcards.figure),
+        folder=RESULTS / "figures",
     shell:
         "python -m ntkbench.figures {wildcards.figure} --table {input:q} --out {params.folder:q} > {log:q} 2>&1"

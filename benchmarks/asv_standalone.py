@@ -1,8 +1,8 @@
 """asv with nothing asked of git or of the home folder: the same run in a clean, a dirty and an exported checkout.
 
-asv saves results of an existing environment only under a commit that its repository confirms, fails where there is no git,
-and wants a description of the machine in the home folder. ``python -m benchmarks.asv_standalone FOLDER run ...`` takes asv's
-own arguments after a folder for that description.
+asv saves results of an existing environment only under a commit that its repository confirms, fails where there is no
+git, and wants a description of the machine in the home folder. ``python -m benchmarks.asv_standalone FOLDER run ...``
+takes asv's own arguments after a folder for that description.
 """
 
 from __future__ import annotations

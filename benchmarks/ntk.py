@@ -1,7 +1,7 @@
 """The asv suite: every case is (problem, method, backend, metric, passes), measured in three aspects.
 
-Thin on purpose: what an execution is stands in ``ntkbench.harness``. Versions are fixed, so that a refactoring does not cut
-the history; raise one by hand when a number's meaning changes.
+Thin on purpose: what an execution is stands in ``ntkbench.harness``. Versions are fixed, so that a refactoring does not
+cut the history; raise one by hand when a number's meaning changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLAN = Plan.current()
 if "run_server" in sys.argv:
     # asv's fork server: what is imported here is paid for once and not once a case. Nothing may start a backend.
     import sklearn.datasets  # noqa: F401
-    import torch._decomp.decompositions_for_jvp  # noqa: F401 - torch.func pulls these two in at its first use
+    import torch._decomp.decompositions_for_jvp  # torch.func pulls these two in at its first use
     import torch._dynamo  # noqa: F401
 
     if any(Cell.from_label(label).backend == "jax" for label in PLAN.labels):

@@ -1,19 +1,22 @@
 """Measure one method: ``python -m benchmarks.shard --config C.yaml --method M --output M.csv --log M.log``.
 
-Runs asv over the method's cells into a results folder of its own and turns what it found into rows. The output file appears
-whole at the end or not at all; until then everything lies in a work folder beside it, which the next attempt clears away.
+Runs asv over the method's cells into a results folder of its own and turns what it found into rows. The output file
+appears whole at the end or not at all; until then everything lies in a work folder beside it, which the next attempt
+clears away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -49,9 +52,7 @@ def measure(config: Config, method: str, output: Path, log: Path) -> None:
     outcomes = {cell: {"status": "skipped", "reason": reason} for cell in cells if (reason := _left_out(cell, config))}
     if measured := [cell for cell in cells if cell not in outcomes]:
         outcomes |= _measure(measured, config, output.with_name(f".{method}.work"), log)
-    table = results.frame(
-        results.row(cell, _problem(cell)[0], config, fingerprint, outcomes[cell]) for cell in cells
-    )
+    table = results.frame(results.row(cell, _problem(cell)[0], config, fingerprint, outcomes[cell]) for cell in cells)
     paths.write_atomically(output, table.to_csv(index=False))
     shutil.rmtree(output.with_name(f".{method}.work"), ignore_errors=True)
     counts = table["status"].value_counts()
@@ -91,7 +92,7 @@ def _run_asv(work: Path, log: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.asv_standalone", str(work), "run"]
     command += ["--config", str(work / "asv.conf.json"), "--python=same", "--launch-method=forkserver"]
     command += ["--set-commit-hash", provenance().git_sha, "--show-stderr", "--bench", PIPELINE]
-    environment = os.environ | {VARIABLE: str(work / "plan.json")}
+    environment = os.environ | {VARIABLE: str(work / "plan.json"), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=paths.ROOT, env=environment)
@@ -118,10 +119,10 @@ def _progress(cells: list[Cell], records: Path) -> Iterator[None]:
     thread.start()
     try:
         yield
+        bar.update(bar.total - bar.n)
     finally:
         done.set()
         thread.join()
-        bar.update(bar.total - bar.n)
         bar.close()
 
 

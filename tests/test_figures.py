@@ -34,7 +34,7 @@ PROBLEMS = [  # family, sizes, N, O, P, slowness
     ("digits_mlp", "N=64", 64, 10, 85002, 1.0),
     ("digits_mlp", "N=512", 512, 10, 85002, 1.0),
     ("digits_conv", "N=64", 64, 10, 19658, 3.0),
-    ("gru_hazelden", "N=15,T=50", 15, 3200, 14592, 40.0),
+    ("gru_hazelden", "N=15,T=8", 15, 512, 14592, 6.0),
 ]
 BUDGETS = (8, 32, 128, 512, 2048)
 # seconds = a * n^p passes each; accuracy in relative error at one pass
@@ -74,14 +74,22 @@ def synthetic(problems=PROBLEMS, methods=METHODS, metrics=ALL, dtype="float32", 
 
 def _cell(rng, method, kind, runs, gives, row, slow, backend):
     if not runs or not gives:
-        return {"status": "skipped", "reason": "runs on another backend only" if not runs else "gives other metrics only"}
+        return {
+            "status": "skipped",
+            "reason": "runs on another backend only" if not runs else "gives other metrics only",
+        }
     n, metric = row["n"], row["metric"]
     a_pass = 2e-4 * slow * (n / 640) ** 0.8 * (0.6 if backend == "jax" else 1.0)
     if kind == "stochastic":
         if method == "hutchpp" and row["passes"] < 12 and metric != "trace":
             return {"status": "skipped", "reason": f"{metric} takes at least 12 passes"}
         seconds = 2e-3 + a_pass * row["passes"]
-        error = SPREAD.get(method, 0.8) * METRIC_SPREAD[metric] / row["passes"] ** (0.62 if method == "hutchpp" else 0.5) / 5
+        error = (
+            SPREAD.get(method, 0.8)
+            * METRIC_SPREAD[metric]
+            / row["passes"] ** (0.62 if method == "hutchpp" else 0.5)
+            / 5
+        )
         error *= rng.lognormal(0, 0.12)
         quartiles = 0.45 * error, 1.75 * error
     else:
@@ -93,9 +101,21 @@ def _cell(rng, method, kind, runs, gives, row, slow, backend):
             return {"status": "skipped", "reason": "structured derivatives unroll the scan: compiling takes O(T^2)"}
         if method == "nt_ntk_vector_products" and "conv" in row["family"]:
             return {"status": "out_of_memory", "reason": "more than 6 GiB"}
-        if seconds > 60:
-            return {"status": "timeout", "reason": "more than 60 s"}
+        if seconds > 30:
+            return {"status": "timeout", "reason": "more than 30 s"}
     seconds *= rng.lognormal(0, 0.05)
-    memory = (8 * n * n if kind == "exact" else 4 * n * 64) + rng.normal(0, 2e5) + {"naive_jacobian": 4.0 * n * row["P"] / 8}.get(method, 0)
-    return {"status": "ok", "seconds": seconds, "seconds_q25": 0.96 * seconds, "seconds_q75": 1.07 * seconds,
-            "error": error, "error_q25": quartiles[0], "error_q75": quartiles[1], "memory_bytes": memory}
+    memory = (
+        (8 * n * n if kind == "exact" else 4 * n * 64)
+        + rng.normal(0, 2e5)
+        + {"naive_jacobian": 4.0 * n * row["P"] / 8}.get(method, 0)
+    )
+    return {
+        "status": "ok",
+        "seconds": seconds,
+        "seconds_q25": 0.96 * seconds,
+        "seconds_q75": 1.07 * seconds,
+        "error": error,
+        "error_q25": quartiles[0],
+        "error_q75": quartiles[1],
+        "memory_bytes": memory,
+    }

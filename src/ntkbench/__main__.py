@@ -25,7 +25,7 @@ def main() -> None:
 @click.argument("label")
 @click.option("--output", type=NEW, required=True)
 def problem(label: str, output: Path) -> None:
-    """Make a problem ready: trained weights and exact metrics, looked up or computed and kept; its facts go to OUTPUT."""
+    """Make a problem ready: trained weights and exact metrics, looked up or computed; its facts go to OUTPUT."""
     from ntkbench import reference
 
     with errors.as_one_line():

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ntkbench import methods, paths, problems
 from ntkbench.errors import BadInput, Unavailable
@@ -143,7 +153,9 @@ class Cell:
     @property
     def label(self) -> str:
         """``problem/method/backend/metric[/passes]``, by which asv and the records know the cell."""
-        return "/".join(str(part) for part in (self.problem, self.method, self.backend, self.metric, self.passes) if part)
+        return "/".join(
+            str(part) for part in (self.problem, self.method, self.backend, self.metric, self.passes) if part
+        )
 
     @classmethod
     def from_label(cls, label: str) -> Self:

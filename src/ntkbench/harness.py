@@ -1,8 +1,8 @@
 """One execution of one cell: prepared, watched, and recorded whatever becomes of it.
 
-An execution is a process that measures one aspect of a cell (seconds, memory or accuracy). What it finds out beyond the one
-number that asv keeps goes into a record, a small JSON file that is there from the start of the execution, so that a process
-that was killed or crashed leaves a trace as well.
+An execution is a process that measures one aspect of a cell (seconds, memory or accuracy). What it finds out beyond the
+one number that asv keeps goes into a record, a small JSON file that is there from the start of the execution, so that a
+process that was killed or crashed leaves a trace as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from ntkbench import grid, methods, paths, problems, reference, watchdog
+from ntkbench import grid, jacobian, methods, paths, problems, reference, watchdog
 from ntkbench.errors import OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.grid import Cell, Config
@@ -98,7 +98,8 @@ class Execution:
     def error(self) -> float:
         """Median relative error over seeds against the exact value; all estimates go into the record.
 
-        Takes up to ``config.seeds`` seeds, fewer (but at least five) where they take longer than ``config.error_seconds``.
+        Takes up to ``config.seeds`` seeds, fewer (but at least five) where they take longer than
+        ``config.error_seconds``.
         """
         with self._recorded():
             exact = reference.exact(problems.load(self.cell.problem))[self.cell.metric]
@@ -118,7 +119,7 @@ class Execution:
 
     def end(self) -> None:
         """Declare the execution done."""
-        self.found["device"], self.found["gpu_peak_bytes"] = _device(self.config, self.cell)
+        self.found["gpu_peak_bytes"] = jacobian.device_memory(self.config.target(self.cell.backend))
         self._write(status="ok", **self.found)
 
     @contextlib.contextmanager
@@ -157,13 +158,6 @@ def _use_threads(threads: int) -> None:
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
-
-
-def _device(config: Config, cell: Cell) -> tuple[str, int | None]:
-    from ntkbench import jacobian
-
-    target = config.target(cell.backend)
-    return jacobian.device_name(target), jacobian.device_memory(target)
 
 
 def _says_out_of_memory(error: Exception) -> bool:

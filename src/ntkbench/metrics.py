@@ -77,8 +77,8 @@ def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Momen
     """Moments from blocks of rows of Theta (and of Theta_f); one block is held at a time.
 
     Args:
-        blocks: for each block the numbers of its rows, ``[r]`` integers, and the rows themselves, ``[r, n]``, of Theta and
-            for alignment of Theta_f.
+        blocks: for each block the numbers of its rows, ``[r]`` integers, and the rows themselves, ``[r, n]``, of Theta
+            and for alignment of Theta_f.
     """
     sums = _Sums()
     for numbers, (rows, *at_f) in blocks:
@@ -105,8 +105,8 @@ def from_rows_of_jacobian(
     """Moments from rows of J, by blocks of rows: what ``metric`` needs and no more.
 
     The trace needs every block once. The other metrics need the products of all pairs of blocks, of which one triangle
-    is computed; J is kept where all of it fits in the operators' memory budget, and its blocks are made anew for every pair
-    otherwise.
+    is computed; J is kept where all of it fits in the operators' memory budget, and its blocks are made anew for every
+    pair otherwise.
 
     Args:
         metric: which metric the moments are for.

@@ -45,9 +45,9 @@ def file_of(label: str, folder: Path) -> Path:
 def compute(problem: Problem) -> dict[str, Any]:
     """The exact metrics of a problem and how they were made, in float64 by torch, streamed in blocks of rows.
 
-    Cost: O per-sample backward passes at theta_0 and theta_f (more on the n x n side where J does not fit in memory), and
-    the smaller of n^2 P and 1.5 n P^2 multiplications for each of two Gram matrices. Problems whose samples interact
-    take n passes instead of O.
+    Cost: O per-sample backward passes at theta_0 and theta_f (more on the n x n side where J does not fit in memory),
+        and the smaller of n^2 P and 1.5 n P^2 multiplications for each of two Gram matrices. Problems whose samples
+        interact take n passes instead of O.
     """
     start = time.perf_counter()
     small_side = "n x n" if problem.n <= problem.P else "P x P"
@@ -75,7 +75,7 @@ def _jacobians(problem: Problem) -> list[Any]:
 
 
 def _blocks(problem: Problem, jacobian: Any) -> tuple[list[Any], Any]:
-    """Blocks of rows and the function that makes them: per sample where samples are independent, whole passes otherwise."""
+    """Blocks of rows and what makes them: per sample where samples are independent, by whole passes otherwise."""
     if not problem.samples_interact:
         return list(jacobian.rectangles(0.25)), lambda j, rectangle: j.sample_rows(*rectangle)
     size = max(1, MEMORY // 4 // (problem.P * jacobian.itemsize))

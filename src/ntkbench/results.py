@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ntkbench import harness, methods
+from ntkbench import harness, jacobian, methods
 from ntkbench.errors import NtkbenchError
 from ntkbench.grid import Cell, Config
 from ntkbench.problems.base import Problem, parse_label
@@ -67,6 +67,7 @@ def row(
         "family": parse_label(cell.problem)[0],
         "title": method.title,
         "kind": method.kind,
+        "device": jacobian.device_name(config.target(cell.backend)),
         "dtype": config.dtype,
         "threads": config.threads,
         "first_seed": 0 if method.takes_passes else None,
@@ -103,7 +104,6 @@ def outcome(cell: Cell, records: Path, asv: AsvResults) -> dict[str, Any]:
         "standard_error": float(np.median(spread)) if spread else None,
         "memory_bytes": max(0.0, peak - found["memory"]["baseline_bytes"]),
         "gpu_peak_bytes": found["memory"]["gpu_peak_bytes"],
-        "device": accuracy["device"],
     }
 
 
@@ -166,7 +166,9 @@ def combine(tables: Iterable[pd.DataFrame], expected: Iterable[Cell]) -> pd.Data
         NtkbenchError: a cell has no row or more than one, or a row is no cell.
     """
     table = pd.concat(list(tables), ignore_index=True)
-    labels = [Cell(p, m, b, k, None if pd.isna(n) else int(n)).label for p, m, b, k, n in table[KEY].itertuples(index=False)]
+    labels = [
+        Cell(p, m, b, k, None if pd.isna(n) else int(n)).label for p, m, b, k, n in table[KEY].itertuples(index=False)
+    ]
     wanted = [cell.label for cell in expected]
     if sorted(labels) != sorted(wanted):
         missing, extra = sorted(set(wanted) - set(labels)), sorted(set(labels) - set(wanted))

@@ -1,12 +1,13 @@
 """A process of its own that stops another one when it goes over its time or its memory.
 
-Being outside, it works while the other process sits in a long call that never comes back to Python, and it can still say
-afterwards why that process is gone. ``python watchdog.py PID SECONDS BYTES VERDICT`` imports nothing of ntkbench, so that it
-starts at once.
+Being outside, it works while the other process sits in a long call that never comes back to Python, and it can still
+say afterwards why that process is gone. ``python watchdog.py PID SECONDS BYTES VERDICT`` imports nothing of ntkbench,
+so that it starts at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,7 +21,13 @@ POLL_SECONDS = 0.05
 
 
 def guard(seconds: float, memory: float, verdict: Path) -> None:
-    """Have the calling process killed, and ``verdict`` written, when it runs over a time or its resident memory over a size."""
+    """Have the calling process killed, and ``verdict`` written, when it goes over its time or its resident memory.
+
+    Args:
+        seconds: the time it may take from now.
+        memory: the bytes it may hold.
+        verdict: a JSON file with status and reason, written only if it is killed.
+    """
     arguments = [str(os.getpid()), str(seconds), str(memory), str(verdict)]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.Popen([sys.executable, __file__, *arguments], **quiet)
@@ -47,7 +54,5 @@ def _stop(process: psutil.Process, verdict: Path, status: str, reason: str) -> N
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it finished
         _watch(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
-    except psutil.NoSuchProcess:
-        pass  # it finished

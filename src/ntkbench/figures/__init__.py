@@ -1,7 +1,7 @@
 """Figures: the tidy table in; PDF, PNG, the plotted numbers as CSV and a caption out.
 
-One file a figure: a file dropped in here is drawn under its own name. It holds one function, ``draw(table) -> Drawing``,
-which gets a table that :func:`ntkbench.figures.base.checked` has passed and that has at least one row.
+One file a figure: a file dropped in here is drawn under its own name. It holds one function, ``draw(table) ->
+Drawing``, which gets a table that :func:`ntkbench.figures.base.checked` has passed and that has at least one row.
 """
 
 from __future__ import annotations

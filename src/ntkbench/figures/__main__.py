@@ -13,7 +13,9 @@ from ntkbench.errors import NtkbenchError
 
 @click.command()
 @click.argument("chosen", metavar="NAME...", nargs=-1)
-@click.option("--table", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tidy table.")
+@click.option(
+    "--table", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tidy table."
+)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the figures.")
 def main(chosen: tuple[str, ...], table: Path, out: Path) -> None:
     """Draw figures from the tidy table; all of them if no NAME is given."""

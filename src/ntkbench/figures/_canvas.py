@@ -1,4 +1,4 @@
-"""Sheets of panels laid out in inches, under a title and a shared key; and the small parts that panels have in common."""
+"""Sheets of panels laid out in inches, under a title and a shared key; and what panels have in common."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures._looks import TITLES, Look
+from ntkbench.figures import _key
+from ntkbench.figures._key import Key
+from ntkbench.figures._looks import GREY
 
 WIDTH = 11.0
 """Inches; text of 10 points is still legible where a page shows this at half size."""
 MARGIN = 0.12
-GREY = "#6B6B6B"
 PALE = "#B9B9B9"
-
-Entry = tuple[Any, str]
+SHADE = "#F2F2F2"
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def sheet(
     *,
     title: str,
     subtitle: str,
-    key: Sequence[tuple[str, Sequence[Entry]]],
+    key: Key,
     left: float = 0.85,
     gap: float = 0.18,
     bottom: float = 0.3,
@@ -62,7 +60,7 @@ def sheet(
         widest: inches that a panel is at most wide.
     """
     figure = Figure(figsize=(WIDTH, 4.0))
-    legend = _legend(figure, key)
+    legend = _key.legend(figure, key, WIDTH - 2 * MARGIN)
     head = 0.75 + legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
     total = head + sum(row.above + row.height + row.below for row in rows) + bottom
     figure.set_size_inches(WIDTH, total)
@@ -89,65 +87,6 @@ def text_width(labels: Iterable[str], size: float) -> float:
     return max((text.get_window_extent(renderer).width / figure.dpi for text in texts), default=0.0)
 
 
-def method_entries(looks: Iterable[Look], backends: dict[str, list[str]]) -> list[tuple[str, list[Entry]]]:
-    """The key's part on methods, by kind: drawn as for PyTorch, or as for the one backend that a method has."""
-    kinds: dict[str, list[Entry]] = {}
-    for look in looks:
-        style = look.line("torch" if "torch" in backends[look.method] else backends[look.method][0])
-        if look.kind != "stochastic":
-            style["linestyle"] = ""
-        kinds.setdefault(look.kind, []).append((Line2D([], [], **style), look.title))
-    return list(kinds.items())
-
-
-def backend_entries(backends: Iterable[str], linestyle: bool = True) -> list[Entry]:
-    """The key's part on backends."""
-    sample = Look("", "", "", GREY, "o")
-    entries = []
-    for backend in backends:
-        style = sample.line(backend) | ({} if linestyle else {"linestyle": ""})
-        words = {"torch": "filled, solid", "jax": "open, dashed"}.get(backend, "open, dotted")
-        words = words if linestyle else words.split(",")[0]
-        entries.append((Line2D([], [], **style), f"{TITLES.get(backend, backend)}: {words}"))
-    return entries
-
-
-def _legend(figure: Figure, key: Sequence[tuple[str, Sequence[Entry]]]) -> Legend:
-    """All entries, flowing down as many columns as there is room for; a heading stays with what it heads."""
-    groups = [[(Line2D([], [], linestyle=""), heading), *entries] for heading, entries in key if entries]
-    for columns in (4, 3, 2, 1):
-        lines = _flow(groups, columns)
-        legend = figure.legend(*zip(*lines, strict=True), ncols=columns, loc="upper left")
-        for text in legend.get_texts():
-            if text.get_text() in {group[0][1] for group in groups}:
-                text.set_fontweight("bold")
-        width = legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
-        if width <= WIDTH - 2 * MARGIN or columns == 1:
-            break
-        legend.remove()
-    return legend
-
-
-def _flow(groups: list[list[Entry]], columns: int) -> list[Entry]:
-    """Entries in columns of one height, the last ones filled up with blanks."""
-    blank = (Line2D([], [], linestyle=""), " ")
-    for height in range(1, 1000):
-        made: list[list[Entry]] = [[]]
-        for group in groups:
-            if made[-1] and len(made[-1]) + 1 + min(len(group), 3) <= height:
-                made[-1].append(blank)
-            elif made[-1]:
-                made.append([])
-            for entry in group:
-                if len(made[-1]) == height:
-                    made.append([])
-                made[-1].append(entry)
-        if len(made) <= columns and height > 2:
-            break
-    made += [[] for _ in range(columns - len(made))]
-    return [entry for column in made for entry in column + [blank] * (height - len(column))]
-
-
 def limits(values: Iterable[float], pad: float = 1.6, ratio: float = 40.0) -> tuple[float, float]:
     """Limits of a logarithmic axis around positive values, at least a ``ratio`` apart."""
     values = np.asarray([v for v in values if math.isfinite(v) and v > 0])
@@ -159,11 +98,37 @@ def limits(values: Iterable[float], pad: float = 1.6, ratio: float = 40.0) -> tu
 
 
 def decades(axis: Any, low: float, high: float, most: int = 6) -> None:
-    """Ticks at powers of ten, at most ``most`` of them, the lowest one included."""
+    """Ticks at powers of ten, at most ``most`` of them, the lowest one included; finer ones where there are not two."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     step = max(1, math.ceil((last - first + 1) / most))
-    axis.set_major_locator(FixedLocator([10.0**k for k in range(first, last + 1, step)]))
+    ticks = [10.0**k for k in range(first, last + 1, step)]
+    if len(ticks) < 2:
+        fine = [m * 10.0**k for k in range(first - 1, last + 1) for m in (1, 3)]
+        ticks = [tick for tick in fine if low <= tick <= high]
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
+
+
+def compress(panel: Axes, knee: float) -> None:
+    """Log y axis with decades below ``knee`` squeezed, on grey: what is there is read by eye, not by slope."""
+    bottom, share = math.log10(knee), 0.25
+
+    def squeezed(y: np.ndarray) -> np.ndarray:
+        log = np.log10(np.maximum(y, 1e-300))
+        return np.where(log < bottom, bottom + share * (log - bottom), log)
+
+    def back(z: np.ndarray) -> np.ndarray:
+        return 10.0 ** np.where(z < bottom, bottom + (z - bottom) / share, z)
+
+    low, high = panel.get_ylim()
+    panel.set_yscale("function", functions=(squeezed, back))
+    panel.set_ylim(low, high)
+    panel.axhspan(low, knee, color=SHADE, linewidth=0, zorder=0)
+    above, below = (math.floor(math.log10(v) + 1e-9) for v in (high, knee))
+    ticks = [*range(math.ceil(math.log10(low) - 1e-9), below - 1, 2), *range(below, above + 1)]
+    panel.yaxis.set_major_locator(FixedLocator([10.0**k for k in ticks]))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def note(panel: Axes, text: str, size: float = 9.0) -> None:
@@ -181,4 +146,6 @@ def heading(panel: Axes, text: str, detail: str = "", offset: float = 20.0) -> N
         text, (0, 1), xytext=(0, offset), xycoords="axes fraction", textcoords="offset points", fontweight="bold"
     )
     if detail:
-        panel.annotate(detail, (1, 0), xytext=(8, 0), xycoords=spot, textcoords="offset points", color=GREY, va="bottom")
+        panel.annotate(
+            detail, (1, 0), xytext=(8, 0), xycoords=spot, textcoords="offset points", color=GREY, va="bottom"
+        )

@@ -9,18 +9,21 @@ from typing import Any
 
 import pandas as pd
 
+from ntkbench.figures import _labels
 from ntkbench.figures.base import KINDS
 
 # Okabe and Ito's colour-blind safe colours without yellow (too pale for a line), and two of Paul Tol's "muted".
 BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2"
 VERMILION, PINK, WINE, INDIGO = "#D55E00", "#CC79A7", "#882255", "#332288"
+GREY = "#6B6B6B"
+"""Of text that stands beside the data."""
 COLOURS = (ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, WINE, INDIGO, BLACK)
-MARKERS = {"exact": "s^vPXd", "approximate": "*H", "stochastic": "oD<>p"}
+MARKERS = {"exact": "s^vdPX", "approximate": "*H", "stochastic": "oD<>p"}
 """Shapes that can be filled or left open; no two kinds share one."""
 
 KNOWN = {
     "naive_jacobian": (BLACK, "s"),
-    "direct": (WINE, "X"),
+    "direct": (WINE, "d"),
     "jacobian_contraction": (BLUE, "^"),
     "ntk_vector_products": (GREEN, "v"),
     "nt_jacobian_contraction": (SKY, "^"),
@@ -51,7 +54,7 @@ class Look:
 
     def line(self, backend: str) -> dict[str, Any]:
         """Keywords for a line with markers: filled and solid for PyTorch, open and dashed for JAX."""
-        size = {"*": 9.0, "D": 4.8, "P": 6.5, "X": 6.5, "d": 6.5}.get(self.marker, 5.5)
+        size = {"*": 9.0, "D": 4.8, "P": 6.5, "X": 6.5, "d": 7.0}.get(self.marker, 5.5)
         return {
             "color": self.colour,
             "marker": self.marker,
@@ -81,7 +84,8 @@ def looks(table: pd.DataFrame) -> dict[str, Look]:
     kinds = [*KINDS, *sorted(set(methods["kind"]) - set(KINDS))]
     order = sorted(methods.index, key=lambda m: (kinds.index(methods["kind"][m]), listed.index(m)))
     return {
-        m: Look(m, methods["title"][m] or m.replace("_", " "), methods["kind"][m], *chosen[m]) for m in order
+        m: Look(m, _labels.plain(methods["title"][m] or m.replace("_", " ")), methods["kind"][m], *chosen[m])
+        for m in order
     }
 
 

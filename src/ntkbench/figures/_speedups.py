@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ntkbench.figures import base
+from ntkbench.figures import _labels, base
 
-BASELINES = ("naive_jacobian", "direct")
-"""Both of them in PyTorch, on the same problem, metric and setting."""
+BASELINES = {"naive_jacobian": "naive Jacobian", "direct": "direct"}
+"""Names and titles; both of them in PyTorch, on the same problem, metric and setting."""
 TOLERANCES = {"1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
 
@@ -17,7 +17,8 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each problem, setting, metric, method, backend and tolerance.
 
     A method's time is the least of its measured medians whose median error is within the tolerance; nothing is
-    interpolated between budgets. ``outcome`` is ``reached``, ``not reached``, or how the cells ended if none was measured.
+    interpolated between budgets. ``outcome`` is ``reached``, ``not reached``, or how the cells ended if none was
+    measured.
     """
     runs = table.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
     table = table[runs].sort_values(["family", "n", "problem", "setting"])
@@ -56,6 +57,6 @@ def _outcome(rows: pd.DataFrame) -> str:
     """Why there is no time: too wrong, or else the most frequent end of its cells other than having been skipped."""
     if len(base.measured(rows, "seconds", "error")):
         return "not reached"
-    ends = rows.loc[~rows["status"].isin(["ok"]), "status"]
+    ends = rows.loc[rows["status"] != "ok", "status"]
     ended = ends[ends != "skipped"] if (ends != "skipped").any() else ends
-    return base.status_label(ended.mode().iloc[0]) if len(ended) else "not measured"
+    return _labels.status_label(ended.mode().iloc[0]) if len(ended) else "not measured"

@@ -1,9 +1,8 @@
-"""What figures share: the table that they get, the drawing that they return, labels, the caption."""
+"""What figures share: the table that they get, the drawing that they return, the style, the caption."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ntkbench.errors import BadInput
-from ntkbench.metrics import METRICS, SYMBOLS
+from ntkbench.figures import _labels
+from ntkbench.metrics import METRICS
 
 STYLE = Path(__file__).with_name("ntkbench.mplstyle")
 KINDS = ("exact", "approximate", "stochastic")
@@ -26,8 +26,6 @@ NUMBERS = ("N", "O", "P", "n", "passes", "seconds", "seconds_q25", "seconds_q75"
 NUMBERS += ("seeds", "memory_bytes", "threads")
 COLUMNS = WORDS + NUMBERS
 """Columns of the tidy table that figures read; it has more."""
-
-ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
 
 
 @dataclass(frozen=True)
@@ -84,56 +82,6 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
     return [m for m in METRICS if m in there] + sorted(there - set(METRICS))
 
 
-def metric_label(metric: str) -> str:
-    """A metric's name, with its symbol where it has one."""
-    name, symbol = metric.replace("_", " "), SYMBOLS.get(metric, "")
-    return f"{name}  {symbol}" if symbol.startswith("$") else name
-
-
-def name_label(name: str) -> str:
-    """``digits_mlp[N=64,T=8]`` as one reads it: digits MLP, N = 64, T = 8."""
-    family, *sizes = re.split(r"[\[\],]", name)
-    words = [word.upper() if word in ACRONYMS else word for word in family.split("_")]
-    return ", ".join([" ".join(words), *(size.strip().replace("=", " = ") for size in sizes if size)])
-
-
-def count_label(count: float) -> str:
-    """A large number in a title: 640, 85 k, 1.2 M."""
-    if not count >= 0:
-        return "?"
-    for unit, word in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if count >= unit:
-            scale = 1e3 if word == " k" else unit
-            return f"{count / scale:.3g}{word}"
-    return f"{count:.0f}"
-
-
-def range_label(counts: pd.Series) -> str:
-    """One number, or from the smallest to the largest."""
-    low, high = counts.min(), counts.max()
-    return count_label(low) if low == high else f"{count_label(low)} to {count_label(high)}"
-
-
-def status_label(status: str) -> str:
-    """A status as one reads it."""
-    return status.replace("_", " ")
-
-
-def why_not(rows: pd.DataFrame, most: int = 3) -> str:
-    """The reasons of rows that are not ok, most frequent first, one a line."""
-    rows = rows[rows["status"] != "ok"]
-    if not len(rows):
-        return "measured, but without these numbers"
-    counts = rows.groupby(["status", "reason"]).size().reset_index(name="cells")
-    counts = counts.sort_values(["cells", "status", "reason"], ascending=[False, True, True])
-    lines = [
-        f"{row.cells} {status_label(row.status)}" + (f": {row.reason}" if row.reason else "")
-        for row in counts.head(most).itertuples()
-    ]
-    left = int(counts["cells"][most:].sum())
-    return "\n".join([*lines, f"and {left} more"] if left else lines)
-
-
 def settings_line(table: pd.DataFrame) -> str:
     """Device, precision, threads, seeds and code on one line, for under a figure's title."""
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
@@ -144,7 +92,7 @@ def settings_line(table: pd.DataFrame) -> str:
         seeds and f"median of {seeds} seeds",
         _code(table),
     ]
-    return "  ·  ".join(part for part in parts if part)
+    return _labels.plain("  ·  ".join(part for part in parts if part))
 
 
 def _code(table: pd.DataFrame) -> str:
@@ -161,9 +109,11 @@ def _code(table: pd.DataFrame) -> str:
 def caption(name: str, drawing: Drawing, table: pd.DataFrame) -> str:
     """The figure's caption with the settings of the table behind it."""
     cells = table.groupby("status").size()
-    cells = ", ".join(f"{cells[s]} {status_label(s)}" for s in sorted(cells.index, key=lambda s: (s != "ok", s)))
+    cells = ", ".join(
+        f"{cells[s]} {_labels.status_label(s)}" for s in sorted(cells.index, key=lambda s: (s != "ok", s))
+    )
     lines = [
-        f"{name_label(name)}. {drawing.caption}",
+        f"{_labels.name_label(name)}. {drawing.caption}",
         f"Settings: {settings_line(table) or 'none recorded'}.",
         f"Machine: {'; '.join(sorted(set(table['machine']) - {''})) or 'not recorded'}.",
         f"Cells of the grid: {cells or 'none'}.",

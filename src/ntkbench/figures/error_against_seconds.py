@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from ntkbench.figures import _canvas, base
-from ntkbench.figures._looks import Look, backends_in, looks
+from ntkbench.figures import _canvas, _key, _labels, _looks, base
+from ntkbench.figures._looks import TITLES, Look, backends_in, looks
 
 FLOOR = 1e-8
-"""Errors below are drawn here: an exact method may agree to the last bit, and zero has no place on a logarithmic axis."""
+"""Errors below are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
+MOST = 12
+"""Lines in a panel; where there are more, backends get rows of their own."""
 
 KEPT = ["problem", "setting", "n", "P", "metric", "method", "title", "kind", "backend", "passes", "status", "reason"]
 KEPT += ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "seeds"]
+LOST = ["timeout", "out_of_memory", "failed"]
 DRAWN = ["error", "error_q25", "error_q75"]
 
 
@@ -27,50 +32,62 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         plotted[f"{column}_drawn"] = plotted[column].clip(lower=FLOOR)
     points = base.measured(plotted, "seconds", "error")
     if not len(points):
-        return base.nothing(plotted, base.why_not(table))
+        return base.nothing(plotted, _labels.why_not(table))
 
     style, metrics = looks(table), base.metrics_in(table)
+    knee = _knee(points)
     problems = list(dict.fromkeys(zip(plotted["problem"], plotted["setting"], strict=True)))
     used = {m: backends_in(points[points["method"] == m]) for m in style if m in set(points["method"])}
+    case = ["problem", "setting", "metric"]
+    lines = points[points["kind"] == "stochastic"].drop_duplicates([*case, "method", "backend"])
+    crowd = lines.groupby(case).size().max() if len(lines) else 0
+    shares = [[b] for b in backends_in(points)] if crowd > MOST else [backends_in(plotted)]
+    sheets = [(*problem, backends) for problem in problems for backends in shares]
     figure, grid = _canvas.sheet(
-        [_canvas.Row(2.1) for _ in problems],
+        [_canvas.Row(2.1 if crowd <= MOST else 2.8) for _ in sheets],
         len(metrics),
         title="Relative error against seconds",
         subtitle=base.settings_line(table),
-        key=[*_canvas.method_entries([style[m] for m in used], used), ("how to read", _reading(points))],
+        key=[*_key.method_entries([style[m] for m in used], used), ("how to read", _reading(points, knee))],
     )
     low, high = _canvas.limits(points[[f"{c}_drawn" for c in DRAWN]].stack())
-    low = max(low, 0.6 * FLOOR)
-    for row, (problem, setting) in zip(grid, problems, strict=True):
+    low = max(low, FLOOR / 8)
+    high *= 4 if plotted["status"].isin(LOST).any() else 1  # room for the counts in the corner
+    for row, (problem, setting, backends) in zip(grid, sheets, strict=True):
         here = plotted[(plotted["problem"] == problem) & (plotted["setting"] == setting)]
-        seconds = _canvas.limits(base.measured(here, "seconds", "error")[["seconds", "seconds_q25", "seconds_q75"]].stack())
+        times = base.measured(here, "seconds", "error")[["seconds", "seconds_q25", "seconds_q75"]].stack()
         for panel, metric in zip(row, metrics, strict=True):
-            panel.set(xscale="log", yscale="log", xlim=seconds, ylim=(low, high))
-            panel.set_title(base.metric_label(metric))
-            _canvas.decades(panel.xaxis, *seconds)
-            _canvas.decades(panel.yaxis, low, high, most=5)
-            panel.yaxis.set_major_formatter(FuncFormatter(_error_tick))
-            if panel is not row[0]:
-                panel.tick_params(labelleft=False)
+            panel.set(xscale="log", yscale="log", xlim=_canvas.limits(times), ylim=(low, high))
+            panel.set_title(_labels.metric_label(metric))
+            _axes(panel, knee)
+            panel.tick_params(labelleft=panel is row[0])
             if row is grid[-1]:
                 panel.set_xlabel("seconds")
-            _panel(panel, here[here["metric"] == metric], style)
+            _panel(panel, here[(here["metric"] == metric) & here["backend"].isin(backends)], style)
         row[0].set_ylabel("relative error")
-        size = f"n = {base.range_label(here['n'])},  P = {base.range_label(here['P'])}"
-        name = ", ".join(part for part in (base.name_label(problem), setting) if part)
-        _canvas.heading(row[0], name, size)
-    return base.Drawing(figure, plotted, _caption(points))
+        name = _labels.case_label(problem, setting, *(TITLES.get(b, b) for b in backends if len(shares) > 1))
+        _canvas.heading(row[0], name, _labels.sizes_label(here, "n", "P"))
+    return base.Drawing(figure, plotted, _caption(points, knee))
+
+
+def _axes(panel: Axes, knee: float | None) -> None:
+    _canvas.decades(panel.xaxis, *panel.get_xlim())
+    if knee:
+        _canvas.compress(panel, knee)
+    else:
+        _canvas.decades(panel.yaxis, *panel.get_ylim(), most=5)
+    panel.yaxis.set_major_formatter(FuncFormatter(_error_tick))
 
 
 def _panel(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
     points = base.measured(cells, "seconds", "error")
     if not len(points):
-        _canvas.note(panel, base.why_not(cells) if len(cells) else "not in the grid")
+        _canvas.note(panel, _labels.why_not(cells) if len(cells) else "not in the grid")
         return
-    lost = cells[~cells["status"].isin(["ok", "skipped"])].groupby("status").size()
+    lost = cells[cells["status"].isin(LOST)].groupby("status").size()
     if len(lost):
-        text = ", ".join(f"{count} {base.status_label(status)}" for status, count in lost.items())
-        panel.text(0.98, 0.97, text, transform=panel.transAxes, ha="right", va="top", fontsize=8.5, color=_canvas.GREY)
+        text = "not drawn: " + ", ".join(f"{count} {_labels.status_label(status)}" for status, count in lost.items())
+        panel.text(0.98, 0.97, text, transform=panel.transAxes, ha="right", va="top", fontsize=8.5, color=_looks.GREY)
     _guide(panel, points[points["kind"] == "stochastic"])
     for (method, backend), line in points.groupby(["method", "backend"], sort=False):
         _line(panel, line, style[method], backend)
@@ -84,15 +101,13 @@ def _line(panel: Axes, line: pd.DataFrame, look: Look, backend: str) -> None:
         drawn["linestyle"] = ""
     over = 3 if stochastic else 4
     panel.plot(line["seconds"], line["error_drawn"], **drawn, zorder=over, clip_on=False)
-    panel.hlines(
-        line["error_drawn"], line["seconds_q25"], line["seconds_q75"], color=look.colour, linewidth=0.8, zorder=over - 0.5
-    )
+    thin = {"color": look.colour, "linewidth": 0.8, "zorder": over - 0.5}
+    panel.hlines(line["error_drawn"], line["seconds_q25"], line["seconds_q75"], **thin)
+    quartiles = line["error_q25_drawn"], line["error_q75_drawn"]
     if stochastic and len(line) > 1:
-        quartiles = line["error_q25_drawn"], line["error_q75_drawn"]
         panel.fill_between(line["seconds"], *quartiles, color=look.colour, alpha=0.13, linewidth=0, zorder=2)
     else:
-        quartiles = line["error_q25_drawn"], line["error_q75_drawn"]
-        panel.vlines(line["seconds"], *quartiles, color=look.colour, linewidth=0.8, zorder=over - 0.5)
+        panel.vlines(line["seconds"], *quartiles, **thin)
 
 
 def _guide(panel: Axes, points: pd.DataFrame) -> None:
@@ -103,29 +118,41 @@ def _guide(panel: Axes, points: pd.DataFrame) -> None:
         panel.plot(x, height * x**-0.5, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)), zorder=1)
 
 
-def _reading(points: pd.DataFrame) -> list[_canvas.Entry]:
-    entries = _canvas.backend_entries(backends_in(points))
+def _knee(points: pd.DataFrame) -> float | None:
+    """The decade below which only exact methods have errors, where they leave a wide gap to the others."""
+    others = points[points["kind"] != "exact"]
+    if not len(others):
+        return None
+    knee = 10.0 ** math.floor(math.log10(others[[f"{c}_drawn" for c in DRAWN]].min().min()))
+    return knee if points["error_drawn"].min() < knee / 10 else None
+
+
+def _reading(points: pd.DataFrame, knee: float | None) -> list[_key.Entry]:
+    entries = _key.backend_entries(backends_in(points))
     if (points["kind"] == "stochastic").any():
         guide = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
-        entries.append((Patch(color=_canvas.GREY, alpha=0.25, linewidth=0), "quartiles over seeds"))
+        entries.append((Patch(color=_looks.GREY, alpha=0.25, linewidth=0), "quartiles over seeds"))
         entries.append((guide, "slope \N{MINUS SIGN}½, the Monte Carlo rate"))
+    if knee:
+        entries.append((Patch(color="#E6E6E6", linewidth=0), "decades drawn at a quarter"))
     return entries
 
 
 def _error_tick(value: float, _: int) -> str:
-    power = round(pd.Series([value]).map("{:e}".format).str.split("e").str[1].astype(int).item())
-    return rf"$\leq 10^{{{power}}}$" if value <= FLOOR * 1.01 else rf"$10^{{{power}}}$"
+    return ("\N{LESS-THAN OR EQUAL TO}" if value <= FLOOR * 1.01 else "") + _labels.power_label(value)
 
 
-def _caption(points: pd.DataFrame) -> str:
+def _caption(points: pd.DataFrame, knee: float | None) -> str:
     clipped = int((points["error"] < FLOOR).sum())
     text = (
         "Relative error |estimate - exact| / |exact| against the seconds of one estimate (without the first call), "
         "exact values in float64. Stochastic methods: a line over budgets of passes, the median over seeds with its "
-        "quartiles as a band. Exact and approximate methods: one point each. Horizontal whiskers are the quartiles of "
-        "the seconds. The dotted line has the slope -1/2 of Monte Carlo. Rows of the CSV that are not ok have no point; "
+        "quartiles as a band. Exact and approximate methods: one point each. Horizontal whiskers are quartiles of "
+        "seconds. The dotted line has the slope -1/2 of Monte Carlo. Rows of the CSV that are not ok have no point; "
         "those that failed or ran out of time or memory are counted in the corner of their panel."
     )
+    if knee:
+        text += f" On grey, below {knee:g}, where only exact methods are, decades are a quarter as high."
     if clipped:
-        text += f" {clipped} errors below {FLOOR:g}, zero among them or not, are drawn at {FLOOR:g}."
+        text += f" {clipped} errors below {FLOOR:g}, some of them zero perhaps, are drawn at {FLOOR:g}."
     return text

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures import _canvas, base
+from ntkbench.figures import _canvas, _key, _labels, _looks, base
 from ntkbench.figures._looks import Look, backends_in, looks
 
+MOST = 4
+"""Families side by side; more of them go below."""
 MIB = 2.0**20
 FLOOR = 0.1
 """MiB; less is drawn here, since a peak less a baseline can come out as nothing or below."""
@@ -22,7 +28,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """Seconds (above) and peak memory (below) against n, for each family of problems."""
     exact = table[table["kind"] == "exact"].sort_values(["family", "setting", "n", "problem", "method", "backend"])
     if not (exact["status"] == "ok").any():
-        why = base.why_not(exact) if len(exact) else "The table has no exact method."
+        why = _labels.why_not(exact) if len(exact) else "The table has no exact method."
         return base.nothing(exact[KEPT], why)
     metric = _metric(exact)
     exact = exact[exact["metric"] == metric]
@@ -33,41 +39,71 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
     style = {m: look for m, look in looks(table).items() if m in set(plotted["method"])}
     used = {m: backends_in(plotted[plotted["method"] == m]) for m in style}
-    families = list(dict.fromkeys(zip(plotted["family"], plotted["setting"], strict=True)))
+    families = list(plotted.groupby(["family", "setting"], sort=False))
     lost = [s for s in ("timeout", "out_of_memory", "failed", "skipped") if s in set(plotted["status"])]
     lost += sorted(set(plotted["status"]) - {"ok", *lost})
-    strip = [_canvas.Row(0.27 * len(lost), above=0.62, below=0.06)] if lost else []
+    above = 0.82 if any(plotted["setting"]) else 0.64
+    block = [_canvas.Row(0.27 * len(lost), above=above, below=0.06)] if lost else []
+    block += [_canvas.Row(2.3, above=0 if lost else above, below=0.2), _canvas.Row(2.3, above=0, below=0.55)]
+    columns = min(MOST, len(families))
     figure, grid = _canvas.sheet(
-        [*strip, _canvas.Row(2.3, above=0 if lost else 0.62, below=0.2), _canvas.Row(2.3, above=0)],
-        len(families),
-        title=f"Cost of exact methods for the {base.metric_label(metric)}",
+        block * math.ceil(len(families) / columns),
+        columns,
+        title=f"Cost of exact methods for the {_labels.metric_label(metric)}",
         subtitle=base.settings_line(table),
-        key=[*_canvas.method_entries(style.values(), used), ("how to read", _reading(plotted, bool(lost)))],
+        key=[*_key.method_entries(style.values(), used), ("how to read", _reading(plotted, bool(lost)))],
         left=1.15,
+        bottom=0.05,
     )
-    bands = {
-        "seconds": _canvas.limits(plotted[["seconds", "seconds_q25", "seconds_q75"]].stack()),
-        "memory_mib_drawn": _canvas.limits(plotted["memory_mib_drawn"].dropna()),
+    y = {
+        "seconds": _canvas.limits(plotted[["seconds", "seconds_q25", "seconds_q75"]].stack(), pad=2.5),
+        "memory_mib_drawn": _canvas.limits(plotted["memory_mib_drawn"].dropna(), pad=2.5),
     }
-    for c, (family, setting) in enumerate(families):
-        cells = plotted[(plotted["family"] == family) & (plotted["setting"] == setting)]
-        column = [row[c] for row in grid]
-        x = _canvas.limits(cells["n"], pad=1.7, ratio=30)
-        for panel in column:
-            panel.set(xscale="log", xlim=x)
-            _canvas.decades(panel.xaxis, *x, most=4)
-            panel.tick_params(labelbottom=panel is column[-1], labelleft=c == 0)
-        if lost:
-            _lost(column[0], cells, lost, style)
-        for panel, (quantity, y) in zip(column[-2:], bands.items(), strict=True):
-            panel.set(yscale="log", ylim=y)
-            _canvas.decades(panel.yaxis, *y)
-            _costs(panel, cells, quantity, style)
-        column[-1].set_xlabel("n = N O, outputs in all")
-        _title(column[0], family, setting, cells)
-    grid[-2][0].set_ylabel("seconds")
-    grid[-1][0].set_ylabel("peak memory over baseline [MiB]")
+    for i in range(columns * math.ceil(len(families) / columns)):
+        first = len(block) * (i // columns)
+        panels = [row[i % columns] for row in grid[first : first + len(block)]]
+        if i >= len(families):
+            for panel in panels:
+                panel.remove()
+            continue
+        (family, setting), cells = families[i]
+        _column(panels, cells, y, lost, style)
+        _title(panels[0], family, setting, cells)
+        for panel in panels:
+            panel.tick_params(labelbottom=panel is panels[-1], labelleft=i % columns == 0)
+        if i % columns == 0:
+            panels[-2].set_ylabel("seconds")
+            panels[-1].set_ylabel("peak memory [MiB]")
+            figure.align_ylabels(panels)
     return base.Drawing(figure, plotted, _caption(metric, plotted))
+
+
+def _column(
+    panels: list[Axes], cells: pd.DataFrame, y: dict[str, tuple[float, float]], lost: list[str], style: dict[str, Look]
+) -> None:
+    """One family: the strip of what did not finish if there is any, seconds, memory."""
+    x = _canvas.limits(cells["n"], pad=1.7, ratio=30)
+    for panel in panels:
+        panel.set(xscale="log", xlim=x)
+        _sizes(panel, sorted(cells["n"].dropna().unique()), x)
+    if lost:
+        _lost(panels[0], cells, lost, style)
+    for panel, (quantity, band) in zip(panels[-2:], y.items(), strict=True):
+        panel.set(yscale="log", ylim=band)
+        _canvas.decades(panel.yaxis, *band)
+        _costs(panel, cells, quantity, style)
+    panels[-1].set_xlabel("n = N O, outputs in all")
+
+
+def _sizes(panel: Axes, sizes: list[float], x: tuple[float, float]) -> None:
+    """Ticks at the very sizes of the family, or at powers of ten where sizes are too many or too close for labels."""
+    span = math.log(x[1] / x[0])
+    if all(math.log(b / a) > 0.16 * span for a, b in itertools.pairwise(sizes)):
+        panel.xaxis.set_major_locator(FixedLocator(sizes))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value)))
+        panel.xaxis.set_minor_locator(NullLocator())
+    else:
+        _canvas.decades(panel.xaxis, *x, most=4)
 
 
 def _metric(exact: pd.DataFrame) -> str:
@@ -77,10 +113,10 @@ def _metric(exact: pd.DataFrame) -> str:
 
 
 def _title(panel: Axes, family: str, setting: str, cells: pd.DataFrame) -> None:
-    name = "\n".join(part for part in (base.name_label(family), setting) if part)
-    sizes = f"O = {base.range_label(cells['O'])},  P = {base.range_label(cells['P'])}"
+    name = _labels.case_label(family, setting, by="\n")
+    sizes = _labels.sizes_label(cells, "O", "P")
     panel.annotate(
-        sizes, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", color=_canvas.GREY
+        sizes, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", color=_looks.GREY
     )
     _canvas.heading(panel, name)
 
@@ -89,7 +125,8 @@ def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Loo
     """Lines over n of one family, for seconds or for memory."""
     points = base.measured(cells, quantity)
     if not len(points):
-        _canvas.note(panel, base.why_not(cells) if not (cells["status"] == "ok").any() else "not measured")
+        why = _labels.why_not(cells) if quantity == "seconds" else "no memory measured"
+        _canvas.note(panel, why)
         return
     _guides(panel, points["n"], points[quantity])
     for (method, backend), line in points.groupby(["method", "backend"], sort=False):
@@ -99,24 +136,27 @@ def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Loo
 
 
 def _guides(panel: Axes, n: pd.Series, cost: pd.Series) -> None:
-    """Slopes n and n^2 from the cheapest corner, each labelled where it leaves the panel."""
-    (left, right), (_, top) = panel.get_xlim(), panel.get_ylim()
+    """Slopes n and n^2 from below the cheapest point of the least n, each labelled near where it leaves the panel."""
+    if n.nunique() < 2:
+        return
+    start, height = n.min(), cost[n == n.min()].min() / 1.8
     for power, label in ((1, "n"), (2, "n²")):
-        height = cost[n == n.min()].min() / 1.6
-        end = min(right, left * 0 + n.min() * (top / height) ** (1 / power))
-        x = np.array([n.min(), end])
-        panel.plot(x, height * (x / n.min()) ** power, color=_canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=1)
-        spot = n.min() * (end / n.min()) ** 0.93
+        end = min(panel.get_xlim()[1], start * (panel.get_ylim()[1] / height) ** (1 / power))
+        x = np.array([start, end])
+        panel.plot(
+            x, height * (x / start) ** power, color=_canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=1
+        )
+        spot = start * (end / start) ** 0.93
         panel.text(
-            spot, height * (spot / n.min()) ** power, label, color=_canvas.GREY, fontsize=9, fontstyle="italic",
+            spot, height * (spot / start) ** power, label, color=_looks.GREY, fontsize=9, fontstyle="italic",
             ha="center", va="center", bbox={"color": "white", "pad": 0.8}, zorder=1.5,
         )  # fmt: skip
 
 
 def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Look]) -> None:
     """The strip on top: what has no cost because it did not finish, by how it ended."""
-    panel.set(ylim=(len(lost) - 0.5, -0.5), yticks=range(len(lost)), facecolor="#F3F3F3")
-    panel.set_yticklabels([base.status_label(status) for status in lost])
+    panel.set(ylim=(len(lost) - 0.5, -0.5), yticks=range(len(lost)), facecolor=_canvas.SHADE)
+    panel.set_yticklabels([_labels.status_label(status) for status in lost])
     panel.tick_params(axis="both", length=0)
     panel.spines[:].set_visible(False)
     panel.grid(False, axis="y")
@@ -126,8 +166,8 @@ def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Lo
             panel.plot(beside, lost.index(status), **style[row.method].line(row.backend), clip_on=False)
 
 
-def _reading(plotted: pd.DataFrame, lost: bool) -> list[_canvas.Entry]:
-    entries = _canvas.backend_entries(backends_in(plotted))
+def _reading(plotted: pd.DataFrame, lost: bool) -> list[_key.Entry]:
+    entries = _key.backend_entries(backends_in(plotted))
     guide = Line2D([], [], color=_canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)))
     entries.append((guide, "slopes n and n²"))
     if lost:
@@ -139,9 +179,9 @@ def _reading(plotted: pd.DataFrame, lost: bool) -> list[_canvas.Entry]:
 def _caption(metric: str, plotted: pd.DataFrame) -> str:
     small = int((plotted["memory_bytes"] < FLOOR * MIB).sum())
     text = (
-        f"Seconds of one exact computation (without the first call) and peak memory over a do-nothing baseline, for "
-        f"the metric {metric!r}, against n = N O; the sizes of one family are joined by a line. Whiskers are the quartiles "
-        "of the seconds. Markers in the strip on top stand over the n at which a method did not finish; side by side "
+        "Seconds of one exact computation (without the first call) and peak memory over a do-nothing baseline, for the "
+        f"metric {metric!r}, against n = N O; the sizes of one family are joined by a line. Whiskers are quartiles of "
+        "seconds. Markers in the strip on top stand over the n at which a method did not finish; side by side "
         "where there are several."
     )
     if small:

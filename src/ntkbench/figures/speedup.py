@@ -6,15 +6,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import ScaledTranslation
 
-from ntkbench.figures import _canvas, _looks, base
+from ntkbench.figures import _canvas, _key, _labels, _looks, base
 from ntkbench.figures._speedups import BASELINES, TOLERANCES, speedups
 
 SHAPES = {"1 %": ("o", "#56B4E9"), "0.1 %": ("D", "#0072B2"), "exact": ("s", "#000000")}
-TITLES = {"naive_jacobian": "naive Jacobian", "direct": "direct"}
 FIRST, SECOND = BASELINES
+SECONDS = [f"{name}_seconds" for name in BASELINES]
 ACCENT = "#882255"
 GUTTER = 0.15
 """Share of a panel's width, on the left, where what was not reached is listed."""
@@ -23,34 +24,56 @@ GUTTER = 0.15
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Speed-ups over the naive Jacobian (lower axis) and over direct (upper axis), for problems and metrics."""
     plotted = speedups(table)
-    if not len(plotted):
-        return base.nothing(plotted, base.why_not(table))
+    if not (len(plotted) and plotted["outcome"].isin(["reached", "not reached"]).any()):
+        return base.nothing(plotted, _labels.why_not(table))
     style, metrics = _looks.looks(table), base.metrics_in(table)
     pairs = set(zip(plotted["method"], plotted["backend"], strict=True))
     lines = [(m, b) for m in style for b in _looks.backends_in(table) if (m, b) in pairs]
     names = [style[m].title + ("" if b == "torch" else f" ({_looks.TITLES.get(b, b)})") for m, b in lines]
-    problems = list(dict.fromkeys(zip(plotted["problem"], plotted["setting"], strict=True)))
+    problems = dict(list(plotted.groupby(["problem", "setting"], sort=False)))
+    tall = {case: bool(rows[SECONDS].notna().any(axis=None)) for case, rows in problems.items()}
     figure, grid = _canvas.sheet(
-        [_canvas.Row(0.195 * len(lines) + 0.1, above=0.78, below=0.3) for _ in problems],
+        [_canvas.Row(0.195 * len(lines) + 0.1 if tall[case] else 0.7, above=0.8, below=0.36) for case in problems],
         len(metrics),
         title="Speed-up at equal accuracy",
         subtitle=base.settings_line(table),
-        key=_key(plotted),
-        left=_canvas.text_width(names, 9) + 0.45,
+        key=_reading(plotted),
+        left=_canvas.text_width([*names, f"over {BASELINES[FIRST]}  "], 9) + 0.45,
+        gap=0.26,
+        bottom=0.1,
     )
-    for row, (problem, setting) in zip(grid, problems, strict=True):
-        here = plotted[(plotted["problem"] == problem) & (plotted["setting"] == setting)]
+    for row, ((problem, setting), here) in zip(grid, problems.items(), strict=True):
+        if tall[problem, setting]:
+            _labels(row[0], names, lines, style)
+        x = _limits(here)
         for panel, metric in zip(row, metrics, strict=True):
+            panel.set_title(_labels.metric_label(metric), pad=22)
+            rows = here[here["metric"] == metric]
+            if not len(rows) or not rows[SECONDS].notna().any(axis=None):
+                _unmeasured(panel, rows)
+                continue
             _frame(panel, lines, style)
-            _panel(panel, here[here["metric"] == metric], lines)
-            panel.set_title(base.metric_label(metric), pad=22)
-            if row is grid[-1]:
-                panel.set_xlabel("over naive Jacobian")
-        _labels(row[0], names, lines, style)
-        size = f"n = {base.range_label(here['n'])},  P = {base.range_label(here['P'])}"
-        name = ", ".join(part for part in (base.name_label(problem), setting) if part)
-        _canvas.heading(row[0], name, size, offset=40)
+            _panel(panel, rows, lines, x)
+        _canvas.heading(row[0], _labels.case_label(problem, setting), _labels.sizes_label(here, "n", "P"), offset=40)
     return base.Drawing(figure, plotted, _caption())
+
+
+def _unmeasured(panel: Axes, rows: pd.DataFrame) -> None:
+    """Says why a panel has no speed-ups."""
+    panel.set(xticks=[], yticks=[])
+    ends = [f"{BASELINES[name]}: {_ending(rows, name)}" for name in BASELINES]
+    _canvas.note(panel, "\n".join(["no baseline", *ends]) if len(rows) else "not in the grid")
+
+
+def _ending(rows: pd.DataFrame, baseline: str) -> str:
+    torch = rows[(rows["method"] == baseline) & (rows["backend"] == "torch")]
+    return torch["outcome"].iloc[0] if len(torch) else "not run"
+
+
+def _limits(rows: pd.DataFrame) -> tuple[float, float]:
+    """Of the lower axis, the same for all of a problem's metrics."""
+    baselines = rows[f"{FIRST}_seconds"] / rows[f"{SECOND}_seconds"]
+    return _canvas.limits(pd.concat([rows[f"speedup_over_{FIRST}"], baselines]), ratio=100)
 
 
 def _frame(panel: Axes, lines: list[tuple[str, str]], style: dict[str, _looks.Look]) -> None:
@@ -59,7 +82,7 @@ def _frame(panel: Axes, lines: list[tuple[str, str]], style: dict[str, _looks.Lo
     panel.set_yticks(range(len(lines)), labels=[])
     panel.tick_params(axis="y", length=0)
     panel.grid(True, axis="y", linewidth=0.5)
-    panel.axvspan(0, GUTTER, transform=panel.transAxes, color="#F1F1F1", linewidth=0, zorder=0)
+    panel.add_patch(Rectangle((0, 0), GUTTER, 1, transform=panel.transAxes, color=_canvas.SHADE, linewidth=0, zorder=0))
     for i in range(1, len(lines)):
         if style[lines[i][0]].kind != style[lines[i - 1][0]].kind:
             panel.axhline(i - 0.5, color=_canvas.PALE, linewidth=0.8, zorder=1)
@@ -67,24 +90,103 @@ def _frame(panel: Axes, lines: list[tuple[str, str]], style: dict[str, _looks.Lo
 
 def _labels(panel: Axes, names: list[str], lines: list[tuple[str, str]], style: dict[str, _looks.Look]) -> None:
     """Names with the colour and marker that the methods have in the other figures."""
+    beside = ScaledTranslation(-10 / 72, 0, panel.figure.dpi_scale_trans)
     for i, (name, (method, backend)) in enumerate(zip(names, lines, strict=True)):
         where = {"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points"}
         panel.annotate(name, (0, i), xytext=(-20, 0), ha="right", va="center", fontsize=9, **where)
         mark = style[method].line(backend) | {"linestyle": ""}
-        panel.plot(-0.06, i, transform=panel.get_yaxis_transform(), clip_on=False, **mark)
+        panel.plot(0, i, transform=panel.get_yaxis_transform() + beside, clip_on=False, **mark)
+    for name, y, offset, va, colour in ((FIRST, 0, -5, "top", "black"), (SECOND, 1, 5, "bottom", ACCENT)):
+        panel.annotate(
+            f"over {BASELINES[name]}", (0, y), xytext=(-20, offset), xycoords="axes fraction",
+            textcoords="offset points", ha="right", va=va, fontsize=9.5, color=colour,
+        )  # fmt: skip
 
 
-def _panel(panel: Axes, rows: pd.DataFrame, lines: list[tuple[str, str]]) -> None:
-    times = {name: rows[f"{name}_seconds"].iloc[0] if len(rows) else np.nan for name in BASELINES}
-    have = [name for name in BASELINES if np.isfinite(times[name])]
-    if not have:
-        panel.set_xticks([])
-        _canvas.note(panel, "not in the grid" if not len(rows) else "neither baseline was measured")
-        return
-    unit = f"speedup_over_{have[0]}"
-    reached = rows[rows["outcome"] == "reached"]
-    low, high = _canvas.limits([*reached[unit], *(times[have[0]] / times[name] for name in have)], ratio=100)
+def _panel(panel: Axes, rows: pd.DataFrame, lines: list[tuple[str, str]], x: tuple[float, float]) -> None:
+    """One problem and metric, in speed-ups over the first baseline, or over the second where the first is missing."""
+    times = {name: rows[f"{name}_seconds"].iloc[0] for name in BASELINES}
+    unit = FIRST if np.isfinite(times[FIRST]) else SECOND
+    speedup = f"speedup_over_{unit}"
+    low, high = x if unit == FIRST else _canvas.limits([1.0, *rows[speedup]], ratio=100)
     panel.set_xlim(low / (high / low) ** (GUTTER / (1 - GUTTER)), high)
-    _axes(panel, times, have, low, high)
-    for (method, backend), cells in rows.groupby(["method", "backend"]):
-        _method(panel, lines.index((method, backend)), cells.set_index("tolerance"), unit, backend)
+    _canvas.decades(panel.xaxis, low, high, most=4)
+    panel.xaxis.set_major_formatter(FuncFormatter(_tick))
+    panel.tick_params(labelbottom=unit == FIRST)
+    factor = times[SECOND] / times[unit]
+    if np.isfinite(factor):
+        upper = panel.secondary_xaxis("top", functions=(lambda x: x * factor, lambda x: x / factor))
+        _canvas.decades(upper.xaxis, low * factor, high * factor, most=4)
+        upper.xaxis.set_major_formatter(FuncFormatter(_tick))
+        upper.tick_params(colors=ACCENT, labelcolor=ACCENT, length=3)
+        upper.spines["top"].set_color(ACCENT)
+    sides = {FIRST: (0, -4, "top", "black", "-"), SECOND: (1, 4, "bottom", ACCENT, (0, (3, 1.5)))}
+    for name, (y, offset, va, colour, dashes) in sides.items():
+        if np.isfinite(times[name]):
+            panel.axvline(times[unit] / times[name], color=colour, linewidth=1.0, linestyle=dashes, zorder=1.5)
+        else:
+            panel.annotate(
+                f"{BASELINES[name]}: {_ending(rows, name)}", (0.5, y), xytext=(0, offset), xycoords="axes fraction",
+                textcoords="offset points", ha="center", va=va, fontsize=9, color=_looks.GREY,
+            )  # fmt: skip
+    spots = [lines.index(pair) for pair in zip(rows["method"], rows["backend"], strict=True)]
+    _points(panel, rows.assign(x=rows[speedup], y=spots))
+
+
+def _points(panel: Axes, rows: pd.DataFrame) -> None:
+    """Where each tolerance was reached; in the gutter those that were not; words where nothing was measured."""
+    reached = rows[rows["outcome"] == "reached"]
+    # An exact method has one time, which serves the looser tolerances as well.
+    exact = reached.loc[reached["tolerance"] == "exact", "y"]
+    reached = reached[(reached["tolerance"] == "exact") | ~reached["y"].isin(exact)]
+    spans = reached.groupby("y")["x"].agg(["min", "max"])
+    panel.hlines(spans.index, spans["min"], spans["max"], color=_canvas.PALE, linewidth=1.2, zorder=2)
+    for (tolerance, backend), marks in reached.groupby(["tolerance", "backend"]):
+        panel.plot(marks["x"], marks["y"], **_mark(tolerance, backend), zorder=3)
+
+    side = panel.get_yaxis_transform()
+    missed = rows[rows["outcome"] == "not reached"]
+    for (tolerance, backend, kind), marks in missed.groupby(["tolerance", "backend", "kind"]):
+        x = GUTTER * (list(TOLERANCES).index(tolerance) + 0.5) / (3 if kind == "exact" else 2)
+        panel.plot([x] * len(marks), marks["y"], transform=side, **_mark(tolerance, backend, _canvas.PALE))
+    for row in rows[~rows["outcome"].isin(["reached", "not reached"])].drop_duplicates("y").itertuples():
+        text = "\N{EN DASH}" if row.outcome == "skipped" else row.outcome
+        box = {"color": _canvas.SHADE, "pad": 0.6}
+        panel.text(0.03, row.y, text, transform=side, va="center", fontsize=8.5, color=_looks.GREY, bbox=box, zorder=4)
+
+
+def _mark(tolerance: str, backend: str, colour: str | None = None) -> dict:
+    marker, own = SHAPES[tolerance]
+    colour = colour or own
+    size = 4.4 if marker == "D" else 5.2
+    return {"marker": marker, "markersize": size, "linestyle": "", "markeredgecolor": colour, "markeredgewidth": 1.2,
+            "markerfacecolor": colour if backend == "torch" else "white"}  # fmt: skip
+
+
+def _tick(value: float, _: int) -> str:
+    return _labels.power_label(value, between=(-3, 4)) + "\N{MULTIPLICATION SIGN}"
+
+
+def _reading(plotted: pd.DataFrame) -> _key.Key:
+    marks = [(Line2D([], [], **_mark(t, "torch")), text) for t, text in (
+        ("1 %", "median error at most 1 %"), ("0.1 %", "median error at most 0.1 %"), ("exact", "exact method"),
+    )]  # fmt: skip
+    lines = [
+        (Line2D([], [], color="black", linewidth=1.0), "1× over naive Jacobian (lower axis)"),
+        (Line2D([], [], color=ACCENT, linewidth=1.0, linestyle=(0, (3, 1.5))), "1× over direct (upper axis)"),
+        (Patch(color="#E6E6E6"), "grey gutter: not reached; \N{EN DASH} skipped"),
+    ]
+    backends = _key.backend_entries(_looks.backends_in(plotted), linestyle=False)
+    return [("accuracy", marks), ("baselines, both in PyTorch", lines), ("backend", backends)]
+
+
+def _caption() -> str:
+    return (
+        "Speed-up over the naive Jacobian (lower axis) and over direct (upper axis, the same points), both baselines "
+        "in PyTorch on the same problem and metric; right of a baseline's line is faster. The time of a method at a "
+        "tolerance is the least of its measured median times whose median relative error is within the tolerance: "
+        "measured budgets only, nothing is interpolated. Exact: exact methods with a relative error of at most "
+        f"{TOLERANCES['exact']:g}; their one time holds for the looser tolerances too. Tolerances that no measured "
+        "budget reached are in the grey gutter on the left; a method without any measurement says how its cells ended "
+        "(a dash: skipped)."
+    )

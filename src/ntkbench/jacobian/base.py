@@ -17,9 +17,10 @@ Array = Any
 class Jacobian(ABC):
     """J = df/dtheta at one set of weights, an n x P matrix that is never written out.
 
-    Rows are sample-major, output-minor: row ``b * O + o`` is output ``o`` of sample ``b``. Blocks of probes are stacked as
-    rows: k vectors of length n are an array ``[k, n]``. Cost is counted in passes; one pass is one JVP or one VJP over the
-    whole batch of N samples, and a VJP of one sample alone is 1/N of a pass.
+    Rows are sample-major, output-minor: row ``b * O + o`` is output ``o`` of sample ``b``. Blocks of probes are stacked
+    as
+    rows: k vectors of length n are an array ``[k, n]``. Cost is counted in passes; one pass is one JVP or one VJP over
+        the whole batch of N samples, and a VJP of one sample alone is 1/N of a pass.
 
     Attributes:
         N: samples.
@@ -70,8 +71,8 @@ class Jacobian(ABC):
     def sample_vjp(self, samples: slice, v: Array) -> Array:
         """J_b^T v_b for each sample b of a slice by itself: ``v [k, samples, O] -> [k, samples, P]``.
 
-        One backward pass serves all samples at once and still gives each its own gradient; only right where samples do not
-        interact. Costs k * (number of samples) / N passes.
+        One backward pass serves all samples at once and still gives each its own gradient; only right where samples do
+        not interact. Costs k * (number of samples) / N passes.
         """
         self._sample_passes += v.shape[0] * v.shape[1]
         return self._sample_vjp(samples, v)
@@ -79,7 +80,8 @@ class Jacobian(ABC):
     def sample_rows(self, samples: slice, outputs: slice) -> Array:
         """Rows of J for a rectangle of samples and outputs, ``[outputs * samples, P]`` with samples running fastest.
 
-        Per-sample backward passes: (number of outputs) * (number of samples) / N passes in all, and samples may not interact.
+        Per-sample backward passes: (number of outputs) * (number of samples) / N passes in all, and samples may not
+        interact.
         """
         count = samples.stop - samples.start
         units = self._eye(self.O, outputs.start, outputs.stop)[:, None, :]

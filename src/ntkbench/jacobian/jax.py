@@ -77,7 +77,9 @@ class Jacobian(base.Jacobian):
 
     COMPUTED = ("_pullback",)
 
-    def __init__(self, forward: Forward, parameters: Weights, x: jax.Array, shape: tuple[int, ...], memory: int) -> None:
+    def __init__(
+        self, forward: Forward, parameters: Weights, x: jax.Array, shape: tuple[int, ...], memory: int
+    ) -> None:
         self.N, self.O = shape[0], int(np.prod(shape[1:]))
         self.P = sum(w.size for w in parameters.values())
         self.memory = memory

@@ -1,7 +1,8 @@
 """The ways of getting at Theta, one file each.
 
-To add a method, drop a file here with a subclass of :class:`ntkbench.methods.base.Method` (most easily of ``Deterministic``
-or ``Stochastic``). It is then in the grid, the asv suite, the contract tests, the table, the figures and the README's list.
+To add a method, drop a file here with a subclass of :class:`ntkbench.methods.base.Method` (most easily of
+``Deterministic`` or ``Stochastic``). It is then in the grid, the asv suite, the contract tests, the table, the figures
+and the README's list.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Method(ABC):
         return None
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
-        """Passes that an exact or approximate method will spend, known beforehand; ``None`` where passes do not apply."""
+        """Passes that a deterministic method will spend, known beforehand; ``None`` where passes do not apply."""
         return None
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
@@ -138,7 +138,5 @@ class Stochastic(Method):
         if passes is None:
             raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
         jacobians = prepared.jacobians(metric)
-        value, error = self.draw(
-            metric, jacobians, passes // self.passes_per_probe(metric), jacobians[0].rng(seed)
-        )
+        value, error = self.draw(metric, jacobians, passes // self.passes_per_probe(metric), jacobians[0].rng(seed))
         return Estimate(value, error, sum(j.passes for j in jacobians), self.name)

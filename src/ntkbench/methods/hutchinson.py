@@ -13,8 +13,8 @@ from ntkbench.metrics import Moments
 class Hutchinson(Stochastic):
     """u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u: 2 passes a probe, 4 for alignment.
 
-    Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k, and for ||Theta||_F^2; the square root
-    and the ratios are biased at order 1/k. The standard error is the jackknife over probes.
+    Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k, and for ||Theta||_F^2; the square
+    root and the ratios are biased at order 1/k. The standard error is the jackknife over probes.
     """
 
     title = "Hutchinson"

@@ -15,11 +15,11 @@ Operator = Callable[[Array], Array]
 
 
 class HutchPP(Stochastic):
-    """Traces of Theta, Theta^2 and Theta Theta_f by Hutch++ on the composed operator, k sketch and k residual probes each.
+    """Traces of Theta, Theta^2 and Theta Theta_f by Hutch++ on the composed operator.
 
-    tr A = tr Q^T A Q + 1/k sum_i g_i^T (I - Q Q^T) A (I - Q Q^T) g_i with Q = orth(A S); unbiased, 3k products with A. A
-    product costs 2 passes for Theta and 4 for Theta^2 and Theta Theta_f. Effective rank and alignment take separate traces.
-    The standard error is that of the residual's mean.
+    tr A = tr Q^T A Q + 1/k sum_i g_i^T (I - Q Q^T) A (I - Q Q^T) g_i with Q = orth(A S), k columns of random signs in S
+    and k in g: unbiased, 3k products with A. A product costs 2 passes for Theta and 4 for Theta^2 and Theta Theta_f.
+    Effective rank and alignment take separate traces. The standard error is that of the residual's mean.
     """
 
     title = "Hutch++"

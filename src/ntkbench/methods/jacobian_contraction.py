@@ -15,8 +15,8 @@ from ntkbench.target import Target
 class JacobianContraction(Deterministic):
     """The textbook torch.func kernel: J by per-sample reverse mode, contracted over parameters.
 
-    O passes for each set of weights where J fits in the memory budget, and as many again for every pair of blocks where it
-    does not; n^2 P multiplications.
+    O passes for each set of weights where J fits in the memory budget, and as many again for every pair of blocks where
+    it does not; n^2 P multiplications.
     """
 
     title = "Jacobian contraction"

@@ -13,10 +13,10 @@ from ntkbench.metrics import Moments
 
 
 class SharedProbeAlignment(Stochastic):
-    """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u: 2m Theta-products, 4m passes.
+    """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
 
-    The blog's ``op_alignment``, with its QR of a Gaussian block. The ratio of means is biased at order 1/m; the standard
-    error is the jackknife over probes.
+    The blog's ``op_alignment``, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means is
+    biased at order 1/m; the standard error is the jackknife over probes.
     """
 
     title = "shared-probe alignment"

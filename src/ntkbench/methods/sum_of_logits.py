@@ -16,9 +16,10 @@ from ntkbench.target import Target
 
 
 class SumOfLogits(Deterministic):
-    """g(x) = O^{-1/2} sum_o f_o(x), kernel <grad g(x), grad g(x')>: 1 pass for each set of weights, N^2 P multiplications.
+    """g(x) = O^{-1/2} sum_o f_o(x), with the kernel <grad g(x), grad g(x')>.
 
-    The metrics are those of pNTK (x) I_O; that it is not Theta shows as error.
+    1 pass for each set of weights, and N^2 P multiplications. The metrics are those of pNTK (x) I_O; that it is not
+    Theta shows as error.
     """
 
     title = "pNTK (sum of logits)"

@@ -16,9 +16,9 @@ from ntkbench.problems.base import Definition, Weights
 def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Weights]:
     """theta_0 and theta_f of a problem, in float32.
 
-    theta_f is looked up in ``results/reference/weights`` and in the cache, and trained (and cached) when neither has one
-    that was trained from this very theta_0. Committing it keeps the exact references valid on machines whose kernels round
-    differently.
+    theta_f is looked up in ``results/reference/weights`` and in the cache, and trained (and cached) when neither has
+    one that was trained from this very theta_0. Committing it keeps the exact references valid on machines whose
+    kernels round differently.
     """
     theta_0 = {key: w.detach().numpy().copy() for key, w in definition.module.named_parameters()}
     cached = paths.cache() / "weights" / f"{name}-{_digest(theta_0)}.npz"

@@ -117,7 +117,10 @@ REGISTRY: dict[str, Callable[..., Definition]] = {}
 
 
 def problem(define: Callable[..., Definition]) -> Callable[..., Definition]:
-    """Register a function as a problem under its own name; its integer keywords (``N=50``) are the sizes one may ask for."""
+    """Register a function as a problem under its own name.
+
+    Its integer keywords (``N=50``) are the sizes one may ask for, and their defaults the largest.
+    """
     REGISTRY[define.__name__] = define
     return define
 

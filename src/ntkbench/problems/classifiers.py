@@ -31,9 +31,7 @@ def digits_conv(N: int = 256) -> Definition:
     """ConvNet on scikit-learn's 8x8 digits: 16 and 64 channels of 3x3, then a wide readout of 1024 features."""
     from torch import nn
 
-    images, labels, held_out = (
-        array.reshape(-1, 1, 8, 8) if array.ndim > 1 else array for array in _images.digits()
-    )
+    images, labels, held_out = (array.reshape(-1, 1, 8, 8) if array.ndim > 1 else array for array in _images.digits())
 
     def network() -> nn.Module:
         return nn.Sequential(

@@ -10,7 +10,10 @@ INPUTS, HIDDEN = 10, 64
 
 @problem
 def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
-    """GRU(10, 64) over T = 50 steps of N = 15 trials, all hidden states (the paper prints B=50, T=15; it ran T=50, B=15)."""
+    """GRU(10, 64) over T = 50 steps of N = 15 trials, all hidden states (the paper's GRU).
+
+    The paper prints B=50, T=15; what it ran is T=50, B=15.
+    """
     import torch
     from torch import nn
 

@@ -1,0 +1,41 @@
+# Two commands: `make results` runs the study and draws the figures, `make test` runs the tests.
+# Each does the set-up that it needs.
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+READY := $(VENV)/ready
+# Tools and the programs that they start are those of the environment.
+export PATH := $(VENV)/bin:$(PATH)
+
+.PHONY: results smoke test lint format clean
+
+results: $(READY)
+	snakemake --cores all
+
+smoke: $(READY)
+	snakemake --cores all --configfile config/smoke.yaml
+
+test: $(READY)
+	pytest
+
+lint: $(READY)
+	ruff check
+	ruff format --check
+	snakefmt --check Snakefile
+	snakemake --lint
+	asv check --python=same
+
+format: $(READY)
+	ruff check --fix
+	ruff format
+	snakefmt Snakefile
+
+$(READY): requirements.txt requirements-no-deps.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ntkbench needs Python 3.11 or newer; name one with make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.txt -e .
+	touch $@
+
+clean:
+	rm -rf .venv .snakemake results/smoke results/default results/asv results/cache

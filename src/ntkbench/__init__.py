@@ -1,0 +1,48 @@
+"""Metrics of the finite-width Neural Tangent Kernel: every known way of computing them, and what each costs.
+
+``import ntkbench`` loads nothing but this file; names are found when they are first used, and torch with them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntkbench.api import alignment, effective_rank, norm, trace
+    from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
+    from ntkbench.estimate import Estimate
+    from ntkbench.problems._module import from_module
+
+__all__ = [
+    "BadInput",
+    "Estimate",
+    "NtkbenchError",
+    "OverMemory",
+    "Unavailable",
+    "alignment",
+    "effective_rank",
+    "from_module",
+    "norm",
+    "trace",
+]
+
+_HOMES = {
+    "api": ("alignment", "effective_rank", "norm", "trace"),
+    "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
+    "estimate": ("Estimate",),
+    "problems._module": ("from_module",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value  # found once is enough
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,87 @@
+"""Words and numbers as one reads them in a figure."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+
+import pandas as pd
+
+from ntkbench.metrics import SYMBOLS
+
+ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name, with its symbol where it has one."""
+    name, symbol = metric.replace("_", " "), SYMBOLS.get(metric, "")
+    return f"{name}  {symbol}" if symbol.startswith("$") else name
+
+
+def name_label(name: str) -> str:
+    """``digits_mlp[N=64,T=8]`` as one reads it: digits MLP, N = 64, T = 8."""
+    family, *sizes = re.split(r"[\[\],]", name)
+    words = [word.upper() if word in ACRONYMS else word for word in family.split("_")]
+    return ", ".join([plain(" ".join(words)), *(size.strip().replace("=", " = ") for size in sizes if size)])
+
+
+def case_label(name: str, *details: str, by: str = ", ") -> str:
+    """A problem or family with the setting, where settings differ, and whatever else tells panels apart."""
+    return by.join(part for part in (name_label(name), *map(plain, details)) if part)
+
+
+def plain(text: str) -> str:
+    """Text from the table that is never taken for a formula."""
+    return text.replace("$", r"\$")
+
+
+def power_label(value: float, between: tuple[int, int] | None = None) -> str:
+    """A tick as a power of ten; as a plain number if it is none, or if its power lies strictly between those given."""
+    power = round(math.log10(value))
+    if not math.isclose(value, 10.0**power) or (between and between[0] < power < between[1]):
+        return f"{value:g}"
+    return rf"$10^{{{power}}}$"
+
+
+def sizes_label(rows: pd.DataFrame, *columns: str) -> str:
+    """Sizes in a title: ``n = 640,  P = 85 k``; from the smallest to the largest where they differ."""
+    return ",  ".join(f"{column} = {range_label(rows[column])}" for column in columns)
+
+
+def count_label(count: float) -> str:
+    """A large number in a title: 640, 85 k, 1.2 M."""
+    if not count >= 0:
+        return "?"
+    for unit, word in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if count >= unit:
+            scale = 1e3 if word == " k" else unit
+            return f"{count / scale:.3g}{word}"
+    return f"{count:.0f}"
+
+
+def range_label(counts: pd.Series) -> str:
+    """One number, or from the smallest to the largest."""
+    low, high = counts.min(), counts.max()
+    return count_label(low) if low == high else f"{count_label(low)} to {count_label(high)}"
+
+
+def status_label(status: str) -> str:
+    """A status as one reads it."""
+    return status.replace("_", " ")
+
+
+def why_not(rows: pd.DataFrame, most: int = 3) -> str:
+    """The reasons of rows that are not ok, most frequent first, one a line."""
+    rows = rows[rows["status"] != "ok"]
+    if not len(rows):
+        return "measured, but without these numbers"
+    counts = rows.groupby(["status", "reason"]).size().reset_index(name="cells")
+    counts = counts.sort_values(["cells", "status", "reason"], ascending=[False, True, True])
+    lines = [
+        f"{row.cells} {status_label(row.status)}"
+        + (f": {plain(textwrap.shorten(row.reason, 120))}" if row.reason else "")
+        for row in counts.head(most).itertuples()
+    ]
+    left = int(counts["cells"][most:].sum())
+    return "\n".join([*lines, f"and {left} more"] if left else lines)

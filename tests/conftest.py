@@ -1,0 +1,124 @@
+"""What the tests share: a cache of their own, no network, small problems, and Jacobians written out by plain autograd."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ntkbench import problems
+from ntkbench.problems.base import Problem
+
+SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[N=2]")
+"""Problems that are small enough to write J out, one of each family."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of this session's own, so that nothing left over from before can make a test pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("NTKBENCH_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline() -> Iterator[None]:
+    """No test may fetch MNIST."""
+    import sklearn.datasets
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError("there is no network in the tests")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "fetch_openml", refused)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Problems this small gain nothing from threads, and lose a lot where other processes want the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def tanh_network(N: int = 3, inputs: int = 3, hidden: int = 4, outputs: int = 2) -> Problem:
+    """A smooth two-layer network in both backends; 6 x 26 if no sizes are given."""
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ends = [nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs)) for _ in range(2)]
+        x = torch.randn(N, inputs)
+
+    def jax_forward(weights, x):
+        import jax.numpy as jnp
+
+        hidden = jnp.tanh(x @ weights["0.weight"].T + weights["0.bias"])
+        return hidden @ weights["2.weight"].T + weights["2.bias"]
+
+    theta_0, theta_f = ({key: w.detach().numpy().copy() for key, w in end.named_parameters()} for end in ends)
+    return Problem("tanh_net", ends[0], x.numpy(), theta_0, theta_f, jax_forward)
+
+
+@functools.cache
+def _loaded(label: str) -> Problem:
+    return tanh_network() if label == "tanh_net" else problems.load(label)
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[str], Problem]:
+    """A problem from its label, ``"tanh_net"`` included; built once a session."""
+    return _loaded
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Problem:
+    """The smallest problem, n = 6 and P = 26."""
+    return _loaded("tanh_net")
+
+
+@functools.cache
+def _dense(label: str, end: str) -> np.ndarray:
+    return written_out(_loaded(label), end)
+
+
+@pytest.fixture(scope="session")
+def dense() -> Callable[[str, str], np.ndarray]:
+    """J of a problem of a label at an end, in float64."""
+    return _dense
+
+
+def written_out(problem: Problem, end: str = "theta_0") -> np.ndarray:
+    """J in float64, ``[n, P]``, by a loop over outputs of plain autograd and none of ntkbench's operators."""
+    import torch
+
+    module = copy.deepcopy(problem.module).double()
+    weights = problem.weights(end)
+    with torch.no_grad():
+        for key, w in module.named_parameters():
+            if key in weights:
+                w.copy_(torch.from_numpy(weights[key]))
+    theta = [w for key, w in module.named_parameters() if key in weights]
+    x = torch.from_numpy(problem.x)
+    outputs = module(x.double() if x.is_floating_point() else x).reshape(-1)
+    rows = []
+    for output in outputs:
+        grads = torch.autograd.grad(output, theta, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows).numpy()
+
+
+def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str, float]:
+    """The metrics by their definitions, from Theta (and Theta_f) written out."""
+    norm = np.linalg.norm(theta)
+    values = {"trace": np.trace(theta), "norm": norm, "effective_rank": np.trace(theta) ** 2 / norm**2}
+    if theta_f is not None:
+        values["alignment"] = np.trace(theta @ theta_f) / (norm * np.linalg.norm(theta_f))
+    return {key: float(value) for key, value in values.items()}

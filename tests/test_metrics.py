@@ -1,0 +1,132 @@
+"""The moments of Theta against dense NumPy, by every road to them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from conftest import metrics_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ntkbench import metrics
+from ntkbench.errors import BadInput
+from ntkbench.jacobian import linearise
+from ntkbench.metrics import METRICS, Moments
+from ntkbench.target import Target
+
+
+@pytest.fixture(scope="module")
+def truth(dense):
+    """J at both ends of the tiny problem, and its metrics."""
+    J, J_f = dense("tanh_net", "theta_0"), dense("tanh_net", "theta_f")
+    return J, J_f, metrics_of(J @ J.T, J_f @ J_f.T)
+
+
+def put(backend: str, array: np.ndarray):
+    if backend == "torch":
+        import torch
+
+        return torch.from_numpy(array)
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    return jnp.asarray(array)
+
+
+def test_moments_make_the_metrics_by_definition():
+    moments = Moments(trace=6.0, square=4.0, square_f=9.0, cross=3.0)
+    assert [moments.metric(metric) for metric in METRICS] == [6.0, 2.0, 9.0, 0.5]
+
+
+def test_what_was_not_computed_is_nan():
+    assert all(math.isnan(Moments().metric(metric)) for metric in METRICS)
+
+
+@pytest.mark.xfail(strict=True, reason="float division by zero where the network does not depend on its parameters")
+def test_ratios_of_a_vanishing_theta_are_nan():
+    zero = Moments(0.0, 0.0, 0.0, 0.0)
+    assert zero.metric("trace") == zero.metric("norm") == 0
+    assert math.isnan(zero.metric("effective_rank"))
+    assert math.isnan(zero.metric("alignment"))
+
+
+def test_unknown_metrics_are_refused():
+    with pytest.raises(BadInput, match=r"unknown metric 'allignment' \(did you mean 'alignment'\?\); allowed: alignment"):
+        Moments().metric("allignment")
+    with pytest.raises(BadInput, match="unknown metric"):
+        metrics.check("rank")
+
+
+def test_only_alignment_looks_at_trained_weights():
+    assert {metric: metrics.ends(metric) for metric in METRICS} == {
+        "trace": ("theta_0",),
+        "norm": ("theta_0",),
+        "effective_rank": ("theta_0",),
+        "alignment": ("theta_0", "theta_f"),
+    }
+    assert set(metrics.SYMBOLS) == set(METRICS)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_from_gram(backend, truth):
+    J, J_f, values = truth
+    both = metrics.from_gram(put(backend, J @ J.T), put(backend, J_f @ J_f.T))
+    one = metrics.from_gram(put(backend, J @ J.T))
+    for metric in METRICS:
+        assert both.metric(metric) == pytest.approx(values[metric], rel=1e-12)
+    for metric in METRICS[:-1]:
+        assert one.metric(metric) == pytest.approx(values[metric], rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_from_rows_of_theta_in_any_order_and_blocks(backend, truth):
+    J, J_f, values = truth
+    numbers = np.random.default_rng(0).permutation(len(J))
+    blocks = [(part, [put(backend, (A @ A.T)[part]) for A in (J, J_f)]) for part in (numbers[:1], numbers[1:4], numbers[4:])]
+    moments = metrics.from_rows_of_theta(iter(blocks))
+    for metric in METRICS:
+        assert moments.metric(metric) == pytest.approx(values[metric], rel=1e-12)
+
+
+@given(cuts=st.sets(st.integers(1, 5)), memory=st.sampled_from([1, 2**30]), metric=st.sampled_from(METRICS))
+def test_from_rows_of_jacobian_in_any_blocks_kept_or_not(tiny, truth, cuts, memory, metric):
+    J, J_f, values = truth
+    bounds = [0, *sorted(cuts), 6]
+    blocks = list(zip(bounds, bounds[1:], strict=False))
+    target = Target(dtype="float64", device="cpu", memory=memory)
+    jacobians = [linearise(tiny, end, target) for end in metrics.ends(metric)]
+    asked = []
+
+    def rows(jacobian, block):
+        asked.append(block)
+        return jacobian.vjp(jacobian.basis(*block))
+
+    moments = metrics.from_rows_of_jacobian(metric, jacobians, blocks, rows)
+    assert moments.metric(metric) == pytest.approx(values[metric], rel=1e-12)
+    # Kept, every block is made once; otherwise once more for every block below it. The trace pairs nothing.
+    once = memory > 1 or metric == "trace"
+    times = len(blocks) if once else len(blocks) * (len(blocks) + 1) // 2
+    assert len(asked) == times * len(jacobians)
+    assert sum(j.passes for j in jacobians) == sum(stop - start for start, stop in asked)
+
+
+def test_whether_rows_are_kept_goes_by_the_rows_there_are(tiny, truth):
+    """A kernel of fewer rows than J, such as the pNTK, is kept where J would not fit."""
+    j = linearise(tiny, "theta_0", Target(dtype="float64", device="cpu", memory=2 * tiny.P * 8))
+    for count, times in ((2, 2), (None, 3)):
+        asked = []
+        metrics.from_rows_of_jacobian(
+            "norm", [j], [(0, 1), (1, 2)], lambda j, b, asked=asked: asked.append(b) or j.vjp(j.basis(*b)), count
+        )
+        assert len(asked) == times
+
+
+def test_squared_norm_keeps_float32_digits():
+    import torch
+
+    block = torch.rand(1000, 4000, generator=torch.Generator().manual_seed(0))
+    exact = float((block.double() ** 2).sum())
+    assert float(metrics.squared_norm(block)) == pytest.approx(exact, rel=1e-6)

@@ -1,0 +1,172 @@
+"""The real Snakefile on the smoke configuration: killed half-way, taken up again, and asked once more."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from ntkbench import grid, paths, plugins, results
+
+CONFIG = paths.ROOT / "config" / "smoke.yaml"
+STUDY = grid.Config.check(yaml.safe_load(CONFIG.read_text()), CONFIG)
+METHODS = sorted({cell.method for cell in grid.cells(STUDY)})
+
+
+def command(folder, *arguments, root=paths.ROOT, config=CONFIG):
+    snakemake = str(Path(sys.executable).with_name("snakemake"))
+    files = ["--snakefile", str(root / "Snakefile"), "--configfile", str(config), "--directory", str(folder)]
+    return [snakemake, "--cores", "all", *files, *arguments]
+
+
+def environment(root=paths.ROOT):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path, "PYTHONPATH": str(root / "src")}
+
+
+def run(folder, *arguments, root=paths.ROOT, **options):
+    return subprocess.run(
+        command(folder, *arguments, root=root, **options), env=environment(root), capture_output=True, text=True
+    )
+
+
+def shards(folder):
+    return {file.stem: file for file in (folder / "results" / "smoke" / "shards").glob("*.csv")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A results folder from a run that was killed with kill -9 after its first shard, and a second run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    first = subprocess.Popen(
+        command(folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while first.poll() is None and not shards(folder):
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    survivors = {name: file.stat().st_mtime_ns for name, file in shards(folder).items()}
+    second = run(folder)
+    assert second.returncode == 0, second.stderr[-4000:]
+    return folder, survivors
+
+
+def test_a_killed_run_keeps_its_finished_shards(finished):
+    folder, survivors = finished
+    assert 0 < len(survivors) < len(METHODS)
+    assert {name: shards(folder)[name].stat().st_mtime_ns for name in survivors} == survivors
+
+
+def test_the_table_has_one_measured_row_a_cell(finished):
+    folder, _ = finished
+    table = results.read(folder / "results" / "smoke" / "table.csv")
+    assert len(table) == len(grid.cells(STUDY))
+    done = table[table["status"] == "ok"]
+    assert set(done["method"]) == set(METHODS)
+    assert table.loc[table["status"] != "ok", "reason"].str.len().gt(0).all()
+    assert done[["seconds", "error", "memory_bytes", "first_call_seconds", "reference"]].notna().all(axis=None)
+    assert (done.loc[done["kind"] == "exact", "error"] < 1e-4).all()
+    assert (done.loc[done["kind"] == "stochastic", "seeds"] == STUDY.seeds).all()
+    assert (done.loc[done["kind"] == "stochastic", "passes_spent"] <= done["passes"]).all()
+
+
+def test_every_figure_is_there_in_every_form(finished):
+    folder, _ = finished
+    for name in plugins.names("ntkbench.figures"):
+        for form in (".png", ".pdf", ".csv", ".txt"):
+            assert (folder / "results" / "smoke" / "figures" / f"{name}{form}").stat().st_size > 0
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    again = run(finished[0])
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A copy of the checkout that a test may edit."""
+    for part in ("Snakefile", "asv.conf.json", "environment.yml", "requirements.txt"):
+        shutil.copy(paths.ROOT / part, tmp_path / part)
+    for part in ("src", "benchmarks", "config", "profiles"):
+        shutil.copytree(paths.ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return tmp_path
+
+
+def planned(done):
+    """Output files that a dry run would make."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = (done.stdout + done.stderr).splitlines()
+    return {line.split("/")[-1].rstrip(",") for line in lines if line.strip().startswith("output:")}
+
+
+def test_a_changed_method_file_runs_that_method_only(finished, edited):
+    file = edited / "src" / "ntkbench" / "methods" / "hutchpp.py"
+    file.write_text(file.read_text() + "# changed\n")
+    plan = planned(run(finished[0], "--dry-run", root=edited))
+    assert {name for name in plan if name.removesuffix(".csv") in METHODS} == {"hutchpp.csv"}
+    assert "table.csv" in plan
+
+
+def test_a_new_method_file_is_one_more_shard(finished, edited):
+    source = edited / "src" / "ntkbench" / "methods" / "one_sided_forward.py"
+    source.with_name("brand_new.py").write_text(source.read_text().replace("OneSidedForward", "BrandNew"))
+    raw = yaml.safe_load(CONFIG.read_text())
+    raw["grid"][0]["methods"].append("brand_new")
+    config = edited / "config" / "with_new.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    plan = planned(run(finished[0], "--dry-run", root=edited, config=config))
+    assert {name for name in plan if name.removesuffix(".csv") in [*METHODS, "brand_new"]} == {"brand_new.csv"}
+
+
+def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):
+    config = tmp_path / "typo.yaml"
+    config.write_text(CONFIG.read_text().replace("hutchpp", "hutchqq"))
+    done = run(tmp_path, config=config)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "ntkbench:" in line]
+    assert len(said) == 1
+    assert all(part in said[0] for part in (str(config), "grid[0].methods", "hutchqq", "did you mean 'hutchpp'"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_malformed_yaml_names_the_file(tmp_path):
+    config = tmp_path / "malformed.yaml"
+    config.write_text("grid: [}")
+    done = run(tmp_path, config=config)
+    assert done.returncode != 0
+    assert "malformed.yaml" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_unwritable_results_folder_is_refused(tmp_path):
+    (tmp_path / "results").write_text("a file in the way")
+    done = run(tmp_path)
+    assert done.returncode != 0
+    assert "results folder results/smoke cannot be written to" in done.stderr
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    folder = tmp_path / "results" / "smoke"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        done = run(tmp_path)
+    assert done.returncode != 0
+    assert "another run is writing to results/smoke" in done.stderr
+
+
+def test_without_git_the_provenance_says_so(monkeypatch):
+    from ntkbench import provenance
+
+    provenance.provenance.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    found = provenance.provenance()
+    provenance.provenance.cache_clear()
+    assert (found.git_sha, found.git_dirty) == ("unknown", None)
+    assert "torch 2" in found.versions
