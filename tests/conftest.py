@@ -9,9 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from ntkbench import problems
 from ntkbench.problems.base import Problem
+
+# No deadlines: the first example of a test pays for imports and kernels. The same examples every time.
+settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("ntkbench")
 
 SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[N=2]")
 """Problems that are small enough to write J out, one of each family."""
@@ -47,8 +52,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tanh_network(N: int = 3, inputs: int = 3, hidden: int = 4, outputs: int = 2) -> Problem:
-    """A smooth two-layer network in both backends; 6 x 26 if no sizes are given."""
+def tanh_network(name: str, N: int, inputs: int, hidden: int, outputs: int) -> Problem:
+    """A smooth two-layer network in both backends."""
     import torch
     from torch import nn
 
@@ -64,29 +69,34 @@ def tanh_network(N: int = 3, inputs: int = 3, hidden: int = 4, outputs: int = 2)
         return hidden @ weights["2.weight"].T + weights["2.bias"]
 
     theta_0, theta_f = ({key: w.detach().numpy().copy() for key, w in end.named_parameters()} for end in ends)
-    return Problem("tanh_net", ends[0], x.numpy(), theta_0, theta_f, jax_forward)
+    return Problem(name, ends[0], x.numpy(), theta_0, theta_f, jax_forward)
+
+
+NETWORKS = {"tanh_net": (3, 3, 4, 2), "wide": (40, 6, 10, 8)}
+"""Smooth problems that only the tests have: 6 x 26, and 320 x 158 for what needs many more outputs than probes."""
 
 
 @functools.cache
-def _loaded(label: str) -> Problem:
-    return tanh_network() if label == "tanh_net" else problems.load(label)
+def loaded(label: str) -> Problem:
+    """A problem from its label, :data:`NETWORKS` included; built once a session."""
+    return tanh_network(label, *NETWORKS[label]) if label in NETWORKS else problems.load(label)
 
 
 @pytest.fixture(scope="session")
 def load() -> Callable[[str], Problem]:
-    """A problem from its label, ``"tanh_net"`` included; built once a session."""
-    return _loaded
+    """See :func:`loaded`."""
+    return loaded
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Problem:
     """The smallest problem, n = 6 and P = 26."""
-    return _loaded("tanh_net")
+    return loaded("tanh_net")
 
 
 @functools.cache
 def _dense(label: str, end: str) -> np.ndarray:
-    return written_out(_loaded(label), end)
+    return written_out(loaded(label), end)
 
 
 @pytest.fixture(scope="session")

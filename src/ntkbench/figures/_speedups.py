@@ -12,6 +12,10 @@ BASELINES = {"naive_jacobian": "naive Jacobian", "direct": "direct"}
 TOLERANCES = {"1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
 
+COLUMNS = ["problem", "setting", "metric", "n", "P", "method", "title", "kind", "backend", "tolerance", "outcome"]
+COLUMNS += ["passes", "error", "seconds", *(f"{name}_seconds" for name in BASELINES)]
+COLUMNS += [f"speedup_over_{name}" for name in BASELINES]
+
 
 def speedups(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each problem, setting, metric, method, backend and tolerance.
@@ -21,7 +25,8 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
     measured.
     """
     runs = table.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
-    table = table[runs].sort_values(["family", "n", "problem", "setting"])
+    order = ["family", "n", "problem", "setting", "metric", "method", "backend", "passes"]
+    table = table[runs].sort_values(order)
     made = []
     for case, cells in table.groupby(["problem", "setting", "metric"], sort=False):
         baselines = {name: _baseline(cells, name) for name in BASELINES}
@@ -30,15 +35,15 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
             for tolerance in TOLERANCES if first["kind"] == "exact" else list(TOLERANCES)[:2]:
                 best = _best(rows, TOLERANCES[tolerance])
                 row = dict(zip(("problem", "setting", "metric"), case, strict=True))
-                row |= {"n": first["n"], "P": first["P"], "method": method, "title": first["title"]}
-                row |= {"kind": first["kind"], "backend": backend, "tolerance": tolerance}
-                row |= {"outcome": _outcome(rows) if best is None else "reached"}
+                row |= first[["n", "P", "title", "kind"]].to_dict()
+                row |= {"method": method, "backend": backend, "tolerance": tolerance}
+                row["outcome"] = _outcome(rows) if best is None else "reached"
                 row |= {c: np.nan if best is None else best[c] for c in ("passes", "error", "seconds")}
                 for name, seconds in baselines.items():
                     row[f"{name}_seconds"] = seconds
                     row[f"speedup_over_{name}"] = seconds / row["seconds"]
                 made.append(row)
-    return pd.DataFrame(made)
+    return pd.DataFrame(made, columns=COLUMNS)
 
 
 def _baseline(cells: pd.DataFrame, method: str) -> float:

@@ -16,7 +16,7 @@ from ntkbench.figures._looks import TITLES, Look, backends_in, looks
 FLOOR = 1e-8
 """Errors below are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
 MOST = 12
-"""Lines in a panel; where there are more, backends get rows of their own."""
+"""Lines in a panel; where there are more, backends get rows of their own, and then whiskers instead of bands."""
 
 KEPT = ["problem", "setting", "n", "P", "metric", "method", "title", "kind", "backend", "passes", "status", "reason"]
 KEPT += ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "seeds"]
@@ -42,13 +42,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     lines = points[points["kind"] == "stochastic"].drop_duplicates([*case, "method", "backend"])
     crowd = lines.groupby(case).size().max() if len(lines) else 0
     shares = [[b] for b in backends_in(points)] if crowd > MOST else [backends_in(plotted)]
+    bands = crowd <= MOST * len(shares)
     sheets = [(*problem, backends) for problem in problems for backends in shares]
     figure, grid = _canvas.sheet(
         [_canvas.Row(2.1 if crowd <= MOST else 2.8) for _ in sheets],
         len(metrics),
         title="Relative error against seconds",
         subtitle=base.settings_line(table),
-        key=[*_key.method_entries([style[m] for m in used], used), ("how to read", _reading(points, knee))],
+        key=[*_key.method_entries([style[m] for m in used], used), ("how to read", _reading(points, knee, bands))],
     )
     low, high = _canvas.limits(points[[f"{c}_drawn" for c in DRAWN]].stack())
     low = max(low, FLOOR / 8)
@@ -63,7 +64,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.tick_params(labelleft=panel is row[0])
             if row is grid[-1]:
                 panel.set_xlabel("seconds")
-            _panel(panel, here[(here["metric"] == metric) & here["backend"].isin(backends)], style)
+            _panel(panel, here[(here["metric"] == metric) & here["backend"].isin(backends)], style, bands)
         row[0].set_ylabel("relative error")
         name = _labels.case_label(problem, setting, *(TITLES.get(b, b) for b in backends if len(shares) > 1))
         _canvas.heading(row[0], name, _labels.sizes_label(here, "n", "P"))
@@ -79,7 +80,7 @@ def _axes(panel: Axes, knee: float | None) -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(_error_tick))
 
 
-def _panel(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
+def _panel(panel: Axes, cells: pd.DataFrame, style: dict[str, Look], bands: bool) -> None:
     points = base.measured(cells, "seconds", "error")
     if not len(points):
         _canvas.note(panel, _labels.why_not(cells) if len(cells) else "not in the grid")
@@ -90,10 +91,10 @@ def _panel(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
         panel.text(0.98, 0.97, text, transform=panel.transAxes, ha="right", va="top", fontsize=8.5, color=_looks.GREY)
     _guide(panel, points[points["kind"] == "stochastic"])
     for (method, backend), line in points.groupby(["method", "backend"], sort=False):
-        _line(panel, line, style[method], backend)
+        _line(panel, line, style[method], backend, bands)
 
 
-def _line(panel: Axes, line: pd.DataFrame, look: Look, backend: str) -> None:
+def _line(panel: Axes, line: pd.DataFrame, look: Look, backend: str, bands: bool) -> None:
     """One method on one backend: a line over its budgets, or points where there are no budgets."""
     drawn = look.line(backend)
     stochastic = look.kind == "stochastic"
@@ -104,7 +105,7 @@ def _line(panel: Axes, line: pd.DataFrame, look: Look, backend: str) -> None:
     thin = {"color": look.colour, "linewidth": 0.8, "zorder": over - 0.5}
     panel.hlines(line["error_drawn"], line["seconds_q25"], line["seconds_q75"], **thin)
     quartiles = line["error_q25_drawn"], line["error_q75_drawn"]
-    if stochastic and len(line) > 1:
+    if bands and stochastic and len(line) > 1:
         panel.fill_between(line["seconds"], *quartiles, color=look.colour, alpha=0.13, linewidth=0, zorder=2)
     else:
         panel.vlines(line["seconds"], *quartiles, **thin)
@@ -127,14 +128,16 @@ def _knee(points: pd.DataFrame) -> float | None:
     return knee if points["error_drawn"].min() < knee / 10 else None
 
 
-def _reading(points: pd.DataFrame, knee: float | None) -> list[_key.Entry]:
+def _reading(points: pd.DataFrame, knee: float | None, bands: bool) -> list[_key.Entry]:
     entries = _key.backend_entries(backends_in(points))
     if (points["kind"] == "stochastic").any():
         guide = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
-        entries.append((Patch(color=_looks.GREY, alpha=0.25, linewidth=0), "quartiles over seeds"))
+        band = Patch(color=_looks.GREY, alpha=0.25, linewidth=0)
+        whisker = Line2D([], [], color=_looks.GREY, marker="|", markersize=9, markeredgewidth=0.8, linestyle="")
+        entries.append((band if bands else whisker, "quartiles over seeds"))
         entries.append((guide, "slope \N{MINUS SIGN}½, the Monte Carlo rate"))
     if knee:
-        entries.append((Patch(color="#E6E6E6", linewidth=0), "decades drawn at a quarter"))
+        entries.append((Patch(color="#E6E6E6", linewidth=0), "decades squeezed to ¼"))
     return entries
 
 
@@ -147,9 +150,10 @@ def _caption(points: pd.DataFrame, knee: float | None) -> str:
     text = (
         "Relative error |estimate - exact| / |exact| against the seconds of one estimate (without the first call), "
         "exact values in float64. Stochastic methods: a line over budgets of passes, the median over seeds with its "
-        "quartiles as a band. Exact and approximate methods: one point each. Horizontal whiskers are quartiles of "
-        "seconds. The dotted line has the slope -1/2 of Monte Carlo. Rows of the CSV that are not ok have no point; "
-        "those that failed or ran out of time or memory are counted in the corner of their panel."
+        "quartiles as a band (as whiskers where lines are many). Exact and approximate methods: one point each. "
+        "Horizontal whiskers are quartiles of seconds. The dotted line has the slope -1/2 of Monte Carlo. Rows of the "
+        "CSV that are not ok have no point; those that failed or ran out of time or memory are counted in the corner "
+        "of their panel."
     )
     if knee:
         text += f" On grey, below {knee:g}, where only exact methods are, decades are a quarter as high."

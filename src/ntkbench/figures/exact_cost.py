@@ -160,10 +160,15 @@ def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Lo
     panel.tick_params(axis="both", length=0)
     panel.spines[:].set_visible(False)
     panel.grid(False, axis="y")
+    left, right = np.log(panel.get_xlim())
+    # Side by side around their n, closer where there are many, and never outside the strip.
     for (n, status), here in cells[cells["status"] != "ok"].groupby(["n", "status"]):
+        step = min(0.13 / panel.get_position().width / _canvas.WIDTH, 0.9 / cells["n"].nunique() / len(here))
+        middle, reach = (np.log(n) - left) / (right - left), step * (len(here) - 1)
+        start = min(max(middle - reach / 2, 0.03), 0.97 - reach)
         for k, row in enumerate(here.itertuples()):
-            beside = n * 1.16 ** (k - (len(here) - 1) / 2)
-            panel.plot(beside, lost.index(status), **style[row.method].line(row.backend), clip_on=False)
+            mark = style[row.method].line(row.backend)
+            panel.plot(start + k * step, lost.index(status), transform=panel.get_yaxis_transform(), **mark)
 
 
 def _reading(plotted: pd.DataFrame, lost: bool) -> list[_key.Entry]:

@@ -44,7 +44,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     for row, ((problem, setting), here) in zip(grid, problems.items(), strict=True):
         if tall[problem, setting]:
-            _labels(row[0], names, lines, style)
+            _names(row[0], names, lines, style)
         x = _limits(here)
         for panel, metric in zip(row, metrics, strict=True):
             panel.set_title(_labels.metric_label(metric), pad=22)
@@ -88,7 +88,7 @@ def _frame(panel: Axes, lines: list[tuple[str, str]], style: dict[str, _looks.Lo
             panel.axhline(i - 0.5, color=_canvas.PALE, linewidth=0.8, zorder=1)
 
 
-def _labels(panel: Axes, names: list[str], lines: list[tuple[str, str]], style: dict[str, _looks.Look]) -> None:
+def _names(panel: Axes, names: list[str], lines: list[tuple[str, str]], style: dict[str, _looks.Look]) -> None:
     """Names with the colour and marker that the methods have in the other figures."""
     beside = ScaledTranslation(-10 / 72, 0, panel.figure.dpi_scale_trans)
     for i, (name, (method, backend)) in enumerate(zip(names, lines, strict=True)):

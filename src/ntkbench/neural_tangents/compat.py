@@ -43,9 +43,9 @@ def load() -> types.ModuleType:
 
 
 def _core_names() -> contextlib.AbstractContextManager[None]:
-    """The classes of jaxprs, for the import: moved from ``jax.core`` to ``jax.extend.core`` (jax 0.4.36 to 0.6).
+    """The classes that jaxprs are made of, for the import: gone from ``jax.core`` since jax 0.6.0.
 
-    They are the same classes, so neural-tangents' type checks still hold.
+    ``jax.extend.core`` has the same classes, so neural-tangents' type checks still hold.
     """
     import jax.core
     import jax.extend.core
@@ -55,9 +55,9 @@ def _core_names() -> contextlib.AbstractContextManager[None]:
 
 
 def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
-    """``ad.zeros_like_p``, for the import: removed (by jax 0.4.26), zeros have been ``broadcast_in_dim`` since.
+    """``ad.zeros_like_p``, for the import: gone since jax 0.9.0.
 
-    neural-tangents files a rule under it. No network contains it any more, so any primitive of its own will do.
+    neural-tangents files a rule under it. No network can contain it any more, so a primitive that nobody uses will do.
     """
     import jax.extend.core
     import jax.interpreters.ad
@@ -66,7 +66,7 @@ def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
 
 
 def _jax_util() -> types.ModuleType:
-    """``jax.util``, for the import: removed in jax 0.8. Two functions are wanted from it: strict, eager map and zip."""
+    """``jax.util``, for the import: gone since jax 0.8.0. Two functions of it are wanted, strict and eager map and zip."""
     util = types.ModuleType("jax.util")
 
     def safe_zip(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -85,15 +85,16 @@ def _no_tensorflow() -> types.ModuleType:
 
 
 def _dynamic_shapes(empirical: types.ModuleType) -> None:
-    """``core.DShapedArray``: removed with dynamic shapes (jax 0.8). No array is one any more, so any unused type will do."""
+    """``core.DShapedArray``: gone since jax 0.8.2. No array is one any more, so a type that nobody uses will do."""
     empirical.core = _Overlay(empirical.core, DShapedArray=type("DShapedArray", (), {}))
 
 
 def _names_of_ad(empirical: types.ModuleType) -> None:
-    """What the pass over a linearised network takes from ``jax.interpreters.ad``, a module that got a closed list of names.
+    """What the pass over a linearised network looks up in ``jax.interpreters.ad``.
 
-    ``source_info_util`` (jax 0.4.26) lives on in ``jax.extend``. Of ``config`` (jax 0.4.26) only ``jax_enable_checks`` is
-    read; it turns on a check that needs functions jax no longer has, so it stays off. For ``linearize`` see :func:`_linearize`.
+    ``source_info_util``, gone since jax 0.4.26, is now in ``jax.extend``. Of ``config``, gone since then too, only
+    ``jax_enable_checks`` is read: it turns on a check by functions that jax no longer has, so it stays off. For ``linearize``
+    see :func:`_linearize`.
     """
     import jax.extend.source_info_util
 
@@ -105,13 +106,12 @@ def _names_of_ad(empirical: types.ModuleType) -> None:
     )
 
 
-def _linearize(
-    network: Any, *weights: Any, has_aux: bool = False
-) -> tuple[list[Any], list[_Unknown], Any, list[Any]]:
+def _linearize(network: Any, *weights: Any, has_aux: bool) -> tuple[list[Any], list[_Unknown], Any, list[Any]]:
     """``ad.linearize`` as it was: outputs, a mark for each output, the linear map as a jaxpr, and its constants.
 
-    Since then (jax 0.4.36 to 0.10) it takes other arguments and returns other things. The public ``jax.linearize``, traced,
-    says the same; it has no output marked as known to be constant, which only means that the zeros of one are written out.
+    In jax 0.10 its marks are truth values, and since jax 0.10.2 it takes other arguments. Tracing what the public
+    ``jax.linearize`` returns says the same, but for outputs that do not depend on the weights: these are not marked, and
+    their zeros are written out.
     """
     import jax
 
@@ -128,13 +128,16 @@ class _Unknown:
 
 
 def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
-    """The function that a jaxpr stands for, with a slice for each part of a ``split``.
+    """The function that a jaxpr stands for, with a slice for each part of a ``split`` that is used.
 
-    ``jnp.split`` used to be made of slices and became a primitive with many outputs (jax 0.4.36); neural-tangents has always
-    refused primitives with more than one output.
+    Since jax 0.4.38 ``jnp.split`` is a primitive of its own, with many outputs. neural-tangents refuses primitives with more
+    than one; it knew ``jnp.split`` as the slices that it is here again.
     """
     import jax
     from jax.extend.core import Literal
+
+    readers = [equation.invars for equation in linear.jaxpr.eqns] + [linear.jaxpr.outvars]
+    used = {v for variables in readers for v in variables if not isinstance(v, Literal)}
 
     def evaluate(*inputs: Any) -> list[Any]:
         values = dict(zip([*linear.jaxpr.constvars, *linear.jaxpr.invars], [*linear.consts, *inputs], strict=True))
@@ -144,9 +147,9 @@ def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
 
         for equation in linear.jaxpr.eqns:
             if equation.primitive is jax.lax.split_p:
-                made = _slices(*read(equation.invars), **equation.params)
-            else:
-                made = equation.primitive.bind(*read(equation.invars), **equation.params)
+                values.update(_slices(equation, *read(equation.invars), used))
+                continue
+            made = equation.primitive.bind(*read(equation.invars), **equation.params)
             made = made if equation.primitive.multiple_results else [made]
             values.update(zip(equation.outvars, made, strict=True))
         return read(linear.jaxpr.outvars)
@@ -154,20 +157,24 @@ def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
     return evaluate
 
 
-def _slices(array: Any, sizes: Sequence[int], axis: int) -> list[Any]:
+def _slices(split: Any, array: Any, used: set[Any]) -> dict[Any, Any]:
+    """Variable to value, for the parts that are used."""
     import jax
-    import numpy as np
 
-    ends = [int(end) for end in np.cumsum(sizes)]
-    return [jax.lax.slice_in_dim(array, end - int(s), end, axis=axis) for end, s in zip(ends, sizes, strict=True)]
+    axis, parts, start = split.params["axis"], {}, 0
+    for variable, size in zip(split.outvars, map(int, split.params["sizes"]), strict=True):
+        if variable in used:
+            parts[variable] = jax.lax.slice_in_dim(array, start, start + size, axis=axis)
+        start += size
+    return parts
 
 
 def _transposes(empirical: types.ModuleType) -> None:
     """How a cotangent goes back through one equation: by the public ``jax.linear_transpose``.
 
-    neural-tangents looks the rule up in tables: one was emptied (``ad.reducing_transposes``, gone in jax 0.10), and from
-    jax 0.8 on the rules of several primitives (slice, among others) moved to a private one and changed their contract.
-    ``jax.linear_transpose`` of a single equation applies the very same rule wherever it is kept.
+    neural-tangents looks the rule up in jax's tables. One of them is gone (``ad.reducing_transposes``, since jax 0.10.0), and
+    since jax 0.8.1 the rules of more and more primitives, slices first, are in a private one and are called differently.
+    ``jax.linear_transpose`` of a single equation applies the very same rules, wherever they are kept.
     """
     empirical._eqn_vjp_fn = _equation_vjp
 
@@ -188,7 +195,8 @@ def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...
         values = list(inputs)
         for i, variable in zip(linear, variables, strict=True):
             values[i] = variable
-        return equation.primitive.bind(*values, **equation.params)
+        made = equation.primitive.bind(*values, **equation.params)
+        return made[0] if equation.primitive.multiple_results else made  # one: more were refused before
 
     for i, made in zip(linear, jax.linear_transpose(apply, *(inputs[i].aval for i in linear))(cotangent), strict=True):
         cotangents[i] = made

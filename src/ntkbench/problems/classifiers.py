@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkbench.problems import _images, _training
+from ntkbench.problems._jax import linear
 from ntkbench.problems.base import Definition, problem
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def digits_conv(N: int = 256) -> Definition:
         for layer, stride in ((0, 1), (2, 2)):
             x = jax.lax.conv_general_dilated(x, weights[f"{layer}.weight"], (stride, stride), ((1, 1), (1, 1)))
             x = jax.nn.relu(x + weights[f"{layer}.bias"][:, None, None])
-        return x.reshape(x.shape[0], -1) @ weights["5.weight"].T + weights["5.bias"]
+        return linear(x.reshape(x.shape[0], -1), weights["5.weight"], weights["5.bias"])
 
     return _classifier(network, images, labels, held_out[:N], jax_forward)
 
@@ -66,8 +67,8 @@ def _relu_network(images: np.ndarray, labels: np.ndarray, held_out: np.ndarray, 
         import jax
 
         for layer in (0, 2):
-            x = jax.nn.relu(x @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"])
-        return x @ weights["4.weight"].T + weights["4.bias"]
+            x = jax.nn.relu(linear(x, weights[f"{layer}.weight"], weights[f"{layer}.bias"]))
+        return linear(x, weights["4.weight"], weights["4.bias"])
 
     return _classifier(network, images, labels, held_out[:N], jax_forward)
 

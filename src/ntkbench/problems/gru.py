@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ntkbench.problems import _training
+from ntkbench.problems._jax import linear
 from ntkbench.problems.base import Definition, problem
 
 INPUTS, HIDDEN = 10, 64
@@ -52,12 +53,12 @@ def _jax_forward(weights, x):
 
     def step(h, from_input):
         reset_x, update_x, new_x = jnp.split(from_input, 3, axis=-1)
-        reset_h, update_h, new_h = jnp.split(h @ w_h.T + b_h, 3, axis=-1)
+        reset_h, update_h, new_h = jnp.split(linear(h, w_h, b_h), 3, axis=-1)
         update = jax.nn.sigmoid(update_x + update_h)
         new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
         h = (1 - update) * new + update * h
         return h, h
 
     h = jnp.zeros((x.shape[0], HIDDEN), x.dtype)
-    _, states = jax.lax.scan(step, h, jnp.swapaxes(x @ w_x.T + b_x, 0, 1))
+    _, states = jax.lax.scan(step, h, jnp.swapaxes(linear(x, w_x, b_x), 0, 1))
     return jnp.swapaxes(states, 0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ntkbench.problems import _training
+from ntkbench.problems._jax import linear
 from ntkbench.problems.base import Definition, problem
 
 WIDTH, DEPTH, INPUTS = 64, 15, 100
@@ -48,5 +49,5 @@ def _jax_forward(weights, x):
     import jax
 
     for i in range(DEPTH):
-        x = jax.nn.relu(x @ weights[f"{2 * i}.weight"].T + weights[f"{2 * i}.bias"])
+        x = jax.nn.relu(linear(x, weights[f"{2 * i}.weight"], weights[f"{2 * i}.bias"]))
     return x

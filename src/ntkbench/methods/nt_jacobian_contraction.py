@@ -1,0 +1,16 @@
+"""neural-tangents' Jacobian contraction, its default."""
+
+from __future__ import annotations
+
+from ntkbench.neural_tangents import NeuralTangents
+
+
+class NtJacobianContraction(NeuralTangents):
+    """Per-sample Jacobians by reverse mode, contracted parameter by parameter.
+
+    Cost: O backward passes and n^2 P multiplications; holds the n x P Jacobian, or as little of it as XLA can manage.
+    """
+
+    title = "neural-tangents Jacobian contraction"
+    source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, JACOBIAN_CONTRACTION"
+    implementation = "JACOBIAN_CONTRACTION"

@@ -1,0 +1,23 @@
+"""neural-tangents' NTK-vector products."""
+
+from __future__ import annotations
+
+from ntkbench.neural_tangents import NeuralTangents
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+
+class NtNtkVectorProducts(NeuralTangents):
+    """Each O x O block of Theta by a JVP after a VJP for each output, all N^2 pairs of samples and all outputs at once.
+
+    Cost: N^2 O passes over single samples, no contraction; holds a forward pass for each pair and output, which is far more
+    than Theta on networks with large activations.
+    """
+
+    title = "neural-tangents NTK-vector products"
+    source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, NTK_VECTOR_PRODUCTS"
+    implementation = "NTK_VECTOR_PRODUCTS"
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+        """Theta also for the trace, which is only read off it."""
+        return max(problem.n**2 * target.itemsize, super().bytes_needed(problem, metric, target))

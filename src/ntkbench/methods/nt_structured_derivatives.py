@@ -1,0 +1,69 @@
+"""neural-tangents' structured derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ntkbench.neural_tangents import NeuralTangents
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+LONGEST_SCAN = 8
+
+
+class NtStructuredDerivatives(NeuralTangents):
+    """Theta equation by equation of the traced network, by rules for the structure in each equation's own Jacobian.
+
+    Cost: O backward passes to the outputs of each equation that has a parameter as its input, and one contraction for each
+    pair of such equations that share a parameter. Loops are unrolled, so a recurrence of T steps has O(T^2) contractions to
+    compile. A parameter that is transposed before it is used hides the structure of the product that follows.
+    """
+
+    title = "neural-tangents structured derivatives"
+    source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, STRUCTURED_DERIVATIVES"
+    implementation = "STRUCTURED_DERIVATIVES"
+
+    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
+        reason = super().refusal(problem, metric, target, passes)
+        if reason:
+            return reason
+        steps = longest_scan(problem)
+        if steps > LONGEST_SCAN:
+            return f"unrolls lax.scan and compiles in O(T^2): T = {steps} here, at most {LONGEST_SCAN}"
+        return None
+
+
+def longest_scan(problem: Problem) -> int:
+    """Steps of the longest ``lax.scan`` in a problem's JAX network (nested ones multiplied), 1 if there is none.
+
+    From shapes alone: the network is traced, and nothing is computed.
+    """
+    shapes = tuple((key, w.shape, w.dtype.name) for key, w in problem.theta_0.items())
+    return _longest_scan(problem.jax_forward, shapes, (problem.x.shape, problem.x.dtype.name))
+
+
+@functools.lru_cache(maxsize=64)
+def _longest_scan(
+    forward: Callable[[Mapping[str, Any], Any], Any], weights: tuple[Any, ...], x: tuple[Any, ...]
+) -> int:
+    import jax
+
+    def like(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        # Precision does not change the network, and float64 is not always enabled.
+        return jax.ShapeDtypeStruct(shape, "float32" if np.issubdtype(dtype, np.floating) else dtype)
+
+    return _steps(jax.make_jaxpr(forward)({key: like(*array) for key, *array in weights}, like(*x)).jaxpr)
+
+
+def _steps(jaxpr: Any) -> int:
+    from jax.extend.core import jaxprs_in_params
+
+    longest = 1
+    for equation in jaxpr.eqns:
+        inner = max(map(_steps, jaxprs_in_params(equation.params)), default=1)
+        longest = max(longest, inner * (equation.params["length"] if equation.primitive.name == "scan" else 1))
+    return longest
