@@ -8,114 +8,196 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 from ntkbench import figures
 from ntkbench.errors import BadInput
-from ntkbench.figures import _looks, base
+from ntkbench.figures import _labels, _looks, base
+from ntkbench.figures.__main__ import main
+from ntkbench.figures._speedups import speedups
 
 BOTH, TORCH, JAX = ("torch", "jax"), ("torch",), ("jax",)
-ALL = ("trace", "norm", "effective_rank", "alignment")
-METHODS = {
-    "naive_jacobian": ("naive Jacobian", "exact", TORCH, ALL),
-    "jacobian_contraction": ("Jacobian contraction", "exact", TORCH, ALL),
-    "ntk_vector_products": ("NTK-vector products", "exact", TORCH, ALL),
-    "direct": ("direct", "exact", BOTH, ALL),
-    "nt_jacobian_contraction": ("neural-tangents Jacobian contraction", "exact", JAX, ALL),
-    "nt_ntk_vector_products": ("neural-tangents NTK-vector products", "exact", JAX, ALL),
-    "nt_structured_derivatives": ("neural-tangents structured derivatives", "exact", JAX, ALL),
-    "sum_of_logits": ("pNTK (sum of logits)", "approximate", BOTH, ALL),
-    "hutchinson": ("Hutchinson", "stochastic", BOTH, ALL),
-    "hutchpp": ("Hutch++", "stochastic", BOTH, ALL),
-    "one_sided_reverse": ("one-sided reverse", "stochastic", BOTH, ("trace",)),
-    "one_sided_forward": ("one-sided forward", "stochastic", BOTH, ("trace",)),
-    "shared_probe_alignment": ("shared-probe alignment", "stochastic", BOTH, ("alignment",)),
+METRICS = ("trace", "norm", "effective_rank", "alignment")
+METHODS = {  # title, kind, backends, metrics, passes (times n) or spread of the error at one pass
+    "naive_jacobian": ("naive Jacobian", "exact", TORCH, METRICS, 1.0),
+    "direct": ("direct", "exact", BOTH, METRICS, 0.3),
+    "jacobian_contraction": ("Jacobian contraction", "exact", TORCH, METRICS, 0.05),
+    "ntk_vector_products": ("NTK-vector products", "exact", TORCH, METRICS, 0.12),
+    "nt_jacobian_contraction": ("neural-tangents Jacobian contraction", "exact", JAX, METRICS, 0.04),
+    "nt_ntk_vector_products": ("neural-tangents NTK-vector products", "exact", JAX, METRICS, 0.15),
+    "nt_structured_derivatives": ("neural-tangents structured derivatives", "exact", JAX, METRICS, 0.015),
+    "sum_of_logits": ("pNTK (sum of logits)", "approximate", BOTH, METRICS, 0.005),
+    "hutchinson": ("Hutchinson", "stochastic", BOTH, METRICS, 0.18),
+    "hutchpp": ("Hutch++", "stochastic", BOTH, METRICS, 0.12),
+    "one_sided_reverse": ("one-sided reverse", "stochastic", BOTH, ("trace",), 0.14),
+    "one_sided_forward": ("one-sided forward", "stochastic", BOTH, ("trace",), 0.22),
+    "shared_probe_alignment": ("shared-probe alignment", "stochastic", BOTH, ("alignment",), 0.16),
 }
-PROBLEMS = [  # family, sizes, N, O, P, slowness
+PROBLEMS = [  # family, sizes, N, O, P, slowness of a pass
     ("digits_mlp", "N=64", 64, 10, 85002, 1.0),
     ("digits_mlp", "N=512", 512, 10, 85002, 1.0),
     ("digits_conv", "N=64", 64, 10, 19658, 3.0),
     ("gru_hazelden", "N=15,T=8", 15, 512, 14592, 6.0),
 ]
 BUDGETS = (8, 32, 128, 512, 2048)
-# seconds = a * n^p passes each; accuracy in relative error at one pass
-EXACT = {
-    "naive_jacobian": (1.0, 1.0),
-    "direct": (0.30, 1.0),
-    "jacobian_contraction": (0.05, 1.0),
-    "ntk_vector_products": (0.12, 1.0),
-    "nt_jacobian_contraction": (0.04, 1.0),
-    "nt_ntk_vector_products": (0.15, 1.0),
-    "nt_structured_derivatives": (0.02, 0.95),
-    "sum_of_logits": (0.05, 0.7),
-}
-SPREAD = {"hutchinson": 0.9, "hutchpp": 0.6, "one_sided_reverse": 0.7, "one_sided_forward": 1.1}
-METRIC_SPREAD = {"trace": 1.0, "norm": 1.8, "effective_rank": 3.0, "alignment": 1.2}
+HARDER = {"trace": 1.0, "norm": 1.8, "effective_rank": 3.0, "alignment": 1.2}
+MEASUREMENTS = ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "memory_bytes"]
 
 
-def synthetic(problems=PROBLEMS, methods=METHODS, metrics=ALL, dtype="float32", seed=0) -> pd.DataFrame:
-    """A tidy table that looks like a measured one: times by passes, errors by the Monte Carlo rate, some cells lost."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for family, sizes, N, O, P, slow in problems:
-        for method, (title, kind, backends, gives) in methods.items():
+def synthetic(problems=PROBLEMS, methods=METHODS, metrics=METRICS) -> pd.DataFrame:
+    """A table that looks like a measured one: seconds by passes, errors by the Monte Carlo rate, some cells lost."""
+    rng, rows = np.random.default_rng(0), []
+    for family, sizes, samples, outputs, parameters, slow in problems:
+        for method, (title, kind, backends, gives, cost) in methods.items():
             for backend in BOTH:
                 for metric in metrics:
                     for passes in BUDGETS if kind == "stochastic" else (np.nan,):
-                        row = {"problem": f"{family}[{sizes}]", "family": family, "N": N, "O": O, "P": P, "n": N * O}
-                        row |= {"method": method, "title": title, "kind": kind, "backend": backend, "metric": metric}
-                        row |= {"passes": passes, "device": "cpu", "dtype": dtype, "threads": 2, "machine": "laptop"}
-                        row |= {"git_sha": "0123456789abcdef", "git_dirty": True, "reference": 123.0}
-                        row |= {"first_call_seconds": 1.0, "passes_spent": passes, "value": 123.0}
-                        row |= {"standard_error": np.nan, "seeds": 50 if kind == "stochastic" else 1, "reason": ""}
-                        row |= _cell(rng, method, kind, backend in backends, metric in gives, row, slow, backend)
+                        row = {"problem": f"{family}[{sizes}]", "family": family, "N": samples, "O": outputs}
+                        row |= {"P": parameters, "n": samples * outputs, "method": method, "title": title}
+                        row |= {"kind": kind, "backend": backend, "metric": metric, "passes": passes, "reason": ""}
+                        row |= {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "a laptop"}
+                        row |= {"git_sha": "0123456789abcdef", "git_dirty": True, "value": 1.0, "reference": 1.0}
+                        row |= {"seeds": 50 if kind == "stochastic" else 1, "first_call_seconds": 1.0}
+                        if backend not in backends or metric not in gives:
+                            row |= {"status": "skipped", "reason": "gives or runs on others only"}
+                        else:
+                            row |= _cell(rng, row, cost, slow)
                         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _cell(rng, method, kind, runs, gives, row, slow, backend):
-    if not runs or not gives:
-        return {
-            "status": "skipped",
-            "reason": "runs on another backend only" if not runs else "gives other metrics only",
-        }
-    n, metric = row["n"], row["metric"]
-    a_pass = 2e-4 * slow * (n / 640) ** 0.8 * (0.6 if backend == "jax" else 1.0)
-    if kind == "stochastic":
-        if method == "hutchpp" and row["passes"] < 12 and metric != "trace":
-            return {"status": "skipped", "reason": f"{metric} takes at least 12 passes"}
-        seconds = 2e-3 + a_pass * row["passes"]
-        error = (
-            SPREAD.get(method, 0.8)
-            * METRIC_SPREAD[metric]
-            / row["passes"] ** (0.62 if method == "hutchpp" else 0.5)
-            / 5
+def _cell(rng: np.random.Generator, row: dict, cost: float, slow: float) -> dict:
+    n, a_pass = row["n"], 2e-4 * slow * (row["n"] / 640) ** 0.8 * (0.6 if row["backend"] == "jax" else 1.0)
+    if row["method"] == "nt_structured_derivatives" and "gru" in row["family"]:
+        return {"status": "skipped", "reason": "structured derivatives unroll the scan"}
+    if row["method"] == "nt_ntk_vector_products" and "conv" in row["family"]:
+        return {"status": "out_of_memory", "reason": "more than 6 GiB"}
+    stochastic = row["kind"] == "stochastic"
+    seconds = (1e-3 + a_pass * (row["passes"] if stochastic else cost * n)) * rng.lognormal(0, 0.05)
+    if seconds > 30:
+        return {"status": "timeout", "reason": "more than 30 s"}
+    error = {"exact": rng.choice([0.0, 6e-8, 2e-7, 9e-7]), "approximate": rng.uniform(0.15, 0.8)}.get(row["kind"])
+    if stochastic:
+        error = cost * HARDER[row["metric"]] / row["passes"] ** (0.6 if row["method"] == "hutchpp" else 0.5)
+        error *= rng.lognormal(0, 0.1)
+    memory = (64.0 if stochastic else n) * n * 8 + (0.5 * n * row["P"] if row["method"] == "naive_jacobian" else 0)
+    numbers = (seconds, 0.96 * seconds, 1.07 * seconds, error, 0.45 * error, 1.75 * error, memory - 4e5)
+    return {"status": "ok", **dict(zip(MEASUREMENTS, numbers, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return synthetic(PROBLEMS[::3], metrics=("trace", "norm"))
+
+
+@pytest.fixture(scope="module")
+def drawn(table, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    return {name: figures.draw(name, table, folder) for name in figures.names()}
+
+
+def test_every_figure_gives_four_files(drawn):
+    assert {"error_against_seconds", "exact_cost", "speedup"} <= set(drawn)
+    for name, paths in drawn.items():
+        assert [path.name for path in paths] == [f"{name}.{kind}" for kind in ("csv", "txt", "png", "pdf")]
+        assert all(path.stat().st_size for path in paths)
+        caption = paths[1].read_text()
+        assert all(
+            word in caption for word in ("cpu", "2 threads", "float32", "50 seeds", "0123456789 (dirty)", "laptop")
         )
-        error *= rng.lognormal(0, 0.12)
-        quartiles = 0.45 * error, 1.75 * error
-    else:
-        factor, power = EXACT[method]
-        seconds = 1e-3 + factor * a_pass * n**power * (2.0 if metric == "alignment" else 1.0)
-        error = float(rng.choice([0.0, 6e-8, 2e-7, 9e-7])) if kind == "exact" else rng.uniform(0.15, 0.8)
-        quartiles = error, error
-        if method == "nt_structured_derivatives" and "gru" in row["family"]:
-            return {"status": "skipped", "reason": "structured derivatives unroll the scan: compiling takes O(T^2)"}
-        if method == "nt_ntk_vector_products" and "conv" in row["family"]:
-            return {"status": "out_of_memory", "reason": "more than 6 GiB"}
-        if seconds > 30:
-            return {"status": "timeout", "reason": "more than 30 s"}
-    seconds *= rng.lognormal(0, 0.05)
-    memory = (
-        (8 * n * n if kind == "exact" else 4 * n * 64)
-        + rng.normal(0, 2e5)
-        + {"naive_jacobian": 4.0 * n * row["P"] / 8}.get(method, 0)
-    )
-    return {
-        "status": "ok",
-        "seconds": seconds,
-        "seconds_q25": 0.96 * seconds,
-        "seconds_q75": 1.07 * seconds,
-        "error": error,
-        "error_q25": quartiles[0],
-        "error_q75": quartiles[1],
-        "memory_bytes": memory,
-    }
+
+
+def test_plotted_numbers_are_the_tables(drawn, table):
+    keys = ["problem", "metric", "method", "backend", "passes"]
+    for name, columns in {"error_against_seconds": MEASUREMENTS[:6], "exact_cost": MEASUREMENTS[:3]}.items():
+        plotted = pd.read_csv(drawn[name][0])
+        exact_only = table[table["kind"] == "exact"] if name == "exact_cost" else table
+        both = plotted.merge(exact_only, on=[k for k in keys if k in plotted], suffixes=("", "_table"), validate="1:1")
+        assert len(both) == len(plotted) > 0
+        for column in columns:
+            np.testing.assert_array_equal(both[column], both[f"{column}_table"])
+    assert set(plotted["metric"]) == {"norm"}
+    for name, column in (("exact_cost", "status"), ("speedup", "outcome")):
+        assert "timeout" in set(pd.read_csv(drawn[name][0])[column]), "a lost cell is out of sight"
+
+
+def test_zero_error_is_drawn_at_the_floor(drawn, table):
+    assert (table["error"] == 0).any()
+    plotted = pd.read_csv(drawn["error_against_seconds"][0])
+    assert set(plotted.loc[plotted["error"] == 0, "error_drawn"]) == {1e-8}
+    assert "are drawn at 1e-08" in drawn["error_against_seconds"][1].read_text()
+
+
+def test_speedups_are_at_equal_accuracy(table):
+    here = "problem == 'digits_mlp[N=64]' and metric == 'trace' and backend == 'torch'"
+    case = speedups(base.checked(table)).query(here).set_index(["method", "tolerance"])
+    assert case.loc[("naive_jacobian", "exact"), "speedup_over_naive_jacobian"] == 1
+    assert case.loc[("sum_of_logits", "1 %"), "outcome"] == "not reached"
+    cells = table.query(here).set_index("method")
+    fast_enough = cells.loc["hutchpp"].query("error <= 0.01")["seconds"].min()
+    assert case.loc[("hutchpp", "1 %"), "speedup_over_direct"] == cells.loc["direct", "seconds"] / fast_enough
+
+
+def test_same_table_same_bytes(drawn, table, tmp_path):
+    """Also when the table has been through a file, and in another process with other hashes."""
+    table.to_csv(tmp_path / "table.csv", index=False)
+    command = [sys.executable, "-m", "ntkbench.figures", "exact_cost", "error_against_seconds"]
+    subprocess.run([*command, "--table", tmp_path / "table.csv", "--out", tmp_path], check=True)
+    for path in drawn["exact_cost"] + drawn["error_against_seconds"]:
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    again = figures.draw("speedup", table, tmp_path)
+    assert [a.read_bytes() for a in again] == [b.read_bytes() for b in drawn["speedup"]]
+
+
+def test_tables_with_little_or_nothing_in_them(table, tmp_path):
+    failed = table.assign(status="failed", reason="$x$ was not there", **dict.fromkeys(MEASUREMENTS, np.nan))
+    ok = table[table["status"] == "ok"]
+    for rows in (table.iloc[:0], ok[:1], ok[ok["kind"] == "stochastic"][:1], failed, failed[:1]):
+        for name in figures.names():
+            assert all(path.stat().st_size for path in figures.draw(name, rows, tmp_path))
+            pd.read_csv(tmp_path / f"{name}.csv")
+    assert "$x$ was not there" in (tmp_path / "exact_cost.txt").read_text()
+
+
+def test_devices_do_not_share_panels(table):
+    twice = pd.concat([table, table.assign(device="cuda")])
+    assert set(base.checked(twice)["setting"]) == {"cpu", "cuda"}
+    assert set(
+        speedups(base.checked(twice)).groupby(["method", "backend", "problem", "metric", "tolerance"]).size()
+    ) == {2}
+
+
+def test_bad_input_is_named(table, tmp_path):
+    with pytest.raises(BadInput, match="machine, seconds_q25"):
+        figures.draw("speedup", table.drop(columns=["machine", "seconds_q25"]), tmp_path)
+    with pytest.raises(BadInput, match="'error' of the table must hold numbers"):
+        figures.draw("speedup", table.assign(error="much"), tmp_path)
+    with pytest.raises(BadInput, match="did you mean 'speedup'"):
+        figures.draw("speedups", table, tmp_path)
+    table.drop(columns="seconds").to_csv(tmp_path / "table.csv")
+    made = CliRunner().invoke(main, ["--table", str(tmp_path / "table.csv"), "--out", str(tmp_path)])
+    assert made.exit_code == 1 and "lacks columns that figures need: seconds" in made.output
+
+
+def test_dropped_in_figure_is_found(table, tmp_path, monkeypatch):
+    (tmp_path / "dropped_in.py").write_text("from ntkbench.figures import base\ndraw = lambda t: base.nothing(t, 'no')")
+    monkeypatch.setattr(figures, "__path__", [*figures.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "ntkbench.figures.dropped_in", raising=False)
+    assert figures.draw("dropped_in", table, tmp_path)[0].name == "dropped_in.csv"
+    del sys.modules["ntkbench.figures.dropped_in"], figures.dropped_in
+
+
+def test_looks_are_for_good():
+    many = METHODS | {f"later_{i}": (f"later {i}", "stochastic", BOTH, METRICS, 0.1) for i in range(20)}
+    few, all_of_them = (_looks.looks(synthetic(PROBLEMS[:1], methods)) for methods in (METHODS, many))
+    assert list(all_of_them)[: len(few)] == list(few)
+    assert all(all_of_them[method] == look for method, look in few.items())
+    assert len({(look.colour, look.marker) for look in all_of_them.values()}) == len(many)
+    first = _looks.looks(synthetic(PROBLEMS[:1], METHODS | {"later_3": many["later_3"]}))["later_3"]
+    assert first == all_of_them["later_3"]
+    assert _labels.name_label("gru_hazelden[N=15,T=50]") == "GRU hazelden, N = 15, T = 50"
+
+
+def test_figures_import_no_backend():
+    code = "import sys, ntkbench.figures as f; f.names(); sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -118,7 +118,7 @@ def caption(name: str, drawing: Drawing, table: pd.DataFrame) -> str:
         f"Machine: {'; '.join(sorted(set(table['machine']) - {''})) or 'not recorded'}.",
         f"Cells of the grid: {cells or 'none'}.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace(r"\$", "$") + "\n"
 
 
 def nothing(table: pd.DataFrame, why: str) -> Drawing:

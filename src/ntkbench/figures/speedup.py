@@ -17,6 +17,7 @@ SHAPES = {"1 %": ("o", "#56B4E9"), "0.1 %": ("D", "#0072B2"), "exact": ("s", "#0
 FIRST, SECOND = BASELINES
 SECONDS = [f"{name}_seconds" for name in BASELINES]
 ACCENT = "#882255"
+TIMES = "\N{MULTIPLICATION SIGN}"
 GUTTER = 0.15
 """Share of a panel's width, on the left, where what was not reached is listed."""
 
@@ -48,6 +49,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         x = _limits(here)
         for panel, metric in zip(row, metrics, strict=True):
             panel.set_title(_labels.metric_label(metric), pad=22)
+            panel.set_ylim(len(lines) - 0.4, -0.6)
             rows = here[here["metric"] == metric]
             if not len(rows) or not rows[SECONDS].notna().any(axis=None):
                 _unmeasured(panel, rows)
@@ -78,7 +80,7 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
 
 def _frame(panel: Axes, lines: list[tuple[str, str]], style: dict[str, _looks.Look]) -> None:
     """Rows for methods, a gap between kinds, the gutter."""
-    panel.set(ylim=(len(lines) - 0.4, -0.6), xscale="log")
+    panel.set_xscale("log")
     panel.set_yticks(range(len(lines)), labels=[])
     panel.tick_params(axis="y", length=0)
     panel.grid(True, axis="y", linewidth=0.5)
@@ -164,7 +166,7 @@ def _mark(tolerance: str, backend: str, colour: str | None = None) -> dict:
 
 
 def _tick(value: float, _: int) -> str:
-    return _labels.power_label(value, between=(-3, 4)) + "\N{MULTIPLICATION SIGN}"
+    return _labels.power_label(value, between=(-3, 4)) + TIMES
 
 
 def _reading(plotted: pd.DataFrame) -> _key.Key:
@@ -172,8 +174,8 @@ def _reading(plotted: pd.DataFrame) -> _key.Key:
         ("1 %", "median error at most 1 %"), ("0.1 %", "median error at most 0.1 %"), ("exact", "exact method"),
     )]  # fmt: skip
     lines = [
-        (Line2D([], [], color="black", linewidth=1.0), "1× over naive Jacobian (lower axis)"),
-        (Line2D([], [], color=ACCENT, linewidth=1.0, linestyle=(0, (3, 1.5))), "1× over direct (upper axis)"),
+        (Line2D([], [], color="black", linewidth=1.0), f"1{TIMES} over naive Jacobian (lower axis)"),
+        (Line2D([], [], color=ACCENT, linewidth=1.0, linestyle=(0, (3, 1.5))), f"1{TIMES} over direct (upper axis)"),
         (Patch(color="#E6E6E6"), "grey gutter: not reached; \N{EN DASH} skipped"),
     ]
     backends = _key.backend_entries(_looks.backends_in(plotted), linestyle=False)

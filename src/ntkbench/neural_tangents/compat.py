@@ -1,13 +1,13 @@
 """Run neural-tangents 0.6.5, which is archived and imports unmodified only up to jax 0.4.25, on jax 0.10.
 
-:func:`load` imports it and mends what newer versions of jax broke. Two kinds of mend keep the rest of the process as it was:
+:func:`load` imports it and mends what newer versions of jax broke:
 
-- names that neural-tangents takes *while it is imported* are lent to jax's modules for that long and taken back;
-- names that it looks up *while it runs* are put into its own modules, on top of jax's.
+- names that neural-tangents takes while it is imported are lent to jax's modules for that long, and taken back;
+- names that it looks up while it runs are put into its own module, on top of jax's.
 
-So jax itself is the same before and after, and other methods in the process never notice. Everything rests on jax's public
-API, and every mend is needed by the three implementations that this package runs; neural-tangents' other parts (``AUTO``,
-``predict``, infinite-width kernels, the TensorFlow bridge) are not looked after.
+So jax is the same before and after, and other methods in the process never notice. All mends rest on jax's public API,
+and the three implementations that this package runs need every one of them; the other parts of neural-tangents (``AUTO``,
+``predict``, infinite-width kernels, the bridge to TensorFlow) are not looked after.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
 
 
 def _jax_util() -> types.ModuleType:
-    """``jax.util``, for the import: gone since jax 0.8.0. Two functions of it are wanted, strict and eager map and zip."""
+    """``jax.util``, for the import: gone since jax 0.8.0. Its strict and eager versions of map and zip are wanted."""
     util = types.ModuleType("jax.util")
 
     def safe_zip(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -80,7 +80,7 @@ def _jax_util() -> types.ModuleType:
 
 
 def _no_tensorflow() -> types.ModuleType:
-    """An empty ``neural_tangents.experimental``, for the import: the real one is all TensorFlow and nothing else needs it."""
+    """An empty ``neural_tangents.experimental``, for the import: the real one is for TensorFlow, which it imports."""
     return types.ModuleType("neural_tangents.experimental")
 
 
@@ -93,8 +93,8 @@ def _names_of_ad(empirical: types.ModuleType) -> None:
     """What the pass over a linearised network looks up in ``jax.interpreters.ad``.
 
     ``source_info_util``, gone since jax 0.4.26, is now in ``jax.extend``. Of ``config``, gone since then too, only
-    ``jax_enable_checks`` is read: it turns on a check by functions that jax no longer has, so it stays off. For ``linearize``
-    see :func:`_linearize`.
+    ``jax_enable_checks`` is read: it turns on a check by functions that jax no longer has, so it stays off. For
+    ``linearize`` see :func:`_linearize`.
     """
     import jax.extend.source_info_util
 
@@ -110,7 +110,7 @@ def _linearize(network: Any, *weights: Any, has_aux: bool) -> tuple[list[Any], l
     """``ad.linearize`` as it was: outputs, a mark for each output, the linear map as a jaxpr, and its constants.
 
     In jax 0.10 its marks are truth values, and since jax 0.10.2 it takes other arguments. Tracing what the public
-    ``jax.linearize`` returns says the same, but for outputs that do not depend on the weights: these are not marked, and
+    ``jax.linearize`` returns says the same, but for outputs that do not depend on the weights: they are not marked, and
     their zeros are written out.
     """
     import jax
@@ -130,8 +130,8 @@ class _Unknown:
 def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
     """The function that a jaxpr stands for, with a slice for each part of a ``split`` that is used.
 
-    Since jax 0.4.38 ``jnp.split`` is a primitive of its own, with many outputs. neural-tangents refuses primitives with more
-    than one; it knew ``jnp.split`` as the slices that it is here again.
+    Since jax 0.4.38 ``jnp.split`` is a primitive of its own, with many outputs. neural-tangents refuses primitives with
+    more than one; it knew ``jnp.split`` as the slices that it is here again.
     """
     import jax
     from jax.extend.core import Literal
@@ -172,9 +172,9 @@ def _slices(split: Any, array: Any, used: set[Any]) -> dict[Any, Any]:
 def _transposes(empirical: types.ModuleType) -> None:
     """How a cotangent goes back through one equation: by the public ``jax.linear_transpose``.
 
-    neural-tangents looks the rule up in jax's tables. One of them is gone (``ad.reducing_transposes``, since jax 0.10.0), and
-    since jax 0.8.1 the rules of more and more primitives, slices first, are in a private one and are called differently.
-    ``jax.linear_transpose`` of a single equation applies the very same rules, wherever they are kept.
+    neural-tangents looks the rule up in jax's tables. One of them is gone (``ad.reducing_transposes``, since jax
+    0.10.0), and since jax 0.8.1 the rules of more and more primitives, slices first, are in a private one and are called
+    differently. ``jax.linear_transpose`` of a single equation applies the very same rules, wherever they are kept.
     """
     empirical._eqn_vjp_fn = _equation_vjp
 

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
-    Theta ``[N, N, O, O]`` stays on the device; two of them for alignment. The trace is asked for as neural-tangents offers
-    it, by traced and diagonal axes, so that an implementation may get away with ``[N]``. The program is compiled at the first
-    estimate of a metric and kept; it is not run where it would need more memory than :func:`memory_limit` allows.
+    Theta ``[N, N, O, O]`` stays on the device; two of them for alignment. The trace is asked for in the way that
+    neural-tangents has for it, by traced and diagonal axes, so that an implementation may get away with ``[N]``. The
+    program is compiled at the first estimate of a metric and kept; it is refused if it needs more memory than
+    :func:`memory_limit` allows.
 
     Attributes:
         implementation: name in ``neural_tangents.NtkImplementation``.
@@ -96,7 +97,7 @@ class Prepared:
         for end in metrics.ends(metric):
             self._problem.weights(end)  # refuses what is not there
         function = self._trace() if metric == "trace" else self._sums()
-        # A GPU's float32 products would otherwise be done in TF32. Deprecation warnings are an archived package's to stay.
+        # A GPU would do float32 products in TF32 otherwise. Deprecations in an archived package are nobody's to act on.
         with jax.default_matmul_precision("highest"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             program = jax.jit(function).lower(self._at(metric), self._x).compile()
@@ -114,7 +115,7 @@ class Prepared:
         return lambda weights, x: _moments([theta(x, None, w) for w in weights])
 
     def _kernel(self, **axes: tuple[int, ...]) -> Callable[..., jax.Array]:
-        """``(x, None, weights) ->`` kernel of the network with all its output axes as one; ``None`` is "x against itself"."""
+        """``(x, None, weights) -> kernel`` of the network with its output axes as one; ``None`` is x against itself."""
         return self._neural_tangents.empirical_ntk_fn(
             lambda weights, x: self._forward(weights, x).reshape(x.shape[0], -1),
             vmap_axes=0,
