@@ -39,6 +39,8 @@ PROBLEMS = [  # family, sizes, N, O, P, slowness of a pass
     ("digits_conv", "N=64", 64, 10, 19658, 3.0),
     ("gru_hazelden", "N=15,T=8", 15, 512, 14592, 6.0),
 ]
+LOST = {("nt_structured_derivatives", "gru_hazelden"): ("skipped", "structured derivatives unroll the scan")}
+LOST |= {("nt_ntk_vector_products", "digits_conv"): ("out_of_memory", "more than 6 GiB")}
 BUDGETS = (8, 32, 128, 512, 2048)
 HARDER = {"trace": 1.0, "norm": 1.8, "effective_rank": 3.0, "alignment": 1.2}
 MEASUREMENTS = ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "memory_bytes"]
@@ -68,10 +70,8 @@ def synthetic(problems=PROBLEMS, methods=METHODS, metrics=METRICS) -> pd.DataFra
 
 def _cell(rng: np.random.Generator, row: dict, cost: float, slow: float) -> dict:
     n, a_pass = row["n"], 2e-4 * slow * (row["n"] / 640) ** 0.8 * (0.6 if row["backend"] == "jax" else 1.0)
-    if row["method"] == "nt_structured_derivatives" and "gru" in row["family"]:
-        return {"status": "skipped", "reason": "structured derivatives unroll the scan"}
-    if row["method"] == "nt_ntk_vector_products" and "conv" in row["family"]:
-        return {"status": "out_of_memory", "reason": "more than 6 GiB"}
+    if (row["method"], row["family"]) in LOST:
+        return dict(zip(("status", "reason"), LOST[row["method"], row["family"]], strict=True))
     stochastic = row["kind"] == "stochastic"
     seconds = (1e-3 + a_pass * (row["passes"] if stochastic else cost * n)) * rng.lognormal(0, 0.05)
     if seconds > 30:
@@ -86,7 +86,7 @@ def _cell(rng: np.random.Generator, row: dict, cost: float, slow: float) -> dict
 
 
 @pytest.fixture(scope="module")
-def table() -> pd.DataFrame:
+def table():
     return synthetic(PROBLEMS[::3], metrics=("trace", "norm"))
 
 
@@ -117,15 +117,11 @@ def test_plotted_numbers_are_the_tables(drawn, table):
         for column in columns:
             np.testing.assert_array_equal(both[column], both[f"{column}_table"])
     assert set(plotted["metric"]) == {"norm"}
+    zeros = pd.read_csv(drawn["error_against_seconds"][0]).query("error == 0")
+    assert set(zeros["error_drawn"]) == {1e-8}, "an error of zero is not at the floor"
+    assert "are drawn at 1e-08" in drawn["error_against_seconds"][1].read_text()
     for name, column in (("exact_cost", "status"), ("speedup", "outcome")):
         assert "timeout" in set(pd.read_csv(drawn[name][0])[column]), "a lost cell is out of sight"
-
-
-def test_zero_error_is_drawn_at_the_floor(drawn, table):
-    assert (table["error"] == 0).any()
-    plotted = pd.read_csv(drawn["error_against_seconds"][0])
-    assert set(plotted.loc[plotted["error"] == 0, "error_drawn"]) == {1e-8}
-    assert "are drawn at 1e-08" in drawn["error_against_seconds"][1].read_text()
 
 
 def test_speedups_are_at_equal_accuracy(table):
@@ -134,8 +130,8 @@ def test_speedups_are_at_equal_accuracy(table):
     assert case.loc[("naive_jacobian", "exact"), "speedup_over_naive_jacobian"] == 1
     assert case.loc[("sum_of_logits", "1 %"), "outcome"] == "not reached"
     cells = table.query(here).set_index("method")
-    fast_enough = cells.loc["hutchpp"].query("error <= 0.01")["seconds"].min()
-    assert case.loc[("hutchpp", "1 %"), "speedup_over_direct"] == cells.loc["direct", "seconds"] / fast_enough
+    expected = cells.loc["direct", "seconds"] / cells.loc["hutchpp"].query("error <= 0.01")["seconds"].min()
+    assert case.loc[("hutchpp", "1 %"), "speedup_over_direct"] == expected
 
 
 def test_same_table_same_bytes(drawn, table, tmp_path):
@@ -193,8 +189,8 @@ def test_looks_are_for_good():
     assert list(all_of_them)[: len(few)] == list(few)
     assert all(all_of_them[method] == look for method, look in few.items())
     assert len({(look.colour, look.marker) for look in all_of_them.values()}) == len(many)
-    first = _looks.looks(synthetic(PROBLEMS[:1], METHODS | {"later_3": many["later_3"]}))["later_3"]
-    assert first == all_of_them["later_3"]
+    alone = _looks.looks(synthetic(PROBLEMS[:1], {"later_3": many["later_3"]}))
+    assert alone["later_3"] == all_of_them["later_3"]
     assert _labels.name_label("gru_hazelden[N=15,T=50]") == "GRU hazelden, N = 15, T = 50"
 
 

@@ -94,7 +94,9 @@ def test_backends_agree_on_theta_times_the_same_probes_to_float_precision(label,
     assert close(a, b, 2e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="JAX has the columns of J by sorted parameter names, torch by the module's order")
+@pytest.mark.xfail(
+    strict=True, reason="JAX has the columns of J by sorted parameter names, torch by the module's order"
+)
 def test_backends_agree_on_the_order_of_parameters(tiny):
     w = np.random.default_rng(1).standard_normal((2, tiny.P))
     a, b = (j.jvp(put(w, j.basis(0, 1))) for j in (operator(tiny, backend) for backend in BACKENDS))

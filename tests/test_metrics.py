@@ -54,7 +54,9 @@ def test_ratios_of_a_vanishing_theta_are_nan():
 
 
 def test_unknown_metrics_are_refused():
-    with pytest.raises(BadInput, match=r"unknown metric 'allignment' \(did you mean 'alignment'\?\); allowed: alignment"):
+    with pytest.raises(
+        BadInput, match=r"unknown metric 'allignment' \(did you mean 'alignment'\?\); allowed: alignment"
+    ):
         Moments().metric("allignment")
     with pytest.raises(BadInput, match="unknown metric"):
         metrics.check("rank")
@@ -85,7 +87,9 @@ def test_from_gram(backend, truth):
 def test_from_rows_of_theta_in_any_order_and_blocks(backend, truth):
     J, J_f, values = truth
     numbers = np.random.default_rng(0).permutation(len(J))
-    blocks = [(part, [put(backend, (A @ A.T)[part]) for A in (J, J_f)]) for part in (numbers[:1], numbers[1:4], numbers[4:])]
+    blocks = [
+        (part, [put(backend, (A @ A.T)[part]) for A in (J, J_f)]) for part in (numbers[:1], numbers[1:4], numbers[4:])
+    ]
     moments = metrics.from_rows_of_theta(iter(blocks))
     for metric in METRICS:
         assert moments.metric(metric) == pytest.approx(values[metric], rel=1e-12)

@@ -40,14 +40,20 @@ def shards(folder):
     return {file.stem: file for file in (folder / "results" / "smoke" / "shards").glob("*.csv")}
 
 
+def begun(folder):
+    """Shards that are being measured."""
+    work = (folder / "results" / "smoke" / "shards").glob(".*.work")
+    return {file.stem.removeprefix(".") for file in work} - set(shards(folder))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A results folder from a run that was killed with kill -9 after its first shard, and a second run."""
+    """A results folder from a run that was killed with kill -9 in its second shard, and a second run."""
     folder = tmp_path_factory.mktemp("pipeline")
     first = subprocess.Popen(
         command(folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while first.poll() is None and not shards(folder):
+    while first.poll() is None and not (shards(folder) and begun(folder)):
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()

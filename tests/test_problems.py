@@ -29,7 +29,8 @@ def mnist(monkeypatch):
     """A loader that returns 520 images of noise with MNIST's shapes and types."""
     rng = np.random.default_rng(0)
     data = types.SimpleNamespace(
-        data=rng.integers(0, 256, (520, 784)).astype(np.float64), target=rng.integers(0, 10, 520).astype(str).astype("O")
+        data=rng.integers(0, 256, (520, 784)).astype(np.float64),
+        target=rng.integers(0, 10, 520).astype(str).astype("O"),
     )
     asked = []
     monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *args, **kwargs: asked.append((args, kwargs)) or data)

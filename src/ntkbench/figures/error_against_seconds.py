@@ -45,7 +45,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     bands = crowd <= MOST * len(shares)
     sheets = [(*problem, backends) for problem in problems for backends in shares]
     figure, grid = _canvas.sheet(
-        [_canvas.Row(2.1 if crowd <= MOST else 2.8) for _ in sheets],
+        [_canvas.Row(2.4 if crowd <= MOST else 2.9) for _ in sheets],
         len(metrics),
         title="Relative error against seconds",
         subtitle=base.settings_line(table),

@@ -6,8 +6,8 @@
 - names that it looks up while it runs are put into its own module, on top of jax's.
 
 So jax is the same before and after, and other methods in the process never notice. All mends rest on jax's public API,
-and the three implementations that this package runs need every one of them; the other parts of neural-tangents (``AUTO``,
-``predict``, infinite-width kernels, the bridge to TensorFlow) are not looked after.
+and the three implementations that this package runs need every one of them; the other parts of neural-tangents
+(``AUTO``, ``predict``, infinite-width kernels, the bridge to TensorFlow) are not looked after.
 """
 
 from __future__ import annotations
@@ -172,9 +172,10 @@ def _slices(split: Any, array: Any, used: set[Any]) -> dict[Any, Any]:
 def _transposes(empirical: types.ModuleType) -> None:
     """How a cotangent goes back through one equation: by the public ``jax.linear_transpose``.
 
-    neural-tangents looks the rule up in jax's tables. One of them is gone (``ad.reducing_transposes``, since jax
-    0.10.0), and since jax 0.8.1 the rules of more and more primitives, slices first, are in a private one and are called
-    differently. ``jax.linear_transpose`` of a single equation applies the very same rules, wherever they are kept.
+    neural-tangents looks the rule up in jax's tables, by a mark on the primitive (``map_primitive``). The mark and one
+    of the tables (``ad.reducing_transposes``) are gone since jax 0.10.0, and since jax 0.8.1 the rules of more and more
+    primitives, slices first, are in a private table and are called differently. ``jax.linear_transpose`` of a single
+    equation applies the very same rules, wherever they are.
     """
     empirical._eqn_vjp_fn = _equation_vjp
 

@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import psutil
-
 from ntkbench import metrics
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
@@ -129,8 +127,8 @@ class Prepared:
         allowed = memory_limit(self._x.device)
         if needed > allowed:
             raise OverMemory(
-                f"{self._problem.name} by neural-tangents' {self._implementation.name} would need "
-                f"{needed / 1e9:.3g} GB, allowed: {allowed / 1e9:.3g} GB"
+                f"neural-tangents' {self._implementation.name} would need {needed / 2**30:.3g} GiB "
+                f"for {self._problem.name}; allowed: {allowed / 2**30:.3g} GiB"
             )
 
 
@@ -145,9 +143,12 @@ def memory_limit(device: jax.Device) -> int:
         if not given.isdecimal():
             raise BadInput(f"NTKBENCH_MEMORY_LIMIT must be a whole number of bytes, got {given!r}")
         return int(given)
-    statistics = device.memory_stats()  # none on the CPU
-    free = statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else psutil.virtual_memory().available
-    return int(0.8 * free)
+    statistics = device.memory_stats()
+    if statistics is None:  # the CPU
+        import psutil
+
+        return int(0.8 * psutil.virtual_memory().available)
+    return int(0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"]))
 
 
 def _moments(kernels: Sequence[jax.Array]) -> dict[str, jax.Array]:

@@ -1,0 +1,287 @@
+"""neural-tangents on a jax it was not made for: its kernels are right, jax is left alone, and limits are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import loaded
+
+from ntkbench import methods, reference
+from ntkbench.errors import BadInput, OverMemory
+from ntkbench.jacobian.jax import network
+from ntkbench.methods.nt_structured_derivatives import longest_scan
+from ntkbench.metrics import METRICS
+from ntkbench.neural_tangents import load, memory_limit
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+METHODS = ("nt_jacobian_contraction", "nt_ntk_vector_products", "nt_structured_derivatives")
+LABELS = ("mlp_hazelden[N=2]", "digits_mlp[N=3]", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]")
+
+# An archived package uses what is deprecated by now; the methods silence it while they compile.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def target(dtype: str = "float64") -> Target:
+    return Target("jax", dtype, "cpu")
+
+
+def jitted(function):
+    """Compiled in a hurry, since it runs only once."""
+    import jax
+
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def theta_of(forward, weights, x, implementation: str) -> np.ndarray:
+    theta = load().empirical_ntk_fn(
+        forward, trace_axes=(), vmap_axes=0, implementation=load().NtkImplementation[implementation]
+    )
+    kernel = np.asarray(jitted(lambda weights, x: theta(x, None, weights))(weights, x))
+    n = kernel.shape[0] * kernel.shape[2]
+    return kernel.transpose(0, 2, 1, 3).reshape(n, n)
+
+
+def theta_by_jacrev(forward, weights, x) -> np.ndarray:
+    import jax
+
+    blocks = jitted(jax.jacrev(lambda weights: forward(weights, x).reshape(-1)))(weights)
+    J = np.concatenate([np.asarray(block).reshape(block.shape[0], -1) for block in blocks.values()], axis=1)
+    return J @ J.T
+
+
+@functools.cache
+def jacrev_of(label: str) -> np.ndarray:
+    return theta_by_jacrev(*network(loaded(label), "theta_0", target()))
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("name", METHODS)
+def test_theta_is_the_jacobians(label, name):
+    forward, weights, x = network(loaded(label), "theta_0", target())
+    theta = theta_of(lambda w, x: forward(w, x).reshape(len(x), -1), weights, x, methods.get(name).implementation)
+    exact = jacrev_of(label)
+    assert theta.dtype == exact.dtype == np.float64
+    np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
+
+
+@pytest.mark.parametrize(("label", "dtype"), [*((label, "float64") for label in LABELS), (LABELS[2], "float32")])
+@pytest.mark.parametrize("name", METHODS)
+def test_moments_are_those_of_the_reference(label, dtype, name):
+    """The program for alignment gives all moments at once, from which all metrics follow."""
+    moments = methods.get(name).prepare(loaded(label), target(dtype)).moments("alignment")
+    exact = reference.exact(loaded(label))
+    assert {metric: moments.metric(metric) for metric in METRICS} == pytest.approx(
+        exact, rel=1e-9 if dtype == "float64" else 1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", METHODS)
+def test_trace_has_a_program_of_its_own(dtype, name):
+    method, problem = methods.get(name), loaded(LABELS[2])
+    estimate = method.estimate(method.prepare(problem, target(dtype)), "trace")
+    assert estimate.value == pytest.approx(reference.exact(problem)["trace"], rel=1e-9 if dtype == "float64" else 1e-4)
+    assert (type(estimate.value), estimate.standard_error, estimate.passes) == (float, None, None)
+
+
+def test_float32_sums_lose_nothing():
+    """A long sum in float32 is only as good as the order in which it is done."""
+    import jax
+
+    from ntkbench.neural_tangents.method import _moments
+
+    entries = np.random.default_rng(0).standard_normal((2, 50, 50, 40, 40)).astype("float32") + 1
+    sums = jax.jit(_moments)(list(entries))
+    theta, theta_f = entries.astype("float64")
+    exact = {
+        "trace": np.einsum("nnoo->", theta),
+        "square": (theta**2).sum(),
+        "square_f": (theta_f**2).sum(),
+        "cross": (theta * theta_f).sum(),
+    }
+    assert {key: float(value) for key, value in sums.items()} == pytest.approx(exact, rel=1e-6)
+    assert {value.dtype.name for value in sums.values()} == {"float32"}
+
+
+def _attention(w, x):
+    import jax
+    import jax.numpy as jnp
+
+    tokens = x.reshape(len(x), 2, 3) @ w["a"]
+    query, key, value = jnp.split(tokens @ w["b"], 3, axis=-1)
+    return (jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2)) @ value).mean(1)
+
+
+def _part_of_a_split(w, x):
+    import jax.numpy as jnp
+
+    return jnp.tanh(x @ jnp.split(w["a"], 3, axis=1)[1]) @ w["b"]
+
+
+def _checkpointed(w, x):
+    import jax
+    import jax.numpy as jnp
+
+    return jax.checkpoint(lambda x: jnp.tanh(x @ w["a"]))(x) @ w["b"]
+
+
+def _constant_and_unused(w, x):
+    import jax.numpy as jnp
+
+    return jnp.concatenate([x @ w["a"], x[:, :2]], axis=1)
+
+
+def _weights_as_outputs(w, x):
+    import jax.numpy as jnp
+
+    return jnp.broadcast_to(w["a"][0], (len(x), 4)) + x @ w["b"]
+
+
+def _shared(w, x):
+    import jax.numpy as jnp
+
+    return jnp.tanh(jnp.tanh(x @ w["a"]) @ w["a"])
+
+
+def _scan(w, x):
+    import jax
+    import jax.numpy as jnp
+
+    def step(h, u):
+        h = jnp.tanh(h @ w["a"] + u[:, None] * w["b"])
+        return h, h
+
+    return jax.lax.scan(step, jnp.zeros((len(x), 4), x.dtype), x.T)[0]
+
+
+NETWORKS = {
+    _attention: ((3, 4), (4, 12)),
+    _part_of_a_split: ((6, 15), (5, 4)),
+    _checkpointed: ((6, 5), (5, 4)),
+    _constant_and_unused: ((6, 5), (5, 4)),
+    _weights_as_outputs: ((2, 4), (6, 4)),
+    _shared: ((6, 6), (1,)),
+    _scan: ((4, 4), (4,)),
+}
+"""Networks, with the shapes of their weights, that go through what was mended for structured derivatives."""
+
+
+@pytest.mark.parametrize("forward", NETWORKS, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.filterwarnings("ignore:No Jacobian rule found")
+def test_structured_derivatives_of_what_was_mended(forward):
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    weights = dict(zip("ab", map(jax.numpy.asarray, map(rng.standard_normal, NETWORKS[forward])), strict=True))
+    x = jax.numpy.asarray(rng.standard_normal((3, 6)))
+    exact = theta_by_jacrev(forward, weights, x)
+    theta = theta_of(forward, weights, x, "STRUCTURED_DERIVATIVES")
+    np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
+
+
+def test_long_scans_are_refused_with_the_reason():
+    structured, *others = (methods.get(name) for name in reversed(METHODS))
+    problem = loaded("gru_hazelden")
+    reason = structured.refusal(problem, "norm", target())
+    assert "lax.scan" in reason
+    assert "T = 50" in reason
+    assert [method.refusal(problem, "norm", target()) for method in others] == [None, None]
+    assert structured.refusal(loaded("gru_hazelden[N=2,T=8]"), "norm", target()) is None
+    assert structured.refusal(loaded("gru_hazelden[N=2,T=9]"), "norm", target()) is not None
+    assert structured.refusal(problem, "norm", Target("torch")) == "runs on jax only"
+
+
+def test_scans_are_found_wherever_they_are(tiny):
+    import jax
+
+    def steps(forward) -> int:
+        return longest_scan(dataclasses.replace(tiny, jax_forward=forward))
+
+    def scan(body, x, length):
+        return jax.lax.scan(lambda x, _: (body(x), None), x, length=length)[0]
+
+    nested = jax.jit(lambda x: scan(lambda x: scan(jax.numpy.sin, x, 3), x, 4))
+    assert steps(lambda w, x: x) == 1
+    assert steps(lambda w, x: scan(jax.numpy.sin, x, 5) + scan(jax.numpy.cos, x, 7)) == 7
+    assert steps(lambda w, x: nested(x)) == 12
+    assert steps(lambda w, x: jax.lax.cond(x.sum() > 0, nested, lambda x: x, x)) == 12
+    assert steps(jax.checkpoint(lambda w, x: nested(x))) == 12
+    assert steps(lambda w, x: jax.lax.fori_loop(0, 6, lambda i, x: x * w["0.bias"][0], x)) == 6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_program_over_the_limit_is_not_run(tiny, name, monkeypatch):
+    method = methods.get(name)
+    prepared = method.prepare(tiny, target())
+    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "1000")
+    with pytest.raises(OverMemory, match=r"would need .* GiB for tanh_net; allowed: 9\.31e-07 GiB"):
+        method.estimate(prepared, "norm")
+    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", str(2**30))
+    first = method.estimate(prepared, "norm")
+    # Compiled and looked at once: the limit plays no part any more.
+    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "1000")
+    assert method.estimate(prepared, "norm") == first
+
+
+def test_memory_limit(monkeypatch):
+    import jax
+    import psutil
+
+    device = jax.devices("cpu")[0]
+    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "12345")
+    assert memory_limit(device) == 12345
+    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "6 GB")
+    with pytest.raises(BadInput, match="whole number of bytes, got '6 GB'"):
+        memory_limit(device)
+    monkeypatch.delenv("NTKBENCH_MEMORY_LIMIT")
+    assert 0 < memory_limit(device) < psutil.virtual_memory().total
+
+
+def test_bytes_needed():
+    problem, float32 = loaded("digits_conv[N=3]"), target("float32")
+    needed = {name: [methods.get(name).bytes_needed(problem, m, float32) for m in METRICS] for name in METHODS}
+    theta = 4 * 30**2
+    assert needed["nt_jacobian_contraction"] == [4 * 3, theta, theta, 2 * theta]
+    assert needed["nt_ntk_vector_products"] == [theta, theta, theta, 2 * theta]
+
+
+def test_alignment_needs_trained_weights_and_a_metric_must_exist(tiny):
+    method = methods.get(METHODS[0])
+    untrained = method.prepare(dataclasses.replace(tiny, theta_f=None), target())
+    with pytest.raises(BadInput, match="has no theta_f"):
+        method.estimate(untrained, "alignment")
+    with pytest.raises(BadInput, match="unknown metric"):
+        method.estimate(untrained, "determinant")
+
+
+def test_a_torch_only_problem_is_refused(tiny):
+    torch_only: Problem = dataclasses.replace(tiny, jax_forward=None)
+    assert [methods.get(name).refusal(torch_only, "trace", target()) for name in METHODS] == [
+        "the problem has no network in JAX"
+    ] * 3
+
+
+IN_A_FRESH_PROCESS = """
+import sys
+from ntkbench import methods
+assert methods.names() and not {"jax", "neural_tangents"} & set(sys.modules), "methods are to be listed without jax"
+from ntkbench.neural_tangents import load
+import jax, jax.core, jax.interpreters.ad
+before = {module: set(vars(module)) for module in (jax.core, jax.interpreters.ad)}
+neural_tangents = load()
+assert load() is neural_tangents is sys.modules["neural_tangents"]
+assert {module: set(vars(module)) for module in before} == before, "jax was changed"
+left = {"tensorflow", "jax.util", "neural_tangents.experimental"} & set(sys.modules)
+assert not left, left
+"""
+
+
+def test_loading_leaves_jax_as_it_was_and_tensorflow_out():
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS], check=True)

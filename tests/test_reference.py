@@ -1,0 +1,158 @@
+"""The exact values: both sides of J, what counts as stored, and the committed ones made again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import metrics_of, tanh_network, written_out
+
+from ntkbench import paths, problems, reference
+from ntkbench.metrics import METRICS
+from ntkbench.problems import _weights
+
+COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted((paths.REFERENCE / "exact").glob("*.json"))}
+KNOWN = {  # two decimals each, known before any of this was written
+    "mlp_hazelden": {"trace": 2314.23, "norm": 397.04, "effective_rank": 33.97},
+    "gru_hazelden": {"trace": 223056.46},
+}
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A cache and a folder of committed references of this test's own."""
+    monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    return tmp_path
+
+
+def truth(problem):
+    J, J_f = written_out(problem), written_out(problem, "theta_f")
+    return metrics_of(J @ J.T, J_f @ J_f.T)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 4, 2), (20, 2, 3, 4)])
+def test_both_sides_of_the_jacobian_give_the_moments(sizes):
+    problem = tanh_network("net", *sizes)
+    for moments in (reference._by_outputs(problem), reference._by_parameters(problem)):
+        for metric, value in truth(problem).items():
+            assert moments.metric(metric) == pytest.approx(value, rel=1e-11)
+
+
+def test_both_sides_agree_in_many_blocks(monkeypatch):
+    problem = tanh_network("net", 20, 2, 3, 4)
+    monkeypatch.setattr(reference, "MEMORY", 20_000)
+    (j, _) = reference._jacobians(problem)
+    assert len(reference._blocks(problem, j)[0]) > 4
+    for moments in (reference._by_outputs(problem), reference._by_parameters(problem)):
+        assert moments.metric("alignment") == pytest.approx(truth(problem)["alignment"], rel=1e-11)
+        assert moments.metric("effective_rank") == pytest.approx(truth(problem)["effective_rank"], rel=1e-11)
+
+
+@pytest.mark.parametrize(("N", "side"), [(3, "n x n"), (20, "P x P")])
+def test_the_smaller_side_is_computed_and_recorded(N, side):
+    problem = tanh_network("net", N, 2, 3, 4)
+    record = reference.compute(problem)
+    assert record["side"] == side
+    assert (record["n"], record["P"]) == (problem.n, problem.P)
+    assert record["dtype"] == "float64"
+    assert record["digest"] == problem.digest()
+    assert set(record["metrics"]) == set(METRICS)
+    assert record["metrics"] == pytest.approx(truth(problem), rel=1e-11)
+
+
+@pytest.mark.parametrize("N", [3, 20])
+def test_without_trained_weights_there_is_no_alignment(N):
+    problem = replace(tanh_network("net", N, 2, 3, 4), theta_f=None)
+    J = written_out(problem)
+    assert reference.compute(problem)["metrics"] == pytest.approx(metrics_of(J @ J.T), rel=1e-11)
+
+
+@pytest.mark.parametrize("N", [3, 20])
+def test_interacting_samples_take_whole_passes(N):
+    from torch import nn
+
+    net = tanh_network("net", N, 2, 3, 4)
+    module = nn.Sequential(net.module[0], nn.BatchNorm1d(3, affine=False, track_running_stats=False), net.module[2])
+    problem = replace(net, module=module, samples_interact=True, jax_forward=None, _shape=[])
+    assert reference.compute(problem)["metrics"] == pytest.approx(truth(problem), rel=1e-10)
+
+
+@pytest.mark.parametrize("folder", ["reference", "cache"])
+def test_a_stored_value_counts_if_it_is_of_the_same_bits(folder, own_cache, tiny, monkeypatch):
+    stored = {"metrics": {"trace": 42.0}, "digest": tiny.digest()}
+    paths.write_atomically(reference.file_of(tiny.name, own_cache / folder), json.dumps(stored))
+    monkeypatch.setattr(reference, "compute", lambda problem: pytest.fail("computed again"))
+    assert reference.exact(tiny) == {"trace": 42.0}
+
+
+@pytest.mark.parametrize("folder", ["reference", "cache"])
+def test_a_stored_value_of_other_bits_is_computed_again(folder, own_cache, tiny):
+    stored = {"metrics": {"trace": 42.0}, "digest": "0" * 16}
+    path = reference.file_of(tiny.name, own_cache / folder)
+    paths.write_atomically(path, json.dumps(stored))
+    assert reference.exact(tiny) == pytest.approx(truth(tiny), rel=1e-11)
+    if folder == "reference":  # committed files are written on purpose only
+        assert json.loads(path.read_text()) == stored
+
+
+def test_computed_once_and_kept(own_cache, tiny, monkeypatch):
+    first = reference.exact(tiny)
+    record = json.loads(reference.file_of(tiny.name, own_cache / "cache").read_text())
+    assert record["metrics"] == first
+    monkeypatch.setattr(reference, "compute", lambda problem: pytest.fail("computed again"))
+    assert reference.exact(tiny) == first
+    assert not list(own_cache.rglob("*.half"))
+
+
+@pytest.mark.parametrize("label", COMMITTED)
+def test_committed_references_are_of_todays_problems(label):
+    record = COMMITTED[label]
+    problem = problems.load(label)
+    assert record["problem"] == problem.name == label
+    assert record["digest"] == problem.digest()
+    assert (record["n"], record["P"]) == (problem.n, problem.P)
+    assert reference.exact(problem) == record["metrics"]
+    assert label in record["command"]
+    assert _weights.committed_file(label).exists()
+
+
+def test_the_cheapest_committed_reference_made_again(request):
+    import torch
+
+    label = min(COMMITTED, key=lambda label: COMMITTED[label]["seconds"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())  # the one large product in these tests
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    again = reference.compute(problems.load(label))
+    assert again["metrics"] == pytest.approx(COMMITTED[label]["metrics"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("label", "metric"), [(label, metric) for label in KNOWN for metric in KNOWN[label]])
+def test_known_numbers_to_all_digits_given(label, metric):
+    assert label in COMMITTED, f"results/reference/exact/{label}.json is not there"
+    assert round(COMMITTED[label]["metrics"][metric], 2) == KNOWN[label][metric]
+
+
+@pytest.mark.parametrize("label", COMMITTED)
+def test_committed_values_keep_the_inequalities_of_a_gram_matrix(label):
+    values = COMMITTED[label]["metrics"]
+    rank = min(COMMITTED[label]["n"], COMMITTED[label]["P"])
+    assert 1 <= values["effective_rank"] <= rank
+    assert values["norm"] <= values["trace"] <= np.sqrt(rank) * values["norm"]
+    assert values["effective_rank"] == pytest.approx((values["trace"] / values["norm"]) ** 2, rel=1e-12)
+    assert 0 <= values["alignment"] <= 1
+
+
+def test_remaking_writes_weights_and_values_where_they_are_committed(own_cache, capsys):
+    reference._main(["digits_conv[N=2]"])
+    problem = problems.load("digits_conv[N=2]")
+    record = json.loads((own_cache / "reference" / "exact" / "digits_conv[N=2].json").read_text())
+    assert record["metrics"] == pytest.approx(truth(problem), rel=1e-11)
+    stored = np.load(own_cache / "reference" / "weights" / "digits_conv.npz")
+    np.testing.assert_array_equal(stored["theta_f/0.weight"], problem.theta_f["0.weight"])
+    assert "digits_conv[N=2]" in capsys.readouterr().out
+    problems.load.cache_clear()
