@@ -1,4 +1,4 @@
-"""What the tests share: a cache of their own, no network, small problems, and Jacobians written out by plain autograd."""
+"""What the tests share: a cache of their own, no network, small problems, and J written out by plain autograd."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
 BACKENDS = ("torch", "jax")
-CASES = [(backend, label) for backend in BACKENDS for label in SMALL]
+# Compiling the deep one in JAX takes as long as all the rest.
+CASES = [(backend, label) for backend in BACKENDS for label in SMALL if (backend, label) != ("jax", SMALL[-1])]
 
 
 def operator(problem: Problem, backend: str = "torch", end: str = "theta_0", dtype: str = "float64", **kwargs):
@@ -83,7 +84,7 @@ def test_basis_and_row_numbers_are_sample_major(backend, tiny, dense):
     assert close(j.vjp(j.basis(0, 6)), dense("tanh_net", "theta_0")[:, columns(tiny, j)])
 
 
-@pytest.mark.parametrize("label", SMALL)
+@pytest.mark.parametrize("label", ["tanh_net", "mlp_hazelden[N=2]"])
 def test_backends_agree_on_theta_times_the_same_probes_to_float_precision(label, load):
     problem = load(label)
     u = np.random.default_rng(1).standard_normal((2, problem.n))

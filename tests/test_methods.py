@@ -1,4 +1,4 @@
-"""The contract of every method that the registry finds: exact, as cheap as it says, reproducible, honest about its error."""
+"""The contract of every method in the registry: exact, as cheap as it says, reproducible, honest about its error."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ALL = [methods.get(name) for name in methods.names()]
 DETERMINISTIC = [m for m in ALL if not m.takes_passes]
 STOCHASTIC = [m for m in ALL if m.takes_passes]
 
-CHECKS = [("digits_conv[N=4]", metric, dtype) for metric in METRICS for dtype in ("float64", "float32")] + [
+CHECKS = [
     (label, metric, dtype)
-    for label in ("digits_mlp[N=4]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[N=2]")
-    # Alignment has all the moments but the trace.
-    for metric, dtype in (("alignment", "float64"), ("trace", "float32"))
+    for label in ("digits_mlp[N=4]", "digits_conv[N=4]", "gru_hazelden[N=2,T=2]")
+    # Between them these have all four moments; every metric by itself is checked on a smaller problem.
+    for metric, dtype in (("alignment", "float64"), ("effective_rank", "float32"))
 ]
 
 SEEDS = 400
@@ -126,7 +126,7 @@ def test_exact_methods_are_exact(method, backend, label, metric, dtype):
 
 
 @pytest.mark.parametrize(("method", "backend", "metric"), triples(DETERMINISTIC))
-def test_deterministic_methods_give_the_same_twice(method, backend, metric):
+def test_deterministic_methods_give_the_same_twice_and_exact_ones_the_truth(method, backend, metric):
     skip_refused(method, "tanh_net", metric, backend)
     ready = prepared(method, "tanh_net", backend)
     first, second = (method.estimate(ready, metric, seed=seed) for seed in (0, 1))
@@ -183,7 +183,7 @@ def test_traces_are_unbiased(method, backend):
 
 @pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
 def test_standard_errors_are_calibrated(method, metric):
-    """The mean squared standard error is the variance over seeds, and the mean is right to within the noise it implies."""
+    """The mean squared standard error is the variance over seeds, and the mean is right to within that noise."""
     ready = prepared(method, "wide", method.backends[0])
     budget = 5 * least(method, metric)
     estimates = [method.estimate(ready, metric, budget, seed) for seed in range(SEEDS_OF_ERRORS)]
@@ -239,7 +239,7 @@ def test_shared_probe_alignment_knows_when_it_is_exact():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("label", ["tanh_net", "digits_mlp[N=4]", "gru_hazelden[N=2,T=2]"])
+@pytest.mark.parametrize("label", ["tanh_net", "digits_mlp[N=4]"])
 def test_sum_of_logits_is_the_pntk_times_the_identity(label, metric, backend):
     problem, method = loaded(label), methods.get("sum_of_logits")
     thetas = []

@@ -84,7 +84,7 @@ def test_both_backends_compute_the_same_network(name, end, load):
 def test_sizes_are_those_stated(name, sizes, load):
     N, O, P = sizes  # noqa: E741 - the field's symbol
     problem = load(name)
-    assert (problem.N, problem.O, problem.P) == sizes
+    assert (problem.N, problem.O) == (N, O)
     assert problem.n == N * O == {"mlp_hazelden": 3200, "gru_hazelden": 48_000, "digits_mlp": 5120}.get(name, N * O)
     assert problem.P == sum(w.size for w in problem.theta_f.values()) == P
     assert len(problem.x) == N

@@ -68,8 +68,8 @@ def from_module(
             swapped = functional_call(net, theta_f, (x,))
         if not _close(_outputs(net_f, x), swapped):
             raise BadInput(
-                "model_0 with the trainable parameters of model_f does not compute what model_f computes: they must be one "
-                "network, in one mode (train or eval)"
+                "model_0 with the trainable parameters of model_f does not compute what model_f computes: they must be "
+                "one network, in one mode (train or eval)"
             )
         weights_f = _on_host({key: theta_f[key] for key in theta_0})
 
