@@ -58,6 +58,8 @@ def device(target: Target) -> jax.Device:
         return jax.devices("cpu")[0]
     if target.device == "cuda" and jax.default_backend() != "gpu":
         raise Unavailable("device 'cuda' was asked for, but JAX sees no CUDA device; allowed here: auto, cpu")
+    if jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32 and not TF32, as in torch
     return jax.devices()[0]
 
 

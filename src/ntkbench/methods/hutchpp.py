@@ -23,7 +23,7 @@ class HutchPP(Stochastic):
     """
 
     title = "Hutch++"
-    source = "Meyer, Musco, Musco, Woodruff 2021, algorithm 1; composed operators as in Hazelden 2025, section 3"
+    source = "Meyer, Musco, Musco, Woodruff 2021, algorithm 1; composed operators as in Hazelden 2025"
     backends = ("torch", "jax")
 
     def passes_per_probe(self, metric: str) -> int:

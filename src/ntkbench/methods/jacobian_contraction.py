@@ -21,7 +21,7 @@ class JacobianContraction(Deterministic):
 
     title = "Jacobian contraction"
     kind = "exact"
-    source = "Novak et al. 2022, section 3.1; PyTorch's tutorial on neural tangent kernels"
+    source = "Novak et al. 2022, section 3; PyTorch's tutorial on neural tangent kernels"
     backends = ("torch",)
     needs_independent_samples = True
 

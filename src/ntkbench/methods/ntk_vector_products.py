@@ -17,7 +17,7 @@ class NtkVectorProducts(Deterministic):
 
     title = "NTK-vector products"
     kind = "exact"
-    source = "Novak et al. 2022, section 3.2"
+    source = "Novak et al. 2022, section 3"
     backends = ("torch",)
     needs_independent_samples = True
 

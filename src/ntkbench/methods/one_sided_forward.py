@@ -16,7 +16,7 @@ class OneSidedForward(Stochastic):
     """
 
     title = "one-sided forward"
-    source = "Hazelden 2025, section 3 (one-sided trace estimates)"
+    source = "Hazelden 2025, one-sided trace estimates"
     backends = ("torch", "jax")
     metrics = ("trace",)
 

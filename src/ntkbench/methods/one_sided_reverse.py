@@ -16,7 +16,7 @@ class OneSidedReverse(Stochastic):
     """
 
     title = "one-sided reverse"
-    source = "Hazelden 2025, section 3 (one-sided trace estimates)"
+    source = "Hazelden 2025, one-sided trace estimates"
     backends = ("torch", "jax")
     metrics = ("trace",)
 

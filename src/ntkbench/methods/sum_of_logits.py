@@ -24,7 +24,7 @@ class SumOfLogits(Deterministic):
 
     title = "pNTK (sum of logits)"
     kind = "approximate"
-    source = "Mohamadi, Bae, Sutherland 2023, equation 4"
+    source = "Mohamadi, Bae, Sutherland 2023, the sum-of-logits pNTK"
     backends = ("torch", "jax")
     needs_independent_samples = True
 
