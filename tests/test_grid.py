@@ -54,7 +54,10 @@ def test_labels_can_be_read_back():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"grid": [BLOCK | {"problems": ["digit_conv"]}]}, ["grid[0].problems", "digit_conv", "did you mean", "mlp_he"]),
+        (
+            {"grid": [BLOCK | {"problems": ["digit_conv"]}]},
+            ["grid[0].problems", "digit_conv", "did you mean", "mlp_he"],
+        ),
         ({"grid": [BLOCK | {"problems": ["digits_conv[M=4]"]}]}, ["digits_conv[M=4]", "N=<positive integer"]),
         ({"grid": [BLOCK | {"methods": ["hutch"]}]}, ["grid[0].methods", "'hutch'", "did you mean 'hutch", "direct"]),
         ({"grid": [BLOCK | {"metrics": ["trac"]}]}, ["grid[0].metrics", "'trac'", "effective_rank"]),
@@ -100,7 +103,10 @@ def test_a_configuration_is_only_written_when_it_changed(tmp_path):
 
 
 def test_sources_follow_imports_and_stop_at_other_plug_ins():
-    files = {file.relative_to(paths.ROOT / "src" / "ntkbench").as_posix() for file in grid.sources("ntkbench.methods.hutchpp")}
+    files = {
+        file.relative_to(paths.ROOT / "src" / "ntkbench").as_posix()
+        for file in grid.sources("ntkbench.methods.hutchpp")
+    }
     assert {"methods/hutchpp.py", "methods/base.py", "jacobian/torch.py", "jacobian/jax.py", "statistics.py"} <= files
     assert not {"methods/hutchinson.py", "problems/gru.py", "figures/base.py"} & files
 

@@ -64,7 +64,9 @@ def test_memory_notes_the_baseline_before_anything_is_computed(tmp_path, config)
         (RuntimeError("CUDA out of memory. Tried"), "out_of_memory", "RuntimeError: CUDA out of memory. Tried"),
     ],
 )
-def test_a_failure_is_recorded_with_its_reason_and_stops_later_aspects(tmp_path, config, monkeypatch, error, status, reason):
+def test_a_failure_is_recorded_with_its_reason_and_stops_later_aspects(
+    tmp_path, config, monkeypatch, error, status, reason
+):
     def fail(*arguments):
         raise error
 

@@ -66,7 +66,12 @@ def test_a_measured_cell_becomes_a_full_row(tmp_path):
     ("aspect", "record", "status", "reason"),
     [
         ("seconds", {"status": "timeout", "reason": "not done"}, "timeout", "not done (measuring seconds)"),
-        ("memory", {"status": "out_of_memory", "reason": "held 9 GiB"}, "out_of_memory", "held 9 GiB (measuring memory)"),
+        (
+            "memory",
+            {"status": "out_of_memory", "reason": "held 9 GiB"},
+            "out_of_memory",
+            "held 9 GiB (measuring memory)",
+        ),
         ("accuracy", {"status": "started"}, "failed", "the process measuring accuracy died without a word"),
     ],
 )
@@ -90,7 +95,11 @@ def test_no_number_from_asv_is_a_failure_even_if_the_record_is_good(tmp_path):
 def rows(*passes):
     return results.frame(
         results.row(
-            Cell(CELL.problem, "hutchpp", "torch", "trace", p), None, CONFIG, "abc", {"status": "skipped", "reason": "x"}
+            Cell(CELL.problem, "hutchpp", "torch", "trace", p),
+            None,
+            CONFIG,
+            "abc",
+            {"status": "skipped", "reason": "x"},
         )
         for p in passes
     )
