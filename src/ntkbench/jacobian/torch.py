@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
 from ntkbench.jacobian import base
-from ntkbench.problems.base import Problem, Weights
+from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
 
@@ -53,15 +53,6 @@ def device_name(target: Target) -> str:
 def device_memory(target: Target) -> int | None:
     """See :func:`ntkbench.jacobian.device_memory`."""
     return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
-
-
-def output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[int, ...]:
-    """Shape of ``module(x)``, from meta tensors: nothing is computed."""
-    empty = {key: torch.empty(w.shape, dtype=torch.float32, device="meta") for key, w in weights.items()}
-    empty |= {key: torch.empty_like(b, device="meta") for key, b in module.named_buffers()}
-    inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
-    inputs = inputs.float() if inputs.is_floating_point() else inputs
-    return tuple(functional_call(module, empty, (inputs,)).shape)
 
 
 class Jacobian(base.Jacobian):

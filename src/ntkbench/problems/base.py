@@ -49,9 +49,7 @@ class Problem:
     def output_shape(self) -> tuple[int, ...]:
         """``(N, ...outputs)``, from a forward pass that computes nothing (meta tensors)."""
         if not self._shape:
-            from ntkbench.jacobian.torch import output_shape
-
-            self._shape.append(output_shape(self.module, self.theta_0, self.x))
+            self._shape.append(_output_shape(self.module, self.theta_0, self.x))
         return self._shape[0]
 
     @property
@@ -92,6 +90,17 @@ class Problem:
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
+
+
+def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[int, ...]:
+    import torch
+    from torch.func import functional_call
+
+    arrays = {key: torch.empty(w.shape, device="meta") for key, w in weights.items()}
+    arrays |= {key: torch.empty_like(b, device="meta") for key, b in module.named_buffers()}
+    inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
+    inputs = inputs.float() if inputs.is_floating_point() else inputs
+    return tuple(functional_call(module, arrays, (inputs,)).shape)
 
 
 @dataclass(frozen=True)
