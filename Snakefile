@@ -4,6 +4,7 @@ snakemake --cores all                                  config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml   another one
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from ntkbench import errors, grid, paths, plugins
 min_version("9.0")
 
 ROOT = Path(workflow.basedir)
+# The asv suite is a folder of the checkout and not installed.
+shell.prefix(f"export PYTHONPATH={shlex.quote(str(ROOT))}; ")
+
 if "grid" not in config:
 
     configfile: ROOT / "config" / "default.yaml"
@@ -82,7 +86,7 @@ rule measure:
         config=CONFIG,
         fingerprint=lambda wildcards: grid.fingerprint(STUDY, wildcards.method, ROOT / "benchmarks"),
     shell:
-        "PYTHONPATH={ROOT:q} python -m benchmarks.shard --config {params.config:q} "
+        "python -m benchmarks.shard --config {params.config:q} "
         "--method {wildcards.method} --output {output:q} --log {log:q}"
 
 
