@@ -13,8 +13,9 @@ CELL = Cell("digits_conv[N=3]", "one_sided_reverse", "torch", "trace", 8)
 
 @pytest.fixture(autouse=True)
 def unwatched(monkeypatch):
-    """These executions share the tests' process, which is not to be killed."""
+    """These executions share the tests' process, which is not to be killed, nor kept to fewer cores from then on."""
     monkeypatch.setattr("ntkbench.watchdog.guard", lambda *limits: None)
+    monkeypatch.setattr("os.sched_setaffinity", lambda *cores: None)
     monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "0")
 
 

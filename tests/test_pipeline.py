@@ -55,6 +55,7 @@ def finished(tmp_path_factory):
     )
     while first.poll() is None and not (shards(folder) and begun(folder)):
         time.sleep(0.1)
+    assert first.poll() is None, "the run ended before it could be killed"
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     survivors = {name: file.stat().st_mtime_ns for name, file in shards(folder).items()}
@@ -142,12 +143,12 @@ def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_malformed_yaml_names_the_file(tmp_path):
+def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
     config = tmp_path / "malformed.yaml"
     config.write_text("grid: [}")
     done = run(tmp_path, config=config)
     assert done.returncode != 0
-    assert "malformed.yaml" in done.stderr
+    assert "not valid JSON or YAML" in done.stderr
     assert not (tmp_path / "results").exists()
 
 
