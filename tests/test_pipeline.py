@@ -79,8 +79,10 @@ def test_the_table_has_one_measured_row_a_cell(finished):
     assert table.loc[table["status"] != "ok", "reason"].str.len().gt(0).all()
     assert done[["seconds", "error", "memory_bytes", "first_call_seconds", "reference"]].notna().all(axis=None)
     assert (done.loc[done["kind"] == "exact", "error"] < 1e-4).all()
-    assert (done.loc[done["kind"] == "stochastic", "seeds"] == STUDY.seeds).all()
-    assert (done.loc[done["kind"] == "stochastic", "passes_spent"] <= done["passes"]).all()
+    stochastic = done[done["kind"] == "stochastic"]
+    assert len(stochastic) > 0
+    assert (stochastic["seeds"] == STUDY.seeds).all()
+    assert (stochastic["passes_spent"] <= stochastic["passes"]).all()
 
 
 def test_every_figure_is_there_in_every_form(finished):
