@@ -33,7 +33,7 @@ def mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
-        data = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff", n_retries=0)
+        data = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff", n_retries=1)
     except Exception as error:  # the loader lets URL, HTTP, socket and parser errors through as they are
         raise Unavailable(
             "MNIST is not in scikit-learn's data folder and could not be fetched from OpenML "
