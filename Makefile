@@ -1,7 +1,8 @@
 # Two commands: `make results` runs the study and draws the figures, `make test` runs the tests.
-# Each does the set-up that it needs.
+# Each does the set-up that it needs. Another study: `make results CONFIG=config/paper.yaml`.
 
 PYTHON ?= python3
+CONFIG ?= config/default.yaml
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
@@ -10,10 +11,11 @@ export PATH := $(VENV)/bin:$(PATH)
 .PHONY: results smoke test lint format clean
 
 results: $(READY)
-	snakemake --cores all
+	python -m ntkbench check $(CONFIG)
+	snakemake --cores all --configfile $(CONFIG)
 
-smoke: $(READY)
-	snakemake --cores all --configfile config/smoke.yaml
+smoke: CONFIG := config/smoke.yaml
+smoke: results
 
 test: $(READY)
 	pytest

@@ -8,8 +8,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from ntkbench import grid, paths
 from ntkbench.grid import Config
 
@@ -31,7 +29,7 @@ class Plan:
         if file := os.environ.get(VARIABLE):
             written = json.loads(Path(file).read_text())
             return cls(Config.check(written["config"], file), written["labels"], Path(written["records"]))
-        config = Config.check(yaml.safe_load(HISTORY.read_text()), HISTORY)
+        config = Config.read(HISTORY)
         # A folder of this asv run: its processes are children of one server.
         records = Path(tempfile.gettempdir()) / f"ntkbench-history-{os.getppid()}"
         return cls(config, [cell.label for cell in grid.cells(config)], records)

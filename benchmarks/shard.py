@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from tqdm import tqdm
 
 from ntkbench import errors, grid, harness, paths, problems, results
@@ -42,7 +41,7 @@ PIPELINE = r"^ntk\.(Memory|Seconds|Accuracy)\.(peakmem|time|track_error)"
 def main(config_file: Path, method: str, output: Path, log: Path) -> None:
     """Measure one method's cells and write their rows."""
     with errors.as_one_line():
-        measure(Config.check(yaml.safe_load(config_file.read_text()), config_file), method, output, log)
+        measure(Config.read(config_file), method, output, log)
 
 
 def measure(config: Config, method: str, output: Path, log: Path) -> None:

@@ -124,6 +124,14 @@ def test_plotted_numbers_are_the_tables(drawn, table):
         assert "timeout" in set(pd.read_csv(drawn[name][0])[column]), "a lost cell is out of sight"
 
 
+def test_only_problems_with_a_choice_between_error_and_time_get_panels(table, tmp_path):
+    exact = table[table["kind"] == "exact"].assign(problem="exact[N=1]")
+    lost = table.assign(problem="lost[N=1]", status="skipped", reason="no data", **dict.fromkeys(MEASUREMENTS, np.nan))
+    figures.draw("error_against_seconds", pd.concat([table, exact, lost]), tmp_path)
+    assert set(pd.read_csv(tmp_path / "error_against_seconds.csv")["problem"]) == set(table["problem"])
+    assert "Not measured: lost, N = 1 (" in (tmp_path / "error_against_seconds.txt").read_text()
+
+
 def test_speedups_are_at_equal_accuracy(table):
     here = "problem == 'digits_mlp[N=64]' and metric == 'trace' and backend == 'torch'"
     case = speedups(base.checked(table)).query(here).set_index(["method", "tolerance"])

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ntkbench import grid, methods, paths, problems
 from ntkbench.errors import BadInput
@@ -20,7 +19,7 @@ def config(**changes):
 @pytest.mark.parametrize("name", ["smoke", "default", "history", "paper"])
 def test_committed_configurations_are_valid_and_their_cells_distinct(name):
     file = paths.ROOT / "config" / f"{name}.yaml"
-    labels = [cell.label for cell in grid.cells(Config.check(yaml.safe_load(file.read_text()), file))]
+    labels = [cell.label for cell in grid.cells(Config.read(file))]
     assert len(labels) == len(set(labels)) > 0
 
 
@@ -81,6 +80,24 @@ def test_bad_input_is_named_with_file_key_value_and_what_is_allowed(changes, sai
     assert all(part in str(caught.value) for part in ["test.yaml", *said]), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("profile: x\n\tgrid: [\n", ["line 2, column 1", "malformed YAML"]),
+        ("grid: [1, 2\n", ["line 2", "malformed YAML"]),
+        ("- a list\n", ["keys and values expected", "profile"]),
+        ("", ["keys and values expected", "None"]),
+    ],
+)
+def test_a_malformed_file_is_named_with_the_place(tmp_path, text, said):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(BadInput) as caught:
+        Config.read(file)
+    assert all(part in str(caught.value) for part in [str(file), *said]), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_cuda_without_a_gpu_is_bad_input(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BadInput, match=r"test\.yaml: device: 'cuda'.*allowed here: auto, cpu"):
@@ -99,7 +116,7 @@ def test_a_configuration_is_only_written_when_it_changed(tmp_path):
     before = file.stat().st_mtime_ns
     grid.write(config(), file)
     assert file.stat().st_mtime_ns == before
-    assert Config.check(yaml.safe_load(file.read_text()), file) == config()
+    assert Config.read(file) == config()
 
 
 def test_sources_follow_imports_and_stop_at_other_plug_ins():

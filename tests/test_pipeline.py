@@ -15,7 +15,7 @@ from filelock import FileLock
 from ntkbench import grid, paths, plugins, results
 
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
-STUDY = grid.Config.check(yaml.safe_load(CONFIG.read_text()), CONFIG)
+STUDY = grid.Config.read(CONFIG)
 METHODS = sorted({cell.method for cell in grid.cells(STUDY)})
 
 
@@ -151,6 +151,9 @@ def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
     done = run(tmp_path, config=config)
     assert done.returncode != 0
     assert "not valid JSON or YAML" in done.stderr
+    checked = subprocess.run([sys.executable, "-m", "ntkbench", "check", config], capture_output=True, text=True)
+    assert checked.returncode == 1
+    assert checked.stderr.startswith(f"ntkbench: {config}: line 1, column 8: malformed YAML")
     assert not (tmp_path / "results").exists()
 
 

@@ -1,4 +1,4 @@
-"""The steps of the pipeline that are not measured: ``python -m ntkbench problem|table|figure|list``."""
+"""The steps of the pipeline that are not measured: ``python -m ntkbench check|problem|table|list``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import click
-import yaml
 
 from ntkbench import errors, grid, methods, paths, problems, results
 from ntkbench.errors import Unavailable
@@ -19,6 +18,15 @@ NEW = click.Path(path_type=Path)
 @click.group()
 def main() -> None:
     """Steps of the ntkbench pipeline."""
+
+
+@main.command()
+@click.argument("config_file", type=FILE)
+def check(config_file: Path) -> None:
+    """Refuse a configuration that cannot be run, naming file, key, value and what is allowed; else count its cells."""
+    with errors.as_one_line():
+        config = Config.read(config_file)
+    click.echo(f"{config_file}: profile {config.profile}, {len(grid.cells(config))} cells")
 
 
 @main.command()
@@ -45,7 +53,7 @@ def problem(label: str, output: Path) -> None:
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
     """Put shards together as one table with one row a cell."""
     with errors.as_one_line():
-        config = Config.check(yaml.safe_load(config_file.read_text()), config_file)
+        config = Config.read(config_file)
         combined = results.combine(map(results.read, shards), grid.cells(config))
     paths.write_atomically(output, combined.to_csv(index=False))
     click.echo(f"{len(combined)} cells: {combined['status'].value_counts().to_dict()}")

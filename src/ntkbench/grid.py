@@ -124,6 +124,24 @@ class Config(_Strict):
         except ValidationError as error:
             raise BadInput("\n".join(_explain(e, file) for e in error.errors())) from None
 
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read and validate a file.
+
+        Raises:
+            BadInput: the file is no YAML, or something in it is wrong; names the file and the place in it.
+        """
+        try:
+            raw = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            place = f" line {where.line + 1}, column {where.column + 1}:" if where else ""
+            what = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise BadInput(f"{file}:{place} malformed YAML: {what}") from None
+        if not isinstance(raw, dict):
+            raise BadInput(f"{file}: keys and values expected ({', '.join(cls.model_fields)}), got {raw!r}")
+        return cls.check(raw, file)
+
     def target(self, backend: str) -> Target:
         """Where this configuration runs a backend."""
         return Target(backend, self.dtype, self.device, int(self.block_memory_mb * 2**20))

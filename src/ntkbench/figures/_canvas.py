@@ -140,6 +140,25 @@ def note(panel: Axes, text: str, size: float = 9.0) -> None:
     )
 
 
+def in_rows(panels: Iterable[Any], columns: int) -> list[list[Any]]:
+    """What is to be drawn, cut into rows of at most so many panels."""
+    panels = list(panels)
+    return [panels[i : i + columns] for i in range(0, len(panels), columns)]
+
+
+def title(panel: Axes, text: str, detail: str, offset: float = 4.0) -> None:
+    """A panel's title on the left, with its details in grey below it."""
+    where = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    panel.annotate(text, (0, 1), xytext=(0, offset + 13), fontweight="bold", **where)
+    panel.annotate(detail, (0, 1), xytext=(0, offset), color=GREY, fontsize=9, **where)
+
+
+def hide(panels: Iterable[Axes]) -> None:
+    """Leave the places of panels that a row does not fill empty."""
+    for panel in panels:
+        panel.set_visible(False)
+
+
 def heading(panel: Axes, text: str, detail: str = "", offset: float = 20.0) -> None:
     """A row's heading, above its first panel's title: bold, then in grey."""
     spot = panel.annotate(

@@ -85,11 +85,11 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
 def settings_line(table: pd.DataFrame) -> str:
     """Device, precision, threads, seeds and code on one line, for under a figure's title."""
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
-    seeds = " / ".join(f"{s:g}" for s in sorted(table.loc[table["kind"] == "stochastic", "seeds"].dropna().unique()))
+    seeds = table.loc[table["kind"] == "stochastic", "seeds"].dropna()
     parts = [
         *(" / ".join(sorted(set(table[column]) - {""})) for column in ("device", "dtype")),
         threads and f"{threads} thread" + "s" * (threads != "1"),
-        seeds and f"median of {seeds} seeds",
+        f"median over {_labels.range_label(seeds)} seeds" if len(seeds) else "",
         _code(table),
     ]
     return _labels.plain("  ·  ".join(part for part in parts if part))

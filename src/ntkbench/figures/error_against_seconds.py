@@ -1,4 +1,4 @@
-"""How wrong against how long: one panel for each problem and metric, one line for each stochastic method."""
+"""How wrong against how long: one panel for each metric and problem, one line for each stochastic method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ntkbench.figures._looks import TITLES, Look, backends_in, looks
 FLOOR = 1e-8
 """Errors below are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
 MOST = 12
-"""Lines in a panel; where there are more, backends get rows of their own, and then whiskers instead of bands."""
+"""Lines in a panel; where there are more, backends get panels of their own, and then whiskers instead of bands."""
+COLUMNS = 3
 
 KEPT = ["problem", "setting", "n", "P", "metric", "method", "title", "kind", "backend", "passes", "status", "reason"]
 KEPT += ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "seeds"]
@@ -25,8 +26,9 @@ DRAWN = ["error", "error_q25", "error_q75"]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Relative error against seconds, for the sheet's problems (rows) and metrics (columns)."""
-    rows = table.sort_values(["family", "n", "problem", "setting", "metric", "method", "backend", "passes"])
+    """Relative error against seconds, metric by metric, problem by problem."""
+    rows, left_out = _with_a_choice(table)
+    rows = rows.sort_values(["family", "n", "problem", "setting", "metric", "method", "backend", "passes"])
     plotted = rows[KEPT].copy()
     for column in DRAWN:
         plotted[f"{column}_drawn"] = plotted[column].clip(lower=FLOOR)
@@ -34,19 +36,20 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(points):
         return base.nothing(plotted, _labels.why_not(table))
 
-    style, metrics = looks(table), base.metrics_in(table)
+    style, metrics = looks(table), base.metrics_in(plotted)
     knee = _knee(points)
-    problems = list(dict.fromkeys(zip(plotted["problem"], plotted["setting"], strict=True)))
     used = {m: backends_in(points[points["method"] == m]) for m in style if m in set(points["method"])}
     case = ["problem", "setting", "metric"]
     lines = points[points["kind"] == "stochastic"].drop_duplicates([*case, "method", "backend"])
     crowd = lines.groupby(case).size().max() if len(lines) else 0
     shares = [[b] for b in backends_in(points)] if crowd > MOST else [backends_in(plotted)]
     bands = crowd <= MOST * len(shares)
-    sheets = [(*problem, backends) for problem in problems for backends in shares]
+    cases = list(dict.fromkeys(points[case].itertuples(index=False, name=None)))
+    cases.sort(key=lambda case: metrics.index(case[-1]))
+    rows = _canvas.in_rows([(*case, backends) for case in cases for backends in shares], COLUMNS)
     figure, grid = _canvas.sheet(
-        [_canvas.Row(2.4 if crowd <= MOST else 2.9) for _ in sheets],
-        len(metrics),
+        [_canvas.Row(2.4 if crowd <= MOST else 2.9, above=0.6, below=0.35) for _ in rows],
+        min(COLUMNS, len(rows[0])),
         title="Relative error against seconds",
         subtitle=base.settings_line(table),
         key=[*_key.method_entries([style[m] for m in used], used), ("how to read", _reading(points, knee, bands))],
@@ -54,21 +57,36 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     low, high = _canvas.limits(points[[f"{c}_drawn" for c in DRAWN]].stack())
     low = max(low, FLOOR / 8)
     high *= 4 if plotted["status"].isin(LOST).any() else 1  # room for the counts in the corner
-    for row, (problem, setting, backends) in zip(grid, sheets, strict=True):
-        here = plotted[(plotted["problem"] == problem) & (plotted["setting"] == setting)]
-        times = base.measured(here, "seconds", "error")[["seconds", "seconds_q25", "seconds_q75"]].stack()
-        for panel, metric in zip(row, metrics, strict=True):
-            panel.set(xscale="log", yscale="log", xlim=_canvas.limits(times), ylim=(low, high))
-            panel.set_title(_labels.metric_label(metric))
+    for panels, row in zip(grid, rows, strict=True):
+        _canvas.hide(panels[len(row) :])
+        panels[0].set_ylabel("relative error")
+        for panel, (problem, setting, metric, backends) in zip(panels, row, strict=False):
+            here = plotted[(plotted["problem"] == problem) & (plotted["setting"] == setting)]
+            times = base.measured(here, "seconds", "error")[["seconds", "seconds_q25", "seconds_q75"]].stack()
+            panel.set(xscale="log", yscale="log", xlim=_canvas.limits(times), ylim=(low, high), xlabel="seconds")
+            name = _labels.case_label(problem, setting, *(TITLES.get(b, b) for b in backends if len(shares) > 1))
+            _canvas.title(panel, _labels.metric_label(metric), f"{name}:  {_labels.sizes_label(here, 'n', 'P')}")
             _axes(panel, knee)
-            panel.tick_params(labelleft=panel is row[0])
-            if row is grid[-1]:
-                panel.set_xlabel("seconds")
+            panel.tick_params(labelleft=panel is panels[0])
             _panel(panel, here[(here["metric"] == metric) & here["backend"].isin(backends)], style, bands)
-        row[0].set_ylabel("relative error")
-        name = _labels.case_label(problem, setting, *(TITLES.get(b, b) for b in backends if len(shares) > 1))
-        _canvas.heading(row[0], name, _labels.sizes_label(here, "n", "P"))
-    return base.Drawing(figure, plotted, _caption(points, knee))
+    return base.Drawing(figure, plotted, _caption(points, knee) + left_out)
+
+
+def _with_a_choice(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of problems on which error can be traded for time, and a sentence on the others.
+
+    Those are problems with a measured point of a method that is not exact; all problems where there is none.
+    """
+    case = ["problem", "setting"]
+    points = base.measured(table, "seconds", "error")
+    chosen = points.loc[points["kind"] != "exact", case].drop_duplicates()
+    if not len(chosen):
+        return table, ""
+    here = pd.MultiIndex.from_frame(table[case]).isin(pd.MultiIndex.from_frame(chosen))
+    lost = table[~table["problem"].isin(points["problem"])].groupby("problem")
+    unmeasured = [f"{_labels.name_label(name)} ({_labels.why_not(rows, most=1)})" for name, rows in lost]
+    text = " Problems with exact methods alone are in the figure of exact costs." if (~here).any() else ""
+    return table[here], text + (f" Not measured: {'; '.join(unmeasured)}." if unmeasured else "")
 
 
 def _axes(panel: Axes, knee: float | None) -> None:
@@ -83,7 +101,7 @@ def _axes(panel: Axes, knee: float | None) -> None:
 def _panel(panel: Axes, cells: pd.DataFrame, style: dict[str, Look], bands: bool) -> None:
     points = base.measured(cells, "seconds", "error")
     if not len(points):
-        _canvas.note(panel, _labels.why_not(cells) if len(cells) else "not in the grid")
+        _canvas.note(panel, _labels.why_not(cells))
         return
     lost = cells[cells["status"].isin(LOST)].groupby("status").size()
     if len(lost):
@@ -158,5 +176,5 @@ def _caption(points: pd.DataFrame, knee: float | None) -> str:
     if knee:
         text += f" On grey, below {knee:g}, where only exact methods are, decades are a quarter as high."
     if clipped:
-        text += f" {clipped} errors below {FLOOR:g}, some of them zero perhaps, are drawn at {FLOOR:g}."
+        text += f" Errors below {FLOOR:g} ({clipped} of them; some are zero perhaps) are drawn at {FLOOR:g}."
     return text

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,6 +20,8 @@ from ntkbench.figures._speedups import BASELINES, TOLERANCES, speedups
 SHAPES = {"1 %": ("o", "#56B4E9"), "0.1 %": ("D", "#0072B2"), "exact": ("s", "#000000")}
 FIRST, SECOND = BASELINES
 SECONDS = [f"{name}_seconds" for name in BASELINES]
+CASE = ["problem", "setting"]
+COLUMNS = 3
 ACCENT = "#882255"
 TIMES = "\N{MULTIPLICATION SIGN}"
 GUTTER = 0.15
@@ -23,48 +29,60 @@ GUTTER = 0.15
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Speed-ups over the naive Jacobian (lower axis) and over direct (upper axis), for problems and metrics."""
-    plotted = speedups(table)
-    if not (len(plotted) and plotted["outcome"].isin(["reached", "not reached"]).any()):
-        return base.nothing(plotted, _labels.why_not(table))
-    style, metrics = _looks.looks(table), base.metrics_in(table)
-    pairs = set(zip(plotted["method"], plotted["backend"], strict=True))
-    lines = [(m, b) for m in style for b in _looks.backends_in(table) if (m, b) in pairs]
-    names = [style[m].title + ("" if b == "torch" else f" ({_looks.TITLES.get(b, b)})") for m, b in lines]
-    problems = dict(list(plotted.groupby(["problem", "setting"], sort=False)))
-    tall = {case: bool(rows[SECONDS].notna().any(axis=None)) for case, rows in problems.items()}
+    """Speed-ups over the naive Jacobian (lower axis) and over direct (upper axis); a metric's problems side by side."""
+    everything = speedups(table)
+    plotted = everything[everything[SECONDS].notna().any(axis=1)]
+    if not len(plotted):
+        return base.nothing(everything, f"No baseline was measured.\n{_labels.why_not(table)}")
+    style = _looks.looks(table)
+    rows = [
+        (metric, row)
+        for metric in base.metrics_in(plotted)
+        for row in _canvas.in_rows(plotted[plotted["metric"] == metric].groupby(CASE, sort=False), COLUMNS)
+    ]
+    lines = [_lines(row, style) for _, row in rows]
+    names = [[_name(style[method].title, backend) for method, backend in pairs] for pairs in lines]
     figure, grid = _canvas.sheet(
-        [_canvas.Row(0.195 * len(lines) + 0.1 if tall[case] else 0.7, above=0.8, below=0.36) for case in problems],
-        len(metrics),
+        [_canvas.Row(0.195 * len(pairs) + 0.1, above=1.15, below=0.36) for pairs in lines],
+        min(COLUMNS, max(len(row) for _, row in rows)),
         title="Speed-up at equal accuracy",
         subtitle=base.settings_line(table),
         key=_reading(plotted),
-        left=_canvas.text_width([*names, f"over {BASELINES[FIRST]}  "], 9) + 0.45,
+        left=_canvas.text_width([*itertools.chain(*names), f"over {BASELINES[FIRST]}  "], 9) + 0.45,
         gap=0.26,
         bottom=0.1,
     )
-    for row, ((problem, setting), here) in zip(grid, problems.items(), strict=True):
-        if tall[problem, setting]:
-            _names(row[0], names, lines, style)
-        x = _limits(here)
-        for panel, metric in zip(row, metrics, strict=True):
-            panel.set_title(_labels.metric_label(metric), pad=22)
-            panel.set_ylim(len(lines) - 0.4, -0.6)
-            rows = here[here["metric"] == metric]
-            if not len(rows) or not rows[SECONDS].notna().any(axis=None):
-                _unmeasured(panel, rows)
-                continue
-            _frame(panel, lines, style)
-            _panel(panel, rows, lines, x)
-        _canvas.heading(row[0], _labels.case_label(problem, setting), _labels.sizes_label(here, "n", "P"), offset=40)
-    return base.Drawing(figure, plotted, _caption())
+    for panels, (metric, row), row_lines, row_names in zip(grid, rows, lines, names, strict=True):
+        _canvas.hide(panels[len(row) :])
+        _names(panels[0], row_names, row_lines, style)
+        _canvas.heading(panels[0], _labels.metric_label(metric), offset=60)
+        for panel, (case, here) in zip(panels, row, strict=False):
+            panel.set_ylim(len(row_lines) - 0.4, -0.6)
+            _canvas.title(panel, _labels.case_label(*case), _labels.sizes_label(here, "n", "P"), offset=24)
+            _frame(panel, row_lines, style)
+            _panel(panel, here, row_lines, _limits(here))
+    return base.Drawing(figure, plotted, _caption() + _without_baseline(everything))
 
 
-def _unmeasured(panel: Axes, rows: pd.DataFrame) -> None:
-    """Says why a panel has no speed-ups."""
-    panel.set(xticks=[], yticks=[])
-    ends = [f"{BASELINES[name]}: {_ending(rows, name)}" for name in BASELINES]
-    _canvas.note(panel, "\n".join(["no baseline", *ends]) if len(rows) else "not in the grid")
+def _lines(row: Sequence[tuple[Any, pd.DataFrame]], style: dict[str, _looks.Look]) -> list[tuple[str, str]]:
+    """The methods, each with its backend, that some panel of a row has."""
+    pairs = {pair for _, here in row for pair in zip(here["method"], here["backend"], strict=True)}
+    backends = _looks.backends_in(pd.concat([here for _, here in row]))
+    return [(method, backend) for method in style for backend in backends if (method, backend) in pairs]
+
+
+def _name(title: str, backend: str) -> str:
+    return title + ("" if backend == "torch" else f" ({_looks.TITLES.get(backend, backend)})")
+
+
+def _without_baseline(everything: pd.DataFrame) -> str:
+    """A sentence on what has no panel, since neither baseline was measured on it."""
+    without = everything[everything[SECONDS].isna().all(axis=1)]
+    cases = [
+        f"{_labels.case_label(problem, setting)} ({', '.join(dict.fromkeys(rows['metric'].str.replace('_', ' ')))})"
+        for (problem, setting), rows in without.groupby(CASE, sort=False)
+    ]
+    return f" Without a panel, since neither baseline was measured there: {'; '.join(cases)}." if cases else ""
 
 
 def _ending(rows: pd.DataFrame, baseline: str) -> str:
@@ -73,7 +91,7 @@ def _ending(rows: pd.DataFrame, baseline: str) -> str:
 
 
 def _limits(rows: pd.DataFrame) -> tuple[float, float]:
-    """Of the lower axis, the same for all of a problem's metrics."""
+    """Of the lower axis."""
     baselines = rows[f"{FIRST}_seconds"] / rows[f"{SECOND}_seconds"]
     return _canvas.limits(pd.concat([rows[f"speedup_over_{FIRST}"], baselines]), ratio=100)
 
