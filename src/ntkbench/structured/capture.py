@@ -1,0 +1,128 @@
+"""Inputs of all layers and cotangents of their outputs, for all samples and several output directions, layer by layer.
+
+The program is forward pass and backward passes of the network in one graph: one sample's graph, differentiated by the
+outputs of the layers, under ``vmap`` over output directions and samples. It is traced once for each shape. Each layer
+is handed over as soon as its cotangents are there, and they are forgotten right afterwards, so that at no time more is
+held than the activations, one layer's cotangents and the next one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ntkbench.structured.layers import Layer, Written
+from ntkbench.structured.trace import SampleGraph, aten
+
+Parts = tuple[list[Tensor], list[Tensor]]
+"""A layer's operands and cotangents, use by use, from which it makes the factors of its gradients."""
+
+Sink = Callable[[int, Parts], None]
+"""Takes a layer's number and its parts."""
+
+
+class Program:
+    """Forward and backward passes of one shape.
+
+    Args:
+        graph: the network on one sample.
+        layers: whose gradients are wanted.
+        parameters: in the order of ``graph.parameters``; only their shapes matter here, and so for the others.
+        x: inputs ``[N, ...]``.
+        directions: cotangents of the outputs ``[N, K, O]``.
+    """
+
+    def __init__(
+        self,
+        graph: SampleGraph,
+        layers: Sequence[Layer | Written],
+        parameters: Sequence[Tensor],
+        x: Tensor,
+        directions: Tensor,
+    ) -> None:
+        nodes = list(dict.fromkeys(use.node for layer in layers for use in layer.uses))
+        names = [layer.parameters[0] for layer in layers if isinstance(layer, Written)]
+        taps = [torch.zeros(v.shape, dtype=v.dtype, device=x.device) for v in (node.meta["val"] for node in nodes)]
+        self._constants = list(graph.constants.values())
+
+        def joint(
+            parameters: list[Tensor], constants: list[Tensor], x: Tensor, directions: Tensor, taps: list[Tensor]
+        ) -> Any:
+            def sample(x: Tensor, directions: Tensor) -> Any:
+                def outputs(taps: list[Tensor], written: list[Tensor]) -> Any:
+                    theta = list((by_name | dict(zip(names, written, strict=True))).values())
+                    tap = dict(zip(nodes, taps, strict=True))
+                    tapped = lambda node, value: value + tap[node] if node in tap else value  # noqa: E731
+                    f, values = graph.run(theta, constants, x, tapped)
+                    return f, [[values[use.operand] for use in layer.uses] for layer in layers]
+
+                _, pull, operands = vjp(outputs, taps, [by_name[name] for name in names], has_aux=True)
+                return operands, *vmap(pull)(directions)
+
+            by_name = dict(zip(graph.parameters, parameters, strict=True))
+            return vmap(sample)(x, directions)
+
+        with torch.no_grad():
+            traced = make_fx(joint, tracing_mode="fake")(
+                list(parameters), self._constants, x, directions, taps
+            )
+        self._module = _streamed(traced, len(taps), layers, nodes)
+
+    def run(self, parameters: Sequence[Tensor], x: Tensor, directions: Tensor, sink: Sink) -> None:
+        """Hand every layer's parts to ``sink``, the last layer's first."""
+        with torch.no_grad():
+            self._module(*parameters, *self._constants, x, directions, sink)
+
+
+def _deliver(sink: Sink, number: int, operands: list[Tensor], cotangents: list[Tensor]) -> None:
+    sink(number, (operands, cotangents))
+
+
+def _streamed(
+    traced: fx.GraphModule, taps: int, layers: Sequence[Layer | Written], nodes: list[fx.Node]
+) -> fx.GraphModule:
+    """The traced program with its taps taken out, handing over each layer where its last part is computed."""
+    graph = traced.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for tap in placeholders[len(placeholders) - taps :]:
+        _take_out(tap)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    flat = iter(output.args[0])
+    operands = [[next(flat) for _ in layer.uses] for layer in layers]
+    cotangents = {node: next(flat) for node in nodes}
+    gradients = iter(flat)
+    wanted = [
+        [cotangents[use.node] for use in layer.uses] if layer.uses else [next(gradients)] for layer in layers
+    ]
+    graph.erase_node(output)
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        sink = graph.placeholder("sink")
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for number, (left, right) in enumerate(zip(operands, wanted, strict=True)):
+        with graph.inserting_after(max((*left, *right), key=order.__getitem__)):
+            graph.call_function(_deliver, (sink, number, left, right))
+    graph.output(None)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is _deliver)
+    for tap in placeholders[len(placeholders) - taps :]:
+        graph.erase_node(tap)
+    graph.set_codegen(fx.graph.CodeGen())  # flat arguments, as the placeholders are
+    graph.lint()
+    return fx.GraphModule(traced, graph)
+
+
+def _take_out(tap: fx.Node) -> None:
+    """A tap is zero: what it is added to stays what it is."""
+    reached = [tap]
+    while reached:
+        node = reached.pop()
+        for user in list(node.users):
+            if user.target is aten.add.Tensor:
+                (other,) = (value for value in user.args if value is not node)
+                user.replace_all_uses_with(other)
+            else:
+                reached.append(user)

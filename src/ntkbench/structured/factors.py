@@ -1,0 +1,108 @@
+"""What a layer knows about its gradients before they are written out.
+
+The gradient of output o of sample b with respect to a layer's weights is a sum over the positions s at which the layer
+is applied (pixels, time steps, calls): sum_s g_bos (x) a_bs, with a the layer's inputs and g the cotangents of its
+outputs. The classes here hold such sums in factored form; K stands for the output directions asked for, which need not
+be all O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Products:
+    """Gradients sum_s g_s (x) a_s of a linear map, in ``groups`` that share no weights.
+
+    Attributes:
+        a: inputs ``[N, groups, D, S]``.
+        g: cotangents ``[N, K, groups, C, S]``.
+    """
+
+    a: Tensor
+    g: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """N, K, groups, C, D, S."""
+        N, K, groups, C, S = self.g.shape
+        return N, K, groups, C, self.a.shape[2], S
+
+    def folded(self) -> Products:
+        """Output directions counted as channels, so that a contraction sums over them: K = 1."""
+        return Products(self.a, self.g.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, None])
+
+    def samples(self, chosen: slice) -> Products:
+        """Those of a slice of samples."""
+        return Products(self.a[chosen], self.g[chosen])
+
+    def explicit(self, groups: slice, channels: slice) -> Tensor:
+        """The gradients of some groups' and channels' weights written out, ``[N, K, groups * channels * D]``."""
+        g, a = self.g[:, :, groups, channels], self.a[:, groups]
+        if g.shape[-1] == 1:
+            rows = g * a[:, None, :, None, :, 0]
+        else:
+            rows = (g.movedim(2, 1).flatten(2, 3) @ a.mT).unflatten(2, (g.shape[1], -1)).movedim(1, 2)
+        return rows.flatten(2)
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Gradients of a table whose rows are looked up: a_s is the unit vector of the row that position s asks for.
+
+    Attributes:
+        rows: numbers of rows ``[N, S]``; -1 where a position asks for none.
+        g: cotangents ``[N, K, C, S]``.
+    """
+
+    rows: Tensor
+    g: Tensor
+
+    def folded(self) -> Lookups:
+        """See :meth:`Products.folded`."""
+        return Lookups(self.rows, self.g.flatten(1, 2)[:, None])
+
+    def samples(self, chosen: slice) -> Lookups:
+        """Those of a slice of samples."""
+        return Lookups(self.rows[chosen], self.g[chosen])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Gradients written out.
+
+    Attributes:
+        rows: ``[N, K, size]``.
+    """
+
+    rows: Tensor
+
+    def folded(self) -> Rows:
+        """See :meth:`Products.folded`."""
+        return Rows(self.rows.flatten(1)[:, None])
+
+    def samples(self, chosen: slice) -> Rows:
+        """Those of a slice of samples."""
+        return Rows(self.rows[chosen])
+
+
+Factors = Products | Lookups | Rows
+
+
+def together(uses: list[Factors]) -> Factors:
+    """Several uses of the same weights as one: their positions side by side, so that cross terms count."""
+    if len(uses) == 1:
+        return uses[0]
+    if isinstance(uses[0], Products):
+        return Products(torch.cat([u.a for u in uses], -1), torch.cat([u.g for u in uses], -1))
+    return Lookups(torch.cat([u.rows for u in uses], -1), torch.cat([u.g for u in uses], -1))
+
+
+def with_ones(products: Products) -> Products:
+    """A bias is the weight of an input that is always one."""
+    ones = products.a.new_ones(()).expand(*products.a.shape[:2], 1, products.a.shape[3])
+    return Products(torch.cat([products.a, ones], 2), products.g)
