@@ -1,5 +1,6 @@
-"""What a researcher types: a metric of the NTK of any ``nn.Module``, as an :class:`~ntkbench.estimate.Estimate`.
+"""What a researcher types: the NTK of any ``nn.Module``, or a metric of it with its error and its cost.
 
+>>> ntkbench.ntk(model, x)                                      # doctest: +SKIP
 >>> ntkbench.trace(model, x)                                    # doctest: +SKIP
 >>> ntkbench.alignment(model_0, model_f, x, passes=1024)        # doctest: +SKIP
 """
@@ -7,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import numbers
 import re
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from ntkbench import methods, metrics
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
+from ntkbench.methods import Method
 from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
@@ -21,13 +24,16 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["alignment", "effective_rank", "norm", "trace"]
+__all__ = ["alignment", "effective_rank", "norm", "ntk", "trace"]
 
 EXACT_PASSES = 64
 """Passes for each set of weights that ``method="auto"`` spends on an exact value when no budget is given."""
 
 PASSES = 256
 """Passes of a stochastic method when no budget is given."""
+
+EXACT = ("structured_derivatives", "jacobian_contraction", "naive_jacobian")
+"""What ``method="auto"`` tries first, the cheapest first; Theta must fit in memory for the one, J for the others."""
 
 STOCHASTIC = {
     "trace": "one_sided_reverse",
@@ -36,6 +42,64 @@ STOCHASTIC = {
     "alignment": "shared_probe_alignment",
 }
 """What ``method="auto"`` falls back on."""
+
+
+def ntk(
+    model: nn.Module,
+    x1: torch.Tensor,
+    x2: torch.Tensor | None = None,
+    *,
+    kernel: str = "full",
+    memory: int = 2**30,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> torch.Tensor:
+    """The NTK between two sets of inputs, exact and without a Jacobian, or a kernel between samples that stands for it.
+
+    ``kernel="full"`` is Theta itself, ``[N1 * O, N2 * O]`` with rows sample-major. The others are ``[N1, N2]`` matrices
+    A, standing for Theta as A (x) I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
+    first output), ``random_vector`` (one random combination of outputs, drawn from ``seed``), ``trace``
+    ((1/O) tr_O Theta, the best of them in the Frobenius norm) and ``last_layer`` (the trace kernel of the last layer's
+    parameters).
+
+    Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and for each
+    layer a contraction; without ``x2`` half of that (see ``ntkbench/structured``). The network is traced first, which
+    takes from a tenth of a second to some seconds. Parameters without a fast rule are named on the ``ntkbench`` logger.
+
+    Args:
+        model: ``x -> [N, ...outputs]``, in the mode it is meant in; its samples must not interact.
+        x1: inputs of the rows, ``[N1, ...]``.
+        x2: inputs of the columns, ``[N2, ...]``; those of the rows if not given.
+        kernel: one of the names above.
+        memory: bytes that everything but the result may take.
+        seed: of ``random_vector``.
+        dtype, device: as for :func:`trace`; the result is there and in that precision.
+
+    Raises:
+        BadInput: an argument cannot be used, or the network has no per-sample gradients; says what is allowed.
+        Unavailable: the device is not there.
+    """
+    from ntkbench import jacobian
+    from ntkbench.problems._module import from_module, same_inputs
+    from ntkbench.structured import LayerwiseKernel, kernels
+
+    chosen = kernels.get(kernel)
+    _check_whole("seed", seed)
+    problem = from_module(model, x1, dtype=_dtype_name(dtype))
+    if problem.samples_interact:
+        raise BadInput(
+            "samples interact in this network, so its kernel between samples is not defined: use model.eval() where it "
+            "has BatchNorm in train mode; ntkbench.trace and its siblings take networks as they are"
+        )
+    target, index = _target(problem, model, dtype, device, memory)
+    with _on_device(index):
+        module, parameters, rows = jacobian.torch_network(problem, "theta_0", target)
+        columns = None if x2 is None else same_inputs(x1, x2).to(rows)
+        engine = LayerwiseKernel(module, parameters, rows, memory)
+        for name, why in engine.fallbacks().items():
+            logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
+        return chosen.compute(engine, list(parameters.values()), rows, columns, seed)
 
 
 def trace(
@@ -55,11 +119,12 @@ def trace(
     several names counts once. The model is copied, never changed, and taken in the mode it is in; train-mode BatchNorm
     is fine (its samples interact, which rules some methods out), train-mode Dropout is not.
 
-    ``method="auto"`` takes the exact method that needs the fewest passes, if those are at most ``passes`` (64 when no
-    ``passes`` are given; twice that for alignment) and, for all metrics but the trace, J fits in ``memory``. That is
-    Jacobian contraction for independent samples with at most 64 outputs each, and the naive Jacobian for interacting
-    samples with at most 64 outputs in all. Otherwise it estimates: ``one_sided_reverse`` for the trace,
-    ``shared_probe_alignment`` for the alignment, ``hutchinson`` for the others. ``Estimate.method`` says which it was.
+    ``method="auto"`` takes an exact method if that needs at most ``passes`` (64 when no ``passes`` are given; twice
+    that for alignment) and, for all metrics but the trace, Theta fits in ``memory``. That is ``structured_derivatives``
+    for independent samples with at most 64 outputs each; ``jacobian_contraction`` where such a network cannot be traced
+    and J fits; the naive Jacobian for interacting samples with at most 64 outputs in all and a J that fits. Otherwise
+    it estimates: ``one_sided_reverse`` for the trace, ``shared_probe_alignment`` for the alignment, ``hutchinson`` for
+    the others. ``Estimate.method`` says which it was.
 
     Cost: that of the method, after at most three forward passes of checks (five for alignment).
 
@@ -158,46 +223,70 @@ def _estimate(
             raise BadInput(f"{method} is {chosen.kind} and takes no passes: it spends what it needs; leave passes out")
     if metric == "alignment" and model_f is None:
         raise BadInput("model_f must be a torch.nn.Module, got None")
-    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-    problem = from_module(model, x, model_f, dtype=dtype)
-
-    kind, index = _device(model, device)
-    target = Target("torch", dtype or str(problem.theta_0[next(iter(problem.theta_0))].dtype), kind, memory)
-    chosen = chosen or methods.get(choose(problem, metric, target, passes))
-    budget = (PASSES if passes is None else passes) if chosen.takes_passes else None
-    reason = chosen.refusal(problem, metric, target, budget)
-    if reason:
-        raise BadInput(f"{chosen.name} cannot give the {metric} of this network: {reason}")
-    needed = chosen.bytes_needed(problem, metric, target)
-    if needed > memory:
-        raise OverMemory(f"{chosen.name} needs {needed} bytes at once for the {metric}; memory is {memory}")
+    problem = from_module(model, x, model_f, dtype=_dtype_name(dtype))
+    target, index = _target(problem, model, dtype, device, memory)
+    names = [chosen.name] if chosen else choices(problem, metric, target, passes)
     with _on_device(index):
-        return chosen.estimate(chosen.prepare(problem, target), metric, budget, seed)
+        for name in names[:-1]:
+            with contextlib.suppress(BadInput, OverMemory):
+                return _by(methods.get(name), problem, metric, target, passes, seed)
+        return _by(methods.get(names[-1]), problem, metric, target, passes, seed)
 
 
-def choose(problem: Problem, metric: str, target: Target, passes: int | None = None) -> str:
-    """The method that ``method="auto"`` stands for; the rule is in :func:`trace`.
+def _by(method: Method, problem: Problem, metric: str, target: Target, passes: int | None, seed: int) -> Estimate:
+    budget = (PASSES if passes is None else passes) if method.takes_passes else None
+    reason = method.refusal(problem, metric, target, budget)
+    if reason:
+        raise BadInput(f"{method.name} cannot give the {metric} of this network: {reason}")
+    needed = method.bytes_needed(problem, metric, target)
+    if needed > target.memory:
+        raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
+    return method.estimate(method.prepare(problem, target), metric, budget, seed)
+
+
+def choices(problem: Problem, metric: str, target: Target, passes: int | None = None) -> list[str]:
+    """The methods that ``method="auto"`` stands for, the first one that works; the rule is in :func:`trace`.
 
     Args:
         passes: the most passes to spend; ``None`` for the defaults.
     """
     ends = len(metrics.ends(metric))
     limit = EXACT_PASSES * ends if passes is None else passes
-    # The trace takes every row of J once; the others would make J anew for every pair of blocks that do not fit.
-    fits = metric == "trace" or ends * problem.n * problem.P * target.itemsize <= target.memory
-    cost = {}
-    for name in methods.names():
+    found = []
+    for name in EXACT:
         method = methods.get(name)
-        if method.kind == "exact" and fits and method.refusal(problem, metric, target) is None:
-            needed = method.passes_needed(problem, metric, target)
-            if needed is not None and needed <= limit:
-                cost[name] = needed
-    return min(cost, key=cost.__getitem__) if cost else STOCHASTIC[metric]
+        width = problem.n if name == "structured_derivatives" else problem.P
+        # The trace takes every row once; the others would make rows anew for every pair of blocks that do not fit.
+        fits = metric == "trace" or ends * problem.n * width * target.itemsize <= target.memory
+        if (
+            fits
+            and method.refusal(problem, metric, target) is None
+            and method.passes_needed(problem, metric, target) <= limit
+        ):
+            found.append(name)
+    return [*found, STOCHASTIC[metric]]
 
 
 def _check_whole(what: str, value: object) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise BadInput(f"{what} must be a whole number, got {value!r}")
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _target(
+    problem: Problem,
+    model: nn.Module,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    memory: int,
+) -> tuple[Target, int | None]:
+    """Where and how to compute, and which of several GPUs."""
+    kind, index = _device(model, device)
+    own = str(problem.theta_0[next(iter(problem.theta_0))].dtype)
+    return Target("torch", _dtype_name(dtype) or own, kind, memory), index
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> tuple[str, int | None]:

@@ -17,12 +17,14 @@ class Estimate:
         passes: Jacobian passes really spent (one pass is one JVP or one VJP over the whole batch), read off the
             operator's counter; ``None`` for methods that are not made of passes.
         method: the method's name.
+        notes: what the user should know about how it was computed, such as parameters that had no fast rule.
     """
 
     value: float
     standard_error: float | None
     passes: float | None
     method: str
+    notes: tuple[str, ...] = ()
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
         """The normal-theory interval ``value +- z * standard_error``; a point for deterministic methods."""

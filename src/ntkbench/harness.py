@@ -114,6 +114,7 @@ class Execution:
                 "estimates": [e.value for e in estimates],
                 "standard_errors": [e.standard_error for e in estimates],
                 "passes_spent": estimates[0].passes,
+                "notes": "; ".join(estimates[0].notes),
             }
             return statistics.median(abs(e.value - exact) / abs(exact) for e in estimates)
 

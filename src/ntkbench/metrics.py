@@ -57,6 +57,10 @@ class Moments:
     square_f: float = math.nan
     cross: float = math.nan
 
+    def times(self, factor: float) -> Moments:
+        """Those of a matrix (x) I of size ``factor``."""
+        return Moments(*(factor * m for m in (self.trace, self.square, self.square_f, self.cross)))
+
     def metric(self, name: str) -> float:
         """The value of a metric.
 
@@ -87,6 +91,25 @@ def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Momen
         for rows_f in at_f:
             sums.square_f += squared_norm(rows_f)
             sums.cross += (rows * rows_f).sum()
+    return sums.moments()
+
+
+def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]]) -> Moments:
+    """Moments from the blocks of Theta (and of Theta_f) on and below the diagonal; one block is held at a time.
+
+    Args:
+        blocks: for each block whether it lies on the diagonal, and its entries, of Theta and for alignment of Theta_f.
+    """
+    sums = _Sums()
+    for on_diagonal, (block, *at_f) in blocks:
+        copies = 1 if on_diagonal else 2
+        sums.square += copies * squared_norm(block)
+        for block_f in at_f:
+            sums.square_f += copies * squared_norm(block_f)
+            sums.cross += copies * inner_product(block, block_f)
+        if on_diagonal:
+            rows = block.shape[0] * block.shape[1]
+            sums.trace += block.reshape(rows, rows).diagonal().sum()
     return sums.moments()
 
 
@@ -149,8 +172,13 @@ def from_rows_of_jacobian(
 
 def squared_norm(block: Array) -> Array:
     """Sum of squares of all entries, left on the block's device."""
+    return inner_product(block, block)
+
+
+def inner_product(one: Array, other: Array) -> Array:
+    """Sum of products of entries, left on the device."""
     # Row by row and pairwise: one long dot product in float32 loses two digits.
-    return array_api_compat.array_namespace(block).linalg.vecdot(block, block).sum()
+    return array_api_compat.array_namespace(one).linalg.vecdot(one, other).sum()
 
 
 class _Sums:

@@ -33,7 +33,9 @@ MEASURED = [
     "standard_error",
     "memory_bytes",
     "gpu_peak_bytes",
+    "notes",
 ]
+WHOLE = ("passes", "seeds", "first_seed")
 COLUMNS = [
     *KEY[:1],
     *("family", "N", "O", "P", "n"),
@@ -102,6 +104,7 @@ def outcome(cell: Cell, records: Path, asv: AsvResults) -> dict[str, Any]:
         **dict(zip(("error_q25", "error", "error_q75"), np.quantile(errors, (0.25, 0.5, 0.75)).tolist(), strict=True)),
         "seeds": len(values),
         "standard_error": float(np.median(spread)) if spread else None,
+        "notes": accuracy["notes"],
         "memory_bytes": max(0.0, peak - found["memory"]["baseline_bytes"]),
         "gpu_peak_bytes": found["memory"]["gpu_peak_bytes"],
     }
@@ -151,12 +154,12 @@ class AsvResults:
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a table with all columns in order."""
     table = pd.DataFrame(list(rows), columns=COLUMNS)
-    return table.astype({"passes": "Int64", "seeds": "Int64", "first_seed": "Int64"})
+    return table.astype(dict.fromkeys(WHOLE, "Int64"))
 
 
 def read(file: Path) -> pd.DataFrame:
     """A table from CSV."""
-    return pd.read_csv(file, dtype={"passes": "Int64", "seeds": "Int64", "first_seed": "Int64", "reason": str})
+    return pd.read_csv(file, dtype=dict.fromkeys(WHOLE, "Int64") | {"reason": str, "notes": str})
 
 
 def combine(tables: Iterable[pd.DataFrame], expected: Iterable[Cell]) -> pd.DataFrame:

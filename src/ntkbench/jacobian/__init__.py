@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from ntkbench.jacobian.base import Array, Jacobian, Rng
 from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
-__all__ = ["Array", "Jacobian", "Rng", "device_memory", "device_name", "linearise"]
+__all__ = ["Array", "Jacobian", "Rng", "device_memory", "device_name", "linearise", "torch_network"]
 
 
 def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
@@ -22,6 +23,11 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     """
     backend = importlib.import_module(f"ntkbench.jacobian.{target.backend}")
     return backend.linearise(problem, weights, target)
+
+
+def torch_network(problem: Problem, weights: str, target: Target) -> Any:
+    """Module, trainable parameters by name and inputs of ``problem``, on the target's device; see :func:`linearise`."""
+    return importlib.import_module("ntkbench.jacobian.torch").network(problem, weights, target)
 
 
 def device_name(target: Target) -> str:

@@ -22,12 +22,21 @@ from ntkbench.target import Target
 
 def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     """See :func:`ntkbench.jacobian.linearise`."""
+    return Jacobian(*network(problem, weights, target), problem.output_shape, target.memory)
+
+
+def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """The problem's module, its weights and its inputs, on the target's device.
+
+    Raises:
+        Unavailable: the device is not there.
+    """
     to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
     parameters = {key: torch.from_numpy(w).to(**to) for key, w in problem.weights(weights).items()}
     x = torch.from_numpy(problem.x)
     x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
     module = _module_on(problem.module, to["device"], to["dtype"])
-    return Jacobian(module, parameters, x, problem.output_shape, target.memory)
+    return module, parameters, x
 
 
 def device(target: Target) -> torch.device:

@@ -85,13 +85,28 @@ def from_module(
     )
 
 
-def _check_inputs(x: Tensor) -> None:
+def same_inputs(x1: Tensor, x2: Tensor) -> Tensor:
+    """``x2``, if it holds samples of the same kind as ``x1``.
+
+    Raises:
+        BadInput: it does not; says in what.
+    """
+    _check_inputs(x2, "x2")
+    if x2.shape[1:] != x1.shape[1:] or x2.is_floating_point() != x1.is_floating_point():
+        raise BadInput(
+            f"x2 must hold samples like those of x1, [N, {', '.join(map(str, x1.shape[1:]))}] of {x1.dtype}; "
+            f"got shape {tuple(x2.shape)} of {x2.dtype}"
+        )
+    return x2
+
+
+def _check_inputs(x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise BadInput(f"x must be a torch tensor of inputs [N, ...], got {type(x).__name__}")
+        raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got {type(x).__name__}")
     if x.ndim == 0 or x.numel() == 0:
-        raise BadInput(f"x must hold at least one sample, [N, ...] with N > 0; got shape {tuple(x.shape)}")
+        raise BadInput(f"{name} must hold at least one sample, [N, ...] with N > 0; got shape {tuple(x.shape)}")
     if x.is_complex():
-        raise BadInput(f"x must be real or integer, got {x.dtype}")
+        raise BadInput(f"{name} must be real or integer, got {x.dtype}")
 
 
 def _dtype(model: nn.Module, dtype: str | None) -> str:

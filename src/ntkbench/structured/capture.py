@@ -17,7 +17,7 @@ from torch.func import vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ntkbench.structured.layers import Layer, Written
-from ntkbench.structured.trace import SampleGraph, aten
+from ntkbench.structured.trace import SampleGraph, aten, untraceable
 
 Parts = tuple[list[Tensor], list[Tensor]]
 """A layer's operands and cotangents, use by use, from which it makes the factors of its gradients."""
@@ -67,10 +67,8 @@ class Program:
             by_name = dict(zip(graph.parameters, parameters, strict=True))
             return vmap(sample)(x, directions)
 
-        with torch.no_grad():
-            traced = make_fx(joint, tracing_mode="fake")(
-                list(parameters), self._constants, x, directions, taps
-            )
+        with torch.no_grad(), untraceable("its backward passes"):
+            traced = make_fx(joint, tracing_mode="fake")(list(parameters), self._constants, x, directions, taps)
         self._module = _streamed(traced, len(taps), layers, nodes)
 
     def run(self, parameters: Sequence[Tensor], x: Tensor, directions: Tensor, sink: Sink) -> None:
@@ -96,9 +94,7 @@ def _streamed(
     operands = [[next(flat) for _ in layer.uses] for layer in layers]
     cotangents = {node: next(flat) for node in nodes}
     gradients = iter(flat)
-    wanted = [
-        [cotangents[use.node] for use in layer.uses] if layer.uses else [next(gradients)] for layer in layers
-    ]
+    wanted = [[cotangents[use.node] for use in layer.uses] if layer.uses else [next(gradients)] for layer in layers]
     graph.erase_node(output)
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         sink = graph.placeholder("sink")

@@ -11,6 +11,7 @@ is symmetric the lower triangle is computed, by blocks of samples; what stands a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -122,9 +123,7 @@ def _add_rows(theta: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> No
         flat[at, :end].addmm_(left[at], right[:end].T)
 
 
-def _written_out(
-    left: Products, right: Products, symmetric: bool, memory: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _written_out(left: Products, right: Products, symmetric: bool, memory: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Both sides' gradients, ``[N, K, size]``, for as many channels at a time as fit."""
     N1, K1, groups, C, D, _ = left.sizes
     N2, K2, *_ = right.sizes
@@ -206,7 +205,7 @@ def _triangle(N: int, K: int, symmetric: bool, pieces: int = 1) -> Iterator[slic
 
 def _slices(size: int, pieces: int) -> Iterator[slice]:
     bounds = [size * i // max(1, pieces) for i in range(max(1, pieces) + 1)]
-    yield from (slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start)
+    yield from (slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start)
 
 
 def _pieces(count: int, size: int, memory: int) -> int:

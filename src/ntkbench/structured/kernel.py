@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ntkbench.errors import BadInput, OverMemory
+from ntkbench.errors import BadInput
 from ntkbench.structured import contraction
 from ntkbench.structured.capture import Parts, Program, Sink
 from ntkbench.structured.layers import Layer, Written, find
@@ -114,9 +115,6 @@ class LayerwiseKernel:
             directions: output directions ``[K, O]``; all O unit vectors if not given.
             layers: whose parameters count; all if not given.
             fold: sum over directions, ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
-
-        Raises:
-            OverMemory: one sample and one direction alone take more than the memory.
         """
         directions = self.units(parameters) if directions is None else directions
         shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else len(directions))]
@@ -165,26 +163,38 @@ class LayerwiseKernel:
                 if fold and row.directions != column.directions:
                     continue
                 x = x1 if x2 is None else x2
-                yield row, column, [
-                    self._between(k, p, x, directions, row, column, layers, fold)
-                    for k, p in zip(kept, sets, strict=True)
-                ]
+                yield (
+                    row,
+                    column,
+                    [
+                        self._between(k, p, x, directions, row, column, layers, fold)
+                        for k, p in zip(kept, sets, strict=True)
+                    ],
+                )
 
-    def diagonal(self, parameters: Parameters, x: Tensor, directions: Tensor | None = None) -> Tensor:
+    def diagonal(
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        directions: Tensor | None = None,
+        *,
+        layers: Sequence[Layer | Written] | None = None,
+    ) -> Tensor:
         """The kernel's diagonal, ``[N, K]``: squared norms of gradients, without any kernel.
 
         Args:
-            parameters, x, directions: see :meth:`kernel`.
+            parameters, x, directions, layers: see :meth:`kernel`.
         """
+        layers = self.layers if layers is None else layers
         directions = self.units(parameters) if directions is None else directions
         found = torch.zeros(len(x), len(directions), dtype=directions.dtype, device=directions.device)
-        for block in self._blocks(len(x), len(directions), self.layers, held=0, whole=True):
+        for block in self._blocks(len(x), len(directions), layers, held=0, whole=True):
             part = found[block.samples, block.directions]
 
             def add(number: int, parts: Parts, part: Tensor = part) -> None:
-                part += contraction.diagonal(self.layers[number].factors(*parts), self.memory // 4)
+                part += contraction.diagonal(layers[number].factors(*parts), self.memory // 4)
 
-            self._run(parameters, x, directions, block, self.layers, add)
+            self._run(parameters, x, directions, block, layers, add)
         return found
 
     def units(self, parameters: Parameters) -> Tensor:
@@ -258,7 +268,7 @@ class LayerwiseKernel:
         self._programs[key].run(parameters, x, directions, sink)
 
     def _blocks(self, N: int, K: int, layers: Sequence[Layer | Written], *, held: int, whole: bool) -> list[Block]:
-        """Rows in blocks that fit.
+        """Rows in blocks that fit, and are at least one sample in one direction.
 
         Args:
             N: samples.
@@ -276,10 +286,6 @@ class LayerwiseKernel:
             sample += held * item * self._activations
             direction += held * item * sum(map(self._cotangents, layers))
         budget = self.memory // 4
-        if sample + direction > budget:
-            raise OverMemory(
-                f"one sample in one output direction takes {4 * (sample + direction)} bytes; memory is {self.memory}"
-            )
         samples = max(1, min(N, budget // (sample + K * direction)))
         some = K if samples > 1 else max(1, min(K, (budget - sample) // direction))
         if held:  # the kernels themselves are square
@@ -308,7 +314,9 @@ class LayerwiseKernel:
 
         def theirs(theta: list[Tensor]) -> Tensor:
             with plain_operations():
-                return functional_call(module, dict(zip(parameters, theta, strict=True)), (some,)).reshape(len(some), -1)
+                return functional_call(module, dict(zip(parameters, theta, strict=True)), (some,)).reshape(
+                    len(some), -1
+                )
 
         def ours(theta: list[Tensor]) -> Tensor:
             return vmap(lambda sample: self._graph.run(theta, list(self._graph.constants.values()), sample)[0])(some)
@@ -340,7 +348,7 @@ def _even(size: int, most: int) -> Iterator[tuple[int, int]]:
     """Cut ``size`` into the fewest parts of at most ``most``, as equal as can be: few shapes, few programs."""
     parts = -(-size // most)
     bounds = [size * i // parts for i in range(parts + 1)]
-    yield from zip(bounds, bounds[1:], strict=False)
+    yield from itertools.pairwise(bounds)
 
 
 def _mirrored(theta: Tensor) -> Tensor:

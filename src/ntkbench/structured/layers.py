@@ -46,7 +46,7 @@ class Use:
     @property
     def inputs(self) -> int:
         """Numbers that a sample's inputs take when each stands at every position that it is used at."""
-        groups, C, D = self.entries.shape if self.entries.ndim == 3 else (1, self.entries.shape[1], 1)
+        _, C, D = self.entries.shape if self.entries.ndim == 3 else (1, self.entries.shape[1], 1)
         return self.node.meta["val"].numel() // C * D
 
 
@@ -100,7 +100,7 @@ SCALES_AND_SHIFTS = {
     aten.native_group_norm.default,
     aten._fused_rms_norm.default,
 }
-"""Operations whose other parameters have as many entries as channels (or outputs), so that nothing beats writing out."""
+"""Operations whose other parameters have an entry for each channel (or output), so that nothing beats writing out."""
 
 
 def find(graph: SampleGraph) -> list[Layer | Written]:
@@ -302,4 +302,3 @@ RULES: dict[Any, Callable[[fx.Node, int, Tensor], Use | None]] = {
     aten.convolution.default: _convolution,
     aten.embedding.default: _lookup,
 }
-

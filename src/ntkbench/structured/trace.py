@@ -19,6 +19,8 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkbench.errors import BadInput
+
 aten = torch.ops.aten
 
 
@@ -83,6 +85,9 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         module: ``x -> [N, ...outputs]``.
         parameters: the trainable parameters; they decide precision.
         x: inputs ``[N, ...]`` on the device where the graph is to run.
+
+    Raises:
+        BadInput: the network cannot be traced.
     """
     names = tuple(parameters)
     fixed = {key: t for key, t in _named_tensors(module) if key not in parameters}
@@ -92,7 +97,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         return functional_call(module, dict(zip(keys, tensors, strict=False)), (tensors[-1],)).reshape(-1)
 
     on_cpu = [t.detach().cpu() for t in (*parameters.values(), *fixed.values(), x[:1])]
-    with plain_operations(), torch.no_grad():
+    with untraceable("its forward pass"), plain_operations(), torch.no_grad():
         # Twice, since what a composite operation changes in place only shows once it is taken apart.
         traced = make_fx(forward, decomposition_table={_BATCH_NORM: _batch_norm})(*on_cpu)
         traced = make_fx(functionalize(traced))(*on_cpu)
@@ -107,6 +112,18 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((key, w.detach()) for key, w in module.named_parameters())
     yield from module.named_buffers()
+
+
+@contextlib.contextmanager
+def untraceable(what: str) -> Iterator[None]:
+    """Whatever goes wrong while a network is traced, it goes wrong for the network."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(
+            f"{what} cannot be traced as a graph of operations ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "methods that call the network as it is are jacobian_contraction and naive_jacobian"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -127,7 +144,7 @@ def plain_operations() -> Iterator[None]:
 _BATCH_NORM = aten.native_batch_norm.default
 
 
-def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):  # noqa: ANN001, ANN202 - ATen's signature
+def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
     """Eval-mode BatchNorm as one scale and one shift for each channel: two passes over the values, one over cotangents.
 
     In train mode samples interact, and such a network is refused before it is traced; a single sample's own statistics

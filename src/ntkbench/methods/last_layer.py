@@ -1,0 +1,17 @@
+"""The kernel of the last layer's parameters alone."""
+
+from __future__ import annotations
+
+from ntkbench.structured.method import Layerwise
+
+
+class LastLayer(Layerwise):
+    """(1/O) tr_O of the last layer's part of Theta, standing for Theta as itself (x) I_O.
+
+    O passes for each set of weights that go no further back than the last layer.
+    """
+
+    title = "last layer"
+    kind = "approximate"
+    source = "folklore; the conjugate kernel of the readout"
+    kernel = "last_layer"

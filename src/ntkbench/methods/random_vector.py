@@ -1,0 +1,17 @@
+"""The kernel of a fixed random combination of outputs."""
+
+from __future__ import annotations
+
+from ntkbench.structured.method import Layerwise
+
+
+class RandomVector(Layerwise):
+    """The kernel of g(x) = u . f(x) with a fixed random unit vector u, standing for Theta as itself (x) I_O.
+
+    1 pass for each set of weights.
+    """
+
+    title = "random unit vector"
+    kind = "approximate"
+    source = "Mohamadi, Bae, Sutherland 2023, a fixed random vector in place of the sum"
+    kernel = "random_vector"

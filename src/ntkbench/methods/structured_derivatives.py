@@ -1,0 +1,18 @@
+"""Structured derivatives in PyTorch: Theta layer by layer, without a Jacobian."""
+
+from __future__ import annotations
+
+from ntkbench.structured.method import Layerwise
+
+
+class StructuredDerivatives(Layerwise):
+    """Theta as a sum over layers of products of their inputs and of the cotangents of their outputs.
+
+    O passes for each set of weights (backward passes that leave out the gradients of weights), and for each layer the
+    cheaper of two orders of contraction, on one triangle; the trace takes the diagonal alone. Memory is that of Theta
+    and of one layer, or of blocks of Theta where that is over the budget.
+    """
+
+    title = "structured derivatives"
+    kind = "exact"
+    source = "Novak et al. 2022, section 3, carried over to ATen graphs; ghost norms for the trace"

@@ -1,0 +1,17 @@
+"""pNTK without Jacobians: one backward pass for all samples, contracted layer by layer."""
+
+from __future__ import annotations
+
+from ntkbench.structured.method import Layerwise
+
+
+class StructuredSumOfLogits(Layerwise):
+    """The kernel of g(x) = O^{-1/2} sum_o f_o(x), standing for Theta as pNTK (x) I_O.
+
+    1 pass for each set of weights; per-sample gradients are never written out where that costs more.
+    """
+
+    title = "pNTK by layers"
+    kind = "approximate"
+    source = "Mohamadi, Bae, Sutherland 2023, the sum-of-logits pNTK"
+    kernel = "sum_of_logits"

@@ -1,0 +1,17 @@
+"""The mean kernel over outputs, the best N x N kernel in the Frobenius norm."""
+
+from __future__ import annotations
+
+from ntkbench.structured.method import Layerwise
+
+
+class TraceKernel(Layerwise):
+    """A = (1/O) tr_O Theta, standing for Theta as A (x) I_O. nothing of size n x n is formed.
+
+    O passes for each set of weights. The trace of Theta is exact.
+    """
+
+    title = "trace kernel"
+    kind = "approximate"
+    source = "folklore; the projection of Theta on matrices A (x) I_O"
+    kernel = "trace"

@@ -1,0 +1,88 @@
+"""What methods by layers share: from a problem to a traced network, from kernels to moments of Theta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ntkbench import metrics
+from ntkbench.estimate import Estimate
+from ntkbench.jacobian import torch_network
+from ntkbench.methods.base import Method
+from ntkbench.metrics import Moments
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ntkbench.structured.kernel import LayerwiseKernel
+
+
+class Layerwise(Method):
+    """Moments of Theta, or of A (x) I_O for a kernel A between samples, from :class:`LayerwiseKernel`.
+
+    Attributes:
+        kernel: name in ``ntkbench.structured.kernels``.
+    """
+
+    backends = ("torch",)
+    needs_independent_samples = True
+    kernel: ClassVar[str] = "full"
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        from ntkbench.structured import kernels
+
+        directions = problem.O if kernels.get(self.kernel).directions is None else 1
+        return directions * len(metrics.ends(metric))
+
+    def prepare(self, problem: Problem, target: Target) -> Prepared:
+        """Weights and inputs on the device, the network traced.
+
+        Raises:
+            BadInput: the network cannot be traced.
+            Unavailable: the device is not there.
+        """
+        return Prepared(problem, target)
+
+    def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+        from ntkbench.structured import kernels
+
+        metrics.check(metric)
+        engine, sets, x = prepared.engine, prepared.parameters(metric), prepared.x
+        before = engine.directions_taken
+        moments = _moments(kernels.get(self.kernel), engine, metric, sets, x)
+        spent = (engine.directions_taken - before) / len(x)
+        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
+        return Estimate(moments.metric(metric), None, spent, self.name, notes)
+
+
+class Prepared:
+    """A traced network with its weights and inputs on the device."""
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        from ntkbench.structured.kernel import LayerwiseKernel
+
+        self._problem, self._target = problem, target
+        module, weights, self.x = torch_network(problem, "theta_0", target)
+        self._weights = {"theta_0": list(weights.values())}
+        self.engine: LayerwiseKernel = LayerwiseKernel(module, weights, self.x, target.memory)
+
+    def parameters(self, metric: str) -> list[list[Tensor]]:
+        """The sets of weights that a metric looks at."""
+        for end in metrics.ends(metric):
+            if end not in self._weights:
+                self._weights[end] = list(torch_network(self._problem, end, self._target)[1].values())
+        return [self._weights[end] for end in metrics.ends(metric)]
+
+
+def _moments(kernel: Any, engine: LayerwiseKernel, metric: str, sets: Sequence[Sequence[Tensor]], x: Tensor) -> Moments:
+    if metric == "trace":
+        trace = kernel.diagonal(engine, sets[0], x).sum()
+        return Moments(trace=float(trace) * (engine.O if kernel.between_samples else 1))
+    if kernel.between_samples:
+        moments = metrics.from_gram(*(kernel.compute(engine, parameters, x) for parameters in sets))
+        return moments.times(engine.O)  # tr, squared norm and inner product of A (x) I_O are O times those of A
+    return metrics.from_blocks_of_theta(
+        (left == right, parts) for left, right, parts in engine.blocks(sets, x, None, engine.units(sets[0]))
+    )
