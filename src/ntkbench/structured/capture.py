@@ -29,6 +29,11 @@ Sink = Callable[[int, Parts], None]
 class Program:
     """Forward and backward passes of one shape.
 
+    Attributes:
+        peak: bytes that a run holds at most, with one layer's inputs at all their positions; parameters and inputs not
+            counted.
+        held: bytes that the parts of all layers take.
+
     Args:
         graph: the network on one sample.
         layers: whose gradients are wanted.
@@ -70,6 +75,7 @@ class Program:
         with torch.no_grad(), untraceable("its backward passes"):
             traced = make_fx(joint, tracing_mode="fake")(list(parameters), self._constants, x, directions, taps)
         self._module = _streamed(traced, len(taps), layers, nodes)
+        self.peak, self.held = _footprint(self._module.graph, layers, len(x))
 
     def run(self, parameters: Sequence[Tensor], x: Tensor, directions: Tensor, sink: Sink) -> None:
         """Hand every layer's parts to ``sink``, the last layer's first."""
@@ -122,3 +128,40 @@ def _take_out(tap: fx.Node) -> None:
                 user.replace_all_uses_with(other)
             else:
                 reached.append(user)
+
+
+def _footprint(graph: fx.Graph, layers: Sequence[Layer | Written], samples: int) -> tuple[int, int]:
+    """Bytes that a program holds at most, and bytes of all that it hands over."""
+    nodes = list(graph.nodes)
+    given = {_storage(value) for node in nodes if node.op == "placeholder" for value in _tensors(node)}
+    last = {
+        _storage(value): i for i, node in enumerate(nodes) for used in node.all_input_nodes for value in _tensors(used)
+    }
+    ending: dict[int, list[int]] = {}
+    for storage, i in last.items():
+        ending.setdefault(i, []).append(storage)
+    alive: dict[int, int] = {}
+    handed: dict[int, int] = {}
+    peak = 0
+    for i, node in enumerate(nodes):
+        own = {_storage(value): value.untyped_storage().nbytes() for value in _tensors(node)}
+        alive |= {storage: size for storage, size in own.items() if storage not in given and storage in last}
+        extra = 0
+        if node.target is _deliver:
+            parts = {_storage(v): v for used in node.all_input_nodes for v in _tensors(used)}
+            handed |= {storage: value.untyped_storage().nbytes() for storage, value in parts.items()}
+            item = max((v.element_size() for v in parts.values()), default=4)
+            extra = item * samples * sum(use.inputs for use in layers[node.args[1]].uses)
+        peak = max(peak, sum(alive.values()) + extra)
+        for storage in ending.get(i, ()):
+            alive.pop(storage, None)
+    return peak, sum(handed.values())
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)]
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata

@@ -14,12 +14,10 @@ from ntkbench.errors import BadInput
 from ntkbench.structured import contraction
 from ntkbench.structured.capture import Parts, Program, Sink
 from ntkbench.structured.layers import Layer, Written, find
-from ntkbench.structured.trace import MOVEMENTS, plain_operations, trace
+from ntkbench.structured.trace import plain_operations, trace
 
 CHECKED = 2
 """Samples on which the traced graph is held against the network itself."""
-LIVE = 4
-"""Cotangents of the largest value that are alive at a time: one, the next, and those of a branch."""
 
 Parameters = Sequence[Tensor]
 
@@ -74,11 +72,6 @@ class LayerwiseKernel:
         self._programs: dict[tuple, Program] = {}
         nodes = list(self._graph.graph.nodes)
         self.O = nodes[-1].args[0].meta["val"].numel()
-        computed = [n.meta["val"] for n in nodes if n.op == "call_function" and n.target not in MOVEMENTS]
-        sizes = [value.numel() for value in computed if isinstance(value, Tensor)]
-        self._activations, self._largest = sum(sizes), max(sizes, default=0)
-        self._itemsize = next(iter(parameters.values())).element_size()
-        self._parameter_sizes = {name: w.numel() for name, w in parameters.items()}
         self._check(module, parameters, x)
 
     def last_layer(self) -> list[Layer | Written]:
@@ -149,28 +142,22 @@ class LayerwiseKernel:
             sets: one or more sets of parameters.
             x1, x2, directions, layers, fold: see :meth:`kernel`.
         """
-        layers = self.layers if layers is None else layers
-        rows = self._blocks(len(x1), len(directions), layers, held=len(sets), whole=x2 is None)
-        columns = rows if x2 is None else self._blocks(len(x2), len(directions), layers, held=len(sets), whole=False)
+        task = _Task(self, directions, self.layers if layers is None else layers, fold)
+        columns_of = x1 if x2 is None else x2
+        rows = self._blocks(task, sets, x1, whole=x2 is None)
+        if x2 is None and len(rows) == 1:
+            yield rows[0], rows[0], [task.symmetric(parameters, x1, rows[0]) for parameters in sets]
+            return
+        columns = rows if x2 is None else self._blocks(task, sets, x2, whole=False)
         for i, row in enumerate(rows):
-            if x2 is None and len(rows) == 1:
-                yield row, row, [self._symmetric(p, x1, directions, row, layers, fold) for p in sets]
-                return
-            kept = [self._collected(p, x1, directions, row, layers) for p in sets]
+            kept = [task.collected(parameters, x1, row) for parameters in sets]
             if x2 is None:
-                yield row, row, [self._own(k, x1, row, layers, fold) for k in kept]
+                yield row, row, [task.own(parts, row) for parts in kept]
             for column in columns[:i] if x2 is None else columns:
-                if fold and row.directions != column.directions:
-                    continue
-                x = x1 if x2 is None else x2
-                yield (
-                    row,
-                    column,
-                    [
-                        self._between(k, p, x, directions, row, column, layers, fold)
-                        for k, p in zip(kept, sets, strict=True)
-                    ],
-                )
+                # A sum over directions takes each with itself.
+                if not fold or row.directions == column.directions:
+                    both = zip(kept, sets, strict=True)
+                    yield row, column, [task.between(parts, row, p, columns_of, column) for parts, p in both]
 
     def diagonal(
         self,
@@ -185,128 +172,63 @@ class LayerwiseKernel:
         Args:
             parameters, x, directions, layers: see :meth:`kernel`.
         """
-        layers = self.layers if layers is None else layers
         directions = self.units(parameters) if directions is None else directions
-        found = torch.zeros(len(x), len(directions), dtype=directions.dtype, device=directions.device)
-        for block in self._blocks(len(x), len(directions), layers, held=0, whole=True):
-            part = found[block.samples, block.directions]
-
-            def add(number: int, parts: Parts, part: Tensor = part) -> None:
-                part += contraction.diagonal(layers[number].factors(*parts), self.memory // 4)
-
-            self._run(parameters, x, directions, block, layers, add)
+        task = _Task(self, directions, self.layers if layers is None else layers)
+        found = directions.new_zeros(len(x), len(directions))
+        for block in self._blocks(task, [], x, whole=True, parameters=parameters):
+            task.add_diagonal(found[block.samples, block.directions], parameters, x, block)
         return found
 
     def units(self, parameters: Parameters) -> Tensor:
         """All O unit vectors as directions."""
         return torch.eye(self.O, dtype=parameters[0].dtype, device=parameters[0].device)
 
-    def _symmetric(
-        self, parameters: Parameters, x: Tensor, directions: Tensor, block: Block, layers: Sequence, fold: bool
-    ) -> Tensor:
-        """A block on the diagonal, each layer forgotten as soon as it is added."""
-        theta = self._empty(block, block, directions, fold)
-
-        def add(number: int, parts: Parts) -> None:
-            factors = layers[number].factors(*parts)
-            contraction.add(theta, factors.folded() if fold else factors, None, self.memory // 2)
-
-        self._run(parameters, x, directions, block, layers, add)
-        return _mirrored(theta)
-
-    def _collected(
-        self, parameters: Parameters, x: Tensor, directions: Tensor, block: Block, layers: Sequence
-    ) -> dict[int, Parts]:
-        kept: dict[int, Parts] = {}
-        self._run(parameters, x, directions, block, layers, kept.__setitem__)
-        return kept
-
-    def _own(self, kept: dict[int, Parts], x: Tensor, block: Block, layers: Sequence, fold: bool) -> Tensor:
-        """A block on the diagonal from what was collected."""
-        theta = self._empty(block, block, x, fold)
-        for number, parts in kept.items():
-            factors = layers[number].factors(*parts)
-            contraction.add(theta, factors.folded() if fold else factors, None, self.memory // 4)
-        return _mirrored(theta)
-
-    def _between(
-        self,
-        kept: dict[int, Parts],
-        parameters: Parameters,
-        x: Tensor,
-        directions: Tensor,
-        row: Block,
-        column: Block,
-        layers: Sequence,
-        fold: bool,
-    ) -> Tensor:
-        """A block off the diagonal: rows were collected, columns pass by."""
-        theta = self._empty(row, column, directions, fold)
-
-        def add(number: int, parts: Parts) -> None:
-            left, right = (layers[number].factors(*p) for p in (kept[number], parts))
-            if fold:
-                left, right = left.folded(), right.folded()
-            contraction.add(theta, left, right, self.memory // 4)
-
-        self._run(parameters, x, directions, column, layers, add)
-        return theta
-
-    def _empty(self, row: Block, column: Block, like: Tensor, fold: bool) -> Tensor:
-        sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if fold else _length(b.directions))]
-        return like.new_zeros(sizes)
-
-    def _run(
-        self, parameters: Parameters, x: Tensor, directions: Tensor, block: Block, layers: Sequence, sink: Sink
-    ) -> None:
-        x = x[block.samples]
-        directions = directions[block.directions].expand(len(x), -1, -1)
-        key = (tuple(x.shape), len(directions[0]), tuple(layer.parameters for layer in layers))
+    def program(
+        self, layers: Sequence[Layer | Written], parameters: Parameters, x: Tensor, directions: Tensor
+    ) -> Program:
+        """The program of a shape, traced at its first use."""
+        key = (tuple(x.shape), directions.shape[1], tuple(layer.parameters for layer in layers))
         if key not in self._programs:
             self._programs[key] = Program(self._graph, layers, parameters, x, directions)
-        self.directions_taken += block.rows
-        self._programs[key].run(parameters, x, directions, sink)
+        return self._programs[key]
 
-    def _blocks(self, N: int, K: int, layers: Sequence[Layer | Written], *, held: int, whole: bool) -> list[Block]:
+    def _blocks(
+        self,
+        task: _Task,
+        sets: Sequence[Parameters],
+        x: Tensor,
+        *,
+        whole: bool,
+        parameters: Parameters | None = None,
+    ) -> list[Block]:
         """Rows in blocks that fit, and are at least one sample in one direction.
 
+        Half of the memory is for what a program holds at a time (and for what is collected of its rows), a quarter for
+        kernels of blocks, a quarter for the contraction of a layer.
+
         Args:
-            N: samples.
-            K: directions.
-            layers: whose parameters count.
-            held: sets of parameters whose kernels are held at the same time; 0 if none is.
+            task: what is to be computed.
+            sets: parameters for which the rows of a block are collected at the same time.
+            x: all inputs of the rows.
             whole: whether all rows may be one block, of which nothing is collected.
+            parameters: any, where there are no ``sets``.
         """
-        item = self._itemsize
-        sample = item * (self._activations + max(map(self._inputs, layers), default=0))
-        direction = item * LIVE * max(self._largest, max(map(self._cotangents, layers), default=0))
-        if whole and 2 * N * (sample + K * direction) <= self.memory:
-            return [Block(slice(0, N), slice(0, K))]
-        if held:
-            sample += held * item * self._activations
-            direction += held * item * sum(map(self._cotangents, layers))
-        budget = self.memory // 4
-        samples = max(1, min(N, budget // (sample + K * direction)))
-        some = K if samples > 1 else max(1, min(K, (budget - sample) // direction))
-        if held:  # the kernels themselves are square
-            rows = int((budget / (held * item)) ** 0.5)
-            samples = max(1, min(samples, rows // some))
-            some = min(some, max(1, rows))
+        N, K = len(x), len(task.directions)
+        everything = Block(slice(0, N), slice(0, K))
+        program = task.program(parameters or sets[0], x, everything)
+        if whole and 2 * program.peak <= self.memory:
+            return [everything]
+        needed = program.peak + len(sets) * program.held
+        fits = self.memory // 2 / needed * N  # samples, in all directions
+        samples, some = max(1, min(N, int(fits))), K if fits >= 1 else max(1, int(fits * K))
+        if sets:
+            rows = max(1, int((self.memory / 4 / (len(sets) * task.directions.element_size())) ** 0.5))
+            samples, some = max(1, min(samples, rows // some)), min(some, rows)
         return [
             Block(slice(start, stop), slice(first, last))
             for start, stop in _even(N, samples)
             for first, last in _even(K, some)
         ]
-
-    def _inputs(self, layer: Layer | Written) -> int:
-        """Numbers that a sample's inputs of a layer take, each at every position that it is used at."""
-        return sum(use.inputs for use in layer.uses)
-
-    def _cotangents(self, layer: Layer | Written) -> int:
-        """Numbers that a sample's cotangents of a layer take in one direction; its gradient if that is written out."""
-        if isinstance(layer, Written):
-            return self._parameter_sizes[layer.parameters[0]]
-        return sum(use.node.meta["val"].numel() for use in layer.uses)
 
     def _check(self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
         """Hold the traced graph against the network on a few samples, in values and in a gradient."""
@@ -334,6 +256,76 @@ class LayerwiseKernel:
                     f"the network cannot be traced: as a graph of operations it has other {what} than as it is. Is "
                     "there a branch on data, a torch.no_grad() or an autograd.Function in its forward?"
                 )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Blocks of one kernel.
+
+    Attributes:
+        engine: whose network it is.
+        directions: output directions ``[K, O]``.
+        layers: whose parameters count.
+        fold: whether to sum over directions.
+    """
+
+    engine: LayerwiseKernel
+    directions: Tensor
+    layers: Sequence[Layer | Written]
+    fold: bool = False
+
+    def symmetric(self, parameters: Parameters, x: Tensor, block: Block) -> Tensor:
+        """A block on the diagonal; each layer is forgotten as soon as it is added."""
+        theta = self._empty(block, block)
+        self._run(parameters, x, block, lambda number, parts: self._add(theta, number, parts, None))
+        return _mirrored(theta)
+
+    def collected(self, parameters: Parameters, x: Tensor, block: Block) -> dict[int, Parts]:
+        """The parts of all layers."""
+        kept: dict[int, Parts] = {}
+        self._run(parameters, x, block, kept.__setitem__)
+        return kept
+
+    def own(self, kept: dict[int, Parts], block: Block) -> Tensor:
+        """A block on the diagonal from what was collected."""
+        theta = self._empty(block, block)
+        for number, parts in kept.items():
+            self._add(theta, number, parts, None)
+        return _mirrored(theta)
+
+    def between(self, kept: dict[int, Parts], row: Block, parameters: Parameters, x: Tensor, column: Block) -> Tensor:
+        """A block off the diagonal: its rows were collected, its columns pass by."""
+        theta = self._empty(row, column)
+        self._run(parameters, x, column, lambda number, parts: self._add(theta, number, kept[number], parts))
+        return theta
+
+    def add_diagonal(self, found: Tensor, parameters: Parameters, x: Tensor, block: Block) -> None:
+        """Add the diagonal's entries of a block to ``found [N, K]``."""
+
+        def add(number: int, parts: Parts) -> None:
+            found.add_(contraction.diagonal(self.layers[number].factors(*parts), self.engine.memory // 4))
+
+        self._run(parameters, x, block, add)
+
+    def program(self, parameters: Parameters, x: Tensor, block: Block) -> Program:
+        """The program that runs a block."""
+        return self.engine.program(self.layers, parameters, x[block.samples], self._directions(block))
+
+    def _run(self, parameters: Parameters, x: Tensor, block: Block, sink: Sink) -> None:
+        self.engine.directions_taken += block.rows
+        self.program(parameters, x, block).run(parameters, x[block.samples], self._directions(block), sink)
+
+    def _directions(self, block: Block) -> Tensor:
+        return self.directions[block.directions].expand(_length(block.samples), -1, -1)
+
+    def _add(self, theta: Tensor, number: int, left: Parts, right: Parts | None) -> None:
+        factors = [self.layers[number].factors(*parts) for parts in (left, right) if parts is not None]
+        one, *other = [f.folded() for f in factors] if self.fold else factors
+        contraction.add(theta, one, other[0] if other else None, self.engine.memory // 4)
+
+    def _empty(self, row: Block, column: Block) -> Tensor:
+        sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]
+        return self.directions.new_zeros(sizes)
 
 
 def _module_of(parameter: str) -> str:
