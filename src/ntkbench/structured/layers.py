@@ -84,7 +84,7 @@ class Written:
 
     def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> Factors:
         """The one "cotangent" is the gradient itself, ``[N, K, ...]``."""
-        return Rows(cotangents[0].flatten(2))
+        return Rows(cotangents[0].reshape(*cotangents[0].shape[:2], -1))
 
 
 SCALES_AND_SHIFTS = {
@@ -118,8 +118,18 @@ def find(graph: SampleGraph) -> list[Layer | Written]:
             bias = _bias(uses, arrivals, taken)
             taken |= {bias} - {None}
             found.append(Layer((name, bias) if bias else (name,), uses))
-    found += [Written((name,), _fallback(places)) for name, places in arrivals.items() if name not in taken]
+    moving = _downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
+    found += [Written((name,), _fallback(places, moving)) for name, places in arrivals.items() if name not in taken]
     return found
+
+
+def _downstream(source: fx.Node) -> set[fx.Node]:
+    """What depends on a value."""
+    reached = {source}
+    for node in source.graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
 def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
@@ -163,9 +173,15 @@ def _bias(uses: tuple[Use, ...], arrivals: dict[str, list[Any]], taken: set[str]
     return None
 
 
-def _fallback(places: list[tuple[fx.Node, fx.Node, Tensor]]) -> str:
-    strangers = {str(node.target if node.op != "output" else node.op) for node, *_ in places}
-    strangers -= {str(target) for target in SCALES_AND_SHIFTS}
+def _fallback(places: list[tuple[fx.Node, fx.Node, Tensor]], moving: set[fx.Node]) -> str:
+    """Why gradients are written out; empty for vectors, and for what scales and shifts values that depend on x."""
+    if not places or sum(size > 1 for size in places[0][2].shape) < 2:
+        return ""
+    strangers = {
+        str(node.target if node.op != "output" else node.op)
+        for node, *_ in places
+        if node not in moving or node.target not in SCALES_AND_SHIFTS
+    }
     return f"no rule for its use in {', '.join(sorted(strangers))}" if strangers else ""
 
 

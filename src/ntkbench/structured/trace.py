@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +122,9 @@ def untraceable(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise BadInput(
-            f"{what} cannot be traced as a graph of operations ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "methods that call the network as it is are jacobian_contraction and naive_jacobian"
+            f"{what} cannot be traced as a graph of operations, as branches on data cannot; methods that call the network "
+            f"as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
+            f"{textwrap.shorten(str(error), 160)})"
         ) from error
 
 

@@ -1,0 +1,462 @@
+"""Exact kernels by layers: every kind of layer against explicit Jacobians, and the identities that kernels obey."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import ntkbench
+from ntkbench.errors import BadInput
+from ntkbench.structured import LayerwiseKernel, contraction, kernels
+from ntkbench.structured.factors import Lookups, Products, Rows
+
+ODD = 1e-10
+"""Largest difference from the explicit kernel in float64, relative to its largest entry."""
+
+
+def jacobian(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """J by a loop over outputs of plain autograd, ``[N * O, P]``."""
+    theta = [w for w in model.parameters() if w.requires_grad]
+    outputs = model(x).reshape(-1)
+    rows = [torch.autograd.grad(f, theta, retain_graph=True, materialize_grads=True) for f in outputs]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = ODD) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> LayerwiseKernel:
+    """Check kernel, rectangle, diagonal and trace kernel against J; the engine, to look into."""
+    model, x = model.double(), double(x)
+    J = jacobian(model, x)
+    theta, N = J @ J.T, len(x)
+    O = len(J) // N  # noqa: E741
+    blocks = theta.view(N, O, N, O)
+    parameters = {key: w.detach() for key, w in model.named_parameters() if w.requires_grad}
+    engine, values = LayerwiseKernel(model, parameters, x, memory), list(parameters.values())
+    found = engine.kernel(values, x)
+    assert close(found, theta)
+    assert torch.equal(found, found.T)
+    assert close(engine.kernel(values, x[:1], x), blocks[:1].reshape(O, -1))
+    assert close(engine.diagonal(values, x).reshape(-1), theta.diagonal())
+    assert close(engine.kernel(values, x, fold=True), blocks.diagonal(dim1=1, dim2=3).sum(-1))
+    return engine
+
+
+class Call(nn.Module):
+    """A layer called in some other way than on x alone."""
+
+    def __init__(self, layer: nn.Module, call):
+        super().__init__()
+        self.layer = layer
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+class Bare(nn.Module):
+    """Parameters of these shapes, and what is done with them."""
+
+    def __init__(self, call, *shapes):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(shape) for shape in shapes])
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x, *self.weights)
+
+
+def tied_autoencoder() -> nn.Module:
+    return Bare(lambda x, w: torch.tanh(x @ w.T) @ w, (3, 5))
+
+
+def tied_embedding() -> nn.Module:
+    layer = nn.Embedding(7, 4, padding_idx=1)
+    return Call(layer, lambda e, x: torch.tanh(e(x)).mean(1) @ e.weight.T)
+
+
+def cell(kind: type[nn.Module], **options) -> nn.Module:
+    def run(layer, x):
+        state = None
+        for t in range(x.shape[1]):
+            state = layer(x[:, t], state)
+        return state[0] if isinstance(state, tuple) else state
+
+    return Call(kind(3, 4, **options), run)
+
+
+def lora() -> nn.Module:
+    return Bare(lambda x, w, a, b: torch.tanh(x @ (w + a @ b)), (5, 4), (5, 2), (2, 4))
+
+
+def first(layer, x):
+    return layer(x)[0]
+
+
+VECTORS, SEQUENCES, IMAGES = (4, 5), (3, 4, 6), (3, 2, 6, 7)
+KINDS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3, bias=False)), VECTORS),
+    "linear of sequences": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)), SEQUENCES),
+    "bilinear": (lambda: Call(nn.Bilinear(5, 5, 3), lambda f, x: f(x, torch.tanh(x))), VECTORS),
+    "batch norm, eval": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh()).eval(), IMAGES),
+    "batch norm of vectors, eval": (lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).eval(), VECTORS),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh()), SEQUENCES),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh()), IMAGES),
+    "instance norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)), IMAGES),
+    "RMS norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Tanh()), SEQUENCES),
+    "PReLU": (lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4)), VECTORS),
+    "max pooling": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Flatten()), IMAGES),
+    "attention": (lambda: Call(nn.MultiheadAttention(6, 2, batch_first=True), lambda f, x: f(x, x, x)[0]), SEQUENCES),
+    "attention, biased keys": (
+        lambda: Call(
+            nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True, kdim=6, vdim=3),
+            lambda f, x: f(x, x, x[..., :3])[0],
+        ),
+        SEQUENCES,
+    ),
+    "transformer layer": (lambda: nn.TransformerEncoderLayer(6, 2, 5, dropout=0.0, batch_first=True), SEQUENCES),
+    "transformer layer, eval": (lambda: nn.TransformerEncoderLayer(6, 2, 5, batch_first=True).eval(), SEQUENCES),
+    "RNN": (lambda: Call(nn.RNN(6, 3, batch_first=True), first), SEQUENCES),
+    "RNN, ReLU, two layers, both ways": (
+        lambda: Call(nn.RNN(6, 3, 2, nonlinearity="relu", bidirectional=True, batch_first=True), first),
+        SEQUENCES,
+    ),
+    "GRU": (lambda: Call(nn.GRU(6, 3, batch_first=True), first), SEQUENCES),
+    "GRU, time first": (lambda: Call(nn.GRU(6, 3), lambda f, x: f(x.transpose(0, 1))[0].transpose(0, 1)), SEQUENCES),
+    "LSTM": (lambda: Call(nn.LSTM(6, 3, batch_first=True), first), SEQUENCES),
+    "LSTM, projected, no bias": (
+        lambda: Call(nn.LSTM(6, 4, bias=False, proj_size=2, batch_first=True), first),
+        SEQUENCES,
+    ),
+    "RNN cell": (lambda: cell(nn.RNNCell), (3, 4, 3)),
+    "GRU cell": (lambda: cell(nn.GRUCell), (3, 4, 3)),
+    "LSTM cell": (lambda: cell(nn.LSTMCell, bias=False), (3, 4, 3)),
+    "bare parameters on the right": (lambda: Bare(lambda x, w, b: torch.tanh(x @ w) * b, (5, 4), (4,)), VECTORS),
+    "bare parameters on the left": (lambda: Bare(lambda x, w: torch.tanh(w @ x), (3, 4)), SEQUENCES),
+    "einsum": (lambda: Bare(lambda x, w: torch.einsum("nsd,cd->nsc", x, w).tanh(), (5, 6)), SEQUENCES),
+    "experts": (lambda: Bare(lambda x, w: torch.einsum("nsd,sdc->nsc", x, w).tanh(), (4, 6, 2)), SEQUENCES),
+    "learned initial state": (lambda: Bare(lambda x, h, w: torch.tanh(x + h @ w), (2,), (2, 5)), VECTORS),
+    "learned positions": (lambda: Bare(lambda x, p, w: torch.tanh(x + p) @ w, (4, 6), (6, 2)), SEQUENCES),
+    "a gain for all": (lambda: Bare(lambda x, w, s: s * torch.tanh(x @ w), (5, 3), ()), VECTORS),
+    "a power": (lambda: Bare(lambda x, w: (1 + x**2) ** w, (5,)), VECTORS),
+    "a product of weights": (lora, VECTORS),
+    "tied, one transposed": (tied_autoencoder, VECTORS),
+    "called twice": (lambda: Call(nn.Linear(5, 5), lambda f, x: f(torch.tanh(f(x)))), VECTORS),
+    "convolution called twice": (
+        lambda: Call(nn.Conv2d(2, 2, 3, padding=1), lambda f, x: f(torch.tanh(f(x)))),
+        IMAGES,
+    ),
+    "parts of a weight": (
+        lambda: Bare(lambda x, w: torch.cat([torch.tanh(x @ w[:, :2]), x @ w[:, 2:]], -1), (5, 4)),
+        VECTORS,
+    ),
+    "overlapping parts of a weight": (
+        lambda: Bare(lambda x, w: torch.cat([torch.tanh(x @ w[:, :3]), x @ w[:, 1:]], -1), (5, 4)),
+        VECTORS,
+    ),
+    "a bias of two layers": (
+        lambda: Bare(lambda x, w, b: torch.addmm(b, torch.tanh(x @ w + b), w), (5, 5), (5,)),
+        VECTORS,
+    ),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(5, 4)), VECTORS),
+    "a weight unused": (lambda: Bare(lambda x, w, unused: x @ w, (5, 3), (2, 2)), VECTORS),
+}
+FALLBACKS = {
+    "bilinear": {"layer.weight"},
+    "weight norm": {"parametrizations.weight.original1"},
+    "a product of weights": {"weights.0"},
+    "overlapping parts of a weight": {"weights.0"},
+    "tied, one transposed": {"weights.0"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_against_explicit_jacobians(kind):
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    model, x = make(), torch.randn(shape)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    engine = holds(model, x)
+    assert {name for layer in engine.layers for name in layer.parameters} == {
+        key for key, _ in model.named_parameters()
+    }
+    assert set(engine.fallbacks()) == FALLBACKS.get(kind, set())
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embeddings(padding):
+    torch.manual_seed(0)
+    model = Call(nn.Embedding(6, 4, padding_idx=padding), lambda e, x: torch.tanh(e(x)).sum(1))
+    assert not holds(model, torch.randint(0, 6, (5, 7))).fallbacks()
+    assert not holds(model, torch.randint(0, 6, (5, 1))).fallbacks()
+    assert set(holds(tied_embedding(), torch.randint(0, 7, (3, 4))).fallbacks()) == {"layer.weight"}
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution of some dimension with odd options, and an input that it can take."""
+    d = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(d))  # noqa: E731
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    transposed = draw(st.booleans())
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    options["padding"] = each(0, 1) if transposed else each(0, 2)
+    if transposed:
+        spare = [draw(st.integers(0, max(s, k) - 1)) for s, k in zip(stride, dilation, strict=True)]
+        options["output_padding"] = tuple(spare)
+    kind = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+    channels = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    size = tuple(dilation[i] * (kernel[i] - 1) + 1 + draw(st.integers(0, 2)) for i in range(d))
+    return kind[d][transposed](*channels, kernel, **options), torch.randn(2, channels[0], *size)
+
+
+@given(drawn=convolutions(), seed=st.integers(0, 2**16))
+def test_convolutions_of_all_options(drawn, seed):
+    torch.manual_seed(seed)
+    layer, x = drawn
+    shape = layer(x).shape
+    if shape.numel() > 400:
+        layer = nn.Sequential(layer, nn.Flatten(), nn.Tanh(), nn.Linear(shape[1:].numel(), 2))
+    assert not holds(nn.Sequential(layer, nn.Tanh()), x).fallbacks()
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5),
+    N=st.integers(1, 7),
+    positions=st.integers(0, 3),
+    bias=st.booleans(),
+    memory=st.integers(1, 40_000),
+)
+def test_linear_networks_of_all_shapes_in_any_memory(sizes, N, positions, bias, memory):
+    torch.manual_seed(0)
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b, bias), nn.Tanh())]
+    holds(nn.Sequential(*layers), torch.randn(N, *[positions] * (positions > 0), sizes[0]), memory)
+
+
+@settings(max_examples=15)
+@given(memory=st.integers(1, 300_000))
+def test_the_memory_changes_nothing_but_the_blocks(memory):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    holds(model, torch.randn(5, 1, 6, 6), memory)
+
+
+def factors(N: int, K: int, groups: int, C: int, D: int, S: int) -> Products:
+    return Products(torch.randn(N, groups, D, S).double(), torch.randn(N, K, groups, C, S).double())
+
+
+@given(
+    N=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    K=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    groups=st.integers(1, 3),
+    C=st.integers(1, 4),
+    D=st.integers(1, 4),
+    S=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    memory=st.integers(1, 5000),
+    pairs=st.booleans(),
+    symmetric=st.booleans(),
+)
+def test_both_orders_of_contraction_agree(N, K, groups, C, D, S, memory, pairs, symmetric):
+    torch.manual_seed(0)
+    left = factors(N[0], K[0], groups, C, D, S[0])
+    right = left if symmetric else factors(N[1], K[1], groups, C, D, S[1])
+    rows = [torch.einsum("ngds,nkgcs->nkgcd", f.a, f.g).flatten(2).flatten(0, 1) for f in (left, right)]
+    expected = rows[0] @ rows[1].T
+    theta = torch.zeros(left.g.shape[0], left.g.shape[1], right.g.shape[0], right.g.shape[1]).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contraction, "cost_of_pairs", lambda *_: -1.0 if pairs else math.inf)
+        patch.setattr(contraction, "FEWEST_ROWS", 2)
+        contraction.add(theta, left, None if symmetric else right, memory)
+        diagonal = contraction.diagonal(left, memory)
+    found = theta.flatten(2).flatten(0, 1)
+    found, expected = (found.tril(), expected.tril()) if symmetric else (found, expected)
+    assert close(found, expected)
+    assert close(diagonal.reshape(-1), (rows[0] ** 2).sum(1))
+
+
+@given(N=st.integers(1, 5), K=st.integers(1, 3), C=st.integers(1, 3), S=st.integers(1, 4), memory=st.integers(1, 2000))
+def test_lookups_are_products_with_unit_vectors(N, K, C, S, memory):
+    torch.manual_seed(0)
+    numbers, g = torch.randint(-1, 4, (N, S)), torch.randn(N, K, C, S).double()
+    units = torch.nn.functional.one_hot(numbers.clamp(min=0), 4).double() * (numbers >= 0)[..., None]
+    rows = torch.einsum("nsv,nkcs->nkvc", units, g).reshape(N * K, -1)
+    theta = torch.zeros(N, K, N, K).double()
+    contraction.add(theta, Lookups(numbers, g), None, memory)
+    assert torch.allclose(theta.flatten(2).flatten(0, 1).tril(), (rows @ rows.T).tril(), atol=1e-12)
+    assert torch.allclose(contraction.diagonal(Lookups(numbers, g), memory).reshape(-1), (rows**2).sum(1), atol=1e-12)
+
+
+def test_the_cheaper_order_is_taken_by_counting():
+    many_channels, many_positions = factors(4, 2, 1, 64, 64, 2), factors(4, 2, 1, 2, 2, 64)
+    assert contraction.cost_of_pairs(many_channels, many_channels, True) < contraction.cost_of_rows(
+        many_channels, many_channels, True
+    )
+    assert contraction.cost_of_pairs(many_positions, many_positions, True) > contraction.cost_of_rows(
+        many_positions, many_positions, True
+    )
+    depthwise = factors(4, 2, 64, 1, 9, 4)
+    assert contraction.cost_of_pairs(depthwise, depthwise, True) > contraction.cost_of_rows(depthwise, depthwise, True)
+    assert isinstance(Rows(torch.zeros(2, 3, 4)).folded(), Rows)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 4))
+    x = torch.randn(7, 1, 6, 6).double()
+    model = model.double()
+    return model, x, jacobian(model, x)
+
+
+def test_kernels_between_samples_are_what_they_say(network):
+    model, x, J = network
+    N, O = len(x), 4  # noqa: E741
+    rows = J.view(N, O, -1)
+    u = torch.from_numpy(kernels._random_vector(O, 3))[0]
+    last = rows[..., -(6 * O + O) :]
+    expected = {
+        "full": J @ J.T,
+        "sum_of_logits": rows.sum(1) @ rows.sum(1).T / O,
+        "single_logit": rows[:, 0] @ rows[:, 0].T,
+        "random_vector": (rows * u[:, None]).sum(1) @ (rows * u[:, None]).sum(1).T,
+        "trace": torch.einsum("aop,bop->ab", rows, rows) / O,
+        "last_layer": torch.einsum("aop,bop->ab", last, last) / O,
+    }
+    assert set(expected) == set(kernels.KERNELS)
+    for name, theta in expected.items():
+        assert close(ntkbench.ntk(model, x, kernel=name, seed=3), theta), name
+        rest = theta[: O * 5 if name == "full" else 5, O * 2 if name == "full" else 2 :]
+        assert close(ntkbench.ntk(model, x[:5], x[2:], kernel=name, seed=3, memory=20_000), rest), name
+
+
+def test_the_last_layer_of_a_linear_readout_is_the_kernel_of_its_features(network):
+    model, x, _ = network
+    features = model[:-1](x).detach()
+    assert close(ntkbench.ntk(model, x, kernel="last_layer"), features @ features.T + 1)
+
+
+def test_pythagoras_of_the_trace_kernel(network):
+    """||pNTK (x) I - Theta||^2 = ||T (x) I - Theta||^2 + O ||pNTK - T||^2; lambda_max(pNTK) <= lambda_max(Theta)."""
+    model, x, _ = network
+    theta, pntk, T = (ntkbench.ntk(model, x, kernel=k) for k in ("full", "sum_of_logits", "trace"))
+    eye = torch.eye(4).double()
+    left = (torch.kron(pntk, eye) - theta).square().sum()
+    right = (torch.kron(T, eye) - theta).square().sum() + 4 * (pntk - T).square().sum()
+    assert float(left) == pytest.approx(float(right), rel=1e-12)
+    assert torch.linalg.eigvalsh(pntk)[-1] <= torch.linalg.eigvalsh(theta)[-1]
+
+
+def test_linear_models_duplicates_and_permutations():
+    torch.manual_seed(0)
+    x = torch.randn(6, 5).double()
+    linear = nn.Linear(5, 3, bias=False).double()
+    assert close(ntkbench.ntk(linear, x), torch.kron(x @ x.T, torch.eye(3).double()), 1e-14)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    theta = ntkbench.ntk(model, torch.cat([x, x[2:3]])).view(7, 2, 7, 2)
+    assert close(theta[6], theta[2], 1e-14)
+    order = torch.randperm(6)
+    both = ntkbench.ntk(model, x).view(6, 2, 6, 2), ntkbench.ntk(model, x[order]).view(6, 2, 6, 2)
+    assert close(both[1], both[0][order][:, :, order], 1e-14)
+
+
+def test_frozen_parameters_do_not_count(network):
+    model, x, J = network
+    model[0].weight.requires_grad_(False)
+    try:
+        assert close(ntkbench.ntk(model, x), J[:, 27:] @ J[:, 27:].T)
+    finally:
+        model[0].weight.requires_grad_(True)
+
+
+def test_single_precision_is_close_and_torch_is_left_as_it_was(network):
+    model, x, J = network
+    before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(), torch.random.get_rng_state()
+    theta = ntkbench.ntk(model, x, dtype="float32")
+    assert theta.dtype == torch.float32
+    assert close(theta.double(), J @ J.T, 1e-5)
+    assert before[:2] == (torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled())
+    assert torch.equal(before[2], torch.random.get_rng_state())
+
+
+def test_what_is_held_is_never_the_jacobian():
+    """Ten layers as wide as they are hold little more than one, and less than the Jacobian of one."""
+    peaks = {}
+    for depth in (1, 10):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        model, x = nn.Sequential(*layers, nn.Linear(64, 5)), torch.randn(20, 64)
+        parameters = {key: w.detach() for key, w in model.named_parameters()}
+        engine = LayerwiseKernel(model, parameters, x, 2**30)
+        directions = engine.units(list(parameters.values())).expand(20, -1, -1)
+        peaks[depth] = engine.program(engine.layers, list(parameters.values()), x, directions).peak
+    activations = 9 * 2 * 20 * 64 * 4
+    assert peaks[10] <= peaks[1] + activations
+    assert peaks[10] < 20 * 5 * 64 * 64 * 4
+
+
+class Branch(nn.Linear):
+    def forward(self, x):
+        return torch.cat([super(Branch, self).forward(row if row.sum() > 0 else -2 * row) for row in x[:, None]])
+
+
+class Stopped(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            scale = super().forward(x)
+        return scale * super().forward(x)
+
+
+X = torch.linspace(-1, 1, 24).reshape(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("says", "call"),
+    [
+        ("allowed: full, last_layer, random_vector", lambda: ntkbench.ntk(nn.Linear(4, 2), X, kernel="pntk")),
+        ("samples interact.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), X)),
+        ("Dropout in train mode.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.Dropout()), X)),
+        ("x2 must hold samples like those of x1", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X[:, :3])),
+        ("x2 must be a torch tensor", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X.numpy())),
+        ("forward pass cannot be traced.*branches on data", lambda: ntkbench.ntk(Branch(4, 2), X)),
+        ("other gradients than", lambda: ntkbench.ntk(Stopped(4, 2), X)),
+        ("memory must be a positive number of bytes", lambda: ntkbench.ntk(nn.Linear(4, 2), X, memory=0)),
+        ("seed must be a whole number", lambda: ntkbench.ntk(nn.Linear(4, 2), X, seed=0.5)),
+    ],
+)
+def test_bad_input_is_named(says, call):
+    with pytest.raises(BadInput, match=says):
+        call()
+
+
+def test_auto_does_without_a_graph_where_there_is_none():
+    torch.manual_seed(0)
+    estimate = ntkbench.norm(Stopped(4, 2), X)
+    assert estimate.method == "jacobian_contraction"
+
+
+def test_fallbacks_are_in_the_record(caplog):
+    torch.manual_seed(0)
+    model = Call(nn.Bilinear(4, 4, 2), lambda f, x: f(x, x))
+    (note,) = ntkbench.norm(model, X).notes
+    assert note == "layer.weight written out: no rule for its use in aten._trilinear.default"
+    ntkbench.ntk(model, X)
+    assert "gradients of layer.weight are written out" in caplog.text
+    assert ntkbench.norm(nn.Linear(4, 2), X).notes == ()
