@@ -122,8 +122,8 @@ def untraceable(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise BadInput(
-            f"{what} cannot be traced as a graph of operations, as branches on data cannot; methods that call the network "
-            f"as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
+            f"{what} cannot be traced as a graph of operations, as branches on data cannot; methods that call the "
+            f"network as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
             f"{textwrap.shorten(str(error), 160)})"
         ) from error
 
