@@ -148,7 +148,6 @@ def test_described_on_one_line_and_found_in_a_file(name):
     assert problems.source_file(f"{name}[N=3]").endswith(".py")
 
 
-@pytest.mark.xfail(strict=True, reason="describe() does not load the plug-ins before it looks")
 def test_described_before_anything_else_was_asked():
     code = "from ntkbench import problems; print(problems.describe('digits_mlp'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -179,7 +178,7 @@ def test_mnist_from_a_loader_that_has_it(mnist):
     [
         ("digits_mpl", r"unknown problem 'digits_mpl' \(did you mean 'digits_mlp'\?\); allowed: .*gru_hazelden"),
         ("digits_mpl[N=4]", "did you mean 'digits_mlp'"),
-        ("zzz", r"unknown problem 'zzz'; allowed: digits_conv"),
+        ("zzz", r"unknown problem 'zzz'; allowed: conv_relu, digits_conv"),
         ("digits_mlp[M=4]", r"'M=4' is no size of digits_mlp; allowed: N=<positive integer, 512 if not given>"),
         ("gru_hazelden[N=4,H=2]", "'H=2' is no size of gru_hazelden; allowed: N=.*, T="),
         ("digits_mlp[N=0]", "'N=0' is no size"),

@@ -27,6 +27,7 @@ def names() -> list[str]:
 
 def describe(name: str) -> str:
     """First line of a problem's docstring."""
+    names()
     return inspect.getdoc(_definition(name)).splitlines()[0]
 
 
@@ -50,7 +51,7 @@ def check(label: str) -> None:
 def load(label: str) -> Problem:
     """Build a problem from its label, such as ``"gru_hazelden"`` or ``"gru_hazelden[N=3,T=10]"``.
 
-    Sizes only cut the inputs down: the weights are those of the full problem. Trained weights come from
+    Sizes cut the inputs down and leave the weights as they are, but for problems of any size. Trained weights come from
     ``results/reference`` or the cache, and are trained at the first use otherwise.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import re
@@ -125,12 +126,21 @@ class Definition:
 REGISTRY: dict[str, Callable[..., Definition]] = {}
 
 
-def problem(define: Callable[..., Definition]) -> Callable[..., Definition]:
+ANY_SIZE: set[str] = set()
+"""Problems whose sizes may go beyond their defaults."""
+
+
+def problem(define: Callable[..., Definition] | None = None, *, any_size: bool = False) -> Any:
     """Register a function as a problem under its own name.
 
-    Its integer keywords (``N=50``) are the sizes one may ask for, and their defaults the largest.
+    Its integer keywords (``N=50``) are the sizes one may ask for. Their defaults are the largest, and smaller ones only
+    cut the inputs down; with ``any_size`` they are where one starts from, and may change the network.
     """
+    if define is None:
+        return functools.partial(problem, any_size=any_size)
     REGISTRY[define.__name__] = define
+    if any_size:
+        ANY_SIZE.add(define.__name__)
     return define
 
 
@@ -154,7 +164,7 @@ def parse_label(label: str) -> tuple[str, dict[str, int]]:
                 f"problem {label!r}: {part.strip()!r} is no size of {name}; allowed: "
                 + ", ".join(f"{k}=<positive integer, {v.default} if not given>" for k, v in allowed.items())
             )
-        if int(value) > allowed[key].default:
+        if int(value) > allowed[key].default and name not in ANY_SIZE:
             raise BadInput(f"problem {label!r}: {key} can be at most {allowed[key].default}, the size it is defined at")
         sizes[key] = int(value)
     return name, sizes

@@ -1,0 +1,192 @@
+"""Two ways of computing one thing, in turn, in one process: ``python -m benchmarks.side_by_side --output FILE``.
+
+A ratio of times taken minutes apart says as much about the machine as about the methods. Here subject and rival take
+turns, and what is reported is the median of the ratios of neighbouring calls. Peak memory is measured in processes of
+their own. A rival that cannot run is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+import psutil
+from tqdm import tqdm
+
+from ntkbench import errors, methods, paths, problems
+from ntkbench.errors import BadInput, NtkbenchError
+from ntkbench.provenance import provenance
+from ntkbench.target import Target
+
+NEURAL_TANGENTS = ("nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products")
+BARE = "bare matrix products"
+MEMORY = 2**32
+"""Bytes for blocks, as a user with a few gigabytes would allow."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One subject and its rivals on one problem; all compute the norm, so the whole kernel."""
+
+    problem: str
+    rivals: tuple[str, ...] = NEURAL_TANGENTS
+    subject: str = "structured_derivatives"
+
+
+COMPARISONS = (
+    Comparison("fc_relu[N=16,width=256]", (*NEURAL_TANGENTS, "jacobian_contraction")),
+    Comparison("fc_relu[N=64,width=512]", (NEURAL_TANGENTS[0], "jacobian_contraction")),
+    Comparison("fc_relu[N=128,width=1024]"),
+    Comparison("fc_relu[N=512,width=256,depth=2]", (BARE, NEURAL_TANGENTS[0])),
+    Comparison("conv_relu[N=64]"),
+    Comparison("resnet18[N=8]"),
+    Comparison("digits_conv[N=8]", (NEURAL_TANGENTS[0], "jacobian_contraction")),
+    Comparison("digits_conv[N=64]", (NEURAL_TANGENTS[0], "jacobian_contraction")),
+    Comparison("mlp_hazelden[N=2]", (NEURAL_TANGENTS[0], "jacobian_contraction")),
+    Comparison("resnet18[N=64]", ("sum_of_logits",), "structured_sum_of_logits"),
+)
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--seconds", type=float, default=8.0, show_default=True, help="after which no further round is begun")
+@click.option("--problem", "only", multiple=True, help="these problems only")
+def main(output: Path, threads: int, seconds: float, only: Sequence[str]) -> None:
+    """Measure every comparison and write a row for each rival."""
+    with errors.as_one_line():
+        if strangers := set(only) - {c.problem for c in COMPARISONS}:
+            raise errors.unknown("problem", sorted(strangers)[0], [c.problem for c in COMPARISONS])
+        if threads > len(os.sched_getaffinity(0)):
+            raise BadInput(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    chosen = [(c, rival) for c in COMPARISONS if not only or c.problem in only for rival in c.rivals]
+    rows = []
+    for comparison, rival in tqdm(chosen, unit="pair"):
+        rows.append(measure(comparison, rival, threads, seconds))
+        paths.write_atomically(output, pd.DataFrame(rows).to_csv(index=False))  # what is measured is not lost
+    table = pd.DataFrame(rows)
+    click.echo(table[["problem", "subject", "rival", "ratio", "memory_ratio", "difference", "reason"]].to_string())
+
+
+def measure(comparison: Comparison, rival: str, threads: int, seconds: float) -> dict[str, Any]:
+    """One row: medians of seconds, the median ratio with its quartiles, memory, and how far the values differ."""
+    import torch
+
+    torch.set_num_threads(threads)
+    problem = problems.load(comparison.problem)
+    row = {"problem": comparison.problem, "N": problem.N, "O": problem.O, "P": problem.P, "n": problem.n}
+    row |= {"metric": "norm", "subject": comparison.subject, "rival": rival, "reason": ""}
+    row |= {"threads": threads, **provenance().columns()}
+    try:
+        calls = [_call(name, comparison.problem) for name in (comparison.subject, rival)]
+        values = [call() for call in calls]  # compiles, warms up
+    except (NtkbenchError, MemoryError, RuntimeError) as error:
+        return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    times = _in_turn(calls, seconds)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    memory = [_peak_memory(name, comparison.problem, threads) for name in (comparison.subject, rival)]
+    return row | {
+        "rounds": len(ratios),
+        "seconds": statistics.median(times[0]),
+        "rival_seconds": statistics.median(times[1]),
+        **dict(zip(("ratio_q25", "ratio", "ratio_q75"), np.quantile(ratios, (0.25, 0.5, 0.75)), strict=True)),
+        "memory_bytes": memory[0],
+        "rival_memory_bytes": memory[1],
+        "memory_ratio": memory[0] / memory[1] if all(memory) else None,
+        "difference": None if rival == BARE else abs(values[0] - values[1]) / abs(values[1]),
+    }
+
+
+def _in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
+    """Seconds of each call, call by call in turn, three rounds at least (one if that alone takes too long)."""
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for done in itertools.count(1):
+        for call, own in zip(calls, times, strict=True):
+            begun = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - begun)
+        spent = time.perf_counter() - start
+        if spent > 4 * seconds or (done >= 3 and spent > seconds) or done >= 200:
+            return times
+
+
+def _call(name: str, label: str) -> Callable[[], float]:
+    """The timed region of a method: from device-ready inputs to a number on the host."""
+    if name == BARE:
+        return _bare_products(label)
+    method = methods.get(name)
+    target = Target(method.backends[0], "float32", "auto", MEMORY)
+    if reason := method.refusal(problems.load(label), "norm", target):
+        raise BadInput(reason)
+    prepared = method.prepare(problems.load(label), target)
+    return lambda: float(method.estimate(prepared, "norm"))
+
+
+def _bare_products(label: str) -> Callable[[], float]:
+    """The products of matrices that the kernel of a fully connected network contains, on the same triangle."""
+    import torch
+
+    from ntkbench.jacobian import torch_network
+    from ntkbench.structured.contraction import TRIANGLE_BLOCKS
+
+    problem = problems.load(label)
+    _, parameters, x = torch_network(problem, "theta_0", Target())
+    weights = [w for w in parameters.values() if w.ndim == 2]
+    activations = [x, *(x.new_ones(len(x), len(w)) for w in weights[:-1])]
+    cotangents = [x.new_ones(problem.n, len(w)) for w in weights]
+    bounds = [problem.n * i // TRIANGLE_BLOCKS for i in range(TRIANGLE_BLOCKS + 1)]
+    samples = [problem.N * i // TRIANGLE_BLOCKS for i in range(TRIANGLE_BLOCKS + 1)]
+
+    def run() -> float:
+        for a, w in zip(activations, weights, strict=True):
+            a @ w.T
+        for g, w in zip(cotangents[1:], weights[1:], strict=True):
+            g @ w
+        for rows, cuts in ((cotangents, bounds), (activations, samples)):
+            for r in rows:
+                for start, stop in itertools.pairwise(cuts):
+                    made = r[start:stop] @ r[:stop].T
+        if made.is_cuda:
+            torch.cuda.synchronize()
+        return 0.0
+
+    return run
+
+
+def _peak_memory(name: str, label: str, threads: int) -> int | None:
+    """Bytes by which one estimate raises the peak of a fresh process, after everything is prepared."""
+    if name == BARE:
+        return None
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        return pool.submit(_measure_memory, name, label, threads).result()
+
+
+def _measure_memory(name: str, label: str, threads: int) -> int:
+    import torch
+
+    torch.set_num_threads(threads)
+    call = _call(name, label)
+    before = psutil.Process().memory_info().rss
+    call()
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+if __name__ == "__main__":
+    main()
