@@ -11,7 +11,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -181,11 +181,13 @@ def _measure_memory(name: str, label: str, threads: int) -> int:
 
     torch.set_num_threads(threads)
     call = _call(name, label)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's record of the peak anew
     before = psutil.Process().memory_info().rss
     call()
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return max(0, int(peak[1]) * 1024 - before)
 
 
 if __name__ == "__main__":

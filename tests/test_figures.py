@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -130,6 +131,30 @@ def test_only_problems_with_a_choice_between_error_and_time_get_panels(table, tm
     figures.draw("error_against_seconds", pd.concat([table, exact, lost]), tmp_path)
     assert set(pd.read_csv(tmp_path / "error_against_seconds.csv")["problem"]) == set(table["problem"])
     assert "Not measured: lost, N = 1 (" in (tmp_path / "error_against_seconds.txt").read_text()
+
+
+def test_slopes_over_a_networks_sizes_are_those_of_the_costs(tmp_path):
+    """Costs that are powers of the sizes give these powers, whatever lies around them."""
+    middle, powers = {"N": 16, "O": 4, "width": 256, "depth": 3}, {"N": 2.0, "O": 1.5, "width": 1.0, "depth": 0.5}
+    grown = {tuple((middle | {size: middle[size] * f}).items()) for size in middle for f in (1, 2, 4)}
+    rows = []
+    for sizes in sorted(grown):
+        label = ",".join(f"{size}={value}" for size, value in sizes)
+        (row, *_) = synthetic([("fc_relu", label, 16, 4, 1000, 1.0)], {k: METHODS[k] for k in ("direct",)}, ["norm"])[
+            lambda t: t["backend"] == "torch"
+        ].to_dict("records")
+        cost = math.prod(value ** powers[size] for size, value in sizes)
+        rows.append(row | {"status": "ok", "seconds": 1e-6 * cost, "memory_bytes": 1e3 * cost**2})
+    figures.draw("exact_scaling", pd.DataFrame(rows), tmp_path)
+    plotted = pd.read_csv(tmp_path / "exact_scaling.csv")
+    assert len(plotted) == 12
+    for size, power in powers.items():
+        slopes = plotted[plotted["varied"] == size]
+        assert list(slopes["slope_seconds"].round(6)) == [power] * 3
+        assert list(slopes["slope_memory"].round(6)) == [2 * power] * 3
+    assert "fixed at N = 16, O = 4, width = 256, depth = 3" in (tmp_path / "exact_scaling.txt").read_text()
+    figures.draw("exact_cost", pd.DataFrame(rows).assign(P=range(len(rows))), tmp_path)
+    assert not len(pd.read_csv(tmp_path / "exact_cost.csv")), "a network that changes is no line over n"
 
 
 def test_speedups_are_at_equal_accuracy(table):

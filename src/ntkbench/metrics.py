@@ -98,19 +98,35 @@ def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]]) -> Mome
     """Moments from the blocks of Theta (and of Theta_f) on and below the diagonal; one block is held at a time.
 
     Args:
-        blocks: for each block whether it lies on the diagonal, and its entries, of Theta and for alignment of Theta_f.
+        blocks: for each block whether it lies on the diagonal, and its entries, ``[rows, columns]``, of Theta and for
+            alignment of Theta_f. Of a block on the diagonal only the lower triangle is read.
     """
     sums = _Sums()
     for on_diagonal, (block, *at_f) in blocks:
-        copies = 1 if on_diagonal else 2
-        sums.square += copies * squared_norm(block)
+        product = _of_symmetric if on_diagonal else _twice
+        sums.square += product(block, block)
         for block_f in at_f:
-            sums.square_f += copies * squared_norm(block_f)
-            sums.cross += copies * inner_product(block, block_f)
+            sums.square_f += product(block_f, block_f)
+            sums.cross += product(block, block_f)
         if on_diagonal:
-            rows = block.shape[0] * block.shape[1]
-            sums.trace += block.reshape(rows, rows).diagonal().sum()
+            sums.trace += block.diagonal().sum()
     return sums.moments()
+
+
+def _twice(one: Array, other: Array) -> Array:
+    return 2 * inner_product(one, other)
+
+
+def _of_symmetric(one: Array, other: Array) -> Array:
+    """Inner product of two symmetric matrices, of each of which the lower triangle is read, some rows at a time."""
+    xp = array_api_compat.array_namespace(one)
+    total, size = 0.0, 512
+    for start in range(0, len(one), size):
+        rows = slice(start, start + size)
+        total = total + 2 * inner_product(one[rows, :start], other[rows, :start])
+        a, b = (xp.tril(m[rows, rows]) for m in (one, other))
+        total = total + 2 * inner_product(a, b) - (a.diagonal() * b.diagonal()).sum()
+    return total
 
 
 def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:

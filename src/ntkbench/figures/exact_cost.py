@@ -27,6 +27,8 @@ KEPT += ["seconds", "seconds_q25", "seconds_q75", "memory_bytes"]
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Seconds (above) and peak memory (below) against n, for each family of problems."""
     exact = table[table["kind"] == "exact"].sort_values(["family", "setting", "n", "problem", "method", "backend"])
+    # Families whose network changes with its size are in the figure of scaling.
+    exact = exact[exact.groupby("family")["P"].transform("nunique") <= 1]
     if not (exact["status"] == "ok").any():
         why = _labels.why_not(exact) if len(exact) else "The table has no exact method."
         return base.nothing(exact[KEPT], why)

@@ -23,6 +23,8 @@ TRIANGLE_BLOCKS = 8
 """Blocks that a triangle is cut into: 9/16 of the square are computed."""
 FEWEST_ROWS = 96
 """Rows of a block of the triangle; below that, matrix products lose more than the triangle saves."""
+CACHE = 2**22
+"""Bytes that a processor's cache is believed to hold."""
 ELEMENTWISE = 8
 """What one entry moved through memory costs, in multiplications of a matrix product."""
 CALL = 1e5
@@ -150,14 +152,17 @@ def _add_single_positions(
     """One position: the products of inputs times the products of cotangents, entry by entry."""
     N1, K1, N2, K2 = theta.shape
     size = K1 * N2 * K2 * theta.element_size()
-    for rows in _triangle(N1, K1, symmetric, _pieces(N1, size, memory)):
+    # Few enough rows at a time for their products to be in the cache still when they are added.
+    pieces = max(_pieces(N1, size, memory), min(_pieces(N1, size, CACHE), N1 * K1 // FEWEST_ROWS))
+    for rows in _triangle(N1, K1, symmetric, pieces):
         columns = slice(0, rows.stop if symmetric else N2)
         one, other = left.samples(rows), right.samples(columns)
+        view = theta.flatten(2)[rows, :, : columns.stop * K2]
         for a, b, g, h in _groups(one, other):
             inputs = a @ b.T if isinstance(left, Products) else _same(a[:, 0], b[:, 0]).to(theta.dtype)
             cotangents = g.flatten(0, 1) @ h.flatten(0, 1).T
-            view = theta[rows, :, columns]
-            view.addcmul_(cotangents.view(view.shape), inputs[:, None, :, None])
+            # Each sample's column K2 times over, so that the sum runs along whole rows.
+            view.addcmul_(cotangents.view(view.shape), inputs.repeat_interleave(K2, 1)[:, None])
 
 
 def _groups(one: Factors, other: Factors) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -113,6 +113,8 @@ class LayerwiseKernel:
         shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else len(directions))]
         theta = None
         for left, right, (part,) in self.blocks([parameters], x1, x2, directions, layers=layers, fold=fold):
+            if x2 is None and left == right:
+                _mirror(part)
             if theta is None and left.rows == right.rows == len(x1) * len(directions) and list(part.shape) == shape:
                 theta = part  # one block is all
                 continue
@@ -135,8 +137,8 @@ class LayerwiseKernel:
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
         """The kernel at several sets of parameters in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
 
-        Without ``x2`` these are the blocks on and below the diagonal. With ``fold`` they are ``[N1, 1, N2, 1]``, and
-        those of the same samples are to be added up.
+        Without ``x2`` these are the blocks on and below the diagonal, and of those on it the lower triangle counts.
+        With ``fold`` they are ``[N1, 1, N2, 1]``, and those of the same samples are to be added up.
 
         Args:
             sets: one or more sets of parameters.
@@ -275,10 +277,10 @@ class _Task:
     fold: bool = False
 
     def symmetric(self, parameters: Parameters, x: Tensor, block: Block) -> Tensor:
-        """A block on the diagonal; each layer is forgotten as soon as it is added."""
+        """The lower triangle of a block on the diagonal; each layer is forgotten as soon as it is added."""
         theta = self._empty(block, block)
         self._run(parameters, x, block, lambda number, parts: self._add(theta, number, parts, None))
-        return _mirrored(theta)
+        return theta
 
     def collected(self, parameters: Parameters, x: Tensor, block: Block) -> dict[int, Parts]:
         """The parts of all layers."""
@@ -287,11 +289,11 @@ class _Task:
         return kept
 
     def own(self, kept: dict[int, Parts], block: Block) -> Tensor:
-        """A block on the diagonal from what was collected."""
+        """The lower triangle of a block on the diagonal, from what was collected."""
         theta = self._empty(block, block)
         for number, parts in kept.items():
             self._add(theta, number, parts, None)
-        return _mirrored(theta)
+        return theta
 
     def between(self, kept: dict[int, Parts], row: Block, parameters: Parameters, x: Tensor, column: Block) -> Tensor:
         """A block off the diagonal: its rows were collected, its columns pass by."""
@@ -343,13 +345,13 @@ def _even(size: int, most: int) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(bounds)
 
 
-def _mirrored(theta: Tensor) -> Tensor:
+def _mirror(theta: Tensor) -> None:
     """Copy the lower triangle of ``[N, K, N, K]`` to the upper one, in place."""
     flat = theta.view(theta.shape[0] * theta.shape[1], -1)
-    size = 1024
-    for start in range(0, len(flat), size):
-        stop = min(start + size, len(flat))
-        flat[start:stop, stop:] = flat[stop:, start:stop].T
-        square = flat[start:stop, start:stop]
+    size = 256  # of tiles: a transposed copy of one stays in the cache
+    parts = [slice(start, min(start + size, len(flat))) for start in range(0, len(flat), size)]
+    for i, rows in enumerate(parts):
+        for columns in parts[i + 1 :]:
+            flat[rows, columns] = flat[columns, rows].T
+        square = flat[rows, rows]
         square.copy_(square.tril() + square.tril(-1).T)
-    return theta

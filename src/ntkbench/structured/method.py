@@ -84,5 +84,6 @@ def _moments(kernel: Any, engine: LayerwiseKernel, metric: str, sets: Sequence[S
         moments = metrics.from_gram(*(kernel.compute(engine, parameters, x) for parameters in sets))
         return moments.times(engine.O)  # tr, squared norm and inner product of A (x) I_O are O times those of A
     return metrics.from_blocks_of_theta(
-        (left == right, parts) for left, right, parts in engine.blocks(sets, x, None, engine.units(sets[0]))
+        (left == right, [part.flatten(0, 1).flatten(1) for part in parts])
+        for left, right, parts in engine.blocks(sets, x, None, engine.units(sets[0]))
     )
