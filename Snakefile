@@ -2,6 +2,7 @@
 
 snakemake --cores all                                  config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml   another one
+snakemake --cores all side_by_side                     exact methods in turn: ratios of times, in ten minutes
 """
 
 import shlex
@@ -88,6 +89,22 @@ rule measure:
     shell:
         "python -m benchmarks.shard --config {params.config:q} "
         "--method {wildcards.method} --output {output:q} --log {log:q}"
+
+
+rule side_by_side:
+    output:
+        RESULTS / "side_by_side.csv",
+    log:
+        RESULTS / "logs" / "side_by_side.log",
+    conda:
+        "environment.yml"
+    resources:
+        timer=1,
+    params:
+        threads=STUDY.threads,
+        fingerprint=grid.sources_fingerprint("ntkbench.structured", "ntkbench.problems.novak", "ntkbench.metrics"),
+    shell:
+        "python -m benchmarks.side_by_side --threads {params.threads} --output {output:q} > {log:q} 2>&1"
 
 
 rule table:

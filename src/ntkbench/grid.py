@@ -250,6 +250,11 @@ def figure_fingerprint(name: str) -> str:
     return _hash(files | set(Path(__file__).parent.glob("figures/*.mplstyle")), name)
 
 
+def sources_fingerprint(*modules: str) -> str:
+    """Hash of modules and all that they import."""
+    return _hash(sources(*modules), "")
+
+
 def _hash(files: Iterable[Path], settings: str) -> str:
     digest = hashlib.sha256(settings.encode())
     for file in sorted(files):

@@ -1,0 +1,68 @@
+"""Two methods in turn: what is reported is what was measured, and what cannot run is a row with its reason."""
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import side_by_side
+from benchmarks.side_by_side import BARE, Comparison, measure
+
+
+@pytest.fixture(scope="module")
+def rows():
+    chosen = {"jacobian_contraction": "fc_relu[N=3,O=2,width=8,depth=2]", BARE: "fc_relu[N=3,O=2,width=8,depth=2]"}
+    chosen |= {"nt_structured_derivatives": "gru_hazelden[N=2,T=10]"}
+    return {rival: measure(Comparison(label, (rival,)), rival, 1, 0.01) for rival, label in chosen.items()}
+
+
+def test_a_row_has_ratio_memory_and_agreement(rows):
+    row = rows["jacobian_contraction"]
+    assert (row["N"], row["O"], row["n"], row["reason"]) == (3, 2, 6, "")
+    assert row["rounds"] >= 3
+    assert 0 < row["ratio_q25"] <= row["ratio"] <= row["ratio_q75"]
+    assert row["seconds"] > 0 < row["rival_seconds"]
+    assert row["memory_bytes"] >= 0
+    assert row["difference"] < 1e-5
+    assert rows[BARE]["difference"] is None
+    assert rows[BARE]["ratio"] > 0
+
+
+def test_a_rival_that_cannot_run_says_why(rows):
+    assert "unrolls lax.scan" in rows["nt_structured_derivatives"]["reason"]
+    assert "ratio" not in rows["nt_structured_derivatives"]
+
+
+def test_every_comparison_names_methods_that_exist():
+    from ntkbench import methods, problems
+
+    for comparison in side_by_side.COMPARISONS:
+        problems.check(comparison.problem)
+        for name in (comparison.subject, *comparison.rivals):
+            assert name == BARE or methods.get(name)
+
+
+def test_turns_are_taken_one_by_one():
+    calls = []
+    times = side_by_side._in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    assert [len(t) for t in times] == [len(calls) // 2] * 2
+    assert calls == ["a", "b"] * (len(calls) // 2)
+
+
+def test_bad_input_is_named(tmp_path):
+    for arguments, said in (
+        (["--problem", "fc"], "unknown problem 'fc'"),
+        (["--threads", "4096"], "this process may use"),
+    ):
+        done = CliRunner().invoke(side_by_side.main, ["--output", str(tmp_path / "t.csv"), *arguments])
+        assert done.exit_code == 1
+        assert said in done.output
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "measure", lambda comparison, rival, *_: {"problem": "p", "subject": "s", "rival": rival,
+        "ratio": 1.0, "memory_ratio": 1.0, "difference": 0.0, "reason": ""})  # fmt: skip
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
+    done = CliRunner().invoke(side_by_side.main, ["--output", str(tmp_path / "t.csv"), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    assert len(pd.read_csv(tmp_path / "t.csv")) == sum(len(c.rivals) for c in side_by_side.COMPARISONS)
