@@ -60,8 +60,8 @@ def test_bad_input_is_named(tmp_path):
 
 
 def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(side_by_side, "measure", lambda comparison, rival, *_: {"problem": "p", "subject": "s", "rival": rival,
-        "ratio": 1.0, "memory_ratio": 1.0, "difference": 0.0, "reason": ""})  # fmt: skip
+    row = {"problem": "p", "subject": "s", "ratio": 1.0, "memory_ratio": 1.0, "difference": 0.0, "reason": ""}
+    monkeypatch.setattr(side_by_side, "measure", lambda comparison, rival, *_: row | {"rival": rival})
     monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
     done = CliRunner().invoke(side_by_side.main, ["--output", str(tmp_path / "t.csv"), "--threads", "1"])
     assert done.exit_code == 0, done.output
