@@ -44,6 +44,7 @@ def write_all_ok(records):
         estimates=[9.0, 10.5, 13.0],
         standard_errors=[1.0, 2.0, 3.0],
         first_call_seconds=1.5,
+        notes="",
         passes_spent=36,
     )
     write(records, "memory", status="ok", baseline_bytes=1000, gpu_peak_bytes=None)
