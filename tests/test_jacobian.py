@@ -314,7 +314,6 @@ MODULES = modules()
 UNSERVED = {
     "GRUCell": {"raises": RuntimeError, "reason": "cells add in place, which vmap refuses from an unbatched state"},
     "LSTMCell": {"raises": RuntimeError, "reason": "cells add in place, which vmap refuses from an unbatched state"},
-    "TransformerEncoderLayer, eval": {"raises": NotImplementedError, "reason": "its fast path has no forward mode"},
 }
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
 from ntkbench.jacobian import base
+from ntkbench.jacobian.plain_operations import plain_operations
 from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
@@ -195,13 +195,10 @@ class _BatchedState(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
-    """Keep recurrent layers and attention off the fused kernels, which have neither forward mode nor a vmap rule."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    """Operations that have both forward mode and a vmap rule."""
+    with plain_operations(module):
         if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=False))
-            stack.enter_context(_BatchedState())
-            # Not mkldnn.flags(), which warns about Intel GPUs wherever there is none.
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
-        yield
+            with _BatchedState():
+                yield
+        else:
+            yield

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ntkbench.errors import BadInput
+from ntkbench.jacobian.plain_operations import plain_operations
 from ntkbench.structured import contraction
 from ntkbench.structured.capture import Parts, Program, Sink
 from ntkbench.structured.layers import Layer, Written, find
-from ntkbench.structured.trace import plain_operations, trace
+from ntkbench.structured.trace import trace
 
 CHECKED = 2
 """Samples on which the traced graph is held against the network itself."""
@@ -237,7 +238,7 @@ class LayerwiseKernel:
         some = x[:CHECKED]
 
         def theirs(theta: list[Tensor]) -> Tensor:
-            with plain_operations():
+            with plain_operations(module):
                 return functional_call(module, dict(zip(parameters, theta, strict=True)), (some,)).reshape(
                     len(some), -1
                 )

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkbench.errors import BadInput
+from ntkbench.jacobian.plain_operations import plain_operations
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         return functional_call(module, dict(zip(keys, tensors, strict=False)), (tensors[-1],)).reshape(-1)
 
     on_cpu = [t.detach().cpu() for t in (*parameters.values(), *fixed.values(), x[:1])]
-    with untraceable("its forward pass"), plain_operations(), torch.no_grad():
+    with untraceable("its forward pass"), plain_operations(module), torch.no_grad():
         # Twice, since what a composite operation changes in place only shows once it is taken apart.
         traced = make_fx(forward, decomposition_table={_BATCH_NORM: _batch_norm})(*on_cpu)
         traced = make_fx(functionalize(traced))(*on_cpu)
@@ -126,21 +126,6 @@ def untraceable(what: str) -> Iterator[None]:
             f"network as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
             f"{textwrap.shorten(str(error), 160)})"
         ) from error
-
-
-@contextlib.contextmanager
-def plain_operations() -> Iterator[None]:
-    """Recurrent layers and attention as matrix products and not as one opaque kernel."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    onednn = torch._C._get_mkldnn_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch._C._set_mkldnn_enabled(False)  # not mkldnn.flags(), which warns about Intel GPUs wherever there is none
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch._C._set_mkldnn_enabled(onednn)
 
 
 _BATCH_NORM = aten.native_batch_norm.default
