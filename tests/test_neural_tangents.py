@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import loaded
 
-from ntkbench import methods, reference
+from ntkbench import methods, problems, reference
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.jacobian.jax import network
 from ntkbench.methods.nt_structured_derivatives import longest_scan
@@ -67,6 +67,18 @@ def test_theta_is_the_jacobians(label, name):
     theta = theta_of(lambda w, x: forward(w, x).reshape(len(x), -1), weights, x, methods.get(name).implementation)
     exact = jacrev_of(label)
     assert theta.dtype == exact.dtype == np.float64
+    np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
+
+
+@pytest.mark.parametrize("label", [*LABELS, "conv_relu[N=2,O=3,width=4]", "resnet18[N=2,O=2,width=2]"])
+def test_theta_by_layers_in_torch_is_theta_in_jax(label):
+    prepared = methods.get("structured_derivatives").prepare(problems.load(label), Target("torch", "float64", "cpu"))
+    theta = prepared.engine.kernel(*prepared.parameters("norm"), prepared.x).numpy()
+    if label in LABELS:
+        exact = jacrev_of(label)
+    else:
+        forward, weights, x = network(problems.load(label), "theta_0", target())
+        exact = theta_of(forward, weights, x, "STRUCTURED_DERIVATIVES")
     np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
 
 
