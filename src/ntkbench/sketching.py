@@ -131,7 +131,7 @@ class Sketch:
         self.q, self.r = q.T, on_host(r)
         left, values, right = np.linalg.svd(self.r, full_matrices=False)
         k = self.r.shape[1]
-        rank = int((values > precision(rows) * max(rows.shape) * values[0]).sum())
+        rank = max(1, int((values > precision(rows) * max(rows.shape) * values[0]).sum()))
         if rank == k:
             inverse = (left / values) @ right
             self.s = inverse / np.linalg.norm(inverse, axis=0)

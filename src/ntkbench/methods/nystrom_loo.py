@@ -17,9 +17,9 @@ class NystromLOO(Stochastic):
 
     With k Gaussian probes U, J^T U = Q R, B = J Q and Theta = B B^T + E: tr Theta is as in ``xnystrace``,
     ||Theta||_F^2 = 2 ||J^T B||_F^2 - ||B^T B||_F^2 + ||E||_F^2, and with the same at theta_f
-    tr(Theta Theta_f) = ||J_f^T B||_F^2 + ||J^T B_f||_F^2 - ||B_f^T B||_F^2 + tr(E E_f). The last terms are the means over
-    i of <E u_i, E_f u_i> with u_i left out of the sketch, on the sphere outside the other probes; that needs no further
-    product, as E u_i is in the span of B. 3k passes for norm and effective rank, 8k for alignment.
+    tr(Theta Theta_f) = ||J_f^T B||_F^2 + ||J^T B_f||_F^2 - ||B_f^T B||_F^2 + tr(E E_f). The last terms are the means
+    over i of <E u_i, E_f u_i> with u_i left out of the sketch, on the sphere outside the other probes; that needs no
+    further product, as E u_i is in the span of B. 3k passes for norm and effective rank, 8k for alignment.
 
     The moments are unbiased, their root and ratios biased at order of the variance. The variance is that of Hutchinson
     for E and not for Theta, so it falls with the spectrum's tail; where there is no decay it is Hutchinson's at

@@ -16,8 +16,9 @@ class XNysTrace(Stochastic):
     ||J Q||_F^2 - ||J Q s_i||^2, s_i = R^{-T} e_i normalised, and the residual is 1 / (M^{-1})_ii, M = F^T F. So k VJPs
     and k JVPs are all, and no Theta-product is multiplied by an inverse. c_i puts the part of u_i outside the other
     k - 1 Gaussian probes on the sphere of radius sqrt(n - k + 1). But for c_i this is also the estimate of ||J^T||_F^2
-    by leave-one-out projections of J^T (XRowNorm's, summed over rows). Unbiased. The standard error counts the covariance of the k estimates (see
-    :func:`ntkbench.sketching.combined`). Exact once k is over the rank of Theta. Holds k gradients.
+    by leave-one-out projections of J^T (XRowNorm's, summed over rows). Unbiased. The standard error counts the
+    covariance of the k estimates (see :func:`ntkbench.sketching.combined`). Exact once k is over the rank of Theta.
+    Holds k gradients.
     """
 
     title = "XNysTrace"

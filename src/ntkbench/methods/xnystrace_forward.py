@@ -14,7 +14,8 @@ class XNysTraceForward(Stochastic):
 
     k JVPs, then k VJPs for ||J^T Q||_F^2; n takes P's place and P takes n's. Against ``xnystrace`` the sketch has
     vectors of n and not of P entries but the probes are of P and not of n, which is what decides between them, as
-    J J^T and J^T J have one spectrum. Unbiased; standard error as there. Exact once k is over the rank of Theta. Holds k vectors of parameters and k gradients.
+    J J^T and J^T J have one spectrum. Unbiased; standard error as there. Exact once k is over the rank of Theta. Holds
+    k vectors of parameters and k gradients.
     """
 
     title = "XNysTrace (forward)"
