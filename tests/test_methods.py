@@ -156,7 +156,7 @@ def test_stochastic_methods_follow_their_seed_and_keep_to_their_budget(method, b
         assert first.method == method.name
         assert math.isfinite(first.value)
         assert first.standard_error >= 0
-        if passes < 3 * budget:  # with more probes than outputs some methods are exact
+        if first.standard_error > 1e-6 * abs(first.value):  # with more probes than outputs some methods are exact
             assert first.value != other.value
 
 
@@ -230,7 +230,6 @@ def test_shared_probe_alignment_is_exact_with_a_probe_an_output(backend):
     assert estimate.passes == 4 * 6
 
 
-@pytest.mark.xfail(strict=True, reason="the jackknife takes orthonormal probes for independent ones")
 def test_shared_probe_alignment_knows_when_it_is_exact():
     method = methods.get("shared_probe_alignment")
     estimate = method.estimate(prepared(method, "tanh_net", "torch"), "alignment", 4 * 6, 0)
@@ -281,16 +280,14 @@ def test_refuses_budgets_that_are_too_small(method, metric, tiny):
         method.estimate(prepared(method, "tanh_net", method.backends[0]), metric)
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is looked at before the metric")
 def test_refuses_metrics_before_budgets(tiny):
     assert "only" in methods.get("shared_probe_alignment").refusal(tiny, "trace", Target(), 2)
     assert "only" in methods.get("hutchpp").refusal(tiny, "rank", Target(), 2)
 
 
-@pytest.mark.xfail(strict=True, reason="estimate() goes ahead with no probes at all", raises=IndexError)
 def test_estimates_of_no_probes_are_refused():
     method = methods.get("hutchinson")
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="hutchinson: norm takes at least 4 passes; got 1"):
         method.estimate(prepared(method, "tanh_net", "torch"), "norm", 1)
 
 

@@ -76,6 +76,22 @@ class Moments:
             return self.trace**2 / self.square
         return self.cross / math.sqrt(self.square * self.square_f)
 
+    def gradient(self, name: str) -> Moments:
+        """Derivatives of a metric by the four moments; 0 by those that it is not made of.
+
+        Raises:
+            BadInput: no such metric.
+        """
+        value = self.metric(name)
+        if name == "trace":
+            return Moments(1.0, 0.0, 0.0, 0.0)
+        if name == "norm":
+            return Moments(0.0, 0.5 / value, 0.0, 0.0)
+        if name == "effective_rank":
+            return Moments(2 * value / self.trace, -value / self.square, 0.0, 0.0)
+        slope = 1 / math.sqrt(self.square * self.square_f)
+        return Moments(0.0, -0.5 * value / self.square, -0.5 * value / self.square_f, slope)
+
 
 def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Moments:
     """Moments from blocks of rows of Theta (and of Theta_f); one block is held at a time.

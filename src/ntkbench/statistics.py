@@ -38,3 +38,12 @@ def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> tuple[fl
         return value, math.nan
     left_out = np.array([statistic(*row) for row in zip(*((c.sum() - c) / (k - 1) for c in columns), strict=True)])
     return value, math.sqrt((k - 1) / k * float(((left_out - left_out.mean()) ** 2).sum()))
+
+
+def orthonormal(error: float, k: int, n: int) -> float:
+    """The standard error of k orthonormal probes in n dimensions, from the one that takes them for independent.
+
+    The quadratic forms of a whole orthonormal basis add up to a trace, so k of n are a draw without replacement: the
+    finite-population correction is exact for one mean, and holds to first order for smooth functions of means.
+    """
+    return error * math.sqrt(1 - k / n)

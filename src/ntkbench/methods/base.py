@@ -128,15 +128,27 @@ class Stochastic(Method):
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
         """Value and standard error from a number of probes."""
 
+    def cost(self, metric: str, probes: int) -> int:
+        """Passes that a nominal number of probes costs, fewer than n of them."""
+        return probes * self.passes_per_probe(metric)
+
+    def probes(self, metric: str, passes: int) -> int:
+        """The largest nominal number of probes that a budget pays for."""
+        return passes // self.passes_per_probe(metric)
+
     def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
-        least = self.fewest_probes * self.passes_per_probe(metric)
-        if passes is not None and passes < least:
-            return f"{metric} takes at least {least} passes"
-        return super().refusal(problem, metric, target, passes)
+        reason = super().refusal(problem, metric, target, passes)
+        return self._too_few(metric, passes) if reason is None and passes is not None else reason
 
     def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         if passes is None:
             raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
+        if too_few := self._too_few(metric, passes):
+            raise BadInput(f"{self.name}: {too_few}; got {passes}")
         jacobians = prepared.jacobians(metric)
-        value, error = self.draw(metric, jacobians, passes // self.passes_per_probe(metric), jacobians[0].rng(seed))
+        value, error = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
         return Estimate(value, error, sum(j.passes for j in jacobians), self.name)
+
+    def _too_few(self, metric: str, passes: int) -> str | None:
+        least = self.cost(metric, self.fewest_probes)
+        return f"{metric} takes at least {least} passes" if passes < least else None

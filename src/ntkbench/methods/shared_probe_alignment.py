@@ -16,7 +16,8 @@ class SharedProbeAlignment(Stochastic):
     """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
 
     The blog's ``op_alignment``, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means is
-    biased at order 1/m; the standard error is the jackknife over probes.
+    biased at order 1/m; the standard error is the jackknife over probes with the correction for a finite population,
+    since with n orthonormal probes all three sums are exact.
     """
 
     title = "shared-probe alignment"
@@ -33,7 +34,8 @@ class SharedProbeAlignment(Stochastic):
         u = array_api_compat.array_namespace(block).linalg.qr(block.T)[0].T
         theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
         columns = ((theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1))
-        return statistics.jackknife(
+        value, error = statistics.jackknife(
             lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
             *(statistics.by_probe([column]) for column in columns),
         )
+        return value, statistics.orthonormal(error, len(u), n)

@@ -1,0 +1,61 @@
+"""Hutch++ in the budget of the paper's script, with Theta as a black box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench import sketching
+from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.methods.base import Stochastic
+
+
+class HutchPPPaper(Stochastic):
+    """``hutchpp`` with the script's few columns in the sketch and many in the residual.
+
+    For its nominal number of samples m the script takes q = m // 6 columns in the sketch and (m - q) // 2 in the
+    residual, q going up by one where m - q is odd. It counts that as m, but the sketch is multiplied twice and the
+    residual once: about 0.75 m products with the operator, 2 passes each for Theta and 4 for Theta^2 and Theta Theta_f.
+    Here the budget is of passes, and the script's m is the largest that it pays for; m >= 5, so that there are a sketch
+    and two residual probes. Once m is over n the script multiplies the identity instead; here that is done as soon
+    as n products are not more than Hutch++ would take.
+
+    Unbiased, with the variance of Hutchinson on (I - Q Q^T) A (I - Q Q^T), 2 (||.||_F^2 - sum of its squared diagonal)
+    over the residual probes; the standard error is that of the residual's mean.
+    """
+
+    title = "Hutch++ (paper's budget)"
+    source = "Hazelden 2025, the paper's script (trace_hupp_op); Meyer, Musco, Musco, Woodruff 2021, algorithm 1"
+    backends = ("torch", "jax")
+    fewest_probes = 5
+
+    def passes_per_probe(self, metric: str) -> int:
+        """Passes of one product with each of the metric's operators."""
+        return {"trace": 2, "norm": 4, "effective_rank": 6, "alignment": 12}[metric]
+
+    def cost(self, metric: str, probes: int) -> int:
+        columns, residual = _split(probes)
+        return (2 * columns + residual) * self.passes_per_probe(metric)
+
+    def probes(self, metric: str, passes: int) -> int:
+        # The cost goes up and down with the parity of m - q, so the largest m has to be looked for.
+        products = passes // self.passes_per_probe(metric)
+        most = range(3 * products // 2 + 3, 0, -1)
+        return next(m for m in most if self.cost(metric, m) <= passes)
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        j = jacobians[0]
+        columns, residual = _split(probes)
+
+        def trace(a: sketching.Operator) -> tuple[float, float]:
+            if 2 * columns + residual >= j.n:
+                basis = j.basis(0, j.n)
+                return float((basis * a(basis)).sum()), 0.0
+            return sketching.hutchpp(a, columns, residual, j.n, rng)
+
+        return sketching.from_separate_traces(metric, jacobians, trace)
+
+
+def _split(m: int) -> tuple[int, int]:
+    """Columns in the sketch and in the residual of the script's m samples."""
+    columns = m // 6
+    return columns + (m - columns) % 2, (m - columns) // 2

@@ -1,0 +1,32 @@
+"""One-sided reverse as the paper's script has it: a sixth of the probes made orthonormal, VJPs only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench import sketching
+from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.methods.base import Stochastic
+
+
+class OneSidedPaperReverse(Stochastic):
+    """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2 over m probes, 1 pass each.
+
+    Q is an orthonormal basis of m // 6 random sign vectors and g are the other m - m // 6 probes, random signs too. Q
+    looks at nothing of Theta, so it takes a share q / n of the trace away and no more: a variance of about
+    2 ||Theta||_F^2 (1 - 2q / n) / (m - q), which is more than that of m plain probes unless Theta is small. Unbiased;
+    the standard error is that of the residual's mean.
+    """
+
+    title = "one-sided reverse (paper's script)"
+    source = "Hazelden 2025, the paper's script (trace_one_sided)"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+    fewest_probes = 6
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 1
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        (j,) = jacobians
+        return sketching.random_directions(j, j.vjp, probes, j.n, rng)

@@ -1,0 +1,38 @@
+"""XNysTrace: leave-one-out Nystrom approximations of Theta through a QR of J^T U."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench import sketching
+from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.methods.base import Stochastic
+
+
+class XNysTrace(Stochastic):
+    """Mean over i of tr A_i + c_i u_i^T (Theta - A_i) u_i, A_i the Nystrom approximation from the probes but u_i.
+
+    With F = J^T U = Q R, A_i = J Q_i Q_i^T J^T for Q_i = orth(F without column i): its trace is
+    ||J Q||_F^2 - ||J Q s_i||^2, s_i = R^{-T} e_i normalised, and the residual is 1 / (M^{-1})_ii, M = F^T F. So k VJPs
+    and k JVPs are all, and no Theta-product is multiplied by an inverse. c_i puts the part of u_i outside the other
+    k - 1 Gaussian probes on the sphere of radius sqrt(n - k + 1). But for c_i this is also the estimate of ||J^T||_F^2
+    by leave-one-out projections of J^T (XRowNorm's, summed over rows). Unbiased. The standard error counts the
+    covariance of the k estimates (see :func:`ntkbench.sketching.combined`). Exact once k is over the rank of Theta.
+    Holds k gradients.
+    """
+
+    title = "XNysTrace"
+    source = "Epperly, Tropp, Webber 2024, section 2.3 (XNysTrace with normalisation), through a QR of J^T U"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 2
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        (j,) = jacobians
+        u = rng.normal(min(probes, j.n), j.n)
+        sketch = sketching.Sketch(j.vjp(u))
+        b = j.jvp(sketch.q)
+        h = sketching.on_host(b @ b.T)
+        return sketching.combined(sketching.nystrom_trace(sketch, sketching.Complement(u), h))

@@ -1,0 +1,35 @@
+"""XNysTrace from the other side: leave-one-out Nystrom approximations of J^T J through a QR of J W."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench import sketching
+from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.methods.base import Stochastic
+
+
+class XNysTraceForward(Stochastic):
+    """``xnystrace`` of J^T J, whose trace is that of Theta: F = J W = Q R for k Gaussian w in parameter space.
+
+    k JVPs, then k VJPs for ||J^T Q||_F^2; n takes P's place and P takes n's. Against ``xnystrace`` the sketch has
+    vectors of n and not of P entries but the probes are of P and not of n, which is what decides between them, as
+    J J^T and J^T J have one spectrum. Unbiased; standard error as there. Exact once k is over the rank of Theta. Holds
+    k vectors of parameters and k gradients.
+    """
+
+    title = "XNysTrace (forward)"
+    source = "Epperly, Tropp, Webber 2024, section 2.3 (XNysTrace with normalisation), through a QR of J W"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 2
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        (j,) = jacobians
+        w = rng.normal(min(probes, j.P), j.P)
+        sketch = sketching.Sketch(j.jvp(w))
+        b = j.vjp(sketch.q)
+        h = sketching.on_host(b @ b.T)
+        return sketching.combined(sketching.nystrom_trace(sketch, sketching.Complement(w), h))

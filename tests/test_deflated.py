@@ -1,0 +1,372 @@
+"""Estimators that deflate, on Jacobians with a prescribed spectrum."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import pytest
+from conftest import metrics_of
+
+from ntkbench import methods, sketching
+from ntkbench.jacobian import base
+from ntkbench.methods.base import Stochastic
+
+n, P = 200, 230
+i = np.arange(1, n + 1)
+SPECTRA = {
+    "linear": np.linspace(1, 3, n),
+    "square": i**-2.0,
+    "0.9^i": 0.9**i,
+    "0.7^i": 0.7**i,
+    "cliff": np.where(i <= n // 20, 1, 1e-3),
+    "deep cliff": np.where(i <= n // 20, 1, 1e-8),
+    "1/i": 1 / i,
+    "spike": np.where(i == 1, 30, 1 / i),
+}
+SMOOTH = ("linear", "square", "0.9^i", "0.7^i", "1/i", "spike")
+
+LEAVE_ONE_OUT = ("xtrace", "xnystrace", "xnystrace_forward")
+TRACES = (
+    *LEAVE_ONE_OUT,
+    "hutchpp",
+    "hutchpp_one_sided",
+    "hutchpp_paper",
+    "nystrompp",
+    "one_sided_paper_forward",
+    "one_sided_paper_reverse",
+)
+DEFLATED = (*LEAVE_ONE_OUT, "hutchpp", "hutchpp_one_sided", "nystrompp", "nystrom_loo")
+CASES = [(name, metric) for name in sorted({*TRACES, *DEFLATED}) for metric in methods.get(name).metrics]
+
+
+class Dense(base.Jacobian):
+    """A Jacobian written out, in the array library of ``matrix``."""
+
+    O = 1  # noqa: E741
+    memory = 2**20
+
+    def __init__(self, matrix: Any) -> None:
+        self.matrix = matrix
+        self.N, self.P = matrix.shape
+        self.itemsize = matrix.dtype.itemsize
+
+    def rng(self, seed: int) -> Probes:
+        return Probes(seed, self.matrix)
+
+    def bytes_per_probe(self) -> int:
+        return self.P * self.itemsize
+
+    def _vjp(self, u: Any) -> Any:
+        return u @ self.matrix
+
+    def _jvp(self, w: Any) -> Any:
+        return w @ self.matrix.T
+
+    def _row(self, i: int) -> Any:
+        return self.matrix[i]
+
+    def _sample_vjp(self, samples: slice, v: Any) -> Any:
+        raise NotImplementedError
+
+    def _eye(self, size: int, start: int, stop: int) -> Any:
+        return sketching.beside(np.eye(size)[start:stop], self.matrix)
+
+
+class Probes(base.Rng):
+    """Probes from NumPy, the same for every array library."""
+
+    def __init__(self, seed: int, like: Any) -> None:
+        self._generator, self._like = np.random.default_rng(seed), like
+
+    def normal(self, k: int, dim: int) -> Any:
+        return sketching.beside(self._generator.standard_normal((k, dim)), self._like)
+
+    def sign(self, k: int, dim: int) -> Any:
+        return sketching.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
+
+
+@functools.cache
+def jacobian(spectrum: str | tuple[float, ...], seed: int = 0, parameters: int = P) -> np.ndarray:
+    """J with the given eigenvalues of J J^T and random singular vectors."""
+    eigenvalues = np.asarray(SPECTRA[spectrum] if isinstance(spectrum, str) else spectrum)
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))[0]
+    right = np.linalg.qr(rng.standard_normal((parameters, len(eigenvalues))))[0]
+    return (left * np.sqrt(eigenvalues)) @ right.T
+
+
+def ends(metric: str, spectrum: str | tuple[float, ...]) -> list[np.ndarray]:
+    """J, and for alignment another that shares a good part of it."""
+    J = jacobian(spectrum)
+    return [J, 0.6 * J + 0.8 * jacobian(spectrum, 1)] if metric == "alignment" else [J]
+
+
+@functools.cache
+def truth(metric: str, spectrum: str | tuple[float, ...]) -> float:
+    return metrics_of(*(J @ J.T for J in ends(metric, spectrum)))[metric]
+
+
+def estimate(
+    name: str, metric: str, spectrum: str | tuple[float, ...], probes: int, seed: int = 0
+) -> tuple[float, float]:
+    return drawn(methods.get(name), metric, ends(metric, spectrum), probes, seed)[:2]
+
+
+def drawn(method: Stochastic, metric: str, matrices: list[Any], probes: int, seed: int) -> tuple[float, float, float]:
+    """Value, standard error and passes."""
+    jacobians = [Dense(matrix) for matrix in matrices]
+    value, error = method.draw(metric, jacobians, probes, jacobians[0].rng(seed))
+    return value, error, sum(j.passes for j in jacobians)
+
+
+def table(kind: str, u: np.ndarray, *matrices: np.ndarray) -> np.ndarray:
+    """The leave-one-out table of the library for probes ``u [k, n]``."""
+    if kind == "xtrace":
+        from ntkbench.methods.xtrace import _table
+
+        (J,) = matrices
+        b = u @ J
+        sketch = sketching.Sketch(b @ J.T)
+        f = sketch.q @ J
+        return _table(sketch, u.shape[1], f @ f.T, f @ b.T, (b * b).sum(1), sketch.q @ u.T, (u * u).sum(1))
+    sketches = [sketching.Sketch(u @ J) for J in matrices]
+    images = [sketch.q @ J.T for sketch, J in zip(sketches, matrices, strict=True)]
+    outside = sketching.Complement(u)
+    if kind == "trace":
+        return sketching.nystrom_trace(sketches[0], outside, images[0] @ images[0].T)
+    x, y = images[0] @ matrices[-1], images[-1] @ matrices[0]
+    return sketching.nystrom_inner_product(
+        sketches[0], sketches[-1], outside, images[-1] @ images[0].T, x @ x.T, y @ y.T
+    )
+
+
+def by_hand(kind: str, i: int, others: np.ndarray, u: np.ndarray, *matrices: np.ndarray) -> float:
+    """Probe i's estimate with a sketch of the probes ``others``, from matrices written out."""
+    thetas = [J @ J.T for J in matrices]
+    A, C, omega, size = thetas[0], thetas[-1], u[others].T, u.shape[1]
+    if kind == "xtrace":
+        q = np.linalg.qr(A @ omega)[0]
+        g = u[i] - q @ (q.T @ u[i])
+        return np.trace(q.T @ A @ q) + (size - len(others)) / (g @ g) * (g @ A @ g)
+    approximations = [T @ omega @ np.linalg.solve(omega.T @ T @ omega, omega.T @ T) for T in thetas]
+    g = u[i] - omega @ np.linalg.lstsq(omega, u[i], rcond=None)[0]
+    scale = (size - len(others)) / (g @ g)
+    E, E_f = A - approximations[0], C - approximations[-1]
+    if kind == "trace":
+        return np.trace(approximations[0]) + scale * (g @ E @ g)
+    return np.trace(A @ C) - np.trace(E @ E_f) + scale * (E @ g) @ (E_f @ g)
+
+
+@pytest.mark.parametrize("kind", ["trace", "square", "cross", "xtrace"])
+def test_tables_leave_probes_out_as_if_they_had_never_been_drawn(kind):
+    rng = np.random.default_rng(0)
+    matrices = [rng.standard_normal((30, 40)) for _ in range(2 if kind == "cross" else 1)]
+    u = rng.standard_normal((6, 30))
+    got = table(kind, u, *matrices)
+    for i in range(6):
+        for j in range(6):
+            others = np.array([k for k in range(6) if k not in (i, j)])
+            assert got[i, j] == pytest.approx(by_hand(kind, i, others, u, *matrices), rel=1e-9)
+
+
+def test_combined_is_an_unbiased_estimate_of_the_variance():
+    """U-statistics of degree two have all the structure: h_i = x_i * (1 + mean of the other x_j)."""
+    rng = np.random.default_rng(0)
+    values, variances = [], []
+    for x in rng.standard_normal((4000, 5)):
+        rest = (x.sum() - x)[:, None] - x  # for i without j
+        np.fill_diagonal(rest, x.sum() - x)
+        value, error = sketching.combined(x[:, None] * (1 + rest / 4))
+        values.append(value)
+        variances.append(error**2)
+    assert np.mean(values) == pytest.approx(0, abs=4 * np.std(values) / math.sqrt(4000))
+    assert np.mean(variances) == pytest.approx(np.var(values), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "spectrum"),
+    [(name, s) for name in TRACES for s in (SPECTRA if name in LEAVE_ONE_OUT else ("square", "deep cliff", "spike"))],
+)
+def test_traces_are_unbiased(name, spectrum):
+    probes = max(6, methods.get(name).fewest_probes)
+    values = np.array([estimate(name, "trace", spectrum, probes, seed)[0] for seed in range(400)])
+    z = (values.mean() - truth("trace", spectrum)) / (values.std(ddof=1) / 20)
+    assert abs(z) < 4
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_squared_norms_are_unbiased(spectrum):
+    squares = np.array([estimate("nystrom_loo", "norm", spectrum, 6, seed)[0] ** 2 for seed in range(400)])
+    z = (squares.mean() - truth("norm", spectrum) ** 2) / (squares.std(ddof=1) / 20)
+    assert abs(z) < 4
+
+
+@pytest.mark.parametrize("spectrum", ["linear", "square", "deep cliff"])
+def test_cross_terms_are_unbiased(spectrum):
+    J, J_f = ends("alignment", spectrum)
+    rng = np.random.default_rng(0)
+    crosses = [table("cross", rng.standard_normal((6, n)), J, J_f).diagonal().mean() for _ in range(400)]
+    z = (np.mean(crosses) - np.trace(J @ J.T @ J_f @ J_f.T)) / (np.std(crosses, ddof=1) / 20)
+    assert abs(z) < 4
+
+
+def left_over(name: str, J: np.ndarray, probes: int, seed: int) -> tuple[np.ndarray, int]:
+    """What the residual probes see, given the sketch that a seed draws, and how many they are."""
+    theta = J.T @ J if name.endswith("forward") else J @ J.T
+    rng = Probes(seed, J)
+    if name == "nystrompp":
+        s = rng.normal(probes, n).T
+        return theta - theta @ s @ np.linalg.solve(s.T @ theta @ s, s.T @ theta), probes
+    columns, residual = {
+        "hutchpp_one_sided": (probes, probes),
+        "hutchpp_paper": (4, 10),
+    }.get(name, (probes // 6, probes - probes // 6))
+    s = rng.sign(columns, len(theta)).T
+    q = np.linalg.qr(s if name.startswith("one_sided_paper") else theta @ s)[0]
+    outside = np.eye(len(theta)) - q @ q.T
+    return outside @ theta @ outside, residual
+
+
+@pytest.mark.parametrize("spectrum", ["linear", "1/i"])
+@pytest.mark.parametrize(
+    "name", ["hutchpp_one_sided", "hutchpp_paper", "nystrompp", "one_sided_paper_forward", "one_sided_paper_reverse"]
+)
+def test_variance_is_that_of_the_formula(name, spectrum):
+    """2 (||A||_F^2 - sum of its squared diagonal) a residual probe with signs, 2 ||A||_F^2 with Gaussians."""
+    probes = 24
+    formula = []
+    for seed in range(20):
+        A, count = left_over(name, jacobian(spectrum), probes, seed)
+        diagonal = 0 if name == "nystrompp" else (A.diagonal() ** 2).sum()
+        formula.append(2 * ((A**2).sum() - diagonal) / count)
+    values, errors = np.array([estimate(name, "trace", spectrum, probes, seed) for seed in range(800)]).T
+    assert values.var(ddof=1) == pytest.approx(np.mean(formula), rel=0.15)
+    assert (errors**2).mean() == pytest.approx(np.mean(formula), rel=0.15)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("name", "metric"), [*((name, "trace") for name in LEAVE_ONE_OUT), ("nystrom_loo", "norm")])
+def test_standard_errors_of_leave_one_out_are_honest(name, metric, spectrum):
+    """Right to within the noise, but for a sketch that reaches just over a cliff: too large rather than too small."""
+    values, errors = np.array([estimate(name, metric, spectrum, 11, seed) for seed in range(300)]).T
+    ratio = (errors**2).mean() / values.var(ddof=1)
+    assert ratio > 0.7
+    assert ratio < 1.4 or spectrum not in SMOOTH
+
+
+@pytest.mark.parametrize(("name", "metric"), [(name, metric) for name, metric in CASES if name in DEFLATED])
+def test_exact_once_the_sketch_is_wider_than_the_rank(name, metric):
+    spectrum = (*np.linspace(1, 2, 5), *np.zeros(35))
+    for probes in (11, 12):  # alignment: the sum of two has twice the rank
+        value, error = estimate(name, metric, spectrum, probes)
+        assert value == pytest.approx(truth(metric, spectrum), rel=1e-9)
+        assert error <= 1e-7 * value
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"), [(name, metric) for name, metric in CASES if not name.endswith(("paper_forward", "x_forward"))]
+)
+def test_exact_with_a_whole_basis(name, metric):
+    spectrum = tuple(np.linspace(1, 2, 12))
+    value, error = estimate(name, metric, spectrum, 230 * 6)
+    assert value == pytest.approx(truth(metric, spectrum), rel=1e-9)
+    assert error <= 1e-7 * value
+
+
+@pytest.mark.parametrize("name", ["xtrace", "xnystrace", "nystrom_loo"])
+def test_exact_with_a_probe_an_output_and_full_rank(name):
+    metric = methods.get(name).metrics[0]
+    spectrum = tuple(np.linspace(1, 2, 12))
+    value, error = estimate(name, metric, spectrum, 12)
+    assert value == pytest.approx(truth(metric, spectrum), rel=1e-7)
+    assert error <= 1e-6 * value
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("name", "metric"), CASES)
+def test_spectra_that_decay_to_nothing_are_no_trouble(name, metric, dtype):
+    """Sketches far wider than the numerical rank, a network of rank one, and one that does not depend on theta."""
+    method = methods.get(name)
+    for base_of in (0.3, 0.7):
+        spectrum = tuple(base_of ** np.arange(n))
+        matrices = [J.astype(dtype) for J in ends(metric, spectrum)]
+        for probes in (12, 60):
+            value, error, _ = drawn(method, metric, matrices, probes, 0)
+            assert math.isfinite(error)
+            assert abs(value - truth(metric, spectrum)) <= 6 * error + 2e-5 * value
+    ones = np.ones((n, P), dtype)
+    value, error, _ = drawn(method, metric, [ones] * len(matrices), 12, 0)
+    assert abs(value - metrics_of(ones @ ones.T, ones @ ones.T)[metric]) <= 6 * error + 2e-5 * value
+    if metric == "trace":
+        assert drawn(method, metric, [np.zeros((n, P), dtype)], 12, 0)[:2] == (0, 0)
+
+
+COSTS = {
+    ("hutchpp", "trace"): 6,
+    ("hutchpp_one_sided", "trace"): 4,
+    ("nystrompp", "trace"): 4,
+    ("nystrompp", "norm"): 8,
+    ("nystrompp", "effective_rank"): 12,
+    ("one_sided_paper_forward", "trace"): 1,
+    ("one_sided_paper_reverse", "trace"): 1,
+    ("xtrace", "trace"): 3,
+    ("xnystrace", "trace"): 2,
+    ("xnystrace_forward", "trace"): 2,
+    ("nystrom_loo", "norm"): 3,
+    ("nystrom_loo", "effective_rank"): 3,
+    ("nystrom_loo", "alignment"): 8,
+}
+
+
+@pytest.mark.parametrize(("case", "passes"), COSTS.items(), ids=str)
+def test_counters_say_what_the_documents_say(case, passes):
+    name, metric = case
+    for probes in (6, 13):
+        assert drawn(methods.get(name), metric, ends(metric, "1/i"), probes, 0)[2] == passes * probes
+
+
+@pytest.mark.parametrize(("m", "columns", "residual"), [(5, 1, 2), (6, 2, 2), (7, 1, 3), (50, 8, 21), (100, 16, 42)])
+def test_the_papers_budget_is_that_of_its_script(m, columns, residual):
+    method = methods.get("hutchpp_paper")
+    for metric, product in (("trace", 2), ("norm", 4), ("effective_rank", 6), ("alignment", 12)):
+        passes = (2 * columns + residual) * product
+        assert method.cost(metric, m) == passes
+        assert drawn(method, metric, ends(metric, "1/i"), m, 0)[2] == passes
+        assert method.probes(metric, passes) >= m
+        assert method.cost(metric, method.probes(metric, passes)) <= passes
+
+
+def test_the_papers_script_multiplies_the_identity_once_that_is_cheaper():
+    method, spectrum = methods.get("hutchpp_paper"), tuple(np.linspace(1, 2, 12))
+    for metric in method.metrics:
+        value, error, passes = drawn(method, metric, ends(metric, spectrum), 18, 0)
+        assert value == pytest.approx(truth(metric, spectrum), rel=1e-12)
+        assert error == 0
+        assert passes == 12 * method.passes_per_probe(metric)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("name", "metric"), CASES)
+def test_backends_agree_on_the_same_probes(name, metric, dtype):
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    jax.config.update("jax_enable_x64", True)
+    method = methods.get(name)
+    exact = truth(metric, "1/i")
+    answers = []
+    for library in (np.asarray, torch.from_numpy, jnp.asarray):
+        matrices = [library(J.astype(dtype)) for J in ends(metric, "1/i")]
+        assert array_api_compat.array_namespace(*matrices)
+        answers.append(drawn(method, metric, matrices, 12, 0))
+        assert answers[-1] == drawn(method, metric, matrices, 12, 0)
+    for value, error, passes in answers[1:]:
+        close = 1e-10 if dtype == "float64" else 2e-5
+        assert value == pytest.approx(answers[0][0], abs=close * exact)
+        assert error == pytest.approx(answers[0][1], abs=close * exact)
+        assert passes == answers[0][2]
