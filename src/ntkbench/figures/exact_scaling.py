@@ -20,15 +20,22 @@ MIB = 2.0**20
 FLOOR = 0.1
 """MiB; less is drawn here, since a peak less a baseline can come out as nothing or below."""
 
+CONTRACTION, PRODUCTS, STRUCTURED = "N²O²W²L", "N²OW²L", "NOW²L + N²O²WL"
 THEORY = {
-    "jacobian_contraction": "N²O²W²L",
-    "nt_jacobian_contraction": "N²O²W²L",
-    "nt_ntk_vector_products": "N²OW²L",
-    "ntk_vector_products": "N²OW²L",
-    "structured_derivatives": "NOW²L + N²O²WL",
-    "nt_structured_derivatives": "NOW²L + N²O²WL",
+    "jacobian_contraction": CONTRACTION,
+    "nt_jacobian_contraction": CONTRACTION,
+    "ntk_vector_products": PRODUCTS,
+    "nt_ntk_vector_products": PRODUCTS,
+    "structured_derivatives": STRUCTURED,
+    "nt_structured_derivatives": STRUCTURED,
 }
-"""Multiplications for a network of L equal layers (Novak et al. 2022, table 1)."""
+"""Multiplications for a network of L equal layers of width W (Novak et al. 2022, table 1)."""
+EXPONENTS = {
+    CONTRACTION: {"N": 2, "O": 2, "width": 2, "depth": 1},
+    PRODUCTS: {"N": 2, "O": 1, "width": 2, "depth": 1},
+    STRUCTURED: {"N": 2, "O": 2, "width": 2, "depth": 1},
+}
+"""What the terms grow with once a size is large."""
 
 LINE = ["varied", "method", "backend"]
 KEPT = ["problem", "setting", *AXES, "P", "n", "metric", "method", "title", "backend", "status", "reason"]
@@ -98,7 +105,7 @@ def _panel(
     """Lines over one size, each with its slope at its end; the slopes."""
     sizes = sorted(cells[size].unique())
     x = _canvas.limits(sizes, pad=1.3, ratio=4)
-    panel.set(xscale="log", yscale="log", ylim=y, xlim=(x[0], x[1] * (x[1] / x[0]) ** 0.22))
+    panel.set(xscale="log", yscale="log", ylim=y, xlim=(x[0], x[1] * (x[1] / x[0]) ** 0.36))
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value)))
     panel.xaxis.set_minor_locator(NullLocator())
@@ -109,7 +116,9 @@ def _panel(
         if len(line) >= 2:
             slope = _last_slope(line[size], line[quantity])
             found.append((size, method, backend, quantity.split("_")[0], slope))
-            ends.append((line[quantity].iloc[-1], line[size].iloc[-1], slope, style[method].colour))
+            theory = EXPONENTS.get(THEORY.get(method, ""), {}).get(size) if quantity == "seconds" else None
+            text = f"{slope:.1f}" + (f" ({theory})" if theory else "")
+            ends.append((line[quantity].iloc[-1], line[size].iloc[-1], text, style[method].colour))
     _label_ends(panel, ends, y)
     return found
 
@@ -120,14 +129,14 @@ def _last_slope(x: pd.Series, y: pd.Series) -> float:
     return math.log(y1 / y0) / math.log(x1 / x0)
 
 
-def _label_ends(panel: Axes, ends: list[tuple[float, float, float, str]], y: tuple[float, float]) -> None:
+def _label_ends(panel: Axes, ends: list[tuple[float, float, str, str]], y: tuple[float, float]) -> None:
     """Slopes right of the lines' ends, moved apart where they would overlap."""
     span, least, last = math.log(y[1] / y[0]), 0.075, -1.0
-    for height, x, slope, colour in sorted(ends):
+    for height, x, text, colour in sorted(ends):
         at = max(math.log(height / y[0]) / span, last + least)
         last = at
         panel.annotate(
-            f"{slope:.1f}", (x, y[0] * math.exp(at * span)), xytext=(7, 0), textcoords="offset points",
+            text, (x, y[0] * math.exp(at * span)), xytext=(7, 0), textcoords="offset points",
             color=colour, fontsize=8.5, va="center",
         )  # fmt: skip
 
@@ -137,7 +146,7 @@ def _caption(fixed: str) -> str:
     return (
         "Seconds of one exact norm (without the first call) and peak memory over a do-nothing baseline against each "
         f"size of a fully connected ReLU network, the others fixed at {fixed}. The number at a line's end is its slope "
-        "between the two largest sizes, in powers of that size. Theory, multiplications of the leading terms with W "
-        f"the width and L the number of layers: {theory}; computing one triangle, sizes too small for the leading term "
-        f"and a first layer of fixed size keep slopes below. Peaks below {FLOOR:g} MiB are drawn there."
+        "between the two largest sizes, in powers of that size; in brackets the theory's for large sizes. "
+        f"Theory, multiplications with W the width and L the number of layers: {theory}. Sizes too small for the "
+        f"leading term and a first layer of fixed size keep slopes below. Peaks below {FLOOR:g} MiB are drawn there."
     )
