@@ -117,7 +117,7 @@ def _panel(
             slope = _last_slope(line[size], line[quantity])
             found.append((size, method, backend, quantity.split("_")[0], slope))
             theory = EXPONENTS.get(THEORY.get(method, ""), {}).get(size) if quantity == "seconds" else None
-            text = f"{slope:.1f}" + (f" ({theory})" if theory else "")
+            text = f"{round(slope, 1) + 0.0:.1f}" + (f" ({theory})" if theory else "")  # no minus before a zero
             ends.append((line[quantity].iloc[-1], line[size].iloc[-1], text, style[method].colour))
     _label_ends(panel, ends, y)
     return found
