@@ -287,10 +287,10 @@ def test_wrapping_says_what_it_wraps():
     ("metric", "size", "memory", "passes", "chosen"),
     [
         ("trace", (6, 64), 2**30, None, "structured_derivatives"),
-        ("trace", (6, 65), 2**30, None, "one_sided_reverse"),
+        ("trace", (6, 65), 2**30, None, "per_sample_trace"),
         ("trace", (6, 65), 2**30, 65, "structured_derivatives"),
         ("trace", (6, 64), 1, None, "structured_derivatives"),
-        ("trace", (6, 3), 2**30, 2, "one_sided_reverse"),
+        ("trace", (6, 3), 2**30, 2, "per_sample_trace"),
         ("norm", (6, 3), 2**30, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4 - 1, None, "jacobian_contraction"),
@@ -312,7 +312,7 @@ def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
 def test_auto_says_what_it_took_and_stays_in_its_budget():
     model, x = seeded(lambda: nn.Linear(4, 70)), X
     estimate = ntkbench.trace(model, x)
-    assert (estimate.method, estimate.passes) == ("one_sided_reverse", 256)
+    assert (estimate.method, estimate.passes) == ("per_sample_trace", 256)
     assert abs(estimate.value - truth(model, x)["trace"]) < 6 * estimate.standard_error
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
     assert ntkbench.trace(model, x, passes=69).passes == 69
@@ -323,6 +323,7 @@ def test_auto_takes_the_naive_jacobian_for_a_few_interacting_samples():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     assert ntkbench.norm(model, X).method == "naive_jacobian"
     assert ntkbench.norm(model, X.repeat(5, 1)).method == "hutchinson"
+    assert ntkbench.trace(model, X.repeat(5, 1)).method == "one_sided_reverse"
 
 
 def bad(says: str, call, id: str | None = None):

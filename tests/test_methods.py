@@ -209,6 +209,18 @@ def test_variance_of_a_trace_is_that_of_the_formula(name, side):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_variance_of_the_per_sample_trace_is_that_of_the_diagonal_blocks(backend):
+    method, problem = methods.get("per_sample_trace"), loaded("tanh_net")
+    J = written_out(problem).reshape(problem.N, problem.O, -1)
+    blocks = J @ J.transpose(0, 2, 1)
+    expected = 2 * ((blocks**2).sum() - (blocks.diagonal(axis1=1, axis2=2) ** 2).sum()) / 20_000
+    estimate = method.estimate(prepared(method, "tanh_net", backend), "trace", 20_000, 0)
+    assert estimate.standard_error**2 == pytest.approx(expected, rel=0.15)
+    assert abs(estimate.value - truth("tanh_net")["trace"]) < 4 * estimate.standard_error
+    assert estimate.passes == 20_000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_hutchpp_is_exact_once_the_sketch_spans_theta(backend, metric):
     method = methods.get("hutchpp")

@@ -36,12 +36,14 @@ EXACT = ("structured_derivatives", "jacobian_contraction", "naive_jacobian")
 """What ``method="auto"`` tries first, the cheapest first; Theta must fit in memory for the one, J for the others."""
 
 STOCHASTIC = {
-    "trace": "one_sided_reverse",
+    "trace": "per_sample_trace",
     "norm": "hutchinson",
     "effective_rank": "hutchinson",
     "alignment": "shared_probe_alignment",
 }
-"""What ``method="auto"`` falls back on."""
+"""What ``method="auto"`` falls back on; :data:`INTERACTING` where that needs independent samples."""
+
+INTERACTING = {"per_sample_trace": "one_sided_reverse"}
 
 
 def ntk(
@@ -123,8 +125,8 @@ def trace(
     that for alignment) and, for all metrics but the trace, Theta fits in ``memory``. That is ``structured_derivatives``
     for independent samples with at most 64 outputs each; ``jacobian_contraction`` where such a network cannot be traced
     and J fits; the naive Jacobian for interacting samples with at most 64 outputs in all and a J that fits. Otherwise
-    it estimates: ``one_sided_reverse`` for the trace, ``shared_probe_alignment`` for the alignment, ``hutchinson`` for
-    the others. ``Estimate.method`` says which it was.
+    it estimates: ``per_sample_trace`` for the trace (``one_sided_reverse`` if samples interact),
+    ``shared_probe_alignment`` for the alignment, ``hutchinson`` for the others. ``Estimate.method`` says which it was.
 
     Cost: that of the method, after at most three forward passes of checks (five for alignment).
 
@@ -264,7 +266,9 @@ def choices(problem: Problem, metric: str, target: Target, passes: int | None = 
             and method.passes_needed(problem, metric, target) <= limit
         ):
             found.append(name)
-    return [*found, STOCHASTIC[metric]]
+    last = STOCHASTIC[metric]
+    needs = methods.get(last).needs_independent_samples
+    return [*found, INTERACTING[last] if needs and problem.samples_interact else last]
 
 
 def _check_whole(what: str, value: object) -> None:

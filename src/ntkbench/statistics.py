@@ -10,7 +10,7 @@ import numpy as np
 
 
 def by_probe(blocks: Iterable[Any]) -> np.ndarray:
-    """What the probes of several blocks say, ``[k]`` each, as one float64 column on the host."""
+    """What the probes of several blocks say, ``[k, ...]`` each, as one float64 array on the host."""
     return np.concatenate([np.asarray(_on_host(block), dtype=np.float64) for block in blocks])
 
 
@@ -23,6 +23,17 @@ def mean(samples: np.ndarray) -> tuple[float, float]:
     k = len(samples)
     error = float(samples.std(ddof=1)) / math.sqrt(k) if k > 1 else math.nan
     return float(samples.mean()), error
+
+
+def mean_of_sums(table: np.ndarray) -> tuple[float, float]:
+    """Mean over probes of the sum over independent strata, ``[k, strata]``, and its standard error.
+
+    The strata's variances over probes add up, with strata * (k - 1) degrees of freedom, where the scatter of the k sums
+    alone has k - 1.
+    """
+    k = len(table)
+    error = math.sqrt(table.var(axis=0, ddof=1).sum() / k) if k > 1 else math.nan
+    return float(table.sum() / k), error
 
 
 def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> tuple[float, float]:

@@ -41,6 +41,7 @@ KNOWN = {
     "one_sided_reverse": (VERMILION, "<"),
     "one_sided_forward": (GREEN, ">"),
     "shared_probe_alignment": (PINK, "p"),
+    "per_sample_trace": (BLACK, "o"),
 }
 """Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""
 
