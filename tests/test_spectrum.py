@@ -1,0 +1,67 @@
+"""Stochastic Lanczos quadrature on Jacobians with a prescribed spectrum."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from test_deflated import SPECTRA, Dense, jacobian, n
+
+from ntkbench import spectrum
+from ntkbench.errors import BadInput
+
+
+def entropy_rank(eigenvalues: np.ndarray) -> float:
+    p = eigenvalues[eigenvalues > 0] / eigenvalues.sum()
+    return math.exp(-(p * np.log(p)).sum())
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_largest_eigenvalue_and_entropy_effective_rank(name):
+    j = Dense(jacobian(name))
+    density = spectrum.density(j, probes=40, steps=25)
+    assert density.passes == j.passes <= 2 * 40 * 25
+    assert density.weights.sum() == pytest.approx(1)
+    largest = SPECTRA[name].max()
+    assert 0.97 * largest < density.largest <= largest * (1 + 1e-12)
+    assert density.trace == pytest.approx(SPECTRA[name].sum(), rel=0.2)
+    assert density.entropy_effective_rank == pytest.approx(entropy_rank(SPECTRA[name]), rel=0.2)
+
+
+def test_moments_are_unbiased():
+    J = jacobian("1/i")
+    for power in (1, 2, 3):
+        moments = [
+            n * (d.weights * d.nodes**power).sum()
+            for d in (spectrum.density(Dense(J), probes=2, steps=4, seed=seed) for seed in range(200))
+        ]
+        z = (np.mean(moments) - (SPECTRA["1/i"] ** power).sum()) / (np.std(moments, ddof=1) / math.sqrt(200))
+        assert abs(z) < 4
+
+
+def test_nodes_are_the_eigenvalues_once_every_distinct_one_has_a_step():
+    eigenvalues = np.repeat([3.0, 1.0, 0.25, 0.0], 5)
+    density = spectrum.density(Dense(jacobian(tuple(eigenvalues))), probes=3, steps=12)
+    for nodes, weights in zip(density.nodes, density.weights, strict=True):
+        for value in nodes[weights > 1e-10]:
+            assert np.abs(value - eigenvalues).min() < 1e-9
+    assert density.largest == pytest.approx(3)
+    assert density.passes <= 2 * 3 * 12
+
+
+def test_refuses_no_probes():
+    with pytest.raises(BadInput, match="positive"):
+        spectrum.density(Dense(jacobian("1/i")), probes=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_backends_give_numpys_quadrature_in_float32(backend):
+    import jax.numpy as jnp
+    import torch
+
+    library = {"torch": torch.from_numpy, "jax": jnp.asarray}[backend]
+    J = jacobian("1/i").astype("float32")
+    here, there = (spectrum.density(Dense(matrix), probes=2, steps=8) for matrix in (J, library(J)))
+    assert there.largest == pytest.approx(here.largest, rel=1e-5)
+    assert there.entropy_effective_rank == pytest.approx(here.entropy_effective_rank, rel=1e-4)
