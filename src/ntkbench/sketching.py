@@ -190,6 +190,19 @@ def nystrom_trace(sketch: Sketch, outside: Complement, h: np.ndarray) -> np.ndar
     return table
 
 
+def xnystrace(product: Operator, back: Operator, probes: Array) -> tuple[float, float]:
+    """||B||_F^2 by leave-one-out Nystrom approximations of B^T B from k Gaussian probes: k products each way.
+
+    Args:
+        product: with B.
+        back: with B^T.
+        probes: ``[k, dim]``.
+    """
+    sketch = Sketch(product(probes))
+    b = back(sketch.q)
+    return combined(nystrom_trace(sketch, Complement(probes), on_host(b @ b.T)))
+
+
 def nystrom_inner_product(
     one: Sketch, other: Sketch, outside: Complement, z: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:

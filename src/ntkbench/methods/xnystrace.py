@@ -31,8 +31,4 @@ class XNysTrace(Stochastic):
 
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
         (j,) = jacobians
-        u = rng.normal(min(probes, j.n), j.n)
-        sketch = sketching.Sketch(j.vjp(u))
-        b = j.jvp(sketch.q)
-        h = sketching.on_host(b @ b.T)
-        return sketching.combined(sketching.nystrom_trace(sketch, sketching.Complement(u), h))
+        return sketching.xnystrace(j.vjp, j.jvp, rng.normal(min(probes, j.n), j.n))

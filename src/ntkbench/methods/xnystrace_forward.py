@@ -28,8 +28,4 @@ class XNysTraceForward(Stochastic):
 
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
         (j,) = jacobians
-        w = rng.normal(min(probes, j.P), j.P)
-        sketch = sketching.Sketch(j.jvp(w))
-        b = j.vjp(sketch.q)
-        h = sketching.on_host(b @ b.T)
-        return sketching.combined(sketching.nystrom_trace(sketch, sketching.Complement(w), h))
+        return sketching.xnystrace(j.jvp, j.vjp, rng.normal(min(probes, j.P), j.P))

@@ -19,6 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ntkbench.structured.layers import Layer, Written
 from ntkbench.structured.trace import SampleGraph, aten, untraceable
 
+Parameters = Sequence[Tensor]
+"""Trainable parameters, in the order of those that a network was traced with."""
+
 Parts = tuple[list[Tensor], list[Tensor]]
 """A layer's operands and cotangents, use by use, from which it makes the factors of its gradients."""
 
@@ -46,7 +49,7 @@ class Program:
         self,
         graph: SampleGraph,
         layers: Sequence[Layer | Written],
-        parameters: Sequence[Tensor],
+        parameters: Parameters,
         x: Tensor,
         directions: Tensor,
     ) -> None:
@@ -77,7 +80,7 @@ class Program:
         self._module = _streamed(traced, len(taps), layers, nodes)
         self.peak, self.held = _footprint(self._module.graph, layers, len(x))
 
-    def run(self, parameters: Sequence[Tensor], x: Tensor, directions: Tensor, sink: Sink) -> None:
+    def run(self, parameters: Parameters, x: Tensor, directions: Tensor, sink: Sink) -> None:
         """Hand every layer's parts to ``sink``, the last layer's first."""
         with torch.no_grad():
             self._module(*parameters, *self._constants, x, directions, sink)

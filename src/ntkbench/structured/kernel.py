@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +10,13 @@ from torch.func import functional_call, vmap
 
 from ntkbench.errors import BadInput
 from ntkbench.jacobian.plain_operations import plain_operations
-from ntkbench.structured import contraction
-from ntkbench.structured.capture import Parts, Program, Sink
+from ntkbench.structured.blocks import Block, Task, even
+from ntkbench.structured.capture import Parameters, Program
 from ntkbench.structured.layers import Layer, Written, find
 from ntkbench.structured.trace import trace
 
 CHECKED = 2
 """Samples on which the traced graph is held against the network itself."""
-
-Parameters = Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of the kernel: those of some samples in some output directions."""
-
-    samples: slice
-    directions: slice
-
-    @property
-    def rows(self) -> int:
-        """How many they are."""
-        return (self.samples.stop - self.samples.start) * (self.directions.stop - self.directions.start)
 
 
 class LayerwiseKernel:
@@ -145,7 +128,7 @@ class LayerwiseKernel:
             sets: one or more sets of parameters.
             x1, x2, directions, layers, fold: see :meth:`kernel`.
         """
-        task = _Task(self, directions, self.layers if layers is None else layers, fold)
+        task = Task(self, directions, self.layers if layers is None else layers, fold)
         columns_of = x1 if x2 is None else x2
         rows = self._blocks(task, sets, x1, whole=x2 is None)
         if x2 is None and len(rows) == 1:
@@ -176,7 +159,7 @@ class LayerwiseKernel:
             parameters, x, directions, layers: see :meth:`kernel`.
         """
         directions = self.units(parameters) if directions is None else directions
-        task = _Task(self, directions, self.layers if layers is None else layers)
+        task = Task(self, directions, self.layers if layers is None else layers)
         found = directions.new_zeros(len(x), len(directions))
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.add_diagonal(found[block.samples, block.directions], parameters, x, block)
@@ -197,7 +180,7 @@ class LayerwiseKernel:
 
     def _blocks(
         self,
-        task: _Task,
+        task: Task,
         sets: Sequence[Parameters],
         x: Tensor,
         *,
@@ -229,8 +212,8 @@ class LayerwiseKernel:
             samples, some = max(1, min(samples, rows // some)), min(some, rows)
         return [
             Block(slice(start, stop), slice(first, last))
-            for start, stop in _even(N, samples)
-            for first, last in _even(K, some)
+            for start, stop in even(N, samples)
+            for first, last in even(K, some)
         ]
 
     def _check(self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
@@ -261,89 +244,8 @@ class LayerwiseKernel:
                 )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Blocks of one kernel.
-
-    Attributes:
-        engine: whose network it is.
-        directions: output directions ``[K, O]``.
-        layers: whose parameters count.
-        fold: whether to sum over directions.
-    """
-
-    engine: LayerwiseKernel
-    directions: Tensor
-    layers: Sequence[Layer | Written]
-    fold: bool = False
-
-    def symmetric(self, parameters: Parameters, x: Tensor, block: Block) -> Tensor:
-        """The lower triangle of a block on the diagonal; each layer is forgotten as soon as it is added."""
-        theta = self._empty(block, block)
-        self._run(parameters, x, block, lambda number, parts: self._add(theta, number, parts, None))
-        return theta
-
-    def collected(self, parameters: Parameters, x: Tensor, block: Block) -> dict[int, Parts]:
-        """The parts of all layers."""
-        kept: dict[int, Parts] = {}
-        self._run(parameters, x, block, kept.__setitem__)
-        return kept
-
-    def own(self, kept: dict[int, Parts], block: Block) -> Tensor:
-        """The lower triangle of a block on the diagonal, from what was collected."""
-        theta = self._empty(block, block)
-        for number, parts in kept.items():
-            self._add(theta, number, parts, None)
-        return theta
-
-    def between(self, kept: dict[int, Parts], row: Block, parameters: Parameters, x: Tensor, column: Block) -> Tensor:
-        """A block off the diagonal: its rows were collected, its columns pass by."""
-        theta = self._empty(row, column)
-        self._run(parameters, x, column, lambda number, parts: self._add(theta, number, kept[number], parts))
-        return theta
-
-    def add_diagonal(self, found: Tensor, parameters: Parameters, x: Tensor, block: Block) -> None:
-        """Add the diagonal's entries of a block to ``found [N, K]``."""
-
-        def add(number: int, parts: Parts) -> None:
-            found.add_(contraction.diagonal(self.layers[number].factors(*parts), self.engine.memory // 4))
-
-        self._run(parameters, x, block, add)
-
-    def program(self, parameters: Parameters, x: Tensor, block: Block) -> Program:
-        """The program that runs a block."""
-        return self.engine.program(self.layers, parameters, x[block.samples], self._directions(block))
-
-    def _run(self, parameters: Parameters, x: Tensor, block: Block, sink: Sink) -> None:
-        self.engine.directions_taken += block.rows
-        self.program(parameters, x, block).run(parameters, x[block.samples], self._directions(block), sink)
-
-    def _directions(self, block: Block) -> Tensor:
-        return self.directions[block.directions].expand(_length(block.samples), -1, -1)
-
-    def _add(self, theta: Tensor, number: int, left: Parts, right: Parts | None) -> None:
-        factors = [self.layers[number].factors(*parts) for parts in (left, right) if parts is not None]
-        one, *other = [f.folded() for f in factors] if self.fold else factors
-        contraction.add(theta, one, other[0] if other else None, self.engine.memory // 4)
-
-    def _empty(self, row: Block, column: Block) -> Tensor:
-        sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]
-        return self.directions.new_zeros(sizes)
-
-
 def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
-def _even(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut ``size`` into the fewest parts of at most ``most``, as equal as can be: few shapes, few programs."""
-    parts = -(-size // most)
-    bounds = [size * i // parts for i in range(parts + 1)]
-    yield from itertools.pairwise(bounds)
 
 
 def _mirror(theta: Tensor) -> None:
