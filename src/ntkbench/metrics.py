@@ -76,6 +76,21 @@ class Moments:
             return self.trace**2 / self.square
         return self.cross / math.sqrt(self.square * self.square_f)
 
+    def gradient(self, name: str) -> dict[str, float]:
+        """Derivatives of a metric by the moments that it is made of."""
+        value = self.metric(name)
+        if name == "trace":
+            return {"trace": 1.0}
+        if name == "norm":
+            return {"square": 0.5 / value}
+        if name == "effective_rank":
+            return {"trace": 2 * value / self.trace, "square": -value / self.square}
+        return {
+            "square": -0.5 * value / self.square,
+            "square_f": -0.5 * value / self.square_f,
+            "cross": 1 / math.sqrt(self.square * self.square_f),
+        }
+
 
 def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Moments:
     """Moments from blocks of rows of Theta (and of Theta_f); one block is held at a time.

@@ -13,6 +13,9 @@ import numpy as np
 Array = Any
 """A tensor of the operator's backend (``torch.Tensor`` or ``jax.Array``)."""
 
+CACHE = 2**25
+"""Bytes that a turn of :meth:`Jacobian.sample_squares` takes at most."""
+
 
 class Jacobian(ABC):
     """J = df/dtheta at one set of weights, an n x P matrix that is never written out.
@@ -76,6 +79,23 @@ class Jacobian(ABC):
         """
         self._sample_passes += v.shape[0] * v.shape[1]
         return self._sample_vjp(samples, v)
+
+    def sample_squares(self, v: Array) -> Array:
+        """||J_b^T v_b||^2 for each sample b by itself: ``v [k, N, O] -> [k, N]``; k passes, and the same condition.
+
+        Gradients are summed up in turns that stay in a processor's cache, and never lie side by side in memory.
+        """
+        xp = array_api_compat.array_namespace(v)
+        self._sample_passes += v.shape[0] * v.shape[1]
+        budget = min(self.memory, CACHE)
+        samples = min(self.N, max(1, budget // self._bytes_per_sample_row()))
+        fields = max(1, budget // (samples * self._bytes_per_sample_row()))
+        turns = [slice(start, min(start + samples, self.N)) for start in range(0, self.N, samples)]
+        rows = [
+            xp.concat([self._sample_squares(turn, v[k : k + fields, turn]) for turn in turns], axis=1)
+            for k in range(0, v.shape[0], fields)
+        ]
+        return rows[0] if len(rows) == 1 else xp.concat(rows)
 
     def sample_rows(self, samples: slice, outputs: slice) -> Array:
         """Rows of J for a rectangle of samples and outputs, ``[outputs * samples, P]`` with samples running fastest.
@@ -158,6 +178,9 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _sample_vjp(self, samples: slice, v: Array) -> Array: ...
+
+    @abstractmethod
+    def _sample_squares(self, samples: slice, v: Array) -> Array: ...
 
     @abstractmethod
     def _eye(self, size: int, start: int, stop: int) -> Array:

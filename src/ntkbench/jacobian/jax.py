@@ -103,7 +103,10 @@ class Jacobian(base.Jacobian):
         return _one_row(self._pullback, i, self.N, self.O)
 
     def _sample_vjp(self, samples: slice, v: jax.Array) -> jax.Array:
-        return _pulled_back_by_sample(self._forward, self._parameters, self._x[samples], v)
+        return _pulled_back_by_sample(self._forward, _flat, self._parameters, self._x[samples], v)
+
+    def _sample_squares(self, samples: slice, v: jax.Array) -> jax.Array:
+        return _pulled_back_by_sample(self._forward, _squares, self._parameters, self._x[samples], v)
 
     def _eye(self, size: int, start: int, stop: int) -> jax.Array:
         dtype = next(iter(self._parameters.values())).dtype
@@ -146,6 +149,11 @@ def _flat(blocks: Weights) -> jax.Array:
     return jnp.concatenate([block.reshape(block.shape[0], -1) for block in blocks.values()], axis=1)
 
 
+def _squares(blocks: Weights) -> jax.Array:
+    """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
+    return sum((block.reshape(block.shape[0], -1) ** 2).sum(1) for block in blocks.values())
+
+
 def _outputs(forward: Forward, parameters: Weights, x: jax.Array) -> jax.Array:
     return forward(parameters, x).reshape(x.shape[0], -1)
 
@@ -178,11 +186,15 @@ def _pushed_forward(forward: Forward, parameters: Weights, x: jax.Array, w: jax.
     return jax.vmap(push)(w)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pulled_back_by_sample(forward: Forward, parameters: Weights, x: jax.Array, v: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pulled_back_by_sample(
+    forward: Forward, finish: Callable[[Weights], jax.Array], parameters: Weights, x: jax.Array, v: jax.Array
+) -> jax.Array:
+    """What becomes of the gradients by parameter, each ``[k, ...]``, of each sample: ``[k, samples, ...]``."""
+
     def one(x: jax.Array, v: jax.Array) -> jax.Array:
         pullback = jax.vjp(lambda p: _outputs(forward, p, x[None])[0], parameters)[1]
-        return _flat(jax.vmap(pullback)(v)[0])
+        return finish(jax.vmap(pullback)(v)[0])
 
     return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, v)
 

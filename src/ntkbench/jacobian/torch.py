@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -110,9 +110,17 @@ class Jacobian(base.Jacobian):
         return torch.cat([g.reshape(-1) for g in grads])
 
     def _sample_vjp(self, samples: slice, v: Tensor) -> Tensor:
+        return self._by_sample(_flat, samples, v)
+
+    def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
+        return self._by_sample(_squares, samples, v)
+
+    def _by_sample(self, finish: Callable[[Mapping[str, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
+        """What becomes of the gradients by parameter, each ``[k, ...]``, of each sample: ``[k, samples, ...]``."""
+
         def one(x: Tensor, v: Tensor) -> Tensor:
             pullback = vjp(lambda parameters: self._forward(parameters, x[None])[0], self._parameters)[1]
-            return _flat(vmap(pullback)(v)[0])
+            return finish(vmap(pullback)(v)[0])
 
         return vmap(one, in_dims=(0, 1), out_dims=1)(self._x[samples], v)
 
@@ -168,6 +176,12 @@ class Rng(base.Rng):
 def _flat(blocks: Mapping[str, Tensor]) -> Tensor:
     """Gradients by parameter, each ``[k, ...]``, side by side: ``[k, P]``."""
     return torch.cat([block.reshape(block.shape[0], -1) for block in blocks.values()], dim=1)
+
+
+def _squares(blocks: Mapping[str, Tensor]) -> Tensor:
+    """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
+    flat = (block.reshape(block.shape[0], -1) for block in blocks.values())
+    return sum(torch.linalg.vecdot(block, block) for block in flat)
 
 
 @functools.lru_cache(maxsize=8)
