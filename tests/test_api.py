@@ -119,7 +119,7 @@ def test_stochastic_methods_by_name(metric):
     assert first.passes == 100
     assert first.method == "hutchinson"
     assert abs(first.value - truth(model, X)[metric]) < 6 * first.standard_error
-    assert f(model, X, method="hutchinson").passes == api.PASSES
+    assert f(model, X, method="hutchinson").passes == methods.get("hutchinson").default_passes
 
 
 def test_approximate_methods_by_name():
@@ -287,18 +287,18 @@ def test_wrapping_says_what_it_wraps():
     ("metric", "size", "memory", "passes", "chosen"),
     [
         ("trace", (6, 64), 2**30, None, "structured_derivatives"),
-        ("trace", (6, 65), 2**30, None, "one_sided_reverse"),
+        ("trace", (6, 65), 2**30, None, "per_sample_trace"),
         ("trace", (6, 65), 2**30, 65, "structured_derivatives"),
         ("trace", (6, 64), 1, None, "structured_derivatives"),
-        ("trace", (6, 3), 2**30, 2, "one_sided_reverse"),
+        ("trace", (6, 3), 2**30, 2, "per_sample_trace"),
         ("norm", (6, 3), 2**30, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4 - 1, None, "jacobian_contraction"),
-        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "hutchinson"),
-        ("effective_rank", (6, 65), 2**30, None, "hutchinson"),
+        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "block_u_statistics"),
+        ("effective_rank", (6, 65), 2**30, None, "block_u_statistics"),
         ("alignment", (6, 64), 2**30, None, "structured_derivatives"),
-        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "shared_probe_alignment"),
-        ("alignment", (6, 3), 2**30, 5, "shared_probe_alignment"),
+        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "block_u_statistics"),
+        ("alignment", (6, 3), 2**30, 5, "block_u_statistics"),
         ("alignment", (6, 3), 2**30, 6, "structured_derivatives"),
     ],
 )
@@ -312,11 +312,12 @@ def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
 def test_auto_says_what_it_took_and_stays_in_its_budget():
     model, x = seeded(lambda: nn.Linear(4, 70)), X
     estimate = ntkbench.trace(model, x)
-    assert (estimate.method, estimate.passes) == ("one_sided_reverse", 256)
+    assert (estimate.method, estimate.passes) == ("per_sample_trace", 256)
     assert abs(estimate.value - truth(model, x)["trace"]) < 6 * estimate.standard_error
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
     assert ntkbench.trace(model, x, passes=69).passes == 69
-    assert ntkbench.norm(model, x, passes=41).passes == 40
+    assert ntkbench.norm(model, x, passes=41).passes == 41
+    assert ntkbench.norm(model, x, passes=41, memory=1).method == "hutchinson"
 
 
 def test_auto_takes_the_naive_jacobian_for_a_few_interacting_samples():

@@ -1,4 +1,4 @@
-"""The better estimators against their theory: unbiased, as variable as the formula, exact where it says so, incremental."""
+"""The better estimators against their theory: unbiased, as variable as the formula, exact where it says so."""
 
 from __future__ import annotations
 
@@ -104,8 +104,22 @@ def test_variance_of_the_per_sample_trace_is_that_of_the_formula():
     assert (errors**2).mean() == pytest.approx(expected * 10_000, rel=0.15)
 
 
+def test_orthonormal_probes_are_a_finite_population():
+    J = written_out(loaded("tanh_net"))
+    theta, n = J @ J.T, 6
+    for k in (2, 4):
+        expected = 2 * n * (n - k) / ((n - 1) * (n + 2)) * ((theta**2).sum() - np.trace(theta) ** 2 / n) / k
+        values, errors = estimates("one_sided_orthonormal", "trace", k, 2000)
+        assert values.var(ddof=1) == pytest.approx(expected, rel=0.15)
+        assert (errors**2).mean() == pytest.approx(expected, rel=0.15)
+        assert abs(values.mean() - np.trace(theta)) < 4 * values.std() / math.sqrt(2000)
+    exact = methods.get("one_sided_orthonormal").estimate(prepared("one_sided_orthonormal"), "trace", 9, 0)
+    assert (exact.passes, exact.standard_error) == (6, 0)
+    assert exact.value == pytest.approx(np.trace(theta), rel=1e-12)
+
+
 def test_variance_of_gram_matrices_is_that_of_the_formula():
-    """8 ||Theta^2||^2 / k + 4 ||Theta||^4 / k^2 for the square where signs are as good as Gaussian: twice that in log."""
+    """That of a U-statistic, with the two variances of the square that Gaussian probes would have."""
     J = written_out(loaded("wide"))
     theta = J @ J.T
     k, square = 24, (theta**2).sum()
