@@ -73,11 +73,7 @@ class Columns(Sample):
 
 
 class SampleTraces(Sample):
-    """Sign fields, each of which gives the trace of each sample's own block of Theta by itself.
-
-    The samples' parts are independent, so their variances over fields add up: N (k - 1) degrees of freedom, where the
-    scatter of the k sums alone has k - 1.
-    """
+    """Sign fields, each of which gives the trace of each sample's own block of Theta by itself."""
 
     def __init__(self, jacobian: Jacobian, sign: Callable[[int], Array]) -> None:
         self._jacobian, self._sign = jacobian, sign
@@ -89,10 +85,7 @@ class SampleTraces(Sample):
             self._said.append(j.sample_squares(self._sign(k).reshape(k, j.N, j.O)))
 
     def read(self, metric: str) -> tuple[float, float]:
-        table = statistics.by_probe(self._said)
-        k = len(table)
-        error = np.sqrt(table.var(axis=0, ddof=1).sum() / k) if k > 1 else np.nan
-        return float(table.sum() / k), float(error)
+        return statistics.mean_of_sums(statistics.by_probe(self._said))
 
 
 Vectors = Callable[[Array, slice], Sequence[Array]]
@@ -136,7 +129,7 @@ class Pairs(Sample):
         kernels: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]] | None = None,
     ) -> None:
         self._names, self._N, self._jacobians = tuple(moments), strata, jacobians
-        self._sign, self._vectors, self._kernels = sign, vectors, kernels or _products
+        self._sign, self._vectors, self._kernels = sign, vectors, kernels or inner_products
         j = jacobians[0]
         self._per_field = 2 * len(jacobians) * strata * dim * j.itemsize  # itself, and the block that it came from
         fit = j.memory // self._per_field
@@ -249,15 +242,23 @@ class Pairs(Sample):
         return statistics.Moments2.mean(groups)
 
     def read(self, metric: str) -> tuple[float, float]:
-        total = self.moments()
-        means = dict(zip(self._names, total.means, strict=True))
-        moments = Moments(**means)
-        slopes = moments.gradient(metric)
-        return moments.metric(metric), total.error(np.array([slopes.get(name, 0.0) for name in self._names]))
+        return read_pairs(self._names, self.moments(), metric)
 
 
-def _products(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
-    grams = [a @ b.T for a, b in zip(one, other, strict=True)]
+def read_pairs(names: Sequence[str], found: statistics.Moments2, metric: str) -> tuple[float, float]:
+    """Value and standard error of a metric from moments of these names."""
+    moments = Moments(**dict(zip(names, found.means, strict=True)))
+    slopes = moments.gradient(metric)
+    return moments.metric(metric), found.error(np.array([slopes.get(name, 0.0) for name in names]))
+
+
+def inner_products(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+    """What two sets of vectors, ``[r, D]`` an operator, say of the square of the norm, and with two of all moments."""
+    return products([a @ b.T for a, b in zip(one, other, strict=True)])
+
+
+def products(grams: Sequence[Array]) -> list[Array]:
+    """m^2, and with the inner products of a second network m_f^2 and m m_f."""
     pairs = [(grams[0], grams[0])] + [pair for f in grams[1:] for pair in ((f, f), (grams[0], f))]
     return [a * b for a, b in pairs]
 

@@ -27,6 +27,17 @@ def mean(samples: np.ndarray) -> tuple[float, float]:
     return float(samples.mean()), error
 
 
+def mean_of_sums(table: np.ndarray) -> tuple[float, float]:
+    """Mean over probes of the sum over independent strata, ``[k, strata]``, and its standard error.
+
+    The strata's variances over probes add up, with strata * (k - 1) degrees of freedom, where the scatter of the k sums
+    alone has k - 1.
+    """
+    k = len(table)
+    error = math.sqrt(table.var(axis=0, ddof=1).sum() / k) if k > 1 else math.nan
+    return float(table.sum() / k), error
+
+
 def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> tuple[float, float]:
     """``statistic`` of the columns' means, and its jackknife standard error over the k rows (``nan`` for k = 1).
 
@@ -94,6 +105,9 @@ class PairSums:
         self._diagonal = np.zeros((moments, N, K, K))
         self._means = np.zeros(moments)
         self._squares = np.zeros((moments, moments))
+
+    def __len__(self) -> int:
+        return len(self._means)
 
     def add(self, b: int, c: int, tables: Sequence[np.ndarray]) -> None:
         """What strata from ``b`` on and strata from ``c`` on say, ``[strata, K, strata', K]`` a moment."""
