@@ -48,7 +48,7 @@ class Fixed(Rng):
         self._make, self._generator = make, np.random.default_rng(seed)
 
     def sign(self, k: int, dim: int) -> Any:
-        return self._make(self._generator.choice([-1.0, 1.0], (k, dim)))
+        return self._make(np.sign(self._generator.random((k, dim)) - 0.5))
 
     def normal(self, k: int, dim: int) -> Any:
         return self._make(self._generator.standard_normal((k, dim)))

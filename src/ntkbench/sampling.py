@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -29,7 +30,13 @@ def moments_of(metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 class Sample(ABC):
-    """What a growing number of probes says."""
+    """What a growing number of probes says.
+
+    Attributes:
+        least: the fewest probes by which it can grow.
+    """
+
+    least: int = 1
 
     @abstractmethod
     def extend(self, probes: int) -> None:
@@ -140,6 +147,10 @@ class Pairs(Sample):
         self._clear()
 
     @property
+    def least(self) -> int:
+        return math.ceil(self.LEAST * self.dearer) if len(self._turns) > 1 else 1
+
+    @property
     def dearer(self) -> float:
         """How many times the passes of a field are spent on it because its vectors have to be made anew."""
         sizes = [turn.stop - turn.start for turn in self._turns]
@@ -155,6 +166,9 @@ class Pairs(Sample):
         if probes < (self.LEAST if self._held or self._closed else 1):
             return None  # too few for a group of their own
         count = -(-probes // self.widest)
+        if count > 1 and probes // count < self.LEAST:
+            count -= 1
+            probes = count * self.widest
         for i in range(count):
             self._close()
             self._grow(probes // count + (i < probes % count))
@@ -194,6 +208,8 @@ class Pairs(Sample):
 
     def _tables(self, one: Sequence[Array], other: Sequence[Array]) -> list[np.ndarray]:
         """What pairs say, ``[strata, k, strata', k']`` a moment."""
+        if self._names == ("trace",):
+            return []
         (k, n, dim), (k2, n2, _) = one[0].shape, other[0].shape
         flat = ([w.reshape(-1, dim) for w in ws] for ws in (one, other))
         tables = self._kernels(*flat)[: len(self._names) - self._has_trace]
@@ -232,7 +248,7 @@ class Pairs(Sample):
     def _open(self) -> statistics.Moments2:
         sums = statistics.PairSums(self._N, self._fields, len(self._table))
         step = max(1, self.WIDEST // (4 * self._fields))
-        for start in range(0, self._N, step):
+        for start in range(0, self._N if self._table else 0, step):
             sums.add(start, 0, [t[start : start + step] for t in self._table])
         return sums.moments(np.concatenate(self._traces).T if self._has_trace else None)
 

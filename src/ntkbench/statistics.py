@@ -155,5 +155,5 @@ class PairSums:
 
 def _outer(y: np.ndarray) -> np.ndarray:
     """Sums over everything but the first axis of all products of two, ``[m, ...] -> [m, m]``."""
-    flat = y.reshape(len(y), -1)
+    flat = y.reshape(len(y), math.prod(y.shape[1:]))
     return flat @ flat.T

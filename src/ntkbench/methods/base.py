@@ -193,7 +193,7 @@ class Incremental(Stochastic):
         sample = self.sample(names, jacobians, jacobians[0].rng(seed))
         most = passes // max(self.passes_per_probe(name) for name in names)
         z = NormalDist().inv_cdf(0.5 + confidence / 2)
-        drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, self.fewest_probes))
+        drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, self.fewest_probes, sample.least))
         while True:
             sample.extend(batch)
             drawn += batch
@@ -207,7 +207,7 @@ class Incremental(Stochastic):
             # Errors fall at least as the root of the number of probes. Small steps waste little, and large ones keep
             # few the looks at the error, each of which is a chance to stop too early.
             wanted = drawn * (min(excess, 2.0) ** 2 - 1)
-            batch = min(most - drawn, max(self.fewest_probes, drawn // 4, min(drawn, round(wanted))))
+            batch = min(most - drawn, max(self.fewest_probes, sample.least, drawn // 4, min(drawn, round(wanted))))
         spent = sum(j.passes for j in jacobians)
         estimates = {}
         for name, (value, error) in said.items():
