@@ -83,7 +83,8 @@ class Moments2:
     def error(self, slopes: np.ndarray) -> float:
         """Standard error of a function of the moments that has these slopes (the delta method)."""
         single, double, bound = (float(slopes @ part @ slopes) for part in (self.single, self.double, self.bound))
-        return math.sqrt(max(single, 0.0) + max(double, 0.0)) + math.sqrt(max(bound, 0.0))
+        # Where the first is small its estimate is often negative; cut off at zero it would be too large on average.
+        return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
 
 
 class PairSums:
