@@ -263,7 +263,7 @@ class Pairs(Sample):
 
 def read_pairs(names: Sequence[str], found: statistics.Moments2, metric: str) -> tuple[float, float]:
     """Value and standard error of a metric from moments of these names."""
-    moments = Moments(**dict(zip(names, found.means, strict=True)))
+    moments = Moments(**dict(zip(names, found.means.tolist(), strict=True)))
     slopes = moments.gradient(metric)
     return moments.metric(metric), found.error(np.array([slopes.get(name, 0.0) for name in names]))
 

@@ -98,7 +98,7 @@ class StructuredBlockUStatistics(Stochastic):
         while cost > fields:
             if size == 2:
                 raise OverMemory(f"two fields take {cost:g} passes in memory of {engine.memory}; there are {fields}")
-            size = max(2, size // 2)
+            size = max(4, size // 2) if size > 4 else size - 1  # from four on they tell their own error
             cost = cost_of(size)
         if cost > size:
             count = int(fields / cost)
