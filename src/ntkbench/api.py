@@ -136,7 +136,7 @@ def trace(
         model: ``x -> [N, ...outputs]``; everything after the first axis counts as the O outputs of a sample.
         x: inputs ``[N, ...]``, real or integer.
         method: a file name in ``ntkbench/methods``, or ``"auto"``.
-        passes: the most Jacobian passes to spend; the method's ``default_passes`` if not given (256, or 16 for
+        passes: the most Jacobian passes to spend; the method's ``default_passes`` if not given (256, or 8 for
             ``block_u_statistics``), or 4096 with ``rtol``. Exact and approximate methods asked for by name take none.
         rtol: a tolerance: probes are added in growing batches until the interval reaches no further than this share of
             the value to either side, or ``passes`` are spent; ``Estimate.notes`` says so if the tolerance was not met.

@@ -27,7 +27,7 @@ class BlockUStatistics(Incremental):
     source = "this suite; U-statistics of Hoeffding 1948"
     backends = ("torch", "jax")
     needs_independent_samples = True
-    default_passes = 16
+    default_passes = 8
     first_batch = 2
 
     def passes_per_probe(self, metric: str) -> int:

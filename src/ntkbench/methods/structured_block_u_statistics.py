@@ -34,7 +34,7 @@ class StructuredBlockUStatistics(Stochastic):
     source = "this suite; structured derivatives of Novak et al. 2022"
     backends = ("torch",)
     needs_independent_samples = True
-    default_passes = 16
+    default_passes = 8
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
@@ -70,7 +70,7 @@ class StructuredBlockUStatistics(Stochastic):
         names = moments_of((metric,))
 
         def directions(k: int):
-            return rng.sign(k, N * engine.O).reshape(k, N, engine.O).transpose(0, 1)
+            return rng.sign(k, N * engine.O).reshape(k, N, engine.O).transpose(0, 1).contiguous()
 
         if metric == "trace":
             return statistics.mean_of_sums(statistics.by_probe([engine.diagonal(sets[0], x, directions(fields)).T]))
