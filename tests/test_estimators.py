@@ -300,7 +300,7 @@ def test_many_statistics_from_one_block_of_probes():
     assert list(found) == ["trace", "norm", "effective_rank"]
     for metric, e in found.items():
         assert e.method == "block_u_statistics"
-        assert e.passes == 8
+        assert e.passes == 1024 // 12  # beyond which the inner products take over
         assert abs(e.value - exact[metric]) < 6 * e.standard_error
     assert found["effective_rank"].value == pytest.approx(found["trace"].value ** 2 / found["norm"].value ** 2)
     assert all(e.standard_error is None for e in ntkbench.metrics_of(net(), data()).values())

@@ -136,8 +136,9 @@ def trace(
         model: ``x -> [N, ...outputs]``; everything after the first axis counts as the O outputs of a sample.
         x: inputs ``[N, ...]``, real or integer.
         method: a file name in ``ntkbench/methods``, or ``"auto"``.
-        passes: the most Jacobian passes to spend; the method's ``default_passes`` if not given (256, or 8 for
-            ``block_u_statistics``), or 4096 with ``rtol``. Exact and approximate methods asked for by name take none.
+        passes: the most Jacobian passes to spend; 256 if not given, or 4096 with ``rtol``. ``block_u_statistics`` spends
+            no more than max(8, 1024 / N) unless asked for by name with ``passes`` or ``rtol``. Exact and approximate
+            methods asked for by name take none.
         rtol: a tolerance: probes are added in growing batches until the interval reaches no further than this share of
             the value to either side, or ``passes`` are spent; ``Estimate.notes`` says so if the tolerance was not met.
             An exact method is then taken only where it costs no more than by default.
@@ -284,8 +285,8 @@ def _estimates(
     with _on_device(index):
         for name in together[:-1]:
             with contextlib.suppress(BadInput, OverMemory):
-                return _by(methods.get(name), problem, names, target, passes, rtol, confidence, seed)
-        return _by(methods.get(together[-1]), problem, names, target, passes, rtol, confidence, seed)
+                return _by(methods.get(name), problem, names, target, passes, rtol, confidence, seed, True)
+        return _by(methods.get(together[-1]), problem, names, target, passes, rtol, confidence, seed, chosen is None)
 
 
 def _by(
@@ -297,11 +298,15 @@ def _by(
     rtol: float | None,
     confidence: float,
     seed: int,
+    auto: bool,
 ) -> dict[str, Estimate]:
     budget = None
     if method.takes_passes:
         default = method.default_passes if rtol is None else TOLERANCE_PASSES
         budget = default if passes is None else passes
+        worth = method.worthwhile_passes(problem)
+        if worth is not None and rtol is None and (auto or passes is None):
+            budget = min(budget, worth)
     for metric in names:
         reason = method.refusal(problem, metric, target, budget)
         if reason:

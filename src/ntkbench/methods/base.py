@@ -129,6 +129,10 @@ class Stochastic(Method):
     fewest_probes: ClassVar[int] = 2
     default_passes: ClassVar[int] = 256
 
+    def worthwhile_passes(self, problem: Problem) -> int | None:
+        """Passes after which more are a poor way to spend time on this problem; ``None`` where there is no such end."""
+        return None
+
     @abstractmethod
     def passes_per_probe(self, metric: str) -> int:
         """What one more probe of the method's nominal count costs."""

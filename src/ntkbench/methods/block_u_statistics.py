@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.jacobian import Array, Jacobian, Rng
 from ntkbench.methods.base import Incremental
+from ntkbench.problems.base import Problem
 from ntkbench.sampling import Pairs, Sample, SampleTraces, moments_of
 
 
@@ -27,8 +28,11 @@ class BlockUStatistics(Incremental):
     source = "this suite; U-statistics of Hoeffding 1948"
     backends = ("torch", "jax")
     needs_independent_samples = True
-    default_passes = 8
     first_batch = 2
+
+    def worthwhile_passes(self, problem: Problem) -> int:
+        # Beyond a thousand gradients their inner products take most of the time, and its square.
+        return max(8, 1024 // problem.N)
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1

@@ -34,7 +34,10 @@ class StructuredBlockUStatistics(Stochastic):
     source = "this suite; structured derivatives of Novak et al. 2022"
     backends = ("torch",)
     needs_independent_samples = True
-    default_passes = 8
+
+    def worthwhile_passes(self, problem: Problem) -> int:
+        # Beyond a thousand gradients their inner products take most of the time, and its square.
+        return max(8, 1024 // problem.N)
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
