@@ -179,8 +179,9 @@ class Jacobian(ABC):
     @abstractmethod
     def _sample_vjp(self, samples: slice, v: Array) -> Array: ...
 
-    @abstractmethod
-    def _sample_squares(self, samples: slice, v: Array) -> Array: ...
+    def _sample_squares(self, samples: slice, v: Array) -> Array:
+        """``[k, samples]``; a backend may do without the gradients side by side."""
+        return (self._sample_vjp(samples, v) ** 2).sum(-1)
 
     @abstractmethod
     def _eye(self, size: int, start: int, stop: int) -> Array:
