@@ -318,7 +318,7 @@ def test_auto_says_what_it_took_and_stays_in_its_budget():
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
     assert ntkbench.trace(model, x, passes=69).passes == 69
     assert ntkbench.norm(model, x, passes=41).passes == 41
-    assert ntkbench.norm(model, x, passes=41, memory=1).method == "hutchinson"
+    assert ntkbench.norm(model, x, passes=10, memory=1).method == "hutchinson"  # gradients would be made 3.5 times
 
 
 def test_auto_takes_the_naive_jacobian_for_a_few_interacting_samples():
