@@ -114,7 +114,7 @@ class Deterministic(Method):
     def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians = prepared.jacobians(metric)
         value = self.moments(metric, jacobians).metric(metric)
-        return Estimate(value, None, sum(j.passes for j in jacobians), self.name, (), metric)
+        return Estimate(value, None, sum(j.passes for j in jacobians), self.name, _notes(jacobians), metric)
 
 
 class Stochastic(Method):
@@ -181,12 +181,17 @@ class FixedBudget(Stochastic):
     def spend(self, prepared: Prepared, metric: str, passes: int, seed: int) -> Estimate:
         jacobians = prepared.jacobians(metric)
         read = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
-        return Estimate(read.value, read.error, sum(j.passes for j in jacobians), self.name, (), metric, read.degrees)
+        spent, notes = sum(j.passes for j in jacobians), _notes(jacobians)
+        return Estimate(read.value, read.error, spent, self.name, notes, metric, read.degrees)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         probes = self.probes(metric, self.default_passes if passes is None else passes)
         held = self.gradients_held * problem.P + 2 * problem.n  # and probes with their images
         return int(min(probes, problem.n) * held * target.itemsize) * len(metrics.ends(metric))
+
+
+Ledger = Callable[[], tuple[float, tuple[str, ...]]]
+"""Passes spent so far, and what the user should know about how it was computed."""
 
 
 class Incremental(Stochastic):
@@ -199,8 +204,8 @@ class Incremental(Stochastic):
     first_batch: ClassVar[int] = 16
 
     @abstractmethod
-    def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Sample, Callable[[], float]]:
-        """An empty sample for some of the method's metrics, and a counter of the passes that it spends."""
+    def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+        """An empty sample for some of the method's metrics, and what it costs."""
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
         return self.several(prepared, (metric,), passes, seed)[metric]
@@ -224,16 +229,16 @@ class Incremental(Stochastic):
             rtol: stop as soon as every metric's interval reaches no further than its value times this, to either side.
             confidence: of that interval.
         """
-        sample, spent = self.begin(prepared, names, seed)
+        sample, ledger = self.begin(prepared, names, seed)
         most = passes // max(self.passes_per_probe(name) for name in names)
         drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, self.fewest_probes, sample.least))
         while True:
             sample.extend(batch)
             drawn += batch
             said = {name: sample.read(name) for name in names}
-            cost = spent()
+            spent, notes = ledger()
             found = {
-                name: Estimate(read.value, read.error, cost, self.name, self.notes(prepared), name, read.degrees)
+                name: Estimate(read.value, read.error, spent, self.name, notes, name, read.degrees)
                 for name, read in said.items()
             }
             if rtol is None:
@@ -252,10 +257,6 @@ class Incremental(Stochastic):
                 found[name] = replace(found[name], notes=(*found[name].notes, note))
         return found
 
-    def notes(self, prepared: Any) -> tuple[str, ...]:
-        """What the user should know about how it was computed."""
-        return ()
-
 
 class Sampling(Incremental):
     """An incremental method over Jacobian operators."""
@@ -264,7 +265,11 @@ class Sampling(Incremental):
     def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
         """An empty sample for some of the method's metrics."""
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Callable[[], float]]:
+    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
         jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
         sample = self.sample(names, jacobians, jacobians[0].rng(seed))
-        return sample, lambda: sum(j.passes for j in jacobians)
+        return sample, lambda: (sum(j.passes for j in jacobians), _notes(jacobians))
+
+
+def _notes(jacobians: Sequence[Jacobian]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))

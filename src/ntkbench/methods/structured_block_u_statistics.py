@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ntkbench import metrics, statistics
 from ntkbench.errors import OverMemory
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.problems.base import Problem
 from ntkbench.sampling import Sample, moments_of, products, read_pairs
 from ntkbench.statistics import Reading
@@ -57,13 +57,11 @@ class StructuredBlockUStatistics(Incremental):
 
         return Prepared(problem, target)
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Callable[[], float]]:
+    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
         engine = prepared.engine
         before = engine.directions_taken
-        return _Groups(prepared, names, seed), lambda: (engine.directions_taken - before) / len(prepared.x)
-
-    def notes(self, prepared: Prepared) -> tuple[str, ...]:
-        return tuple(f"{name} written out: {why}" for name, why in prepared.engine.fallbacks().items())
+        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
+        return _Groups(prepared, names, seed), lambda: ((engine.directions_taken - before) / len(prepared.x), notes)
 
 
 class _Groups(Sample):
