@@ -42,6 +42,7 @@ KNOWN = {
     "hutchpp": (BLUE, "D"),
     "hutchpp_paper": (SKY, "D"),
     "hutchpp_one_sided": (BLUE, "<"),
+    "hutchpp_adaptive": (BLUE, "o"),
     "nystrompp": (BLUE, "p"),
     "one_sided_paper_reverse": (ORANGE, "<"),
     "one_sided_reverse": (VERMILION, "<"),
