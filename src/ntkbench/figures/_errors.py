@@ -156,12 +156,12 @@ def _line(panel: Axes, line: pd.DataFrame, cost: Cost, look: Look, backend: str,
 
 
 def _guides(panel: Axes, points: pd.DataFrame, cost: Cost) -> None:
-    """Theory's slopes, from one point: the first just above the stochastic methods, the others below it."""
+    """Theory's slopes, from one point above the cheapest stochastic method; the first stays above all of them."""
     if len(points):
-        height = 2 * (points["error_drawn"] * points[cost.column] ** -cost.slopes[0]).max()
-        x = pd.Series(panel.get_xlim())
+        x = pd.Series([points[cost.column].min(), panel.get_xlim()[1]])
+        height = 2 * (points["error_drawn"] * (points[cost.column] / x[0]) ** -cost.slopes[0]).max()
         for slope in cost.slopes:
-            y = height * x[0] ** cost.slopes[0] * (x / x[0]) ** slope
+            y = height * (x / x[0]) ** slope
             panel.plot(x, y, color=_canvas.PALE, linewidth=1.2, linestyle=DOTS[slope], zorder=1)
 
 

@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     metrics = base.metrics_in(plotted)
     titles = [look.title for look in style.values()]
     figure, ((*panels,),) = _canvas.sheet(
-        [_canvas.Row(0.34 * len(lines) + 0.2, above=0.45, below=0.3)],
+        [_canvas.Row(0.34 * len(lines) + 0.2, above=0.4, below=0.3)],
         len(metrics),
         title="Coverage of 95 % intervals",
         subtitle=base.settings_line(table).replace("median over", "over"),
@@ -46,14 +46,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     low = min(0.8, math.floor(plotted["low"].min() * 20) / 20)
     for panel, metric in zip(panels, metrics, strict=True):
-        panel.set(xlim=(low, 1.0), ylim=(len(lines) - 0.4, -0.6), yticks=range(len(lines)), xlabel="coverage")
+        panel.set(xlim=(low, 1.01), ylim=(len(lines) - 0.4, -0.6), yticks=range(len(lines)), xlabel="coverage [%]")
         panel.set_yticklabels(titles if panel is panels[0] else [])
         panel.tick_params(axis="y", length=0)
         panel.xaxis.set_major_locator(MultipleLocator(0.05 if low >= 0.8 else 0.1 if low >= 0.6 else 0.2))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
         panel.axvspan(*TARGET, color="#E3EFE8", linewidth=0, zorder=0)
         panel.axvline(0.95, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)), zorder=1)
-        _canvas.title(panel, _labels.metric_label(metric), "")
+        _canvas.heading(panel, _labels.metric_label(metric), offset=6)
         _panel(panel, plotted[plotted["metric"] == metric], style, lines)
     return base.Drawing(figure, plotted, _caption(plotted))
 
@@ -107,11 +107,13 @@ def _reading(plotted: pd.DataFrame) -> list[_key.Entry]:
 
 def _caption(plotted: pd.DataFrame) -> str:
     inside = int(plotted["in_target"].sum())
+    outside = int(((plotted["high"] < TARGET[0]) | (plotted["low"] > TARGET[1])).sum())
     total = plotted["seeds"].sum()
+    held = 100 * (plotted["covered"] * plotted["seeds"]).sum() / total
     return (
-        f"Share of seeds whose 95 % interval holds the exact value, pooled over problems, backends and budgets: "
+        "Share of seeds whose 95 % interval holds the exact value, pooled over problems, backends and budgets: "
         f"{int(total)} estimates of {len(plotted)} pairs of method and metric (and group of effective ranks), {inside} "
-        f"of them within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %. Bars are Wilson's, "
-        f"95 %. Open markers: problems of an effective rank below {FEW}. "
-        f"Over all of them {100 * (plotted['covered'] * plotted['seeds']).sum() / total:.1f} % are held."
+        f"of them within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %, and {outside} further from it "
+        "than their bar is long. Bars are Wilson's 95 % intervals for the share. Open markers: problems of an "
+        f"effective rank below {FEW}. Over all of them {held:.1f} % are held."
     )
