@@ -19,7 +19,6 @@ LOSSES = {
     "cross_entropy": "cross-entropy",
     "cross_entropy_decay": "cross-entropy, weight decay",
     "mse": "mean squared error",
-    "mse_decay": "mean squared error, weight decay",
 }
 
 
@@ -38,7 +37,7 @@ class Settings(base.Settings):
     width: PositiveInt = 512
     steps: PositiveInt = 4000
     looks: int = Field(default=11, ge=2)
-    rate: PositiveFloat = 0.05
+    rate: PositiveFloat = 0.1
     decay: PositiveFloat = 0.01
     batch: PositiveInt = 128
     inits: PositiveInt = 3
@@ -83,7 +82,7 @@ def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
             found += _look(network, held_out[: settings.images], step, init, _pntk)
         chosen = torch.randint(len(images), (settings.batch,), generator=shuffle).to(device)
         outputs = network(images[chosen])
-        if loss.startswith("mse"):
+        if loss == "mse":
             value = torch.nn.functional.mse_loss(outputs, targets[chosen])
         else:
             value = torch.nn.functional.cross_entropy(outputs, labels[chosen])
