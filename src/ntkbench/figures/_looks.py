@@ -24,6 +24,8 @@ MARKERS = {"exact": "s^vdPX", "approximate": "*H", "stochastic": "oD<>p"}
 KNOWN = {
     "naive_jacobian": (BLACK, "s"),
     "direct": (WINE, "d"),
+    "direct_one_by_one": (INDIGO, "d"),
+    "jacobian": (BLACK, "X"),
     "jacobian_contraction": (BLUE, "^"),
     "ntk_vector_products": (GREEN, "v"),
     "nt_jacobian_contraction": (SKY, "^"),

@@ -114,9 +114,7 @@ def _by_columns(
         stops = [*range(0, count, size), count]
 
         def once() -> float:
-            return sum(
-                float((o.ntk(o.basis(a, b)) ** 2).sum()) for o in operators for a, b in zip(stops, stops[1:])
-            )
+            return sum(float((o.ntk(o.basis(a, b)) ** 2).sum()) for o in operators for a, b in zip(stops, stops[1:]))
 
         for operator in operators:
             float(operator.ntk(operator.basis(0, min(size, count))).sum())  # the forward pass, and warm
