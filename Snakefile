@@ -115,7 +115,13 @@ rule compare:
         timer=1,
     params:
         threads=STUDY.threads,
-        fingerprint=grid.sources_fingerprint("ntkbench.structured", "ntkbench.methods", "ntkbench.problems"),
+        fingerprint=grid.sources_fingerprint(
+            *(
+                f"ntkbench.{room}.{name}"
+                for room in ("methods", "problems")
+                for name in plugins.names(f"ntkbench.{room}")
+            )
+        ),
     shell:
         "python -m benchmarks.{wildcards.comparison} --threads {params.threads} --output {output:q} > {log:q} 2>&1"
 
