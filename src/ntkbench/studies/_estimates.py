@@ -96,7 +96,7 @@ def baseline(settings: Settings, problem: Problem, metric: str, name: str, **col
         exact = reference.exact(problem)[metric]
         times, found = running.timed(lambda: method.estimate(prepared, metric), settings.timing_seconds)
         error = abs(found[0].value - exact) / abs(exact)
-        return {**running.quartiles("seconds", times[1:] or times), **running.quartiles("error", [error]), "share": 1.0}
+        return {**running.quartiles("seconds", times), **running.quartiles("error", [error]), "share": 1.0}
 
     return base.row(case_of(problem, metric, name, method.title, **columns), measure)
 
@@ -116,8 +116,6 @@ def _by_columns(
         def once() -> float:
             return sum(float((o.ntk(o.basis(a, b)) ** 2).sum()) for o in operators for a, b in zip(stops, stops[1:]))
 
-        for operator in operators:
-            float(operator.ntk(operator.basis(0, min(size, count))).sum())  # the forward pass, and warm
         times, _ = running.timed(once, settings.timing_seconds)
         return {**running.quartiles("seconds", np.array(times) * j.n / count), "share": count / j.n}
 
