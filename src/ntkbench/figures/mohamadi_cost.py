@@ -31,11 +31,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     there = _published.values("mohamadi_figure1_tiny_imagenet")
     for panels, N in zip(grid, samples, strict=True):
-        for panel, O in zip(panels, outputs, strict=True):
-            rows = points[(points["N"] == N) & (points["O"] == O)]
-            shown = there[there["outputs"] == O] if N == max(samples) else there.iloc[:0]
-            heading = "two images by themselves" if N == min(samples) else f"all pairs of {N:g} images"
-            _canvas.title(panel, heading, f"O = {O:g}")
+        for panel, output in zip(panels, outputs, strict=True):
+            rows = points[(points["N"] == N) & (points["O"] == output)]
+            shown = there[there["outputs"] == output] if max(samples) == N else there.iloc[:0]
+            heading = "two images by themselves" if min(samples) == N else f"all pairs of {N:g} images"
+            _canvas.title(panel, heading, f"O = {output:g}")
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "depth", "seconds_per_pair", looks[method])
             for kernel, method in PUBLISHED.items():
@@ -46,7 +46,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             _series.logarithmic(panel, depths, [*points["seconds_per_pair"], *shown["seconds_per_pair"]])
             _series.counts(panel, depths)
             panel.set(xlabel="depth", ylabel="seconds per pair")
-    return base.Drawing(figure, table[list(COLUMNS) + ["status", "reason"]], _caption(table, points, there))
+    return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, points, there))
 
 
 def ratios(points: pd.DataFrame) -> pd.DataFrame:
@@ -74,10 +74,10 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> 
     for N, rows in found.groupby("N"):
         top = rows[rows["O"] == rows["O"].max()]
         if len(top):
-            where = "two images by themselves" if N == found["N"].min() else f"all pairs of {N:g}"
+            where = "two images by themselves" if found["N"].min() == N else f"all pairs of {N:g}"
             text += f" Here, O = {top['O'].iloc[0]:g}, {where}: {_series.ratio_words(top['ratio'])}."
     return (
-        f"{text} The NTK takes O backward passes for each image and O^2 products for each pair, the pNTK one of either: "
-        "the ratio is at most O where passes dominate, as for images by themselves, and goes up to O^2 where products do, "
-        "so ratios far above O can only be amortised ones, over many pairs."
+        f"{text} The NTK takes O backward passes for each image and O^2 products for each pair, the pNTK one of "
+        "either: the ratio is at most O where passes dominate, as for images by themselves, and goes up to O^2 where "
+        "products do, so ratios far above O can only be amortised ones, over many pairs."
     )

@@ -67,11 +67,12 @@ def _summary(points: pd.DataFrame) -> pd.DataFrame:
 
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     text = (
-        "A fully connected network trained on scikit-learn's digits by gradient descent; above how far each kernel between "
-        "samples is from Theta on held-out images, below the readout's part along the sum of logits and how far the pNTK is "
-        f"from the last layer's kernel; medians over {plotted['inits'].max()} initialisations with quartiles. The softmax's "
-        "gradients sum to zero over logits, so gradient descent on the cross-entropy leaves 1^T V as it is (||V|| grows), and weight decay "
-        "shrinks it; the sum of logits then has gradients in the last layer alone."
+        "A fully connected network trained on scikit-learn's digits by gradient descent; above how far each kernel "
+        "between samples is from Theta on held-out images, below the readout's part along the sum of logits and how "
+        f"far the pNTK is from the last layer's kernel; medians over {plotted['inits'].max()} initialisations with "
+        "quartiles. The softmax's gradients sum to zero over logits, so gradient descent on the cross-entropy leaves "
+        "1^T V as it is (||V|| grows), and weight decay shrinks it; the sum of logits then has gradients in the last "
+        "layer alone."
     )
     once = plotted[plotted["kernel"] == "sum_of_logits"]
     said = []
@@ -79,7 +80,7 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
         first, last = rows.iloc[0], rows.iloc[-1]
         said.append(
             f"{titles[loss]}: the pNTK's difference from {first['difference']:.2f} to {last['difference']:.2f}, "
-            f"||1^T V|| / ||V|| from {first['sum_direction']:.2g} to {last['sum_direction']:.2g}, distance to the last layer's "
-            f"kernel from {first[TO_LAST]:.2g} to {last[TO_LAST]:.2g}"
+            f"||1^T V|| / ||V|| from {first['sum_direction']:.2g} to {last['sum_direction']:.2g}, distance to the last "
+            f"layer's kernel from {first[TO_LAST]:.2g} to {last[TO_LAST]:.2g}"
         )
     return f"{text} {'; '.join(said)}."

@@ -117,11 +117,11 @@ def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, looks: dict[str, _loo
 def _caption(points: pd.DataFrame) -> str:
     inits = points.groupby(["family", "width"])["init"].nunique().max()
     text = (
-        "Kernels A between samples that stand for Theta as A (x) I, for networks with He initialisation on scikit-learn's "
-        f"digits (O = 10), against width (channels, or WideResNet's factor); medians over {inits} initialisations with "
-        "quartiles. The trace kernel is the best of all in the Frobenius norm, the floor of the first row. Kernel regression "
-        "f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on held-out images. Condition numbers of the NTK itself may "
-        "be at the limit of float64."
+        "Kernels A between samples that stand for Theta as A (x) I, for networks with He initialisation on "
+        f"scikit-learn's digits (O = 10), against width (channels, or WideResNet's factor); medians over {inits} "
+        "initialisations with quartiles. The trace kernel is the best of all in the Frobenius norm, the floor of the "
+        "first row. Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on held-out images. "
+        "Condition numbers of the NTK itself may be at the limit of float64."
     )
     slopes = {family: slope(points[points["family"] == family], "sum_of_logits") for family in FAMILIES}
     words, agreeing = [], []
@@ -137,17 +137,17 @@ def _caption(points: pd.DataFrame) -> str:
             "."
             if all(agreeing)
             else (
-                "; where -1/2 is outside, widths are too small for the leading term, or the network's width is not that of all "
-                "its layers."
+                "; where -1/2 is outside, widths are too small for the leading term, or the network's width is not "
+                "that of all its layers."
             )
         )
     text += _expected(points)
     accuracy = points.groupby("kernel")["accuracy"].mean()
     if {"full", "sum_of_logits"} <= set(accuracy.index):
         text += (
-            f" Test accuracy over all networks: {accuracy['full']:.2f} with Theta, {accuracy['sum_of_logits']:.2f} with the "
-            "pNTK. What the paper does not show: the single logit and a random direction do as well as the sum at "
-            "initialisation wherever the lines lie on each other, all of them close to the floor."
+            f" Test accuracy over all networks: {accuracy['full']:.2f} with Theta, {accuracy['sum_of_logits']:.2f} "
+            "with the pNTK. What the paper does not show: the single logit and a random direction do as well as the "
+            "sum at initialisation wherever the lines lie on each other, all of them close to the floor."
         )
     return text
 

@@ -28,9 +28,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     for panels, N in zip(grid, samples, strict=True):
         panels[0].set_ylabel("FLOP per entry")
-        for panel, O in zip(panels, outputs, strict=True):
-            rows = points[(points["N"] == N) & (points["O"] == O)]
-            _canvas.title(panel, f"O = {O:g}, N = {N:g}", "")
+        for panel, output in zip(panels, outputs, strict=True):
+            rows = points[(points["N"] == N) & (points["O"] == output)]
+            _canvas.title(panel, f"O = {output:g}, N = {N:g}", "")
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "width", "flops_per_entry", looks[method])
             _series.logarithmic(panel, points["width"], points["flops_per_entry"])
@@ -42,24 +42,25 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 def _caption(points: pd.DataFrame) -> str:
     text = (
-        "Floating-point operations of the whole NTK, over its N^2 O^2 entries, of a ReLU network with ten layers on 784 "
-        "inputs. neural-tangents' programs and the Jacobian alone: the cost analysis of the lowered program, nothing is run. "
-        "Our kernel by layers: its matrix products are counted while it runs, so element-wise work is not, and of a "
-        "symmetric kernel it computes a triangle where that pays."
+        "Floating-point operations of the whole NTK, over its N^2 O^2 entries, of a ReLU network with ten layers on "
+        "784 inputs. neural-tangents' programs and the Jacobian alone: the cost analysis of the lowered program, "
+        "nothing is run. Our kernel by layers: its matrix products are counted while it runs, so element-wise work is "
+        "not, and of a symmetric kernel it computes a triangle where that pays."
     )
     wide = points.pivot_table(index=["N", "O", "width"], columns="method", values="flops_per_entry")
     last = wide.xs(wide.index.get_level_values("width").max(), level="width")
     said = []
-    for (N, O), row in last.iterrows():
+    for (N, output), row in last.iterrows():
         contraction, structured = row.get("nt_jacobian_contraction"), row.get(THEIRS)
         products, alone = row.get("nt_ntk_vector_products"), row.get("jacobian")
         said.append(
-            f"N = {N:g}, O = {O:g}: contraction {contraction / structured:.2g}, NTK-vector products "
+            f"N = {N:g}, O = {output:g}: contraction {contraction / structured:.2g}, NTK-vector products "
             f"{products / structured:.2g}, the Jacobian alone {alone / structured:.2g}"
         )
     text += (
-        f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}. What agrees with "
-        "the paper: structured derivatives are at the cost of the Jacobian alone or below, and gain with O and width."
+        f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}. What agrees "
+        "with the paper: structured derivatives are at the cost of the Jacobian alone or below, and gain with O and "
+        "width."
         if _structured_wins(last)
         else f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}. What does not "
         "agree with the paper: structured derivatives are not the cheapest everywhere."

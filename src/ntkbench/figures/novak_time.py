@@ -31,14 +31,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     for panels, (quantity, label) in zip(grid, LABELS.items(), strict=True):
         panels[0].set_ylabel(label)
-        for panel, O in zip(panels, outputs, strict=True):
-            rows = points[points["O"] == O]
+        for panel, output in zip(panels, outputs, strict=True):
+            rows = points[points["O"] == output]
             if quantity == "seconds":
-                _canvas.title(panel, f"O = {O:g}, N = {table['N'].iloc[0]:g}", "")
+                _canvas.title(panel, f"O = {output:g}, N = {table['N'].iloc[0]:g}", "")
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "width", quantity, looks[method])
             _series.logarithmic(panel, table["width"], points[quantity])
-            _lost(panel, table[(table["O"] == O) & (table["status"] == "out_of_memory")], looks)
+            _lost(panel, table[(table["O"] == output) & (table["status"] == "out_of_memory")], looks)
             _series.counts(panel, table["width"])
             panel.tick_params(labelleft=panel is panels[0], labelbottom=panel in grid[1])
     for panel in grid[1]:
@@ -58,16 +58,16 @@ def _lost(panel, lost: pd.DataFrame, looks: dict[str, _looks.Look]) -> None:
 def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
     budget = table["budget_mb"].iloc[0]
     text = (
-        f"Seconds (without compiling) and memory of the whole NTK of a ReLU network with ten layers, N = {table['N'].iloc[0]:g}. "
-        "Memory of the JAX programs: arguments, results and temporaries as the compiler plans them; of ours: the peak over "
-        f"that before the call, and the arguments. Programs that would go over the budget of {budget:g} MiB (dashed) are "
-        "compiled and not run."
+        "Seconds (without compiling) and memory of the whole NTK of a ReLU network with ten layers, N = "
+        f"{table['N'].iloc[0]:g}. Memory of the JAX programs: arguments, results and temporaries as the compiler plans "
+        "them; of ours: the peak over that before the call, and the arguments. Programs that would go over the budget "
+        f"of {budget:g} MiB (dashed) are compiled and not run."
     )
     lost = table[table["status"] == "out_of_memory"]
     if len(lost):
         firsts = lost.groupby(["title", "O"])["width"].min()
         text += " Over the budget from: " + "; ".join(
-            f"{title} at width {width:g} (O = {O:g})" for (title, O), width in firsts.items()
+            f"{title} at width {width:g} (O = {output:g})" for (title, output), width in firsts.items()
         )
         text += "."
     wide = points.pivot_table(index=["O", "width"], columns="method", values="seconds")
@@ -77,13 +77,14 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
         there = _published.values("novak_notebooks", network="FC 3072-2048x3-8").set_index("method")["milliseconds"]
         known = there["nt_jacobian_contraction"] / there["nt_structured_derivatives"]
         text += (
-            f" Structured derivatives are {_series.ratio_words(gain)} times faster than Jacobian contraction, growing with "
-            f"width and O as published ({known:.0f} times in neural-tangents' notebook: 3 layers of 2048, N = 16, O = 8, a T4)."
+            f" Structured derivatives are {_series.ratio_words(gain)} times faster than Jacobian contraction, growing "
+            f"with width and O as published ({known:.0f} times in neural-tangents' notebook: 3 layers of 2048, N = 16, "
+            "O = 8, a T4)."
         )
     if theirs is not None and "structured_derivatives" in wide:
         ratio = wide["structured_derivatives"] / theirs
         text += (
-            f" Ours in PyTorch over neural-tangents' compiled program: {_series.ratio_words(ratio)}; small networks pay for "
-            "Python's calls."
+            f" Ours in PyTorch over neural-tangents' compiled program: {_series.ratio_words(ratio)}; small networks "
+            "pay for Python's calls."
         )
     return text
