@@ -57,14 +57,14 @@ def _caption(points: pd.DataFrame) -> str:
             f"N = {N:g}, O = {output:g}: contraction {contraction / structured:.2g}, NTK-vector products "
             f"{products / structured:.2g}, the Jacobian alone {alone / structured:.2g}"
         )
-    text += (
-        f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}. What agrees "
-        "with the paper: structured derivatives are at the cost of the Jacobian alone or below, and gain with O and "
-        "width."
-        if _structured_wins(last)
-        else f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}. What does not "
-        "agree with the paper: structured derivatives are not the cheapest everywhere."
-    )
+    text += f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}."
+    if _structured_wins(last):
+        text += (
+            " What agrees with the paper: structured derivatives take the fewest of the three, the fewer the larger N "
+            "and O are, and little more than the Jacobian alone."
+        )
+    else:
+        text += " What does not agree with the paper: structured derivatives do not take the fewest everywhere."
     if OURS in wide:
         text += f" Ours over neural-tangents' structured derivatives: {_series.ratio_words(wide[OURS] / wide[THEIRS])}."
     return text
