@@ -12,6 +12,9 @@ import numpy as np
 
 from ntkbench.errors import OverMemory, Unavailable
 
+PATIENCE = 5.0
+"""Seconds after which a first call counts."""
+
 
 def use_threads(threads: int) -> None:
     """One number of threads for all backends: torch is told; XLA goes by the processors that the process may use."""
@@ -24,16 +27,23 @@ def use_threads(threads: int) -> None:
 def timed(call: Callable[[], Any], seconds: float, most: int = 100) -> tuple[list[float], list[Any]]:
     """Seconds of each call and what it returned, again and again until ``seconds`` are over; one call at least.
 
+    A first call, which may trace and compile, is made before and does not count, unless it takes longer than
+    :data:`PATIENCE`: what is so long is not made twice for a first call's sake.
+
     Args:
         call: must end with a number on the host, so that a device has done its work.
         seconds: after which no further call is begun.
         most: calls.
     """
     times, found = [], []
-    while not times or (len(times) < most and sum(times) < seconds):
+    for i in range(most + 1):
         start = time.perf_counter()
         found.append(call())
         times.append(time.perf_counter() - start)
+        if i == 0 and times[0] <= PATIENCE:
+            times.clear()
+        elif sum(times) >= seconds:
+            break
     return times, found
 
 

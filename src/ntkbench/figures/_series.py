@@ -22,7 +22,7 @@ QUARTILES = (Patch(color=_looks.GREY, alpha=0.25, linewidth=0), "quartiles")
 
 def looks(table: pd.DataFrame) -> dict[str, _looks.Look]:
     """The look of every method in a study's table, which need not say what kind a method is."""
-    return _looks.looks(table.assign(kind=table["kind"] if "kind" in table else "exact"))
+    return _looks.looks(table.assign(kind=table.get("kind", "exact")))
 
 
 def entries(chosen: Iterable[_looks.Look]) -> list[tuple[Any, str]]:

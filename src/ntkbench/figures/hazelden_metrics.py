@@ -63,11 +63,11 @@ def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
     data = "MNIST" if "mnist" in plotted["problem"].iloc[0] else "scikit-learn's digits (MNIST was not to be had)"
     timed = f"timed on {share:.2g} of its columns and extrapolated" if share < 1 else "timed in full"
     text = (
-        f"Relative errors of ||Theta||_F^2, alignment and effective rank of a ReLU network with two hidden layers of 256, "
-        f"trained on {data}, against the runtime in percent of direct's, {timed}: products with Theta for every basis "
-        "vector, in blocks (above) and one at a time as the script has them (below). Medians over reruns with quartiles. "
-        "Hutch++ takes a trace of its own for each of Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all three. "
-        "Crosses are published, on MNIST."
+        "Relative errors of ||Theta||_F^2, alignment and effective rank of a ReLU network with two hidden layers of "
+        f"256, trained on {data}, against the runtime in percent of direct's, {timed}: products with Theta for every "
+        "basis vector, in blocks (above) and one at a time as the script has them (below). Medians over reruns with "
+        "quartiles. Hutch++ takes a trace of its own for each of Theta^2, Theta_f^2 and Theta Theta_f; shared probes "
+        "serve all three. Crosses are published, on MNIST."
     )
     best = []
     for metric, series in METRICS.items():

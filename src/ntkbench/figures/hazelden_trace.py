@@ -76,9 +76,10 @@ def _errors(panel: Axes, rows: pd.DataFrame, network: str, size: str, looks: dic
 
 def _caption(points: pd.DataFrame) -> str:
     text = (
-        "Estimates of tr Theta by the three estimators of the paper's script, medians over reruns with quartiles: on the "
-        "left over the exact value against the script's m, then their relative errors against the seconds of one estimate, for large and for "
-        f"small m. Errors below {FLOOR:g} are drawn there. Crosses are the published medians, estimates to three digits."
+        "Estimates of tr Theta by the three estimators of the paper's script, medians over reruns with quartiles: on "
+        "the left over the exact value against the script's m, then their relative errors against the seconds of one "
+        f"estimate, for large and for small m. Errors below {FLOOR:g} are drawn there. Crosses are the published "
+        "medians, estimates to three digits."
     )
     errors, times = [], []
     for (network, size), samples in _samples().items():
@@ -95,9 +96,9 @@ def _caption(points: pd.DataFrame) -> str:
             times += list(both["seconds"] / both["x"])
     if errors:
         text += (
-            f" What agrees: at equal m the errors, ours over published {_series.ratio_words(errors)} with few reruns on "
-            "either side, and their order: reverse and forward fall as m to the power -1/2, Hutch++ reaches rounding "
-            "once its sketch holds the effective rank. What does not: the seconds, ours over published "
+            f" What agrees: at equal m the errors, ours over published {_series.ratio_words(errors)} with few reruns "
+            "on either side, and their order: reverse and forward fall as m to the power -1/2, Hutch++ reaches "
+            "rounding once its sketch holds the effective rank. What does not: the seconds, ours over published "
             f"{_series.ratio_words(times)}, as the machines differ and we put probes into blocks."
         )
     return text

@@ -19,7 +19,7 @@ class Settings(_estimates.Settings):
 
     Attributes:
         problem: with weights before and after training.
-        samples: probes of shared-probe alignment; columns in the sketch of Hutch++, which takes three products for each.
+        samples: probes of shared-probe alignment; columns in the sketch of Hutch++, three products each.
     """
 
     problem: str = "gru_hazelden"

@@ -73,7 +73,7 @@ def _row(
             shared[prepare] = method.prepare(problem, target)
         times, _ = running.timed(lambda: method.estimate(shared[prepare], "norm"), settings.timing_seconds)
         pairs = problem.N * (problem.N + 1) // 2
-        spread = running.quartiles("seconds", times[1:] or times)
+        spread = running.quartiles("seconds", times)
         return spread | {"pairs": pairs, "seconds_per_pair": spread["seconds"] / pairs}
 
     return base.row(case, measure)

@@ -6,9 +6,12 @@ our kernel by layers by counting matrix products while it runs, up to a size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from ntkbench.problems.base import Definition
 from ntkbench.studies import base
 
 PLUGINS = ("ntkbench.studies._programs", "ntkbench.problems.novak")
@@ -40,34 +43,36 @@ def run(settings: Settings) -> pd.DataFrame:
     for width in settings.widths:
         for outputs in settings.outputs:
             network = fc_relu(N=1, O=outputs, width=width, depth=HIDDEN)
-            shapes = {name: tuple(w.shape) for name, w in network.module.named_parameters()}
-            parameters = sum(w.numel() for w in network.module.parameters())
+            sizes = {"O": outputs, "width": width, "P": sum(w.numel() for w in network.module.parameters())}
             for samples in settings.samples:
                 for name, title in _programs.TITLES.items():
-                    case = {"N": samples, "O": outputs, "width": width, "P": parameters, "method": name, "title": title}
-                    if name == "structured_derivatives":
-                        if width > settings.largest_run or samples * outputs * width > settings.largest_rows:
-                            rows.append(base.left_out(case, "is run to be counted, and would take long"))
-                            continue
-                        rows.append(base.row(case, lambda c=case: _entry(c, _ours(settings, c))))
-                        continue
-                    x = (samples, *network.x.shape[1:])
-                    rows.append(
-                        base.row(
-                            case,
-                            lambda c=case, name=name, x=x: _entry(
-                                c, _programs.flops(_programs.lowered(name, network.jax_forward, shapes, x))
-                            ),
-                        )
-                    )
+                    case = {"N": samples, **sizes, "method": name, "title": title}
+                    rows.append(_row(settings, case, network))
     return pd.DataFrame(rows)
 
 
-def _entry(case: dict, flops: float) -> dict[str, float]:
-    return {"flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
+def _row(settings: Settings, case: dict[str, Any], network: Definition) -> dict[str, Any]:
+    rows = case["N"] * case["O"] * case["width"]
+    ours = case["method"] == "structured_derivatives"
+    if ours and (case["width"] > settings.largest_run or rows > settings.largest_rows):
+        return base.left_out(case, "is run to be counted, and would take long")
+
+    def measure() -> dict[str, float]:
+        flops = _ours(settings, case) if ours else _theirs(case, network)
+        return {"flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
+
+    return base.row(case, measure)
 
 
-def _ours(settings: Settings, case: dict) -> float:
+def _theirs(case: dict[str, Any], network: Definition) -> float:
+    from ntkbench.studies import _programs
+
+    shapes = {name: tuple(w.shape) for name, w in network.module.named_parameters()}
+    x = (case["N"], *network.x.shape[1:])
+    return _programs.flops(_programs.lowered(case["method"], network.jax_forward, shapes, x))
+
+
+def _ours(settings: Settings, case: dict[str, Any]) -> float:
     from ntkbench.problems.novak import fc_relu
     from ntkbench.studies import _programs
 
