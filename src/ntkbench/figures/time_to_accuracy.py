@@ -10,20 +10,22 @@ from ntkbench.figures import _canvas, _key, _labels, _looks, _tasks, base
 LADDER = {f"{error:.3g}": error for error in np.geomspace(0.3, 1e-6, 23)}
 """Tolerances of the median relative error, by what they are called in the CSV."""
 COLUMNS = 3
+CASE = ["metric", "problem", "setting"]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A panel for each metric and problem: the front over all methods, and behind it all that was measured."""
     front = fronts(table)
+    alone = front.groupby(CASE)["method"].transform("nunique") == 1
+    front, single = (front, 0) if alone.all() else (front[~alone], len(front[alone].drop_duplicates(CASE)))
     if not len(front):
         return base.nothing(front, f"Nothing was measured.\n{_labels.why_not(table)}")
     points = base.measured(table, "seconds", "error")
     style = {m: look for m, look in _looks.looks(table).items() if m in set(front["method"])}
     used = {m: _looks.backends_in(front[front["method"] == m]) for m in style}
     backends = _key.backend_entries(_looks.backends_in(front), linestyle=False)
-    case = ["metric", "problem", "setting"]
     order = {metric: i for i, metric in enumerate(base.metrics_in(front))}
-    cases = sorted(front.groupby(case, sort=False), key=lambda item: (order[item[0][0]], item[1]["n"].iloc[0]))
+    cases = sorted(front.groupby(CASE, sort=False), key=lambda item: (order[item[0][0]], item[1]["n"].iloc[0]))
     rows = _canvas.in_rows(cases, COLUMNS)
     figure, grid = _canvas.sheet(
         [_canvas.Row(2.0, above=0.6, below=0.35) for _ in rows],
@@ -53,7 +55,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             _canvas.decades(panel.xaxis, 1e-6, 0.5)
             _canvas.decades(panel.yaxis, *y)
             panel.tick_params(labelleft=panel is panels[0])
-    return base.Drawing(figure, front, _caption(front))
+    return base.Drawing(figure, front, _caption(front, single))
 
 
 def fronts(table: pd.DataFrame) -> pd.DataFrame:
@@ -65,12 +67,13 @@ def fronts(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _caption(front: pd.DataFrame) -> str:
+def _caption(front: pd.DataFrame, single: int) -> str:
     counts = front.groupby("title").size().sort_values(ascending=False)
     most = "; ".join(f"{title} {count / len(front):.0%}" for title, count in counts.head(4).items())
-    return (
+    text = (
         "The least measured time of any method whose median relative error is within what is allowed, from 30 % on the "
         "left to 1e-6 on the right, with the colour and marker of the method; pale dots are all that was measured. "
         "Where the front ends nothing measured is as accurate. Only methods that the configuration gives a problem "
         f"take part. Share of the front: {most}."
     )
+    return text + (f" {single} fronts on which one method is the fastest throughout have no panel." if single else "")
