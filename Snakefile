@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.utils import min_version
 
-from ntkbench import errors, figures, grid, paths
+from ntkbench import errors, figures, grid, paths, plugins
 
 min_version("9.0")
 
