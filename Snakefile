@@ -176,9 +176,8 @@ rule study:
 
 rule figure:
     input:
-        lambda wildcards: TABLES / (
-            f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"
-        ),
+        lambda wildcards: TABLES
+        / (f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"),
     output:
         multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
     log:
