@@ -21,7 +21,10 @@ min_version("9.0")
 
 ROOT = Path(workflow.basedir)
 # The asv suite is a folder of the checkout and not installed; what is installed may be another checkout.
-shell.prefix(f"export PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')}; ")
+# asv takes PYTHONPATH's folders off its path, even those of an editable install, unless its own variable names them.
+shell.prefix(
+    "".join(f"export {name}={shlex.quote(f'{ROOT}:{ROOT}/src')}; " for name in ("PYTHONPATH", "ASV_PYTHONPATH"))
+)
 
 if "grid" not in config:
 
