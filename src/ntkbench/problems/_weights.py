@@ -6,21 +6,25 @@ import copy
 import hashlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ntkbench import paths
 from ntkbench.problems.base import Definition, Weights
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Weights]:
-    """theta_0 and theta_f of a problem, in float32.
+    """theta_0 and theta_f of a problem, in float32: its parameters with ``requires_grad``, the others stay as they are.
 
     theta_f is looked up in ``results/reference/weights`` and in the cache, and trained (and cached) when neither has
     one that was trained from this very theta_0. Committing it keeps the exact references valid on machines whose
     kernels round differently.
     """
-    theta_0 = {key: w.detach().numpy().copy() for key, w in definition.module.named_parameters()}
+    theta_0 = _chosen(definition.module)
     cached = paths.cache() / "weights" / f"{name}-{_digest(theta_0)}.npz"
     for path in (committed_file(name), cached):
         stored = _read(path)
@@ -35,7 +39,12 @@ def train(definition: Definition) -> Weights:
     """theta_f, by training a copy of the network."""
     trained = copy.deepcopy(definition.module)
     definition.train(trained)
-    return {key: w.detach().numpy().copy() for key, w in trained.named_parameters()}
+    return _chosen(trained)
+
+
+def _chosen(module: nn.Module) -> Weights:
+    """The parameters that theta is made of; frozen ones are a part of the function."""
+    return {key: w.detach().numpy().copy() for key, w in module.named_parameters() if w.requires_grad}
 
 
 def committed_file(name: str) -> Path:

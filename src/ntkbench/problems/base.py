@@ -29,9 +29,10 @@ class Problem:
 
     Attributes:
         name: label, sizes included, such as ``"digits_mlp[N=64]"``.
-        module: ``x -> [N, ...outputs]``; its own weights are never used, ``theta_0`` or ``theta_f`` are put in.
+        module: ``x -> [N, ...outputs]``; ``theta_0`` or ``theta_f`` are put in for its own weights.
         x: inputs ``[N, ...]``.
-        theta_0: weights at initialisation, by parameter name.
+        theta_0: weights at initialisation, by parameter name; parameters of the module that are not among them are
+            frozen at the module's own values.
         theta_f: weights after training, for alignment; ``None`` where there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
@@ -98,7 +99,8 @@ def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[i
     from torch.func import functional_call
 
     arrays = {key: torch.empty(w.shape, device="meta") for key, w in weights.items()}
-    arrays |= {key: torch.empty_like(b, device="meta") for key, b in module.named_buffers()}
+    fixed = (*module.named_buffers(), *((key, w) for key, w in module.named_parameters() if key not in arrays))
+    arrays |= {key: torch.empty_like(b, device="meta") for key, b in fixed}
     inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
     inputs = inputs.float() if inputs.is_floating_point() else inputs
     return tuple(functional_call(module, arrays, (inputs,)).shape)
