@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,66 +92,70 @@ class Recurrent(nn.Module):
         self.recurrence = Recurrence(kind, names, alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        cell = Cell(self.recurrence)
-        b_hh = getattr(self, "bias_hh", None)
-        from_inputs = nn.functional.linear(x, self.weight_ih, self.bias_ih)
-        state = cell.start(x.new_zeros(x.shape[0], self.weight_hh.shape[1]))
-        states = []
-        for t in range(x.shape[1]):
-            from_state = nn.functional.linear(cell.sent(state, torch), self.weight_hh, b_hh)
-            state = cell.step(state, from_inputs[:, t], from_state, torch)
-            states.append(state[0])
-        states = torch.stack(states, 1)
-        return self.readout(states) if hasattr(self, "readout") else states
+        w = {role: operator.attrgetter(name)(self) for role, name in self.recurrence.names.items()}
+        states = trajectory(self.recurrence, w, x)[0]
+        return nn.functional.linear(states, w["readout_weight"], w["readout_bias"]) if "readout_weight" in w else states
 
 
-def jax_forward(module: Recurrent) -> Callable[[Mapping[str, Any], Any], Any]:
-    """The same network as a pure function of JAX arrays, ``(weights, x) -> [N, T, ...]``; frozen parameters are fixed.
+def trajectory(recurrence: Recurrence, w: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """All states (see :class:`Cell`) after each step, ``[N, T, H]``, from parameters by role and ``x [N, T, I]``."""
+    cell = Cell(recurrence)
+    from_inputs = nn.functional.linear(x, w["weight_ih"], w.get("bias_ih"))
+    state = cell.start(x.new_zeros(x.shape[0], w["weight_hh"].shape[1]))
+    states = []
+    for t in range(x.shape[1]):
+        from_state = nn.functional.linear(cell.sent(state, torch), w["weight_hh"], w.get("bias_hh"))
+        state = cell.step(state, from_inputs[:, t], from_state, torch)
+        states.append(state)
+    return tuple(torch.stack(part, 1) for part in zip(*states, strict=True))
 
-    Scanned by ``lax.scan``, so that it compiles in a time that does not depend on T.
+
+def frozen(module: nn.Module) -> dict[str, np.ndarray]:
+    """The parameters of a module that theta is not made of, on the host."""
+    return {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}
+
+
+def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
+    """The network of a module with a :class:`Recurrence` as a pure function of JAX arrays, ``(weights, x) -> [N, T,
+    ...]``; frozen parameters are fixed at what they are now.
     """
-    recurrence = module.recurrence
-    frozen = {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}
-    return lambda weights, x: _scanned(recurrence, {**frozen, **weights}, x)
+    recurrence, fixed = module.recurrence, frozen(module)
+
+    def forward(weights: Mapping[str, Any], x: Any) -> Any:
+        import jax.numpy as jnp
+
+        held = {**fixed, **weights}
+        w = {role: jnp.asarray(held[name], x.dtype) for role, name in recurrence.names.items()}
+        states = jax_trajectory(recurrence, w, x)[0]
+        return states @ w["readout_weight"].T + w["readout_bias"] if "readout_weight" in w else states
+
+    return forward
 
 
-def _scanned(recurrence: Recurrence, weights: Mapping[str, Any], x: Any) -> Any:
+def jax_trajectory(recurrence: Recurrence, w: Mapping[str, Any], x: Any) -> tuple[Any, ...]:
+    """:func:`trajectory` in JAX, by ``lax.scan``: it compiles in a time that does not depend on T."""
     import jax
     import jax.numpy as jnp
 
-    w = {role: jnp.asarray(weights[name], x.dtype) for role, name in recurrence.names.items()}
+    functions = _Functions(jnp.tanh, jax.nn.sigmoid)
     cell = Cell(recurrence)
-    b_hh = w.get("bias_hh", 0)
 
     def step(state: Any, from_input: Any) -> tuple[Any, Any]:
-        state = cell.step(state, from_input, cell.sent(state, _Jax) @ w["weight_hh"].T + b_hh, _Jax)
-        return state, state[0]
+        from_state = cell.sent(state, functions) @ w["weight_hh"].T + w.get("bias_hh", 0)
+        state = cell.step(state, from_input, from_state, functions)
+        return state, state
 
     start = cell.start(jnp.zeros((x.shape[0], w["weight_hh"].shape[1]), x.dtype))
-    from_inputs = x @ w["weight_ih"].T + w["bias_ih"]
-    states = jnp.swapaxes(jax.lax.scan(step, start, jnp.swapaxes(from_inputs, 0, 1))[1], 0, 1)
-    return states @ w["readout_weight"].T + w["readout_bias"] if "readout_weight" in w else states
+    from_inputs = x @ w["weight_ih"].T + w.get("bias_ih", 0)
+    _, states = jax.lax.scan(step, start, jnp.swapaxes(from_inputs, 0, 1))
+    return tuple(jnp.swapaxes(part, 0, 1) for part in states)
 
 
-class Functions(Protocol):
-    """The elementwise functions a cell is made of."""
+class _Functions(NamedTuple):
+    """The elementwise functions a cell is made of, as ``torch`` has them."""
 
     tanh: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
-
-
-class _Jax:
-    @staticmethod
-    def tanh(z: Any) -> Any:
-        import jax.numpy as jnp
-
-        return jnp.tanh(z)
-
-    @staticmethod
-    def sigmoid(z: Any) -> Any:
-        import jax
-
-        return jax.nn.sigmoid(z)
 
 
 class Cell:
@@ -168,25 +174,25 @@ class Cell:
         """The state before the first step."""
         return (zeros, zeros) if self._kind == "lstm" else (zeros,)
 
-    def sent(self, state: tuple[Any, ...], functions: Functions) -> Any:
+    def sent(self, state: tuple[Any, ...], functions: Any) -> Any:
         """What ``weight_hh`` is multiplied with."""
         return functions.tanh(state[0]) if self._kind == "ctrnn" else state[0]
 
-    def _rnn(self, state: Any, z_x: Any, z_h: Any, functions: Functions) -> tuple[Any]:
+    def _rnn(self, state: Any, z_x: Any, z_h: Any, functions: Any) -> tuple[Any]:
         return (functions.tanh(z_x + z_h),)
 
-    def _ctrnn(self, state: Any, z_x: Any, z_h: Any, functions: Functions) -> tuple[Any]:
+    def _ctrnn(self, state: Any, z_x: Any, z_h: Any, functions: Any) -> tuple[Any]:
         (h,) = state
         return (h + self._alpha * (z_x + z_h - h),)
 
-    def _gru(self, state: Any, z_x: Any, z_h: Any, functions: Functions) -> tuple[Any]:
+    def _gru(self, state: Any, z_x: Any, z_h: Any, functions: Any) -> tuple[Any]:
         (h,) = state
         (r_x, u_x, n_x), (r_h, u_h, n_h) = _gates(z_x, 3), _gates(z_h, 3)
         update = functions.sigmoid(u_x + u_h)
         new = functions.tanh(n_x + functions.sigmoid(r_x + r_h) * n_h)
         return (new + update * (h - new),)
 
-    def _lstm(self, state: Any, z_x: Any, z_h: Any, functions: Functions) -> tuple[Any, Any]:
+    def _lstm(self, state: Any, z_x: Any, z_h: Any, functions: Any) -> tuple[Any, Any]:
         enter, forget, new, out = _gates(z_x + z_h, 4)
         c = functions.sigmoid(forget) * state[1] + functions.sigmoid(enter) * functions.tanh(new)
         return functions.sigmoid(out) * functions.tanh(c), c
