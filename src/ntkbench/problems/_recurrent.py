@@ -93,13 +93,13 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = {role: operator.attrgetter(name)(self) for role, name in self.recurrence.names.items()}
-        states = trajectory(self.recurrence, w, x)[0]
+        states = trajectory(self.recurrence.kind, self.recurrence.alpha, w, x)[0]
         return nn.functional.linear(states, w["readout_weight"], w["readout_bias"]) if "readout_weight" in w else states
 
 
-def trajectory(recurrence: Recurrence, w: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+def trajectory(kind: str, alpha: float | None, w: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
     """All states (see :class:`Cell`) after each step, ``[N, T, H]``, from parameters by role and ``x [N, T, I]``."""
-    cell = Cell(recurrence)
+    cell = Cell(kind, alpha)
     from_inputs = nn.functional.linear(x, w["weight_ih"], w.get("bias_ih"))
     state = cell.start(x.new_zeros(x.shape[0], w["weight_hh"].shape[1]))
     states = []
@@ -126,19 +126,19 @@ def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
 
         held = {**fixed, **weights}
         w = {role: jnp.asarray(held[name], x.dtype) for role, name in recurrence.names.items()}
-        states = jax_trajectory(recurrence, w, x)[0]
+        states = jax_trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
         return states @ w["readout_weight"].T + w["readout_bias"] if "readout_weight" in w else states
 
     return forward
 
 
-def jax_trajectory(recurrence: Recurrence, w: Mapping[str, Any], x: Any) -> tuple[Any, ...]:
+def jax_trajectory(kind: str, alpha: float | None, w: Mapping[str, Any], x: Any) -> tuple[Any, ...]:
     """:func:`trajectory` in JAX, by ``lax.scan``: it compiles in a time that does not depend on T."""
     import jax
     import jax.numpy as jnp
 
     functions = _Functions(jnp.tanh, jax.nn.sigmoid)
-    cell = Cell(recurrence)
+    cell = Cell(kind, alpha)
 
     def step(state: Any, from_input: Any) -> tuple[Any, Any]:
         from_state = cell.sent(state, functions) @ w["weight_hh"].T + w.get("bias_hh", 0)
@@ -164,10 +164,10 @@ class Cell:
     A state is ``(h,)``, for an LSTM ``(h, c)``, each ``[N, H]``.
     """
 
-    def __init__(self, recurrence: Recurrence) -> None:
-        self._alpha = recurrence.alpha
-        self._kind = recurrence.kind
-        self.step = getattr(self, f"_{recurrence.kind}")
+    def __init__(self, kind: str, alpha: float | None) -> None:
+        self._alpha = alpha
+        self._kind = kind
+        self.step = getattr(self, f"_{kind}")
         """``(state, W_ih x + b_ih, W_hh sent + b_hh, functions) -> state``."""
 
     def start(self, zeros: Any) -> tuple[Any, ...]:
