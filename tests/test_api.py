@@ -119,7 +119,7 @@ def test_stochastic_methods_by_name(metric):
     assert first.passes == 100
     assert first.method == "hutchinson"
     assert abs(first.value - truth(model, X)[metric]) < 6 * first.standard_error
-    assert f(model, X, method="hutchinson").passes == api.PASSES
+    assert f(model, X, method="hutchinson").passes == methods.get("hutchinson").default_passes
 
 
 def test_approximate_methods_by_name():
@@ -294,11 +294,11 @@ def test_wrapping_says_what_it_wraps():
         ("norm", (6, 3), 2**30, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4 - 1, None, "jacobian_contraction"),
-        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "hutchinson"),
-        ("effective_rank", (6, 65), 2**30, None, "hutchinson"),
+        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "block_u_statistics"),
+        ("effective_rank", (6, 65), 2**30, None, "block_u_statistics"),
         ("alignment", (6, 64), 2**30, None, "structured_derivatives"),
-        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "shared_probe_alignment"),
-        ("alignment", (6, 3), 2**30, 5, "shared_probe_alignment"),
+        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "block_u_statistics"),
+        ("alignment", (6, 3), 2**30, 5, "block_u_statistics"),
         ("alignment", (6, 3), 2**30, 6, "structured_derivatives"),
     ],
 )
@@ -318,7 +318,8 @@ def test_auto_says_what_it_took_and_stays_in_its_budget():
     assert estimate.standard_error <= 1e-6 * estimate.value
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
     assert ntkbench.trace(model, x, passes=69).passes == 69
-    assert ntkbench.norm(model, x, passes=41).passes == 40
+    assert ntkbench.norm(model, x, passes=41).passes == 41
+    assert ntkbench.norm(model, x, passes=10, memory=1).method == "hutchinson"  # gradients would be made 3.5 times
 
 
 def test_auto_takes_the_naive_jacobian_for_a_few_interacting_samples():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 from ntkbench import metrics
@@ -12,6 +14,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.jacobian import Jacobian, Rng, linearise
 from ntkbench.metrics import Moments
 from ntkbench.problems.base import Problem
+from ntkbench.sampling import Sample
 from ntkbench.target import Target
 
 KINDS = ("exact", "approximate", "stochastic")
@@ -115,10 +118,20 @@ class Deterministic(Method):
 
 
 class Stochastic(Method):
-    """A method that draws probes, as many as a budget of passes buys."""
+    """A method that draws probes, as many as a budget of passes buys.
+
+    Attributes:
+        fewest_probes: the fewest that give a standard error.
+        default_passes: the budget where the user gives none.
+    """
 
     kind = "stochastic"
     fewest_probes: ClassVar[int] = 2
+    default_passes: ClassVar[int] = 256
+
+    def worthwhile_passes(self, problem: Problem) -> int | None:
+        """Passes after which more are a poor way to spend time on this problem; ``None`` where there is no such end."""
+        return None
 
     @abstractmethod
     def passes_per_probe(self, metric: str) -> int:
@@ -152,3 +165,78 @@ class Stochastic(Method):
     def _too_few(self, metric: str, passes: int) -> str | None:
         least = self.cost(metric, self.fewest_probes)
         return f"{metric} takes at least {least} passes" if passes < least else None
+
+
+class Incremental(Stochastic):
+    """A stochastic method whose probes can be added to: one sample serves several metrics, and grows to a tolerance.
+
+    Attributes:
+        first_batch: probes before the standard error is first looked at on the way to a tolerance.
+    """
+
+    first_batch: ClassVar[int] = 16
+
+    @abstractmethod
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+        """An empty sample for some of the method's metrics."""
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+        sample = self.sample((metric,), jacobians, rng)
+        sample.extend(probes)
+        return sample.read(metric)
+
+    def several(
+        self,
+        prepared: Prepared,
+        names: Sequence[str],
+        passes: int,
+        seed: int = 0,
+        rtol: float | None = None,
+        confidence: float = 0.95,
+    ) -> dict[str, Estimate]:
+        """Several metrics from the same probes, each with what all of them together cost.
+
+        Args:
+            prepared: what :meth:`prepare` returned.
+            names: the metrics.
+            passes: the most to spend.
+            seed: of the probes.
+            rtol: stop as soon as every metric's interval is no wider than its value times this, to either side.
+            confidence: of that interval.
+        """
+        dearest = "alignment" if "alignment" in names else names[0]
+        jacobians = prepared.jacobians(dearest)
+        sample = self.sample(names, jacobians, jacobians[0].rng(seed))
+        most = passes // max(self.passes_per_probe(name) for name in names)
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, self.fewest_probes, sample.least))
+        while True:
+            sample.extend(batch)
+            drawn += batch
+            said = {name: sample.read(name) for name in names}
+            if rtol is None:
+                break
+            widths = {name: _half_width(z, *read) for name, read in said.items()}
+            excess = max(widths.values()) / rtol
+            if excess <= 1 or drawn == most:
+                break
+            # Errors fall at least as the root of the number of probes. Small steps waste little, and large ones keep
+            # few the looks at the error, each of which is a chance to stop too early.
+            wanted = drawn * (min(excess, 2.0) ** 2 - 1)
+            batch = min(most - drawn, max(self.fewest_probes, sample.least, drawn // 4, min(drawn, round(wanted))))
+        spent = sum(j.passes for j in jacobians)
+        estimates = {}
+        for name, (value, error) in said.items():
+            notes = ()
+            if rtol is not None and not widths[name] <= rtol:
+                notes = (
+                    f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {widths[name]:.2g}",
+                )
+            estimates[name] = Estimate(value, error, spent, self.name, notes)
+        return estimates
+
+
+def _half_width(z: float, value: float, error: float) -> float:
+    if math.isnan(error):
+        return math.inf
+    return z * error / abs(value) if value else math.inf
