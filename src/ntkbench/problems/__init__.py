@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING
 
 from ntkbench import paths, plugins
 from ntkbench.errors import unknown
 from ntkbench.problems import base
 from ntkbench.problems.base import Definition, Problem, problem
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["Definition", "Problem", "commit_weights", "describe", "load", "names", "problem", "source_file"]
 
@@ -72,8 +68,7 @@ def load(label: str) -> Problem:
     chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if value != defaults[key].default)
     network = definition.part or definition.module
     ends = _weights.initial_and_trained(name, definition)
-    theta_0, theta_f = (_chosen(network, weights, differentiated=True) for weights in ends)
-    fixed_0, fixed_f = (_chosen(network, weights, differentiated=False) for weights in ends)
+    (theta_0, fixed_0), (theta_f, fixed_f) = (base.split(network, weights) for weights in ends)
     return Problem(
         name=f"{name}[{chosen}]" if chosen else name,
         module=network,
@@ -85,12 +80,6 @@ def load(label: str) -> Problem:
         fixed_0=fixed_0,
         fixed_f=fixed_f,
     )
-
-
-def _chosen(network: nn.Module, weights: base.Weights, *, differentiated: bool) -> base.Weights:
-    """Those of the weights that a network has and is, or is not, differentiated by."""
-    named = network.named_parameters()
-    return {key: weights[key] for key, w in named if key in weights and w.requires_grad is differentiated}
 
 
 def commit_weights(label: str) -> None:

@@ -115,6 +115,12 @@ def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[i
     return tuple(functional_call(module, arrays, (inputs,)).shape)
 
 
+def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:
+    """Of the weights that a network has, those that it is differentiated by, and the others."""
+    by = {key: w.requires_grad for key, w in network.named_parameters() if key in weights}
+    return {key: weights[key] for key in by if by[key]}, {key: weights[key] for key in by if not by[key]}
+
+
 @dataclass(frozen=True)
 class Definition:
     """What a problem file returns: everything but the trained weights, which ``train`` makes when they are needed.
@@ -177,12 +183,16 @@ def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
     choices = _choices(name)
     for part in filter(None, (match[2] or "").split(",")):
         key, _, value = (s.strip() for s in part.partition("="))
+        if key in options:
+            raise BadInput(f"problem {label!r}: {key} is given twice")
         if key in choices:
             if value not in choices[key]:
-                raise BadInput(f"problem {label!r}: {part.strip()!r} is no choice; allowed: {_allowed(name, key)}")
+                raise BadInput(
+                    f"problem {label!r}: {part.strip()!r} is no choice of {name}; allowed: {_allowed(name, key)}"
+                )
             options[key] = value
             continue
-        if key not in defaults or not value.isdigit() or int(value) < 1:
+        if key not in defaults or not value.isdecimal() or int(value) < 1:
             raise BadInput(
                 f"problem {label!r}: {part.strip()!r} is no size of {name}; allowed: "
                 + ", ".join(_allowed(name, key) for key in defaults)
