@@ -25,13 +25,7 @@ class RecurrentExactTrace(Deterministic):
     backends = ("torch", "jax")
     metrics = ("trace",)
     needs_independent_samples = True
-
-    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
-        if reason := super().refusal(problem, metric, target, passes):
-            return reason
-        if not hasattr(problem.module, "recurrence"):
-            return "the problem is not a recurrent network with time steps to go back from"
-        return None
+    needs_recurrence = True
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         T = problem.x.shape[1]
