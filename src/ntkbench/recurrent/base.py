@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from ntkbench.errors import BadInput
@@ -81,6 +82,21 @@ class Jacobian(base.Jacobian):
         short.__dict__["linear"] = self.linear.part(steps=slice(steps))
         return short
 
+    def squared_rows(self, step: int) -> Array:
+        """sum_b ||J_b^T e_(step, o)||^2 for each output o of a step, ``[O / T]``.
+
+        All trials b are in one backward pass, which is that of :meth:`prefix`: (O / T) * (step + 1) / T passes.
+        """
+        short = self.prefix(step + 1)
+        done, rows = short.O - self.O // self.T, []
+        for k in short.blocks(short.O - done):
+            units = short._eye(short.O, done, done + k)[:, None, :]
+            xp = array_api_compat.array_namespace(units)
+            rows.append(short.sample_squares(xp.broadcast_to(units, (k, self.N, short.O))).sum(1))
+            done += k
+        self._sample_passes += short._sample_passes * (step + 1) / self.T
+        return rows[0] if len(rows) == 1 else xp.concat(rows)
+
     @abstractmethod
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         """A function of :mod:`ntkbench.recurrent.products` with the backend's loops, compiled where it compiles."""
@@ -119,7 +135,6 @@ class Jacobian(base.Jacobian):
         return self.call(products.vjp_by_trial, self.linear.part(samples), self._cut(v))
 
     def _sample_squares(self, samples: slice, v: Array) -> Array:
-        product = products.squares_by_trial if self._by_inner_products else None
-        if product is None:
-            return super()._sample_squares(samples, v)
-        return self.call(product, self.linear.part(samples), self._cut(v))
+        if not self._by_inner_products:
+            return (self._sample_vjp(samples, v) ** 2).sum(-1)
+        return self.call(products.squares_by_trial, self.linear.part(samples), self._cut(v))

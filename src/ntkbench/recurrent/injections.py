@@ -75,8 +75,8 @@ class Layout:
 
     @property
     def has_side(self) -> bool:
-        """Whether there is a side gate."""
-        return self.kind == "gru"
+        """Whether there is a side gate, and theta has something that is sent there."""
+        return self.kind == "gru" and bool(self.roles & {"weight_ih", "bias_ih"})
 
     @property
     def injects_readout(self) -> bool:
@@ -179,7 +179,6 @@ class Layout:
             rows = self.outputs if role.startswith("readout") else self.gates * H
             tangents[role] = xp.permute_dims(w[:, start : start + size].reshape(k, rows, -1), (2, 0, 1))
             start += size
-        biases = [tangents[role] for role in ("bias_ih", "bias_hh") if role in tangents]
         side = {}
         if self.has_side:
             from_inputs = {"x": tangents.get("weight_ih"), "1": tangents.get("bias_ih")}
@@ -188,7 +187,7 @@ class Layout:
                 if role in tangents:
                     kept = tangents[role][..., : 2 * H]
                     tangents[role] = xp.concat([kept, xp.zeros_like(kept[..., :H])], axis=-1)
-            biases = [tangents[role] for role in ("bias_ih", "bias_hh") if role in tangents]
+        biases = [tangents[role] for role in ("bias_ih", "bias_hh") if role in tangents]
         of_part = {
             "gates": {"h": tangents.get("weight_hh"), "x": tangents.get("weight_ih"), "1": sum(biases)},
             "side": side,
@@ -207,39 +206,66 @@ class Layout:
             gates = xp.zeros((T, B, k, self.gates * H), dtype=w.dtype, device=array_api_compat.device(w))
         return Injections(gates, *others)
 
+    def parts(self, factors: Factors) -> list[Part]:
+        """Groups of injections that share their v: K = S S^T is the direct sum of (V V^T) (x) I over them."""
+        H = self.hidden
+        of_inputs = self._chosen_rows("gates", factors.gates, ("weight_ih", "bias_ih"))
+        of_state = self._chosen_rows("gates", factors.gates, ("weight_hh", "bias_hh"))
+        if self.has_side:
+            groups = [
+                ("gates", slice(2 * H), of_inputs + of_state),
+                ("gates", slice(2 * H, 3 * H), of_state),
+                ("side", slice(H), of_inputs),
+            ]
+        else:
+            groups = [("gates", slice(self.gates * H), of_inputs + of_state)]
+        if self.injects_readout:
+            of_h = self._chosen_rows("readout", factors.readout, ("readout_weight", "readout_bias"))
+            groups.append(("readout", slice(self.outputs), of_h))
+        return [
+            Part(where, columns, array_api_compat.array_namespace(rows[0]).concat(rows))
+            for where, columns, rows in groups
+            if rows
+        ]
+
+    def _chosen_rows(self, where: str, v: Array | None, roles: tuple[str, ...]) -> list[Array]:
+        """The v of some roles, of those that are in theta."""
+        of_role = {"weight_ih": "x", "weight_hh": "h", "readout_weight": "read"}
+        return [self._rows(where, v)[of_role.get(role, "1")] for role in roles if role in self.roles]
+
     def squares(self, factors: Factors, e: Injections) -> Array:
         """||S_b^T e_b||^2 for each trial b by itself, ``[k, B]``, from inner products between steps.
 
         ||sum_t e_t v_t^T||_F^2 = sum_(t, t') <e_t, e_t'> <v_t, v_t'>: T^2 (E + V) multiplications instead of T E V, and
         no gradient is written.
         """
-        of_inputs, of_state = (
-            self._grams("gates", factors.gates, roles) for roles in (("weight_ih", "bias_ih"), ("weight_hh", "bias_hh"))
-        )
-        if not self.has_side:
-            terms = [(e.gates, _sum(of_inputs, of_state))]
-        else:
-            first, last = e.gates[..., : 2 * self.hidden], e.gates[..., 2 * self.hidden :]
-            terms = [(first, _sum(of_inputs, of_state)), (last, of_state), (e.side, of_inputs)]
-        terms.append((e.readout, self._grams("readout", factors.readout, ("readout_weight", "readout_bias"))))
-        return sum(_contracted(cotangents, gram) for cotangents, gram in terms if gram is not None)
-
-    def _grams(self, where: str, v: Array | None, roles: tuple[str, ...]) -> Array | None:
-        """sum of <v_t, v_t'> over some of the parameters, ``[B, T, T]``."""
-        parts = {"weight_ih": "x", "weight_hh": "h", "readout_weight": "read"}
-        total = None
-        for role in roles:
-            if role in self.roles:
-                rows = self._rows(where, v)[parts.get(role, "1")]
-                total = _sum(total, _gram(rows))
-        return total
+        parts = self.parts(factors)
+        return sum(_contracted(getattr(e, p.where)[..., p.columns], p.gram_by_trial()) for p in parts)
 
 
-def _gram(v: Array) -> Array:
-    """Inner products between steps, ``[V, T, B]`` to ``[B, T, T]``."""
-    xp = array_api_compat.array_namespace(v)
-    by_trial = xp.permute_dims(v, (2, 1, 0))
-    return by_trial @ xp.permute_dims(by_trial, (0, 2, 1))
+class Part(NamedTuple):
+    """Injections that share their v.
+
+    Attributes:
+        where: the field of :class:`Injections`.
+        columns: which of its entries.
+        v: ``[V, T, B]``.
+    """
+
+    where: str
+    columns: slice
+    v: Array
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.columns.stop - (self.columns.start or 0)
+
+    def gram_by_trial(self) -> Array:
+        """Inner products between the steps of each trial, ``[B, T, T]``."""
+        xp = array_api_compat.array_namespace(self.v)
+        by_trial = xp.permute_dims(self.v, (2, 1, 0))
+        return by_trial @ xp.permute_dims(by_trial, (0, 2, 1))
 
 
 def _contracted(e: Array, gram: Array) -> Array:
@@ -248,7 +274,3 @@ def _contracted(e: Array, gram: Array) -> Array:
     by_trial = xp.permute_dims(e, (1, 2, 0, 3))
     own = by_trial @ xp.permute_dims(by_trial, (0, 1, 3, 2))
     return (own * gram[:, None]).sum((-2, -1)).T
-
-
-def _sum(one: Array | None, other: Array | None) -> Array | None:
-    return other if one is None else one if other is None else one + other

@@ -25,6 +25,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
         BadInput: theta is not of the recurrence that the problem's module declares.
     """
     forward, parameters, x = autodiff.network(problem, weights, target)
+    parameters = dict(sorted(parameters.items()))  # the order that JAX gives all dicts, and so the other operator
     j = Jacobian(forward, parameters, x, problem.output_shape, target.memory)
     held = {key: w.detach().cpu().numpy() for key, w in problem.module.named_parameters() if key not in parameters}
     held |= problem.fixed(weights)

@@ -60,6 +60,8 @@ def linearised(loops: Loops, layout: Layout, w: Mapping[str, Array], x: Array) -
     x = time_first(x)
     z_x = x @ w["weight_ih"].T + w.get("bias_ih", 0)
     step = cells.linearised(layout.kind, layout.alpha, states, z_x, w["weight_hh"], w.get("bias_hh", 0))
+    if not layout.has_side:
+        step = step._replace(side=None)
     factors = layout.factors(step.sent, x, states[0])
     return Linear(step, factors, w["weight_hh"], w.get("readout_weight"))
 
@@ -102,3 +104,8 @@ def vjp_by_trial(loops: Loops, layout: Layout, linear: Linear, u: Array) -> Arra
 def squares_by_trial(loops: Loops, layout: Layout, linear: Linear, u: Array) -> Array:
     """||J_b^T u_b||^2 of each trial by itself, ``[k, B, T, H or O]`` to ``[k, B]``; see :meth:`Layout.squares`."""
     return layout.squares(linear.factors, pull(loops, layout, linear, u))
+
+
+def k(loops: Loops, layout: Layout, linear: Linear, e: Injections) -> Injections:
+    """K e = S S^T e."""
+    return layout.inject(linear.factors, layout.gradient(linear.factors, e))

@@ -44,13 +44,13 @@ class _Loops:
 
     @staticmethod
     def tangent(linear: Linear, e: Injections) -> Tensor:
-        step = linear.step
-        T, B, k, width = e.gates.shape
+        step, gates = linear.step, e.gates.contiguous()
+        T, B, k, width = gates.shape
         H = linear.weight_hh.shape[1]
-        out = e.gates.new_empty(k, B, T, H)
-        s, h = e.gates.new_empty(B, k, H), None
+        out = gates.new_empty(k, B, T, H)
+        s, h = gates.new_empty(B, k, H), None
         for t in range(T):
-            z = e.gates[t]
+            z = gates[t]
             if h is not None:
                 sent = h if step.slope is None else h.mul_(step.slope[t, :, None])
                 z.view(B * k, width).addmm_(sent.view(B * k, H), linear.weight_hh.T)
