@@ -1,8 +1,8 @@
 """Operators compared by what the same probes say of each of them, so that their differences are paired.
 
-For positive semi-definite M_0, M_1, ... and random signs u that they share, u^T M u, ||M u||^2 and <M_0 u, M u> have the
-means tr M, ||M||_F^2 and tr(M_0 M). What two operators have in common moves both estimates alike, so the standard error
-of a difference, which is the jackknife's over probes, is far below that of either.
+For positive semi-definite M_0, M_1, ... and random signs u that they share, u^T M u, ||M u||^2 and <M_0 u, M u> have
+the means tr M, ||M||_F^2 and tr(M_0 M). What two operators have in common moves both estimates alike, so the standard
+error of a difference, which is the jackknife's over probes, is below that of independent estimates.
 """
 
 from __future__ import annotations
