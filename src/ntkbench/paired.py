@@ -1,4 +1,4 @@
-"""Operators compared by what the same probes say of each of them, so that their differences are paired.
+"""Operators compared by what the same probes say of each of them, so that what sets them apart is paired.
 
 For positive semi-definite M_0, M_1, ... and random signs u that they share, u^T M u, ||M u||^2 and <M_0 u, M u> have
 the means tr M, ||M||_F^2 and tr(M_0 M). What two operators have in common moves both estimates alike, so the standard
@@ -26,15 +26,15 @@ class Compared:
         quantity: trace, norm, effective_rank, or alignment with the first operator.
         value: its estimate.
         standard_error: of the value by itself.
-        change: the value less that of the first operator.
-        change_standard_error: of the change, from pairs.
+        ratio: the value over that of the first operator (whose alignment with itself is 1).
+        ratio_standard_error: of the ratio, from pairs.
     """
 
     quantity: str
     value: float
     standard_error: float
-    change: float
-    change_standard_error: float
+    ratio: float
+    ratio_standard_error: float
 
 
 class Probes:
@@ -65,9 +65,9 @@ def _compared(quantity: str, columns: list[np.ndarray]) -> Compared:
     def value(trace: float, square: float, trace_0: float, square_0: float, cross: float) -> float:
         return Moments(trace, square, square_0, cross).metric(quantity)
 
-    def change(trace: float, square: float, trace_0: float, square_0: float, cross: float) -> float:
+    def ratio(trace: float, square: float, trace_0: float, square_0: float, cross: float) -> float:
         first = 1.0 if quantity == "alignment" else Moments(trace_0, square_0).metric(quantity)
-        return value(trace, square, trace_0, square_0, cross) - first
+        return value(trace, square, trace_0, square_0, cross) / first
 
-    (v, v_error), (c, c_error) = (statistics.jackknife(f, *columns) for f in (value, change))
-    return Compared(quantity, v, v_error, c, c_error)
+    (v, v_error), (r, r_error) = (statistics.jackknife(f, *columns) for f in (value, ratio))
+    return Compared(quantity, v, v_error, r, r_error)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -68,24 +69,40 @@ def network(
 
 
 def course(
-    module: nn.Module, trials: _tasks.Trials, *, loss: float = LOSS, steps: int = STEPS
+    module: nn.Module,
+    trials: _tasks.Trials,
+    *,
+    loss: float = LOSS,
+    steps: int = STEPS,
+    optimizer: str = "adam",
+    learning_rate: float = LEARNING_RATE,
 ) -> Iterator[tuple[int, float]]:
-    """Train in place with Adam on all trials at once; see :func:`_training.descent` for what comes out and when.
+    """Train in place on all trials at once; see :func:`_training.descent` for what comes out and when.
 
-    Learning rate 5e-3, gradients clipped to norm 1, in float64, so that rounding differences between machines stay far
-    below the float32 that weights are kept in.
+    Gradients are clipped to norm 1. In float64, so that rounding differences between machines stay far below the
+    float32 that weights are kept in.
+
+    Args:
+        module: the network, in float64 until the end.
+        trials: to train it on.
+        loss: at which to stop.
+        steps: that may be taken.
+        optimizer: ``"adam"``, or ``"sgd"`` for gradient descent with a momentum of 0.9, which moves each weight by as
+            much as its gradient says.
+        learning_rate: of either.
     """
     import torch
 
     module.double()
     x, missed = torch.from_numpy(trials.inputs).double(), trials.loss()
-    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    make = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}[optimizer]
+    chosen = make(module.parameters(), lr=learning_rate)
 
     def clip(*_: object) -> None:
         torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
 
-    optimizer.register_step_pre_hook(clip)
-    yield from _training.descent(lambda: missed(module(x)), optimizer, to=loss, most=steps)
+    chosen.register_step_pre_hook(clip)
+    yield from _training.descent(lambda: missed(module(x)), chosen, to=loss, most=steps)
     module.float()
 
 

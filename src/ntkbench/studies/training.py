@@ -2,7 +2,7 @@
 
 At log-spaced steps: trace, norm, effective rank, and alignment with the first step, of Theta = P K P*, of K (what the
 representation is like) and of P P* (what the dynamics are like). Theta and P P* are seen by the same probes at all
-steps, so that changes have standard errors from pairs; K is exact.
+steps, so that ratios to the first step have standard errors from pairs; K is exact.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ class Settings(base.Settings):
     Attributes:
         task, kind: what is trained on what.
         N, T, H: trials that the NTK is of (not those that it is trained on), steps and units.
-        gains: recurrent weights are normal with variance gain^2 / H; small gains make for lazy learning.
+        gains: recurrent weights are normal with variance gain^2 / H.
         ranks: that recurrent weights are cut to at an unchanged Frobenius norm; H leaves them as they are.
         networks: initial weights drawn for each gain and rank.
         loss: share of the targets' power missed at which training ends.
+        steps: after which a network that is not there yet counts as not trained.
+        optimizer, learning_rate: gradient descent (sgd) moves weights by as much as their gradients say, which is what
+            rich and lazy are about; adam moves all of them alike.
         probes: that Theta and P P* are seen by.
         read, parameters: the part of the network whose NTK it is.
     """
@@ -46,10 +49,13 @@ class Settings(base.Settings):
     N: PositiveInt = 20
     T: PositiveInt = 10
     H: PositiveInt = 64
-    gains: list[PositiveFloat] = Field(default=[0.5, 1.5], min_length=1)
-    ranks: list[PositiveInt] = Field(default=[2, 64], min_length=1)
+    gains: list[PositiveFloat] = Field(default=[0.5, 1.0], min_length=1)
+    ranks: list[PositiveInt] = Field(default=[4, 64], min_length=1)
     networks: PositiveInt = 3
     loss: PositiveFloat = recurrent.LOSS
+    steps: PositiveInt = recurrent.STEPS
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: PositiveFloat = 0.05
     probes: int = Field(default=100, ge=2)
     read: Literal["state", "outputs"] = "state"
     parameters: Literal["all", "recurrent", "inputs", "readout"] = "all"
@@ -73,11 +79,13 @@ def run(settings: Settings) -> pd.DataFrame:
         for rank in s.ranks
         for seed in range(s.networks)
     ]
-    sizes = {key: getattr(s, key) for key in ("task", "kind", "N", "T", "H", "read", "parameters")}
+    sizes = {key: getattr(s, key) for key in ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer")}
     parts = [recurrent.part(module, s.read, s.parameters) for _, module in starts]
     rows = []
     for (case, module), part in zip(starts, parts, strict=True):
-        course = recurrent.course(module, trained_on, loss=s.loss)
+        course = recurrent.course(
+            module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
+        )
         try:
             kept = list(_training.checkpoints(module, course))
         except DidNotTrain as error:
@@ -114,6 +122,6 @@ def _along(
 def _exact(kernel: StateKernel, first: StateKernel) -> list[paired.Compared]:
     now, then = kernel.moments_of_k(first), first.moments_of_k(first)
     return [
-        paired.Compared(quantity, now.metric(quantity), 0.0, now.metric(quantity) - then.metric(quantity), 0.0)
+        paired.Compared(quantity, now.metric(quantity), 0.0, now.metric(quantity) / then.metric(quantity), 0.0)
         for quantity in paired.QUANTITIES
     ]
