@@ -8,11 +8,12 @@ import array_api_compat
 
 from ntkbench import statistics
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
+from ntkbench.statistics import Reading
 
 
-class SharedProbeAlignment(Stochastic):
+class SharedProbeAlignment(FixedBudget):
     """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
 
     The blog's ``op_alignment``, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means is
@@ -28,14 +29,14 @@ class SharedProbeAlignment(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         block = rng.normal(min(probes, n), n)
         u = array_api_compat.array_namespace(block).linalg.qr(block.T)[0].T
         theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
         columns = ((theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1))
-        value, error = statistics.jackknife(
+        independent = statistics.jackknife(
             lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
             *(statistics.by_probe([column]) for column in columns),
         )
-        return value, statistics.orthonormal(error, len(u), n)
+        return statistics.orthonormal(independent, len(u), n)
