@@ -69,5 +69,5 @@ def _compared(quantity: str, columns: list[np.ndarray]) -> Compared:
         first = 1.0 if quantity == "alignment" else Moments(trace_0, square_0).metric(quantity)
         return value(trace, square, trace_0, square_0, cross) / first
 
-    (v, v_error), (r, r_error) = (statistics.jackknife(f, *columns) for f in (value, ratio))
-    return Compared(quantity, v, v_error, r, r_error)
+    own, relative = (statistics.jackknife(f, *columns) for f in (value, ratio))
+    return Compared(quantity, own.value, own.error, relative.value, relative.error)
