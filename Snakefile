@@ -19,8 +19,8 @@ from ntkbench import errors, figures, grid, paths
 min_version("9.0")
 
 ROOT = Path(workflow.basedir)
-# The asv suite is a folder of the checkout and not installed.
-shell.prefix(f"export PYTHONPATH={shlex.quote(str(ROOT))}; ")
+# The asv suite is a folder of the checkout and not installed; what is installed may be another checkout.
+shell.prefix(f"export PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')}; ")
 
 if "grid" not in config:
 

@@ -28,8 +28,9 @@ def check(config_file: Path) -> None:
     """Refuse a configuration that cannot be run, naming file, key, value and what is allowed; else count its cells."""
     with errors.as_one_line():
         config = Config.read(config_file)
-    click.echo(f"{config_file}: profile {config.profile}, {len(grid.cells(config))} cells, "
-        f"{len(config.studies)} studies")
+    click.echo(
+        f"{config_file}: profile {config.profile}, {len(grid.cells(config))} cells, {len(config.studies)} studies"
+    )
 
 
 @main.command()

@@ -279,7 +279,9 @@ def fingerprint(config: Config, method: str, suite: Path) -> str:
         suite: the folder of the measuring code.
     """
     chosen = [cell for cell in cells(config) if cell.method == method]
-    settings = json.dumps([config.model_dump(exclude={"grid", "profile", "studies", "source"}), [cell.label for cell in chosen]])
+    settings = json.dumps(
+        [config.model_dump(exclude={"grid", "profile", "studies", "source"}), [cell.label for cell in chosen]]
+    )
     files = {Path(problems.source_file(cell.problem)) for cell in chosen} | set(suite.glob("*.py"))
     files |= sources(f"ntkbench.methods.{method}", "ntkbench.reference", "ntkbench.harness")
     return _hash(files, settings)

@@ -1,8 +1,8 @@
 """Figures: the tidy table in; PDF, PNG, the plotted numbers as CSV and a caption out.
 
 One file a figure: a file dropped in here is drawn under its own name. It holds one function, ``draw(table) ->
-Drawing``, which gets a table that has at least one row: the results table as :func:`ntkbench.figures.base.checked` gives
-it, or, where the file says ``TABLE = "<study>"`` and names the ``COLUMNS`` that it reads, that study's table as
+Drawing``, which gets a table with at least one row: the results table as :func:`ntkbench.figures.base.checked` has it,
+or, where the file says ``TABLE = "<study>"`` and names the ``COLUMNS`` that it reads, that study's table as
 :func:`ntkbench.figures.base.checked_study` does.
 """
 

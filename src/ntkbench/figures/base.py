@@ -82,7 +82,9 @@ def checked_study(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """
     missing = [column for column in (*columns, *PROVENANCE) if column not in table.columns]
     if missing:
-        raise BadInput(f"the table lacks columns that this figure needs: {', '.join(missing)}; is it its study's table?")
+        raise BadInput(
+            f"the table lacks columns that this figure needs: {', '.join(missing)}; is it its study's table?"
+        )
     table = table.reset_index(drop=True).copy()
     for column in table.columns:
         if column in WORDS or not pd.api.types.is_numeric_dtype(table[column]):

@@ -1,7 +1,8 @@
-"""What the studies of estimators share: reruns of one method at one number of samples, and exact methods beside them."""
+"""What the studies of estimators share: reruns at a number of samples, and exact methods beside them."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,10 @@ from ntkbench.metrics import ends
 from ntkbench.problems.base import Problem
 from ntkbench.studies import base
 
-PLUGINS = tuple(
-    f"ntkbench.{name}"
-    for name in ("problems.mlp", "problems.gru", "problems.classifiers", "methods.direct", "methods.naive_jacobian")
-    + ("methods.jacobian_contraction", "methods.structured_derivatives", "methods.hutchpp_paper", "methods.hutchpp")
-    + ("methods.one_sided_paper_reverse", "methods.one_sided_paper_forward", "methods.shared_probe_alignment")
-)
+METHODS = ("direct", "structured_derivatives", "hutchpp", "hutchpp_paper", "one_sided_paper_reverse")
+METHODS += ("one_sided_paper_forward", "shared_probe_alignment")
+PROBLEMS = ("mlp", "gru", "classifiers")
+PLUGINS = (*(f"ntkbench.methods.{name}" for name in METHODS), *(f"ntkbench.problems.{name}" for name in PROBLEMS))
 FEWEST = 5
 """Reruns at least, as the configuration's error_seconds has it."""
 ONE_BY_ONE = "direct_one_by_one"
@@ -57,7 +56,7 @@ def load(names: Sequence[str]) -> Problem:
 def reruns(
     settings: Settings, problem: Problem, metric: str, name: str, samples: Sequence[int], **columns: Any
 ) -> Iterator[dict[str, Any]]:
-    """A row for each of at least one nominal number of samples: seconds, estimates and errors over reruns with other seeds."""
+    """A row for each number of samples (at least one): seconds, estimates and errors over reruns with other seeds."""
     method, target = methods.get(name), settings.target()
     exact = reference.exact(problem)[metric]
     prepared = method.prepare(problem, target)
@@ -96,7 +95,7 @@ def baseline(settings: Settings, problem: Problem, metric: str, name: str, **col
         exact = reference.exact(problem)[metric]
         times, found = running.timed(lambda: method.estimate(prepared, metric), settings.timing_seconds)
         error = abs(found[0].value - exact) / abs(exact)
-        return {**running.quartiles("seconds", times[1:] or times), **running.quartiles("error", [error]), "share": 1.0}
+        return {**running.quartiles("seconds", times), **running.quartiles("error", [error]), "share": 1.0}
 
     return base.row(case_of(problem, metric, name, method.title, **columns), measure)
 
@@ -115,11 +114,9 @@ def _by_columns(
 
         def once() -> float:
             return sum(
-                float((o.ntk(o.basis(a, b)) ** 2).sum()) for o in operators for a, b in zip(stops, stops[1:])
+                float((o.ntk(o.basis(a, b)) ** 2).sum()) for o in operators for a, b in itertools.pairwise(stops)
             )
 
-        for operator in operators:
-            float(operator.ntk(operator.basis(0, min(size, count))).sum())  # the forward pass, and warm
         times, _ = running.timed(once, settings.timing_seconds)
         return {**running.quartiles("seconds", np.array(times) * j.n / count), "share": count / j.n}
 
