@@ -30,6 +30,7 @@ class Method(ABC):
         backends: where it runs, the plain choice first.
         metrics: what it gives.
         needs_independent_samples: whether it relies on each output depending on its own sample only.
+        needs_recurrence: whether it relies on the problem's module declaring a recurrence over time.
     """
 
     title: ClassVar[str]
@@ -38,6 +39,7 @@ class Method(ABC):
     backends: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
     needs_independent_samples: ClassVar[bool] = False
+    needs_recurrence: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -61,6 +63,8 @@ class Method(ABC):
             return "the problem has no trained weights to align with"
         if self.needs_independent_samples and problem.samples_interact:
             return "samples interact, so there are no per-sample Jacobians"
+        if self.needs_recurrence and not hasattr(problem.module, "recurrence"):
+            return "the problem is no recurrent network (its module declares no recurrence)"
         return None
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
