@@ -26,7 +26,7 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.bare_products import bare_products
-from ntkbench import errors, methods, paths, problems
+from ntkbench import errors, methods, paths, problems, running
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.jacobian import linearise
 from ntkbench.provenance import provenance
@@ -131,12 +131,9 @@ def use_threads(threads: int) -> None:
     Raises:
         BadInput: there are not so many cores.
     """
-    import torch
-
     if threads > len(os.sched_getaffinity(0)):
         raise BadInput(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    torch.set_num_threads(threads)
+    running.use_threads(threads)
 
 
 def in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:

@@ -63,6 +63,7 @@ def synthetic(problems=PROBLEMS, methods=METHODS, metrics=METRICS) -> pd.DataFra
                         row |= {"kind": kind, "backend": backend, "metric": metric, "passes": passes, "reason": ""}
                         row |= {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "a laptop"}
                         row |= {"git_sha": "0123456789abcdef", "git_dirty": True, "value": 1.0, "reference": 1.0}
+                        row |= {"effective_rank": samples * outputs / 10}
                         row |= {"seeds": 50 if kind == "stochastic" else 1, "first_call_seconds": 1.0}
                         if backend not in backends or metric not in gives:
                             row |= {"status": "skipped", "reason": "gives or runs on others only"}
@@ -155,7 +156,7 @@ def test_coverage_pools_seeds_and_keeps_low_ranks_apart(table, tmp_path):
     rows = rows.assign(
         seeds=50,
         covered=np.where(low, 0.5, 0.9),
-        reference=np.where(rows["metric"] == "trace", 20, np.where(low, 10, 1)),
+        effective_rank=np.where(low, 4, 400),
     )
     figures.draw("coverage", rows, tmp_path)
     plotted = pd.read_csv(tmp_path / "coverage.csv").set_index(["metric", "group"]).loc["trace"]
@@ -273,12 +274,13 @@ def test_looks_are_for_good():
     assert _labels.name_label("gru_hazelden[N=15,T=50]") == "GRU hazelden, N = 15, T = 50"
 
 
-def test_every_method_is_listed_and_looks_like_no_other():
+def test_no_two_methods_look_alike():
     every = {name: (methods.get(name).title, methods.get(name).kind) for name in methods.names()}
-    assert set(every) <= set(_looks.KNOWN)
-    assert len(set(_looks.KNOWN.values())) == len(_looks.KNOWN)
+    rows = pd.DataFrame([(name, *said) for name, said in every.items()], columns=["method", "title", "kind"])
+    found = _looks.looks(rows)
+    assert len({(look.colour, look.marker) for look in found.values()}) == len(every)
     for name, (_, kind) in every.items():
-        assert _looks.KNOWN[name][1] in _looks.MARKERS[kind]
+        assert found[name].marker in _looks.MARKERS[kind]
 
 
 def test_figures_import_no_backend():

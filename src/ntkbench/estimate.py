@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from scipy.special import stdtrit
 
 Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]
@@ -16,6 +17,10 @@ ATANH: Scale = (math.atanh, lambda value: 1 / (1 - value**2), math.tanh)
 
 SCALES = {"trace": LOG, "norm": LOG, "effective_rank": LOG, "alignment": ATANH}
 """On which the errors of a metric are symmetric: what is positive errs by factors, a correlation as Fisher's z does."""
+
+
+ROUNDING = 100
+"""Units in the last place by which an interval may miss and still count as holding the exact value."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class Estimate:
             return self.value - spread, self.value + spread
         centre, spread = forth(self.value), slope(self.value) * spread
         return back(centre - spread), back(centre + spread)
+
+    def covers(self, exact: float, dtype: str, confidence: float = 0.95) -> bool:
+        """Whether the interval holds the exact value, but for rounding in ``dtype``, which is in no standard error."""
+        rounding = ROUNDING * float(np.finfo(dtype).eps) * abs(exact)
+        low, high = self.interval(confidence)
+        return low - rounding <= exact <= high + rounding
 
     def relative_width(self, confidence: float = 0.95) -> float:
         """How far the interval reaches from the value, as a share of the value."""

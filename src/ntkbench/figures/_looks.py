@@ -32,6 +32,8 @@ KNOWN = {
     "nt_ntk_vector_products": (ORANGE, "v"),
     "nt_structured_derivatives": (VERMILION, "P"),
     "structured_derivatives": (PINK, "P"),
+    "parameter_gram": (OLIVE, "s"),
+    "recurrent_exact_trace": (OLIVE, "X"),
     "sum_of_logits": (INDIGO, "*"),
     "structured_sum_of_logits": (GREEN, "*"),
     "single_logit": (ORANGE, "*"),

@@ -36,7 +36,7 @@ NUMBERS = (
     "error_q25",
     "error_q75",
 )
-NUMBERS += ("seeds", "memory_bytes", "threads")
+NUMBERS += ("effective_rank", "seeds", "memory_bytes", "threads")
 COLUMNS = WORDS + NUMBERS
 """Columns of the tidy table that figures read; it has more."""
 

@@ -58,18 +58,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     return base.Drawing(figure, plotted, _caption(plotted))
 
 
-def effective_ranks(table: pd.DataFrame) -> pd.Series:
-    """Exact effective ranks by problem, as far as exact values in the table tell: as such, or by trace and norm."""
-    known = base.measured(table, "reference").groupby(["problem", "metric"])["reference"].first().unstack()
-    known = known.reindex(columns=["trace", "norm", "effective_rank"])
-    return known["effective_rank"].fillna(known["trace"] ** 2 / known["norm"] ** 2)
-
-
 def _pooled(rows: pd.DataFrame) -> pd.DataFrame:
     """One line for each method, metric and group of effective ranks."""
-    rank = rows["problem"].map(effective_ranks(rows))
     rows = rows.assign(
-        group=np.where(rank < FEW, "below", "other"),
+        group=np.where(rows["effective_rank"] < FEW, "below", "other"),
         hits=(rows["covered"].astype(float) * rows["seeds"]).round(),
     )
     keys = ["metric", "method", "title", "group"]
@@ -80,7 +72,7 @@ def _pooled(rows: pd.DataFrame) -> pd.DataFrame:
     pooled["covered"] = pooled["hits"] / pooled["seeds"]
     pooled["low"], pooled["high"] = [b.low for b in bounds], [b.high for b in bounds]
     pooled["in_target"] = pooled["covered"].between(*TARGET)
-    words = {"below": f"below {FEW}", "other": f"{FEW} or more, or not known"}
+    words = {"below": f"below {FEW}", "other": f"{FEW} or more"}
     return pooled.assign(effective_rank=pooled["group"].map(words)).drop(columns="hits")
 
 

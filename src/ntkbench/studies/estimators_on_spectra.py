@@ -41,8 +41,6 @@ NAMES = [name for name in NAMES if not methods.get(name).needs_independent_sampl
 """Stochastic methods that ask for nothing but products with J and J^T."""
 
 PLUGINS = ("ntkbench.jacobian.dense", "ntkbench.jacobian.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
-ROUNDING = 100
-"""Units in the last place by which an interval may miss and still count as holding the exact value."""
 
 
 class Settings(base.Settings):
@@ -125,7 +123,6 @@ def _budgets(
 
 def _reruns(settings: Settings, spectrum: Spectrum, method: Stochastic, metric: str, passes: int) -> dict[str, Any]:
     exact = spectrum.truth[metric]
-    rounding = ROUNDING * float(np.finfo(settings.dtype).eps) * exact
     method.estimate(spectrum, metric, passes, settings.seeds)  # warms up
     times, errors, covered = [], [], []
     for seed in range(settings.seeds):
@@ -133,8 +130,7 @@ def _reruns(settings: Settings, spectrum: Spectrum, method: Stochastic, metric: 
         estimate = method.estimate(spectrum, metric, passes, seed)
         times.append(time.perf_counter() - start)
         errors.append(abs(estimate.value - exact) / exact)
-        low, high = estimate.interval()
-        covered.append(bool(low - rounding <= exact <= high + rounding))
+        covered.append(estimate.covers(exact, settings.dtype))
     quartiles = {**running.quartiles("seconds", times), **running.quartiles("error", errors)}
     found = {"passes_spent": estimate.passes, "seeds": settings.seeds, "reference": exact}
     return found | quartiles | {"covered": sum(covered) / len(covered)}
