@@ -3,6 +3,7 @@
 snakemake --cores all                                  config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml   another one
 snakemake --cores all side_by_side                     exact methods in turn: ratios of times, in ten minutes
+snakemake --cores all time_to_error                    all methods at the budget that reaches an error, in turn
 """
 
 import shlex
@@ -92,19 +93,37 @@ rule measure:
 
 
 rule side_by_side:
-    output:
+    input:
         RESULTS / "side_by_side.csv",
+
+
+rule time_to_error:
+    input:
+        RESULTS / "time_to_error.csv",
+
+
+rule compare:
+    output:
+        RESULTS / "{comparison}.csv",
     log:
-        RESULTS / "logs" / "side_by_side.log",
+        RESULTS / "logs" / "{comparison}.log",
+    wildcard_constraints:
+        comparison="side_by_side|time_to_error",
     conda:
         "environment.yml"
     resources:
         timer=1,
     params:
         threads=STUDY.threads,
-        fingerprint=grid.sources_fingerprint("ntkbench.structured", "ntkbench.problems.novak", "ntkbench.metrics"),
+        fingerprint=grid.sources_fingerprint(
+            *(
+                f"ntkbench.{room}.{name}"
+                for room in ("methods", "problems")
+                for name in plugins.names(f"ntkbench.{room}")
+            )
+        ),
     shell:
-        "python -m benchmarks.side_by_side --threads {params.threads} --output {output:q} > {log:q} 2>&1"
+        "python -m benchmarks.{wildcards.comparison} --threads {params.threads} --output {output:q} > {log:q} 2>&1"
 
 
 rule table:

@@ -2,9 +2,12 @@
 
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import side_by_side
+from benchmarks.bare_products import bare_products
 from benchmarks.side_by_side import BARE, Comparison, measure
 
 
@@ -27,6 +30,33 @@ def test_a_row_has_ratio_memory_and_agreement(rows):
     assert rows[BARE]["ratio"] > 0
 
 
+@pytest.mark.parametrize("block", side_by_side.BLOCKS)
+def test_blocks_of_products_are_held_against_their_matrix_products(block):
+    row = measure(Comparison("mlp_hazelden[N=2]", (BARE,), block), BARE, 1, 0.01)
+    assert (row["reason"], row["metric"]) == ("", "")
+    assert row["ratio"] > 0.5
+
+
+@pytest.mark.parametrize("work", ["plain", "expanded", "vmap", "convolution"])
+def test_bare_products_are_all_products_and_nothing_else(work):
+    """Counted by torch's own counter of floating-point operations."""
+    a, b = torch.randn(3, 5), torch.randn(5, 4)
+    image, kernel = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    computation = {
+        "plain": lambda: torch.tanh(a @ b).sum() + torch.addmm(torch.ones(3, 4), a, b).sum(),
+        "expanded": lambda: torch.ones(1, 5).expand(6, 5) @ b,
+        "vmap": lambda: torch.func.vmap(lambda x: torch.exp(x @ b))(torch.randn(7, 2, 5)),
+        "convolution": lambda: torch.relu(torch.conv2d(image, kernel)),
+    }[work]
+    repeat = bare_products(computation)
+    flops = []
+    for call in (computation, repeat):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+
 def test_a_rival_that_cannot_run_says_why(rows):
     assert "unrolls lax.scan" in rows["nt_structured_derivatives"]["reason"]
     assert "ratio" not in rows["nt_structured_derivatives"]
@@ -38,12 +68,12 @@ def test_every_comparison_names_methods_that_exist():
     for comparison in side_by_side.COMPARISONS:
         problems.check(comparison.problem)
         for name in (comparison.subject, *comparison.rivals):
-            assert name == BARE or methods.get(name)
+            assert name == BARE or name in side_by_side.BLOCKS or methods.get(name)
 
 
 def test_turns_are_taken_one_by_one():
     calls = []
-    times = side_by_side._in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    times = side_by_side.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
     assert [len(t) for t in times] == [len(calls) // 2] * 2
     assert calls == ["a", "b"] * (len(calls) // 2)
 

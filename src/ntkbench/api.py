@@ -36,13 +36,15 @@ EXACT = ("structured_derivatives", "jacobian_contraction", "naive_jacobian")
 TOLERANCE_PASSES = 4096
 """The most passes on the way to a tolerance when no budget is given."""
 
+PAIRS = ("structured_block_u_statistics", "block_u_statistics")
+
 STOCHASTIC = {
-    "trace": ("per_sample_trace", "one_sided_reverse"),
-    "norm": ("block_u_statistics", "hutchinson"),
-    "effective_rank": ("block_u_statistics", "hutchinson"),
-    "alignment": ("block_u_statistics", "hutchinson"),
+    "trace": (("per_sample_trace",), "one_sided_reverse"),
+    "norm": (PAIRS, "hutchinson"),
+    "effective_rank": (PAIRS, "hutchinson"),
+    "alignment": (PAIRS, "hutchinson"),
 }
-"""What ``method="auto"`` falls back on: the first where samples are independent, the second where they interact."""
+"""What ``method="auto"`` falls back on where samples are independent, the first that works, and what where not."""
 
 
 def ntk(
@@ -126,9 +128,10 @@ def trace(
     that for alignment) and, for all metrics but the trace, Theta fits in ``memory``. That is ``structured_derivatives``
     for independent samples with at most 64 outputs each; ``jacobian_contraction`` where such a network cannot be traced
     and J fits; the naive Jacobian for interacting samples with at most 64 outputs in all and a J that fits. Otherwise
-    it estimates: where samples are independent by ``per_sample_trace`` or, for the other metrics,
-    ``block_u_statistics`` (if the vectors that it holds fit in ``memory``); by ``one_sided_reverse`` or ``hutchinson``
-    where not. ``Estimate.method`` says which it was.
+    it estimates: where samples are independent by ``per_sample_trace`` or, for the other metrics, by block U-statistics
+    (``structured_block_u_statistics`` where the network can be traced, ``block_u_statistics`` where not, if what they
+    hold fits in ``memory``); by ``one_sided_reverse`` or ``hutchinson`` otherwise. ``Estimate.method`` says which it
+    was.
 
     Cost: that of the method, after at most three forward passes of checks (five for alignment).
 
@@ -136,7 +139,7 @@ def trace(
         model: ``x -> [N, ...outputs]``; everything after the first axis counts as the O outputs of a sample.
         x: inputs ``[N, ...]``, real or integer.
         method: a file name in ``ntkbench/methods``, or ``"auto"``.
-        passes: the most Jacobian passes to spend; 256 if not given, or 4096 with ``rtol``. ``block_u_statistics`` does
+        passes: the most Jacobian passes to spend; 256 if not given, or 4096 with ``rtol``. Block U-statistics do
             not spend more than max(8, 1024 / N) unless asked for by name with ``passes``, or with ``rtol``. Exact and
             approximate methods asked for by name take none.
         rtol: a tolerance: probes are added in growing batches until the interval reaches no further than this share of
@@ -311,7 +314,7 @@ def _by(
         reason = method.refusal(problem, metric, target, budget)
         if reason:
             raise BadInput(f"{method.name} cannot give the {metric} of this network: {reason}")
-        needed = method.bytes_needed(problem, metric, target)
+        needed = method.bytes_needed(problem, metric, target, budget)
         if needed > target.memory:
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = method.prepare(problem, target)
@@ -346,7 +349,7 @@ def choices(
         ):
             found.append(name)
     independent, whole = STOCHASTIC[metric]
-    return [*found, whole] if problem.samples_interact else [*found, independent, whole]
+    return [*found, whole] if problem.samples_interact else [*found, *independent, whole]
 
 
 def _incremental(names: tuple[str, ...]) -> str:

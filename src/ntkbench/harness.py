@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from ntkbench import grid, jacobian, methods, paths, problems, reference, watchdog
 from ntkbench.errors import OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.grid import Cell, Config
+
+ROUNDING = 100
+"""Units in the last place by which an interval may miss and still count as holding the exact value."""
 
 ASPECTS = ("accuracy", "memory", "seconds")
 """In the order in which asv takes them."""
@@ -113,10 +117,17 @@ class Execution:
                 "reference": exact,
                 "estimates": [e.value for e in estimates],
                 "standard_errors": [e.standard_error for e in estimates],
+                "covered": [self._covers(e, exact) for e in estimates],
                 "passes_spent": estimates[0].passes,
                 "notes": "; ".join(estimates[0].notes),
             }
             return statistics.median(abs(e.value - exact) / abs(exact) for e in estimates)
+
+    def _covers(self, estimate: Estimate, exact: float) -> bool:
+        """Whether the 95 % interval holds the exact value, but for rounding, which is no part of a standard error."""
+        rounding = ROUNDING * float(np.finfo(self.config.dtype).eps) * abs(exact)
+        low, high = estimate.interval()
+        return low - rounding <= exact <= high + rounding
 
     def end(self) -> None:
         """Declare the execution done."""

@@ -13,6 +13,7 @@ from ntkbench import statistics
 from ntkbench.errors import OverMemory
 from ntkbench.jacobian import Array, Jacobian
 from ntkbench.metrics import Moments
+from ntkbench.statistics import Reading
 
 NEEDS = {
     "trace": ("trace",),
@@ -43,7 +44,7 @@ class Sample(ABC):
         """Draw that many more probes."""
 
     @abstractmethod
-    def read(self, metric: str) -> tuple[float, float]:
+    def read(self, metric: str) -> Reading:
         """Value and standard error of a metric from all probes so far."""
 
 
@@ -70,7 +71,7 @@ class Columns(Sample):
             for said, column in zip(self._said.values(), self._draw(k), strict=True):
                 said.append(column)
 
-    def read(self, metric: str) -> tuple[float, float]:
+    def read(self, metric: str) -> Reading:
         columns = [statistics.by_probe(self._said[moment]) for moment in NEEDS[metric]]
         if metric == "trace":
             return statistics.mean(*columns)
@@ -91,7 +92,7 @@ class SampleTraces(Sample):
         for k in j.blocks(probes):
             self._said.append(j.sample_squares(self._sign(k).reshape(k, j.N, j.O)))
 
-    def read(self, metric: str) -> tuple[float, float]:
+    def read(self, metric: str) -> Reading:
         return statistics.mean_of_sums(statistics.by_probe(self._said))
 
 
@@ -257,15 +258,16 @@ class Pairs(Sample):
         groups = self._closed + ([(self._fields, self._open())] if self._held else [])
         return statistics.Moments2.mean(groups)
 
-    def read(self, metric: str) -> tuple[float, float]:
+    def read(self, metric: str) -> Reading:
         return read_pairs(self._names, self.moments(), metric)
 
 
-def read_pairs(names: Sequence[str], found: statistics.Moments2, metric: str) -> tuple[float, float]:
+def read_pairs(names: Sequence[str], found: statistics.Moments2, metric: str) -> Reading:
     """Value and standard error of a metric from moments of these names."""
     moments = Moments(**dict(zip(names, found.means.tolist(), strict=True)))
     slopes = moments.gradient(metric)
-    return moments.metric(metric), found.error(np.array([getattr(slopes, name) for name in names]))
+    error = found.error(np.array([getattr(slopes, name) for name in names]))
+    return Reading(moments.metric(metric), error, found.degrees)
 
 
 def inner_products(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

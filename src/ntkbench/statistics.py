@@ -5,9 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Reading(NamedTuple):
+    """What probes say of a number.
+
+    Attributes:
+        value: the estimate.
+        error: its standard error; ``nan`` where there are too few probes to tell.
+        degrees: degrees of freedom of that error, by which Student's t widens an interval.
+    """
+
+    value: float
+    error: float
+    degrees: float = math.inf
 
 
 def by_probe(blocks: Iterable[Any]) -> np.ndarray:
@@ -20,25 +34,39 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
 
 
-def mean(samples: np.ndarray) -> tuple[float, float]:
+def mean(samples: np.ndarray) -> Reading:
     """Mean of independent samples ``[k]`` and its standard error (``nan`` for k = 1)."""
     k = len(samples)
     error = float(samples.std(ddof=1)) / math.sqrt(k) if k > 1 else math.nan
-    return float(samples.mean()), error
+    return Reading(float(samples.mean()), error, k - 1)
 
 
-def mean_of_sums(table: np.ndarray) -> tuple[float, float]:
+def mean_of_sums(table: np.ndarray) -> Reading:
     """Mean over probes of the sum over independent strata, ``[k, strata]``, and its standard error.
 
-    The strata's variances over probes add up, with strata * (k - 1) degrees of freedom, where the scatter of the k sums
-    alone has k - 1.
+    The strata's variances over probes add up, with up to strata * (k - 1) degrees of freedom, where the scatter of the
+    k sums alone has k - 1.
     """
     k = len(table)
-    error = math.sqrt(table.var(axis=0, ddof=1).sum() / k) if k > 1 else math.nan
-    return float(table.sum() / k), error
+    if k == 1:
+        return Reading(float(table.sum()), math.nan, 0)
+    variances = table.var(axis=0, ddof=1)
+    return Reading(float(table.sum() / k), math.sqrt(variances.sum() / k), _degrees(variances, k - 1))
 
 
-def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> tuple[float, float]:
+def of_sum(parts: Iterable[tuple[float, float]]) -> float:
+    """Degrees of freedom of the error of a sum of independent terms, from the error and the degrees of each."""
+    errors, degrees = np.array(list(parts), dtype=np.float64).T
+    return _degrees(errors**2, degrees)
+
+
+def _degrees(variances: np.ndarray, degrees: np.ndarray | float) -> float:
+    """Degrees of freedom of a sum of estimated variances (Satterthwaite 1946)."""
+    squares = (variances**2 / np.maximum(degrees, 1e-9)).sum()
+    return float(variances.sum() ** 2 / squares) if squares > 0 else math.inf
+
+
+def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> Reading:
     """``statistic`` of the columns' means, and its jackknife standard error over the k rows (``nan`` for k = 1).
 
     Args:
@@ -48,18 +76,18 @@ def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> tuple[fl
     value = statistic(*(c.mean() for c in columns))
     k = len(columns[0])
     if k < 2:
-        return value, math.nan
+        return Reading(value, math.nan, 0)
     left_out = np.array([statistic(*row) for row in zip(*((c.sum() - c) / (k - 1) for c in columns), strict=True)])
-    return value, math.sqrt((k - 1) / k * float(((left_out - left_out.mean()) ** 2).sum()))
+    return Reading(value, math.sqrt((k - 1) / k * float(((left_out - left_out.mean()) ** 2).sum())), k - 1)
 
 
-def orthonormal(error: float, k: int, n: int) -> float:
-    """The standard error of k orthonormal probes in n dimensions, from the one that takes them for independent.
+def orthonormal(reading: Reading, k: int, n: int) -> Reading:
+    """What k orthonormal probes in n dimensions say, from what they would say if they were independent.
 
     The quadratic forms of a whole orthonormal basis add up to a trace, so k of n are a draw without replacement: the
     finite-population correction is exact for one mean, and holds to first order for smooth functions of means.
     """
-    return error * math.sqrt(1 - k / n)
+    return reading._replace(error=reading.error * math.sqrt(1 - k / n))
 
 
 @dataclass(frozen=True)
@@ -71,12 +99,14 @@ class Moments2:
         single: covariance of what single probes contribute, ``[m, m]``; an unbiased estimate, so it may be indefinite.
         double: covariance of what is left of pairs of probes.
         bound: second moments that bound the covariance of a part of which too few probes were drawn to tell.
+        degrees: degrees of freedom of these covariances.
     """
 
     means: np.ndarray
     single: np.ndarray
     double: np.ndarray
     bound: np.ndarray
+    degrees: float
 
     @classmethod
     def mean(cls, groups: Sequence[tuple[int, Moments2]]) -> Moments2:
@@ -87,7 +117,8 @@ class Moments2:
         def weighted(name: str, shares: np.ndarray) -> np.ndarray:
             return sum(share * getattr(group, name) for share, (_, group) in zip(shares, groups, strict=True))
 
-        return cls(weighted("means", shares), *(weighted(part, shares**2) for part in ("single", "double", "bound")))
+        parts = (weighted(part, shares**2) for part in ("single", "double", "bound"))
+        return cls(weighted("means", shares), *parts, sum(group.degrees for _, group in groups))
 
     def error(self, slopes: np.ndarray) -> float:
         """Standard error of a function of the moments that has these slopes (the delta method)."""
@@ -160,7 +191,9 @@ class PairSums:
             effects = np.concatenate([(traces - traces.mean(1, keepdims=True))[None], effects])
             means = np.concatenate([[traces.mean(1).sum()], means])
             noise, double, bound = (np.pad(part, ((1, 0), (1, 0))) for part in (noise, double, bound))
-        return Moments2(means, (_outer(effects) / (K - 1) - noise) / K, double, bound)
+        by_stratum = (effects**2).sum(2)
+        degrees = min(_degrees(variances, max(K - 1, 1)) for variances in by_stratum)
+        return Moments2(means, (_outer(effects) / (K - 1) - noise) / K, double, bound, degrees)
 
 
 def _outer(y: np.ndarray) -> np.ndarray:

@@ -52,12 +52,17 @@ class Jacobian(ABC):
         """Passes spent so far."""
         return self._sample_passes / self.N
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how products were made, such as a JVP that costs more than one pass."""
+        return ()
+
     def vjp(self, u: Array) -> Array:
         """J^T u for each row of ``u``: ``[k, n] -> [k, P]``; k passes."""
         return self._in_blocks(self._vjp, u, self.N)
 
     def jvp(self, w: Array) -> Array:
-        """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes."""
+        """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes, or 2k where there is no forward mode."""
         return self._in_blocks(self._jvp, w, self.N)
 
     def ntk(self, u: Array) -> Array:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from statistics import NormalDist
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from ntkbench import metrics
@@ -15,6 +14,7 @@ from ntkbench.jacobian import Jacobian, Rng, linearise
 from ntkbench.metrics import Moments
 from ntkbench.problems.base import Problem
 from ntkbench.sampling import Sample
+from ntkbench.statistics import Reading
 from ntkbench.target import Target
 
 KINDS = ("exact", "approximate", "stochastic")
@@ -71,8 +71,8 @@ class Method(ABC):
         """Passes that a deterministic method will spend, known beforehand; ``None`` where passes do not apply."""
         return None
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
-        """Bytes that cannot be done in blocks, known beforehand."""
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """Bytes that cannot be done in blocks, known beforehand; for a stochastic method those of a budget."""
         return 0
 
     def prepare(self, problem: Problem, target: Target) -> Any:
@@ -118,7 +118,7 @@ class Deterministic(Method):
     def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians = prepared.jacobians(metric)
         value = self.moments(metric, jacobians).metric(metric)
-        return Estimate(value, None, sum(j.passes for j in jacobians), self.name)
+        return Estimate(value, None, sum(j.passes for j in jacobians), self.name, _notes(jacobians), metric)
 
 
 class Stochastic(Method):
@@ -133,17 +133,17 @@ class Stochastic(Method):
     fewest_probes: ClassVar[int] = 2
     default_passes: ClassVar[int] = 256
 
-    def worthwhile_passes(self, problem: Problem) -> int | None:
-        """Passes after which more are a poor way to spend time on this problem; ``None`` where there is no such end."""
-        return None
-
     @abstractmethod
     def passes_per_probe(self, metric: str) -> int:
         """What one more probe of the method's nominal count costs."""
 
     @abstractmethod
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
-        """Value and standard error from a number of probes."""
+    def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
+        """:meth:`estimate` with a budget that is known to be enough."""
+
+    def worthwhile_passes(self, problem: Problem) -> int | None:
+        """Passes after which more are a poor way to spend time on this problem; ``None`` where there is no such end."""
+        return None
 
     def cost(self, metric: str, probes: int) -> int:
         """Passes that a nominal number of probes costs, fewer than n of them."""
@@ -157,18 +157,45 @@ class Stochastic(Method):
         reason = super().refusal(problem, metric, target, passes)
         return self._too_few(metric, passes) if reason is None and passes is not None else reason
 
-    def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+    def estimate(self, prepared: Any, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         if passes is None:
             raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
         if too_few := self._too_few(metric, passes):
             raise BadInput(f"{self.name}: {too_few}; got {passes}")
-        jacobians = prepared.jacobians(metric)
-        value, error = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
-        return Estimate(value, error, sum(j.passes for j in jacobians), self.name)
+        return self.spend(prepared, metric, passes, seed)
 
     def _too_few(self, metric: str, passes: int) -> str | None:
         least = self.cost(metric, self.fewest_probes)
         return f"{metric} takes at least {least} passes" if passes < least else None
+
+
+class FixedBudget(Stochastic):
+    """A stochastic method that has to know its budget beforehand, because a part of it makes a sketch.
+
+    Attributes:
+        gradients_held: vectors of length P, for each probe, that lie in memory at a time.
+    """
+
+    gradients_held: ClassVar[float] = 0
+
+    @abstractmethod
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+        """What a nominal number of probes says."""
+
+    def spend(self, prepared: Prepared, metric: str, passes: int, seed: int) -> Estimate:
+        jacobians = prepared.jacobians(metric)
+        read = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
+        spent, notes = sum(j.passes for j in jacobians), _notes(jacobians)
+        return Estimate(read.value, read.error, spent, self.name, notes, metric, read.degrees)
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        probes = self.probes(metric, self.default_passes if passes is None else passes)
+        held = self.gradients_held * problem.P + 2 * problem.n  # and probes with their images
+        return int(min(probes, problem.n) * held * target.itemsize) * len(metrics.ends(metric))
+
+
+Ledger = Callable[[], tuple[float, tuple[str, ...]]]
+"""Passes spent so far, and what the user should know about how it was computed."""
 
 
 class Incremental(Stochastic):
@@ -181,17 +208,15 @@ class Incremental(Stochastic):
     first_batch: ClassVar[int] = 16
 
     @abstractmethod
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
-        """An empty sample for some of the method's metrics."""
+    def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+        """An empty sample for some of the method's metrics, and what it costs."""
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
-        sample = self.sample((metric,), jacobians, rng)
-        sample.extend(probes)
-        return sample.read(metric)
+    def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
+        return self.several(prepared, (metric,), passes, seed)[metric]
 
     def several(
         self,
-        prepared: Prepared,
+        prepared: Any,
         names: Sequence[str],
         passes: int,
         seed: int = 0,
@@ -205,22 +230,24 @@ class Incremental(Stochastic):
             names: the metrics.
             passes: the most to spend.
             seed: of the probes.
-            rtol: stop as soon as every metric's interval is no wider than its value times this, to either side.
+            rtol: stop as soon as every metric's interval reaches no further than its value times this, to either side.
             confidence: of that interval.
         """
-        dearest = "alignment" if "alignment" in names else names[0]
-        jacobians = prepared.jacobians(dearest)
-        sample = self.sample(names, jacobians, jacobians[0].rng(seed))
+        sample, ledger = self.begin(prepared, names, seed)
         most = passes // max(self.passes_per_probe(name) for name in names)
-        z = NormalDist().inv_cdf(0.5 + confidence / 2)
         drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, self.fewest_probes, sample.least))
         while True:
             sample.extend(batch)
             drawn += batch
             said = {name: sample.read(name) for name in names}
+            spent, notes = ledger()
+            found = {
+                name: Estimate(read.value, read.error, spent, self.name, notes, name, read.degrees)
+                for name, read in said.items()
+            }
             if rtol is None:
-                break
-            widths = {name: _half_width(z, *read) for name, read in said.items()}
+                return found
+            widths = {name: estimate.relative_width(confidence) for name, estimate in found.items()}
             excess = max(widths.values()) / rtol
             if excess <= 1 or drawn == most:
                 break
@@ -228,19 +255,25 @@ class Incremental(Stochastic):
             # few the looks at the error, each of which is a chance to stop too early.
             wanted = drawn * (min(excess, 2.0) ** 2 - 1)
             batch = min(most - drawn, max(self.fewest_probes, sample.least, drawn // 4, min(drawn, round(wanted))))
-        spent = sum(j.passes for j in jacobians)
-        estimates = {}
-        for name, (value, error) in said.items():
-            notes = ()
-            if rtol is not None and not widths[name] <= rtol:
-                notes = (
-                    f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {widths[name]:.2g}",
-                )
-            estimates[name] = Estimate(value, error, spent, self.name, notes)
-        return estimates
+        for name, width in widths.items():
+            if not width <= rtol:
+                note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
+                found[name] = replace(found[name], notes=(*found[name].notes, note))
+        return found
 
 
-def _half_width(z: float, value: float, error: float) -> float:
-    if math.isnan(error):
-        return math.inf
-    return z * error / abs(value) if value else math.inf
+class Sampling(Incremental):
+    """An incremental method over Jacobian operators."""
+
+    @abstractmethod
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+        """An empty sample for some of the method's metrics."""
+
+    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+        jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
+        sample = self.sample(names, jacobians, jacobians[0].rng(seed))
+        return sample, lambda: (sum(j.passes for j in jacobians), _notes(jacobians))
+
+
+def _notes(jacobians: Sequence[Jacobian]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.problems.base import Problem
 from ntkbench.sampling import Pairs, Sample, SampleTraces, moments_of
 
 
-class BlockUStatistics(Incremental):
+class BlockUStatistics(Sampling):
     """K fields of random signs u, gradients w_b^k = J_b^T u_b^k of each sample b, and m_bc^kl = <w_b^k, w_c^l>.
 
     tr Theta = E mean_k sum_b m_bb^kk, and ||Theta||_F^2 = E [mean_(k, l) sum_(b != c) (m_bc^kl)^2

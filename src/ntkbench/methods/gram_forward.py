@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Pairs, moments_of
 
 
-class GramForward(Incremental):
+class GramForward(Sampling):
     """The Gram matrix of J w over k random signs w in parameter space: JVPs only, 1 pass a probe, 2 for alignment.
 
     With y_i = J w_i: tr Theta = E mean_i ||y_i||^2 and ||Theta||_F^2 = ||J^T J||_F^2 = E sum_(i != j) <y_i, y_j>^2 /

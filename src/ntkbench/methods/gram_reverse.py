@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Pairs, moments_of
 
 
-class GramReverse(Incremental):
+class GramReverse(Sampling):
     """G = U^T Theta U, the Gram matrix of J^T u over k random signs u: VJPs only, 1 pass a probe, 2 for alignment.
 
     tr Theta = E mean_i G_ii, ||Theta||_F^2 = E sum_(i != j) G_ij^2 / (k (k - 1)) and, on the same probes, tr(Theta

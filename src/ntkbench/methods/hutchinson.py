@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Columns, moments_of
 
 
-class Hutchinson(Incremental):
+class Hutchinson(Sampling):
     """u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u: 2 passes a probe, 4 for alignment.
 
     Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k, and for ||Theta||_F^2; the square

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Columns
 
 
-class OneSidedForward(Incremental):
+class OneSidedForward(Sampling):
     """The mean of ||J w||^2 over random signs w in parameter space: 1 pass a probe and no backward pass; unbiased.
 
     Variance 2 (||J^T J||_F^2 - sum_p (J^T J)_pp^2) / k.

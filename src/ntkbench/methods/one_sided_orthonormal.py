@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import array_api_compat
 
+from ntkbench import statistics
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Columns
+from ntkbench.statistics import Reading
 
 
-class OneSidedOrthonormal(Incremental):
+class OneSidedOrthonormal(Sampling):
     """n times the mean of ||J^T q_i||^2 over k orthonormal q_i, a Gaussian block after QR: 1 pass a probe; unbiased.
 
     Variance 2 n (n - k) / ((n - 1) (n + 2)) (||Theta||_F^2 - (tr Theta)^2 / n) / k: that of k points on the sphere with
@@ -57,7 +58,6 @@ class _Frame(Columns):
         self._probes = xp.concat([self._probes, g])
         return [n * (self._jacobian.vjp(g) ** 2).sum(1)]
 
-    def read(self, metric: str) -> tuple[float, float]:
+    def read(self, metric: str) -> Reading:
         # Probes of one frame are correlated by -1/(n - 1), which makes their scatter too large by n / (n - 1).
-        value, error = super().read(metric)
-        return value, error * math.sqrt(1 - self._probes.shape[0] / self._jacobian.n)
+        return statistics.orthonormal(super().read(metric), self._probes.shape[0], self._jacobian.n)

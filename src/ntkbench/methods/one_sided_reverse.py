@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Columns
 
 
-class OneSidedReverse(Incremental):
+class OneSidedReverse(Sampling):
     """The mean of ||J^T u||^2 over random signs u: 1 pass a probe, half of what Theta u costs; unbiased.
 
     Variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Sampling
 from ntkbench.sampling import SampleTraces
 
 
-class PerSampleTrace(Incremental):
+class PerSampleTrace(Sampling):
     """The mean over k fields of random signs u of sum_b ||J_b^T u_b||^2: 1 pass a field; unbiased.
 
     A one-sided probe squares the sum of all samples' gradients, and what two samples' gradients have in common is

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from ntkbench import sketching, statistics
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
+from ntkbench.statistics import Reading
 
 
-class SharedProbeAlignment(Stochastic):
+class SharedProbeAlignment(FixedBudget):
     """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
 
     The blog's ``op_alignment``, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means is
@@ -27,16 +28,16 @@ class SharedProbeAlignment(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         j, n = jacobians[0], jacobians[0].n
         u = sketching.frame(rng, probes, n)
         ends = [*itertools.accumulate(j.blocks(len(u)))]
         columns = zip(*(_sums(jacobians, u[a:b]) for a, b in itertools.pairwise((0, *ends))), strict=True)
-        value, error = statistics.jackknife(
+        independent = statistics.jackknife(
             lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
             *map(statistics.by_probe, columns),
         )
-        return value, statistics.orthonormal(error, len(u), n)
+        return statistics.orthonormal(independent, len(u), n)
 
 
 def _sums(jacobians: Sequence[Jacobian], u: Array) -> tuple[Array, Array, Array]:

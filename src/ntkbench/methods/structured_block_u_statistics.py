@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ntkbench import metrics, statistics
-from ntkbench.errors import BadInput, OverMemory
-from ntkbench.estimate import Estimate
-from ntkbench.methods.base import Stochastic
+from ntkbench.errors import OverMemory
+from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.problems.base import Problem
-from ntkbench.sampling import moments_of, products, read_pairs
+from ntkbench.sampling import Sample, moments_of, products, read_pairs
+from ntkbench.statistics import Reading
 from ntkbench.target import Target
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ntkbench.structured.method import Prepared
 
 WIDEST = 2048
 """Gradients in a group, between all pairs of which the inner products are taken."""
 
 
-class StructuredBlockUStatistics(Stochastic):
+class StructuredBlockUStatistics(Incremental):
     """The estimator of ``block_u_statistics`` on the engine of ``structured_derivatives``.
 
     The same mean, variance and passes, 1 a field and 2 for alignment. A gradient of a weight is a sum of outer products
     of inputs and cotangents, and inner products of such gradients come from those of their factors: for a linear layer
     of I inputs and I' outputs they cost I + I' each, and not I I'. Fields beyond some thousand gradients form groups of
-    their own. Where a group does not fit in memory its columns are passed through anew, and fewer fields are drawn.
+    their own, and so do those that are added later. Where a group does not fit in memory its columns are passed through
+    anew, and fewer fields are drawn.
     """
 
     title = "block U-statistics by layers"
     source = "this suite; structured derivatives of Novak et al. 2022"
     backends = ("torch",)
     needs_independent_samples = True
+    first_batch = 4
 
     def worthwhile_passes(self, problem: Problem) -> int:
         # Beyond a thousand gradients their inner products take most of the time, and its square.
@@ -42,7 +47,7 @@ class StructuredBlockUStatistics(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         grams = (2 * problem.N) ** 2 * len(metrics.ends(metric))
         return 0 if metric == "trace" else grams * (target.itemsize + 3 * 8)
 
@@ -52,58 +57,75 @@ class StructuredBlockUStatistics(Stochastic):
 
         return Prepared(problem, target)
 
-    def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
-        if passes is None:
-            raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
-        before = prepared.engine.directions_taken
-        value, error = self._read(prepared, metric, passes // self.passes_per_probe(metric), seed)
-        spent = (prepared.engine.directions_taken - before) / len(prepared.x)
-        notes = tuple(f"{name} written out: {why}" for name, why in prepared.engine.fallbacks().items())
-        return Estimate(value, error, spent, self.name, notes)
+    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+        engine = prepared.engine
+        before = engine.directions_taken
+        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
+        return _Groups(prepared, names, seed), lambda: ((engine.directions_taken - before) / len(prepared.x), notes)
 
-    def draw(self, *args: object) -> tuple[float, float]:
-        """Not by way of Jacobian operators."""
-        raise NotImplementedError
 
-    def _read(self, prepared: Prepared, metric: str, fields: int, seed: int) -> tuple[float, float]:
+class _Groups(Sample):
+    """Groups of fields; pairs are taken within a group."""
+
+    def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
         from ntkbench.jacobian.torch import Rng
 
-        engine, x, sets = prepared.engine, prepared.x, prepared.parameters(metric)
-        N, rng = len(x), Rng(seed, sets[0][0].dtype, x.device)
-        names = moments_of((metric,))
+        self._engine, self._x = prepared.engine, prepared.x
+        self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
+        self._names = moments_of(names)
+        self._rng = Rng(seed, self._sets[0][0].dtype, self._x.device)
+        self._traces: list[np.ndarray] = []
+        self._groups: list[tuple[int, statistics.Moments2]] = []
 
-        def directions(k: int):
-            return rng.sign(k, N * engine.O).reshape(k, N, engine.O).transpose(0, 1).contiguous()
+    def extend(self, probes: int) -> None:
+        if self._names == ("trace",):
+            said = self._engine.diagonal(self._sets[0], self._x, self._directions(probes))
+            self._traces.append(statistics.by_probe([said.T]))
+            return
+        for k in self._sizes(probes):
+            self._groups.append((k, self._group(k)))
 
-        if metric == "trace":
-            return statistics.mean_of_sums(statistics.by_probe([engine.diagonal(sets[0], x, directions(fields)).T]))
-        groups = []
-        for k in self._groups(prepared, metric, fields):
-            v = directions(k)
-            grams = [engine.kernel(parameters, x, None, v).reshape(N, k, N, k) for parameters in sets]
-            sums = statistics.PairSums(N, k, len(names) - (names[0] == "trace"))
-            sums.add(0, 0, [statistics.on_host(table) for table in products(grams)[: len(sums)]])
-            traces = statistics.on_host(grams[0].reshape(N * k, N * k).diagonal().reshape(N, k))
-            groups.append((k, sums.moments(traces.astype(np.float64) if names[0] == "trace" else None)))
-        return read_pairs(names, statistics.Moments2.mean(groups), metric)
+    def read(self, metric: str) -> Reading:
+        if self._names == ("trace",):
+            return statistics.mean_of_sums(np.concatenate(self._traces))
+        return read_pairs(self._names, statistics.Moments2.mean(self._groups), metric)
 
-    def _groups(self, prepared: Prepared, metric: str, fields: int) -> list[int]:
+    def _directions(self, k: int) -> Tensor:
+        N, O = len(self._x), self._engine.O  # noqa: E741 - the field's symbol
+        return self._rng.sign(k, N * O).reshape(k, N, O).transpose(0, 1).contiguous()
+
+    def _group(self, k: int) -> statistics.Moments2:
+        N, v = len(self._x), self._directions(k)
+        grams = [self._engine.kernel(parameters, self._x, None, v).reshape(N, k, N, k) for parameters in self._sets]
+        has_trace = self._names[0] == "trace"
+        sums = statistics.PairSums(N, k, len(self._names) - has_trace)
+        sums.add(0, 0, [statistics.on_host(table) for table in products(grams)[: len(sums)]])
+        traces = grams[0].reshape(N * k, N * k).diagonal().reshape(N, k)
+        return sums.moments(statistics.on_host(traces).astype(np.float64) if has_trace else None)
+
+    def _sizes(self, fields: int) -> list[int]:
         """Sizes of groups that together cost no more passes than that many fields when all fits in memory."""
-        engine, x, parameters = prepared.engine, prepared.x, prepared.parameters(metric)[0]
-
-        def cost_of(k: int) -> float:
-            return engine.passes([parameters], x, parameters[0].new_zeros(len(x), k, engine.O))
-
-        widest = max(4, WIDEST // len(x))
+        if fields < 2:
+            if not self._groups:
+                raise OverMemory("pairs take at least two fields")
+            return []
+        widest = max(4, WIDEST // len(self._x))
         count = -(-fields // widest)
         size = fields // count
-        cost = cost_of(size)
+        cost = self._cost(size)
         while cost > fields:
             if size == 2:
-                raise OverMemory(f"two fields take {cost:g} passes in memory of {engine.memory}; there are {fields}")
+                if self._groups:
+                    return []
+                memory = self._engine.memory
+                raise OverMemory(f"two fields take {cost:g} passes in memory of {memory}; there are {fields}")
             size = max(4, size // 2) if size > 4 else size - 1  # from four on they tell their own error
-            cost = cost_of(size)
+            cost = self._cost(size)
         if cost > size:
             count = int(fields / cost)
             return [size] * count
         return [fields // count + (i < fields % count) for i in range(count)]
+
+    def _cost(self, fields: int) -> float:
+        parameters = self._sets[0]
+        return self._engine.passes([parameters], self._x, parameters[0].new_zeros(len(self._x), fields, self._engine.O))

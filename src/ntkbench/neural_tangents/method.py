@@ -37,7 +37,7 @@ class NeuralTangents(Method):
     needs_independent_samples = True
     implementation: ClassVar[str]
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta (and Theta_f); its diagonal blocks' traces alone for the trace."""
         numbers = problem.N if metric == "trace" else len(metrics.ends(metric)) * problem.n**2
         return numbers * target.itemsize
@@ -58,7 +58,7 @@ class NeuralTangents(Method):
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than it may use.
         """
-        return Estimate(prepared.moments(metric).metric(metric), None, None, self.name)
+        return Estimate(prepared.moments(metric).metric(metric), None, None, self.name, (), metric)
 
 
 class Prepared:

@@ -54,7 +54,7 @@ class Layerwise(Method):
         moments = _moments(kernels.get(self.kernel), engine, metric, sets, x)
         spent = (engine.directions_taken - before) / len(x)
         notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
-        return Estimate(moments.metric(metric), None, spent, self.name, notes)
+        return Estimate(moments.metric(metric), None, spent, self.name, notes, metric)
 
 
 class Prepared:
