@@ -1,7 +1,9 @@
-"""The study on one screen: a configuration's cells, one asv shard a method, one tidy table, the figures.
+"""The comparison on one screen: a configuration's cells, one asv shard a method, one tidy table, studies, the figures.
 
 snakemake --cores all                                  config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml   another one
+snakemake --cores all paper_figures                    the papers' figures and their studies alone
+snakemake --cores all figures --config source=reference   all figures from committed tables: nothing is measured
 snakemake --cores all side_by_side                     exact methods in turn: ratios of times, in ten minutes
 snakemake --cores all time_to_error                    all methods at the budget that reaches an error, in turn
 """
@@ -13,13 +15,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.utils import min_version
 
-from ntkbench import errors, grid, paths, plugins
+from ntkbench import errors, figures, grid, paths
 
 min_version("9.0")
 
 ROOT = Path(workflow.basedir)
-# The asv suite is a folder of the checkout and not installed.
-shell.prefix(f"export PYTHONPATH={shlex.quote(str(ROOT))}; ")
+# The asv suite is a folder of the checkout and not installed; what is installed may be another checkout.
+shell.prefix(f"export PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')}; ")
 
 if "grid" not in config:
 
@@ -29,11 +31,14 @@ if "grid" not in config:
 with errors.as_one_line():
     STUDY = grid.Config.check(config, ", ".join(map(str, workflow.configfiles)))
     CELLS = grid.cells(STUDY)
-    RESULTS = paths.writable(Path("results") / STUDY.profile)
+    RESULTS = paths.writable(Path("results") / STUDY.folder)
+    TABLES = STUDY.tables(RESULTS)
     CONFIG = grid.write(STUDY, RESULTS / "config.yaml")
 
 METHODS = sorted({cell.method for cell in CELLS})
-FIGURES = plugins.names("ntkbench.figures")
+# What is drawn from each table: the results table is called by no name, the others by their study's.
+FIGURES = {name: figures.study_of(name) for name in figures.names()}
+FIGURES = {name: study for name, study in FIGURES.items() if study is None or study in STUDY.studies}
 
 if workflow.is_main_process:
     LOCK = FileLock(RESULTS / ".lock")
@@ -47,12 +52,23 @@ wildcard_constraints:
     problem=r"[^/]+",
     method=r"\w+",
     figure=r"\w+",
+    study=r"\w+",
 
 
 rule all:
     input:
-        RESULTS / "table.csv",
-        expand(RESULTS / "figures" / "{figure}.png", figure=FIGURES),
+        TABLES / "table.csv",
+        RESULTS / "gallery.html",
+
+
+rule figures:
+    input:
+        RESULTS / "gallery.html",
+
+
+rule paper_figures:
+    input:
+        expand(RESULTS / "figures" / "{figure}.png", figure=[name for name, study in FIGURES.items() if study]),
 
 
 rule problem:
@@ -142,9 +158,27 @@ rule table:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
+rule study:
+    output:
+        RESULTS / "studies" / "{study}.csv",
+    log:
+        RESULTS / "logs" / "study-{study}.log",
+    conda:
+        "environment.yml"
+    resources:
+        timer=1,
+    params:
+        config=CONFIG,
+        fingerprint=lambda wildcards: grid.study_fingerprint(STUDY, wildcards.study),
+    shell:
+        "python -m ntkbench study {wildcards.study} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
+
+
 rule figure:
     input:
-        RESULTS / "table.csv",
+        lambda wildcards: TABLES / (
+            f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"
+        ),
     output:
         multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
     log:
@@ -156,3 +190,19 @@ rule figure:
         folder=RESULTS / "figures",
     shell:
         "python -m ntkbench.figures {wildcards.figure} --table {input:q} --out {params.folder:q} > {log:q} 2>&1"
+
+
+rule gallery:
+    input:
+        expand(RESULTS / "figures" / "{figure}.png", figure=FIGURES),
+    output:
+        RESULTS / "gallery.html",
+    log:
+        RESULTS / "logs" / "gallery.log",
+    conda:
+        "environment.yml"
+    params:
+        title=f"ntkbench: figures of the {STUDY.profile} configuration",
+        fingerprint=grid.sources_fingerprint("ntkbench.figures._gallery"),
+    shell:
+        "python -m ntkbench gallery {input:q} --title {params.title:q} --output {output:q} > {log:q} 2>&1"

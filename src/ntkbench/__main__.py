@@ -1,13 +1,15 @@
-"""The steps of the pipeline that are not measured: ``python -m ntkbench check|problem|table|list``."""
+"""The steps of the pipeline: ``python -m ntkbench check|problem|study|table|gallery|list``."""
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 
 import click
 
-from ntkbench import errors, grid, methods, paths, problems, results
+from ntkbench import errors, grid, methods, paths, problems, results, studies, watchdog
 from ntkbench.errors import Unavailable
 from ntkbench.grid import Config
 
@@ -26,7 +28,9 @@ def check(config_file: Path) -> None:
     """Refuse a configuration that cannot be run, naming file, key, value and what is allowed; else count its cells."""
     with errors.as_one_line():
         config = Config.read(config_file)
-    click.echo(f"{config_file}: profile {config.profile}, {len(grid.cells(config))} cells")
+    click.echo(
+        f"{config_file}: profile {config.profile}, {len(grid.cells(config))} cells, {len(config.studies)} studies"
+    )
 
 
 @main.command()
@@ -47,6 +51,41 @@ def problem(label: str, output: Path) -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.option("--config", "config_file", type=FILE, required=True)
+@click.option("--output", type=NEW, required=True)
+def study(name: str, config_file: Path, output: Path) -> None:
+    """Measure a study as the configuration has it; its table goes to OUTPUT.
+
+    Going over the configuration's memory limit ends the process; what was written to OUTPUT.verdict then says so.
+    """
+    verdict = output.with_suffix(".verdict")
+    verdict.unlink(missing_ok=True)
+    with errors.as_one_line():
+        config = Config.read(config_file)
+        if name not in config.studies:
+            raise errors.unknown("study", name, config.studies)
+        chosen = config.study(name)
+        watchdog.guard(math.inf, chosen.memory_limit_mb * 2**20, verdict)
+        start = time.perf_counter()
+        made = studies.run(name, chosen)
+    paths.write_atomically(output, made.to_csv(index=False, lineterminator="\n"))
+    click.echo(f"{name}: {len(made)} rows in {time.perf_counter() - start:.1f} s")
+
+
+@main.command()
+@click.argument("pictures", nargs=-1, type=FILE, required=True)
+@click.option("--title", required=True)
+@click.option("--output", type=NEW, required=True)
+def gallery(pictures: tuple[Path, ...], title: str, output: Path) -> None:
+    """Put PICTURES (PNG, each with a caption as .txt beside it) on one page that needs no other file."""
+    from ntkbench.figures import _gallery
+
+    with errors.as_one_line():
+        paths.write_atomically(output, _gallery.page(pictures, title))
+
+
+@main.command()
 @click.argument("shards", nargs=-1, type=FILE, required=True)
 @click.option("--config", "config_file", type=FILE, required=True)
 @click.option("--output", type=NEW, required=True)
@@ -61,12 +100,14 @@ def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
 
 @main.command("list")
 def list_() -> None:
-    """List problems and methods."""
+    """List problems, methods and studies."""
     for name in problems.names():
         click.echo(f"problem  {name:32} {problems.describe(name)}")
     for name in methods.names():
         method = methods.get(name)
         click.echo(f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]")
+    for name in studies.names():
+        click.echo(f"study    {name:32} {studies.describe(name)}")
 
 
 if __name__ == "__main__":

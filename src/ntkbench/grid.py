@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from ntkbench import methods, paths, problems
+from ntkbench import methods, paths, problems, studies
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.metrics import METRICS
 from ntkbench.metrics import check as check_metric
@@ -92,6 +92,8 @@ class Config(_Strict):
     error_seconds: PositiveFloat = 5
     timing_seconds: PositiveFloat = 1
     grid: list[Block] = Field(min_length=1)
+    studies: dict[str, dict[str, Any]] = Field(default={}, description="sizes of each study, by its name")
+    source: Literal["measured", "reference"] = "measured"
 
     @field_validator("threads")
     @classmethod
@@ -112,6 +114,13 @@ class Config(_Strict):
                 raise BadInput(str(error)) from None
         return device
 
+    @field_validator("studies")
+    @classmethod
+    def _studies_exist(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            studies.plugins_of(name)
+        return given
+
     @classmethod
     def check(cls, raw: Mapping[str, Any], file: str | Path) -> Self:
         """Validate what was read from a file.
@@ -120,9 +129,18 @@ class Config(_Strict):
             BadInput: one line for each thing that is wrong, naming the file, the key, the value and what is allowed.
         """
         try:
-            return cls.model_validate(dict(raw))
+            config = cls.model_validate(dict(raw))
         except ValidationError as error:
             raise BadInput("\n".join(_explain(e, file) for e in error.errors())) from None
+        said = []
+        for name in config.studies:
+            try:
+                config.study(name)
+            except ValidationError as error:
+                said += [_explain(e | {"loc": ("studies", name, *e["loc"])}, file) for e in error.errors()]
+        if said:
+            raise BadInput("\n".join(said))
+        return config
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -146,11 +164,39 @@ class Config(_Strict):
         """Where this configuration runs a backend."""
         return Target(backend, self.dtype, self.device, int(self.block_memory_mb * 2**20))
 
+    @property
+    def folder(self) -> str:
+        """The folder below ``results`` that is written to."""
+        return self.profile if self.source == "measured" else f"{self.profile}_{self.source}"
+
+    def tables(self, results: Path) -> Path:
+        """The folder with the tables that figures are drawn from: the run's own, or the committed ones.
+
+        Raises:
+            BadInput: no tables of this profile are committed.
+        """
+        if self.source == "measured":
+            return results
+        kept = sorted(file.parent.name for file in paths.REFERENCE.glob("*/table.csv"))
+        if self.profile not in kept:
+            raise BadInput(
+                f"source: 'reference': no measured tables of the profile {self.profile!r} are kept; "
+                f"allowed: measured, or one of the profiles {', '.join(kept)}"
+            )
+        return paths.REFERENCE / self.profile
+
+    def study(self, name: str) -> studies.base.Settings:
+        """The settings of a study: its own, and this configuration's where it says nothing."""
+        common = {key: getattr(self, key) for key in studies.base.Settings.model_fields}
+        return studies.settings(name, common | self.studies[name])
+
 
 def _explain(error: Mapping[str, Any], file: str | Path) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        fields = (Block if "grid" in error["loc"] else Config).model_fields
+        fields = Block.model_fields if "grid" in error["loc"] else Config.model_fields
+        if error["loc"][0] == "studies":
+            fields = studies.fields(error["loc"][1])
         return f"{file}: {key}: no such key; allowed: {', '.join(fields)}"
     if error["type"] == "missing":
         return f"{file}: {key}: missing, it must be given"
@@ -233,7 +279,9 @@ def fingerprint(config: Config, method: str, suite: Path) -> str:
         suite: the folder of the measuring code.
     """
     chosen = [cell for cell in cells(config) if cell.method == method]
-    settings = json.dumps([config.model_dump(exclude={"grid", "profile"}), [cell.label for cell in chosen]])
+    settings = json.dumps(
+        [config.model_dump(exclude={"grid", "profile", "studies", "source"}), [cell.label for cell in chosen]]
+    )
     files = {Path(problems.source_file(cell.problem)) for cell in chosen} | set(suite.glob("*.py"))
     files |= sources(f"ntkbench.methods.{method}", "ntkbench.reference", "ntkbench.harness")
     return _hash(files, settings)
@@ -244,10 +292,16 @@ def problem_fingerprint(label: str) -> str:
     return _hash({Path(problems.source_file(label))} | sources("ntkbench.reference"), label)
 
 
+def study_fingerprint(config: Config, name: str) -> str:
+    """Hash of all that a study's numbers depend on: its settings and every source file it can reach."""
+    return _hash(sources(*studies.plugins_of(name)), config.study(name).model_dump_json())
+
+
 def figure_fingerprint(name: str) -> str:
-    """Hash of all that a figure's looks depend on."""
+    """Hash of all that a figure's looks depend on, published values among it."""
     files = sources(f"ntkbench.figures.{name}", "ntkbench.figures.base")
-    return _hash(files | set(Path(__file__).parent.glob("figures/*.mplstyle")), name)
+    files |= {*Path(__file__).parent.glob("figures/*.mplstyle"), *paths.PUBLISHED.glob("*.csv")}
+    return _hash(files, name)
 
 
 def sources_fingerprint(*modules: str) -> str:

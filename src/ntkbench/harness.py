@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ntkbench import grid, jacobian, methods, paths, problems, reference, watchdog
-from ntkbench.errors import OverMemory
+from ntkbench import grid, jacobian, methods, paths, problems, reference, running, watchdog
 from ntkbench.estimate import Estimate
 from ntkbench.grid import Cell, Config
 
@@ -67,7 +66,7 @@ class Execution:
         return execution
 
     def _prepare(self) -> None:
-        _use_threads(self.config.threads)
+        running.use_threads(self.config.threads)
         problem = problems.load(self.cell.problem)
         if reason := grid.refusal(self.cell, problem, self.config):
             raise Refused(reason)
@@ -142,9 +141,7 @@ class Execution:
             self._write(status="skipped", reason=str(error))
             raise
         except Exception as error:
-            out_of_memory = isinstance(error, MemoryError) or _says_out_of_memory(error)
-            reason = str(error) if isinstance(error, OverMemory) else f"{type(error).__name__}: {error}"
-            self._write(status="out_of_memory" if out_of_memory else "failed", reason=reason.splitlines()[0])
+            self._write(**running.ending(error))
             raise
 
     def _write(self, **record: Any) -> None:
@@ -162,16 +159,3 @@ def read(record: Path) -> dict[str, Any]:
         if file.exists():
             return json.loads(file.read_text())
     return {}
-
-
-def _use_threads(threads: int) -> None:
-    """One number of threads for all backends: torch is told; XLA goes by the processors that the process may use."""
-    import torch
-
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    torch.set_num_threads(threads)
-
-
-def _says_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(sign in text for sign in ("out of memory", "can't allocate memory", "resource_exhausted"))

@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "results" / "reference"
 """Committed: exact values, trained weights, published values, measured tables."""
 
+PUBLISHED = REFERENCE / "published"
+"""Values read off the papers' figures, with source and accuracy."""
+
 
 def cache() -> Path:
     """Folder for what can be made again: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout."""

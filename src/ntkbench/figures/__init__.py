@@ -1,13 +1,16 @@
 """Figures: the tidy table in; PDF, PNG, the plotted numbers as CSV and a caption out.
 
 One file a figure: a file dropped in here is drawn under its own name. It holds one function, ``draw(table) ->
-Drawing``, which gets a table that :func:`ntkbench.figures.base.checked` has passed and that has at least one row.
+Drawing``, which gets a table with at least one row: the results table as :func:`ntkbench.figures.base.checked` has it,
+or, where the file says ``TABLE = "<study>"`` and names the ``COLUMNS`` that it reads, that study's table as
+:func:`ntkbench.figures.base.checked_study` does.
 """
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 
@@ -16,12 +19,28 @@ from ntkbench.errors import unknown
 from ntkbench.figures import base
 from ntkbench.paths import write_atomically
 
-__all__ = ["draw", "names"]
+__all__ = ["draw", "names", "study_of"]
 
 
 def names() -> list[str]:
     """Every figure there is, sorted."""
     return list(plugins.modules(__name__))
+
+
+def study_of(name: str) -> str | None:
+    """The study that a figure is drawn from; ``None`` where that is the results table.
+
+    Raises:
+        BadInput: no such figure.
+    """
+    return getattr(_module(name), "TABLE", None)
+
+
+def _module(name: str) -> ModuleType:
+    modules = plugins.modules(__name__)
+    if name not in modules:
+        raise unknown("figure", name, modules)
+    return modules[name]
 
 
 def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -32,15 +51,13 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
     Raises:
         BadInput: no such figure, or the table lacks columns.
     """
-    modules = plugins.modules(__name__)
-    if name not in modules:
-        raise unknown("figure", name, modules)
-    table = base.checked(table)
+    module = _module(name)
+    table = base.checked(table) if study_of(name) is None else base.checked_study(table, module.COLUMNS)
     with base.style():
-        drawing = modules[name].draw(table) if len(table) else base.nothing(table, "The table has no rows.")
+        drawing = module.draw(table) if len(table) else base.nothing(table, "The table has no rows.")
         made = {
             "csv": drawing.plotted.to_csv(index=False, lineterminator="\n"),
-            "txt": base.caption(name, drawing, table),
+            "txt": base.caption(name, drawing, table, study_of(name)),
             "png": _rendered(drawing, "png", {"Software": None}),
             "pdf": _rendered(drawing, "pdf", {"CreationDate": None}),
         }

@@ -18,10 +18,13 @@ from ntkbench.errors import NtkbenchError
 )
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the figures.")
 def main(chosen: tuple[str, ...], table: Path, out: Path) -> None:
-    """Draw figures from the tidy table; all of them if no NAME is given."""
+    """Draw figures from their table: the results table, or that of their study.
+
+    All figures of the results table if no NAME is given.
+    """
     try:
         rows = pd.read_csv(table, low_memory=False)
-        for name in chosen or figures.names():
+        for name in chosen or [name for name in figures.names() if figures.study_of(name) is None]:
             for path in figures.draw(name, rows, out):
                 click.echo(path)
     except pd.errors.EmptyDataError:

@@ -42,6 +42,11 @@ KNOWN = {
     "one_sided_forward": (GREEN, ">"),
     "shared_probe_alignment": (PINK, "p"),
     "per_sample_trace": (BLACK, "o"),
+    "hutchpp_paper": (SKY, "D"),
+    "one_sided_paper_reverse": (ORANGE, "<"),
+    "one_sided_paper_forward": (WINE, ">"),
+    "direct_one_by_one": (INDIGO, "d"),
+    "jacobian": (BLACK, "X"),
 }
 """Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""
 

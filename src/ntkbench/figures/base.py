@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ NUMBERS = ("N", "O", "P", "n", "passes", "seconds", "seconds_q25", "seconds_q75"
 NUMBERS += ("seeds", "memory_bytes", "threads")
 COLUMNS = WORDS + NUMBERS
 """Columns of the tidy table that figures read; it has more."""
+
+PROVENANCE = ("status", "reason", "git_sha", "git_dirty", "machine", "device", "dtype", "threads")
+"""Columns that every study's table has."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,24 @@ def checked(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def checked_study(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """A copy of a study's table fit for drawing: columns of words have no missing values.
+
+    Raises:
+        BadInput: columns are missing.
+    """
+    missing = [column for column in (*columns, *PROVENANCE) if column not in table.columns]
+    if missing:
+        raise BadInput(
+            f"the table lacks columns that this figure needs: {', '.join(missing)}; is it its study's table?"
+        )
+    table = table.reset_index(drop=True).copy()
+    for column in table.columns:
+        if column in WORDS or not pd.api.types.is_numeric_dtype(table[column]):
+            table[column] = table[column].astype(object).where(table[column].notna(), "").astype(str)
+    return table
+
+
 def measured(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The rows that are ok and have all of these numbers."""
     return table[(table["status"] == "ok") & table[list(columns)].notna().all(axis=1)]
@@ -85,7 +106,8 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
 def settings_line(table: pd.DataFrame) -> str:
     """Device, precision, threads, seeds and code on one line, for under a figure's title."""
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
-    seeds = table.loc[table["kind"] == "stochastic", "seeds"].dropna()
+    stochastic = table[table["kind"] == "stochastic"] if "kind" in table else table
+    seeds = stochastic["seeds"].dropna() if "seeds" in table else stochastic["threads"].iloc[:0]
     parts = [
         *(" / ".join(sorted(set(table[column]) - {""})) for column in ("device", "dtype")),
         threads and f"{threads} thread" + "s" * (threads != "1"),
@@ -106,8 +128,8 @@ def _code(table: pd.DataFrame) -> str:
     return f"git {shas}" if shas else ""
 
 
-def caption(name: str, drawing: Drawing, table: pd.DataFrame) -> str:
-    """The figure's caption with the settings of the table behind it."""
+def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None = None) -> str:
+    """The figure's caption with the settings of the table behind it, the results table or that of a study."""
     cells = table.groupby("status").size()
     cells = ", ".join(
         f"{cells[s]} {_labels.status_label(s)}" for s in sorted(cells.index, key=lambda s: (s != "ok", s))
@@ -116,7 +138,7 @@ def caption(name: str, drawing: Drawing, table: pd.DataFrame) -> str:
         f"{_labels.name_label(name)}. {drawing.caption}",
         f"Settings: {settings_line(table) or 'none recorded'}.",
         f"Machine: {'; '.join(sorted(set(table['machine']) - {''})) or 'not recorded'}.",
-        f"Cells of the grid: {cells or 'none'}.",
+        f"{f'Rows of the study {study}' if study else 'Cells of the grid'}: {cells or 'none'}.",
     ]
     return "\n".join(lines).replace(r"\$", "$") + "\n"
 

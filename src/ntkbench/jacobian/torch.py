@@ -36,6 +36,9 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     x = torch.from_numpy(problem.x)
     x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
     module = _module_on(problem.module, to["device"], to["dtype"])
+    if fixed := problem.fixed(weights):
+        module = copy.deepcopy(module)
+        module.load_state_dict({key: torch.from_numpy(w) for key, w in fixed.items()}, strict=False)
     return module, parameters, x
 
 

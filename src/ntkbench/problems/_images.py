@@ -15,6 +15,12 @@ HELD_OUT = 512
 @functools.cache
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """scikit-learn's 1797 images of 8x8: training images, training labels, 512 held-out images, pixels in [0, 1]."""
+    return digits_with_labels()[:3]
+
+
+@functools.cache
+def digits_with_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`digits` and the labels of the held-out images."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -41,10 +47,10 @@ def mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
-    return _split((data.data / 255).astype(np.float32), data.target.astype(np.int64))
+    return _split((data.data / 255).astype(np.float32), data.target.astype(np.int64))[:3]
 
 
-def _split(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     shuffled = np.random.default_rng(0).permutation(len(images))
     held_out, training = shuffled[:HELD_OUT], shuffled[HELD_OUT:]
-    return images[training], labels[training], images[held_out]
+    return images[training], labels[training], images[held_out], labels[held_out]

@@ -28,6 +28,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     parameters = dict(sorted(parameters.items()))  # the order that JAX gives all dicts, and so the other operator
     j = Jacobian(forward, parameters, x, problem.output_shape, target.memory)
     held = {key: w.detach().cpu().numpy() for key, w in problem.module.named_parameters() if key not in parameters}
+    held |= problem.fixed(weights)
     frozen = {key: jax.device_put(w.astype(target.dtype), autodiff.device(target)) for key, w in held.items()}
     j.describe(problem.module.recurrence, frozen)
     return j

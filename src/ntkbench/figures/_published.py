@@ -1,0 +1,29 @@
+"""Values that the papers published, as figures overlay them; see ``results/reference/published/README.md``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from ntkbench import paths
+from ntkbench.errors import BadInput
+
+MARK = {"marker": "x", "markersize": 5.0, "markeredgewidth": 1.1, "linestyle": (0, (1, 1.2)), "linewidth": 1.0}
+"""How published values are drawn, in the colour of what they are values of: crosses on a dotted line."""
+
+
+def values(file: str, **chosen: Any) -> pd.DataFrame:
+    """Rows of a file of published values in which columns have these values.
+
+    Raises:
+        BadInput: the file is not there.
+    """
+    path = paths.PUBLISHED / f"{file}.csv"
+    if not path.exists():
+        there = ", ".join(sorted(other.stem for other in paths.PUBLISHED.glob("*.csv")))
+        raise BadInput(f"no published values {file!r} in {paths.PUBLISHED}; there: {there or 'none'}")
+    table = pd.read_csv(path)
+    for column, value in chosen.items():
+        table = table[table[column] == value]
+    return table.reset_index(drop=True)

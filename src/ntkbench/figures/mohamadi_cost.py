@@ -1,0 +1,83 @@
+"""Mohamadi et al. 2023, figure 1: seconds for NTK and pNTK of ResNets against depth."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ntkbench.figures import _canvas, _labels, _published, _series, base
+
+TABLE = "mohamadi_cost"
+COLUMNS = ("depth", "N", "O", "P", "method", "title", "kernel", "seconds", "seconds_per_pair", "pairs")
+PUBLISHED = {"eNTK": "jacobian_contraction", "pNTK": "sum_of_logits"}
+"""Kernels in the published figure and the methods nearest to how they were computed."""
+BEST = {"structured_derivatives": "structured_sum_of_logits", "jacobian_contraction": "sum_of_logits"}
+"""Pairs of methods for NTK and pNTK that work alike."""
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """Seconds for a pair, two images by themselves above, all pairs of N below; a column for each O."""
+    points = base.measured(table, "seconds_per_pair")
+    if not len(points):
+        return base.nothing(table, _labels.why_not(table))
+    looks = _series.looks(points)
+    samples, outputs = sorted(points["N"].unique()), sorted(points["O"].unique())
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(2.3, above=0.6, below=0.42) for _ in samples],
+        len(outputs),
+        title="Seconds for a pair of images, NTK and pNTK of ResNets (Mohamadi et al., figure 1)",
+        subtitle=base.settings_line(table),
+        key=[("method", _series.entries(looks.values())), ("how to read", [_series.PUBLISHED])],
+        gap=0.75,
+    )
+    there = _published.values("mohamadi_figure1_tiny_imagenet")
+    for panels, N in zip(grid, samples, strict=True):
+        for panel, output in zip(panels, outputs, strict=True):
+            rows = points[(points["N"] == N) & (points["O"] == output)]
+            shown = there[there["outputs"] == output] if max(samples) == N else there.iloc[:0]
+            heading = "two images by themselves" if min(samples) == N else f"all pairs of {N:g} images"
+            _canvas.title(panel, heading, f"O = {output:g}")
+            for method, line in rows.groupby("method", sort=False):
+                _series.line(panel, line, "depth", "seconds_per_pair", looks[method])
+            for kernel, method in PUBLISHED.items():
+                if method in looks:
+                    only = shown[shown["kernel"] == kernel]
+                    _series.published(panel, only, looks[method].colour, "resnet_depth", "seconds_per_pair")
+            depths = [*table["depth"], *shown["resnet_depth"]]
+            _series.logarithmic(panel, depths, [*points["seconds_per_pair"], *shown["seconds_per_pair"]])
+            _series.counts(panel, depths)
+            panel.set(xlabel="depth", ylabel="seconds per pair")
+    return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, points, there))
+
+
+def ratios(points: pd.DataFrame) -> pd.DataFrame:
+    """NTK over pNTK, seconds: a row for each depth, O, N and pair of methods that work alike."""
+    keys = ["depth", "O", "N"]
+    found = []
+    for full, one in BEST.items():
+        both = points[points["method"] == full].merge(points[points["method"] == one], on=keys, suffixes=("", "_pntk"))
+        found.append(both.assign(ratio=both["seconds"] / both["seconds_pntk"])[[*keys, "method", "ratio"]])
+    return pd.concat(found, ignore_index=True)
+
+
+def _caption(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> str:
+    parameters = _labels.range_label(table["P"])
+    text = (
+        f"Seconds for the kernel between two images of ResNets ({parameters} parameters) by the depth, with O outputs: "
+        "for two images by themselves (three pairs, each with itself among them) and for all pairs of N images, in "
+        "seconds per pair. NTK: all O x O entries; pNTK: one. By layers, or by gradients written out and multiplied. "
+        "Crosses are published, for Tiny ImageNet (O = 200), on unnamed hardware."
+    )
+    wide = there.pivot_table(index="resnet_depth", columns="kernel", values="seconds_per_pair")
+    quotient = wide["eNTK"] / wide["pNTK"]
+    text += f" Published ratios of NTK to pNTK: {quotient.min():.0f} to {quotient.max():.0f} at O = 200."
+    found = ratios(points)
+    for N, rows in found.groupby("N"):
+        top = rows[rows["O"] == rows["O"].max()]
+        if len(top):
+            where = "two images by themselves" if found["N"].min() == N else f"all pairs of {N:g}"
+            text += f" Here, O = {top['O'].iloc[0]:g}, {where}: {_series.ratio_words(top['ratio'])}."
+    return (
+        f"{text} The NTK takes O backward passes for each image and O^2 products for each pair, the pNTK one of "
+        "either: the ratio is at most O where passes dominate, as for images by themselves, and goes up to O^2 where "
+        "products do, so ratios far above O can only be amortised ones, over many pairs."
+    )

@@ -1,0 +1,86 @@
+"""A caution to Mohamadi et al. 2023: along training with weight decay the pNTK drifts to the last layer's kernel."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from ntkbench.figures import _canvas, _labels, _series, base
+from ntkbench.figures.mohamadi_quality import looks_of
+
+TABLE = "mohamadi_drift"
+COLUMNS = ("loss", "loss_title", "init", "step", "kernel", "title", "difference", "sum_direction", "pntk_to_last_layer")
+TO_LAST = "pntk_to_last_layer"
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A column for each loss: differences of all kernels above, the readout's sum and the pNTK's drift below."""
+    points = base.measured(table, "difference")
+    if not len(points):
+        return base.nothing(points, _labels.why_not(table))
+    plotted = _summary(points)
+    looks = looks_of(plotted)
+    losses = list(dict.fromkeys(plotted["loss"]))
+    titles = points.drop_duplicates("loss").set_index("loss")["loss_title"]
+    own = [
+        (Line2D([], [], color="black", linewidth=1.6), "‖1ᵀV‖ / ‖V‖, V the readout"),
+        (Line2D([], [], color=_canvas.PALE, linewidth=2.2, linestyle="--"), "‖pNTK − last layer‖ / ‖pNTK‖"),
+    ]
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(2.4, above=0.6, below=0.3), _canvas.Row(2.0, above=0.1, below=0.45)],
+        len(losses),
+        title="Along training: what the sum of logits forgets",
+        subtitle=base.settings_line(table),
+        key=[("kernel", _series.entries(looks.values())), ("below", own), ("how to read", [_series.QUARTILES])],
+        gap=0.35,
+    )
+    for column, loss in enumerate(losses):
+        here, below = plotted[plotted["loss"] == loss], grid[1][column]
+        panel = grid[0][column]
+        _canvas.title(panel, titles[loss], "")
+        for kernel, rows in here.groupby("kernel", sort=False):
+            _series.line(panel, rows, "step", "difference", looks[kernel])
+        panel.set_ylim(0, 1.02 * max(1.0, plotted["difference_q75"].max()))
+        once = here[here["kernel"] == "sum_of_logits"]
+        for quantity, style in (("sum_direction", own[0][0]), (TO_LAST, own[1][0])):
+            drawn = {"color": style.get_color(), "linewidth": style.get_linewidth(), "linestyle": style.get_linestyle()}
+            below.plot(once["step"], once[quantity], **drawn, zorder=3)
+            below.fill_between(once["step"], once[f"{quantity}_q25"], once[f"{quantity}_q75"], alpha=0.15,
+                               color=style.get_color(), linewidth=0)  # fmt: skip
+        values = plotted[["sum_direction", TO_LAST]].stack()
+        below.set(yscale="log", xlabel="steps of gradient descent", ylim=_canvas.limits(values))
+        _canvas.decades(below.yaxis, *below.get_ylim())
+        for axes in (panel, below):
+            axes.tick_params(labelleft=column == 0)
+        panel.tick_params(labelbottom=False)
+    grid[0][0].set_ylabel("‖A ⊗ I − Θ‖ / ‖Θ‖")
+    grid[1][0].set_ylabel("shares")
+    return base.Drawing(figure, plotted, _caption(plotted, titles))
+
+
+def _summary(points: pd.DataFrame) -> pd.DataFrame:
+    quantities = ["difference", "sum_direction", TO_LAST]
+    groups = points.groupby(["loss", "step", "kernel", "title"], sort=False)[quantities]
+    parts = [groups.quantile(q).add_suffix(suffix) for q, suffix in ((0.5, ""), (0.25, "_q25"), (0.75, "_q75"))]
+    return pd.concat(parts, axis=1).assign(inits=groups.size()).reset_index()
+
+
+def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
+    text = (
+        "A fully connected network trained on scikit-learn's digits by gradient descent; above how far each kernel "
+        "between samples is from Theta on held-out images, below the readout's part along the sum of logits and how "
+        f"far the pNTK is from the last layer's kernel; medians over {plotted['inits'].max()} initialisations with "
+        "quartiles. The softmax's gradients sum to zero over logits, so gradient descent on the cross-entropy leaves "
+        "1^T V as it is (||V|| grows), and weight decay shrinks it; the sum of logits then has gradients in the last "
+        "layer alone."
+    )
+    once = plotted[plotted["kernel"] == "sum_of_logits"]
+    said = []
+    for loss, rows in once.groupby("loss", sort=False):
+        first, last = rows.iloc[0], rows.iloc[-1]
+        said.append(
+            f"{titles[loss]}: the pNTK's difference from {first['difference']:.2f} to {last['difference']:.2f}, "
+            f"||1^T V|| / ||V|| from {first['sum_direction']:.2g} to {last['sum_direction']:.2g}, distance to the last "
+            f"layer's kernel from {first[TO_LAST]:.2g} to {last[TO_LAST]:.2g}"
+        )
+    return f"{text} {'; '.join(said)}."

@@ -1,0 +1,83 @@
+"""Studies: measurements behind the figures that the grid's one table cannot hold.
+
+One file a study: a file dropped in here can be named under ``studies`` in a configuration, and is then measured into
+``results/<profile>/studies/<name>.csv``, which figures with ``TABLE = "<name>"`` are drawn from. It holds
+
+- ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, those of the paper if nothing is said;
+- ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance;
+- ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; their sources count
+  when it is decided whether a study has to run again.
+
+Importing a study starts no backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ntkbench import jacobian, plugins, running
+from ntkbench.errors import NtkbenchError, unknown
+from ntkbench.provenance import provenance
+from ntkbench.studies import base
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["base", "describe", "fields", "names", "plugins_of", "run", "settings"]
+
+
+def names() -> list[str]:
+    """Every study there is, sorted."""
+    return plugins.names(__name__)
+
+
+def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
+    """A study's settings, checked.
+
+    Args:
+        name: of the study.
+        given: its own sizes, and where it runs.
+
+    Raises:
+        BadInput: no such study.
+        pydantic.ValidationError: a setting that cannot be used.
+    """
+    return _module(name).Settings.model_validate(dict(given))
+
+
+def describe(name: str) -> str:
+    """First line of a study's docstring."""
+    return inspect.getdoc(_module(name)).splitlines()[0]
+
+
+def fields(name: str) -> list[str]:
+    """What a study can be told."""
+    return list(_module(name).Settings.model_fields)
+
+
+def plugins_of(name: str) -> tuple[str, ...]:
+    """Modules whose sources a study depends on, its own first."""
+    return (f"{__name__}.{name}", *getattr(_module(name), "PLUGINS", ()))
+
+
+def run(name: str, chosen: base.Settings) -> pd.DataFrame:
+    """Measure a study in this process: its table with where the numbers come from in each row.
+
+    Raises:
+        NtkbenchError: nothing was measured.
+    """
+    running.use_threads(chosen.threads)
+    table = _module(name).run(chosen)
+    if not len(table):
+        raise NtkbenchError(f"study {name}: its settings leave nothing to measure")
+    columns = {"device": jacobian.device_name(chosen.target()), "dtype": chosen.dtype, "threads": chosen.threads}
+    return table.assign(**{k: v for k, v in (columns | provenance().columns()).items() if k not in table})
+
+
+def _module(name: str) -> Any:
+    if name not in names():
+        raise unknown("study", name, names())
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,38 @@
+"""The blog post's two figures: Hutch++ for the trace, and alignment from shared probes against three Hutch++ traces.
+
+The post has two recurrent networks of 128 units on 100 trials of 10 steps; here it is a GRU before and after training.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from pydantic import Field, PositiveInt
+
+from ntkbench.studies import _estimates
+
+PLUGINS = _estimates.PLUGINS
+METHODS = {"trace": ("hutchpp",), "alignment": ("shared_probe_alignment", "hutchpp")}
+
+
+class Settings(_estimates.Settings):
+    """Grid of samples.
+
+    Attributes:
+        problem: with weights before and after training.
+        samples: probes of shared-probe alignment; columns in the sketch of Hutch++, three products each.
+    """
+
+    problem: str = "gru_hazelden"
+    samples: list[PositiveInt] = Field(default=[2, 5, 10, 20, 50, 100], min_length=1)
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each metric, method and number of samples."""
+    problem = _estimates.load([settings.problem])
+    rows = [
+        row
+        for metric, names in METHODS.items()
+        for name in names
+        for row in _estimates.reruns(settings, problem, metric, name, settings.samples)
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,41 @@
+"""Squared norm, alignment and effective rank of the trained 784-256-256-10 network (Hazelden 2025, figure 4).
+
+On MNIST, or on scikit-learn's digits (64-256-256-10) where MNIST cannot be had.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from pydantic import Field, PositiveInt
+
+from ntkbench.studies import _estimates
+
+PLUGINS = _estimates.PLUGINS
+METRICS = {
+    "norm": ("hutchpp_paper",),
+    "alignment": ("hutchpp_paper", "shared_probe_alignment"),
+    "effective_rank": ("hutchpp_paper",),
+}
+
+
+class Settings(_estimates.Settings):
+    """Grid of m.
+
+    Attributes:
+        problems: of which the first is taken whose data can be had.
+        samples: nominal numbers of samples, those of a sketch and a residual together.
+    """
+
+    problems: list[str] = Field(default=["mnist_mlp", "digits_mlp"], min_length=1)
+    samples: list[PositiveInt] = Field(default=[6, 12, 24, 48, 96, 192, 384], min_length=1)
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each metric, method and m, and one for each metric and baseline."""
+    problem = _estimates.load(settings.problems)
+    rows = []
+    for metric, names in METRICS.items():
+        rows += [_estimates.baseline(settings, problem, metric, name) for name in ("direct", _estimates.ONE_BY_ONE)]
+        for name in names:
+            rows += _estimates.reruns(settings, problem, metric, name, settings.samples)
+    return pd.DataFrame(rows)

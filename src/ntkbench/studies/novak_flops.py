@@ -1,0 +1,82 @@
+"""Operations for an NTK entry of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, left).
+
+neural-tangents' three implementations and the Jacobian alone from lowered programs, which nothing runs or allocates;
+our kernel by layers by counting matrix products while it runs, up to a size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ntkbench.problems.base import Definition
+from ntkbench.studies import base
+
+PLUGINS = ("ntkbench.studies._programs", "ntkbench.problems.novak")
+HIDDEN = 9
+
+
+class Settings(base.Settings):
+    """Sizes.
+
+    Attributes:
+        widths, outputs, samples: every width with every O and every N.
+        largest_run: width up to which our kernel is run to be counted.
+        largest_rows: N * O times the width above which no program of ours is run.
+    """
+
+    widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
+    outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
+    samples: list[PositiveInt] = Field(default=[1, 16], min_length=1)
+    largest_run: PositiveInt = 1024
+    largest_rows: PositiveFloat = 2**20
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each width, O, N and implementation."""
+    from ntkbench.problems.novak import fc_relu
+    from ntkbench.studies import _programs
+
+    rows = []
+    for width in settings.widths:
+        for outputs in settings.outputs:
+            network = fc_relu(N=1, O=outputs, width=width, depth=HIDDEN)
+            sizes = {"O": outputs, "width": width, "P": sum(w.numel() for w in network.module.parameters())}
+            for samples in settings.samples:
+                for name, title in _programs.TITLES.items():
+                    case = {"N": samples, **sizes, "method": name, "title": title}
+                    rows.append(_row(settings, case, network))
+    return pd.DataFrame(rows)
+
+
+def _row(settings: Settings, case: dict[str, Any], network: Definition) -> dict[str, Any]:
+    rows = case["N"] * case["O"] * case["width"]
+    ours = case["method"] == "structured_derivatives"
+    if ours and (case["width"] > settings.largest_run or rows > settings.largest_rows):
+        return base.left_out(case, "is run to be counted, and would take long")
+
+    def measure() -> dict[str, float]:
+        flops = _ours(settings, case) if ours else _theirs(case, network)
+        return {"flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
+
+    return base.row(case, measure)
+
+
+def _theirs(case: dict[str, Any], network: Definition) -> float:
+    from ntkbench.studies import _programs
+
+    shapes = {name: tuple(w.shape) for name, w in network.module.named_parameters()}
+    x = (case["N"], *network.x.shape[1:])
+    return _programs.flops(_programs.lowered(case["method"], network.jax_forward, shapes, x))
+
+
+def _ours(settings: Settings, case: dict[str, Any]) -> float:
+    from ntkbench.problems.novak import fc_relu
+    from ntkbench.studies import _programs
+
+    network = fc_relu(N=case["N"], O=case["O"], width=case["width"], depth=HIDDEN)
+    kernel, parameters, x = _programs.engine(network, settings.target())
+    kernel.kernel(parameters, x[:1])  # traced, which is not counted
+    return _programs.torch_flops(lambda: kernel.kernel(parameters, x))

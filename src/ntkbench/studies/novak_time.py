@@ -1,0 +1,94 @@
+"""Seconds and memory of an NTK of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, right).
+
+What a program needs is known once it is compiled; where that is over the stated budget it is not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ntkbench import running
+from ntkbench.errors import OverMemory
+from ntkbench.studies import base
+
+PLUGINS = ("ntkbench.studies._programs", "ntkbench.problems.novak")
+HIDDEN = 9
+
+
+class Settings(base.Settings):
+    """Sizes.
+
+    Attributes:
+        widths, outputs: every width with every O.
+        samples: N.
+        budget_mb: bytes that a program may take; at most memory_limit_mb makes sense.
+    """
+
+    widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
+    outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
+    samples: PositiveInt = 16
+    budget_mb: PositiveFloat = 16384
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each width, O and implementation."""
+    from ntkbench.studies import _programs
+
+    rows = []
+    for width in settings.widths:
+        for outputs in settings.outputs:
+            for name, title in _programs.TITLES.items():
+                case = {"N": settings.samples, "O": outputs, "width": width, "method": name, "title": title}
+                measure = _ours if name == "structured_derivatives" else _theirs
+                rows.append(base.row(case, lambda case=case, measure=measure: measure(settings, case)))
+                rows[-1].setdefault("budget_mb", settings.budget_mb)
+    return pd.DataFrame(rows)
+
+
+def _network(case: dict[str, Any]) -> Any:
+    from ntkbench.problems.novak import fc_relu
+
+    return fc_relu(N=case["N"], O=case["O"], width=case["width"], depth=HIDDEN)
+
+
+def _theirs(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
+    import jax
+
+    from ntkbench.jacobian import jax as backend
+    from ntkbench.studies import _programs
+
+    network = _network(case)
+    weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
+    shapes = {name: w.shape for name, w in weights.items()}
+    with jax.default_matmul_precision("highest"):
+        compiled = _programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape).compile()
+    needed = _programs.needed_bytes(compiled)
+    if needed > settings.budget_mb * 2**20:
+        raise OverMemory(f"would need {needed / 2**30:.3g} GiB, over the budget of {settings.budget_mb / 1024:g} GiB")
+    device = backend.device(settings.target("jax"))
+    weights, x = jax.device_put((weights, network.x), device)
+
+    def call() -> None:
+        jax.block_until_ready(compiled(weights, x))
+
+    times, _ = running.timed(call, settings.timing_seconds)
+    return {**running.quartiles("seconds", times), "memory_bytes": needed}
+
+
+def _ours(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
+    from ntkbench.studies import _programs
+
+    kernel, parameters, x = _programs.engine(_network(case), settings.target())
+
+    def call() -> float:
+        return float(kernel.kernel(parameters, x).sum())
+
+    call()  # traces, which takes more
+    peak = running.peak_bytes(call)
+    times, _ = running.timed(call, settings.timing_seconds)
+    arguments = sum(w.numel() * w.element_size() for w in (*parameters, x))
+    spread = running.quartiles("seconds", times)
+    return spread | {"memory_bytes": None if peak is None else peak + arguments}
