@@ -306,6 +306,8 @@ def test_other_networks_have_no_factors(tiny):
         StateKernel(tiny, "theta_0", Target())
     with pytest.raises(BadInput, match="at least 2"):
         StateKernel(problem("rnn"), "theta_0", Target()).of_p("trace", 1)
+    with pytest.raises(BadInput, match="got None for alignment"):
+        StateKernel(problem("rnn"), "theta_0", Target()).of_p("alignment")
 
 
 def test_parameters_outside_the_recurrence_are_refused():
