@@ -15,13 +15,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.utils import min_version
 
-from ntkbench import errors, figures, grid, paths
+from ntkbench import errors, figures, grid, paths, plugins
 
 min_version("9.0")
 
 ROOT = Path(workflow.basedir)
 # The asv suite is a folder of the checkout and not installed; what is installed may be another checkout.
-shell.prefix(f"export PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')}; ")
+# asv takes PYTHONPATH's folders off its path, even those of an editable install, unless its own variable names them.
+shell.prefix(
+    "".join(f"export {name}={shlex.quote(f'{ROOT}:{ROOT}/src')}; " for name in ("PYTHONPATH", "ASV_PYTHONPATH"))
+)
 
 if "grid" not in config:
 
@@ -176,9 +179,8 @@ rule study:
 
 rule figure:
     input:
-        lambda wildcards: TABLES / (
-            f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"
-        ),
+        lambda wildcards: TABLES
+        / (f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"),
     output:
         multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
     log:

@@ -12,7 +12,7 @@ import pytest
 from conftest import metrics_of
 
 from ntkbench import methods, sketching
-from ntkbench.jacobian import base
+from ntkbench.jacobian import base, dense
 from ntkbench.methods.base import Sampling, Stochastic
 
 n, P = 200, 230
@@ -43,39 +43,6 @@ DEFLATED = (*LEAVE_ONE_OUT, "hutchpp", "hutchpp_one_sided", "nystrompp", "nystro
 CASES = [(name, metric) for name in sorted({*TRACES, *DEFLATED}) for metric in methods.get(name).metrics]
 
 
-class Dense(base.Jacobian):
-    """A Jacobian written out, in the array library of ``matrix``."""
-
-    O = 1  # noqa: E741
-    memory = 2**20
-
-    def __init__(self, matrix: Any) -> None:
-        self.matrix = matrix
-        self.N, self.P = matrix.shape
-        self.itemsize = matrix.dtype.itemsize
-
-    def rng(self, seed: int) -> Probes:
-        return Probes(seed, self.matrix)
-
-    def bytes_per_probe(self) -> int:
-        return self.P * self.itemsize
-
-    def _vjp(self, u: Any) -> Any:
-        return u @ self.matrix
-
-    def _jvp(self, w: Any) -> Any:
-        return w @ self.matrix.T
-
-    def _row(self, i: int) -> Any:
-        return self.matrix[i]
-
-    def _sample_vjp(self, samples: slice, v: Any) -> Any:
-        raise NotImplementedError
-
-    def _eye(self, size: int, start: int, stop: int) -> Any:
-        return sketching.beside(np.eye(size)[start:stop], self.matrix)
-
-
 class Probes(base.Rng):
     """Probes from NumPy, the same for every array library."""
 
@@ -87,6 +54,13 @@ class Probes(base.Rng):
 
     def sign(self, k: int, dim: int) -> Any:
         return sketching.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
+
+
+class Dense(dense.Jacobian):
+    """A Jacobian written out, in the array library of ``matrix``, with those probes."""
+
+    def __init__(self, matrix: Any) -> None:
+        super().__init__(matrix, functools.partial(Probes, like=matrix), memory=2**20)
 
 
 @functools.cache

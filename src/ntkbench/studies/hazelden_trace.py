@@ -27,7 +27,7 @@ class Settings(_estimates.Settings):
         small: small m, for both; the paper's are 6 * int(linspace(1, 50, 20)).
     """
 
-    problems: dict[Literal["mlp", "gru"], str] = {"mlp": "mlp_hazelden", "gru": "gru_hazelden"}
+    problems: dict[Literal["mlp", "gru"], str] = Field(default={"mlp": "mlp_hazelden", "gru": "gru_hazelden"})
     mlp: list[PositiveInt] = Field(default=[60, 93, 145, 225, 351, 546, 850, 1322, 2057, 3200], min_length=1)
     gru: list[PositiveInt] = Field(
         default=[60, 87, 127, 186, 272, 398, 581, 848, 1238, 1808, 2640, 3855, 5629, 8219, 12000], min_length=1

@@ -1,0 +1,66 @@
+"""Performance profiles: the share of tasks that a method solves within a factor of the fastest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from ntkbench.figures import _canvas, _key, _labels, _looks, _tasks, base
+
+FACTORS = np.geomspace(1, 1000, 121)
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A panel for each tolerance."""
+    solved = _tasks.solutions(table)
+    names = [name for name in _tasks.TOLERANCES if name in set(solved["tolerance"])]
+    if not names:
+        return base.nothing(solved, f"Nothing was measured.\n{_labels.why_not(table)}")
+    profiles = pd.concat(
+        [_tasks.shares(solved[solved["tolerance"] == name], FACTORS).assign(tolerance=name) for name in names]
+    )
+    style = {m: look for m, look in _looks.looks(table).items() if m in set(profiles["method"])}
+    used = {m: _looks.backends_in(profiles[profiles["method"] == m]) for m in style}
+    backends = _key.backend_entries(_looks.backends_in(profiles))
+    rows = _canvas.in_rows(names, 2)
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(2.6, above=0.55, below=0.42) for _ in rows],
+        min(2, len(names)),
+        title="Share of tasks solved within a factor of the fastest",
+        subtitle=base.settings_line(table),
+        key=[*_key.method_entries(style.values(), used), ("backend", backends)],
+        gap=0.3,
+    )
+    for panels, row in zip(grid, rows, strict=True):
+        _canvas.hide(panels[len(row) :])
+        panels[0].set_ylabel("share of tasks")
+        for panel, name in zip(panels, row, strict=False):
+            here = profiles[profiles["tolerance"] == name]
+            words = "exact methods" if name == "exact" else f"within {name}"
+            _canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks")
+            for (method, backend), line in here.groupby(["method", "backend"], sort=False):
+                drawn = style[method].line(backend) | {"markevery": 15, "linestyle": _looks.BACKENDS.get(backend, ":")}
+                panel.plot(line["factor"], line["share"], **drawn, drawstyle="steps-post", zorder=3, clip_on=False)
+            panel.set(xscale="log", xlim=(1, FACTORS[-1]), ylim=(0, 1.02), xlabel="factor τ of the fastest")
+            _canvas.decades(panel.xaxis, 1, FACTORS[-1])
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+            panel.tick_params(labelleft=panel is panels[0])
+    return base.Drawing(figure, profiles, _caption(profiles))
+
+
+def _caption(profiles: pd.DataFrame) -> str:
+    text = (
+        "Performance profiles: a task is a metric of a problem within a tolerance of the median relative error, and a "
+        "method solves it by the least of its measured times that is within; on the left the share on which it is the "
+        "fastest, on the right the share that it solves at all. A task on which a method was not measured counts as "
+        "not solved, so a line's height says as well how much of the grid the method was given. Exact: at most "
+        f"{_tasks.TOLERANCES['exact']:g}, exact methods alone."
+    )
+    firsts = profiles[profiles["factor"] == profiles["factor"].min()]
+    said = []
+    for name, rows in firsts.groupby("tolerance", sort=False):
+        top = rows.loc[rows["share"].idxmax()]
+        said.append(f"{name}: {top['title']} ({_looks.TITLES.get(top['backend'], top['backend'])}), {top['share']:.0%}")
+    return f"{text} Most often the fastest: {'; '.join(said)}."
