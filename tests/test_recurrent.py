@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
+import ntkbench
 from ntkbench import methods, statistics
 from ntkbench.errors import BadInput
 from ntkbench.jacobian import linearise
@@ -234,6 +235,13 @@ def test_exact_baselines(kind):
 def test_parameter_gram_says_what_does_not_fit():
     reason = methods.get("parameter_gram").refusal(problem("gru"), "norm", Target("torch", "float64", "cpu", 2**10))
     assert "over the memory" in reason
+
+
+def test_a_layer_of_torch_is_a_model():
+    layer = nn.GRU(3, 4, batch_first=True)
+    J = written_out(from_recurrent(layer, X))
+    estimate = ntkbench.trace(layer, X, method="recurrent_exact_trace", dtype="float64")
+    assert float(estimate) == pytest.approx((J**2).sum(), rel=1e-10)
 
 
 class Reverses(nn.Module):
