@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 PRODUCTS = {
     aten.mm.default,
+    aten.mm.out,
     aten.addmm.default,
+    aten.addmm_.default,
     aten.bmm.default,
     aten.baddbmm.default,
     aten.mv.default,

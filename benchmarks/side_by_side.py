@@ -26,16 +26,14 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.bare_products import bare_products
+from benchmarks.computations import COMPUTATIONS
 from ntkbench import errors, methods, paths, problems, running
 from ntkbench.errors import BadInput, NtkbenchError
-from ntkbench.jacobian import linearise
 from ntkbench.provenance import provenance
 from ntkbench.target import Target
 
 NEURAL_TANGENTS = ("nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products")
 BARE = "bare matrix products"
-BLOCKS = {"64 VJPs": "vjp", "64 JVPs": "jvp"}
-BLOCK = 64
 MEMORY = 2**32
 """Bytes for blocks, as a user with a few gigabytes would allow."""
 
@@ -44,7 +42,7 @@ MEMORY = 2**32
 class Comparison:
     """One subject and its rivals on one problem.
 
-    Methods compute the norm, so the whole kernel; :data:`BLOCKS` are blocks of products with the Jacobian.
+    Methods compute the norm, so the whole kernel; what else there is to compare is in :mod:`benchmarks.computations`.
     """
 
     problem: str
@@ -67,7 +65,16 @@ COMPARISONS = (
     *(
         Comparison(problem, (BARE,), block)
         for problem in ("mlp_hazelden", "digits_mlp", "digits_conv[N=64]", "gru_hazelden")
-        for block in BLOCKS
+        for block in ("64 VJPs", "64 JVPs")
+    ),
+    *(
+        Comparison(problem, rivals, subject)
+        for problem in ("rnn_flipflop[H=128,N=100]", "gru_flipflop[H=128,N=100]")
+        for subject, rivals in {
+            "64 VJPs": (BARE, "64 VJPs by torch.func"),
+            "64 JVPs": (BARE, "64 JVPs by torch.func"),
+            "alignment by 50 probes": ("alignment by 50 probes, one by one",),
+        }.items()
     ),
 )
 
@@ -97,7 +104,7 @@ def measure(comparison: Comparison, rival: str, threads: int, seconds: float) ->
     problem = problems.load(comparison.problem)
     row = {"problem": comparison.problem, "N": problem.N, "O": problem.O, "P": problem.P, "n": problem.n}
     row |= {
-        "metric": "" if comparison.subject in BLOCKS else "norm",
+        "metric": "" if comparison.subject in COMPUTATIONS else "norm",
         "subject": comparison.subject,
         "rival": rival,
         "reason": "",
@@ -152,22 +159,14 @@ def in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[f
 
 def _call(name: str, label: str) -> Callable[[], float]:
     """The timed region of a method: from device-ready inputs to a number on the host."""
-    if name in BLOCKS:
-        return _block(name, label)
+    if name in COMPUTATIONS:
+        return COMPUTATIONS[name](problems.load(label), Target("torch", "float32", "auto", MEMORY))
     method = methods.get(name)
     target = Target(method.backends[0], "float32", "auto", MEMORY)
     if reason := method.refusal(problems.load(label), "norm", target):
         raise BadInput(reason)
     prepared = method.prepare(problems.load(label), target)
     return lambda: float(method.estimate(prepared, "norm"))
-
-
-def _block(name: str, label: str) -> Callable[[], float]:
-    """A block of products with the Jacobian, forward pass done."""
-    j = linearise(problems.load(label), "theta_0", Target("torch", "float32", "auto", MEMORY))
-    rows = j.rng(0).sign(BLOCK, j.n if BLOCKS[name] == "vjp" else j.P)
-    product = getattr(j, BLOCKS[name])
-    return lambda: float(product(rows)[-1, -1])
 
 
 def _peak_memory(name: str, label: str, threads: int) -> int | None:

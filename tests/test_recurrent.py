@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
+import ntkbench
 from ntkbench import methods, statistics
 from ntkbench.errors import BadInput
 from ntkbench.jacobian import linearise
@@ -236,6 +237,13 @@ def test_parameter_gram_says_what_does_not_fit():
     assert "over the memory" in reason
 
 
+def test_a_layer_of_torch_is_a_model():
+    layer = nn.GRU(3, 4, batch_first=True)
+    J = written_out(from_recurrent(layer, X))
+    estimate = ntkbench.trace(layer, X, method="recurrent_exact_trace", dtype="float64")
+    assert float(estimate) == pytest.approx((J**2).sum(), rel=1e-10)
+
+
 class Reverses(nn.Module):
     """A layer that reads its input backwards."""
 
@@ -306,6 +314,8 @@ def test_other_networks_have_no_factors(tiny):
         StateKernel(tiny, "theta_0", Target())
     with pytest.raises(BadInput, match="at least 2"):
         StateKernel(problem("rnn"), "theta_0", Target()).of_p("trace", 1)
+    with pytest.raises(BadInput, match="got None for alignment"):
+        StateKernel(problem("rnn"), "theta_0", Target()).of_p("alignment")
 
 
 def test_parameters_outside_the_recurrence_are_refused():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
     from ntkbench.problems._module import from_module
+    from ntkbench.problems._sequences import from_recurrent
 
 __all__ = [
     "BadInput",
@@ -23,6 +24,7 @@ __all__ = [
     "alignment",
     "effective_rank",
     "from_module",
+    "from_recurrent",
     "metrics_of",
     "norm",
     "ntk",
@@ -34,6 +36,7 @@ _HOMES = {
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
     "problems._module": ("from_module",),
+    "problems._sequences": ("from_recurrent",),
 }
 
 

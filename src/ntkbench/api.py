@@ -264,7 +264,7 @@ def _estimates(
     device: str | torch.device | None,
     memory: int,
 ) -> dict[str, Estimate]:
-    from ntkbench.problems._module import from_module
+    from ntkbench.problems._sequences import wrapped
 
     chosen = None if method == "auto" else methods.get(method)
     _check_whole("seed", seed)
@@ -279,7 +279,7 @@ def _estimates(
         _check_share("rtol", rtol)
         if chosen is not None and not isinstance(chosen, Incremental):
             raise BadInput(f"{method} takes no rtol: its probes cannot be added to; allowed: {_incremental(names)}")
-    problem = from_module(model, x, model_f, dtype=_dtype_name(dtype))
+    problem = wrapped(model, x, model_f, dtype=_dtype_name(dtype))
     target, index = _target(problem, model, dtype, device, memory)
     together = choices(problem, names[-1], target, passes, rtol) if chosen is None else [chosen.name]
     if chosen is None and len(names) > 1:

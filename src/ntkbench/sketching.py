@@ -29,6 +29,19 @@ def orthonormal(rows: Array) -> Array:
     return array_api_compat.array_namespace(rows).linalg.qr(rows.T)[0].T
 
 
+def frame(rng: Rng, k: int, n: int) -> Array:
+    """min(k, n) random orthonormal rows ``[k, n]``, all such frames equally likely: a Gaussian block made orthonormal.
+
+    Few rows in many dimensions are nearly orthogonal as they are drawn (their condition number is at most 5/3 or so for
+    k = n / 16), and the inverse of a Cholesky factor of their Gram matrix is the quickest way on.
+    """
+    rows = rng.normal(min(k, n), n)
+    if 16 * k > n:
+        return orthonormal(rows)
+    linalg = array_api_compat.array_namespace(rows).linalg
+    return linalg.inv(linalg.cholesky(rows @ rows.T)) @ rows
+
+
 def without(rows: Array, q: Array) -> Array:
     """``rows [k, n]`` less their part in the span of the orthonormal rows ``q``."""
     return rows - (rows @ q.T) @ q

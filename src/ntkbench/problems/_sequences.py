@@ -42,6 +42,12 @@ class States(nn.Module):
         return self.layer(x)[0]
 
 
+def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
+    """:func:`from_recurrent` for torch's recurrent layers and what declares a recurrence, else ``from_module``."""
+    recurrent = isinstance(model, nn.RNNBase) or hasattr(model, "recurrence")
+    return (from_recurrent if recurrent else from_module)(model, x, model_f, dtype=dtype)
+
+
 def from_recurrent(
     model: nn.Module,
     x: Tensor,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import array_api_compat
 import numpy as np
 
-from ntkbench import jacobian, statistics
+from ntkbench import jacobian, metrics, statistics
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.jacobian.base import Array
@@ -171,46 +171,51 @@ class StateKernel:
     def of_p(self, metric: str, probes: int = 32, seed: int = 0, at_f: StateKernel | None = None) -> Estimate:
         """A metric of P P*, from random signs u: one product with P* a probe for the trace, one more with P otherwise.
 
-        The trace is E sum_b ||P_b* u_b||^2, the square of the norm E sum_b ||P_b P_b* u_b||^2, and the cross term of
-        alignment E sum_b <P_b P_b* u_b, (P_b P_b*)_f u_b>, all over the same u: trials do not interact, so their terms
-        are estimated apart. The same seed gives the same probes at all weights, so that differences between checkpoints
-        are paired.
-        Standard errors are the jackknife's over probes.
+        The trace is E ||P* u||^2, the square of the norm E ||P P* u||^2, and the cross term of alignment
+        E <P P* u, (P P*)_f u>, all over the same u; the standard error is the jackknife's over probes. The same seed
+        gives the same probes at all weights, so that differences between checkpoints are paired. Of the estimate's
+        ``passes`` each is a product with P or P*: a pass without the matrix product between weights and gates.
 
         Raises:
-            BadInput: fewer than two probes.
+            BadInput: no such metric, fewer than two probes, or ``at_f`` given without need or missing.
         """
+        metrics.check(metric)
         if probes < 2:
             raise BadInput(f"probes must be at least 2, to have a standard error; got {probes}")
+        if (metric == "alignment") != (at_f is not None):
+            raise BadInput(f"at_f is the kernel to align with, and for alignment alone; got {at_f} for {metric}")
         j, kernels = self.jacobian, [self] if at_f is None else [self, at_f]
-        rng, tables = j.rng(seed), []
-        for k in j.blocks(probes):
-            u = rng.sign(k, j.n)
-            tables.append(np.stack(_sums(metric, [kernel.P for kernel in kernels], u), axis=1))
-        columns = np.concatenate(tables).T
-        names = {"trace": ("trace",), "norm": ("square",), "effective_rank": ("trace", "square")}
-        fields = names.get(metric, ("square", "square_f", "cross"))
+        rng = j.rng(seed)
+        blocks = (_sums(metric, [kernel.P for kernel in kernels], rng.sign(k, j.n)) for k in j.blocks(probes))
+        columns = [statistics.by_probe(column) for column in zip(*blocks, strict=True)]
 
         def statistic(*means: float) -> float:
-            return Moments(**dict(zip(fields, means, strict=True))).metric(metric)
+            return Moments(**dict(zip(SUMS[metric], means, strict=True))).metric(metric)
 
         value, error, *_ = statistics.jackknife(statistic, *columns)
         products_taken = probes * (1 if metric == "trace" else 2) * len(kernels)
         return Estimate(value, error, products_taken, "propagated_probes")
 
 
-def _sums(metric: str, operators: list[Operator], u: Array) -> list[np.ndarray]:
-    """What each probe says of the sums that a metric of P P* is made of."""
+SUMS = {
+    "trace": ("trace",),
+    "norm": ("square",),
+    "effective_rank": ("trace", "square"),
+    "alignment": ("square", "square_f", "cross"),
+}
+"""The moments that each metric is made of."""
+
+
+def _sums(metric: str, operators: list[Operator], u: Array) -> list[Array]:
+    """What each probe says of the moments of P P* that a metric is made of."""
     pulled = [p.T(u) for p in operators]
-    trace = (pulled[0] ** 2).sum(1)
     if metric == "trace":
-        return [statistics.on_host(trace)]
+        return [(pulled[0] ** 2).sum(1)]
     there = [p(e) for p, e in zip(operators, pulled, strict=True)]
-    square = (there[0] ** 2).sum(1)
-    if metric == "norm":
-        made = [square]
-    elif metric == "effective_rank":
-        made = [trace, square]
-    else:
-        made = [square, (there[1] ** 2).sum(1), (there[0] * there[1]).sum(1)]
-    return [statistics.on_host(one).astype(np.float64) for one in made]
+    moments = {
+        "trace": (pulled[0] ** 2).sum(1),
+        "square": (there[0] ** 2).sum(1),
+        "square_f": (there[-1] ** 2).sum(1),
+        "cross": (there[0] * there[-1]).sum(1),
+    }
+    return [moments[name] for name in SUMS[metric]]

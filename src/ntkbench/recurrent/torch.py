@@ -29,8 +29,24 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     return j
 
 
+TURN = 2**24
+"""Bytes of gates that a turn of probes fills on the CPU: more would leave the cache, and come from the system anew."""
+
+
 class Jacobian(base.Jacobian, autodiff.Jacobian):
     """J of a recurrent layer; see :class:`ntkbench.recurrent.base.Jacobian`."""
+
+    def _vjp(self, u: Tensor) -> Tensor:
+        return self._in_turns(super()._vjp, u)
+
+    def _jvp(self, w: Tensor) -> Tensor:
+        return self._in_turns(super()._jvp, w)
+
+    def _in_turns(self, product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        of_a_probe = self.N * self.T * self.layout.gates * self.layout.hidden * self.itemsize
+        turns = 1 if rows.is_cuda else -(-len(rows) // max(1, round(TURN / of_a_probe)))
+        parts = [product(part.contiguous()) for part in rows.tensor_split(turns)]
+        return parts[0] if turns == 1 else torch.cat(parts)
 
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         with torch.no_grad():
