@@ -102,13 +102,16 @@ def test_all_moments_are_unbiased(name, probes, memory):
     assert np.abs(z).max() < 4
 
 
-def test_variance_of_the_per_sample_trace_is_that_of_the_formula():
+@pytest.mark.parametrize("name", ["per_sample_trace", "per_sample_trace_forward"])
+def test_variance_of_the_per_sample_trace_is_that_of_the_formula(name):
     problem = loaded("tanh_net")
     J = written_out(problem).reshape(problem.N, problem.O, problem.P)
-    expected = 2 * sum((b**2).sum() - (np.diag(b) ** 2).sum() for b in J @ J.transpose(0, 2, 1)) / 20_000
-    estimate = methods.get("per_sample_trace").estimate(prepared("per_sample_trace"), "trace", 20_000, 0)
+    blocks = J.transpose(0, 2, 1) @ J if name.endswith("forward") else J @ J.transpose(0, 2, 1)
+    expected = 2 * sum((b**2).sum() - (np.diag(b) ** 2).sum() for b in blocks) / 20_000
+    estimate = methods.get(name).estimate(prepared(name), "trace", 20_000, 0)
     assert estimate.standard_error**2 == pytest.approx(expected, rel=0.15)
-    values, errors = estimates("per_sample_trace", "trace", 2, 3000)
+    assert abs(estimate.value - truth("tanh_net")["trace"]) < 4 * estimate.standard_error
+    values, errors = estimates(name, "trace", 2, 3000)
     assert values.var(ddof=1) == pytest.approx(expected * 10_000, rel=0.15)
     assert (errors**2).mean() == pytest.approx(expected * 10_000, rel=0.15)
 

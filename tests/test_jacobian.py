@@ -72,6 +72,9 @@ def test_products_are_those_of_the_jacobian_written_out(backend, label, load, de
         v = rng.standard_normal((2, 1, problem.O))
         expected = np.einsum("kbo,bop->kbp", v, J.reshape(problem.N, problem.O, problem.P)[1:2])
         assert close(j.sample_vjp(slice(1, 2), put(v, like)), expected)
+        v = rng.standard_normal((2, 1, problem.P))
+        expected = np.einsum("kbp,bop->kbo", v, J.reshape(problem.N, problem.O, problem.P)[1:2])
+        assert close(j.sample_jvp(slice(1, 2), put(v, like)), expected)
         adjoint = (host(j.jvp(put(w, like))) * u).sum(), (host(j.vjp(put(u, like))) * w).sum()
         assert abs(adjoint[0] - adjoint[1]) <= 1e-12 * np.abs(host(j.jvp(put(w, like))) * u).sum()
 
@@ -150,7 +153,7 @@ def test_fresh_starts_over_without_the_forward_pass(backend, tiny):
 class Sizes(Jacobian):
     """Sizes without a network, for what depends on nothing else."""
 
-    _vjp = _jvp = _row = _sample_vjp = _eye = rng = None
+    _vjp = _jvp = _row = _sample_vjp = _sample_jvp = _eye = rng = None
 
     def __init__(self, N: int, O: int, P: int, memory: int, activations: int) -> None:  # noqa: E741
         self.N, self.O, self.P, self.memory, self.itemsize, self.activations = N, O, P, memory, 4, activations
@@ -417,7 +420,12 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
     assert close(j.jvp(w), host(w @ J.T))
     assert j.passes == 6
     assert "each JVP is two reverse passes" in j.notes[0]
-    for method, passes, spent in (("one_sided_forward", 8, 16), ("hutchinson", 8, 12), ("xtrace", 6, 8)):
+    for method, passes, spent in (
+        ("one_sided_forward", 8, 16),
+        ("per_sample_trace_forward", 8, 16),
+        ("hutchinson", 8, 12),
+        ("xtrace", 6, 8),
+    ):
         estimate = ntkbench.trace(model, x, method=method, passes=passes)
         assert estimate.passes == spent
         assert "each JVP is two reverse passes" in estimate.notes[0]

@@ -125,6 +125,8 @@ def test_trials_by_themselves(kind, backend):
     by_steps = j.call(products.squares_by_trial, j.linear, v.reshape(2, 3, 3, 2))
     for squares in (by_steps, j.sample_squares(v), (j.sample_vjp(slice(0, 3), v) ** 2).sum(-1)):
         assert off(squares, (each**2).sum(-1)) < 1e-10
+    w = j.rng(1).normal(2, 3 * j.P).reshape(2, 3, j.P)
+    assert off(j.sample_jvp(slice(1, 3), w[:, 1:]), np.einsum("bop,kbp->kbo", J, host(w))[:, 1:]) < 1e-10
     assert off(j.sample_rows(slice(0, 2), slice(1, 4)), J[:2, 1:4].swapaxes(0, 1).reshape(6, -1)) < 1e-10
     assert off(j.row(7), J.reshape(18, -1)[7]) < 1e-10
 

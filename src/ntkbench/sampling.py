@@ -81,16 +81,19 @@ class Columns(Sample):
 
 
 class SampleTraces(Sample):
-    """Sign fields, each of which gives the trace of each sample's own block of Theta by itself."""
+    """Random fields, each of which gives the trace of each sample's own block of Theta by itself.
 
-    def __init__(self, jacobian: Jacobian, sign: Callable[[int], Array]) -> None:
-        self._jacobian, self._sign = jacobian, sign
+    Args:
+        draw: makes a number of fields; returns what each says of each sample, ``[k, N]``.
+        blocks: cuts a number of fields into blocks that fit in memory.
+    """
+
+    def __init__(self, draw: Callable[[int], Array], blocks: Callable[[int], Sequence[int]]) -> None:
+        self._draw, self._blocks = draw, blocks
         self._said: list[Array] = []
 
     def extend(self, probes: int) -> None:
-        j = self._jacobian
-        for k in j.blocks(probes):
-            self._said.append(j.sample_squares(self._sign(k).reshape(k, j.N, j.O)))
+        self._said += map(self._draw, self._blocks(probes))
 
     def read(self, metric: str) -> Reading:
         return statistics.mean_of_sums(statistics.by_probe(self._said))

@@ -60,6 +60,7 @@ KNOWN = {
     "gram_reverse": (INDIGO, "<"),
     "gram_forward": (INDIGO, ">"),
     "per_sample_trace": (BLACK, "o"),
+    "per_sample_trace_forward": (BLACK, ">"),
     "block_u_statistics": (BLACK, "D"),
     "structured_block_u_statistics": (BLACK, "p"),
 }

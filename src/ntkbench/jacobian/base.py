@@ -85,6 +85,15 @@ class Jacobian(ABC):
         self._sample_passes += v.shape[0] * v.shape[1]
         return self._sample_vjp(samples, v)
 
+    def sample_jvp(self, samples: slice, w: Array) -> Array:
+        """J_b w_b for each sample b of a slice by itself: ``w [k, samples, P] -> [k, samples, O]``.
+
+        Each sample has a tangent of its own, which takes no more products than one for all of them. Costs
+        k * (number of samples) / N passes, twice that where there is no forward mode; samples may not interact.
+        """
+        self._sample_passes += w.shape[0] * w.shape[1]
+        return self._sample_jvp(samples, w)
+
     def sample_squares(self, v: Array) -> Array:
         """||J_b^T v_b||^2 for each sample b by itself: ``v [k, N, O] -> [k, N]``; k passes, and the same condition.
 
@@ -187,6 +196,9 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _sample_vjp(self, samples: slice, v: Array) -> Array: ...
+
+    @abstractmethod
+    def _sample_jvp(self, samples: slice, w: Array) -> Array: ...
 
     def _sample_squares(self, samples: slice, v: Array) -> Array:
         return (self._sample_vjp(samples, v) ** 2).sum(-1)

@@ -45,6 +45,9 @@ class Jacobian(base.Jacobian):
     def _sample_vjp(self, samples: slice, v: Array) -> Array:
         return v * self._matrix[samples]
 
+    def _sample_jvp(self, samples: slice, w: Array) -> Array:
+        return (w * self._matrix[samples]).sum(-1)[..., None]
+
     def _eye(self, size: int, start: int, stop: int) -> Array:
         xp = array_api_compat.array_namespace(self._matrix)
         device = array_api_compat.device(self._matrix)

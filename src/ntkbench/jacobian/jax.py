@@ -108,6 +108,9 @@ class Jacobian(base.Jacobian):
     def _sample_vjp(self, samples: slice, v: jax.Array) -> jax.Array:
         return _pulled_back_by_sample(self._forward, _flat, self._parameters, self._x[samples], v)
 
+    def _sample_jvp(self, samples: slice, w: jax.Array) -> jax.Array:
+        return _pushed_forward_by_sample(self._forward, self._parameters, self._x[samples], w)
+
     def _sample_squares(self, samples: slice, v: jax.Array) -> jax.Array:
         return _pulled_back_by_sample(self._forward, _squares, self._parameters, self._x[samples], v)
 
@@ -187,6 +190,12 @@ def _pushed_forward(forward: Forward, parameters: Weights, x: jax.Array, w: jax.
         return jax.jvp(lambda p: _outputs(forward, p, x).reshape(-1), (parameters,), (tangents,))[1]
 
     return jax.vmap(push)(w)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pushed_forward_by_sample(forward: Forward, parameters: Weights, x: jax.Array, w: jax.Array) -> jax.Array:
+    one = lambda x, w: _pushed_forward(forward, parameters, x[None], w)  # noqa: E731
+    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -67,6 +67,10 @@ def device_memory(target: Target) -> int | None:
     return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
 
 
+Push = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""From inputs to w -> J w there, ``[P] -> [samples, O]``."""
+
+
 class Jacobian(base.Jacobian):
     """J of a module at given parameters; see :class:`ntkbench.jacobian.base.Jacobian`."""
 
@@ -95,39 +99,46 @@ class Jacobian(base.Jacobian):
         return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
 
     def _jvp(self, w: Tensor) -> Tensor:
+        # The primal does not depend on the probe, so vmap runs it once a block.
+        return self._pushed(lambda push: vmap(push(self._x))(w), len(w) * self.N).reshape(-1, self.n)
+
+    def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
+        def one(push: Push) -> Tensor:
+            by_sample = lambda x, w: vmap(push(x[None]))(w)[:, 0]  # noqa: E731
+            return vmap(by_sample, in_dims=(0, 1), out_dims=1)(self._x[samples], w)
+
+        return self._pushed(one, w.shape[0] * w.shape[1])
+
+    def _pushed(self, product: Callable[[Push], Tensor], cost: int) -> Tensor:
+        """A product with J by forward mode, or where there is none by two reverse passes, which cost as much again."""
         if "no forward mode" not in self._found:
             try:
-                return self._jvp_forward(w)
+                return product(self._push_forward)
             except NotImplementedError as error:
                 if "forward" not in str(error):
                     raise
                 self._found["no forward mode"] = str(error).splitlines()[0]
-        self._sample_passes += w.shape[0] * self.N
-        return self._jvp_reverse(w)
+        self._sample_passes += cost
+        return product(self._push_by_reverse)
+
+    def _push_forward(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        forward = lambda parameters: self._forward(parameters, x)  # noqa: E731
+        return lambda w: jvp(forward, (self._parameters,), (self._unflat(w),))[1]
+
+    def _push_by_reverse(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """J w as the derivative of v -> <J^T v, w>, which is linear in v."""
+        forward = lambda parameters: self._forward(parameters, x)  # noqa: E731
+
+        def push(w: Tensor) -> Tensor:
+            back = lambda v: vjp(forward, self._parameters)[1](v)[0]  # noqa: E731
+            return vjp(back, w.new_zeros(len(x), self.O))[1](self._unflat(w))[0]
+
+        return push
 
     @property
     def notes(self) -> tuple[str, ...]:
         why = self._found.get("no forward mode")
         return (f"each JVP is two reverse passes, as there is no forward mode: {why}",) if why else ()
-
-    def _jvp_reverse(self, w: Tensor) -> Tensor:
-        """J w as the derivative of v -> <J^T v, w>, which is linear in v."""
-
-        def push(tangent: Tensor) -> Tensor:
-            forward = lambda parameters: self._forward(parameters, self._x)  # noqa: E731
-            back = lambda v: vjp(forward, self._parameters)[1](v)[0]  # noqa: E731
-            nowhere = self._x.new_zeros(self.N, self.O, dtype=w.dtype)
-            return vjp(back, nowhere)[1](self._unflat(tangent))[0]
-
-        return vmap(push)(w).reshape(-1, self.n)
-
-    def _jvp_forward(self, w: Tensor) -> Tensor:
-        def push(tangent: Tensor) -> Tensor:
-            forward = lambda parameters: self._forward(parameters, self._x)  # noqa: E731
-            return jvp(forward, (self._parameters,), (self._unflat(tangent),))[1]
-
-        # The primal does not depend on the probe, so vmap runs it once a block.
-        return vmap(push)(w).reshape(-1, self.n)
 
     @functools.cached_property
     def _graph(self) -> tuple[Tensor, list[Tensor]]:
@@ -200,8 +211,19 @@ class Rng(base.Rng):
         return torch.randn(k, dim, generator=self._generator, **self._to)
 
     def sign(self, k: int, dim: int) -> Tensor:
-        bits = torch.randint(0, 2, (k, dim), generator=self._generator, dtype=torch.int8, device=self._to["device"])
-        return bits.to(self._to["dtype"]).mul_(2).sub_(1)
+        # A generator takes as long for a bit as for a byte. Rows begin with a byte of their own, so that blocks of rows
+        # are the same rows however they are cut.
+        size = (k, -(-dim // 8))
+        drawn = torch.randint(0, 256, size, generator=self._generator, dtype=torch.int32, device=self._to["device"])
+        signs = _signs_of_bytes(**self._to).index_select(0, drawn.view(-1)).view(k, -1)
+        return signs[:, :dim].contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs that each byte stands for, ``[256, 8]``."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return bits.to(dtype).mul_(2).sub_(1)
 
 
 def _flat(blocks: Mapping[str, Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ class BlockUStatistics(Sampling):
             return rng.sign(k, j.n)
 
         if tuple(names) == ("trace",):
-            return SampleTraces(j, sign)
+            return SampleTraces(lambda k: j.sample_squares(sign(k).reshape(k, j.N, j.O)), j.blocks)
 
         def gradients(u: Array, samples: slice) -> list[Array]:
             v = u.reshape(-1, j.N, j.O)[:, samples]

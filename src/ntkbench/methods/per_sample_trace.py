@@ -29,4 +29,4 @@ class PerSampleTrace(Sampling):
 
     def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> SampleTraces:
         (j,) = jacobians
-        return SampleTraces(j, lambda k: rng.sign(k, j.n))
+        return SampleTraces(lambda k: j.sample_squares(rng.sign(k, j.n).reshape(k, j.N, j.O)), j.blocks)

@@ -134,6 +134,9 @@ class Jacobian(base.Jacobian):
     def _sample_vjp(self, samples: slice, v: Array) -> Array:
         return self.call(products.vjp_by_trial, self.linear.part(samples), self._cut(v))
 
+    def _sample_jvp(self, samples: slice, w: Array) -> Array:
+        return self.call(products.jvp_by_trial, self.linear.part(samples), w).reshape(*w.shape[:2], self.O)
+
     def _sample_squares(self, samples: slice, v: Array) -> Array:
         if not self._by_inner_products:
             return (self._sample_vjp(samples, v) ** 2).sum(-1)

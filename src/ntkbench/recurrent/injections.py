@@ -173,12 +173,7 @@ class Layout:
         """S w, from tangents ``[k, P]``; gates that no chosen parameter reaches get zeros."""
         xp = array_api_compat.array_namespace(w)
         k, H = w.shape[0], self.hidden
-        tangents: dict[str, Array] = {}
-        start = 0
-        for role, size in self.chosen:
-            rows = self.outputs if role.startswith("readout") else self.gates * H
-            tangents[role] = xp.permute_dims(w[:, start : start + size].reshape(k, rows, -1), (2, 0, 1))
-            start += size
+        tangents = {role: xp.permute_dims(part, (2, 0, 1)) for role, part in self._by_role(w).items()}
         side = {}
         if self.has_side:
             from_inputs = {"x": tangents.get("weight_ih"), "1": tangents.get("bias_ih")}
@@ -202,9 +197,49 @@ class Layout:
             return (v.reshape(-1, T * B).T @ stacked.reshape(len(stacked), -1)).reshape(T, B, k, -1)
 
         gates, *others = (product(where, v) for where, v in zip(Injections._fields, factors, strict=True))
-        if gates is None:
-            gates = xp.zeros((T, B, k, self.gates * H), dtype=w.dtype, device=array_api_compat.device(w))
-        return Injections(gates, *others)
+        return Injections(self._or_zeros(gates, (T, B, k), w), *others)
+
+    def inject_by_trial(self, factors: Factors, w: Array) -> Injections:
+        """S_b w_b for each trial b with a tangent of its own, ``[k, B, P]``.
+
+        One product for each trial and parameter: tangents are as many numbers as k B gradients, and are not copied.
+        """
+        xp = array_api_compat.array_namespace(w)
+        T, B = next(v for v in factors if v is not None).shape[1:]
+        H, sums = self.hidden, dict.fromkeys(Injections._fields)
+        reaches = {"weight_hh": ("gates", "h"), "weight_ih": ("gates", "x"), "bias_hh": ("gates", "1")}
+        reaches |= {"bias_ih": ("gates", "1"), "readout_weight": ("readout", "read"), "readout_bias": ("readout", "1")}
+
+        def add(where: str, product: Array) -> None:
+            sums[where] = product if sums[where] is None else sums[where] + product
+
+        for role, tangent in self._by_role(w).items():
+            where, part = reaches[role]
+            v = xp.permute_dims(self._rows(where, getattr(factors, where))[part], (2, 1, 0))
+            product = v @ xp.permute_dims(tangent, (0, 1, 3, 2))  # [k, B, T, rows]
+            if self.has_side and role in ("weight_ih", "bias_ih"):
+                add("side", product[..., 2 * H :])
+                product = xp.concat([product[..., : 2 * H], xp.zeros_like(product[..., 2 * H :])], axis=-1)
+            add(where, product)
+        time_first = (None if made is None else xp.permute_dims(made, (2, 1, 0, 3)) for made in sums.values())
+        gates, *others = time_first
+        return Injections(self._or_zeros(gates, (T, B, w.shape[0]), w), *others)
+
+    def _by_role(self, w: Array) -> dict[str, Array]:
+        """Tangents ``[..., P]`` as those of the parameters, ``[..., rows, columns]``."""
+        tangents, start = {}, 0
+        for role, size in self.chosen:
+            rows = self.outputs if role.startswith("readout") else self.gates * self.hidden
+            tangents[role] = w[..., start : start + size].reshape(*w.shape[:-1], rows, -1)
+            start += size
+        return tangents
+
+    def _or_zeros(self, gates: Array | None, sizes: tuple[int, ...], like: Array) -> Array:
+        if gates is not None:
+            return gates
+        xp = array_api_compat.array_namespace(like)
+        width = self.gates * self.hidden
+        return xp.zeros((*sizes, width), dtype=like.dtype, device=array_api_compat.device(like))
 
     def parts(self, factors: Factors) -> list[Part]:
         """Groups of injections that share their v: K = S S^T is the direct sum of (V V^T) (x) I over them."""

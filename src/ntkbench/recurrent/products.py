@@ -96,6 +96,11 @@ def jvp(loops: Loops, layout: Layout, linear: Linear, w: Array) -> Array:
     return propagate(loops, layout, linear, layout.inject(linear.factors, w))
 
 
+def jvp_by_trial(loops: Loops, layout: Layout, linear: Linear, w: Array) -> Array:
+    """J_b w_b of each trial by itself, ``[k, B, P]`` to ``[k, B, T, H or O]``."""
+    return propagate(loops, layout, linear, layout.inject_by_trial(linear.factors, w))
+
+
 def vjp_by_trial(loops: Loops, layout: Layout, linear: Linear, u: Array) -> Array:
     """J_b^T u_b of each trial by itself, ``[k, B, T, H or O]`` to ``[k, B, P]``."""
     return layout.gradient_by_trial(linear.factors, pull(loops, layout, linear, u))

@@ -29,22 +29,33 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     return j
 
 
-TURN = 2**24
-"""Bytes of gates that a turn of probes fills on the CPU: more would leave the cache, and come from the system anew."""
+TURN, TURN_BY_TRIAL = 2**24, 2**21
+"""Bytes of gates that a turn of probes fills on the CPU: more would leave the cache, and come from the system anew.
+
+Products of each trial by itself work on several arrays of that size.
+"""
 
 
 class Jacobian(base.Jacobian, autodiff.Jacobian):
     """J of a recurrent layer; see :class:`ntkbench.recurrent.base.Jacobian`."""
 
     def _vjp(self, u: Tensor) -> Tensor:
-        return self._in_turns(super()._vjp, u)
+        return self._in_turns(super()._vjp, u, self.N, TURN)
 
     def _jvp(self, w: Tensor) -> Tensor:
-        return self._in_turns(super()._jvp, w)
+        return self._in_turns(super()._jvp, w, self.N, TURN)
 
-    def _in_turns(self, product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        of_a_probe = self.N * self.T * self.layout.gates * self.layout.hidden * self.itemsize
-        turns = 1 if rows.is_cuda else -(-len(rows) // max(1, round(TURN / of_a_probe)))
+    def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
+        product = super()._sample_jvp
+        return self._in_turns(lambda part: product(samples, part), w, w.shape[1], TURN_BY_TRIAL)
+
+    def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
+        product = super()._sample_squares
+        return self._in_turns(lambda part: product(samples, part), v, v.shape[1], TURN_BY_TRIAL)
+
+    def _in_turns(self, product: Callable[[Tensor], Tensor], rows: Tensor, trials: int, turn: int) -> Tensor:
+        of_a_probe = trials * self.T * self.layout.gates * self.layout.hidden * self.itemsize
+        turns = 1 if rows.is_cuda else min(len(rows), -(-len(rows) // max(1, round(turn / of_a_probe))))
         parts = [product(part.contiguous()) for part in rows.tensor_split(turns)]
         return parts[0] if turns == 1 else torch.cat(parts)
 
