@@ -143,7 +143,7 @@ def _entrant(name: str, goal: Goal, exact: float) -> Entrant | str:
         return "does not fit in memory"
     try:
         prepared = method.prepare(problem, target)
-        passes = method.cost(goal.metric, method.fewest_probes) if isinstance(method, Stochastic) else None
+        passes = method.least_passes(problem, goal.metric) if isinstance(method, Stochastic) else None
         while True:
 
             def call(seed: int, passes: int | None = passes) -> float:

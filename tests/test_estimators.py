@@ -324,3 +324,31 @@ def test_interacting_samples_are_left_to_whole_passes():
         tiny = loaded("tanh_net")
         mixed = Problem(**{**vars(tiny), "samples_interact": True})
         assert "samples interact" in methods.get(name).refusal(mixed, "trace", Target())
+
+
+@pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
+def test_a_subset_of_samples_stands_for_all_of_them(metric):
+    """Squares are unbiased over subsets, errors are those of a finite population, and all samples are exact."""
+    ready, method, exact = prepared("sample_subset", "wide"), methods.get("sample_subset"), truth("wide")[metric]
+    ends = 2 if metric == "alignment" else 1
+    found = [method.estimate(ready, metric, 5 * ends, seed) for seed in range(200)]
+    assert {e.passes for e in found} == {5 * ends}  # 25 of 40 samples in 8 outputs
+    values, errors = np.array([(e.value, e.standard_error) for e in found]).T
+    assert (errors**2).mean() == pytest.approx(values.var(ddof=1), rel=0.3)
+    if metric == "norm":
+        z = ((values**2).mean() - exact**2) / ((values**2).std(ddof=1) / math.sqrt(200))
+        assert abs(z) < 4
+    everything = method.estimate(ready, metric, 8 * ends, 0)
+    assert everything.value == pytest.approx(exact, rel=1e-10)
+    assert everything.standard_error == 0
+
+
+def test_a_subset_grows_by_samples_that_it_has_not_yet():
+    ready, method = prepared("sample_subset", "wide"), methods.get("sample_subset")
+    sample, ledger = method.begin(ready, ["norm", "effective_rank", "alignment"], 3)
+    for passes in (6, 3, 7):
+        sample.extend(passes)
+    for metric in ("norm", "effective_rank", "alignment"):
+        assert sample.read(metric) == pytest.approx((truth("wide")[metric], 0.0, math.inf), rel=1e-10)
+    assert ledger()[0] > 16  # samples are passed through again with those that come later
+    assert "takes at least 4 passes" in method.refusal(loaded("wide"), "alignment", Target(), 3)

@@ -185,7 +185,8 @@ def test_traces_are_unbiased(method, backend):
 def test_standard_errors_are_calibrated(method, metric):
     """The mean squared standard error is the variance over seeds, and the mean is right to within that noise."""
     ready = prepared(method, "wide", method.backends[0])
-    budget = 5 * least(method, metric)
+    # A subset of samples is the more exact the more of them it has, and soon has all.
+    budget = 5 * least(method, metric) if method.name != "sample_subset" else {"alignment": 6}.get(metric, 3)
     estimates = [method.estimate(ready, metric, budget, seed) for seed in range(SEEDS_OF_ERRORS)]
     values, errors = np.array([(e.value, e.standard_error) for e in estimates]).T
     variance = values.var(ddof=1)

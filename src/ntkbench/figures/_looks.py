@@ -62,6 +62,7 @@ KNOWN = {
     "per_sample_trace": (BLACK, "o"),
     "per_sample_trace_forward": (BLACK, ">"),
     "block_u_statistics": (BLACK, "D"),
+    "sample_subset": (GREEN, "p"),
     "structured_block_u_statistics": (BLACK, "p"),
 }
 """Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""

@@ -145,6 +145,10 @@ class Stochastic(Method):
         """Passes after which more are a poor way to spend time on this problem; ``None`` where there is no such end."""
         return None
 
+    def least_passes(self, problem: Problem, metric: str) -> int:
+        """The smallest budget that it takes."""
+        return self.cost(metric, self.fewest_probes)
+
     def cost(self, metric: str, probes: int) -> int:
         """Passes that a nominal number of probes costs, fewer than n of them."""
         return probes * self.passes_per_probe(metric)
@@ -155,18 +159,19 @@ class Stochastic(Method):
 
     def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
         reason = super().refusal(problem, metric, target, passes)
-        return self._too_few(metric, passes) if reason is None and passes is not None else reason
+        least = self.least_passes(problem, metric)
+        return _takes(metric, least) if reason is None and passes is not None and passes < least else reason
 
     def estimate(self, prepared: Any, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         if passes is None:
             raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
-        if too_few := self._too_few(metric, passes):
-            raise BadInput(f"{self.name}: {too_few}; got {passes}")
+        if passes < (least := self.cost(metric, self.fewest_probes)):
+            raise BadInput(f"{self.name}: {_takes(metric, least)}; got {passes}")
         return self.spend(prepared, metric, passes, seed)
 
-    def _too_few(self, metric: str, passes: int) -> str | None:
-        least = self.cost(metric, self.fewest_probes)
-        return f"{metric} takes at least {least} passes" if passes < least else None
+
+def _takes(metric: str, least: int) -> str:
+    return f"{metric} takes at least {least} passes"
 
 
 class FixedBudget(Stochastic):
