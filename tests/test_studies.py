@@ -29,6 +29,7 @@ TINY = {
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
+    "novak_resnets": {"depths": [18], "outputs": [2], "width": 2, "side": 32},
 }
 QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
@@ -191,6 +192,8 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
     assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
     assert flops["nt_ntk_vector_products", 4, 32] > flops["nt_structured_derivatives", 4, 32]
     entries = tables["novak_flops"]
+    resnets = ok(tables["novak_resnets"]).set_index("method")["flops"]
+    assert resnets["jacobian"] < resnets["nt_jacobian_contraction"]
     np.testing.assert_allclose(entries["flops_per_entry"], entries["flops"] / (entries["N"] * entries["O"]) ** 2)
 
 
@@ -217,6 +220,17 @@ def test_lowered_programs_compute_the_kernel():
         )
         theta = jax.device_get(lowered.compile()(weights, network.x))
         np.testing.assert_allclose(theta.transpose(0, 2, 1, 3).reshape(6, 6), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_resnets_are_the_same_network_in_jax(depth):
+    from ntkbench.studies import novak_resnets
+
+    network = _networks.seeded(lambda: _networks.resnet(depth, 3, width=2, imagenet_stem=True), 0)
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
+    found = np.asarray(novak_resnets.forward(depth)(weights, x.numpy()))
+    np.testing.assert_allclose(found, network(x).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_endings_have_the_words_of_the_table():
