@@ -5,6 +5,7 @@ snakemake --cores all --configfile config/smoke.yaml   another one
 snakemake --cores all paper_figures                    the papers' figures and their studies alone
 snakemake --cores all figures --config source=reference   all figures from committed tables: nothing is measured
 snakemake --cores all side_by_side                     exact methods in turn: ratios of times, in ten minutes
+snakemake --cores all time_to_error                    all methods at the budget that reaches an error, in turn
 """
 
 import shlex
@@ -14,13 +15,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.utils import min_version
 
-from ntkbench import errors, figures, grid, paths
+from ntkbench import errors, figures, grid, paths, plugins
 
 min_version("9.0")
 
 ROOT = Path(workflow.basedir)
 # The asv suite is a folder of the checkout and not installed; what is installed may be another checkout.
-shell.prefix(f"export PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')}; ")
+# asv takes PYTHONPATH's folders off its path, even those of an editable install, unless its own variable names them.
+shell.prefix(
+    "".join(f"export {name}={shlex.quote(f'{ROOT}:{ROOT}/src')}; " for name in ("PYTHONPATH", "ASV_PYTHONPATH"))
+)
 
 if "grid" not in config:
 
@@ -108,19 +112,37 @@ rule measure:
 
 
 rule side_by_side:
-    output:
+    input:
         RESULTS / "side_by_side.csv",
+
+
+rule time_to_error:
+    input:
+        RESULTS / "time_to_error.csv",
+
+
+rule compare:
+    output:
+        RESULTS / "{comparison}.csv",
     log:
-        RESULTS / "logs" / "side_by_side.log",
+        RESULTS / "logs" / "{comparison}.log",
+    wildcard_constraints:
+        comparison="side_by_side|time_to_error",
     conda:
         "environment.yml"
     resources:
         timer=1,
     params:
         threads=STUDY.threads,
-        fingerprint=grid.sources_fingerprint("ntkbench.structured", "ntkbench.problems.novak", "ntkbench.metrics"),
+        fingerprint=grid.sources_fingerprint(
+            *(
+                f"ntkbench.{room}.{name}"
+                for room in ("methods", "problems")
+                for name in plugins.names(f"ntkbench.{room}")
+            )
+        ),
     shell:
-        "python -m benchmarks.side_by_side --threads {params.threads} --output {output:q} > {log:q} 2>&1"
+        "python -m benchmarks.{wildcards.comparison} --threads {params.threads} --output {output:q} > {log:q} 2>&1"
 
 
 rule table:
@@ -157,9 +179,8 @@ rule study:
 
 rule figure:
     input:
-        lambda wildcards: TABLES / (
-            f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"
-        ),
+        lambda wildcards: TABLES
+        / (f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"),
     output:
         multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
     log:

@@ -25,7 +25,9 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from ntkbench import errors, methods, paths, problems
+from benchmarks.bare_products import bare_products
+from benchmarks.computations import COMPUTATIONS
+from ntkbench import errors, methods, paths, problems, running
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.provenance import provenance
 from ntkbench.target import Target
@@ -38,7 +40,10 @@ MEMORY = 2**32
 
 @dataclass(frozen=True)
 class Comparison:
-    """One subject and its rivals on one problem; all compute the norm, so the whole kernel."""
+    """One subject and its rivals on one problem.
+
+    Methods compute the norm, so the whole kernel; what else there is to compare is in :mod:`benchmarks.computations`.
+    """
 
     problem: str
     rivals: tuple[str, ...] = NEURAL_TANGENTS
@@ -57,6 +62,20 @@ COMPARISONS = (
     Comparison("digits_conv[N=64]", (NEURAL_TANGENTS[0], "jacobian_contraction")),
     Comparison("mlp_hazelden[N=2]", (NEURAL_TANGENTS[0], "jacobian_contraction")),
     Comparison("resnet18[N=64]", ("sum_of_logits",), "structured_sum_of_logits"),
+    *(
+        Comparison(problem, (BARE,), block)
+        for problem in ("mlp_hazelden", "digits_mlp", "digits_conv[N=64]", "gru_hazelden")
+        for block in ("64 VJPs", "64 JVPs")
+    ),
+    *(
+        Comparison(problem, rivals, subject)
+        for problem in ("rnn_flipflop[H=128,N=100]", "gru_flipflop[H=128,N=100]")
+        for subject, rivals in {
+            "64 VJPs": (BARE, "64 VJPs by torch.func"),
+            "64 JVPs": (BARE, "64 JVPs by torch.func"),
+            "alignment by 50 probes": ("alignment by 50 probes, one by one",),
+        }.items()
+    ),
 )
 
 
@@ -70,9 +89,7 @@ def main(output: Path, threads: int, seconds: float, only: Sequence[str]) -> Non
     with errors.as_one_line():
         if strangers := set(only) - {c.problem for c in COMPARISONS}:
             raise errors.unknown("problem", sorted(strangers)[0], [c.problem for c in COMPARISONS])
-        if threads > len(os.sched_getaffinity(0)):
-            raise BadInput(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        use_threads(threads)
     chosen = [(c, rival) for c in COMPARISONS if not only or c.problem in only for rival in c.rivals]
     rows = []
     for comparison, rival in tqdm(chosen, unit="pair"):
@@ -84,19 +101,23 @@ def main(output: Path, threads: int, seconds: float, only: Sequence[str]) -> Non
 
 def measure(comparison: Comparison, rival: str, threads: int, seconds: float) -> dict[str, Any]:
     """One row: medians of seconds, the median ratio with its quartiles, memory, and how far the values differ."""
-    import torch
-
-    torch.set_num_threads(threads)
     problem = problems.load(comparison.problem)
     row = {"problem": comparison.problem, "N": problem.N, "O": problem.O, "P": problem.P, "n": problem.n}
-    row |= {"metric": "norm", "subject": comparison.subject, "rival": rival, "reason": ""}
+    row |= {
+        "metric": "" if comparison.subject in COMPUTATIONS else "norm",
+        "subject": comparison.subject,
+        "rival": rival,
+        "reason": "",
+    }
     row |= {"threads": threads, **provenance().columns()}
     try:
-        calls = [_call(name, comparison.problem) for name in (comparison.subject, rival)]
-        values = [call() for call in calls]  # compiles, warms up
+        call = _call(comparison.subject, comparison.problem)
+        value = call()  # compiles, warms up
+        calls = [call, bare_products(call) if rival == BARE else _call(rival, comparison.problem)]
+        rival_value = calls[1]()
     except (NtkbenchError, MemoryError, RuntimeError) as error:
         return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    times = _in_turn(calls, seconds)
+    times = in_turn(calls, seconds)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     memory = [_peak_memory(name, comparison.problem, threads) for name in (comparison.subject, rival)]
     return row | {
@@ -107,11 +128,22 @@ def measure(comparison: Comparison, rival: str, threads: int, seconds: float) ->
         "memory_bytes": memory[0],
         "rival_memory_bytes": memory[1],
         "memory_ratio": memory[0] / memory[1] if all(memory) else None,
-        "difference": None if rival == BARE else abs(values[0] - values[1]) / abs(values[1]),
+        "difference": None if rival == BARE else abs(value - rival_value) / abs(rival_value),
     }
 
 
-def _in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
+def use_threads(threads: int) -> None:
+    """Keep this process to a number of threads in every backend.
+
+    Raises:
+        BadInput: there are not so many cores.
+    """
+    if threads > len(os.sched_getaffinity(0)):
+        raise BadInput(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
+    running.use_threads(threads)
+
+
+def in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
     """Seconds of each call, call by call in turn, three rounds at least (one if that alone takes too long)."""
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
@@ -127,45 +159,14 @@ def _in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[
 
 def _call(name: str, label: str) -> Callable[[], float]:
     """The timed region of a method: from device-ready inputs to a number on the host."""
-    if name == BARE:
-        return _bare_products(label)
+    if name in COMPUTATIONS:
+        return COMPUTATIONS[name](problems.load(label), Target("torch", "float32", "auto", MEMORY))
     method = methods.get(name)
     target = Target(method.backends[0], "float32", "auto", MEMORY)
     if reason := method.refusal(problems.load(label), "norm", target):
         raise BadInput(reason)
     prepared = method.prepare(problems.load(label), target)
     return lambda: float(method.estimate(prepared, "norm"))
-
-
-def _bare_products(label: str) -> Callable[[], float]:
-    """The products of matrices that the kernel of a fully connected network contains, on the same triangle."""
-    import torch
-
-    from ntkbench.jacobian import torch_network
-    from ntkbench.structured.contraction import TRIANGLE_BLOCKS
-
-    problem = problems.load(label)
-    _, parameters, x = torch_network(problem, "theta_0", Target())
-    weights = [w for w in parameters.values() if w.ndim == 2]
-    activations = [x, *(x.new_ones(len(x), len(w)) for w in weights[:-1])]
-    cotangents = [x.new_ones(problem.n, len(w)) for w in weights]
-    bounds = [problem.n * i // TRIANGLE_BLOCKS for i in range(TRIANGLE_BLOCKS + 1)]
-    samples = [problem.N * i // TRIANGLE_BLOCKS for i in range(TRIANGLE_BLOCKS + 1)]
-
-    def run() -> float:
-        for a, w in zip(activations, weights, strict=True):
-            a @ w.T
-        for g, w in zip(cotangents[1:], weights[1:], strict=True):
-            g @ w
-        for rows, cuts in ((cotangents, bounds), (activations, samples)):
-            for r in rows:
-                for start, stop in itertools.pairwise(cuts):
-                    made = r[start:stop] @ r[:stop].T
-        if made.is_cuda:
-            torch.cuda.synchronize()
-        return 0.0
-
-    return run
 
 
 def _peak_memory(name: str, label: str, threads: int) -> int | None:

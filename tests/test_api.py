@@ -119,7 +119,7 @@ def test_stochastic_methods_by_name(metric):
     assert first.passes == 100
     assert first.method == "hutchinson"
     assert abs(first.value - truth(model, X)[metric]) < 6 * first.standard_error
-    assert f(model, X, method="hutchinson").passes == api.PASSES
+    assert f(model, X, method="hutchinson").passes == methods.get("hutchinson").default_passes
 
 
 def test_approximate_methods_by_name():
@@ -294,11 +294,11 @@ def test_wrapping_says_what_it_wraps():
         ("norm", (6, 3), 2**30, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4, None, "structured_derivatives"),
         ("norm", (6, 3), 18 * 18 * 4 - 1, None, "jacobian_contraction"),
-        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "hutchinson"),
-        ("effective_rank", (6, 65), 2**30, None, "hutchinson"),
+        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "structured_block_u_statistics"),
+        ("effective_rank", (6, 65), 2**30, None, "structured_block_u_statistics"),
         ("alignment", (6, 64), 2**30, None, "structured_derivatives"),
-        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "shared_probe_alignment"),
-        ("alignment", (6, 3), 2**30, 5, "shared_probe_alignment"),
+        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "structured_block_u_statistics"),
+        ("alignment", (6, 3), 2**30, 5, "structured_block_u_statistics"),
         ("alignment", (6, 3), 2**30, 6, "structured_derivatives"),
     ],
 )
@@ -318,7 +318,8 @@ def test_auto_says_what_it_took_and_stays_in_its_budget():
     assert estimate.standard_error <= 1e-6 * estimate.value
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
     assert ntkbench.trace(model, x, passes=69).passes == 69
-    assert ntkbench.norm(model, x, passes=41).passes == 40
+    assert ntkbench.norm(model, x, passes=41).passes == 41
+    assert ntkbench.norm(model, x, passes=10, memory=1).method == "hutchinson"  # gradients would be made 3.5 times
 
 
 def test_auto_takes_the_naive_jacobian_for_a_few_interacting_samples():
@@ -477,13 +478,39 @@ def test_an_estimate_prints_its_interval_and_cost():
     Estimate = ntkbench.Estimate
     exact, random, unsure = (Estimate(12.5, error, 64.0, "some_method") for error in (None, 0.5, math.nan))
     assert str(exact) == "12.5 (some_method, 64 passes)"
-    assert str(random) == "12.5 +- 0.98 (95 %, some_method, 64 passes)"
-    assert str(unsure) == "12.5 +- unknown (some_method, 64 passes)"
+    assert str(random) == "12.5, 95 % in [11.52, 13.48] (some_method, 64 passes)"
+    assert str(unsure) == "12.5, error unknown (some_method, 64 passes)"
     assert str(Estimate(12.5, None, None, "some_method")) == "12.5 (some_method)"
     assert float(random) == 12.5
     assert exact.interval() == (12.5, 12.5)
-    assert random.interval() == pytest.approx((11.52, 13.48))
-    assert random.interval(z=1) == (12.0, 13.0)
+    assert exact.relative_width() == 0
+    assert unsure.relative_width() == math.inf
+
+
+def test_intervals_are_symmetric_on_the_scale_of_the_metric():
+    """Student's t with the error's degrees of freedom; factors for what is positive, Fisher's z for a correlation."""
+
+    def estimate(metric: str, value: float, degrees: float = math.inf) -> ntkbench.Estimate:
+        return ntkbench.Estimate(value, 0.1, 8, "some_method", metric=metric, degrees=degrees)
+
+    assert estimate("", 0.5).interval() == pytest.approx((0.5 - 0.196, 0.5 + 0.196), abs=1e-4)
+    assert estimate("", 0.5, 4).interval() == pytest.approx((0.5 - 0.27764, 0.5 + 0.27764), abs=1e-4)
+    assert estimate("", 0.5).interval(0.6827) == pytest.approx((0.4, 0.6), abs=1e-4)
+    for metric in ("trace", "norm", "effective_rank"):
+        low, high = estimate(metric, 0.5, 4).interval()
+        assert low * high == pytest.approx(0.25)
+        assert high / 0.5 == pytest.approx(math.exp(0.55529), abs=1e-4)
+        assert estimate(metric, 0.5, 4).relative_width() == pytest.approx(math.exp(0.55529) - 1, abs=1e-4)
+    low, high = estimate("alignment", 0.9, 4).interval()
+    assert (
+        math.atanh(high) - math.atanh(0.9)
+        == pytest.approx(math.atanh(0.9) - math.atanh(low))
+        == pytest.approx(0.27764 / 0.19, abs=1e-3)
+    )
+    assert -1 < low < high < 1
+    assert estimate("alignment", 1.05).interval() == pytest.approx((1.05 - 0.196, 1.05 + 0.196), abs=1e-4)
+    assert estimate("trace", -1.0).interval() == pytest.approx((-1.196, -0.804), abs=1e-4)
+    assert estimate("trace", 1.0, 0).interval() == (-math.inf, math.inf)
 
 
 def test_an_unknown_name_comes_with_what_was_meant_and_what_there_is():

@@ -12,8 +12,8 @@ import pytest
 from conftest import metrics_of
 
 from ntkbench import methods, sketching
-from ntkbench.jacobian import base
-from ntkbench.methods.base import Stochastic
+from ntkbench.jacobian import base, dense
+from ntkbench.methods.base import Sampling, Stochastic
 
 n, P = 200, 230
 i = np.arange(1, n + 1)
@@ -43,39 +43,6 @@ DEFLATED = (*LEAVE_ONE_OUT, "hutchpp", "hutchpp_one_sided", "nystrompp", "nystro
 CASES = [(name, metric) for name in sorted({*TRACES, *DEFLATED}) for metric in methods.get(name).metrics]
 
 
-class Dense(base.Jacobian):
-    """A Jacobian written out, in the array library of ``matrix``."""
-
-    O = 1  # noqa: E741
-    memory = 2**20
-
-    def __init__(self, matrix: Any) -> None:
-        self.matrix = matrix
-        self.N, self.P = matrix.shape
-        self.itemsize = matrix.dtype.itemsize
-
-    def rng(self, seed: int) -> Probes:
-        return Probes(seed, self.matrix)
-
-    def bytes_per_probe(self) -> int:
-        return self.P * self.itemsize
-
-    def _vjp(self, u: Any) -> Any:
-        return u @ self.matrix
-
-    def _jvp(self, w: Any) -> Any:
-        return w @ self.matrix.T
-
-    def _row(self, i: int) -> Any:
-        return self.matrix[i]
-
-    def _sample_vjp(self, samples: slice, v: Any) -> Any:
-        raise NotImplementedError
-
-    def _eye(self, size: int, start: int, stop: int) -> Any:
-        return sketching.beside(np.eye(size)[start:stop], self.matrix)
-
-
 class Probes(base.Rng):
     """Probes from NumPy, the same for every array library."""
 
@@ -87,6 +54,13 @@ class Probes(base.Rng):
 
     def sign(self, k: int, dim: int) -> Any:
         return sketching.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
+
+
+class Dense(dense.Jacobian):
+    """A Jacobian written out, in the array library of ``matrix``, with those probes."""
+
+    def __init__(self, matrix: Any) -> None:
+        super().__init__(matrix, functools.partial(Probes, like=matrix), memory=2**20)
 
 
 @functools.cache
@@ -119,7 +93,12 @@ def estimate(
 def drawn(method: Stochastic, metric: str, matrices: list[Any], probes: int, seed: int) -> tuple[float, float, float]:
     """Value, standard error and passes."""
     jacobians = [Dense(matrix) for matrix in matrices]
-    value, error = method.draw(metric, jacobians, probes, jacobians[0].rng(seed))
+    if isinstance(method, Sampling):
+        sample = method.sample((metric,), jacobians, jacobians[0].rng(seed))
+        sample.extend(probes)
+        value, error, _ = sample.read(metric)
+    else:
+        value, error, _ = method.draw(metric, jacobians, probes, jacobians[0].rng(seed))
     return value, error, sum(j.passes for j in jacobians)
 
 
@@ -180,7 +159,7 @@ def test_combined_is_an_unbiased_estimate_of_the_variance():
     for x in rng.standard_normal((4000, 5)):
         rest = (x.sum() - x)[:, None] - x  # for i without j
         np.fill_diagonal(rest, x.sum() - x)
-        value, error = sketching.combined(x[:, None] * (1 + rest / 4))
+        value, error, _ = sketching.combined(x[:, None] * (1 + rest / 4))
         values.append(value)
         variances.append(error**2)
     assert np.mean(values) == pytest.approx(0, abs=4 * np.std(values) / math.sqrt(4000))
@@ -246,6 +225,33 @@ def test_variance_is_that_of_the_formula(name, spectrum):
     values, errors = np.array([estimate(name, "trace", spectrum, probes, seed) for seed in range(800)]).T
     assert values.var(ddof=1) == pytest.approx(np.mean(formula), rel=0.15)
     assert (errors**2).mean() == pytest.approx(np.mean(formula), rel=0.15)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_adaptive_sketch_is_unbiased_and_grows_where_that_is_worth_it(spectrum):
+    """On no spectrum is it much worse than the better of no sketch and a sketch of half of the passes."""
+    methods_ = ("hutchpp_adaptive", "one_sided_reverse", "hutchpp_one_sided")
+    probes, exact = {"hutchpp_one_sided": 18}, truth("trace", spectrum)
+    found = {
+        name: np.array([estimate(name, "trace", spectrum, probes.get(name, 72), s) for s in range(400)])
+        for name in methods_
+    }
+    values = found["hutchpp_adaptive"][:, 0]
+    assert abs(values.mean() - exact) < 4 * values.std(ddof=1) / 20
+    off = {name: math.sqrt(((v[:, 0] - exact) ** 2).mean()) for name, v in found.items()}
+    assert off["hutchpp_adaptive"] < 3 * min(off["one_sided_reverse"], off["hutchpp_one_sided"])
+
+
+def test_the_adaptive_sketch_stops_at_once_on_a_flat_spectrum_and_takes_half_of_a_steep_one():
+    for spectrum, columns in (("linear", (4, 4)), ("0.7^i", (8, 40))):
+        j = Dense(jacobian(spectrum))
+        sample = methods.get("hutchpp_adaptive").sample(("trace",), [j], j.rng(0))
+        sample.extend(72)
+        assert j.passes == 72
+        assert columns[0] <= len(sample._q) <= columns[1]
+        sample.extend(72)  # more probes are as good as one block of them, and none is lost
+        assert j.passes == 144
+        assert abs(sample.read("trace").value - truth("trace", spectrum)) < 5 * sample.read("trace").error + 1e-9
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ntkbench import figures
+from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import _labels, _looks, base
+from ntkbench.figures import _canvas, _labels, _looks, base
 from ntkbench.figures.__main__ import main
 from ntkbench.figures._speedups import speedups
 
@@ -44,6 +45,8 @@ LOST = {("nt_structured_derivatives", "gru_hazelden"): ("skipped", "structured d
 LOST |= {("nt_ntk_vector_products", "digits_conv"): ("out_of_memory", "more than 6 GiB")}
 BUDGETS = (8, 32, 128, 512, 2048)
 HARDER = {"trace": 1.0, "norm": 1.8, "effective_rank": 3.0, "alignment": 1.2}
+FIGURES = [name for name in figures.names() if figures.study_of(name) is None]
+"""Those of the results table."""
 MEASUREMENTS = ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "memory_bytes"]
 
 
@@ -60,6 +63,7 @@ def synthetic(problems=PROBLEMS, methods=METHODS, metrics=METRICS) -> pd.DataFra
                         row |= {"kind": kind, "backend": backend, "metric": metric, "passes": passes, "reason": ""}
                         row |= {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "a laptop"}
                         row |= {"git_sha": "0123456789abcdef", "git_dirty": True, "value": 1.0, "reference": 1.0}
+                        row |= {"effective_rank": samples * outputs / 10}
                         row |= {"seeds": 50 if kind == "stochastic" else 1, "first_call_seconds": 1.0}
                         if backend not in backends or metric not in gives:
                             row |= {"status": "skipped", "reason": "gives or runs on others only"}
@@ -81,9 +85,12 @@ def _cell(rng: np.random.Generator, row: dict, cost: float, slow: float) -> dict
     if stochastic:
         error = cost * HARDER[row["metric"]] / row["passes"] ** (0.6 if row["method"] == "hutchpp" else 0.5)
         error *= rng.lognormal(0, 0.1)
+        spent = {"passes_spent": row["passes"], "covered": rng.binomial(row["seeds"], 0.93) / row["seeds"]}
+    else:
+        spent = {"passes_spent": 2 * n if row["method"] in ("direct", "ntk_vector_products") else np.nan}
     memory = (64.0 if stochastic else n) * n * 8 + (0.5 * n * row["P"] if row["method"] == "naive_jacobian" else 0)
     numbers = (seconds, 0.96 * seconds, 1.07 * seconds, error, 0.45 * error, 1.75 * error, memory - 4e5)
-    return {"status": "ok", **dict(zip(MEASUREMENTS, numbers, strict=True))}
+    return {"status": "ok", **spent, **dict(zip(MEASUREMENTS, numbers, strict=True))}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def table():
 @pytest.fixture(scope="module")
 def drawn(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    return {name: figures.draw(name, table, folder) for name in figures.names()}
+    return {name: figures.draw(name, table, folder) for name in FIGURES}
 
 
 def test_every_figure_gives_four_files(drawn):
@@ -110,7 +117,12 @@ def test_every_figure_gives_four_files(drawn):
 
 def test_plotted_numbers_are_the_tables(drawn, table):
     keys = ["problem", "metric", "method", "backend", "passes"]
-    for name, columns in {"error_against_seconds": MEASUREMENTS[:6], "exact_cost": MEASUREMENTS[:3]}.items():
+    passes = ["passes_spent", *MEASUREMENTS[3:6]]
+    for name, columns in {
+        "error_against_seconds": MEASUREMENTS[:6],
+        "error_against_passes": passes,
+        "exact_cost": MEASUREMENTS[:3],
+    }.items():
         plotted = pd.read_csv(drawn[name][0])
         exact_only = table[table["kind"] == "exact"] if name == "exact_cost" else table
         both = plotted.merge(exact_only, on=[k for k in keys if k in plotted], suffixes=("", "_table"), validate="1:1")
@@ -123,6 +135,41 @@ def test_plotted_numbers_are_the_tables(drawn, table):
     assert "are drawn at 1e-08" in drawn["error_against_seconds"][1].read_text()
     for name, column in (("exact_cost", "status"), ("speedup", "outcome")):
         assert "timeout" in set(pd.read_csv(drawn[name][0])[column]), "a lost cell is out of sight"
+
+
+def test_guide_lines_have_theorys_slopes(table):
+    rows = base.checked(table)
+    for name, slopes in {"error_against_seconds": [-0.5], "error_against_passes": [-0.5, -1.0]}.items():
+        drawing = importlib.import_module(f"ntkbench.figures.{name}").draw(rows)
+        panels = [panel for panel in drawing.figure.axes if panel.lines]
+        assert len(panels) == 4
+        for panel in panels:
+            guides = [line for line in panel.lines if line.get_color() == _canvas.PALE]
+            ends = [np.log(line.get_xydata()) for line in guides]
+            assert [round((y1 - y0) / (x1 - x0), 9) for (x0, y0), (x1, y1) in ends] == slopes
+
+
+def test_coverage_pools_seeds_and_keeps_low_ranks_apart(table, tmp_path):
+    """Two problems of effective ranks 400 and 4, and 90 % against 50 % of the intervals right."""
+    rows = table[(table["method"] == "hutchpp") & (table["status"] == "ok") & (table["backend"] == "torch")]
+    low = rows["problem"] == rows["problem"].iloc[0]
+    rows = rows.assign(
+        seeds=50,
+        covered=np.where(low, 0.5, 0.9),
+        effective_rank=np.where(low, 4, 400),
+    )
+    figures.draw("coverage", rows, tmp_path)
+    plotted = pd.read_csv(tmp_path / "coverage.csv").set_index(["metric", "group"]).loc["trace"]
+    cells = low[rows["metric"] == "trace"].value_counts()
+    assert list(plotted.loc[["below", "other"], "covered"]) == [0.5, 0.9]
+    assert list(plotted.loc[["below", "other"], "seeds"]) == [50 * cells[True], 50 * cells[False]]
+    assert list(plotted.loc[["below", "other"], "in_target"]) == [False, True]
+    n, p, z = 50 * cells[True], 0.5, 1.959963985
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert plotted.loc["below", "high"] - plotted.loc["below", "low"] == pytest.approx(2 * half)
+    assert "2 of them within the target" in (tmp_path / "coverage.txt").read_text()  # one a metric
+    figures.draw("coverage", rows.drop(columns="covered"), tmp_path)
+    assert "no column 'covered'" in (tmp_path / "coverage.txt").read_text()
 
 
 def test_only_problems_with_a_choice_between_error_and_time_get_panels(table, tmp_path):
@@ -182,7 +229,7 @@ def test_tables_with_little_or_nothing_in_them(table, tmp_path):
     failed = table.assign(status="failed", reason="$x$ was not there", **dict.fromkeys(MEASUREMENTS, np.nan))
     ok = table[table["status"] == "ok"]
     for rows in (table.iloc[:0], ok[:1], ok[ok["kind"] == "stochastic"][:1], failed, failed[:1]):
-        for name in figures.names():
+        for name in FIGURES:
             assert all(path.stat().st_size for path in figures.draw(name, rows, tmp_path))
             pd.read_csv(tmp_path / f"{name}.csv")
     assert "$x$ was not there" in (tmp_path / "exact_cost.txt").read_text()
@@ -222,9 +269,18 @@ def test_looks_are_for_good():
     assert list(all_of_them)[: len(few)] == list(few)
     assert all(all_of_them[method] == look for method, look in few.items())
     assert len({(look.colour, look.marker) for look in all_of_them.values()}) == len(many)
-    alone = _looks.looks(synthetic(PROBLEMS[:1], {"later_3": many["later_3"]}))
-    assert alone["later_3"] == all_of_them["later_3"]
+    alone = _looks.looks(synthetic(PROBLEMS[:1], {"later_0": many["later_0"]}))
+    assert alone["later_0"] == all_of_them["later_0"]
     assert _labels.name_label("gru_hazelden[N=15,T=50]") == "GRU hazelden, N = 15, T = 50"
+
+
+def test_no_two_methods_look_alike():
+    every = {name: (methods.get(name).title, methods.get(name).kind) for name in methods.names()}
+    rows = pd.DataFrame([(name, *said) for name, said in every.items()], columns=["method", "title", "kind"])
+    found = _looks.looks(rows)
+    assert len({(look.colour, look.marker) for look in found.values()}) == len(every)
+    for name, (_, kind) in every.items():
+        assert found[name].marker in _looks.MARKERS[kind]
 
 
 def test_figures_import_no_backend():

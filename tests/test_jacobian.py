@@ -377,3 +377,48 @@ def test_a_missing_gpu_is_said_to_be_missing(backend, tiny, monkeypatch):
 def test_bad_targets_are_refused(wrong, says):
     with pytest.raises(BadInput, match=says):
         Target(**wrong)
+
+
+def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
+    import torch
+    from torch import nn
+
+    import ntkbench
+
+    class Square(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return Square.apply(self.layer(x))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Net().double(), torch.randn(5, 4, dtype=torch.float64)
+    j = linearise(ntkbench.from_module(model, x), "theta_0", Target("torch", "float64", "cpu"))
+    J = j.vjp(j.basis(0, j.n))
+    j, w = j.fresh(), torch.randn(3, j.P, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert close(j.jvp(w), host(w @ J.T))
+    assert j.passes == 6
+    assert "each JVP is two reverse passes" in j.notes[0]
+    for method, passes, spent in (("one_sided_forward", 8, 16), ("hutchinson", 8, 12), ("xtrace", 6, 8)):
+        estimate = ntkbench.trace(model, x, method=method, passes=passes)
+        assert estimate.passes == spent
+        assert "each JVP is two reverse passes" in estimate.notes[0]
+    assert not ntkbench.trace(model, x, method="one_sided_reverse", passes=8).notes

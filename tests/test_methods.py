@@ -267,6 +267,9 @@ def test_sum_of_logits_is_the_pntk_times_the_identity(label, metric, backend):
 @pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
 def test_refuses_what_it_cannot_serve(method, tiny):
     target = Target(method.backends[0])
+    if method.needs_recurrence:
+        assert "recurrent" in method.refusal(tiny, method.metrics[0], target)
+        tiny = loaded("gru_hazelden[N=2,T=2]")
     without = Problem(tiny.name, tiny.module, tiny.x, tiny.theta_0)
     for metric in METRICS:
         reason = method.refusal(tiny, metric, target)

@@ -178,7 +178,7 @@ def test_mnist_from_a_loader_that_has_it(mnist):
     [
         ("digits_mpl", r"unknown problem 'digits_mpl' \(did you mean 'digits_mlp'\?\); allowed: .*gru_hazelden"),
         ("digits_mpl[N=4]", "did you mean 'digits_mlp'"),
-        ("zzz", r"unknown problem 'zzz'; allowed: conv_relu, digits_conv"),
+        ("zzz", r"unknown problem 'zzz'; allowed: conv_relu, ctrnn_delayed_response, .*digits_conv"),
         ("digits_mlp[M=4]", r"'M=4' is no size of digits_mlp; allowed: N=<positive integer, 512 if not given>"),
         ("gru_hazelden[N=4,H=2]", "'H=2' is no size of gru_hazelden; allowed: N=.*, T="),
         ("digits_mlp[N=0]", "'N=0' is no size"),
@@ -194,8 +194,17 @@ def test_mnist_from_a_loader_that_has_it(mnist):
         ("digits_mlp[N=4][N=5]", "malformed problem"),
         ("../digits_mlp", "malformed problem"),
         ("", "malformed problem"),
-        pytest.param("digits_mlp[N=\N{SUPERSCRIPT TWO}]", "is no size", marks=pytest.mark.xfail(strict=True)),
-        pytest.param("digits_mlp[N=4,N=8]", "N", marks=pytest.mark.xfail(strict=True, reason="the last one wins")),
+        ("digits_mlp[N=\N{SUPERSCRIPT TWO}]", "is no size"),
+        ("digits_mlp[N=4,N=8]", "N is given twice"),
+        (
+            "rnn_flipflop[read=states]",
+            "'read=states' is no choice of rnn_flipflop; allowed: read=<state or out",
+        ),
+        ("rnn_flipflop[parameters=]", "allowed: parameters=<all or recurrent or inputs or readout, all if not given>"),
+        (
+            "rnn_flipflop[H=big]",
+            "'H=big' is no size of rnn_flipflop; allowed: N=<positive integer, 20 .*read=<state",
+        ),
     ],
 )
 def test_bad_labels_are_refused(label, says):

@@ -41,8 +41,10 @@ def write_all_ok(records):
         "accuracy",
         status="ok",
         reference=10.0,
+        effective_rank=2.5,
         estimates=[9.0, 10.5, 13.0],
         standard_errors=[1.0, 2.0, 3.0],
+        covered=[True, True, False],
         first_call_seconds=1.5,
         notes="",
         passes_spent=36,
@@ -56,6 +58,7 @@ def test_a_measured_cell_becomes_a_full_row(tmp_path):
     found = results.row(CELL, problems.load(CELL.problem), CONFIG, "abc", results.outcome(CELL, tmp_path, Asv()))
     assert found["status"] == "ok"
     assert (found["value"], found["reference"], found["seeds"], found["standard_error"]) == (10.5, 10.0, 3, 2.0)
+    assert (found["covered"], found["effective_rank"]) == (2 / 3, 2.5)
     assert np.allclose([found[q] for q in ("error_q25", "error", "error_q75")], [0.075, 0.1, 0.2])
     assert found["memory_bytes"] == 2000
     assert (found["n"], found["O"], found["P"]) == (30, 10, 19690)

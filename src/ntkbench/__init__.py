@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntkbench.api import alignment, effective_rank, norm, ntk, trace
+    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, trace
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
     from ntkbench.problems._module import from_module
+    from ntkbench.problems._sequences import from_recurrent
 
 __all__ = [
     "BadInput",
@@ -23,16 +24,19 @@ __all__ = [
     "alignment",
     "effective_rank",
     "from_module",
+    "from_recurrent",
+    "metrics_of",
     "norm",
     "ntk",
     "trace",
 ]
 
 _HOMES = {
-    "api": ("alignment", "effective_rank", "norm", "ntk", "trace"),
+    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
     "problems._module": ("from_module",),
+    "problems._sequences": ("from_recurrent",),
 }
 
 

@@ -17,6 +17,7 @@ from ntkbench import methods, metrics
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.methods import Method
+from ntkbench.methods.base import Incremental
 from ntkbench.problems.base import Problem
 from ntkbench.target import Target
 
@@ -24,26 +25,26 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["alignment", "effective_rank", "norm", "ntk", "trace"]
+__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"]
 
 EXACT_PASSES = 64
 """Passes for each set of weights that ``method="auto"`` spends on an exact value when no budget is given."""
 
-PASSES = 256
-"""Passes of a stochastic method when no budget is given."""
-
 EXACT = ("structured_derivatives", "jacobian_contraction", "naive_jacobian")
 """What ``method="auto"`` tries first, the cheapest first; Theta must fit in memory for the one, J for the others."""
 
-STOCHASTIC = {
-    "trace": "per_sample_trace",
-    "norm": "hutchinson",
-    "effective_rank": "hutchinson",
-    "alignment": "shared_probe_alignment",
-}
-"""What ``method="auto"`` falls back on; :data:`INTERACTING` where that needs independent samples."""
+TOLERANCE_PASSES = 4096
+"""The most passes on the way to a tolerance when no budget is given."""
 
-INTERACTING = {"per_sample_trace": "one_sided_reverse"}
+PAIRS = ("structured_block_u_statistics", "block_u_statistics")
+
+STOCHASTIC = {
+    "trace": (("per_sample_trace",), "one_sided_reverse"),
+    "norm": (PAIRS, "hutchinson"),
+    "effective_rank": (PAIRS, "hutchinson"),
+    "alignment": (PAIRS, "hutchinson"),
+}
+"""What ``method="auto"`` falls back on where samples are independent, the first that works, and what where not."""
 
 
 def ntk(
@@ -110,6 +111,8 @@ def trace(
     *,
     method: str = "auto",
     passes: int | None = None,
+    rtol: float | None = None,
+    confidence: float = 0.95,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -125,8 +128,10 @@ def trace(
     that for alignment) and, for all metrics but the trace, Theta fits in ``memory``. That is ``structured_derivatives``
     for independent samples with at most 64 outputs each; ``jacobian_contraction`` where such a network cannot be traced
     and J fits; the naive Jacobian for interacting samples with at most 64 outputs in all and a J that fits. Otherwise
-    it estimates: ``per_sample_trace`` for the trace (``one_sided_reverse`` if samples interact),
-    ``shared_probe_alignment`` for the alignment, ``hutchinson`` for the others. ``Estimate.method`` says which it was.
+    it estimates: where samples are independent by ``per_sample_trace`` or, for the other metrics, by block U-statistics
+    (``structured_block_u_statistics`` where the network can be traced, ``block_u_statistics`` where not, if what they
+    hold fits in ``memory``); by ``one_sided_reverse`` or ``hutchinson`` otherwise. ``Estimate.method`` says which it
+    was.
 
     Cost: that of the method, after at most three forward passes of checks (five for alignment).
 
@@ -134,8 +139,13 @@ def trace(
         model: ``x -> [N, ...outputs]``; everything after the first axis counts as the O outputs of a sample.
         x: inputs ``[N, ...]``, real or integer.
         method: a file name in ``ntkbench/methods``, or ``"auto"``.
-        passes: the most Jacobian passes to spend, 256 if not given. Exact and approximate methods asked for by name
-            take none.
+        passes: the most Jacobian passes to spend; 256 if not given, or 4096 with ``rtol``. Block U-statistics do
+            not spend more than max(8, 1024 / N) unless asked for by name with ``passes``, or with ``rtol``. Exact and
+            approximate methods asked for by name take none.
+        rtol: a tolerance: probes are added in growing batches until the interval reaches no further than this share of
+            the value to either side, or ``passes`` are spent; ``Estimate.notes`` says so if the tolerance was not met.
+            An exact method is then taken only where it costs no more than by default.
+        confidence: of that interval.
         seed: of the random probes; the same seed gives the same estimate.
         dtype: ``"float32"`` or ``"float64"``; that of the parameters if not given.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``; that of the parameters if not given.
@@ -147,7 +157,9 @@ def trace(
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not there.
     """
-    return _estimate("trace", model, None, x, method, passes, seed, dtype, device, memory)
+    return _estimates(("trace",), model, None, x, method, passes, rtol, confidence, seed, dtype, device, memory)[
+        "trace"
+    ]
 
 
 def norm(
@@ -156,13 +168,15 @@ def norm(
     *,
     method: str = "auto",
     passes: int | None = None,
+    rtol: float | None = None,
+    confidence: float = 0.95,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
 ) -> Estimate:
     """||Theta||_F (not its square) of a network at its present weights. Arguments and errors as for :func:`trace`."""
-    return _estimate("norm", model, None, x, method, passes, seed, dtype, device, memory)
+    return _estimates(("norm",), model, None, x, method, passes, rtol, confidence, seed, dtype, device, memory)["norm"]
 
 
 def effective_rank(
@@ -171,13 +185,17 @@ def effective_rank(
     *,
     method: str = "auto",
     passes: int | None = None,
+    rtol: float | None = None,
+    confidence: float = 0.95,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
 ) -> Estimate:
     """(tr Theta)^2 / ||Theta||_F^2 of a network at its present weights. Arguments and errors as for :func:`trace`."""
-    return _estimate("effective_rank", model, None, x, method, passes, seed, dtype, device, memory)
+    return _estimates(
+        ("effective_rank",), model, None, x, method, passes, rtol, confidence, seed, dtype, device, memory
+    )["effective_rank"]
 
 
 def alignment(
@@ -187,6 +205,8 @@ def alignment(
     *,
     method: str = "auto",
     passes: int | None = None,
+    rtol: float | None = None,
+    confidence: float = 0.95,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -198,22 +218,53 @@ def alignment(
     alone: buffers (BatchNorm's running statistics) and frozen parameters must be equal. Precision and device default to
     those of ``model_0``. Other arguments and errors as for :func:`trace`.
     """
-    return _estimate("alignment", model_0, model_f, x, method, passes, seed, dtype, device, memory)
+    if model_f is None:
+        raise BadInput("model_f must be a torch.nn.Module, got None")
+    names = ("alignment",)
+    return _estimates(names, model_0, model_f, x, method, passes, rtol, confidence, seed, dtype, device, memory)[
+        "alignment"
+    ]
 
 
-def _estimate(
-    metric: str,
+def metrics_of(
+    model: nn.Module,
+    x: torch.Tensor,
+    model_f: nn.Module | None = None,
+    *,
+    method: str = "auto",
+    passes: int | None = None,
+    rtol: float | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    memory: int = 2**30,
+) -> dict[str, Estimate]:
+    """Trace, norm and effective rank, and with ``model_f`` the alignment, by name, from one block of probes.
+
+    Each has a standard error of its own; they are of the same probes and so not independent. With ``rtol`` probes are
+    added until all of them are within it. ``Estimate.passes`` is what all together cost, except where an exact method
+    gave each by itself. Arguments and errors as for :func:`trace` and :func:`alignment`.
+    """
+    names = metrics.METRICS if model_f is not None else tuple(m for m in metrics.METRICS if m != "alignment")
+    return _estimates(names, model, model_f, x, method, passes, rtol, confidence, seed, dtype, device, memory)
+
+
+def _estimates(
+    names: tuple[str, ...],
     model: nn.Module,
     model_f: nn.Module | None,
     x: torch.Tensor,
     method: str,
     passes: int | None,
+    rtol: float | None,
+    confidence: float,
     seed: int,
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
     memory: int,
-) -> Estimate:
-    from ntkbench.problems._module import from_module
+) -> dict[str, Estimate]:
+    from ntkbench.problems._sequences import wrapped
 
     chosen = None if method == "auto" else methods.get(method)
     _check_whole("seed", seed)
@@ -223,37 +274,68 @@ def _estimate(
             raise BadInput(f"passes must be a positive number, got {passes}")
         if chosen is not None and not chosen.takes_passes:
             raise BadInput(f"{method} is {chosen.kind} and takes no passes: it spends what it needs; leave passes out")
-    if metric == "alignment" and model_f is None:
-        raise BadInput("model_f must be a torch.nn.Module, got None")
-    problem = from_module(model, x, model_f, dtype=_dtype_name(dtype))
+    _check_share("confidence", confidence)
+    if rtol is not None:
+        _check_share("rtol", rtol)
+        if chosen is not None and not isinstance(chosen, Incremental):
+            raise BadInput(f"{method} takes no rtol: its probes cannot be added to; allowed: {_incremental(names)}")
+    problem = wrapped(model, x, model_f, dtype=_dtype_name(dtype))
     target, index = _target(problem, model, dtype, device, memory)
-    names = [chosen.name] if chosen else choices(problem, metric, target, passes)
+    together = choices(problem, names[-1], target, passes, rtol) if chosen is None else [chosen.name]
+    if chosen is None and len(names) > 1:
+        # One method for all: what the dearest takes is affordable for the others, and all fallbacks give all of these.
+        together = [name for name in together if set(names) <= set(methods.get(name).metrics)]
     with _on_device(index):
-        for name in names[:-1]:
+        for name in together[:-1]:
             with contextlib.suppress(BadInput, OverMemory):
-                return _by(methods.get(name), problem, metric, target, passes, seed)
-        return _by(methods.get(names[-1]), problem, metric, target, passes, seed)
+                return _by(methods.get(name), problem, names, target, passes, rtol, confidence, seed, True)
+        return _by(methods.get(together[-1]), problem, names, target, passes, rtol, confidence, seed, chosen is None)
 
 
-def _by(method: Method, problem: Problem, metric: str, target: Target, passes: int | None, seed: int) -> Estimate:
-    budget = (PASSES if passes is None else passes) if method.takes_passes else None
-    reason = method.refusal(problem, metric, target, budget)
-    if reason:
-        raise BadInput(f"{method.name} cannot give the {metric} of this network: {reason}")
-    needed = method.bytes_needed(problem, metric, target)
-    if needed > target.memory:
-        raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
-    return method.estimate(method.prepare(problem, target), metric, budget, seed)
+def _by(
+    method: Method,
+    problem: Problem,
+    names: tuple[str, ...],
+    target: Target,
+    passes: int | None,
+    rtol: float | None,
+    confidence: float,
+    seed: int,
+    auto: bool,
+) -> dict[str, Estimate]:
+    budget = None
+    if method.takes_passes:
+        default = method.default_passes if rtol is None else TOLERANCE_PASSES
+        budget = default if passes is None else passes
+        worth = method.worthwhile_passes(problem)
+        if worth is not None and rtol is None and (auto or passes is None):
+            budget = min(budget, worth)
+    for metric in names:
+        reason = method.refusal(problem, metric, target, budget)
+        if reason:
+            raise BadInput(f"{method.name} cannot give the {metric} of this network: {reason}")
+        needed = method.bytes_needed(problem, metric, target, budget)
+        if needed > target.memory:
+            raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
+    prepared = method.prepare(problem, target)
+    if isinstance(method, Incremental):
+        return method.several(prepared, names, budget, seed, rtol, confidence)
+    return {metric: method.estimate(prepared, metric, budget, seed) for metric in names}
 
 
-def choices(problem: Problem, metric: str, target: Target, passes: int | None = None) -> list[str]:
+def choices(
+    problem: Problem, metric: str, target: Target, passes: int | None = None, rtol: float | None = None
+) -> list[str]:
     """The methods that ``method="auto"`` stands for, the first one that works; the rule is in :func:`trace`.
 
     Args:
         passes: the most passes to spend; ``None`` for the defaults.
+        rtol: a tolerance, which random probes may reach for less than what exact methods cost.
     """
     ends = len(metrics.ends(metric))
     limit = EXACT_PASSES * ends if passes is None else passes
+    if rtol is not None:
+        limit = min(limit, EXACT_PASSES * ends)
     found = []
     for name in EXACT:
         method = methods.get(name)
@@ -266,9 +348,18 @@ def choices(problem: Problem, metric: str, target: Target, passes: int | None = 
             and method.passes_needed(problem, metric, target) <= limit
         ):
             found.append(name)
-    last = STOCHASTIC[metric]
-    needs = methods.get(last).needs_independent_samples
-    return [*found, INTERACTING[last] if needs and problem.samples_interact else last]
+    independent, whole = STOCHASTIC[metric]
+    return [*found, whole] if problem.samples_interact else [*found, *independent, whole]
+
+
+def _incremental(names: tuple[str, ...]) -> str:
+    able = (name for name in methods.names() if isinstance(methods.get(name), Incremental))
+    return ", ".join(name for name in able if set(names) <= set(methods.get(name).metrics))
+
+
+def _check_share(what: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < 1:
+        raise BadInput(f"{what} must be a number between 0 and 1, both excluded, got {value!r}")
 
 
 def _check_whole(what: str, value: object) -> None:

@@ -24,6 +24,10 @@ class OverMemory(NtkbenchError, MemoryError):
     """A computation that would need more memory than it may use."""
 
 
+class DidNotTrain(NtkbenchError):
+    """A network that training did not bring to the loss that was asked for."""
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     """The error for a name that does not exist: what was given, what was meant, what there is."""
     names = sorted(allowed)

@@ -254,7 +254,7 @@ def refusal(cell: Cell, problem: Problem, config: Config) -> str | None:
     passes = cell.passes or method.passes_needed(problem, cell.metric, target)
     if passes and passes > config.max_passes:
         return f"would take {passes:,.0f} passes, over max_passes ({config.max_passes:,})"
-    needed, limit = method.bytes_needed(problem, cell.metric, target), config.memory_limit_mb * 2**20
+    needed, limit = method.bytes_needed(problem, cell.metric, target, cell.passes), config.memory_limit_mb * 2**20
     if needed > limit:
         return f"would hold {needed / 2**30:.1f} GiB at once, over memory_limit_mb ({limit / 2**30:.1f} GiB)"
     return None

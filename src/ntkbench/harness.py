@@ -101,7 +101,8 @@ class Execution:
         ``config.error_seconds``.
         """
         with self._recorded():
-            exact = reference.exact(problems.load(self.cell.problem))[self.cell.metric]
+            values = reference.exact(problems.load(self.cell.problem))
+            exact = values[self.cell.metric]
             estimates = [self._first]
             start = time.perf_counter()
             while self._method.takes_passes and len(estimates) < self.config.seeds:
@@ -110,8 +111,10 @@ class Execution:
                 estimates.append(self.estimate(seed=len(estimates)))
             self.found |= {
                 "reference": exact,
+                "effective_rank": values["effective_rank"],
                 "estimates": [e.value for e in estimates],
                 "standard_errors": [e.standard_error for e in estimates],
+                "covered": [e.covers(exact, self.config.dtype) for e in estimates],
                 "passes_spent": estimates[0].passes,
                 "notes": "; ".join(estimates[0].notes),
             }

@@ -4,7 +4,8 @@ Theta is n x n, but its moments are also those of the P x P side, whichever is s
 tr Theta = tr J^T J, ||Theta||_F = ||J^T J||_F and tr(Theta Theta_f) = ||J^T J_f||_F^2.
 
 ``python -m ntkbench.reference LABEL ...`` computes values (and trains weights) anew and writes them to
-``results/reference``, where they are committed; anything else is computed at its first use and kept in the cache.
+``results/reference``, where they are committed; weights where the label's are those of the problem at its defaults.
+Anything else is computed at its first use and kept in the cache.
 """
 
 from __future__ import annotations
@@ -124,12 +125,9 @@ def _versions() -> dict[str, str]:
 
 
 def _main(labels: list[str]) -> None:
-    from ntkbench.problems import _weights, base
-
     for label in labels:
         problem = problems.load(label)
-        name, _ = base.parse_label(label)
-        paths.write_atomically(_weights.committed_file(name), _weights.packed(problem.theta_0, problem.theta_f))
+        problems.commit_weights(label)
         record = compute(problem)
         paths.write_atomically(file_of(label, paths.REFERENCE), _json(record))
         print(label, json.dumps(record["metrics"]), f"{record['seconds']} s", flush=True)

@@ -16,6 +16,7 @@ import numpy as np
 from ntkbench import statistics
 from ntkbench.jacobian import Array, Jacobian, Rng
 from ntkbench.metrics import Moments
+from ntkbench.statistics import Reading
 
 Operator = Callable[[Array], Array]
 """A product with a matrix that takes and gives rows: ``[k, columns] -> [k, rows]``."""
@@ -26,6 +27,19 @@ Operator = Callable[[Array], Array]
 def orthonormal(rows: Array) -> Array:
     """Orthonormal rows ``[min(k, n), n]`` whose span holds that of ``rows [k, n]``; any rank."""
     return array_api_compat.array_namespace(rows).linalg.qr(rows.T)[0].T
+
+
+def frame(rng: Rng, k: int, n: int) -> Array:
+    """min(k, n) random orthonormal rows ``[k, n]``, all such frames equally likely: a Gaussian block made orthonormal.
+
+    Few rows in many dimensions are nearly orthogonal as they are drawn (their condition number is at most 5/3 or so for
+    k = n / 16), and the inverse of a Cholesky factor of their Gram matrix is the quickest way on.
+    """
+    rows = rng.normal(min(k, n), n)
+    if 16 * k > n:
+        return orthonormal(rows)
+    linalg = array_api_compat.array_namespace(rows).linalg
+    return linalg.inv(linalg.cholesky(rows @ rows.T)) @ rows
 
 
 def without(rows: Array, q: Array) -> Array:
@@ -59,7 +73,12 @@ def precision(array: Array) -> float:
 # --- sketch first, then Hutchinson on what is left
 
 
-def hutchpp(product: Operator, columns: int, residual: int, n: int, rng: Rng) -> tuple[float, float]:
+def plus(inside: float, outside: Reading) -> Reading:
+    """What a sketch holds for certain and what probes say of the rest."""
+    return outside._replace(value=inside + outside.value)
+
+
+def hutchpp(product: Operator, columns: int, residual: int, n: int, rng: Rng) -> Reading:
     """Hutch++ for the trace of a square operator with random signs: 2 * columns + residual products.
 
     The standard error is that of the residual's mean. Given the sketch the estimate is unbiased, so no more is needed.
@@ -67,26 +86,22 @@ def hutchpp(product: Operator, columns: int, residual: int, n: int, rng: Rng) ->
     q = orthonormal(product(rng.sign(columns, n)))
     inside = float((q * product(q)).sum())
     g = without(rng.sign(residual, n), q)
-    outside, error = statistics.mean(statistics.by_probe([(g * product(g)).sum(1)]))
-    return inside + outside, error
+    return plus(inside, statistics.mean(statistics.by_probe([(g * product(g)).sum(1)])))
 
 
-def random_directions(j: Jacobian, product: Operator, probes: int, dim: int, rng: Rng) -> tuple[float, float]:
+def random_directions(j: Jacobian, product: Operator, probes: int, dim: int, rng: Rng) -> Reading:
     """||A||_F^2 by a sixth of the probes as an orthonormal basis, exactly, and Hutchinson on its complement."""
     columns = min(probes // 6, dim)
     q = orthonormal(rng.sign(columns, dim))
     inside = float(squared_lengths(j, product, q).sum())
     if columns == dim:
-        return inside, 0.0
+        return Reading(inside, 0.0)
     sizes = j.blocks(probes - columns)
     lengths = ((product(without(rng.sign(size, dim), q)) ** 2).sum(1) for size in sizes)
-    outside, error = statistics.mean(statistics.by_probe(lengths))
-    return inside + outside, error
+    return plus(inside, statistics.mean(statistics.by_probe(lengths)))
 
 
-def from_separate_traces(
-    metric: str, jacobians: Sequence[Jacobian], trace: Callable[[Operator], tuple[float, float]]
-) -> tuple[float, float]:
+def from_separate_traces(metric: str, jacobians: Sequence[Jacobian], trace: Callable[[Operator], Reading]) -> Reading:
     """A metric and its standard error from estimates of tr Theta, tr Theta^2 and tr Theta Theta_f, each by itself.
 
     Args:
@@ -95,7 +110,7 @@ def from_separate_traces(
         trace: estimates the trace of a square operator on rows ``[k, n]``, with its standard error.
     """
     theta = [j.ntk for j in jacobians]
-    parts: dict[str, tuple[float, float]] = {}
+    parts: dict[str, Reading] = {}
     if metric in ("trace", "effective_rank"):
         parts["trace"] = trace(theta[0])
     if metric != "trace":
@@ -103,9 +118,11 @@ def from_separate_traces(
     if metric == "alignment":
         parts["square_f"] = trace(lambda u: theta[1](theta[1](u)))
         parts["cross"] = trace(lambda u: theta[0](theta[1](u)))
-    moments = Moments(**{name: value for name, (value, _) in parts.items()})
+    moments = Moments(**{name: part.value for name, part in parts.items()})
     slopes = moments.gradient(metric)
-    return moments.metric(metric), math.hypot(*(getattr(slopes, name) * error for name, (_, error) in parts.items()))
+    errors = [getattr(slopes, name) * part.error for name, part in parts.items()]
+    degrees = statistics.of_sum(zip(errors, (part.degrees for part in parts.values()), strict=True))
+    return Reading(moments.metric(metric), math.hypot(*errors), degrees)
 
 
 # --- leave-one-out
@@ -190,7 +207,7 @@ def nystrom_trace(sketch: Sketch, outside: Complement, h: np.ndarray) -> np.ndar
     return table
 
 
-def xnystrace(product: Operator, back: Operator, probes: Array) -> tuple[float, float]:
+def xnystrace(product: Operator, back: Operator, probes: Array) -> Reading:
     """||B||_F^2 by leave-one-out Nystrom approximations of B^T B from k Gaussian probes: k products each way.
 
     Args:
@@ -238,7 +255,7 @@ def nystrom_inner_product(
     return table
 
 
-def combined(table: np.ndarray) -> tuple[float, float]:
+def combined(table: np.ndarray) -> Reading:
     """Value and standard error of a leave-one-out estimate: the mean of the diagonal.
 
     ``table[i, j]`` is probe i's estimate with a sketch of the probes other than i and j; the k estimates of the
@@ -252,7 +269,7 @@ def combined(table: np.ndarray) -> tuple[float, float]:
     -1/2 to 8 times the first. That makes the squared error about 0.8 of the variance for spectra like 0.7^i.
     """
     k = len(table)
-    value, error = statistics.mean(table.diagonal())
+    value, error, degrees = statistics.mean(table.diagonal())
     gained = table.diagonal()[:, None] - table
     covariance = (gained * gained.T).sum() / (k * (k - 1)) if k > 1 else math.nan
-    return value, math.sqrt(error**2 + float(np.clip(covariance, -0.5 * error**2, 8 * error**2)))
+    return Reading(value, math.sqrt(error**2 + float(np.clip(covariance, -0.5 * error**2, 8 * error**2))), degrees)

@@ -12,41 +12,56 @@ import pandas as pd
 from ntkbench.figures import _labels
 from ntkbench.figures.base import KINDS
 
-# Okabe and Ito's colour-blind safe colours without yellow (too pale for a line), and two of Paul Tol's "muted".
+# Okabe and Ito's colour-blind safe colours without yellow (too pale for a line), and three of Paul Tol's "muted".
 BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2"
-VERMILION, PINK, WINE, INDIGO = "#D55E00", "#CC79A7", "#882255", "#332288"
+VERMILION, PINK, WINE, INDIGO, OLIVE = "#D55E00", "#CC79A7", "#882255", "#332288", "#999933"
 GREY = "#6B6B6B"
 """Of text that stands beside the data."""
-COLOURS = (ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, WINE, INDIGO, BLACK)
+COLOURS = (ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, WINE, INDIGO, BLACK, OLIVE)
 MARKERS = {"exact": "s^vdPX", "approximate": "*H", "stochastic": "oD<>p"}
 """Shapes that can be filled or left open; no two kinds share one."""
 
 KNOWN = {
     "naive_jacobian": (BLACK, "s"),
     "direct": (WINE, "d"),
+    "direct_one_by_one": (INDIGO, "d"),
+    "jacobian": (BLACK, "X"),
     "jacobian_contraction": (BLUE, "^"),
     "ntk_vector_products": (GREEN, "v"),
     "nt_jacobian_contraction": (SKY, "^"),
     "nt_ntk_vector_products": (ORANGE, "v"),
     "nt_structured_derivatives": (VERMILION, "P"),
     "structured_derivatives": (PINK, "P"),
+    "parameter_gram": (OLIVE, "s"),
+    "recurrent_exact_trace": (OLIVE, "X"),
     "sum_of_logits": (INDIGO, "*"),
     "structured_sum_of_logits": (GREEN, "*"),
     "single_logit": (ORANGE, "*"),
     "random_vector": (SKY, "*"),
     "trace_kernel": (BLACK, "H"),
     "last_layer": (WINE, "H"),
+    # Estimators: a family shares a hue, "<" works by VJPs and ">" by JVPs, and the paper's variants are the pale ones.
     "hutchinson": (ORANGE, "o"),
-    "hutchpp": (BLUE, "D"),
-    "one_sided_reverse": (VERMILION, "<"),
-    "one_sided_forward": (GREEN, ">"),
     "shared_probe_alignment": (PINK, "p"),
-    "per_sample_trace": (BLACK, "o"),
+    "hutchpp": (BLUE, "D"),
     "hutchpp_paper": (SKY, "D"),
+    "hutchpp_one_sided": (BLUE, "<"),
+    "hutchpp_adaptive": (BLUE, "o"),
+    "nystrompp": (BLUE, "p"),
     "one_sided_paper_reverse": (ORANGE, "<"),
-    "one_sided_paper_forward": (WINE, ">"),
-    "direct_one_by_one": (INDIGO, "d"),
-    "jacobian": (BLACK, "X"),
+    "one_sided_reverse": (VERMILION, "<"),
+    "one_sided_orthonormal": (VERMILION, "o"),
+    "one_sided_paper_forward": (OLIVE, ">"),
+    "one_sided_forward": (GREEN, ">"),
+    "xtrace": (WINE, "D"),
+    "xnystrace": (WINE, "<"),
+    "xnystrace_forward": (WINE, ">"),
+    "nystrom_loo": (WINE, "o"),
+    "gram_reverse": (INDIGO, "<"),
+    "gram_forward": (INDIGO, ">"),
+    "per_sample_trace": (BLACK, "o"),
+    "block_u_statistics": (BLACK, "D"),
+    "structured_block_u_statistics": (BLACK, "p"),
 }
 """Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""
 

@@ -24,23 +24,13 @@ def solutions(table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES)
         tolerances: names to largest median errors; ``exact`` counts exact methods alone.
     """
     points = base.measured(table, "seconds", "error")
-    ranks = effective_ranks(table)
     made = []
     for name, largest in tolerances.items():
         good = points[points["error"] <= largest]
         good = good[good["kind"] == "exact"] if name == "exact" else good
         best = good.loc[good.groupby([*TASK[:3], "method", "backend"])["seconds"].idxmin()]
-        made.append(best.assign(tolerance=name, effective_rank=best["problem"].map(ranks)))
+        made.append(best.assign(tolerance=name))
     return pd.concat(made, ignore_index=True)[COLUMNS]
-
-
-def effective_ranks(table: pd.DataFrame) -> dict[str, float]:
-    """Effective ranks of the problems, from whatever exact values the table has."""
-    if "reference" not in table:
-        return {}
-    exact = pd.to_numeric(table["reference"]).groupby([table["problem"], table["metric"]]).first().unstack()
-    exact = exact.reindex(columns=["trace", "norm", "effective_rank"])
-    return exact["effective_rank"].fillna(exact["trace"] ** 2 / exact["norm"] ** 2).dropna().to_dict()
 
 
 def ratios(solved: pd.DataFrame) -> pd.Series:

@@ -22,8 +22,21 @@ SETTINGS = ("machine", "device", "dtype", "threads")
 
 WORDS = ("problem", "family", "method", "title", "kind", "backend", "metric", "status", "reason", "device", "dtype")
 WORDS += ("machine", "git_sha", "git_dirty")
-NUMBERS = ("N", "O", "P", "n", "passes", "seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75")
-NUMBERS += ("seeds", "memory_bytes", "threads")
+NUMBERS = (
+    "N",
+    "O",
+    "P",
+    "n",
+    "passes",
+    "passes_spent",
+    "seconds",
+    "seconds_q25",
+    "seconds_q75",
+    "error",
+    "error_q25",
+    "error_q75",
+)
+NUMBERS += ("effective_rank", "seeds", "memory_bytes", "threads")
 COLUMNS = WORDS + NUMBERS
 """Columns of the tidy table that figures read; it has more."""
 

@@ -1,180 +1,20 @@
-"""How wrong against how long: one panel for each metric and problem, one line for each stochastic method."""
+"""How wrong against how long."""
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, base
-from ntkbench.figures._looks import TITLES, Look, backends_in, looks
+from ntkbench.figures import _errors, base
 
-FLOOR = 1e-8
-"""Errors below are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
-MOST = 12
-"""Lines in a panel; where there are more, backends get panels of their own, and then whiskers instead of bands."""
-COLUMNS = 3
-
-KEPT = ["problem", "setting", "n", "P", "metric", "method", "title", "kind", "backend", "passes", "status", "reason"]
-KEPT += ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "seeds"]
-LOST = ["timeout", "out_of_memory", "failed"]
-DRAWN = ["error", "error_q25", "error_q75"]
+COST = _errors.Cost(
+    column="seconds",
+    label="seconds",
+    slopes=(-0.5,),
+    caption="against the seconds of one estimate (without the first call)",
+    spread=("seconds_q25", "seconds_q75"),
+)
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Relative error against seconds, metric by metric, problem by problem."""
-    rows, left_out = _with_a_choice(table)
-    rows = rows.sort_values(["family", "n", "problem", "setting", "metric", "method", "backend", "passes"])
-    plotted = rows[KEPT].copy()
-    for column in DRAWN:
-        plotted[f"{column}_drawn"] = plotted[column].clip(lower=FLOOR)
-    points = base.measured(plotted, "seconds", "error")
-    if not len(points):
-        return base.nothing(plotted, _labels.why_not(table))
-
-    style, metrics = looks(table), base.metrics_in(plotted)
-    knee = _knee(points)
-    used = {m: backends_in(points[points["method"] == m]) for m in style if m in set(points["method"])}
-    case = ["problem", "setting", "metric"]
-    lines = points[points["kind"] == "stochastic"].drop_duplicates([*case, "method", "backend"])
-    crowd = lines.groupby(case).size().max() if len(lines) else 0
-    shares = [[b] for b in backends_in(points)] if crowd > MOST else [backends_in(plotted)]
-    bands = crowd <= MOST * len(shares)
-    cases = list(dict.fromkeys(points[case].itertuples(index=False, name=None)))
-    cases.sort(key=lambda case: metrics.index(case[-1]))
-    rows = _canvas.in_rows([(*case, backends) for case in cases for backends in shares], COLUMNS)
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.4 if crowd <= MOST else 2.9, above=0.6, below=0.35) for _ in rows],
-        min(COLUMNS, len(rows[0])),
-        title="Relative error against seconds",
-        subtitle=base.settings_line(table),
-        key=[*_key.method_entries([style[m] for m in used], used), ("how to read", _reading(points, knee, bands))],
-    )
-    low, high = _canvas.limits(points[[f"{c}_drawn" for c in DRAWN]].stack())
-    low = max(low, FLOOR / 8)
-    high *= 4 if plotted["status"].isin(LOST).any() else 1  # room for the counts in the corner
-    for panels, row in zip(grid, rows, strict=True):
-        _canvas.hide(panels[len(row) :])
-        panels[0].set_ylabel("relative error")
-        for panel, (problem, setting, metric, backends) in zip(panels, row, strict=False):
-            here = plotted[(plotted["problem"] == problem) & (plotted["setting"] == setting)]
-            times = base.measured(here, "seconds", "error")[["seconds", "seconds_q25", "seconds_q75"]].stack()
-            panel.set(xscale="log", yscale="log", xlim=_canvas.limits(times), ylim=(low, high), xlabel="seconds")
-            name = _labels.case_label(problem, setting, *(TITLES.get(b, b) for b in backends if len(shares) > 1))
-            _canvas.title(panel, _labels.metric_label(metric), f"{name}:  {_labels.sizes_label(here, 'n', 'P')}")
-            _axes(panel, knee)
-            panel.tick_params(labelleft=panel is panels[0])
-            _panel(panel, here[(here["metric"] == metric) & here["backend"].isin(backends)], style, bands)
-    return base.Drawing(figure, plotted, _caption(points, knee) + left_out)
-
-
-def _with_a_choice(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows of problems on which error can be traded for time, and a sentence on the others.
-
-    Those are problems with a measured point of a method that is not exact; all problems where there is none.
-    """
-    case = ["problem", "setting"]
-    points = base.measured(table, "seconds", "error")
-    chosen = points.loc[points["kind"] != "exact", case].drop_duplicates()
-    if not len(chosen):
-        return table, ""
-    here = pd.MultiIndex.from_frame(table[case]).isin(pd.MultiIndex.from_frame(chosen))
-    lost = table[~table["problem"].isin(points["problem"])].groupby("problem")
-    unmeasured = [f"{_labels.name_label(name)} ({_labels.why_not(rows, most=1)})" for name, rows in lost]
-    text = " Problems with exact methods alone are in the figure of exact costs." if (~here).any() else ""
-    return table[here], text + (f" Not measured: {'; '.join(unmeasured)}." if unmeasured else "")
-
-
-def _axes(panel: Axes, knee: float | None) -> None:
-    _canvas.decades(panel.xaxis, *panel.get_xlim())
-    if knee:
-        _canvas.compress(panel, knee)
-    else:
-        _canvas.decades(panel.yaxis, *panel.get_ylim(), most=5)
-    panel.yaxis.set_major_formatter(FuncFormatter(_error_tick))
-
-
-def _panel(panel: Axes, cells: pd.DataFrame, style: dict[str, Look], bands: bool) -> None:
-    points = base.measured(cells, "seconds", "error")
-    if not len(points):
-        _canvas.note(panel, _labels.why_not(cells))
-        return
-    lost = cells[cells["status"].isin(LOST)].groupby("status").size()
-    if len(lost):
-        text = "not drawn: " + ", ".join(f"{count} {_labels.status_label(status)}" for status, count in lost.items())
-        panel.text(0.98, 0.97, text, transform=panel.transAxes, ha="right", va="top", fontsize=8.5, color=_looks.GREY)
-    _guide(panel, points[points["kind"] == "stochastic"])
-    for (method, backend), line in points.groupby(["method", "backend"], sort=False):
-        _line(panel, line, style[method], backend, bands)
-
-
-def _line(panel: Axes, line: pd.DataFrame, look: Look, backend: str, bands: bool) -> None:
-    """One method on one backend: a line over its budgets, or points where there are no budgets."""
-    drawn = look.line(backend)
-    stochastic = look.kind == "stochastic"
-    if not stochastic:
-        drawn["linestyle"] = ""
-    over = 3 if stochastic else 4
-    panel.plot(line["seconds"], line["error_drawn"], **drawn, zorder=over, clip_on=False)
-    thin = {"color": look.colour, "linewidth": 0.8, "zorder": over - 0.5}
-    panel.hlines(line["error_drawn"], line["seconds_q25"], line["seconds_q75"], **thin)
-    quartiles = line["error_q25_drawn"], line["error_q75_drawn"]
-    if bands and stochastic and len(line) > 1:
-        panel.fill_between(line["seconds"], *quartiles, color=look.colour, alpha=0.13, linewidth=0, zorder=2)
-    else:
-        panel.vlines(line["seconds"], *quartiles, **thin)
-
-
-def _guide(panel: Axes, points: pd.DataFrame) -> None:
-    """A line of slope -1/2 just above the stochastic methods."""
-    if len(points):
-        height = 2 * (points["error_drawn"] * points["seconds"] ** 0.5).max()
-        x = pd.Series(panel.get_xlim())
-        panel.plot(x, height * x**-0.5, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)), zorder=1)
-
-
-def _knee(points: pd.DataFrame) -> float | None:
-    """The decade below which only exact methods have errors, where they leave a wide gap to the others."""
-    others = points[points["kind"] != "exact"]
-    if not len(others):
-        return None
-    knee = 10.0 ** math.floor(math.log10(others[[f"{c}_drawn" for c in DRAWN]].min().min()))
-    return knee if points["error_drawn"].min() < knee / 10 else None
-
-
-def _reading(points: pd.DataFrame, knee: float | None, bands: bool) -> list[_key.Entry]:
-    entries = _key.backend_entries(backends_in(points))
-    if (points["kind"] == "stochastic").any():
-        guide = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
-        band = Patch(color=_looks.GREY, alpha=0.25, linewidth=0)
-        whisker = Line2D([], [], color=_looks.GREY, marker="|", markersize=9, markeredgewidth=0.8, linestyle="")
-        entries.append((band if bands else whisker, "quartiles over seeds"))
-        entries.append((guide, "slope \N{MINUS SIGN}½, the Monte Carlo rate"))
-    if knee:
-        entries.append((Patch(color="#E6E6E6", linewidth=0), "decades squeezed to ¼"))
-    return entries
-
-
-def _error_tick(value: float, _: int) -> str:
-    return ("\N{LESS-THAN OR EQUAL TO}" if value <= FLOOR * 1.01 else "") + _labels.power_label(value)
-
-
-def _caption(points: pd.DataFrame, knee: float | None) -> str:
-    clipped = int((points["error"] < FLOOR).sum())
-    text = (
-        "Relative error |estimate - exact| / |exact| against the seconds of one estimate (without the first call), "
-        "exact values in float64. Stochastic methods: a line over budgets of passes, the median over seeds with its "
-        "quartiles as a band (as whiskers where lines are many). Exact and approximate methods: one point each. "
-        "Horizontal whiskers are quartiles of seconds. The dotted line has the slope -1/2 of Monte Carlo. Rows of the "
-        "CSV that are not ok have no point; those that failed or ran out of time or memory are counted in the corner "
-        "of their panel."
-    )
-    if knee:
-        text += f" On grey, below {knee:g}, where only exact methods are, decades are a quarter as high."
-    if clipped:
-        text += f" Errors below {FLOOR:g} ({clipped} of them; some are zero perhaps) are drawn at {FLOOR:g}."
-    return text
+    return _errors.draw(table, COST)

@@ -15,13 +15,15 @@ __all__ = ["Array", "Jacobian", "Rng", "device_memory", "device_name", "linearis
 def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     """The Jacobian of ``problem`` at ``"theta_0"`` or ``"theta_f"``, on the target's backend and device.
 
-    Nothing is computed until the first product; the forward pass is then run once and shared by all VJPs.
+    Nothing is computed until the first product; the forward pass is then run once and shared by all VJPs. A module that
+    declares a ``recurrence`` gets the derivatives of :mod:`ntkbench.recurrent`, any other its backend's own.
 
     Raises:
         BadInput: no such weights, or the backend does not have the problem's network.
         Unavailable: the device is not there.
     """
-    backend = importlib.import_module(f"ntkbench.jacobian.{target.backend}")
+    package = "recurrent" if hasattr(problem.module, "recurrence") else "jacobian"
+    backend = importlib.import_module(f"ntkbench.{package}.{target.backend}")
     return backend.linearise(problem, weights, target)
 
 

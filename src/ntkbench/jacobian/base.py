@@ -52,12 +52,17 @@ class Jacobian(ABC):
         """Passes spent so far."""
         return self._sample_passes / self.N
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how products were made, such as a JVP that costs more than one pass."""
+        return ()
+
     def vjp(self, u: Array) -> Array:
         """J^T u for each row of ``u``: ``[k, n] -> [k, P]``; k passes."""
         return self._in_blocks(self._vjp, u, self.N)
 
     def jvp(self, w: Array) -> Array:
-        """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes."""
+        """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes, or 2k where there is no forward mode."""
         return self._in_blocks(self._jvp, w, self.N)
 
     def ntk(self, u: Array) -> Array:
@@ -88,8 +93,8 @@ class Jacobian(ABC):
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
         budget = min(self.memory, CACHE)
-        samples = min(self.N, max(1, budget // self._bytes_per_sample_row()))
-        fields = max(1, budget // (samples * self._bytes_per_sample_row()))
+        samples = min(self.N, max(1, budget // self._bytes_per_square()))
+        fields = max(1, budget // (samples * self._bytes_per_square()))
         turns = [slice(start, min(start + samples, self.N)) for start in range(0, self.N, samples)]
         rows = [
             xp.concat([self._sample_squares(turn, v[k : k + fields, turn]) for turn in turns], axis=1)
@@ -154,6 +159,10 @@ class Jacobian(ABC):
     def _bytes_per_sample_row(self) -> int:
         """Bytes that one row of J takes while it is made (its sample's share of the activations, its gradient)."""
         return self.bytes_per_probe() // self.N + 2 * self.P * self.itemsize
+
+    def _bytes_per_square(self) -> int:
+        """Bytes that the squared norm of one sample's gradient takes while it is made."""
+        return self._bytes_per_sample_row()
 
     def _split(self, rows: Array) -> Iterator[Array]:
         start = 0

@@ -41,8 +41,11 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, We
         array = array.astype(target.dtype) if np.issubdtype(array.dtype, np.floating) else array
         return jax.device_put(array, device(target))
 
+    forward = problem.jax_forward
+    if fixed := {key: put(w) for key, w in problem.fixed(weights).items()}:
+        forward = lambda weights, x: problem.jax_forward({**fixed, **weights}, x)  # noqa: E731
     return (
-        problem.jax_forward,
+        forward,
         {key: put(w) for key, w in problem.weights(weights).items()},
         put(problem.x),
     )

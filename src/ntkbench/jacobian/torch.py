@@ -36,6 +36,9 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     x = torch.from_numpy(problem.x)
     x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
     module = _module_on(problem.module, to["device"], to["dtype"])
+    if fixed := problem.fixed(weights):
+        module = copy.deepcopy(module)
+        module.load_state_dict({key: torch.from_numpy(w) for key, w in fixed.items()}, strict=False)
     return module, parameters, x
 
 
@@ -77,6 +80,7 @@ class Jacobian(base.Jacobian):
         self.memory = memory
         self.itemsize = next(iter(parameters.values())).element_size()
         self._module, self._parameters, self._x = module, dict(parameters), x
+        self._found: dict[str, str] = {}  # shared with twins: what was tried once is not tried again
 
     def _forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         with _differentiable_kernels(self._module):
@@ -91,6 +95,33 @@ class Jacobian(base.Jacobian):
         return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
 
     def _jvp(self, w: Tensor) -> Tensor:
+        if "no forward mode" not in self._found:
+            try:
+                return self._jvp_forward(w)
+            except NotImplementedError as error:
+                if "forward" not in str(error):
+                    raise
+                self._found["no forward mode"] = str(error).splitlines()[0]
+        self._sample_passes += w.shape[0] * self.N
+        return self._jvp_reverse(w)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        why = self._found.get("no forward mode")
+        return (f"each JVP is two reverse passes, as there is no forward mode: {why}",) if why else ()
+
+    def _jvp_reverse(self, w: Tensor) -> Tensor:
+        """J w as the derivative of v -> <J^T v, w>, which is linear in v."""
+
+        def push(tangent: Tensor) -> Tensor:
+            forward = lambda parameters: self._forward(parameters, self._x)  # noqa: E731
+            back = lambda v: vjp(forward, self._parameters)[1](v)[0]  # noqa: E731
+            nowhere = self._x.new_zeros(self.N, self.O, dtype=w.dtype)
+            return vjp(back, nowhere)[1](self._unflat(tangent))[0]
+
+        return vmap(push)(w).reshape(-1, self.n)
+
+    def _jvp_forward(self, w: Tensor) -> Tensor:
         def push(tangent: Tensor) -> Tensor:
             forward = lambda parameters: self._forward(parameters, self._x)  # noqa: E731
             return jvp(forward, (self._parameters,), (self._unflat(tangent),))[1]

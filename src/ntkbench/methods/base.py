@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from ntkbench import metrics
@@ -12,6 +13,8 @@ from ntkbench.estimate import Estimate
 from ntkbench.jacobian import Jacobian, Rng, linearise
 from ntkbench.metrics import Moments
 from ntkbench.problems.base import Problem
+from ntkbench.sampling import Sample
+from ntkbench.statistics import Reading
 from ntkbench.target import Target
 
 KINDS = ("exact", "approximate", "stochastic")
@@ -27,6 +30,7 @@ class Method(ABC):
         backends: where it runs, the plain choice first.
         metrics: what it gives.
         needs_independent_samples: whether it relies on each output depending on its own sample only.
+        needs_recurrence: whether it relies on the problem's module declaring a recurrence over time.
     """
 
     title: ClassVar[str]
@@ -35,6 +39,7 @@ class Method(ABC):
     backends: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
     needs_independent_samples: ClassVar[bool] = False
+    needs_recurrence: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -58,14 +63,16 @@ class Method(ABC):
             return "the problem has no trained weights to align with"
         if self.needs_independent_samples and problem.samples_interact:
             return "samples interact, so there are no per-sample Jacobians"
+        if self.needs_recurrence and not hasattr(problem.module, "recurrence"):
+            return "the problem is no recurrent network (its module declares no recurrence)"
         return None
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
         """Passes that a deterministic method will spend, known beforehand; ``None`` where passes do not apply."""
         return None
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
-        """Bytes that cannot be done in blocks, known beforehand."""
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """Bytes that cannot be done in blocks, known beforehand; for a stochastic method those of a budget."""
         return 0
 
     def prepare(self, problem: Problem, target: Target) -> Any:
@@ -111,22 +118,32 @@ class Deterministic(Method):
     def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians = prepared.jacobians(metric)
         value = self.moments(metric, jacobians).metric(metric)
-        return Estimate(value, None, sum(j.passes for j in jacobians), self.name)
+        return Estimate(value, None, sum(j.passes for j in jacobians), self.name, _notes(jacobians), metric)
 
 
 class Stochastic(Method):
-    """A method that draws probes, as many as a budget of passes buys."""
+    """A method that draws probes, as many as a budget of passes buys.
+
+    Attributes:
+        fewest_probes: the fewest that give a standard error.
+        default_passes: the budget where the user gives none.
+    """
 
     kind = "stochastic"
     fewest_probes: ClassVar[int] = 2
+    default_passes: ClassVar[int] = 256
 
     @abstractmethod
     def passes_per_probe(self, metric: str) -> int:
         """What one more probe of the method's nominal count costs."""
 
     @abstractmethod
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
-        """Value and standard error from a number of probes."""
+    def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
+        """:meth:`estimate` with a budget that is known to be enough."""
+
+    def worthwhile_passes(self, problem: Problem) -> int | None:
+        """Passes after which more are a poor way to spend time on this problem; ``None`` where there is no such end."""
+        return None
 
     def cost(self, metric: str, probes: int) -> int:
         """Passes that a nominal number of probes costs, fewer than n of them."""
@@ -140,15 +157,123 @@ class Stochastic(Method):
         reason = super().refusal(problem, metric, target, passes)
         return self._too_few(metric, passes) if reason is None and passes is not None else reason
 
-    def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+    def estimate(self, prepared: Any, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         if passes is None:
             raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
         if too_few := self._too_few(metric, passes):
             raise BadInput(f"{self.name}: {too_few}; got {passes}")
-        jacobians = prepared.jacobians(metric)
-        value, error = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
-        return Estimate(value, error, sum(j.passes for j in jacobians), self.name)
+        return self.spend(prepared, metric, passes, seed)
 
     def _too_few(self, metric: str, passes: int) -> str | None:
         least = self.cost(metric, self.fewest_probes)
         return f"{metric} takes at least {least} passes" if passes < least else None
+
+
+class FixedBudget(Stochastic):
+    """A stochastic method that has to know its budget beforehand, because a part of it makes a sketch.
+
+    Attributes:
+        gradients_held: vectors of length P, for each probe, that lie in memory at a time.
+    """
+
+    gradients_held: ClassVar[float] = 0
+
+    @abstractmethod
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+        """What a nominal number of probes says."""
+
+    def spend(self, prepared: Prepared, metric: str, passes: int, seed: int) -> Estimate:
+        jacobians = prepared.jacobians(metric)
+        read = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
+        spent, notes = sum(j.passes for j in jacobians), _notes(jacobians)
+        return Estimate(read.value, read.error, spent, self.name, notes, metric, read.degrees)
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        probes = self.probes(metric, self.default_passes if passes is None else passes)
+        held = self.gradients_held * problem.P + 2 * problem.n  # and probes with their images
+        return int(min(probes, problem.n) * held * target.itemsize) * len(metrics.ends(metric))
+
+
+Ledger = Callable[[], tuple[float, tuple[str, ...]]]
+"""Passes spent so far, and what the user should know about how it was computed."""
+
+
+class Incremental(Stochastic):
+    """A stochastic method whose probes can be added to: one sample serves several metrics, and grows to a tolerance.
+
+    Attributes:
+        first_batch: probes before the standard error is first looked at on the way to a tolerance.
+    """
+
+    first_batch: ClassVar[int] = 16
+
+    @abstractmethod
+    def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+        """An empty sample for some of the method's metrics, and what it costs."""
+
+    def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
+        return self.several(prepared, (metric,), passes, seed)[metric]
+
+    def several(
+        self,
+        prepared: Any,
+        names: Sequence[str],
+        passes: int,
+        seed: int = 0,
+        rtol: float | None = None,
+        confidence: float = 0.95,
+    ) -> dict[str, Estimate]:
+        """Several metrics from the same probes, each with what all of them together cost.
+
+        Args:
+            prepared: what :meth:`prepare` returned.
+            names: the metrics.
+            passes: the most to spend.
+            seed: of the probes.
+            rtol: stop as soon as every metric's interval reaches no further than its value times this, to either side.
+            confidence: of that interval.
+        """
+        sample, ledger = self.begin(prepared, names, seed)
+        most = passes // max(self.passes_per_probe(name) for name in names)
+        drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, self.fewest_probes, sample.least))
+        while True:
+            sample.extend(batch)
+            drawn += batch
+            said = {name: sample.read(name) for name in names}
+            spent, notes = ledger()
+            found = {
+                name: Estimate(read.value, read.error, spent, self.name, notes, name, read.degrees)
+                for name, read in said.items()
+            }
+            if rtol is None:
+                return found
+            widths = {name: estimate.relative_width(confidence) for name, estimate in found.items()}
+            excess = max(widths.values()) / rtol
+            if excess <= 1 or drawn == most:
+                break
+            # Errors fall at least as the root of the number of probes. Small steps waste little, and large ones keep
+            # few the looks at the error, each of which is a chance to stop too early.
+            wanted = drawn * (min(excess, 2.0) ** 2 - 1)
+            batch = min(most - drawn, max(self.fewest_probes, sample.least, drawn // 4, min(drawn, round(wanted))))
+        for name, width in widths.items():
+            if not width <= rtol:
+                note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
+                found[name] = replace(found[name], notes=(*found[name].notes, note))
+        return found
+
+
+class Sampling(Incremental):
+    """An incremental method over Jacobian operators."""
+
+    @abstractmethod
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+        """An empty sample for some of the method's metrics."""
+
+    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+        jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
+        sample = self.sample(names, jacobians, jacobians[0].rng(seed))
+        return sample, lambda: (sum(j.passes for j in jacobians), _notes(jacobians))
+
+
+def _notes(jacobians: Sequence[Jacobian]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))

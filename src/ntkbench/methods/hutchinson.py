@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import statistics
 from ntkbench.jacobian import Array, Jacobian, Rng
-from ntkbench.methods.base import Stochastic
-from ntkbench.metrics import Moments
+from ntkbench.methods.base import Sampling
+from ntkbench.sampling import Columns, moments_of
 
 
-class Hutchinson(Stochastic):
+class Hutchinson(Sampling):
     """u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u: 2 passes a probe, 4 for alignment.
 
     Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k, and for ||Theta||_F^2; the square
@@ -24,14 +23,15 @@ class Hutchinson(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 4 if metric == "alignment" else 2
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
-        def products(u: Array) -> list[Array]:
-            theta_u, *theta_f_u = (j.ntk(u) for j in jacobians)
-            pairs = [(u, theta_u), (theta_u, theta_u)]
-            pairs += [pair for f in theta_f_u for pair in ((f, f), (theta_u, f))]
-            return [(a * b).sum(1) for a, b in pairs]
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
+        j, moments = jacobians[0], moments_of(names)
 
-        j = jacobians[0]
-        blocks = [products(rng.sign(k, j.n)) for k in j.blocks(probes)]
-        columns = [statistics.by_probe(column) for column in zip(*blocks, strict=True)]
-        return statistics.jackknife(lambda *means: Moments(*means).metric(metric), *columns)
+        def products(k: int) -> list[Array]:
+            u = rng.sign(k, j.n)
+            theta_u, *theta_f_u = (j.ntk(u) for j in jacobians)
+            pairs = {"trace": (u, theta_u), "square": (theta_u, theta_u)}
+            for f in theta_f_u:
+                pairs |= {"square_f": (f, f), "cross": (theta_u, f)}
+            return [(a * b).sum(1) for a, b in (pairs[moment] for moment in moments)]
+
+        return Columns(moments, products, j.blocks)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class HutchPP(Stochastic):
+class HutchPP(FixedBudget):
     """Traces of Theta, Theta^2 and Theta Theta_f by Hutch++ on the composed operator.
 
     tr A = tr Q^T A Q + 1/k sum_i g_i^T (I - Q Q^T) A (I - Q Q^T) g_i with Q = orth(A S), k columns of random signs in S
@@ -26,7 +27,7 @@ class HutchPP(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 6, "norm": 12, "effective_rank": 18, "alignment": 36}[metric]
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         k = min(probes, n)
         return sketching.from_separate_traces(metric, jacobians, lambda a: sketching.hutchpp(a, k, k, n, rng))

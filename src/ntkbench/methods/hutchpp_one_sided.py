@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ntkbench import sketching, statistics
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class HutchPPOneSided(Stochastic):
+class HutchPPOneSided(FixedBudget):
     """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2, Q = orth(Theta S), k random signs in S and k in g.
 
     The same estimate as ``hutchpp``'s for 4k passes and not 6k: Theta S costs 2k, the two lengths one VJP a
@@ -25,11 +26,10 @@ class HutchPPOneSided(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         k = min(probes, j.n)
         q = sketching.orthonormal(j.ntk(rng.sign(k, j.n)))
         inside = float(sketching.squared_lengths(j, j.vjp, q).sum())
         g = sketching.without(rng.sign(k, j.n), q)
-        outside, error = statistics.mean(sketching.squared_lengths(j, j.vjp, g))
-        return inside + outside, error
+        return sketching.plus(inside, statistics.mean(sketching.squared_lengths(j, j.vjp, g)))

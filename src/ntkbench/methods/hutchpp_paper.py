@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class HutchPPPaper(Stochastic):
+class HutchPPPaper(FixedBudget):
     """``hutchpp`` with the script's few columns in the sketch and many in the residual.
 
     For its nominal number of samples m the script takes q = m // 6 columns in the sketch and (m - q) // 2 in the
@@ -42,14 +43,14 @@ class HutchPPPaper(Stochastic):
         most = range(3 * products // 2 + 3, 0, -1)
         return next(m for m in most if self.cost(metric, m) <= passes)
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         j = jacobians[0]
         columns, residual = _split(probes)
 
-        def trace(a: sketching.Operator) -> tuple[float, float]:
+        def trace(a: sketching.Operator) -> Reading:
             if 2 * columns + residual >= j.n:
                 basis = j.basis(0, j.n)
-                return float((basis * a(basis)).sum()), 0.0
+                return Reading(float((basis * a(basis)).sum()), 0.0)
             return sketching.hutchpp(a, columns, residual, j.n, rng)
 
         return sketching.from_separate_traces(metric, jacobians, trace)

@@ -18,6 +18,6 @@ class NtNtkVectorProducts(NeuralTangents):
     source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, NTK_VECTOR_PRODUCTS"
     implementation = "NTK_VECTOR_PRODUCTS"
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta also for the trace, which is only read off it."""
         return max(problem.n**2 * target.itemsize, super().bytes_needed(problem, metric, target))

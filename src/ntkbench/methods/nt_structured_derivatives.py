@@ -43,7 +43,8 @@ def longest_scan(problem: Problem) -> int:
 
     From shapes alone: the network is traced, and nothing is computed.
     """
-    shapes = tuple((key, w.shape, w.dtype.name) for key, w in problem.theta_0.items())
+    weights = {**problem.fixed_0, **problem.theta_0}
+    shapes = tuple((key, w.shape, w.dtype.name) for key, w in weights.items())
     return _longest_scan(problem.jax_forward, shapes, (problem.x.shape, problem.x.dtype.name))
 
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
+from ntkbench.statistics import Reading
 
 
-class NystromLOO(Stochastic):
+class NystromLOO(FixedBudget):
     """||Theta||_F^2, tr Theta and tr(Theta Theta_f) with everything that a Nystrom approximation knows taken exactly.
 
     With k Gaussian probes U, J^T U = Q R, B = J Q and Theta = B B^T + E: tr Theta is as in ``xnystrace``,
@@ -32,11 +33,12 @@ class NystromLOO(Stochastic):
     source = "ntkbench, after XNysTrace of Epperly, Tropp, Webber 2024"
     backends = ("torch", "jax")
     metrics = ("norm", "effective_rank", "alignment")
+    gradients_held = 4
 
     def passes_per_probe(self, metric: str) -> int:
         return 8 if metric == "alignment" else 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         u = rng.normal(min(probes, n), n)
         outside = sketching.Complement(u)
@@ -62,5 +64,5 @@ class NystromLOO(Stochastic):
             tables["square_f"], tables["cross"] = inner_product(1, 1), inner_product(0, 1)
         moments = Moments(**{name: float(table.diagonal().mean()) for name, table in tables.items()})
         slopes = moments.gradient(metric)
-        _, error = sketching.combined(sum(getattr(slopes, name) * table for name, table in tables.items()))
-        return moments.metric(metric), error
+        linear = sketching.combined(sum(getattr(slopes, name) * table for name, table in tables.items()))
+        return linear._replace(value=moments.metric(metric))

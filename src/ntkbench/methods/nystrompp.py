@@ -8,10 +8,11 @@ import numpy as np
 
 from ntkbench import sketching, statistics
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class NystromPP(Stochastic):
+class NystromPP(FixedBudget):
     """tr A = tr A' + 1/k sum_i g_i^T (A - A') g_i with A' = A S (S^T A S)^+ (A S)^T, for Theta and Theta^2.
 
     S and g are k Gaussian vectors each: 2k products with A, where Hutch++ takes 3k. A product costs 2 passes for Theta
@@ -29,13 +30,13 @@ class NystromPP(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 4, "norm": 8, "effective_rank": 12}[metric]
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         k = min(probes, n)
         return sketching.from_separate_traces(metric, jacobians, lambda a: _trace(a, k, n, rng))
 
 
-def _trace(product: sketching.Operator, k: int, n: int, rng: Rng) -> tuple[float, float]:
+def _trace(product: sketching.Operator, k: int, n: int, rng: Rng) -> Reading:
     s = rng.normal(k, n)
     y = product(s)
     core = sketching.on_host(s @ y.T)
@@ -45,5 +46,4 @@ def _trace(product: sketching.Operator, k: int, n: int, rng: Rng) -> tuple[float
     b = sketching.beside((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
     g = rng.normal(k, n)
     left = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
-    residual, error = statistics.mean(statistics.by_probe([left]))
-    return float((b**2).sum()) + residual, error
+    return sketching.plus(float((b**2).sum()), statistics.mean(statistics.by_probe([left])))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import statistics
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import Sampling
+from ntkbench.sampling import Columns
 
 
-class OneSidedForward(Stochastic):
+class OneSidedForward(Sampling):
     """The mean of ||J w||^2 over random signs w in parameter space: 1 pass a probe and no backward pass; unbiased.
 
     Variance 2 (||J^T J||_F^2 - sum_p (J^T J)_pp^2) / k.
@@ -23,6 +23,6 @@ class OneSidedForward(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
         (j,) = jacobians
-        return statistics.mean(statistics.by_probe((j.jvp(rng.sign(k, j.P)) ** 2).sum(1) for k in j.blocks(probes)))
+        return Columns(("trace",), lambda k: [(j.jvp(rng.sign(k, j.P)) ** 2).sum(1)], j.blocks)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class OneSidedPaperReverse(Stochastic):
+class OneSidedPaperReverse(FixedBudget):
     """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2 over m probes, 1 pass each.
 
     Q is an orthonormal basis of m // 6 random sign vectors and g are the other m - m // 6 probes, random signs too. Q
@@ -27,6 +28,6 @@ class OneSidedPaperReverse(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         return sketching.random_directions(j, j.vjp, probes, j.n, rng)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import statistics
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import Sampling
+from ntkbench.sampling import Columns
 
 
-class OneSidedReverse(Stochastic):
+class OneSidedReverse(Sampling):
     """The mean of ||J^T u||^2 over random signs u: 1 pass a probe, half of what Theta u costs; unbiased.
 
     Variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k.
@@ -23,6 +23,6 @@ class OneSidedReverse(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
         (j,) = jacobians
-        return statistics.mean(statistics.by_probe((j.vjp(rng.sign(k, j.n)) ** 2).sum(1) for k in j.blocks(probes)))
+        return Columns(("trace",), lambda k: [(j.vjp(rng.sign(k, j.n)) ** 2).sum(1)], j.blocks)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import statistics
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import Sampling
+from ntkbench.sampling import SampleTraces
 
 
-class PerSampleTrace(Stochastic):
+class PerSampleTrace(Sampling):
     """The mean over k fields of random signs u of sum_b ||J_b^T u_b||^2: 1 pass a field; unbiased.
 
     A one-sided probe squares the sum of all samples' gradients, and what two samples' gradients have in common is
@@ -22,11 +22,11 @@ class PerSampleTrace(Stochastic):
     backends = ("torch", "jax")
     metrics = ("trace",)
     needs_independent_samples = True
+    first_batch = 4
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> SampleTraces:
         (j,) = jacobians
-        fields = (rng.sign(k, j.n).reshape(k, j.N, j.O) for k in j.blocks(probes))
-        return statistics.mean_of_sums(statistics.by_probe(map(j.sample_squares, fields)))
+        return SampleTraces(j, lambda k: rng.sign(k, j.n))

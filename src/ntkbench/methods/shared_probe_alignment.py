@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-import array_api_compat
-
-from ntkbench import statistics
-from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench import sketching, statistics
+from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
+from ntkbench.statistics import Reading
 
 
-class SharedProbeAlignment(Stochastic):
+class SharedProbeAlignment(FixedBudget):
     """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
 
     The blog's ``op_alignment``, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means is
@@ -28,14 +28,19 @@ class SharedProbeAlignment(Stochastic):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
-        n = jacobians[0].n
-        block = rng.normal(min(probes, n), n)
-        u = array_api_compat.array_namespace(block).linalg.qr(block.T)[0].T
-        theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
-        columns = ((theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1))
-        value, error = statistics.jackknife(
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+        j, n = jacobians[0], jacobians[0].n
+        u = sketching.frame(rng, probes, n)
+        ends = [*itertools.accumulate(j.blocks(len(u)))]
+        columns = zip(*(_sums(jacobians, u[a:b]) for a, b in itertools.pairwise((0, *ends))), strict=True)
+        independent = statistics.jackknife(
             lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
-            *(statistics.by_probe([column]) for column in columns),
+            *map(statistics.by_probe, columns),
         )
-        return value, statistics.orthonormal(error, len(u), n)
+        return statistics.orthonormal(independent, len(u), n)
+
+
+def _sums(jacobians: Sequence[Jacobian], u: Array) -> tuple[Array, Array, Array]:
+    """||Theta u||^2, ||Theta_f u||^2 and <Theta u, Theta_f u> of each probe."""
+    theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
+    return (theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class XNysTrace(Stochastic):
+class XNysTrace(FixedBudget):
     """Mean over i of tr A_i + c_i u_i^T (Theta - A_i) u_i, A_i the Nystrom approximation from the probes but u_i.
 
     With F = J^T U = Q R, A_i = J Q_i Q_i^T J^T for Q_i = orth(F without column i): its trace is
@@ -25,10 +26,11 @@ class XNysTrace(Stochastic):
     source = "Epperly, Tropp, Webber 2024, section 2.3 (XNysTrace with normalisation), through a QR of J^T U"
     backends = ("torch", "jax")
     metrics = ("trace",)
+    gradients_held = 3
 
     def passes_per_probe(self, metric: str) -> int:
         return 2
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         return sketching.xnystrace(j.vjp, j.jvp, rng.normal(min(probes, j.n), j.n))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class XNysTraceForward(Stochastic):
+class XNysTraceForward(FixedBudget):
     """``xnystrace`` of J^T J, whose trace is that of Theta: F = J W = Q R for k Gaussian w in parameter space.
 
     k JVPs, then k VJPs for ||J^T Q||_F^2; n takes P's place and P takes n's. Against ``xnystrace`` the sketch has
@@ -22,10 +23,11 @@ class XNysTraceForward(Stochastic):
     source = "Epperly, Tropp, Webber 2024, section 2.3 (XNysTrace with normalisation), through a QR of J W"
     backends = ("torch", "jax")
     metrics = ("trace",)
+    gradients_held = 3
 
     def passes_per_probe(self, metric: str) -> int:
         return 2
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         return sketching.xnystrace(j.jvp, j.vjp, rng.normal(min(probes, j.P), j.P))

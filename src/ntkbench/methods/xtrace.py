@@ -8,10 +8,11 @@ import numpy as np
 
 from ntkbench import sketching
 from ntkbench.jacobian import Jacobian, Rng
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import FixedBudget
+from ntkbench.statistics import Reading
 
 
-class XTrace(Stochastic):
+class XTrace(FixedBudget):
     """Mean over i of tr Q_i^T Theta Q_i + c_i u_i^T (I - Q_i Q_i^T) Theta (I - Q_i Q_i^T) u_i, k Gaussian probes u.
 
     Q_i = orth(Theta U without u_i), and c_i puts the projected probe on the sphere of radius sqrt(n - k + 1). With
@@ -24,11 +25,12 @@ class XTrace(Stochastic):
     source = "Epperly, Tropp, Webber 2024, section 2.1 and algorithm 2.1 with normalisation; J^T Q in place of Theta Q"
     backends = ("torch", "jax")
     metrics = ("trace",)
+    gradients_held = 2
 
     def passes_per_probe(self, metric: str) -> int:
         return 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> tuple[float, float]:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         k = min(probes, j.n)
         u = rng.normal(k, j.n)

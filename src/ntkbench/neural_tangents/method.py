@@ -37,7 +37,7 @@ class NeuralTangents(Method):
     needs_independent_samples = True
     implementation: ClassVar[str]
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta (and Theta_f); its diagonal blocks' traces alone for the trace."""
         numbers = problem.N if metric == "trace" else len(metrics.ends(metric)) * problem.n**2
         return numbers * target.itemsize
@@ -58,7 +58,7 @@ class NeuralTangents(Method):
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than it may use.
         """
-        return Estimate(prepared.moments(metric).metric(metric), None, None, self.name)
+        return Estimate(prepared.moments(metric).metric(metric), None, None, self.name, (), metric)
 
 
 class Prepared:
@@ -70,10 +70,10 @@ class Prepared:
         self._neural_tangents = load()
         self._implementation = self._neural_tangents.NtkImplementation[implementation]
         self._problem = problem
-        self._forward, weights, self._x = network(problem, "theta_0", target)
-        self._weights = {"theta_0": weights}
+        self._networks = {"theta_0": network(problem, "theta_0", target)}
         if problem.theta_f is not None:
-            self._weights["theta_f"] = network(problem, "theta_f", target)[1]
+            self._networks["theta_f"] = network(problem, "theta_f", target)
+        self._x = self._networks["theta_0"][2]
         self._programs: dict[str, jax.stages.Compiled] = {}
 
     def moments(self, metric: str) -> Moments:
@@ -86,7 +86,7 @@ class Prepared:
         return Moments(**{name: float(value) for name, value in sums.items()})
 
     def _at(self, metric: str) -> list[Any]:
-        return [self._weights[end] for end in metrics.ends(metric)]
+        return [self._networks[end][1] for end in metrics.ends(metric)]
 
     def _compile(self, metric: str) -> jax.stages.Compiled:
         import jax
@@ -94,7 +94,7 @@ class Prepared:
         metrics.check(metric)
         for end in metrics.ends(metric):
             self._problem.weights(end)  # refuses what is not there
-        function = self._trace() if metric == "trace" else self._sums()
+        function = self._trace() if metric == "trace" else self._sums(metrics.ends(metric))
         # A GPU would do float32 products in TF32 otherwise. Deprecations in an archived package are nobody's to act on.
         with jax.default_matmul_precision("highest"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -104,18 +104,19 @@ class Prepared:
 
     def _trace(self) -> Callable[..., dict[str, jax.Array]]:
         # Traced axes come as a mean over outputs.
-        traces = self._kernel(trace_axes=(1,), diagonal_axes=(0,))
+        traces = self._kernel("theta_0", trace_axes=(1,), diagonal_axes=(0,))
         outputs = self._problem.O
         return lambda weights, x: {"trace": outputs * traces(x, None, weights[0]).sum()}
 
-    def _sums(self) -> Callable[..., dict[str, jax.Array]]:
-        theta = self._kernel(trace_axes=(), diagonal_axes=())
-        return lambda weights, x: _moments([theta(x, None, w) for w in weights])
+    def _sums(self, ends: Sequence[str]) -> Callable[..., dict[str, jax.Array]]:
+        kernels = [self._kernel(end, trace_axes=(), diagonal_axes=()) for end in ends]
+        return lambda weights, x: _moments([theta(x, None, w) for theta, w in zip(kernels, weights, strict=True)])
 
-    def _kernel(self, **axes: tuple[int, ...]) -> Callable[..., jax.Array]:
+    def _kernel(self, end: str, **axes: tuple[int, ...]) -> Callable[..., jax.Array]:
         """``(x, None, weights) -> kernel`` of the network with its output axes as one; ``None`` is x against itself."""
+        forward = self._networks[end][0]
         return self._neural_tangents.empirical_ntk_fn(
-            lambda weights, x: self._forward(weights, x).reshape(x.shape[0], -1),
+            lambda weights, x: forward(weights, x).reshape(x.shape[0], -1),
             vmap_axes=0,
             implementation=self._implementation,
             **axes,

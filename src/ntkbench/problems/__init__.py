@@ -7,16 +7,15 @@ figures.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 
-from ntkbench import plugins
+from ntkbench import paths, plugins
 from ntkbench.errors import unknown
 from ntkbench.problems import base
 from ntkbench.problems.base import Definition, Problem, problem
 
-__all__ = ["Definition", "Problem", "describe", "load", "names", "problem", "source_file"]
+__all__ = ["Definition", "Problem", "commit_weights", "describe", "load", "names", "problem", "source_file"]
 
 
 def names() -> list[str]:
@@ -38,7 +37,7 @@ def source_file(label: str) -> str:
 
 
 def check(label: str) -> None:
-    """Refuse a label that names no problem or a size it does not have, without building anything.
+    """Refuse a label that names no problem or a size or choice it does not have, without building anything.
 
     Raises:
         BadInput: says what was wrong and what is allowed.
@@ -51,23 +50,47 @@ def check(label: str) -> None:
 def load(label: str) -> Problem:
     """Build a problem from its label, such as ``"gru_hazelden"`` or ``"gru_hazelden[N=3,T=10]"``.
 
-    Sizes cut the inputs down and leave the weights as they are, but for problems of any size. Trained weights come from
+    Sizes cut the inputs down and leave the weights as they are, but for problems of any size. Some problems have
+    choices besides, as in ``"rnn_flipflop[read=outputs,parameters=recurrent]"``. Trained weights come from
     ``results/reference`` or the cache, and are trained at the first use otherwise.
 
     Raises:
-        BadInput: no such problem, or no such size.
+        BadInput: no such problem, size or choice.
         Unavailable: the problem's data cannot be had here.
+        DidNotTrain: training did not reach the loss that was asked for.
     """
     from ntkbench.problems import _weights
 
     check(label)
-    name, sizes = base.parse_label(label)
-    definition = _definition(name)(**sizes)
+    name, options = base.parse_label(label)
+    definition = _definition(name)(**options)
     defaults = inspect.signature(_definition(name)).parameters
-    cut = ",".join(f"{key}={size}" for key, size in sorted(sizes.items()) if size != defaults[key].default)
-    theta_0, theta_f = _weights.initial_and_trained(name, definition)
-    fields = {f.name: getattr(definition, f.name) for f in dataclasses.fields(definition) if f.name != "train"}
-    return Problem(name=f"{name}[{cut}]" if cut else name, theta_0=theta_0, theta_f=theta_f, **fields)
+    chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if value != defaults[key].default)
+    network = definition.part or definition.module
+    ends = _weights.initial_and_trained(name, definition)
+    (theta_0, fixed_0), (theta_f, fixed_f) = (base.split(network, weights) for weights in ends)
+    return Problem(
+        name=f"{name}[{chosen}]" if chosen else name,
+        module=network,
+        x=definition.x,
+        theta_0=theta_0,
+        theta_f=theta_f,
+        jax_forward=definition.jax_forward,
+        samples_interact=definition.samples_interact,
+        fixed_0=fixed_0,
+        fixed_f=fixed_f,
+    )
+
+
+def commit_weights(label: str) -> None:
+    """Write both sets of weights to ``results/reference``, unless they are others than those at the default sizes."""
+    from ntkbench.problems import _weights
+
+    name, options = base.parse_label(label)
+    chosen, default = _definition(name)(**options), _definition(name)()
+    if _weights.origin(chosen) == _weights.origin(default):
+        packed = _weights.packed(*_weights.initial_and_trained(name, chosen), chosen.recipe)
+        paths.write_atomically(_weights.committed_file(name), packed)
 
 
 def _definition(name: str):

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -29,9 +29,10 @@ class Problem:
 
     Attributes:
         name: label, sizes included, such as ``"digits_mlp[N=64]"``.
-        module: ``x -> [N, ...outputs]``; its own weights are never used, ``theta_0`` or ``theta_f`` are put in.
+        module: ``x -> [N, ...outputs]``; ``theta_0`` or ``theta_f`` are put in for its own weights.
         x: inputs ``[N, ...]``.
-        theta_0: weights at initialisation, by parameter name.
+        theta_0: weights at initialisation, by parameter name; parameters of the module that are not among them are
+            frozen, at the values in ``fixed_0`` and ``fixed_f``, or else at the module's own.
         theta_f: weights after training, for alignment; ``None`` where there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
@@ -44,6 +45,8 @@ class Problem:
     theta_f: Weights | None = None
     jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
     samples_interact: bool = False
+    fixed_0: Weights = field(default_factory=dict)
+    fixed_f: Weights = field(default_factory=dict)
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -84,10 +87,17 @@ class Problem:
             raise BadInput(f"{self.name} has no {which}, so alignment is not defined for it")
         return weights
 
+    def fixed(self, which: str) -> Weights:
+        """The weights that go with ``"theta_0"`` or ``"theta_f"`` and are not differentiated by; often none."""
+        return self.fixed_0 if which == "theta_0" else self.fixed_f
+
     def digest(self) -> str:
         """Hash of inputs and weights, to the bit: two problems with one digest have the same exact metrics."""
+        arrays = [self.x]
+        for weights in (self.theta_0, self.theta_f or {}, self.fixed_0, self.fixed_f):
+            arrays += weights.values()
         digest = hashlib.sha256()
-        for array in (self.x, *self.theta_0.values(), *(self.theta_f or {}).values()):
+        for array in arrays:
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
@@ -98,10 +108,17 @@ def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[i
     from torch.func import functional_call
 
     arrays = {key: torch.empty(w.shape, device="meta") for key, w in weights.items()}
-    arrays |= {key: torch.empty_like(b, device="meta") for key, b in module.named_buffers()}
+    fixed = (*module.named_buffers(), *((key, w) for key, w in module.named_parameters() if key not in arrays))
+    arrays |= {key: torch.empty_like(b, device="meta") for key, b in fixed}
     inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
     inputs = inputs.float() if inputs.is_floating_point() else inputs
     return tuple(functional_call(module, arrays, (inputs,)).shape)
+
+
+def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:
+    """Of the weights that a network has, those that it is differentiated by, and the others."""
+    by = {key: w.requires_grad for key, w in network.named_parameters() if key in weights}
+    return {key: weights[key] for key in by if by[key]}, {key: weights[key] for key in by if not by[key]}
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,9 @@ class Definition:
         train: trains the module it is given in place, from theta_0 to theta_f, the same way every time.
         jax_forward: see :class:`Problem`.
         samples_interact: see :class:`Problem`.
+        part: the network whose NTK it is, where that is not all of what is trained: its parameters are some of those of
+            ``module``, and it is not differentiated by those that do not require a gradient.
+        recipe: what trained weights depend on besides theta_0 where that varies, such as the length of sequences.
     """
 
     module: nn.Module
@@ -121,6 +141,8 @@ class Definition:
     train: Callable[[nn.Module], None]
     jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
     samples_interact: bool = False
+    part: nn.Module | None = None
+    recipe: str = ""
 
 
 REGISTRY: dict[str, Callable[..., Definition]] = {}
@@ -134,7 +156,8 @@ def problem(define: Callable[..., Definition] | None = None, *, any_size: bool =
     """Register a function as a problem under its own name.
 
     Its integer keywords (``N=50``) are the sizes one may ask for. Their defaults are the largest, and smaller ones only
-    cut the inputs down; with ``any_size`` they are where one starts from, and may change the network.
+    cut the inputs down; with ``any_size`` they are where one starts from, and may change the network. A keyword with a
+    word as its default is a choice among the words of its type, as in ``read: Literal["state", "outputs"] = "state"``.
     """
     if define is None:
         return functools.partial(problem, any_size=any_size)
@@ -144,27 +167,50 @@ def problem(define: Callable[..., Definition] | None = None, *, any_size: bool =
     return define
 
 
-def parse_label(label: str) -> tuple[str, dict[str, int]]:
-    """``"digits_mlp[N=64]"`` to ``("digits_mlp", {"N": 64})``.
+def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
+    """``"rnn_flipflop[N=64,read=outputs]"`` to ``("rnn_flipflop", {"N": 64, "read": "outputs"})``.
 
     Raises:
-        BadInput: the label is malformed, or names a size that the problem does not have.
+        BadInput: the label is malformed, or names a size or a choice that the problem does not have.
     """
     match = re.fullmatch(r"(\w+)(?:\[([^\[\]]*)\])?", label.strip())
     if not match:
         raise BadInput(f"malformed problem {label!r}; allowed: a name, or a name with sizes such as 'digits_mlp[N=64]'")
-    name, sizes = match[1], {}
+    name, options = match[1], {}
     if name not in REGISTRY:
         return name, {}
-    allowed = inspect.signature(REGISTRY[name]).parameters
+    defaults = {key: p.default for key, p in inspect.signature(REGISTRY[name]).parameters.items()}
+    choices = _choices(name)
     for part in filter(None, (match[2] or "").split(",")):
         key, _, value = (s.strip() for s in part.partition("="))
-        if key not in allowed or not value.isdigit() or int(value) < 1:
+        if key in options:
+            raise BadInput(f"problem {label!r}: {key} is given twice")
+        if key in choices:
+            if value not in choices[key]:
+                raise BadInput(
+                    f"problem {label!r}: {part.strip()!r} is no choice of {name}; allowed: {_allowed(name, key)}"
+                )
+            options[key] = value
+            continue
+        if key not in defaults or not value.isdecimal() or int(value) < 1:
             raise BadInput(
                 f"problem {label!r}: {part.strip()!r} is no size of {name}; allowed: "
-                + ", ".join(f"{k}=<positive integer, {v.default} if not given>" for k, v in allowed.items())
+                + ", ".join(_allowed(name, key) for key in defaults)
             )
-        if int(value) > allowed[key].default and name not in ANY_SIZE:
-            raise BadInput(f"problem {label!r}: {key} can be at most {allowed[key].default}, the size it is defined at")
-        sizes[key] = int(value)
-    return name, sizes
+        if int(value) > defaults[key] and name not in ANY_SIZE:
+            raise BadInput(f"problem {label!r}: {key} can be at most {defaults[key]}, the size it is defined at")
+        options[key] = int(value)
+    return name, options
+
+
+def _choices(name: str) -> dict[str, tuple[str, ...]]:
+    """The words that each word-valued keyword of a problem may take."""
+    hints = get_type_hints(REGISTRY[name])
+    defaults = inspect.signature(REGISTRY[name]).parameters
+    return {key: get_args(hints[key]) for key, p in defaults.items() if isinstance(p.default, str)}
+
+
+def _allowed(name: str, key: str) -> str:
+    default = inspect.signature(REGISTRY[name]).parameters[key].default
+    what = " or ".join(_choices(name)[key]) if isinstance(default, str) else "positive integer"
+    return f"{key}=<{what}, {default} if not given>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ntkbench.problems import _training
-from ntkbench.problems._jax import linear
 from ntkbench.problems.base import Definition, problem
 
 INPUTS, HIDDEN = 10, 64
@@ -18,12 +17,15 @@ def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
     import torch
     from torch import nn
 
+    from ntkbench.problems._recurrent import Recurrence, jax_forward
+
     class States(nn.Module):
         """All hidden states ``[N, T, H]`` of a GRU fed ``[N, T, inputs]``."""
 
         def __init__(self) -> None:
             super().__init__()
             self.gru = nn.GRU(INPUTS, HIDDEN, batch_first=True)
+            self.recurrence = Recurrence.of_layer("gru", "gru")
 
         def forward(self, x):
             return self.gru(x)[0]
@@ -41,24 +43,4 @@ def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
 
         _training.adam(module, x, x, loss, lr=3e-3, batch=15, epochs=40)
 
-    return Definition(module, x[:N, :T].numpy().copy(), train, jax_forward=_jax_forward)
-
-
-def _jax_forward(weights, x):
-    import jax
-    import jax.numpy as jnp
-
-    w_x, w_h = weights["gru.weight_ih_l0"], weights["gru.weight_hh_l0"]
-    b_x, b_h = weights["gru.bias_ih_l0"], weights["gru.bias_hh_l0"]
-
-    def step(h, from_input):
-        reset_x, update_x, new_x = jnp.split(from_input, 3, axis=-1)
-        reset_h, update_h, new_h = jnp.split(linear(h, w_h, b_h), 3, axis=-1)
-        update = jax.nn.sigmoid(update_x + update_h)
-        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
-        h = (1 - update) * new + update * h
-        return h, h
-
-    h = jnp.zeros((x.shape[0], HIDDEN), x.dtype)
-    _, states = jax.lax.scan(step, h, jnp.swapaxes(linear(x, w_x, b_x), 0, 1))
-    return jnp.swapaxes(states, 0, 1)
+    return Definition(module, x[:N, :T].numpy().copy(), train, jax_forward=jax_forward(module))

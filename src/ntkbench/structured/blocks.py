@@ -36,7 +36,7 @@ class Task:
 
     Attributes:
         engine: whose network it is.
-        directions: output directions ``[K, O]``.
+        directions: output directions ``[K, O]``, or each sample's own ``[N, K, O]``.
         layers: whose parameters count.
         fold: whether to sum over directions.
     """
@@ -88,6 +88,8 @@ class Task:
         self.program(parameters, x, block).run(parameters, x[block.samples], self._directions(block), sink)
 
     def _directions(self, block: Block) -> Tensor:
+        if self.directions.dim() == 3:
+            return self.directions[block.samples, block.directions]
         return self.directions[block.directions].expand(_length(block.samples), -1, -1)
 
     def _add(self, theta: Tensor, number: int, left: Parts, right: Parts | None) -> None:

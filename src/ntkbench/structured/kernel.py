@@ -89,17 +89,19 @@ class LayerwiseKernel:
             parameters: trainable parameters, in the order of those that were given first.
             x1: inputs of the rows.
             x2: inputs of the columns; ``None`` for those of the rows, which saves half of the work.
-            directions: output directions ``[K, O]``; all O unit vectors if not given.
+            directions: output directions ``[K, O]``, or each sample's own ``[N1, K, O]`` where there is no ``x2``; all
+                O unit vectors if not given.
             layers: whose parameters count; all if not given.
             fold: sum over directions, ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
         """
         directions = self.units(parameters) if directions is None else directions
-        shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else len(directions))]
+        count = directions.shape[-2]
+        shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else count)]
         theta = None
         for left, right, (part,) in self.blocks([parameters], x1, x2, directions, layers=layers, fold=fold):
             if x2 is None and left == right:
                 _mirror(part)
-            if theta is None and left.rows == right.rows == len(x1) * len(directions) and list(part.shape) == shape:
+            if theta is None and left.rows == right.rows == len(x1) * count and list(part.shape) == shape:
                 theta = part  # one block is all
                 continue
             theta = part.new_zeros(shape) if theta is None else theta
@@ -160,10 +162,15 @@ class LayerwiseKernel:
         """
         directions = self.units(parameters) if directions is None else directions
         task = Task(self, directions, self.layers if layers is None else layers)
-        found = directions.new_zeros(len(x), len(directions))
+        found = directions.new_zeros(len(x), directions.shape[-2])
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.add_diagonal(found[block.samples, block.directions], parameters, x, block)
         return found
+
+    def passes(self, sets: Sequence[Parameters], x: Tensor, directions: Tensor) -> float:
+        """What :meth:`blocks` will take of passes over the whole batch, without ``x2``, for one set of parameters."""
+        rows = self._blocks(Task(self, directions, self.layers), sets, x, whole=True)
+        return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)
 
     def units(self, parameters: Parameters) -> Tensor:
         """All O unit vectors as directions."""
@@ -199,7 +206,7 @@ class LayerwiseKernel:
             whole: whether all rows may be one block, of which nothing is collected.
             parameters: any, where there are no ``sets``.
         """
-        N, K = len(x), len(task.directions)
+        N, K = len(x), task.directions.shape[-2]
         everything = Block(slice(0, N), slice(0, K))
         program = task.program(parameters or sets[0], x, everything)
         if whole and 2 * program.peak <= self.memory:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntkbench import metrics
+from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.jacobian import torch_network
 from ntkbench.methods.base import Method
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from ntkbench.structured.kernel import LayerwiseKernel
 
 
+ONE_NETWORK = (
+    "traces one network, and the weights that this problem does not differentiate by are others after training"
+)
+
+
 class Layerwise(Method):
     """Moments of Theta, or of A (x) I_O for a kernel A between samples, from :class:`LayerwiseKernel`.
 
@@ -29,6 +35,10 @@ class Layerwise(Method):
     backends = ("torch",)
     needs_independent_samples = True
     kernel: ClassVar[str] = "full"
+
+    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
+        reason = super().refusal(problem, metric, target, passes)
+        return reason or (ONE_NETWORK if metric == "alignment" and problem.fixed_f else None)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.structured import kernels
@@ -54,7 +64,7 @@ class Layerwise(Method):
         moments = _moments(kernels.get(self.kernel), engine, metric, sets, x)
         spent = (engine.directions_taken - before) / len(x)
         notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
-        return Estimate(moments.metric(metric), None, spent, self.name, notes)
+        return Estimate(moments.metric(metric), None, spent, self.name, notes, metric)
 
 
 class Prepared:
@@ -69,7 +79,13 @@ class Prepared:
         self.engine: LayerwiseKernel = LayerwiseKernel(module, weights, self.x, target.memory)
 
     def parameters(self, metric: str) -> list[list[Tensor]]:
-        """The sets of weights that a metric looks at."""
+        """The sets of weights that a metric looks at.
+
+        Raises:
+            BadInput: the network is not one network at both ends.
+        """
+        if metric == "alignment" and self._problem.fixed_f:
+            raise BadInput(f"{self._problem.name}: this method {ONE_NETWORK}")
         for end in metrics.ends(metric):
             if end not in self._weights:
                 self._weights[end] = list(torch_network(self._problem, end, self._target)[1].values())

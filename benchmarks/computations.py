@@ -1,0 +1,71 @@
+"""What is compared side by side besides methods: blocks of products with the Jacobian, and a recipe from a blog."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from ntkbench import methods
+from ntkbench.jacobian import Jacobian, linearise, torch_network
+from ntkbench.problems import Problem
+from ntkbench.target import Target
+
+BLOCK, PROBES = 64, 50
+
+
+def _block(problem: Problem, target: Target, product: str, linearised: Callable[..., Jacobian]) -> Callable[[], float]:
+    """A block of products with the Jacobian, forward pass done."""
+    j = linearised(problem, "theta_0", target)
+    rows = j.rng(0).sign(BLOCK, j.n if product == "vjp" else j.P)
+    return lambda: float(getattr(j, product)(rows)[-1, -1])
+
+
+def _by_torch_func(problem: Problem, weights: str, target: Target) -> Jacobian:
+    """J by automatic differentiation, whatever is known of the network."""
+    from ntkbench.jacobian import torch as autodiff
+
+    return autodiff.linearise(problem, weights, target)
+
+
+def _alignment(problem: Problem, target: Target) -> Callable[[], float]:
+    """The alignment that the blog on recurrent models computes, by the suite."""
+    method = methods.get("shared_probe_alignment")
+    prepared = method.prepare(problem, target)
+    return lambda: float(method.estimate(prepared, "alignment", 4 * PROBES))
+
+
+def _alignment_one_by_one(problem: Problem, target: Target) -> Callable[[], float]:
+    """The same recipe with ``torch.func`` alone: a VJP and a JVP for each probe and network."""
+    import torch
+    from torch.func import functional_call, jvp, vjp
+
+    from ntkbench.jacobian.plain_operations import plain_operations
+
+    networks = [torch_network(problem, end, target) for end in ("theta_0", "theta_f")]
+
+    def run() -> float:
+        x = networks[0][2]
+        generator = torch.Generator(x.device).manual_seed(0)
+        drawn = torch.randn(problem.n, PROBES, generator=generator, dtype=x.dtype, device=x.device)
+        u = torch.linalg.qr(drawn)[0].T.reshape(PROBES, *problem.output_shape)
+        products = []
+        for module, parameters, _ in networks:
+            forward = lambda weights, module=module: functional_call(module, weights, (x,))  # noqa: E731
+            with plain_operations(module):
+                pullback = vjp(forward, parameters)[1]
+                products.append([jvp(forward, (parameters,), pullback(probe))[1] for probe in u])
+        theta_u, theta_f_u = map(torch.stack, products)
+        return float((theta_u * theta_f_u).sum() / (theta_u.norm() * theta_f_u.norm()))
+
+    return run
+
+
+COMPUTATIONS: dict[str, Callable[[Problem, Target], Callable[[], float]]] = {
+    "64 VJPs": functools.partial(_block, product="vjp", linearised=linearise),
+    "64 JVPs": functools.partial(_block, product="jvp", linearised=linearise),
+    "64 VJPs by torch.func": functools.partial(_block, product="vjp", linearised=_by_torch_func),
+    "64 JVPs by torch.func": functools.partial(_block, product="jvp", linearised=_by_torch_func),
+    "alignment by 50 probes": _alignment,
+    "alignment by 50 probes, one by one": _alignment_one_by_one,
+}
+"""From a problem and a target to the timed region."""

@@ -1,0 +1,19 @@
+"""How wrong against how many Jacobian passes: what theory speaks of, whatever the machine."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ntkbench.figures import _errors, base
+
+COST = _errors.Cost(
+    column="passes_spent",
+    label="passes",
+    slopes=(-0.5, -1.0),
+    caption="against the passes really spent, JVPs and VJPs over the whole batch (methods without them have no point)",
+)
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """Relative error against passes, metric by metric, problem by problem."""
+    return _errors.draw(table, COST)

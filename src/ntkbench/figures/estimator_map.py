@@ -1,0 +1,140 @@
+"""Which estimator wins at equal passes: a map over effective rank, n / P and budget, for each metric."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from ntkbench.figures import _canvas, _key, _labels, _looks, base
+from ntkbench.figures._looks import Look, looks
+
+TABLE = "estimators_on_spectra"
+COLUMNS = ("spectrum", "n", "P", "outputs_per_parameter", "effective_rank", "metric", "method", "title", "kind")
+COLUMNS += ("passes", "passes_spent", "error", "error_q25", "error_q75", "seeds")
+
+FLOOR = 1e-5
+"""Errors below are rounding in float32: methods that get there are equally good."""
+TIE = 1.25
+"""Median errors within this factor of the least are a tie: seeds do not tell them apart."""
+MOST = 3
+"""Markers in one place of the map."""
+
+SMALL = {"fontsize": 8.5, "color": _looks.GREY}
+
+KEPT = ["metric", "outputs_per_parameter", "n", "P", "spectrum", "effective_rank", "passes", "place", "method", "title"]
+KEPT += ["passes_spent", "error", "error_q25", "error_q75", "seeds", "tied"]
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """The methods of least median error for every spectrum (rows) and budget (columns), by metric and shape of J."""
+    points = base.measured(table, "error")
+    if not len(points):
+        return base.nothing(table, _labels.why_not(table))
+    plotted = _winners(points)
+    style = {m: look for m, look in looks(points).items() if m in set(plotted["method"])}
+    metrics = base.metrics_in(plotted)
+    ratios = sorted(plotted["outputs_per_parameter"].unique())
+    budgets = sorted(plotted["passes"].unique())
+    names = plotted.groupby("spectrum")["effective_rank"].max().sort_values(ascending=False).index
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(0.46 * len(names), above=0.6, below=0.25) for _ in metrics],
+        len(ratios),
+        title="The most accurate estimator at equal passes",
+        subtitle=base.settings_line(table),
+        key=[("best, or as good", _entries(style)), ("how to read", _reading())],
+        left=0.35 + _canvas.text_width(names, 9.5),
+        gap=0.25,
+    )
+    for panels, metric in zip(grid, metrics, strict=True):
+        for panel, ratio in zip(panels, ratios, strict=True):
+            here = plotted[(plotted["metric"] == metric) & (plotted["outputs_per_parameter"] == ratio)]
+            sizes = points[points["outputs_per_parameter"] == ratio]
+            ranks = sizes.groupby("spectrum")["effective_rank"].first()
+            _frame(panel, budgets, list(names) if panel is panels[0] else [""] * len(names))
+            panel.text(len(budgets) - 0.42, -0.52, "eff.\nrank", va="bottom", linespacing=0.95, **SMALL)
+            _canvas.title(panel, _labels.metric_label(metric), _shape(ratio, sizes))
+            for y, name in enumerate(names):
+                if name in ranks:
+                    panel.text(len(budgets) - 0.42, y, f"{ranks[name]:.3g}", va="center", **SMALL)
+                for x, passes in enumerate(budgets):
+                    _place(panel, x, y, here[(here["spectrum"] == name) & (here["passes"] == passes)], style)
+    for panel in grid[-1]:
+        panel.set_xlabel("budget of passes")
+    return base.Drawing(figure, plotted, _caption(plotted))
+
+
+def _winners(points: pd.DataFrame) -> pd.DataFrame:
+    """The best methods of every place of the map, best first: those that tie with the least error, at most so many."""
+    place = ["metric", "outputs_per_parameter", "spectrum", "passes"]
+    points = points.assign(drawn=points["error"].clip(lower=FLOOR))
+    # Of what is exact to rounding, that which took the fewest passes comes first.
+    points = points.sort_values([*place, "drawn", "passes_spent", "error", "method"])
+    groups = points.groupby(place, sort=False)
+    points["tied"] = (
+        (points["drawn"] <= TIE * groups["drawn"].transform("min"))
+        .groupby([points[column] for column in place])
+        .transform("sum")
+    )
+    points["place"] = groups.cumcount() + 1
+    best = (points["place"] <= points["tied"]) & (points["place"] <= MOST)
+    return points.loc[best, KEPT].reset_index(drop=True)
+
+
+def _frame(panel: Axes, budgets: list[float], names: list[str]) -> None:
+    panel.set(xlim=(-0.5, len(budgets) - 0.5 + 0.16 * len(budgets)), ylim=(len(names) - 0.5, -0.5))
+    panel.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
+    panel.set_yticks(range(len(names)), names)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    panel.grid(False)
+
+
+def _shape(ratio: float, sizes: pd.DataFrame) -> str:
+    return f"n / P = {ratio:g}:  {_labels.sizes_label(sizes, 'n', 'P')}"
+
+
+def _place(panel: Axes, x: int, y: int, best: pd.DataFrame, style: dict[str, Look]) -> None:
+    """One place: the ground in the winner's colour, its error, and markers of those that are as good."""
+    if not len(best):
+        panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=_canvas.SHADE, linewidth=0))
+        return
+    red, green, blue = (1 - 0.25 * (1 - c) for c in to_rgb(style[best.iloc[0]["method"]].colour))
+    panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=(red, green, blue), linewidth=0))
+    for i, row in enumerate(best.itertuples()):
+        mark = style[row.method].line("torch") | {"linestyle": ""}
+        mark["markersize"] *= 1.1 if i == 0 else 0.75
+        panel.plot(x - 0.3 + i * 0.3, y - 0.18, **mark)
+    panel.text(x - 0.4, y + 0.25, _percent(best.iloc[0]["error"]), va="center", fontsize=8.5)
+
+
+def _percent(error: float) -> str:
+    return "exact" if error < FLOOR else f"{100 * error:.1g} %" if error < 0.095 else f"{100 * error:.0f} %"
+
+
+def _entries(style: dict[str, Look]) -> list[_key.Entry]:
+    return [(Line2D([], [], **look.line("torch") | {"linestyle": ""}), look.title) for look in style.values()]
+
+
+def _reading() -> list[_key.Entry]:
+    small = {"color": _looks.GREY, "linestyle": "", "marker": "o"}
+    return [
+        (Line2D([], [], **small, markersize=6.5), "the least median error, written below it"),
+        (Line2D([], [], **small, markersize=4.4), f"as good: within a factor {TIE:g} of it"),
+        (Line2D([], [], color=_canvas.SHADE, linestyle="", marker="s", markersize=9), "no method takes so few passes"),
+    ]
+
+
+def _caption(plotted: pd.DataFrame) -> str:
+    wins = plotted[plotted["place"] == 1]
+    counts = wins.groupby("title").size().sort_values(ascending=False, kind="stable")
+    said = ", ".join(f"{title} {count}" for title, count in counts.items())
+    return (
+        "For Jacobians of prescribed spectra (rows, by the effective rank of Theta, on the right) and budgets "
+        "of passes (columns): the method of the least median error |estimate - exact| / |exact| over seeds, and those "
+        f"within a factor {TIE:g} of it, at most {MOST} in all. Errors below {FLOOR:g} are taken for exact, and the "
+        "fewest passes spent then come first. Methods that need per-sample gradients do not take part: these Jacobians "
+        f"have no samples. Of {len(wins)} places the first goes to {said}."
+    )

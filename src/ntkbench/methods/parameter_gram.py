@@ -1,0 +1,70 @@
+"""Exact moments from the P x P side: J^T J, accumulated over the rows of J."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from ntkbench import metrics
+from ntkbench.jacobian import Array, Jacobian
+from ntkbench.methods.base import Deterministic
+from ntkbench.metrics import Moments
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+CUTS = 4
+"""Pieces that parameters are cut into, so that of a symmetric product little more than a triangle is computed."""
+
+
+class ParameterGram(Deterministic):
+    """tr Theta = tr J^T J, ||Theta||_F = ||J^T J||_F and tr(Theta Theta_f) = ||J_f^T J||_F^2, by blocks of rows of J.
+
+    For networks with more outputs than parameters, as the trajectories of recurrent ones: n P^2 multiplications instead
+    of n^2 P, and P^2 numbers (three times as many for alignment) that have to be in memory. O passes for each set of
+    weights.
+    """
+
+    title = "parameter Gram matrix"
+    kind = "exact"
+    source = "this suite; J^T J is the Gauss-Newton matrix of a squared loss"
+    backends = ("torch", "jax")
+    needs_independent_samples = True
+
+    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
+        if reason := super().refusal(problem, metric, target, passes):
+            return reason
+        needed = self.bytes_needed(problem, metric, target)
+        if needed > target.memory:
+            gib, limit = needed / 2**30, target.memory / 2**30
+            return f"J^T J with P = {problem.P} takes {gib:.1f} GiB, over the memory of {limit:.1f} GiB"
+        return None
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return problem.O * len(metrics.ends(metric))
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+        if metric == "trace":
+            return 0
+        triangle = (CUTS + 1) / (2 * CUTS)
+        return int((2 * triangle + 1 if metric == "alignment" else triangle) * problem.P**2) * target.itemsize
+
+    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+        j = jacobians[0]
+        rectangles = list(j.rectangles(1 / (2 * len(jacobians))))
+        if metric == "trace":
+            return Moments(trace=float(sum(metrics.squared_norm(j.sample_rows(*r)) for r in rectangles)))
+        cuts = [slice(j.P * i // CUTS, j.P * (i + 1) // CUTS) for i in range(CUTS)]
+        ends = [(0, 0)] if len(jacobians) == 1 else [(0, 0), (1, 1), (0, 1)]
+        grams: dict[tuple[int, int, int, int], Array] = {}
+        for rectangle in rectangles:
+            rows = [jacobian.sample_rows(*rectangle) for jacobian in jacobians]
+            for (one, two), a, b in itertools.product(ends, range(CUTS), range(CUTS)):
+                if one != two or a >= b:
+                    product = rows[one][:, cuts[a]].T @ rows[two][:, cuts[b]]
+                    key = (one, two, a, b)
+                    grams[key] = grams[key] + product if key in grams else product
+        squares = dict.fromkeys(ends, 0.0)
+        for (one, two, a, b), gram in grams.items():
+            squares[one, two] += (1 if one != two or a == b else 2) * float(metrics.squared_norm(gram))
+        trace = sum(float(grams[0, 0, a, a].diagonal().sum()) for a in range(CUTS))
+        return Moments(trace, *(squares[end] for end in ends))

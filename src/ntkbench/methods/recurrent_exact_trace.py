@@ -1,0 +1,36 @@
+"""The exact trace of a recurrent network's NTK: a backward pass an output of one trial, for all trials at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ntkbench.jacobian import Jacobian
+from ntkbench.methods.base import Deterministic
+from ntkbench.metrics import Moments
+from ntkbench.problems.base import Problem
+from ntkbench.target import Target
+
+
+class RecurrentExactTrace(Deterministic):
+    """tr Theta = sum_(b, t, o) ||J_b^T e_(t, o)||^2, of all trials b in one pass, which goes back from step t only.
+
+    Trials do not interact, so T O' passes do for the B T O' rows of J (O' outputs a step), where the pass of step t is
+    the fraction t / T of one: O' (T + 1) / 2 in all. Squares of gradients come from inner products between steps where
+    that takes fewer multiplications than the gradients.
+    """
+
+    title = "recurrent exact trace"
+    kind = "exact"
+    source = "this suite; per-sample gradients as in Goodfellow 2015 (arXiv 1510.01799)"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+    needs_independent_samples = True
+    needs_recurrence = True
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        T = problem.x.shape[1]
+        return problem.O // T * (T + 1) / 2
+
+    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+        (j,) = jacobians
+        return Moments(trace=float(sum(j.squared_rows(step).sum() for step in range(j.T))))

@@ -1,0 +1,144 @@
+"""Every estimator on Jacobians of prescribed spectra, at equal passes: what wins is a matter of the spectrum.
+
+J = U S V^T with random orthogonal U and V and the square roots of given eigenvalues in S, written out, so that a pass
+is a matrix product and the exact metrics are known. With n outputs and P parameters there are min(n, P) eigenvalues
+that are not zero. For the alignment, J_f = 0.6 J + 0.8 J' with a J' that is drawn like J. Methods that need each
+sample's gradient by itself have no place here.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ntkbench import methods, metrics, running
+from ntkbench.methods.base import Stochastic
+from ntkbench.studies import base
+
+if TYPE_CHECKING:
+    from ntkbench.jacobian import Jacobian
+
+SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "linear": lambda i: np.linspace(1, 3, len(i)),
+    "1/i": lambda i: 1 / i,
+    "0.9^i": lambda i: 0.9**i,
+    "5 % ones, 1e-3": lambda i: np.where(i <= len(i) / 20, 1, 1e-3),
+    "5 % ones, 1e-8": lambda i: np.where(i <= len(i) / 20, 1, 1e-8),
+    "0.7^i": lambda i: 0.7**i,
+    "i^-2": lambda i: i**-2.0,
+    "spike + 1/i": lambda i: 1 / i + 30 * (i == 1),
+}
+"""Eigenvalues of Theta by their number, from 1 on."""
+
+NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stochastic)]
+NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
+"""Stochastic methods that ask for nothing but products with J and J^T."""
+
+PLUGINS = ("ntkbench.jacobian.dense", "ntkbench.jacobian.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
+
+
+class Settings(base.Settings):
+    """Sizes of the Jacobians and budgets.
+
+    Attributes:
+        n: outputs.
+        outputs_per_parameter: n / P, one shape of J each.
+        spectra: names in :data:`SPECTRA`.
+        passes: budgets.
+    """
+
+    seeds: PositiveInt = 100
+    n: PositiveInt = Field(1000, ge=20)
+    outputs_per_parameter: list[PositiveFloat] = Field(default=[0.25, 1, 4], min_length=1)
+    spectra: list[Literal[*SPECTRA]] = Field(default=list(SPECTRA), min_length=1)
+    passes: list[PositiveInt] = Field(default=[18, 36, 72, 144, 288], min_length=1)
+
+
+class Spectrum:
+    """A prescribed spectrum where methods expect a prepared problem: with the Jacobians of each metric, and the truth.
+
+    Args:
+        eigenvalues: of Theta that are not zero, ``[min(n, P)]``.
+        n, P: shape of J.
+        settings: device, precision and memory.
+        seed: of the singular vectors.
+    """
+
+    def __init__(self, eigenvalues: np.ndarray, n: int, P: int, settings: Settings, seed: int = 0) -> None:
+        import torch
+
+        from ntkbench.jacobian import dense
+        from ntkbench.jacobian.torch import Rng, device
+
+        rng = np.random.default_rng(seed)
+        values = np.sqrt(eigenvalues)
+        J, other = ((_orthonormal(rng, n, len(values)) * values) @ _orthonormal(rng, P, len(values)).T for _ in "ab")
+        ends = (J, 0.6 * J + 0.8 * other)
+        self.truth = {metric: _exact(metric, *ends[: len(metrics.ends(metric))]) for metric in metrics.METRICS}
+        target = settings.target()
+        to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
+        probes = functools.partial(Rng, **to)
+        self._jacobians = [dense.Jacobian(torch.from_numpy(end).to(**to), probes, target.memory) for end in ends]
+
+    def jacobians(self, metric: str) -> list[Jacobian]:
+        """Operators with their counters at zero, at both ends for alignment."""
+        return [j.fresh() for j in self._jacobians[: len(metrics.ends(metric))]]
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each shape, spectrum, metric, method and budget: quartiles of error and seconds, and coverage."""
+    return pd.DataFrame(_rows(settings))
+
+
+def _rows(settings: Settings) -> Iterator[dict[str, Any]]:
+    for ratio in settings.outputs_per_parameter:
+        n, P = settings.n, max(1, round(settings.n / ratio))
+        for name in settings.spectra:
+            spectrum = Spectrum(SPECTRA[name](np.arange(1, min(n, P) + 1)), n, P, settings)
+            sizes = {"spectrum": name, "n": n, "P": P, "outputs_per_parameter": ratio}
+            sizes |= {"effective_rank": spectrum.truth["effective_rank"]}
+            for method in map(methods.get, NAMES):
+                for metric in method.metrics:
+                    yield from _budgets(settings, spectrum, method, metric, sizes)
+
+
+def _budgets(
+    settings: Settings, spectrum: Spectrum, method: Stochastic, metric: str, sizes: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    case = sizes | {"metric": metric, "method": method.name, "title": method.title, "kind": method.kind}
+    least = method.cost(metric, method.fewest_probes)
+    for passes in settings.passes:
+        if passes < least:
+            yield base.left_out(case | {"passes": passes}, f"{metric} takes at least {least} passes")
+        else:
+            measure = functools.partial(_reruns, settings, spectrum, method, metric, passes)
+            yield base.row(case | {"passes": passes}, measure)
+
+
+def _reruns(settings: Settings, spectrum: Spectrum, method: Stochastic, metric: str, passes: int) -> dict[str, Any]:
+    exact = spectrum.truth[metric]
+    method.estimate(spectrum, metric, passes, settings.seeds)  # warms up
+    times, errors, covered = [], [], []
+    for seed in range(settings.seeds):
+        start = time.perf_counter()
+        estimate = method.estimate(spectrum, metric, passes, seed)
+        times.append(time.perf_counter() - start)
+        errors.append(abs(estimate.value - exact) / exact)
+        covered.append(estimate.covers(exact, settings.dtype))
+    quartiles = {**running.quartiles("seconds", times), **running.quartiles("error", errors)}
+    found = {"passes_spent": estimate.passes, "seeds": settings.seeds, "reference": exact}
+    return found | quartiles | {"covered": sum(covered) / len(covered)}
+
+
+def _orthonormal(rng: np.random.Generator, size: int, columns: int) -> np.ndarray:
+    return np.linalg.qr(rng.standard_normal((size, columns)))[0]
+
+
+def _exact(metric: str, *ends: np.ndarray) -> float:
+    return metrics.from_gram(*(J @ J.T for J in ends)).metric(metric)

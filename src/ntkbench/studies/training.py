@@ -1,0 +1,127 @@
+"""The NTK of a recurrent network along training, from rich and from lazy initialisations, and of its factors K and P.
+
+At log-spaced steps: trace, norm, effective rank, and alignment with the first step, of Theta = P K P*, of K (what the
+representation is like) and of P P* (what the dynamics are like). Theta and P P* are seen by the same probes at all
+steps, so that ratios to the first step have standard errors from pairs; K is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ntkbench import paired, running
+from ntkbench.errors import DidNotTrain
+from ntkbench.problems import _tasks, _training, recurrent
+from ntkbench.problems.base import Problem, Weights, split
+from ntkbench.studies import base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ntkbench.recurrent.operators import StateKernel
+
+PLUGINS = ("ntkbench.problems.recurrent",)
+
+
+class Settings(base.Settings):
+    """One task and one kind of network, from several initialisations.
+
+    Attributes:
+        task, kind: what is trained on what.
+        N, T, H: trials that the NTK is of (not those that it is trained on), steps and units.
+        gains: recurrent weights are normal with variance gain^2 / H.
+        ranks: that recurrent weights are cut to at an unchanged Frobenius norm; H leaves them as they are.
+        networks: initial weights drawn for each gain and rank.
+        loss: share of the targets' power missed at which training ends.
+        steps: after which a network that is not there yet counts as not trained.
+        optimizer, learning_rate: gradient descent (sgd) moves weights by as much as their gradients say, which is what
+            rich and lazy are about; adam moves all of them alike.
+        probes: that Theta and P P* are seen by.
+        read, parameters: the part of the network whose NTK it is.
+    """
+
+    task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
+    kind: Literal["rnn", "gru", "lstm", "ctrnn"] = "rnn"
+    N: PositiveInt = 20
+    T: PositiveInt = 10
+    H: PositiveInt = 64
+    gains: list[PositiveFloat] = Field(default=[0.5, 1.0], min_length=1)
+    ranks: list[PositiveInt] = Field(default=[4, 64], min_length=1)
+    networks: PositiveInt = 3
+    loss: PositiveFloat = recurrent.LOSS
+    steps: PositiveInt = recurrent.STEPS
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: PositiveFloat = 0.05
+    probes: int = Field(default=100, ge=2)
+    read: Literal["state", "outputs"] = "state"
+    parameters: Literal["all", "recurrent", "inputs", "readout"] = "all"
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each network, step, operator and quantity; one that says why for a network that does not train.
+
+    Raises:
+        BadInput: the sizes do not go together.
+    """
+    s = settings
+    trained_on, seen = _tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), _tasks.trials(s.task, s.N, s.T)
+    # All networks first, so that what cannot be is refused before anything is trained.
+    starts = [
+        (
+            {"gain": gain, "rank": rank, "init": _name(gain, rank, s.H), "network": seed},
+            recurrent.network(s.kind, s.task, s.H, gain=gain, rank=rank, seed=seed),
+        )
+        for gain in s.gains
+        for rank in s.ranks
+        for seed in range(s.networks)
+    ]
+    sizes = {key: getattr(s, key) for key in ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer")}
+    parts = [recurrent.part(module, s.read, s.parameters) for _, module in starts]
+    rows = []
+    for (case, module), part in zip(starts, parts, strict=True):
+        course = recurrent.course(
+            module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
+        )
+        try:
+            kept = list(_training.checkpoints(module, course))
+        except DidNotTrain as error:
+            rows.append({**sizes, **case, **running.ending(error)})
+            continue
+        rows += ({**sizes, **case, "status": "ok", "reason": "", **row} for row in _along(s, part, seen, kept))
+    return pd.DataFrame(rows)
+
+
+def _name(gain: float, rank: int, hidden: int) -> str:
+    return f"gain {gain:g}, " + ("full rank" if rank == hidden else f"rank {rank}")
+
+
+def _along(
+    settings: Settings, part: nn.Module, seen: _tasks.Trials, kept: list[tuple[int, float, Weights]]
+) -> Iterator[Mapping[str, Any]]:
+    from ntkbench.recurrent.operators import StateKernel
+
+    first: StateKernel | None = None
+    for step, loss, weights in kept:
+        theta, fixed = split(part, weights)
+        problem = Problem(settings.task, part, seen.inputs, theta, fixed_0=fixed)
+        kernel = StateKernel(problem, "theta_0", settings.target())
+        if first is None:
+            first, u = kernel, kernel.jacobian.rng(0).sign(settings.probes, problem.n)
+            probes = {operator: paired.Probes(u) for operator in ("Theta", "P")}
+        found = {"Theta": probes["Theta"].compare(kernel.theta(u)), "K": _exact(kernel, first)}
+        found["P"] = probes["P"].compare(kernel.P(kernel.P.T(u)))
+        for operator, metrics in found.items():
+            for one in metrics:
+                yield {"step": step, "loss": loss, "operator": operator, "probes": settings.probes, **vars(one)}
+
+
+def _exact(kernel: StateKernel, first: StateKernel) -> list[paired.Compared]:
+    now, then = kernel.moments_of_k(first), first.moments_of_k(first)
+    return [
+        paired.Compared(quantity, now.metric(quantity), 0.0, now.metric(quantity) / then.metric(quantity), 0.0)
+        for quantity in paired.QUANTITIES
+    ]

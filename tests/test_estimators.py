@@ -1,0 +1,323 @@
+"""The better estimators against their theory: unbiased, as variable as the formula, exact where it says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import loaded, metrics_of, written_out
+from torch import nn
+
+import ntkbench
+from ntkbench import methods, statistics
+from ntkbench.errors import OverMemory
+from ntkbench.jacobian import Rng
+from ntkbench.methods.base import Sampling
+from ntkbench.problems.base import Problem
+from ntkbench.target import BACKENDS, Target
+
+NEW = ("per_sample_trace", "block_u_statistics", "gram_reverse", "gram_forward", "one_sided_orthonormal")
+SAMPLING = [n for n in methods.names() if isinstance(methods.get(n), Sampling)]
+SEEDS = 400
+
+
+def prepared(name: str, label: str = "tanh_net", backend: str = "torch", dtype: str = "float64", memory: int = 2**30):
+    return methods.get(name).prepare(loaded(label), Target(backend, dtype, "cpu", memory))
+
+
+def truth(label: str) -> dict[str, float]:
+    J, J_f = written_out(loaded(label)), written_out(loaded(label), "theta_f")
+    return metrics_of(J @ J.T, J_f @ J_f.T)
+
+
+def estimates(name: str, metric: str, probes: int, seeds: int, label: str = "tanh_net", memory: int = 2**30):
+    """Values and standard errors over seeds."""
+    method, ready = methods.get(name), prepared(name, label, memory=memory)
+    passes = probes * method.passes_per_probe(metric)
+    found = [method.estimate(ready, metric, passes, seed) for seed in range(seeds)]
+    return np.array([(e.value, e.standard_error) for e in found]).T
+
+
+class Fixed(Rng):
+    """The same probes for every backend, those in parameter space in the backend's order of parameters."""
+
+    def __init__(self, make: Any, columns: np.ndarray | None = None) -> None:
+        self._make, self._columns, self._generator = make, columns, np.random.default_rng(0)
+
+    def sign(self, k: int, dim: int) -> Any:
+        signs = np.sign(self._generator.random((k, dim)) - 0.5)
+        return self._make(signs if self._columns is None or dim != len(self._columns) else signs[:, self._columns])
+
+    def normal(self, k: int, dim: int) -> Any:
+        return self._make(self._generator.standard_normal((k, dim)))
+
+
+def sampled(name: str, names: tuple[str, ...], probes: tuple[int, ...], backend: str = "torch", memory: int = 2**30):
+    """A sample on fixed probes, and its operators."""
+    import jax.numpy as jnp
+
+    method = methods.get(name)
+    jacobians = prepared(name, "tanh_net", backend, memory=memory).jacobians(names[-1])
+    if backend == "torch":
+        rng = Fixed(torch.from_numpy)
+    else:  # which takes parameters by name
+        weights, start, places = loaded("tanh_net").theta_0, 0, {}
+        for key, w in weights.items():
+            places[key] = np.arange(start, start + w.size)
+            start += w.size
+        rng = Fixed(jnp.asarray, np.concatenate([places[key] for key in sorted(weights)]))
+    sample = method.sample(names, jacobians, rng)
+    for k in probes:
+        sample.extend(k)
+    return sample, jacobians
+
+
+@pytest.mark.parametrize(
+    ("name", "probes", "memory"),
+    [
+        ("block_u_statistics", 2, 2**30),
+        ("block_u_statistics", 5, 2**30),
+        ("block_u_statistics", 8, 1),
+        ("gram_reverse", 4, 2**30),
+        ("gram_reverse", 9, 1),
+        ("gram_forward", 5, 2**30),
+    ],
+)
+def test_all_moments_are_unbiased(name, probes, memory):
+    """The square of the norm and the cross term, as they come from the sample itself."""
+    J, J_f = written_out(loaded("tanh_net")), written_out(loaded("tanh_net"), "theta_f")
+    theta, theta_f = J @ J.T, J_f @ J_f.T
+    exact = np.array([np.trace(theta), (theta**2).sum(), (theta_f**2).sum(), (theta * theta_f).sum()])
+    method, ready, found = methods.get(name), prepared(name, memory=memory), []
+    for seed in range(SEEDS):
+        jacobians = ready.jacobians("alignment")
+        sample = method.sample(("trace", "norm", "alignment"), jacobians, jacobians[0].rng(seed))
+        sample.extend(int(probes * getattr(sample, "dearer", 1)))
+        found.append(sample.moments().means)
+    found = np.array(found)
+    z = (found.mean(0) - exact) / (found.std(0, ddof=1) / math.sqrt(SEEDS))
+    assert np.abs(z).max() < 4
+
+
+def test_variance_of_the_per_sample_trace_is_that_of_the_formula():
+    problem = loaded("tanh_net")
+    J = written_out(problem).reshape(problem.N, problem.O, problem.P)
+    expected = 2 * sum((b**2).sum() - (np.diag(b) ** 2).sum() for b in J @ J.transpose(0, 2, 1)) / 20_000
+    estimate = methods.get("per_sample_trace").estimate(prepared("per_sample_trace"), "trace", 20_000, 0)
+    assert estimate.standard_error**2 == pytest.approx(expected, rel=0.15)
+    values, errors = estimates("per_sample_trace", "trace", 2, 3000)
+    assert values.var(ddof=1) == pytest.approx(expected * 10_000, rel=0.15)
+    assert (errors**2).mean() == pytest.approx(expected * 10_000, rel=0.15)
+
+
+def test_orthonormal_probes_are_a_finite_population():
+    J = written_out(loaded("tanh_net"))
+    theta, n = J @ J.T, 6
+    for k in (2, 4):
+        expected = 2 * n * (n - k) / ((n - 1) * (n + 2)) * ((theta**2).sum() - np.trace(theta) ** 2 / n) / k
+        values, errors = estimates("one_sided_orthonormal", "trace", k, 2000)
+        assert values.var(ddof=1) == pytest.approx(expected, rel=0.15)
+        assert (errors**2).mean() == pytest.approx(expected, rel=0.15)
+        assert abs(values.mean() - np.trace(theta)) < 4 * values.std() / math.sqrt(2000)
+    exact = methods.get("one_sided_orthonormal").estimate(prepared("one_sided_orthonormal"), "trace", 9, 0)
+    assert (exact.passes, exact.standard_error) == (6, 0)
+    assert exact.value == pytest.approx(np.trace(theta), rel=1e-12)
+
+
+def test_variance_of_gram_matrices_is_that_of_the_formula():
+    """That of a U-statistic, with the two variances of the square that Gaussian probes would have."""
+    J = written_out(loaded("wide"))
+    theta = J @ J.T
+    k, square = 24, (theta**2).sum()
+    off = ((theta @ theta) ** 2).sum() - (np.diag(theta @ theta) ** 2).sum()
+    single, both = 2 * off, 2 * square**2 + 6 * off  # Var ||Theta u||^2, about Var (u Theta v)^2
+    expected = (4 * (k - 2) * single + 2 * both) / (k * (k - 1)) / (4 * square)
+    values, errors = estimates("gram_reverse", "norm", k, 600, "wide")
+    assert values.var(ddof=1) == pytest.approx(expected, rel=0.25)
+    assert (errors**2).mean() == pytest.approx(values.var(ddof=1), rel=0.25)
+
+
+def test_one_output_a_sample_leaves_nothing_to_chance():
+    """With O = 1 a sign is squared away: per-sample and block estimates are exact and know it."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double() for _ in range(2)]
+    x = torch.randn(6, 4, dtype=torch.float64)
+    thetas = []
+    for net in nets:
+        J = written_out(ntkbench.from_module(net, x, dtype="float64"))
+        thetas.append(J @ J.T)
+    exact = metrics_of(*thetas)
+    found = ntkbench.metrics_of(nets[0], x, nets[1], method="block_u_statistics", passes=8)
+    for metric, estimate in found.items():
+        assert estimate.value == pytest.approx(exact[metric], rel=1e-5)
+        assert estimate.standard_error == pytest.approx(0, abs=1e-5 * exact[metric])
+    single = ntkbench.trace(nets[0], x, method="per_sample_trace", passes=2)
+    assert single.value == pytest.approx(exact["trace"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block_u_statistics", "gram_reverse", "gram_forward"])
+def test_equal_networks_are_aligned_whatever_the_probes(name):
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    estimate = ntkbench.alignment(model, model, x, method=name, passes=16)
+    assert estimate.value == pytest.approx(1, rel=1e-5)
+    assert estimate.standard_error == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in NEW if n in methods.names()])
+def test_backends_agree_on_the_same_probes(name):
+    names = tuple(methods.get(name).metrics)
+    ours, theirs = (sampled(name, names, (5,), backend)[0] for backend in BACKENDS)
+    for metric in names:
+        assert ours.read(metric) == pytest.approx(theirs.read(metric), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_batches_are_as_good_as_one_block(name):
+    names = tuple(methods.get(name).metrics)
+    (whole, j), (grown, j2) = (sampled(name, names, probes) for probes in ((6,), (4, 1, 1)))
+    for metric in names:
+        assert grown.read(metric) == pytest.approx(whole.read(metric), rel=1e-9)
+    assert sum(x.passes for x in j) == sum(x.passes for x in j2)
+    assert sum(x.passes for x in j) == 6 * max(methods.get(name).passes_per_probe(metric) for metric in names)
+
+
+def test_pairs_by_hand():
+    """Sums over pairs as the docstring has them, on a table made by hand."""
+    N, K = 3, 5
+    w = np.random.default_rng(0).standard_normal((N, K, 7))
+    y = np.einsum("bkd,cld->bkcl", w, w) ** 2
+    expected = sum(
+        y[b, :, c, :].mean() if b != c else y[b, :, b, :][~np.eye(K, dtype=bool)].mean()
+        for b in range(N)
+        for c in range(N)
+    )
+    whole, parts = statistics.PairSums(N, K, 1), statistics.PairSums(N, K, 1)
+    whole.add(0, 0, [y])
+    for b in range(N):
+        for c in range(N):
+            parts.add(b, c, [y[b : b + 1, :, c : c + 1]])
+    assert whole.moments().means == pytest.approx([expected])
+    for part in ("means", "single", "double"):
+        assert getattr(parts.moments(), part) == pytest.approx(getattr(whole.moments(), part), rel=1e-9)
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 6])
+def test_standard_errors_of_few_fields_are_honest(K):
+    """Unbiased from four fields on; with two or three an upper bound that is not absurd."""
+    values, errors = estimates("block_u_statistics", "norm", K, 200, "wide")
+    ratio = (errors**2).mean() / values.var(ddof=1)
+    assert 0.75 < ratio < (1.35 if K >= 4 else 3)
+
+
+def test_what_does_not_fit_is_made_anew_within_the_budget():
+    ready = prepared("block_u_statistics", "wide", memory=200_000)
+    method = methods.get("block_u_statistics")
+    estimate = method.estimate(ready, "norm", 40, 0)
+    assert 30 < estimate.passes <= 40
+    assert abs(estimate.value - truth("wide")["norm"]) < 6 * estimate.standard_error
+    with pytest.raises(OverMemory, match="too few passes"):
+        method.estimate(prepared("block_u_statistics", "wide", memory=1), "norm", 40, 0)
+
+
+def net(outputs: int = 3) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def data(N: int = 12) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return torch.randn(N, 4)
+
+
+def exact_metrics(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
+    J = written_out(ntkbench.from_module(model, x))
+    return metrics_of(J @ J.T)
+
+
+@pytest.mark.parametrize(
+    "method", ["hutchinson", "block_u_statistics", "structured_block_u_statistics", "gram_reverse", "gram_forward"]
+)
+def test_a_tolerance_is_reached(method):
+    model, x = net(), data()
+    exact = exact_metrics(model, x)
+    rtol = 0.1
+    met = 0
+    for seed in range(12):
+        found = ntkbench.metrics_of(model, x, method=method, rtol=rtol, passes=20_000, seed=seed, memory=2**24)
+        assert len({e.passes for e in found.values()}) == 1
+        for metric, e in found.items():
+            assert not e.notes
+            assert e.relative_width() <= rtol
+            met += abs(e.value - exact[metric]) <= rtol * exact[metric]
+    assert met >= 0.85 * 36
+
+
+def test_a_tolerance_costs_no_more_than_it_needs():
+    model, x = net(), data()
+    loose, tight = (ntkbench.trace(model, x, method="one_sided_reverse", rtol=rtol) for rtol in (0.2, 0.05))
+    assert 16 <= loose.passes < tight.passes < 4096
+    assert ntkbench.trace(model, x, method="one_sided_reverse", rtol=0.9).passes == 16
+    assert ntkbench.norm(model, x, rtol=0.01).standard_error is None  # exact is cheap here
+
+
+def test_a_tolerance_out_of_reach_is_said():
+    estimate = ntkbench.trace(net(), data(), method="one_sided_reverse", rtol=1e-4, passes=50)
+    assert estimate.passes == 50
+    assert "50 passes did not reach rtol=0.0001 at confidence 0.95" in estimate.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("says", "how"),
+    [
+        ("rtol must be a number between 0 and 1, both excluded, got 0", {"rtol": 0}),
+        ("rtol must be a number between 0 and 1, both excluded, got -0.1", {"rtol": -0.1}),
+        ("rtol must be .* got 1", {"rtol": 1}),
+        ("rtol must be .* got 'small'", {"rtol": "small"}),
+        ("rtol must be .* got nan", {"rtol": math.nan}),
+        ("rtol must be .* got True", {"rtol": True}),
+        ("confidence must be .* got 95", {"rtol": 0.1, "confidence": 95}),
+        ("confidence must be .* got None", {"confidence": None}),
+        (
+            "hutchpp takes no rtol: its probes cannot be added to; allowed: .*gram_reverse.*hutchinson",
+            {"rtol": 0.1, "method": "hutchpp"},
+        ),
+        ("direct takes no rtol", {"rtol": 0.1, "method": "direct"}),
+    ],
+)
+def test_bad_tolerances(says, how):
+    for f in (ntkbench.norm, ntkbench.metrics_of):
+        with pytest.raises(ntkbench.BadInput, match=says):
+            f(net(), data(), **how)
+
+
+def test_many_statistics_from_one_block_of_probes():
+    model, x = net(70), data()
+    exact = exact_metrics(model, x)
+    found = ntkbench.metrics_of(model, x)
+    assert list(found) == ["trace", "norm", "effective_rank"]
+    for metric, e in found.items():
+        assert e.method == "structured_block_u_statistics"
+        assert e.passes == 1024 // 12  # beyond which the inner products take over
+        assert abs(e.value - exact[metric]) < 6 * e.standard_error
+    assert found["effective_rank"].value == pytest.approx(found["trace"].value ** 2 / found["norm"].value ** 2)
+    assert all(e.standard_error is None for e in ntkbench.metrics_of(net(), data()).values())
+    with_f = ntkbench.metrics_of(model, x, net(70), method="gram_reverse", passes=41)
+    assert list(with_f) == ["trace", "norm", "effective_rank", "alignment"]
+    assert {e.passes for e in with_f.values()} == {40}
+
+
+def test_interacting_samples_are_left_to_whole_passes():
+    model, x = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9)), data(20)
+    assert {e.method for e in ntkbench.metrics_of(model, x, rtol=0.5).values()} == {"hutchinson"}
+    assert ntkbench.trace(model, x).method == "one_sided_reverse"
+    for name in ("per_sample_trace", "block_u_statistics", "structured_block_u_statistics"):
+        with pytest.raises(ntkbench.BadInput, match="samples interact"):
+            ntkbench.trace(model, x, method=name)
+        tiny = loaded("tanh_net")
+        mixed = Problem(**{**vars(tiny), "samples_interact": True})
+        assert "samples interact" in methods.get(name).refusal(mixed, "trace", Target())

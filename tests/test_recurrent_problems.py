@@ -1,0 +1,240 @@
+"""Recurrent problems: initial weights, training that arrives, and the NTK of a part of a network."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ntkbench import __main__ as command
+from ntkbench import jacobian, methods, paths, problems, reference
+from ntkbench.errors import BadInput, DidNotTrain
+from ntkbench.problems import _tasks, _training, _weights, base, recurrent
+from ntkbench.problems.base import Definition
+from ntkbench.target import Target
+
+SEEDS = st.integers(0, 10**6)
+PART = "[N=2,parameters=recurrent,read=outputs]"
+
+
+@given(rank=st.integers(1, 8), gain=st.floats(0.2, 3), seed=SEEDS)
+def test_initialisations_have_the_rank_and_the_norm_asked_for(rank, gain, seed):
+    cut, full = (
+        recurrent.network("rnn", "flipflop", 8, gain=gain, rank=r, seed=seed).weight_hh.detach().double()
+        for r in (rank, None)
+    )
+    assert float(cut.norm()) == pytest.approx(float(full.norm()), rel=1e-5)
+    assert np.linalg.matrix_rank(cut.numpy(), tol=1e-4 * float(cut.norm())) == rank
+    again = recurrent.network("rnn", "flipflop", 8, gain=2 * gain, seed=seed).weight_hh
+    np.testing.assert_allclose(again.detach(), 2 * full, rtol=1e-5)
+
+
+def test_gains_are_in_units_of_the_edge_of_chaos():
+    w = recurrent.network("rnn", "flipflop", 300, gain=1.5).weight_hh.detach().numpy()
+    assert np.abs(np.linalg.eigvals(w)).max() == pytest.approx(1.5, rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"gain": 0.0}, {"gain": float("nan")}, {"rank": 0}, {"rank": 9}])
+def test_initialisations_that_cannot_be_are_refused(wrong):
+    with pytest.raises(BadInput, match="gain must be positive and rank from 1 to H=8"):
+        recurrent.network("rnn", "flipflop", 8, **wrong)
+
+
+@pytest.mark.parametrize("kind", recurrent.KINDS)
+def test_training_arrives_at_the_stated_loss(kind):
+    import torch
+
+    trials = _tasks.trials("match_to_sample", 16, 5, seed=1)
+    module = recurrent.network(kind, "match_to_sample", 12)
+    *_, (steps, last) = recurrent.course(module, trials, loss=0.2)
+    assert steps > 3
+    assert last <= 0.2
+    assert module.weight_hh.dtype == torch.float32
+    with torch.no_grad():
+        assert float(trials.loss()(module(torch.from_numpy(trials.inputs)))) == pytest.approx(last, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [f"{kind}_{task}" for kind in recurrent.KINDS for task in _tasks.TASKS])
+def test_committed_weights_solve_their_task(name):
+    import torch
+
+    task = name.partition("_")[2]
+    definition = base.REGISTRY[name]()
+    assert _weights.committed_file(name).stat().st_size < 2e6
+    stored = np.load(_weights.committed_file(name))
+    trained = copy.deepcopy(definition.module)
+    trained.load_state_dict({key: torch.from_numpy(stored[f"theta_f/{key}"]) for key in trained.state_dict()})
+    trials = _tasks.trials(task, recurrent.TRAINED_ON, 10, seed=1)
+    with torch.no_grad():
+        losses = [float(trials.loss()(m(torch.from_numpy(trials.inputs)))) for m in (definition.module, trained)]
+    assert losses[1] <= recurrent.LOSS * 1.001 < losses[0]
+
+
+@pytest.fixture
+def impatient(monkeypatch, tmp_path):
+    """Training that may take two steps, in a cache of its own."""
+    descent = _training.descent
+    monkeypatch.setattr(_training, "descent", lambda *args, **kwargs: descent(*args, **(kwargs | {"most": 2})))
+    monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
+    problems.load.cache_clear()
+    yield tmp_path
+    problems.load.cache_clear()
+
+
+def test_training_that_fails_is_one_error_and_leaves_nothing(impatient):
+    says = r"rnn_flipflop: training did not reach a loss of 0\.1: it is [\d.]+ after 2 steps"
+    with pytest.raises(DidNotTrain, match=says):
+        problems.load("rnn_flipflop[H=5]")
+    arguments = ["problem", "rnn_flipflop[H=5]", "--output", str(impatient / "facts.json")]
+    done = CliRunner().invoke(command.main, arguments)
+    assert done.exit_code != 0
+    assert "ntkbench: rnn_flipflop: training did not reach" in str(done.exception)
+    assert [path for path in impatient.rglob("*") if path.is_file()] == []
+
+
+def test_a_loss_that_is_no_number_ends_training():
+    import torch
+
+    w = torch.nn.Parameter(torch.tensor(1.0))
+    course = _training.descent(lambda: w * float("nan"), torch.optim.SGD([w], lr=1), to=0.1, most=9)
+    with pytest.raises(DidNotTrain, match="it is nan after 0 steps"):
+        list(course)
+
+
+@given(steps=st.integers(0, 3000))
+def test_checkpoints_are_log_spaced_and_end_with_the_last_step(steps):
+    import torch
+
+    module = torch.nn.Linear(1, 1, bias=False)
+
+    def course():
+        for step in range(steps + 1):
+            module.weight.data.fill_(step)
+            yield step, float(steps - step)
+
+    kept = list(_training.checkpoints(module, course()))
+    at = [step for step, _, _ in kept]
+    assert at[0] == 0
+    assert at[-1] == steps
+    assert at == sorted(set(at))
+    assert all(b - a <= max(1, a * (2**0.5 - 1) + 1) for a, b in itertools.pairwise(at))
+    assert len(at) <= 4 + 2 * np.log2(steps + 1)
+    for step, loss, weights in kept:
+        assert (loss, weights["weight"].item()) == (steps - step, step)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """A problem whose training depends on a size that its initial weights do not show."""
+    from torch import nn
+
+    def toy(N: int = 2, T: int = 3) -> Definition:
+        """A toy."""
+        module = nn.Linear(3, 2, bias=False)
+        module.weight.data.fill_(0.5)
+
+        def train(module):
+            module.weight.data += T
+
+        return Definition(module, np.ones((N, 3), np.float32), train, recipe=f"T={T}")
+
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(base.REGISTRY, "toy", toy)
+    monkeypatch.setattr(base, "ANY_SIZE", base.ANY_SIZE | {"toy"})
+    problems.load.cache_clear()
+    yield
+    problems.load.cache_clear()
+
+
+def test_weights_trained_by_another_recipe_are_not_used_nor_committed(toy):
+    problems.commit_weights("toy[N=1]")
+    committed = _weights.committed_file("toy").read_bytes()
+    assert problems.load("toy").theta_f["weight"][0, 0] == 3.5
+    assert problems.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5
+    problems.commit_weights("toy[T=7]")
+    assert _weights.committed_file("toy").read_bytes() == committed
+    problems.load.cache_clear()
+    assert problems.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5, "the cache mixes recipes up"
+
+
+def test_the_states_do_not_come_from_the_readout():
+    with pytest.raises(BadInput, match="states do not come from the readout: parameters=readout needs read=outputs"):
+        problems.load("gru_flipflop[parameters=readout]")
+
+
+def test_parts_share_inputs_and_weights_with_the_whole(load):
+    whole, states = load("gru_flipflop[read=outputs]"), load("gru_flipflop")
+    assert whole.output_shape == (20, 10, 3)
+    assert states.output_shape == (20, 10, 32)
+    assert "readout.weight" not in {**states.theta_0, **states.fixed_0}
+    for parameters, names in recurrent.PARTS.items():
+        part = load(f"gru_flipflop[read=outputs,parameters={parameters}]")
+        assert set(part.theta_0) == set(names)
+        assert part.digest() != whole.digest() or parameters == "all"
+        for end in ("theta_0", "theta_f"):
+            both = {**part.fixed(end), **part.weights(end)}
+            assert both.keys() == whole.weights(end).keys()
+            assert all(np.array_equal(both[key], w) for key, w in whole.weights(end).items())
+
+
+def columns_of(problem, names):
+    """Columns of J that belong to some parameters."""
+    start, chosen = 0, []
+    for key, w in problem.theta_0.items():
+        chosen += range(start, start + w.size) if key in names else ()
+        start += w.size
+    return chosen
+
+
+@pytest.mark.parametrize("end", ["theta_0", "theta_f"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "torch autodiff", "jax autodiff"])
+@pytest.mark.parametrize("name", ["rnn_flipflop", "lstm_match_to_sample"])
+def test_the_jacobian_of_a_part_is_a_block_of_the_whole(name, backend, end, load):
+    from ntkbench.jacobian import torch as autodiff
+
+    whole, part = load(f"{name}[N=2,read=outputs]"), load(f"{name}{PART}")
+    target = Target(backend.split()[0], "float64", "cpu")
+    linearise = jacobian.linearise
+    if "autodiff" in backend:
+        linearise = __import__(f"ntkbench.jacobian.{target.backend}", fromlist=["linearise"]).linearise
+    j = linearise(part, end, target)
+    made = np.asarray(j.vjp(j.basis(0, j.n)))
+    j = autodiff.linearise(whole, end, Target("torch", "float64", "cpu"))
+    full = np.asarray(j.vjp(j.basis(0, j.n)))
+    block = full[:, columns_of(whole, set(part.theta_0))]
+    np.testing.assert_allclose(made, block, rtol=0, atol=1e-11 * np.abs(block).max())
+
+
+@pytest.mark.parametrize("method", ["jacobian_contraction", "direct", "nt_jacobian_contraction"])
+def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method, load):
+    part, whole = load(f"rnn_flipflop{PART}"), load("rnn_flipflop[N=2,read=outputs]")
+    thetas = []
+    for end in ("theta_0", "theta_f"):
+        j = jacobian.linearise(whole, end, Target("torch", "float64", "cpu"))
+        block = np.asarray(j.vjp(j.basis(0, j.n)))[:, columns_of(whole, {"weight_hh"})]
+        thetas.append(block @ block.T)
+    expected = (thetas[0] * thetas[1]).sum() / np.prod([np.linalg.norm(t) for t in thetas])
+    assert reference.compute(part)["metrics"]["alignment"] == pytest.approx(expected, rel=1e-10)
+    chosen = methods.get(method)
+    target = Target(chosen.backends[0], "float64", "cpu")
+    assert chosen.refusal(part, "alignment", target) is None
+    found = chosen.estimate(chosen.prepare(part, target), "alignment")
+    assert found.value == pytest.approx(expected, rel=1e-9)
+
+
+def test_methods_that_trace_one_network_refuse_a_part_with_another_rest(load):
+    part, target = load(f"rnn_flipflop{PART}"), Target("torch", "float64", "cpu")
+    method = methods.get("structured_derivatives")
+    assert "traces one network" in method.refusal(part, "alignment", target)
+    with pytest.raises(BadInput, match="traces one network"):
+        method.estimate(method.prepare(part, target), "alignment")
+    assert method.refusal(part, "norm", target) is None
+    norm = method.estimate(method.prepare(part, target), "norm").value
+    assert norm == pytest.approx(reference.exact(part)["norm"], rel=1e-9)
+    assert method.refusal(load("rnn_flipflop[N=2,read=outputs]"), "alignment", target) is None
