@@ -39,9 +39,16 @@ with errors.as_one_line():
     CONFIG = grid.write(STUDY, RESULTS / "config.yaml")
 
 METHODS = sorted({cell.method for cell in CELLS})
-# What is drawn from each table: the results table is called by no name, the others by their study's.
+# What each figure is drawn from: the results table, or that of a study; of committed tables only those that are kept.
 FIGURES = {name: figures.study_of(name) for name in figures.names()}
-FIGURES = {name: study for name, study in FIGURES.items() if study is None or study in STUDY.studies}
+FIGURES = {
+    name: f"studies/{study}.csv" if study else "table.csv"
+    for name, study in FIGURES.items()
+    if study is None or study in STUDY.studies
+}
+FIGURES = {
+    name: TABLES / table for name, table in FIGURES.items() if STUDY.source == "measured" or (TABLES / table).exists()
+}
 
 if workflow.is_main_process:
     LOCK = FileLock(RESULTS / ".lock")
@@ -71,7 +78,10 @@ rule figures:
 
 rule paper_figures:
     input:
-        expand(RESULTS / "figures" / "{figure}.png", figure=[name for name, study in FIGURES.items() if study]),
+        expand(
+            RESULTS / "figures" / "{figure}.png",
+            figure=[name for name, table in FIGURES.items() if table.name != "table.csv"],
+        ),
 
 
 rule problem:
@@ -179,8 +189,7 @@ rule study:
 
 rule figure:
     input:
-        lambda wildcards: TABLES
-        / (f"studies/{FIGURES[wildcards.figure]}.csv" if FIGURES[wildcards.figure] else "table.csv"),
+        lambda wildcards: FIGURES[wildcards.figure],
     output:
         multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
     log:

@@ -1,6 +1,7 @@
 """The real Snakefile on the smoke configuration: killed half-way, taken up again, and asked once more."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from filelock import FileLock
 
-from ntkbench import grid, paths, plugins, results
+from ntkbench import figures, grid, paths, results
 
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
 STUDY = grid.Config.read(CONFIG)
@@ -87,9 +89,20 @@ def test_the_table_has_one_measured_row_a_cell(finished):
 
 def test_every_figure_is_there_in_every_form(finished):
     folder, _ = finished
-    for name in plugins.names("ntkbench.figures"):
+    drawn = [name for name in figures.names() if figures.study_of(name) in (None, *STUDY.studies)]
+    assert {figures.study_of(name) for name in drawn} == {None, *STUDY.studies}
+    page = (folder / "results" / "smoke" / "gallery.html").read_text()
+    for name in drawn:
+        assert f'id="{name}"' in page
         for form in (".png", ".pdf", ".csv", ".txt"):
             assert (folder / "results" / "smoke" / "figures" / f"{name}{form}").stat().st_size > 0
+
+
+def test_every_study_has_a_table_with_its_provenance(finished):
+    folder, _ = finished
+    for name in STUDY.studies:
+        table = pd.read_csv(folder / "results" / "smoke" / "studies" / f"{name}.csv")
+        assert set(table["status"]) == {"ok"} and table["git_sha"].notna().all()
 
 
 def test_a_finished_run_has_nothing_to_do(finished):
@@ -132,6 +145,27 @@ def test_a_new_method_file_is_one_more_shard(finished, edited):
     config.write_text(yaml.safe_dump(raw))
     plan = planned(run(finished[0], "--dry-run", root=edited, config=config))
     assert {name for name in plan if name.removesuffix(".csv") in [*METHODS, "brand_new"]} == {"brand_new.csv"}
+
+
+def test_a_changed_study_runs_that_study_and_its_figures_only(finished, edited):
+    config = edited / "config" / "more.yaml"
+    raw = yaml.safe_load(CONFIG.read_text())
+    raw["studies"]["mohamadi_drift"]["steps"] = 60
+    config.write_text(yaml.safe_dump(raw))
+    plan = planned(run(finished[0], "--dry-run", config=config))
+    assert {name for name in plan if name.endswith(".csv")} >= {"mohamadi_drift.csv"}
+    assert not {f"{name}.csv" for name in [*METHODS, *STUDY.studies] if name != "mohamadi_drift"} & plan
+    assert "gallery.html" in plan
+
+
+def test_figures_of_the_reference_are_drawn_without_measuring(tmp_path):
+    default = paths.ROOT / "config" / "default.yaml"
+    plan = run(tmp_path, "figures", "--config", "source=reference", "threads=1", "--dry-run", config=default)
+    assert planned(plan) and "gallery.html" in planned(plan)
+    said = plan.stdout + plan.stderr
+    assert not re.search(r"^(local)?rule (measure|problem|study|table):", said, re.MULTILINE)
+    none = run(tmp_path, "figures", "--config", "source=reference", config=CONFIG)
+    assert none.returncode != 0 and "no measured tables of the profile 'smoke' are kept" in none.stderr
 
 
 def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):

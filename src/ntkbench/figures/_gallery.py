@@ -16,7 +16,7 @@ GROUPS = {
     "hazelden": "Hazelden: trace estimation",
     "mohamadi": "Mohamadi, Bae, Sutherland: the pNTK",
     "novak": "Novak, Sohl-Dickstein, Schoenholz: fast finite-width kernels",
-    "recurrent": "Recurrent networks",
+    "along": "Along training",
 }
 """First words of figures' names, in the order of the page; the others come first."""
 OWN = "The comparison"

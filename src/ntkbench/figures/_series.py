@@ -41,7 +41,8 @@ def _backend(look: _looks.Look) -> str:
 
 def line(panel: Axes, rows: pd.DataFrame, x: str, y: str, look: _looks.Look, **changes: Any) -> None:
     """One method: a line with markers, and the quartiles of ``y`` as a band where the table has them."""
-    rows = rows[rows[[x, y]].notna().all(axis=1)].sort_values(x)
+    rows = rows[rows[[x, y]].notna().all(axis=1)]
+    rows = rows.sort_values("m" if "m" in rows else x)  # what was chosen, where x was measured
     panel.plot(rows[x], rows[y], **(style(look) | changes), zorder=3)
     low, high = f"{y}_q25", f"{y}_q75"
     if low in rows and len(rows) > 1:

@@ -69,16 +69,18 @@ def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
         "quartiles. Hutch++ takes a trace of its own for each of Theta^2, Theta_f^2 and Theta Theta_f; shared probes "
         "serve all three. Crosses are published, on MNIST."
     )
-    best = []
+    best, least = [], {}
     for metric, series in METRICS.items():
         rows = plotted[(plotted["metric"] == metric) & (plotted["baseline"] == "direct")]
         there = _published.values("hazelden_figures", figure="related_terms", series=series)
         rows = rows[rows["method"] == "hutchpp_paper"]
         if len(rows):
+            least[metric] = rows["error"].min()
             words = f"{series.replace('_', ' ')} {rows['error'].min():.1g} at {rows['percent'].max():.2g} %"
             best.append(f"{words} (published {there['y'].min():.1g} at {there['x'].max():.2g} %)")
-    return (
-        f"{text} Reached with the most samples: {'; '.join(best)}. What agrees: the order of the three metrics and "
-        "the fall by a sketch that takes in the few large eigenvalues. What does not: percentages, since direct in "
-        "blocks is faster than a column at a time, and the data."
-    )
+    text += f" Hutch++ with the most samples, in percent of direct in blocks: {'; '.join(best)}."
+    if len(least) == len(METRICS):
+        hardest = max(least, key=least.__getitem__)
+        agrees = "agrees" if hardest == "effective_rank" else "does not agree"
+        text += f" The hardest of the three is the {METRICS[hardest].replace('_', ' ')}, which {agrees} with the paper."
+    return text + " Percentages need not agree: they are as much the baseline's, and the data and its rank are others."

@@ -26,14 +26,17 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         len(outputs),
         title="Seconds for a pair of images, NTK and pNTK of ResNets (Mohamadi et al., figure 1)",
         subtitle=base.settings_line(table),
-        key=[("method", _series.entries(looks.values())), ("how to read", [_series.PUBLISHED])],
+        key=[
+            ("method", _series.entries(looks.values())),
+            ("how to read", [(_series.PUBLISHED[0], "published, O = 200")]),
+        ],
         gap=0.75,
     )
     there = _published.values("mohamadi_figure1_tiny_imagenet")
     for panels, N in zip(grid, samples, strict=True):
         for panel, output in zip(panels, outputs, strict=True):
             rows = points[(points["N"] == N) & (points["O"] == output)]
-            shown = there[there["outputs"] == output] if max(samples) == N else there.iloc[:0]
+            shown = there if (N, output) == (max(samples), max(outputs)) else there.iloc[:0]
             heading = "two images by themselves" if min(samples) == N else f"all pairs of {N:g} images"
             _canvas.title(panel, heading, f"O = {output:g}")
             for method, line in rows.groupby("method", sort=False):

@@ -58,13 +58,8 @@ def _caption(points: pd.DataFrame) -> str:
             f"{products / structured:.2g}, the Jacobian alone {alone / structured:.2g}"
         )
     text += f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}."
-    if _structured_wins(last):
-        text += (
-            " What agrees with the paper: structured derivatives take the fewest of the three, the fewer the larger N "
-            "and O are, and little more than the Jacobian alone."
-        )
-    else:
-        text += " What does not agree with the paper: structured derivatives do not take the fewest everywhere."
+    verdict = "agrees" if _structured_wins(last) else "does not agree"
+    text += f" That structured derivatives take the fewest of the three there {verdict} with the paper."
     if OURS in wide:
         text += f" Ours over neural-tangents' structured derivatives: {_series.ratio_words(wide[OURS] / wide[THEIRS])}."
     return text

@@ -1,0 +1,378 @@
+"""Studies: what they compute against dense kernels, what configurations may say, and the figures drawn from them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import ntkbench
+from ntkbench import figures, grid, paths, problems, reference, running, studies
+from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench.figures import _gallery, _published, _series, base
+from ntkbench.studies import _networks, _pntk, hazelden_trace, mohamadi_cost
+
+BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
+TINY = {
+    "hazelden_trace": {"problems": {"mlp": "mlp_hazelden[N=2]"}, "mlp": [12, 60], "small": [6]},
+    "hazelden_metrics": {"problems": ["digits_conv[N=8]"], "samples": [6]},
+    "hazelden_blog": {"problem": "gru_hazelden[N=2,T=5]", "samples": [2]},
+    "mohamadi_cost": {"depths": [18], "outputs": [2], "width": 2, "side": 8, "samples": 3},
+    "mohamadi_quality": {"widths": {"fc": [16, 64, 256]}, "inits": 2, "train": 10, "test": 4},
+    "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
+    "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
+    "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
+    "novak_resnets": {"depths": [18], "outputs": [2], "width": 2, "side": 32},
+}
+QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
+PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
+PROVENANCE |= {"machine": "a laptop", "versions": "", "python": ""}
+
+
+def config(**changes):
+    return grid.Config.check({"profile": "test", "threads": 1, "grid": [BLOCK]} | changes, "test.yaml")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Every study at a tiny size, as the command measures it but in this process."""
+    made = {}
+    for name, sizes in TINY.items():
+        settings = studies.settings(name, QUICK | sizes)
+        made[name] = sys.modules[f"ntkbench.studies.{name}"].run(settings).assign(**PROVENANCE)
+    return made
+
+
+def ok(table: pd.DataFrame) -> pd.DataFrame:
+    assert set(table["status"]) == {"ok"}, table.loc[table["status"] != "ok", "reason"].unique()
+    return table
+
+
+# --- what is measured
+
+
+def test_every_study_is_tried_here():
+    assert {name for name in studies.names() if name.split("_")[0] in ("hazelden", "mohamadi", "novak")} == set(TINY)
+
+
+def test_estimates_have_their_errors_against_exact_values_and_the_script_s_samples(tables):
+    table = ok(tables["hazelden_trace"])
+    exact = reference.exact(problems.load("mlp_hazelden[N=2]"))["trace"]
+    estimates = table[table["m"].notna()]
+    assert set(estimates["m"]) == {6, 12, 60}
+    np.testing.assert_allclose(estimates["reference"], exact)
+    one_sided = estimates[estimates["method"].str.startswith("one_sided")]
+    assert (one_sided["passes"] == one_sided["m"]).all()
+    assert (estimates["error_q25"] <= estimates["error"]).all() and (estimates["error"] <= estimates["error_q75"]).all()
+    baselines = table[table["m"].isna()].set_index("method")
+    assert set(baselines.index) == set(hazelden_trace.BASELINES)
+    assert baselines.loc["structured_derivatives", "error"] < 1e-5
+    assert (baselines["share"] == 1).all()
+
+
+def test_a_share_of_the_columns_is_scaled_up_to_all_of_them(monkeypatch):
+    from ntkbench.studies import _estimates
+
+    problem = problems.load("digits_conv[N=8]")
+    monkeypatch.setattr(running, "timed", lambda call, seconds: ([float(call()) * 0 + 2.0], []))
+    settings = _estimates.Settings(**QUICK, direct_share=0.1)
+    row = _estimates.baseline(settings, problem, "trace", "direct")
+    assert (row["share"], row["seconds"]) == (8 / 80, 2.0 * 10)
+
+
+def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
+    table = ok(tables["hazelden_metrics"])
+    assert set(table["metric"]) == {"norm", "alignment", "effective_rank"}
+    row = table[(table["metric"] == "norm") & table["m"].notna()].iloc[0]
+    assert row["reference"] == reference.exact(problems.load("digits_conv[N=8]"))["norm"]
+    blog = ok(tables["hazelden_blog"]).set_index(["metric", "method"])
+    assert (
+        blog.loc[("alignment", "hutchpp"), "passes"] == 9 * blog.loc[("alignment", "shared_probe_alignment"), "passes"]
+    )
+
+
+@pytest.mark.parametrize("family", list(_networks.FAMILIES))
+def test_kernels_read_off_theta_are_those_of_the_library(family):
+    network = _networks.seeded(lambda: _networks.FAMILIES[family](2, 3), 0)
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    full = _pntk.theta(network, x)
+    torch.testing.assert_close(full.reshape(9, 9), dense(network, x))
+    for name, kernel in _pntk.standing_in(network, x, full, seed=3).items():
+        torch.testing.assert_close(kernel, ntkbench.ntk(network, x, kernel=name, seed=3, dtype="float64"))
+        dense_difference = (torch.kron(kernel, torch.eye(3).double()) - full.reshape(9, 9)).norm() / full.norm()
+        assert _pntk.difference(full, kernel) == pytest.approx(float(dense_difference), rel=1e-10)
+        assert _pntk.difference(full, kernel) >= _pntk.difference(full, full.diagonal(dim1=1, dim2=3).mean(-1)) - 1e-12
+
+
+def dense(network, x):
+    """Theta from a Jacobian by plain autograd."""
+    network = network.double()
+    rows = [
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(y, list(network.parameters()), retain_graph=True)])
+        for y in network(x.double()).reshape(-1)
+    ]
+    network.float()
+    return torch.stack(rows) @ torch.stack(rows).T
+
+
+def test_kernel_regression_is_the_same_by_kernel_and_by_its_kronecker_product():
+    rng = torch.Generator().manual_seed(0)
+    root, at_0, y = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((7, 9), (7, 2), (5, 2)))
+    kernel = root @ root.T
+    whole = torch.einsum("ab,op->aobp", kernel, torch.eye(2).double())
+    torch.testing.assert_close(_pntk.predictions(kernel, at_0, y, 5), _pntk.predictions(whole, at_0, y, 5))
+    expected = at_0[5:] + kernel[5:, :5] @ torch.linalg.inv(kernel[:5, :5]) @ (y - at_0[:5])
+    torch.testing.assert_close(_pntk.predictions(kernel, at_0, y, 5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_off_diagonal_mass_of_a_known_kernel():
+    block = torch.tensor([[2.0, -1.0], [-1.0, 2.0]]).double()
+    full = torch.einsum("ab,op->aobp", torch.ones(3, 3).double(), block)
+    assert _pntk.off_diagonal_mass(full) == pytest.approx(0.5)
+
+
+def test_the_pntk_closes_in_on_theta_with_width(tables):
+    table = ok(tables["mohamadi_quality"])
+    found = table.groupby(["kernel", "width"])["difference"].mean()
+    for kernel in ("sum_of_logits", "single_logit", "random_vector", "trace"):
+        assert found[kernel].is_monotonic_decreasing
+    assert (found["trace"] <= found["sum_of_logits"]).all()
+    from ntkbench.figures import mohamadi_quality as figure
+
+    value, _ = figure.slope(table, "sum_of_logits")
+    assert -0.8 < value < -0.3
+
+
+def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(tables):
+    ends = ok(tables["mohamadi_drift"]).query("kernel == 'sum_of_logits'").set_index(["loss", "step"])
+    decayed, plain = (ends.loc[(loss, 200)] for loss in ("cross_entropy_decay", "cross_entropy"))
+    # 1^T V shrinks by 1 - rate * decay a step and is touched by nothing else.
+    assert decayed["sum_direction"] < 0.5 * ends.loc[("cross_entropy_decay", 0), "sum_direction"]
+    assert decayed["pntk_to_last_layer"] < 0.5 * plain["pntk_to_last_layer"]
+
+
+def test_gradient_descent_on_cross_entropy_leaves_the_readouts_sum_alone():
+    network = _networks.seeded(lambda: _networks.fc(8, 4), 0).double()
+    before = network[-1].weight.sum(0).detach().clone()
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(x), torch.arange(16) % 4).backward()
+        optimizer.step()
+    torch.testing.assert_close(network[-1].weight.sum(0).detach(), before)
+
+
+def test_costs_of_resnets_are_there_or_say_why_not(tables):
+    table = ok(tables["mohamadi_cost"])
+    assert set(table["N"]) == {2, 3} and set(table["method"]) == set(mohamadi_cost.METHODS)
+    np.testing.assert_allclose(table["seconds_per_pair"] * table["pairs"], table["seconds"])
+    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"case_gigaflop": 1e-4})
+    left = mohamadi_cost.run(settings)
+    assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("over case_gigaflop").all()
+
+
+@pytest.mark.parametrize("depth", list(_networks.RESNETS))
+def test_resnets_have_the_layers_of_their_name(depth):
+    network = _networks.resnet(depth, 5, width=1)
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    shortcuts = [m for name, m in network.named_modules() if "shortcut" in name and isinstance(m, torch.nn.Conv2d)]
+    assert len(layers) - len(shortcuts) == depth
+
+
+def test_operations_agree_with_what_the_papers_table_says(tables):
+    flops = ok(tables["novak_flops"]).set_index(["method", "O", "width"])["flops"]
+    assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
+    assert flops["nt_ntk_vector_products", 4, 32] > flops["nt_structured_derivatives", 4, 32]
+    entries = tables["novak_flops"]
+    resnets = ok(tables["novak_resnets"]).set_index("method")["flops"]
+    assert resnets["jacobian"] < resnets["nt_jacobian_contraction"]
+    np.testing.assert_allclose(entries["flops_per_entry"], entries["flops"] / (entries["N"] * entries["O"]) ** 2)
+
+
+def test_programs_over_the_budget_are_rows_that_say_so(tables):
+    table = tables["novak_time"]
+    lost = table[table["status"] == "out_of_memory"]
+    assert len(lost) and lost["reason"].str.contains("over the budget").all()
+    assert set(table["status"]) == {"ok", "out_of_memory"}
+    assert (table.loc[table["status"] == "ok", "memory_bytes"].dropna() >= 0).all()
+
+
+def test_lowered_programs_compute_the_kernel():
+    import jax
+
+    from ntkbench.problems.novak import fc_relu
+    from ntkbench.studies import _programs
+
+    network = fc_relu(N=2, O=3, width=8, depth=2)
+    weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
+    expected = dense(network.module, torch.from_numpy(network.x)).float().numpy()
+    for name in _programs.IMPLEMENTATIONS:
+        lowered = _programs.lowered(
+            name, network.jax_forward, {k: w.shape for k, w in weights.items()}, network.x.shape
+        )
+        theta = jax.device_get(lowered.compile()(weights, network.x))
+        np.testing.assert_allclose(theta.transpose(0, 2, 1, 3).reshape(6, 6), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_resnets_are_the_same_network_in_jax(depth):
+    from ntkbench.studies import novak_resnets
+
+    network = _networks.seeded(lambda: _networks.resnet(depth, 3, width=2, imagenet_stem=True), 0)
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
+    found = np.asarray(novak_resnets.forward(depth)(weights, x.numpy()))
+    np.testing.assert_allclose(found, network(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_endings_have_the_words_of_the_table():
+    assert running.ending(Unavailable("no data"))["status"] == "skipped"
+    assert running.ending(OverMemory("too much")) == {"status": "out_of_memory", "reason": "too much"}
+    assert running.ending(ValueError("bad\nworse")) == {"status": "failed", "reason": "ValueError: bad"}
+
+
+def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
+    times, found = running.timed(lambda: 1, 1e-9)
+    assert (len(times), len(found)) == (1, 2)
+    monkeypatch.setattr(running, "PATIENCE", -1)
+    times, found = running.timed(lambda: 1, 1e-9)
+    assert (len(times), len(found)) == (1, 1)
+
+
+# --- configurations and commands
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mohamadi_qualty": {}}, ["studies", "mohamadi_qualty", "did you mean 'mohamadi_quality'"]),
+        ({"mohamadi_quality": {"inits": 0}}, ["studies.mohamadi_quality.inits", "0", "greater than 0"]),
+        ({"mohamadi_quality": {"width": 3}}, ["studies.mohamadi_quality.width", "no such key", "widths", "train"]),
+        ({"mohamadi_quality": {"widths": {"mlp": [3]}}}, ["studies.mohamadi_quality.widths.mlp", "'fc'", "'conv'"]),
+        ({"hazelden_trace": {"small": []}}, ["studies.hazelden_trace.small", "at least 1"]),
+        ({"hazelden_trace": {"direct_share": 2}}, ["studies.hazelden_trace.direct_share", "less than or equal to 1"]),
+        ({"novak_flops": 3}, ["studies.novak_flops", "3", "dictionary"]),
+    ],
+)
+def test_bad_sizes_are_named(given, said):
+    with pytest.raises(BadInput) as caught:
+        config(studies=given)
+    assert all(part in str(caught.value) for part in ["test.yaml", *said]), str(caught.value)
+
+
+def test_a_study_takes_the_configurations_keys_where_it_says_nothing():
+    made = config(seeds=7, dtype="float64", studies={"hazelden_blog": {"seeds": 9}, "novak_flops": {}})
+    assert (made.study("hazelden_blog").seeds, made.study("novak_flops").seeds) == (9, 7)
+    assert made.study("novak_flops").dtype == "float64"
+
+
+def test_a_studys_fingerprint_follows_its_settings_and_sources(monkeypatch):
+    one, other = (config(studies={"hazelden_blog": {"samples": [s]}, "novak_flops": {}}) for s in (2, 3))
+    names = ("hazelden_blog", "novak_flops")
+    before = [grid.study_fingerprint(one, name) for name in names]
+    assert grid.study_fingerprint(other, "hazelden_blog") != before[0]
+    assert grid.study_fingerprint(other, "novak_flops") == before[1]
+    assert grid.fingerprint(one, "direct", paths.ROOT / "benchmarks") == grid.fingerprint(
+        other, "direct", paths.ROOT / "benchmarks"
+    )
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b"#" * (file.name == "shared_probe_alignment.py"))
+    after = [grid.study_fingerprint(one, name) for name in names]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
+def test_the_command_writes_a_table_with_its_provenance(tmp_path):
+    file = tmp_path / "config.yaml"
+    raw = {"profile": "test", "threads": 1, "grid": [BLOCK], "studies": {"mohamadi_drift": TINY["mohamadi_drift"]}}
+    file.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "ntkbench", "study"]
+    output = tmp_path / "studies" / "drift.csv"
+    subprocess.run([*command, "mohamadi_drift", "--config", file, "--output", output], check=True, capture_output=True)
+    table = pd.read_csv(output)
+    assert set(base.PROVENANCE) <= set(table.columns) and set(table["threads"]) == {1}
+    done = subprocess.run(
+        [*command, "novak_flops", "--config", file, "--output", output], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and "unknown study 'novak_flops'" in done.stderr
+        and "allowed: mohamadi_drift" in done.stderr
+    )
+
+
+def test_studies_import_no_backend():
+    code = "import sys; from ntkbench import studies; [studies.fields(n) for n in studies.names()];"
+    code += "sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- figures
+
+
+def of_studies():
+    return [(name, figures.study_of(name)) for name in figures.names() if figures.study_of(name) in TINY]
+
+
+def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path):
+    for name, study in of_studies():
+        first = {path.name: path.read_bytes() for path in figures.draw(name, tables[study], tmp_path)}
+        assert set(first) == {f"{name}.{kind}" for kind in ("csv", "txt", "png", "pdf")}
+        file = tmp_path / f"{study}.table.csv"
+        tables[study].to_csv(file, index=False)
+        again = figures.draw(name, pd.read_csv(file), tmp_path)
+        assert {path.name: path.read_bytes() for path in again} == first
+        caption = (tmp_path / f"{name}.txt").read_text()
+        assert all(part in caption for part in ("0123456789", "a laptop", f"Rows of the study {study}", "1 thread"))
+        assert not re.search(r"\bnan\b", caption), caption
+    assert {study for _, study in of_studies()} == set(TINY)
+
+
+def test_studies_that_found_nothing_are_drawn_as_such(tables, tmp_path):
+    for name, study in of_studies():
+        table = tables[study]
+        numbers = [c for c in table.select_dtypes("number") if c not in PROVENANCE]
+        lost = table.assign(status="failed", reason="$x$ broke", **dict.fromkeys(numbers, np.nan))
+        for rows in (lost, table.iloc[:0]):
+            figures.draw(name, rows, tmp_path)
+            assert "Nothing to show" in (tmp_path / f"{name}.txt").read_text()
+
+
+def test_a_figure_refuses_the_table_of_another_study(tables, tmp_path):
+    with pytest.raises(BadInput, match="lacks columns that this figure needs"):
+        figures.draw("novak_flops", tables["mohamadi_drift"], tmp_path)
+
+
+def test_published_values_are_committed_and_drawn():
+    assert len(_published.values("hazelden_figures", figure="speedup", problem="mlp")) == 20
+    with pytest.raises(BadInput, match="hazelden_figures"):
+        _published.values("hazelden")
+    text = (paths.PUBLISHED / "README.md").read_text()
+    assert all(f"`{file.name}`" in text for file in paths.PUBLISHED.glob("*.csv"))
+
+
+def test_slopes_have_their_interval():
+    rng = np.random.default_rng(0)
+    x = np.repeat([1.0, 2.0, 4.0, 8.0], 5)
+    inside = 0
+    for _ in range(200):
+        value, half = _series.slope(x, x**-0.5 * np.exp(0.1 * rng.standard_normal(len(x))))
+        inside += abs(value + 0.5) <= half
+    assert 180 <= inside <= 199
+
+
+def test_the_gallery_needs_no_other_file(tables, tmp_path):
+    made = [figures.draw(name, tables[study], tmp_path)[2] for name, study in of_studies()[:2]]
+    page = _gallery.page(made, "All <figures>")
+    assert "All &lt;figures&gt;" in page and page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    made[0].with_suffix(".txt").unlink()
+    with pytest.raises(BadInput, match="has no caption"):
+        _gallery.page(made, "x")
