@@ -18,7 +18,7 @@ smoke: CONFIG := config/smoke.yaml
 smoke: results
 
 test: $(READY)
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	ruff check

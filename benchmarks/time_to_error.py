@@ -165,7 +165,7 @@ def _entrant(name: str, goal: Goal, exact: float) -> Entrant | str:
                 # Errors fall at least as the root of the budget; large steps are for where there is a long way to go.
                 passes = min(MOST_PASSES, math.ceil(passes * min(max((off / goal.error) ** 1.5, 2**0.5), 4.0)))
                 continue
-            if not failed or found.passes < CLOSE * failed:
+            if not failed or found.passes <= max(CLOSE * failed, failed + 1):
                 return found
             passes = round(math.sqrt(failed * found.passes))
     except (NtkbenchError, MemoryError, RuntimeError) as error:
