@@ -312,7 +312,8 @@ def test_the_command_writes_a_table_with_its_provenance(tmp_path):
 
 def test_studies_import_no_backend():
     code = "import sys; from ntkbench import studies; [studies.fields(n) for n in studies.names()];"
-    code += "torch = sys.modules.get('torch'); sys.exit('jax' in sys.modules or bool(torch and torch.cuda.is_initialized()))"
+    code += "torch = sys.modules.get('torch'); started = torch and torch.cuda.is_initialized();"
+    code += "sys.exit(bool('jax' in sys.modules or started))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
