@@ -22,6 +22,11 @@ SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[
 """Problems that are small enough to write J out, one of each family."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The pipeline first: it is the longest file, and another process does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of this session's own, so that nothing left over from before can make a test pass."""

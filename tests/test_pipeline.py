@@ -102,7 +102,7 @@ def test_every_study_has_a_table_with_its_provenance(finished):
     folder, _ = finished
     for name in STUDY.studies:
         table = pd.read_csv(folder / "results" / "smoke" / "studies" / f"{name}.csv")
-        assert set(table["status"]) == {"ok"} and table["git_sha"].notna().all()
+        assert "ok" in set(table["status"]) <= {"ok", "skipped"} and table["git_sha"].notna().all()
 
 
 def test_a_finished_run_has_nothing_to_do(finished):

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations
 
 import ntkbench
 from ntkbench.errors import BadInput
-from ntkbench.structured import LayerwiseKernel, contraction, kernels
+from ntkbench.structured import contraction, kernels
 from ntkbench.structured.factors import Lookups, Products, Rows
+from ntkbench.structured.kernel import LayerwiseKernel
 
 ODD = 1e-10
 """Largest difference from the explicit kernel in float64, relative to its largest entry."""

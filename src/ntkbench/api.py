@@ -85,7 +85,8 @@ def ntk(
     """
     from ntkbench import jacobian
     from ntkbench.problems._module import from_module, same_inputs
-    from ntkbench.structured import LayerwiseKernel, kernels
+    from ntkbench.structured import kernels
+    from ntkbench.structured.kernel import LayerwiseKernel
 
     chosen = kernels.get(kernel)
     _check_whole("seed", seed)

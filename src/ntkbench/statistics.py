@@ -73,7 +73,7 @@ def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> Reading:
         statistic: a smooth function of one mean per column.
         columns: what each of the k probes says of each quantity, ``[k]`` each; rows are probes.
     """
-    value = statistic(*(c.mean() for c in columns))
+    value = float(statistic(*(c.mean() for c in columns)))
     k = len(columns[0])
     if k < 2:
         return Reading(value, math.nan, 0)

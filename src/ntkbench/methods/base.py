@@ -159,8 +159,9 @@ class Stochastic(Method):
 
     def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
         reason = super().refusal(problem, metric, target, passes)
-        least = self.least_passes(problem, metric)
-        return _takes(metric, least) if reason is None and passes is not None and passes < least else reason
+        if reason is None and passes is not None and passes < (least := self.least_passes(problem, metric)):
+            return _takes(metric, least)
+        return reason
 
     def estimate(self, prepared: Any, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         if passes is None:

@@ -11,11 +11,7 @@ kernel.py       the kernel: whole, block by block, or its diagonal
 kernels.py      kernels between samples that stand for the NTK
 method.py       what the methods by layers share
 
+Importing the room starts no backend; its files but ``method.py`` import torch.
+
 Novak et al. 2022 (arXiv 2206.08720), section 3, do this in JAX on the equations of a jaxpr.
 """
-
-from __future__ import annotations
-
-from ntkbench.structured.kernel import LayerwiseKernel
-
-__all__ = ["LayerwiseKernel"]

@@ -9,7 +9,7 @@ from typing import Any
 from ntkbench.jacobian import torch_network
 from ntkbench.neural_tangents.compat import load
 from ntkbench.problems.base import Definition, Problem
-from ntkbench.structured import LayerwiseKernel
+from ntkbench.structured.kernel import LayerwiseKernel
 from ntkbench.target import Target
 
 IMPLEMENTATIONS = {
