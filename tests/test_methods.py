@@ -296,6 +296,13 @@ def test_refuses_budgets_that_are_too_small(method, metric, tiny):
         method.estimate(prepared(method, "tanh_net", method.backends[0]), metric)
 
 
+@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+def test_memory_is_known_beforehand_for_every_metric(method, tiny):
+    for metric in method.metrics:
+        passes = least(method, metric) if method.takes_passes else None
+        assert method.bytes_needed(tiny, metric, Target(method.backends[0]), passes) >= 0
+
+
 def test_refuses_metrics_before_budgets(tiny):
     assert "only" in methods.get("shared_probe_alignment").refusal(tiny, "trace", Target(), 2)
     assert "only" in methods.get("hutchpp").refusal(tiny, "rank", Target(), 2)

@@ -42,7 +42,7 @@ class ParameterGram(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return problem.O * len(metrics.ends(metric))
 
-    def bytes_needed(self, problem: Problem, metric: str, target: Target) -> int:
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         if metric == "trace":
             return 0
         triangle = (CUTS + 1) / (2 * CUTS)
