@@ -89,7 +89,7 @@ def _reading(plotted: pd.DataFrame) -> list[_key.Entry]:
     plain = {"color": _looks.GREY, "marker": "o", "markersize": 5.5}
     entries = []
     if "other" in set(plotted["group"]):
-        entries.append((Line2D([], [], **plain), f"effective rank {FEW} or more, or not in the table"))
+        entries.append((Line2D([], [], **plain), f"effective rank {FEW} or more"))
     if "below" in set(plotted["group"]):
         entries.append((Line2D([], [], **plain, markerfacecolor="white"), f"effective rank below {FEW}"))
     dotted = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
