@@ -39,12 +39,12 @@ AS_PUBLISHED = (
 """Estimators in the form of their sources, against which the others are held."""
 
 MEMORY = 2**30
-SEEDS = 21
+SEEDS = 51
 MOST_PASSES = 4096
 DETERMINISTIC_PASSES = 64
 CLOSE = 1.3
 """How near a budget that is enough and one that is not have to be for the former to count as the smallest."""
-PATIENCE = 0.5
+PATIENCE = 0.3
 """Seconds of one estimate beyond which no larger budget is tried, and a deterministic method does not take part."""
 
 
