@@ -18,7 +18,7 @@ smoke: CONFIG := config/smoke.yaml
 smoke: results
 
 test: $(READY)
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	ruff check
