@@ -42,6 +42,13 @@ def frame(rng: Rng, k: int, n: int) -> Array:
     return linalg.inv(linalg.cholesky(rows @ rows.T)) @ rows
 
 
+def beyond(rows: Array, q: Array) -> Array:
+    """Orthonormal rows for the part of ``rows [k, n]`` outside the span of the orthonormal rows ``q``."""
+    for _ in range(2):  # once leaves what rounding brought back
+        rows = orthonormal(without(rows, q))
+    return rows
+
+
 def without(rows: Array, q: Array) -> Array:
     """``rows [k, n]`` less their part in the span of the orthonormal rows ``q``."""
     return rows - (rows @ q.T) @ q
@@ -56,7 +63,7 @@ def squared_lengths(j: Jacobian, product: Operator, rows: Array) -> np.ndarray:
 
 def on_host(array: Array) -> np.ndarray:
     """A small array in float64 on the host."""
-    return np.asarray(array.cpu() if hasattr(array, "cpu") else array, dtype=np.float64)
+    return statistics.on_host(array).astype(np.float64)
 
 
 def beside(array: np.ndarray, like: Array) -> Array:

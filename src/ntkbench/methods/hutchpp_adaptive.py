@@ -74,9 +74,7 @@ class _Growing(Sample):
         xp = array_api_compat.array_namespace(s)
         theta_s = self._j.ntk(s)
         before = self._remainder(s, theta_s)
-        q = theta_s
-        for _ in range(2):  # once leaves what rounding brought back
-            q = sketching.orthonormal(sketching.without(q, self._q))
+        q = sketching.beyond(theta_s, self._q)
         image = self._j.ntk(q)
         across, own = sketching.on_host(self._q @ image.T), sketching.on_host(q @ image.T)
         gained = 2 * float((sketching.on_host(image) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ntkbench import statistics
+from ntkbench import sketching, statistics
 from ntkbench.jacobian import Array, Jacobian, Rng
 from ntkbench.methods.base import Sampling
 from ntkbench.sampling import Columns
@@ -50,12 +50,8 @@ class _Frame(Columns):
 
     def _norms(self, k: int) -> list[Array]:
         n = self._jacobian.n
-        g = self._rng.normal(k, n)
-        xp = array_api_compat.array_namespace(g)
-        for _ in range(2):  # once leaves what rounding brought back
-            g = g - (g @ self._probes.T) @ self._probes
-            g = xp.linalg.qr(g.T)[0].T
-        self._probes = xp.concat([self._probes, g])
+        g = sketching.beyond(self._rng.normal(k, n), self._probes)
+        self._probes = array_api_compat.array_namespace(g).concat([self._probes, g])
         return [n * (self._jacobian.vjp(g) ** 2).sum(1)]
 
     def read(self, metric: str) -> Reading:

@@ -63,10 +63,7 @@ class SampleSubset(Incremental):
         return Prepared(problem, target)
 
     def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
-        engine = prepared.engine
-        before = engine.directions_taken
-        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
-        return _Subset(prepared, names, seed), lambda: ((engine.directions_taken - before) / len(prepared.x), notes)
+        return _Subset(prepared, names, seed), prepared.ledger()
 
 
 def _least(N: int, O: int, ends: int) -> int:  # noqa: E741 - the field's symbol

@@ -58,10 +58,7 @@ class StructuredBlockUStatistics(Incremental):
         return Prepared(problem, target)
 
     def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
-        engine = prepared.engine
-        before = engine.directions_taken
-        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
-        return _Groups(prepared, names, seed), lambda: ((engine.directions_taken - before) / len(prepared.x), notes)
+        return _Groups(prepared, names, seed), prepared.ledger()
 
 
 class _Groups(Sample):

@@ -9,7 +9,7 @@ from ntkbench import metrics
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.jacobian import torch_network
-from ntkbench.methods.base import Method
+from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
 from ntkbench.problems.base import Problem
 from ntkbench.target import Target
@@ -60,10 +60,9 @@ class Layerwise(Method):
 
         metrics.check(metric)
         engine, sets, x = prepared.engine, prepared.parameters(metric), prepared.x
-        before = engine.directions_taken
+        ledger = prepared.ledger()
         moments = _moments(kernels.get(self.kernel), engine, metric, sets, x)
-        spent = (engine.directions_taken - before) / len(x)
-        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
+        spent, notes = ledger()
         return Estimate(moments.metric(metric), None, spent, self.name, notes, metric)
 
 
@@ -77,6 +76,12 @@ class Prepared:
         module, weights, self.x = torch_network(problem, "theta_0", target)
         self._weights = {"theta_0": list(weights.values())}
         self.engine: LayerwiseKernel = LayerwiseKernel(module, weights, self.x, target.memory)
+
+    def ledger(self) -> Ledger:
+        """Counts passes from now on, and names the parameters that had no rule."""
+        engine, before = self.engine, self.engine.directions_taken
+        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
+        return lambda: ((engine.directions_taken - before) / len(self.x), notes)
 
     def parameters(self, metric: str) -> list[list[Tensor]]:
         """The sets of weights that a metric looks at.
