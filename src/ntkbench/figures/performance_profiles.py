@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             for (method, backend), line in here.groupby(["method", "backend"], sort=False):
                 drawn = style[method].line(backend) | {"markevery": 15, "linestyle": _looks.BACKENDS.get(backend, ":")}
                 panel.plot(line["factor"], line["share"], **drawn, drawstyle="steps-post", zorder=3, clip_on=False)
-            panel.set(xscale="log", xlim=(1, FACTORS[-1]), ylim=(0, 1.02), xlabel="factor τ of the fastest")
+            panel.set(xscale="log", xlim=(0.9, 1.2 * FACTORS[-1]), ylim=(0, 1.02), xlabel="factor τ of the fastest")
             _canvas.decades(panel.xaxis, 1, FACTORS[-1])
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
