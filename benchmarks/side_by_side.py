@@ -8,12 +8,10 @@ their own. A rival that cannot run is a row with its reason.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import multiprocessing
 import os
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +115,7 @@ def measure(comparison: Comparison, rival: str, threads: int, seconds: float) ->
         rival_value = calls[1]()
     except (NtkbenchError, MemoryError, RuntimeError) as error:
         return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    times = in_turn(calls, seconds)
+    times = running.in_turn(calls, seconds)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     memory = [_peak_memory(name, comparison.problem, threads) for name in (comparison.subject, rival)]
     return row | {
@@ -141,20 +139,6 @@ def use_threads(threads: int) -> None:
     if threads > len(os.sched_getaffinity(0)):
         raise BadInput(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
     running.use_threads(threads)
-
-
-def in_turn(calls: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
-    """Seconds of each call, call by call in turn, three rounds at least (one if that alone takes too long)."""
-    times: list[list[float]] = [[] for _ in calls]
-    start = time.perf_counter()
-    for done in itertools.count(1):
-        for call, own in zip(calls, times, strict=True):
-            begun = time.perf_counter()
-            call()
-            own.append(time.perf_counter() - begun)
-        spent = time.perf_counter() - start
-        if spent > 4 * seconds or (done >= 3 and spent > seconds) or done >= 200:
-            return times
 
 
 def _call(name: str, label: str) -> Callable[[], float]:

@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from benchmarks.side_by_side import in_turn, use_threads
-from ntkbench import errors, methods, paths, problems, reference
+from benchmarks.side_by_side import use_threads
+from ntkbench import errors, methods, paths, problems, reference, running
 from ntkbench.errors import NtkbenchError
 from ntkbench.methods.base import Stochastic
 from ntkbench.provenance import provenance
@@ -116,7 +116,7 @@ def measure(goal: Goal, threads: int, seconds: float) -> list[dict[str, Any]]:
         else:
             row |= {"reason": found}
         rows.append(row)
-    times = in_turn([_changing_seeds(entrant) for entrant in entrants], seconds)
+    times = running.in_turn([_changing_seeds(entrant) for entrant in entrants], seconds)
     medians = {entrant.method: statistics.median(own) for entrant, own in zip(entrants, times, strict=True)}
     rival = min(filter(medians.__contains__, AS_PUBLISHED), key=medians.__getitem__, default=None)
     taken = {entrant.method: own for entrant, own in zip(entrants, times, strict=True)}

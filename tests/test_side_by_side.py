@@ -10,7 +10,7 @@ from benchmarks import side_by_side
 from benchmarks.bare_products import bare_products
 from benchmarks.computations import COMPUTATIONS
 from benchmarks.side_by_side import BARE, Comparison, measure
-from ntkbench import methods, problems
+from ntkbench import methods, problems, running
 from ntkbench.target import Target
 
 
@@ -89,7 +89,7 @@ def test_every_comparison_names_methods_that_exist():
 
 def test_turns_are_taken_one_by_one():
     calls = []
-    times = side_by_side.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    times = running.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
     assert [len(t) for t in times] == [len(calls) // 2] * 2
     assert calls == ["a", "b"] * (len(calls) // 2)
 

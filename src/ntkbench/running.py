@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def timed(call: Callable[[], Any], seconds: float, most: int = 100) -> tuple[lis
         elif sum(times) >= seconds:
             break
     return times, found
+
+
+def in_turn(calls: Sequence[Callable[[], Any]], seconds: float, most: int = 200) -> list[list[float]]:
+    """Seconds of each call, call by call in turn, so that what slows the machine for a while slows all of them.
+
+    Nothing is called beforehand to warm up.
+
+    Args:
+        calls: must end with a number on the host each, so that a device has done its work.
+        seconds: of all of them, after which no further round is begun; three rounds at least, unless they take more
+            than four times that.
+        most: rounds.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for done in itertools.count(1):
+        for call, own in zip(calls, times, strict=True):
+            begun = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - begun)
+        spent = time.perf_counter() - start
+        if spent > 4 * seconds or (done >= 3 and spent > seconds) or done >= most:
+            return times
 
 
 def quartiles(name: str, values: Any) -> dict[str, float]:

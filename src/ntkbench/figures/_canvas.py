@@ -110,6 +110,17 @@ def decades(axis: Any, low: float, high: float, most: int = 6) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def label_ends(panel: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
+    """Text right of lines' ends (y, x, text, colour) on a log y axis, moved up where labels would overlap."""
+    low, high = panel.get_ylim()
+    span, least, last = math.log(high / low), 0.075, -1.0
+    for y, x, text, colour in sorted(ends):
+        at = max(math.log(y / low) / span, last + least)
+        last = at
+        where = (x, low * math.exp(at * span))
+        panel.annotate(text, where, xytext=(7, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center")
+
+
 def compress(panel: Axes, knee: float) -> None:
     """Log y axis with decades below ``knee`` squeezed, on grey: what is there is read by eye, not by slope."""
     bottom, share = math.log10(knee), 0.25

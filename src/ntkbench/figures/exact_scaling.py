@@ -119,7 +119,7 @@ def _panel(
             theory = EXPONENTS.get(THEORY.get(method, ""), {}).get(size) if quantity == "seconds" else None
             text = f"{round(slope, 1) + 0.0:.1f}" + (f" ({theory})" if theory else "")  # no minus before a zero
             ends.append((line[quantity].iloc[-1], line[size].iloc[-1], text, style[method].colour))
-    _label_ends(panel, ends, y)
+    _canvas.label_ends(panel, ends)
     return found
 
 
@@ -127,18 +127,6 @@ def _last_slope(x: pd.Series, y: pd.Series) -> float:
     """Between the two largest sizes, where the leading term shows most."""
     (x0, x1), (y0, y1) = x.iloc[-2:], y.iloc[-2:]
     return math.log(y1 / y0) / math.log(x1 / x0)
-
-
-def _label_ends(panel: Axes, ends: list[tuple[float, float, str, str]], y: tuple[float, float]) -> None:
-    """Slopes right of the lines' ends, moved apart where they would overlap."""
-    span, least, last = math.log(y[1] / y[0]), 0.075, -1.0
-    for height, x, text, colour in sorted(ends):
-        at = max(math.log(height / y[0]) / span, last + least)
-        last = at
-        panel.annotate(
-            text, (x, y[0] * math.exp(at * span)), xytext=(7, 0), textcoords="offset points",
-            color=colour, fontsize=8.5, va="center",
-        )  # fmt: skip
 
 
 def _caption(fixed: str) -> str:

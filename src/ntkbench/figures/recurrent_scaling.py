@@ -1,0 +1,99 @@
+"""How seconds of NTK metrics of recurrent networks grow with trials, steps and probes: measured slopes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ntkbench.figures import _canvas, _labels, _looks, _series, base
+
+TABLE = "recurrent_scaling"
+QUANTITIES = ("seconds", "seconds_q25", "seconds_q75")
+COLUMNS = ("task", "kind", "H", "varied", "N", "T", "probes", "method", "title", "metric", "passes", *QUANTITIES)
+SIZES = {"N": "trials N", "T": "steps T", "probes": "probes"}
+SQUARE = {("recurrent_exact_trace", "T")}
+"""What grows with the square: it goes back from every step to the first. All else is linear."""
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A row for each kind of network, a column for each size, a line for each method with its slope."""
+    points = base.measured(table, "seconds")
+    if not len(points):
+        return base.nothing(table[[*COLUMNS, "status", "reason"]], _labels.why_not(table))
+    looks, kinds = _series.looks(points), list(dict.fromkeys(points["kind"]))
+    middle = {size: points.loc[points["varied"] != size, size].mode() for size in SIZES}
+    said = ", ".join(f"{values.iloc[0]:g} {SIZES[size].split()[0]}" for size, values in middle.items() if len(values))
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(2.5, above=0.55, below=0.42) for _ in kinds],
+        len(SIZES),
+        title="What NTK metrics of a recurrent network cost against trials, steps and probes",
+        subtitle=f"H = {points['H'].iloc[0]:g}, around {said}  ·  {base.settings_line(table)}",
+        key=[("method", _series.entries(looks.values())), ("how to read", [_series.QUARTILES])],
+        gap=0.25,
+        bottom=0.1,
+    )
+    seconds = points[["seconds", "seconds_q25", "seconds_q75"]].stack()
+    slopes: dict[tuple[str, str, str], tuple[float, float]] = {}
+    for panels, kind in zip(grid, kinds, strict=True):
+        for panel, (size, label) in zip(panels, SIZES.items(), strict=True):
+            lines = points[(points["kind"] == kind) & (points["varied"] == size)]
+            for method, found in _panel(panel, lines, size, seconds, looks).items():
+                slopes[kind, size, method] = found
+            panel.set_xlabel(label)
+            panel.tick_params(labelleft=size == "N")
+        panels[0].set_ylabel("seconds")
+        _canvas.title(panels[0], kind.upper(), "at a line's end: its slope, with the 95 % interval of the fit")
+    keys = list(zip(table["kind"], table["varied"], table["method"], strict=True))
+    nothing = (math.nan, math.nan)
+    plotted = table[[*COLUMNS, "status", "reason"]].assign(
+        slope=[slopes.get(key, nothing)[0] for key in keys],
+        slope_interval=[slopes.get(key, nothing)[1] for key in keys],
+    )
+    return base.Drawing(figure, plotted, _caption(table, slopes))
+
+
+def _panel(
+    panel: Axes, lines: pd.DataFrame, size: str, seconds: pd.Series, looks: dict[str, _looks.Look]
+) -> dict[str, tuple[float, float]]:
+    """Lines over one size, each with its slope at its end; the slopes with half their intervals."""
+    slopes, ends = {}, []
+    _series.logarithmic(panel, lines[size], seconds)
+    low, high = panel.get_xlim()
+    panel.set_xlim(low, high * (high / low) ** 0.3)  # room for slopes
+    for method, line in lines.groupby("method", sort=False):
+        line = line.sort_values(size)
+        _series.line(panel, line.drop(columns="m", errors="ignore"), size, "seconds", looks[method])
+        slope, half = slopes[method] = _series.slope(line[size], line["seconds"])
+        if math.isfinite(slope):
+            text = f"{slope:.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+            ends.append((line["seconds"].iloc[-1], line[size].iloc[-1], text, looks[method].colour))
+    _series.counts(panel, lines[size])
+    _canvas.label_ends(panel, ends)
+    return slopes
+
+
+def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
+    text = (
+        "Seconds of one estimate, medians with quartiles of calls in turn, against one size with the others fixed; the "
+        "slope is that of a straight line through the logarithms. Shared-probe alignment takes four passes a probe "
+        "(two networks), one-sided traces one; the per-sample trace has a tangent of each trial. "
+        "Expected: 1 for every estimate and size; 2 for the exact trace against steps, since it goes back from every "
+        "step. Small sizes are below, since there the cost of a call shows."
+    )
+    known = {key: slope for key, (slope, _) in slopes.items() if math.isfinite(slope)}
+    values = [slope for (_, size, method), slope in known.items() if (method, size) not in SQUARE]
+    if values:
+        text += (
+            f" Measured: {np.median(values):.2f} in the median of {len(values)} lines that should be linear, from "
+            f"{min(values):.2f} to {max(values):.2f}."
+        )
+    square = [
+        f"{slope:.2f} ({kind.upper()})" for (kind, size, method), slope in known.items() if (method, size) in SQUARE
+    ]
+    if square:
+        text += f" Exact trace against steps: {', '.join(square)}."
+    left = table[table["status"] != "ok"]
+    return text + (f" Not measured: {len(left)} points ({_labels.why_not(table)})." if len(left) else "")

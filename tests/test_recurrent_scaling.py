@@ -1,0 +1,81 @@
+"""The study of what recurrent networks cost against their sizes, and its figure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from ntkbench import figures, methods, studies
+from ntkbench.errors import BadInput
+from ntkbench.studies import recurrent_scaling
+
+TINY = {"kinds": ["rnn"], "H": 4, "N": [2, 3], "T": [2, 4, 8], "probes": [2, 4]}
+TINY |= {"middle": {"N": 2, "T": 4, "probes": 4}, "threads": 1, "device": "cpu", "timing_seconds": 1e-3}
+
+
+def run(**changes: object) -> pd.DataFrame:
+    return studies.run("recurrent_scaling", studies.settings("recurrent_scaling", TINY | changes))
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return run()
+
+
+def test_one_size_at_a_time_is_varied_for_every_method(table):
+    assert (table["status"] == "ok").all() and (table["seconds"] > 0).all()
+    assert (table["seconds_q25"] <= table["seconds"]).all() and (table["seconds"] <= table["seconds_q75"]).all()
+    for (varied, method), line in table.groupby(["varied", "method"]):
+        assert line[varied].tolist() == TINY[varied]
+        for size in {"N", "T", "probes"} - {varied}:
+            assert set(line[size]) == {TINY["middle"][size]}, method
+    without = set(recurrent_scaling.METRICS) - set(table.loc[table["varied"] == "probes", "method"])
+    assert without == {"recurrent_exact_trace"}, "a method without probes was timed against them"
+
+
+def test_passes_are_what_the_methods_say_that_probes_cost(table):
+    for row in table.itertuples():
+        if row.method != "recurrent_exact_trace":
+            assert row.passes == methods.get(row.method).cost(row.metric, row.probes)
+    exact = table[table["method"] == "recurrent_exact_trace"]
+    np.testing.assert_allclose(exact["passes"], 4 * (exact["T"] + 1) / 2)  # H (T + 1) / 2, one trial's worth
+
+
+def test_larger_sizes_are_left_out_once_a_method_is_slow():
+    table = run(patience_seconds=1e-9)
+    for (varied, _), line in table.groupby(["varied", "method"]):
+        assert line["status"].tolist() == ["ok"] + ["skipped"] * (len(TINY[varied]) - 1)
+        assert "patience_seconds (1e-09)" in line["reason"].iloc[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"middle": {"N": 5, "T": 4, "probes": 4}}, r"middle: N must be one of those tried \(2, 3\); got 5"),
+        ({"middle": {"N": 2, "T": 4}}, r"middle: probes must be one of those tried \(2, 4\); got None"),
+        ({"kinds": []}, "kinds"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong, says):
+    with pytest.raises(ValidationError, match=says):
+        studies.settings("recurrent_scaling", TINY | wrong)
+
+
+def test_too_few_steps_are_refused_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(recurrent_scaling, "_line", lambda *args: pytest.fail("timing was begun"))
+    with pytest.raises(BadInput, match=r"task flipflop takes .* T of at least 2"):
+        run(T=[1, 4, 8])
+
+
+def test_the_figure_says_the_slopes_of_its_lines(table, tmp_path):
+    """On seconds that are known powers of the sizes."""
+    powers = {"N": 1.0, "T": 2.0, "probes": 0.5}
+    known = table.assign(seconds=[row[row["varied"]] ** powers[row["varied"]] for _, row in table.iterrows()])
+    made = figures.draw("recurrent_scaling", known, tmp_path)
+    plotted = pd.read_csv(made[0])
+    np.testing.assert_allclose(plotted["slope"], plotted["varied"].map(powers), rtol=1e-9)
+    assert "Exact trace against steps: 2.00 (RNN)" in made[1].read_text()
+    failed = table.head(1).assign(status="failed", reason="why", seconds=np.nan)
+    assert "Nothing to show" in figures.draw("recurrent_scaling", failed, tmp_path / "none")[1].read_text()
