@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -30,7 +30,7 @@ class Settings(base.Settings):
     """Networks and inputs.
 
     Attributes:
-        depths: of ResNets: 18, 34, 50, 101, 152, 200.
+        depths: of ResNets.
         wide_factors: of WideResNets-16.
         outputs: of the readout; the paper has 1, 16, 128, 1000.
         width: channels of a ResNet's first stage.
@@ -41,7 +41,7 @@ class Settings(base.Settings):
         budget_mb: bytes that a timed program may take; at most memory_limit_mb makes sense.
     """
 
-    depths: list[int] = Field(default=[18, 34, 50], min_length=1)
+    depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50], min_length=1)
     wide_factors: list[PositiveInt] = Field(default=[4])
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1000], min_length=1)
     width: PositiveInt = 64
@@ -58,6 +58,7 @@ class Architecture:
 
     Attributes:
         title: its name and size.
+        width: channels of its first stage.
         make: number of outputs to the network.
         kind, stages: kind of block and blocks a stage.
         imagenet_stem: 7x7 with max pooling, not 3x3.
@@ -65,6 +66,7 @@ class Architecture:
     """
 
     title: str
+    width: int
     make: Callable[[int], nn.Module]
     kind: str
     stages: tuple[int, ...]
@@ -78,11 +80,12 @@ def architectures(settings: Settings) -> list[Architecture]:
 
     def deep(depth: int) -> Architecture:
         make = functools.partial(_networks.resnet, depth, width=settings.width, imagenet_stem=True)
-        return Architecture(f"ResNet{depth}", make, *_networks.RESNETS[depth], True, settings.side)
+        return Architecture(f"ResNet{depth}", settings.width, make, *_networks.RESNETS[depth], True, settings.side)
 
     def wide(factor: int) -> Architecture:
         make = functools.partial(_networks.wide_resnet, factor)
-        return Architecture(f"WideResNet-16-{factor}", make, "basic", _networks.WIDE_STAGES, False, settings.wide_side)
+        shape = ("basic", _networks.WIDE_STAGES, False, settings.wide_side)
+        return Architecture(f"WideResNet-16-{factor}", 16 * factor, make, *shape)
 
     return [*map(deep, settings.depths), *map(wide, settings.wide_factors)]
 
@@ -122,13 +125,14 @@ class Case:
         from ntkbench.studies import _programs
 
         settings = self._settings
-        sizes = {"side": self._architecture.side, "N": settings.samples, "O": self._outputs}
-        case = {"network": self._architecture.title, **sizes, "P": sum(map(math.prod, self._shapes.values()))}
+        architecture = self._architecture
+        sizes = {"width": architecture.width, "side": architecture.side}
+        sizes |= {"N": settings.samples, "O": self._outputs, "P": sum(map(math.prod, self._shapes.values()))}
         # A backward pass takes twice a forward pass.
         gigaflop = 3 * self._forward_flops * settings.samples * self._outputs / 1e9
         found = []
         for name, title in _programs.TITLES.items():
-            case |= {"method": name, "title": title}
+            case = {"network": architecture.title, **sizes, "method": name, "title": title}
             found.append(base.row(case | {"quantity": "flops"}, lambda name=name: self._operations(name)))
             if name == "jacobian":
                 continue
