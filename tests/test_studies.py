@@ -152,6 +152,16 @@ def test_the_pntk_closes_in_on_theta_with_width(tables):
     assert -0.8 < value < -0.3
 
 
+def test_residual_networks_get_their_share_of_images_and_initialisations():
+    from ntkbench.studies import mohamadi_quality
+
+    settings = mohamadi_quality.Settings(inits=3, train=5, test=4, deep_share=0.5)
+    sizes = {f: (s.inits, s.train, s.test) for f in ("conv", "wide_resnet") for s in [settings.of(f)]}
+    assert sizes == {"conv": (3, 5, 4), "wide_resnet": (2, 3, 2)}
+    table = pd.DataFrame(mohamadi_quality._rows(settings.of("fc"), {"family": "fc", "width": 8, "init": 0}))
+    assert (ok(table)[["train", "test"]] == (5, 4)).all(None)
+
+
 def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(tables):
     ends = ok(tables["mohamadi_drift"]).query("kernel == 'sum_of_logits'").set_index(["loss", "step"])
     decayed, plain = (ends.loc[(loss, 200)] for loss in ("cross_entropy_decay", "cross_entropy"))
