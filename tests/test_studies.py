@@ -29,7 +29,7 @@ TINY = {
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
-    "novak_resnets": {"depths": [18], "outputs": [2], "width": 2, "side": 32},
+    "novak_resnets": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32},
 }
 QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
@@ -152,6 +152,16 @@ def test_the_pntk_closes_in_on_theta_with_width(tables):
     assert -0.8 < value < -0.3
 
 
+def test_residual_networks_get_their_share_of_images_and_initialisations():
+    from ntkbench.studies import mohamadi_quality
+
+    settings = mohamadi_quality.Settings(inits=3, train=5, test=4, deep_share=0.5)
+    sizes = {f: (s.inits, s.train, s.test) for f in ("conv", "wide_resnet") for s in [settings.of(f)]}
+    assert sizes == {"conv": (3, 5, 4), "wide_resnet": (2, 3, 2)}
+    table = pd.DataFrame(mohamadi_quality._rows(settings.of("fc"), {"family": "fc", "width": 8, "init": 0}))
+    assert (ok(table)["train"] == 5).all() and (table["test"] == 4).all()
+
+
 def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(tables):
     ends = ok(tables["mohamadi_drift"]).query("kernel == 'sum_of_logits'").set_index(["loss", "step"])
     decayed, plain = (ends.loc[(loss, 200)] for loss in ("cross_entropy_decay", "cross_entropy"))
@@ -194,8 +204,12 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
     assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
     assert flops["nt_ntk_vector_products", 4, 32] > flops["nt_structured_derivatives", 4, 32]
     entries = tables["novak_flops"]
-    resnets = ok(tables["novak_resnets"]).set_index("method")["flops"]
+    table = ok(tables["novak_resnets"])
+    resnets = table[table["quantity"] == "flops"].set_index("method")["flops"]
     assert resnets["jacobian"] < resnets["nt_jacobian_contraction"]
+    assert resnets["structured_derivatives"] < resnets["nt_ntk_vector_products"]
+    timed = table[table["quantity"] == "seconds"].set_index("method")["seconds"]
+    assert set(timed.index) == set(resnets.index) - {"jacobian"} and (timed > 0).all()
     np.testing.assert_allclose(entries["flops_per_entry"], entries["flops"] / (entries["N"] * entries["O"]) ** 2)
 
 
@@ -224,15 +238,66 @@ def test_lowered_programs_compute_the_kernel():
         np.testing.assert_allclose(theta.transpose(0, 2, 1, 3).reshape(6, 6), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_resnets_are_the_same_network_in_jax(depth):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("fc_relu", {"N": 4, "O": 3, "width": 8, "depth": 2}),  # pairwise, and with a triangle
+        ("conv_relu", {"N": 2, "O": 3, "width": 4}),  # written out
+    ],
+)
+def test_operations_by_shapes_are_those_of_a_run(name, sizes):
+    from ntkbench.problems import novak
+    from ntkbench.studies import _programs
+    from ntkbench.target import Target
+
+    network = getattr(novak, name)(**sizes)
+    kernel, parameters, x = _programs.engine(network.module, network.x, Target("torch", device="cpu"))
+    kernel.kernel(parameters, x)  # traced, which takes operations of its own
+    ran = _programs.torch_flops(lambda: kernel.kernel(parameters, x))
+    assert _programs.engine_flops(network.module, network.x) == ran > 0
+
+
+def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
     from ntkbench.studies import novak_resnets
 
-    network = _networks.seeded(lambda: _networks.resnet(depth, 3, width=2, imagenet_stem=True), 0)
+    monkeypatch.setattr(novak_resnets.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
+    monkeypatch.setattr(novak_resnets.Case, "_seconds", lambda self, name: {"seconds": 1.0})
+    sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32}
+    # Multiplications of ResNet18 (width 64, 224 x 224) are 1.8e9 (He et al. 2016), and go as the side squared.
+    limit = 3 * 2 * 1.8 * (32 / 224) ** 2 * 5
+    table = novak_resnets.run(novak_resnets.Settings(**QUICK, **sizes, case_gigaflop=limit))
+    ends = table[(table["quantity"] == "seconds") & (table["network"] == "ResNet18")].groupby("O")
+    assert {o: set(rows["status"]) for o, rows in ends} == {1: {"ok"}, 10: {"skipped"}}
+    assert table.loc[table["status"] == "skipped", "reason"].str.contains("over case_gigaflop").all()
+    assert set(table["network"]) == {"ResNet18", "WideResNet-16-1"}
+    assert table.loc[table["O"] == 10, "P"].max() == 11_181_642  # torchvision's resnet18 with ten classes
+
+
+@pytest.mark.parametrize("sizes", [{"depths": [18]}, {"depths": [50]}, {"wide_factors": [2]}])
+def test_residual_networks_are_the_same_in_jax(sizes):
+    from ntkbench.studies import novak_resnets
+
+    settings = novak_resnets.Settings(**({"wide_factors": []} | sizes), width=2)
+    architecture = novak_resnets.architectures(settings)[-1]
+    network = _networks.seeded(lambda: architecture.make(3), 0)
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
-    found = np.asarray(novak_resnets.forward(depth)(weights, x.numpy()))
+    found = np.asarray(novak_resnets.forward(architecture)(weights, x.numpy()))
     np.testing.assert_allclose(found, network(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
+    from ntkbench.figures import novak_resnets as figure
+
+    table = tables["novak_resnets"]
+    assert figure.published(table).empty
+    known = figure.published(table.assign(**figure.SAME))
+    assert set(known["N"]) == {1} and set(known["O"]) == {128, 1000}
+    assert known.set_index(["method", "O"])["seconds"]["nt_structured_derivatives", 128] == 0.113
+    # With the notebook's outputs, what is said is said against its order: contraction takes longest.
+    figures.draw("novak_resnets", table.assign(**figure.SAME, O=128.0), tmp_path)
+    caption = (tmp_path / "novak_resnets.txt").read_text()
+    assert "published Jacobian contraction 4 and NTK-vector products 1.3; operations" in caption
 
 
 def test_endings_have_the_words_of_the_table():

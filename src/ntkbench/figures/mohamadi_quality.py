@@ -20,7 +20,7 @@ QUANTITIES = {
     "prediction_difference": "kernel regression,\ndifference of predictions",
     "accuracy": "kernel regression,\ntest accuracy",
 }
-COLUMNS = ("family", "width", "init", "kernel", "title", "P", *QUANTITIES)
+COLUMNS = ("family", "width", "init", "train", "test", "kernel", "title", "P", *QUANTITIES)
 METHODS = {"trace": "trace_kernel"}
 """Kernels whose method has another name, and with it its look."""
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
@@ -101,27 +101,27 @@ def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, looks: dict[str, _loo
                 panel.plot(line["width"], line["value"], color="black", linewidth=1.2, linestyle=(0, (4, 2)), zorder=4)
         elif quantity != "off_diagonal":
             _series.line(panel, line, "width", "value", looks[kernel])
-    values = rows.loc[rows["value"] > 0, "value"]
+    values = rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6)
+    sizes = np.sort(rows["width"].unique())
     if quantity == "accuracy":
-        panel.set(xscale="log", ylim=(0, 1))
+        panel.set(xscale="log", xlim=_canvas.limits(sizes, ratio=8), ylim=(0, 1))
     else:
+        guide = 1.4 * values.max() * (sizes / sizes[0]) ** -0.5 if quantity in ("difference", "off_diagonal") else []
+        if len(guide):
+            panel.plot(sizes, guide, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
         low, high = np.nanquantile(values, [0.0, 1.0])
-        _series.logarithmic(panel, rows["width"], values.clip(1e-6, 1e6), ratio=8 if high / low < 100 else 40)
-    if quantity in ("difference", "off_diagonal"):
-        sizes = np.sort(rows["width"].unique())
-        top = 1.6 * values.max()
-        panel.plot(sizes, top * (sizes / sizes[0]) ** -0.5, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
-    _series.counts(panel, rows["width"])
+        _series.logarithmic(panel, sizes, [*values, *guide], ratio=8 if high / low < 100 else 40)
+    _series.counts(panel, sizes, most=4)
 
 
 def _caption(points: pd.DataFrame) -> str:
-    inits = points.groupby(["family", "width"])["init"].nunique().max()
+    inits = _labels.range_label(points.groupby(["family", "width"])["init"].nunique())
     text = (
         "Kernels A between samples that stand for Theta as A (x) I, for networks with He initialisation on "
-        f"scikit-learn's digits (O = 10), against width (channels, or WideResNet's factor); medians over {inits} "
-        "initialisations with quartiles. The trace kernel is the best of all in the Frobenius norm, the floor of the "
-        "first row. Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on held-out images. "
-        "Condition numbers of the NTK itself may be at the limit of float64."
+        f"scikit-learn's digits (O = 10; {_images(points)}), against width (channels, or WideResNet's factor); "
+        f"medians over {inits} initialisations with quartiles. The trace kernel is the best of all in the Frobenius "
+        "norm, the floor of the first row. Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on "
+        "held-out images. Condition numbers of the NTK itself may be at the limit of float64."
     )
     slopes = {family: slope(points[points["family"] == family], "sum_of_logits") for family in FAMILIES}
     words, agreeing = [], []
@@ -159,6 +159,17 @@ def _caption(points: pd.DataFrame) -> str:
         medians = [ratios.median() for ratios in over.values()]
         text += "; the sum is nothing special at initialisation." if max(medians) < 1.1 * min(medians) else "."
     return text
+
+
+def _images(points: pd.DataFrame) -> str:
+    """Training and held-out images, of which some families may have fewer."""
+    sizes = points.groupby(["train", "test"], sort=False)["family"].unique()
+    said = [
+        f"{train:g} training and {test:g} held-out images"
+        + (f" for {', '.join(FAMILIES[family] for family in families)}" if len(sizes) > 1 else "")
+        for (train, test), families in sizes.items()
+    ]
+    return ", ".join(said)
 
 
 def _expected(points: pd.DataFrame) -> str:

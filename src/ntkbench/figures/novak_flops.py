@@ -44,7 +44,7 @@ def _caption(points: pd.DataFrame) -> str:
     text = (
         "Floating-point operations of the whole NTK, over its N^2 O^2 entries, of a ReLU network with ten layers on "
         "784 inputs. neural-tangents' programs and the Jacobian alone: the cost analysis of the lowered program, "
-        "nothing is run. Our kernel by layers: its matrix products are counted while it runs, so element-wise work is "
+        "nothing is run. Our kernel by layers: its matrix products are counted by their shapes, element-wise work is "
         "not, and of a symmetric kernel it computes a triangle where that pays."
     )
     wide = points.pivot_table(index=["N", "O", "width"], columns="method", values="flops_per_entry")

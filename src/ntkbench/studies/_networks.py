@@ -20,6 +20,8 @@ RESNETS = {
     200: ("bottleneck", (3, 24, 36, 3)),
 }
 """Depth to kind of block and blocks a stage (He et al. 2016; 200 as in its follow-up)."""
+WIDE_STAGES = (2, 2, 2)
+"""Blocks a stage of WideResNet-16."""
 EXPANSION = {"basic": 1, "bottleneck": 4}
 
 
@@ -63,7 +65,7 @@ def wide_resnet(factor: int, outputs: int, channels: int = 3) -> nn.Module:
     stem = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     width = 16 * factor
     return _initialised(
-        nn.Sequential(*stem, *_stages("basic", 16, width, (2, 2, 2)), *_readout("basic", width, 3, outputs))
+        nn.Sequential(*stem, *_stages("basic", 16, width, WIDE_STAGES), *_readout("basic", width, 3, outputs))
     )
 
 

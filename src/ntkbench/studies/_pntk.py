@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,14 @@ def theta(network: nn.Module, x: Tensor) -> Tensor:
     return made.reshape(len(x), outputs, len(x), outputs)
 
 
-def standing_in(network: nn.Module, x: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:
+def standing_in(network: nn.Sequential, x: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:
     """The ``[N, N]`` kernels by name.
 
-    All but the last layer's are averages over Theta's blocks, and are read off it instead of computed anew.
+    All but the last layer's are averages over Theta's blocks, and are read off it instead of computed anew. The last
+    layer's is that of the readout on its features, so that the network is not traced once more.
 
     Args:
-        network: the network.
+        network: the network, a readout last.
         x: its inputs ``[N, ...]``.
         full: its Theta on them, ``[N, O, N, O]``.
         seed: of the random vector.
@@ -43,12 +45,14 @@ def standing_in(network: nn.Module, x: Tensor, full: Tensor, seed: int) -> dict[
     outputs = full.shape[1]
     v = torch.from_numpy(np.random.default_rng(seed).standard_normal(outputs)).to(full)
     v = v / v.norm()
+    with torch.no_grad():
+        features = copy.deepcopy(network[:-1]).double()(x.double())
     return {
         "sum_of_logits": full.sum((1, 3)) / outputs,
         "single_logit": full[:, 0, :, 0].clone(),
         "random_vector": torch.einsum("aobp,o,p->ab", full, v, v),
         "trace": torch.einsum("aobo->ab", full) / outputs,
-        "last_layer": ntkbench.ntk(network, x, kernel="last_layer", dtype="float64"),
+        "last_layer": ntkbench.ntk(network[-1], features, kernel="trace", dtype="float64"),
     }
 
 

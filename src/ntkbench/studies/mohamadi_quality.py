@@ -6,6 +6,7 @@ off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import pandas as pd
@@ -15,6 +16,8 @@ from ntkbench.studies import base
 
 PLUGINS = ("ntkbench.problems._images",)
 OUTPUTS = 10
+DEEP = ("resnet18", "wide_resnet")
+"""Families whose networks take seconds to trace, each."""
 
 
 class Settings(base.Settings):
@@ -24,6 +27,7 @@ class Settings(base.Settings):
         widths: of each family of networks: units, channels, channels of the first stage, or the widening factor.
         inits: initialisations at each width.
         train, test: images.
+        deep_share: of initialisations and images that the residual networks get, rounded up.
     """
 
     widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], list[PositiveInt]] = Field(
@@ -38,6 +42,14 @@ class Settings(base.Settings):
     inits: PositiveInt = 5
     train: int = Field(default=256, ge=2, le=1285)
     test: int = Field(default=128, ge=1, le=512)
+    deep_share: float = Field(default=1, gt=0, le=1)
+
+    def of(self, family: str) -> Settings:
+        """The settings for one family."""
+        share = self.deep_share if family in DEEP else 1
+        less = {"inits": self.inits, "train": self.train, "test": self.test}
+        less = {name: math.ceil(share * count) for name, count in less.items()}
+        return self.model_copy(update=less | {"train": max(2, less["train"])})
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -47,8 +59,8 @@ def run(settings: Settings) -> pd.DataFrame:
             row
             for family, widths in settings.widths.items()
             for width in widths
-            for init in range(settings.inits)
-            for row in _rows(settings, {"family": family, "width": width, "init": init})
+            for init in range(settings.of(family).inits)
+            for row in _rows(settings.of(family), {"family": family, "width": width, "init": init})
         ]
     )
 
@@ -89,7 +101,8 @@ def measure(settings: Settings, family: str, width: int, init: int) -> dict[str,
     largest, condition = _pntk.spectrum(among.reshape(train * OUTPUTS, -1))
     own = _pntk.predictions(full, at_0, targets, train)
     accuracy = _accuracy(own, labels[train:])
-    columns = {"P": sum(w.numel() for w in network.parameters()), "off_diagonal": _pntk.off_diagonal_mass(among)}
+    sizes = {"P": sum(w.numel() for w in network.parameters()), "train": train, "test": settings.test}
+    columns = sizes | {"off_diagonal": _pntk.off_diagonal_mass(among)}
     found = {"full": columns | {"difference": 0.0, "lambda_max": largest, "condition": condition, "accuracy": accuracy}}
     for name, kernel in _pntk.standing_in(network, x, full, seed=init).items():
         some = kernel[:train, :train]

@@ -1,7 +1,7 @@
 """Operations for an NTK entry of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, left).
 
-neural-tangents' three implementations and the Jacobian alone from lowered programs, which nothing runs or allocates;
-our kernel by layers by counting matrix products while it runs, up to a size.
+Nothing is run or allocated: neural-tangents' three implementations and the Jacobian alone are counted in lowered
+programs, our kernel by layers by the shapes of its matrix products, up to a width.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from ntkbench.problems.base import Definition
 from ntkbench.studies import base
@@ -23,15 +23,13 @@ class Settings(base.Settings):
 
     Attributes:
         widths, outputs, samples: every width with every O and every N.
-        largest_run: width up to which our kernel is run to be counted.
-        largest_rows: N * O times the width above which no program of ours is run.
+        largest_traced: width up to which our kernel is counted, since tracing it takes weights.
     """
 
     widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
     samples: list[PositiveInt] = Field(default=[1, 16], min_length=1)
-    largest_run: PositiveInt = 1024
-    largest_rows: PositiveFloat = 2**20
+    largest_traced: PositiveInt = 1024
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -52,13 +50,12 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 def _row(settings: Settings, case: dict[str, Any], network: Definition) -> dict[str, Any]:
-    rows = case["N"] * case["O"] * case["width"]
     ours = case["method"] == "structured_derivatives"
-    if ours and (case["width"] > settings.largest_run or rows > settings.largest_rows):
-        return base.left_out(case, "is run to be counted, and would take long")
+    if ours and case["width"] > settings.largest_traced:
+        return base.left_out(case, f"is traced with its weights, up to largest_traced ({settings.largest_traced})")
 
     def measure() -> dict[str, float]:
-        flops = _ours(settings, case) if ours else _theirs(case, network)
+        flops = _ours(case) if ours else _theirs(case, network)
         return {"flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
 
     return base.row(case, measure)
@@ -72,11 +69,9 @@ def _theirs(case: dict[str, Any], network: Definition) -> float:
     return _programs.flops(_programs.lowered(case["method"], network.jax_forward, shapes, x))
 
 
-def _ours(settings: Settings, case: dict[str, Any]) -> float:
+def _ours(case: dict[str, Any]) -> float:
     from ntkbench.problems.novak import fc_relu
     from ntkbench.studies import _programs
 
     network = fc_relu(N=case["N"], O=case["O"], width=case["width"], depth=HIDDEN)
-    kernel, parameters, x = _programs.engine(network, settings.target())
-    kernel.kernel(parameters, x[:1])  # traced, which is not counted
-    return _programs.torch_flops(lambda: kernel.kernel(parameters, x))
+    return _programs.engine_flops(network.module, network.x)

@@ -10,8 +10,6 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ntkbench import running
-from ntkbench.errors import OverMemory
 from ntkbench.studies import base
 
 PLUGINS = ("ntkbench.studies._programs", "ntkbench.problems.novak")
@@ -55,40 +53,17 @@ def _network(case: dict[str, Any]) -> Any:
 
 
 def _theirs(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
-    import jax
-
-    from ntkbench.jacobian import jax as backend
     from ntkbench.studies import _programs
 
-    network = _network(case)
+    network, target = _network(case), settings.target("jax")
     weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
     shapes = {name: w.shape for name, w in weights.items()}
-    with jax.default_matmul_precision("highest"):
-        compiled = _programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape).compile()
-    needed = _programs.needed_bytes(compiled)
-    if needed > settings.budget_mb * 2**20:
-        raise OverMemory(f"would need {needed / 2**30:.3g} GiB, over the budget of {settings.budget_mb / 1024:g} GiB")
-    device = backend.device(settings.target("jax"))
-    weights, x = jax.device_put((weights, network.x), device)
-
-    def call() -> None:
-        jax.block_until_ready(compiled(weights, x))
-
-    times, _ = running.timed(call, settings.timing_seconds)
-    return {**running.quartiles("seconds", times), "memory_bytes": needed}
+    made = _programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape)
+    return _programs.timed_program(made, weights, network.x, target, settings.timing_seconds, settings.budget_mb)
 
 
 def _ours(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
     from ntkbench.studies import _programs
 
-    kernel, parameters, x = _programs.engine(_network(case), settings.target())
-
-    def call() -> float:
-        return float(kernel.kernel(parameters, x).sum())
-
-    call()  # traces, which takes more
-    peak = running.peak_bytes(call)
-    times, _ = running.timed(call, settings.timing_seconds)
-    arguments = sum(w.numel() * w.element_size() for w in (*parameters, x))
-    spread = running.quartiles("seconds", times)
-    return spread | {"memory_bytes": None if peak is None else peak + arguments}
+    network = _network(case)
+    return _programs.timed_engine(network.module, network.x, settings.target(), settings.timing_seconds)
