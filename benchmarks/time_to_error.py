@@ -71,7 +71,6 @@ GOALS = (
     Goal("digits_conv[N=64]", "norm", 0.01),
     Goal("mlp_he", "alignment", 0.03),
     Goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False),
-    Goal("gru_flipflop[H=128,N=100]", "alignment", 0.08, exact=False),
 )
 
 
