@@ -55,7 +55,7 @@ class Goal:
     """A metric of a problem that is wanted to a relative error.
 
     Where the exact value cannot be had (a Gram matrix that does not fit in memory, or takes hours), errors are against
-    an estimate in float64 whose 95 % interval reaches no further than a fifth of the goal.
+    an estimate in float64 whose 95 % interval reaches no further than a third of the goal.
     """
 
     problem: str
