@@ -69,9 +69,9 @@ def counts(panel: Axes, sizes: Sequence[float], most: int = 7) -> None:
     sizes = sorted(set(sizes))
     low, high = panel.get_xlim()
     inch = math.log(high / low) / (panel.get_position().width * _canvas.WIDTH)
-    ticks = sizes[:1]
-    for size in sizes[:: math.ceil(len(sizes) / most)][1:]:
-        if math.log(size / ticks[-1]) >= 0.36 * inch:
+    ticks = sizes[-1:]
+    for size in sizes[:: -math.ceil(len(sizes) / most)][1:]:
+        if math.log(ticks[-1] / size) >= 0.36 * inch:
             ticks.append(size)
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value)))

@@ -35,7 +35,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         for panel, quantity in zip(panels, ("seconds", "value", "error"), strict=True):
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "passes", quantity, looks[method])
-                _samples(panel, line, quantity, below=method != "hutchpp" and quantity == "value")
+                if quantity != "value":
+                    _samples(panel, line, quantity)
             _series.logarithmic(panel, rows["passes"], rows[[quantity, f"{quantity}_q25", f"{quantity}_q75"]].stack())
             if quantity == "value":
                 panel.set_yscale("linear")
@@ -49,11 +50,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     return base.Drawing(figure, points[[*COLUMNS]], _caption(points))
 
 
-def _samples(panel: Axes, line: pd.DataFrame, quantity: str, below: bool) -> None:
+def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
     """How many samples each point of a line has, on the side where the line is not."""
     where = {"xytext": (-4, 5), "ha": "right"} if quantity == "seconds" else {"xytext": (0, 7), "ha": "center"}
-    if below:
-        where = {"xytext": (0, -14), "ha": "center"}
     for row in line.itertuples():
         at = (row.passes, getattr(row, quantity))
         panel.annotate(f"{row.m:g}", at, textcoords="offset points", fontsize=9, color=_looks.GREY, zorder=4, **where)
@@ -62,7 +61,7 @@ def _samples(panel: Axes, line: pd.DataFrame, quantity: str, below: bool) -> Non
 def _caption(points: pd.DataFrame) -> str:
     text = (
         "Runtime, estimate and relative error against passes (one Jacobian product each), medians over reruns with "
-        "quartiles; the small numbers are samples: columns in the sketch of Hutch++, as many in its residual, and "
+        "quartiles; the numbers at points are samples: columns in the sketch of Hutch++, as many in its residual, and "
         "probes of shared-probe alignment. Black: the exact value; the post's errors are against each curve's own last "
         f"value. The post reports {PUBLISHED} of shared probes, on two networks of 128 units and 100 trials of 10 "
         "steps."
