@@ -284,5 +284,25 @@ def test_no_two_methods_look_alike():
 
 
 def test_figures_import_no_backend():
-    code = "import sys, ntkbench.figures as f; f.names(); sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, ntkbench.figures as f; [f.study_of(name) for name in f.names()]; "
+    subprocess.run([sys.executable, "-c", code + "sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"], check=True)
+
+
+def test_a_figure_imports_no_other():
+    code = "import sys, ntkbench.figures as f; f.study_of('exact_cost'); "
+    names = "{name.rpartition('.')[2] for name in sys.modules if name.startswith('ntkbench.figures.')} & {*f.names()}"
+    done = subprocess.run([sys.executable, "-c", f"{code}print({names})"], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "{'exact_cost'}"
+
+
+def test_numbers_in_sentences_are_not_powers_of_ten():
+    said = {8794.0: "8800", 118.2: "120", 0.00432: "0.0043", 1.0: "1", 0.0994: "0.099"}
+    assert {value: _labels.rounded(value) for value in said} == said
+    assert _labels.rounded(8794, 3) == "8790" and _labels.share_label(0.00131) == "0.13 %"
+
+
+def test_long_reasons_lose_their_brackets():
+    reason = "no data, " + "since it was not there " * 4 + "(URLError: <urlopen error (nested)>)"
+    rows = pd.DataFrame({"status": ["skipped", "skipped"], "reason": [reason, "over the limit (6 GiB)"]})
+    said = _labels.why_not(rows)
+    assert "URLError" not in said and "since it was not there\n" in said and "(6 GiB)" in said
