@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import _canvas, _labels, _looks, base
+from ntkbench.figures import _canvas, _labels, _looks, _tasks, base
 from ntkbench.figures.__main__ import main
 from ntkbench.figures._speedups import speedups
 
@@ -212,6 +212,20 @@ def test_speedups_are_at_equal_accuracy(table):
     cells = table.query(here).set_index("method")
     expected = cells.loc["direct", "seconds"] / cells.loc["hutchpp"].query("error <= 0.01")["seconds"].min()
     assert case.loc[("hutchpp", "1 %"), "speedup_over_direct"] == expected
+
+
+def test_performance_profiles_are_shares_of_tasks(table):
+    """Counted one by one; a method that is just so much slower is within the factor."""
+    solved = _tasks.solutions(base.checked(table))
+    ratio = _tasks.ratios(solved)
+    factors = np.array([1.0, 2.0, ratio.median(), ratio.max()])
+    made = _tasks.shares(solved, factors).set_index(["method", "backend", "factor"])["share"]
+    tasks = len(solved.drop_duplicates(_tasks.TASK))
+    for (method, backend, factor), share in made.items():
+        mine = (solved["method"] == method) & (solved["backend"] == backend)
+        assert share == sum(r <= factor for r in ratio[mine]) / tasks
+    assert made.xs(1.0, level="factor").sum() == pytest.approx(1) and len(made) > 4 * len(factors)
+    assert not len(_tasks.shares(solved.iloc[:0], factors))
 
 
 def test_same_table_same_bytes(drawn, table, tmp_path):
