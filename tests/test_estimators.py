@@ -15,11 +15,19 @@ import ntkbench
 from ntkbench import methods, statistics
 from ntkbench.errors import OverMemory
 from ntkbench.jacobian import Rng
+from ntkbench.methods import group_u_statistics
 from ntkbench.methods.base import Sampling
 from ntkbench.problems.base import Problem
 from ntkbench.target import BACKENDS, Target
 
-NEW = ("per_sample_trace", "block_u_statistics", "gram_reverse", "gram_forward", "one_sided_orthonormal")
+NEW = (
+    "per_sample_trace",
+    "block_u_statistics",
+    "group_u_statistics",
+    "gram_reverse",
+    "gram_forward",
+    "one_sided_orthonormal",
+)
 SAMPLING = [n for n in methods.names() if isinstance(methods.get(n), Sampling)]
 SEEDS = 400
 
@@ -81,13 +89,17 @@ def sampled(name: str, names: tuple[str, ...], probes: tuple[int, ...], backend:
         ("block_u_statistics", 2, 2**30),
         ("block_u_statistics", 5, 2**30),
         ("block_u_statistics", 8, 1),
+        ("group_u_statistics", 2, 2**30),
+        ("group_u_statistics", 5, 2**30),
+        ("group_u_statistics", 8, 1),
         ("gram_reverse", 4, 2**30),
         ("gram_reverse", 9, 1),
         ("gram_forward", 5, 2**30),
     ],
 )
-def test_all_moments_are_unbiased(name, probes, memory):
+def test_all_moments_are_unbiased(name, probes, memory, monkeypatch):
     """The square of the norm and the cross term, as they come from the sample itself."""
+    monkeypatch.setattr(group_u_statistics, "GROUPS", 2)  # of three samples
     J, J_f = written_out(loaded("tanh_net")), written_out(loaded("tanh_net"), "theta_f")
     theta, theta_f = J @ J.T, J_f @ J_f.T
     exact = np.array([np.trace(theta), (theta**2).sum(), (theta_f**2).sum(), (theta * theta_f).sum()])
@@ -207,12 +219,34 @@ def test_pairs_by_hand():
         assert getattr(parts.moments(), part) == pytest.approx(getattr(whole.moments(), part), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["block_u_statistics", "group_u_statistics"])
 @pytest.mark.parametrize("K", [2, 3, 4, 6])
-def test_standard_errors_of_few_fields_are_honest(K):
+def test_standard_errors_of_few_fields_are_honest(name, K):
     """Unbiased from four fields on; with two or three an upper bound that is not absurd."""
-    values, errors = estimates("block_u_statistics", "norm", K, 200, "wide")
+    values, errors = estimates(name, "norm", K, 200, "wide")
     ratio = (errors**2).mean() / values.var(ddof=1)
     assert 0.75 < ratio < (1.35 if K >= 4 else 3)
+
+
+def test_as_many_groups_as_samples_are_block_u_statistics_and_one_is_a_gram_matrix(monkeypatch):
+    for groups, name in ((40, "block_u_statistics"), (1, "gram_reverse")):
+        monkeypatch.setattr(group_u_statistics, "GROUPS", groups)
+        for metric in ("norm", "effective_rank", "alignment"):
+            one, other = (
+                methods.get(each).estimate(prepared(each, "wide"), metric, 12, 3)
+                for each in ("group_u_statistics", name)
+            )
+            assert one.value == pytest.approx(other.value, rel=1e-9)
+            assert one.standard_error == pytest.approx(other.standard_error, rel=1e-6)
+            assert one.passes == pytest.approx(other.passes) == 12
+
+
+def test_more_groups_mean_less_variance_at_the_same_passes(monkeypatch):
+    spread = []
+    for groups in (1, 8, 40):
+        monkeypatch.setattr(group_u_statistics, "GROUPS", groups)
+        spread.append(estimates("group_u_statistics", "norm", 4, 100, "wide")[0].std())
+    assert spread[0] > 1.5 * spread[1] > 1.5 * spread[2]
 
 
 def test_what_does_not_fit_is_made_anew_within_the_budget():
@@ -243,7 +277,15 @@ def exact_metrics(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "method", ["hutchinson", "block_u_statistics", "structured_block_u_statistics", "gram_reverse", "gram_forward"]
+    "method",
+    [
+        "hutchinson",
+        "block_u_statistics",
+        "group_u_statistics",
+        "structured_block_u_statistics",
+        "gram_reverse",
+        "gram_forward",
+    ],
 )
 def test_a_tolerance_is_reached(method):
     model, x = net(), data()

@@ -72,6 +72,14 @@ def test_products_are_those_of_the_jacobian_written_out(backend, label, load, de
         v = rng.standard_normal((2, 1, problem.O))
         expected = np.einsum("kbo,bop->kbp", v, J.reshape(problem.N, problem.O, problem.P)[1:2])
         assert close(j.sample_vjp(slice(1, 2), put(v, like)), expected)
+        groups = [slice(0, 1), slice(1, problem.N)]
+        v = rng.standard_normal((2, problem.N, problem.O))
+        each = np.einsum("kbo,bop->kbp", v, J.reshape(problem.N, problem.O, problem.P))
+        expected = np.stack([each[:, group].sum(1) for group in groups], axis=1)
+        before = j.passes
+        assert close(j.group_vjp(groups, put(v, like)), expected)
+        assert close(j.group_vjp(groups[1:], put(v[:, 1:], like)), expected[:, 1:])
+        assert j.passes - before == pytest.approx(2 * (2 - 1 / problem.N))
         v = rng.standard_normal((2, 1, problem.P))
         expected = np.einsum("kbp,bop->kbo", v, J.reshape(problem.N, problem.O, problem.P)[1:2])
         assert close(j.sample_jvp(slice(1, 2), put(v, like)), expected)

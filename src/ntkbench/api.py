@@ -38,6 +38,9 @@ TOLERANCE_PASSES = 4096
 
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
+OF_RECURRENT = "group_u_statistics"
+"""Tried before these where the network declares its recurrence: a trial's gradient would take more than its pass."""
+
 STOCHASTIC = {
     "trace": (("per_sample_trace",), "one_sided_reverse"),
     "norm": (PAIRS, "hutchinson"),
@@ -130,9 +133,9 @@ def trace(
     for independent samples with at most 64 outputs each; ``jacobian_contraction`` where such a network cannot be traced
     and J fits; the naive Jacobian for interacting samples with at most 64 outputs in all and a J that fits. Otherwise
     it estimates: where samples are independent by ``per_sample_trace`` or, for the other metrics, by block U-statistics
-    (``structured_block_u_statistics`` where the network can be traced, ``block_u_statistics`` where not, if what they
-    hold fits in ``memory``); by ``one_sided_reverse`` or ``hutchinson`` otherwise. ``Estimate.method`` says which it
-    was.
+    (``group_u_statistics`` where the network declares its recurrence, else ``structured_block_u_statistics`` where it
+    can be traced and ``block_u_statistics`` where not, if what they hold fits in ``memory``); by ``one_sided_reverse``
+    or ``hutchinson`` otherwise. ``Estimate.method`` says which it was.
 
     Cost: that of the method, after at most three forward passes of checks (five for alignment).
 
@@ -350,6 +353,8 @@ def choices(
         ):
             found.append(name)
     independent, whole = STOCHASTIC[metric]
+    if metric != "trace" and hasattr(problem.module, "recurrence"):
+        independent = (OF_RECURRENT, *independent)
     return [*found, whole] if problem.samples_interact else [*found, *independent, whole]
 
 

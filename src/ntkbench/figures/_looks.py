@@ -62,6 +62,7 @@ KNOWN = {
     "per_sample_trace": (BLACK, "o"),
     "per_sample_trace_forward": (BLACK, ">"),
     "block_u_statistics": (BLACK, "D"),
+    "group_u_statistics": (BLACK, "<"),
     "sample_subset": (GREEN, "p"),
     "structured_block_u_statistics": (BLACK, "p"),
 }

@@ -106,6 +106,16 @@ def _caption(shown: pd.DataFrame) -> str:
         f"The NTK of {what} of a recurrent network ({_network(shown)}; parameters: {one['parameters']}) along "
         "training, and its factors: K, which knows of the representation alone, and P, which knows of the dynamics "
         f"alone and is shown as P P*. One line a network. Theta and P P* from {one['probes']:g} probes, the same at "
-        "all steps; bars are one standard error of the ratio to step 0, from pairs of what a probe says at both. K is "
-        "exact. Ranks below the full one: recurrent weights cut to their largest singular values at an unchanged norm."
+        "all steps; bars are one standard error of the ratio to step 0, from pairs of what a probe says at both, so "
+        "they are of these networks: what other networks would do is seen from line to line. K is exact. Ranks below "
+        "the full one: recurrent weights cut to their largest singular values at an unchanged norm. The alignment of "
+        f"Theta with step 0 once trained, 1 for lazy learning: {_last_alignments(shown)}."
     )
+
+
+def _last_alignments(shown: pd.DataFrame) -> str:
+    """For each start the range over its networks."""
+    rows = shown[(shown["operator"] == "Theta") & (shown["quantity"] == "alignment")].sort_values("step")
+    last = rows.groupby(["init", "network"])["value"].last()
+    ranges = {init: (last[init].min(), last[init].max()) for init in shown["init"].unique()}
+    return "; ".join(f"{init}: {low:.2f} to {high:.2f}" for init, (low, high) in ranges.items())

@@ -29,6 +29,10 @@ class Injections(NamedTuple):
     side: Array | None
     readout: Array | None
 
+    def part(self, trials: slice) -> Injections:
+        """Those of some trials."""
+        return Injections(*(None if a is None else a[:, trials] for a in self))
+
 
 class Factors(NamedTuple):
     """What the chosen parameters are multiplied with, stacked: v for each of the injections, ``[V, T, B]``."""
