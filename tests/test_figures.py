@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import _canvas, _labels, _looks, base
+from ntkbench.figures import _canvas, _labels, _looks, _tasks, base
 from ntkbench.figures.__main__ import main
 from ntkbench.figures._speedups import speedups
 
@@ -214,6 +214,20 @@ def test_speedups_are_at_equal_accuracy(table):
     assert case.loc[("hutchpp", "1 %"), "speedup_over_direct"] == expected
 
 
+def test_performance_profiles_are_shares_of_tasks(table):
+    """Counted one by one; a method that is just so much slower is within the factor."""
+    solved = _tasks.solutions(base.checked(table))
+    ratio = _tasks.ratios(solved)
+    factors = np.array([1.0, 2.0, ratio.median(), ratio.max()])
+    made = _tasks.shares(solved, factors).set_index(["method", "backend", "factor"])["share"]
+    tasks = len(solved.drop_duplicates(_tasks.TASK))
+    for (method, backend, factor), share in made.items():
+        mine = (solved["method"] == method) & (solved["backend"] == backend)
+        assert share == sum(r <= factor for r in ratio[mine]) / tasks
+    assert made.xs(1.0, level="factor").sum() == pytest.approx(1) and len(made) > 4 * len(factors)
+    assert not len(_tasks.shares(solved.iloc[:0], factors))
+
+
 def test_same_table_same_bytes(drawn, table, tmp_path):
     """Also when the table has been through a file, and in another process with other hashes."""
     table.to_csv(tmp_path / "table.csv", index=False)
@@ -284,5 +298,25 @@ def test_no_two_methods_look_alike():
 
 
 def test_figures_import_no_backend():
-    code = "import sys, ntkbench.figures as f; f.names(); sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, ntkbench.figures as f; [f.study_of(name) for name in f.names()]; "
+    subprocess.run([sys.executable, "-c", code + "sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"], check=True)
+
+
+def test_a_figure_imports_no_other():
+    code = "import sys, ntkbench.figures as f; f.study_of('exact_cost'); "
+    names = "{name.rpartition('.')[2] for name in sys.modules if name.startswith('ntkbench.figures.')} & {*f.names()}"
+    done = subprocess.run([sys.executable, "-c", f"{code}print({names})"], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "{'exact_cost'}"
+
+
+def test_numbers_in_sentences_are_not_powers_of_ten():
+    said = {8794.0: "8800", 118.2: "120", 0.00432: "0.0043", 1.0: "1", 0.0994: "0.099"}
+    assert {value: _labels.rounded(value) for value in said} == said
+    assert _labels.rounded(8794, 3) == "8790" and _labels.share_label(0.00131) == "0.13 %"
+
+
+def test_long_reasons_lose_their_brackets():
+    reason = "no data, " + "since it was not there " * 4 + "(URLError: <urlopen error (nested)>)"
+    rows = pd.DataFrame({"status": ["skipped", "skipped"], "reason": [reason, "over the limit (6 GiB)"]})
+    said = _labels.why_not(rows)
+    assert "URLError" not in said and "since it was not there\n" in said and "(6 GiB)" in said

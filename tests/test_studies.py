@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,8 @@ import ntkbench
 from ntkbench import figures, grid, paths, problems, reference, running, studies
 from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.figures import _gallery, _published, _series, base
+from ntkbench.figures import hazelden_trace as hazelden_trace_figure
+from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.studies import _networks, _pntk, hazelden_trace, mohamadi_cost
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
@@ -425,6 +428,28 @@ def test_published_values_are_committed_and_drawn():
     assert all(f"`{file.name}`" in text for file in paths.PUBLISHED.glob("*.csv"))
 
 
+def test_published_errors_know_their_samples():
+    """The first estimate of the script is its slowest, which must not move it."""
+    there = hazelden_trace_figure.published_errors("mlp", "large", "hutch++").set_index("m")
+    assert list(there.index) == [60, 93, 145]
+    assert (there.loc[60, "x"], there.loc[60, "y"]) == (0.06367, 0.0367)
+
+
+def test_published_times_stand_beside_no_others(tables):
+    """Ours are of other numbers of outputs, and a reader must not compare them."""
+    assert 200 not in set(tables["mohamadi_cost"]["O"])
+    drawing = mohamadi_cost_figure.draw(base.checked_study(tables["mohamadi_cost"], mohamadi_cost_figure.COLUMNS))
+    panels = {tuple(text.get_text() for text in panel.texts[:2]): panel for panel in drawing.figure.axes}
+    drawn = {
+        title: sorted(y for line in panel.lines if line.get_marker() == "x" for y in line.get_ydata())
+        for title, panel in panels.items()
+        if panel.get_visible()
+    }
+    there = _published.values("mohamadi_figure1_tiny_imagenet")
+    assert drawn.pop(("as published", "O = 200")) == sorted(there["seconds_per_pair"])
+    assert drawn and not any(drawn.values())
+
+
 def test_slopes_have_their_interval():
     rng = np.random.default_rng(0)
     x = np.repeat([1.0, 2.0, 4.0, 8.0], 5)
@@ -435,11 +460,19 @@ def test_slopes_have_their_interval():
     assert 180 <= inside <= 199
 
 
+def _size(picture):
+    height, width = matplotlib.image.imread(picture).shape[:2]
+    return width, height
+
+
 def test_the_gallery_needs_no_other_file(tables, tmp_path):
     made = [figures.draw(name, tables[study], tmp_path)[2] for name, study in of_studies()[:2]]
     page = _gallery.page(made, "All <figures>")
     assert "All &lt;figures&gt;" in page and page.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert set(re.findall(r'(?:href="#|aria-describedby=")([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
+    assert page.count("<img ") == page.count(' alt="Figure: ')
+    assert re.findall(r'width="(\d+)" height="(\d+)"', page) == [tuple(map(str, _size(file))) for file in sorted(made)]
     made[0].with_suffix(".txt").unlink()
     with pytest.raises(BadInput, match="has no caption"):
         _gallery.page(made, "x")

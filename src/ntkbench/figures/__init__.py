@@ -8,6 +8,7 @@ or, where the file says ``TABLE = "<study>"`` and names the ``COLUMNS`` that it 
 
 from __future__ import annotations
 
+import importlib
 import io
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +24,8 @@ __all__ = ["draw", "names", "study_of"]
 
 
 def names() -> list[str]:
-    """Every figure there is, sorted."""
-    return list(plugins.modules(__name__))
+    """Every figure there is, sorted; none of them is imported."""
+    return plugins.names(__name__)
 
 
 def study_of(name: str) -> str | None:
@@ -37,10 +38,9 @@ def study_of(name: str) -> str | None:
 
 
 def _module(name: str) -> ModuleType:
-    modules = plugins.modules(__name__)
-    if name not in modules:
-        raise unknown("figure", name, modules)
-    return modules[name]
+    if name not in names():
+        raise unknown("figure", name, names())
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:

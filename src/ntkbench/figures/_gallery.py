@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,20 +33,24 @@ def page(pictures: Sequence[Path], title: str) -> str:
     Raises:
         BadInput: a picture has no caption.
     """
-    groups: dict[str, list[dict[str, str]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
+    groups: dict[str, list[dict[str, str | int]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
     for picture in sorted(pictures, key=lambda path: path.stem):
         caption = picture.with_suffix(".txt")
         if not caption.exists():
             raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
         first, *others = caption.read_text().splitlines()
         name, _, text = first.partition(". ")
+        data = picture.read_bytes()
+        width, height = struct.unpack(">II", data[16:24])  # so that links arrive where they should while pictures load
         groups[GROUPS.get(picture.stem.split("_")[0], OWN)].append(
             {
                 "id": picture.stem,
                 "name": name or _labels.name_label(picture.stem),
                 "text": text,
                 "settings": " ".join(others),
-                "data": base64.b64encode(picture.read_bytes()).decode(),
+                "width": width,
+                "height": height,
+                "data": base64.b64encode(data).decode(),
             }
         )
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)

@@ -60,6 +60,16 @@ def count_label(count: float) -> str:
     return f"{count:.0f}"
 
 
+def rounded(value: float, digits: int = 2) -> str:
+    """A number in a sentence, to so many digits, and not as a power of ten below a million: 8800, 0.0043."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def share_label(share: float) -> str:
+    """A share in percent: 0.13 %."""
+    return f"{rounded(100 * share)} %"
+
+
 def range_label(counts: pd.Series) -> str:
     """One number, or from the smallest to the largest."""
     low, high = counts.min(), counts.max()
@@ -71,6 +81,13 @@ def status_label(status: str) -> str:
     return status.replace("_", " ")
 
 
+def _first_words(reason: str, most: int = 120) -> str:
+    """A reason; a long one without what it says in brackets at its end, and cut where it is still long."""
+    if len(reason) > most:
+        reason = re.sub(r"\s*\(.*\)\s*$", "", reason, flags=re.DOTALL)
+    return textwrap.shorten(reason, most, placeholder=" \N{HORIZONTAL ELLIPSIS}")
+
+
 def why_not(rows: pd.DataFrame, most: int = 3) -> str:
     """The reasons of rows that are not ok, most frequent first, one a line."""
     rows = rows[rows["status"] != "ok"]
@@ -79,8 +96,7 @@ def why_not(rows: pd.DataFrame, most: int = 3) -> str:
     counts = rows.groupby(["status", "reason"]).size().reset_index(name="cells")
     counts = counts.sort_values(["cells", "status", "reason"], ascending=[False, True, True])
     lines = [
-        f"{row.cells} {status_label(row.status)}"
-        + (f": {plain(textwrap.shorten(row.reason, 120))}" if row.reason else "")
+        f"{row.cells} {status_label(row.status)}" + (f": {plain(_first_words(row.reason))}" if row.reason else "")
         for row in counts.head(most).itertuples()
     ]
     left = int(counts["cells"][most:].sum())

@@ -65,10 +65,15 @@ def logarithmic(panel: Axes, x: Iterable[float], y: Iterable[float], ratio: floa
 
 
 def counts(panel: Axes, sizes: Sequence[float], most: int = 7) -> None:
-    """Ticks of the x axis at sizes that were measured."""
+    """Ticks of a log x axis at sizes that were measured, without those that leave no room for labels."""
     sizes = sorted(set(sizes))
-    step = math.ceil(len(sizes) / most)
-    panel.xaxis.set_major_locator(FixedLocator(sizes[::step]))
+    low, high = panel.get_xlim()
+    inch = math.log(high / low) / (panel.get_position().width * _canvas.WIDTH)
+    ticks = sizes[-1:]
+    for size in sizes[:: -math.ceil(len(sizes) / most)][1:]:
+        if math.log(ticks[-1] / size) >= 0.36 * inch:
+            ticks.append(size)
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value)))
     panel.xaxis.set_minor_locator(NullLocator())
 
@@ -90,4 +95,5 @@ def ratio_words(ratios: Sequence[float]) -> str:
     ratios = np.asarray([r for r in ratios if math.isfinite(r)])
     if not len(ratios):
         return "nothing to compare"
-    return f"{np.median(ratios):.2g} ({ratios.min():.2g} to {ratios.max():.2g})"
+    middle, low, high = map(_labels.rounded, (np.median(ratios), ratios.min(), ratios.max()))
+    return f"{middle} ({low} to {high})"

@@ -32,8 +32,9 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
         baselines = {name: _baseline(cells, name) for name in BASELINES}
         for (method, backend), rows in cells.groupby(["method", "backend"]):
             first = rows.iloc[0]
+            points = base.measured(rows, "seconds", "error").sort_values("seconds", kind="stable").to_dict("records")
             for tolerance in TOLERANCES if first["kind"] == "exact" else list(TOLERANCES)[:2]:
-                best = _best(rows, TOLERANCES[tolerance])
+                best = next((p for p in points if p["error"] <= TOLERANCES[tolerance]), None)
                 row = dict(zip(("problem", "setting", "metric"), case, strict=True))
                 row |= first[["n", "P", "title", "kind"]].to_dict()
                 row |= {"method": method, "backend": backend, "tolerance": tolerance}
@@ -50,12 +51,6 @@ def _baseline(cells: pd.DataFrame, method: str) -> float:
     """Seconds of a baseline, ``nan`` where it was not measured."""
     rows = cells[(cells["method"] == method) & (cells["backend"] == "torch")]
     return float(base.measured(rows, "seconds")["seconds"].min())
-
-
-def _best(rows: pd.DataFrame, tolerance: float) -> pd.Series | None:
-    good = base.measured(rows, "seconds", "error")
-    good = good[good["error"] <= tolerance]
-    return good.loc[good["seconds"].idxmin()] if len(good) else None
 
 
 def _outcome(rows: pd.DataFrame) -> str:

@@ -49,10 +49,10 @@ def shares(solved: pd.DataFrame, factors: np.ndarray) -> pd.DataFrame:
     """
     tasks = len(solved.drop_duplicates(TASK))
     ratio = ratios(solved)
+    columns = ["method", "backend", "title", "kind", "factor", "share", "tasks"]
     made = []
     for (method, backend), own in solved.groupby(["method", "backend"]):
-        mine = ratio[own.index]
-        for factor in factors:
-            row = {"method": method, "backend": backend, "title": own["title"].iloc[0], "kind": own["kind"].iloc[0]}
-            made.append(row | {"factor": factor, "share": float((mine <= factor).sum() / tasks), "tasks": tasks})
-    return pd.DataFrame(made, columns=["method", "backend", "title", "kind", "factor", "share", "tasks"])
+        within = np.searchsorted(np.sort(ratio[own.index]), factors, side="right")
+        named = {"method": method, "backend": backend, "title": own["title"].iloc[0], "kind": own["kind"].iloc[0]}
+        made.append(pd.DataFrame({**named, "factor": factors, "share": within / tasks, "tasks": tasks}))
+    return pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=columns)

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MultipleLocator
-from scipy.stats import binomtest
 
 from ntkbench.figures import _canvas, _key, _labels, _looks, base
 from ntkbench.figures._looks import Look, looks
@@ -60,6 +59,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 def _pooled(rows: pd.DataFrame) -> pd.DataFrame:
     """One line for each method, metric and group of effective ranks."""
+    from scipy.stats import binomtest
+
     rows = rows.assign(
         group=np.where(rows["effective_rank"] < FEW, "below", "other"),
         hits=(rows["covered"].astype(float) * rows["seeds"]).round(),

@@ -188,9 +188,13 @@ def _caption(metric: str, plotted: pd.DataFrame) -> str:
     text = (
         "Seconds of one exact computation (without the first call) and peak memory over a do-nothing baseline, for the "
         f"metric {metric!r}, against n = N O; the sizes of one family are joined by a line. Whiskers are quartiles of "
-        "seconds. Markers in the strip on top stand over the n at which a method did not finish; side by side "
-        "where there are several."
+        "seconds."
     )
+    if (plotted["status"] != "ok").any():
+        text += (
+            " Markers in the strip on top stand over the n at which a method did not finish; side by side where there "
+            "are several."
+        )
     if small:
         text += f" {small} peaks below {FLOOR:g} MiB are drawn at {FLOOR:g} MiB."
     return text

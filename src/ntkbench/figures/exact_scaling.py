@@ -78,7 +78,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     by_quantity = pd.DataFrame(slopes, columns=[*LINE, "quantity", "slope"]).pivot_table("slope", LINE, "quantity")
     plotted = plotted.merge(by_quantity.add_prefix("slope_").reset_index(), on=LINE, how="left")
     plotted["theory"] = plotted["method"].map(THEORY)
-    return base.Drawing(figure, plotted, _caption(fixed))
+    return base.Drawing(figure, plotted, _caption(fixed, style))
 
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
@@ -129,8 +129,8 @@ def _last_slope(x: pd.Series, y: pd.Series) -> float:
     return math.log(y1 / y0) / math.log(x1 / x0)
 
 
-def _caption(fixed: str) -> str:
-    theory = "; ".join(f"{method.replace('_', ' ')} {terms}" for method, terms in THEORY.items())
+def _caption(fixed: str, style: dict[str, Look]) -> str:
+    theory = "; ".join(f"{look.title} {THEORY[method]}" for method, look in style.items() if method in THEORY)
     return (
         "Seconds of one exact norm (without the first call) and peak memory over a do-nothing baseline against each "
         f"size of a fully connected ReLU network, the others fixed at {fixed}. The number at a line's end is its slope "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from ntkbench.figures import _canvas, _labels, _looks, _series, base
 
@@ -33,16 +35,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         for panel, quantity in zip(panels, ("seconds", "value", "error"), strict=True):
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "passes", quantity, looks[method])
-                for row in line.itertuples():
-                    at = (row.passes, getattr(row, quantity))
-                    panel.annotate(
-                        f"{row.m:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=8, color=_looks.GREY
-                    )
-            _series.logarithmic(panel, rows["passes"], rows[[quantity, f"{quantity}_q25"]].stack())
+                if quantity != "value":
+                    _samples(panel, line, quantity)
+            _series.logarithmic(panel, rows["passes"], rows[[quantity, f"{quantity}_q25", f"{quantity}_q75"]].stack())
             if quantity == "value":
                 panel.set_yscale("linear")
                 panel.autoscale(axis="y")
-                panel.yaxis.set_major_formatter("{x:.3g}")
+                panel.yaxis.set_major_locator(MaxNLocator(5))
+                panel.yaxis.set_major_formatter("{x:g}")
                 panel.axhline(exact, color="black", linewidth=0.9, zorder=1)
             label = {"seconds": "seconds", "value": metric, "error": "relative error"}[quantity]
             panel.set(xlabel="passes", ylabel=label)
@@ -50,10 +50,18 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     return base.Drawing(figure, points[[*COLUMNS]], _caption(points))
 
 
+def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
+    """How many samples each point of a line has, on the side where the line is not."""
+    where = {"xytext": (-4, 5), "ha": "right"} if quantity == "seconds" else {"xytext": (0, 7), "ha": "center"}
+    for row in line.itertuples():
+        at = (row.passes, getattr(row, quantity))
+        panel.annotate(f"{row.m:g}", at, textcoords="offset points", fontsize=9, color=_looks.GREY, zorder=4, **where)
+
+
 def _caption(points: pd.DataFrame) -> str:
     text = (
         "Runtime, estimate and relative error against passes (one Jacobian product each), medians over reruns with "
-        "quartiles; the small numbers are samples: columns in the sketch of Hutch++, as many in its residual, and "
+        "quartiles; the numbers at points are samples: columns in the sketch of Hutch++, as many in its residual, and "
         "probes of shared-probe alignment. Black: the exact value; the post's errors are against each curve's own last "
         f"value. The post reports {PUBLISHED} of shared probes, on two networks of 128 units and 100 trials of 10 "
         "steps."
@@ -62,7 +70,8 @@ def _caption(points: pd.DataFrame) -> str:
     if len(shared):
         row = shared.loc[shared["m"].idxmin()]
         text += (
-            f" Here {row['m']:g} shared probes take {row['seconds']:.2g} s with a median error of {row['error']:.2g}."
+            f" Here {row['m']:g} shared probes take {_labels.rounded(row['seconds'])} s with a median "
+            f"error of {_labels.share_label(row['error'])}."
         )
     both = points[points["metric"] == "alignment"].pivot_table(index="m", columns="method", values=["error", "passes"])
     both = both.dropna()
@@ -71,9 +80,9 @@ def _caption(points: pd.DataFrame) -> str:
         shared, hutchpp = (last["error", name] for name in ("shared_probe_alignment", "hutchpp"))
         fewer = last["passes", "hutchpp"] / last["passes", "shared_probe_alignment"]
         text += (
-            f" At {both.index[-1]:g} samples shared probes have an error of {shared:.1g} and three Hutch++ traces one "
-            f"of {hutchpp:.1g} for {fewer:.2g} times as many passes: what the post says of them "
-            f"{'agrees' if shared < hutchpp * fewer**0.5 else 'does not agree'} at equal passes (by the Monte Carlo "
-            "rate). What does not: the networks, and so seconds."
+            f" At {both.index[-1]:g} samples shared probes have an error of {_labels.share_label(shared)} and three "
+            f"Hutch++ traces one of {_labels.share_label(hutchpp)} for {_labels.rounded(fewer)} times as many passes: "
+            f"what the post says of them {'agrees' if shared < hutchpp * fewer**0.5 else 'does not agree'} at equal "
+            "passes (by the Monte Carlo rate). What does not: the networks, and so seconds."
         )
     return text

@@ -40,7 +40,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
                 _series.line(panel, line, "percent", "error", looks[method])
             _series.published(panel, there, "black")
             _series.logarithmic(
-                panel, [*rows["percent"], *there["x"]], [*rows["error"], *rows["error_q25"], *there["y"]]
+                panel,
+                [*rows["percent"], *there["x"]],
+                [*rows[["error", "error_q25", "error_q75"]].stack(), *there["y"]],
             )
             panel.set(xlabel="runtime, % of direct", ylabel="relative error")
     return base.Drawing(figure, plotted, _caption(table, plotted))
@@ -61,7 +63,7 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
     share = plotted["baseline_share"].min()
     data = "MNIST" if "mnist" in plotted["problem"].iloc[0] else "scikit-learn's digits (MNIST was not to be had)"
-    timed = f"timed on {share:.2g} of its columns and extrapolated" if share < 1 else "timed in full"
+    timed = f"timed on {_labels.share_label(share)} of its columns and extrapolated" if share < 1 else "timed in full"
     text = (
         "Relative errors of ||Theta||_F^2, alignment and effective rank of a ReLU network with two hidden layers of "
         f"256, trained on {data}, against the runtime in percent of direct's, {timed}: products with Theta for every "

@@ -43,7 +43,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             there = there if baseline == "direct_one_by_one" else there.iloc[:0]
             seconds = rows["baseline_seconds"].iloc[0]
             name = _labels.name_label(rows["problem"].iloc[0])
-            _canvas.title(panel, f"over {BASELINES[baseline]}", f"{name}: {seconds:.3g} s" + _extrapolated(rows))
+            _canvas.title(
+                panel, f"over {BASELINES[baseline]}", f"{name}: {_labels.rounded(seconds, 3)} s" + _extrapolated(rows)
+            )
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "inaccuracy", "speedup", looks[method])
             _series.published(panel, there, BLACK)
@@ -80,7 +82,7 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
 
 def _extrapolated(rows: pd.DataFrame) -> str:
     share = rows["baseline_share"].iloc[0]
-    return f", from {share:.2g} of its columns" if share < 1 else ""
+    return f", from {_labels.share_label(share)} of its columns" if share < 1 else ""
 
 
 def _caption(plotted: pd.DataFrame) -> str:
@@ -91,18 +93,18 @@ def _caption(plotted: pd.DataFrame) -> str:
         "timed and the rest extrapolated), and the exact trace by layers, which is not in the paper. Crosses are the "
         "published values."
     )
-    said, far, gains = [], [], []
+    said, far, gains, number = [], [], [], _labels.rounded
     for network in dict.fromkeys(plotted["network"]):
         rows = plotted[(plotted["network"] == network) & (plotted["inaccuracy"] == ACCURACIES[0])]
         ours = {b: rows.loc[rows["baseline"] == b, "speedup"].max() for b in BASELINES}
         there = _published.values("hazelden_figures", figure="speedup", problem=network)["y"].iloc[0]
         first = ours["direct_one_by_one"]
-        words = f"{network.upper()} at 99 %: {first:.3g} times here, {there:.3g} published"
+        words = f"{network.upper()} at 99 %: {number(first)} times here, {number(there)} published"
         if np.isfinite(ours["direct"]):
-            words += f", {ours['direct']:.3g} times against blocks"
+            words += f", {number(ours['direct'])} times against blocks"
             gains.append(first / ours["direct"])
         if np.isfinite(ours["structured_derivatives"]):
-            words += f", {ours['structured_derivatives']:.3g} times against the exact trace by layers"
+            words += f", {number(ours['structured_derivatives'])} times against the exact trace by layers"
         said.append(words)
         far.append(not 0.1 < first / there < 10)
     text += f" {'; '.join(said)}."

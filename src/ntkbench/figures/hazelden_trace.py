@@ -82,13 +82,9 @@ def _caption(points: pd.DataFrame) -> str:
         "medians, estimates to three digits."
     )
     errors, times = [], []
-    for (network, size), samples in _samples().items():
+    for network, size in _samples():
         for method, series in SERIES.items():
-            there = _published.values(
-                "hazelden_figures", figure=f"trace_error_{size}_m", problem=network, series=series
-            )
-            # Published points carry a runtime and no m; they are in the order of m, the first ones where some lack.
-            there = there.sort_values("x").assign(m=samples[: len(there)])
+            there = published_errors(network, size, series)
             here = points[(points["network"] == network) & (points["grid"] == size) & (points["method"] == method)]
             both = here.merge(there, on="m")
             both = both[both["y"] > 1e-5]
@@ -108,6 +104,16 @@ def _caption(points: pd.DataFrame) -> str:
             "into blocks."
         )
     return text
+
+
+def published_errors(network: str, size: str, series: str) -> pd.DataFrame:
+    """Published errors with their m, which the figures do not show.
+
+    Points are in the order of m, the first ones where some lack; not always in that of runtimes, since the script's
+    first estimate is slower than its second.
+    """
+    there = _published.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network, series=series)
+    return there.assign(m=_samples()[network, size][: len(there)])
 
 
 def _samples() -> dict[tuple[str, str], list[int]]:

@@ -20,7 +20,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(points):
         return base.nothing(table, _labels.why_not(table))
     looks = _series.looks(points)
-    samples, outputs = sorted(points["N"].unique()), sorted(points["O"].unique())
+    there = _published.values("mohamadi_figure1_tiny_imagenet")
+    samples, outputs = sorted(points["N"].unique()), sorted({*points["O"], *there["outputs"]})
     figure, grid = _canvas.sheet(
         [_canvas.Row(2.3, above=0.6, below=0.42) for _ in samples],
         len(outputs),
@@ -28,16 +29,23 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         subtitle=base.settings_line(table),
         key=[
             ("method", _series.entries(looks.values())),
-            ("how to read", [(_series.PUBLISHED[0], "published, O = 200")]),
+            ("how to read", [(_series.PUBLISHED[0], "published, Tiny ImageNet")]),
         ],
-        gap=0.75,
     )
-    there = _published.values("mohamadi_figure1_tiny_imagenet")
+    seconds, depths = (
+        [*points["seconds_per_pair"], *there["seconds_per_pair"]],
+        [*table["depth"], *there["resnet_depth"]],
+    )
     for panels, N in zip(grid, samples, strict=True):
         for panel, output in zip(panels, outputs, strict=True):
             rows = points[(points["N"] == N) & (points["O"] == output)]
-            shown = there if (N, output) == (max(samples), max(outputs)) else there.iloc[:0]
+            shown = there[there["outputs"] == output] if max(samples) == N else there.iloc[:0]
+            if not len(rows) and not len(shown):
+                _canvas.hide([panel])
+                continue
             heading = "two images by themselves" if min(samples) == N else f"all pairs of {N:g} images"
+            if not len(rows):
+                heading = "as published"
             _canvas.title(panel, heading, f"O = {output:g}")
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "depth", "seconds_per_pair", looks[method])
@@ -45,10 +53,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
                 if method in looks:
                     only = shown[shown["kernel"] == kernel]
                     _series.published(panel, only, looks[method].colour, "resnet_depth", "seconds_per_pair")
-            depths = [*table["depth"], *shown["resnet_depth"]]
-            _series.logarithmic(panel, depths, [*points["seconds_per_pair"], *shown["seconds_per_pair"]])
+            _series.logarithmic(panel, depths, seconds)
             _series.counts(panel, depths)
-            panel.set(xlabel="depth", ylabel="seconds per pair")
+            panel.set(xlabel="depth", ylabel="seconds per pair" if panel is panels[0] else None)
+            panel.tick_params(labelleft=panel is panels[0])
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, points, there))
 
 
@@ -68,7 +76,8 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> 
         f"Seconds for the kernel between two images of ResNets ({parameters} parameters) by the depth, with O outputs: "
         "for two images by themselves (three pairs, each with itself among them) and for all pairs of N images, in "
         "seconds per pair. NTK: all O x O entries; pNTK: one. By layers, or by gradients written out and multiplied. "
-        "Crosses are published, for Tiny ImageNet (O = 200), on unnamed hardware."
+        "Crosses are published, for Tiny ImageNet (O = 200), on unnamed hardware and shared among many pairs as it "
+        "seems; they stand where O = 200, and are of other networks and images than the lines beside them."
     )
     wide = there.pivot_table(index="resnet_depth", columns="kernel", values="seconds_per_pair")
     quotient = wide["eNTK"] / wide["pNTK"]

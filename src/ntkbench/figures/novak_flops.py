@@ -49,13 +49,13 @@ def _caption(points: pd.DataFrame) -> str:
     )
     wide = points.pivot_table(index=["N", "O", "width"], columns="method", values="flops_per_entry")
     last = wide.xs(wide.index.get_level_values("width").max(), level="width")
-    said = []
+    said, number = [], _labels.rounded
     for (N, output), row in last.iterrows():
         contraction, structured = row.get("nt_jacobian_contraction"), row.get(THEIRS)
         products, alone = row.get("nt_ntk_vector_products"), row.get("jacobian")
         said.append(
-            f"N = {N:g}, O = {output:g}: contraction {contraction / structured:.2g}, NTK-vector products "
-            f"{products / structured:.2g}, the Jacobian alone {alone / structured:.2g}"
+            f"N = {N:g}, O = {output:g}: contraction {number(contraction / structured)}, NTK-vector products "
+            f"{number(products / structured)}, the Jacobian alone {number(alone / structured)}"
         )
     text += f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}."
     verdict = "agrees" if _structured_wins(last) else "does not agree"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from ntkbench.figures import _canvas, _labels, _looks, _published, _series, base
@@ -21,14 +22,17 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(table, _labels.why_not(table))
     looks, outputs = _series.looks(points), sorted(table["O"].unique())
     over = Line2D([], [], color=_looks.GREY, marker=7, linestyle=""), "over the memory budget"
+    dashed = Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2))), "the memory budget"
     figure, grid = _canvas.sheet(
         [_canvas.Row(2.3, above=0.5, below=0.2), _canvas.Row(2.3, above=0.1, below=0.42)],
         len(outputs),
         title="Seconds and memory of the NTK of a 10-layer ReLU network (Novak et al., figure 1, right)",
         subtitle=base.settings_line(table),
-        key=[("program", _series.entries(looks.values())), ("how to read", [_series.QUARTILES, over])],
+        key=[("program", _series.entries(looks.values())), ("how to read", [_series.QUARTILES, over, dashed])],
         gap=0.3,
     )
+    budget = table["budget_mb"].iloc[0]
+    spans = {"seconds": points["seconds"], "memory_mib": [*points["memory_mib"], budget]}
     for panels, (quantity, label) in zip(grid, LABELS.items(), strict=True):
         panels[0].set_ylabel(label)
         for panel, output in zip(panels, outputs, strict=True):
@@ -37,21 +41,22 @@ def draw(table: pd.DataFrame) -> base.Drawing:
                 _canvas.title(panel, f"O = {output:g}, N = {table['N'].iloc[0]:g}", "")
             for method, line in rows.groupby("method", sort=False):
                 _series.line(panel, line, "width", quantity, looks[method])
-            _series.logarithmic(panel, table["width"], points[quantity])
+            _series.logarithmic(panel, table["width"], spans[quantity])
+            panel.set_ylim(top=3 * panel.get_ylim()[1])  # room for what is over the budget
             _lost(panel, table[(table["O"] == output) & (table["status"] == "out_of_memory")], looks)
             _series.counts(panel, table["width"])
             panel.tick_params(labelleft=panel is panels[0], labelbottom=panel in grid[1])
     for panel in grid[1]:
         panel.set_xlabel("width")
-        panel.axhline(table["budget_mb"].iloc[0], color="black", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        panel.axhline(budget, color="black", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, points))
 
 
-def _lost(panel, lost: pd.DataFrame, looks: dict[str, _looks.Look]) -> None:
+def _lost(panel: Axes, lost: pd.DataFrame, looks: dict[str, _looks.Look]) -> None:
     for i, (method, rows) in enumerate(lost.groupby("method", sort=False)):
         if method in looks:
             top = panel.get_xaxis_transform()
-            panel.plot(rows["width"], [0.99 - 0.05 * i] * len(rows), marker=7, linestyle="", transform=top,
+            panel.plot(rows["width"], [0.98 - 0.06 * i] * len(rows), marker=7, linestyle="", transform=top,
                        color=looks[method].colour, markersize=7, clip_on=False, zorder=5)  # fmt: skip
 
 

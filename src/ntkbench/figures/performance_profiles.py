@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 def _caption(profiles: pd.DataFrame) -> str:
     text = (
-        "Performance profiles: a task is a metric of a problem within a tolerance of the median relative error, and a "
+        "A task is a metric of a problem within a tolerance of the median relative error, and a "
         "method solves it by the least of its measured times that is within; on the left the share on which it is the "
         "fastest, on the right the share that it solves at all. A task on which a method was not measured counts as "
         "not solved, so a line's height says as well how much of the grid the method was given. Exact: at most "
