@@ -59,6 +59,27 @@ def test_training_arrives_at_the_stated_loss(kind):
         assert float(trials.loss()(module(torch.from_numpy(trials.inputs)))) == pytest.approx(last, rel=1e-3)
 
 
+@given(T=st.integers(2, 400))
+def test_short_trials_come_before_long_ones(T):
+    lengths = recurrent.curriculum(T)
+    assert lengths[-1] == T
+    assert all(short == long // 3 for short, long in itertools.pairwise(lengths))
+    assert lengths[0] < 3 * recurrent.SHORTEST
+    assert len(lengths) == 1 or lengths[0] >= recurrent.SHORTEST
+
+
+def test_a_vanilla_network_learns_long_trials_from_short_ones():
+    """Which it does not from the long ones alone: it stays at a loss of 0.5, that of no answer."""
+    import torch
+
+    trained = base.REGISTRY["rnn_match_to_sample"](N=2, T=45, H=16)
+    assert "T=15, 45" in trained.recipe
+    trials, module = _tasks.trials("match_to_sample", recurrent.TRAINED_ON, 45, seed=1), trained.module
+    trained.train(module)
+    with torch.no_grad():
+        assert float(trials.loss()(module(torch.from_numpy(trials.inputs)))) <= recurrent.LOSS * 1.001
+
+
 @pytest.mark.parametrize("name", [f"{kind}_{task}" for kind in recurrent.KINDS for task in _tasks.TASKS])
 def test_committed_weights_solve_their_task(name):
     import torch

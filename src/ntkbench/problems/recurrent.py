@@ -22,6 +22,8 @@ EULER_STEP = 0.5
 """Of the continuous-time network, in time constants."""
 
 TRAINED_ON, LEARNING_RATE, CLIP, LOSS, STEPS = 128, 5e-3, 1.0, 0.1, 2000
+SHORTEST = 10
+"""Steps of the shortest trials that come before longer ones."""
 PARTS = {
     "all": ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "readout.weight", "readout.bias"),
     "recurrent": ("weight_hh",),
@@ -106,6 +108,17 @@ def course(
     module.float()
 
 
+def curriculum(T: int) -> list[int]:
+    """Lengths of trials that a network is trained on in turn: T, a third of it and so on, but for those below 10.
+
+    Over dozens of steps gradients of a vanilla network vanish, and nothing is learned from long trials alone.
+    """
+    lengths = [T]
+    while lengths[0] // 3 >= SHORTEST:
+        lengths.insert(0, lengths[0] // 3)
+    return lengths
+
+
 def part(module: nn.Module, read: str, parameters: str) -> nn.Module:
     """The network that gives a recurrent network's states or outputs, frozen but for the parameters asked for.
 
@@ -143,12 +156,15 @@ def _define(kind: str, task: str) -> Callable[..., Definition]:
         whole = network(kind, task, H)
         chosen = part(whole, read, parameters)
 
-        def train(module: nn.Module) -> None:
-            """To a tenth of the targets' power, on 128 trials of the same length."""
-            for _ in course(module, _tasks.trials(task, TRAINED_ON, T, seed=1)):
-                pass
+        lengths = curriculum(T)
 
-        recipe = f"{TRAINED_ON} trials of T={T} to {LOSS}"
+        def train(module: nn.Module) -> None:
+            """To a tenth of the targets' power, on 128 trials, of the shorter lengths first."""
+            for length in lengths:
+                for _ in course(module, _tasks.trials(task, TRAINED_ON, length, seed=1)):
+                    pass
+
+        recipe = f"{TRAINED_ON} trials of T={', '.join(map(str, lengths))} to {LOSS}"
         return Definition(whole, trials.inputs, train, jax_forward(chosen), part=chosen, recipe=recipe)
 
     define.__name__ = define.__qualname__ = f"{kind}_{task}"
