@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ NEEDS = {
     "alignment": ("square", "square_f", "cross"),
 }
 """The moments that each metric is made of."""
+
+
+CUTS, NARROWEST = 4, 32
+"""Pieces that the rows of a symmetric product are cut into, and their fewest rows."""
 
 
 def moments_of(metrics: Sequence[str]) -> tuple[str, ...]:
@@ -194,7 +199,8 @@ class Pairs(Sample):
             traces = []
             for a, turn in enumerate(self._turns):
                 held = self._make(u, turn)
-                traces.append(_squares(held[0]))
+                if self._has_trace:
+                    traces.append(_squares(held[0]))
                 for b in range(a + 1):
                     other = held if a == b else self._make(u, self._turns[b])
                     tables = self._tables(held, other)
@@ -215,8 +221,10 @@ class Pairs(Sample):
         if self._names == ("trace",):
             return []
         (k, n, dim), (k2, n2, _) = one[0].shape, other[0].shape
-        flat = ([w.reshape(-1, dim) for w in ws] for ws in (one, other))
-        tables = self._kernels(*flat)[: len(self._names) - self._has_trace]
+        flat = [w.reshape(-1, dim) for w in one]
+        tables = self._kernels(flat, flat if one is other else [w.reshape(-1, dim) for w in other])[
+            : len(self._names) - self._has_trace
+        ]
         return [statistics.on_host(t).reshape(k, n, k2, n2).transpose(1, 0, 3, 2) for t in tables]
 
     def _clear(self) -> None:
@@ -241,7 +249,8 @@ class Pairs(Sample):
         else:
             self._table = own
         self._held.append(new)
-        self._traces.append(_squares(new[0]))
+        if self._has_trace:
+            self._traces.append(_squares(new[0]))
         self._fields += k
 
     def _close(self) -> None:
@@ -275,7 +284,23 @@ def read_pairs(names: Sequence[str], found: statistics.Moments2, metric: str) ->
 
 def inner_products(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
     """What two sets of vectors, ``[r, D]`` an operator, say of the square of the norm, and with two of all moments."""
+    if one is other:
+        return products([_gram(a) for a in one])
     return products([a @ b.T for a, b in zip(one, other, strict=True)])
+
+
+def _gram(a: Array) -> Array:
+    """a a^T, of which little more than a triangle is computed."""
+    cuts = min(CUTS, len(a) // NARROWEST)
+    if cuts < 2:
+        return a @ a.T
+    xp = array_api_compat.array_namespace(a)
+    ends = [len(a) * i // cuts for i in range(cuts + 1)]
+    rows = [a[start:stop] @ a[:stop].T for start, stop in itertools.pairwise(ends)]
+    mirrored = [
+        xp.concat([rows[i], *(row[:, ends[i] : ends[i + 1]].T for row in rows[i + 1 :])], axis=1) for i in range(cuts)
+    ]
+    return xp.concat(mirrored)
 
 
 def products(grams: Sequence[Array]) -> list[Array]:

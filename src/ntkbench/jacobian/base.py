@@ -85,17 +85,18 @@ class Jacobian(ABC):
         self._sample_passes += v.shape[0] * v.shape[1]
         return self._sample_vjp(samples, v)
 
-    def group_vjp(self, groups: Sequence[slice], v: Array) -> Array:
+    def group_gradients(self, groups: Sequence[slice], v: Array) -> Array:
         """sum_(b in group) J_b^T v_b for each of some groups of samples: ``v [k, samples, O] -> [k, groups, P]``.
 
-        The groups are slices that follow on each other, and ``v`` has the samples of all of them. Costs as
+        For inner products: in an orthonormal basis of the space of parameters that is the same for all operators of one
+        network. The groups are slices that follow on each other, and ``v`` has the samples of all of them. Costs as
         :meth:`sample_vjp`, under the same condition.
         """
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
         most = max(group.stop - group.start for group in groups)
         size = max(1, self.memory // (self.bytes_per_probe() + most * self._bytes_per_sample_row()))
-        blocks = [self._group_vjp(groups, v[start : start + size]) for start in range(0, v.shape[0], size)]
+        blocks = [self._group_gradients(groups, v[start : start + size]) for start in range(0, v.shape[0], size)]
         return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
 
     def sample_jvp(self, samples: slice, w: Array) -> Array:
@@ -213,7 +214,7 @@ class Jacobian(ABC):
     @abstractmethod
     def _sample_jvp(self, samples: slice, w: Array) -> Array: ...
 
-    def _group_vjp(self, groups: Sequence[slice], v: Array) -> Array:
+    def _group_gradients(self, groups: Sequence[slice], v: Array) -> Array:
         xp, first = array_api_compat.array_namespace(v), groups[0].start
         own = (v[:, group.start - first : group.stop - first] for group in groups)
         return xp.stack([self._sample_vjp(*each).sum(1) for each in zip(groups, own, strict=True)], axis=1)

@@ -50,6 +50,6 @@ class GroupUStatistics(Sampling):
         def gradients(u: Array, turn: slice) -> list[Array]:
             chosen = groups[turn]
             v = u.reshape(-1, j.N, j.O)[:, chosen[0].start : chosen[-1].stop]
-            return [jacobian.group_vjp(chosen, v) for jacobian in jacobians]
+            return [jacobian.group_gradients(chosen, v) for jacobian in jacobians]
 
         return Pairs(moments_of(names), count, j.P, jacobians, lambda k: rng.sign(k, j.n), gradients)

@@ -134,13 +134,13 @@ class Jacobian(base.Jacobian):
     def _sample_vjp(self, samples: slice, v: Array) -> Array:
         return self.call(products.vjp_by_trial, self.linear.part(samples), self._cut(v))
 
-    def _group_vjp(self, groups: Sequence[slice], v: Array) -> Array:
+    def _group_gradients(self, groups: Sequence[slice], v: Array) -> Array:
         xp, first = array_api_compat.array_namespace(v), groups[0].start
         linear = self.linear.part(slice(first, groups[-1].stop))
         e, made = self.call(products.pull, linear, self._cut(v)), []
         for group in groups:
             own = slice(group.start - first, group.stop - first)
-            made.append(self.call(products.gradient, linear.part(own), e.part(own)))
+            made.append(self.call(products.coordinates, linear.part(own), e.part(own)))
         return xp.stack(made, axis=1)
 
     def _sample_jvp(self, samples: slice, w: Array) -> Array:

@@ -134,6 +134,15 @@ class Layout:
 
         return self._flat(Injections(*map(outer, factors, e)))
 
+    def coordinates(self, factors: Factors, e: Injections) -> Array:
+        """S^T e with parameters in another order, ``[k, P]``: for inner products, which then need no copies."""
+        made = []
+        for part in self.parts(factors):
+            own = getattr(e, part.where)[..., part.columns]
+            T, B, k, E = own.shape
+            made.append((own.reshape(T * B, k * E).T @ part.v.reshape(-1, T * B).T).reshape(k, -1))
+        return made[0] if len(made) == 1 else array_api_compat.array_namespace(made[0]).concat(made, axis=1)
+
     def gradient_by_trial(self, factors: Factors, e: Injections) -> Array:
         """S_b^T e_b for each trial b by itself, ``[k, B, P]``."""
 

@@ -88,12 +88,12 @@ def propagate(loops: Loops, layout: Layout, linear: Linear, e: Injections) -> Ar
 
 def vjp(loops: Loops, layout: Layout, linear: Linear, u: Array) -> Array:
     """J^T u = S^T P* u, ``[k, B, T, H or O]`` to ``[k, P]``."""
-    return gradient(loops, layout, linear, pull(loops, layout, linear, u))
+    return layout.gradient(linear.factors, pull(loops, layout, linear, u))
 
 
-def gradient(loops: Loops, layout: Layout, linear: Linear, e: Injections) -> Array:
-    """S^T e, ``[k, P]``."""
-    return layout.gradient(linear.factors, e)
+def coordinates(loops: Loops, layout: Layout, linear: Linear, e: Injections) -> Array:
+    """S^T e in the order in which it is made, ``[k, P]``; see :meth:`Layout.coordinates`."""
+    return layout.coordinates(linear.factors, e)
 
 
 def jvp(loops: Loops, layout: Layout, linear: Linear, w: Array) -> Array:
