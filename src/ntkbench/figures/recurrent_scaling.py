@@ -14,8 +14,8 @@ TABLE = "recurrent_scaling"
 QUANTITIES = ("seconds", "seconds_q25", "seconds_q75")
 COLUMNS = ("task", "kind", "H", "varied", "N", "T", "probes", "method", "title", "metric", "passes", *QUANTITIES)
 SIZES = {"N": "trials N", "T": "steps T", "probes": "probes"}
-SQUARE = {("recurrent_exact_trace", "T")}
-"""What grows with the square: it goes back from every step to the first. All else is linear."""
+NOT_LINEAR = {("recurrent_exact_trace", "T"), ("per_sample_trace_forward", "T")}
+"""What is not expected to be: the one goes back from every step, the other draws a tangent of each trial."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -79,21 +79,23 @@ def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float
     text = (
         "Seconds of one estimate, medians with quartiles of calls in turn, against one size with the others fixed; the "
         "slope is that of a straight line through the logarithms. Shared-probe alignment takes four passes a probe "
-        "(two networks), one-sided traces one; the per-sample trace has a tangent of each trial. "
-        "Expected: 1 for every estimate and size; 2 for the exact trace against steps, since it goes back from every "
-        "step. Small sizes are below, since there the cost of a call shows."
+        "(two networks), one-sided traces one. Expected is 1, less for small sizes, where the cost of a call shows; "
+        "but against steps 2 to 3 for the exact trace, which goes back from every step and takes products between "
+        "steps, and less than 1 for the per-sample trace, whose tangents of each trial are no longer for more steps."
     )
     known = {key: slope for key, (slope, _) in slopes.items() if math.isfinite(slope)}
-    values = [slope for (_, size, method), slope in known.items() if (method, size) not in SQUARE]
+    values = [slope for (_, size, method), slope in known.items() if (method, size) not in NOT_LINEAR]
     if values:
         text += (
             f" Measured: {np.median(values):.2f} in the median of {len(values)} lines that should be linear, from "
             f"{min(values):.2f} to {max(values):.2f}."
         )
-    square = [
-        f"{slope:.2f} ({kind.upper()})" for (kind, size, method), slope in known.items() if (method, size) in SQUARE
+    exact = [
+        f"{slope:.2f} ({kind.upper()})"
+        for (kind, size, method), slope in known.items()
+        if (method, size) == ("recurrent_exact_trace", "T")
     ]
-    if square:
-        text += f" Exact trace against steps: {', '.join(square)}."
+    if exact:
+        text += f" Exact trace against steps: {', '.join(exact)}."
     left = table[table["status"] != "ok"]
     return text + (f" Not measured: {len(left)} points ({_labels.why_not(table)})." if len(left) else "")
