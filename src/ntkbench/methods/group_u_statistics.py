@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench.jacobian import Array, Jacobian, Rng
 from ntkbench.methods.base import Sampling
 from ntkbench.problems.base import Problem
-from ntkbench.sampling import Pairs, moments_of
+from ntkbench.sampling import Pairs, Sample, SampleTraces, moments_of
 
 GROUPS = 24
 """As many as make inner products about as dear as passes, for a few fields on networks of some ten thousand
@@ -25,7 +25,8 @@ class GroupUStatistics(Sampling):
     dearer: where a sample's gradient takes little of a pass, as in recurrent networks, an error is reached in a
     fraction of the time of either.
 
-    1 pass a field, 2 for alignment. Variance, its estimate and memory as for ``block_u_statistics``.
+    The trace by itself is that of ``per_sample_trace``. 1 pass a field, 2 for alignment. Variance, its estimate and
+    memory as for ``block_u_statistics``.
     """
 
     title = "group U-statistics"
@@ -42,8 +43,10 @@ class GroupUStatistics(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Pairs:
+    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
         j = jacobians[0]
+        if tuple(names) == ("trace",):  # which takes no inner products
+            return SampleTraces(lambda k: j.sample_squares(rng.sign(k, j.n).reshape(k, j.N, j.O)), j.blocks)
         count = min(j.N, GROUPS)
         groups = [slice(j.N * g // count, j.N * (g + 1) // count) for g in range(count)]
 
