@@ -152,7 +152,7 @@ rule compare:
             )
         ),
     shell:
-        "python -m benchmarks.{wildcards.comparison} --threads {params.threads} --output {output:q} > {log:q} 2>&1"
+        "python -m benchmarks.comparisons.{wildcards.comparison} --threads {params.threads} --output {output:q} > {log:q} 2>&1"
 
 
 rule table:

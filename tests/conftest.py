@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("NTKBENCH_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processors() -> Iterator[None]:
+    """Those that the process had: a study with one thread keeps it to one, and other files need two."""
+    had = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, had)
 
 
 @pytest.fixture(scope="session", autouse=True)

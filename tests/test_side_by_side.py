@@ -6,10 +6,10 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import side_by_side
-from benchmarks.bare_products import bare_products
-from benchmarks.computations import COMPUTATIONS
-from benchmarks.side_by_side import BARE, Comparison, measure
+from benchmarks.comparisons import side_by_side
+from benchmarks.comparisons.bare_products import bare_products
+from benchmarks.comparisons.computations import COMPUTATIONS
+from benchmarks.comparisons.side_by_side import BARE, Comparison, measure
 from ntkbench import methods, problems, running
 from ntkbench.target import Target
 

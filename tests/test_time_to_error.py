@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import time_to_error
-from benchmarks.time_to_error import Goal, measure
+from benchmarks.comparisons import time_to_error
+from benchmarks.comparisons.time_to_error import Goal, measure
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,16 @@ def test_ratios_are_to_the_fastest_published_estimator(rows):
     assert rows.loc[rival, "ratio"] == 1
     better, plain = rows.loc["per_sample_trace"], rows.loc["one_sided_reverse"]
     assert better["passes"] <= plain["passes"]
+
+
+def test_an_estimate_stands_for_an_exact_value_that_cannot_be_had():
+    from ntkbench import problems, reference
+
+    label, error = "mlp_hazelden[N=8]", 0.3
+    assert time_to_error._reference(Goal(label, "norm", error))[1] == 0
+    value, uncertainty = time_to_error._reference(Goal(label, "norm", error, exact=False))
+    assert 0 < 1.95 * uncertainty <= error / 3
+    assert abs(value / reference.exact(problems.load(label))["norm"] - 1) < 4 * uncertainty
 
 
 def test_goals_exist():

@@ -144,8 +144,8 @@ def trace(
         x: inputs ``[N, ...]``, real or integer.
         method: a file name in ``ntkbench/methods``, or ``"auto"``.
         passes: the most Jacobian passes to spend; 256 if not given, or 4096 with ``rtol``. Block U-statistics do
-            not spend more than max(8, 1024 / N) unless asked for by name with ``passes``, or with ``rtol``. Exact and
-            approximate methods asked for by name take none.
+            not spend more than max(8, 1024 / N), those of groups not more than 1024 / min(N, 24), unless asked for by
+            name with ``passes``, or with ``rtol``. Exact and approximate methods asked for by name take none.
         rtol: a tolerance: probes are added in growing batches until the interval reaches no further than this share of
             the value to either side, or ``passes`` are spent; ``Estimate.notes`` says so if the tolerance was not met.
             An exact method is then taken only where it costs no more than by default.

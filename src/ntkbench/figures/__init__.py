@@ -8,15 +8,12 @@ or, where the file says ``TABLE = "<study>"`` and names the ``COLUMNS`` that it 
 
 from __future__ import annotations
 
-import importlib
 import io
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 
 from ntkbench import plugins
-from ntkbench.errors import unknown
 from ntkbench.figures import base
 from ntkbench.paths import write_atomically
 
@@ -34,13 +31,7 @@ def study_of(name: str) -> str | None:
     Raises:
         BadInput: no such figure.
     """
-    return getattr(_module(name), "TABLE", None)
-
-
-def _module(name: str) -> ModuleType:
-    if name not in names():
-        raise unknown("figure", name, names())
-    return importlib.import_module(f"{__name__}.{name}")
+    return getattr(plugins.load(__name__, name, "figure"), "TABLE", None)
 
 
 def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -51,7 +42,7 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
     Raises:
         BadInput: no such figure, or the table lacks columns.
     """
-    module = _module(name)
+    module = plugins.load(__name__, name, "figure")
     table = base.checked(table) if study_of(name) is None else base.checked_study(table, module.COLUMNS)
     with base.style():
         drawing = module.draw(table) if len(table) else base.nothing(table, "The table has no rows.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from ntkbench.errors import BadInput
 from ntkbench.figures import _labels
@@ -40,8 +40,8 @@ def page(pictures: Sequence[Path], title: str) -> str:
             raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
         first, *others = caption.read_text().splitlines()
         name, _, text = first.partition(". ")
-        data = picture.read_bytes()
-        width, height = struct.unpack(">II", data[16:24])  # so that links arrive where they should while pictures load
+        with Image.open(picture) as image:
+            width, height = image.size  # so that links arrive where they should while pictures load
         groups[GROUPS.get(picture.stem.split("_")[0], OWN)].append(
             {
                 "id": picture.stem,
@@ -50,7 +50,7 @@ def page(pictures: Sequence[Path], title: str) -> str:
                 "settings": " ".join(others),
                 "width": width,
                 "height": height,
-                "data": base64.b64encode(data).decode(),
+                "data": base64.b64encode(picture.read_bytes()).decode(),
             }
         )
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)

@@ -13,13 +13,12 @@ Importing a study starts no backend.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ntkbench import jacobian, plugins, running
-from ntkbench.errors import NtkbenchError, unknown
+from ntkbench.errors import NtkbenchError
 from ntkbench.provenance import provenance
 from ntkbench.studies import base
 
@@ -78,6 +77,4 @@ def run(name: str, chosen: base.Settings) -> pd.DataFrame:
 
 
 def _module(name: str) -> Any:
-    if name not in names():
-        raise unknown("study", name, names())
-    return importlib.import_module(f"{__name__}.{name}")
+    return plugins.load(__name__, name, "study")

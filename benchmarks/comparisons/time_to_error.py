@@ -1,4 +1,4 @@
-"""Seconds to a given error, all methods in turn in one process: ``python -m benchmarks.time_to_error --output FILE``.
+"""Seconds to a given error, all methods in turn: ``python -m benchmarks.comparisons.time_to_error --output FILE``.
 
 For every method the smallest budget is looked for whose median relative error over seeds, against the exact value (or
 what :class:`Goal` has stand for it), is within the tolerance; then all methods at their budgets take turns, as in
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from benchmarks.side_by_side import use_threads
+from benchmarks.comparisons.side_by_side import use_threads
 from ntkbench import errors, methods, paths, problems, reference, running
 from ntkbench.errors import NtkbenchError
 from ntkbench.methods.base import Stochastic
@@ -46,6 +46,8 @@ CLOSE = 1.3
 """How near a budget that is enough and one that is not have to be for the former to count as the smallest."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
 """What stands for exact values, the most that it may spend, and a seed that no entrant has."""
+CLOSER = 3
+"""By how much the interval of such a value is narrower than the goal, to either side."""
 PATIENCE = 0.3
 """Seconds of one estimate beyond which no larger budget is tried, and a deterministic method does not take part."""
 
@@ -144,9 +146,8 @@ def _reference(goal: Goal) -> tuple[float, float]:
         return reference.exact(problem)[goal.metric], 0.0
     method = methods.get(REFERENCE)
     prepared = method.prepare(problem, Target("torch", "float64", memory=MEMORY))
-    found = method.several(prepared, (goal.metric,), REFERENCE_PASSES, REFERENCE_SEED, rtol=goal.error / 10)[
-        goal.metric
-    ]
+    names, rtol = (goal.metric,), goal.error / CLOSER
+    (found,) = method.several(prepared, names, REFERENCE_PASSES, REFERENCE_SEED, rtol=rtol).values()
     if found.notes:
         raise NtkbenchError(f"{goal.problem}: {found.notes[-1]}")
     return found.value, found.standard_error / abs(found.value)

@@ -1,4 +1,4 @@
-"""Two ways of computing one thing, in turn, in one process: ``python -m benchmarks.side_by_side --output FILE``.
+"""Two computations of one thing in turn: ``python -m benchmarks.comparisons.side_by_side --output FILE``.
 
 A ratio of times taken minutes apart says as much about the machine as about the methods. Here subject and rival take
 turns, and what is reported is the median of the ratios of neighbouring calls. Peak memory is measured in processes of
@@ -23,8 +23,8 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from benchmarks.bare_products import bare_products
-from benchmarks.computations import COMPUTATIONS
+from benchmarks.comparisons.bare_products import bare_products
+from benchmarks.comparisons.computations import COMPUTATIONS
 from ntkbench import errors, methods, paths, problems, running
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.provenance import provenance
@@ -40,7 +40,8 @@ MEMORY = 2**32
 class Comparison:
     """One subject and its rivals on one problem.
 
-    Methods compute the norm, so the whole kernel; what else there is to compare is in :mod:`benchmarks.computations`.
+    Methods compute the norm, so the whole kernel; for what else there is to compare see
+    :mod:`benchmarks.comparisons.computations`.
     """
 
     problem: str
