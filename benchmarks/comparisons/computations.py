@@ -35,26 +35,26 @@ def _alignment(problem: Problem, target: Target) -> Callable[[], float]:
 
 
 def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], float]:
-    """The same recipe with ``torch.func`` alone, as the recipe's authors have it: vmapped VJPs and JVPs."""
+    """The same recipe as its authors run it: vmapped VJPs and JVPs of torch's own layer, whose states it is of."""
     import torch
     from torch.func import functional_call, jvp, vjp, vmap
 
-    from ntkbench.jacobian.plain_operations import plain_operations
+    recurrence = problem.module.recurrence
+    (_, theta_0, x), (_, theta_f, _) = (torch_network(problem, end, target) for end in ("theta_0", "theta_f"))
+    kind = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU}[recurrence.kind]
+    layer = kind(x.shape[-1], problem.output_shape[-1], batch_first=True).to(x)
 
-    networks = [torch_network(problem, end, target) for end in ("theta_0", "theta_f")]
-
-    def theta(u: torch.Tensor, x: torch.Tensor, module: torch.nn.Module, parameters: dict) -> torch.Tensor:
-        forward = lambda weights: functional_call(module, weights, (x,))  # noqa: E731
-        with plain_operations(module):
-            pullback = vjp(forward, parameters)[1]
-            return vmap(lambda probe: jvp(forward, (parameters,), pullback(probe))[1])(u)
+    def theta(u: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = {f"{role}_l0": parameters[name] for role, name in recurrence.names.items()}
+        forward = lambda weights: functional_call(layer, weights, (x,))[0]  # noqa: E731
+        pullback = vjp(forward, weights)[1]
+        return vmap(lambda probe: jvp(forward, (weights,), pullback(probe))[1])(u)
 
     def run() -> float:
-        x = networks[0][2]
         generator = torch.Generator(x.device).manual_seed(0)
         drawn = torch.randn(problem.n, PROBES, generator=generator, dtype=x.dtype, device=x.device)
         u = torch.linalg.qr(drawn)[0].T.reshape(PROBES, *problem.output_shape)
-        theta_u, theta_f_u = (theta(u, x, *network[:2]) for network in networks)
+        theta_u, theta_f_u = theta(u, theta_0), theta(u, theta_f)
         return float((theta_u * theta_f_u).sum() / (theta_u.norm() * theta_f_u.norm()))
 
     return run
