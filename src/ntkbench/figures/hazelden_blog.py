@@ -51,8 +51,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
-    """How many samples each point of a line has, on the side where the line is not."""
-    where = {"xytext": (-4, 5), "ha": "right"} if quantity == "seconds" else {"xytext": (0, 7), "ha": "center"}
+    """How many samples each point of a line has: above errors; over Hutch++'s seconds, and under the others'."""
+    where = {"xytext": (0, 7), "ha": "center"}
+    if quantity == "seconds":
+        above = line["method"].iloc[0] == "hutchpp"
+        where = {"xytext": (-4, 5), "ha": "right"} if above else {"xytext": (4, -13), "ha": "left"}
     for row in line.itertuples():
         at = (row.passes, getattr(row, quantity))
         panel.annotate(f"{row.m:g}", at, textcoords="offset points", fontsize=9, color=_looks.GREY, zorder=4, **where)
