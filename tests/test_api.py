@@ -15,7 +15,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import api, methods
-from ntkbench.errors import unknown
+from ntkbench.errors import Undefined, unknown
 from ntkbench.target import Target
 
 METRICS = ("trace", "norm", "effective_rank")
@@ -459,6 +459,19 @@ def trained_stats() -> nn.Sequential:
 def test_bad_input_is_a_value_error():
     with pytest.raises(ValueError, match="passes"):
         ntkbench.trace(net(), X, passes=0)
+
+
+@pytest.mark.parametrize("method", ["auto", "direct", "hutchpp", "sample_subset", "structured_block_u_statistics"])
+def test_a_kernel_of_zero_has_a_norm_and_no_effective_rank(method):
+    """A parameter that moves no output: what is defined comes out as zero, and what is not is said."""
+    model = nn.Sequential(nn.Flatten())
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    model.forward = lambda x: x.flatten(1) + 0 * model.unused.sum()
+    options = {} if method in ("auto", "direct") else {"passes": 36}
+    norm = ntkbench.norm(model, torch.randn(6, 4), method=method, **options)
+    assert norm.value == 0 and norm.standard_error in (None, 0)
+    with pytest.raises(Undefined, match="effective_rank is not defined where Theta is zero"):
+        ntkbench.effective_rank(model, torch.randn(6, 4), method=method, **options)
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_missing(monkeypatch):

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import _canvas, _labels, _looks, _tasks, base
+from ntkbench.figures import _canvas, _labels, _looks, _tasks, base, performance_profiles
 from ntkbench.figures.__main__ import main
 from ntkbench.figures._speedups import speedups
 
@@ -226,6 +226,20 @@ def test_performance_profiles_are_shares_of_tasks(table):
         assert share == sum(r <= factor for r in ratio[mine]) / tasks
     assert made.xs(1.0, level="factor").sum() == pytest.approx(1) and len(made) > 4 * len(factors)
     assert not len(_tasks.shares(solved.iloc[:0], factors))
+
+
+def test_the_highest_profiles_of_each_tolerance_are_told_apart():
+    """By their mean share, as many in every panel; the plotted numbers say which."""
+    shares = [0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6, 0.4]
+    lines = [("10 %", f"method {i}", "torch", share) for i, share in enumerate(shares)]
+    lines += [("1 %", "method 0", "torch", 0.05), ("1 %", "method 0", "jax", 0.0)]
+    made = pd.DataFrame(lines, columns=["tolerance", "method", "backend", "share"]).sample(frac=1, random_state=0)
+    # A second factor, at which the order of two lines is the other way round but not that of their means.
+    made = pd.concat([made, made.assign(share=made["share"].replace({0.2: 0.29, 0.3: 0.28}))], ignore_index=True)
+    apart = made[performance_profiles.highest(made)]
+    low = {"method 0", "method 5"}
+    assert set(apart.query("tolerance == '10 %'")["method"]) == {f"method {i}" for i in range(8)} - low
+    assert set(apart.query("tolerance == '1 %'")["backend"]) == {"torch", "jax"} and len(apart) == 16
 
 
 def test_same_table_same_bytes(drawn, table, tmp_path):

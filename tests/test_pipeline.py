@@ -23,7 +23,8 @@ METHODS = sorted({cell.method for cell in grid.cells(STUDY)})
 
 def command(folder, *arguments, root=paths.ROOT, config=CONFIG):
     snakemake = str(Path(sys.executable).with_name("snakemake"))
-    files = ["--snakefile", str(root / "Snakefile"), "--configfile", str(config), "--directory", str(folder)]
+    files = ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
+    files += ["--configfile", str(config)] if config else []
     return [snakemake, "--cores", "all", *files, *arguments]
 
 
@@ -166,6 +167,16 @@ def test_figures_of_the_reference_are_drawn_without_measuring(tmp_path):
     assert not re.search(r"^(local)?rule (measure|problem|study|table):", said, re.MULTILINE)
     none = run(tmp_path, "figures", "--config", "source=reference", config=CONFIG)
     assert none.returncode != 0 and "no measured tables of the profile 'smoke' are kept" in none.stderr
+
+
+@pytest.mark.parametrize("config", [None, paths.ROOT / "config" / "default.yaml"])
+def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_path, config):
+    plan = run(tmp_path, "paper_figures", "--config", "threads=1", "--dry-run", config=config)
+    profile = config.stem if config else "paper"
+    said = plan.stdout + plan.stderr
+    assert {name for name in re.findall(r"results/(\w+)/", said)} == {profile}
+    assert re.search(rf"output: results/{profile}/studies/novak_flops.csv", said)
+    assert not re.search(r"^(local)?rule (measure|table|gallery):", said, re.MULTILINE)
 
 
 def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):

@@ -24,6 +24,10 @@ class OverMemory(NtkbenchError, MemoryError):
     """A computation that would need more memory than it may use."""
 
 
+class Undefined(NtkbenchError, ArithmeticError):
+    """A metric that a kernel does not have, such as the effective rank of zero."""
+
+
 class DidNotTrain(NtkbenchError):
     """A network that training did not bring to the loss that was asked for."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ntkbench.errors import unknown
+from ntkbench.errors import Undefined, unknown
 from ntkbench.jacobian.base import Array, Jacobian
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
@@ -66,12 +66,15 @@ class Moments:
 
         Raises:
             BadInput: no such metric.
+            Undefined: it is a ratio to the norm of a kernel that is zero.
         """
         check(name)
         if name == "trace":
             return self.trace
         if name == "norm":
             return math.sqrt(self.square)
+        if 0 in (self.square, self.square_f if name == "alignment" else 1):
+            raise Undefined(f"{name} is not defined where Theta is zero: no parameter that counts moves any output")
         if name == "effective_rank":
             return self.trace**2 / self.square
         return self.cross / math.sqrt(self.square * self.square_f)
@@ -81,12 +84,14 @@ class Moments:
 
         Raises:
             BadInput: no such metric.
+            Undefined: as for the metric itself.
         """
         value = self.metric(name)
         if name == "trace":
             return Moments(1.0, 0.0, 0.0, 0.0)
         if name == "norm":
-            return Moments(0.0, 0.5 / value, 0.0, 0.0)
+            # A square of zero is one of zeros only, whose error is none.
+            return Moments(0.0, 0.5 / value if value else 0.0, 0.0, 0.0)
         if name == "effective_rank":
             return Moments(2 * value / self.trace, -value / self.square, 0.0, 0.0)
         slope = 1 / math.sqrt(self.square * self.square_f)

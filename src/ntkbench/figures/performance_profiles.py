@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from ntkbench.figures import _canvas, _key, _labels, _looks, _tasks, base
 
 FACTORS = np.geomspace(1, 1000, 121)
+TOLD_APART = 6
+"""Lines of a panel that have their method's colour and marker; the rest are many, low, and on top of each other."""
+LINE = ["tolerance", "method", "backend"]
+PALE = {"color": _canvas.PALE, "linewidth": 0.8}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -20,16 +25,20 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     profiles = pd.concat(
         [_tasks.shares(solved[solved["tolerance"] == name], FACTORS).assign(tolerance=name) for name in names]
     )
-    style = {m: look for m, look in _looks.looks(table).items() if m in set(profiles["method"])}
-    used = {m: _looks.backends_in(profiles[profiles["method"] == m]) for m in style}
-    backends = _key.backend_entries(_looks.backends_in(profiles))
+    profiles["told_apart"] = highest(profiles)
+    apart = profiles[profiles["told_apart"]]
+    style = {m: look for m, look in _looks.looks(table).items() if m in set(apart["method"])}
+    used = {m: _looks.backends_in(apart[apart["method"] == m]) for m in style}
+    reading = _key.backend_entries(_looks.backends_in(apart))
+    if not profiles["told_apart"].all():
+        reading.append((Line2D([], [], **PALE), f"below a panel's {TOLD_APART} highest"))
     rows = _canvas.in_rows(names, 2)
     figure, grid = _canvas.sheet(
         [_canvas.Row(2.6, above=0.55, below=0.42) for _ in rows],
         min(2, len(names)),
         title="Share of tasks solved within a factor of the fastest",
         subtitle=base.settings_line(table),
-        key=[*_key.method_entries(style.values(), used), ("backend", backends)],
+        key=[*_key.method_entries(style.values(), used), ("how to read", reading)],
         gap=0.3,
     )
     for panels, row in zip(grid, rows, strict=True):
@@ -40,14 +49,22 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             words = "exact methods" if name == "exact" else f"within {name}"
             _canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks")
             for (method, backend), line in here.groupby(["method", "backend"], sort=False):
-                drawn = style[method].line(backend) | {"markevery": 15, "linestyle": _looks.BACKENDS.get(backend, ":")}
-                panel.plot(line["factor"], line["share"], **drawn, drawstyle="steps-post", zorder=3, clip_on=False)
+                apart = line["told_apart"].all()
+                drawn = style[method].line(backend) | {"markevery": 15, "zorder": 3} if apart else PALE
+                panel.plot(line["factor"], line["share"], **drawn, drawstyle="steps-post", clip_on=False)
             panel.set(xscale="log", xlim=(0.9, 1.2 * FACTORS[-1]), ylim=(0, 1.02), xlabel="factor τ of the fastest")
             _canvas.decades(panel.xaxis, 1, FACTORS[-1])
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
             panel.tick_params(labelleft=panel is panels[0])
     return base.Drawing(figure, profiles, _caption(profiles))
+
+
+def highest(profiles: pd.DataFrame) -> pd.Series:
+    """Whether a row's line is among its tolerance's highest: by the mean over factors, evenly spaced in their log."""
+    heights = profiles.groupby(LINE)["share"].mean()
+    places = heights.groupby("tolerance").rank(ascending=False, method="first")
+    return profiles[LINE].merge(places.le(TOLD_APART).rename("apart").reset_index(), on=LINE)["apart"].to_numpy()
 
 
 def _caption(profiles: pd.DataFrame) -> str:
