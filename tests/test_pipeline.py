@@ -174,7 +174,7 @@ def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_pa
     plan = run(tmp_path, "paper_figures", "--config", "threads=1", "--dry-run", config=config)
     profile = config.stem if config else "paper"
     said = plan.stdout + plan.stderr
-    assert {name for name in re.findall(r"results/(\w+)/", said)} == {profile}
+    assert set(re.findall(r"results/(\w+)/", said)) == {profile}
     assert re.search(rf"output: results/{profile}/studies/novak_flops.csv", said)
     assert not re.search(r"^(local)?rule (measure|table|gallery):", said, re.MULTILINE)
 
