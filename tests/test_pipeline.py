@@ -23,8 +23,8 @@ METHODS = sorted({cell.method for cell in grid.cells(STUDY)})
 
 def command(folder, *arguments, root=paths.ROOT, config=CONFIG):
     snakemake = str(Path(sys.executable).with_name("snakemake"))
-    files = ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
-    files += ["--configfile", str(config)] if config else []
+    files = ["--configfile", str(config)] if config else []
+    files += ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
     return [snakemake, "--cores", "all", *files, *arguments]
 
 
