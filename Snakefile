@@ -41,12 +41,13 @@ with errors.as_one_line():
     CONFIG = grid.write(STUDY, RESULTS / "config.yaml")
 
 METHODS = sorted({cell.method for cell in CELLS})
+TABLE = [TABLES / "table.csv"] if CELLS else []
 # What each figure is drawn from: the results table, or that of a study; of committed tables only those that are kept.
 FIGURES = {name: figures.study_of(name) for name in figures.names()}
 FIGURES = {
     name: f"studies/{study}.csv" if study else "table.csv"
     for name, study in FIGURES.items()
-    if study is None or study in STUDY.studies
+    if (study in STUDY.studies if study else CELLS)
 }
 FIGURES = {
     name: TABLES / table for name, table in FIGURES.items() if STUDY.source == "measured" or (TABLES / table).exists()
@@ -69,7 +70,7 @@ wildcard_constraints:
 
 rule all:
     input:
-        TABLES / "table.csv",
+        TABLE,
         RESULTS / "gallery.html",
 
 

@@ -91,9 +91,15 @@ class Config(_Strict):
     seeds: PositiveInt = 20
     error_seconds: PositiveFloat = 5
     timing_seconds: PositiveFloat = 1
-    grid: list[Block] = Field(min_length=1)
+    grid: list[Block] = Field(description="may be empty, where there are studies")
     studies: dict[str, dict[str, Any]] = Field(default={}, description="sizes of each study, by its name")
     source: Literal["measured", "reference"] = "measured"
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> Self:
+        if not self.grid and not self.studies:
+            raise BadInput("grid and studies are both empty: nothing would be measured")
+        return self
 
     @field_validator("threads")
     @classmethod
@@ -177,11 +183,12 @@ class Config(_Strict):
         """
         if self.source == "measured":
             return results
-        kept = sorted(file.parent.name for file in paths.REFERENCE.glob("*/table.csv"))
+        kept = {file.parent.name for file in paths.REFERENCE.glob("*/table.csv")}
+        kept |= {file.parent.parent.name for file in paths.REFERENCE.glob("*/studies/*.csv")}
         if self.profile not in kept:
             raise BadInput(
                 f"source: 'reference': no measured tables of the profile {self.profile!r} are kept; "
-                f"allowed: measured, or one of the profiles {', '.join(kept)}"
+                f"allowed: measured, or one of the profiles {', '.join(sorted(kept))}"
             )
         return paths.REFERENCE / self.profile
 
