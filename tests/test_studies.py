@@ -32,7 +32,7 @@ TINY = {
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
-    "novak_resnets": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32},
+    "novak_images": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32},
 }
 QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
@@ -207,7 +207,7 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
     assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
     assert flops["nt_ntk_vector_products", 4, 32] > flops["nt_structured_derivatives", 4, 32]
     entries = tables["novak_flops"]
-    table = ok(tables["novak_resnets"])
+    table = ok(tables["novak_images"])
     resnets = table[table["quantity"] == "flops"].set_index("method")["flops"]
     assert resnets["jacobian"] < resnets["nt_jacobian_contraction"]
     assert resnets["structured_derivatives"] < resnets["nt_ntk_vector_products"]
@@ -261,14 +261,14 @@ def test_operations_by_shapes_are_those_of_a_run(name, sizes):
 
 
 def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
-    from ntkbench.studies import novak_resnets
+    from ntkbench.studies import novak_images
 
-    monkeypatch.setattr(novak_resnets.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
-    monkeypatch.setattr(novak_resnets.Case, "_seconds", lambda self, name: {"seconds": 1.0})
+    monkeypatch.setattr(novak_images.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
+    monkeypatch.setattr(novak_images.Case, "_seconds", lambda self, name: {"seconds": 1.0})
     sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32}
     # Multiplications of ResNet18 (width 64, 224 x 224) are 1.8e9 (He et al. 2016), and go as the side squared.
     limit = 3 * 2 * 1.8 * (32 / 224) ** 2 * 5
-    table = novak_resnets.run(novak_resnets.Settings(**QUICK, **sizes, case_gigaflop=limit))
+    table = novak_images.run(novak_images.Settings(**QUICK, **sizes, case_gigaflop=limit))
     ends = table[(table["quantity"] == "seconds") & (table["network"] == "ResNet18")].groupby("O")
     assert {o: set(rows["status"]) for o, rows in ends} == {1: {"ok"}, 10: {"skipped"}}
     assert table.loc[table["status"] == "skipped", "reason"].str.contains("over case_gigaflop").all()
@@ -278,28 +278,28 @@ def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize("sizes", [{"depths": [18]}, {"depths": [50]}, {"wide_factors": [2]}])
 def test_residual_networks_are_the_same_in_jax(sizes):
-    from ntkbench.studies import novak_resnets
+    from ntkbench.studies import novak_images
 
-    settings = novak_resnets.Settings(**({"wide_factors": []} | sizes), width=2)
-    architecture = novak_resnets.architectures(settings)[-1]
+    settings = novak_images.Settings(**({"wide_factors": []} | sizes), width=2)
+    architecture = novak_images.architectures(settings)[-1]
     network = _networks.seeded(lambda: architecture.make(3), 0)
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
-    found = np.asarray(novak_resnets.forward(architecture)(weights, x.numpy()))
+    found = np.asarray(novak_images.forward(architecture)(weights, x.numpy()))
     np.testing.assert_allclose(found, network(x).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
-    from ntkbench.figures import novak_resnets as figure
+    from ntkbench.figures import novak_images as figure
 
-    table = tables["novak_resnets"]
+    table = tables["novak_images"]
     assert figure.published(table).empty
     known = figure.published(table.assign(**figure.SAME))
     assert set(known["N"]) == {1} and set(known["O"]) == {128, 1000}
     assert known.set_index(["method", "O"])["seconds"]["nt_structured_derivatives", 128] == 0.113
     # With the notebook's outputs, what is said is said against its order: contraction takes longest.
-    figures.draw("novak_resnets", table.assign(**figure.SAME, O=128.0), tmp_path)
-    caption = (tmp_path / "novak_resnets.txt").read_text()
+    figures.draw("novak_images", table.assign(**figure.SAME, O=128.0), tmp_path)
+    caption = (tmp_path / "novak_images.txt").read_text()
     assert "published Jacobian contraction 4 and NTK-vector products 1.3; operations" in caption
 
 

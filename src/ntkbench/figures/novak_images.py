@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from ntkbench.figures import _canvas, _labels, _looks, _published, _series, base
 
-TABLE = "novak_resnets"
+TABLE = "novak_images"
 COLUMNS = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops", "flops_per_entry")
 COLUMNS += ("seconds", "seconds_q25", "seconds_q75", "memory_bytes")
 NOTEBOOK = "ResNet18 224x224, eval BatchNorm"
