@@ -23,6 +23,7 @@ from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.studies import _networks, _pntk, hazelden_trace, mohamadi_cost
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
+PATCHLESS = {"transformers": [], "mixers": []}
 TINY = {
     "hazelden_trace": {"problems": {"mlp": "mlp_hazelden[N=2]"}, "mlp": [12, 60], "small": [6]},
     "hazelden_metrics": {"problems": ["digits_conv[N=8]"], "samples": [6]},
@@ -32,7 +33,7 @@ TINY = {
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
-    "novak_images": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32},
+    "novak_images": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32} | PATCHLESS,
 }
 QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
@@ -265,7 +266,7 @@ def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
 
     monkeypatch.setattr(novak_images.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
     monkeypatch.setattr(novak_images.Case, "_seconds", lambda self, name: {"seconds": 1.0})
-    sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32}
+    sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32} | PATCHLESS
     # Multiplications of ResNet18 (width 64, 224 x 224) are 1.8e9 (He et al. 2016), and go as the side squared.
     limit = 3 * 2 * 1.8 * (32 / 224) ** 2 * 5
     table = novak_images.run(novak_images.Settings(**QUICK, **sizes, case_gigaflop=limit))
@@ -274,19 +275,6 @@ def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
     assert table.loc[table["status"] == "skipped", "reason"].str.contains("over case_gigaflop").all()
     assert set(table["network"]) == {"ResNet18", "WideResNet-16-1"}
     assert table.loc[table["O"] == 10, "P"].max() == 11_181_642  # torchvision's resnet18 with ten classes
-
-
-@pytest.mark.parametrize("sizes", [{"depths": [18]}, {"depths": [50]}, {"wide_factors": [2]}])
-def test_residual_networks_are_the_same_in_jax(sizes):
-    from ntkbench.studies import novak_images
-
-    settings = novak_images.Settings(**({"wide_factors": []} | sizes), width=2)
-    architecture = novak_images.architectures(settings)[-1]
-    network = _networks.seeded(lambda: architecture.make(3), 0)
-    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
-    found = np.asarray(novak_images.forward(architecture)(weights, x.numpy()))
-    np.testing.assert_allclose(found, network(x).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
@@ -330,6 +318,7 @@ def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
         ({"hazelden_trace": {"small": []}}, ["studies.hazelden_trace.small", "at least 1"]),
         ({"hazelden_trace": {"direct_share": 2}}, ["studies.hazelden_trace.direct_share", "less than or equal to 1"]),
         ({"novak_flops": 3}, ["studies.novak_flops", "3", "dictionary"]),
+        ({"novak_images": {"side": 48, "mixers": ["S/32"]}}, ["studies.novak_images", "side 48", "32", "S/32"]),
     ],
 )
 def test_bad_sizes_are_named(given, said):
