@@ -20,6 +20,7 @@ from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.figures import _gallery, _published, _series, base
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
 from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
+from ntkbench.figures import novak_images as novak_images_figure
 from ntkbench.studies import _networks, _pntk, hazelden_trace, mohamadi_cost
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
@@ -278,8 +279,7 @@ def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
 
 
 def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
-    from ntkbench.figures import novak_images as figure
-
+    figure = novak_images_figure
     table = tables["novak_images"]
     assert figure.published(table).empty
     known = figure.published(table.assign(**figure.SAME))
@@ -289,6 +289,29 @@ def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path
     figures.draw("novak_images", table.assign(**figure.SAME, O=128.0), tmp_path)
     caption = (tmp_path / "novak_images.txt").read_text()
     assert "published Jacobian contraction 4 and NTK-vector products 1.3; operations" in caption
+
+
+def test_networks_for_images_wrap_into_rows_and_captions_say_what_is_missing(tables, tmp_path):
+    one = tables["novak_images"]
+    names = ["ResNet18", "ViT-Ti/16", "Mixer-S/32", "ViT-S/16", "Mixer-S/16"]
+    several = pd.concat([one.assign(network=name) for name in names], ignore_index=True)
+    lost = (several["network"] == names[1]) & (several["method"] == "nt_ntk_vector_products")
+    several.loc[lost, ["status", "reason", "flops", "flops_per_entry", "seconds"]] = [
+        "failed",
+        "no rule",
+        *[np.nan] * 3,
+    ]
+    for table in (one, several):
+        figures.draw("novak_images", table, tmp_path / str(len(table)))
+    small, large = (matplotlib.image.imread(tmp_path / str(len(t)) / "novak_images.png") for t in (one, several))
+    assert large.shape[0] > 1.3 * small.shape[0] and large.shape[1] == small.shape[1]
+    caption = (tmp_path / str(len(several)) / "novak_images.txt").read_text()
+    said = "ViT-Ti/16 with O = 2 by neural-tangents NTK-vector products: no rule"
+    assert f"Not counted: {said}." in caption and f"Not timed: {said}." in caption
+    assert "at the class token; MLP-Mixers" in caption and "WideResNets" not in caption
+    winners = re.search(r"With O = 2, neural-tangents takes the fewest by (.*?)\.", caption)[1]
+    counted = one[one["quantity"] == "flops"].set_index("method")["flops"].filter(like="nt_")
+    assert winners == f"{novak_images_figure.NAMES[counted.idxmin()]} for {', '.join([names[0], *names[2:]])}"
 
 
 def test_endings_have_the_words_of_the_table():
