@@ -20,9 +20,11 @@ from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.figures import _gallery, _published, _series, base
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
 from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
+from ntkbench.figures import novak_images as novak_images_figure
 from ntkbench.studies import _networks, _pntk, hazelden_trace, mohamadi_cost
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
+PATCHLESS = {"transformers": [], "mixers": []}
 TINY = {
     "hazelden_trace": {"problems": {"mlp": "mlp_hazelden[N=2]"}, "mlp": [12, 60], "small": [6]},
     "hazelden_metrics": {"problems": ["digits_conv[N=8]"], "samples": [6]},
@@ -32,7 +34,7 @@ TINY = {
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
-    "novak_resnets": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32},
+    "novak_images": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32} | PATCHLESS,
 }
 QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
@@ -207,7 +209,7 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
     assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
     assert flops["nt_ntk_vector_products", 4, 32] > flops["nt_structured_derivatives", 4, 32]
     entries = tables["novak_flops"]
-    table = ok(tables["novak_resnets"])
+    table = ok(tables["novak_images"])
     resnets = table[table["quantity"] == "flops"].set_index("method")["flops"]
     assert resnets["jacobian"] < resnets["nt_jacobian_contraction"]
     assert resnets["structured_derivatives"] < resnets["nt_ntk_vector_products"]
@@ -261,14 +263,14 @@ def test_operations_by_shapes_are_those_of_a_run(name, sizes):
 
 
 def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
-    from ntkbench.studies import novak_resnets
+    from ntkbench.studies import novak_images
 
-    monkeypatch.setattr(novak_resnets.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
-    monkeypatch.setattr(novak_resnets.Case, "_seconds", lambda self, name: {"seconds": 1.0})
-    sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32}
+    monkeypatch.setattr(novak_images.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
+    monkeypatch.setattr(novak_images.Case, "_seconds", lambda self, name: {"seconds": 1.0})
+    sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32} | PATCHLESS
     # Multiplications of ResNet18 (width 64, 224 x 224) are 1.8e9 (He et al. 2016), and go as the side squared.
     limit = 3 * 2 * 1.8 * (32 / 224) ** 2 * 5
-    table = novak_resnets.run(novak_resnets.Settings(**QUICK, **sizes, case_gigaflop=limit))
+    table = novak_images.run(novak_images.Settings(**QUICK, **sizes, case_gigaflop=limit))
     ends = table[(table["quantity"] == "seconds") & (table["network"] == "ResNet18")].groupby("O")
     assert {o: set(rows["status"]) for o, rows in ends} == {1: {"ok"}, 10: {"skipped"}}
     assert table.loc[table["status"] == "skipped", "reason"].str.contains("over case_gigaflop").all()
@@ -276,31 +278,40 @@ def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
     assert table.loc[table["O"] == 10, "P"].max() == 11_181_642  # torchvision's resnet18 with ten classes
 
 
-@pytest.mark.parametrize("sizes", [{"depths": [18]}, {"depths": [50]}, {"wide_factors": [2]}])
-def test_residual_networks_are_the_same_in_jax(sizes):
-    from ntkbench.studies import novak_resnets
-
-    settings = novak_resnets.Settings(**({"wide_factors": []} | sizes), width=2)
-    architecture = novak_resnets.architectures(settings)[-1]
-    network = _networks.seeded(lambda: architecture.make(3), 0)
-    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
-    found = np.asarray(novak_resnets.forward(architecture)(weights, x.numpy()))
-    np.testing.assert_allclose(found, network(x).detach(), rtol=1e-3, atol=1e-4)
-
-
 def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
-    from ntkbench.figures import novak_resnets as figure
-
-    table = tables["novak_resnets"]
+    figure = novak_images_figure
+    table = tables["novak_images"]
     assert figure.published(table).empty
     known = figure.published(table.assign(**figure.SAME))
     assert set(known["N"]) == {1} and set(known["O"]) == {128, 1000}
     assert known.set_index(["method", "O"])["seconds"]["nt_structured_derivatives", 128] == 0.113
     # With the notebook's outputs, what is said is said against its order: contraction takes longest.
-    figures.draw("novak_resnets", table.assign(**figure.SAME, O=128.0), tmp_path)
-    caption = (tmp_path / "novak_resnets.txt").read_text()
+    figures.draw("novak_images", table.assign(**figure.SAME, O=128.0), tmp_path)
+    caption = (tmp_path / "novak_images.txt").read_text()
     assert "published Jacobian contraction 4 and NTK-vector products 1.3; operations" in caption
+
+
+def test_networks_for_images_wrap_into_rows_and_captions_say_what_is_missing(tables, tmp_path):
+    one = tables["novak_images"]
+    names = ["ResNet18", "ViT-Ti/16", "Mixer-S/32", "ViT-S/16", "Mixer-S/16"]
+    several = pd.concat([one.assign(network=name) for name in names], ignore_index=True)
+    lost = (several["network"] == names[1]) & (several["method"] == "nt_ntk_vector_products")
+    several.loc[lost, ["status", "reason", "flops", "flops_per_entry", "seconds"]] = [
+        "failed",
+        "no rule",
+        *[np.nan] * 3,
+    ]
+    for table in (one, several):
+        figures.draw("novak_images", table, tmp_path / str(len(table)))
+    small, large = (matplotlib.image.imread(tmp_path / str(len(t)) / "novak_images.png") for t in (one, several))
+    assert large.shape[0] > 1.3 * small.shape[0] and large.shape[1] == small.shape[1]
+    caption = (tmp_path / str(len(several)) / "novak_images.txt").read_text()
+    said = "ViT-Ti/16 with O = 2 by neural-tangents NTK-vector products: no rule"
+    assert f"Not counted: {said}." in caption and f"Not timed: {said}." in caption
+    assert "at the class token; MLP-Mixers" in caption and "WideResNets" not in caption
+    winners = re.search(r"With O = 2, neural-tangents takes the fewest by (.*?)\.", caption)[1]
+    counted = one[one["quantity"] == "flops"].set_index("method")["flops"].filter(like="nt_")
+    assert winners == f"{novak_images_figure.NAMES[counted.idxmin()]} for {', '.join([names[0], *names[2:]])}"
 
 
 def test_endings_have_the_words_of_the_table():
@@ -330,6 +341,7 @@ def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
         ({"hazelden_trace": {"small": []}}, ["studies.hazelden_trace.small", "at least 1"]),
         ({"hazelden_trace": {"direct_share": 2}}, ["studies.hazelden_trace.direct_share", "less than or equal to 1"]),
         ({"novak_flops": 3}, ["studies.novak_flops", "3", "dictionary"]),
+        ({"novak_images": {"side": 48, "mixers": ["S/32"]}}, ["studies.novak_images", "side 48", "32", "S/32"]),
     ],
 )
 def test_bad_sizes_are_named(given, said):

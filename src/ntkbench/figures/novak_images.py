@@ -1,18 +1,22 @@
-"""Novak et al. 2022, figures 2 and 4: operations and seconds for an NTK of residual networks against O."""
+"""Novak et al. 2022, figures 2 and 4: operations and seconds for an NTK of networks for images against O."""
 
 from __future__ import annotations
+
+import math
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from ntkbench.figures import _canvas, _labels, _looks, _published, _series, base
 
-TABLE = "novak_resnets"
+TABLE = "novak_images"
 COLUMNS = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops", "flops_per_entry")
 COLUMNS += ("seconds", "seconds_q25", "seconds_q75", "memory_bytes")
 NOTEBOOK = "ResNet18 224x224, eval BatchNorm"
 SAME = {"network": "ResNet18", "width": 64, "side": 224}
 """The network of neural-tangents' notebook, as the study's table has it."""
+MOST = 4
+"""Networks side by side."""
 LABELS = {"flops_per_entry": "FLOP per entry", "seconds": "seconds"}
 OURS, THEIRS = "structured_derivatives", "nt_structured_derivatives"
 NAMES = {
@@ -21,18 +25,28 @@ NAMES = {
     THEIRS: "structured derivatives",
     OURS: "ours",
 }
+FAMILIES = {
+    "ResNet": "ResNets have the stem of ImageNet and BatchNorm in eval mode",
+    "WideResNet": "WideResNets have a stem of 3x3 and BatchNorm in eval mode",
+    "ViT": "Vision Transformers are read out at the class token",
+    "Mixer": "MLP-Mixers are read out at the mean over patches",
+}
+"""How a network's title begins, and what is to be said of its family."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Operations for an entry above, seconds for the kernel below; a column for each network."""
+    """A column for each network, wrapped into rows: operations for an entry above, seconds for the kernel below."""
     counted, timed = base.measured(table, "flops_per_entry"), base.measured(table, "seconds")
     if not len(counted):
         return base.nothing(table, _labels.why_not(table))
     looks, networks = _series.looks(pd.concat([counted, timed])), list(dict.fromkeys(counted["network"]))
+    columns = math.ceil(len(networks) / math.ceil(len(networks) / MOST))  # rows as full as each other
+    rows = _canvas.in_rows(networks, columns)
+    height = 2.5 if len(rows) == 1 else 2.0
     figure, grid = _canvas.sheet(
-        [_canvas.Row(2.5, above=0.6, below=0.2), _canvas.Row(2.5, above=0.1, below=0.42)],
-        len(networks),
-        title="Operations and seconds for an NTK of residual networks (Novak et al., figures 2 and 4)",
+        [_canvas.Row(height, above=0.6, below=0.2), _canvas.Row(height, above=0.1, below=0.5)] * len(rows),
+        columns,
+        title="Operations and seconds for an NTK of networks for images (Novak et al., figures 2 and 4)",
         subtitle=base.settings_line(table),
         key=[
             ("program", _series.entries(looks.values())),
@@ -41,28 +55,28 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         gap=0.3,
     )
     there = published(table)
-    for column, network in enumerate(networks):
-        both = {"flops_per_entry": counted, "seconds": timed}
-        for panels, (quantity, points) in zip(grid, both.items(), strict=True):
-            panel = panels[column]
-            _lines(panel, points[points["network"] == network], quantity, looks)
-            shown = there[(there["network"] == network) & (quantity == "seconds")]
-            for method, rows in shown.groupby("method", sort=False):
-                if method in looks:
-                    _series.published(panel, rows, looks[method].colour, "O", "seconds")
-            values = [*points[quantity], *(there["seconds"] if quantity == "seconds" else ())]
-            _series.logarithmic(panel, [*table["O"], *there["O"]], values)
-            _series.counts(panel, table["O"])
-            panel.tick_params(labelleft=not column, labelbottom=panels is grid[-1])
-            if not len(points[points["network"] == network]):
-                _canvas.note(panel, "nothing timed")
-        rows = table[table["network"] == network]
-        heading = f"{network}, {rows['side'].iloc[0]:g} × {rows['side'].iloc[0]:g}, N = {rows['N'].iloc[0]:g}"
-        _canvas.title(grid[0][column], heading, f"P = {_labels.count_label(rows['P'].min())}")
-        grid[-1][column].set_xlabel("outputs O")
-    for panels, label in zip(grid, LABELS.values(), strict=True):
-        panels[0].set_ylabel(label)
-    return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, counted, timed, there))
+    for row, above, below in zip(rows, grid[::2], grid[1::2], strict=True):
+        for panels, (quantity, label) in zip((above, below), LABELS.items(), strict=True):
+            points = counted if panels is above else timed
+            panels[0].set_ylabel(label)
+            _canvas.hide(panels[len(row) :])
+            for panel, network in zip(panels, row, strict=False):
+                _fill(panel, points[points["network"] == network], quantity, looks)
+                shown = there.dropna(subset="seconds") if panels is below else there.iloc[:0]
+                for method, known in shown[shown["network"] == network].groupby("method", sort=False):
+                    if method in looks:
+                        _series.published(panel, known, looks[method].colour, "O", "seconds")
+                _series.logarithmic(panel, [*table["O"], *there["O"]], [*points[quantity], *shown["seconds"]])
+                _series.counts(panel, table["O"])
+                panel.tick_params(labelleft=panel is panels[0], labelbottom=panels is below)
+        for top, bottom, network in zip(above, below, row, strict=False):
+            of_it = table[table["network"] == network]
+            side, samples, parameters = of_it["side"].iloc[0], of_it["N"].iloc[0], of_it["P"].min()
+            detail = f"{side:g} × {side:g}, N = {samples:g}, P = {_labels.count_label(parameters)}"
+            _canvas.title(top, network, detail)
+            bottom.set_xlabel("outputs O")
+    caption = _caption(table, counted, timed, there)
+    return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], caption)
 
 
 def published(table: pd.DataFrame) -> pd.DataFrame:
@@ -73,28 +87,32 @@ def published(table: pd.DataFrame) -> pd.DataFrame:
     return known.assign(seconds=known["milliseconds"] / 1e3)
 
 
-def _lines(panel: Axes, points: pd.DataFrame, quantity: str, looks: dict[str, _looks.Look]) -> None:
+def _fill(panel: Axes, points: pd.DataFrame, quantity: str, looks: dict[str, _looks.Look]) -> None:
     for method, line in points.groupby("method", sort=False):
         _series.line(panel, line, "O", quantity, looks[method])
+    if not len(points):
+        _canvas.note(panel, "nothing timed")
 
 
 def _caption(table: pd.DataFrame, counted: pd.DataFrame, timed: pd.DataFrame, there: pd.DataFrame) -> str:
+    families = [said for name, said in FAMILIES.items() if table["network"].str.startswith(name).any()]
     text = (
         "Above: floating-point operations of the whole NTK over its N^2 O^2 entries, nothing being run and memory no "
         "object: of neural-tangents' programs and the Jacobian alone by the cost analysis of the lowered program; of "
         "our kernel by layers by the shapes of its matrix products and convolutions, without element-wise work. Below: "
-        "seconds for the whole kernel, without compiling and tracing. BatchNorm in eval mode; ResNets have the stem of "
-        "ImageNet, WideResNets one of 3x3."
+        f"seconds for the whole kernel, without compiling and tracing. {'; '.join(families)}."
     )
     operations = _wide(counted, "flops")
     text += f" Operations in units of neural-tangents' structured derivatives: {_ratios(operations)}."
+    text += _fewest(operations)
     if len(timed):
         text += f" Seconds in the same unit: {_ratios(_wide(timed, 'seconds'))}."
-    return text + _left_out(table) + _beside(operations, _wide(timed, "seconds"), there)
+    text += _left_out(table, "flops", "counted") + _left_out(table, "seconds", "timed")
+    return text + _beside(operations, _wide(timed, "seconds"), there)
 
 
 def _wide(points: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    return points.pivot_table(index=["network", "N", "O"], columns="method", values=quantity)
+    return points.pivot_table(index=["network", "N", "O"], columns="method", values=quantity, sort=False)
 
 
 def _ratios(wide: pd.DataFrame) -> str:
@@ -103,15 +121,33 @@ def _ratios(wide: pd.DataFrame) -> str:
     return "; ".join(said) or "nothing to compare"
 
 
-def _left_out(table: pd.DataFrame) -> str:
-    """What was not timed, and why."""
-    lost = table[(table["quantity"] == "seconds") & (table["status"] != "ok")]
+def _fewest(operations: pd.DataFrame) -> str:
+    """Which of neural-tangents' implementations takes the fewest operations at the largest O."""
+    theirs = operations[[name for name in operations if name in NAMES and name != OURS]].dropna()
+    if len(theirs.columns) < 2 or not len(theirs):
+        return ""
+    most = theirs.index.get_level_values("O").max()
+    last = theirs.xs(most, level="O")
+    best: dict[str, list[str]] = {}
+    for (network, _), name in last.idxmin(axis=1).items():
+        best.setdefault(NAMES[name], []).append(network)
+    said = "; ".join(f"{name} for {', '.join(networks)}" for name, networks in best.items())
+    return f" With O = {most:g}, neural-tangents takes the fewest by {said}."
+
+
+def _left_out(table: pd.DataFrame, quantity: str, done: str) -> str:
+    """What was not measured, and why."""
+    rows = table[table["quantity"] == quantity]
+    everything, lost = set(rows["title"]), rows[rows["status"] != "ok"]
     reasons = lost["reason"].str.replace("about .*, over", "over", regex=True)  # each O has its own number
-    said = []
-    for (network, reason), rows in lost.groupby(["network", reasons], sort=False):
-        outputs = ", ".join(f"{output:g}" for output in sorted(rows["O"].unique()))
-        said.append(f"{network} with O = {outputs}: {reason}")
-    return f" Not timed: {'; '.join(said)}." if said else ""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for (network, reason), cases in lost.groupby(["network", reasons], sort=False):
+        titles = list(dict.fromkeys(cases["title"]))
+        by = "" if set(titles) == everything else f" by {', '.join(titles)}"
+        outputs = ", ".join(f"{output:g}" for output in sorted(cases["O"].unique()))
+        alike.setdefault((f"O = {outputs}{by}", reason), []).append(network)
+    said = [f"{', '.join(networks)} with {case}: {reason}" for (case, reason), networks in alike.items()]
+    return f" Not {done}: {'; '.join(said)}." if said else ""
 
 
 def _beside(operations: pd.DataFrame, seconds: pd.DataFrame, there: pd.DataFrame) -> str:

@@ -1,29 +1,27 @@
-"""Operations and seconds for an NTK of residual networks (Novak et al. 2022, figures 2 and 4).
+"""Operations and seconds for an NTK of networks for images (Novak et al. 2022, figures 2 and 4).
 
-ResNets with the stem of ImageNet on images of 224x224, and WideResNets-16 on images of 32x32. Operations are counted
-without running anything: neural-tangents' programs as they are lowered, our kernel by layers by its shapes. Seconds are
-measured of what stays under a stated number of operations and a stated memory.
+ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
+of 32x32. Operations are counted without running anything: neural-tangents' programs as they are lowered, our kernel by
+layers by its shapes. Seconds are measured of what stays under a stated number of operations and a stated memory.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
     from torch import nn
 
-PLUGINS = ("ntkbench.studies._programs", "ntkbench.studies._networks")
+    from ntkbench.studies._image_networks.base import Architecture
+
 OURS = "structured_derivatives"
-CHANNELS = 3
 
 
 class Settings(base.Settings):
@@ -32,17 +30,21 @@ class Settings(base.Settings):
     Attributes:
         depths: of ResNets.
         wide_factors: of WideResNets-16.
+        transformers: sizes of Vision Transformers; behind the slash are the pixels of a patch's side.
+        mixers: of MLP-Mixers, as well.
         outputs: of the readout; the paper has 1, 16, 128, 1000.
         width: channels of a ResNet's first stage.
-        side: pixels of an image's side for ResNets.
+        side: pixels of an image's side; patches must tile it.
         wide_side: for WideResNets.
         samples: N.
         case_gigaflop: what needs more than that is not timed, by the cost of a forward pass.
         budget_mb: bytes that a timed program may take; at most memory_limit_mb makes sense.
     """
 
-    depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50], min_length=1)
+    depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50])
     wide_factors: list[PositiveInt] = Field(default=[4])
+    transformers: list[Literal["Ti/16", "S/16", "B/16"]] = Field(default=["S/16"])
+    mixers: list[Literal["S/32", "S/16", "B/16"]] = Field(default=["S/16"])
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1000], min_length=1)
     width: PositiveInt = 64
     side: PositiveInt = 224
@@ -51,43 +53,24 @@ class Settings(base.Settings):
     case_gigaflop: PositiveFloat = 1e9
     budget_mb: PositiveFloat = 16384
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """A residual network but for its readout.
-
-    Attributes:
-        title: its name and size.
-        width: channels of its first stage.
-        make: number of outputs to the network.
-        kind, stages: kind of block and blocks a stage.
-        imagenet_stem: 7x7 with max pooling, not 3x3.
-        side: pixels of an image's side.
-    """
-
-    title: str
-    width: int
-    make: Callable[[int], nn.Module]
-    kind: str
-    stages: tuple[int, ...]
-    imagenet_stem: bool
-    side: int
+    @model_validator(mode="after")
+    def _patches_tile(self) -> Settings:
+        for name in (*self.transformers, *self.mixers):
+            if self.side % (patch := int(name.partition("/")[2])):
+                raise ValueError(f"side {self.side} is no multiple of {patch}, the side of the patches of {name}")
+        return self
 
 
 def architectures(settings: Settings) -> list[Architecture]:
     """The networks that are asked for."""
-    from ntkbench.studies import _networks
+    from ntkbench.studies._image_networks import mixer, residual, transformer
 
-    def deep(depth: int) -> Architecture:
-        make = functools.partial(_networks.resnet, depth, width=settings.width, imagenet_stem=True)
-        return Architecture(f"ResNet{depth}", settings.width, make, *_networks.RESNETS[depth], True, settings.side)
-
-    def wide(factor: int) -> Architecture:
-        make = functools.partial(_networks.wide_resnet, factor)
-        shape = ("basic", _networks.WIDE_STAGES, False, settings.wide_side)
-        return Architecture(f"WideResNet-16-{factor}", 16 * factor, make, *shape)
-
-    return [*map(deep, settings.depths), *map(wide, settings.wide_factors)]
+    return [
+        *(residual.resnet(depth, settings.width, settings.side) for depth in settings.depths),
+        *(residual.wide_resnet(factor, settings.wide_side) for factor in settings.wide_factors),
+        *(transformer.vision_transformer(name, settings.side) for name in settings.transformers),
+        *(mixer.mlp_mixer(name, settings.side) for name in settings.mixers),
+    ]
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -110,6 +93,7 @@ class Case:
         import torch
 
         from ntkbench.studies import _programs
+        from ntkbench.studies._image_networks.base import CHANNELS
 
         self._settings, self._architecture, self._outputs = settings, architecture, outputs
         shape = (CHANNELS, architecture.side, architecture.side)
@@ -165,7 +149,7 @@ class Case:
         from ntkbench.studies import _programs
 
         if name not in self._lowered:
-            made = _programs.lowered(name, forward(self._architecture), self._shapes, self._x.shape)
+            made = _programs.lowered(name, self._architecture.forward, self._shapes, self._x.shape)
             self._lowered[name] = made
         return self._lowered[name]
 
@@ -175,47 +159,3 @@ class Case:
         from ntkbench.studies import _networks
 
         return _networks.seeded(lambda: self._architecture.make(self._outputs), 0)
-
-
-def forward(architecture: Architecture) -> Any:
-    """The network of an architecture in JAX, on its weights by name."""
-    from ntkbench.problems._jax import linear
-
-    kind, stages, imagenet_stem = architecture.kind, architecture.stages, architecture.imagenet_stem
-    parts = {"basic": 2, "bottleneck": 3}[kind]
-
-    def apply(weights: Mapping[str, Any], x: Any) -> Any:
-        import jax
-
-        def convolved(x: Any, name: str, norm: str, stride: int) -> Any:
-            kernel = weights[f"{name}.weight"]
-            pad = kernel.shape[-1] // 2
-            x = jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)))
-            scale = weights[f"{norm}.weight"] / (1 + 1e-5) ** 0.5
-            return x * scale[:, None, None] + weights[f"{norm}.bias"][:, None, None]
-
-        x = jax.nn.relu(convolved(x, "0", "1", 2 if imagenet_stem else 1))
-        if imagenet_stem:
-            window = {"window_dimensions": (1, 1, 3, 3), "window_strides": (1, 1, 2, 2)}
-            x = jax.lax.reduce_window(x, -float("inf"), jax.lax.max, padding=((0, 0), (0, 0), (1, 1), (1, 1)), **window)
-        block = 4 if imagenet_stem else 3
-        for stage, count in enumerate(stages):
-            for i in range(count):
-                stride = 2 if stage and not i else 1
-                inner = x
-                for part in range(parts):
-                    step = stride if part == _strided(kind) else 1
-                    inner = convolved(inner, f"{block}.inner.{3 * part}", f"{block}.inner.{3 * part + 1}", step)
-                    inner = inner if part == parts - 1 else jax.nn.relu(inner)
-                if f"{block}.shortcut.0.weight" in weights:
-                    x = convolved(x, f"{block}.shortcut.0", f"{block}.shortcut.1", stride)
-                x = jax.nn.relu(inner + x)
-                block += 1
-        return linear(x.mean((2, 3)), weights[f"{block + 2}.weight"], weights[f"{block + 2}.bias"])
-
-    return apply
-
-
-def _strided(kind: str) -> int:
-    """Which convolution of a block has its stride."""
-    return {"basic": 0, "bottleneck": 1}[kind]

@@ -1,0 +1,133 @@
+"""Networks for images: their sizes, torch against JAX, their kernels by every way, and rows of a study on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+
+import numpy as np
+import pytest
+import torch
+
+from ntkbench.studies import _networks, _programs, novak_images
+from ntkbench.studies._image_networks import mixer, residual, transformer
+from ntkbench.target import Target
+
+# neural-tangents is archived and uses what is deprecated by now.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SIDE, OUTPUTS = 32, 3
+RESIDUAL = (residual.resnet(18, 2, SIDE), residual.resnet(50, 2, SIDE), residual.wide_resnet(2, SIDE))
+PATCHES = (
+    transformer.of_size("ViT", transformer.Size(patch=16, width=8, layers=2, heads=2, hidden=12), SIDE),
+    mixer.of_size("Mixer", mixer.Size(patch=16, width=8, layers=2, across_tokens=5, across_channels=12), SIDE),
+)
+title = pytest.mark.parametrize("architecture", PATCHES, ids=lambda architecture: architecture.title)
+
+
+@functools.cache
+def drawn(architecture) -> tuple[torch.nn.Module, torch.Tensor, dict[str, np.ndarray]]:
+    """The network with no parameter left at 0 or 1, two images, and its weights by name, all in float64."""
+    network = _networks.seeded(lambda: architecture.make(OUTPUTS), 0).double()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for w in network.parameters():
+            w += 0.1 * torch.randn(w.shape, generator=random)
+    x = torch.randn(2, 3, SIDE, SIDE, generator=random, dtype=torch.float64)
+    return network, x, {name: w.detach().numpy() for name, w in network.named_parameters()}
+
+
+@functools.cache
+def dense(architecture) -> np.ndarray:
+    """Theta from a Jacobian by plain autograd."""
+    network, x, _ = drawn(architecture)
+    theta = list(network.parameters())
+    rows = [torch.autograd.grad(f, theta, retain_graph=True) for f in network(x).reshape(-1)]
+    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    return (J @ J.T).numpy()
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (functools.partial(transformer.vision_transformer, "Ti/16"), 5_717_416),
+        (functools.partial(transformer.vision_transformer, "S/16"), 22_050_664),
+        (functools.partial(transformer.vision_transformer, "B/16"), 86_567_656),
+        (functools.partial(mixer.mlp_mixer, "S/32"), 19_104_624),
+        (functools.partial(mixer.mlp_mixer, "S/16"), 18_528_264),
+        (functools.partial(mixer.mlp_mixer, "B/16"), 59_880_472),
+    ],
+)
+def test_standard_sizes_have_the_parameters_that_timm_counts(make, parameters):
+    with torch.device("meta"):
+        network = make(side=224).make(1000)
+        assert network(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    assert sum(w.numel() for w in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("setting", "family"), [("transformers", transformer), ("mixers", mixer)])
+def test_every_size_can_be_asked_for(setting, family):
+    (names,) = typing.get_args(novak_images.Settings.model_fields[setting].annotation)
+    assert set(typing.get_args(names)) == set(family.SIZES)
+
+
+@pytest.mark.parametrize("architecture", RESIDUAL + PATCHES, ids=lambda architecture: architecture.title)
+def test_networks_are_the_same_in_jax(architecture):
+    import jax
+
+    network, x, weights = drawn(architecture)
+    with jax.enable_x64(True):
+        close(np.asarray(architecture.forward(weights, x.numpy())), network(x).detach().numpy())
+
+
+@title
+def test_kernels_by_layers_have_a_rule_for_every_matrix(architecture):
+    network, x, _ = drawn(architecture)
+    target = Target("torch", "float64", "cpu", 2**30)
+    kernel, parameters, inputs = _programs.engine(network, x.numpy(), target)
+    assert not kernel.fallbacks()
+    close(kernel.kernel(parameters, inputs).numpy(), dense(architecture))
+    ruled = {name for layer in kernel.layers if layer.uses for name in layer.parameters}
+    embeddings = {"token", "position"}  # each entry stands at one place: its gradients are the cotangents themselves
+    assert {n for n, w in network.named_parameters() if w.ndim > 1} - ruled <= embeddings
+
+
+@title
+def test_structured_derivatives_of_neural_tangents_give_the_kernel(architecture):
+    import jax
+
+    _, x, weights = drawn(architecture)
+    with jax.enable_x64(True):
+        program = _programs.program("nt_structured_derivatives", architecture.forward)
+        hurried = {"xla_backend_optimization_level": 0}  # it runs only once
+        theta = np.asarray(jax.jit(program, compiler_options=hurried)(weights, x.numpy()))
+    close(theta.transpose(0, 2, 1, 3).reshape(2 * OUTPUTS, -1), dense(architecture))
+
+
+@title
+def test_operations_of_every_program_are_counted(architecture):
+    settings = novak_images.Settings(threads=1, samples=2, side=SIDE, case_gigaflop=1e-6)
+    rows = novak_images.Case(settings, architecture, OUTPUTS).rows()
+    counted = {row["method"]: row for row in rows if row["quantity"] == "flops"}
+    assert set(counted) == set(_programs.TITLES)
+    assert all(row["status"] == "ok" and row["flops"] > 0 for row in counted.values())
+    assert counted["jacobian"]["flops"] < counted["nt_jacobian_contraction"]["flops"]
+    assert {row["P"] for row in rows} == {sum(w.numel() for w in drawn(architecture)[0].parameters())}
+    left = [row for row in rows if row["quantity"] == "seconds"]
+    assert len(left) == len(counted) - 1 and {row["status"] for row in left} == {"skipped"}
+
+
+def test_a_program_that_cannot_be_made_is_a_row_that_says_so():
+    def broken(weights, x):
+        raise NotImplementedError("no rule for it")
+
+    settings = novak_images.Settings(threads=1, side=SIDE, case_gigaflop=1e-6)
+    rows = novak_images.Case(settings, dataclasses.replace(PATCHES[1], forward=broken), 1).rows()
+    ends = {row["method"]: (row["status"], row["reason"]) for row in rows if row["quantity"] == "flops"}
+    assert ends.pop("structured_derivatives") == ("ok", "")
+    assert set(ends.values()) == {("failed", "NotImplementedError: no rule for it")}
