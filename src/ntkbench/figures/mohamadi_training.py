@@ -37,6 +37,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         (wide, f"{look.title}, widest network"),
         (Line2D([], [], color=look.colour, linewidth=0.9, linestyle=DOTTED), "trace kernel, the floor"),
         (Line2D([], [], color="black", linewidth=0.9, linestyle=DASHED), "the NTK itself"),
+        (Line2D([], [], color=look.colour), "of the network, whatever the kernel"),
     ]
     figure, grid = _canvas.sheet(
         [_canvas.Row(1.75, above=0.3 if i else 0.75, below=0.28) for i in range(len(QUANTITIES))],
@@ -135,13 +136,16 @@ def _caption(points: pd.DataFrame) -> str:
     grown = int((ends["last"] > ends["first"]).sum())
     text = f"{text[:-1]}. It grows for {grown} of {len(ends)} families and widths."
     text += _still_better(pntk)
-    learned = _last(pntk)[OWN]
-    return f"{text} Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}."
+    learned, kernel = _last(pntk)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
+    return (
+        f"{text} Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
+        f"average; kernel regression from there has {kernel['full']:.2f} with Theta, {kernel[PNTK]:.2f} with the pNTK."
+    )
 
 
-def _last(pntk: pd.DataFrame) -> pd.DataFrame:
+def _last(points: pd.DataFrame) -> pd.DataFrame:
     """The rows of each family's last step."""
-    return pntk[pntk["step"] == pntk.groupby("family")["step"].transform("max")]
+    return points[points["step"] == points.groupby("family")["step"].transform("max")]
 
 
 def _ends(pntk: pd.DataFrame) -> pd.DataFrame:

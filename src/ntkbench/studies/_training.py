@@ -37,7 +37,7 @@ class Descent:
         Args:
             network: ``[N, 1, 8, 8] -> [N, O]``; trained in place.
             loss: of outputs ``[N, O]`` and labels ``[N]``.
-            rate, batch, momentum, decay: learning rate, images a step, momentum, weight decay.
+            rate, batch, momentum, decay: learning rate, images a step (two at least), momentum, weight decay.
             seed: of the order of images.
         """
         self.steps = 0
@@ -51,7 +51,7 @@ class Descent:
         """Train on until so many steps have been taken in all.
 
         Raises:
-            DidNotTrain: weights are not finite any more.
+            DidNotTrain: outputs are not finite any more, or do not depend on the image.
         """
         while self.steps < step:
             chosen = torch.randint(len(self._images), (self._batch,), generator=self._shuffle)
@@ -61,5 +61,9 @@ class Descent:
             value.backward()
             self._optimizer.step()
             self.steps += 1
-        if not all(w.isfinite().all() for w in self._network.parameters()):
-            raise DidNotTrain(f"training diverged: weights are not finite after {self.steps} steps")
+        with torch.no_grad():
+            outputs = self._network(self._images[: self._batch])
+        if not outputs.isfinite().all():
+            raise DidNotTrain(f"training diverged: outputs are not finite after {self.steps} steps")
+        if (outputs == outputs[0]).all():  # all units of a ReLU layer are off, and will stay so
+            raise DidNotTrain(f"training diverged: outputs are the same for all images after {self.steps} steps")

@@ -39,7 +39,7 @@ class Settings(base.Settings):
     looks: int = Field(default=11, ge=2)
     rate: PositiveFloat = 0.1
     decay: PositiveFloat = 0.01
-    batch: PositiveInt = 128
+    batch: int = Field(default=128, ge=2)
     inits: PositiveInt = 3
     images: int = Field(default=128, ge=2, le=512)
 

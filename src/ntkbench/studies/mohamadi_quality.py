@@ -64,7 +64,7 @@ class Settings(base.Settings):
     steps: list[NonNegativeInt] = Field(default=[0, 16, 64, 256, 1024, 4096], min_length=1)
     rate: PositiveFloat = 4
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    batch: PositiveInt = 32
+    batch: int = Field(default=32, ge=2)
     train: int = Field(default=256, ge=2, le=1285)
     test: int = Field(default=128, ge=1, le=512)
     deep_share: float = Field(default=1, gt=0, le=1)
