@@ -20,8 +20,10 @@ from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.figures import _gallery, _published, _series, base
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
 from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
+from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
+from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
-from ntkbench.studies import _networks, _pntk, hazelden_trace, mohamadi_cost
+from ntkbench.studies import _networks, _pntk, _training, hazelden_trace, mohamadi_cost, mohamadi_quality
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
 PATCHLESS = {"transformers": [], "mixers": []}
@@ -30,7 +32,14 @@ TINY = {
     "hazelden_metrics": {"problems": ["digits_conv[N=8]"], "samples": [6]},
     "hazelden_blog": {"problem": "gru_hazelden[N=2,T=5]", "samples": [2]},
     "mohamadi_cost": {"depths": [18], "outputs": [2], "width": 2, "side": 8, "samples": 3},
-    "mohamadi_quality": {"widths": {"fc": [16, 64, 256]}, "inits": 2, "train": 10, "test": 4},
+    "mohamadi_quality": {
+        "widths": {"fc": [16, 64, 256]},
+        "inits": 2,
+        "trained": 1,
+        "steps": [0, 8, 60],
+        "train": 10,
+        "test": 4,
+    },
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
@@ -107,9 +116,9 @@ def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
 def test_kernels_read_off_theta_are_those_of_the_library(family):
     network = _networks.seeded(lambda: _networks.FAMILIES[family](2, 3), 0)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    full = _pntk.theta(network, x)
+    full = _pntk.Theta(network, x)(network)
     torch.testing.assert_close(full.reshape(9, 9), dense(network, x))
-    for name, kernel in _pntk.standing_in(network, x, full, seed=3).items():
+    for name, kernel in _pntk.standing_in(full, _pntk.features_and_outputs(network, x)[0], seed=3).items():
         if "resnet" in family and name != "sum_of_logits":
             continue  # deep networks take seconds to trace, and the others are shown on shallow ones
         torch.testing.assert_close(kernel, ntkbench.ntk(network, x, kernel=name, seed=3, dtype="float64"))
@@ -146,25 +155,91 @@ def test_off_diagonal_mass_of_a_known_kernel():
 
 
 def test_the_pntk_closes_in_on_theta_with_width(tables):
-    table = ok(tables["mohamadi_quality"])
+    table = ok(tables["mohamadi_quality"]).query("step == 0")
     found = table.groupby(["kernel", "width"])["difference"].mean()
     for kernel in ("sum_of_logits", "single_logit", "random_vector", "trace"):
         assert found[kernel].is_monotonic_decreasing
     assert (found["trace"] <= found["sum_of_logits"]).all()
-    from ntkbench.figures import mohamadi_quality as figure
-
-    value, _ = figure.slope(table, "sum_of_logits")
+    value, _ = mohamadi_quality_figure.slope(table, "sum_of_logits")
     assert -0.8 < value < -0.3
 
 
-def test_residual_networks_get_their_share_of_images_and_initialisations():
-    from ntkbench.studies import mohamadi_quality
+def test_residual_networks_get_their_share_of_images_and_steps():
+    settings = mohamadi_quality.Settings(train=5, test=4, steps=[0, 1, 2, 7], deep_share=0.5)
+    sizes = {f: (s.train, s.test, s.steps) for f in ("conv", "wide_resnet") for s in [settings.of(f)]}
+    assert sizes == {"conv": (5, 4, [0, 1, 2, 7]), "wide_resnet": (3, 2, [0, 1, 4])}
+    small = settings.model_copy(update={"inits": 1, "trained": 0})
+    table = pd.DataFrame(mohamadi_quality._rows(small.of("fc"), "fc", 8))
+    assert (ok(table)["train"] == 5).all() and (table["test"] == 4).all() and (table["step"] == 0).all()
 
-    settings = mohamadi_quality.Settings(inits=3, train=5, test=4, deep_share=0.5)
-    sizes = {f: (s.inits, s.train, s.test) for f in ("conv", "wide_resnet") for s in [settings.of(f)]}
-    assert sizes == {"conv": (3, 5, 4), "wide_resnet": (2, 3, 2)}
-    table = pd.DataFrame(mohamadi_quality._rows(settings.of("fc"), {"family": "fc", "width": 8, "init": 0}))
-    assert (ok(table)["train"] == 5).all() and (table["test"] == 4).all()
+
+@pytest.mark.parametrize("family", ["fc", "resnet18"])
+def test_theta_traced_once_is_that_of_other_weights_too(family):
+    first, other = (_networks.seeded(lambda: _networks.FAMILIES[family](2, 3), seed) for seed in (0, 1))
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    theta = _pntk.Theta(first, x)
+    expected = dense(other, x)
+    torch.testing.assert_close(theta(other).reshape(9, 9), expected)
+    with torch.no_grad():
+        other[-1].weight.mul_(2)
+    assert (theta(other).reshape(9, 9) - expected).norm() > 0.1 * expected.norm()
+
+
+def test_networks_learn_and_only_those_that_are_to(tables):
+    table = ok(tables["mohamadi_quality"])
+    steps = table.groupby("init")["step"].unique()
+    assert (list(steps[0]), list(steps[1])) == ([0, 8, 60], [0])
+    once = table[(table["kernel"] == "full") & (table["init"] == 0)].set_index(["width", "step"])["network_accuracy"]
+    for width in (16, 64, 256):
+        assert once[width, 60] > once[width, 0] + 0.3
+
+
+def test_kernel_regression_begins_with_the_network_as_it_is():
+    """With a kernel that says nothing of other images, regression leaves the network's outputs there alone."""
+    f, y = torch.arange(6.0).reshape(3, 2).double(), torch.ones(2, 2).double()
+    torch.testing.assert_close(_pntk.predictions(torch.eye(3).double(), f, y, 2), f[2:])
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1e30, "outputs are not finite"), (1e8, "the same for all images")])
+def test_a_network_that_diverges_is_a_row_that_says_so_and_its_beginning_stands(rate, said):
+    settings = mohamadi_quality.Settings(train=4, test=2, inits=1, steps=[0, 20, 30], rate=rate)
+    table = pd.DataFrame(mohamadi_quality._rows(settings, "fc", 8)).drop_duplicates("step").set_index("step")
+    assert list(table["status"]) == ["ok", "failed", "failed"]
+    assert table.loc[[20, 30], "reason"].str.contains(f"training diverged: .*{said}").all()
+
+
+def test_a_network_without_kernels_has_no_learning_rate(monkeypatch):
+    def broken(*_):
+        raise BadInput("cannot be traced")
+
+    monkeypatch.setattr(_pntk, "Theta", broken)
+    settings = mohamadi_quality.Settings(train=4, test=2, inits=1, steps=[0, 2])
+    table = pd.DataFrame(mohamadi_quality._rows(settings, "fc", 8)).drop_duplicates("step").set_index("step")
+    assert "cannot be traced" in table.loc[0, "reason"] and "no kernel at initialisation" in table.loc[2, "reason"]
+
+
+def test_training_in_parts_is_training_in_one_go():
+    ends = []
+    for stops in ([7], [0, 3, 3, 7]):
+        network = _networks.seeded(lambda: _networks.fc(8, 10), 0)
+        descent = _training.Descent(
+            network, torch.nn.functional.cross_entropy, rate=0.1, momentum=0.9, batch=16, seed=1
+        )
+        for stop in stops:
+            descent.to(stop)
+        assert descent.steps == 7
+        ends.append(torch.cat([w.detach().reshape(-1) for w in network.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_batch_norm_keeps_its_statistics_in_training_and_learns_its_scale():
+    network = _networks.seeded(lambda: _networks.FAMILIES["wide_resnet"](1, 10), 0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    descent = _training.Descent(network, torch.nn.functional.cross_entropy, rate=1e-3, batch=8, seed=0)
+    descent.to(2)
+    same = {name: torch.equal(value, before[name]) for name, value in network.state_dict().items()}
+    assert all(kept for name, kept in same.items() if "running" in name)
+    assert not same["1.weight"] and not same["1.bias"]
 
 
 def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(tables):
@@ -337,6 +412,8 @@ def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
         ({"mohamadi_qualty": {}}, ["studies", "mohamadi_qualty", "did you mean 'mohamadi_quality'"]),
         ({"mohamadi_quality": {"inits": 0}}, ["studies.mohamadi_quality.inits", "0", "greater than 0"]),
         ({"mohamadi_quality": {"width": 3}}, ["studies.mohamadi_quality.width", "no such key", "widths", "train"]),
+        ({"mohamadi_quality": {"steps": [2, 4]}}, ["studies.mohamadi_quality.steps", "begin with 0"]),
+        ({"mohamadi_quality": {"steps": [0, 4, 4]}}, ["studies.mohamadi_quality.steps", "and grow"]),
         ({"mohamadi_quality": {"widths": {"mlp": [3]}}}, ["studies.mohamadi_quality.widths.mlp", "'fc'", "'conv'"]),
         ({"hazelden_trace": {"small": []}}, ["studies.hazelden_trace.small", "at least 1"]),
         ({"hazelden_trace": {"direct_share": 2}}, ["studies.hazelden_trace.direct_share", "less than or equal to 1"]),
@@ -460,6 +537,66 @@ def test_published_times_stand_beside_no_others(tables):
     there = _published.values("mohamadi_figure1_tiny_imagenet")
     assert drawn.pop(("as published", "O = 200")) == sorted(there["seconds_per_pair"])
     assert drawn and not any(drawn.values())
+
+
+def test_the_figure_at_initialisation_knows_nothing_of_training(tables, tmp_path):
+    table = tables["mohamadi_quality"]
+    later = table["step"] > 0
+    numbers = ["difference", "accuracy", "prediction_difference"]
+    changed = table.assign(**{name: table[name].where(~later, 7 * table[name] + 1) for name in numbers})
+    drawn = []
+    for rows in (table, changed):
+        paths = figures.draw("mohamadi_quality", rows, tmp_path)
+        drawn.append([path.read_bytes() for path in paths if path.suffix in (".csv", ".png")])
+    assert drawn[0] == drawn[1]
+
+
+def courses(*slopes_by_step, families=("fc",)):
+    """A table of the study whose differences follow a slope by width at each step, three initialisations."""
+    rng, rows = np.random.default_rng(0), []
+    for family in families:
+        for width in (64, 128, 256, 512):
+            for init in range(3):
+                for step, power in zip((0, 10, 100), slopes_by_step, strict=True):
+                    for kernel, title in ({"full": "NTK"} | _pntk.KERNELS).items():
+                        row = {"family": family, "width": width, "init": init, "step": step, "kernel": kernel}
+                        row |= dict.fromkeys(mohamadi_training_figure.QUANTITIES, 0.5)
+                        row |= {"title": title, "P": 9, "train": 8, "test": 4, "rate": 6, "momentum": 0.9, "batch": 32}
+                        row |= {"difference": 0.9 * (width / 64) ** power * np.exp(0.02 * rng.standard_normal())}
+                        rows.append(row | {"status": "ok", "reason": ""})
+    return base.checked_study(pd.DataFrame(rows).assign(**PROVENANCE), mohamadi_training_figure.COLUMNS)
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(-0.4, "is better"), (0.3, "is worse"), (0.0, "cannot be told")])
+def test_whether_wider_is_still_better_after_training_is_read_off_the_table(power, verdict):
+    with base.style():
+        caption = mohamadi_training_figure.draw(courses(-0.5, -0.5, power)).caption
+    (value, said) = re.search(
+        r"after training, 95 % intervals: fully connected (\S+) ± \S+ \(([^)]*)\)", caption
+    ).groups()
+    assert float(value) == pytest.approx(power, abs=0.03) and verdict in said
+
+
+def test_lines_along_training_are_one_a_width_and_darker_the_wider():
+    table = courses(-0.5, -0.3, -0.2)
+    with base.style():
+        drawing = mohamadi_training_figure.draw(table)
+    panel = drawing.figure.axes[0]
+    lines = [line for line in panel.lines if line.get_marker() == "*"]
+    assert [list(line.get_xdata()) for line in lines] == [[0, 10, 100]] * 4
+    brightness = [sum(int(line.get_color()[i : i + 2], 16) for i in (1, 3, 5)) for line in lines]
+    assert brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 4
+    once = table[(table["kernel"] == "sum_of_logits") & (table["width"] == 64)]
+    np.testing.assert_allclose(lines[0].get_ydata(), once.groupby("step")["difference"].median())
+    low, high = panel.get_xlim()
+    assert low < 0 and high > 100
+
+
+def test_where_nothing_was_trained_the_figure_says_so():
+    table = courses(-0.5, -0.5, -0.5)
+    with base.style():
+        drawing = mohamadi_training_figure.draw(table[table["step"] == 0])
+    assert "None was trained" in drawing.caption
 
 
 def test_slopes_have_their_interval():

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from ntkbench.figures import _canvas, _labels, _series, base
-from ntkbench.figures.mohamadi_quality import looks_of
+from ntkbench.figures._pntk import looks_of
 
 TABLE = "mohamadi_drift"
 COLUMNS = ("loss", "loss_title", "init", "step", "kernel", "title", "difference", "sum_direction", "pntk_to_last_layer")

@@ -9,21 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkbench.figures import _canvas, _labels, _looks, _series, base
+from ntkbench.figures import _canvas, _labels, _looks, _pntk, _series, base
+from ntkbench.figures._pntk import FAMILIES, QUANTITIES, looks_of, slope
 
 TABLE = "mohamadi_quality"
-QUANTITIES = {
-    "difference": "‖A ⊗ I − Θ‖ / ‖Θ‖",
-    "lambda_max_error": "largest eigenvalue,\nrelative error",
-    "condition_ratio": "condition number,\nover that of Θ",
-    "off_diagonal": "off-diagonal mass of\nΘ's O × O blocks",
-    "prediction_difference": "kernel regression,\ndifference of predictions",
-    "accuracy": "kernel regression,\ntest accuracy",
-}
-COLUMNS = ("family", "width", "init", "train", "test", "kernel", "title", "P", *QUANTITIES)
-METHODS = {"trace": "trace_kernel"}
-"""Kernels whose method has another name, and with it its look."""
-FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
+COLUMNS = _pntk.COLUMNS
 PUBLISHED = {64: 0.58, 2048: 0.07}
 """Relative difference of the pNTK at initialisation, FC network, O = 10."""
 
@@ -31,9 +21,10 @@ PUBLISHED = {64: 0.58, 2048: 0.07}
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each quantity, a column for each family of networks; medians over initialisations."""
     points = base.measured(table, "off_diagonal")
+    points = points[points["step"] == 0]
     if not len(points):
         return base.nothing(points, _labels.why_not(table))
-    plotted = summary(points)
+    plotted = _pntk.summary(points, QUANTITIES)
     looks = looks_of(plotted)
     families = [name for name in FAMILIES if name in set(plotted["family"])]
     full = Line2D([], [], color="black", linewidth=1.2, linestyle=(0, (4, 2))), "the NTK itself"
@@ -62,30 +53,6 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     for panel in grid[-1]:
         panel.set_xlabel("width")
     return base.Drawing(figure, plotted, _caption(points))
-
-
-def looks_of(plotted: pd.DataFrame) -> dict[str, _looks.Look]:
-    """The look of each kernel, by the kernel's name."""
-    named = plotted[plotted["kernel"] != "full"]
-    methods = named.assign(method=named["kernel"].replace(METHODS))
-    found = _series.looks(methods)
-    back = {method: kernel for kernel, method in METHODS.items()}
-    return {back.get(method, method): look for method, look in found.items()}
-
-
-def summary(points: pd.DataFrame) -> pd.DataFrame:
-    """Medians and quartiles over initialisations, one row for each family, width, kernel and quantity."""
-    long = points.melt(["family", "width", "kernel", "title"], list(QUANTITIES), "quantity", "value").dropna()
-    groups = long.groupby(["family", "width", "kernel", "title", "quantity"], sort=False)["value"]
-    made = groups.quantile([0.25, 0.5, 0.75]).unstack()
-    made.columns = ["value_q25", "value", "value_q75"]
-    return made.assign(inits=groups.size()).reset_index()
-
-
-def slope(points: pd.DataFrame, kernel: str) -> tuple[float, float]:
-    """Of the relative difference by width, over all initialisations, with half of its 95 % interval."""
-    rows = points[(points["kernel"] == kernel) & points["difference"].notna()]
-    return _series.slope(rows["width"], rows["difference"])
 
 
 def _sloped(points: pd.DataFrame) -> str:
@@ -118,7 +85,7 @@ def _caption(points: pd.DataFrame) -> str:
     inits = _labels.range_label(points.groupby(["family", "width"])["init"].nunique())
     text = (
         "Kernels A between samples that stand for Theta as A (x) I, for networks with He initialisation on "
-        f"scikit-learn's digits (O = 10; {_images(points)}), against width (channels, or WideResNet's factor); "
+        f"scikit-learn's digits (O = 10; {_pntk.images(points)}), against width (channels, or WideResNet's factor); "
         f"medians over {inits} initialisations with quartiles. The trace kernel is the best of all in the Frobenius "
         "norm, the floor of the first row. Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on "
         "held-out images. Condition numbers of the NTK itself may be at the limit of float64."
@@ -159,17 +126,6 @@ def _caption(points: pd.DataFrame) -> str:
         medians = [ratios.median() for ratios in over.values()]
         text += "; the sum is nothing special at initialisation." if max(medians) < 1.1 * min(medians) else "."
     return text
-
-
-def _images(points: pd.DataFrame) -> str:
-    """Training and held-out images, of which some families may have fewer."""
-    sizes = points.groupby(["train", "test"], sort=False)["family"].unique()
-    said = [
-        f"{train:g} training and {test:g} held-out images"
-        + (f" for {', '.join(FAMILIES[family] for family in families)}" if len(sizes) > 1 else "")
-        for (train, test), families in sizes.items()
-    ]
-    return ", ".join(said)
 
 
 def _expected(points: pd.DataFrame) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import ntkbench
+from ntkbench.problems import _images
+from ntkbench.structured.kernel import LayerwiseKernel
 
 KERNELS = {
     "sum_of_logits": "pNTK (sum of logits)",
@@ -23,36 +24,60 @@ RIDGE = 1e-8
 """Of kernel regression, as a share of a kernel's mean diagonal."""
 
 
-def theta(network: nn.Module, x: Tensor) -> Tensor:
-    """Theta as ``[N, O, N, O]`` in float64, from the whole kernel."""
-    made = ntkbench.ntk(network, x, dtype="float64")
-    outputs = len(made) // len(x)
-    return made.reshape(len(x), outputs, len(x), outputs)
+class Theta:
+    """Theta of networks of one architecture on the same inputs, in float64; traced once, for all weights.
+
+    Tracing takes deep networks seconds, as long as several kernels.
+    """
+
+    def __init__(self, network: nn.Module, x: Tensor, memory: int = 2**30) -> None:
+        """Trace the network.
+
+        Args:
+            network: one with this architecture; its buffers, such as BatchNorm's statistics, count for all.
+            x: inputs ``[N, ...]``.
+            memory: bytes that everything but the result may take.
+
+        Raises:
+            BadInput: the network cannot be traced.
+        """
+        network, self._x = copy.deepcopy(network).double(), x.double()
+        self._kernel = LayerwiseKernel(network, dict(network.named_parameters()), self._x, memory)
+
+    def __call__(self, network: nn.Module) -> Tensor:
+        """``[N, O, N, O]`` at the present weights of a network."""
+        made = self._kernel.kernel([w.detach().double() for w in network.parameters()], self._x)
+        return made.reshape(len(self._x), self._kernel.O, len(self._x), self._kernel.O)
 
 
-def standing_in(network: nn.Sequential, x: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:
+def features_and_outputs(network: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the readout, a network's last layer, gets and gives, ``[N, W]`` and ``[N, O]``, in float64."""
+    twin = copy.deepcopy(network).double()
+    with torch.no_grad():
+        features = twin[:-1](x.double())
+        return features, twin[-1](features)
+
+
+def standing_in(full: Tensor, features: Tensor, seed: int) -> dict[str, Tensor]:
     """The ``[N, N]`` kernels by name.
 
     All but the last layer's are averages over Theta's blocks, and are read off it instead of computed anew. The last
-    layer's is that of the readout on its features, so that the network is not traced once more.
+    layer's is that of a linear readout with biases on its features.
 
     Args:
-        network: the network, a readout last.
-        x: its inputs ``[N, ...]``.
-        full: its Theta on them, ``[N, O, N, O]``.
+        full: Theta, ``[N, O, N, O]``.
+        features: what the readout gets, ``[N, W]``.
         seed: of the random vector.
     """
     outputs = full.shape[1]
     v = torch.from_numpy(np.random.default_rng(seed).standard_normal(outputs)).to(full)
     v = v / v.norm()
-    with torch.no_grad():
-        features = copy.deepcopy(network[:-1]).double()(x.double())
     return {
         "sum_of_logits": full.sum((1, 3)) / outputs,
         "single_logit": full[:, 0, :, 0].clone(),
         "random_vector": torch.einsum("aobp,o,p->ab", full, v, v),
         "trace": torch.einsum("aobo->ab", full) / outputs,
-        "last_layer": ntkbench.ntk(network[-1], features, kernel="trace", dtype="float64"),
+        "last_layer": features @ features.T + 1,
     }
 
 
@@ -77,24 +102,24 @@ def spectrum(matrix: Tensor) -> tuple[float, float]:
     return float(values.max()), float(values.max() / values.min())
 
 
-def predictions(kernel: Tensor, at_0: Tensor, targets: Tensor, train: int) -> Tensor:
-    """Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) on the samples after the first ``train``.
+def predictions(kernel: Tensor, f: Tensor, targets: Tensor, train: int) -> Tensor:
+    """Kernel regression f(x) + K(x, X) K(X, X)^-1 (Y - f(X)) on the samples after the first ``train``.
 
     Args:
         kernel: ``[N, N]`` for every output alike, or ``[N, O, N, O]``.
-        at_0: outputs of the network ``[N, O]``.
+        f: outputs of the network ``[N, O]``.
         targets: of the training samples ``[train, O]``.
         train: how many samples are trained on.
     """
-    residual = targets - at_0[:train]
+    residual = targets - f[:train]
     if kernel.ndim == 2:
         weights = torch.linalg.solve(_ridged(kernel[:train, :train]), residual)
-        return at_0[train:] + kernel[train:, :train] @ weights
-    outputs = at_0.shape[1]
+        return f[train:] + kernel[train:, :train] @ weights
+    outputs = f.shape[1]
     among = kernel[:train, :, :train].reshape(train * outputs, -1)
     weights = torch.linalg.solve(_ridged(among), residual.reshape(-1))
     between = kernel[train:, :, :train].reshape(-1, train * outputs)
-    return at_0[train:] + (between @ weights).reshape(-1, outputs)
+    return f[train:] + (between @ weights).reshape(-1, outputs)
 
 
 def _ridged(matrix: Tensor) -> Tensor:
@@ -109,8 +134,23 @@ def sum_direction(network: nn.Module) -> float:
 
 def digits(train: int, test: int) -> dict[str, Any]:
     """scikit-learn's digits as ``[N, 1, 8, 8]`` in float32: the first training and held-out images and labels."""
-    from ntkbench.problems import _images
+    images, labels = training_digits()
+    held_out, held_labels = held_out_digits()
+    return {
+        "x": torch.cat([images[:train], held_out[:test]]),
+        "labels": torch.cat([labels[:train], held_labels[:test]]),
+    }
 
-    images, labels, held_out, held_labels = _images.digits_with_labels()
-    x = torch.from_numpy(np.concatenate([images[:train], held_out[:test]])).reshape(-1, 1, 8, 8)
-    return {"x": x, "labels": torch.from_numpy(np.concatenate([labels[:train], held_labels[:test]]))}
+
+def training_digits() -> tuple[Tensor, Tensor]:
+    """All training images ``[N, 1, 8, 8]`` in float32 and their labels."""
+    return _as_pictures(*_images.digits_with_labels()[:2])
+
+
+def held_out_digits() -> tuple[Tensor, Tensor]:
+    """All held-out images ``[N, 1, 8, 8]`` in float32 and their labels."""
+    return _as_pictures(*_images.digits_with_labels()[2:])
+
+
+def _as_pictures(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(images).reshape(-1, 1, 8, 8), torch.from_numpy(labels)

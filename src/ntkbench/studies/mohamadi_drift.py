@@ -39,7 +39,7 @@ class Settings(base.Settings):
     looks: int = Field(default=11, ge=2)
     rate: PositiveFloat = 0.1
     decay: PositiveFloat = 0.01
-    batch: PositiveInt = 128
+    batch: int = Field(default=128, ge=2)
     inits: PositiveInt = 3
     images: int = Field(default=128, ge=2, le=512)
 
@@ -65,36 +65,34 @@ def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
     import torch
 
     from ntkbench.jacobian import torch as backend
-    from ntkbench.problems import _images
-    from ntkbench.studies import _networks, _pntk
+    from ntkbench.studies import _networks, _pntk, _training
 
-    device = backend.device(settings.target())
-    images, labels, held_out, _ = (torch.from_numpy(a).to(device) for a in _images.digits_with_labels())
+    target = settings.target()
+    device = backend.device(target)
     network = _networks.seeded(lambda: _networks.fc(settings.width, OUTPUTS), init).to(device)
-    decay = settings.decay if loss.endswith("decay") else 0.0
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.rate, weight_decay=decay)
-    targets = torch.nn.functional.one_hot(labels, OUTPUTS).to(images)
-    shuffle = torch.Generator().manual_seed(init)
-    at = {round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}
+    x = _pntk.held_out_digits()[0][: settings.images].to(device)
+    theta = _pntk.Theta(network, x, target.memory)
+
+    def mse(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(outputs, torch.nn.functional.one_hot(labels, OUTPUTS).to(outputs))
+
+    descent = _training.Descent(
+        network,
+        mse if loss == "mse" else torch.nn.functional.cross_entropy,
+        rate=settings.rate,
+        batch=settings.batch,
+        decay=settings.decay if loss.endswith("decay") else 0.0,
+        seed=init,
+    )
     found = []
-    for step in range(settings.steps + 1):
-        if step in at:
-            found += _look(network, held_out[: settings.images], step, init, _pntk)
-        chosen = torch.randint(len(images), (settings.batch,), generator=shuffle).to(device)
-        outputs = network(images[chosen])
-        if loss == "mse":
-            value = torch.nn.functional.mse_loss(outputs, targets[chosen])
-        else:
-            value = torch.nn.functional.cross_entropy(outputs, labels[chosen])
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
+    for step in sorted({round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}):
+        descent.to(step)
+        found += _look(theta(network), network, x, step, init, _pntk)
     return found
 
 
-def _look(network: Any, x: Any, step: int, init: int, pntk: Any) -> list[dict[str, Any]]:
-    full = pntk.theta(network, x)
-    kernels = pntk.standing_in(network, x, full, seed=init)
+def _look(full: Any, network: Any, x: Any, step: int, init: int, pntk: Any) -> list[dict[str, Any]]:
+    kernels = pntk.standing_in(full, pntk.features_and_outputs(network, x)[0], seed=init)
     last, pull = kernels["last_layer"], kernels["sum_of_logits"]
     columns = {
         "step": step,

@@ -1,33 +1,53 @@
-"""How well the pNTK and its siblings stand for the NTK, against width (Mohamadi et al. 2023, figures 2 to 6).
+"""How well the pNTK and its siblings stand for the NTK, against width and along training (Mohamadi et al. 2023).
 
-On scikit-learn's digits, at initialisation: relative Frobenius difference, largest eigenvalue, condition number,
-off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and their accuracy.
+Figures 2 to 6 of the paper, on scikit-learn's digits: relative Frobenius difference, largest eigenvalue, condition
+number, off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and their accuracy; and the
+networks' own accuracy, on all held-out images. Networks are trained on all training images, by the cross-entropy
+without weight decay.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
+from ntkbench.errors import DidNotTrain
 from ntkbench.studies import base
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ntkbench.studies._pntk import Theta
+    from ntkbench.studies._training import Descent
 
 PLUGINS = ("ntkbench.problems._images",)
 OUTPUTS = 10
 DEEP = ("resnet18", "wide_resnet")
-"""Families whose networks take seconds to trace, each."""
+"""Families of networks whose kernels and steps take longest."""
 
 
 class Settings(base.Settings):
-    """Widths and sizes.
+    """Widths and sizes, and how networks are trained.
+
+    A learning rate that suits one width is too large for the next: Theta's eigenvalues grow with width. So rates are
+    given in units of N / lambda_max, for the largest eigenvalue of Theta at initialisation on the N images that kernels
+    are trained on. Without momentum, gradient descent on half the squared error is stable for rates below 2.
 
     Attributes:
         widths: of each family of networks: units, channels, channels of the first stage, or the widening factor.
         inits: initialisations at each width.
-        train, test: images.
-        deep_share: of initialisations and images that the residual networks get, rounded up.
+        trained: of them, those that are also trained, each with its own order of images.
+        steps: of gradient descent after which networks are looked at, the first one 0, initialisation.
+        rate, momentum, batch: learning rate over N / lambda_max, momentum, images a step.
+        train, test: images that kernels are trained and tested on.
+        deep_share: of these images and of the steps, what the residual networks get, rounded up.
     """
 
     widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], list[PositiveInt]] = Field(
@@ -40,74 +60,171 @@ class Settings(base.Settings):
         min_length=1,
     )
     inits: PositiveInt = 5
+    trained: NonNegativeInt = 5
+    steps: list[NonNegativeInt] = Field(default=[0, 16, 64, 256, 1024, 4096], min_length=1)
+    rate: PositiveFloat = 4
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    batch: int = Field(default=32, ge=2)
     train: int = Field(default=256, ge=2, le=1285)
     test: int = Field(default=128, ge=1, le=512)
     deep_share: float = Field(default=1, gt=0, le=1)
 
+    @field_validator("steps")
+    @classmethod
+    def _from_initialisation_on(cls, steps: list[int]) -> list[int]:
+        if steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
+            raise ValueError("steps begin with 0, initialisation, and grow")
+        return steps
+
     def of(self, family: str) -> Settings:
         """The settings for one family."""
         share = self.deep_share if family in DEEP else 1
-        less = {"inits": self.inits, "train": self.train, "test": self.test}
-        less = {name: math.ceil(share * count) for name, count in less.items()}
-        return self.model_copy(update=less | {"train": max(2, less["train"])})
+        less = {name: math.ceil(share * getattr(self, name)) for name in ("train", "test")}
+        steps = sorted({math.ceil(share * step) for step in self.steps})
+        return self.model_copy(update=less | {"train": max(2, less["train"]), "steps": steps})
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each family, width, initialisation and kernel."""
+    """One row for each family, width, initialisation, step and kernel."""
     return pd.DataFrame(
         [
             row
             for family, widths in settings.widths.items()
             for width in widths
-            for init in range(settings.of(family).inits)
-            for row in _rows(settings.of(family), {"family": family, "width": width, "init": init})
+            for row in _rows(settings.of(family), family, width)
         ]
     )
 
 
-def _rows(settings: Settings, case: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(settings: Settings, family: str, width: int) -> Iterator[dict[str, Any]]:
     from ntkbench.studies import _pntk
 
-    found: dict[str, dict[str, Any]] = {}
-
-    def measured() -> dict[str, Any]:
-        found.update(measure(settings, **case))
-        return {}
-
-    outcome = base.row(case, measured)
     kernels = {"full": "NTK"} | _pntk.KERNELS
-    return [{**outcome, "kernel": name, "title": title, **found.get(name, {})} for name, title in kernels.items()]
+    architecture = Architecture(settings, family, width)
+    for init in range(settings.inits):
+        course = Course(architecture, init)
+        for step in settings.steps if init < settings.trained else [0]:
+            found: dict[str, dict[str, Any]] = {}
+
+            def measured(course: Course = course, step: int = step, found: dict = found) -> dict[str, Any]:
+                found.update(course.look(step))
+                return {}
+
+            case = base.row({"family": family, "width": width, "init": init, "step": step}, measured)
+            for name, title in kernels.items():
+                yield {**case, "kernel": name, "title": title, **found.get(name, {})}
 
 
-def measure(settings: Settings, family: str, width: int, init: int) -> dict[str, dict[str, Any]]:
-    """Columns for each kernel of one network, the whole NTK (``full``) among them."""
+@dataclass(frozen=True)
+class Architecture:
+    """Networks of one family and width, and the images that kernels are between."""
+
+    settings: Settings
+    family: str
+    width: int
+
+    def network(self, init: int) -> nn.Module:
+        """A network from its seed, on the device."""
+        from ntkbench.studies import _networks
+
+        return _networks.seeded(lambda: _networks.FAMILIES[self.family](self.width, OUTPUTS), init).to(self._device)
+
+    @functools.cached_property
+    def images(self) -> dict[str, Tensor]:
+        """``x`` and ``labels``, those to train on first."""
+        from ntkbench.studies import _pntk
+
+        made = _pntk.digits(self.settings.train, self.settings.test)
+        return {name: part.to(self._device) for name, part in made.items()}
+
+    @functools.cached_property
+    def theta(self) -> Theta:
+        """Theta on these images as a function of the network, traced once."""
+        from ntkbench.studies import _pntk
+
+        return _pntk.Theta(self.network(0), self.images["x"], self.settings.target().memory)
+
+    @property
+    def _device(self) -> Any:
+        from ntkbench.jacobian import torch as backend
+
+        return backend.device(self.settings.target())
+
+
+class Course:
+    """One network from its initialisation on."""
+
+    def __init__(self, architecture: Architecture, init: int) -> None:
+        self._architecture, self._init = architecture, init
+        self._descent: Descent | None = None
+
+    def look(self, step: int) -> dict[str, dict[str, Any]]:
+        """Columns for each kernel after so many steps, no fewer than before, the whole NTK (``full``) among them.
+
+        Raises:
+            DidNotTrain: training diverged, or there is no rate since there are no kernels at step 0.
+        """
+        if step == 0:
+            self._network = self._architecture.network(self._init)
+        elif self._descent is None:
+            raise DidNotTrain("no kernel at initialisation, whose largest eigenvalue is to set the learning rate")
+        else:
+            self._descent.to(step)
+        found = measure(self._architecture, self._network, self._init)
+        if step == 0:
+            self._descent = self._begun(found["full"]["lambda_max"])
+        return found
+
+    def _begun(self, largest: float) -> Descent:
+        from torch.nn.functional import cross_entropy
+
+        from ntkbench.studies import _training
+
+        settings = self._architecture.settings
+        return _training.Descent(
+            self._network,
+            cross_entropy,
+            rate=settings.rate * settings.train / largest,
+            momentum=settings.momentum,
+            batch=settings.batch,
+            seed=self._init,
+        )
+
+
+def measure(architecture: Architecture, network: nn.Module, seed: int) -> dict[str, dict[str, Any]]:
+    """Columns for each kernel of one network at its present weights, the whole NTK (``full``) among them."""
     import torch
 
-    from ntkbench.jacobian import torch as backend
-    from ntkbench.studies import _networks, _pntk
+    from ntkbench.studies import _pntk
 
-    data = _pntk.digits(settings.train, settings.test)
-    device = backend.device(settings.target())
-    network = _networks.seeded(lambda: _networks.FAMILIES[family](width, OUTPUTS), init).to(device)
-    x, labels = data["x"].to(device), data["labels"].to(device)
-    full = _pntk.theta(network, x)
-    with torch.no_grad():
-        at_0 = network.double()(x.double())
-    network.float()
+    settings, x, labels = architecture.settings, *architecture.images.values()
     train = settings.train
+    full = architecture.theta(network)
+    features, outputs = _pntk.features_and_outputs(network, x)
+    held_out, held_out_labels = (part.to(x.device) for part in _pntk.held_out_digits())
+    with torch.no_grad():
+        own_accuracy = _accuracy(network(held_out), held_out_labels)
     targets = torch.nn.functional.one_hot(labels[:train], OUTPUTS).double()
 
     among = full[:train, :, :train]
     largest, condition = _pntk.spectrum(among.reshape(train * OUTPUTS, -1))
-    own = _pntk.predictions(full, at_0, targets, train)
+    own = _pntk.predictions(full, outputs, targets, train)
+    columns = {
+        "P": sum(w.numel() for w in network.parameters()),
+        "train": train,
+        "test": settings.test,
+        "rate": settings.rate,
+        "momentum": settings.momentum,
+        "batch": settings.batch,
+        "off_diagonal": _pntk.off_diagonal_mass(among),
+        "network_accuracy": own_accuracy,
+    }
     accuracy = _accuracy(own, labels[train:])
-    sizes = {"P": sum(w.numel() for w in network.parameters()), "train": train, "test": settings.test}
-    columns = sizes | {"off_diagonal": _pntk.off_diagonal_mass(among)}
     found = {"full": columns | {"difference": 0.0, "lambda_max": largest, "condition": condition, "accuracy": accuracy}}
-    for name, kernel in _pntk.standing_in(network, x, full, seed=init).items():
+    for name, kernel in _pntk.standing_in(full, features, seed).items():
         some = kernel[:train, :train]
         top, spread = _pntk.spectrum(some)
-        predicted = _pntk.predictions(kernel, at_0, targets, train)
+        predicted = _pntk.predictions(kernel, outputs, targets, train)
         found[name] = columns | {
             "difference": _pntk.difference(among, some),
             "lambda_max": top,

@@ -1,0 +1,170 @@
+"""Mohamadi et al. 2023 beyond initialisation: how well the pNTK stands for the NTK along training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ntkbench.figures import _canvas, _labels, _pntk, _series, base
+from ntkbench.figures._pntk import FAMILIES
+
+TABLE = "mohamadi_quality"
+OWN = "network_accuracy"
+QUANTITIES = _pntk.QUANTITIES | {OWN: "the network itself,\ntest accuracy"}
+COLUMNS = (*_pntk.COLUMNS, OWN, "rate", "momentum", "batch")
+PNTK, FLOOR = "sum_of_logits", "trace"
+DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A row for each quantity, a column for each family, a line for each width; medians over initialisations."""
+    points = _trained(base.measured(table, "off_diagonal"))
+    if not len(points):
+        return base.nothing(points, _labels.why_not(table) if (table["status"] != "ok").any() else "None was trained.")
+    plotted = _pntk.summary(points[points["kernel"].isin([PNTK, FLOOR, "full"])], QUANTITIES)
+    look = _pntk.looks_of(plotted)[PNTK]
+    families = [name for name in FAMILIES if name in set(plotted["family"])]
+    narrow, wide = (Line2D([], [], **(_series.style(look) | _coloured(shade))) for shade in _shades(look.colour, 2))
+    lines = [
+        (narrow, f"{look.title}, narrowest network"),
+        (wide, f"{look.title}, widest network"),
+        (Line2D([], [], color=look.colour, linewidth=0.9, linestyle=DOTTED), "trace kernel, the floor"),
+        (Line2D([], [], color="black", linewidth=0.9, linestyle=DASHED), "the NTK itself"),
+        (Line2D([], [], color=look.colour), "of the network, whatever the kernel"),
+    ]
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(1.75, above=0.3 if i else 0.75, below=0.28) for i in range(len(QUANTITIES))],
+        len(families),
+        title="How well the pNTK stands for the NTK along training",
+        subtitle=base.settings_line(table),
+        key=[("kernel, the darker the wider the network", lines), ("how to read", [_series.QUARTILES])],
+        left=1.15,
+        gap=0.65,
+    )
+    for panels, (quantity, label) in zip(grid, QUANTITIES.items(), strict=True):
+        panels[0].set_ylabel(label)
+        for panel, family in zip(panels, families, strict=True):
+            rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
+            _panel(panel, rows, quantity, look)
+            if quantity == "difference":
+                widths = rows["width"]
+                _canvas.title(panel, FAMILIES[family], f"width {widths.min():g} to {widths.max():g}")
+    for panel in grid[-1]:
+        panel.set_xlabel("training step")
+    return base.Drawing(figure, plotted, _caption(points))
+
+
+def _trained(points: pd.DataFrame) -> pd.DataFrame:
+    """The rows of networks that were looked at after initialisation as well."""
+    return points[points.groupby(["family", "width", "init"])["step"].transform("max") > 0]
+
+
+def _shades(colour: str, count: int) -> list[str]:
+    """From a light tint of a colour to the colour itself."""
+    tints = np.linspace(0.62, 0.0, count) if count > 1 else [0.0]
+    return [to_hex([1 - (1 - part) * (1 - tint) for part in to_rgb(colour)]) for tint in tints]
+
+
+def _coloured(shade: str) -> dict[str, Any]:
+    return {"color": shade, "markerfacecolor": shade, "markeredgecolor": shade}
+
+
+def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, look: Any) -> None:
+    widths, steps = sorted(rows["width"].unique()), sorted(rows["step"].unique())
+    shares = quantity in ("accuracy", OWN)
+    for width, shade, grey in zip(widths, _shades(look.colour, len(widths)), _shades("#000000", len(widths)),
+                                  strict=True):  # fmt: skip
+        here = rows[rows["width"] == width].sort_values("step")
+        line = here[here["kernel"] == ("full" if quantity == "off_diagonal" else PNTK)]
+        style = _series.style(look) | _coloured(shade)
+        if quantity in ("off_diagonal", OWN):  # of the network, whatever the kernel
+            style["marker"] = ""
+        panel.plot(line["step"], line["value"], **style, zorder=3)
+        panel.fill_between(line["step"], line["value_q25"], line["value_q75"], color=shade, alpha=0.15, linewidth=0)
+        if quantity == "difference":
+            floor = here[here["kernel"] == FLOOR]
+            panel.plot(floor["step"], floor["value"], color=shade, linewidth=0.9, linestyle=DOTTED)
+        if quantity == "accuracy":
+            full = here[here["kernel"] == "full"]
+            panel.plot(full["step"], full["value"], color=grey, linewidth=0.9, linestyle=DASHED, zorder=4)
+    _along(panel, steps)
+    if shares:
+        panel.set_ylim(0, 1.02)
+    else:
+        panel.set(yscale="log", ylim=_canvas.limits(rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6), ratio=8))
+        _canvas.decades(panel.yaxis, *panel.get_ylim())
+
+
+def _along(panel: Axes, steps: Sequence[float]) -> None:
+    """Steps on a logarithmic axis that has a place for 0."""
+    first = next((step for step in steps if step > 0), 1)
+    panel.set_xscale("symlog", linthresh=first, linscale=0.5)
+    panel.set_xlim(-0.12 * first, 1.2 * max(*steps, first))
+    panel.xaxis.set_major_locator(FixedLocator(steps))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value) if value else "0"))
+
+
+def _caption(points: pd.DataFrame) -> str:
+    one = points.iloc[0]
+    inits = _labels.range_label(points.groupby(["family", "width"])["init"].nunique())
+    text = (
+        "The pNTK as it stands for Theta as pNTK (x) I_O, against steps of training, for networks that begin with He "
+        f"initialisation (O = 10; {_pntk.images(points)}); medians over {inits} initialisations with quartiles, lines "
+        "the darker the wider the network. The trace kernel of the same network is the best of all in the Frobenius "
+        "norm, the floor of the first row. Networks are trained on all training images of scikit-learn's digits, by "
+        f"the cross-entropy without weight decay, {one['batch']:g} images a step, momentum {one['momentum']:g} and a "
+        f"learning rate of {one['rate']:g} N / lambda_max, Theta's largest eigenvalue at initialisation on the N "
+        "training images of the kernels. BatchNorm keeps its initial statistics throughout. Kernel regression "
+        "f_t(x) + K_t(x, X) K_t(X, X)^-1 (Y - f_t(X)) begins with the network as it is at a step; its test accuracy "
+        "with Theta is dashed, in grey for narrow networks. The network's own accuracy is that on all 512 held-out "
+        "images."
+    )
+    pntk = points[points["kernel"] == PNTK]
+    ends = _ends(pntk)
+    text += " The pNTK's relative difference from Theta, medians at initialisation and at the last step:"
+    for family, rows in ends.groupby("family", sort=False):
+        said = [f"{row.first:.2f} to {row.last:.2f} at width {row.width:g}" for row in rows.iloc[[0, -1]].itertuples()]
+        text += f" {FAMILIES[family]} {', '.join(dict.fromkeys(said))};"
+    grown = int((ends["last"] > ends["first"]).sum())
+    text = f"{text[:-1]}. It grows for {grown} of {len(ends)} families and widths."
+    text += _still_better(pntk)
+    learned, kernel = _last(pntk)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
+    return (
+        f"{text} Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
+        f"average; kernel regression from there has {kernel['full']:.2f} with Theta, {kernel[PNTK]:.2f} with the pNTK."
+    )
+
+
+def _last(points: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each family's last step."""
+    return points[points["step"] == points.groupby("family")["step"].transform("max")]
+
+
+def _ends(pntk: pd.DataFrame) -> pd.DataFrame:
+    """Medians of the difference at step 0 and at each family's last, a row for each family and width."""
+    case = ["family", "width"]
+    parts = {"first": pntk[pntk["step"] == 0], "last": _last(pntk)}
+    medians = {name: rows.groupby(case, sort=False)["difference"].median() for name, rows in parts.items()}
+    return pd.DataFrame(medians).dropna().reset_index()
+
+
+def _still_better(pntk: pd.DataFrame) -> str:
+    """Slopes by width at the last step, and whether wider networks are better there."""
+    last = _last(pntk)
+    slopes = {family: _pntk.slope(rows, PNTK) for family, rows in last.groupby("family", sort=False)}
+    slopes = {family: pair for family, pair in slopes.items() if np.isfinite(pair[1])}
+    if not slopes:
+        return ""
+    said = []
+    for family, (value, half) in slopes.items():
+        verdict = "wider is better" if value + half < 0 else "wider is worse" if value - half > 0 else "cannot be told"
+        said.append(f"{FAMILIES[family]} {value:.2f} ± {half:.2f} ({verdict})")
+    return f" Slopes by width after training, 95 % intervals: {', '.join(said)}."
