@@ -16,7 +16,7 @@ def config(**changes):
     return Config.check({"profile": "test", "threads": 1, "grid": [BLOCK]} | changes, "test.yaml")
 
 
-@pytest.mark.parametrize("name", ["smoke", "default", "history", "paper", "paper_cpu"])
+@pytest.mark.parametrize("name", ["smoke", "default", "history", "paper"])
 def test_committed_configurations_are_valid_and_their_cells_distinct(name):
     file = paths.ROOT / "config" / f"{name}.yaml"
     read = Config.read(file)
