@@ -73,7 +73,7 @@ class Moments:
             return self.trace
         if name == "norm":
             return math.sqrt(self.square)
-        if 0 in (self.square, self.square_f if name == "alignment" else 1):
+        if self.square == 0 or (name == "alignment" and self.square_f == 0):
             raise Undefined(f"{name} is not defined where Theta is zero: no parameter that counts moves any output")
         if name == "effective_rank":
             return self.trace**2 / self.square

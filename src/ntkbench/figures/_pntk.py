@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from ntkbench.figures import _looks, _series
+from ntkbench.figures import _canvas, _looks, _series, base
 
 QUANTITIES = {
     "difference": "‖A ⊗ I − Θ‖ / ‖Θ‖",
@@ -20,6 +22,48 @@ COLUMNS = ("family", "width", "init", "step", "train", "test", "kernel", "title"
 METHODS = {"trace": "trace_kernel"}
 """Kernels whose method has another name, and with it its look."""
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
+
+
+def panels(
+    table: pd.DataFrame,
+    plotted: pd.DataFrame,
+    quantities: Mapping[str, str],
+    *,
+    title: str,
+    key: list[tuple[str, list]],
+    above: float,
+    xlabel: str,
+) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """A row for each quantity, labelled, and a column for each family; panels by quantity and family.
+
+    Args:
+        table: of the study, for the settings.
+        plotted: as :func:`summary` gives it.
+        quantities: names to labels, from above.
+        title, key: of the figure.
+        above: inches over each row but the first.
+        xlabel: of the last row.
+    """
+    families = [name for name in FAMILIES if name in set(plotted["family"])]
+    figure, grid = _canvas.sheet(
+        [_canvas.Row(1.75, above=above if i else 0.75, below=0.28) for i in range(len(quantities))],
+        len(families),
+        title=title,
+        subtitle=base.settings_line(table),
+        key=key,
+        left=1.15,
+        gap=0.65,
+    )
+    for row, label in zip(grid, quantities.values(), strict=True):
+        row[0].set_ylabel(label)
+    for panel in grid[-1]:
+        panel.set_xlabel(xlabel)
+    made = {
+        (quantity, family): panel
+        for row, quantity in zip(grid, quantities, strict=True)
+        for panel, family in zip(row, families, strict=True)
+    }
+    return figure, made
 
 
 def looks_of(plotted: pd.DataFrame) -> dict[str, _looks.Look]:

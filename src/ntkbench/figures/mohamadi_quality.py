@@ -26,32 +26,26 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(points, _labels.why_not(table))
     plotted = _pntk.summary(points, QUANTITIES)
     looks = looks_of(plotted)
-    families = [name for name in FAMILIES if name in set(plotted["family"])]
     full = Line2D([], [], color="black", linewidth=1.2, linestyle=(0, (4, 2))), "the NTK itself"
     guide = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5))), "slope \N{MINUS SIGN}½"
-    known = Line2D([], [], color=looks_of(plotted)["sum_of_logits"].colour, marker="x", linestyle=""), "expected"
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(1.75, above=0.45 if i else 0.75, below=0.28) for i in range(len(QUANTITIES))],
-        len(families),
+    known = Line2D([], [], color=looks["sum_of_logits"].colour, marker="x", linestyle=""), "expected"
+    figure, panels = _pntk.panels(
+        table,
+        plotted,
+        QUANTITIES,
         title="Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)",
-        subtitle=base.settings_line(table),
         key=[("kernel", _series.entries(looks.values())), ("how to read", [_series.QUARTILES, full, guide, known])],
-        left=1.15,
-        gap=0.65,
+        above=0.45,
+        xlabel="width",
     )
-    for panels, (quantity, label) in zip(grid, QUANTITIES.items(), strict=True):
-        panels[0].set_ylabel(label)
-        for panel, family in zip(panels, families, strict=True):
-            rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
-            _panel(panel, rows, quantity, looks)
-            if quantity == "difference":
-                _canvas.title(panel, FAMILIES[family], _sloped(points[points["family"] == family]))
-                if family == "fc":
-                    panel.plot(
-                        *zip(*PUBLISHED.items(), strict=True), "x", color=looks["sum_of_logits"].colour, zorder=5
-                    )
-    for panel in grid[-1]:
-        panel.set_xlabel("width")
+    for (quantity, family), panel in panels.items():
+        rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
+        _panel(panel, rows, quantity, looks)
+        if quantity == "difference":
+            _canvas.title(panel, FAMILIES[family], _sloped(points[points["family"] == family]))
+            if family == "fc":
+                colour = looks["sum_of_logits"].colour
+                panel.plot(*zip(*PUBLISHED.items(), strict=True), "x", color=colour, zorder=5)
     return base.Drawing(figure, plotted, _caption(points))
 
 

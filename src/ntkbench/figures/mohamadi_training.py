@@ -30,7 +30,6 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(points, _labels.why_not(table) if (table["status"] != "ok").any() else "None was trained.")
     plotted = _pntk.summary(points[points["kernel"].isin([PNTK, FLOOR, "full"])], QUANTITIES)
     look = _pntk.looks_of(plotted)[PNTK]
-    families = [name for name in FAMILIES if name in set(plotted["family"])]
     narrow, wide = (Line2D([], [], **(_series.style(look) | _coloured(shade))) for shade in _shades(look.colour, 2))
     lines = [
         (narrow, f"{look.title}, narrowest network"),
@@ -39,25 +38,21 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         (Line2D([], [], color="black", linewidth=0.9, linestyle=DASHED), "the NTK itself"),
         (Line2D([], [], color=look.colour), "of the network, whatever the kernel"),
     ]
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(1.75, above=0.3 if i else 0.75, below=0.28) for i in range(len(QUANTITIES))],
-        len(families),
+    figure, panels = _pntk.panels(
+        table,
+        plotted,
+        QUANTITIES,
         title="How well the pNTK stands for the NTK along training",
-        subtitle=base.settings_line(table),
         key=[("kernel, the darker the wider the network", lines), ("how to read", [_series.QUARTILES])],
-        left=1.15,
-        gap=0.65,
+        above=0.3,
+        xlabel="training step",
     )
-    for panels, (quantity, label) in zip(grid, QUANTITIES.items(), strict=True):
-        panels[0].set_ylabel(label)
-        for panel, family in zip(panels, families, strict=True):
-            rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
-            _panel(panel, rows, quantity, look)
-            if quantity == "difference":
-                widths = rows["width"]
-                _canvas.title(panel, FAMILIES[family], f"width {widths.min():g} to {widths.max():g}")
-    for panel in grid[-1]:
-        panel.set_xlabel("training step")
+    for (quantity, family), panel in panels.items():
+        rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
+        _panel(panel, rows, quantity, look)
+        if quantity == "difference":
+            widths = rows["width"]
+            _canvas.title(panel, FAMILIES[family], f"width {widths.min():g} to {widths.max():g}")
     return base.Drawing(figure, plotted, _caption(points))
 
 

@@ -49,8 +49,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             words = "exact methods" if name == "exact" else f"within {name}"
             _canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks")
             for (method, backend), line in here.groupby(["method", "backend"], sort=False):
-                apart = line["told_apart"].all()
-                drawn = style[method].line(backend) | {"markevery": 15, "zorder": 3} if apart else PALE
+                high = line["told_apart"].all()
+                drawn = style[method].line(backend) | {"markevery": 15, "zorder": 3} if high else PALE
                 panel.plot(line["factor"], line["share"], **drawn, drawstyle="steps-post", clip_on=False)
             panel.set(xscale="log", xlim=(0.9, 1.2 * FACTORS[-1]), ylim=(0, 1.02), xlabel="factor τ of the fastest")
             _canvas.decades(panel.xaxis, 1, FACTORS[-1])
@@ -60,7 +60,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     return base.Drawing(figure, profiles, _caption(profiles))
 
 
-def highest(profiles: pd.DataFrame) -> pd.Series:
+def highest(profiles: pd.DataFrame) -> np.ndarray:
     """Whether a row's line is among its tolerance's highest: by the mean over factors, evenly spaced in their log."""
     heights = profiles.groupby(LINE)["share"].mean()
     places = heights.groupby("tolerance").rank(ascending=False, method="first")

@@ -27,7 +27,6 @@ TITLES = {
     "structured_derivatives": "structured derivatives",
     "jacobian": "Jacobian alone",
 }
-PLUGINS = ("ntkbench.methods.structured_derivatives",)
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ntkbench.studies import base
 
-PLUGINS = ("ntkbench.problems._images",)
 OUTPUTS = 10
 LOSSES = {
     "cross_entropy": "cross-entropy",
@@ -87,19 +86,21 @@ def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
     found = []
     for step in sorted({round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}):
         descent.to(step)
-        found += _look(theta(network), network, x, step, init, _pntk)
+        found += _look(theta(network), network, x, step, init)
     return found
 
 
-def _look(full: Any, network: Any, x: Any, step: int, init: int, pntk: Any) -> list[dict[str, Any]]:
-    kernels = pntk.standing_in(full, pntk.features_and_outputs(network, x)[0], seed=init)
+def _look(full: Any, network: Any, x: Any, step: int, init: int) -> list[dict[str, Any]]:
+    from ntkbench.studies import _pntk
+
+    kernels = _pntk.standing_in(full, _pntk.features_and_outputs(network, x)[0], seed=init)
     last, pull = kernels["last_layer"], kernels["sum_of_logits"]
     columns = {
         "step": step,
-        "sum_direction": pntk.sum_direction(network),
+        "sum_direction": _pntk.sum_direction(network),
         "pntk_to_last_layer": float((pull - last).norm() / pull.norm()),
     }
     return [
-        columns | {"kernel": name, "title": title, "difference": pntk.difference(full, kernels[name])}
-        for name, title in pntk.KERNELS.items()
+        columns | {"kernel": name, "title": title, "difference": _pntk.difference(full, kernels[name])}
+        for name, title in _pntk.KERNELS.items()
     ]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ntkbench.studies._pntk import Theta
     from ntkbench.studies._training import Descent
 
-PLUGINS = ("ntkbench.problems._images",)
 OUTPUTS = 10
 DEEP = ("resnet18", "wide_resnet")
 """Families of networks whose kernels and steps take longest."""

@@ -14,7 +14,6 @@ from pydantic import Field, PositiveInt
 from ntkbench.problems.base import Definition
 from ntkbench.studies import base
 
-PLUGINS = ("ntkbench.studies._programs", "ntkbench.problems.novak")
 HIDDEN = 9
 
 

@@ -12,7 +12,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ntkbench.studies import base
 
-PLUGINS = ("ntkbench.studies._programs", "ntkbench.problems.novak")
 HIDDEN = 9
 
 
