@@ -301,6 +301,14 @@ def test_programs_over_the_budget_are_rows_that_say_so(tables):
     assert (table.loc[table["status"] == "ok", "memory_bytes"].dropna() >= 0).all()
 
 
+def test_programs_of_too_many_operations_are_rows_that_say_so():
+    from ntkbench.studies import novak_time
+
+    table = novak_time.run(novak_time.Settings(**QUICK, **TINY["novak_time"] | {"case_gigaflop": 1e-6}))
+    assert set(table["status"]) == {"skipped"} and table["reason"].str.contains("over case_gigaflop").all()
+    assert table["budget_mb"].notna().all()
+
+
 def test_lowered_programs_compute_the_kernel():
     import jax
 

@@ -17,7 +17,7 @@ class BadInput(NtkbenchError, ValueError):
 
 
 class Unavailable(NtkbenchError):
-    """Something this machine does not have (a data set, a device); the reason goes into the table."""
+    """Something that cannot be had here (a data set, a device, so many operations); the reason goes into the table."""
 
 
 class OverMemory(NtkbenchError, MemoryError):

@@ -75,6 +75,8 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
             f"{title} at width {width:g} (O = {output:g})" for (title, output), width in firsts.items()
         )
         text += "."
+    if (table["status"] == "skipped").any():
+        text += " What is not drawn and not over the budget would take more operations than this run allows a program."
     wide = points.pivot_table(index=["O", "width"], columns="method", values="seconds")
     theirs = wide.get("nt_structured_derivatives")
     if theirs is not None and "nt_jacobian_contraction" in wide:

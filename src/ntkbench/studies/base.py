@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from ntkbench import running
+from ntkbench.errors import Unavailable
 from ntkbench.target import Target
 
 
@@ -55,6 +56,16 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> di
     said = ", ".join(str(value) for value in case.values())
     print(f"{said}: {made['status']} after {time.perf_counter() - start:.2g} s {made['reason']}", flush=True)
     return made
+
+
+def check_operations(flop: float, case_gigaflop: float) -> None:
+    """That a case needs no more floating-point operations than its settings allow.
+
+    Raises:
+        Unavailable: it needs more; its row is skipped and says so.
+    """
+    if flop > 1e9 * case_gigaflop:
+        raise Unavailable(f"about {flop / 1e9:.3g} GFLOP, over case_gigaflop ({case_gigaflop:g})")
 
 
 def left_out(case: Mapping[str, Any], reason: str) -> dict[str, Any]:

@@ -62,12 +62,11 @@ def _row(
     directions = problem.O if KERNELS[name] == "NTK" else 1
     needed = 3 * flops * problem.N * directions
     needed += 2 * problem.n**2 * problem.P if name == "jacobian_contraction" else 0
-    if needed > 1e9 * settings.case_gigaflop:
-        return base.left_out(case, f"about {needed / 1e9:.3g} GFLOP, over case_gigaflop ({settings.case_gigaflop:g})")
     if reason := method.refusal(problem, "norm", target):
         return base.left_out(case, reason)
 
     def measure() -> dict[str, Any]:
+        base.check_operations(needed, settings.case_gigaflop)
         prepare = type(method).prepare
         if prepare not in shared:
             shared[prepare] = method.prepare(problem, target)

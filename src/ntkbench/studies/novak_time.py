@@ -21,12 +21,14 @@ class Settings(base.Settings):
     Attributes:
         widths, outputs: every width with every O.
         samples: N.
+        case_gigaflop: a program that needs more is not run, by its operations as lowered.
         budget_mb: bytes that a program may take; at most memory_limit_mb makes sense.
     """
 
     widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
     samples: PositiveInt = 16
+    case_gigaflop: PositiveFloat = 1e9
     budget_mb: PositiveFloat = 16384
 
 
@@ -58,6 +60,7 @@ def _theirs(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
     weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
     shapes = {name: w.shape for name, w in weights.items()}
     made = _programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape)
+    base.check_operations(_programs.flops(made), settings.case_gigaflop)
     return _programs.timed_program(made, weights, network.x, target, settings.timing_seconds, settings.budget_mb)
 
 
@@ -65,4 +68,5 @@ def _ours(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
     from ntkbench.studies import _programs
 
     network = _network(case)
+    base.check_operations(_programs.engine_flops(network.module, network.x), settings.case_gigaflop)
     return _programs.timed_engine(network.module, network.x, settings.target(), settings.timing_seconds)
