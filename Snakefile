@@ -3,7 +3,7 @@
 snakemake --cores all                                  config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml   another one
 snakemake --cores all paper_figures                    the papers' figures and their studies alone: config/paper.yaml
-snakemake --cores all figures --config source=reference   all figures from committed tables: nothing is measured
+snakemake --cores all figures --config source=reference   a configuration's figures from committed tables: nothing is measured
 snakemake --cores all side_by_side                     methods and products in turn: ratios of times
 snakemake --cores all time_to_error                    all methods at the budget that reaches an error, in turn
 """

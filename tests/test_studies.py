@@ -271,6 +271,14 @@ def test_costs_of_resnets_are_there_or_say_why_not(tables):
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("over case_gigaflop").all()
 
 
+def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
+    from ntkbench.studies import mohamadi_cost
+
+    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"block_memory_mb": 0.1})
+    left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
+    assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("anew for every pair of blocks").all()
+
+
 @pytest.mark.parametrize("depth", list(_networks.RESNETS))
 def test_resnets_have_the_layers_of_their_name(depth):
     network = _networks.resnet(depth, 5, width=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveInt
 
@@ -64,6 +65,10 @@ def _row(
     needed += 2 * problem.n**2 * problem.P if name == "jacobian_contraction" else 0
     if reason := method.refusal(problem, "norm", target):
         return base.left_out(case, reason)
+    size = problem.n * problem.P * np.dtype(settings.dtype).itemsize
+    if name == "jacobian_contraction" and size > target.memory:
+        kept = f"over block_memory_mb ({settings.block_memory_mb:g}): it would be made anew for every pair of blocks"
+        return base.left_out(case, f"J takes {size / 2**20:.0f} MiB, {kept}")
 
     def measure() -> dict[str, Any]:
         base.check_operations(needed, settings.case_gigaflop)
