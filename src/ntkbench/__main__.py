@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import click
 from ntkbench import errors, grid, methods, paths, problems, results, studies, watchdog
 from ntkbench.errors import Unavailable
 from ntkbench.grid import Config
+from ntkbench.provenance import provenance
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 NEW = click.Path(path_type=Path)
@@ -57,7 +60,9 @@ def problem(label: str, output: Path) -> None:
 def study(name: str, config_file: Path, output: Path) -> None:
     """Measure a study as the configuration has it; its table goes to OUTPUT.
 
-    Going over the configuration's memory limit ends the process; what was written to OUTPUT.verdict then says so.
+    Finished rows are kept in OUTPUT.journal meanwhile, so that a study that is stopped goes on behind them. A process
+    of its own measures; where a row takes it over the configuration's memory limit it ends, the row says so, and
+    another one goes on with the next row.
     """
     verdict = output.with_suffix(".verdict")
     verdict.unlink(missing_ok=True)
@@ -65,11 +70,31 @@ def study(name: str, config_file: Path, output: Path) -> None:
         config = Config.read(config_file)
         if name not in config.studies:
             raise errors.unknown("study", name, config.studies)
+    command = [sys.executable, "-m", "ntkbench", "study-rows", name, "--config", config_file, "--output", output]
+    while code := subprocess.run(command).returncode:
+        if not verdict.exists():
+            sys.exit(f"ntkbench: study {name} ended with exit status {code}")
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.option("--config", "config_file", type=FILE, required=True)
+@click.option("--output", type=NEW, required=True)
+def study_rows(name: str, config_file: Path, output: Path) -> None:
+    """Measure the rows of a study that are not in its journal; the table of all goes to OUTPUT."""
+    verdict, notes = output.with_suffix(".verdict"), output.with_suffix(".journal")
+    with errors.as_one_line():
+        config = Config.read(config_file)
         chosen = config.study(name)
+        made_for = {"fingerprint": grid.study_fingerprint(config, name), **provenance().columns()}
+        stopped = json.loads(verdict.read_text()) if verdict.exists() else None
+        verdict.unlink(missing_ok=True)
+        journal = studies.Journal(notes, json.dumps(made_for), stopped)
         watchdog.guard(math.inf, chosen.memory_limit_mb * 2**20, verdict)
         start = time.perf_counter()
-        made = studies.run(name, chosen)
+        made = studies.run(name, chosen, journal)
     paths.write_atomically(output, made.to_csv(index=False, lineterminator="\n"))
+    notes.unlink()
     click.echo(f"{name}: {len(made)} rows in {time.perf_counter() - start:.1f} s")
 
 

@@ -1,4 +1,4 @@
-"""A process of its own that stops another one when it goes over its time or its memory.
+"""A process of its own that stops another one when it goes over its time or its memory, or is left alone.
 
 Being outside, it works while the other process sits in a long call that never comes back to Python, and it can still
 say afterwards why that process is gone. ``python watchdog.py PID SECONDS BYTES VERDICT`` imports nothing of ntkbench,
@@ -23,6 +23,8 @@ POLL_SECONDS = 0.05
 def guard(seconds: float, memory: float, verdict: Path) -> None:
     """Have the calling process killed, and ``verdict`` written, when it goes over its time or its resident memory.
 
+    It is killed without a verdict when the process that started it is gone, so that nothing measures for nobody.
+
     Args:
         seconds: the time it may take from now.
         memory: the bytes it may hold.
@@ -36,6 +38,7 @@ def guard(seconds: float, memory: float, verdict: Path) -> None:
 def _watch(pid: int, seconds: float, memory: float, verdict: Path) -> None:
     start = time.monotonic()
     process = psutil.Process(pid)
+    parent = process.ppid()
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         resident = process.memory_info().rss
         if resident > memory:
@@ -43,6 +46,8 @@ def _watch(pid: int, seconds: float, memory: float, verdict: Path) -> None:
             _stop(process, verdict, "out_of_memory", message)
         elif time.monotonic() - start > seconds:
             _stop(process, verdict, "timeout", f"not done after the time limit of {seconds:g} s")
+        elif process.ppid() != parent:
+            process.kill()
         time.sleep(POLL_SECONDS)
 
 

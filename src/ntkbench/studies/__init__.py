@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from ntkbench import jacobian, plugins, running
 from ntkbench.errors import NtkbenchError
 from ntkbench.provenance import provenance
-from ntkbench.studies import base
+from ntkbench.studies import _journal, base
+from ntkbench.studies._journal import Journal
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["base", "describe", "fields", "names", "plugins_of", "run", "settings"]
+__all__ = ["Journal", "base", "describe", "fields", "names", "plugins_of", "run", "settings"]
 
 
 def names() -> list[str]:
@@ -62,14 +63,20 @@ def plugins_of(name: str) -> tuple[str, ...]:
     return (f"{__name__}.{name}", *getattr(_module(name), "PLUGINS", ()))
 
 
-def run(name: str, chosen: base.Settings) -> pd.DataFrame:
+def run(name: str, chosen: base.Settings, journal: Journal | None = None) -> pd.DataFrame:
     """Measure a study in this process: its table with where the numbers come from in each row.
+
+    Args:
+        name: of the study.
+        chosen: its settings.
+        journal: keeps its rows while it is under way; rows that it has are not measured again.
 
     Raises:
         NtkbenchError: nothing was measured.
     """
     running.use_threads(chosen.threads)
-    table = _module(name).run(chosen)
+    with _journal.kept(journal):
+        table = _module(name).run(chosen)
     if not len(table):
         raise NtkbenchError(f"study {name}: its settings leave nothing to measure")
     columns = {"device": jacobian.device_name(chosen.target()), "dtype": chosen.dtype, "threads": chosen.threads}

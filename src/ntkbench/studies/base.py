@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from ntkbench import running
 from ntkbench.errors import Unavailable
+from ntkbench.studies import _journal
 from ntkbench.target import Target
 
 
@@ -41,19 +42,28 @@ class Settings(BaseModel):
         return Target(backend, dtype or self.dtype, self.device, int(self.block_memory_mb * 2**20))
 
 
-def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]], *, resumable: bool = True) -> dict[str, Any]:
     """A row of a study: what was to be measured, how that ended, and what was found.
 
     Args:
         case: columns that say what is measured.
         measure: gives the other columns; an exception becomes status and reason.
+        resumable: whether the row is complete with that, so that a study that is stopped need not measure it again.
     """
+    said = ", ".join(str(value) for value in case.values())
+    journal = _journal.CURRENT.get() if resumable else None
+    if journal:
+        if before := journal.before(case):
+            print(f"{said}: {before['status']}, from before", flush=True)
+            return before
+        journal.begin(case)
     start = time.perf_counter()
     try:
         made = {**case, "status": "ok", "reason": "", **measure()}
     except Exception as error:  # whatever it is, the other rows stand
         made = {**case, **running.ending(error)}
-    said = ", ".join(str(value) for value in case.values())
+    if journal:
+        journal.finish(case, made)
     print(f"{said}: {made['status']} after {time.perf_counter() - start:.2g} s {made['reason']}", flush=True)
     return made
 

@@ -48,14 +48,13 @@ def run(settings: Settings) -> pd.DataFrame:
     rows = []
     for loss, title in LOSSES.items():
         for init in range(settings.inits):
-            case, found = {"loss": loss, "loss_title": title, "init": init}, []
+            case = {"loss": loss, "loss_title": title, "init": init}
 
-            def measure(loss: str = loss, init: int = init, found: list = found) -> dict[str, Any]:
-                found += looks(settings, loss, init)
-                return {}
+            def measure(loss: str = loss, init: int = init) -> dict[str, Any]:
+                return {"looks": looks(settings, loss, init)}
 
             outcome = base.row(case, measure)
-            rows += [{**outcome, **look} for look in found or [{}]]
+            rows += [{**outcome, **look} for look in outcome.pop("looks", [{}])]
     return pd.DataFrame(rows)
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from ntkbench.errors import DidNotTrain
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
@@ -103,15 +102,14 @@ def _rows(settings: Settings, family: str, width: int) -> Iterator[dict[str, Any
     for init in range(settings.inits):
         course = Course(architecture, init)
         for step in settings.steps if init < settings.trained else [0]:
-            found: dict[str, dict[str, Any]] = {}
 
-            def measured(course: Course = course, step: int = step, found: dict = found) -> dict[str, Any]:
-                found.update(course.look(step))
-                return {}
+            def measured(course: Course = course, step: int = step) -> dict[str, Any]:
+                return {"kernels": course.look(step)}
 
-            case = base.row({"family": family, "width": width, "init": init, "step": step}, measured)
+            outcome = base.row({"family": family, "width": width, "init": init, "step": step}, measured)
+            found = outcome.pop("kernels", {})
             for name, title in kernels.items():
-                yield {**case, "kernel": name, "title": title, **found.get(name, {})}
+                yield {**outcome, "kernel": name, "title": title, **found.get(name, {})}
 
 
 @dataclass(frozen=True)
@@ -155,26 +153,26 @@ class Course:
 
     def __init__(self, architecture: Architecture, init: int) -> None:
         self._architecture, self._init = architecture, init
-        self._descent: Descent | None = None
+        self._network = architecture.network(init)
 
     def look(self, step: int) -> dict[str, dict[str, Any]]:
         """Columns for each kernel after so many steps, no fewer than before, the whole NTK (``full``) among them.
 
         Raises:
-            DidNotTrain: training diverged, or there is no rate since there are no kernels at step 0.
+            DidNotTrain: training diverged.
         """
         if step == 0:
-            self._network = self._architecture.network(self._init)
-        elif self._descent is None:
-            raise DidNotTrain("no kernel at initialisation, whose largest eigenvalue is to set the learning rate")
-        else:
-            self._descent.to(step)
-        found = measure(self._architecture, self._network, self._init)
-        if step == 0:
-            self._descent = self._begun(found["full"]["lambda_max"])
-        return found
+            return self._at_start
+        self._descent.to(step)
+        return measure(self._architecture, self._network, self._init)
 
-    def _begun(self, largest: float) -> Descent:
+    @functools.cached_property
+    def _at_start(self) -> dict[str, dict[str, Any]]:
+        return measure(self._architecture, self._network, self._init)
+
+    @functools.cached_property
+    def _descent(self) -> Descent:
+        """Training at a rate that the kernel at initialisation sets."""
         from torch.nn.functional import cross_entropy
 
         from ntkbench.studies import _training
@@ -183,7 +181,7 @@ class Course:
         return _training.Descent(
             self._network,
             cross_entropy,
-            rate=settings.rate * settings.train / largest,
+            rate=settings.rate * settings.train / self._at_start["full"]["lambda_max"],
             momentum=settings.momentum,
             batch=settings.batch,
             seed=self._init,

@@ -119,7 +119,8 @@ def _line(
     for at in _points(settings, varied):
         case = {"task": settings.task, "kind": kind, "H": settings.H, "varied": varied, **at}
         case |= {"method": name, "title": method.title, "metric": metric}
-        rows.append(base.left_out(case, slow) if slow else base.row(case, lambda at=at: began(at)))
+        # Seconds come from all rows in turn, so rows are of use together only.
+        rows.append(base.left_out(case, slow) if slow else base.row(case, lambda at=at: began(at), resumable=False))
         if rows[-1].get("seconds", 0) > settings.patience_seconds:
             slow = f"the size before took over patience_seconds ({settings.patience_seconds:g})"
     times = running.in_turn([call for _, call in calls], settings.timing_seconds * len(calls))
