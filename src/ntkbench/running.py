@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import itertools
 import os
 import time
@@ -80,11 +83,14 @@ def quartiles(name: str, values: Any) -> dict[str, float]:
 def peak_bytes(call: Callable[[], Any]) -> int | None:
     """Resident bytes that a call took at its peak, over those before it; ``None`` where the kernel does not tell.
 
-    Linux keeps a process's peak and lets the process set it back. Memory that was freed and not given back counts as
-    held before, so what is small comes out too small.
+    Linux keeps a process's peak and lets the process set it back. Memory that was freed is given back first, where the
+    C library can be told to; otherwise it counts as held before, and what is small comes out too small.
     """
     import psutil
 
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # the GNU library has it
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = psutil.Process().memory_info().rss
