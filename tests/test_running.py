@@ -5,7 +5,10 @@ from ntkbench import running
 
 def test_memory_that_a_process_held_freed_counts_for_the_call_that_takes_it_again():
     size, count = 2**20, 64
-    take = lambda: [b"x" * size + bytes([i]) for i in range(count)]  # noqa: E731
+
+    def take():
+        return [b"x" * size + bytes([i]) for i in range(count)]
+
     large = b"x" * 2**24
     del large  # from now on the C library keeps what is smaller
     freed, still_held = take(), b"x" * size * 2

@@ -208,7 +208,7 @@ def test_a_network_that_diverges_is_a_row_that_says_so_and_its_beginning_stands(
     assert table.loc[[20, 30], "reason"].str.contains(f"training diverged: .*{said}").all()
 
 
-def test_a_network_without_kernels_has_no_learning_rate(monkeypatch):
+def test_a_network_without_kernels_says_so_at_every_step(monkeypatch):
     def broken(*_):
         raise BadInput("cannot be traced")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import pandas as pd
-import psutil
 from tqdm import tqdm
 
 from benchmarks.comparisons.bare_products import bare_products
@@ -163,18 +161,14 @@ def _peak_memory(name: str, label: str, threads: int) -> int | None:
         return pool.submit(_measure_memory, name, label, threads).result()
 
 
-def _measure_memory(name: str, label: str, threads: int) -> int:
+def _measure_memory(name: str, label: str, threads: int) -> int | None:
     import torch
 
     torch.set_num_threads(threads)
-    call = _call(name, label)
-    Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's record of the peak anew
-    before = psutil.Process().memory_info().rss
-    call()
+    peak = running.peak_bytes(_call(name, label))
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return max(0, int(peak[1]) * 1024 - before)
+    return peak
 
 
 if __name__ == "__main__":

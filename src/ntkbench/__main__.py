@@ -71,26 +71,28 @@ def study(name: str, config_file: Path, output: Path) -> None:
         if name not in config.studies:
             raise errors.unknown("study", name, config.studies)
     command = [sys.executable, "-m", "ntkbench", "study-rows", name, "--config", config_file, "--output", output]
-    while code := subprocess.run(command).returncode:
+    stopped: list[str] = []
+    while code := subprocess.run([*command, *stopped]).returncode:
         if not verdict.exists():
             sys.exit(f"ntkbench: study {name} ended with exit status {code}")
+        stopped = ["--stopped", verdict.read_text()]
+        verdict.unlink()
 
 
 @main.command(hidden=True)
 @click.argument("name")
 @click.option("--config", "config_file", type=FILE, required=True)
 @click.option("--output", type=NEW, required=True)
-def study_rows(name: str, config_file: Path, output: Path) -> None:
+@click.option("--stopped", help="the watchdog's verdict on the process before")
+def study_rows(name: str, config_file: Path, output: Path, stopped: str | None) -> None:
     """Measure the rows of a study that are not in its journal; the table of all goes to OUTPUT."""
-    verdict, notes = output.with_suffix(".verdict"), output.with_suffix(".journal")
+    notes = output.with_suffix(".journal")
     with errors.as_one_line():
         config = Config.read(config_file)
         chosen = config.study(name)
         made_for = {"fingerprint": grid.study_fingerprint(config, name), **provenance().columns()}
-        stopped = json.loads(verdict.read_text()) if verdict.exists() else None
-        verdict.unlink(missing_ok=True)
-        journal = studies.Journal(notes, json.dumps(made_for), stopped)
-        watchdog.guard(math.inf, chosen.memory_limit_mb * 2**20, verdict)
+        journal = studies.Journal(notes, json.dumps(made_for), json.loads(stopped) if stopped else None)
+        watchdog.guard(math.inf, chosen.memory_limit_mb * 2**20, output.with_suffix(".verdict"))
         start = time.perf_counter()
         made = studies.run(name, chosen, journal)
     paths.write_atomically(output, made.to_csv(index=False, lineterminator="\n"))

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from ntkbench import paths
 from ntkbench.errors import OverMemory
 
 Row = dict[str, Any]
@@ -34,20 +35,18 @@ class Journal:
         """
         self._path = path
         self._done: dict[str, deque[Row]] = defaultdict(deque)
+        head = {"made_for": made_for}
         entries = list(_entries(path))
-        if not entries or entries[0] != {"made_for": made_for}:
-            entries = []
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"made_for": made_for}) + "\n")
-        for entry in entries[1:]:
+        entries = entries if entries[:1] == [head] else [head]
+        if stopped:
+            if "begun" not in entries[-1]:
+                raise OverMemory(f"stopped between rows: {stopped['reason']}")
+            case = entries[-1]["begun"]
+            entries.append({"case": case, "row": {**json.loads(case), **stopped}})
+        for entry in entries:
             if "row" in entry:
                 self._done[entry["case"]].append(entry["row"])
-        if stopped and (not entries or "begun" not in entries[-1]):
-            raise OverMemory(f"stopped between rows: {stopped['reason']}")
-        if stopped:
-            case = entries[-1]["begun"]
-            self._done[case].append({**json.loads(case), **stopped})
-            self._write({"case": case, "row": self._done[case][-1]})
+        paths.write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))  # without a half line
 
     def before(self, case: Mapping[str, Any]) -> Row | None:
         """The row of a case, if it was made before."""
