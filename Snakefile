@@ -15,7 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.utils import min_version
 
-from ntkbench import errors, figures, grid, paths, plugins
+from ntkbench import errors, figures, paths, registry
+from ntkbench.measure import grid
 
 min_version("9.0")
 
@@ -151,7 +152,7 @@ rule compare:
             *(
                 f"ntkbench.{room}.{name}"
                 for room in ("methods", "problems")
-                for name in plugins.names(f"ntkbench.{room}")
+                for name in registry.names(f"ntkbench.{room}")
             )
         ),
     shell:
@@ -217,6 +218,6 @@ rule gallery:
         "environment.yml"
     params:
         title=f"ntkbench: figures of the {STUDY.profile} configuration",
-        fingerprint=grid.sources_fingerprint("ntkbench.figures._gallery"),
+        fingerprint=grid.sources_fingerprint("ntkbench.figures.plotting.gallery"),
     shell:
         "python -m ntkbench gallery {input:q} --title {params.title:q} --output {output:q} > {log:q} 2>&1"

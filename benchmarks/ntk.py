@@ -1,7 +1,7 @@
 """The asv suite: every case is (problem, method, backend, metric, passes), measured in three aspects.
 
-Thin on purpose: what an execution is stands in ``ntkbench.harness``. Versions are fixed, so that a refactoring does not
-cut the history; raise one by hand when a number's meaning changes.
+Thin on purpose: what an execution is stands in ``ntkbench.measure.execution``. Versions are fixed, so that a
+refactoring does not cut the history; raise one by hand when a number's meaning changes.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import sys
 
-from ntkbench.grid import Cell
-from ntkbench.harness import Execution, Refused
+from ntkbench.measure.execution import Execution, Refused
+from ntkbench.measure.grid import Cell
 
 from .plan import Plan
 

@@ -8,8 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ntkbench import grid, paths
-from ntkbench.grid import Config
+from ntkbench import paths
+from ntkbench.measure import grid
+from ntkbench.measure.grid import Config
 
 HISTORY = paths.ROOT / "config" / "history.yaml"
 VARIABLE = "NTKBENCH_PLAN"

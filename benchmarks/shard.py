@@ -21,11 +21,12 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ntkbench import errors, grid, harness, paths, problems, results
+from ntkbench import errors, paths, problems
 from ntkbench.errors import NtkbenchError, Unavailable
-from ntkbench.grid import Cell, Config
-from ntkbench.problems.base import Problem
-from ntkbench.provenance import provenance
+from ntkbench.measure import execution, grid, rows
+from ntkbench.measure.grid import Cell, Config
+from ntkbench.measure.provenance import provenance
+from ntkbench.problem import Problem
 
 from .plan import VARIABLE, Plan
 
@@ -51,7 +52,7 @@ def measure(config: Config, method: str, output: Path, log: Path) -> None:
     outcomes = {cell: {"status": "skipped", "reason": reason} for cell in cells if (reason := _left_out(cell, config))}
     if measured := [cell for cell in cells if cell not in outcomes]:
         outcomes |= _measure(measured, config, output.with_name(f".{method}.work"), log)
-    table = results.frame(results.row(cell, _problem(cell)[0], config, fingerprint, outcomes[cell]) for cell in cells)
+    table = rows.frame(rows.row(cell, _problem(cell)[0], config, fingerprint, outcomes[cell]) for cell in cells)
     paths.write_atomically(output, table.to_csv(index=False))
     shutil.rmtree(output.with_name(f".{method}.work"), ignore_errors=True)
     counts = table["status"].value_counts()
@@ -79,8 +80,8 @@ def _measure(cells: list[Cell], config: Config, work: Path, log: Path) -> dict[C
     plan.records.mkdir()
     with _progress(cells, plan.records):
         _run_asv(work, log)
-    found = results.AsvResults(work / "asv")
-    return {cell: results.outcome(cell, plan.records, found) for cell in cells}
+    found = rows.AsvResults(work / "asv")
+    return {cell: rows.outcome(cell, plan.records, found) for cell in cells}
 
 
 def _run_asv(work: Path, log: Path) -> None:
@@ -104,7 +105,7 @@ def _progress(cells: list[Cell], records: Path) -> Iterator[None]:
     """Show which execution is running and how many are done, from the records as they appear."""
     done = threading.Event()
     terminal = sys.stderr.isatty()
-    total = len(cells) * len(harness.ASPECTS)
+    total = len(cells) * len(execution.ASPECTS)
     bar = tqdm(total=total, desc=cells[0].method, unit="run", mininterval=0.5 if terminal else 20, ascii=not terminal)
 
     def watch() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 from ntkbench import problems
-from ntkbench.problems.base import Problem
+from ntkbench.problem import Problem
 
 # No deadlines: the first example of a test pays for imports and kernels. The same examples every time.
 settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -16,7 +16,7 @@ from torch import nn
 import ntkbench
 from ntkbench import api, methods
 from ntkbench.errors import Undefined, unknown
-from ntkbench.target import Target
+from ntkbench.options import Target
 
 METRICS = ("trace", "norm", "effective_rank")
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import metrics_of
 
-from ntkbench import methods, sketching
-from ntkbench.jacobian import base, dense
+from ntkbench import methods
+from ntkbench.estimators import deflation
 from ntkbench.methods.base import Sampling, Stochastic
+from ntkbench.operators import base, dense
 
 n, P = 200, 230
 i = np.arange(1, n + 1)
@@ -50,10 +51,10 @@ class Probes(base.Rng):
         self._generator, self._like = np.random.default_rng(seed), like
 
     def normal(self, k: int, dim: int) -> Any:
-        return sketching.beside(self._generator.standard_normal((k, dim)), self._like)
+        return deflation.beside(self._generator.standard_normal((k, dim)), self._like)
 
     def sign(self, k: int, dim: int) -> Any:
-        return sketching.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
+        return deflation.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
 
 
 class Dense(dense.Jacobian):
@@ -109,16 +110,16 @@ def table(kind: str, u: np.ndarray, *matrices: np.ndarray) -> np.ndarray:
 
         (J,) = matrices
         b = u @ J
-        sketch = sketching.Sketch(b @ J.T)
+        sketch = deflation.Sketch(b @ J.T)
         f = sketch.q @ J
         return _table(sketch, u.shape[1], f @ f.T, f @ b.T, (b * b).sum(1), sketch.q @ u.T, (u * u).sum(1))
-    sketches = [sketching.Sketch(u @ J) for J in matrices]
+    sketches = [deflation.Sketch(u @ J) for J in matrices]
     images = [sketch.q @ J.T for sketch, J in zip(sketches, matrices, strict=True)]
-    outside = sketching.Complement(u)
+    outside = deflation.Complement(u)
     if kind == "trace":
-        return sketching.nystrom_trace(sketches[0], outside, images[0] @ images[0].T)
+        return deflation.nystrom_trace(sketches[0], outside, images[0] @ images[0].T)
     x, y = images[0] @ matrices[-1], images[-1] @ matrices[0]
-    return sketching.nystrom_inner_product(
+    return deflation.nystrom_inner_product(
         sketches[0], sketches[-1], outside, images[-1] @ images[0].T, x @ x.T, y @ y.T
     )
 
@@ -159,7 +160,7 @@ def test_combined_is_an_unbiased_estimate_of_the_variance():
     for x in rng.standard_normal((4000, 5)):
         rest = (x.sum() - x)[:, None] - x  # for i without j
         np.fill_diagonal(rest, x.sum() - x)
-        value, error, _ = sketching.combined(x[:, None] * (1 + rest / 4))
+        value, error, _ = deflation.combined(x[:, None] * (1 + rest / 4))
         values.append(value)
         variances.append(error**2)
     assert np.mean(values) == pytest.approx(0, abs=4 * np.std(values) / math.sqrt(4000))

@@ -12,13 +12,14 @@ from conftest import loaded, metrics_of, written_out
 from torch import nn
 
 import ntkbench
-from ntkbench import methods, statistics
+from ntkbench import methods
 from ntkbench.errors import OverMemory
-from ntkbench.jacobian import Rng
+from ntkbench.estimators import standard_errors
 from ntkbench.methods import group_u_statistics
 from ntkbench.methods.base import Sampling
-from ntkbench.problems.base import Problem
-from ntkbench.target import BACKENDS, Target
+from ntkbench.operators import Rng
+from ntkbench.options import BACKENDS, Target
+from ntkbench.problem import Problem
 
 NEW = (
     "per_sample_trace",
@@ -209,7 +210,7 @@ def test_pairs_by_hand():
         for b in range(N)
         for c in range(N)
     )
-    whole, parts = statistics.PairSums(N, K, 1), statistics.PairSums(N, K, 1)
+    whole, parts = standard_errors.PairSums(N, K, 1), standard_errors.PairSums(N, K, 1)
     whole.add(0, 0, [y])
     for b in range(N):
         for c in range(N):

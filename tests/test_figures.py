@@ -14,9 +14,10 @@ from click.testing import CliRunner
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import _canvas, _labels, _looks, _tasks, base, performance_profiles
+from ntkbench.figures import performance_profiles
 from ntkbench.figures.__main__ import main
-from ntkbench.figures._speedups import speedups
+from ntkbench.figures.plotting import base, canvas, labels, styles, tasks
+from ntkbench.figures.plotting.speedups import speedups
 
 BOTH, TORCH, JAX = ("torch", "jax"), ("torch",), ("jax",)
 METRICS = ("trace", "norm", "effective_rank", "alignment")
@@ -144,7 +145,7 @@ def test_guide_lines_have_theorys_slopes(table):
         panels = [panel for panel in drawing.figure.axes if panel.lines]
         assert len(panels) == 4
         for panel in panels:
-            guides = [line for line in panel.lines if line.get_color() == _canvas.PALE]
+            guides = [line for line in panel.lines if line.get_color() == canvas.PALE]
             ends = [np.log(line.get_xydata()) for line in guides]
             assert [round((y1 - y0) / (x1 - x0), 9) for (x0, y0), (x1, y1) in ends] == slopes
 
@@ -216,16 +217,16 @@ def test_speedups_are_at_equal_accuracy(table):
 
 def test_performance_profiles_are_shares_of_tasks(table):
     """Counted one by one; a method that is just so much slower is within the factor."""
-    solved = _tasks.solutions(base.checked(table))
-    ratio = _tasks.ratios(solved)
+    solved = tasks.solutions(base.checked(table))
+    ratio = tasks.ratios(solved)
     factors = np.array([1.0, 2.0, ratio.median(), ratio.max()])
-    made = _tasks.shares(solved, factors).set_index(["method", "backend", "factor"])["share"]
-    tasks = len(solved.drop_duplicates(_tasks.TASK))
+    made = tasks.shares(solved, factors).set_index(["method", "backend", "factor"])["share"]
+    count = len(solved.drop_duplicates(tasks.TASK))
     for (method, backend, factor), share in made.items():
         mine = (solved["method"] == method) & (solved["backend"] == backend)
-        assert share == sum(r <= factor for r in ratio[mine]) / tasks
+        assert share == sum(r <= factor for r in ratio[mine]) / count
     assert made.xs(1.0, level="factor").sum() == pytest.approx(1) and len(made) > 4 * len(factors)
-    assert not len(_tasks.shares(solved.iloc[:0], factors))
+    assert not len(tasks.shares(solved.iloc[:0], factors))
 
 
 def test_the_highest_profiles_of_each_tolerance_are_told_apart():
@@ -293,22 +294,22 @@ def test_dropped_in_figure_is_found(table, tmp_path, monkeypatch):
 
 def test_looks_are_for_good():
     many = METHODS | {f"later_{i}": (f"later {i}", "stochastic", BOTH, METRICS, 0.1) for i in range(20)}
-    few, all_of_them = (_looks.looks(synthetic(PROBLEMS[:1], methods)) for methods in (METHODS, many))
+    few, all_of_them = (styles.looks(synthetic(PROBLEMS[:1], methods)) for methods in (METHODS, many))
     assert list(all_of_them)[: len(few)] == list(few)
     assert all(all_of_them[method] == look for method, look in few.items())
     assert len({(look.colour, look.marker) for look in all_of_them.values()}) == len(many)
-    alone = _looks.looks(synthetic(PROBLEMS[:1], {"later_0": many["later_0"]}))
+    alone = styles.looks(synthetic(PROBLEMS[:1], {"later_0": many["later_0"]}))
     assert alone["later_0"] == all_of_them["later_0"]
-    assert _labels.name_label("gru_hazelden[N=15,T=50]") == "GRU hazelden, N = 15, T = 50"
+    assert labels.name_label("gru_hazelden[N=15,T=50]") == "GRU hazelden, N = 15, T = 50"
 
 
 def test_no_two_methods_look_alike():
     every = {name: (methods.get(name).title, methods.get(name).kind) for name in methods.names()}
     rows = pd.DataFrame([(name, *said) for name, said in every.items()], columns=["method", "title", "kind"])
-    found = _looks.looks(rows)
+    found = styles.looks(rows)
     assert len({(look.colour, look.marker) for look in found.values()}) == len(every)
     for name, (_, kind) in every.items():
-        assert found[name].marker in _looks.MARKERS[kind]
+        assert found[name].marker in styles.MARKERS[kind]
 
 
 def test_figures_import_no_backend():
@@ -325,12 +326,12 @@ def test_a_figure_imports_no_other():
 
 def test_numbers_in_sentences_are_not_powers_of_ten():
     said = {8794.0: "8800", 118.2: "120", 0.00432: "0.0043", 1.0: "1", 0.0994: "0.099"}
-    assert {value: _labels.rounded(value) for value in said} == said
-    assert _labels.rounded(8794, 3) == "8790" and _labels.share_label(0.00131) == "0.13 %"
+    assert {value: labels.rounded(value) for value in said} == said
+    assert labels.rounded(8794, 3) == "8790" and labels.share_label(0.00131) == "0.13 %"
 
 
 def test_long_reasons_lose_their_brackets():
     reason = "no data, " + "since it was not there " * 4 + "(URLError: <urlopen error (nested)>)"
     rows = pd.DataFrame({"status": ["skipped", "skipped"], "reason": [reason, "over the limit (6 GiB)"]})
-    said = _labels.why_not(rows)
+    said = labels.why_not(rows)
     assert "URLError" not in said and "since it was not there\n" in said and "(6 GiB)" in said

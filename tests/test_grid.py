@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ntkbench import grid, methods, paths, problems
+from ntkbench import methods, paths, problems
 from ntkbench.errors import BadInput
-from ntkbench.grid import Cell, Config
+from ntkbench.measure import grid
+from ntkbench.measure.grid import Cell, Config
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["hutchpp", "direct"], "metrics": ["trace"], "passes": [36, 72]}
 SUITE = paths.ROOT / "benchmarks"

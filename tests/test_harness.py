@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from ntkbench import harness, methods
-from ntkbench.grid import Cell, Config
-from ntkbench.harness import Execution, Refused
+from ntkbench import methods
+from ntkbench.measure import execution
+from ntkbench.measure.execution import Execution, Refused
+from ntkbench.measure.grid import Cell, Config
 
 CELL = Cell("digits_conv[N=3]", "one_sided_reverse", "torch", "trace", 8)
 
@@ -14,7 +15,7 @@ CELL = Cell("digits_conv[N=3]", "one_sided_reverse", "torch", "trace", 8)
 @pytest.fixture(autouse=True)
 def unwatched(monkeypatch):
     """These executions share the tests' process, which is not to be killed, nor kept to fewer cores from then on."""
-    monkeypatch.setattr("ntkbench.watchdog.guard", lambda *limits: None)
+    monkeypatch.setattr("ntkbench.measure.watchdog.guard", lambda *limits: None)
     monkeypatch.setattr("os.sched_setaffinity", lambda *cores: None)
     monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "0")
 
@@ -26,7 +27,7 @@ def config():
 
 
 def recorded(records, aspect, cell=CELL):
-    return harness.read(harness.record_file(records, cell, aspect))
+    return execution.read(execution.record_file(records, cell, aspect))
 
 
 def test_accuracy_keeps_every_seed_and_returns_the_median_error(tmp_path, config):
@@ -86,7 +87,7 @@ def test_a_refused_cell_is_recorded_as_skipped(tmp_path, config):
 
 
 def test_the_watchdogs_verdict_comes_before_the_record(tmp_path):
-    file = harness.record_file(tmp_path, CELL, "seconds")
+    file = execution.record_file(tmp_path, CELL, "seconds")
     file.write_text(json.dumps({"status": "started"}))
     file.with_suffix(".verdict").write_text(json.dumps({"status": "timeout", "reason": "too long"}))
-    assert harness.read(file) == {"status": "timeout", "reason": "too long"}
+    assert execution.read(file) == {"status": "timeout", "reason": "too long"}

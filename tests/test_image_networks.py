@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ntkbench.studies import _networks, _programs, novak_images
-from ntkbench.studies._image_networks import mixer, residual, transformer
-from ntkbench.target import Target
+from ntkbench.networks import classifiers, mixer, residual, transformer
+from ntkbench.options import Target
+from ntkbench.studies import novak_images
+from ntkbench.studies.base import programs
 
 # neural-tangents is archived and uses what is deprecated by now.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -29,7 +30,7 @@ title = pytest.mark.parametrize("architecture", PATCHES, ids=lambda architecture
 @functools.cache
 def drawn(architecture) -> tuple[torch.nn.Module, torch.Tensor, dict[str, np.ndarray]]:
     """The network with no parameter left at 0 or 1, two images, and its weights by name, all in float64."""
-    network = _networks.seeded(lambda: architecture.make(OUTPUTS), 0).double()
+    network = classifiers.seeded(lambda: architecture.make(OUTPUTS), 0).double()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for w in network.parameters():
@@ -89,7 +90,7 @@ def test_networks_are_the_same_in_jax(architecture):
 def test_kernels_by_layers_have_a_rule_for_every_matrix(architecture):
     network, x, _ = drawn(architecture)
     target = Target("torch", "float64", "cpu", 2**30)
-    kernel, parameters, inputs = _programs.engine(network, x.numpy(), target)
+    kernel, parameters, inputs = programs.engine(network, x.numpy(), target)
     assert not kernel.fallbacks()
     close(kernel.kernel(parameters, inputs).numpy(), dense(architecture))
     ruled = {name for layer in kernel.layers if layer.uses for name in layer.parameters}
@@ -103,7 +104,7 @@ def test_structured_derivatives_of_neural_tangents_give_the_kernel(architecture)
 
     _, x, weights = drawn(architecture)
     with jax.enable_x64(True):
-        program = _programs.program("nt_structured_derivatives", architecture.forward)
+        program = programs.program("nt_structured_derivatives", architecture.forward)
         hurried = {"xla_backend_optimization_level": 0}  # it runs only once
         theta = np.asarray(jax.jit(program, compiler_options=hurried)(weights, x.numpy()))
     close(theta.transpose(0, 2, 1, 3).reshape(2 * OUTPUTS, -1), dense(architecture))
@@ -114,7 +115,7 @@ def test_operations_of_every_program_are_counted(architecture):
     settings = novak_images.Settings(threads=1, samples=2, side=SIDE, case_gigaflop=1e-6)
     rows = novak_images.Case(settings, architecture, OUTPUTS).rows()
     counted = {row["method"]: row for row in rows if row["quantity"] == "flops"}
-    assert set(counted) == set(_programs.TITLES)
+    assert set(counted) == set(programs.TITLES)
     assert all(row["status"] == "ok" and row["flops"] > 0 for row in counted.values())
     assert counted["jacobian"]["flops"] < counted["nt_jacobian_contraction"]["flops"]
     assert {row["P"] for row in rows} == {sum(w.numel() for w in drawn(architecture)[0].parameters())}

@@ -25,9 +25,10 @@ from conftest import loaded
 from jax.flatten_util import ravel_pytree
 from test_deflated import SPECTRA, Dense, drawn, jacobian
 
-from ntkbench import methods, spectrum
-from ntkbench.jacobian import Jacobian, Rng, linearise
-from ntkbench.target import Target
+from ntkbench import methods
+from ntkbench.estimators import lanczos
+from ntkbench.operators import Jacobian, Rng, linearise
+from ntkbench.options import Target
 
 PROBLEMS = ("wide", "gru_hazelden[N=2,T=2]", "digits_conv[N=3]")
 """More outputs than parameters, a recurrent network, and a convolution."""
@@ -259,7 +260,7 @@ def test_lanczos_quadrature_is_that_of_matfree(name):
     jax.config.update("jax_enable_x64", True)
     J, steps = jnp.asarray(jacobian(name)), 10
     j = Dense(J)
-    density = spectrum.density(j, probes=K, steps=steps, seed=3)
+    density = lanczos.density(j, probes=K, steps=steps, seed=3)
     u = j.rng(3).normal(K, j.n)
     u = u * math.sqrt(j.n) / jnp.linalg.norm(u, axis=1, keepdims=True)
     entropy = lambda x: jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1.0)), 0.0)  # noqa: E731

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.jacobian import device_memory, linearise
-from ntkbench.jacobian.base import Jacobian
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.operators import device_memory, linearise
+from ntkbench.operators.base import Jacobian
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 BACKENDS = ("torch", "jax")
 # Compiling the deep one in JAX takes as long as all the rest.

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from ntkbench.errors import OverMemory
-from ntkbench.studies import Journal, _journal, base
+from ntkbench.measure import journal as journals
+from ntkbench.studies import Journal, base
 
 STUDY = {"widths": [16, 32], "outputs": [1, 4], "samples": [2, 3]}
 STOPPED = {"status": "out_of_memory", "reason": "held too much"}
@@ -33,7 +34,7 @@ def rows(kept, values, fails=None):
             raise KeyboardInterrupt
         return {"seconds": np.float64(value) / 3, "count": np.int64(2), "none": math.nan}
 
-    with _journal.kept(kept):
+    with journals.kept(kept):
         try:
             made = [base.row({"m": i}, lambda value=value: measured(value)) for i, value in enumerate(values)]
         except KeyboardInterrupt:
@@ -64,7 +65,7 @@ def test_a_line_that_was_not_written_to_its_end_is_none(tmp_path):
 
 def test_cases_that_are_alike_are_told_apart_by_their_order(tmp_path):
     def twice(kept, values):
-        with _journal.kept(kept):
+        with journals.kept(kept):
             return [base.row({"m": 1}, lambda value=value: {"value": value})["value"] for value in values]
 
     assert twice(journal(tmp_path), [1, 2]) == [1, 2]
@@ -90,7 +91,7 @@ def test_memory_that_runs_out_between_rows_is_an_error(tmp_path):
 
 def test_rows_that_are_of_use_together_only_are_measured_again(tmp_path):
     for value in (1, 2):
-        with _journal.kept(journal(tmp_path)):
+        with journals.kept(journal(tmp_path)):
             made = base.row({"m": 1}, lambda value=value: {"value": value}, resumable=False)
         assert made["value"] == value
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import loaded, metrics_of, written_out
 
-from ntkbench import methods, plugins, reference
+from ntkbench import methods, registry
 from ntkbench.errors import BadInput
 from ntkbench.methods.base import KINDS, Method
 from ntkbench.metrics import METRICS
-from ntkbench.problems.base import Problem
-from ntkbench.target import BACKENDS, Target
+from ntkbench.options import BACKENDS, Target
+from ntkbench.problem import Problem
+from ntkbench.problems.base import reference
 
 ALL = [methods.get(name) for name in methods.names()]
 DETERMINISTIC = [m for m in ALL if not m.takes_passes]
@@ -340,6 +341,6 @@ def test_unknown_methods_are_refused():
 def test_a_file_must_hold_one_method(monkeypatch):
     empty = types.ModuleType("empty")
     empty.__file__ = "empty.py"
-    monkeypatch.setattr(plugins, "modules", lambda package: {"empty": empty})
+    monkeypatch.setattr(registry, "modules", lambda package: {"empty": empty})
     with pytest.raises(TypeError, match=r"empty\.py must define exactly one Method, found \[\]"):
         methods._all.__wrapped__()

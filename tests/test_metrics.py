@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ntkbench import metrics
 from ntkbench.errors import BadInput
-from ntkbench.jacobian import linearise
 from ntkbench.metrics import METRICS, Moments
-from ntkbench.target import Target
+from ntkbench.operators import linearise
+from ntkbench.options import Target
 
 
 @pytest.fixture(scope="module")

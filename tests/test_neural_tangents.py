@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from conftest import loaded
 
-from ntkbench import methods, problems, reference
+from ntkbench import methods, problems
 from ntkbench.errors import BadInput, OverMemory
-from ntkbench.jacobian.jax import network
 from ntkbench.methods.nt_structured_derivatives import longest_scan
 from ntkbench.metrics import METRICS
-from ntkbench.neural_tangents import load, memory_limit
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.operators.jax import network
+from ntkbench.operators.neural_tangents import load, memory_limit
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+from ntkbench.problems.base import reference
 
 METHODS = ("nt_jacobian_contraction", "nt_ntk_vector_products", "nt_structured_derivatives")
 LABELS = ("mlp_hazelden[N=2]", "digits_mlp[N=3]", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]")
@@ -106,7 +107,7 @@ def test_float32_sums_lose_nothing():
     """A long sum in float32 is only as good as the order in which it is done."""
     import jax
 
-    from ntkbench.neural_tangents.method import _moments
+    from ntkbench.methods.base.neural_tangents import _moments
 
     entries = np.random.default_rng(0).standard_normal((2, 50, 50, 40, 40)).astype("float32") + 1
     sums = jax.jit(_moments)(list(entries))

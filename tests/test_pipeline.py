@@ -14,7 +14,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from ntkbench import figures, grid, paths, results
+from ntkbench import figures, paths
+from ntkbench.measure import grid, rows
 
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
 STUDY = grid.Config.read(CONFIG)
@@ -75,7 +76,7 @@ def test_a_killed_run_keeps_its_finished_shards(finished):
 
 def test_the_table_has_one_measured_row_a_cell(finished):
     folder, _ = finished
-    table = results.read(folder / "results" / "smoke" / "table.csv")
+    table = rows.read(folder / "results" / "smoke" / "table.csv")
     assert len(table) == len(grid.cells(STUDY))
     done = table[table["status"] == "ok"]
     assert set(done["method"]) == set(METHODS)
@@ -219,7 +220,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
 
 def test_without_git_the_provenance_says_so(monkeypatch):
-    from ntkbench import provenance
+    from ntkbench.measure import provenance
 
     provenance.provenance.cache_clear()
     monkeypatch.setenv("PATH", "")

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from ntkbench import paths, problems
+from ntkbench.data import images
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.problems import _images, _weights, base
-from ntkbench.problems.base import Definition, Problem
+from ntkbench.problem import Problem
+from ntkbench.problems import base
+from ntkbench.problems.base import Definition, weights
 
 SIZES = {  # N, O, P
     "mlp_hazelden": (50, 64, 64_704),
@@ -34,9 +36,9 @@ def mnist(monkeypatch):
     )
     asked = []
     monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *args, **kwargs: asked.append((args, kwargs)) or data)
-    _images.mnist.cache_clear()
+    images.mnist.cache_clear()
     yield asked
-    _images.mnist.cache_clear()
+    images.mnist.cache_clear()
     problems.load.cache_clear()
 
 
@@ -230,9 +232,9 @@ def test_one_problem_has_one_name(label, name):
 
 def test_committed_weights_are_those_that_training_gives():
     definition = base.REGISTRY["digits_mlp"](N=3)
-    stored = np.load(_weights.committed_file("digits_mlp"))
-    theta_0, theta_f = _weights.initial_and_trained("digits_mlp", definition)
-    trained = _weights.train(definition)
+    stored = np.load(weights.committed_file("digits_mlp"))
+    theta_0, theta_f = weights.initial_and_trained("digits_mlp", definition)
+    trained = weights.train(definition)
     for key in theta_0:
         np.testing.assert_array_equal(stored[f"theta_0/{key}"], theta_0[key])
         np.testing.assert_array_equal(stored[f"theta_f/{key}"], theta_f[key])
@@ -276,8 +278,8 @@ def test_a_dropped_in_problem_loads_and_trains_once(toy):
 
 def test_weights_trained_from_other_initial_weights_are_not_used(toy):
     theta_0 = {"weight": np.full((2, 3), 0.25, np.float32)}
-    committed = _weights.committed_file("toy")
-    paths.write_atomically(committed, _weights.packed(theta_0, {"weight": theta_0["weight"] + 7}))
+    committed = weights.committed_file("toy")
+    paths.write_atomically(committed, weights.packed(theta_0, {"weight": theta_0["weight"] + 7}))
     np.testing.assert_array_equal(problems.load("toy").theta_f["weight"], np.full((2, 3), 1.5))
     assert len(toy) == 1
 

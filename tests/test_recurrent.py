@@ -14,15 +14,17 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import ntkbench
-from ntkbench import methods, statistics
+from ntkbench import methods
 from ntkbench.errors import BadInput
-from ntkbench.jacobian import linearise
-from ntkbench.problems._recurrent import GATES, Recurrence, Recurrent, jax_forward
-from ntkbench.problems._sequences import from_recurrent
-from ntkbench.problems.base import Problem
-from ntkbench.recurrent import base, products
-from ntkbench.recurrent.operators import StateKernel
-from ntkbench.target import Target
+from ntkbench.estimators import standard_errors
+from ntkbench.networks.recurrent import Recurrent, jax_forward
+from ntkbench.operators import linearise
+from ntkbench.operators.recurrent import base, products
+from ntkbench.operators.recurrent.cells import GATES, Recurrence
+from ntkbench.operators.recurrent.state_kernel import StateKernel
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+from ntkbench.problems.base.sequences import from_recurrent
 
 KINDS = sorted(GATES)
 PARTS = {
@@ -71,7 +73,7 @@ def columns(problem: Problem, backend: str) -> np.ndarray:
 
 
 def host(array) -> np.ndarray:
-    return statistics.on_host(array)
+    return standard_errors.on_host(array)
 
 
 def off(a, b) -> float:

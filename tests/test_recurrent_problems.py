@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ntkbench import __main__ as command
-from ntkbench import jacobian, methods, paths, problems, reference
+from ntkbench import methods, operators, paths, problems
+from ntkbench.data import tasks
 from ntkbench.errors import BadInput, DidNotTrain
-from ntkbench.problems import _tasks, _training, _weights, base, recurrent
-from ntkbench.problems.base import Definition
-from ntkbench.target import Target
+from ntkbench.options import Target
+from ntkbench.problems import base, recurrent
+from ntkbench.problems.base import Definition, reference, training, weights
 
 SEEDS = st.integers(0, 10**6)
 PART = "[N=2,parameters=recurrent,read=outputs]"
@@ -49,7 +50,7 @@ def test_initialisations_that_cannot_be_are_refused(wrong):
 def test_training_arrives_at_the_stated_loss(kind):
     import torch
 
-    trials = _tasks.trials("match_to_sample", 16, 5, seed=1)
+    trials = tasks.trials("match_to_sample", 16, 5, seed=1)
     module = recurrent.network(kind, "match_to_sample", 12)
     *_, (steps, last) = recurrent.course(module, trials, loss=0.2)
     assert steps > 3
@@ -74,23 +75,23 @@ def test_a_vanilla_network_learns_long_trials_from_short_ones():
 
     trained = base.REGISTRY["rnn_match_to_sample"](N=2, T=45, H=16)
     assert "T=15, 45" in trained.recipe
-    trials, module = _tasks.trials("match_to_sample", recurrent.TRAINED_ON, 45, seed=1), trained.module
+    trials, module = tasks.trials("match_to_sample", recurrent.TRAINED_ON, 45, seed=1), trained.module
     trained.train(module)
     with torch.no_grad():
         assert float(trials.loss()(module(torch.from_numpy(trials.inputs)))) <= recurrent.LOSS * 1.001
 
 
-@pytest.mark.parametrize("name", [f"{kind}_{task}" for kind in recurrent.KINDS for task in _tasks.TASKS])
+@pytest.mark.parametrize("name", [f"{kind}_{task}" for kind in recurrent.KINDS for task in tasks.TASKS])
 def test_committed_weights_solve_their_task(name):
     import torch
 
     task = name.partition("_")[2]
     definition = base.REGISTRY[name]()
-    assert _weights.committed_file(name).stat().st_size < 2e6
-    stored = np.load(_weights.committed_file(name))
+    assert weights.committed_file(name).stat().st_size < 2e6
+    stored = np.load(weights.committed_file(name))
     trained = copy.deepcopy(definition.module)
     trained.load_state_dict({key: torch.from_numpy(stored[f"theta_f/{key}"]) for key in trained.state_dict()})
-    trials = _tasks.trials(task, recurrent.TRAINED_ON, 10, seed=1)
+    trials = tasks.trials(task, recurrent.TRAINED_ON, 10, seed=1)
     with torch.no_grad():
         losses = [float(trials.loss()(m(torch.from_numpy(trials.inputs)))) for m in (definition.module, trained)]
     assert losses[1] <= recurrent.LOSS * 1.001 < losses[0]
@@ -99,8 +100,8 @@ def test_committed_weights_solve_their_task(name):
 @pytest.fixture
 def impatient(monkeypatch, tmp_path):
     """Training that may take two steps, in a cache of its own."""
-    descent = _training.descent
-    monkeypatch.setattr(_training, "descent", lambda *args, **kwargs: descent(*args, **(kwargs | {"most": 2})))
+    descent = training.descent
+    monkeypatch.setattr(training, "descent", lambda *args, **kwargs: descent(*args, **(kwargs | {"most": 2})))
     monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
     problems.load.cache_clear()
     yield tmp_path
@@ -122,7 +123,7 @@ def test_a_loss_that_is_no_number_ends_training():
     import torch
 
     w = torch.nn.Parameter(torch.tensor(1.0))
-    course = _training.descent(lambda: w * float("nan"), torch.optim.SGD([w], lr=1), to=0.1, most=9)
+    course = training.descent(lambda: w * float("nan"), torch.optim.SGD([w], lr=1), to=0.1, most=9)
     with pytest.raises(DidNotTrain, match="it is nan after 0 steps"):
         list(course)
 
@@ -138,15 +139,15 @@ def test_checkpoints_are_log_spaced_and_end_with_the_last_step(steps):
             module.weight.data.fill_(step)
             yield step, float(steps - step)
 
-    kept = list(_training.checkpoints(module, course()))
+    kept = list(training.checkpoints(module, course()))
     at = [step for step, _, _ in kept]
     assert at[0] == 0
     assert at[-1] == steps
     assert at == sorted(set(at))
     assert all(b - a <= max(1, a * (2**0.5 - 1) + 1) for a, b in itertools.pairwise(at))
     assert len(at) <= 4 + 2 * np.log2(steps + 1)
-    for step, loss, weights in kept:
-        assert (loss, weights["weight"].item()) == (steps - step, step)
+    for step, loss, theta in kept:
+        assert (loss, theta["weight"].item()) == (steps - step, step)
 
 
 @pytest.fixture
@@ -175,11 +176,11 @@ def toy(monkeypatch, tmp_path):
 
 def test_weights_trained_by_another_recipe_are_not_used_nor_committed(toy):
     problems.commit_weights("toy[N=1]")
-    committed = _weights.committed_file("toy").read_bytes()
+    committed = weights.committed_file("toy").read_bytes()
     assert problems.load("toy").theta_f["weight"][0, 0] == 3.5
     assert problems.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5
     problems.commit_weights("toy[T=7]")
-    assert _weights.committed_file("toy").read_bytes() == committed
+    assert weights.committed_file("toy").read_bytes() == committed
     problems.load.cache_clear()
     assert problems.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5, "the cache mixes recipes up"
 
@@ -217,13 +218,13 @@ def columns_of(problem, names):
 @pytest.mark.parametrize("backend", ["torch", "jax", "torch autodiff", "jax autodiff"])
 @pytest.mark.parametrize("name", ["rnn_flipflop", "lstm_match_to_sample"])
 def test_the_jacobian_of_a_part_is_a_block_of_the_whole(name, backend, end, load):
-    from ntkbench.jacobian import torch as autodiff
+    from ntkbench.operators import torch as autodiff
 
     whole, part = load(f"{name}[N=2,read=outputs]"), load(f"{name}{PART}")
     target = Target(backend.split()[0], "float64", "cpu")
-    linearise = jacobian.linearise
+    linearise = operators.linearise
     if "autodiff" in backend:
-        linearise = __import__(f"ntkbench.jacobian.{target.backend}", fromlist=["linearise"]).linearise
+        linearise = __import__(f"ntkbench.operators.{target.backend}", fromlist=["linearise"]).linearise
     j = linearise(part, end, target)
     made = np.asarray(j.vjp(j.basis(0, j.n)))
     j = autodiff.linearise(whole, end, Target("torch", "float64", "cpu"))
@@ -237,7 +238,7 @@ def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method
     part, whole = load(f"rnn_flipflop{PART}"), load("rnn_flipflop[N=2,read=outputs]")
     thetas = []
     for end in ("theta_0", "theta_f"):
-        j = jacobian.linearise(whole, end, Target("torch", "float64", "cpu"))
+        j = operators.linearise(whole, end, Target("torch", "float64", "cpu"))
         block = np.asarray(j.vjp(j.basis(0, j.n)))[:, columns_of(whole, {"weight_hh"})]
         thetas.append(block @ block.T)
     expected = (thetas[0] * thetas[1]).sum() / np.prod([np.linalg.norm(t) for t in thetas])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import metrics_of, tanh_network, written_out
 
-from ntkbench import paths, problems, reference
+from ntkbench import paths, problems
 from ntkbench.metrics import METRICS
-from ntkbench.problems import _weights, base
+from ntkbench.problems import base
+from ntkbench.problems.base import reference, weights
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted((paths.REFERENCE / "exact").glob("*.json"))}
 KNOWN = {  # two decimals each, known before any of this was written
@@ -117,7 +118,7 @@ def test_committed_references_are_of_todays_problems(label):
     assert (record["n"], record["P"]) == (problem.n, problem.P)
     assert reference.exact(problem) == record["metrics"]
     assert label in record["command"]
-    assert _weights.committed_file(base.parse_label(label)[0]).exists()
+    assert weights.committed_file(base.parse_label(label)[0]).exists()
 
 
 CHEAP = sorted(COMMITTED, key=lambda label: COMMITTED[label]["seconds"])[:3]

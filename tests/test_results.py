@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ntkbench import grid, harness, problems, results
+from ntkbench import problems
 from ntkbench.errors import NtkbenchError
-from ntkbench.grid import Cell, Config
+from ntkbench.measure import execution, grid, rows
+from ntkbench.measure.grid import Cell, Config
 
 CELL = Cell("digits_conv[N=3]", "hutchpp", "torch", "trace", 36)
 CONFIG = Config.check(
@@ -32,7 +33,7 @@ class Asv:
 
 
 def write(records, aspect, **record):
-    harness.record_file(records, CELL, aspect).write_text(json.dumps(record))
+    execution.record_file(records, CELL, aspect).write_text(json.dumps(record))
 
 
 def write_all_ok(records):
@@ -55,14 +56,14 @@ def write_all_ok(records):
 
 def test_a_measured_cell_becomes_a_full_row(tmp_path):
     write_all_ok(tmp_path)
-    found = results.row(CELL, problems.load(CELL.problem), CONFIG, "abc", results.outcome(CELL, tmp_path, Asv()))
+    found = rows.row(CELL, problems.load(CELL.problem), CONFIG, "abc", rows.outcome(CELL, tmp_path, Asv()))
     assert found["status"] == "ok"
     assert (found["value"], found["reference"], found["seeds"], found["standard_error"]) == (10.5, 10.0, 3, 2.0)
     assert (found["covered"], found["effective_rank"]) == (2 / 3, 2.5)
     assert np.allclose([found[q] for q in ("error_q25", "error", "error_q75")], [0.075, 0.1, 0.2])
     assert found["memory_bytes"] == 2000
     assert (found["n"], found["O"], found["P"]) == (30, 10, 19690)
-    assert set(results.COLUMNS) == set(found)
+    assert set(rows.COLUMNS) == set(found)
     assert found["git_sha"]
 
 
@@ -82,23 +83,23 @@ def test_a_measured_cell_becomes_a_full_row(tmp_path):
 def test_whatever_went_wrong_is_the_rows_status_and_reason(tmp_path, aspect, record, status, reason):
     write_all_ok(tmp_path)
     write(tmp_path, aspect, **record)
-    assert results.outcome(CELL, tmp_path, Asv()) == {"status": status, "reason": reason}
+    assert rows.outcome(CELL, tmp_path, Asv()) == {"status": status, "reason": reason}
 
 
 def test_an_execution_that_never_began_is_a_failure(tmp_path):
-    assert results.outcome(CELL, tmp_path, Asv())["reason"] == "measuring accuracy never began"
+    assert rows.outcome(CELL, tmp_path, Asv())["reason"] == "measuring accuracy never began"
 
 
 def test_no_number_from_asv_is_a_failure_even_if_the_record_is_good(tmp_path):
     write_all_ok(tmp_path)
     asv = Asv()
     asv.seconds = lambda label: None
-    assert results.outcome(CELL, tmp_path, asv)["status"] == "failed"
+    assert rows.outcome(CELL, tmp_path, asv)["status"] == "failed"
 
 
-def rows(*passes):
-    return results.frame(
-        results.row(
+def made(*passes):
+    return rows.frame(
+        rows.row(
             Cell(CELL.problem, "hutchpp", "torch", "trace", p),
             None,
             CONFIG,
@@ -110,13 +111,13 @@ def rows(*passes):
 
 
 def test_shards_are_combined_in_the_grids_order_and_survive_csv(tmp_path):
-    table = results.combine([rows(72), rows(36)], grid.cells(CONFIG))
+    table = rows.combine([made(72), made(36)], grid.cells(CONFIG))
     assert table["passes"].tolist() == [36, 72]
     table.to_csv(tmp_path / "t.csv", index=False)
-    pd.testing.assert_frame_equal(results.read(tmp_path / "t.csv")[results.KEY], table[results.KEY], check_dtype=False)
+    pd.testing.assert_frame_equal(rows.read(tmp_path / "t.csv")[rows.KEY], table[rows.KEY], check_dtype=False)
 
 
 @pytest.mark.parametrize(("passes", "said"), [((36,), "missing"), ((36, 36, 72), "twice"), ((36, 72, 99), "no cells")])
 def test_anything_but_one_row_a_cell_is_an_error(passes, said):
     with pytest.raises(NtkbenchError, match=said):
-        results.combine([rows(*passes)], grid.cells(CONFIG))
+        rows.combine([made(*passes)], grid.cells(CONFIG))

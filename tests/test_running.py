@@ -1,6 +1,6 @@
 """What every measuring process does alike."""
 
-from ntkbench import running
+from ntkbench.measure import timing
 
 
 def test_memory_that_a_process_held_freed_counts_for_the_call_that_takes_it_again():
@@ -13,6 +13,6 @@ def test_memory_that_a_process_held_freed_counts_for_the_call_that_takes_it_agai
     del large  # from now on the C library keeps what is smaller
     freed, still_held = take(), b"x" * size * 2
     del freed  # it lies below what is still held
-    peak = running.peak_bytes(take)
+    peak = timing.peak_bytes(take)
     assert len(still_held) == 2 * size
     assert peak is None or 0.9 < peak / (size * count) < 2

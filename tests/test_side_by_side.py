@@ -10,8 +10,9 @@ from benchmarks.comparisons import side_by_side
 from benchmarks.comparisons.bare_products import bare_products
 from benchmarks.comparisons.computations import COMPUTATIONS
 from benchmarks.comparisons.side_by_side import BARE, Comparison, measure
-from ntkbench import methods, problems, running
-from ntkbench.target import Target
+from ntkbench import methods, problems
+from ntkbench.measure import timing
+from ntkbench.options import Target
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_every_comparison_names_methods_that_exist():
 
 def test_turns_are_taken_one_by_one():
     calls = []
-    times = running.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    times = timing.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
     assert [len(t) for t in times] == [len(calls) // 2] * 2
     assert calls == ["a", "b"] * (len(calls) // 2)
 

@@ -11,7 +11,7 @@ import scipy.fft
 from test_deflated import Probes
 
 from ntkbench import methods
-from ntkbench.jacobian import dense
+from ntkbench.operators import dense
 from ntkbench.studies.estimators_on_spectra import SPECTRA
 
 N = 1000

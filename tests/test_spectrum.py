@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_deflated import SPECTRA, Dense, jacobian, n
 
-from ntkbench import spectrum
 from ntkbench.errors import BadInput
+from ntkbench.estimators import lanczos
 
 
 def entropy_rank(eigenvalues: np.ndarray) -> float:
@@ -20,7 +20,7 @@ def entropy_rank(eigenvalues: np.ndarray) -> float:
 @pytest.mark.parametrize("name", SPECTRA)
 def test_largest_eigenvalue_and_entropy_effective_rank(name):
     j = Dense(jacobian(name))
-    density = spectrum.density(j, probes=40, steps=25)
+    density = lanczos.density(j, probes=40, steps=25)
     assert density.passes == j.passes <= 2 * 40 * 25
     assert density.weights.sum() == pytest.approx(1)
     largest = SPECTRA[name].max()
@@ -34,7 +34,7 @@ def test_moments_are_unbiased():
     for power in (1, 2, 3):
         moments = [
             n * (d.weights * d.nodes**power).sum()
-            for d in (spectrum.density(Dense(J), probes=2, steps=4, seed=seed) for seed in range(200))
+            for d in (lanczos.density(Dense(J), probes=2, steps=4, seed=seed) for seed in range(200))
         ]
         z = (np.mean(moments) - (SPECTRA["1/i"] ** power).sum()) / (np.std(moments, ddof=1) / math.sqrt(200))
         assert abs(z) < 4
@@ -42,7 +42,7 @@ def test_moments_are_unbiased():
 
 def test_nodes_are_the_eigenvalues_once_every_distinct_one_has_a_step():
     eigenvalues = np.repeat([3.0, 1.0, 0.25, 0.0], 5)
-    density = spectrum.density(Dense(jacobian(tuple(eigenvalues))), probes=3, steps=12)
+    density = lanczos.density(Dense(jacobian(tuple(eigenvalues))), probes=3, steps=12)
     for nodes, weights in zip(density.nodes, density.weights, strict=True):
         for value in nodes[weights > 1e-10]:
             assert np.abs(value - eigenvalues).min() < 1e-9
@@ -52,7 +52,7 @@ def test_nodes_are_the_eigenvalues_once_every_distinct_one_has_a_step():
 
 def test_refuses_no_probes():
     with pytest.raises(BadInput, match="positive"):
-        spectrum.density(Dense(jacobian("1/i")), probes=0)
+        lanczos.density(Dense(jacobian("1/i")), probes=0)
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -62,6 +62,6 @@ def test_backends_give_numpys_quadrature_in_float32(backend):
 
     library = {"torch": torch.from_numpy, "jax": jnp.asarray}[backend]
     J = jacobian("1/i").astype("float32")
-    here, there = (spectrum.density(Dense(matrix), probes=2, steps=8) for matrix in (J, library(J)))
+    here, there = (lanczos.density(Dense(matrix), probes=2, steps=8) for matrix in (J, library(J)))
     assert there.largest == pytest.approx(here.largest, rel=1e-5)
     assert there.entropy_effective_rank == pytest.approx(here.entropy_effective_rank, rel=1e-4)

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 
 import ntkbench
 from ntkbench.errors import BadInput
-from ntkbench.structured import contraction, kernels
-from ntkbench.structured.factors import Lookups, Products, Rows
-from ntkbench.structured.kernel import LayerwiseKernel
+from ntkbench.layerwise import contraction, sample_kernels
+from ntkbench.layerwise.factors import Lookups, Products, Rows
+from ntkbench.layerwise.kernel import LayerwiseKernel
 
 ODD = 1e-10
 """Largest difference from the explicit kernel in float64, relative to its largest entry."""
@@ -331,7 +331,7 @@ def test_kernels_between_samples_are_what_they_say(network):
     model, x, J = network
     N, O = len(x), 4  # noqa: E741
     rows = J.view(N, O, -1)
-    u = torch.from_numpy(kernels._random_vector(O, 3))[0]
+    u = torch.from_numpy(sample_kernels._random_vector(O, 3))[0]
     last = rows[..., -(6 * O + O) :]
     expected = {
         "full": J @ J.T,
@@ -341,7 +341,7 @@ def test_kernels_between_samples_are_what_they_say(network):
         "trace": torch.einsum("aop,bop->ab", rows, rows) / O,
         "last_layer": torch.einsum("aop,bop->ab", last, last) / O,
     }
-    assert set(expected) == set(kernels.KERNELS)
+    assert set(expected) == set(sample_kernels.KERNELS)
     for name, theta in expected.items():
         assert close(ntkbench.ntk(model, x, kernel=name, seed=3), theta), name
         rest = theta[: O * 5 if name == "full" else 5, O * 2 if name == "full" else 2 :]

@@ -15,15 +15,19 @@ import torch
 import yaml
 
 import ntkbench
-from ntkbench import figures, grid, paths, problems, reference, running, studies
+from ntkbench import figures, paths, problems, studies
 from ntkbench.errors import BadInput, OverMemory, Unavailable
-from ntkbench.figures import _gallery, _published, _series, base
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
 from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
 from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
-from ntkbench.studies import _networks, _pntk, _training, hazelden_trace, mohamadi_cost, mohamadi_quality
+from ntkbench.figures.plotting import base, curves, gallery, sources
+from ntkbench.measure import grid, timing
+from ntkbench.networks import classifiers
+from ntkbench.problems.base import reference
+from ntkbench.studies import hazelden_trace, mohamadi_cost, mohamadi_quality
+from ntkbench.studies.base import descent, pntk
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
 PATCHLESS = {"transformers": [], "mixers": []}
@@ -92,12 +96,12 @@ def test_estimates_have_their_errors_against_exact_values_and_the_script_s_sampl
 
 
 def test_a_share_of_the_columns_is_scaled_up_to_all_of_them(monkeypatch):
-    from ntkbench.studies import _estimates
+    from ntkbench.studies.base import estimates
 
     problem = problems.load("digits_conv[N=8]")
-    monkeypatch.setattr(running, "timed", lambda call, seconds: ([float(call()) * 0 + 2.0], []))
-    settings = _estimates.Settings(**QUICK, direct_share=0.1)
-    row = _estimates.baseline(settings, problem, "trace", "direct")
+    monkeypatch.setattr(timing, "timed", lambda call, seconds: ([float(call()) * 0 + 2.0], []))
+    settings = estimates.Settings(**QUICK, direct_share=0.1)
+    row = estimates.baseline(settings, problem, "trace", "direct")
     assert (row["share"], row["seconds"]) == (8 / 80, 2.0 * 10)
 
 
@@ -112,19 +116,19 @@ def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
     )
 
 
-@pytest.mark.parametrize("family", list(_networks.FAMILIES))
+@pytest.mark.parametrize("family", list(classifiers.FAMILIES))
 def test_kernels_read_off_theta_are_those_of_the_library(family):
-    network = _networks.seeded(lambda: _networks.FAMILIES[family](2, 3), 0)
+    network = classifiers.seeded(lambda: classifiers.FAMILIES[family](2, 3), 0)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    full = _pntk.Theta(network, x)(network)
+    full = pntk.Theta(network, x)(network)
     torch.testing.assert_close(full.reshape(9, 9), dense(network, x))
-    for name, kernel in _pntk.standing_in(full, _pntk.features_and_outputs(network, x)[0], seed=3).items():
+    for name, kernel in pntk.standing_in(full, pntk.features_and_outputs(network, x)[0], seed=3).items():
         if "resnet" in family and name != "sum_of_logits":
             continue  # deep networks take seconds to trace, and the others are shown on shallow ones
         torch.testing.assert_close(kernel, ntkbench.ntk(network, x, kernel=name, seed=3, dtype="float64"))
         dense_difference = (torch.kron(kernel, torch.eye(3).double()) - full.reshape(9, 9)).norm() / full.norm()
-        assert _pntk.difference(full, kernel) == pytest.approx(float(dense_difference), rel=1e-10)
-        assert _pntk.difference(full, kernel) >= _pntk.difference(full, full.diagonal(dim1=1, dim2=3).mean(-1)) - 1e-12
+        assert pntk.difference(full, kernel) == pytest.approx(float(dense_difference), rel=1e-10)
+        assert pntk.difference(full, kernel) >= pntk.difference(full, full.diagonal(dim1=1, dim2=3).mean(-1)) - 1e-12
 
 
 def dense(network, x):
@@ -143,15 +147,15 @@ def test_kernel_regression_is_the_same_by_kernel_and_by_its_kronecker_product():
     root, at_0, y = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((7, 9), (7, 2), (5, 2)))
     kernel = root @ root.T
     whole = torch.einsum("ab,op->aobp", kernel, torch.eye(2).double())
-    torch.testing.assert_close(_pntk.predictions(kernel, at_0, y, 5), _pntk.predictions(whole, at_0, y, 5))
+    torch.testing.assert_close(pntk.predictions(kernel, at_0, y, 5), pntk.predictions(whole, at_0, y, 5))
     expected = at_0[5:] + kernel[5:, :5] @ torch.linalg.inv(kernel[:5, :5]) @ (y - at_0[:5])
-    torch.testing.assert_close(_pntk.predictions(kernel, at_0, y, 5), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pntk.predictions(kernel, at_0, y, 5), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_off_diagonal_mass_of_a_known_kernel():
     block = torch.tensor([[2.0, -1.0], [-1.0, 2.0]]).double()
     full = torch.einsum("ab,op->aobp", torch.ones(3, 3).double(), block)
-    assert _pntk.off_diagonal_mass(full) == pytest.approx(0.5)
+    assert pntk.off_diagonal_mass(full) == pytest.approx(0.5)
 
 
 def test_the_pntk_closes_in_on_theta_with_width(tables):
@@ -175,9 +179,9 @@ def test_residual_networks_get_their_share_of_images_and_steps():
 
 @pytest.mark.parametrize("family", ["fc", "resnet18"])
 def test_theta_traced_once_is_that_of_other_weights_too(family):
-    first, other = (_networks.seeded(lambda: _networks.FAMILIES[family](2, 3), seed) for seed in (0, 1))
+    first, other = (classifiers.seeded(lambda: classifiers.FAMILIES[family](2, 3), seed) for seed in (0, 1))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    theta = _pntk.Theta(first, x)
+    theta = pntk.Theta(first, x)
     expected = dense(other, x)
     torch.testing.assert_close(theta(other).reshape(9, 9), expected)
     with torch.no_grad():
@@ -197,7 +201,7 @@ def test_networks_learn_and_only_those_that_are_to(tables):
 def test_kernel_regression_begins_with_the_network_as_it_is():
     """With a kernel that says nothing of other images, regression leaves the network's outputs there alone."""
     f, y = torch.arange(6.0).reshape(3, 2).double(), torch.ones(2, 2).double()
-    torch.testing.assert_close(_pntk.predictions(torch.eye(3).double(), f, y, 2), f[2:])
+    torch.testing.assert_close(pntk.predictions(torch.eye(3).double(), f, y, 2), f[2:])
 
 
 @pytest.mark.parametrize(("rate", "said"), [(1e30, "outputs are not finite"), (1e8, "the same for all images")])
@@ -212,7 +216,7 @@ def test_a_network_without_kernels_says_so_at_every_step(monkeypatch):
     def broken(*_):
         raise BadInput("cannot be traced")
 
-    monkeypatch.setattr(_pntk, "Theta", broken)
+    monkeypatch.setattr(pntk, "Theta", broken)
     settings = mohamadi_quality.Settings(train=4, test=2, inits=1, steps=[0, 2])
     table = pd.DataFrame(mohamadi_quality._rows(settings, "fc", 8)).drop_duplicates("step").set_index("step")
     assert table["reason"].str.contains("cannot be traced").all() and set(table.index) == {0, 2}
@@ -227,22 +231,20 @@ def test_a_network_looked_at_late_is_the_one_that_was_looked_at_all_along():
 def test_training_in_parts_is_training_in_one_go():
     ends = []
     for stops in ([7], [0, 3, 3, 7]):
-        network = _networks.seeded(lambda: _networks.fc(8, 10), 0)
-        descent = _training.Descent(
-            network, torch.nn.functional.cross_entropy, rate=0.1, momentum=0.9, batch=16, seed=1
-        )
+        network = classifiers.seeded(lambda: classifiers.fc(8, 10), 0)
+        course = descent.Descent(network, torch.nn.functional.cross_entropy, rate=0.1, momentum=0.9, batch=16, seed=1)
         for stop in stops:
-            descent.to(stop)
-        assert descent.steps == 7
+            course.to(stop)
+        assert course.steps == 7
         ends.append(torch.cat([w.detach().reshape(-1) for w in network.parameters()]))
     assert torch.equal(*ends)
 
 
 def test_batch_norm_keeps_its_statistics_in_training_and_learns_its_scale():
-    network = _networks.seeded(lambda: _networks.FAMILIES["wide_resnet"](1, 10), 0)
+    network = classifiers.seeded(lambda: classifiers.FAMILIES["wide_resnet"](1, 10), 0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    descent = _training.Descent(network, torch.nn.functional.cross_entropy, rate=1e-3, batch=8, seed=0)
-    descent.to(2)
+    course = descent.Descent(network, torch.nn.functional.cross_entropy, rate=1e-3, batch=8, seed=0)
+    course.to(2)
     same = {name: torch.equal(value, before[name]) for name, value in network.state_dict().items()}
     assert all(kept for name, kept in same.items() if "running" in name)
     assert not same["1.weight"] and not same["1.bias"]
@@ -257,7 +259,7 @@ def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(table
 
 
 def test_gradient_descent_on_cross_entropy_leaves_the_readouts_sum_alone():
-    network = _networks.seeded(lambda: _networks.fc(8, 4), 0).double()
+    network = classifiers.seeded(lambda: classifiers.fc(8, 4), 0).double()
     before = network[-1].weight.sum(0).detach().clone()
     x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
@@ -285,9 +287,9 @@ def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("anew for every pair of blocks").all()
 
 
-@pytest.mark.parametrize("depth", list(_networks.RESNETS))
+@pytest.mark.parametrize("depth", list(classifiers.RESNETS))
 def test_resnets_have_the_layers_of_their_name(depth):
-    network = _networks.resnet(depth, 5, width=1)
+    network = classifiers.resnet(depth, 5, width=1)
     layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     shortcuts = [m for name, m in network.named_modules() if "shortcut" in name and isinstance(m, torch.nn.Conv2d)]
     assert len(layers) - len(shortcuts) == depth
@@ -327,15 +329,13 @@ def test_lowered_programs_compute_the_kernel():
     import jax
 
     from ntkbench.problems.novak import fc_relu
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     network = fc_relu(N=2, O=3, width=8, depth=2)
     weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
     expected = dense(network.module, torch.from_numpy(network.x)).float().numpy()
-    for name in _programs.IMPLEMENTATIONS:
-        lowered = _programs.lowered(
-            name, network.jax_forward, {k: w.shape for k, w in weights.items()}, network.x.shape
-        )
+    for name in programs.IMPLEMENTATIONS:
+        lowered = programs.lowered(name, network.jax_forward, {k: w.shape for k, w in weights.items()}, network.x.shape)
         theta = jax.device_get(lowered.compile()(weights, network.x))
         np.testing.assert_allclose(theta.transpose(0, 2, 1, 3).reshape(6, 6), expected, rtol=1e-3, atol=1e-3)
 
@@ -348,15 +348,15 @@ def test_lowered_programs_compute_the_kernel():
     ],
 )
 def test_operations_by_shapes_are_those_of_a_run(name, sizes):
+    from ntkbench.options import Target
     from ntkbench.problems import novak
-    from ntkbench.studies import _programs
-    from ntkbench.target import Target
+    from ntkbench.studies.base import programs
 
     network = getattr(novak, name)(**sizes)
-    kernel, parameters, x = _programs.engine(network.module, network.x, Target("torch", device="cpu"))
+    kernel, parameters, x = programs.engine(network.module, network.x, Target("torch", device="cpu"))
     kernel.kernel(parameters, x)  # traced, which takes operations of its own
-    ran = _programs.torch_flops(lambda: kernel.kernel(parameters, x))
-    assert _programs.engine_flops(network.module, network.x) == ran > 0
+    ran = programs.torch_flops(lambda: kernel.kernel(parameters, x))
+    assert programs.engine_flops(network.module, network.x) == ran > 0
 
 
 def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
@@ -412,16 +412,16 @@ def test_networks_for_images_wrap_into_rows_and_captions_say_what_is_missing(tab
 
 
 def test_endings_have_the_words_of_the_table():
-    assert running.ending(Unavailable("no data"))["status"] == "skipped"
-    assert running.ending(OverMemory("too much")) == {"status": "out_of_memory", "reason": "too much"}
-    assert running.ending(ValueError("bad\nworse")) == {"status": "failed", "reason": "ValueError: bad"}
+    assert timing.ending(Unavailable("no data"))["status"] == "skipped"
+    assert timing.ending(OverMemory("too much")) == {"status": "out_of_memory", "reason": "too much"}
+    assert timing.ending(ValueError("bad\nworse")) == {"status": "failed", "reason": "ValueError: bad"}
 
 
 def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
-    times, found = running.timed(lambda: 1, 1e-9)
+    times, found = timing.timed(lambda: 1, 1e-9)
     assert (len(times), len(found)) == (1, 2)
-    monkeypatch.setattr(running, "PATIENCE", -1)
-    times, found = running.timed(lambda: 1, 1e-9)
+    monkeypatch.setattr(timing, "PATIENCE", -1)
+    times, found = timing.timed(lambda: 1, 1e-9)
     assert (len(times), len(found)) == (1, 1)
 
 
@@ -532,9 +532,9 @@ def test_a_figure_refuses_the_table_of_another_study(tables, tmp_path):
 
 
 def test_published_values_are_committed_and_drawn():
-    assert len(_published.values("hazelden_figures", figure="speedup", problem="mlp")) == 20
+    assert len(sources.values("hazelden_figures", figure="speedup", problem="mlp")) == 20
     with pytest.raises(BadInput, match="hazelden_figures"):
-        _published.values("hazelden")
+        sources.values("hazelden")
     text = (paths.PUBLISHED / "README.md").read_text()
     assert all(f"`{file.name}`" in text for file in paths.PUBLISHED.glob("*.csv"))
 
@@ -556,7 +556,7 @@ def test_published_times_stand_beside_no_others(tables):
         for title, panel in panels.items()
         if panel.get_visible()
     }
-    there = _published.values("mohamadi_figure1_tiny_imagenet")
+    there = sources.values("mohamadi_figure1_tiny_imagenet")
     assert drawn.pop(("as published", "O = 200")) == sorted(there["seconds_per_pair"])
     assert drawn and not any(drawn.values())
 
@@ -580,7 +580,7 @@ def courses(*slopes_by_step, families=("fc",)):
         for width in (64, 128, 256, 512):
             for init in range(3):
                 for step, power in zip((0, 10, 100), slopes_by_step, strict=True):
-                    for kernel, title in ({"full": "NTK"} | _pntk.KERNELS).items():
+                    for kernel, title in ({"full": "NTK"} | pntk.KERNELS).items():
                         row = {"family": family, "width": width, "init": init, "step": step, "kernel": kernel}
                         row |= dict.fromkeys(mohamadi_training_figure.QUANTITIES, 0.5)
                         row |= {"title": title, "P": 9, "train": 8, "test": 4, "rate": 6, "momentum": 0.9, "batch": 32}
@@ -626,7 +626,7 @@ def test_slopes_have_their_interval():
     x = np.repeat([1.0, 2.0, 4.0, 8.0], 5)
     inside = 0
     for _ in range(200):
-        value, half = _series.slope(x, x**-0.5 * np.exp(0.1 * rng.standard_normal(len(x))))
+        value, half = curves.slope(x, x**-0.5 * np.exp(0.1 * rng.standard_normal(len(x))))
         inside += abs(value + 0.5) <= half
     assert 180 <= inside <= 199
 
@@ -638,7 +638,7 @@ def _size(picture):
 
 def test_the_gallery_needs_no_other_file(tables, tmp_path):
     made = [figures.draw(name, tables[study], tmp_path)[2] for name, study in of_studies()[:2]]
-    page = _gallery.page(made, "All <figures>")
+    page = gallery.page(made, "All <figures>")
     assert "All &lt;figures&gt;" in page and page.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert set(re.findall(r'(?:href="#|aria-describedby=")([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
@@ -646,4 +646,4 @@ def test_the_gallery_needs_no_other_file(tables, tmp_path):
     assert re.findall(r'width="(\d+)" height="(\d+)"', page) == [tuple(map(str, _size(file))) for file in sorted(made)]
     made[0].with_suffix(".txt").unlink()
     with pytest.raises(BadInput, match="has no caption"):
-        _gallery.page(made, "x")
+        gallery.page(made, "x")

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ntkbench.data import tasks
 from ntkbench.errors import BadInput
-from ntkbench.problems import _tasks
 
 SEEDS = st.integers(0, 10**6)
 
 
 @given(N=st.integers(1, 6), T=st.integers(2, 40), seed=SEEDS)
 def test_a_flipflop_holds_the_last_pulse_of_each_channel(N, T, seed):
-    trials = _tasks.trials("flipflop", N, T, seed)
+    trials = tasks.trials("flipflop", N, T, seed)
     assert set(np.unique(trials.inputs)) <= {-1.0, 0.0, 1.0}
     for i, bit in np.ndindex(N, 3):
         held = 0.0
@@ -26,14 +26,14 @@ def test_a_flipflop_holds_the_last_pulse_of_each_channel(N, T, seed):
 
 
 def test_pulses_come_as_often_as_stated_and_either_way():
-    pulses = _tasks.trials("flipflop", 200, 50).inputs
-    assert (pulses != 0).mean() == pytest.approx(_tasks.PULSES, abs=0.01)
+    pulses = tasks.trials("flipflop", 200, 50).inputs
+    assert (pulses != 0).mean() == pytest.approx(tasks.PULSES, abs=0.01)
     assert abs(pulses[pulses != 0].mean()) < 0.05
 
 
 @given(N=st.integers(1, 8), T=st.integers(5, 40), seed=SEEDS)
 def test_a_delayed_response_is_the_cue_and_nothing_before_the_go_signal(N, T, seed):
-    trials = _tasks.trials("delayed_response", N, T, seed)
+    trials = tasks.trials("delayed_response", N, T, seed)
     go = trials.inputs[..., 2] > 0.5
     assert (go.sum(1) == T // 5).all()
     assert go[:, -1].all()
@@ -43,14 +43,14 @@ def test_a_delayed_response_is_the_cue_and_nothing_before_the_go_signal(N, T, se
     for i in range(N):
         answer = trials.targets[i, go[i]]
         np.testing.assert_allclose(np.linalg.norm(answer, axis=1), 1, rtol=1e-6)
-        turns = np.arctan2(answer[0, 1], answer[0, 0]) / (2 * np.pi / _tasks.ANGLES)
+        turns = np.arctan2(answer[0, 1], answer[0, 0]) / (2 * np.pi / tasks.ANGLES)
         assert abs(turns - round(float(turns))) < 1e-5
-        np.testing.assert_allclose(answer, np.broadcast_to(cue[i], answer.shape), atol=6 * _tasks.NOISE)
+        np.testing.assert_allclose(answer, np.broadcast_to(cue[i], answer.shape), atol=6 * tasks.NOISE)
 
 
 @given(N=st.integers(1, 8), T=st.integers(5, 40), seed=SEEDS)
 def test_a_match_is_of_the_stimuli_that_were_shown(N, T, seed):
-    trials, epoch = _tasks.trials("match_to_sample", N, T, seed), T // 5
+    trials, epoch = tasks.trials("match_to_sample", N, T, seed), T // 5
     sample = trials.inputs[:, :epoch].mean(1).argmax(1)
     test = trials.inputs[:, -2 * epoch : -epoch].mean(1).argmax(1)
     answers = trials.targets[:, -epoch:]
@@ -60,19 +60,19 @@ def test_a_match_is_of_the_stimuli_that_were_shown(N, T, seed):
     assert not trials.mask[:, :-epoch].any()
     between = trials.inputs[:, epoch : -2 * epoch]
     assert between.shape[1] >= epoch, "a delay to remember the sample in"
-    assert np.abs(between).max() < 7 * _tasks.NOISE
+    assert np.abs(between).max() < 7 * tasks.NOISE
 
 
-@pytest.mark.parametrize("task", _tasks.TASKS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_trials_are_seeded_and_fewer_are_a_cut_of_more(task):
-    many, few, others = (_tasks.trials(task, *args) for args in ((40, 15, 3), (4, 15, 3), (40, 15, 4)))
+    many, few, others = (tasks.trials(task, *args) for args in ((40, 15, 3), (4, 15, 3), (40, 15, 4)))
     for name in ("inputs", "targets", "mask"):
         np.testing.assert_array_equal(getattr(many, name)[:4], getattr(few, name))
         assert getattr(many, name).dtype == np.float32
     assert not np.array_equal(many.inputs, others.inputs)
     assert len(np.unique(many.inputs.reshape(40, -1), axis=0)) == 40, "trials repeat, and so do rows of Theta"
     assert len(np.unique(many.targets.reshape(40, -1), axis=0)) > 1
-    assert _tasks.channels(task) == (many.inputs.shape[2], many.targets.shape[2])
+    assert tasks.channels(task) == (many.inputs.shape[2], many.targets.shape[2])
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_trials_are_seeded_and_fewer_are_a_cut_of_more(task):
 )
 def test_tasks_of_sizes_that_make_no_sense_are_refused(asked, says):
     with pytest.raises(BadInput, match=says):
-        _tasks.trials(*asked)
+        tasks.trials(*asked)
 
 
-@pytest.mark.parametrize("task", _tasks.TASKS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_the_loss_is_the_share_of_power_missed_where_it_counts(task):
     import torch
 
-    trials = _tasks.trials(task, 6, 10)
+    trials = tasks.trials(task, 6, 10)
     loss, targets = trials.loss(), torch.from_numpy(trials.targets)
     elsewhere = (1 - torch.from_numpy(trials.mask)) * 100
     assert float(loss(targets + elsewhere)) == 0

@@ -35,7 +35,8 @@ def test_ratios_are_to_the_fastest_published_estimator(rows):
 
 
 def test_an_estimate_stands_for_an_exact_value_that_cannot_be_had():
-    from ntkbench import problems, reference
+    from ntkbench import problems
+    from ntkbench.problems.base import reference
 
     label, error = "mlp_hazelden[N=8]", 0.3
     assert time_to_error._reference(Goal(label, "norm", error))[1] == 0

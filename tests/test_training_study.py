@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ntkbench import figures, paired, studies
+from ntkbench import figures, studies
+from ntkbench.data import tasks
 from ntkbench.errors import BadInput
-from ntkbench.jacobian import torch as autodiff
+from ntkbench.estimators import paired
 from ntkbench.metrics import from_gram
-from ntkbench.problems import _tasks, recurrent
-from ntkbench.problems.base import Problem, split
-from ntkbench.target import Target
+from ntkbench.operators import torch as autodiff
+from ntkbench.options import Target
+from ntkbench.problem import Problem, split
+from ntkbench.problems import recurrent
 
 TINY = {"task": "match_to_sample", "N": 3, "T": 5, "H": 8, "gains": [1.0], "ranks": [8, 2], "networks": 1}
 TINY |= {"loss": 0.4, "probes": 40, "threads": 1, "device": "cpu", "dtype": "float64"}
@@ -84,12 +86,12 @@ def test_the_study_is_right_at_both_ends(table):
     module = recurrent.network("rnn", TINY["task"], 8, gain=1.0, rank=8)
     course = recurrent.course(
         module,
-        _tasks.trials(TINY["task"], recurrent.TRAINED_ON, 5, seed=1),
+        tasks.trials(TINY["task"], recurrent.TRAINED_ON, 5, seed=1),
         loss=0.4,
         optimizer="sgd",
         learning_rate=0.05,
     )
-    part, seen = recurrent.part(module, "state", "all"), _tasks.trials(TINY["task"], 3, 5)
+    part, seen = recurrent.part(module, "state", "all"), tasks.trials(TINY["task"], 3, 5)
     target = Target("torch", "float64", "cpu")
 
     def rows_of_j() -> np.ndarray:

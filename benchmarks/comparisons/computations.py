@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable
 
 from ntkbench import methods
-from ntkbench.jacobian import Jacobian, linearise, torch_network
+from ntkbench.operators import Jacobian, linearise, torch_network
+from ntkbench.options import Target
 from ntkbench.problems import Problem
-from ntkbench.target import Target
 
 BLOCK, PROBES = 64, 50
 
@@ -22,7 +22,7 @@ def _block(problem: Problem, target: Target, product: str, linearised: Callable[
 
 def _by_torch_func(problem: Problem, weights: str, target: Target) -> Jacobian:
     """J by automatic differentiation, whatever is known of the network."""
-    from ntkbench.jacobian import torch as autodiff
+    from ntkbench.operators import torch as autodiff
 
     return autodiff.linearise(problem, weights, target)
 

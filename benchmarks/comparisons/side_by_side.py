@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from benchmarks.comparisons.bare_products import bare_products
 from benchmarks.comparisons.computations import COMPUTATIONS
-from ntkbench import errors, methods, paths, problems, running
+from ntkbench import errors, methods, paths, problems
 from ntkbench.errors import BadInput, NtkbenchError
-from ntkbench.provenance import provenance
-from ntkbench.target import Target
+from ntkbench.measure import timing
+from ntkbench.measure.provenance import provenance
+from ntkbench.options import Target
 
 NEURAL_TANGENTS = ("nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products")
 BARE = "bare matrix products"
@@ -114,7 +115,7 @@ def measure(comparison: Comparison, rival: str, threads: int, seconds: float) ->
         rival_value = calls[1]()
     except (NtkbenchError, MemoryError, RuntimeError) as error:
         return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    times = running.in_turn(calls, seconds)
+    times = timing.in_turn(calls, seconds)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     memory = [_peak_memory(name, comparison.problem, threads) for name in (comparison.subject, rival)]
     return row | {
@@ -137,7 +138,7 @@ def use_threads(threads: int) -> None:
     """
     if threads > len(os.sched_getaffinity(0)):
         raise BadInput(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
-    running.use_threads(threads)
+    timing.use_threads(threads)
 
 
 def _call(name: str, label: str) -> Callable[[], float]:
@@ -165,7 +166,7 @@ def _measure_memory(name: str, label: str, threads: int) -> int | None:
     import torch
 
     torch.set_num_threads(threads)
-    peak = running.peak_bytes(_call(name, label))
+    peak = timing.peak_bytes(_call(name, label))
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return peak

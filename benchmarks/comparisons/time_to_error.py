@@ -22,11 +22,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from benchmarks.comparisons.side_by_side import use_threads
-from ntkbench import errors, methods, paths, problems, reference, running
+from ntkbench import errors, methods, paths, problems
 from ntkbench.errors import NtkbenchError
+from ntkbench.measure import timing
+from ntkbench.measure.provenance import provenance
 from ntkbench.methods.base import Stochastic
-from ntkbench.provenance import provenance
-from ntkbench.target import Target
+from ntkbench.options import Target
+from ntkbench.problems.base import reference
 
 AS_PUBLISHED = (
     "hutchpp",
@@ -130,7 +132,7 @@ def measure(goal: Goal, threads: int, seconds: float) -> list[dict[str, Any]]:
         else:
             row |= {"reason": found}
         rows.append(row)
-    times = running.in_turn([_changing_seeds(entrant) for entrant in entrants], seconds)
+    times = timing.in_turn([_changing_seeds(entrant) for entrant in entrants], seconds)
     medians = {entrant.method: statistics.median(own) for entrant, own in zip(entrants, times, strict=True)}
     rival = min(filter(medians.__contains__, AS_PUBLISHED), key=medians.__getitem__, default=None)
     taken = {entrant.method: own for entrant, own in zip(entrants, times, strict=True)}

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, trace
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
-    from ntkbench.problems._module import from_module
-    from ntkbench.problems._sequences import from_recurrent
+    from ntkbench.problems.base.module import from_module
+    from ntkbench.problems.base.sequences import from_recurrent
 
 __all__ = [
     "BadInput",
@@ -21,6 +24,7 @@ __all__ = [
     "NtkbenchError",
     "OverMemory",
     "Unavailable",
+    "__version__",
     "alignment",
     "effective_rank",
     "from_module",
@@ -35,12 +39,14 @@ _HOMES = {
     "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
-    "problems._module": ("from_module",),
-    "problems._sequences": ("from_recurrent",),
+    "problems.base.module": ("from_module",),
+    "problems.base.sequences": ("from_recurrent",),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -18,8 +18,8 @@ from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -86,12 +86,12 @@ def ntk(
         BadInput: an argument cannot be used, or the network has no per-sample gradients; says what is allowed.
         Unavailable: the device is not there.
     """
-    from ntkbench import jacobian
-    from ntkbench.problems._module import from_module, same_inputs
-    from ntkbench.structured import kernels
-    from ntkbench.structured.kernel import LayerwiseKernel
+    from ntkbench import operators
+    from ntkbench.layerwise import sample_kernels
+    from ntkbench.layerwise.kernel import LayerwiseKernel
+    from ntkbench.problems.base.module import from_module, same_inputs
 
-    chosen = kernels.get(kernel)
+    chosen = sample_kernels.get(kernel)
     _check_whole("seed", seed)
     problem = from_module(model, x1, dtype=_dtype_name(dtype))
     if problem.samples_interact:
@@ -101,7 +101,7 @@ def ntk(
         )
     target, index = _target(problem, model, dtype, device, memory)
     with _on_device(index):
-        module, parameters, rows = jacobian.torch_network(problem, "theta_0", target)
+        module, parameters, rows = operators.torch_network(problem, "theta_0", target)
         columns = None if x2 is None else same_inputs(x1, x2).to(rows)
         engine = LayerwiseKernel(module, parameters, rows, memory)
         for name, why in engine.fallbacks().items():
@@ -268,7 +268,7 @@ def _estimates(
     device: str | torch.device | None,
     memory: int,
 ) -> dict[str, Estimate]:
-    from ntkbench.problems._sequences import wrapped
+    from ntkbench.problems.base.sequences import wrapped
 
     chosen = None if method == "auto" else methods.get(method)
     _check_whole("seed", seed)

@@ -19,7 +19,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import Undefined, unknown
-from ntkbench.jacobian.base import Array, Jacobian
+from ntkbench.operators.base import Array, Jacobian
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
 SYMBOLS = {

@@ -1,9 +1,9 @@
 """Figures: the tidy table in; PDF, PNG, the plotted numbers as CSV and a caption out.
 
 One file a figure: a file dropped in here is drawn under its own name. It holds one function, ``draw(table) ->
-Drawing``, which gets a table with at least one row: the results table as :func:`ntkbench.figures.base.checked` has it,
-or, where the file says ``TABLE = "<study>"`` and names the ``COLUMNS`` that it reads, that study's table as
-:func:`ntkbench.figures.base.checked_study` does.
+Drawing``, which gets a table with at least one row: the results table as
+:func:`ntkbench.figures.plotting.base.checked` has it, or, where the file says ``TABLE = "<study>"`` and names the
+``COLUMNS`` that it reads, that study's table as :func:`ntkbench.figures.plotting.base.checked_study` does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ntkbench import plugins
-from ntkbench.figures import base
+from ntkbench import registry
+from ntkbench.figures.plotting import base
 from ntkbench.paths import write_atomically
 
 __all__ = ["draw", "names", "study_of"]
@@ -22,7 +22,7 @@ __all__ = ["draw", "names", "study_of"]
 
 def names() -> list[str]:
     """Every figure there is, sorted; none of them is imported."""
-    return plugins.names(__name__)
+    return registry.names(__name__)
 
 
 def study_of(name: str) -> str | None:
@@ -31,7 +31,7 @@ def study_of(name: str) -> str | None:
     Raises:
         BadInput: no such figure.
     """
-    return getattr(plugins.load(__name__, name, "figure"), "TABLE", None)
+    return getattr(registry.load(__name__, name, "figure"), "TABLE", None)
 
 
 def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
     Raises:
         BadInput: no such figure, or the table lacks columns.
     """
-    module = plugins.load(__name__, name, "figure")
+    module = registry.load(__name__, name, "figure")
     table = base.checked(table) if study_of(name) is None else base.checked_study(table, module.COLUMNS)
     with base.style():
         drawing = module.draw(table) if len(table) else base.nothing(table, "The table has no rows.")

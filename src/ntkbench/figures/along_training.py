@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures import _canvas, _labels, base
-from ntkbench.figures._looks import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, WINE
+from ntkbench.figures.plotting import base, canvas, labels
+from ntkbench.figures.plotting.styles import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, WINE
 
 TABLE = "training"
 COLUMNS = ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer", "init", "gain", "rank", "network", "step")
@@ -47,8 +47,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     of_ranks = [
         (Line2D([], [], **looks[gains[0], rank] | dark), "full" if rank == full else f"{rank:g}") for rank in ranks
     ]
-    rows = [_canvas.Row(2.0, above=0.62, below=0.1)] + [_canvas.Row(2.0, above=0.12, below=0.1)] * 2
-    figure, grid = _canvas.sheet(
+    rows = [canvas.Row(2.0, above=0.62, below=0.1)] + [canvas.Row(2.0, above=0.12, below=0.1)] * 2
+    figure, grid = canvas.sheet(
         rows,
         len(OPERATORS),
         title="What training does to the NTK, and to which of its factors",
@@ -66,7 +66,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.tick_params(labelbottom=quantity == "norm")
             if quantity == "alignment":
                 panel.set_ylim(0, 1.03)
-                _canvas.title(panel, names_[0], names_[1])
+                canvas.title(panel, names_[0], names_[1])
             if quantity == "norm":
                 panel.set_xlabel("training step")
         panels[0].set_ylabel(label)
@@ -88,15 +88,15 @@ def _panel(panel: Axes, lines: pd.DataFrame, looks: dict, last: int, *, logarith
     panel.set_xlim(-0.1, last * 1.2)
     if logarithmic:
         panel.set_yscale("log")
-        low, high = _canvas.limits(lines["value"], pad=1.4, ratio=12)
+        low, high = canvas.limits(lines["value"], pad=1.4, ratio=12)
         panel.set_ylim(low, high)
-        _canvas.decades(panel.yaxis, low, high)
+        canvas.decades(panel.yaxis, low, high)
 
 
 def _network(shown: pd.DataFrame) -> str:
     one = shown.iloc[0]
     sizes = f"N = {one['N']:g}, T = {one['T']:g}, H = {one['H']:g}"
-    return f"{one['kind'].upper()} on {_labels.name_label(one['task']).lower()}, {sizes}, {one['optimizer'].upper()}"
+    return f"{one['kind'].upper()} on {labels.name_label(one['task']).lower()}, {sizes}, {one['optimizer'].upper()}"
 
 
 def _caption(shown: pd.DataFrame) -> str:

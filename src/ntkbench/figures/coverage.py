@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, base
-from ntkbench.figures._looks import Look, looks
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting.styles import Look, looks
 
 TARGET = (0.90, 0.98)
 """Where the coverage of a 95 % interval is good enough."""
@@ -35,13 +35,13 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     lines = {m: i for i, m in enumerate(style)}
     metrics = base.metrics_in(plotted)
     titles = [look.title for look in style.values()]
-    figure, ((*panels,),) = _canvas.sheet(
-        [_canvas.Row(0.34 * len(lines) + 0.2, above=0.4, below=0.3)],
+    figure, ((*panels,),) = canvas.sheet(
+        [canvas.Row(0.34 * len(lines) + 0.2, above=0.4, below=0.3)],
         len(metrics),
         title="Coverage of 95 % intervals",
         subtitle=base.settings_line(table).replace("median over", "over"),
         key=[("how to read", _reading(plotted))],
-        left=0.3 + _canvas.text_width(titles, 9.5),
+        left=0.3 + canvas.text_width(titles, 9.5),
     )
     low = min(0.8, math.floor(plotted["low"].min() * 20) / 20)
     for panel, metric in zip(panels, metrics, strict=True):
@@ -51,8 +51,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.xaxis.set_major_locator(MultipleLocator(0.05 if low >= 0.8 else 0.1 if low >= 0.6 else 0.2))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
         panel.axvspan(*TARGET, color="#E3EFE8", linewidth=0, zorder=0)
-        panel.axvline(0.95, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)), zorder=1)
-        _canvas.heading(panel, _labels.metric_label(metric), offset=6)
+        panel.axvline(0.95, color=canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)), zorder=1)
+        canvas.heading(panel, labels.metric_label(metric), offset=6)
         _panel(panel, plotted[plotted["metric"] == metric], style, lines)
     return base.Drawing(figure, plotted, _caption(plotted))
 
@@ -86,14 +86,14 @@ def _panel(panel: Axes, points: pd.DataFrame, style: dict[str, Look], lines: dic
         panel.plot(row.covered, y, **marker, zorder=3, clip_on=False)
 
 
-def _reading(plotted: pd.DataFrame) -> list[_key.Entry]:
-    plain = {"color": _looks.GREY, "marker": "o", "markersize": 5.5}
+def _reading(plotted: pd.DataFrame) -> list[key.Entry]:
+    plain = {"color": styles.GREY, "marker": "o", "markersize": 5.5}
     entries = []
     if "other" in set(plotted["group"]):
         entries.append((Line2D([], [], **plain), f"effective rank {FEW} or more"))
     if "below" in set(plotted["group"]):
         entries.append((Line2D([], [], **plain, markerfacecolor="white"), f"effective rank below {FEW}"))
-    dotted = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
+    dotted = Line2D([], [], color=canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
     target = f"target, {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %"
     return [*entries, (Patch(color="#E3EFE8", linewidth=0), target), (dotted, "nominal, 95 %")]
 

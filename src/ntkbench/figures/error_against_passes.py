@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ntkbench.figures import _errors, base
+from ntkbench.figures.plotting import base, errors
 
-COST = _errors.Cost(
+COST = errors.Cost(
     column="passes_spent",
     label="passes",
     slopes=(-0.5, -1.0),
@@ -16,4 +16,4 @@ COST = _errors.Cost(
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Relative error against passes, metric by metric, problem by problem."""
-    return _errors.draw(table, COST)
+    return errors.draw(table, COST)

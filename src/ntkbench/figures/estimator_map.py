@@ -8,8 +8,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, base
-from ntkbench.figures._looks import Look, looks
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting.styles import Look, looks
 
 TABLE = "estimators_on_spectra"
 COLUMNS = ("spectrum", "n", "P", "outputs_per_parameter", "effective_rank", "metric", "method", "title", "kind")
@@ -22,7 +22,7 @@ TIE = 1.25
 MOST = 3
 """Markers in one place of the map."""
 
-SMALL = {"fontsize": 8.5, "color": _looks.GREY}
+SMALL = {"fontsize": 8.5, "color": styles.GREY}
 
 KEPT = ["metric", "outputs_per_parameter", "n", "P", "spectrum", "effective_rank", "passes", "place", "method", "title"]
 KEPT += ["passes_spent", "error", "error_q25", "error_q75", "seeds", "tied"]
@@ -32,20 +32,20 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """The methods of least median error for every spectrum (rows) and budget (columns), by metric and shape of J."""
     points = base.measured(table, "error")
     if not len(points):
-        return base.nothing(table, _labels.why_not(table))
+        return base.nothing(table, labels.why_not(table))
     plotted = _winners(points)
     style = {m: look for m, look in looks(points).items() if m in set(plotted["method"])}
     metrics = base.metrics_in(plotted)
     ratios = sorted(plotted["outputs_per_parameter"].unique())
     budgets = sorted(plotted["passes"].unique())
     names = plotted.groupby("spectrum")["effective_rank"].max().sort_values(ascending=False).index
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(0.46 * len(names), above=0.6, below=0.25) for _ in metrics],
+    figure, grid = canvas.sheet(
+        [canvas.Row(0.46 * len(names), above=0.6, below=0.25) for _ in metrics],
         len(ratios),
         title="The most accurate estimator at equal passes",
         subtitle=base.settings_line(table),
         key=[("best, or as good", _entries(style)), ("how to read", _reading())],
-        left=0.35 + _canvas.text_width(names, 9.5),
+        left=0.35 + canvas.text_width(names, 9.5),
         gap=0.25,
     )
     for panels, metric in zip(grid, metrics, strict=True):
@@ -55,7 +55,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             ranks = sizes.groupby("spectrum")["effective_rank"].first()
             _frame(panel, budgets, list(names) if panel is panels[0] else [""] * len(names))
             panel.text(len(budgets) - 0.42, -0.52, "eff.\nrank", va="bottom", linespacing=0.95, **SMALL)
-            _canvas.title(panel, _labels.metric_label(metric), _shape(ratio, sizes))
+            canvas.title(panel, labels.metric_label(metric), _shape(ratio, sizes))
             for y, name in enumerate(names):
                 if name in ranks:
                     panel.text(len(budgets) - 0.42, y, f"{ranks[name]:.3g}", va="center", **SMALL)
@@ -93,13 +93,13 @@ def _frame(panel: Axes, budgets: list[float], names: list[str]) -> None:
 
 
 def _shape(ratio: float, sizes: pd.DataFrame) -> str:
-    return f"n / P = {ratio:g}:  {_labels.sizes_label(sizes, 'n', 'P')}"
+    return f"n / P = {ratio:g}:  {labels.sizes_label(sizes, 'n', 'P')}"
 
 
 def _place(panel: Axes, x: int, y: int, best: pd.DataFrame, style: dict[str, Look]) -> None:
     """One place: the ground in the winner's colour, its error, and markers of those that are as good."""
     if not len(best):
-        panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=_canvas.SHADE, linewidth=0))
+        panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=canvas.SHADE, linewidth=0))
         return
     red, green, blue = (1 - 0.25 * (1 - c) for c in to_rgb(style[best.iloc[0]["method"]].colour))
     panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=(red, green, blue), linewidth=0))
@@ -114,16 +114,16 @@ def _percent(error: float) -> str:
     return "exact" if error < FLOOR else f"{100 * error:.1g} %" if error < 0.095 else f"{100 * error:.0f} %"
 
 
-def _entries(style: dict[str, Look]) -> list[_key.Entry]:
+def _entries(style: dict[str, Look]) -> list[key.Entry]:
     return [(Line2D([], [], **look.line("torch") | {"linestyle": ""}), look.title) for look in style.values()]
 
 
-def _reading() -> list[_key.Entry]:
-    small = {"color": _looks.GREY, "linestyle": "", "marker": "o"}
+def _reading() -> list[key.Entry]:
+    small = {"color": styles.GREY, "linestyle": "", "marker": "o"}
     return [
         (Line2D([], [], **small, markersize=6.5), "the least median error, written below it"),
         (Line2D([], [], **small, markersize=4.4), f"as good: within a factor {TIE:g} of it"),
-        (Line2D([], [], color=_canvas.SHADE, linestyle="", marker="s", markersize=9), "no method takes so few passes"),
+        (Line2D([], [], color=canvas.SHADE, linestyle="", marker="s", markersize=9), "no method takes so few passes"),
     ]
 
 

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, base
-from ntkbench.figures._looks import Look, backends_in, looks
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting.styles import Look, backends_in, looks
 
 MOST = 4
 """Families side by side; more of them go below."""
@@ -33,7 +33,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     # Families whose network changes with its size are in the figure of scaling.
     exact = exact[exact.groupby("family")["P"].transform("nunique") <= 1]
     if not (exact["status"] == "ok").any():
-        why = _labels.why_not(exact) if len(exact) else "The table has no exact method."
+        why = labels.why_not(exact) if len(exact) else "The table has no exact method."
         return base.nothing(exact[KEPT], why)
     metric = _metric(exact)
     exact = exact[exact["metric"] == metric]
@@ -48,21 +48,21 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     lost = [s for s in ("timeout", "out_of_memory", "failed", "skipped") if s in set(plotted["status"])]
     lost += sorted(set(plotted["status"]) - {"ok", *lost})
     above = 0.82 if any(plotted["setting"]) else 0.64
-    block = [_canvas.Row(0.27 * len(lost), above=above, below=0.06)] if lost else []
-    block += [_canvas.Row(2.3, above=0 if lost else above, below=0.2), _canvas.Row(2.3, above=0, below=0.55)]
+    block = [canvas.Row(0.27 * len(lost), above=above, below=0.06)] if lost else []
+    block += [canvas.Row(2.3, above=0 if lost else above, below=0.2), canvas.Row(2.3, above=0, below=0.55)]
     columns = min(MOST, len(families))
-    figure, grid = _canvas.sheet(
+    figure, grid = canvas.sheet(
         block * math.ceil(len(families) / columns),
         columns,
-        title=f"Cost of exact methods for the {_labels.metric_label(metric)}",
+        title=f"Cost of exact methods for the {labels.metric_label(metric)}",
         subtitle=base.settings_line(table),
-        key=[*_key.method_entries(style.values(), used), ("how to read", _reading(plotted, bool(lost)))],
+        key=[*key.method_entries(style.values(), used), ("how to read", _reading(plotted, bool(lost)))],
         left=1.15,
         bottom=0.05,
     )
     y = {
-        "seconds": _canvas.limits(plotted[["seconds", "seconds_q25", "seconds_q75"]].stack(), pad=2.5),
-        "memory_mib_drawn": _canvas.limits(plotted["memory_mib_drawn"].dropna(), pad=2.5),
+        "seconds": canvas.limits(plotted[["seconds", "seconds_q25", "seconds_q75"]].stack(), pad=2.5),
+        "memory_mib_drawn": canvas.limits(plotted["memory_mib_drawn"].dropna(), pad=2.5),
     }
     for i in range(columns * math.ceil(len(families) / columns)):
         first = len(block) * (i // columns)
@@ -87,7 +87,7 @@ def _column(
     panels: list[Axes], cells: pd.DataFrame, y: dict[str, tuple[float, float]], lost: list[str], style: dict[str, Look]
 ) -> None:
     """One family: the strip of what did not finish if there is any, seconds, memory."""
-    x = _canvas.limits(cells["n"], pad=1.7, ratio=30)
+    x = canvas.limits(cells["n"], pad=1.7, ratio=30)
     for panel in panels:
         panel.set(xscale="log", xlim=x)
         _sizes(panel, sorted(cells["n"].dropna().unique()), x)
@@ -95,7 +95,7 @@ def _column(
         _lost(panels[0], cells, lost, style)
     for panel, (quantity, band) in zip(panels[-2:], y.items(), strict=True):
         panel.set(yscale="log", ylim=band)
-        _canvas.decades(panel.yaxis, *band)
+        canvas.decades(panel.yaxis, *band)
         _costs(panel, cells, quantity, style)
     panels[-1].set_xlabel("n = N O, outputs in all")
 
@@ -105,10 +105,10 @@ def _sizes(panel: Axes, sizes: list[float], x: tuple[float, float]) -> None:
     span = math.log(x[1] / x[0])
     if all(math.log(b / a) > 0.16 * span for a, b in itertools.pairwise(sizes)):
         panel.xaxis.set_major_locator(FixedLocator(sizes))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.count_label(value)))
         panel.xaxis.set_minor_locator(NullLocator())
     else:
-        _canvas.decades(panel.xaxis, *x, most=4)
+        canvas.decades(panel.xaxis, *x, most=4)
 
 
 def _metric(exact: pd.DataFrame) -> str:
@@ -118,20 +118,20 @@ def _metric(exact: pd.DataFrame) -> str:
 
 
 def _title(panel: Axes, family: str, setting: str, cells: pd.DataFrame) -> None:
-    name = _labels.case_label(family, setting, by="\n")
-    sizes = _labels.sizes_label(cells, "O", "P")
+    name = labels.case_label(family, setting, by="\n")
+    sizes = labels.sizes_label(cells, "O", "P")
     panel.annotate(
-        sizes, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", color=_looks.GREY
+        sizes, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", color=styles.GREY
     )
-    _canvas.heading(panel, name)
+    canvas.heading(panel, name)
 
 
 def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Look]) -> None:
     """Lines over n of one family, for seconds or for memory."""
     points = base.measured(cells, quantity)
     if not len(points):
-        why = _labels.why_not(cells) if quantity == "seconds" else "no memory measured"
-        _canvas.note(panel, why)
+        why = labels.why_not(cells) if quantity == "seconds" else "no memory measured"
+        canvas.note(panel, why)
         return
     _guides(panel, points["n"], points[quantity])
     lines = list(points.groupby(["method", "backend"], sort=False))
@@ -155,26 +155,26 @@ def _guides(panel: Axes, n: pd.Series, cost: pd.Series) -> None:
         end = min(panel.get_xlim()[1], start * (panel.get_ylim()[1] / height) ** (1 / power))
         x = np.array([start, end])
         panel.plot(
-            x, height * (x / start) ** power, color=_canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=1
+            x, height * (x / start) ** power, color=canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=1
         )
         spot = start * (end / start) ** 0.93
         panel.text(
-            spot, height * (spot / start) ** power, label, color=_looks.GREY, fontsize=9, fontstyle="italic",
+            spot, height * (spot / start) ** power, label, color=styles.GREY, fontsize=9, fontstyle="italic",
             ha="center", va="center", bbox={"color": "white", "pad": 0.8}, zorder=1.5,
         )  # fmt: skip
 
 
 def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Look]) -> None:
     """The strip on top: what has no cost because it did not finish, by how it ended."""
-    panel.set(ylim=(len(lost) - 0.5, -0.5), yticks=range(len(lost)), facecolor=_canvas.SHADE)
-    panel.set_yticklabels([_labels.status_label(status) for status in lost])
+    panel.set(ylim=(len(lost) - 0.5, -0.5), yticks=range(len(lost)), facecolor=canvas.SHADE)
+    panel.set_yticklabels([labels.status_label(status) for status in lost])
     panel.tick_params(axis="both", length=0)
     panel.spines[:].set_visible(False)
     panel.grid(False, axis="y")
     left, right = np.log(panel.get_xlim())
     # Side by side around their n, closer where there are many, and never outside the strip.
     for (n, status), here in cells[cells["status"] != "ok"].groupby(["n", "status"]):
-        step = min(0.13 / panel.get_position().width / _canvas.WIDTH, 0.9 / cells["n"].nunique() / len(here))
+        step = min(0.13 / panel.get_position().width / canvas.WIDTH, 0.9 / cells["n"].nunique() / len(here))
         middle, reach = (np.log(n) - left) / (right - left), step * (len(here) - 1)
         start = min(max(middle - reach / 2, 0.03), 0.97 - reach)
         for k, row in enumerate(here.itertuples()):
@@ -182,9 +182,9 @@ def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Lo
             panel.plot(start + k * step, lost.index(status), transform=panel.get_yaxis_transform(), **mark)
 
 
-def _reading(plotted: pd.DataFrame, lost: bool) -> list[_key.Entry]:
-    entries = _key.backend_entries(backends_in(plotted))
-    guide = Line2D([], [], color=_canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)))
+def _reading(plotted: pd.DataFrame, lost: bool) -> list[key.Entry]:
+    entries = key.backend_entries(backends_in(plotted))
+    guide = Line2D([], [], color=canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)))
     entries.append((guide, "slopes n and n²"))
     if lost:
         strip = Line2D([], [], marker="s", markersize=9, linestyle="", color="#E3E3E3")

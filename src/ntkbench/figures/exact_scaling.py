@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures import _canvas, _key, _labels, base
-from ntkbench.figures._looks import Look, backends_in, looks
+from ntkbench.figures.plotting import base, canvas, key, labels
+from ntkbench.figures.plotting.styles import Look, backends_in, looks
 
 AXES = {"N": "samples N", "O": "outputs O", "width": "width W", "depth": "hidden layers L"}
 QUANTITIES = {"seconds": "seconds", "memory_mib_drawn": "peak memory [MiB]"}
@@ -54,16 +54,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     style = {m: look for m, look in looks(table).items() if m in set(points["method"])}
     used = {m: backends_in(points[points["method"] == m]) for m in style}
     fixed = ", ".join(f"{size} = {middle[size]:g}" for size in AXES)
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.5, above=0.5, below=0.2), _canvas.Row(2.5, above=0, below=0.5)],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.5, above=0.5, below=0.2), canvas.Row(2.5, above=0, below=0.5)],
         len(AXES),
         title="How exact kernels grow",
         subtitle=f"fully connected ReLU network, around {fixed}  ·  {base.settings_line(exact)}",
-        key=_key.method_entries(style.values(), used),
+        key=key.method_entries(style.values(), used),
         left=0.9,
         bottom=0.05,
     )
-    y = {q: _canvas.limits(points[q].dropna(), pad=2.2) for q in QUANTITIES}
+    y = {q: canvas.limits(points[q].dropna(), pad=2.2) for q in QUANTITIES}
     slopes = []
     for column, (size, name) in enumerate(AXES.items()):
         for row, (quantity, label) in enumerate(QUANTITIES.items()):
@@ -104,12 +104,12 @@ def _panel(
 ) -> list[tuple[Any, ...]]:
     """Lines over one size, each with its slope at its end; the slopes."""
     sizes = sorted(cells[size].unique())
-    x = _canvas.limits(sizes, pad=1.3, ratio=4)
+    x = canvas.limits(sizes, pad=1.3, ratio=4)
     panel.set(xscale="log", yscale="log", ylim=y, xlim=(x[0], x[1] * (x[1] / x[0]) ** 0.36))
     panel.xaxis.set_major_locator(FixedLocator(sizes))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.count_label(value)))
     panel.xaxis.set_minor_locator(NullLocator())
-    _canvas.decades(panel.yaxis, *y)
+    canvas.decades(panel.yaxis, *y)
     found, ends = [], []
     for (method, backend), line in base.measured(cells, quantity).groupby(["method", "backend"], sort=False):
         panel.plot(line[size], line[quantity], **style[method].line(backend), zorder=3)
@@ -119,7 +119,7 @@ def _panel(
             theory = EXPONENTS.get(THEORY.get(method, ""), {}).get(size) if quantity == "seconds" else None
             text = f"{round(slope, 1) + 0.0:.1f}" + (f" ({theory})" if theory else "")  # no minus before a zero
             ends.append((line[quantity].iloc[-1], line[size].iloc[-1], text, style[method].colour))
-    _canvas.label_ends(panel, ends)
+    canvas.label_ends(panel, ends)
     return found
 
 

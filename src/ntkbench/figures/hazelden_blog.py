@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ntkbench.figures import _canvas, _labels, _looks, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, styles
 
 TABLE = "hazelden_blog"
 QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q in ("", "_q25", "_q75"))
@@ -18,15 +18,15 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each metric: seconds, estimate and error against passes."""
     points = base.measured(table, "seconds", "error", "passes")
     if not len(points):
-        return base.nothing(points, _labels.why_not(table))
-    looks = _series.looks(points)
+        return base.nothing(points, labels.why_not(table))
+    looks = curves.looks(points)
     metrics = [metric for metric in ("trace", "alignment") if metric in set(points["metric"])]
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.2, above=0.6, below=0.42) for _ in metrics],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.2, above=0.6, below=0.42) for _ in metrics],
         3,
-        title=f"Estimates against samples (blog post): {_labels.name_label(points['problem'].iloc[0])}",
+        title=f"Estimates against samples (blog post): {labels.name_label(points['problem'].iloc[0])}",
         subtitle=base.settings_line(points),
-        key=[("method", _series.entries(looks.values())), ("how to read", [_series.QUARTILES])],
+        key=[("method", curves.entries(styles.values())), ("how to read", [curves.QUARTILES])],
         gap=0.75,
     )
     for panels, metric in zip(grid, metrics, strict=True):
@@ -34,10 +34,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         exact = rows["reference"].iloc[0]
         for panel, quantity in zip(panels, ("seconds", "value", "error"), strict=True):
             for method, line in rows.groupby("method", sort=False):
-                _series.line(panel, line, "passes", quantity, looks[method])
+                curves.line(panel, line, "passes", quantity, looks[method])
                 if quantity != "value":
                     _samples(panel, line, quantity)
-            _series.logarithmic(panel, rows["passes"], rows[[quantity, f"{quantity}_q25", f"{quantity}_q75"]].stack())
+            curves.logarithmic(panel, rows["passes"], rows[[quantity, f"{quantity}_q25", f"{quantity}_q75"]].stack())
             if quantity == "value":
                 panel.set_yscale("linear")
                 panel.autoscale(axis="y")
@@ -46,7 +46,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
                 panel.axhline(exact, color="black", linewidth=0.9, zorder=1)
             label = {"seconds": "seconds", "value": metric, "error": "relative error"}[quantity]
             panel.set(xlabel="passes", ylabel=label)
-        _canvas.title(panels[0], _labels.metric_label(metric), f"exact {exact:.5g}")
+        canvas.title(panels[0], labels.metric_label(metric), f"exact {exact:.5g}")
     return base.Drawing(figure, points[[*COLUMNS]], _caption(points))
 
 
@@ -58,7 +58,7 @@ def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
         where = {"xytext": (-4, 5), "ha": "right"} if above else {"xytext": (4, -13), "ha": "left"}
     for row in line.itertuples():
         at = (row.passes, getattr(row, quantity))
-        panel.annotate(f"{row.m:g}", at, textcoords="offset points", fontsize=9, color=_looks.GREY, zorder=4, **where)
+        panel.annotate(f"{row.m:g}", at, textcoords="offset points", fontsize=9, color=styles.GREY, zorder=4, **where)
 
 
 def _caption(points: pd.DataFrame) -> str:
@@ -73,8 +73,8 @@ def _caption(points: pd.DataFrame) -> str:
     if len(shared):
         row = shared.loc[shared["m"].idxmin()]
         text += (
-            f" Here {row['m']:g} shared probes take {_labels.rounded(row['seconds'])} s with a median "
-            f"error of {_labels.share_label(row['error'])}."
+            f" Here {row['m']:g} shared probes take {labels.rounded(row['seconds'])} s with a median "
+            f"error of {labels.share_label(row['error'])}."
         )
     both = points[points["metric"] == "alignment"].pivot_table(index="m", columns="method", values=["error", "passes"])
     both = both.dropna()
@@ -83,8 +83,8 @@ def _caption(points: pd.DataFrame) -> str:
         shared, hutchpp = (last["error", name] for name in ("shared_probe_alignment", "hutchpp"))
         fewer = last["passes", "hutchpp"] / last["passes", "shared_probe_alignment"]
         text += (
-            f" At {both.index[-1]:g} samples shared probes have an error of {_labels.share_label(shared)} and three "
-            f"Hutch++ traces one of {_labels.share_label(hutchpp)} for {_labels.rounded(fewer)} times as many passes: "
+            f" At {both.index[-1]:g} samples shared probes have an error of {labels.share_label(shared)} and three "
+            f"Hutch++ traces one of {labels.share_label(hutchpp)} for {labels.rounded(fewer)} times as many passes: "
             f"what the post says of them {'agrees' if shared < hutchpp * fewer**0.5 else 'does not agree'} at equal "
             "passes (by the Monte Carlo rate). What does not: the networks, and so seconds."
         )

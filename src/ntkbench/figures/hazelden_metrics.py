@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ntkbench.figures import _canvas, _labels, _published, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, sources
 
 TABLE = "hazelden_metrics"
 COLUMNS = ("problem", "metric", "method", "title", "m", "n", "P", "seconds", "error", "error_q25", "error_q75", "share")
@@ -16,30 +16,30 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A column for each metric, a row for each baseline."""
     plotted = shares(table)
     if not len(plotted):
-        return base.nothing(plotted, _labels.why_not(table))
-    looks = {name: look for name, look in _series.looks(table).items() if name in set(plotted["method"])}
+        return base.nothing(plotted, labels.why_not(table))
+    looks = {name: look for name, look in curves.looks(table).items() if name in set(plotted["method"])}
     metrics = [metric for metric in METRICS if metric in set(plotted["metric"])]
     baselines = [name for name in BASELINES if name in set(plotted["baseline"])]
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.2, above=0.55, below=0.42) for _ in baselines],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.2, above=0.55, below=0.42) for _ in baselines],
         len(metrics),
-        title=f"Related metrics (Hazelden, figure 4): {_labels.name_label(plotted['problem'].iloc[0])}",
+        title=f"Related metrics (Hazelden, figure 4): {labels.name_label(plotted['problem'].iloc[0])}",
         subtitle=base.settings_line(table),
         key=[
-            ("method", _series.entries(looks.values())),
-            ("how to read", [_series.QUARTILES, _series.PUBLISHED]),
+            ("method", curves.entries(looks.values())),
+            ("how to read", [curves.QUARTILES, curves.PUBLISHED]),
         ],
         gap=0.75,
     )
     for panels, baseline in zip(grid, baselines, strict=True):
         for panel, metric in zip(panels, metrics, strict=True):
             rows = plotted[(plotted["metric"] == metric) & (plotted["baseline"] == baseline)]
-            there = _published.values("hazelden_figures", figure="related_terms", series=METRICS[metric])
-            _canvas.title(panel, METRICS[metric].replace("_", " "), f"runtime of {BASELINES[baseline]}")
+            there = sources.values("hazelden_figures", figure="related_terms", series=METRICS[metric])
+            canvas.title(panel, METRICS[metric].replace("_", " "), f"runtime of {BASELINES[baseline]}")
             for method, line in rows.groupby("method", sort=False):
-                _series.line(panel, line, "percent", "error", looks[method])
-            _series.published(panel, there, "black")
-            _series.logarithmic(
+                curves.line(panel, line, "percent", "error", looks[method])
+            curves.published(panel, there, "black")
+            curves.logarithmic(
                 panel,
                 [*rows["percent"], *there["x"]],
                 [*rows[["error", "error_q25", "error_q75"]].stack(), *there["y"]],
@@ -63,7 +63,7 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
     share = plotted["baseline_share"].min()
     data = "MNIST" if "mnist" in plotted["problem"].iloc[0] else "scikit-learn's digits (MNIST was not to be had)"
-    timed = f"timed on {_labels.share_label(share)} of its columns and extrapolated" if share < 1 else "timed in full"
+    timed = f"timed on {labels.share_label(share)} of its columns and extrapolated" if share < 1 else "timed in full"
     text = (
         "Relative errors of ||Theta||_F^2, alignment and effective rank of a ReLU network with two hidden layers of "
         f"256, trained on {data}, against the runtime in percent of direct's, {timed}: products with Theta for every "
@@ -74,11 +74,11 @@ def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
     best, least = [], {}
     for metric, series in METRICS.items():
         rows = plotted[(plotted["metric"] == metric) & (plotted["baseline"] == "direct")]
-        there = _published.values("hazelden_figures", figure="related_terms", series=series)
+        there = sources.values("hazelden_figures", figure="related_terms", series=series)
         rows = rows[rows["method"] == "hutchpp_paper"]
         if len(rows):
             least[metric] = rows["error"].min()
-            words = f"{series.replace('_', ' ')} {rows['error'].min():.1g} at {rows['percent'].max():.2g} %"
+            words = f"{curves.replace('_', ' ')} {rows['error'].min():.1g} at {rows['percent'].max():.2g} %"
             best.append(f"{words} (published {there['y'].min():.1g} at {there['x'].max():.2g} %)")
     text += f" Hutch++ with the most samples, in percent of direct in blocks: {'; '.join(best)}."
     if len(least) == len(METRICS):

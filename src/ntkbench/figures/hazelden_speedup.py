@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ntkbench.figures import _canvas, _labels, _published, _series, base
-from ntkbench.figures._looks import BLACK
 from ntkbench.figures.hazelden_trace import SERIES
+from ntkbench.figures.plotting import base, canvas, curves, labels, sources
+from ntkbench.figures.plotting.styles import BLACK
 
 TABLE = "hazelden_trace"
 COLUMNS = ("problem", "network", "method", "title", "m", "n", "P", "seconds", "error", "share")
@@ -25,31 +25,31 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     plotted = speedups(table)
     if not plotted["speedup"].notna().any():
         return base.nothing(plotted, "No estimate reached 99 % beside a measured baseline.")
-    looks = {name: look for name, look in _series.looks(table).items() if name in set(plotted["method"])}
+    looks = {name: look for name, look in curves.looks(table).items() if name in set(plotted["method"])}
     networks = [name for name in ("mlp", "gru") if name in set(plotted["network"])]
     baselines = [name for name in BASELINES if plotted.loc[plotted["baseline"] == name, "speedup"].notna().any()]
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(1.9, above=0.55, below=0.42) for _ in baselines],
+    figure, grid = canvas.sheet(
+        [canvas.Row(1.9, above=0.55, below=0.42) for _ in baselines],
         len(networks),
         title="Speed-up at equal accuracy (Hazelden, figure 1)",
         subtitle=base.settings_line(table),
-        key=[("method", _series.entries(looks.values())), ("how to read", [_series.PUBLISHED])],
+        key=[("method", curves.entries(looks.values())), ("how to read", [curves.PUBLISHED])],
         gap=0.8,
     )
     for panels, baseline in zip(grid, baselines, strict=True):
         for panel, network in zip(panels, networks, strict=True):
             rows = plotted[(plotted["network"] == network) & (plotted["baseline"] == baseline)]
-            there = _published.values("hazelden_figures", figure="speedup", problem=network)
+            there = sources.values("hazelden_figures", figure="speedup", problem=network)
             there = there if baseline == "direct_one_by_one" else there.iloc[:0]
             seconds = rows["baseline_seconds"].iloc[0]
-            name = _labels.name_label(rows["problem"].iloc[0])
-            _canvas.title(
-                panel, f"over {BASELINES[baseline]}", f"{name}: {_labels.rounded(seconds, 3)} s" + _extrapolated(rows)
+            name = labels.name_label(rows["problem"].iloc[0])
+            canvas.title(
+                panel, f"over {BASELINES[baseline]}", f"{name}: {labels.rounded(seconds, 3)} s" + _extrapolated(rows)
             )
             for method, line in rows.groupby("method", sort=False):
-                _series.line(panel, line, "inaccuracy", "speedup", looks[method])
-            _series.published(panel, there, BLACK)
-            _series.logarithmic(panel, ACCURACIES, [1.0, *rows["speedup"], *there["y"]])
+                curves.line(panel, line, "inaccuracy", "speedup", looks[method])
+            curves.published(panel, there, BLACK)
+            curves.logarithmic(panel, ACCURACIES, [1.0, *rows["speedup"], *there["y"]])
             panel.axhline(1, color="black", linewidth=0.8, zorder=1)
             panel.set_xlim(1.4e-2, 0.7e-5)
             panel.set(xlabel="1 \N{MINUS SIGN} accuracy", ylabel="times faster")
@@ -82,7 +82,7 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
 
 def _extrapolated(rows: pd.DataFrame) -> str:
     share = rows["baseline_share"].iloc[0]
-    return f", from {_labels.share_label(share)} of its columns" if share < 1 else ""
+    return f", from {labels.share_label(share)} of its columns" if share < 1 else ""
 
 
 def _caption(plotted: pd.DataFrame) -> str:
@@ -93,11 +93,11 @@ def _caption(plotted: pd.DataFrame) -> str:
         "timed and the rest extrapolated), and the exact trace by layers, which is not in the paper. Crosses are the "
         "published values."
     )
-    said, far, gains, number = [], [], [], _labels.rounded
+    said, far, gains, number = [], [], [], labels.rounded
     for network in dict.fromkeys(plotted["network"]):
         rows = plotted[(plotted["network"] == network) & (plotted["inaccuracy"] == ACCURACIES[0])]
         ours = {b: rows.loc[rows["baseline"] == b, "speedup"].max() for b in BASELINES}
-        there = _published.values("hazelden_figures", figure="speedup", problem=network)["y"].iloc[0]
+        there = sources.values("hazelden_figures", figure="speedup", problem=network)["y"].iloc[0]
         first = ours["direct_one_by_one"]
         words = f"{network.upper()} at 99 %: {number(first)} times here, {number(there)} published"
         if np.isfinite(ours["direct"]):
@@ -112,7 +112,7 @@ def _caption(plotted: pd.DataFrame) -> str:
     text += f" {verdict}: the speed-up against a column at a time, which depends on the machine."
     if gains:
         text += (
-            f" What does not: how much of it is the estimate's. Blocks alone make direct {_series.ratio_words(gains)} "
+            f" What does not: how much of it is the estimate's. Blocks alone make direct {curves.ratio_words(gains)} "
             "times faster, and an exact trace without columns leaves what the lowest panels show."
         )
     return text

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ntkbench.figures import _canvas, _labels, _published, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, sources
 
 TABLE = "hazelden_trace"
 QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q in ("", "_q25", "_q75"))
@@ -25,27 +25,27 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     plotted = table[table["method"].isin(SERIES)].copy()
     points = base.measured(plotted, "seconds", "error")
     if not len(points):
-        return base.nothing(plotted, _labels.why_not(table))
+        return base.nothing(plotted, labels.why_not(table))
     points["error"] = points["error"].clip(lower=FLOOR)
     points["error_q25"] = points["error_q25"].clip(lower=FLOOR)
-    looks = _series.looks(points)
+    looks = curves.looks(points)
     networks = [name for name in ("mlp", "gru") if name in set(points["network"])]
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.5, above=0.62, below=0.42) for _ in networks],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.5, above=0.62, below=0.42) for _ in networks],
         3,
         title="Estimates of the trace (Hazelden, figures 2 and 3)",
         subtitle=base.settings_line(points),
         key=[
-            ("method", _series.entries(looks.values())),
-            ("how to read", [_series.QUARTILES, _series.PUBLISHED]),
+            ("method", curves.entries(looks.values())),
+            ("how to read", [curves.QUARTILES, curves.PUBLISHED]),
         ],
         gap=0.75,
     )
     for panels, network in zip(grid, networks, strict=True):
         rows = points[points["network"] == network]
-        name = f"{_labels.name_label(rows['problem'].iloc[0])}: {_labels.sizes_label(rows, 'n', 'P')}"
+        name = f"{labels.name_label(rows['problem'].iloc[0])}: {labels.sizes_label(rows, 'n', 'P')}"
         for panel, heading in zip(panels, ("estimate", "error, large m", "error, small m"), strict=True):
-            _canvas.title(panel, heading, name if panel is panels[0] else "")
+            canvas.title(panel, heading, name if panel is panels[0] else "")
         _estimates(panels[0], rows[rows["grid"] == "large"], network, looks)
         for panel, size in zip(panels[1:], ("large", "small"), strict=True):
             _errors(panel, rows[rows["grid"] == size], network, size, looks)
@@ -57,20 +57,20 @@ def _estimates(panel: Axes, rows: pd.DataFrame, network: str, looks: dict) -> No
     rows = rows.assign(**{name: rows[name] / exact for name in ("value", "value_q25", "value_q75")})
     panel.axhline(1, color="black", linewidth=0.9, zorder=1)
     for method, line in rows.groupby("method", sort=False):
-        _series.line(panel, line, "m", "value", looks[method])
-        there = _published.values("hazelden_figures", figure="trace_estimate", problem=network, series=SERIES[method])
-        _series.published(panel, there.assign(y=there["y"] / exact), looks[method].colour)
+        curves.line(panel, line, "m", "value", looks[method])
+        there = sources.values("hazelden_figures", figure="trace_estimate", problem=network, series=SERIES[method])
+        curves.published(panel, there.assign(y=there["y"] / exact), looks[method].colour)
     panel.set(xscale="log", xlabel="m, nominal samples", ylabel="estimate of tr Θ, over its exact value")
     panel.margins(y=0.12)
-    _canvas.decades(panel.xaxis, *panel.get_xlim())
+    canvas.decades(panel.xaxis, *panel.get_xlim())
 
 
 def _errors(panel: Axes, rows: pd.DataFrame, network: str, size: str, looks: dict) -> None:
-    there = _published.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network)
+    there = sources.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network)
     for method, line in rows.groupby("method", sort=False):
-        _series.line(panel, line, "seconds", "error", looks[method])
-        _series.published(panel, there[there["series"] == SERIES[method]], looks[method].colour)
-    _series.logarithmic(panel, [*rows["seconds"], *there["x"]], [*rows["error"], *rows["error_q25"], *there["y"]])
+        curves.line(panel, line, "seconds", "error", looks[method])
+        curves.published(panel, there[there["series"] == SERIES[method]], looks[method].colour)
+    curves.logarithmic(panel, [*rows["seconds"], *there["x"]], [*rows["error"], *rows["error_q25"], *there["y"]])
     panel.set(xlabel="seconds", ylabel="relative error")
 
 
@@ -92,15 +92,15 @@ def _caption(points: pd.DataFrame) -> str:
             times += list(both["seconds"] / both["x"])
     if errors:
         one_sided = points[points["method"] != "hutchpp_paper"]
-        slopes = [_series.slope(rows["m"], rows["error"])[0] for _, rows in one_sided.groupby(["network", "method"])]
+        slopes = [curves.slope(rows["m"], rows["error"])[0] for _, rows in one_sided.groupby(["network", "method"])]
         least = points.loc[points["method"] == "hutchpp_paper", "error"].min()
         middle = float(np.median(errors))
         text += (
-            f" At equal m our errors over the published ones are {_series.ratio_words(errors)}: they "
+            f" At equal m our errors over the published ones are {curves.ratio_words(errors)}: they "
             f"{'agree' if 0.5 < middle < 2 else 'do not agree'}, with few reruns on either side. One-sided errors fall "
-            f"as m to the power {_series.ratio_words(slopes)}, Monte Carlo's is -1/2; the least error of Hutch++ is "
+            f"as m to the power {curves.ratio_words(slopes)}, Monte Carlo's is -1/2; the least error of Hutch++ is "
             f"{least:.1g}, which is rounding once its sketch holds all that Theta's rank amounts to. Seconds, ours "
-            f"over published: {_series.ratio_words(times)}; they need not agree, as machines differ and we put probes "
+            f"over published: {curves.ratio_words(times)}; they need not agree, as machines differ and we put probes "
             "into blocks."
         )
     return text
@@ -112,7 +112,7 @@ def published_errors(network: str, size: str, series: str) -> pd.DataFrame:
     Points are in the order of m, the first ones where some lack; not always in that of runtimes, since the script's
     first estimate is slower than its second.
     """
-    there = _published.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network, series=series)
+    there = sources.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network, series=series)
     return there.assign(m=_samples()[network, size][: len(there)])
 
 

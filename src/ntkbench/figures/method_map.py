@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, _tasks, base
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 HEIGHT = 0.27
 """Inches of a line."""
@@ -16,20 +16,20 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     "time."""
     chosen = winners(table)
     if not len(chosen):
-        return base.nothing(chosen, f"Nothing was measured.\n{_labels.why_not(table)}")
-    style = {m: look for m, look in _looks.looks(table).items() if m in set(chosen["method"])}
-    used = {m: _looks.backends_in(chosen[chosen["method"] == m]) for m in style}
+        return base.nothing(chosen, f"Nothing was measured.\n{labels.why_not(table)}")
+    style = {m: look for m, look in styles.looks(table).items() if m in set(chosen["method"])}
+    used = {m: styles.backends_in(chosen[chosen["method"] == m]) for m in style}
     lines = list(dict.fromkeys(chosen[["metric", "problem", "setting"]].itertuples(index=False, name=None)))
-    tolerances = list(_tasks.TOLERANCES)
+    tolerances = list(tasks.TOLERANCES)
     names = [_name(chosen, *line) for line in lines]
-    backends = _key.backend_entries(_looks.backends_in(chosen), linestyle=False)
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(HEIGHT * len(lines), above=0.35, below=0.1)],
+    backends = key.backend_entries(styles.backends_in(chosen), linestyle=False)
+    figure, grid = canvas.sheet(
+        [canvas.Row(HEIGHT * len(lines), above=0.35, below=0.1)],
         1,
         title="Which method to use",
         subtitle=base.settings_line(table),
-        key=[*_key.method_entries(style.values(), used), ("backend", backends)],
-        left=_canvas.text_width(names, 8.5) + 0.3,
+        key=[*key.method_entries(style.values(), used), ("backend", backends)],
+        left=canvas.text_width(names, 8.5) + 0.3,
         widest=12,
     )
     panel = grid[0][0]
@@ -50,23 +50,23 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.text(x + 0.1, y + 0.52, f"{_seconds(row.seconds)}{lead}", fontsize=8.5, va="center")
     for i in range(1, len(lines)):
         if lines[i][0] != lines[i - 1][0]:
-            panel.axhline(i, color=_canvas.PALE, linewidth=0.9)
+            panel.axhline(i, color=canvas.PALE, linewidth=0.9)
     return base.Drawing(figure, chosen, _caption(chosen))
 
 
 def winners(table: pd.DataFrame) -> pd.DataFrame:
     """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower."""
-    solved = _tasks.solutions(table)
+    solved = tasks.solutions(table)
     if not len(solved):
         return solved.assign(lead=pd.Series(dtype=float))
     found = []
-    for _, rows in solved.groupby(_tasks.TASK):
+    for _, rows in solved.groupby(tasks.TASK):
         first = rows.loc[rows["seconds"].idxmin()]
         others = rows.loc[rows["method"] != first["method"], "seconds"]
         found.append(first.to_dict() | {"lead": others.min() / first["seconds"]})
     order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
     chosen = pd.DataFrame(found)
-    place = chosen["metric"].map(order), chosen["tolerance"].map(list(_tasks.TOLERANCES).index)
+    place = chosen["metric"].map(order), chosen["tolerance"].map(list(tasks.TOLERANCES).index)
     chosen = chosen.assign(_metric=place[0], _tolerance=place[1])
     chosen = chosen.sort_values(["_metric", "n", "P", "problem", "setting", "_tolerance"])
     return chosen.drop(columns=["_metric", "_tolerance"]).reset_index(drop=True)
@@ -76,9 +76,9 @@ def _name(chosen: pd.DataFrame, metric: str, problem: str, setting: str) -> str:
     row = chosen[(chosen["problem"] == problem) & (chosen["setting"] == setting)].iloc[0]
     rank = f", rank {row['effective_rank']:.3g}" if row["effective_rank"] == row["effective_rank"] else ""
     sizes = (
-        f"n {_labels.count_label(row['n'])}, P {_labels.count_label(row['P'])}, O {_labels.count_label(row['O'])}{rank}"
+        f"n {labels.count_label(row['n'])}, P {labels.count_label(row['P'])}, O {labels.count_label(row['O'])}{rank}"
     )
-    return f"{metric.replace('_', ' ')}: {_labels.case_label(problem, setting)} ({sizes})"
+    return f"{metric.replace('_', ' ')}: {labels.case_label(problem, setting)} ({sizes})"
 
 
 def _seconds(seconds: float) -> str:
@@ -90,6 +90,6 @@ def _caption(chosen: pd.DataFrame) -> str:
         "For each metric and problem, from small to large n, the fastest measured method whose median relative error "
         "is within the tolerance, its time, and by what factor the fastest other method there is slower. n is the size "
         "of Theta, P the number of parameters, O that of outputs a sample, rank the effective rank where the table "
-        f"tells it. An empty field: nothing measured is as accurate. Exact: at most {_tasks.TOLERANCES['exact']:g}, "
+        f"tells it. An empty field: nothing measured is as accurate. Exact: at most {tasks.TOLERANCES['exact']:g}, "
         f"exact methods alone. {len(chosen)} tasks."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ntkbench.figures import _canvas, _labels, _published, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, sources
 
 TABLE = "mohamadi_cost"
 COLUMNS = ("depth", "N", "O", "P", "method", "title", "kernel", "seconds", "seconds_per_pair", "pairs")
@@ -18,18 +18,18 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """Seconds for a pair, two images by themselves above, all pairs of N below; a column for each O."""
     points = base.measured(table, "seconds_per_pair")
     if not len(points):
-        return base.nothing(table, _labels.why_not(table))
-    looks = _series.looks(points)
-    there = _published.values("mohamadi_figure1_tiny_imagenet")
+        return base.nothing(table, labels.why_not(table))
+    looks = curves.looks(points)
+    there = sources.values("mohamadi_figure1_tiny_imagenet")
     samples, outputs = sorted(points["N"].unique()), sorted({*points["O"], *there["outputs"]})
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.3, above=0.6, below=0.42) for _ in samples],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.3, above=0.6, below=0.42) for _ in samples],
         len(outputs),
         title="Seconds for a pair of images, NTK and pNTK of ResNets (Mohamadi et al., figure 1)",
         subtitle=base.settings_line(table),
         key=[
-            ("method", _series.entries(looks.values())),
-            ("how to read", [(_series.PUBLISHED[0], "published, Tiny ImageNet")]),
+            ("method", curves.entries(looks.values())),
+            ("how to read", [(curves.PUBLISHED[0], "published, Tiny ImageNet")]),
         ],
     )
     seconds, depths = (
@@ -41,20 +41,20 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             rows = points[(points["N"] == N) & (points["O"] == output)]
             shown = there[there["outputs"] == output] if max(samples) == N else there.iloc[:0]
             if not len(rows) and not len(shown):
-                _canvas.hide([panel])
+                canvas.hide([panel])
                 continue
             heading = "two images by themselves" if min(samples) == N else f"all pairs of {N:g} images"
             if not len(rows):
                 heading = "as published"
-            _canvas.title(panel, heading, f"O = {output:g}")
+            canvas.title(panel, heading, f"O = {output:g}")
             for method, line in rows.groupby("method", sort=False):
-                _series.line(panel, line, "depth", "seconds_per_pair", looks[method])
+                curves.line(panel, line, "depth", "seconds_per_pair", looks[method])
             for kernel, method in PUBLISHED.items():
                 if method in looks:
                     only = shown[shown["kernel"] == kernel]
-                    _series.published(panel, only, looks[method].colour, "resnet_depth", "seconds_per_pair")
-            _series.logarithmic(panel, depths, seconds)
-            _series.counts(panel, depths)
+                    curves.published(panel, only, looks[method].colour, "resnet_depth", "seconds_per_pair")
+            curves.logarithmic(panel, depths, seconds)
+            curves.counts(panel, depths)
             panel.set(xlabel="depth", ylabel="seconds per pair" if panel is panels[0] else None)
             panel.tick_params(labelleft=panel is panels[0])
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, points, there))
@@ -71,7 +71,7 @@ def ratios(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _caption(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> str:
-    parameters = _labels.range_label(table["P"])
+    parameters = labels.range_label(table["P"])
     text = (
         f"Seconds for the kernel between two images of ResNets ({parameters} parameters) by the depth, with O outputs: "
         "for two images by themselves (three pairs, each with itself among them) and for all pairs of N images, in "
@@ -87,7 +87,7 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> 
         top = rows[rows["O"] == rows["O"].max()]
         if len(top):
             where = "two images by themselves" if found["N"].min() == N else f"all pairs of {N:g}"
-            text += f" Here, O = {top['O'].iloc[0]:g}, {where}: {_series.ratio_words(top['ratio'])}."
+            text += f" Here, O = {top['O'].iloc[0]:g}, {where}: {curves.ratio_words(top['ratio'])}."
     return (
         f"{text} The NTK takes O backward passes for each image and O^2 products for each pair, the pNTK one of "
         "either: the ratio is at most O where passes dominate, as for images by themselves, and goes up to O^2 where "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from ntkbench.figures import _canvas, _labels, _series, base
-from ntkbench.figures._pntk import looks_of
+from ntkbench.figures.plotting import base, canvas, curves, labels
+from ntkbench.figures.plotting.pntk import looks_of
 
 TABLE = "mohamadi_drift"
 COLUMNS = ("loss", "loss_title", "init", "step", "kernel", "title", "difference", "sum_direction", "pntk_to_last_layer")
@@ -17,29 +17,29 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A column for each loss: differences of all kernels above, the readout's sum and the pNTK's drift below."""
     points = base.measured(table, "difference")
     if not len(points):
-        return base.nothing(points, _labels.why_not(table))
+        return base.nothing(points, labels.why_not(table))
     plotted = _summary(points)
     looks = looks_of(plotted)
     losses = list(dict.fromkeys(plotted["loss"]))
     titles = points.drop_duplicates("loss").set_index("loss")["loss_title"]
     own = [
         (Line2D([], [], color="black", linewidth=1.6), "‖1ᵀV‖ / ‖V‖, V the readout"),
-        (Line2D([], [], color=_canvas.PALE, linewidth=2.2, linestyle="--"), "‖pNTK − last layer‖ / ‖pNTK‖"),
+        (Line2D([], [], color=canvas.PALE, linewidth=2.2, linestyle="--"), "‖pNTK − last layer‖ / ‖pNTK‖"),
     ]
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.4, above=0.6, below=0.3), _canvas.Row(2.0, above=0.1, below=0.45)],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.4, above=0.6, below=0.3), canvas.Row(2.0, above=0.1, below=0.45)],
         len(losses),
         title="Along training: what the sum of logits forgets",
         subtitle=base.settings_line(table),
-        key=[("kernel", _series.entries(looks.values())), ("below", own), ("how to read", [_series.QUARTILES])],
+        key=[("kernel", curves.entries(looks.values())), ("below", own), ("how to read", [curves.QUARTILES])],
         gap=0.35,
     )
     for column, loss in enumerate(losses):
         here, below = plotted[plotted["loss"] == loss], grid[1][column]
         panel = grid[0][column]
-        _canvas.title(panel, titles[loss], "")
+        canvas.title(panel, titles[loss], "")
         for kernel, rows in here.groupby("kernel", sort=False):
-            _series.line(panel, rows, "step", "difference", looks[kernel])
+            curves.line(panel, rows, "step", "difference", looks[kernel])
         panel.set_ylim(0, 1.02 * max(1.0, plotted["difference_q75"].max()))
         once = here[here["kernel"] == "sum_of_logits"]
         for quantity, style in (("sum_direction", own[0][0]), (TO_LAST, own[1][0])):
@@ -48,8 +48,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             below.fill_between(once["step"], once[f"{quantity}_q25"], once[f"{quantity}_q75"], alpha=0.15,
                                color=style.get_color(), linewidth=0)  # fmt: skip
         values = plotted[["sum_direction", TO_LAST]].stack()
-        below.set(yscale="log", xlabel="steps of gradient descent", ylim=_canvas.limits(values))
-        _canvas.decades(below.yaxis, *below.get_ylim())
+        below.set(yscale="log", xlabel="steps of gradient descent", ylim=canvas.limits(values))
+        canvas.decades(below.yaxis, *below.get_ylim())
         for axes in (panel, below):
             axes.tick_params(labelleft=column == 0)
         panel.tick_params(labelbottom=False)

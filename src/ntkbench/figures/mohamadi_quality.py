@@ -9,11 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkbench.figures import _canvas, _labels, _looks, _pntk, _series, base
-from ntkbench.figures._pntk import FAMILIES, QUANTITIES, looks_of, slope
+from ntkbench.figures.plotting import base, canvas, curves, labels, pntk, styles
+from ntkbench.figures.plotting.pntk import FAMILIES, QUANTITIES, looks_of, slope
 
 TABLE = "mohamadi_quality"
-COLUMNS = _pntk.COLUMNS
+COLUMNS = pntk.COLUMNS
 PUBLISHED = {64: 0.58, 2048: 0.07}
 """Relative difference of the pNTK at initialisation, FC network, O = 10."""
 
@@ -23,18 +23,18 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     points = base.measured(table, "off_diagonal")
     points = points[points["step"] == 0]
     if not len(points):
-        return base.nothing(points, _labels.why_not(table))
-    plotted = _pntk.summary(points, QUANTITIES)
+        return base.nothing(points, labels.why_not(table))
+    plotted = pntk.summary(points, QUANTITIES)
     looks = looks_of(plotted)
     full = Line2D([], [], color="black", linewidth=1.2, linestyle=(0, (4, 2))), "the NTK itself"
-    guide = Line2D([], [], color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5))), "slope \N{MINUS SIGN}½"
+    guide = Line2D([], [], color=canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5))), "slope \N{MINUS SIGN}½"
     known = Line2D([], [], color=looks["sum_of_logits"].colour, marker="x", linestyle=""), "expected"
-    figure, panels = _pntk.panels(
+    figure, panels = pntk.panels(
         table,
         plotted,
         QUANTITIES,
         title="Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)",
-        key=[("kernel", _series.entries(looks.values())), ("how to read", [_series.QUARTILES, full, guide, known])],
+        key=[("kernel", curves.entries(styles.values())), ("how to read", [curves.QUARTILES, full, guide, known])],
         above=0.45,
         xlabel="width",
     )
@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
         _panel(panel, rows, quantity, looks)
         if quantity == "difference":
-            _canvas.title(panel, FAMILIES[family], _sloped(points[points["family"] == family]))
+            canvas.title(panel, FAMILIES[family], _sloped(points[points["family"] == family]))
             if family == "fc":
                 colour = looks["sum_of_logits"].colour
                 panel.plot(*zip(*PUBLISHED.items(), strict=True), "x", color=colour, zorder=5)
@@ -54,32 +54,32 @@ def _sloped(points: pd.DataFrame) -> str:
     return f"pNTK: slope {value:.2f} ± {half:.2f}" if np.isfinite(half) else ""
 
 
-def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, looks: dict[str, _looks.Look]) -> None:
+def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, looks: dict[str, styles.Look]) -> None:
     for kernel, line in rows.groupby("kernel", sort=False):
         if kernel == "full":
             if quantity in ("accuracy", "off_diagonal"):
                 line = line.sort_values("width")
                 panel.plot(line["width"], line["value"], color="black", linewidth=1.2, linestyle=(0, (4, 2)), zorder=4)
         elif quantity != "off_diagonal":
-            _series.line(panel, line, "width", "value", looks[kernel])
+            curves.line(panel, line, "width", "value", looks[kernel])
     values = rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6)
     sizes = np.sort(rows["width"].unique())
     if quantity == "accuracy":
-        panel.set(xscale="log", xlim=_canvas.limits(sizes, ratio=8), ylim=(0, 1))
+        panel.set(xscale="log", xlim=canvas.limits(sizes, ratio=8), ylim=(0, 1))
     else:
         guide = 1.4 * values.max() * (sizes / sizes[0]) ** -0.5 if quantity in ("difference", "off_diagonal") else []
         if len(guide):
-            panel.plot(sizes, guide, color=_canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
+            panel.plot(sizes, guide, color=canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5)))
         low, high = np.nanquantile(values, [0.0, 1.0])
-        _series.logarithmic(panel, sizes, [*values, *guide], ratio=8 if high / low < 100 else 40)
-    _series.counts(panel, sizes, most=4)
+        curves.logarithmic(panel, sizes, [*values, *guide], ratio=8 if high / low < 100 else 40)
+    curves.counts(panel, sizes, most=4)
 
 
 def _caption(points: pd.DataFrame) -> str:
-    inits = _labels.range_label(points.groupby(["family", "width"])["init"].nunique())
+    inits = labels.range_label(points.groupby(["family", "width"])["init"].nunique())
     text = (
         "Kernels A between samples that stand for Theta as A (x) I, for networks with He initialisation on "
-        f"scikit-learn's digits (O = 10; {_pntk.images(points)}), against width (channels, or WideResNet's factor); "
+        f"scikit-learn's digits (O = 10; {pntk.images(points)}), against width (channels, or WideResNet's factor); "
         f"medians over {inits} initialisations with quartiles. The trace kernel is the best of all in the Frobenius "
         "norm, the floor of the first row. Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on "
         "held-out images. Condition numbers of the NTK itself may be at the limit of float64."
@@ -112,7 +112,7 @@ def _caption(points: pd.DataFrame) -> str:
     wide = points.pivot_table(index=["family", "width", "init"], columns="kernel", values="difference")
     if {"single_logit", "random_vector", "sum_of_logits", "trace"} <= set(wide):
         over = {name: wide[name] / wide["trace"] for name in ("sum_of_logits", "single_logit", "random_vector")}
-        words = {name: _series.ratio_words(ratios) for name, ratios in over.items()}
+        words = {name: curves.ratio_words(ratios) for name, ratios in over.items()}
         text += (
             f" What the paper does not show: differences over the floor's are {words['sum_of_logits']} for the sum of "
             f"logits, {words['single_logit']} for a single logit and {words['random_vector']} for a random direction"

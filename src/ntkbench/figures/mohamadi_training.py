@@ -12,13 +12,13 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures import _canvas, _labels, _pntk, _series, base
-from ntkbench.figures._pntk import FAMILIES
+from ntkbench.figures.plotting import base, canvas, curves, labels, pntk
+from ntkbench.figures.plotting.pntk import FAMILIES
 
 TABLE = "mohamadi_quality"
 OWN = "network_accuracy"
-QUANTITIES = _pntk.QUANTITIES | {OWN: "the network itself,\ntest accuracy"}
-COLUMNS = (*_pntk.COLUMNS, OWN, "rate", "momentum", "batch")
+QUANTITIES = pntk.QUANTITIES | {OWN: "the network itself,\ntest accuracy"}
+COLUMNS = (*pntk.COLUMNS, OWN, "rate", "momentum", "batch")
 PNTK, FLOOR = "sum_of_logits", "trace"
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
 
@@ -27,10 +27,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each quantity, a column for each family, a line for each width; medians over initialisations."""
     points = _trained(base.measured(table, "off_diagonal"))
     if not len(points):
-        return base.nothing(points, _labels.why_not(table) if (table["status"] != "ok").any() else "None was trained.")
-    plotted = _pntk.summary(points[points["kernel"].isin([PNTK, FLOOR, "full"])], QUANTITIES)
-    look = _pntk.looks_of(plotted)[PNTK]
-    narrow, wide = (Line2D([], [], **(_series.style(look) | _coloured(shade))) for shade in _shades(look.colour, 2))
+        return base.nothing(points, labels.why_not(table) if (table["status"] != "ok").any() else "None was trained.")
+    plotted = pntk.summary(points[points["kernel"].isin([PNTK, FLOOR, "full"])], QUANTITIES)
+    look = pntk.looks_of(plotted)[PNTK]
+    narrow, wide = (Line2D([], [], **(curves.style(look) | _coloured(shade))) for shade in _shades(look.colour, 2))
     lines = [
         (narrow, f"{look.title}, narrowest network"),
         (wide, f"{look.title}, widest network"),
@@ -38,12 +38,12 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         (Line2D([], [], color="black", linewidth=0.9, linestyle=DASHED), "the NTK itself"),
         (Line2D([], [], color=look.colour), "of the network, whatever the kernel"),
     ]
-    figure, panels = _pntk.panels(
+    figure, panels = pntk.panels(
         table,
         plotted,
         QUANTITIES,
         title="How well the pNTK stands for the NTK along training",
-        key=[("kernel, the darker the wider the network", lines), ("how to read", [_series.QUARTILES])],
+        key=[("kernel, the darker the wider the network", lines), ("how to read", [curves.QUARTILES])],
         above=0.3,
         xlabel="training step",
     )
@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _panel(panel, rows, quantity, look)
         if quantity == "difference":
             widths = rows["width"]
-            _canvas.title(panel, FAMILIES[family], f"width {widths.min():g} to {widths.max():g}")
+            canvas.title(panel, FAMILIES[family], f"width {widths.min():g} to {widths.max():g}")
     return base.Drawing(figure, plotted, _caption(points))
 
 
@@ -78,7 +78,7 @@ def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, look: Any) -> None:
                                   strict=True):  # fmt: skip
         here = rows[rows["width"] == width].sort_values("step")
         line = here[here["kernel"] == ("full" if quantity == "off_diagonal" else PNTK)]
-        style = _series.style(look) | _coloured(shade)
+        style = curves.style(look) | _coloured(shade)
         if quantity in ("off_diagonal", OWN):  # of the network, whatever the kernel
             style["marker"] = ""
         panel.plot(line["step"], line["value"], **style, zorder=3)
@@ -93,8 +93,8 @@ def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, look: Any) -> None:
     if shares:
         panel.set_ylim(0, 1.02)
     else:
-        panel.set(yscale="log", ylim=_canvas.limits(rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6), ratio=8))
-        _canvas.decades(panel.yaxis, *panel.get_ylim())
+        panel.set(yscale="log", ylim=canvas.limits(rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6), ratio=8))
+        canvas.decades(panel.yaxis, *panel.get_ylim())
 
 
 def _along(panel: Axes, steps: Sequence[float]) -> None:
@@ -104,15 +104,15 @@ def _along(panel: Axes, steps: Sequence[float]) -> None:
     panel.set_xlim(-0.12 * first, 1.2 * max(*steps, first))
     panel.xaxis.set_major_locator(FixedLocator(steps))
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _labels.count_label(value) if value else "0"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.count_label(value) if value else "0"))
 
 
 def _caption(points: pd.DataFrame) -> str:
     one = points.iloc[0]
-    inits = _labels.range_label(points.groupby(["family", "width"])["init"].nunique())
+    inits = labels.range_label(points.groupby(["family", "width"])["init"].nunique())
     text = (
         "The pNTK as it stands for Theta as pNTK (x) I_O, against steps of training, for networks that begin with He "
-        f"initialisation (O = 10; {_pntk.images(points)}); medians over {inits} initialisations with quartiles, lines "
+        f"initialisation (O = 10; {pntk.images(points)}); medians over {inits} initialisations with quartiles, lines "
         "the darker the wider the network. The trace kernel of the same network is the best of all in the Frobenius "
         "norm, the floor of the first row. Networks are trained on all training images of scikit-learn's digits, by "
         f"the cross-entropy without weight decay, {one['batch']:g} images a step, momentum {one['momentum']:g} and a "
@@ -122,15 +122,15 @@ def _caption(points: pd.DataFrame) -> str:
         "with Theta is dashed, in grey for narrow networks. The network's own accuracy is that on all 512 held-out "
         "images."
     )
-    pntk = points[points["kernel"] == PNTK]
-    ends = _ends(pntk)
+    ours = points[points["kernel"] == PNTK]
+    ends = _ends(ours)
     text += " The pNTK's relative difference from Theta, medians at initialisation and at the last step:"
     for family, rows in ends.groupby("family", sort=False):
         said = [f"{row.first:.2f} to {row.last:.2f} at width {row.width:g}" for row in rows.iloc[[0, -1]].itertuples()]
         text += f" {FAMILIES[family]} {', '.join(dict.fromkeys(said))};"
     grown = int((ends["last"] > ends["first"]).sum())
     text = f"{text[:-1]}. It grows for {grown} of {len(ends)} families and widths."
-    text += _still_better(pntk)
+    text += _still_better(ours)
     learned, kernel = _last(pntk)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
     return (
         f"{text} Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
@@ -143,18 +143,18 @@ def _last(points: pd.DataFrame) -> pd.DataFrame:
     return points[points["step"] == points.groupby("family")["step"].transform("max")]
 
 
-def _ends(pntk: pd.DataFrame) -> pd.DataFrame:
+def _ends(points: pd.DataFrame) -> pd.DataFrame:
     """Medians of the difference at step 0 and at each family's last, a row for each family and width."""
     case = ["family", "width"]
-    parts = {"first": pntk[pntk["step"] == 0], "last": _last(pntk)}
+    parts = {"first": points[points["step"] == 0], "last": _last(points)}
     medians = {name: rows.groupby(case, sort=False)["difference"].median() for name, rows in parts.items()}
     return pd.DataFrame(medians).dropna().reset_index()
 
 
-def _still_better(pntk: pd.DataFrame) -> str:
+def _still_better(points: pd.DataFrame) -> str:
     """Slopes by width at the last step, and whether wider networks are better there."""
-    last = _last(pntk)
-    slopes = {family: _pntk.slope(rows, PNTK) for family, rows in last.groupby("family", sort=False)}
+    last = _last(points)
+    slopes = {family: pntk.slope(rows, PNTK) for family, rows in last.groupby("family", sort=False)}
     slopes = {family: pair for family, pair in slopes.items() if np.isfinite(pair[1])}
     if not slopes:
         return ""

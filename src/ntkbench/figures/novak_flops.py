@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ntkbench.figures import _canvas, _labels, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels
 
 TABLE = "novak_flops"
 COLUMNS = ("N", "O", "width", "P", "method", "title", "flops", "flops_per_entry")
@@ -15,26 +15,26 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each N, a column for each O."""
     points = base.measured(table, "flops_per_entry")
     if not len(points):
-        return base.nothing(table, _labels.why_not(table))
-    looks = _series.looks(points)
+        return base.nothing(table, labels.why_not(table))
+    looks = curves.looks(points)
     samples, outputs = sorted(points["N"].unique()), sorted(points["O"].unique())
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.3, above=0.5, below=0.42) for _ in samples],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.3, above=0.5, below=0.42) for _ in samples],
         len(outputs),
         title="Operations for an NTK entry of a 10-layer ReLU network (Novak et al., figure 1, left)",
         subtitle=base.settings_line(table),
-        key=[("program", _series.entries(looks.values()))],
+        key=[("program", curves.entries(looks.values()))],
         gap=0.3,
     )
     for panels, N in zip(grid, samples, strict=True):
         panels[0].set_ylabel("FLOP per entry")
         for panel, output in zip(panels, outputs, strict=True):
             rows = points[(points["N"] == N) & (points["O"] == output)]
-            _canvas.title(panel, f"O = {output:g}, N = {N:g}", "")
+            canvas.title(panel, f"O = {output:g}, N = {N:g}", "")
             for method, line in rows.groupby("method", sort=False):
-                _series.line(panel, line, "width", "flops_per_entry", looks[method])
-            _series.logarithmic(panel, points["width"], points["flops_per_entry"])
-            _series.counts(panel, points["width"])
+                curves.line(panel, line, "width", "flops_per_entry", looks[method])
+            curves.logarithmic(panel, points["width"], points["flops_per_entry"])
+            curves.counts(panel, points["width"])
             panel.set_xlabel("width")
             panel.tick_params(labelleft=panel is panels[0])
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(points))
@@ -49,7 +49,7 @@ def _caption(points: pd.DataFrame) -> str:
     )
     wide = points.pivot_table(index=["N", "O", "width"], columns="method", values="flops_per_entry")
     last = wide.xs(wide.index.get_level_values("width").max(), level="width")
-    said, number = [], _labels.rounded
+    said, number = [], labels.rounded
     for (N, output), row in last.iterrows():
         contraction, structured = row.get("nt_jacobian_contraction"), row.get(THEIRS)
         products, alone = row.get("nt_ntk_vector_products"), row.get("jacobian")
@@ -61,7 +61,7 @@ def _caption(points: pd.DataFrame) -> str:
     verdict = "agrees" if _structured_wins(last) else "does not agree"
     text += f" That structured derivatives take the fewest of the three there {verdict} with the paper."
     if OURS in wide:
-        text += f" Ours over neural-tangents' structured derivatives: {_series.ratio_words(wide[OURS] / wide[THEIRS])}."
+        text += f" Ours over neural-tangents' structured derivatives: {curves.ratio_words(wide[OURS] / wide[THEIRS])}."
     return text
 
 

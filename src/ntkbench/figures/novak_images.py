@@ -7,7 +7,7 @@ import math
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ntkbench.figures import _canvas, _labels, _looks, _published, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, sources, styles
 
 TABLE = "novak_images"
 COLUMNS = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops", "flops_per_entry")
@@ -38,19 +38,19 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A column for each network, wrapped into rows: operations for an entry above, seconds for the kernel below."""
     counted, timed = base.measured(table, "flops_per_entry"), base.measured(table, "seconds")
     if not len(counted):
-        return base.nothing(table, _labels.why_not(table))
-    looks, networks = _series.looks(pd.concat([counted, timed])), list(dict.fromkeys(counted["network"]))
+        return base.nothing(table, labels.why_not(table))
+    looks, networks = curves.looks(pd.concat([counted, timed])), list(dict.fromkeys(counted["network"]))
     columns = math.ceil(len(networks) / math.ceil(len(networks) / MOST))  # rows as full as each other
-    rows = _canvas.in_rows(networks, columns)
+    rows = canvas.in_rows(networks, columns)
     height = 2.5 if len(rows) == 1 else 2.0
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(height, above=0.6, below=0.2), _canvas.Row(height, above=0.1, below=0.5)] * len(rows),
+    figure, grid = canvas.sheet(
+        [canvas.Row(height, above=0.6, below=0.2), canvas.Row(height, above=0.1, below=0.5)] * len(rows),
         columns,
         title="Operations and seconds for an NTK of networks for images (Novak et al., figures 2 and 4)",
         subtitle=base.settings_line(table),
         key=[
-            ("program", _series.entries(looks.values())),
-            ("how to read", [_series.QUARTILES, (_series.PUBLISHED[0], "published, on a V100")]),
+            ("program", curves.entries(styles.values())),
+            ("how to read", [curves.QUARTILES, (curves.PUBLISHED[0], "published, on a V100")]),
         ],
         gap=0.3,
     )
@@ -59,21 +59,21 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         for panels, (quantity, label) in zip((above, below), LABELS.items(), strict=True):
             points = counted if panels is above else timed
             panels[0].set_ylabel(label)
-            _canvas.hide(panels[len(row) :])
+            canvas.hide(panels[len(row) :])
             for panel, network in zip(panels, row, strict=False):
                 _fill(panel, points[points["network"] == network], quantity, looks)
                 shown = there.dropna(subset="seconds") if panels is below else there.iloc[:0]
                 for method, known in shown[shown["network"] == network].groupby("method", sort=False):
                     if method in looks:
-                        _series.published(panel, known, looks[method].colour, "O", "seconds")
-                _series.logarithmic(panel, [*table["O"], *there["O"]], [*points[quantity], *shown["seconds"]])
-                _series.counts(panel, table["O"])
+                        curves.published(panel, known, looks[method].colour, "O", "seconds")
+                curves.logarithmic(panel, [*table["O"], *there["O"]], [*points[quantity], *shown["seconds"]])
+                curves.counts(panel, table["O"])
                 panel.tick_params(labelleft=panel is panels[0], labelbottom=panels is below)
         for top, bottom, network in zip(above, below, row, strict=False):
             of_it = table[table["network"] == network]
             side, samples, parameters = of_it["side"].iloc[0], of_it["N"].iloc[0], of_it["P"].min()
-            detail = f"{side:g} × {side:g}, N = {samples:g}, P = {_labels.count_label(parameters)}"
-            _canvas.title(top, network, detail)
+            detail = f"{side:g} × {side:g}, N = {samples:g}, P = {labels.count_label(parameters)}"
+            canvas.title(top, network, detail)
             bottom.set_xlabel("outputs O")
     caption = _caption(table, counted, timed, there)
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], caption)
@@ -82,16 +82,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 def published(table: pd.DataFrame) -> pd.DataFrame:
     """The notebook's seconds, where the table has the same network with as many samples."""
     same = table[(table[list(SAME)] == pd.Series(SAME)).all(axis=1)]
-    known = _published.values("novak_notebooks", network=NOTEBOOK).assign(network=SAME["network"])
+    known = sources.values("novak_notebooks", network=NOTEBOOK).assign(network=SAME["network"])
     known = known[known["N"].isin(set(same["N"]))]
     return known.assign(seconds=known["milliseconds"] / 1e3)
 
 
-def _fill(panel: Axes, points: pd.DataFrame, quantity: str, looks: dict[str, _looks.Look]) -> None:
+def _fill(panel: Axes, points: pd.DataFrame, quantity: str, looks: dict[str, styles.Look]) -> None:
     for method, line in points.groupby("method", sort=False):
-        _series.line(panel, line, "O", quantity, looks[method])
+        curves.line(panel, line, "O", quantity, looks[method])
     if not len(points):
-        _canvas.note(panel, "nothing timed")
+        canvas.note(panel, "nothing timed")
 
 
 def _caption(table: pd.DataFrame, counted: pd.DataFrame, timed: pd.DataFrame, there: pd.DataFrame) -> str:
@@ -117,7 +117,7 @@ def _wide(points: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 def _ratios(wide: pd.DataFrame) -> str:
     others = [name for name in NAMES if name in wide and name != THEIRS and THEIRS in wide]
-    said = [f"{NAMES[name]} {_series.ratio_words(wide[name] / wide[THEIRS])}" for name in others]
+    said = [f"{NAMES[name]} {curves.ratio_words(wide[name] / wide[THEIRS])}" for name in others]
     return "; ".join(said) or "nothing to compare"
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkbench.figures import _canvas, _labels, _looks, _published, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, sources, styles
 
 TABLE = "novak_time"
 COLUMNS = ("N", "O", "width", "method", "title", "seconds", "seconds_q25", "seconds_q75", "memory_bytes", "budget_mb")
@@ -19,16 +19,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     table = table.assign(memory_mib=table["memory_bytes"] / MIB)
     points = base.measured(table, "seconds")
     if not len(points):
-        return base.nothing(table, _labels.why_not(table))
-    looks, outputs = _series.looks(points), sorted(table["O"].unique())
-    over = Line2D([], [], color=_looks.GREY, marker=7, linestyle=""), "over the memory budget"
+        return base.nothing(table, labels.why_not(table))
+    looks, outputs = curves.looks(points), sorted(table["O"].unique())
+    over = Line2D([], [], color=styles.GREY, marker=7, linestyle=""), "over the memory budget"
     dashed = Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2))), "the memory budget"
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.3, above=0.5, below=0.2), _canvas.Row(2.3, above=0.1, below=0.42)],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.3, above=0.5, below=0.2), canvas.Row(2.3, above=0.1, below=0.42)],
         len(outputs),
         title="Seconds and memory of the NTK of a 10-layer ReLU network (Novak et al., figure 1, right)",
         subtitle=base.settings_line(table),
-        key=[("program", _series.entries(looks.values())), ("how to read", [_series.QUARTILES, over, dashed])],
+        key=[("program", curves.entries(styles.values())), ("how to read", [curves.QUARTILES, over, dashed])],
         gap=0.3,
     )
     budget = table["budget_mb"].iloc[0]
@@ -38,13 +38,13 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         for panel, output in zip(panels, outputs, strict=True):
             rows = points[points["O"] == output]
             if quantity == "seconds":
-                _canvas.title(panel, f"O = {output:g}, N = {table['N'].iloc[0]:g}", "")
+                canvas.title(panel, f"O = {output:g}, N = {table['N'].iloc[0]:g}", "")
             for method, line in rows.groupby("method", sort=False):
-                _series.line(panel, line, "width", quantity, looks[method])
-            _series.logarithmic(panel, table["width"], spans[quantity])
+                curves.line(panel, line, "width", quantity, looks[method])
+            curves.logarithmic(panel, table["width"], spans[quantity])
             panel.set_ylim(top=3 * panel.get_ylim()[1])  # room for what is over the budget
             _lost(panel, table[(table["O"] == output) & (table["status"] == "out_of_memory")], looks)
-            _series.counts(panel, table["width"])
+            curves.counts(panel, table["width"])
             panel.tick_params(labelleft=panel is panels[0], labelbottom=panel in grid[1])
     for panel in grid[1]:
         panel.set_xlabel("width")
@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], _caption(table, points))
 
 
-def _lost(panel: Axes, lost: pd.DataFrame, looks: dict[str, _looks.Look]) -> None:
+def _lost(panel: Axes, lost: pd.DataFrame, looks: dict[str, styles.Look]) -> None:
     for i, (method, rows) in enumerate(lost.groupby("method", sort=False)):
         if method in looks:
             top = panel.get_xaxis_transform()
@@ -81,17 +81,17 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
     theirs = wide.get("nt_structured_derivatives")
     if theirs is not None and "nt_jacobian_contraction" in wide:
         gain = wide["nt_jacobian_contraction"] / theirs
-        there = _published.values("novak_notebooks", network="FC 3072-2048x3-8").set_index("method")["milliseconds"]
+        there = sources.values("novak_notebooks", network="FC 3072-2048x3-8").set_index("method")["milliseconds"]
         known = there["nt_jacobian_contraction"] / there["nt_structured_derivatives"]
         text += (
-            f" Structured derivatives are {_series.ratio_words(gain)} times faster than Jacobian contraction "
+            f" Structured derivatives are {curves.ratio_words(gain)} times faster than Jacobian contraction "
             f"(published: {known:.0f} times in neural-tangents' notebook: 3 layers of 2048, N = 16, "
             "O = 8, a T4)."
         )
     if theirs is not None and "structured_derivatives" in wide:
         ratio = wide["structured_derivatives"] / theirs
         text += (
-            f" Ours in PyTorch over neural-tangents' compiled program: {_series.ratio_words(ratio)}; small networks "
+            f" Ours in PyTorch over neural-tangents' compiled program: {curves.ratio_words(ratio)}; small networks "
             "pay for Python's calls."
         )
     return text

@@ -7,53 +7,53 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, _tasks, base
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 FACTORS = np.geomspace(1, 1000, 121)
 TOLD_APART = 6
 """Lines of a panel that have their method's colour and marker; the rest are many, low, and on top of each other."""
 LINE = ["tolerance", "method", "backend"]
-PALE = {"color": _canvas.PALE, "linewidth": 0.8}
+PALE = {"color": canvas.PALE, "linewidth": 0.8}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A panel for each tolerance."""
-    solved = _tasks.solutions(table)
-    names = [name for name in _tasks.TOLERANCES if name in set(solved["tolerance"])]
+    solved = tasks.solutions(table)
+    names = [name for name in tasks.TOLERANCES if name in set(solved["tolerance"])]
     if not names:
-        return base.nothing(solved, f"Nothing was measured.\n{_labels.why_not(table)}")
+        return base.nothing(solved, f"Nothing was measured.\n{labels.why_not(table)}")
     profiles = pd.concat(
-        [_tasks.shares(solved[solved["tolerance"] == name], FACTORS).assign(tolerance=name) for name in names]
+        [tasks.shares(solved[solved["tolerance"] == name], FACTORS).assign(tolerance=name) for name in names]
     )
     profiles["told_apart"] = highest(profiles)
     apart = profiles[profiles["told_apart"]]
-    style = {m: look for m, look in _looks.looks(table).items() if m in set(apart["method"])}
-    used = {m: _looks.backends_in(apart[apart["method"] == m]) for m in style}
-    reading = _key.backend_entries(_looks.backends_in(apart))
+    style = {m: look for m, look in styles.looks(table).items() if m in set(apart["method"])}
+    used = {m: styles.backends_in(apart[apart["method"] == m]) for m in style}
+    reading = key.backend_entries(styles.backends_in(apart))
     if not profiles["told_apart"].all():
         reading.append((Line2D([], [], **PALE), f"below a panel's {TOLD_APART} highest"))
-    rows = _canvas.in_rows(names, 2)
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.6, above=0.55, below=0.42) for _ in rows],
+    rows = canvas.in_rows(names, 2)
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.6, above=0.55, below=0.42) for _ in rows],
         min(2, len(names)),
         title="Share of tasks solved within a factor of the fastest",
         subtitle=base.settings_line(table),
-        key=[*_key.method_entries(style.values(), used), ("how to read", reading)],
+        key=[*key.method_entries(style.values(), used), ("how to read", reading)],
         gap=0.3,
     )
     for panels, row in zip(grid, rows, strict=True):
-        _canvas.hide(panels[len(row) :])
+        canvas.hide(panels[len(row) :])
         panels[0].set_ylabel("share of tasks")
         for panel, name in zip(panels, row, strict=False):
             here = profiles[profiles["tolerance"] == name]
             words = "exact methods" if name == "exact" else f"within {name}"
-            _canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks")
+            canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks")
             for (method, backend), line in here.groupby(["method", "backend"], sort=False):
                 high = line["told_apart"].all()
                 drawn = style[method].line(backend) | {"markevery": 15, "zorder": 3} if high else PALE
                 panel.plot(line["factor"], line["share"], **drawn, drawstyle="steps-post", clip_on=False)
             panel.set(xscale="log", xlim=(0.9, 1.2 * FACTORS[-1]), ylim=(0, 1.02), xlabel="factor τ of the fastest")
-            _canvas.decades(panel.xaxis, 1, FACTORS[-1])
+            canvas.decades(panel.xaxis, 1, FACTORS[-1])
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
             panel.tick_params(labelleft=panel is panels[0])
@@ -73,11 +73,11 @@ def _caption(profiles: pd.DataFrame) -> str:
         "method solves it by the least of its measured times that is within; on the left the share on which it is the "
         "fastest, on the right the share that it solves at all. A task on which a method was not measured counts as "
         "not solved, so a line's height says as well how much of the grid the method was given. Exact: at most "
-        f"{_tasks.TOLERANCES['exact']:g}, exact methods alone."
+        f"{tasks.TOLERANCES['exact']:g}, exact methods alone."
     )
     firsts = profiles[profiles["factor"] == profiles["factor"].min()]
     said = []
     for name, rows in firsts.groupby("tolerance", sort=False):
         top = rows.loc[rows["share"].idxmax()]
-        said.append(f"{name}: {top['title']} ({_looks.TITLES.get(top['backend'], top['backend'])}), {top['share']:.0%}")
+        said.append(f"{name}: {top['title']} ({styles.TITLES.get(top['backend'], top['backend'])}), {top['share']:.0%}")
     return f"{text} Most often the fastest: {'; '.join(said)}."

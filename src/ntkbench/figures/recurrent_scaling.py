@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ntkbench.figures import _canvas, _labels, _looks, _series, base
+from ntkbench.figures.plotting import base, canvas, curves, labels, styles
 
 TABLE = "recurrent_scaling"
 QUANTITIES = ("seconds", "seconds_q25", "seconds_q75")
@@ -22,16 +22,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each kind of network, a column for each size, a line for each method with its slope."""
     points = base.measured(table, "seconds")
     if not len(points):
-        return base.nothing(table[[*COLUMNS, "status", "reason"]], _labels.why_not(table))
-    looks, kinds = _series.looks(points), list(dict.fromkeys(points["kind"]))
+        return base.nothing(table[[*COLUMNS, "status", "reason"]], labels.why_not(table))
+    looks, kinds = curves.looks(points), list(dict.fromkeys(points["kind"]))
     middle = {size: points.loc[points["varied"] != size, size].mode() for size in SIZES}
     said = ", ".join(f"{values.iloc[0]:g} {SIZES[size].split()[0]}" for size, values in middle.items() if len(values))
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.5, above=0.55, below=0.42) for _ in kinds],
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.5, above=0.55, below=0.42) for _ in kinds],
         len(SIZES),
         title="What NTK metrics of a recurrent network cost against trials, steps and probes",
         subtitle=f"H = {points['H'].iloc[0]:g}, around {said}  ·  {base.settings_line(table)}",
-        key=[("method", _series.entries(looks.values())), ("how to read", [_series.QUARTILES])],
+        key=[("method", curves.entries(styles.values())), ("how to read", [curves.QUARTILES])],
         gap=0.25,
         bottom=0.1,
     )
@@ -45,7 +45,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.set_xlabel(label)
             panel.tick_params(labelleft=size == "N")
         panels[0].set_ylabel("seconds")
-        _canvas.title(panels[0], kind.upper(), "at a line's end: its slope, with the 95 % interval of the fit")
+        canvas.title(panels[0], kind.upper(), "at a line's end: its slope, with the 95 % interval of the fit")
     keys = list(zip(table["kind"], table["varied"], table["method"], strict=True))
     nothing = (math.nan, math.nan)
     plotted = table[[*COLUMNS, "status", "reason"]].assign(
@@ -56,22 +56,22 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _panel(
-    panel: Axes, lines: pd.DataFrame, size: str, seconds: pd.Series, looks: dict[str, _looks.Look]
+    panel: Axes, lines: pd.DataFrame, size: str, seconds: pd.Series, looks: dict[str, styles.Look]
 ) -> dict[str, tuple[float, float]]:
     """Lines over one size, each with its slope at its end; the slopes with half their intervals."""
     slopes, ends = {}, []
-    _series.logarithmic(panel, lines[size], seconds)
+    curves.logarithmic(panel, lines[size], seconds)
     low, high = panel.get_xlim()
     panel.set_xlim(low, high * (high / low) ** 0.3)  # room for slopes
     for method, line in lines.groupby("method", sort=False):
         line = line.sort_values(size)
-        _series.line(panel, line.drop(columns="m", errors="ignore"), size, "seconds", looks[method])
-        slope, half = slopes[method] = _series.slope(line[size], line["seconds"])
+        curves.line(panel, line.drop(columns="m", errors="ignore"), size, "seconds", looks[method])
+        slope, half = slopes[method] = curves.slope(line[size], line["seconds"])
         if math.isfinite(slope):
             text = f"{slope:.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
             ends.append((line["seconds"].iloc[-1], line[size].iloc[-1], text, looks[method].colour))
-    _series.counts(panel, lines[size])
-    _canvas.label_ends(panel, ends)
+    curves.counts(panel, lines[size])
+    canvas.label_ends(panel, ends)
     return slopes
 
 
@@ -98,4 +98,4 @@ def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float
     if exact:
         text += f" Exact trace against steps: {', '.join(exact)}."
     left = table[table["status"] != "ok"]
-    return text + (f" Not measured: {len(left)} points ({_labels.why_not(table)})." if len(left) else "")
+    return text + (f" Not measured: {len(left)} points ({labels.why_not(table)})." if len(left) else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ntkbench.figures import _canvas, _key, _labels, _looks, _tasks, base
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 LADDER = {f"{error:.3g}": error for error in np.geomspace(0.3, 1e-6, 23)}
 """Tolerances of the median relative error, by what they are called in the CSV."""
@@ -19,49 +19,49 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     alone = front.groupby(CASE)["method"].transform("nunique") == 1
     front, single = (front, 0) if alone.all() else (front[~alone], len(front[alone].drop_duplicates(CASE)))
     if not len(front):
-        return base.nothing(front, f"Nothing was measured.\n{_labels.why_not(table)}")
+        return base.nothing(front, f"Nothing was measured.\n{labels.why_not(table)}")
     points = base.measured(table, "seconds", "error")
-    style = {m: look for m, look in _looks.looks(table).items() if m in set(front["method"])}
-    used = {m: _looks.backends_in(front[front["method"] == m]) for m in style}
-    backends = _key.backend_entries(_looks.backends_in(front), linestyle=False)
+    style = {m: look for m, look in styles.looks(table).items() if m in set(front["method"])}
+    used = {m: styles.backends_in(front[front["method"] == m]) for m in style}
+    backends = key.backend_entries(styles.backends_in(front), linestyle=False)
     order = {metric: i for i, metric in enumerate(base.metrics_in(front))}
     cases = sorted(front.groupby(CASE, sort=False), key=lambda item: (order[item[0][0]], item[1]["n"].iloc[0]))
-    rows = _canvas.in_rows(cases, COLUMNS)
-    figure, grid = _canvas.sheet(
-        [_canvas.Row(2.0, above=0.6, below=0.35) for _ in rows],
+    rows = canvas.in_rows(cases, COLUMNS)
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.0, above=0.6, below=0.35) for _ in rows],
         min(COLUMNS, len(rows[0])),
         title="The least time for an accuracy, over all methods",
         subtitle=base.settings_line(table),
-        key=[*_key.method_entries(style.values(), used), ("backend", backends)],
+        key=[*key.method_entries(style.values(), used), ("backend", backends)],
     )
-    y = _canvas.limits(front["seconds"])
+    y = canvas.limits(front["seconds"])
     for panels, row in zip(grid, rows, strict=True):
-        _canvas.hide(panels[len(row) :])
+        canvas.hide(panels[len(row) :])
         panels[0].set_ylabel("seconds")
         for panel, ((metric, problem, setting), line) in zip(panels, row, strict=False):
-            name = f"{_labels.case_label(problem, setting)}:  {_labels.sizes_label(line, 'n', 'P')}"
-            _canvas.title(panel, _labels.metric_label(metric), name)
+            name = f"{labels.case_label(problem, setting)}:  {labels.sizes_label(line, 'n', 'P')}"
+            canvas.title(panel, labels.metric_label(metric), name)
             here = points[
                 (points["metric"] == metric) & (points["problem"] == problem) & (points["setting"] == setting)
             ]
             panel.plot(
-                here["error"].clip(lower=1e-6), here["seconds"], "o", color=_canvas.PALE, markersize=2.5, zorder=1
+                here["error"].clip(lower=1e-6), here["seconds"], "o", color=canvas.PALE, markersize=2.5, zorder=1
             )
-            panel.plot(line["error_allowed"], line["seconds"], color=_canvas.PALE, linewidth=1.2, zorder=2)
+            panel.plot(line["error_allowed"], line["seconds"], color=canvas.PALE, linewidth=1.2, zorder=2)
             for (method, backend), part in line.groupby(["method", "backend"], sort=False):
                 drawn = style[method].line(backend) | {"linestyle": ""}
                 panel.plot(part["error_allowed"], part["seconds"], **drawn, zorder=3)
             panel.set(xscale="log", yscale="log", xlim=(0.6, 0.6e-6), ylim=y, xlabel="relative error allowed")
-            _canvas.decades(panel.xaxis, 1e-6, 0.5)
-            _canvas.decades(panel.yaxis, *y)
+            canvas.decades(panel.xaxis, 1e-6, 0.5)
+            canvas.decades(panel.yaxis, *y)
             panel.tick_params(labelleft=panel is panels[0])
     return base.Drawing(figure, front, _caption(front, single))
 
 
 def fronts(table: pd.DataFrame) -> pd.DataFrame:
     """The fastest method of each metric, problem and tolerance."""
-    solved = _tasks.solutions(table, LADDER)
-    best = solved.loc[solved.groupby(_tasks.TASK, sort=False)["seconds"].idxmin()]
+    solved = tasks.solutions(table, LADDER)
+    best = solved.loc[solved.groupby(tasks.TASK, sort=False)["seconds"].idxmin()]
     return best.assign(error_allowed=best["tolerance"].map(LADDER)).sort_values(
         ["metric", "n", "problem", "setting", "error_allowed"], ascending=[True, True, True, True, False]
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 
-from ntkbench import plugins
+from ntkbench import registry
 from ntkbench.errors import unknown
 from ntkbench.methods.base import Method
 
@@ -20,7 +20,7 @@ __all__ = ["Method", "get", "names"]
 @functools.cache
 def _all() -> dict[str, Method]:
     found = {}
-    for name, module in plugins.modules(__name__).items():
+    for name, module in registry.modules(__name__).items():
         own = [
             c
             for _, c in inspect.getmembers(module, inspect.isclass)

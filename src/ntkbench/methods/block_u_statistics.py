@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators.accumulators import Pairs, Sample, SampleTraces, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.problems.base import Problem
-from ntkbench.sampling import Pairs, Sample, SampleTraces, moments_of
+from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.problem import Problem
 
 
 class BlockUStatistics(Sampling):
@@ -20,8 +20,8 @@ class BlockUStatistics(Sampling):
     passes. One field is N independent probes that meet in N (N - 1) / 2 pairs: where Theta_bc is near a multiple of the
     identity, as in wide networks, two fields tell the norm to some 1/N.
 
-    The variance and its estimate are those of :class:`ntkbench.statistics.PairSums`; memory is bounded as in
-    :class:`ntkbench.sampling.Pairs`.
+    The variance and its estimate are those of :class:`ntkbench.estimators.standard_errors.PairSums`; memory is bounded
+    as in :class:`ntkbench.estimators.accumulators.Pairs`.
     """
 
     title = "block U-statistics"

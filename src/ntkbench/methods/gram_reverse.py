@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators.accumulators import Pairs, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.sampling import Pairs, moments_of
+from ntkbench.operators import Array, Jacobian, Rng
 
 
 class GramReverse(Sampling):
@@ -16,8 +16,8 @@ class GramReverse(Sampling):
     Theta_f) = E sum_(i != j) G_ij G^f_ij / (k (k - 1)): unbiased, so that the square root and the ratios are biased at
     order 1/k. The variance of the square is about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2. At equal passes
     Theta-products (``hutchinson``) have 4 ||Theta^2||_F^2 / k: these need no forward mode and half as many passes for
-    the same number of probes, no more. Standard error as in :class:`ntkbench.statistics.PairSums`; memory is bounded as
-    in :class:`ntkbench.sampling.Pairs`.
+    the same number of probes, no more. Standard error as in :class:`ntkbench.estimators.standard_errors.PairSums`;
+    memory is bounded as in :class:`ntkbench.estimators.accumulators.Pairs`.
     """
 
     title = "reverse Gram matrix"

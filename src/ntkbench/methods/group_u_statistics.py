@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators.accumulators import Pairs, Sample, SampleTraces, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.problems.base import Problem
-from ntkbench.sampling import Pairs, Sample, SampleTraces, moments_of
+from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.problem import Problem
 
 GROUPS = 24
 """As many as make inner products about as dear as passes, for a few fields on networks of some ten thousand

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators.accumulators import Columns, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.sampling import Columns, moments_of
+from ntkbench.operators import Array, Jacobian, Rng
 
 
 class Hutchinson(Sampling):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class HutchPP(FixedBudget):
@@ -30,4 +30,4 @@ class HutchPP(FixedBudget):
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         k = min(probes, n)
-        return sketching.from_separate_traces(metric, jacobians, lambda a: sketching.hutchpp(a, k, k, n, rng))
+        return deflation.from_separate_traces(metric, jacobians, lambda a: deflation.hutchpp(a, k, k, n, rng))

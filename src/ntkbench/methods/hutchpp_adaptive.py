@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ntkbench import sketching, statistics
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators.accumulators import Sample
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import Sampling
-from ntkbench.sampling import Sample
-from ntkbench.statistics import Reading
+from ntkbench.operators import Array, Jacobian, Rng
 
 COLUMNS = 4
 """By which the sketch grows."""
@@ -65,7 +65,7 @@ class _Growing(Sample):
             left -= PASSES * COLUMNS
         if left:
             g = self._rng.sign(left, self._j.n)
-            self._lengths.append(sketching.squared_lengths(self._j, self._j.vjp, g))
+            self._lengths.append(deflation.squared_lengths(self._j, self._j.vjp, g))
             self._g = array_api_compat.array_namespace(g).concat([self._g, g])
 
     def _grow(self, probes: int) -> None:
@@ -74,16 +74,16 @@ class _Growing(Sample):
         xp = array_api_compat.array_namespace(s)
         theta_s = self._j.ntk(s)
         before = self._remainder(s, theta_s)
-        q = sketching.beyond(theta_s, self._q)
+        q = deflation.beyond(theta_s, self._q)
         image = self._j.ntk(q)
-        across, own = sketching.on_host(self._q @ image.T), sketching.on_host(q @ image.T)
-        gained = 2 * float((sketching.on_host(image) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
+        across, own = deflation.on_host(self._q @ image.T), deflation.on_host(q @ image.T)
+        gained = 2 * float((deflation.on_host(image) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
         self._q, self._image = xp.concat([self._q, q]), xp.concat([self._image, image])
         self._worth_it = gained * probes > PASSES * COLUMNS * before
 
     def _remainder(self, s: Array, theta_s: Array) -> float:
         """Mean of ||(I - Q Q^T) Theta (I - Q Q^T) s||^2."""
-        rest = sketching.without(theta_s - (s @ self._q.T) @ self._image, self._q)
+        rest = deflation.without(theta_s - (s @ self._q.T) @ self._image, self._q)
         return float((rest**2).sum()) / len(s)
 
     def read(self, metric: str) -> Reading:
@@ -91,9 +91,9 @@ class _Growing(Sample):
         if not self._lengths:
             return Reading(inside, 0.0)
         # ||J^T (g - Q c)||^2 with c = Q^T g
-        lengths = statistics.by_probe(self._lengths)
-        c = sketching.on_host(self._g @ self._q.T)
-        core = sketching.on_host(self._q @ self._image.T)
-        crossed = sketching.on_host(self._g @ self._image.T)
+        lengths = standard_errors.by_probe(self._lengths)
+        c = deflation.on_host(self._g @ self._q.T)
+        core = deflation.on_host(self._q @ self._image.T)
+        crossed = deflation.on_host(self._g @ self._image.T)
         rest = lengths - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
-        return sketching.plus(inside, statistics.mean(rest))
+        return deflation.plus(inside, standard_errors.mean(rest))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import sketching, statistics
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class HutchPPOneSided(FixedBudget):
@@ -29,7 +29,7 @@ class HutchPPOneSided(FixedBudget):
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         k = min(probes, j.n)
-        q = sketching.orthonormal(j.ntk(rng.sign(k, j.n)))
-        inside = float(sketching.squared_lengths(j, j.vjp, q).sum())
-        g = sketching.without(rng.sign(k, j.n), q)
-        return sketching.plus(inside, statistics.mean(sketching.squared_lengths(j, j.vjp, g)))
+        q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))
+        inside = float(deflation.squared_lengths(j, j.vjp, q).sum())
+        g = deflation.without(rng.sign(k, j.n), q)
+        return deflation.plus(inside, standard_errors.mean(deflation.squared_lengths(j, j.vjp, g)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class HutchPPPaper(FixedBudget):
@@ -47,13 +47,13 @@ class HutchPPPaper(FixedBudget):
         j = jacobians[0]
         columns, residual = _split(probes)
 
-        def trace(a: sketching.Operator) -> Reading:
+        def trace(a: deflation.Operator) -> Reading:
             if 2 * columns + residual >= j.n:
                 basis = j.basis(0, j.n)
                 return Reading(float((basis * a(basis)).sum()), 0.0)
-            return sketching.hutchpp(a, columns, residual, j.n, rng)
+            return deflation.hutchpp(a, columns, residual, j.n, rng)
 
-        return sketching.from_separate_traces(metric, jacobians, trace)
+        return deflation.from_separate_traces(metric, jacobians, trace)
 
 
 def _split(m: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ntkbench.neural_tangents import NeuralTangents
+from ntkbench.methods.base.neural_tangents import NeuralTangents
 
 
 class NtJacobianContraction(NeuralTangents):

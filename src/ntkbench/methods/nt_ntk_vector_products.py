@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ntkbench.neural_tangents import NeuralTangents
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.methods.base.neural_tangents import NeuralTangents
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class NtNtkVectorProducts(NeuralTangents):

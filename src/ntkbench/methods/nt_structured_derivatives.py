@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ntkbench.neural_tangents import NeuralTangents
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.methods.base.neural_tangents import NeuralTangents
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 LONGEST_SCAN = 8
 

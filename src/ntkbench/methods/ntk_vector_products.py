@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench import metrics
-from ntkbench.jacobian import Jacobian
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.operators import Jacobian
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class NtkVectorProducts(Deterministic):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class NystromLOO(FixedBudget):
@@ -25,8 +25,8 @@ class NystromLOO(FixedBudget):
     The moments are unbiased, their root and ratios biased at order of the variance. The variance is that of Hutchinson
     for E and not for Theta, so it falls with the spectrum's tail; where there is no decay it is Hutchinson's at
     fewer probes. Exact once k is over the ranks of Theta and Theta_f. The standard error is that of the linearised
-    metric, with the covariance of leave-one-out estimates (see :func:`ntkbench.sketching.combined`). Holds 3k
-    gradients at each set of weights.
+    metric, with the covariance of leave-one-out estimates (see :func:`ntkbench.estimators.deflation.combined`). Holds
+    3k gradients at each set of weights.
     """
 
     title = "leave-one-out Nystrom"
@@ -41,12 +41,12 @@ class NystromLOO(FixedBudget):
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         u = rng.normal(min(probes, n), n)
-        outside = sketching.Complement(u)
-        sketches = [sketching.Sketch(j.vjp(u)) for j in jacobians]
+        outside = deflation.Complement(u)
+        sketches = [deflation.Sketch(j.vjp(u)) for j in jacobians]
         images = [j.jvp(sketch.q) for j, sketch in zip(jacobians, sketches, strict=True)]
 
-        def gram(rows: sketching.Array, others: sketching.Array) -> np.ndarray:
-            return sketching.on_host(rows @ others.T)
+        def gram(rows: deflation.Array, others: deflation.Array) -> np.ndarray:
+            return deflation.on_host(rows @ others.T)
 
         def inner_product(one: int, other: int) -> np.ndarray:
             back = jacobians[other].vjp(images[one])
@@ -55,14 +55,14 @@ class NystromLOO(FixedBudget):
                 back = jacobians[one].vjp(images[other])
             y = gram(back, back)
             z = gram(images[other], images[one])
-            return sketching.nystrom_inner_product(sketches[one], sketches[other], outside, z, x, y)
+            return deflation.nystrom_inner_product(sketches[one], sketches[other], outside, z, x, y)
 
         tables = {"square": inner_product(0, 0)}
         if metric == "effective_rank":
-            tables["trace"] = sketching.nystrom_trace(sketches[0], outside, gram(images[0], images[0]))
+            tables["trace"] = deflation.nystrom_trace(sketches[0], outside, gram(images[0], images[0]))
         if metric == "alignment":
             tables["square_f"], tables["cross"] = inner_product(1, 1), inner_product(0, 1)
         moments = Moments(**{name: float(table.diagonal().mean()) for name, table in tables.items()})
         slopes = moments.gradient(metric)
-        linear = sketching.combined(sum(getattr(slopes, name) * table for name, table in tables.items()))
+        linear = deflation.combined(sum(getattr(slopes, name) * table for name, table in tables.items()))
         return linear._replace(value=moments.metric(metric))

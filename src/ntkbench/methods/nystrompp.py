@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench import sketching, statistics
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class NystromPP(FixedBudget):
@@ -33,17 +33,17 @@ class NystromPP(FixedBudget):
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         k = min(probes, n)
-        return sketching.from_separate_traces(metric, jacobians, lambda a: _trace(a, k, n, rng))
+        return deflation.from_separate_traces(metric, jacobians, lambda a: _trace(a, k, n, rng))
 
 
-def _trace(product: sketching.Operator, k: int, n: int, rng: Rng) -> Reading:
+def _trace(product: deflation.Operator, k: int, n: int, rng: Rng) -> Reading:
     s = rng.normal(k, n)
     y = product(s)
-    core = sketching.on_host(s @ y.T)
+    core = deflation.on_host(s @ y.T)
     values, vectors = np.linalg.eigh((core + core.T) / 2)
-    kept = values > k * sketching.precision(y) * max(values[-1], 0.0)
+    kept = values > k * deflation.precision(y) * max(values[-1], 0.0)
     # A' = b^T b
-    b = sketching.beside((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
+    b = deflation.beside((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
     g = rng.normal(k, n)
     left = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
-    return sketching.plus(float((b**2).sum()), statistics.mean(statistics.by_probe([left])))
+    return deflation.plus(float((b**2).sum()), standard_errors.mean(standard_errors.by_probe([left])))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators.accumulators import Columns
 from ntkbench.methods.base import Sampling
-from ntkbench.sampling import Columns
+from ntkbench.operators import Jacobian, Rng
 
 
 class OneSidedForward(Sampling):

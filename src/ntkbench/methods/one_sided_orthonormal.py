@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ntkbench import sketching, statistics
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators.accumulators import Columns
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import Sampling
-from ntkbench.sampling import Columns
-from ntkbench.statistics import Reading
+from ntkbench.operators import Array, Jacobian, Rng
 
 
 class OneSidedOrthonormal(Sampling):
@@ -50,10 +50,10 @@ class _Frame(Columns):
 
     def _norms(self, k: int) -> list[Array]:
         n = self._jacobian.n
-        g = sketching.beyond(self._rng.normal(k, n), self._probes)
+        g = deflation.beyond(self._rng.normal(k, n), self._probes)
         self._probes = array_api_compat.array_namespace(g).concat([self._probes, g])
         return [n * (self._jacobian.vjp(g) ** 2).sum(1)]
 
     def read(self, metric: str) -> Reading:
         # Probes of one frame are correlated by -1/(n - 1), which makes their scatter too large by n / (n - 1).
-        return statistics.orthonormal(super().read(metric), self._probes.shape[0], self._jacobian.n)
+        return standard_errors.orthonormal(super().read(metric), self._probes.shape[0], self._jacobian.n)

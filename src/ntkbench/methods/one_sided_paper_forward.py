@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class OneSidedPaperForward(FixedBudget):
@@ -31,4 +31,4 @@ class OneSidedPaperForward(FixedBudget):
 
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
-        return sketching.random_directions(j, j.jvp, probes, j.P, rng)
+        return deflation.random_directions(j, j.jvp, probes, j.P, rng)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class OneSidedPaperReverse(FixedBudget):
@@ -30,4 +30,4 @@ class OneSidedPaperReverse(FixedBudget):
 
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
-        return sketching.random_directions(j, j.vjp, probes, j.n, rng)
+        return deflation.random_directions(j, j.vjp, probes, j.n, rng)

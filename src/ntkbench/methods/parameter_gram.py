@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 from ntkbench import metrics
-from ntkbench.jacobian import Array, Jacobian
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.operators import Array, Jacobian
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 CUTS = 4
 """Pieces that parameters are cut into, so that of a symmetric product little more than a triangle is computed."""

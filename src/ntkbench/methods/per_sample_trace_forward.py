@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators.accumulators import SampleTraces
 from ntkbench.methods.base import Sampling
-from ntkbench.problems.base import Problem
-from ntkbench.sampling import SampleTraces
-from ntkbench.target import Target
+from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class PerSampleTraceForward(Sampling):

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ntkbench import metrics, statistics
+from ntkbench import metrics
+from ntkbench.estimators import standard_errors
+from ntkbench.estimators.accumulators import Sample, moments_of, products
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.metrics import Moments
-from ntkbench.problems.base import Problem
-from ntkbench.sampling import Sample, moments_of, products
-from ntkbench.statistics import Reading
-from ntkbench.target import Target
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.structured.method import Prepared
+    from ntkbench.methods.base.layerwise import Prepared
 
 FEWEST = 8
 """Samples that tell how much samples differ; all, where there are fewer."""
@@ -57,8 +58,8 @@ class SampleSubset(Incremental):
         return 2 * len(metrics.ends(metric)) * rows**2 * target.itemsize
 
     def prepare(self, problem: Problem, target: Target) -> Prepared:
-        """See :meth:`ntkbench.structured.method.Layerwise.prepare`."""
-        from ntkbench.structured.method import Prepared
+        """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
+        from ntkbench.methods.base.layerwise import Prepared
 
         return Prepared(problem, target)
 
@@ -99,7 +100,7 @@ class _Subset(Sample):
         old, new = self._order[:held], self._order[held:upto]
         own = [self._kernel(parameters, new, None) for parameters in self._sets]
         traces = own[0].reshape(len(new) * self._engine.O, -1).diagonal().reshape(len(new), -1).sum(1)
-        self._traces = np.concatenate([self._traces, statistics.on_host(traces).astype(np.float64)])
+        self._traces = np.concatenate([self._traces, standard_errors.on_host(traces).astype(np.float64)])
         corner = self._sums(own)
         side = self._sums([self._kernel(parameters, old, new) for parameters in self._sets]) if held else None
         self._tables = [
@@ -115,7 +116,7 @@ class _Subset(Sample):
 
     def _sums(self, thetas: Sequence[Tensor]) -> list[np.ndarray]:
         found = products(thetas)[: len(self._moments)]
-        return [statistics.on_host(product.sum((1, 3))).astype(np.float64) for product in found]
+        return [standard_errors.on_host(product.sum((1, 3))).astype(np.float64) for product in found]
 
     def read(self, metric: str) -> Reading:
         N, S = len(self._x), len(self._traces)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from ntkbench import sketching, statistics
-from ntkbench.jacobian import Array, Jacobian, Rng
+from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.statistics import Reading
+from ntkbench.operators import Array, Jacobian, Rng
 
 
 class SharedProbeAlignment(FixedBudget):
@@ -30,14 +30,14 @@ class SharedProbeAlignment(FixedBudget):
 
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         j, n = jacobians[0], jacobians[0].n
-        u = sketching.frame(rng, probes, n)
+        u = deflation.frame(rng, probes, n)
         ends = [*itertools.accumulate(j.blocks(len(u)))]
         columns = zip(*(_sums(jacobians, u[a:b]) for a, b in itertools.pairwise((0, *ends))), strict=True)
-        independent = statistics.jackknife(
+        independent = standard_errors.jackknife(
             lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
-            *map(statistics.by_probe, columns),
+            *map(standard_errors.by_probe, columns),
         )
-        return statistics.orthonormal(independent, len(u), n)
+        return standard_errors.orthonormal(independent, len(u), n)
 
 
 def _sums(jacobians: Sequence[Jacobian], u: Array) -> tuple[Array, Array, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ntkbench.structured.method import Layerwise
+from ntkbench.methods.base.layerwise import Layerwise
 
 
 class SingleLogit(Layerwise):

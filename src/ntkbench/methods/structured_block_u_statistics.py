@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ntkbench import metrics, statistics
+from ntkbench import metrics
 from ntkbench.errors import OverMemory
+from ntkbench.estimators import standard_errors
+from ntkbench.estimators.accumulators import Sample, moments_of, products, read_pairs
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import Incremental, Ledger
-from ntkbench.problems.base import Problem
-from ntkbench.sampling import Sample, moments_of, products, read_pairs
-from ntkbench.statistics import Reading
-from ntkbench.target import Target
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.structured.method import Prepared
+    from ntkbench.methods.base.layerwise import Prepared
 
 WIDEST = 2048
 """Gradients in a group, between all pairs of which the inner products are taken."""
@@ -52,8 +53,8 @@ class StructuredBlockUStatistics(Incremental):
         return 0 if metric == "trace" else grams * (target.itemsize + 3 * 8)
 
     def prepare(self, problem: Problem, target: Target) -> Prepared:
-        """See :meth:`ntkbench.structured.method.Layerwise.prepare`."""
-        from ntkbench.structured.method import Prepared
+        """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
+        from ntkbench.methods.base.layerwise import Prepared
 
         return Prepared(problem, target)
 
@@ -65,40 +66,40 @@ class _Groups(Sample):
     """Groups of fields; pairs are taken within a group."""
 
     def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
-        from ntkbench.jacobian.torch import Rng
+        from ntkbench.operators.torch import Rng
 
         self._engine, self._x = prepared.engine, prepared.x
         self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
         self._names = moments_of(names)
         self._rng = Rng(seed, self._sets[0][0].dtype, self._x.device)
         self._traces: list[np.ndarray] = []
-        self._groups: list[tuple[int, statistics.Moments2]] = []
+        self._groups: list[tuple[int, standard_errors.Moments2]] = []
 
     def extend(self, probes: int) -> None:
         if self._names == ("trace",):
             said = self._engine.diagonal(self._sets[0], self._x, self._directions(probes))
-            self._traces.append(statistics.by_probe([said.T]))
+            self._traces.append(standard_errors.by_probe([said.T]))
             return
         for k in self._sizes(probes):
             self._groups.append((k, self._group(k)))
 
     def read(self, metric: str) -> Reading:
         if self._names == ("trace",):
-            return statistics.mean_of_sums(np.concatenate(self._traces))
-        return read_pairs(self._names, statistics.Moments2.mean(self._groups), metric)
+            return standard_errors.mean_of_sums(np.concatenate(self._traces))
+        return read_pairs(self._names, standard_errors.Moments2.mean(self._groups), metric)
 
     def _directions(self, k: int) -> Tensor:
         N, O = len(self._x), self._engine.O  # noqa: E741 - the field's symbol
         return self._rng.sign(k, N * O).reshape(k, N, O).transpose(0, 1).contiguous()
 
-    def _group(self, k: int) -> statistics.Moments2:
+    def _group(self, k: int) -> standard_errors.Moments2:
         N, v = len(self._x), self._directions(k)
         grams = [self._engine.kernel(parameters, self._x, None, v).reshape(N, k, N, k) for parameters in self._sets]
         has_trace = self._names[0] == "trace"
-        sums = statistics.PairSums(N, k, len(self._names) - has_trace)
-        sums.add(0, 0, [statistics.on_host(table) for table in products(grams)[: len(sums)]])
+        sums = standard_errors.PairSums(N, k, len(self._names) - has_trace)
+        sums.add(0, 0, [standard_errors.on_host(table) for table in products(grams)[: len(sums)]])
         traces = grams[0].reshape(N * k, N * k).diagonal().reshape(N, k)
-        return sums.moments(statistics.on_host(traces).astype(np.float64) if has_trace else None)
+        return sums.moments(standard_errors.on_host(traces).astype(np.float64) if has_trace else None)
 
     def _sizes(self, fields: int) -> list[int]:
         """Sizes of groups that together cost no more passes than that many fields when all fits in memory."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import array_api_compat
 
 from ntkbench import metrics
-from ntkbench.jacobian import Jacobian
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.problems.base import Problem
-from ntkbench.target import Target
+from ntkbench.operators import Jacobian
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class SumOfLogits(Deterministic):

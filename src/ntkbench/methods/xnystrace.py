@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class XNysTrace(FixedBudget):
@@ -18,8 +18,8 @@ class XNysTrace(FixedBudget):
     and k JVPs are all, and no Theta-product is multiplied by an inverse. c_i puts the part of u_i outside the other
     k - 1 Gaussian probes on the sphere of radius sqrt(n - k + 1). But for c_i this is also the estimate of ||J^T||_F^2
     by leave-one-out projections of J^T (XRowNorm's, summed over rows). Unbiased. The standard error counts the
-    covariance of the k estimates (see :func:`ntkbench.sketching.combined`). Exact once k is over the rank of Theta.
-    Holds k gradients.
+    covariance of the k estimates (see :func:`ntkbench.estimators.deflation.combined`). Exact once k is over the rank
+    of Theta. Holds k gradients.
     """
 
     title = "XNysTrace"
@@ -33,4 +33,4 @@ class XNysTrace(FixedBudget):
 
     def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
-        return sketching.xnystrace(j.vjp, j.jvp, rng.normal(min(probes, j.n), j.n))
+        return deflation.xnystrace(j.vjp, j.jvp, rng.normal(min(probes, j.n), j.n))

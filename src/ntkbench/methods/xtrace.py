@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench import sketching
-from ntkbench.jacobian import Jacobian, Rng
+from ntkbench.estimators import deflation
+from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.statistics import Reading
+from ntkbench.operators import Jacobian, Rng
 
 
 class XTrace(FixedBudget):
@@ -18,7 +18,7 @@ class XTrace(FixedBudget):
     Q_i = orth(Theta U without u_i), and c_i puts the projected probe on the sphere of radius sqrt(n - k + 1). With
     Theta = J J^T all of it follows from Theta U, J^T U (made on the way) and J^T Q: 3k passes where Theta as a black
     box takes 4k. Unbiased. The standard error counts their covariance too (see
-    :func:`ntkbench.sketching.combined`). Exact once k is over the rank of Theta. Holds 2k gradients.
+    :func:`ntkbench.estimators.deflation.combined`). Exact once k is over the rank of Theta. Holds 2k gradients.
     """
 
     title = "XTrace"
@@ -35,16 +35,16 @@ class XTrace(FixedBudget):
         k = min(probes, j.n)
         u = rng.normal(k, j.n)
         b = j.vjp(u)
-        sketch = sketching.Sketch(j.jvp(b))
+        sketch = deflation.Sketch(j.jvp(b))
         f = j.vjp(sketch.q)
         grams = (f @ f.T, f @ b.T, (b * b).sum(1), sketch.q @ u.T, (u * u).sum(1))
-        return sketching.combined(_table(sketch, j.n, *(sketching.on_host(gram) for gram in grams)))
+        return deflation.combined(_table(sketch, j.n, *(deflation.on_host(gram) for gram in grams)))
 
 
 def _table(
-    sketch: sketching.Sketch, n: int, h: np.ndarray, fb: np.ndarray, b2: np.ndarray, w: np.ndarray, u2: np.ndarray
+    sketch: deflation.Sketch, n: int, h: np.ndarray, fb: np.ndarray, b2: np.ndarray, w: np.ndarray, u2: np.ndarray
 ) -> np.ndarray:
-    """Estimates with probes left out, as in :func:`ntkbench.sketching.combined`, from F = J^T Q and B = J^T U.
+    """Estimates with probes left out, as in ``deflation.combined``, from F = J^T Q and B = J^T U.
 
     Args:
         sketch: of Theta U.

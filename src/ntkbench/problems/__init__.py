@@ -10,17 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 
-from ntkbench import paths, plugins
+from ntkbench import paths, registry
 from ntkbench.errors import unknown
+from ntkbench.problem import Problem, split
 from ntkbench.problems import base
-from ntkbench.problems.base import Definition, Problem, problem
+from ntkbench.problems.base import Definition, problem
 
 __all__ = ["Definition", "Problem", "commit_weights", "describe", "load", "names", "problem", "source_file"]
 
 
 def names() -> list[str]:
     """Names of all problems."""
-    plugins.modules(__name__)
+    registry.modules(__name__)
     return sorted(base.REGISTRY)
 
 
@@ -59,7 +60,7 @@ def load(label: str) -> Problem:
         Unavailable: the problem's data cannot be had here.
         DidNotTrain: training did not reach the loss that was asked for.
     """
-    from ntkbench.problems import _weights
+    from ntkbench.problems.base import weights
 
     check(label)
     name, options = base.parse_label(label)
@@ -67,8 +68,8 @@ def load(label: str) -> Problem:
     defaults = inspect.signature(_definition(name)).parameters
     chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if value != defaults[key].default)
     network = definition.part or definition.module
-    ends = _weights.initial_and_trained(name, definition)
-    (theta_0, fixed_0), (theta_f, fixed_f) = (base.split(network, weights) for weights in ends)
+    ends = weights.initial_and_trained(name, definition)
+    (theta_0, fixed_0), (theta_f, fixed_f) = (split(network, stored) for stored in ends)
     return Problem(
         name=f"{name}[{chosen}]" if chosen else name,
         module=network,
@@ -84,13 +85,13 @@ def load(label: str) -> Problem:
 
 def commit_weights(label: str) -> None:
     """Write both sets of weights to ``results/reference``, unless they are others than those at the default sizes."""
-    from ntkbench.problems import _weights
+    from ntkbench.problems.base import weights
 
     name, options = base.parse_label(label)
     chosen, default = _definition(name)(**options), _definition(name)()
-    if _weights.origin(chosen) == _weights.origin(default):
-        packed = _weights.packed(*_weights.initial_and_trained(name, chosen), chosen.recipe)
-        paths.write_atomically(_weights.committed_file(name), packed)
+    if weights.origin(chosen) == weights.origin(default):
+        packed = weights.packed(*weights.initial_and_trained(name, chosen), chosen.recipe)
+        paths.write_atomically(weights.committed_file(name), packed)
 
 
 def _definition(name: str):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkbench.problems import _images, _training
-from ntkbench.problems._jax import linear
-from ntkbench.problems.base import Definition, problem
+from ntkbench.data import images
+from ntkbench.networks.jax_layers import linear
+from ntkbench.problems.base import Definition, problem, training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 @problem
 def digits_mlp(N: int = 512) -> Definition:
     """64-256-256-10 ReLU network on scikit-learn's digits, logits of N held-out images; 5 epochs of Adam to theta_f."""
-    return _relu_network(*_images.digits(), N)
+    return _relu_network(*images.digits(), N)
 
 
 @problem
 def mnist_mlp(N: int = 512) -> Definition:
     """784-256-256-10 ReLU network on MNIST (the paper's trained network), only where MNIST can be had."""
-    return _relu_network(*_images.mnist(), N)
+    return _relu_network(*images.mnist(), N)
 
 
 @problem
@@ -32,7 +32,7 @@ def digits_conv(N: int = 256) -> Definition:
     """ConvNet on scikit-learn's 8x8 digits: 16 and 64 channels of 3x3, then a wide readout of 1024 features."""
     from torch import nn
 
-    images, labels, held_out = (array.reshape(-1, 1, 8, 8) if array.ndim > 1 else array for array in _images.digits())
+    pixels, labels, held_out = (array.reshape(-1, 1, 8, 8) if array.ndim > 1 else array for array in images.digits())
 
     def network() -> nn.Module:
         return nn.Sequential(
@@ -52,7 +52,7 @@ def digits_conv(N: int = 256) -> Definition:
             x = jax.nn.relu(x + weights[f"{layer}.bias"][:, None, None])
         return linear(x.reshape(x.shape[0], -1), weights["5.weight"], weights["5.bias"])
 
-    return _classifier(network, images, labels, held_out[:N], jax_forward)
+    return _classifier(network, pixels, labels, held_out[:N], jax_forward)
 
 
 def _relu_network(images: np.ndarray, labels: np.ndarray, held_out: np.ndarray, N: int) -> Definition:
@@ -89,7 +89,7 @@ def _classifier(
 
     def train(module: nn.Module) -> None:
         """5 epochs of Adam on the cross-entropy, learning rate 1e-3, batches of 128."""
-        _training.adam(
+        training.adam(
             module,
             torch.from_numpy(images),
             torch.from_numpy(labels),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ntkbench.problems import _training
-from ntkbench.problems.base import Definition, problem
+from ntkbench.problems.base import Definition, problem, training
 
 INPUTS, HIDDEN = 10, 64
 
@@ -17,7 +16,8 @@ def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
     import torch
     from torch import nn
 
-    from ntkbench.problems._recurrent import Recurrence, jax_forward
+    from ntkbench.networks.recurrent import jax_forward
+    from ntkbench.operators.recurrent.cells import Recurrence
 
     class States(nn.Module):
         """All hidden states ``[N, T, H]`` of a GRU fed ``[N, T, inputs]``."""
@@ -41,6 +41,6 @@ def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
         def loss(states, inputs):
             return nn.functional.mse_loss(states[:, 1:, :INPUTS], torch.tanh(inputs[:, :-1].double()))
 
-        _training.adam(module, x, x, loss, lr=3e-3, batch=15, epochs=40)
+        training.adam(module, x, x, loss, lr=3e-3, batch=15, epochs=40)
 
     return Definition(module, x[:N, :T].numpy().copy(), train, jax_forward=jax_forward(module))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ntkbench.problems import _training
-from ntkbench.problems._jax import linear
-from ntkbench.problems.base import Definition, problem
+from ntkbench.networks.jax_layers import linear
+from ntkbench.problems.base import Definition, problem, training
 
 WIDTH, DEPTH, INPUTS = 64, 15, 100
 
@@ -38,7 +37,7 @@ def _deep_relu(N: int, he: bool) -> Definition:
     def train(module: nn.Module) -> None:
         """20 full-batch steps of regressing the state on a fixed random ReLU map of the inputs."""
         readout = torch.randn(INPUTS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        _training.adam(
+        training.adam(
             module, x, torch.relu(x.double() @ readout / INPUTS**0.5), nn.functional.mse_loss, batch=50, epochs=20
         )
 

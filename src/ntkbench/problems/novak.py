@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ntkbench.problems import _training
-from ntkbench.problems._jax import linear
-from ntkbench.problems.base import Definition, problem
+from ntkbench.networks.jax_layers import linear
+from ntkbench.problems.base import Definition, problem, training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,6 +135,6 @@ def _on_normal_inputs(
         """4 full-batch steps of Adam towards fixed standard normal targets, on 8 inputs of their own."""
         outputs = module(known).shape
         targets = torch.randn(outputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        _training.adam(module, known, targets, nn.functional.mse_loss, batch=TRAINED_ON, epochs=4)
+        training.adam(module, known, targets, nn.functional.mse_loss, batch=TRAINED_ON, epochs=4)
 
     return Definition(module, x.numpy(), train, jax_forward=jax_forward)

@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
+from ntkbench.data import tasks
 from ntkbench.errors import BadInput
-from ntkbench.problems import _tasks, _training
-from ntkbench.problems.base import Definition, problem
+from ntkbench.problems.base import Definition, problem, training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,11 +51,11 @@ def network(
     """
     import torch
 
-    from ntkbench.problems._recurrent import Recurrent
+    from ntkbench.networks.recurrent import Recurrent
 
     if (gain is not None and not gain > 0) or (rank is not None and not 1 <= rank <= hidden):
         raise BadInput(f"gain must be positive and rank from 1 to H={hidden}; got gain={gain}, rank={rank}")
-    inputs, outputs = _tasks.channels(task)
+    inputs, outputs = tasks.channels(task)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         module = Recurrent(kind, inputs, hidden, outputs, EULER_STEP if kind == "ctrnn" else None)
@@ -72,7 +72,7 @@ def network(
 
 def course(
     module: nn.Module,
-    trials: _tasks.Trials,
+    trials: tasks.Trials,
     *,
     loss: float = LOSS,
     steps: int = STEPS,
@@ -104,7 +104,7 @@ def course(
         torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
 
     chosen.register_step_pre_hook(clip)
-    yield from _training.descent(lambda: missed(module(x)), chosen, to=loss, most=steps)
+    yield from training.descent(lambda: missed(module(x)), chosen, to=loss, most=steps)
     module.float()
 
 
@@ -127,7 +127,7 @@ def part(module: nn.Module, read: str, parameters: str) -> nn.Module:
     """
     import torch
 
-    from ntkbench.problems._recurrent import Recurrent
+    from ntkbench.networks.recurrent import Recurrent
 
     if read == "state" and parameters == "readout":
         raise BadInput("the states do not come from the readout: parameters=readout needs read=outputs")
@@ -150,9 +150,9 @@ def _define(kind: str, task: str) -> Callable[..., Definition]:
         read: Literal["state", "outputs"] = "state",
         parameters: Literal["all", "recurrent", "inputs", "readout"] = "all",
     ) -> Definition:
-        from ntkbench.problems._recurrent import jax_forward
+        from ntkbench.networks.recurrent import jax_forward
 
-        trials = _tasks.trials(task, N, T)
+        trials = tasks.trials(task, N, T)
         whole = network(kind, task, H)
         chosen = part(whole, read, parameters)
 
@@ -161,17 +161,17 @@ def _define(kind: str, task: str) -> Callable[..., Definition]:
         def train(module: nn.Module) -> None:
             """To a tenth of the targets' power, on 128 trials, of the shorter lengths first."""
             for length in lengths:
-                for _ in course(module, _tasks.trials(task, TRAINED_ON, length, seed=1)):
+                for _ in course(module, tasks.trials(task, TRAINED_ON, length, seed=1)):
                     pass
 
         recipe = f"{TRAINED_ON} trials of T={', '.join(map(str, lengths))} to {LOSS}"
         return Definition(whole, trials.inputs, train, jax_forward(chosen), part=chosen, recipe=recipe)
 
     define.__name__ = define.__qualname__ = f"{kind}_{task}"
-    define.__doc__ = f"{KINDS[kind]} on {inspect.getdoc(_tasks.TASKS[task][0]).splitlines()[0]}"
+    define.__doc__ = f"{KINDS[kind]} on {inspect.getdoc(tasks.TASKS[task][0]).splitlines()[0]}"
     return define
 
 
 for _kind in KINDS:
-    for _task in _tasks.TASKS:
+    for _task in tasks.TASKS:
         problem(_define(_kind, _task), any_size=True)

@@ -17,11 +17,13 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ntkbench import jacobian, plugins, running
+from ntkbench import operators, registry
 from ntkbench.errors import NtkbenchError
-from ntkbench.provenance import provenance
-from ntkbench.studies import _journal, base
-from ntkbench.studies._journal import Journal
+from ntkbench.measure import journal as journals
+from ntkbench.measure import timing
+from ntkbench.measure.journal import Journal
+from ntkbench.measure.provenance import provenance
+from ntkbench.studies import base
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +33,7 @@ __all__ = ["Journal", "base", "describe", "fields", "names", "plugins_of", "run"
 
 def names() -> list[str]:
     """Every study there is, sorted."""
-    return plugins.names(__name__)
+    return registry.names(__name__)
 
 
 def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
@@ -74,14 +76,14 @@ def run(name: str, chosen: base.Settings, journal: Journal | None = None) -> pd.
     Raises:
         NtkbenchError: nothing was measured.
     """
-    running.use_threads(chosen.threads)
-    with _journal.kept(journal):
+    timing.use_threads(chosen.threads)
+    with journals.kept(journal):
         table = _module(name).run(chosen)
     if not len(table):
         raise NtkbenchError(f"study {name}: its settings leave nothing to measure")
-    columns = {"device": jacobian.device_name(chosen.target()), "dtype": chosen.dtype, "threads": chosen.threads}
+    columns = {"device": operators.device_name(chosen.target()), "dtype": chosen.dtype, "threads": chosen.threads}
     return table.assign(**{k: v for k, v in (columns | provenance().columns()).items() if k not in table})
 
 
 def _module(name: str) -> Any:
-    return plugins.load(__name__, name, "study")
+    return registry.load(__name__, name, "study")

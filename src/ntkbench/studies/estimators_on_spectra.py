@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ntkbench import methods, metrics, running
+from ntkbench import methods, metrics
+from ntkbench.measure import timing
 from ntkbench.methods.base import Stochastic
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
-    from ntkbench.jacobian import Jacobian
+    from ntkbench.operators import Jacobian
 
 SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda i: np.linspace(1, 3, len(i)),
@@ -40,7 +41,7 @@ NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stoch
 NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
 """Stochastic methods that ask for nothing but products with J and J^T."""
 
-PLUGINS = ("ntkbench.jacobian.dense", "ntkbench.jacobian.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
+PLUGINS = ("ntkbench.operators.dense", "ntkbench.operators.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
 
 
 class Settings(base.Settings):
@@ -73,8 +74,8 @@ class Spectrum:
     def __init__(self, eigenvalues: np.ndarray, n: int, P: int, settings: Settings, seed: int = 0) -> None:
         import torch
 
-        from ntkbench.jacobian import dense
-        from ntkbench.jacobian.torch import Rng, device
+        from ntkbench.operators import dense
+        from ntkbench.operators.torch import Rng, device
 
         rng = np.random.default_rng(seed)
         values = np.sqrt(eigenvalues)
@@ -131,7 +132,7 @@ def _reruns(settings: Settings, spectrum: Spectrum, method: Stochastic, metric: 
         times.append(time.perf_counter() - start)
         errors.append(abs(estimate.value - exact) / exact)
         covered.append(estimate.covers(exact, settings.dtype))
-    quartiles = {**running.quartiles("seconds", times), **running.quartiles("error", errors)}
+    quartiles = {**timing.quartiles("seconds", times), **timing.quartiles("error", errors)}
     found = {"passes_spent": estimate.passes, "seeds": settings.seeds, "reference": exact}
     return found | quartiles | {"covered": sum(covered) / len(covered)}
 

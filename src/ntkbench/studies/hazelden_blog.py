@@ -8,13 +8,13 @@ from __future__ import annotations
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from ntkbench.studies import _estimates
+from ntkbench.studies.base import estimates
 
-PLUGINS = _estimates.PLUGINS
+PLUGINS = estimates.PLUGINS
 METHODS = {"trace": ("hutchpp",), "alignment": ("shared_probe_alignment", "hutchpp")}
 
 
-class Settings(_estimates.Settings):
+class Settings(estimates.Settings):
     """Grid of samples.
 
     Attributes:
@@ -28,11 +28,11 @@ class Settings(_estimates.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each metric, method and number of samples."""
-    problem = _estimates.load([settings.problem])
+    problem = estimates.load([settings.problem])
     rows = [
         row
         for metric, names in METHODS.items()
         for name in names
-        for row in _estimates.reruns(settings, problem, metric, name, settings.samples)
+        for row in estimates.reruns(settings, problem, metric, name, settings.samples)
     ]
     return pd.DataFrame(rows)

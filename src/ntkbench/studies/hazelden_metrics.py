@@ -8,9 +8,9 @@ from __future__ import annotations
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from ntkbench.studies import _estimates
+from ntkbench.studies.base import estimates
 
-PLUGINS = _estimates.PLUGINS
+PLUGINS = estimates.PLUGINS
 METRICS = {
     "norm": ("hutchpp_paper",),
     "alignment": ("hutchpp_paper", "shared_probe_alignment"),
@@ -18,7 +18,7 @@ METRICS = {
 }
 
 
-class Settings(_estimates.Settings):
+class Settings(estimates.Settings):
     """Grid of m.
 
     Attributes:
@@ -32,10 +32,10 @@ class Settings(_estimates.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each metric, method and m, and one for each metric and baseline."""
-    problem = _estimates.load(settings.problems)
+    problem = estimates.load(settings.problems)
     rows = []
     for metric, names in METRICS.items():
-        rows += [_estimates.baseline(settings, problem, metric, name) for name in ("direct", _estimates.ONE_BY_ONE)]
+        rows += [estimates.baseline(settings, problem, metric, name) for name in ("direct", estimates.ONE_BY_ONE)]
         for name in names:
-            rows += _estimates.reruns(settings, problem, metric, name, settings.samples)
+            rows += estimates.reruns(settings, problem, metric, name, settings.samples)
     return pd.DataFrame(rows)

@@ -11,14 +11,14 @@ import pandas as pd
 from pydantic import Field, PositiveInt
 
 from ntkbench import problems
-from ntkbench.studies import _estimates
+from ntkbench.studies.base import estimates
 
-PLUGINS = _estimates.PLUGINS
+PLUGINS = estimates.PLUGINS
 METHODS = ("hutchpp_paper", "one_sided_paper_reverse", "one_sided_paper_forward")
-BASELINES = (_estimates.ONE_BY_ONE, "direct", "structured_derivatives")
+BASELINES = (estimates.ONE_BY_ONE, "direct", "structured_derivatives")
 
 
-class Settings(_estimates.Settings):
+class Settings(estimates.Settings):
     """Problems and grids of m; six samples are the fewest that the estimators take.
 
     Attributes:
@@ -41,8 +41,8 @@ def run(settings: Settings) -> pd.DataFrame:
     for network, label in settings.problems.items():
         problem = problems.load(label)
         columns = {"network": network}
-        rows += [_estimates.baseline(settings, problem, "trace", name, **columns) for name in BASELINES]
+        rows += [estimates.baseline(settings, problem, "trace", name, **columns) for name in BASELINES]
         for name in METHODS:
             for grid, samples in (("large", getattr(settings, network)), ("small", settings.small)):
-                rows += _estimates.reruns(settings, problem, "trace", name, samples, **columns, grid=grid)
+                rows += estimates.reruns(settings, problem, "trace", name, samples, **columns, grid=grid)
     return pd.DataFrame(rows)

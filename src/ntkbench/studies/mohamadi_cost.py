@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from ntkbench import methods, running
-from ntkbench.problems.base import Problem
+from ntkbench import methods
+from ntkbench.measure import timing
+from ntkbench.problem import Problem
 from ntkbench.studies import base
 
 METHODS = ("structured_derivatives", "structured_sum_of_logits", "jacobian_contraction", "sum_of_logits")
@@ -75,9 +76,9 @@ def _row(
         prepare = type(method).prepare
         if prepare not in shared:
             shared[prepare] = method.prepare(problem, target)
-        times, _ = running.timed(lambda: method.estimate(shared[prepare], "norm"), settings.timing_seconds)
+        times, _ = timing.timed(lambda: method.estimate(shared[prepare], "norm"), settings.timing_seconds)
         pairs = problem.N * (problem.N + 1) // 2
-        spread = running.quartiles("seconds", times)
+        spread = timing.quartiles("seconds", times)
         return spread | {"pairs": pairs, "seconds_per_pair": spread["seconds"] / pairs}
 
     return base.row(case, measure)
@@ -88,9 +89,9 @@ def _problem(settings: Settings, depth: int, outputs: int, samples: int) -> tupl
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ntkbench.studies import _networks
+    from ntkbench.networks import classifiers
 
-    network = _networks.seeded(lambda: _networks.resnet(depth, outputs, settings.width), 0)
+    network = classifiers.seeded(lambda: classifiers.resnet(depth, outputs, settings.width), 0)
     x = torch.randn(samples, 3, settings.side, settings.side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(x[:1])

@@ -62,19 +62,20 @@ def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
     """Columns for each look and kernel of one training."""
     import torch
 
-    from ntkbench.jacobian import torch as backend
-    from ntkbench.studies import _networks, _pntk, _training
+    from ntkbench.networks import classifiers
+    from ntkbench.operators import torch as backend
+    from ntkbench.studies.base import descent, pntk
 
     target = settings.target()
     device = backend.device(target)
-    network = _networks.seeded(lambda: _networks.fc(settings.width, OUTPUTS), init).to(device)
-    x = _pntk.held_out_digits()[0][: settings.images].to(device)
-    theta = _pntk.Theta(network, x, target.memory)
+    network = classifiers.seeded(lambda: classifiers.fc(settings.width, OUTPUTS), init).to(device)
+    x = pntk.held_out_digits()[0][: settings.images].to(device)
+    theta = pntk.Theta(network, x, target.memory)
 
     def mse(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.mse_loss(outputs, torch.nn.functional.one_hot(labels, OUTPUTS).to(outputs))
 
-    descent = _training.Descent(
+    course = descent.Descent(
         network,
         mse if loss == "mse" else torch.nn.functional.cross_entropy,
         rate=settings.rate,
@@ -84,22 +85,22 @@ def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
     )
     found = []
     for step in sorted({round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}):
-        descent.to(step)
+        course.to(step)
         found += _look(theta(network), network, x, step, init)
     return found
 
 
 def _look(full: Any, network: Any, x: Any, step: int, init: int) -> list[dict[str, Any]]:
-    from ntkbench.studies import _pntk
+    from ntkbench.studies.base import pntk
 
-    kernels = _pntk.standing_in(full, _pntk.features_and_outputs(network, x)[0], seed=init)
+    kernels = pntk.standing_in(full, pntk.features_and_outputs(network, x)[0], seed=init)
     last, pull = kernels["last_layer"], kernels["sum_of_logits"]
     columns = {
         "step": step,
-        "sum_direction": _pntk.sum_direction(network),
+        "sum_direction": pntk.sum_direction(network),
         "pntk_to_last_layer": float((pull - last).norm() / pull.norm()),
     }
     return [
-        columns | {"kernel": name, "title": title, "difference": _pntk.difference(full, kernels[name])}
-        for name, title in _pntk.KERNELS.items()
+        columns | {"kernel": name, "title": title, "difference": pntk.difference(full, kernels[name])}
+        for name, title in pntk.KERNELS.items()
     ]

@@ -23,8 +23,8 @@ from ntkbench.studies import base
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ntkbench.studies._pntk import Theta
-    from ntkbench.studies._training import Descent
+    from ntkbench.studies.base.descent import Descent
+    from ntkbench.studies.base.pntk import Theta
 
 OUTPUTS = 10
 DEEP = ("resnet18", "wide_resnet")
@@ -95,9 +95,9 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 def _rows(settings: Settings, family: str, width: int) -> Iterator[dict[str, Any]]:
-    from ntkbench.studies import _pntk
+    from ntkbench.studies.base import pntk
 
-    kernels = {"full": "NTK"} | _pntk.KERNELS
+    kernels = {"full": "NTK"} | pntk.KERNELS
     architecture = Architecture(settings, family, width)
     for init in range(settings.inits):
         course = Course(architecture, init)
@@ -122,28 +122,28 @@ class Architecture:
 
     def network(self, init: int) -> nn.Module:
         """A network from its seed, on the device."""
-        from ntkbench.studies import _networks
+        from ntkbench.networks import classifiers
 
-        return _networks.seeded(lambda: _networks.FAMILIES[self.family](self.width, OUTPUTS), init).to(self._device)
+        return classifiers.seeded(lambda: classifiers.FAMILIES[self.family](self.width, OUTPUTS), init).to(self._device)
 
     @functools.cached_property
     def images(self) -> dict[str, Tensor]:
         """``x`` and ``labels``, those to train on first."""
-        from ntkbench.studies import _pntk
+        from ntkbench.studies.base import pntk
 
-        made = _pntk.digits(self.settings.train, self.settings.test)
+        made = pntk.digits(self.settings.train, self.settings.test)
         return {name: part.to(self._device) for name, part in made.items()}
 
     @functools.cached_property
     def theta(self) -> Theta:
         """Theta on these images as a function of the network, traced once."""
-        from ntkbench.studies import _pntk
+        from ntkbench.studies.base import pntk
 
-        return _pntk.Theta(self.network(0), self.images["x"], self.settings.target().memory)
+        return pntk.Theta(self.network(0), self.images["x"], self.settings.target().memory)
 
     @property
     def _device(self) -> Any:
-        from ntkbench.jacobian import torch as backend
+        from ntkbench.operators import torch as backend
 
         return backend.device(self.settings.target())
 
@@ -175,10 +175,10 @@ class Course:
         """Training at a rate that the kernel at initialisation sets."""
         from torch.nn.functional import cross_entropy
 
-        from ntkbench.studies import _training
+        from ntkbench.studies.base import descent
 
         settings = self._architecture.settings
-        return _training.Descent(
+        return descent.Descent(
             self._network,
             cross_entropy,
             rate=settings.rate * settings.train / self._at_start["full"]["lambda_max"],
@@ -192,20 +192,20 @@ def measure(architecture: Architecture, network: nn.Module, seed: int) -> dict[s
     """Columns for each kernel of one network at its present weights, the whole NTK (``full``) among them."""
     import torch
 
-    from ntkbench.studies import _pntk
+    from ntkbench.studies.base import pntk
 
     settings, x, labels = architecture.settings, *architecture.images.values()
     train = settings.train
     full = architecture.theta(network)
-    features, outputs = _pntk.features_and_outputs(network, x)
-    held_out, held_out_labels = (part.to(x.device) for part in _pntk.held_out_digits())
+    features, outputs = pntk.features_and_outputs(network, x)
+    held_out, held_out_labels = (part.to(x.device) for part in pntk.held_out_digits())
     with torch.no_grad():
         own_accuracy = _accuracy(network(held_out), held_out_labels)
     targets = torch.nn.functional.one_hot(labels[:train], OUTPUTS).double()
 
     among = full[:train, :, :train]
-    largest, condition = _pntk.spectrum(among.reshape(train * OUTPUTS, -1))
-    own = _pntk.predictions(full, outputs, targets, train)
+    largest, condition = pntk.spectrum(among.reshape(train * OUTPUTS, -1))
+    own = pntk.predictions(full, outputs, targets, train)
     columns = {
         "P": sum(w.numel() for w in network.parameters()),
         "train": train,
@@ -213,17 +213,17 @@ def measure(architecture: Architecture, network: nn.Module, seed: int) -> dict[s
         "rate": settings.rate,
         "momentum": settings.momentum,
         "batch": settings.batch,
-        "off_diagonal": _pntk.off_diagonal_mass(among),
+        "off_diagonal": pntk.off_diagonal_mass(among),
         "network_accuracy": own_accuracy,
     }
     accuracy = _accuracy(own, labels[train:])
     found = {"full": columns | {"difference": 0.0, "lambda_max": largest, "condition": condition, "accuracy": accuracy}}
-    for name, kernel in _pntk.standing_in(full, features, seed).items():
+    for name, kernel in pntk.standing_in(full, features, seed).items():
         some = kernel[:train, :train]
-        top, spread = _pntk.spectrum(some)
-        predicted = _pntk.predictions(kernel, outputs, targets, train)
+        top, spread = pntk.spectrum(some)
+        predicted = pntk.predictions(kernel, outputs, targets, train)
         found[name] = columns | {
-            "difference": _pntk.difference(among, some),
+            "difference": pntk.difference(among, some),
             "lambda_max": top,
             "lambda_max_error": abs(top - largest) / largest,
             "condition": spread,

@@ -34,7 +34,7 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each width, O, N and implementation."""
     from ntkbench.problems.novak import fc_relu
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     rows = []
     for width in settings.widths:
@@ -42,7 +42,7 @@ def run(settings: Settings) -> pd.DataFrame:
             network = fc_relu(N=1, O=outputs, width=width, depth=HIDDEN)
             sizes = {"O": outputs, "width": width, "P": sum(w.numel() for w in network.module.parameters())}
             for samples in settings.samples:
-                for name, title in _programs.TITLES.items():
+                for name, title in programs.TITLES.items():
                     case = {"N": samples, **sizes, "method": name, "title": title}
                     rows.append(_row(settings, case, network))
     return pd.DataFrame(rows)
@@ -61,16 +61,16 @@ def _row(settings: Settings, case: dict[str, Any], network: Definition) -> dict[
 
 
 def _theirs(case: dict[str, Any], network: Definition) -> float:
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     shapes = {name: tuple(w.shape) for name, w in network.module.named_parameters()}
     x = (case["N"], *network.x.shape[1:])
-    return _programs.flops(_programs.lowered(case["method"], network.jax_forward, shapes, x))
+    return programs.flops(programs.lowered(case["method"], network.jax_forward, shapes, x))
 
 
 def _ours(case: dict[str, Any]) -> float:
     from ntkbench.problems.novak import fc_relu
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     network = fc_relu(N=case["N"], O=case["O"], width=case["width"], depth=HIDDEN)
-    return _programs.engine_flops(network.module, network.x)
+    return programs.engine_flops(network.module, network.x)

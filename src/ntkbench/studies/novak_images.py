@@ -19,7 +19,7 @@ from ntkbench.studies import base
 if TYPE_CHECKING:
     from torch import nn
 
-    from ntkbench.studies._image_networks.base import Architecture
+    from ntkbench.networks.architecture import Architecture
 
 OURS = "structured_derivatives"
 
@@ -63,7 +63,7 @@ class Settings(base.Settings):
 
 def architectures(settings: Settings) -> list[Architecture]:
     """The networks that are asked for."""
-    from ntkbench.studies._image_networks import mixer, residual, transformer
+    from ntkbench.networks import mixer, residual, transformer
 
     return [
         *(residual.resnet(depth, settings.width, settings.side) for depth in settings.depths),
@@ -92,21 +92,21 @@ class Case:
         import numpy as np
         import torch
 
-        from ntkbench.studies import _programs
-        from ntkbench.studies._image_networks.base import CHANNELS
+        from ntkbench.networks.architecture import CHANNELS
+        from ntkbench.studies.base import programs
 
         self._settings, self._architecture, self._outputs = settings, architecture, outputs
         shape = (CHANNELS, architecture.side, architecture.side)
         with torch.device("meta"):
             network = architecture.make(outputs).eval()
-            self._forward_flops = _programs.torch_flops(lambda: network(torch.empty(1, *shape)))
+            self._forward_flops = programs.torch_flops(lambda: network(torch.empty(1, *shape)))
         self._shapes = {name: tuple(w.shape) for name, w in network.named_parameters()}
         self._x = np.random.default_rng(0).standard_normal((settings.samples, *shape), dtype=np.float32)
         self._lowered: dict[str, Any] = {}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each implementation and quantity."""
-        from ntkbench.studies import _programs
+        from ntkbench.studies.base import programs
 
         settings = self._settings
         architecture = self._architecture
@@ -115,7 +115,7 @@ class Case:
         # A backward pass takes twice a forward pass.
         needed = 3 * self._forward_flops * settings.samples * self._outputs
         found = []
-        for name, title in _programs.TITLES.items():
+        for name, title in programs.TITLES.items():
             case = {"network": architecture.title, **sizes, "method": name, "title": title}
             found.append(base.row(case | {"quantity": "flops"}, lambda name=name: self._operations(name)))
             if name == "jacobian":
@@ -129,33 +129,33 @@ class Case:
         return found
 
     def _operations(self, name: str) -> dict[str, float]:
-        from ntkbench.studies import _programs
+        from ntkbench.studies.base import programs
 
-        flops = _programs.engine_flops(self._network, self._x) if name == OURS else _programs.flops(self._program(name))
+        flops = programs.engine_flops(self._network, self._x) if name == OURS else programs.flops(self._program(name))
         return {"flops": flops, "flops_per_entry": flops / (len(self._x) * self._outputs) ** 2}
 
     def _seconds(self, name: str) -> dict[str, Any]:
-        from ntkbench.studies import _programs
+        from ntkbench.studies.base import programs
 
         settings = self._settings
         if name == OURS:
-            return _programs.timed_engine(self._network, self._x, settings.target(), settings.timing_seconds)
+            return programs.timed_engine(self._network, self._x, settings.target(), settings.timing_seconds)
         weights = {key: w.detach().numpy() for key, w in self._network.named_parameters()}
         target, seconds = settings.target("jax"), settings.timing_seconds
-        return _programs.timed_program(self._program(name), weights, self._x, target, seconds, settings.budget_mb)
+        return programs.timed_program(self._program(name), weights, self._x, target, seconds, settings.budget_mb)
 
     def _program(self, name: str) -> Any:
         """neural-tangents' program for these shapes, lowered once."""
-        from ntkbench.studies import _programs
+        from ntkbench.studies.base import programs
 
         if name not in self._lowered:
-            made = _programs.lowered(name, self._architecture.forward, self._shapes, self._x.shape)
+            made = programs.lowered(name, self._architecture.forward, self._shapes, self._x.shape)
             self._lowered[name] = made
         return self._lowered[name]
 
     @functools.cached_property
     def _network(self) -> nn.Module:
         """The network with its weights; only what traces or runs it takes them."""
-        from ntkbench.studies import _networks
+        from ntkbench.networks import classifiers
 
-        return _networks.seeded(lambda: self._architecture.make(self._outputs), 0)
+        return classifiers.seeded(lambda: self._architecture.make(self._outputs), 0)

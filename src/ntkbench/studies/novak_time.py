@@ -34,12 +34,12 @@ class Settings(base.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each width, O and implementation."""
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     rows = []
     for width in settings.widths:
         for outputs in settings.outputs:
-            for name, title in _programs.TITLES.items():
+            for name, title in programs.TITLES.items():
                 case = {"N": settings.samples, "O": outputs, "width": width, "method": name, "title": title}
                 measure = _ours if name == "structured_derivatives" else _theirs
                 rows.append(base.row(case, lambda case=case, measure=measure: measure(settings, case)))
@@ -54,19 +54,19 @@ def _network(case: dict[str, Any]) -> Any:
 
 
 def _theirs(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     network, target = _network(case), settings.target("jax")
     weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
     shapes = {name: w.shape for name, w in weights.items()}
-    made = _programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape)
-    base.check_operations(_programs.flops(made), settings.case_gigaflop)
-    return _programs.timed_program(made, weights, network.x, target, settings.timing_seconds, settings.budget_mb)
+    made = programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape)
+    base.check_operations(programs.flops(made), settings.case_gigaflop)
+    return programs.timed_program(made, weights, network.x, target, settings.timing_seconds, settings.budget_mb)
 
 
 def _ours(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
-    from ntkbench.studies import _programs
+    from ntkbench.studies.base import programs
 
     network = _network(case)
-    base.check_operations(_programs.engine_flops(network.module, network.x), settings.case_gigaflop)
-    return _programs.timed_engine(network.module, network.x, settings.target(), settings.timing_seconds)
+    base.check_operations(programs.engine_flops(network.module, network.x), settings.case_gigaflop)
+    return programs.timed_engine(network.module, network.x, settings.target(), settings.timing_seconds)

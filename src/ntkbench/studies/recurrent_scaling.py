@@ -14,11 +14,13 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ntkbench import methods, running
-from ntkbench.jacobian import linearise
+from ntkbench import methods
+from ntkbench.data import tasks
+from ntkbench.measure import timing
 from ntkbench.methods.base import Stochastic
-from ntkbench.problems import _tasks, recurrent
-from ntkbench.problems.base import Problem
+from ntkbench.operators import linearise
+from ntkbench.problem import Problem
+from ntkbench.problems import recurrent
 from ntkbench.studies import base
 
 METRICS = {
@@ -96,7 +98,7 @@ def _problem(settings: Settings, kind: str, N: int, T: int) -> Problem:
     networks = [recurrent.network(kind, settings.task, settings.H, seed=seed) for seed in (0, 1)]
     parts = [recurrent.part(network, "state", "all") for network in networks]
     weights = [{key: w.detach().numpy() for key, w in part.named_parameters()} for part in parts]
-    return Problem(f"{kind}_{settings.task}", parts[0], _tasks.trials(settings.task, N, T).inputs, *weights)
+    return Problem(f"{kind}_{settings.task}", parts[0], tasks.trials(settings.task, N, T).inputs, *weights)
 
 
 def _line(
@@ -123,8 +125,8 @@ def _line(
         rows.append(base.left_out(case, slow) if slow else base.row(case, lambda at=at: began(at), resumable=False))
         if rows[-1].get("seconds", 0) > settings.patience_seconds:
             slow = f"the size before took over patience_seconds ({settings.patience_seconds:g})"
-    times = running.in_turn([call for _, call in calls], settings.timing_seconds * len(calls))
+    times = timing.in_turn([call for _, call in calls], settings.timing_seconds * len(calls))
     for (at, _), own in zip(calls, times, strict=True):
         row = next(row for row in rows if row[varied] == at[varied])
-        row |= running.quartiles("seconds", own)
+        row |= timing.quartiles("seconds", own)
     return rows

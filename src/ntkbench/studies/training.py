@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ntkbench import paired, running
+from ntkbench.data import tasks
 from ntkbench.errors import DidNotTrain
-from ntkbench.problems import _tasks, _training, recurrent
-from ntkbench.problems.base import Problem, Weights, split
+from ntkbench.estimators import paired
+from ntkbench.measure import timing
+from ntkbench.problem import Problem, Weights, split
+from ntkbench.problems import recurrent
+from ntkbench.problems.base import training
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ntkbench.recurrent.operators import StateKernel
+    from ntkbench.operators.recurrent.state_kernel import StateKernel
 
 PLUGINS = ("ntkbench.problems.recurrent",)
 
@@ -68,7 +71,7 @@ def run(settings: Settings) -> pd.DataFrame:
         BadInput: the sizes do not go together.
     """
     s = settings
-    trained_on, seen = _tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), _tasks.trials(s.task, s.N, s.T)
+    trained_on, seen = tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
     # All networks first, so that what cannot be is refused before anything is trained.
     starts = [
         (
@@ -87,9 +90,9 @@ def run(settings: Settings) -> pd.DataFrame:
             module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
         )
         try:
-            kept = list(_training.checkpoints(module, course))
+            kept = list(training.checkpoints(module, course))
         except DidNotTrain as error:
-            rows.append({**sizes, **case, **running.ending(error)})
+            rows.append({**sizes, **case, **timing.ending(error)})
             continue
         rows += ({**sizes, **case, "status": "ok", "reason": "", **row} for row in _along(s, part, seen, kept))
     return pd.DataFrame(rows)
@@ -100,9 +103,9 @@ def _name(gain: float, rank: int, hidden: int) -> str:
 
 
 def _along(
-    settings: Settings, part: nn.Module, seen: _tasks.Trials, kept: list[tuple[int, float, Weights]]
+    settings: Settings, part: nn.Module, seen: tasks.Trials, kept: list[tuple[int, float, Weights]]
 ) -> Iterator[Mapping[str, Any]]:
-    from ntkbench.recurrent.operators import StateKernel
+    from ntkbench.operators.recurrent.state_kernel import StateKernel
 
     first: StateKernel | None = None
     for step, loss, weights in kept:

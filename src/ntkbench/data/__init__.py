@@ -1,0 +1,1 @@
+"""Data sets and tasks that networks are trained on."""

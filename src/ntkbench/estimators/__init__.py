@@ -1,0 +1,1 @@
+"""Estimators of NTK metrics from products with the Jacobian."""

@@ -1,0 +1,1 @@
+"""Drawing helpers of the figures."""

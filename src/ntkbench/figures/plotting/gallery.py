@@ -1,0 +1,58 @@
+"""All figures with their captions on one page of HTML that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from ntkbench.errors import BadInput
+from ntkbench.figures.plotting import labels
+
+TEMPLATE = Path(__file__).with_name("gallery.html")
+GROUPS = {
+    "hazelden": "Hazelden: trace estimation",
+    "mohamadi": "Mohamadi, Bae, Sutherland: the pNTK",
+    "novak": "Novak, Sohl-Dickstein, Schoenholz: fast finite-width kernels",
+    "along": "Along training",
+}
+"""First words of figures' names, in the order of the page; the others come first."""
+OWN = "The comparison"
+
+
+def page(pictures: Sequence[Path], title: str) -> str:
+    """The page.
+
+    Args:
+        pictures: PNG files, each with its caption beside it as ``.txt``.
+        title: heading of the page.
+
+    Raises:
+        BadInput: a picture has no caption.
+    """
+    groups: dict[str, list[dict[str, str | int]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
+    for picture in sorted(pictures, key=lambda path: path.stem):
+        caption = picture.with_suffix(".txt")
+        if not caption.exists():
+            raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
+        first, *others = caption.read_text().splitlines()
+        name, _, text = first.partition(". ")
+        with Image.open(picture) as image:
+            width, height = image.size  # so that links arrive where they should while pictures load
+        groups[GROUPS.get(picture.stem.split("_")[0], OWN)].append(
+            {
+                "id": picture.stem,
+                "name": name or labels.name_label(picture.stem),
+                "text": text,
+                "settings": " ".join(others),
+                "width": width,
+                "height": height,
+                "data": base64.b64encode(picture.read_bytes()).decode(),
+            }
+        )
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
+    shown = {name: figures for name, figures in groups.items() if figures}
+    return environment.get_template(TEMPLATE.name).render(title=title, groups=shown)

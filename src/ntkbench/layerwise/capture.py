@@ -1,0 +1,170 @@
+"""Inputs of all layers and cotangents of their outputs, for all samples and several output directions, layer by layer.
+
+The program is forward pass and backward passes of the network in one graph: one sample's graph, differentiated by the
+outputs of the layers, under ``vmap`` over output directions and samples. It is traced once for each shape. Each layer
+is handed over as soon as its cotangents are there, and they are forgotten right afterwards, so that at no time more is
+held than the activations, one layer's cotangents and the next one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ntkbench.layerwise.layers import Layer, Written
+from ntkbench.layerwise.trace import SampleGraph, aten, untraceable
+
+Parameters = Sequence[Tensor]
+"""Trainable parameters, in the order of those that a network was traced with."""
+
+Parts = tuple[list[Tensor], list[Tensor]]
+"""A layer's operands and cotangents, use by use, from which it makes the factors of its gradients."""
+
+Sink = Callable[[int, Parts], None]
+"""Takes a layer's number and its parts."""
+
+
+class Program:
+    """Forward and backward passes of one shape.
+
+    Attributes:
+        peak: bytes that a run holds at most, with one layer's inputs at all their positions; parameters and inputs not
+            counted.
+        held: bytes that the parts of all layers take.
+
+    Args:
+        graph: the network on one sample.
+        layers: whose gradients are wanted.
+        parameters: in the order of ``graph.parameters``; only their shapes matter here, and so for the others.
+        x: inputs ``[N, ...]``.
+        directions: cotangents of the outputs ``[N, K, O]``.
+    """
+
+    def __init__(
+        self,
+        graph: SampleGraph,
+        layers: Sequence[Layer | Written],
+        parameters: Parameters,
+        x: Tensor,
+        directions: Tensor,
+    ) -> None:
+        nodes = list(dict.fromkeys(use.node for layer in layers for use in layer.uses))
+        names = [layer.parameters[0] for layer in layers if isinstance(layer, Written)]
+        taps = [torch.zeros(v.shape, dtype=v.dtype, device=x.device) for v in (node.meta["val"] for node in nodes)]
+        self._constants = list(graph.constants.values())
+
+        def joint(
+            parameters: list[Tensor], constants: list[Tensor], x: Tensor, directions: Tensor, taps: list[Tensor]
+        ) -> Any:
+            def sample(x: Tensor, directions: Tensor) -> Any:
+                def outputs(taps: list[Tensor], written: list[Tensor]) -> Any:
+                    theta = list((by_name | dict(zip(names, written, strict=True))).values())
+                    tap = dict(zip(nodes, taps, strict=True))
+                    tapped = lambda node, value: value + tap[node] if node in tap else value  # noqa: E731
+                    f, values = graph.run(theta, constants, x, tapped)
+                    return f, [[values[use.operand] for use in layer.uses] for layer in layers]
+
+                _, pull, operands = vjp(outputs, taps, [by_name[name] for name in names], has_aux=True)
+                return operands, *vmap(pull)(directions)
+
+            by_name = dict(zip(graph.parameters, parameters, strict=True))
+            return vmap(sample)(x, directions)
+
+        with torch.no_grad(), untraceable("its backward passes"):
+            traced = make_fx(joint, tracing_mode="fake")(list(parameters), self._constants, x, directions, taps)
+        self._module = _streamed(traced, len(taps), layers, nodes)
+        self.peak, self.held = _footprint(self._module.graph, layers, len(x))
+
+    def run(self, parameters: Parameters, x: Tensor, directions: Tensor, sink: Sink) -> None:
+        """Hand every layer's parts to ``sink``, the last layer's first."""
+        with torch.no_grad():
+            self._module(*parameters, *self._constants, x, directions, sink)
+
+
+def _deliver(sink: Sink, number: int, operands: list[Tensor], cotangents: list[Tensor]) -> None:
+    sink(number, (operands, cotangents))
+
+
+def _streamed(
+    traced: fx.GraphModule, taps: int, layers: Sequence[Layer | Written], nodes: list[fx.Node]
+) -> fx.GraphModule:
+    """The traced program with its taps taken out, handing over each layer where its last part is computed."""
+    graph = traced.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for tap in placeholders[len(placeholders) - taps :]:
+        _take_out(tap)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    flat = iter(output.args[0])
+    operands = [[next(flat) for _ in layer.uses] for layer in layers]
+    cotangents = {node: next(flat) for node in nodes}
+    gradients = iter(flat)
+    wanted = [[cotangents[use.node] for use in layer.uses] if layer.uses else [next(gradients)] for layer in layers]
+    graph.erase_node(output)
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        sink = graph.placeholder("sink")
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for number, (left, right) in enumerate(zip(operands, wanted, strict=True)):
+        with graph.inserting_after(max((*left, *right), key=order.__getitem__)):
+            graph.call_function(_deliver, (sink, number, left, right))
+    graph.output(None)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is _deliver)
+    for tap in placeholders[len(placeholders) - taps :]:
+        graph.erase_node(tap)
+    graph.set_codegen(fx.graph.CodeGen())  # flat arguments, as the placeholders are
+    graph.lint()
+    return fx.GraphModule(traced, graph)
+
+
+def _take_out(tap: fx.Node) -> None:
+    """A tap is zero: what it is added to stays what it is."""
+    reached = [tap]
+    while reached:
+        node = reached.pop()
+        for user in list(node.users):
+            if user.target is aten.add.Tensor:
+                (other,) = (value for value in user.args if value is not node)
+                user.replace_all_uses_with(other)
+            else:
+                reached.append(user)
+
+
+def _footprint(graph: fx.Graph, layers: Sequence[Layer | Written], samples: int) -> tuple[int, int]:
+    """Bytes that a program holds at most, and bytes of all that it hands over."""
+    nodes = list(graph.nodes)
+    given = {_storage(value) for node in nodes if node.op == "placeholder" for value in _tensors(node)}
+    last = {
+        _storage(value): i for i, node in enumerate(nodes) for used in node.all_input_nodes for value in _tensors(used)
+    }
+    ending: dict[int, list[int]] = {}
+    for storage, i in last.items():
+        ending.setdefault(i, []).append(storage)
+    alive: dict[int, int] = {}
+    handed: dict[int, int] = {}
+    peak = 0
+    for i, node in enumerate(nodes):
+        own = {_storage(value): value.untyped_storage().nbytes() for value in _tensors(node)}
+        alive |= {storage: size for storage, size in own.items() if storage not in given and storage in last}
+        extra = 0
+        if node.target is _deliver:
+            parts = {_storage(v): v for used in node.all_input_nodes for v in _tensors(used)}
+            handed |= {storage: value.untyped_storage().nbytes() for storage, value in parts.items()}
+            item = max((v.element_size() for v in parts.values()), default=4)
+            extra = item * samples * sum(use.inputs for use in layers[node.args[1]].uses)
+        peak = max(peak, sum(alive.values()) + extra)
+        for storage in ending.get(i, ()):
+            alive.pop(storage, None)
+    return peak, sum(handed.values())
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)]
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata

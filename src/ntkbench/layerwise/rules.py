@@ -1,0 +1,182 @@
+"""The structure of gradients at the operations that weights take part in.
+
+Two rules (matrix products, convolutions) and one for tables cover the weights of nearly all networks, whatever the
+layers are called: linear layers on vectors and sequences, attention, recurrent layers and cells, grouped, depthwise and
+transposed convolutions, embeddings, weights tied between layers or used at many time steps. To add a rule, add an entry
+to :data:`RULES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from ntkbench.layerwise.factors import Factors, Lookups, Products
+from ntkbench.layerwise.trace import aten
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operation that a weight takes part in.
+
+    Attributes:
+        node: the operation; the cotangent of its value is what the rule needs.
+        operand: the value on the other side of it.
+        entries: which entries of the parameter stand where, ``[groups, C, D]`` (``[rows, C]`` for a table).
+        factors: from the operand ``[N, ...]`` and the cotangent ``[N, K, ...]`` to the gradient's factors.
+        bias: the argument that adds a bias of C entries a group, if there is one.
+    """
+
+    node: fx.Node
+    operand: fx.Node
+    entries: Tensor
+    factors: Callable[[Tensor, Tensor], Factors]
+    bias: fx.Node | None = None
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that a sample's inputs take when each stands at every position that it is used at."""
+        _, C, D = self.entries.shape if self.entries.ndim == 3 else (1, self.entries.shape[1], 1)
+        return self.node.meta["val"].numel() // C * D
+
+
+def rule_for(node: fx.Node, argument: fx.Node, entries: Tensor) -> Use | None:
+    """The rule for a use; ``None`` if there is none."""
+    rule = RULES.get(node.target)
+    position = [i for i, value in enumerate(node.args) if value is argument]
+    return rule(node, position[0], entries) if rule and len(position) == 1 else None
+
+
+def _product(node: fx.Node, position: int, entries: Tensor) -> Use | None:
+    """``mm`` and ``bmm``, with or without something added: a [S, D] times w [D, C], or w [C, D] times a [D, S]."""
+    first = len(node.args) - 2
+    added = node.args[0] if first else None
+    if position < first or any(factor != 1 for factor in node.kwargs.values()):
+        return None
+    right = position > first
+    operand = node.args[first if right else position + 1]
+    entries = entries[None] if entries.ndim == 2 else entries
+    shared = len(entries) > 1 and bool((entries == entries[:1]).all())  # one matrix for the whole batch of a bmm
+    entries = entries[:1] if shared else entries
+    factors = functools.partial(_product_factors, right=right, shared=shared)
+    return Use(node, operand, entries.mT if right else entries, factors, added if right and len(entries) == 1 else None)
+
+
+def _product_factors(a: Tensor, g: Tensor, *, right: bool, shared: bool) -> Products:
+    a, g = (t if t.ndim == batched else t.unsqueeze(-3) for t, batched in ((a, 4), (g, 5)))  # mm is a bmm of one
+    if right:
+        a, g = a.mT, g.mT  # [N, B, D, S], [N, K, B, C, S]
+    if shared:
+        a, g = (t.movedim(-3, -2).flatten(-2).unsqueeze(-3) for t in (a, g))
+    return Products(a, g)
+
+
+def _convolution(node: fx.Node, position: int, entries: Tensor) -> Use | None:
+    """Convolutions of any dimension, strided, dilated, grouped and transposed."""
+    if position != 1:
+        return None
+    operand, _, bias, stride, padding, dilation, transposed, _, groups = node.args
+    kernel = tuple(entries.shape[2:])
+    entries = entries.reshape(groups, entries.shape[0] // groups, -1)  # [groups, out, in x kernel]
+    factors = functools.partial(
+        _transposed_factors if transposed else _convolution_factors,
+        windows=Windows(kernel, *(_each(v, len(kernel)) for v in (stride, padding, dilation))),
+        groups=groups,
+    )
+    # A transposed convolution has its inputs first, [groups, in, out x kernel], and a bias for each out alone.
+    return Use(node, operand, entries.mT, factors) if transposed else Use(node, operand, entries, factors, bias)
+
+
+def _each(value: list[int], dimensions: int) -> tuple[int, ...]:
+    return tuple(value) if len(value) == dimensions else tuple(value) * dimensions
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows that a convolution looks through, dimension by dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def of(self, images: Tensor) -> Tensor:
+        """``[..., channels, *space]`` to ``[..., channels * kernel, positions]``."""
+        if set(self.kernel) == set(self.stride) == {1} and not any(self.padding):
+            return images.flatten(-len(self.kernel))
+        sides = [side for p in reversed(self.padding) for side in (p, p)]
+        images = (functional.pad(images, sides) if any(sides) else images).contiguous()
+        d = len(self.kernel)
+        space, steps = images.shape[-d:], images.stride()[-d:]
+        count = [
+            (size - step * (k - 1) - 1) // stride + 1
+            for size, step, k, stride in zip(space, self.dilation, self.kernel, self.stride, strict=True)
+        ]
+        windows = images.as_strided(
+            (*images.shape[:-d], *self.kernel, *count),
+            (
+                *images.stride()[:-d],
+                *(step * dilation for step, dilation in zip(steps, self.dilation, strict=True)),
+                *(step * stride for step, stride in zip(steps, self.stride, strict=True)),
+            ),
+        )
+        return windows.reshape(*images.shape[: -d - 1], -1, math.prod(count))
+
+
+def _convolution_factors(x: Tensor, g: Tensor, *, windows: Windows, groups: int) -> Products:
+    d = len(windows.kernel)
+    inputs = windows.of(x.squeeze(1))  # [N, in * kernel, S]
+    g = g.squeeze(2).flatten(-d)
+    return Products(inputs.unflatten(1, (groups, -1)), g.unflatten(2, (groups, -1)))
+
+
+def _transposed_factors(x: Tensor, g: Tensor, *, windows: Windows, groups: int) -> Products:
+    """Here the cotangents go through the windows, and the inputs are taken one by one."""
+    d = len(windows.kernel)
+    seen = windows.of(g.squeeze(2))  # [N, K, out * kernel, positions]
+    # An output padding may make room for one more window, which no input reaches.
+    seen = _cut(seen, g.shape[-d:], windows, x.shape[-d:])
+    return Products(x.squeeze(1).flatten(-d).unflatten(1, (groups, -1)), seen.unflatten(2, (groups, -1)))
+
+
+def _cut(seen: Tensor, space: torch.Size, windows: Windows, wanted: torch.Size) -> Tensor:
+    count = [
+        (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+        for size, pad, dilation, k, stride in zip(
+            space, windows.padding, windows.dilation, windows.kernel, windows.stride, strict=True
+        )
+    ]
+    if tuple(count) == tuple(wanted):
+        return seen
+    chosen = (..., *(slice(size) for size in wanted))
+    return seen.unflatten(-1, count)[chosen].flatten(-len(count))
+
+
+def _lookup(node: fx.Node, position: int, entries: Tensor) -> Use | None:
+    """Rows of a table by their numbers."""
+    _, numbers, padding, *_ = (*node.args, -1)
+    if position != 0:
+        return None
+    return Use(node, numbers, entries, functools.partial(_lookup_factors, padding=padding))
+
+
+def _lookup_factors(numbers: Tensor, g: Tensor, *, padding: int) -> Lookups:
+    g = g.flatten(2, -2).mT  # [N, K, C, S]
+    return Lookups(numbers.flatten(1).masked_fill(numbers.flatten(1) == padding, -1), g)
+
+
+RULES: dict[Any, Callable[[fx.Node, int, Tensor], Use | None]] = {
+    aten.mm.default: _product,
+    aten.addmm.default: _product,
+    aten.bmm.default: _product,
+    aten.baddbmm.default: _product,
+    aten.convolution.default: _convolution,
+    aten.embedding.default: _lookup,
+}

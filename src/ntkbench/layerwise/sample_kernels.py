@@ -1,0 +1,101 @@
+"""Kernels between samples that stand for the NTK, and the NTK itself: which directions, which layers.
+
+A kernel A between samples stands for Theta as A (x) I_O. The trace kernel is the best of them in the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkbench.errors import unknown
+from ntkbench.layerwise.kernel import LayerwiseKernel
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel is made from gradients.
+
+    Attributes:
+        directions: output directions ``[K, O]`` for O outputs and a seed; ``None`` for all O unit vectors.
+        averaged: whether the kernel is the mean over directions, ``[N, N]``, instead of all their products.
+        last_layer: whether the last layer's parameters alone count.
+    """
+
+    directions: Callable[[int, int], np.ndarray] | None = None
+    averaged: bool = False
+    last_layer: bool = False
+
+    @property
+    def between_samples(self) -> bool:
+        """Whether there is one entry for each pair of samples."""
+        return self.averaged or self.directions is not None
+
+    def compute(
+        self,
+        engine: LayerwiseKernel,
+        parameters: Sequence[Tensor],
+        x1: Tensor,
+        x2: Tensor | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """The kernel, ``[N1, N2]``, or ``[N1 * O, N2 * O]`` for the NTK; see :meth:`LayerwiseKernel.kernel`."""
+        made = engine.kernel(
+            parameters,
+            x1,
+            x2,
+            self._directions(engine, parameters, seed),
+            layers=engine.last_layer() if self.last_layer else None,
+            fold=self.averaged,
+        )
+        return made.div_(engine.O) if self.averaged else made
+
+    def diagonal(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], x: Tensor, seed: int = 0) -> Tensor:
+        """The kernel's diagonal alone, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""
+        layers = engine.last_layer() if self.last_layer else None
+        made = engine.diagonal(parameters, x, self._directions(engine, parameters, seed), layers=layers)
+        return made.mean(1) if self.averaged else made.reshape(-1)
+
+    def _directions(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], seed: int) -> Tensor | None:
+        if self.directions is None:
+            return None
+        drawn = torch.from_numpy(self.directions(engine.O, seed))
+        return drawn.to(dtype=parameters[0].dtype, device=parameters[0].device)
+
+
+def _sum_of_logits(outputs: int, seed: int) -> np.ndarray:
+    return np.full((1, outputs), outputs**-0.5)
+
+
+def _single_logit(outputs: int, seed: int) -> np.ndarray:
+    return np.eye(1, outputs)
+
+
+def _random_vector(outputs: int, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).standard_normal((1, outputs))
+    return drawn / np.linalg.norm(drawn)
+
+
+KERNELS = {
+    "full": Kernel(),
+    "sum_of_logits": Kernel(_sum_of_logits),
+    "single_logit": Kernel(_single_logit),
+    "random_vector": Kernel(_random_vector),
+    "trace": Kernel(averaged=True),
+    "last_layer": Kernel(averaged=True, last_layer=True),
+}
+
+
+def get(name: str) -> Kernel:
+    """The kernel of a name.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if name not in KERNELS:
+        raise unknown("kernel", name, KERNELS)
+    return KERNELS[name]

@@ -1,0 +1,1 @@
+"""The measuring core: configuration, cells, execution, rows."""

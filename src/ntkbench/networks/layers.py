@@ -1,0 +1,80 @@
+"""Layers that networks on patches share: a module in torch, and the same in JAX by the module's name.
+
+In JAX all of them are plain operations on weights as they are, which neural-tangents' structured derivatives know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ntkbench.networks import jax_layers
+from ntkbench.networks.architecture import CHANNELS, Weights
+
+EPS = 1e-6
+"""Of LayerNorm, as in the code of both papers."""
+
+
+class Patches(nn.Conv2d):
+    """Images ``[N, 3, side, side]`` to tokens ``[N, T, width]``: a convolution whose windows tile the image."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__(CHANNELS, width, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(2).transpose(1, 2)
+
+
+def patches(weights: Weights, name: str, x: Any) -> Any:
+    """:class:`Patches` in JAX."""
+    import jax
+
+    kernel = weights[f"{name}.weight"]
+    x = jax.lax.conv_general_dilated(x, kernel, kernel.shape[-2:], "VALID")
+    x = x + weights[f"{name}.bias"][:, None, None]
+    return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the last axis."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, EPS)
+
+
+def layer_norm(weights: Weights, name: str, x: Any) -> Any:
+    """:class:`LayerNorm` in JAX."""
+    import jax
+
+    centred = x - x.mean(-1, keepdims=True)
+    scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPS)
+    return centred * scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+class Perceptron(nn.Sequential):
+    """Two linear layers with a GELU between them, on the last axis, which keeps its size."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def perceptron(weights: Weights, name: str, x: Any) -> Any:
+    """:class:`Perceptron` in JAX."""
+    import jax
+
+    hidden = jax.nn.gelu(linear(weights, f"{name}.0", x), approximate=False)
+    return linear(weights, f"{name}.2", hidden)
+
+
+def linear(weights: Weights, name: str, x: Any) -> Any:
+    """A linear layer in JAX, on the last axis."""
+    return jax_layers.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def initialise(network: nn.Module) -> None:
+    """Normal weights of variance 1 / fan-in and zero biases, in place."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)

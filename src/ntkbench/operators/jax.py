@@ -1,0 +1,229 @@
+"""The Jacobian operator in JAX: jitted products, probes folded in with ``vmap``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkbench.errors import BadInput, Unavailable
+from ntkbench.operators import base
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+Weights = Mapping[str, jax.Array]
+Forward = Callable[[Weights, jax.Array], jax.Array]
+
+
+def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+    """See :func:`ntkbench.operators.linearise`."""
+    forward, parameters, x = network(problem, weights, target)
+    return Jacobian(forward, parameters, x, problem.output_shape, target.memory)
+
+
+def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, Weights, jax.Array]:
+    """The problem's network as a pure function, its weights and its inputs, on the target's device.
+
+    Raises:
+        BadInput: the problem has no JAX network.
+        Unavailable: the device is not there.
+    """
+    if problem.jax_forward is None:
+        raise BadInput(f"{problem.name} has no network in JAX; allowed backends for it: torch")
+    if target.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)  # JAX has no other way to hold float64
+
+    def put(array: np.ndarray) -> jax.Array:
+        array = array.astype(target.dtype) if np.issubdtype(array.dtype, np.floating) else array
+        return jax.device_put(array, device(target))
+
+    forward = problem.jax_forward
+    if fixed := {key: put(w) for key, w in problem.fixed(weights).items()}:
+        forward = lambda weights, x: problem.jax_forward({**fixed, **weights}, x)  # noqa: E731
+    return (
+        forward,
+        {key: put(w) for key, w in problem.weights(weights).items()},
+        put(problem.x),
+    )
+
+
+def device(target: Target) -> jax.Device:
+    """The device a target means on this machine.
+
+    Raises:
+        Unavailable: ``cuda`` was asked for and JAX sees none.
+    """
+    if target.device == "cpu":
+        return jax.devices("cpu")[0]
+    if target.device == "cuda" and jax.default_backend() != "gpu":
+        raise Unavailable("device 'cuda' was asked for, but JAX sees no CUDA device; allowed here: auto, cpu")
+    if jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32 and not TF32, as in torch
+    return jax.devices()[0]
+
+
+def device_name(target: Target) -> str:
+    """See :func:`ntkbench.operators.device_name`."""
+    return device(target).device_kind
+
+
+def device_memory(target: Target) -> int | None:
+    """See :func:`ntkbench.operators.device_memory`."""
+    statistics = device(target).memory_stats()
+    return statistics["peak_bytes_in_use"] if statistics else None
+
+
+class Jacobian(base.Jacobian):
+    """J of a pure function at given weights; see :class:`ntkbench.operators.base.Jacobian`."""
+
+    COMPUTED = ("_pullback",)
+
+    def __init__(
+        self, forward: Forward, parameters: Weights, x: jax.Array, shape: tuple[int, ...], memory: int
+    ) -> None:
+        self.N, self.O = shape[0], int(np.prod(shape[1:]))
+        self.P = sum(w.size for w in parameters.values())
+        self.memory = memory
+        self.itemsize = next(iter(parameters.values())).dtype.itemsize
+        self._forward, self._parameters, self._x = forward, parameters, x
+
+    @functools.cached_property
+    def _pullback(self) -> Any:
+        """The forward pass, run once; its VJP is a pytree of residuals that all probes share."""
+        return _linearised(self._forward, self._parameters, self._x)
+
+    def _vjp(self, u: jax.Array) -> jax.Array:
+        return _pulled_back(self._pullback, u.reshape(-1, self.N, self.O))
+
+    def _jvp(self, w: jax.Array) -> jax.Array:
+        return _pushed_forward(self._forward, self._parameters, self._x, w)
+
+    def _row(self, i: int) -> jax.Array:
+        return _one_row(self._pullback, i, self.N, self.O)
+
+    def _sample_vjp(self, samples: slice, v: jax.Array) -> jax.Array:
+        return _pulled_back_by_sample(self._forward, _flat, self._parameters, self._x[samples], v)
+
+    def _sample_jvp(self, samples: slice, w: jax.Array) -> jax.Array:
+        return _pushed_forward_by_sample(self._forward, self._parameters, self._x[samples], w)
+
+    def _sample_squares(self, samples: slice, v: jax.Array) -> jax.Array:
+        return _pulled_back_by_sample(self._forward, _squares, self._parameters, self._x[samples], v)
+
+    def _eye(self, size: int, start: int, stop: int) -> jax.Array:
+        dtype = next(iter(self._parameters.values())).dtype
+        return jax.nn.one_hot(jnp.arange(start, stop), size, dtype=dtype)
+
+    def rng(self, seed: int) -> Rng:
+        like = next(iter(self._parameters.values()))
+        return Rng(seed, like.dtype, like.device)
+
+    def bytes_per_probe(self) -> int:
+        # Value and cotangent of everything the traced forward pass writes, and three gradients, as in torch.
+        return 2 * _bytes_written(self._forward, self._shapes) + 3 * self.P * self.itemsize
+
+    @functools.cached_property
+    def _shapes(self) -> tuple[Any, Any]:
+        shape = lambda array: (array.shape, array.dtype.name)  # noqa: E731
+        return tuple((key, *shape(w)) for key, w in self._parameters.items()), shape(self._x)
+
+
+class Rng(base.Rng):
+    """Probes from a JAX key that is split at every draw."""
+
+    def __init__(self, seed: int, dtype: Any, device: jax.Device) -> None:
+        self._key = jax.device_put(jax.random.key(seed), device)
+        self._dtype = dtype
+
+    def _next(self) -> jax.Array:
+        self._key, key = jax.random.split(self._key)
+        return key
+
+    def normal(self, k: int, dim: int) -> jax.Array:
+        return jax.random.normal(self._next(), (k, dim), self._dtype)
+
+    def sign(self, k: int, dim: int) -> jax.Array:
+        return jax.random.rademacher(self._next(), (k, dim), self._dtype)
+
+
+def _flat(blocks: Weights) -> jax.Array:
+    """Gradients by parameter, each ``[k, ...]``, side by side: ``[k, P]``."""
+    return jnp.concatenate([block.reshape(block.shape[0], -1) for block in blocks.values()], axis=1)
+
+
+def _squares(blocks: Weights) -> jax.Array:
+    """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
+    return sum((block.reshape(block.shape[0], -1) ** 2).sum(1) for block in blocks.values())
+
+
+def _outputs(forward: Forward, parameters: Weights, x: jax.Array) -> jax.Array:
+    return forward(parameters, x).reshape(x.shape[0], -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linearised(forward: Forward, parameters: Weights, x: jax.Array) -> Any:
+    return jax.vjp(lambda p: _outputs(forward, p, x), parameters)[1]
+
+
+@jax.jit
+def _pulled_back(pullback: Any, u: jax.Array) -> jax.Array:
+    return _flat(jax.vmap(pullback)(u)[0])
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _one_row(pullback: Any, i: int, samples: int, outputs: int) -> jax.Array:
+    unit = jnp.zeros(samples * outputs, jax.tree.leaves(pullback)[0].dtype).at[i].set(1)
+    return jnp.concatenate([g.reshape(-1) for g in pullback(unit.reshape(samples, outputs))[0].values()])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pushed_forward(forward: Forward, parameters: Weights, x: jax.Array, w: jax.Array) -> jax.Array:
+    bounds = np.cumsum([p.size for p in parameters.values()])[:-1]
+
+    def push(tangent: jax.Array) -> jax.Array:
+        parts = jnp.split(tangent, bounds)
+        tangents = {key: part.reshape(parameters[key].shape) for key, part in zip(parameters, parts, strict=True)}
+        return jax.jvp(lambda p: _outputs(forward, p, x).reshape(-1), (parameters,), (tangents,))[1]
+
+    return jax.vmap(push)(w)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pushed_forward_by_sample(forward: Forward, parameters: Weights, x: jax.Array, w: jax.Array) -> jax.Array:
+    one = lambda x, w: _pushed_forward(forward, parameters, x[None], w)  # noqa: E731
+    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, w)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pulled_back_by_sample(
+    forward: Forward, finish: Callable[[Weights], jax.Array], parameters: Weights, x: jax.Array, v: jax.Array
+) -> jax.Array:
+    """What becomes of the gradients by parameter, each ``[k, ...]``, of each sample: ``[k, samples, ...]``."""
+
+    def one(x: jax.Array, v: jax.Array) -> jax.Array:
+        pullback = jax.vjp(lambda p: _outputs(forward, p, x[None])[0], parameters)[1]
+        return finish(jax.vmap(pullback)(v)[0])
+
+    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, v)
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes_written(forward: Forward, shapes: tuple[Any, Any]) -> int:
+    parameters, x = shapes
+    arguments = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape, dtype in parameters}
+    return _written(jax.make_jaxpr(forward)(arguments, jax.ShapeDtypeStruct(*x)).jaxpr)
+
+
+def _written(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
+        if inner:
+            total += equation.params.get("length", 1) * sum(map(_written, inner))
+        else:
+            total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+    return total

@@ -1,0 +1,152 @@
+"""The Jacobian of a recurrent network as a linear operator."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ntkbench.errors import BadInput
+from ntkbench.operators import base
+from ntkbench.operators.base import Array
+from ntkbench.operators.recurrent import products
+from ntkbench.operators.recurrent.cells import GATES, Recurrence
+from ntkbench.operators.recurrent.injections import Layout
+from ntkbench.operators.recurrent.products import Linear
+
+
+class Jacobian(base.Jacobian):
+    """J = P S of a recurrent layer: probes are folded into the batch, one matrix product a time step for all of them.
+
+    To be put in front of a backend's own Jacobian, which makes its probes and unit vectors. A VJP is an adjoint
+    recursion and one matrix product over all trials and steps, a JVP the same two the other way round.
+
+    Attributes:
+        T: time steps.
+        layout: what theta is made of.
+    """
+
+    COMPUTED = ("linear",)
+
+    _parameters: Mapping[str, Array]
+    _x: Array
+
+    def describe(self, recurrence: Recurrence, frozen: Mapping[str, Array]) -> None:
+        """Take in which parameters are what.
+
+        Args:
+            recurrence: as the module declares it.
+            frozen: the module's parameters that are not in theta, by name, on the operator's device.
+
+        Raises:
+            BadInput: theta has a parameter that plays no role in the recurrence, or shapes do not fit it.
+        """
+        roles = {name: role for role, name in recurrence.names.items()}
+        if strangers := [name for name in self._parameters if name not in roles]:
+            raise BadInput(
+                f"parameter {strangers[0]!r} is no part of the recurrence that the module declares, so the outputs do "
+                f"not come from it; allowed in theta: {', '.join(roles)}"
+            )
+        held = {**frozen, **self._parameters}
+        self._by_role = {role: held[name] for role, name in recurrence.names.items()}
+        readout = self._by_role.get("readout_weight")
+        self.layout = Layout(
+            recurrence.kind,
+            recurrence.alpha,
+            inputs=self._by_role["weight_ih"].shape[1],
+            hidden=self._by_role["weight_hh"].shape[1],
+            outputs=None if readout is None else readout.shape[0],
+            chosen=tuple((roles[name], int(np.prod(w.shape))) for name, w in self._parameters.items()),
+        )
+        self.T = self._x.shape[1]
+        outputs = self.T * (self.layout.outputs or self.layout.hidden)
+        if len(self._by_role["weight_hh"]) != GATES[recurrence.kind] * self.layout.hidden or outputs != self.O:
+            raise BadInput(
+                f"the module declares a {recurrence.kind} whose trajectory has {outputs} entries a trial, but it has "
+                f"weight_hh {tuple(self._by_role['weight_hh'].shape)} and gives {self.O} outputs"
+            )
+
+    @functools.cached_property
+    def linear(self) -> Linear:
+        """The forward pass, run once; all probes share it."""
+        return self.call(products.linearised, self._by_role, self._x)
+
+    def prefix(self, steps: int) -> Jacobian:
+        """The same network over its first time steps alone, with a counter of its own; the forward pass is shared."""
+        short = self.fresh()
+        short.O, short.T, short._x = self.O // self.T * steps, steps, self._x[:, :steps]
+        short.__dict__["linear"] = self.linear.part(steps=slice(steps))
+        return short
+
+    def squared_rows(self, step: int) -> Array:
+        """sum_b ||J_b^T e_(step, o)||^2 for each output o of a step, ``[O / T]``.
+
+        All trials b are in one backward pass, which is that of :meth:`prefix`: (O / T) * (step + 1) / T passes.
+        """
+        short = self.prefix(step + 1)
+        done, rows = short.O - self.O // self.T, []
+        for k in short.blocks(short.O - done):
+            units = short._eye(short.O, done, done + k)[:, None, :]
+            xp = array_api_compat.array_namespace(units)
+            rows.append(short.sample_squares(xp.broadcast_to(units, (k, self.N, short.O))).sum(1))
+            done += k
+        self._sample_passes += short._sample_passes * (step + 1) / self.T
+        return rows[0] if len(rows) == 1 else xp.concat(rows)
+
+    @abstractmethod
+    def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
+        """A function of :mod:`ntkbench.operators.recurrent.products` with the backend's loops, jitted where it jits."""
+
+    def bytes_per_probe(self) -> int:
+        H, readout = self.layout.hidden, self.layout.outputs
+        # The probe, what is pulled back, the injections, the state of a step, and three gradients.
+        a_step = self.O // self.T * 2 + (H if readout else 0) + self.layout.width
+        return self.itemsize * (self.N * (self.T * a_step + 6 * H) + 3 * self.P)
+
+    def _bytes_per_square(self) -> int:
+        if not self._by_inner_products:
+            return super()._bytes_per_square()
+        gradients = 3 * self.P * self.itemsize
+        steps = self.T * (self.layout.width + 3 * self.T) * self.itemsize
+        return (self.bytes_per_probe() - gradients) // self.N + steps
+
+    @property
+    def _by_inner_products(self) -> bool:
+        """Whether squares of gradients take fewer multiplications from inner products between steps."""
+        return self.T * (self.layout.width + self.layout.inputs + self.layout.hidden) < self.P
+
+    def _cut(self, u: Array) -> Array:
+        return u.reshape(u.shape[0], -1, self.T, self.O // self.T)
+
+    def _vjp(self, u: Array) -> Array:
+        return self.call(products.vjp, self.linear, self._cut(u.reshape(-1, self.N, self.O)))
+
+    def _jvp(self, w: Array) -> Array:
+        return self.call(products.jvp, self.linear, w).reshape(-1, self.n)
+
+    def _row(self, i: int) -> Array:
+        return self._vjp(self._eye(self.n, i, i + 1))[0]
+
+    def _sample_vjp(self, samples: slice, v: Array) -> Array:
+        return self.call(products.vjp_by_trial, self.linear.part(samples), self._cut(v))
+
+    def _group_gradients(self, groups: Sequence[slice], v: Array) -> Array:
+        xp, first = array_api_compat.array_namespace(v), groups[0].start
+        linear = self.linear.part(slice(first, groups[-1].stop))
+        e, made = self.call(products.pull, linear, self._cut(v)), []
+        for group in groups:
+            own = slice(group.start - first, group.stop - first)
+            made.append(self.call(products.coordinates, linear.part(own), e.part(own)))
+        return xp.stack(made, axis=1)
+
+    def _sample_jvp(self, samples: slice, w: Array) -> Array:
+        return self.call(products.jvp_by_trial, self.linear.part(samples), w).reshape(*w.shape[:2], self.O)
+
+    def _sample_squares(self, samples: slice, v: Array) -> Array:
+        if not self._by_inner_products:
+            return (self._sample_vjp(samples, v) ** 2).sum(-1)
+        return self.call(products.squares_by_trial, self.linear.part(samples), self._cut(v))

@@ -1,0 +1,271 @@
+"""The Jacobian operator in PyTorch: ``torch.func`` products, probes folded in with ``vmap``."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.overrides import TorchFunctionMode
+
+from ntkbench.errors import Unavailable
+from ntkbench.operators import base
+from ntkbench.operators.plain_operations import plain_operations
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+    """See :func:`ntkbench.operators.linearise`."""
+    return Jacobian(*network(problem, weights, target), problem.output_shape, target.memory)
+
+
+def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """The problem's module, its weights and its inputs, on the target's device.
+
+    Raises:
+        Unavailable: the device is not there.
+    """
+    to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
+    parameters = {key: torch.from_numpy(w).to(**to) for key, w in problem.weights(weights).items()}
+    x = torch.from_numpy(problem.x)
+    x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
+    module = _module_on(problem.module, to["device"], to["dtype"])
+    if fixed := problem.fixed(weights):
+        module = copy.deepcopy(module)
+        module.load_state_dict({key: torch.from_numpy(w) for key, w in fixed.items()}, strict=False)
+    return module, parameters, x
+
+
+def device(target: Target) -> torch.device:
+    """The device a target means on this machine.
+
+    Raises:
+        Unavailable: ``cuda`` was asked for and torch sees none.
+    """
+    if target.device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("device 'cuda' was asked for, but torch sees no CUDA device; allowed here: auto, cpu")
+    name = "cuda" if target.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name)
+
+
+def device_name(target: Target) -> str:
+    """See :func:`ntkbench.operators.device_name`."""
+    where = device(target)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+
+
+def device_memory(target: Target) -> int | None:
+    """See :func:`ntkbench.operators.device_memory`."""
+    return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
+
+
+Push = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""From inputs to w -> J w there, ``[P] -> [samples, O]``."""
+
+
+class Jacobian(base.Jacobian):
+    """J of a module at given parameters; see :class:`ntkbench.operators.base.Jacobian`."""
+
+    COMPUTED = ("_pullback", "_graph")
+
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, shape: tuple[int, ...], memory: int
+    ) -> None:
+        self.N, self.O = shape[0], int(np.prod(shape[1:]))
+        self.P = sum(w.numel() for w in parameters.values())
+        self.memory = memory
+        self.itemsize = next(iter(parameters.values())).element_size()
+        self._module, self._parameters, self._x = module, dict(parameters), x
+        self._found: dict[str, str] = {}  # shared with twins: what was tried once is not tried again
+
+    def _forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        with _differentiable_kernels(self._module):
+            return functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)
+
+    @functools.cached_property
+    def _pullback(self):
+        """The forward pass, run once; its VJP is shared by all probes."""
+        return vjp(lambda parameters: self._forward(parameters, self._x), self._parameters)[1]
+
+    def _vjp(self, u: Tensor) -> Tensor:
+        return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
+
+    def _jvp(self, w: Tensor) -> Tensor:
+        # The primal does not depend on the probe, so vmap runs it once a block.
+        return self._pushed(lambda push: vmap(push(self._x))(w), len(w) * self.N).reshape(-1, self.n)
+
+    def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
+        def one(push: Push) -> Tensor:
+            by_sample = lambda x, w: vmap(push(x[None]))(w)[:, 0]  # noqa: E731
+            return vmap(by_sample, in_dims=(0, 1), out_dims=1)(self._x[samples], w)
+
+        return self._pushed(one, w.shape[0] * w.shape[1])
+
+    def _pushed(self, product: Callable[[Push], Tensor], cost: int) -> Tensor:
+        """A product with J by forward mode, or where there is none by two reverse passes, which cost as much again."""
+        if "no forward mode" not in self._found:
+            try:
+                return product(self._push_forward)
+            except NotImplementedError as error:
+                if "forward" not in str(error):
+                    raise
+                self._found["no forward mode"] = str(error).splitlines()[0]
+        self._sample_passes += cost
+        return product(self._push_by_reverse)
+
+    def _push_forward(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        forward = lambda parameters: self._forward(parameters, x)  # noqa: E731
+        return lambda w: jvp(forward, (self._parameters,), (self._unflat(w),))[1]
+
+    def _push_by_reverse(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """J w as the derivative of v -> <J^T v, w>, which is linear in v."""
+        forward = lambda parameters: self._forward(parameters, x)  # noqa: E731
+
+        def push(w: Tensor) -> Tensor:
+            back = lambda v: vjp(forward, self._parameters)[1](v)[0]  # noqa: E731
+            return vjp(back, w.new_zeros(len(x), self.O))[1](self._unflat(w))[0]
+
+        return push
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        why = self._found.get("no forward mode")
+        return (f"each JVP is two reverse passes, as there is no forward mode: {why}",) if why else ()
+
+    @functools.cached_property
+    def _graph(self) -> tuple[Tensor, list[Tensor]]:
+        """Outputs with a plain autograd graph, for one backward pass at a time."""
+        leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
+        return self._forward(leaves, self._x).reshape(-1), list(leaves.values())
+
+    def _row(self, i: int) -> Tensor:
+        outputs, leaves = self._graph
+        grads = torch.autograd.grad(outputs[i], leaves, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in grads])
+
+    def _sample_vjp(self, samples: slice, v: Tensor) -> Tensor:
+        return self._by_sample(_flat, samples, v)
+
+    def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
+        return self._by_sample(_squares, samples, v)
+
+    def _by_sample(self, finish: Callable[[Mapping[str, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
+        """What becomes of the gradients by parameter, each ``[k, ...]``, of each sample: ``[k, samples, ...]``."""
+
+        def one(x: Tensor, v: Tensor) -> Tensor:
+            pullback = vjp(lambda parameters: self._forward(parameters, x[None])[0], self._parameters)[1]
+            return finish(vmap(pullback)(v)[0])
+
+        return vmap(one, in_dims=(0, 1), out_dims=1)(self._x[samples], v)
+
+    def _eye(self, size: int, start: int, stop: int) -> Tensor:
+        like = next(iter(self._parameters.values()))
+        eye = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
+        eye[:, start:stop].fill_diagonal_(1)
+        return eye
+
+    def rng(self, seed: int) -> Rng:
+        like = next(iter(self._parameters.values()))
+        return Rng(seed, like.dtype, like.device)
+
+    def bytes_per_probe(self) -> int:
+        return self._bytes_per_probe
+
+    @functools.cached_property
+    def _bytes_per_probe(self) -> int:
+        # Twice what autograd keeps of a forward pass (value and cotangent), and three gradients (a sum, its next
+        # term, and the flat copy).
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._forward(leaves, self._x)
+        return 2 * sum(kept.values()) + 3 * self.P * self.itemsize
+
+    def _unflat(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([w.numel() for w in self._parameters.values()])
+        return {key: part.reshape(w.shape) for (key, w), part in zip(self._parameters.items(), parts, strict=True)}
+
+
+class Rng(base.Rng):
+    """Probes from a ``torch.Generator`` of their own on the operator's device."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._to = {"dtype": dtype, "device": device}
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, k: int, dim: int) -> Tensor:
+        return torch.randn(k, dim, generator=self._generator, **self._to)
+
+    def sign(self, k: int, dim: int) -> Tensor:
+        # A generator takes as long for a bit as for a byte. Rows begin with a byte of their own, so that blocks of rows
+        # are the same rows however they are cut.
+        size = (k, -(-dim // 8))
+        drawn = torch.randint(0, 256, size, generator=self._generator, dtype=torch.int32, device=self._to["device"])
+        signs = _signs_of_bytes(**self._to).index_select(0, drawn.view(-1)).view(k, -1)
+        return signs[:, :dim].contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs that each byte stands for, ``[256, 8]``."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return bits.to(dtype).mul_(2).sub_(1)
+
+
+def _flat(blocks: Mapping[str, Tensor]) -> Tensor:
+    """Gradients by parameter, each ``[k, ...]``, side by side: ``[k, P]``."""
+    return torch.cat([block.reshape(block.shape[0], -1) for block in blocks.values()], dim=1)
+
+
+def _squares(blocks: Mapping[str, Tensor]) -> Tensor:
+    """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
+    flat = (block.reshape(block.shape[0], -1) for block in blocks.values())
+    return sum(torch.linalg.vecdot(block, block) for block in flat)
+
+
+@functools.lru_cache(maxsize=8)
+def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of the module with its buffers where its inputs will be; the original is left alone."""
+    return copy.deepcopy(module).to(device=where, dtype=dtype).requires_grad_(False)
+
+
+class _BatchedState(TorchFunctionMode):
+    """Give recurrent layers an initial state that carries vmap's batch dimension.
+
+    Their kernels add the input's part to the state's part in place, which vmap refuses when only the input is batched.
+    """
+
+    LAYERS = frozenset({"rnn_tanh", "rnn_relu", "gru", "lstm"})
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in self.LAYERS:
+            x, state, *rest = args
+            nothing = torch.zeros_like(x).sum()
+            state = tuple(s + nothing for s in state) if isinstance(state, tuple) else state + nothing
+            args = (x, state, *rest)
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Operations that have both forward mode and a vmap rule."""
+    with plain_operations(module):
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+            with _BatchedState():
+                yield
+        else:
+            yield

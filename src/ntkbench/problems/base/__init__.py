@@ -1,0 +1,112 @@
+"""Definitions of problems: registration, labels such as ``digits_mlp[N=64]``, and what a problem file returns."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import numpy as np
+
+from ntkbench.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a problem file returns: everything but the trained weights, which ``train`` makes when they are needed.
+
+    Attributes:
+        module: the network with its weights at initialisation.
+        x: inputs ``[N, ...]``.
+        train: trains the module it is given in place, from theta_0 to theta_f, the same way every time.
+        jax_forward: see :class:`Problem`.
+        samples_interact: see :class:`Problem`.
+        part: the network whose NTK it is, where that is not all of what is trained: its parameters are some of those of
+            ``module``, and it is not differentiated by those that do not require a gradient.
+        recipe: what trained weights depend on besides theta_0 where that varies, such as the length of sequences.
+    """
+
+    module: nn.Module
+    x: np.ndarray
+    train: Callable[[nn.Module], None]
+    jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
+    samples_interact: bool = False
+    part: nn.Module | None = None
+    recipe: str = ""
+
+
+REGISTRY: dict[str, Callable[..., Definition]] = {}
+
+
+ANY_SIZE: set[str] = set()
+"""Problems whose sizes may go beyond their defaults."""
+
+
+def problem(define: Callable[..., Definition] | None = None, *, any_size: bool = False) -> Any:
+    """Register a function as a problem under its own name.
+
+    Its integer keywords (``N=50``) are the sizes one may ask for. Their defaults are the largest, and smaller ones only
+    cut the inputs down; with ``any_size`` they are where one starts from, and may change the network. A keyword with a
+    word as its default is a choice among the words of its type, as in ``read: Literal["state", "outputs"] = "state"``.
+    """
+    if define is None:
+        return functools.partial(problem, any_size=any_size)
+    REGISTRY[define.__name__] = define
+    if any_size:
+        ANY_SIZE.add(define.__name__)
+    return define
+
+
+def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
+    """``"rnn_flipflop[N=64,read=outputs]"`` to ``("rnn_flipflop", {"N": 64, "read": "outputs"})``.
+
+    Raises:
+        BadInput: the label is malformed, or names a size or a choice that the problem does not have.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[([^\[\]]*)\])?", label.strip())
+    if not match:
+        raise BadInput(f"malformed problem {label!r}; allowed: a name, or a name with sizes such as 'digits_mlp[N=64]'")
+    name, options = match[1], {}
+    if name not in REGISTRY:
+        return name, {}
+    defaults = {key: p.default for key, p in inspect.signature(REGISTRY[name]).parameters.items()}
+    choices = _choices(name)
+    for part in filter(None, (match[2] or "").split(",")):
+        key, _, value = (s.strip() for s in part.partition("="))
+        if key in options:
+            raise BadInput(f"problem {label!r}: {key} is given twice")
+        if key in choices:
+            if value not in choices[key]:
+                raise BadInput(
+                    f"problem {label!r}: {part.strip()!r} is no choice of {name}; allowed: {_allowed(name, key)}"
+                )
+            options[key] = value
+            continue
+        if key not in defaults or not value.isdecimal() or int(value) < 1:
+            raise BadInput(
+                f"problem {label!r}: {part.strip()!r} is no size of {name}; allowed: "
+                + ", ".join(_allowed(name, key) for key in defaults)
+            )
+        if int(value) > defaults[key] and name not in ANY_SIZE:
+            raise BadInput(f"problem {label!r}: {key} can be at most {defaults[key]}, the size it is defined at")
+        options[key] = int(value)
+    return name, options
+
+
+def _choices(name: str) -> dict[str, tuple[str, ...]]:
+    """The words that each word-valued keyword of a problem may take."""
+    hints = get_type_hints(REGISTRY[name])
+    defaults = inspect.signature(REGISTRY[name]).parameters
+    return {key: get_args(hints[key]) for key, p in defaults.items() if isinstance(p.default, str)}
+
+
+def _allowed(name: str, key: str) -> str:
+    default = inspect.signature(REGISTRY[name]).parameters[key].default
+    what = " or ".join(_choices(name)[key]) if isinstance(default, str) else "positive integer"
+    return f"{key}=<{what}, {default} if not given>"

@@ -1,0 +1,140 @@
+"""Anyone's own recurrent network and sequences as a problem, with what that promises checked rather than believed."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ntkbench.errors import BadInput
+from ntkbench.operators.recurrent.cells import Recurrence
+from ntkbench.operators.recurrent.torch import trajectory
+from ntkbench.problem import Problem
+from ntkbench.problems.base.module import from_module
+
+
+class States(nn.Module):
+    """All states ``[N, T, H]`` of an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction.
+
+    Raises:
+        BadInput: the layer has more layers, reads backwards, projects its state, or is an ``nn.RNN`` of ReLUs.
+    """
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        if layer.bidirectional:
+            raise BadInput("the network is not causal: a bidirectional layer's states depend on inputs yet to come")
+        if layer.num_layers > 1 or layer.proj_size or getattr(layer, "nonlinearity", "tanh") != "tanh":
+            raise BadInput(
+                f"allowed are nn.RNN (tanh), nn.GRU and nn.LSTM of one layer without projection; got {layer}"
+            )
+        self.layer = copy.deepcopy(layer)
+        self.layer.batch_first = True
+        names = {name.removesuffix("_l0") for name, _ in layer.named_parameters()}
+        kind = layer.mode.partition("_")[0].lower()
+        roles = Recurrence.of_layer(kind, "layer").names
+        self.recurrence = Recurrence(kind, {role: name for role, name in roles.items() if role in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
+    """:func:`from_recurrent` for torch's recurrent layers and what declares a recurrence, else ``from_module``."""
+    recurrent = isinstance(model, nn.RNNBase) or hasattr(model, "recurrence")
+    return (from_recurrent if recurrent else from_module)(model, x, model_f, dtype=dtype)
+
+
+def from_recurrent(
+    model: nn.Module,
+    x: Tensor,
+    model_f: nn.Module | None = None,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+) -> Problem:
+    """Wrap a recurrent network and sequences; see :func:`ntkbench.problems.base.module.from_module` for the rest.
+
+    An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for all its states. A module that declares a ``recurrence`` (see
+    :class:`ntkbench.networks.recurrent.Recurrence`) gets derivatives by hand, and its promise is checked on ``x``. Any
+    other module from ``[N, T, ...]`` to ``[N, T, ...]`` will do, and is differentiated by its backend.
+
+    Cost: five forward passes and a backward pass more than there.
+
+    Args:
+        model: ``[N, T, inputs] -> [N, T, ...]``, or a recurrent layer.
+        x: sequences of one length, ``[N, T, ...]``.
+        model_f: the same network with other weights, for alignment.
+        name: of the problem.
+        dtype: see there.
+
+    Raises:
+        BadInput: sequences are of different lengths; an output depends on inputs yet to come; no output depends on a
+            trainable parameter; a declared recurrence is not what the module computes; or as there.
+    """
+    if isinstance(x, PackedSequence) or not isinstance(x, Tensor) or x.is_nested:
+        raise BadInput(f"sequences must be a tensor [N, T, ...] of one length T; got {_lengths(x)}")
+    if x.ndim < 3 or x.shape[1] == 0:
+        raise BadInput(f"sequences must be a tensor [N, T, ...] with T > 0; got shape {tuple(x.shape)}")
+    layers = [States(m) if isinstance(m, nn.RNNBase) else m for m in (model, model_f)]
+    problem = from_module(layers[0], x, layers[1], name=name or type(model).__name__, dtype=dtype)
+    if len(problem.output_shape) < 3 or problem.output_shape[1] != x.shape[1]:
+        raise BadInput(f"the model must give [N, T, ...] with T = {x.shape[1]}, got shape {problem.output_shape}")
+    net = copy.deepcopy(problem.module).requires_grad_(False)
+    theta = [w.requires_grad_(True) for key, w in net.named_parameters() if key in problem.theta_0]
+    inputs = torch.from_numpy(problem.x).to(theta[0].device)
+    outputs = net(inputs)
+    _check_causal(net, inputs, outputs.detach())
+    _check_comes_from(outputs, theta)
+    if hasattr(net, "recurrence"):
+        _check_declared(net, inputs, outputs.detach())
+    return problem
+
+
+def _lengths(x: object) -> str:
+    if isinstance(x, PackedSequence):
+        return "a PackedSequence, as for sequences of different lengths"
+    if isinstance(x, Sequence) and all(isinstance(part, Tensor) for part in x):
+        return f"{len(x)} sequences of lengths {', '.join(str(len(part)) for part in x[:4])}{', ...' * (len(x) > 4)}"
+    return "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
+
+
+@torch.no_grad()
+def _check_causal(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
+    T = x.shape[1]
+    for t in sorted({1, T // 2, T - 1} - {0, T}):
+        other = torch.cat([x[:, :t], x[:, t:].flip(0, 1) + 1], 1)
+        try:
+            changed = net(other)[:, :t] - outputs[:, :t]
+        except (IndexError, RuntimeError):  # integers beyond what an embedding has
+            changed = net(torch.cat([x[:, :t], x[:, t:].flip(0, 1)], 1))[:, :t] - outputs[:, :t]
+        if changed.abs().max() > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
+            raise BadInput(f"the network is not causal: its outputs before step {t} depend on inputs from step {t} on")
+
+
+def _check_comes_from(outputs: Tensor, theta: list[Tensor]) -> None:
+    if outputs.requires_grad:
+        weights = torch.linspace(1, 2, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        grads = torch.autograd.grad((outputs.reshape(-1) * weights).sum(), theta, allow_unused=True)
+        if any(g is not None and g.abs().max() > 0 for g in grads):
+            return
+    raise BadInput("the states do not come from the parameters: no output depends on a parameter that is trainable")
+
+
+@torch.no_grad()
+def _check_declared(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
+    recurrence = net.recurrence
+    w = {role: operator.attrgetter(name)(net) for role, name in recurrence.names.items()}
+    states = trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
+    if "readout_weight" in w:
+        states = nn.functional.linear(states, w["readout_weight"], w.get("readout_bias"))
+    off = torch.inf if states.shape != outputs.shape else (states - outputs).abs().max()
+    if off > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
+        raise BadInput(
+            f"the module declares a recurrence of kind {recurrence.kind!r}, but what it gives is not the trajectory of "
+            f"one that starts at zero with the parameters {', '.join(recurrence.names.values())}"
+        )

@@ -1,0 +1,147 @@
+"""neural-tangents' programs and ours, and what they take: operations without running, seconds, memory."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ntkbench.errors import OverMemory
+from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.measure import timing
+from ntkbench.operators import torch_network
+from ntkbench.operators.neural_tangents import load
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+IMPLEMENTATIONS = {
+    "nt_jacobian_contraction": "JACOBIAN_CONTRACTION",
+    "nt_ntk_vector_products": "NTK_VECTOR_PRODUCTS",
+    "nt_structured_derivatives": "STRUCTURED_DERIVATIVES",
+}
+TITLES = {
+    "nt_jacobian_contraction": "neural-tangents Jacobian contraction",
+    "nt_ntk_vector_products": "neural-tangents NTK-vector products",
+    "nt_structured_derivatives": "neural-tangents structured derivatives",
+    "structured_derivatives": "structured derivatives",
+    "jacobian": "Jacobian alone",
+}
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+Forward = Callable[[Mapping[str, Any], Any], Any]
+
+
+def program(name: str, forward: Forward) -> Callable[[Any, Any], Any]:
+    """The whole kernel ``[N, N, O, O]`` by an implementation, or the Jacobian alone, as a function of weights and x."""
+    import jax
+
+    if name == "jacobian":
+
+        def of_one(weights: Any, x: Any) -> Any:
+            return jax.jacrev(lambda w: forward(w, x[None])[0])(weights)
+
+        return lambda weights, x: jax.vmap(of_one, in_axes=(None, 0))(weights, x)
+    nt = load()
+    kernel = nt.empirical_ntk_fn(
+        forward, trace_axes=(), vmap_axes=0, implementation=nt.NtkImplementation[IMPLEMENTATIONS[name]]
+    )
+    return lambda weights, x: kernel(x, None, weights)
+
+
+def lowered(name: str, forward: Forward, weights: Mapping[str, tuple[int, ...]], x: tuple[int, ...]) -> Any:
+    """The uncompiled program for these shapes, in float32 throughout; nothing is computed or allocated."""
+    import jax
+
+    shapes = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in weights.items()}
+    with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
+        warnings.simplefilter("ignore")  # deprecations in an archived package
+        return jax.jit(program(name, forward)).lower(shapes, jax.ShapeDtypeStruct(x, "float32"))
+
+
+def flops(made: Any) -> float:
+    """Floating-point operations of a lowered program, by XLA's cost analysis."""
+    analysis = made.cost_analysis()
+    return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+
+
+def torch_flops(call: Callable[[], Any]) -> float:
+    """Floating-point operations of matrix products and convolutions in a call, by torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def engine_flops(module: nn.Module, x: np.ndarray) -> float:
+    """Operations of matrix products and convolutions of our whole kernel by layers, as one block of rows.
+
+    One sample's forward pass is run to trace the network; the kernel itself is not, and nothing of its size is
+    allocated: its program goes through torch's fake tensors, which have shapes and no entries. As for the lowered
+    programs, memory is no object; a kernel that has to be cut into blocks passes through its columns anew for each.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kernel, parameters, inputs = engine(module, x, Target("torch", device="cpu", memory=sys.maxsize))
+    kernel.passes([parameters], inputs, kernel.units(parameters))  # traces the program, which the counter would count
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # buffers that the traced graph refers to
+    shapes, inputs = [mode.from_tensor(w) for w in parameters], mode.from_tensor(inputs)
+    with mode:
+        return torch_flops(lambda: kernel.kernel(shapes, inputs))
+
+
+def needed_bytes(compiled: Any) -> float:
+    """Bytes that a compiled program takes: arguments, results and what it holds in between."""
+    sizes = compiled.memory_analysis()
+    return float(sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes)
+
+
+def engine(module: nn.Module, x: np.ndarray, target: Target) -> tuple[Any, list[Any], Any]:
+    """Our kernel of a network by layers, its parameters and inputs, on the target's device."""
+    weights = {name: w.detach().numpy() for name, w in module.named_parameters()}
+    module, parameters, x = torch_network(Problem("network", module, x, weights), "theta_0", target)
+    return LayerwiseKernel(module, parameters, x, target.memory), list(parameters.values()), x
+
+
+def timed_program(
+    made: Any, weights: Mapping[str, np.ndarray], x: np.ndarray, target: Target, seconds: float, budget_mb: float
+) -> dict[str, Any]:
+    """Columns ``seconds`` (with quartiles, without compiling) and ``memory_bytes`` of a lowered program.
+
+    Raises:
+        OverMemory: the compiled program would take more than the budget; it is not run.
+    """
+    import jax
+
+    from ntkbench.operators import jax as backend
+
+    compiled = made.compile()
+    needed = needed_bytes(compiled)
+    if needed > budget_mb * 2**20:
+        raise OverMemory(f"would need {needed / 2**30:.3g} GiB, over the budget of {budget_mb / 1024:g} GiB")
+    weights, x = jax.device_put((weights, x), backend.device(target))
+
+    def call() -> None:
+        jax.block_until_ready(compiled(weights, x))
+
+    times, _ = timing.timed(call, seconds)
+    return {**timing.quartiles("seconds", times), "memory_bytes": needed}
+
+
+def timed_engine(module: nn.Module, x: np.ndarray, target: Target, seconds: float) -> dict[str, Any]:
+    """The same columns for our kernel by layers, traced before; memory is the peak over that before a call."""
+    kernel, parameters, inputs = engine(module, x, target)
+
+    def call() -> float:
+        return float(kernel.kernel(parameters, inputs).sum())
+
+    call()  # traces, which takes more
+    peak = timing.peak_bytes(call)
+    times, _ = timing.timed(call, seconds)
+    arguments = sum(w.numel() * w.element_size() for w in (*parameters, inputs))
+    spread = timing.quartiles("seconds", times)
+    return spread | {"memory_bytes": None if peak is None else peak + arguments}
