@@ -19,13 +19,16 @@ class Target:
         backend: ``"torch"`` or ``"jax"``.
         dtype: ``"float32"`` for speed, ``"float64"`` for truth.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` (the GPU where the backend sees one).
-        memory: bytes that blocks of passes and of rows may fill; what does not fit is done in turns.
+        memory: bytes that blocks of passes and of rows may fill; what does not fit is done in further blocks.
+        program_memory: bytes that one compiled program may take, where that is known before it runs; ``None`` for 80 %
+            of what is free on the device.
     """
 
     backend: str = "torch"
     dtype: str = "float32"
     device: str = "auto"
     memory: int = 2**30
+    program_memory: int | None = None
 
     def __post_init__(self) -> None:
         for kind, value, allowed in (

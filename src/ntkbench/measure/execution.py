@@ -135,7 +135,7 @@ class Execution:
             self._write(status="skipped", reason=str(error))
             raise
         except Exception as error:
-            self._write(**timing.ending(error))
+            self._write(**outcomes.of_exception(error).columns())
             raise
 
     def _write(self, **record: Any) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ntkbench.data import tasks
 from ntkbench.errors import DidNotTrain
 from ntkbench.estimators import paired
-from ntkbench.measure import timing
+from ntkbench.measure import outcomes
 from ntkbench.problem import Problem, Weights, split
 from ntkbench.problems import recurrent
 from ntkbench.problems.base import training
@@ -92,7 +92,7 @@ def run(settings: Settings) -> pd.DataFrame:
         try:
             kept = list(training.checkpoints(module, course))
         except DidNotTrain as error:
-            rows.append({**sizes, **case, **timing.ending(error)})
+            rows.append({**sizes, **case, **outcomes.of_exception(error).columns()})
             continue
         rows += ({**sizes, **case, "status": "ok", "reason": "", **row} for row in _along(s, part, seen, kept))
     return pd.DataFrame(rows)

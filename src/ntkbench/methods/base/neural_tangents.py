@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput, OverMemory
+from ntkbench.errors import OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
 from ntkbench.metrics import Moments
@@ -70,6 +69,7 @@ class Prepared:
         self._neural_tangents = load()
         self._implementation = self._neural_tangents.NtkImplementation[implementation]
         self._problem = problem
+        self._target = target
         self._networks = {"theta_0": network(problem, "theta_0", target)}
         if problem.theta_f is not None:
             self._networks["theta_f"] = network(problem, "theta_f", target)
@@ -125,7 +125,7 @@ class Prepared:
     def _check_memory(self, program: jax.stages.Compiled) -> None:
         sizes = program.memory_analysis()
         needed = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-        allowed = memory_limit(self._x.device)
+        allowed = memory_limit(self._x.device, self._target)
         if needed > allowed:
             raise OverMemory(
                 f"neural-tangents' {self._implementation.name} would need {needed / 2**30:.3g} GiB "
@@ -133,17 +133,10 @@ class Prepared:
             )
 
 
-def memory_limit(device: jax.Device) -> int:
-    """Bytes that one program may take: ``$NTKBENCH_MEMORY_LIMIT``, else 80 % of what is free on the device.
-
-    Raises:
-        BadInput: the variable is no whole number of bytes.
-    """
-    given = os.environ.get("NTKBENCH_MEMORY_LIMIT")
-    if given:
-        if not given.isdecimal():
-            raise BadInput(f"NTKBENCH_MEMORY_LIMIT must be a whole number of bytes, got {given!r}")
-        return int(given)
+def memory_limit(device: jax.Device, target: Target) -> int:
+    """Bytes that one program may take: the target's ``program_memory``, else 80 % of what is free on the device."""
+    if target.program_memory is not None:
+        return target.program_memory
     statistics = device.memory_stats()
     if statistics is None:  # the CPU
         import psutil

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from ntkbench.errors import Unavailable
 from ntkbench.measure import journal as journals
-from ntkbench.measure import timing
+from ntkbench.measure import outcomes, timing
+from ntkbench.measure.limits import Limits
 from ntkbench.options import Target
 
 
@@ -21,10 +22,9 @@ class Settings(BaseModel):
         device: auto, cpu or cuda.
         dtype: precision of what is timed.
         threads: of every backend.
-        block_memory_mb: what a block of probes or of rows of J may fill.
-        memory_limit_mb: of the process; what is known to need more is left out and says so.
-        seeds: reruns of a stochastic method.
-        timing_seconds: after which no further timed call is begun.
+        limits: of one row.
+        seeds: seeds of a stochastic method, each an estimate.
+        calls: timed calls, after one that is not timed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,14 +32,13 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     threads: PositiveInt = 2
-    block_memory_mb: PositiveFloat = 1024
-    memory_limit_mb: PositiveFloat = 6144
+    limits: Limits = Limits()
     seeds: PositiveInt = 20
-    timing_seconds: PositiveFloat = 1
+    calls: PositiveInt = 5
 
     def target(self, backend: str = "torch", dtype: str | None = None) -> Target:
         """Where the study runs a backend."""
-        return Target(backend, dtype or self.dtype, self.device, int(self.block_memory_mb * 2**20))
+        return Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
 
 
 def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]], *, resumable: bool = True) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]], *, re
     try:
         made = {**case, "status": "ok", "reason": "", **measure()}
     except Exception as error:  # whatever it is, the other rows stand
-        made = {**case, **timing.ending(error)}
+        made = {**case, **outcomes.of_exception(error).columns()}
     if journal:
         journal.finish(case, made)
     print(f"{said}: {made['status']} after {time.perf_counter() - start:.2g} s {made['reason']}", flush=True)

@@ -1,13 +1,9 @@
-"""From a configuration to cells: what is measured, and what is left out and why."""
+"""The configuration file of a run: its keys, what they may be, and one line for each that cannot be used."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +12,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     PositiveInt,
     ValidationError,
     ValidationInfo,
@@ -26,10 +21,10 @@ from pydantic import (
 
 from ntkbench import methods, paths, problems, studies
 from ntkbench.errors import BadInput, Unavailable
+from ntkbench.measure.limits import Limits
 from ntkbench.metrics import METRICS
 from ntkbench.metrics import check as check_metric
 from ntkbench.options import Target
-from ntkbench.problem import Problem
 
 
 class _Strict(BaseModel):
@@ -46,6 +41,8 @@ class Block(_Strict):
     methods: list[str] = Field(default_factory=methods.names, min_length=1)
     metrics: list[str] = Field(default=list(METRICS), min_length=1)
     passes: list[PositiveInt] = Field(default=[], description="budgets of the methods that take one")
+    seeds: PositiveInt | None = Field(default=None, description="in place of the configuration's")
+    calls: PositiveInt | None = Field(default=None, description="in place of the configuration's")
     backends: Literal["plain", "all"] = "plain"
 
     @field_validator("problems")
@@ -84,13 +81,11 @@ class Config(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     threads: PositiveInt = 2
-    block_memory_mb: PositiveFloat = 1024
-    memory_limit_mb: PositiveFloat = 6144
-    time_limit_s: PositiveFloat = 60
-    max_passes: PositiveInt = 20_000
-    seeds: PositiveInt = 20
-    error_seconds: PositiveFloat = 5
-    timing_seconds: PositiveFloat = 1
+    limits: Limits = Limits()
+    seeds: PositiveInt = Field(default=20, description="probes' seeds of a stochastic method, each an estimate")
+    calls: PositiveInt = Field(default=5, description="timed calls, after one that is not timed")
+    shards: PositiveInt = Field(default=1, description="runs of asv that the grid's cells are dealt out to")
+    retry: Literal["none", "failed"] = Field(default="none", description="measure again what failed in passing")
     grid: list[Block] = Field(description="may be empty, where there are studies")
     studies: dict[str, dict[str, Any]] = Field(default={}, description="sizes of each study, by its name")
     source: Literal["measured", "reference"] = "measured"
@@ -168,7 +163,7 @@ class Config(_Strict):
 
     def target(self, backend: str) -> Target:
         """Where this configuration runs a backend."""
-        return Target(backend, self.dtype, self.device, int(self.block_memory_mb * 2**20))
+        return Target(backend, self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
 
     @property
     def folder(self) -> str:
@@ -194,8 +189,11 @@ class Config(_Strict):
 
     def study(self, name: str) -> studies.base.Settings:
         """The settings of a study: its own, and this configuration's where it says nothing."""
+        own = dict(self.studies[name])
         common = {key: getattr(self, key) for key in studies.base.Settings.model_fields}
-        return studies.settings(name, common | self.studies[name])
+        if isinstance(given := own.get("limits"), dict):
+            own["limits"] = self.limits.model_dump() | given
+        return studies.settings(name, common | own)
 
 
 def _explain(error: Mapping[str, Any], file: str | Path) -> str:
@@ -211,134 +209,9 @@ def _explain(error: Mapping[str, Any], file: str | Path) -> str:
     return f"{file}: {key}:{given} {error['msg'].removeprefix('Value error, ')}"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One thing to measure, and one row of the table."""
-
-    problem: str
-    method: str
-    backend: str
-    metric: str
-    passes: int | None
-
-    @property
-    def label(self) -> str:
-        """``problem/method/backend/metric[/passes]``, by which asv and the records know the cell."""
-        return "/".join(
-            str(part) for part in (self.problem, self.method, self.backend, self.metric, self.passes) if part
-        )
-
-    @classmethod
-    def from_label(cls, label: str) -> Self:
-        """The cell of a label."""
-        problem, method, backend, metric, *passes = label.split("/")
-        return cls(problem, method, backend, metric, int(passes[0]) if passes else None)
-
-
-def cells(config: Config) -> list[Cell]:
-    """All cells of a configuration, each once, sorted by method, problem, metric and budget."""
-    found = {
-        Cell(problem, name, backend, metric, passes)
-        for block in config.grid
-        for problem in block.problems
-        for name in block.methods
-        for metric in block.metrics
-        for backend in methods.get(name).backends[: 1 if block.backends == "plain" else None]
-        for passes in (block.passes if methods.get(name).takes_passes else [None])
-        # A metric that a method never gives is no cell; one that it cannot give *here* is a row with its reason.
-        if metric in methods.get(name).metrics
-    }
-    order = {metric: i for i, metric in enumerate(METRICS)}
-    return sorted(found, key=lambda c: (c.method, c.backend, c.problem, order[c.metric], c.passes or 0))
-
-
-def refusal(cell: Cell, problem: Problem, config: Config) -> str | None:
-    """Why a cell is left out, known before anything is run; ``None`` if it is to be measured."""
-    method, target = methods.get(cell.method), config.target(cell.backend)
-    reason = method.refusal(problem, cell.metric, target, cell.passes)
-    if reason:
-        return reason
-    passes = cell.passes or method.passes_needed(problem, cell.metric, target)
-    if passes and passes > config.max_passes:
-        return f"would take {passes:,.0f} passes, over max_passes ({config.max_passes:,})"
-    needed, limit = method.bytes_needed(problem, cell.metric, target, cell.passes), config.memory_limit_mb * 2**20
-    if needed > limit:
-        return f"would hold {needed / 2**30:.1f} GiB at once, over memory_limit_mb ({limit / 2**30:.1f} GiB)"
-    return None
-
-
 def write(config: Config, file: Path) -> Path:
     """Write a configuration, defaults filled in, unless the file says just that already; the file."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     if not file.exists() or file.read_text() != text:
         paths.write_atomically(file, text)
     return file
-
-
-def fingerprint(config: Config, method: str, suite: Path) -> str:
-    """Hash of all that a method's measurements depend on: its cells, the settings, and every source file it can reach.
-
-    A changed or new method changes its own fingerprint only; a changed problem or operator changes those that use it.
-
-    Args:
-        config: the configuration.
-        method: name of the method.
-        suite: the folder of the measuring code.
-    """
-    chosen = [cell for cell in cells(config) if cell.method == method]
-    settings = json.dumps(
-        [config.model_dump(exclude={"grid", "profile", "studies", "source"}), [cell.label for cell in chosen]]
-    )
-    files = {Path(problems.source_file(cell.problem)) for cell in chosen} | set(suite.glob("*.py"))
-    files |= sources(f"ntkbench.methods.{method}", "ntkbench.problems.base.reference", "ntkbench.measure.execution")
-    return _hash(files, settings)
-
-
-def problem_fingerprint(label: str) -> str:
-    """Hash of all that a problem's weights and exact values depend on."""
-    return _hash({Path(problems.source_file(label))} | sources("ntkbench.problems.base.reference"), label)
-
-
-def study_fingerprint(config: Config, name: str) -> str:
-    """Hash of all that a study's numbers depend on: its settings and every source file it can reach."""
-    return _hash(sources(*studies.plugins_of(name)), config.study(name).model_dump_json())
-
-
-def figure_fingerprint(name: str) -> str:
-    """Hash of all that a figure's looks depend on, published values among it."""
-    files = sources(f"ntkbench.figures.{name}", "ntkbench.figures.plotting.base")
-    files |= {*Path(__file__).parent.glob("../figures/plotting/*.mplstyle"), *paths.PUBLISHED.glob("*.csv")}
-    return _hash(files, name)
-
-
-def sources_fingerprint(*modules: str) -> str:
-    """Hash of modules and all that they import."""
-    return _hash(sources(*modules), "")
-
-
-def _hash(files: Iterable[Path], settings: str) -> str:
-    digest = hashlib.sha256(settings.encode())
-    for file in sorted(files):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def sources(*modules: str) -> set[Path]:
-    """Files of this package that modules import, at the top or in a function, directly or not; their own among them.
-
-    The plug-in rooms load their files by name, which no import statement shows; the backends' operators are among what
-    every method reaches, and the other problems and methods are not.
-    """
-    graph = _imports()
-    roots = {*modules, *graph.find_children("ntkbench.operators")}
-    reached = roots.union(*(graph.find_upstream_modules(root) for root in roots))
-    folder = Path(__file__).parents[1]
-    paths = (folder.joinpath(*name.split(".")[1:]) for name in reached)
-    return {path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in paths}
-
-
-@functools.cache
-def _imports() -> Any:
-    import grimp
-
-    return grimp.build_graph("ntkbench", cache_dir=None)

@@ -1,0 +1,66 @@
+"""Cells of the grid: what is measured, and what is left out and why."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from ntkbench import methods
+from ntkbench.errors import OverMemory, Unavailable
+from ntkbench.measure.config import Config
+from ntkbench.metrics import METRICS
+from ntkbench.problem import Problem
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure, and one row of the table."""
+
+    problem: str
+    method: str
+    backend: str
+    metric: str
+    passes: int | None
+    seeds: int = 1
+    calls: int = 1
+
+    @property
+    def label(self) -> str:
+        """``problem/method/backend/metric[/passes]``, by which asv and the records know the cell."""
+        return "/".join(
+            str(part) for part in (self.problem, self.method, self.backend, self.metric, self.passes) if part
+        )
+
+
+def cells(config: Config) -> list[Cell]:
+    """All cells of a configuration, each once, sorted by method, problem, metric and budget.
+
+    Where blocks overlap, a cell is that of the first block that has it.
+    """
+    found: dict[str, Cell] = {}
+    for block in config.grid:
+        seeds, calls = block.seeds or config.seeds, block.calls or config.calls
+        for problem, name, metric in itertools.product(block.problems, block.methods, block.metrics):
+            method = methods.get(name)
+            # A metric that a method never gives is no cell; one that it cannot give *here* is a row with its reason.
+            if metric not in method.metrics:
+                continue
+            for backend in method.backends[: 1 if block.backends == "plain" else None]:
+                for passes in block.passes if method.takes_passes else [None]:
+                    cell = Cell(problem, name, backend, metric, passes, seeds if method.takes_passes else 1, calls)
+                    found.setdefault(cell.label, cell)
+    order = {metric: i for i, metric in enumerate(METRICS)}
+    return sorted(found.values(), key=lambda c: (c.method, c.backend, c.problem, order[c.metric], c.passes or 0))
+
+
+def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
+    """Why a cell is left out, known before anything is run; ``None`` if it is to be measured."""
+    method, target = methods.get(cell.method), config.target(cell.backend)
+    if reason := method.refusal(problem, cell.metric, target, cell.passes):
+        return reason
+    try:
+        config.limits.check_passes(cell.passes or method.passes_needed(problem, cell.metric, target))
+        config.limits.check_memory(method.bytes_needed(problem, cell.metric, target, cell.passes))
+    except (Unavailable, OverMemory) as error:
+        return str(error)
+    return None

@@ -1,0 +1,83 @@
+"""Fingerprints: hashes of all that a rule depends on, sources among them, so that nothing stale passes as fresh."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ntkbench import paths, problems, studies
+from ntkbench.measure.cells import cells
+from ntkbench.measure.config import Config
+
+
+def fingerprint(config: Config, method: str, suite: Path) -> str:
+    """Hash of all that a method's measurements depend on: its cells, the settings, and every source file it can reach.
+
+    A changed or new method changes its own fingerprint only; a changed problem or operator changes those that use it.
+
+    Args:
+        config: the configuration.
+        method: name of the method.
+        suite: the folder of the measuring code.
+    """
+    chosen = [cell for cell in cells(config) if cell.method == method]
+    settings = json.dumps(
+        [config.model_dump(exclude={"grid", "profile", "studies", "source"}), [cell.label for cell in chosen]]
+    )
+    files = {Path(problems.source_file(cell.problem)) for cell in chosen} | set(suite.glob("*.py"))
+    files |= sources(f"ntkbench.methods.{method}", "ntkbench.problems.base.reference", "ntkbench.measure.execution")
+    return _hash(files, settings)
+
+
+def problem_fingerprint(label: str) -> str:
+    """Hash of all that a problem's weights and exact values depend on."""
+    return _hash({Path(problems.source_file(label))} | sources("ntkbench.problems.base.reference"), label)
+
+
+def study_fingerprint(config: Config, name: str) -> str:
+    """Hash of all that a study's numbers depend on: its settings and every source file it can reach."""
+    return _hash(sources(*studies.plugins_of(name)), config.study(name).model_dump_json())
+
+
+def figure_fingerprint(name: str) -> str:
+    """Hash of all that a figure's looks depend on, published values among it."""
+    files = sources(f"ntkbench.figures.{name}", "ntkbench.figures.plotting.base")
+    files |= {*Path(__file__).parent.glob("../figures/plotting/*.mplstyle"), *paths.PUBLISHED.glob("*.csv")}
+    return _hash(files, name)
+
+
+def sources_fingerprint(*modules: str) -> str:
+    """Hash of modules and all that they import."""
+    return _hash(sources(*modules), "")
+
+
+def _hash(files: Iterable[Path], settings: str) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for file in sorted(files):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def sources(*modules: str) -> set[Path]:
+    """Files of this package that modules import, at the top or in a function, directly or not; their own among them.
+
+    The plug-in rooms load their files by name, which no import statement shows; the backends' operators are among what
+    every method reaches, and the other problems and methods are not.
+    """
+    graph = _imports()
+    roots = {*modules, *graph.find_children("ntkbench.operators")}
+    reached = roots.union(*(graph.find_upstream_modules(root) for root in roots))
+    folder = Path(__file__).parents[1]
+    paths = (folder.joinpath(*name.split(".")[1:]) for name in reached)
+    return {path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in paths}
+
+
+@functools.cache
+def _imports() -> Any:
+    import grimp
+
+    return grimp.build_graph("ntkbench", cache_dir=None)

@@ -1,0 +1,67 @@
+"""What a measurement may take: one object for the grid, the studies and the comparisons."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
+from ntkbench.errors import OverMemory, Unavailable
+
+
+class Limits(BaseModel):
+    """Limits of one measurement: an execution of a cell, or a row of a study.
+
+    Attributes:
+        time_s: seconds after which it is ended, with the status ``timeout``.
+        memory_mb: MiB that its process may hold; over that it is ended, with the status ``out_of_memory``. What is
+            known to need more is not begun.
+        block_mb: MiB that one block of probes or of rows of J may fill; the rest is done in further blocks.
+        passes: a deterministic method that is known to take more is skipped.
+        gigaflop: floating-point operations, in 10^9, above which a case is skipped, where they are known beforehand.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    time_s: PositiveFloat = 60
+    memory_mb: PositiveFloat = 6144
+    block_mb: PositiveFloat = 1024
+    passes: PositiveInt = 20_000
+    gigaflop: PositiveFloat = 1e9
+
+    @property
+    def memory_bytes(self) -> int:
+        """``memory_mb`` in bytes."""
+        return int(self.memory_mb * 2**20)
+
+    @property
+    def block_bytes(self) -> int:
+        """``block_mb`` in bytes."""
+        return int(self.block_mb * 2**20)
+
+    def check_memory(self, needed: float) -> None:
+        """That a computation holds no more bytes than it may.
+
+        Raises:
+            OverMemory: it needs more.
+        """
+        if needed > self.memory_bytes:
+            raise OverMemory(f"would hold {needed / 2**30:.3g} GiB, over limits.memory_mb ({self.memory_mb:g})")
+
+    def check_passes(self, needed: float | None) -> None:
+        """That a deterministic method takes no more passes than it may.
+
+        Raises:
+            Unavailable: it takes more.
+        """
+        if needed is not None and needed > self.passes:
+            raise Unavailable(f"would take {needed:,.0f} passes, over limits.passes ({self.passes:,})")
+
+    def check_operations(self, needed: float) -> None:
+        """That a case needs no more floating-point operations than it may.
+
+        Raises:
+            Unavailable: it needs more.
+        """
+        if math.isfinite(needed) and needed > 1e9 * self.gigaflop:
+            raise Unavailable(f"about {needed / 1e9:.3g} GFLOP, over limits.gigaflop ({self.gigaflop:g})")

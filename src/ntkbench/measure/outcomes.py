@@ -1,0 +1,69 @@
+"""How a measurement ended, in one word and one line: the same for cells, studies, problems and comparisons."""
+
+from __future__ import annotations
+
+import signal
+from typing import NamedTuple
+
+from ntkbench.errors import OverMemory, Unavailable
+
+OK, SKIPPED, FAILED, TIMEOUT, OUT_OF_MEMORY = STATUSES = ("ok", "skipped", "failed", "timeout", "out_of_memory")
+PASSING = (FAILED, TIMEOUT, OUT_OF_MEMORY)
+"""Statuses that another attempt may change."""
+LONGEST = 500
+"""Characters of a reason."""
+
+
+class Outcome(NamedTuple):
+    """Status and reason, as a row has them."""
+
+    status: str
+    reason: str = ""
+
+    def columns(self) -> dict[str, str]:
+        """Columns of a row."""
+        return self._asdict()
+
+
+def of_exception(error: BaseException) -> Outcome:
+    """The outcome of what ended with an exception, whatever that exception is like."""
+    name = type(error).__name__
+    try:
+        message = one_line(str(error))
+    except Exception as unreadable:
+        message = f"its message cannot be read ({type(unreadable).__name__})"
+    if isinstance(error, Unavailable):
+        return Outcome(SKIPPED, message or f"{name} without a message")
+    out_of_memory = isinstance(error, MemoryError) or any(sign in message.lower() for sign in _SIGNS)
+    status = OUT_OF_MEMORY if out_of_memory else FAILED
+    if isinstance(error, OverMemory) and message:
+        return Outcome(status, message)
+    return Outcome(status, f"{one_line(name)}: {message}" if message else f"{one_line(name)} without a message")
+
+
+_SIGNS = ("out of memory", "can't allocate memory", "resource_exhausted")
+
+
+def of_exit(code: int, what: str) -> Outcome:
+    """The outcome of a process that ended before it could say why.
+
+    Args:
+        code: its exit status, negative for a signal.
+        what: what it was doing, such as ``"measuring seconds"``.
+    """
+    if code < 0:
+        try:
+            ended = f"by {signal.Signals(-code).name}"
+        except ValueError:
+            ended = f"by signal {-code}"
+    else:
+        ended = f"with exit status {code}"
+    return Outcome(FAILED, f"the process ended {ended} while {what}")
+
+
+def one_line(text: str) -> str:
+    """The first line of a text, printable and encodable whatever was in it."""
+    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

@@ -1,0 +1,122 @@
+"""Estimates over seeds against the exact value: the one loop that all errors of the suite come from."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ntkbench.errors import NtkbenchError
+from ntkbench.estimate import Estimate
+from ntkbench.measure.timing import quartiles
+
+
+class BadEstimate(NtkbenchError):
+    """A method gave something that is no estimate."""
+
+
+def checked(found: object) -> Estimate:
+    """What a method gave, as an estimate of plain floats.
+
+    Raises:
+        BadEstimate: it is no :class:`Estimate`, or a number in it is not real and finite (a standard error may be
+            ``nan``, which says that the budget was too small to tell).
+    """
+    if not isinstance(found, Estimate):
+        raise BadEstimate(f"the method returned {_described(found)}, not an Estimate")
+    value = _real("value", found.value)
+    passes = None if found.passes is None else _real("passes", found.passes)
+    error = None if found.standard_error is None else _real("standard_error", found.standard_error, nan=True)
+    degrees = _real("degrees", found.degrees, infinite=True)
+    notes = tuple(" ".join(str(note).split()) for note in found.notes)
+    return replace(found, value=value, passes=passes, standard_error=error, degrees=degrees, notes=notes)
+
+
+def _real(name: str, value: object, *, nan: bool = False, infinite: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise BadEstimate(f"the estimate's {name} is {_described(value)}, not a number")
+    number = float(value)
+    if (math.isnan(number) and not nan) or (math.isinf(number) and not infinite):
+        raise BadEstimate(f"the estimate's {name} is {number}")
+    return number
+
+
+def _described(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    size = f" of shape {tuple(shape)}" if shape is not None else ""
+    return "None" if value is None else f"a {type(value).__name__}{size}"
+
+
+def relative_error(value: float, exact: float) -> float:
+    """|value - exact| / |exact|; 0 where both are 0.
+
+    Raises:
+        BadEstimate: the exact value is 0 and the estimate is not.
+    """
+    if value == exact:
+        return 0.0
+    if exact == 0:
+        raise BadEstimate(f"the exact value is 0, and the relative error of {value:g} is not defined")
+    return abs(value - exact) / abs(exact)
+
+
+@dataclass
+class Reruns:
+    """Estimates of one quantity with different seeds.
+
+    Attributes:
+        exact: the exact value, in float64.
+        dtype: precision of the estimates, for what rounding may add to an interval.
+        power: of estimate and exact value whose errors are reported; 2 for the square of a norm.
+        estimates: found so far.
+        seconds: of each.
+    """
+
+    exact: float
+    dtype: str
+    power: int = 1
+    estimates: list[Estimate] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, estimate: Callable[[int], object], seeds: Sequence[int]) -> Reruns:
+        """Add an estimate for each seed.
+
+        Args:
+            estimate: makes the estimate of a seed; ends with a number on the host.
+            seeds: in turn.
+
+        Raises:
+            BadEstimate: one of them is no estimate; see :func:`checked`.
+        """
+        for seed in seeds:
+            start = time.perf_counter()
+            found = estimate(seed)
+            self.seconds.append(time.perf_counter() - start)
+            self.estimates.append(checked(found))
+        return self
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative errors, one a seed."""
+        return [relative_error(e.value**self.power, self.exact**self.power) for e in self.estimates]
+
+    def columns(self) -> dict[str, Any]:
+        """Columns of a row: values, errors, coverage, passes and the number of seeds."""
+        first = self.estimates[0]
+        known = [e.standard_error for e in self.estimates if e.standard_error is not None]
+        covered = [e.covers(self.exact, self.dtype) for e in self.estimates]
+        return {
+            **quartiles("value", [e.value for e in self.estimates]),
+            "reference": self.exact,
+            **quartiles("error", self.errors),
+            "standard_error": float(np.median(known)) if known else None,
+            "covered": float(np.mean(covered)) if known else None,
+            "passes_spent": first.passes,
+            "seeds": len(self.estimates),
+            "notes": "; ".join(first.notes),
+        }
