@@ -13,8 +13,9 @@ import click
 
 from ntkbench import errors, methods, paths, problems, studies
 from ntkbench.errors import Unavailable
-from ntkbench.measure import grid, rows, watchdog
-from ntkbench.measure.grid import Config
+from ntkbench.measure import cells as grid
+from ntkbench.measure import fingerprints, rows, watchdog
+from ntkbench.measure.config import Config
 from ntkbench.measure.provenance import provenance
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -91,7 +92,7 @@ def study_rows(name: str, config_file: Path, output: Path, stopped: str | None) 
     with errors.as_one_line():
         config = Config.read(config_file)
         chosen = config.study(name)
-        made_for = {"fingerprint": grid.study_fingerprint(config, name), **provenance().columns()}
+        made_for = {"fingerprint": fingerprints.study_fingerprint(config, name), **provenance().columns()}
         journal = studies.Journal(notes, json.dumps(made_for), json.loads(stopped) if stopped else None)
         watchdog.guard(math.inf, chosen.memory_limit_mb * 2**20, output.with_suffix(".verdict"))
         start = time.perf_counter()

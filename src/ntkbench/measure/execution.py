@@ -21,8 +21,9 @@ import psutil
 
 from ntkbench import methods, operators, paths, problems
 from ntkbench.estimate import Estimate
-from ntkbench.measure import grid, timing, watchdog
-from ntkbench.measure.grid import Cell, Config
+from ntkbench.measure import cells, outcomes, timing, watchdog
+from ntkbench.measure.cells import Cell
+from ntkbench.measure.config import Config
 from ntkbench.problems.base import reference
 
 ASPECTS = ("accuracy", "memory", "seconds")
@@ -66,7 +67,7 @@ class Execution:
     def _prepare(self) -> None:
         timing.use_threads(self.config.threads)
         problem = problems.load(self.cell.problem)
-        if reason := grid.refusal(self.cell, problem, self.config):
+        if reason := cells.unsupported(self.cell, problem, self.config):
             raise Refused(reason)
         self._method = methods.get(self.cell.method)
         start = time.perf_counter()

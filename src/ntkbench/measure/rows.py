@@ -13,7 +13,8 @@ import pandas as pd
 from ntkbench import methods, operators
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import execution
-from ntkbench.measure.grid import Cell, Config
+from ntkbench.measure.cells import Cell
+from ntkbench.measure.config import Config
 from ntkbench.measure.provenance import provenance
 from ntkbench.problem import Problem
 from ntkbench.problems.base import parse_label
