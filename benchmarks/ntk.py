@@ -1,4 +1,4 @@
-"""The asv suite: every case is (problem, method, backend, metric, passes), measured in three aspects.
+"""The asv suite: every case is a cell (problem, method, backend, metric, passes), measured in three aspects.
 
 Thin on purpose: what an execution is stands in ``ntkbench.measure.execution``. Versions are fixed, so that a
 refactoring does not cut the history; raise one by hand when a number's meaning changes.
@@ -9,51 +9,60 @@ from __future__ import annotations
 import math
 import sys
 
-from ntkbench.measure.execution import Execution, Refused
-from ntkbench.measure.grid import Cell
-
-from .plan import Plan
+from ntkbench.errors import Unavailable
+from ntkbench.measure import execution, watchdog
+from ntkbench.measure.execution import Execution
+from ntkbench.measure.plan import Plan
 
 PLAN = Plan.current()
 
 if "run_server" in sys.argv:
     # asv's fork server: what is imported here is paid for once and not once a case. Nothing may start a backend.
+    watchdog.end_with_parent()
     import sklearn.datasets  # noqa: F401
     import torch._decomp.decompositions_for_jvp  # torch.func pulls these two in at its first use
     import torch._dynamo  # noqa: F401
 
-    if any(Cell.from_label(label).backend == "jax" for label in PLAN.labels):
+    if any(cell.backend == "jax" for cell in PLAN.cells):
         import jax.numpy  # noqa: F401
 
 
 class _Case:
-    """Begins the execution once a process, however often asv calls setup, and ends it after the last call."""
+    """Prepares an execution once a process, however often asv calls setup."""
 
     params = PLAN.labels
     param_names = ("case",)
-    timeout = PLAN.config.time_limit_s + 30  # the watchdog comes first and says why
+    timeout = PLAN.config.limits.time_s + 30  # the limits are kept from outside, which says why; this is in reserve
     rounds = 1
     aspect: str
 
     def setup(self, label: str) -> None:
-        if not hasattr(self, "execution"):
-            try:
-                self.execution = Execution.begin(Cell.from_label(label), PLAN.config, self.aspect, PLAN.records)
-            except Refused as refused:
-                raise NotImplementedError(str(refused)) from None  # asv's way of saying n/a
-
-    def teardown(self, label: str) -> None:
         if hasattr(self, "execution"):
-            self.execution.end()
+            return
+        watchdog.end_with_parent()
+        index = PLAN.labels.index(label)
+        cell, limits = PLAN.cells[index], PLAN.config.limits
+        record = execution.record_file(PLAN.records, index, self.aspect) if PLAN.records else None
+        if record is None:
+            watchdog.guard(limits.time_s, limits.memory_bytes)
+        try:
+            self.execution = Execution(cell, PLAN.config, record)
+        except Unavailable as error:
+            raise NotImplementedError(str(error)) from None  # asv's way of saying n/a
+        self.prepare(cell.problem)
+
+    def prepare(self, problem: str) -> None:
+        """What comes before the aspect is measured."""
+        self.execution.first_call()
 
 
 class Accuracy(_Case):
     aspect = "accuracy"
 
     def track_error(self, label: str) -> float:
-        return self.execution.error()
+        return self.execution.errors()
 
-    track_error.version = "1"
+    track_error.version = "2"
     track_error.unit = "median relative error"
 
     def track_passes(self, label: str) -> float:
@@ -73,8 +82,11 @@ class Accuracy(_Case):
 class Memory(_Case):
     aspect = "memory"
 
+    def prepare(self, problem: str) -> None:
+        self.execution.settle()
+
     def peakmem_estimate(self, label: str) -> None:
-        self.execution.recorded_estimate()
+        self.execution.call_for_peak()
 
     peakmem_estimate.version = "1"
 
@@ -82,11 +94,20 @@ class Memory(_Case):
 class Seconds(_Case):
     aspect = "seconds"
     number = 1
-    repeat = (1, 20, PLAN.config.timing_seconds)
-    min_run_count = 1
     warmup_time = 0  # the first call was made in setup
 
-    def time_estimate(self, label: str) -> None:
-        self.execution.estimate()
+    def setup(self, label: str) -> None:
+        super().setup(label)
+        calls = PLAN.cells[PLAN.labels.index(label)].calls
+        self.repeat = (calls, calls, math.inf)
 
-    time_estimate.version = "1"
+    def prepare(self, problem: str) -> None:
+        super().prepare(problem)
+        if PLAN.records:  # the pipeline takes errors from the same process
+            self.execution.errors(PLAN.exact.get(problem))
+
+    def time_estimate(self, label: str) -> None:
+        with self.execution.recorded():
+            self.execution.estimate()
+
+    time_estimate.version = "2"

@@ -1,135 +1,122 @@
-"""The steps of the pipeline: ``python -m ntkbench check|problem|study|table|gallery|list``."""
+"""The ``ntkbench`` command: the steps of the pipeline, and what there is to know about an installation or a run."""
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from ntkbench import errors, methods, paths, problems, studies
-from ntkbench.errors import Unavailable
-from ntkbench.measure import cells as grid
-from ntkbench.measure import fingerprints, rows, watchdog
+from ntkbench import errors
 from ntkbench.measure.config import Config
-from ntkbench.measure.provenance import provenance
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 NEW = click.Path(path_type=Path)
+CONFIG = click.option("--config", "config_file", type=FILE, required=True, help="The run's configuration.")
+OUTPUT = click.option("--output", type=NEW, required=True, help="The file to write.")
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ntkbench")
 def main() -> None:
-    """Steps of the ntkbench pipeline."""
+    """Metrics of the finite-width Neural Tangent Kernel: benchmark, figures and facts."""
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors that a user can act on as one line; a full disk is one of them."""
+    with errors.as_one_line():
+        yield
 
 
 @main.command()
 @click.argument("config_file", type=FILE)
 def check(config_file: Path) -> None:
-    """Refuse a configuration that cannot be run, naming file, key, value and what is allowed; else count its cells."""
-    with errors.as_one_line():
+    """Check a configuration, and count its cells and studies."""
+    from ntkbench.measure import cells
+
+    with _one_line():
         config = Config.read(config_file)
-    click.echo(
-        f"{config_file}: profile {config.profile}, {len(grid.cells(config))} cells, {len(config.studies)} studies"
-    )
+        count = len(cells.cells(config))
+    click.echo(f"{config_file}: profile {config.profile}, {count} cells, {len(config.studies)} studies")
 
 
 @main.command()
-@click.argument("label")
-@click.option("--output", type=NEW, required=True)
-def problem(label: str, output: Path) -> None:
-    """Make a problem ready: trained weights and exact metrics, looked up or computed; its facts go to OUTPUT."""
-    from ntkbench.problems.base import reference
+@CONFIG
+@OUTPUT
+def problems(config_file: Path, output: Path) -> None:
+    """Make the grid's problems ready: trained weights and exact metrics."""
+    from ntkbench.measure import cells, facts
 
-    with errors.as_one_line():
-        try:
-            loaded = problems.load(label)
-            facts = {s: getattr(loaded, s) for s in ("N", "O", "P", "n")} | {"exact": reference.exact(loaded)}
-        except Unavailable as error:
-            facts = {"unavailable": str(error)}
-    paths.write_atomically(output, json.dumps({"problem": label, **facts}, indent=1) + "\n")
-    click.echo(f"{label}: {facts}")
+    with _one_line():
+        config = Config.read(config_file)
+        labels = sorted({cell.problem for cell in cells.cells(config)})
+        made = facts.make(config, labels, output)
+    for label, found in made.items():
+        click.echo(f"{label}: {found['status']} {found['reason']}")
 
 
 @main.command()
-@click.argument("name")
-@click.option("--config", "config_file", type=FILE, required=True)
-@click.option("--output", type=NEW, required=True)
-def study(name: str, config_file: Path, output: Path) -> None:
-    """Measure a study as the configuration has it; its table goes to OUTPUT.
+@CONFIG
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--problems", "problems_file", type=FILE, required=True, help="What `ntkbench problems` wrote.")
+@click.option("--log", type=NEW, required=True, help="What asv and the measured methods print.")
+@OUTPUT
+def measure(config_file: Path, shard: int, problems_file: Path, log: Path, output: Path) -> None:
+    """Measure the cells of a shard, each one row."""
+    from ntkbench.measure import shard as measuring
 
-    Finished rows are kept in OUTPUT.journal meanwhile, so that a study that is stopped goes on behind them. A process
-    of its own measures; where a row takes it over the configuration's memory limit it ends, the row says so, and
-    another one goes on with the next row.
-    """
-    verdict = output.with_suffix(".verdict")
-    verdict.unlink(missing_ok=True)
-    with errors.as_one_line():
-        config = Config.read(config_file)
-        if name not in config.studies:
-            raise errors.unknown("study", name, config.studies)
-    command = [sys.executable, "-m", "ntkbench", "study-rows", name, "--config", config_file, "--output", output]
-    stopped: list[str] = []
-    while code := subprocess.run([*command, *stopped]).returncode:
-        if not verdict.exists():
-            sys.exit(f"ntkbench: study {name} ended with exit status {code}")
-        stopped = ["--stopped", verdict.read_text()]
-        verdict.unlink()
-
-
-@main.command(hidden=True)
-@click.argument("name")
-@click.option("--config", "config_file", type=FILE, required=True)
-@click.option("--output", type=NEW, required=True)
-@click.option("--stopped", help="the watchdog's verdict on the process before")
-def study_rows(name: str, config_file: Path, output: Path, stopped: str | None) -> None:
-    """Measure the rows of a study that are not in its journal; the table of all goes to OUTPUT."""
-    notes = output.with_suffix(".journal")
-    with errors.as_one_line():
-        config = Config.read(config_file)
-        chosen = config.study(name)
-        made_for = {"fingerprint": fingerprints.study_fingerprint(config, name), **provenance().columns()}
-        journal = studies.Journal(notes, json.dumps(made_for), json.loads(stopped) if stopped else None)
-        watchdog.guard(math.inf, chosen.memory_limit_mb * 2**20, output.with_suffix(".verdict"))
-        start = time.perf_counter()
-        made = studies.run(name, chosen, journal)
-    paths.write_atomically(output, made.to_csv(index=False, lineterminator="\n"))
-    notes.unlink()
-    click.echo(f"{name}: {len(made)} rows in {time.perf_counter() - start:.1f} s")
-
-
-@main.command()
-@click.argument("pictures", nargs=-1, type=FILE, required=True)
-@click.option("--title", required=True)
-@click.option("--output", type=NEW, required=True)
-def gallery(pictures: tuple[Path, ...], title: str, output: Path) -> None:
-    """Put PICTURES (PNG, each with a caption as .txt beside it) on one page that needs no other file."""
-    from ntkbench.figures.plotting import gallery
-
-    with errors.as_one_line():
-        paths.write_atomically(output, gallery.page(pictures, title))
+    with _one_line():
+        measuring.measure(Config.read(config_file), shard, problems_file, output, log)
 
 
 @main.command()
 @click.argument("shards", nargs=-1, type=FILE, required=True)
-@click.option("--config", "config_file", type=FILE, required=True)
-@click.option("--output", type=NEW, required=True)
+@CONFIG
+@OUTPUT
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
     """Put shards together as one table with one row a cell."""
-    with errors.as_one_line():
+    from ntkbench import paths
+    from ntkbench.measure import cells, rows
+
+    with _one_line():
         config = Config.read(config_file)
-        combined = rows.combine(map(rows.read, shards), grid.cells(config))
-    paths.write_atomically(output, combined.to_csv(index=False))
+        combined = rows.combine(map(rows.read, shards), cells.cells(config))
+        paths.write_atomically(output, combined.to_csv(index=False, lineterminator="\n"))
     click.echo(f"{len(combined)} cells: {combined['status'].value_counts().to_dict()}")
+
+
+@main.command()
+@click.argument("name")
+@CONFIG
+@OUTPUT
+def study(name: str, config_file: Path, output: Path) -> None:
+    """Measure a study as the configuration has it."""
+    from ntkbench.studies.base import runner
+
+    with _one_line():
+        runner.measure(Config.read(config_file), config_file, name, output)
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@CONFIG
+@OUTPUT
+def study_rows(name: str, config_file: Path, output: Path) -> None:
+    """Measure the rows of a study that are not in its journal, in this process."""
+    from ntkbench.studies.base import runner
+
+    with _one_line():
+        runner.measure_rows(Config.read(config_file), name, output)
 
 
 @main.command("list")
 def list_() -> None:
     """List problems, methods and studies."""
+    from ntkbench import methods, problems, studies
+
     for name in problems.names():
         click.echo(f"problem  {name:32} {problems.describe(name)}")
     for name in methods.names():
@@ -137,3 +124,17 @@ def list_() -> None:
         click.echo(f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]")
     for name in studies.names():
         click.echo(f"study    {name:32} {studies.describe(name)}")
+
+
+@main.command()
+@click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def timings(results: Path) -> None:
+    """Say where the time of a run went: seconds of each step, and how much of them was inside measured calls."""
+    from ntkbench.measure import timings as spent
+
+    with _one_line():
+        click.echo(spent.report(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="ntkbench"))

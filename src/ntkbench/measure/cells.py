@@ -64,3 +64,11 @@ def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
     except (Unavailable, OverMemory) as error:
         return str(error)
     return None
+
+
+def of_shard(config: Config, number: int) -> list[Cell]:
+    """The cells of one of the configuration's shards, by methods, which are dealt out in turn."""
+    every = cells(config)
+    names = sorted({cell.method for cell in every})
+    mine = set(names[number :: config.shards])
+    return [cell for cell in every if cell.method in mine]

@@ -6,48 +6,40 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ntkbench import paths, problems, studies
-from ntkbench.measure.cells import cells
+from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 
-
-def fingerprint(config: Config, method: str, suite: Path) -> str:
-    """Hash of all that a method's measurements depend on: its cells, the settings, and every source file it can reach.
-
-    A changed or new method changes its own fingerprint only; a changed problem or operator changes those that use it.
-
-    Args:
-        config: the configuration.
-        method: name of the method.
-        suite: the folder of the measuring code.
-    """
-    chosen = [cell for cell in cells(config) if cell.method == method]
-    settings = json.dumps(
-        [config.model_dump(exclude={"grid", "profile", "studies", "source"}), [cell.label for cell in chosen]]
-    )
-    files = {Path(problems.source_file(cell.problem)) for cell in chosen} | set(suite.glob("*.py"))
-    files |= sources(f"ntkbench.methods.{method}", "ntkbench.problems.base.reference", "ntkbench.measure.execution")
-    return _hash(files, settings)
+SUITE = paths.ROOT / "benchmarks"
 
 
-def problem_fingerprint(label: str) -> str:
+def cell(config: Config, cell: Cell) -> str:
+    """Hash of all that a cell's row depends on: its settings and every source file that measuring it imports."""
+    settings = [config.device, config.dtype, config.threads, config.limits.model_dump(), asdict(cell)]
+    files = {Path(problems.source_file(cell.problem)), *SUITE.glob("*.py")}
+    files |= sources(f"ntkbench.methods.{cell.method}", "ntkbench.measure.execution", "ntkbench.measure.rows")
+    return _hash(files, json.dumps(settings))
+
+
+def problem(label: str) -> str:
     """Hash of all that a problem's weights and exact values depend on."""
     return _hash({Path(problems.source_file(label))} | sources("ntkbench.problems.base.reference"), label)
 
 
-def study_fingerprint(config: Config, name: str) -> str:
+def study(config: Config, name: str) -> str:
     """Hash of all that a study's numbers depend on: its settings and every source file it can reach."""
     return _hash(sources(*studies.plugins_of(name)), config.study(name).model_dump_json())
 
 
-def figure_fingerprint(name: str) -> str:
+def figure(name: str) -> str:
     """Hash of all that a figure's looks depend on, published values among it."""
     files = sources(f"ntkbench.figures.{name}", "ntkbench.figures.plotting.base")
-    files |= {*Path(__file__).parent.glob("../figures/plotting/*.mplstyle"), *paths.PUBLISHED.glob("*.csv")}
-    return _hash(files, name)
+    files |= {*Path(__file__).parents[1].glob("figures/plotting/*.*"), *paths.PUBLISHED.glob("*.csv")}
+    return _hash({file for file in files if file.is_file()}, name)
 
 
 def sources_fingerprint(*modules: str) -> str:

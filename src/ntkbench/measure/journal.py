@@ -1,79 +1,155 @@
-"""Rows of a study that is under way, on disk: a study that is stopped, by whatever, goes on behind its last one."""
+"""Finished rows on disk, so that a grid or a study that is stopped, by whatever, goes on behind its last row."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ntkbench import paths
-from ntkbench.errors import OverMemory
+from ntkbench.errors import NtkbenchError
 
 Row = dict[str, Any]
 
 
 class Journal:
-    """A line of JSON when a row is begun, and one when it is done.
+    """Lines of JSON: one when a row is begun, and one with the row when it is done.
 
-    Rows are known by their case, the columns that say what is measured; where two have the same, by their order.
+    A row is known by its key, and counts only for the fingerprint that it was made with. It is not measured again
+    while that stands. One process writes at a time.
     """
 
-    def __init__(self, path: Path, made_for: str, stopped: Mapping[str, str] | None = None) -> None:
-        """Read what is there, or begin.
+    def __init__(self, path: Path, others: list[Path] | None = None) -> None:
+        """Read what is there; a line that is not whole, or is no entry, is left out.
 
         Args:
             path: of the journal.
-            made_for: what rows depend on (settings, sources, commit); rows made for anything else do not count.
-            stopped: status and reason if the process before was killed for the row that it was at.
+            others: journals whose rows count as well.
 
         Raises:
-            OverMemory: it was, and was at no row, so that beginning again would end in the same way.
+            NtkbenchError: another process is writing to it.
         """
-        self._path = path
-        self._done: dict[str, deque[Row]] = defaultdict(deque)
-        head = {"made_for": made_for}
-        entries = list(_entries(path))
-        entries = entries if entries[:1] == [head] else [head]
-        if stopped:
-            if "begun" not in entries[-1]:
-                raise OverMemory(f"stopped between rows: {stopped['reason']}")
-            case = entries[-1]["begun"]
-            entries.append({"case": case, "row": {**json.loads(case), **stopped}})
-        for entry in entries:
-            if "row" in entry:
-                self._done[entry["case"]].append(entry["row"])
-        paths.write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))  # without a half line
+        self.path = path
+        self._lock = FileLock(f"{path}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise NtkbenchError(f"another process is measuring into {path}; wait for it") from None
+        self._rows: dict[tuple[str, str], Row] = {}
+        self.begun: str | None = None
+        for file in (*(others or []), path):
+            for entry in _entries(file):
+                self._take(entry)
+                self.begun = entry["key"] if file == path and "row" not in entry else None
+        self._file = path.open("a", encoding="utf-8")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")
 
-    def before(self, case: Mapping[str, Any]) -> Row | None:
-        """The row of a case, if it was made before."""
-        rows = self._done[_key(case)]
-        return rows.popleft() if rows else None
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        known = entry["key"], entry["made_for"]
+        if entry.get("row"):
+            self._rows[known] = entry["row"]
+        elif "row" in entry:
+            self._rows.pop(known, None)
 
-    def begin(self, case: Mapping[str, Any]) -> None:
+    def drop(self, statuses: Sequence[str]) -> None:
+        """Forget the rows that ended with one of these statuses, so that they are measured again."""
+        for (key, made_for), row in list(self._rows.items()):
+            if row["status"] in statuses:
+                del self._rows[key, made_for]
+                self._write({"key": key, "made_for": made_for, "row": None})
+
+    def row(self, key: str, made_for: str) -> Row | None:
+        """The row of a key, if it was made with this fingerprint."""
+        return self._rows.get((key, made_for))
+
+    def begin(self, key: str, made_for: str) -> None:
         """Note that a row is under way."""
-        self._write({"begun": _key(case)})
+        self.begun = key
+        self._write({"key": key, "made_for": made_for})
 
-    def finish(self, case: Mapping[str, Any], row: Row) -> None:
+    def finish(self, key: str, made_for: str, row: Row) -> None:
         """Keep a row."""
-        self._write({"case": _key(case), "row": row})
+        self.begun = None
+        self._rows[key, made_for] = row
+        self._write({"key": key, "made_for": made_for, "row": row})
+
+    def close(self) -> None:
+        """Let others write."""
+        self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry, default=_plain) + "\n")
+        try:
+            self._file.write(json.dumps(entry, default=plain) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise NtkbenchError(f"{self.path} cannot be written: {os.strerror(error.errno or 0)}") from None
 
 
-CURRENT: ContextVar[Journal | None] = ContextVar("journal", default=None)
-"""The journal of the study that is being measured."""
+CURRENT: ContextVar[Rows | None] = ContextVar("rows", default=None)
+"""The rows of the study that is being measured."""
+
+
+class Rows:
+    """Rows of one study in a journal, by their cases; cases that are equal are told apart by their order.
+
+    Args:
+        journal: where they are kept.
+        made_for: fingerprint of the study.
+
+    Attributes:
+        made: rows so far, those from before among them.
+        seconds: that their measurements took.
+    """
+
+    def __init__(self, journal: Journal, made_for: str) -> None:
+        self._journal, self._made_for = journal, made_for
+        self._count: dict[str, int] = {}
+        self.made: list[Row] = []
+        self.seconds = 0.0
+
+    def key(self, case: Mapping[str, Any]) -> str:
+        """The key of a case that comes up now."""
+        said = json.dumps(case, default=plain)
+        self._count[said] = self._count.get(said, 0) + 1
+        return said if self._count[said] == 1 else f"{said} #{self._count[said]}"
+
+    def before(self, key: str) -> Row | None:
+        """The row of a key, if it was made before."""
+        row = self._journal.row(key, self._made_for)
+        if row is not None:
+            self.made.append(row)
+        return row
+
+    def begin(self, key: str) -> None:
+        """Note that a row is under way."""
+        self._journal.begin(key, self._made_for)
+
+    def finish(self, key: str, row: Row, seconds: float) -> None:
+        """Keep a row, which took some seconds."""
+        self.made.append(row)
+        self.seconds += seconds
+        self._journal.finish(key, self._made_for, row)
 
 
 @contextlib.contextmanager
-def kept(journal: Journal | None) -> Iterator[None]:
-    """Keep rows in a journal meanwhile."""
-    token = CURRENT.set(journal)
+def kept(rows: Rows | None) -> Iterator[None]:
+    """Keep a study's rows meanwhile."""
+    token = CURRENT.set(rows)
     try:
         yield
     finally:
@@ -81,19 +157,22 @@ def kept(journal: Journal | None) -> Iterator[None]:
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a journal; a line that was not written to its end is none."""
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and {"key", "made_for"} <= entry.keys():
+                yield entry
 
 
-def _key(case: Mapping[str, Any]) -> str:
-    return json.dumps(case, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """A numpy scalar as a number of Python."""
+def plain(value: Any) -> Any:
+    """A NumPy scalar as a number of Python, for JSON."""
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be kept in a journal")
+
+
+def write(path: Path, data: Any) -> None:
+    """Write data as JSON, whole or not at all."""
+    paths.write_atomically(path, json.dumps(data, default=plain, indent=1) + "\n")

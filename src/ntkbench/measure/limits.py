@@ -14,6 +14,7 @@ class Limits(BaseModel):
 
     Attributes:
         time_s: seconds after which it is ended, with the status ``timeout``.
+        problem_s: the same for a problem's training and exact values.
         memory_mb: MiB that its process may hold; over that it is ended, with the status ``out_of_memory``. What is
             known to need more is not begun.
         block_mb: MiB that one block of probes or of rows of J may fill; the rest is done in further blocks.
@@ -24,6 +25,7 @@ class Limits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     time_s: PositiveFloat = 60
+    problem_s: PositiveFloat = 3600
     memory_mb: PositiveFloat = 6144
     block_mb: PositiveFloat = 1024
     passes: PositiveInt = 20_000

@@ -1,63 +1,186 @@
-"""A process of its own that stops another one when it goes over its time or its memory, or is left alone.
+"""Time and memory limits of measuring processes, kept from outside, and an end to what a run leaves behind.
 
-Being outside, it works while the other process sits in a long call that never comes back to Python, and it can still
-say afterwards why that process is gone. ``python watchdog.py PID SECONDS BYTES VERDICT`` imports nothing of ntkbench,
-so that it starts at once.
+A watched process may sit in a call that never comes back to Python, stop itself, or take all memory; what watches it
+is another process. :class:`Watch` is a thread of the process that has the others measure. ``python watchdog.py`` is a
+small process of its own: the *guardian* of a step of the pipeline, which ends all that the step started once the step
+or the run it belongs to is gone, however that happened; or the guard of one process that nobody else watches.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import ctypes
 import os
+import select
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
 POLL_SECONDS = 0.05
+STEP = "NTKBENCH_STEP"
+"""Environment variable that marks all processes of one step of the pipeline, whatever starts them."""
+RUN = "NTKBENCH_RUN"
+"""Environment variable with the id of the process whose end is the run's end: Snakemake's."""
 
 
-def guard(seconds: float, memory: float, verdict: Path) -> None:
-    """Have the calling process killed, and ``verdict`` written, when it goes over its time or its resident memory.
+class Watch(threading.Thread):
+    """Ends processes that go over their time or their memory.
 
-    It is killed without a verdict when the process that started it is gone, so that nothing measures for nobody.
+    Attributes:
+        verdict: status and reason once a process was ended; ``None`` before.
 
     Args:
-        seconds: the time it may take from now.
-        memory: the bytes it may hold.
-        verdict: a JSON file with status and reason, written only if it is killed.
+        watched: the processes that count now, with the moment (``time.monotonic``) since which their time runs.
+        seconds: that each may take.
+        memory: bytes that each may hold.
     """
-    arguments = [str(os.getpid()), str(seconds), str(memory), str(verdict)]
+
+    def __init__(
+        self, watched: Callable[[], list[tuple[psutil.Process, float]]], seconds: float, memory: float
+    ) -> None:
+        super().__init__(daemon=True)
+        self.verdict: tuple[str, str] | None = None
+        self._watched, self._seconds, self._memory = watched, seconds, memory
+        self._done = threading.Event()
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._done.wait(POLL_SECONDS):
+            for process, since in self._watched():
+                with contextlib.suppress(psutil.Error):
+                    self._look(process, since)
+
+    def _look(self, process: psutil.Process, since: float) -> None:
+        held = process.memory_info().rss
+        if held > self._memory:
+            held_gib, allowed = held / 2**30, self._memory / 2**30
+            self._end(process, "out_of_memory", f"held {held_gib:.3g} GiB, over the limit of {allowed:.3g} GiB")
+        elif time.monotonic() - since > self._seconds:
+            self._end(process, "timeout", f"not done after the limit of {self._seconds:g} s")
+
+    def _end(self, process: psutil.Process, status: str, reason: str) -> None:
+        self.verdict = self.verdict or (status, reason)
+        process.kill()
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process, as the kernel lists them where it does: a scan of all processes costs far more."""
+    lists = list(Path(f"/proc/{pid}/task").glob("*/children"))
+    if not lists:
+        with contextlib.suppress(psutil.Error):
+            return [child.pid for child in psutil.Process(pid).children()]
+    found: list[int] = []
+    for file in lists:
+        with contextlib.suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found
+
+
+@contextlib.contextmanager
+def step() -> Iterator[str]:
+    """Mark this process as a step of the pipeline and give it a guardian; the mark.
+
+    All that is started meanwhile carries the mark. The guardian ends it when this process is gone, or when the process
+    that ``$NTKBENCH_RUN`` names is, in which case it ends this process too. What is left at the end of the step is
+    ended as well.
+    """
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    before = os.environ.get(STEP)
+    os.environ[STEP] = mark
+    _start("guardian", str(os.getpid()), os.environ.get(RUN, "0"), mark)
+    try:
+        yield mark
+    finally:
+        end_marked(mark)
+        os.environ.pop(STEP)
+        if before is not None:
+            os.environ[STEP] = before
+
+
+def end_marked(mark: str, keep: frozenset[int] = frozenset()) -> None:
+    """Kill every process of a step but some, again until none is left."""
+    for _ in range(10):
+        found = [process for process in _marked(mark) if process.pid not in keep]
+        if not found:
+            return
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=1)
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if (
+                process.pid != os.getpid()
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get(STEP) == mark
+            ):
+                yield process
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process as soon as its parent is gone (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def guard(seconds: float, memory: float) -> None:
+    """Have this process killed when it goes over its time or its resident memory, or when its parent is gone."""
+    end_with_parent()
+    _start("guard", str(os.getpid()), str(seconds), str(memory))
+
+
+def _start(*arguments: str) -> None:
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen([sys.executable, __file__, *arguments], **quiet)
+    environment = {name: value for name, value in os.environ.items() if name != STEP}
+    # A session of its own, so that the signals that end a run leave it to do its work.
+    subprocess.Popen([sys.executable, "-P", __file__, *arguments], env=environment, start_new_session=True, **quiet)
 
 
-def _watch(pid: int, seconds: float, memory: float, verdict: Path) -> None:
-    start = time.monotonic()
-    process = psutil.Process(pid)
-    parent = process.ppid()
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        resident = process.memory_info().rss
-        if resident > memory:
-            message = f"held {resident / 2**30:.1f} GiB, over the memory limit of {memory / 2**30:.1f} GiB"
-            _stop(process, verdict, "out_of_memory", message)
-        elif time.monotonic() - start > seconds:
-            _stop(process, verdict, "timeout", f"not done after the time limit of {seconds:g} s")
-        elif process.ppid() != parent:
-            process.kill()
-        time.sleep(POLL_SECONDS)
+def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
+    """Wait until the step or the run is gone; then end what the step started."""
+    ends = []
+    for pid in (step_pid, run_pid):
+        try:
+            ends.append(os.pidfd_open(pid) if pid else -1)
+        except ProcessLookupError:
+            return end_marked(mark)  # gone before we came
+    poll = select.poll()
+    for end in ends:
+        if end >= 0:
+            poll.register(end, select.POLLIN)
+    gone = {end for end, _ in poll.poll()}
+    if ends[0] not in gone:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(step_pid, signal.SIGKILL)
+    return end_marked(mark)
 
 
-def _stop(process: psutil.Process, verdict: Path, status: str, reason: str) -> None:
-    half = verdict.with_suffix(".half")
-    half.write_text(json.dumps({"status": status, "reason": reason}))
-    half.replace(verdict)
-    process.kill()
+def _guard(pid: int, seconds: float, memory: float) -> None:
+    with contextlib.suppress(psutil.Error):
+        process, since = psutil.Process(pid), time.monotonic()
+        with Watch(lambda: [(process, since)], seconds, memory):
+            process.wait()
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(psutil.NoSuchProcess):  # it finished
-        _watch(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
+    kind, *given = sys.argv[1:]
+    if kind == "guardian":
+        _guardian(int(given[0]), int(given[1]), given[2])
+    else:
+        _guard(int(given[0]), float(given[1]), float(given[2]))

@@ -1,0 +1,155 @@
+"""asv's fork server, asked for one case at a time: the one place of the package that knows asv.
+
+Every case runs in a process of its own, forked from a server that has imported the suite; asv times it and takes its
+peak. Asked case by case, a cell is finished before the next one begins, and what happens to the server costs one cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import asv.console
+import asv.runner
+import asv.util
+import psutil
+
+from ntkbench import paths
+from ntkbench.errors import NtkbenchError
+from ntkbench.measure import outcomes, plan, watchdog
+from ntkbench.measure.limits import Limits
+from ntkbench.measure.outcomes import Outcome
+
+SUITE = paths.ROOT / "benchmarks"
+BENCHMARKS = {"memory": "ntk.Memory.peakmem_estimate", "seconds": "ntk.Seconds.time_estimate"}
+"""The benchmark of each aspect."""
+KILLED = -9
+
+
+class Result(NamedTuple):
+    """What asv found of one case.
+
+    Attributes:
+        value: the benchmark's number; ``None`` where it has samples, or failed.
+        samples: of a timing benchmark, in seconds a call.
+        outcome: how the case ended.
+        killed: whether something other than its limits killed it.
+    """
+
+    value: float | None
+    samples: list[float]
+    outcome: Outcome
+    killed: bool = False
+
+
+class Engine:
+    """asv's fork server for one plan.
+
+    Args:
+        plan_file: of the plan.
+        labels: its cases.
+        limits: of each case.
+        mark: of this step's processes; see :func:`ntkbench.measure.watchdog.step`.
+        log: gets what the server and the cases print.
+    """
+
+    def __init__(self, plan_file: Path, labels: Sequence[str], limits: Limits, mark: str, log: Path) -> None:
+        self._environment = _Environment(plan_file)
+        self._params = [[repr(label) for label in labels]]
+        self._limits, self._mark, self._log = limits, mark, log
+        self._server: Any = None
+        asv.console.log.enable()
+
+    def run(self, aspect: str, index: int) -> Result:
+        """Measure one aspect of the case of a number."""
+        benchmark = {"name": BENCHMARKS[aspect], "params": self._params, "timeout": self._limits.time_s + 30}
+        server = self._started()
+        first_seen: dict[int, float] = {}
+
+        def watched() -> list[tuple[psutil.Process, float]]:
+            found = []
+            for pid in watchdog.children(server.server_proc.pid):
+                with contextlib.suppress(psutil.Error):
+                    found.append((psutil.Process(pid), first_seen.setdefault(pid, time.monotonic())))
+            return found
+
+        try:
+            with watchdog.Watch(watched, self._limits.time_s, self._limits.memory_bytes) as watch:
+                found = asv.runner.run_benchmark(benchmark, server, profile=False, selected_idx={index})
+        except (asv.util.UserError, OSError, RuntimeError, ValueError) as error:
+            self.close()
+            return Result(None, [], Outcome(outcomes.FAILED, f"its benchmark server ended: {error}"), killed=True)
+        finally:
+            keep = {server.server_proc.pid} if self._server else set()
+            watchdog.end_marked(self._mark, frozenset(keep))
+        self._write(f"{aspect} {self._params[0][index]}", found.stderr)
+        code = found.errcode
+        if watch.verdict:
+            return Result(None, [], Outcome(*watch.verdict))
+        if code == asv.util.TIMEOUT_RETCODE:
+            reason = f"not done after the limit of {self._limits.time_s:g} s"
+            return Result(None, [], Outcome(outcomes.TIMEOUT, reason))
+        if code:
+            return Result(None, [], outcomes.of_exit(code, f"measuring {aspect}"), killed=code == KILLED)
+        value = found.result[index]
+        samples = found.samples[index] or []
+        number = None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+        return Result(number, samples, Outcome(outcomes.OK))
+
+    def close(self) -> None:
+        """End the server and all that it started."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        watchdog.end_marked(self._mark)
+        with contextlib.suppress(OSError, RuntimeError):
+            server.interrupt()
+            server.close()
+            self._write("server", server._server_output or "")
+
+    def _started(self) -> Any:
+        if self._server is None:
+            self._server = asv.runner.get_spawner(self._environment, str(SUITE), "forkserver")
+            imported, output = self._server.preimport()
+            self._write("import of the suite", output)
+            if not imported:
+                self.close()
+                raise NtkbenchError(f"the asv suite cannot be imported, see {self._log}: {outcomes.one_line(output)}")
+        return self._server
+
+    def _write(self, what: str, output: str) -> None:
+        if output:
+            with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"--- {what}\n{output.rstrip()}\n")
+
+
+@contextlib.contextmanager
+def started(*arguments: Any) -> Iterator[Engine]:
+    """An engine that is closed at the end; see :class:`Engine`."""
+    engine = Engine(*arguments)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class _Environment:
+    """This interpreter, as asv's runner asks for one."""
+
+    def __init__(self, plan_file: Path) -> None:
+        folders = os.pathsep.join(map(str, (paths.ROOT, paths.ROOT / "src")))
+        # asv takes the folders of PYTHONPATH off its path unless its own variable names them.
+        self.env_vars = {
+            plan.VARIABLE: str(plan_file),
+            "ASV_PYTHONPATH": folders,
+            "PYTHONPATH": folders,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+
+    def run(self, arguments: Sequence[str], **options: Any) -> Any:
+        return asv.util.check_output([sys.executable, *arguments], **options)

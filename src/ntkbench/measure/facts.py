@@ -1,0 +1,86 @@
+"""Problems made ready before anything is measured on them: trained weights, sizes and exact metrics, or why not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ntkbench import problems
+from ntkbench.measure import fingerprints, journal, outcomes, timing, watchdog
+from ntkbench.measure.config import Config
+from ntkbench.measure.journal import Journal
+from ntkbench.measure.outcomes import Outcome
+from ntkbench.measure.progress import Progress
+
+SIZES = ("N", "O", "P", "n")
+
+Facts = dict[str, Any]
+"""Of one problem: status and reason, and where it is ready its sizes and ``exact``, metric to value."""
+
+
+def make(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts]:
+    """Facts of problems, each in a process of its own under the limits; they go to ``output``.
+
+    Problems that are ready and unchanged are not made again.
+    """
+    found: dict[str, Facts] = {}
+    import torch  # noqa: F401  # forked processes find it imported
+
+    kept = output.with_suffix(".journal")
+    with watchdog.step() as mark, Journal(kept) as rows, Progress(output.parent, "problems", len(labels)) as progress:
+        for label in labels:
+            progress.begin(label)
+            made_for = fingerprints.problem(label)
+            row = rows.row(label, made_for)
+            if row is None or row["status"] in outcomes.PASSING:
+                rows.begin(label, made_for)
+                row = _made(label, config, output.with_suffix(".part"))
+                rows.finish(label, made_for, row)
+                watchdog.end_marked(mark)
+            found[label] = row
+    journal.write(output, found)
+    return found
+
+
+def read(file: Path) -> dict[str, Facts]:
+    """What :func:`make` wrote."""
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _made(label: str, config: Config, part: Path) -> Facts:
+    part.unlink(missing_ok=True)
+    limits = config.limits
+    child = multiprocessing.get_context("fork").Process(target=_make, args=(label, config.threads, part))
+    child.start()
+    process, since = psutil.Process(child.pid), time.monotonic()
+    with watchdog.Watch(lambda: [(process, since)], limits.problem_s, limits.memory_bytes) as watch:
+        child.join()
+    if watch.verdict:
+        return Outcome(*watch.verdict).columns()
+    try:
+        return dict(json.loads(part.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return outcomes.of_exit(child.exitcode or 0, "making the problem ready").columns()
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _make(label: str, threads: int, part: Path) -> None:
+    watchdog.end_with_parent()
+    timing.use_threads(threads)
+    facts: Mapping[str, Any]
+    try:
+        from ntkbench.problems.base import reference
+
+        problem = problems.load(label)
+        sizes = {size: getattr(problem, size) for size in SIZES}
+        facts = {**Outcome(outcomes.OK).columns(), **sizes, "exact": reference.exact(problem)}
+    except BaseException as error:
+        facts = outcomes.of_exception(error).columns()
+    journal.write(part, facts)

@@ -1,0 +1,141 @@
+"""The cells of a shard, one after the other: each ends in exactly one row, whatever happens to it."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ntkbench import paths
+from ntkbench.measure import engine, execution, facts, fingerprints, outcomes, rows, timing, watchdog
+from ntkbench.measure.cells import Cell, of_shard
+from ntkbench.measure.config import Config
+from ntkbench.measure.engine import Engine
+from ntkbench.measure.journal import Journal
+from ntkbench.measure.outcomes import Outcome
+from ntkbench.measure.plan import Plan
+from ntkbench.measure.progress import Progress
+
+GUESS = 3.0
+"""Seconds that a cell is expected to take as long as none was measured."""
+
+
+def measure(config: Config, number: int, problems: Path, output: Path, log: Path) -> None:
+    """Measure a shard's cells and write their rows to ``output``.
+
+    Finished rows are kept in a journal, so that a shard that was stopped goes on at the cell that it was at. Rows of
+    unchanged cells are not measured again.
+
+    Args:
+        config: the settings.
+        number: of the shard.
+        problems: facts of the problems, see :mod:`ntkbench.measure.facts`.
+        output: the shard's table.
+        log: what asv and the cases print.
+    """
+    known, shard = facts.read(problems), of_shard(config, number)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("", encoding="utf-8")
+    others = [file for file in output.parent.glob("*.journal") if file != output.with_suffix(".journal")]
+    with watchdog.step() as mark, Journal(output.with_suffix(".journal"), others) as kept:
+        if config.retry == "failed":
+            kept.drop(outcomes.PASSING)
+        made_for = {cell: fingerprints.cell(config, cell) for cell in shard}
+        done = {cell: _known(cell, config, known, kept, made_for[cell]) for cell in shard}
+        pending = [cell for cell in shard if done[cell] is None]
+        expected = _expected(pending, [row for row in done.values() if row])
+        work = Path(tempfile.mkdtemp(prefix="ntkbench-"))
+        try:
+            exact = {label: found["exact"] for label, found in known.items() if "exact" in found}
+            plan = Plan(config, pending, exact, work)
+            plan.write(work / "plan.json")
+            with (
+                Progress(output.parents[1], output.stem, sum(expected.values())) as progress,
+                engine.started(work / "plan.json", plan.labels, config.limits, mark, log) as asv,
+            ):
+                for index, cell in enumerate(pending):
+                    progress.begin(cell.label, expected[cell])
+                    kept.begin(cell.label, made_for[cell])
+                    start = time.perf_counter()
+                    outcome, measured = _measure(asv, cell, index, work)
+                    measured["wall_seconds"] = time.perf_counter() - start
+                    progress.measured += measured.get("measured_seconds") or 0.0
+                    row = rows.row(cell, config, made_for[cell], outcome, known[cell.problem], measured)
+                    kept.finish(cell.label, made_for[cell], row)
+                    done[cell] = row
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    table = rows.frame(row for row in done.values() if row)
+    paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _known(
+    cell: Cell, config: Config, known: Mapping[str, facts.Facts], kept: Journal, made_for: str
+) -> dict[str, Any] | None:
+    """The row of a cell that need not be measured."""
+    problem = known[cell.problem]
+    if problem["status"] != outcomes.OK:
+        outcome = Outcome(problem["status"], problem["reason"])
+        return rows.row(cell, config, made_for, outcome, {}, {})
+    return kept.row(cell.label, made_for)
+
+
+def _expected(pending: list[Cell], before: list[dict[str, Any]]) -> dict[Cell, float]:
+    walls = [row["wall_seconds"] for row in before if row.get("wall_seconds")]
+    return dict.fromkeys(pending, statistics.mean(walls) if walls else GUESS)
+
+
+def _measure(asv: Engine, cell: Cell, index: int, work: Path) -> tuple[Outcome, dict[str, Any]]:
+    """Every aspect of a cell, up to the first that does not end well: how it ended, and what was found."""
+    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, engine.Result] = {}
+    for aspect in execution.ASPECTS:
+        outcome = _aspect(asv, aspect, index, work, found, results)
+        if outcome.status == outcomes.SKIPPED:
+            return outcome, {}
+        if outcome.status != outcomes.OK:
+            return outcome._replace(reason=f"{outcome.reason} (measuring {aspect})"), {}
+    memory, accuracy = found["memory"], found["seconds"]
+    samples, baseline = results["seconds"].samples, memory["baseline_bytes"]
+    peak = results["memory"].value
+    if len(samples) != cell.calls or peak is None:
+        return Outcome(outcomes.FAILED, "asv recorded no result, although the case ended well"), {}
+    measured = {
+        **{name: value for name, value in accuracy.items() if name in rows.MEASURED},
+        **timing.quartiles("seconds", samples),
+        "calls": len(samples),
+        "memory_bytes": None if baseline is None else max(0.0, peak - baseline),
+        "gpu_peak_bytes": memory["gpu_peak_bytes"],
+        "measured_seconds": memory["memory_seconds"]
+        + accuracy["first_call_seconds"]
+        + accuracy["error_seconds"]
+        + sum(samples),
+    }
+    return Outcome(outcomes.OK), measured
+
+
+def _aspect(
+    asv: Engine,
+    aspect: str,
+    index: int,
+    work: Path,
+    found: dict[str, dict[str, Any]],
+    results: dict[str, engine.Result],
+) -> Outcome:
+    """One execution; once more where something other than its limits killed it."""
+    record = execution.record_file(work, index, aspect)
+    for _ in range(2):
+        record.unlink(missing_ok=True)
+        results[aspect] = result = asv.run(aspect, index)
+        if not result.killed:
+            break
+    found[aspect] = kept = execution.read(record)
+    if result.outcome.status in (outcomes.TIMEOUT, outcomes.OUT_OF_MEMORY):
+        return result.outcome
+    if "status" in kept:
+        return Outcome(kept["status"], kept["reason"])
+    return result.outcome

@@ -1,0 +1,60 @@
+"""Where the time of a run went, and what the next one may be expected to take."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pandas as pd
+
+from ntkbench import paths
+from ntkbench.errors import BadInput
+from ntkbench.measure import progress
+
+FOLDER = "timings"
+"""Of a run's results: one file a step, as Snakemake's ``benchmark:`` writes it."""
+COMMITTED = "timings.csv"
+
+
+def of_run(results: Path) -> pd.DataFrame:
+    """Columns ``step``, ``seconds`` (wall), ``cpu_seconds`` and ``measured_seconds``, one row a step.
+
+    Measured seconds are those inside measured calls: timed ones, those for errors and for memory, and the training and
+    tracing that rows of studies need.
+    """
+    said, found = progress.read(results), []
+    for file in sorted((results / FOLDER).glob("*.tsv")):
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            one = pd.read_csv(file, sep="\t").iloc[-1]
+            measured = float(said.get(file.stem, {}).get("measured", 0.0))
+            found.append((file.stem, float(one["s"]), float(one["cpu_time"]), measured))
+    return pd.DataFrame(found, columns=["step", "seconds", "cpu_seconds", "measured_seconds"])
+
+
+def report(results: Path) -> str:
+    """The timings of a run as text, longest step first.
+
+    Raises:
+        BadInput: the folder has none.
+    """
+    table = of_run(results).sort_values("seconds", ascending=False)
+    if table.empty:
+        raise BadInput(f"{results}: no {FOLDER}/*.tsv there; allowed: the results folder of a run, as results/default")
+    total = table[["seconds", "cpu_seconds", "measured_seconds"]].sum()
+    lines = [f"{'step':32} {'seconds':>9} {'CPU':>9} {'measured':>9}"]
+    for row in table.itertuples():
+        lines.append(f"{row.step:32} {row.seconds:9.1f} {row.cpu_seconds:9.1f} {row.measured_seconds:9.1f}")
+    lines.append(
+        f"{'sum of the steps':32} {total['seconds']:9.1f} {total['cpu_seconds']:9.1f} {total['measured_seconds']:9.1f}"
+    )
+    share = total["measured_seconds"] / total["seconds"] if total["seconds"] else 0.0
+    return "\n".join([*lines, f"{share:.0%} of the steps' wall time is inside measured calls"])
+
+
+def expected(results: Path, profile: str) -> dict[str, float]:
+    """Seconds by step, as an earlier run into the same folder took them, else as committed for the profile."""
+    table = of_run(results)
+    kept = paths.REFERENCE / profile / COMMITTED
+    if table.empty and kept.exists():
+        table = pd.read_csv(kept)
+    return {str(step): float(seconds) for step, seconds in zip(table["step"], table["seconds"], strict=True)}

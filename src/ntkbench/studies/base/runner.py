@@ -1,0 +1,119 @@
+"""A study as a step of the pipeline: rows in a process of its own, under limits, taken up where it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+from ntkbench import errors, operators, paths, studies
+from ntkbench.measure import fingerprints, journal, outcomes, timing, watchdog
+from ntkbench.measure.config import Config
+from ntkbench.measure.engine import KILLED
+from ntkbench.measure.journal import Journal, Rows
+from ntkbench.measure.outcomes import Outcome
+from ntkbench.measure.progress import Progress
+from ntkbench.measure.provenance import provenance
+
+
+def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
+    """Measure a study; its table goes to ``output``, whatever happens.
+
+    Finished rows are kept in a journal beside it. A process of its own measures. Where a row takes it over a limit, or
+    it dies, that row says so, and another process goes on with the next row.
+
+    Raises:
+        BadInput: the configuration has no such study.
+    """
+    if name not in config.studies:
+        raise errors.unknown("study", name, config.studies)
+    limits, kept = config.study(name).limits, _journal(output)
+    command = [sys.executable, "-m", "ntkbench", "study-rows", name]
+    command += ["--config", str(config_file), "--output", str(output)]
+    killed: set[str] = set()
+    if config.retry == "failed":
+        with Journal(kept) as rows:
+            rows.drop(outcomes.PASSING)
+    with watchdog.step() as mark, Progress(output.parents[1], f"study-{name}", 0) as progress:
+        progress.begin("measuring")
+        while True:
+            child = psutil.Popen(command)
+
+            def watched(child: psutil.Popen = child, start: float = time.monotonic()) -> list[Any]:
+                with contextlib.suppress(OSError):
+                    start = max(start, time.monotonic() - (time.time() - kept.stat().st_mtime))
+                return [(child, start)]
+
+            with watchdog.Watch(watched, limits.time_s, limits.memory_bytes) as watch:
+                code = child.wait()
+            watchdog.end_marked(mark)
+            if code == 0:
+                break
+            outcome = Outcome(*watch.verdict) if watch.verdict else outcomes.of_exit(code, f"measuring {name}")
+            with Journal(kept) as rows:
+                key = rows.begun
+                if key is None:
+                    _write(config, name, output, [outcome.columns()])
+                    break
+                if code == KILLED and not watch.verdict and key not in killed:
+                    killed.add(key)  # by something else; once more
+                    continue
+                case = json.loads(key[: key.rindex("}") + 1])
+                rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns()})
+        with contextlib.suppress(OSError, ValueError):
+            progress.measured = float(_measured(output).read_text(encoding="utf-8"))
+
+
+def measure_rows(config: Config, name: str, output: Path) -> None:
+    """Measure the rows of a study that are not in its journal, and write the table of all.
+
+    Where the study itself fails, between its rows, the table has the rows up to there and one more that says why.
+    """
+    watchdog.end_with_parent()
+    made_for = fingerprints.study(config, name)
+    with Journal(_journal(output)) as kept:
+        rows = Rows(kept, made_for)
+        with journal.kept(rows):
+            try:
+                chosen = config.study(name)
+                timing.use_threads(chosen.threads)
+                table = studies.run(name, chosen).to_dict("records")
+            except Exception as error:
+                table = [*rows.made, outcomes.of_exception(error).columns()]
+    if not table:
+        table = [Outcome(outcomes.FAILED, "its settings leave nothing to measure").columns()]
+    _write(config, name, output, table)
+    paths.write_atomically(_measured(output), f"{rows.seconds}\n")
+    print(f"{name}: {len(table)} rows", flush=True)
+
+
+def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:
+    """The table, with where the numbers come from in each row."""
+    chosen = config.study(name)
+    table = pd.DataFrame(rows)
+    columns = {
+        "seeds": 0,
+        "calls": 0,
+        "device": operators.device_name(chosen.target()),
+        "dtype": chosen.dtype,
+        "threads": chosen.threads,
+        "fingerprint": fingerprints.study(config, name),
+        **provenance().columns(),
+    }
+    table = table.assign(**{key: value for key, value in columns.items() if key not in table})
+    table = table.astype(dict.fromkeys(("seeds", "calls"), "Int64"))
+    paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _journal(output: Path) -> Path:
+    return output.with_suffix(".journal")
+
+
+def _measured(output: Path) -> Path:
+    return output.with_name(f".{output.stem}.measured")
