@@ -1,13 +1,15 @@
-"""The comparison on one screen: a configuration's cells, one asv shard a method, one tidy table, studies, the figures.
+"""From a configuration to tables, figures and a page that shows them: problems, the grid's cells, studies, drawing.
 
-snakemake --cores all                                  config/default.yaml
-snakemake --cores all --configfile config/smoke.yaml   another one
-snakemake --cores all paper_figures                    the papers' figures and their studies alone: config/paper.yaml
-snakemake --cores all figures --config source=reference   a configuration's figures from committed tables: nothing is measured
-snakemake --cores all side_by_side                     methods and products in turn: ratios of times
-snakemake --cores all time_to_error                    all methods at the budget that reaches an error, in turn
+snakemake --cores all                                     config/default.yaml
+snakemake --cores all --configfile config/smoke.yaml      another one
+snakemake paper_figures --cores all                       the papers' figures and their studies alone: config/paper.yaml
+snakemake figures --cores all --config source=reference   a configuration's figures from committed tables alone
+snakemake --cores all --config retry=failed               measure again what failed, took too long or too much memory
+
+Targets come before --configfile, which takes all that follows it as files.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,17 +17,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.utils import min_version
 
-from ntkbench import errors, figures, paths, registry
-from ntkbench.measure import grid
+from ntkbench import errors, figures, paths, studies
+from ntkbench.measure import cells, config as configuration, fingerprints, progress, timings
 
 min_version("9.0")
 
 ROOT = Path(workflow.basedir)
-# The asv suite is a folder of the checkout and not installed; what is installed may be another checkout.
-# asv takes PYTHONPATH's folders off its path, even those of an editable install, unless its own variable names them.
-shell.prefix(
-    "".join(f"export {name}={shlex.quote(f'{ROOT}:{ROOT}/src')}; " for name in ("PYTHONPATH", "ASV_PYTHONPATH"))
-)
+# The steps of this run belong to it: they end when it does. What is installed may be another checkout than this one.
+shell.prefix(f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')} PYTHONUTF8=1; ")
 
 if "grid" not in config:
     # Who asks for the papers' figures wants the papers' sizes. Targets are no part of `workflow` while it is read.
@@ -35,38 +34,52 @@ if "grid" not in config:
 
 
 with errors.as_one_line():
-    STUDY = grid.Config.check(config, ", ".join(map(str, workflow.configfiles)))
-    CELLS = grid.cells(STUDY)
-    RESULTS = paths.writable(Path("results") / STUDY.folder)
-    TABLES = STUDY.tables(RESULTS)
-    CONFIG = grid.write(STUDY, RESULTS / "config.yaml")
+    RUN = configuration.Config.check(config, ", ".join(map(str, workflow.configfiles)))
+    CELLS = cells.cells(RUN)
+    TABLES = RUN.tables(Path("results") / RUN.folder)
 
-METHODS = sorted({cell.method for cell in CELLS})
+RESULTS = Path("results") / RUN.folder
+PROBLEMS = sorted({cell.problem for cell in CELLS})
+SHARDS = [number for number in range(RUN.shards) if cells.of_shard(RUN, number)]
 TABLE = [TABLES / "table.csv"] if CELLS else []
-# What each figure is drawn from: the results table, or that of a study; of committed tables only those that are kept.
-FIGURES = {name: figures.study_of(name) for name in figures.names()}
-FIGURES = {
-    name: f"studies/{study}.csv" if study else "table.csv"
-    for name, study in FIGURES.items()
-    if (study in STUDY.studies if study else CELLS)
-}
-FIGURES = {
-    name: TABLES / table for name, table in FIGURES.items() if STUDY.source == "measured" or (TABLES / table).exists()
-}
+# What each figure is drawn from: the grid's table, or that of a study; of committed tables only those that are kept.
+FIGURES = {}
+for name in figures.names():
+    study = figures.study_of(name)
+    if study in RUN.studies if study else CELLS:
+        file = TABLES / (f"studies/{study}.csv" if study else "table.csv")
+        if RUN.source == "measured" or file.exists():
+            FIGURES[name] = file
+PAGES = {"gallery": FIGURES, "paper_figures": {n: f for n, f in FIGURES.items() if f.name != "table.csv"}}
+CONFIG = RESULTS / "config.yaml"
+LOCK = FileLock(RESULTS / ".lock")
+LINE = progress.Line(RESULTS, timings.expected(RESULTS, RUN.profile))
 
-if workflow.is_main_process:
-    LOCK = FileLock(RESULTS / ".lock")
-    try:
-        LOCK.acquire(timeout=0)
-    except Timeout:
-        sys.exit(f"ntkbench: another run is writing to {RESULTS}; wait for it, or choose another profile")
+
+onstart:
+    # Not before, since a dry run writes nothing.
+    with errors.as_one_line():
+        paths.writable(RESULTS)
+        try:
+            LOCK.acquire(timeout=0)
+        except Timeout:
+            raise errors.BadInput(f"another run is writing to {RESULTS}; wait for it, or choose another profile")
+        configuration.write(RUN, CONFIG)
+    LINE.start()
+
+
+onsuccess:
+    LINE.stop(f"ntkbench: done; look at {RESULTS}")
+
+
+onerror:
+    LINE.stop(f"ntkbench: some steps failed, see {RESULTS}/logs; what could be done is in {RESULTS}")
 
 
 wildcard_constraints:
-    problem=r"[^/]+",
-    method=r"\w+",
-    figure=r"\w+",
+    number=r"\d+",
     study=r"\w+",
+    page="gallery|paper_figures",
 
 
 rule all:
@@ -82,86 +95,54 @@ rule figures:
 
 rule paper_figures:
     input:
-        expand(
-            RESULTS / "figures" / "{figure}.png",
-            figure=[name for name, table in FIGURES.items() if table.name != "table.csv"],
-        ),
+        RESULTS / "paper_figures.html",
 
 
-rule problem:
+rule problems:
     output:
-        RESULTS / "problems" / "{problem}.json",
+        RESULTS / "problems.json",
     log:
-        RESULTS / "logs" / "problem-{problem}.log",
+        RESULTS / "logs" / "problems.log",
+    benchmark:
+        RESULTS / "timings" / "problems.tsv"
     conda:
         "environment.yml"
     resources:
-        timer=1,
+        timer=2,
     params:
-        fingerprint=lambda wildcards: grid.problem_fingerprint(wildcards.problem),
+        config=CONFIG,
+        fingerprint=fingerprints.combined(map(fingerprints.problem, PROBLEMS)),
     shell:
-        "python -m ntkbench problem {wildcards.problem:q} --output {output:q} > {log:q} 2>&1"
+        "python -m ntkbench problems --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule measure:
     input:
-        lambda wildcards: [
-            RESULTS / "problems" / f"{label}.json"
-            for label in sorted({cell.problem for cell in CELLS if cell.method == wildcards.method})
-        ],
+        RESULTS / "problems.json",
     output:
-        RESULTS / "shards" / "{method}.csv",
+        RESULTS / "shards" / "shard-{number}.csv",
     log:
-        RESULTS / "logs" / "asv-{method}.log",
+        RESULTS / "logs" / "shard-{number}.log",
+    benchmark:
+        RESULTS / "timings" / "shard-{number}.tsv"
     conda:
         "environment.yml"
     resources:
-        timer=1,
+        timer=2,
     params:
         config=CONFIG,
-        fingerprint=lambda wildcards: grid.fingerprint(STUDY, wildcards.method, ROOT / "benchmarks"),
-    shell:
-        "python -m benchmarks.shard --config {params.config:q} "
-        "--method {wildcards.method} --output {output:q} --log {log:q}"
-
-
-rule side_by_side:
-    input:
-        RESULTS / "side_by_side.csv",
-
-
-rule time_to_error:
-    input:
-        RESULTS / "time_to_error.csv",
-
-
-rule compare:
-    output:
-        RESULTS / "{comparison}.csv",
-    log:
-        RESULTS / "logs" / "{comparison}.log",
-    wildcard_constraints:
-        comparison="side_by_side|time_to_error",
-    conda:
-        "environment.yml"
-    resources:
-        timer=1,
-    params:
-        threads=STUDY.threads,
-        fingerprint=grid.sources_fingerprint(
-            *(
-                f"ntkbench.{room}.{name}"
-                for room in ("methods", "problems")
-                for name in registry.names(f"ntkbench.{room}")
-            )
+        retry=RUN.retry,
+        fingerprint=lambda wildcards: fingerprints.combined(
+            fingerprints.cell(RUN, cell) for cell in cells.of_shard(RUN, int(wildcards.number))
         ),
     shell:
-        "python -m benchmarks.comparisons.{wildcards.comparison} --threads {params.threads} --output {output:q} > {log:q} 2>&1"
+        "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
+        "--output {output:q} --log {log:q}"
 
 
 rule table:
     input:
-        expand(RESULTS / "shards" / "{method}.csv", method=METHODS),
+        expand(RESULTS / "shards" / "shard-{number}.csv", number=SHARDS),
     output:
         RESULTS / "table.csv",
     log:
@@ -170,7 +151,7 @@ rule table:
         "environment.yml"
     params:
         config=CONFIG,
-        cells=len(CELLS),
+        cells=[cell.label for cell in CELLS],
     shell:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
@@ -180,44 +161,38 @@ rule study:
         RESULTS / "studies" / "{study}.csv",
     log:
         RESULTS / "logs" / "study-{study}.log",
+    benchmark:
+        RESULTS / "timings" / "study-{study}.tsv"
     conda:
         "environment.yml"
     resources:
-        timer=1,
+        timer=2,
     params:
         config=CONFIG,
-        fingerprint=lambda wildcards: grid.study_fingerprint(STUDY, wildcards.study),
+        retry=RUN.retry,
+        fingerprint=lambda wildcards: fingerprints.study(RUN, wildcards.study),
     shell:
         "python -m ntkbench study {wildcards.study} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
-rule figure:
+rule draw:
     input:
-        lambda wildcards: FIGURES[wildcards.figure],
+        lambda wildcards: sorted(set(PAGES[wildcards.page].values())),
     output:
-        multiext(str(RESULTS / "figures" / "{figure}"), ".png", ".pdf", ".csv", ".txt"),
+        RESULTS / "{page}.html",
     log:
-        RESULTS / "logs" / "figure-{figure}.log",
+        RESULTS / "logs" / "{page}.log",
+    benchmark:
+        RESULTS / "timings" / "{page}.tsv"
     conda:
         "environment.yml"
+    resources:
+        timer=2,
     params:
-        fingerprint=lambda wildcards: grid.figure_fingerprint(wildcards.figure),
-        folder=RESULTS / "figures",
+        names=lambda wildcards: sorted(PAGES[wildcards.page]),
+        tables=TABLES,
+        title=f"ntkbench: figures of the {RUN.profile} configuration",
+        fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, PAGES[wildcards.page])),
     shell:
-        "python -m ntkbench.figures {wildcards.figure} --table {input:q} --out {params.folder:q} > {log:q} 2>&1"
-
-
-rule gallery:
-    input:
-        expand(RESULTS / "figures" / "{figure}.png", figure=FIGURES),
-    output:
-        RESULTS / "gallery.html",
-    log:
-        RESULTS / "logs" / "gallery.log",
-    conda:
-        "environment.yml"
-    params:
-        title=f"ntkbench: figures of the {STUDY.profile} configuration",
-        fingerprint=grid.sources_fingerprint("ntkbench.figures.plotting.gallery"),
-    shell:
-        "python -m ntkbench gallery {input:q} --title {params.title:q} --output {output:q} > {log:q} 2>&1"
+        "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} --output {output:q} "
+        "> {log:q} 2>&1"

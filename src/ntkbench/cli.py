@@ -112,6 +112,29 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
         runner.measure_rows(Config.read(config_file), name, output)
 
 
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
+@click.option("--title", required=True, help="Of the page.")
+@OUTPUT
+def draw(names: tuple[str, ...], tables: Path, title: str, output: Path) -> None:
+    """Draw figures from the tables of a folder, beside the page that shows them all.
+
+    A figure that cannot be drawn says why in its place.
+    """
+    from ntkbench import figures, paths
+    from ntkbench.figures.plotting import gallery
+
+    folder = output.parent / "figures"
+    with _one_line():
+        studies = {name: figures.study_of(name) for name in names}
+        files = {name: tables / (f"studies/{study}.csv" if study else "table.csv") for name, study in studies.items()}
+        made = figures.draw_all(files, folder)
+        paths.write_atomically(output, gallery.page([folder / f"{name}.png" for name in names], title))
+    for name, outcome in made.items():
+        click.echo(f"{name}: {outcome.status} {outcome.reason}")
+
+
 @main.command("list")
 def list_() -> None:
     """List problems, methods and studies."""

@@ -94,8 +94,10 @@ class Engine:
         if code == asv.util.TIMEOUT_RETCODE:
             reason = f"not done after the limit of {self._limits.time_s:g} s"
             return Result(None, [], Outcome(outcomes.TIMEOUT, reason))
+        if code == asv.runner.JSON_ERROR_RETCODE:
+            return Result(None, [], outcomes.of_exit(0))
         if code:
-            return Result(None, [], outcomes.of_exit(code, f"measuring {aspect}"), killed=code == KILLED)
+            return Result(None, [], outcomes.of_exit(code), killed=code == KILLED)
         value = found.result[index]
         samples = found.samples[index] or []
         number = None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)

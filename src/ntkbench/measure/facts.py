@@ -66,7 +66,7 @@ def _made(label: str, config: Config, part: Path) -> Facts:
     try:
         return dict(json.loads(part.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return outcomes.of_exit(child.exitcode or 0, "making the problem ready").columns()
+        return outcomes.of_exit(child.exitcode or 0).columns()
     finally:
         part.unlink(missing_ok=True)
 

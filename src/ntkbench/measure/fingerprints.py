@@ -42,9 +42,9 @@ def figure(name: str) -> str:
     return _hash({file for file in files if file.is_file()}, name)
 
 
-def sources_fingerprint(*modules: str) -> str:
-    """Hash of modules and all that they import."""
-    return _hash(sources(*modules), "")
+def combined(fingerprints: Iterable[str]) -> str:
+    """One hash for several."""
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
 
 
 def _hash(files: Iterable[Path], settings: str) -> str:

@@ -44,12 +44,11 @@ def of_exception(error: BaseException) -> Outcome:
 _SIGNS = ("out of memory", "can't allocate memory", "resource_exhausted")
 
 
-def of_exit(code: int, what: str) -> Outcome:
+def of_exit(code: int) -> Outcome:
     """The outcome of a process that ended before it could say why.
 
     Args:
         code: its exit status, negative for a signal.
-        what: what it was doing, such as ``"measuring seconds"``.
     """
     if code < 0:
         try:
@@ -58,7 +57,7 @@ def of_exit(code: int, what: str) -> Outcome:
             ended = f"by signal {-code}"
     else:
         ended = f"with exit status {code}"
-    return Outcome(FAILED, f"the process ended {ended} while {what}")
+    return Outcome(FAILED, f"the process ended {ended} and without a result")
 
 
 def one_line(text: str) -> str:

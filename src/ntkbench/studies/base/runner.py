@@ -55,7 +55,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
             watchdog.end_marked(mark)
             if code == 0:
                 break
-            outcome = Outcome(*watch.verdict) if watch.verdict else outcomes.of_exit(code, f"measuring {name}")
+            outcome = Outcome(*watch.verdict) if watch.verdict else outcomes.of_exit(code)
             with Journal(kept) as rows:
                 key = rows.begun
                 if key is None:
