@@ -1,134 +1,122 @@
-"""Studies that are stopped: what was measured is kept, and where memory ran out a row says so."""
+"""Rows on disk: what is stopped goes on behind its last row, and nothing stale counts."""
 
+import json
 import math
-import os
-import subprocess
-import sys
-import time
 
 import numpy as np
-import pandas as pd
-import psutil
 import pytest
-import yaml
 
-from ntkbench.errors import OverMemory
+from ntkbench.errors import NtkbenchError
 from ntkbench.measure import journal as journals
-from ntkbench.studies import Journal, base
+from ntkbench.measure import outcomes
+from ntkbench.measure.journal import Journal, Rows
+from ntkbench.studies import base
 
-STUDY = {"widths": [16, 32], "outputs": [1, 4], "samples": [2, 3]}
-STOPPED = {"status": "out_of_memory", "reason": "held too much"}
-
-
-def journal(tmp_path, made_for="this", stopped=None):
-    return Journal(tmp_path / "study.journal", made_for, stopped)
+OK = {"status": "ok", "reason": ""}
 
 
-def rows(kept, values, fails=None):
-    """Rows of cases 0, 1, ...; the one that fails ends the process, as far as the journal can see."""
+def measured(path, values, made_for="this", stop_at=None):
+    """Rows of cases 0, 1, ... and the values that were measured; the one to stop at ends the process."""
     calls = []
 
-    def measured(value):
+    def measure(value):
         calls.append(value)
-        if value == fails:
+        if value == stop_at:
             raise KeyboardInterrupt
         return {"seconds": np.float64(value) / 3, "count": np.int64(2), "none": math.nan}
 
-    with journals.kept(kept):
+    with Journal(path) as journal, journals.kept(Rows(journal, made_for)):
         try:
-            made = [base.row({"m": i}, lambda value=value: measured(value)) for i, value in enumerate(values)]
+            made = [base.row({"m": i}, lambda value=value: measure(value)) for i, value in enumerate(values)]
         except KeyboardInterrupt:
             made = None
     return made, calls
 
 
-def test_rows_that_were_finished_are_not_measured_again(tmp_path):
-    assert rows(journal(tmp_path), [1, 2, 3], fails=3) == (None, [1, 2, 3])
-    made, calls = rows(journal(tmp_path), [10, 20, 30])
+def test_finished_rows_are_not_measured_again(tmp_path):
+    path = tmp_path / "study.journal"
+    assert measured(path, [1, 2, 3], stop_at=3) == (None, [1, 2, 3])
+    made, calls = measured(path, [10, 20, 30])
     assert calls == [30]
-    expected, _ = rows(None, [1, 2, 30])
-    pd.testing.assert_frame_equal(pd.DataFrame(made), pd.DataFrame(expected))
+    assert [row["seconds"] for row in made] == [1 / 3, 2 / 3, 10.0]
+    assert math.isnan(made[0]["none"])
 
 
-def test_rows_made_for_something_else_do_not_count(tmp_path):
-    rows(journal(tmp_path), [1, 2])
-    assert rows(journal(tmp_path, "that"), [1, 2])[1] == [1, 2]
-    assert rows(journal(tmp_path), [1, 2])[1] == [1, 2]
+def test_rows_with_another_fingerprint_do_not_count_and_are_not_lost(tmp_path):
+    path = tmp_path / "study.journal"
+    measured(path, [1, 2])
+    assert measured(path, [1, 2], made_for="that")[1] == [1, 2]
+    assert measured(path, [1, 2])[1] == []
 
 
-def test_a_line_that_was_not_written_to_its_end_is_none(tmp_path):
-    rows(journal(tmp_path), [1, 2])
-    file = tmp_path / "study.journal"
-    file.write_text(file.read_text()[:-5])
-    assert rows(journal(tmp_path), [1, 2])[1] == [2]
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_a_line_that_is_not_whole_is_no_entry(tmp_path, cut):
+    path = tmp_path / "study.journal"
+    measured(path, [1, 2])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    made, calls = measured(path, [1, 5])
+    assert calls == [5]
+    assert measured(path, [7, 7])[0] == made
 
 
-def test_cases_that_are_alike_are_told_apart_by_their_order(tmp_path):
-    def twice(kept, values):
-        with journals.kept(kept):
-            return [base.row({"m": 1}, lambda value=value: {"value": value})["value"] for value in values]
-
-    assert twice(journal(tmp_path), [1, 2]) == [1, 2]
-    assert twice(journal(tmp_path), [3, 4]) == [1, 2]
-
-
-def test_the_row_at_which_memory_ran_out_says_so_and_is_not_tried_again(tmp_path):
-    rows(journal(tmp_path), [1, 2, 3], fails=2)
-    for kept in (journal(tmp_path, stopped=STOPPED), journal(tmp_path)):
-        made, calls = rows(kept, [1, 2, 3])
-        assert 2 not in calls
-        assert [row["status"] for row in made] == ["ok", "out_of_memory", "ok"]
-        assert made[1] == {"m": 1, **STOPPED}
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\n", b"[]\n", b'"text"\n', b"{}\n", b"3\nnull\n"])
+def test_a_journal_that_is_none_counts_as_empty(tmp_path, content):
+    path = tmp_path / "study.journal"
+    path.write_bytes(content)
+    assert measured(path, [1])[1] == [1]
+    assert measured(path, [1])[1] == []
 
 
-def test_memory_that_runs_out_between_rows_is_an_error(tmp_path):
-    with pytest.raises(OverMemory, match="between rows: held too much"):
-        journal(tmp_path, stopped=STOPPED)
-    rows(journal(tmp_path), [1, 2])
-    with pytest.raises(OverMemory, match="between rows: held too much"):
-        journal(tmp_path, stopped=STOPPED)
+def test_equal_cases_are_told_apart_by_their_order(tmp_path):
+    path = tmp_path / "study.journal"
+    for _ in range(2):
+        with Journal(path) as journal, journals.kept(Rows(journal, "this")):
+            made = [base.row({"m": 1}, lambda i=i: {"value": i}) for i in range(3)]
+        assert [row["value"] for row in made] == [0, 1, 2]
 
 
-def test_rows_that_are_of_use_together_only_are_measured_again(tmp_path):
-    for value in (1, 2):
-        with journals.kept(journal(tmp_path)):
-            made = base.row({"m": 1}, lambda value=value: {"value": value}, resumable=False)
-        assert made["value"] == value
+def test_two_processes_do_not_write_to_one_journal(tmp_path):
+    path = tmp_path / "study.journal"
+    with Journal(path), pytest.raises(NtkbenchError, match="another process is measuring"):
+        Journal(path)
+    Journal(path).close()
 
 
-# --- the command
+def test_the_row_under_way_is_known_after_a_stop(tmp_path):
+    path = tmp_path / "study.journal"
+    with Journal(path) as journal:
+        journal.begin("a", "this")
+        journal.finish("a", "this", OK)
+        journal.begin("b", "this")
+    with Journal(path) as journal:
+        assert journal.begun == "b"
+        journal.finish("b", "this", OK)
+    with Journal(path) as journal:
+        assert journal.begun is None
 
 
-def command(tmp_path, **changes):
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({"profile": "test", "grid": [], "studies": {"novak_flops": STUDY}} | changes))
-    output = tmp_path / "flops.csv"
-    return [sys.executable, "-m", "ntkbench", "study", "novak_flops", "--config", str(file), "--output", str(output)]
+def test_rows_that_failed_in_passing_are_dropped_on_request(tmp_path):
+    path = tmp_path / "study.journal"
+    with Journal(path) as journal:
+        for status in outcomes.STATUSES:
+            journal.finish(status, "this", {"status": status, "reason": ""})
+        journal.drop(outcomes.PASSING)
+    with Journal(path) as journal:
+        assert [s for s in outcomes.STATUSES if journal.row(s, "this")] == ["ok", "skipped"]
 
 
-def test_a_killed_study_goes_on_and_leaves_nobody_measuring(tmp_path):
-    first = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
-    notes, output = tmp_path / "flops.journal", tmp_path / "flops.csv"
-    waited_until(lambda: notes.exists() and notes.read_text().count('"row"') >= 3)
-    measuring = psutil.Process(first.pid).children()
-    os.kill(first.pid, 9)
-    first.wait()
-    waited_until(lambda: not any(process.is_running() for process in measuring))
-    done = subprocess.run(command(tmp_path), capture_output=True, text=True, check=True)
-    assert done.stdout.count("from before") >= 3
-    table = pd.read_csv(output)
-    assert len(table) == 2 * 2 * 2 * 5 and set(table["status"]) == {"ok"}
-    assert not notes.exists()
+def test_rows_of_other_journals_count(tmp_path):
+    with Journal(tmp_path / "one.journal") as journal:
+        journal.finish("a", "this", OK)
+    with Journal(tmp_path / "two.journal", [tmp_path / "one.journal"]) as journal:
+        assert journal.row("a", "this") == OK
+        assert journal.begun is None
+    assert json.loads((tmp_path / "one.journal").read_text())["key"] == "a"
 
 
-def test_a_study_that_no_memory_is_enough_for_ends_with_the_reason(tmp_path):
-    done = subprocess.run(command(tmp_path, memory_limit_mb=1), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "over the memory limit of 0.0 GiB" in done.stderr and not (tmp_path / "flops.csv").exists()
-
-
-def waited_until(so, seconds=120):
-    end = time.monotonic() + seconds
-    while not so():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    with Journal(tmp_path / "study.journal") as journal:
+        monkeypatch.setattr(journal, "_file", open("/dev/full", "w"))  # noqa: SIM115
+        with pytest.raises(NtkbenchError, match=r"study\.journal cannot be written: No space left on device"):
+            journal.finish("a", "this", OK)

@@ -1,41 +1,141 @@
-"""The watchdog: what goes over a limit is stopped and said, what does not is left alone."""
+"""What goes over a limit is ended and said, what does not is left alone, and nothing is left behind."""
 
-import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-GUARDED = """
-import sys, time
-from pathlib import Path
-from ntkbench import watchdog
-watchdog.guard(float(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]))
-held = bytearray(int(sys.argv[4]))
-time.sleep(float(sys.argv[5]))
+from ntkbench.measure import watchdog
+from ntkbench.measure.watchdog import Watch
+
+HOG = "import sys, time; held = bytearray(int(sys.argv[1])); time.sleep(float(sys.argv[2]))"
+GUARDED = (
+    "import time; from ntkbench.measure import watchdog; watchdog.guard({}, {}); held = bytearray({}); time.sleep({})"
+)
+STEP = """
+import subprocess, sys, time
+from ntkbench.measure import watchdog
+ordinary = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+detached = "import os; os.setsid();" + ordinary
+twin = "import os; os.fork() and os._exit(0);" + ordinary  # forked, and its parent gone
+with watchdog.step():
+    for code in (ordinary, detached, twin):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        print(child.stdout.readline().strip(), end=" ", flush=True)
+    print(flush=True)
+    time.sleep(float(sys.argv[1]))
 """
 
 
-def guarded(tmp_path, seconds, memory, holds, lasts):
-    verdict = tmp_path / "verdict"
-    arguments = [str(a) for a in (seconds, memory, verdict, holds, lasts)]
-    done = subprocess.run([sys.executable, "-c", GUARDED, *arguments], timeout=60)
-    return done.returncode, json.loads(verdict.read_text()) if verdict.exists() else None
+def hog(memory, seconds):
+    return psutil.Popen([sys.executable, "-c", HOG, str(memory), str(seconds)])
 
 
-def test_a_process_within_its_limits_ends_by_itself(tmp_path):
-    assert guarded(tmp_path, seconds=30, memory=2**33, holds=1, lasts=0.3) == (0, None)
+def watched(process, seconds, memory):
+    since = time.monotonic()
+    with Watch(lambda: [(process, since)], seconds, memory) as watch:
+        code = process.wait(timeout=60)
+    return code, watch.verdict
+
+
+def test_a_process_within_its_limits_ends_by_itself():
+    assert watched(hog(1, 0.3), 30, 2**33) == (0, None)
+
+
+def test_a_process_over_its_time_is_ended_even_if_it_stopped_itself():
+    process = hog(1, 50)
+    process.send_signal(signal.SIGSTOP)
+    code, verdict = watched(process, 0.5, 2**33)
+    assert code == -signal.SIGKILL and verdict == ("timeout", "not done after the limit of 0.5 s")
+
+
+def test_a_process_over_its_memory_is_ended():
+    code, (status, reason) = watched(hog(2**30, 50), 50, 2**28)
+    assert code == -signal.SIGKILL and status == "out_of_memory" and "over the limit of 0.25 GiB" in reason
 
 
 @pytest.mark.parametrize(
-    ("limits", "status", "said"),
-    [
-        ({"seconds": 0.5, "memory": 2**33, "holds": 1, "lasts": 50}, "timeout", "time limit of 0.5 s"),
-        ({"seconds": 50, "memory": 2**28, "holds": 2**30, "lasts": 50}, "out_of_memory", "memory limit of 0.2 GiB"),
-    ],
+    ("limits", "ends"), [((0.5, 2**33, 1, 50), -9), ((50, 2**28, 2**30, 50), -9), ((9, 2**33, 1, 0), 0)]
 )
-def test_a_process_over_a_limit_is_killed_and_the_verdict_says_why(tmp_path, limits, status, said):
-    returncode, verdict = guarded(tmp_path, **limits)
-    assert returncode < 0
-    assert verdict["status"] == status
-    assert said in verdict["reason"]
+def test_a_guarded_process(limits, ends):
+    assert subprocess.run([sys.executable, "-c", GUARDED.format(*limits)], timeout=60).returncode == ends
+
+
+def gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def all_gone(pids, within=10.0):
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if all(map(gone, pids)):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def begun(seconds, run="0"):
+    """A step with three children: an ordinary one, one in a session of its own, and a forked twin."""
+    environment = os.environ | {watchdog.RUN: run}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STEP, str(seconds)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    return process, list(map(int, process.stdout.readline().split()))
+
+
+def test_a_step_leaves_nothing_behind():
+    process, pids = begun(0.1)
+    assert len(pids) == 3 and process.wait(timeout=60) == 0
+    assert all_gone(pids)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_step_that_is_killed_leaves_nothing_behind(how):
+    process, pids = begun(100)
+    process.send_signal(how)
+    process.wait(timeout=60)
+    assert all_gone(pids)
+
+
+def test_a_step_ends_with_its_run():
+    run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    process, pids = begun(100, str(run.pid))
+    assert not any(map(gone, pids))
+    run.kill()
+    run.wait()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert all_gone(pids)
+
+
+def test_processes_of_another_step_are_left_alone():
+    other, others = begun(100)
+    process, pids = begun(0.1)
+    process.wait(timeout=60)
+    assert all_gone(pids) and not any(map(gone, others))
+    other.kill()
+    other.wait()
+    assert all_gone(others)
+
+
+def test_children_are_those_that_run():
+    child = hog(1, 20)
+    assert child.pid in watchdog.children(os.getpid())
+    child.kill()
+    child.wait()
+    assert child.pid not in watchdog.children(os.getpid())
+
+
+def test_without_the_kernels_list_children_are_found_too(monkeypatch):
+    child = hog(1, 20)
+    monkeypatch.setattr(Path, "glob", lambda *pattern: iter(()))
+    assert child.pid in watchdog.children(os.getpid())
+    child.kill()
+    child.wait()

@@ -83,7 +83,8 @@ class Journal:
 
     def close(self) -> None:
         """Let others write."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was said when it was
+            self._file.close()
         self._lock.release()
 
     def __enter__(self) -> Journal:

@@ -1,0 +1,53 @@
+"""How a measurement ended: one word and one line, whatever ended it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench.measure import outcomes
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (RuntimeError("boom\nsecond line"), "failed", "RuntimeError: boom"),
+        (RuntimeError("\n\n  boom"), "failed", "RuntimeError: boom"),
+        (BadInput("that is no method"), "failed", "BadInput: that is no method"),
+        (SystemExit("bye"), "failed", "SystemExit: bye"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt without a message"),
+        (Unavailable("no MNIST here"), "skipped", "no MNIST here"),
+        (Unavailable(""), "skipped", "Unavailable without a message"),
+        (MemoryError("no room"), "out_of_memory", "MemoryError: no room"),
+        (OverMemory("would hold 9 GiB"), "out_of_memory", "would hold 9 GiB"),
+        (OverMemory(""), "out_of_memory", "OverMemory without a message"),
+        (RuntimeError("CUDA out of memory. Tried"), "out_of_memory", "RuntimeError: CUDA out of memory. Tried"),
+        (RuntimeError("RESOURCE_EXHAUSTED: x"), "out_of_memory", "RuntimeError: RESOURCE_EXHAUSTED: x"),
+        (ValueError("nul \x00, tab\t, \udcff"), "failed", "ValueError: nul \\x00, tab\\t, \\udcff"),
+        (Unreadable(), "failed", "Unreadable: its message cannot be read (RuntimeError)"),
+        (type("Ü", (Exception,), {})(""), "failed", "Ü without a message"),
+    ],
+)
+def test_exceptions(error, status, reason):
+    assert outcomes.of_exception(error) == (status, reason)
+
+
+@given(st.text(alphabet=st.characters(codec=None)))
+def test_a_reason_is_one_printable_line_that_can_be_written(text):
+    line = outcomes.one_line(text)
+    assert line.isprintable() and line.encode("utf-8").decode() == line and len(line) <= outcomes.LONGEST
+    assert outcomes.of_exception(ValueError(text)).reason
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(0, "exit status 0"), (7, "exit status 7"), (-11, "SIGSEGV"), (-9, "SIGKILL"), (-250, "signal 250")],
+)
+def test_exits(code, said):
+    status, reason = outcomes.of_exit(code)
+    assert status == "failed" and said in reason
