@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
-from ntkbench import problems
+from ntkbench import paths, problems
 from ntkbench.problem import Problem
 
 # No deadlines: the first example of a test pays for imports and kernels. The same examples every time.
@@ -24,8 +28,9 @@ SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pipeline first: it is the longest file, and another process does the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The longest files first, so that the processes that share the tests end together."""
+    longest = ("test_kills.py", "test_misbehaviour.py", "test_pipeline.py")
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -146,3 +151,31 @@ def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str
     if theta_f is not None:
         values["alignment"] = np.trace(theta @ theta_f) / (norm * np.linalg.norm(theta_f))
     return {key: float(value) for key, value in values.items()}
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of what a run needs, whose files a test may change; the reference is the original one."""
+    for name in ("src", "benchmarks", "config", "profiles"):
+        shutil.copytree(paths.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(paths.ROOT / "Snakefile", folder)
+    (folder / "results").mkdir()
+    (folder / "results" / "reference").symlink_to(paths.ROOT / "results" / "reference")
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT, **options: Any) -> subprocess.Popen[str]:
+    """The pipeline of a checkout, begun in a folder of its own."""
+    tools = Path(sys.executable).parent
+    path = os.pathsep.join([str(tools), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": f"{root}:{root / 'src'}"}
+    command = [str(tools / "snakemake"), *arguments, "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
+    environment |= options.pop("env", {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **(pipes | options))
+
+
+def run_snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT) -> tuple[int, str, str]:
+    """Exit status and what was said by a run from start to end."""
+    process = snakemake(folder, *arguments, root=root)
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err

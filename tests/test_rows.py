@@ -1,123 +1,74 @@
-"""From records and asv's results to the table: every cell one row, every row with its status and reason."""
+"""The tidy table: one row a cell, whatever became of it."""
 
-import json
-
-import numpy as np
 import pandas as pd
 import pytest
 
-from ntkbench import problems
 from ntkbench.errors import NtkbenchError
-from ntkbench.measure import execution, grid, rows
-from ntkbench.measure.grid import Cell, Config
+from ntkbench.measure import cells, rows
+from ntkbench.measure.config import Config
+from ntkbench.measure.outcomes import Outcome
 
-CELL = Cell("digits_conv[N=3]", "hutchpp", "torch", "trace", 36)
-CONFIG = Config.check(
-    {
-        "profile": "test",
-        "threads": 1,
-        "grid": [{"problems": [CELL.problem], "methods": ["hutchpp"], "metrics": ["trace"], "passes": [36, 72]}],
-    },
-    "test.yaml",
-)
+BLOCK = {"problems": ["digits_conv[N=3]"], "methods": ["hutchpp", "direct"], "metrics": ["trace"], "passes": [36, 72]}
+CONFIG = Config.check({"profile": "test", "threads": 1, "device": "cpu", "grid": [BLOCK]}, "test.yaml")
+CELLS = cells.cells(CONFIG)
+OK = Outcome("ok")
+SIZES = {"N": 3, "O": 10, "P": 20138, "n": 30}
 
 
-class Asv:
-    """Stands for what asv measured."""
-
-    def seconds(self, label):
-        return {"seconds": 0.25, "seconds_q25": 0.2, "seconds_q75": 0.3}
-
-    def peak_bytes(self, label):
-        return 3000.0
+def table(chosen, outcome=OK, **measured):
+    return rows.frame(rows.row(cell, CONFIG, "abc", outcome, SIZES, measured) for cell in chosen)
 
 
-def write(records, aspect, **record):
-    execution.record_file(records, CELL, aspect).write_text(json.dumps(record))
+def test_a_row_says_what_how_and_whence():
+    made = table(CELLS[:1], seconds=0.5, seeds=20, calls=5)
+    assert list(made.columns) == list(rows.COLUMNS)
+    row = made.iloc[0]
+    assert (row["problem"], row["family"], row["method"]) == ("digits_conv[N=3]", "digits_conv", "direct")
+    assert pd.isna(row["passes"])
+    assert (row["n"], row["seconds"], row["seeds"], row["calls"], row["fingerprint"]) == (30, 0.5, 20, 5, "abc")
+    assert row["git_sha"] and row["machine"] and "torch" in row["versions"] and row["threads"] == 1
 
 
-def write_all_ok(records):
-    write(
-        records,
-        "accuracy",
-        status="ok",
-        reference=10.0,
-        effective_rank=2.5,
-        estimates=[9.0, 10.5, 13.0],
-        standard_errors=[1.0, 2.0, 3.0],
-        covered=[True, True, False],
-        first_call_seconds=1.5,
-        notes="",
-        passes_spent=36,
+def test_a_row_of_what_was_not_measured_counts_no_seeds_and_no_calls():
+    row = table(CELLS[:1], Outcome("timeout", "not done")).iloc[0]
+    assert (row["status"], row["reason"], row["seeds"], row["calls"]) == ("timeout", "not done", 0, 0)
+    assert pd.isna(row["seconds"]) and pd.isna(row["error"])
+
+
+def test_a_table_survives_its_file(tmp_path):
+    made = table(CELLS, Outcome("failed", 'ValueError: nul \\x00, comma, "quote" <b>'), notes="a; b")
+    made.to_csv(tmp_path / "table.csv", index=False)
+    pd.testing.assert_frame_equal(
+        rows.read(tmp_path / "table.csv")[["reason", "passes", "notes"]],
+        made[["reason", "passes", "notes"]],
+        check_dtype=False,
     )
-    write(records, "memory", status="ok", baseline_bytes=1000, gpu_peak_bytes=None)
-    write(records, "seconds", status="ok")
 
 
-def test_a_measured_cell_becomes_a_full_row(tmp_path):
-    write_all_ok(tmp_path)
-    found = rows.row(CELL, problems.load(CELL.problem), CONFIG, "abc", rows.outcome(CELL, tmp_path, Asv()))
-    assert found["status"] == "ok"
-    assert (found["value"], found["reference"], found["seeds"], found["standard_error"]) == (10.5, 10.0, 3, 2.0)
-    assert (found["covered"], found["effective_rank"]) == (2 / 3, 2.5)
-    assert np.allclose([found[q] for q in ("error_q25", "error", "error_q75")], [0.075, 0.1, 0.2])
-    assert found["memory_bytes"] == 2000
-    assert (found["n"], found["O"], found["P"]) == (30, 10, 19690)
-    assert set(rows.COLUMNS) == set(found)
-    assert found["git_sha"]
+def test_shards_are_put_together_in_the_order_of_the_cells():
+    made = rows.combine([table(CELLS[2:]), table(CELLS[:2])], CELLS)
+    assert list(zip(made["method"], made["passes"].fillna(0), strict=True)) == [
+        ("direct", 0),
+        ("hutchpp", 36),
+        ("hutchpp", 72),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("aspect", "record", "status", "reason"),
+    ("chosen", "said"),
     [
-        ("seconds", {"status": "timeout", "reason": "not done"}, "timeout", "not done (measuring seconds)"),
-        (
-            "memory",
-            {"status": "out_of_memory", "reason": "held 9 GiB"},
-            "out_of_memory",
-            "held 9 GiB (measuring memory)",
-        ),
-        ("accuracy", {"status": "started"}, "failed", "the process measuring accuracy died without a word"),
+        (CELLS[1:], r"missing \['digits_conv\[N=3\]/direct/torch/trace'\]"),
+        ([*CELLS, CELLS[0]], r"twice \['digits_conv\[N=3\]/direct/torch/trace'\]"),
+        ([*CELLS, cells.Cell("mlp_he", "direct", "torch", "trace", None)], r"no cells \['mlp_he/direct/torch/trace'\]"),
     ],
 )
-def test_whatever_went_wrong_is_the_rows_status_and_reason(tmp_path, aspect, record, status, reason):
-    write_all_ok(tmp_path)
-    write(tmp_path, aspect, **record)
-    assert rows.outcome(CELL, tmp_path, Asv()) == {"status": status, "reason": reason}
-
-
-def test_an_execution_that_never_began_is_a_failure(tmp_path):
-    assert rows.outcome(CELL, tmp_path, Asv())["reason"] == "measuring accuracy never began"
-
-
-def test_no_number_from_asv_is_a_failure_even_if_the_record_is_good(tmp_path):
-    write_all_ok(tmp_path)
-    asv = Asv()
-    asv.seconds = lambda label: None
-    assert rows.outcome(CELL, tmp_path, asv)["status"] == "failed"
-
-
-def made(*passes):
-    return rows.frame(
-        rows.row(
-            Cell(CELL.problem, "hutchpp", "torch", "trace", p),
-            None,
-            CONFIG,
-            "abc",
-            {"status": "skipped", "reason": "x"},
-        )
-        for p in passes
-    )
-
-
-def test_shards_are_combined_in_the_grids_order_and_survive_csv(tmp_path):
-    table = rows.combine([made(72), made(36)], grid.cells(CONFIG))
-    assert table["passes"].tolist() == [36, 72]
-    table.to_csv(tmp_path / "t.csv", index=False)
-    pd.testing.assert_frame_equal(rows.read(tmp_path / "t.csv")[rows.KEY], table[rows.KEY], check_dtype=False)
-
-
-@pytest.mark.parametrize(("passes", "said"), [((36,), "missing"), ((36, 36, 72), "twice"), ((36, 72, 99), "no cells")])
-def test_anything_but_one_row_a_cell_is_an_error(passes, said):
+def test_a_table_that_is_not_one_row_a_cell_is_refused(chosen, said):
     with pytest.raises(NtkbenchError, match=said):
-        rows.combine([made(*passes)], grid.cells(CONFIG))
+        rows.combine([table(chosen)], CELLS)
+
+
+def test_shards_have_every_cell_once():
+    for count in (1, 2, 3):
+        config = CONFIG.model_copy(update={"shards": count})
+        dealt = [cell for number in range(count) for cell in cells.of_shard(config, number)]
+        assert sorted(cell.label for cell in dealt) == sorted(cell.label for cell in CELLS)

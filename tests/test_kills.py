@@ -1,0 +1,110 @@
+"""A small run killed at random moments and taken up again gives the table of an undisturbed one."""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from conftest import run_snakemake, snakemake
+
+KILLS = 20
+TEST = "NTKBENCH_TEST"
+"""Environment variable that all processes of a test's runs have."""
+CONFIG = {
+    "profile": "small",
+    "device": "cpu",
+    "threads": 1,
+    "seeds": 3,
+    "calls": 1,
+    "grid": [
+        {
+            "problems": ["mlp_hazelden[N=2]", "digits_conv[N=3]"],
+            "methods": ["one_sided_reverse", "jacobian_contraction"],
+            "metrics": ["trace"],
+            "passes": [12],
+        }
+    ],
+    "studies": {
+        "estimators_on_spectra": {"n": 20, "spectra": ["1/i"], "outputs_per_parameter": [1], "passes": [36], "seeds": 3}
+    },
+}
+SEEDED = ["problem", "method", "passes", "status", "reason", "value", "error", "passes_spent", "seeds", "calls"]
+STUDY = ["spectrum", "method", "metric", "status", "error", "passes_spent", "seeds"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "small.yaml"
+    file.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    return file
+
+
+def tables(folder):
+    results = folder / "results" / "small"
+    return pd.read_csv(results / "table.csv")[SEEDED], pd.read_csv(results / "studies" / "estimators_on_spectra.csv")[
+        STUDY
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    start = time.monotonic()
+    code, _, err = run_snakemake(folder, "all", "--configfile", str(config))
+    assert code == 0, err[-3000:]
+    return folder, time.monotonic() - start
+
+
+def running(folder: Path) -> list[psutil.Process]:
+    """All processes of runs in a folder, the guardians of their steps among them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mine = process.environ().get(TEST) == str(folder)
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_killed_at_random_moments_the_table_is_the_same(config, undisturbed, tmp_path):
+    """One process is killed in half of the cases, all of them in the other half."""
+    first, lasted = undisturbed
+    chance = random.Random(0)
+    log = (tmp_path / "log").open("w")
+    for kill in range(KILLS):
+        run = snakemake(tmp_path, "all", "--configfile", str(config), stdout=log, stderr=log, env={TEST: str(tmp_path)})
+        until = time.monotonic() + chance.uniform(2, lasted)
+        while run.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        victims = running(tmp_path)
+        if kill % 2 and victims:
+            victims = [chance.choice(victims)]
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim.pid, signal.SIGKILL)
+        if kill % 2 == 0 or run.pid in {victim.pid for victim in victims}:
+            run.wait(timeout=60)
+            assert nothing_left(tmp_path), running(tmp_path)
+        else:
+            run.wait(timeout=600)  # it goes on without the victim, or ends
+        if (tmp_path / "results" / "small" / "gallery.html").exists() and run.returncode == 0:
+            break
+    code, _, err = run_snakemake(tmp_path, "all", "--configfile", str(config))
+    assert code == 0, err[-3000:]
+    for made, expected in zip(tables(tmp_path), tables(first), strict=True):
+        pd.testing.assert_frame_equal(made, expected)
+
+
+def nothing_left(folder: Path, within: float = 10.0) -> bool:
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if not running(folder):
+            return True
+        time.sleep(0.1)
+    return False

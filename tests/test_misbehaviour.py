@@ -1,0 +1,212 @@
+"""What misbehaves in any way we know, through the real pipeline: each cell is one row, and neighbours are measured."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from conftest import checkout, run_snakemake
+from plugins.misbehaving import FIRST, WAYS
+
+from ntkbench import paths
+
+PROBLEM = "mlp_hazelden[N=2]"
+BUDGETS = list(range(FIRST, FIRST + len(WAYS)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Exit status, output and folder of a run over all ways, with a neighbour and a study that fails."""
+    root = checkout(tmp_path_factory.mktemp("checkout"))
+    methods = root / "src" / "ntkbench" / "methods"
+    shutil.copy(paths.ROOT / "tests" / "plugins" / "misbehaving.py", methods)
+    problems = root / "src" / "ntkbench" / "problems"
+    problems.joinpath("hopeless.py").write_text(HOPELESS, encoding="utf-8")
+    problems.joinpath("unreadable.py").write_text("import sys\nsys.exit('no')\n", encoding="utf-8")
+    root.joinpath("src/ntkbench/studies/giving_up.py").write_text(GIVING_UP, encoding="utf-8")
+    config = {
+        "profile": "misbehaving",
+        "device": "cpu",
+        "threads": 1,
+        "seeds": 3,
+        "calls": 2,
+        "limits": {"time_s": 5, "memory_mb": 2500, "problem_s": 5},
+        "grid": [
+            {"problems": [PROBLEM], "methods": ["misbehaving"], "metrics": ["trace"], "passes": BUDGETS},
+            {
+                "problems": [PROBLEM, "raising", "never_ready", "too_large", "zero"],
+                "methods": ["one_sided_reverse"],
+                "metrics": ["trace"],
+                "passes": [12],
+            },
+        ],
+        "studies": {"giving_up": {}},
+    }
+    file = root / "config" / "misbehaving.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    code, _, err = run_snakemake(root, "--configfile", str(file), root=root)
+    return root / "results" / "misbehaving", code, out + err
+
+
+@pytest.fixture(scope="module")
+def table(finished):
+    return pd.read_csv(finished[0] / "table.csv", keep_default_na=False)
+
+
+def test_the_run_ends_well_and_every_cell_is_one_row(finished, table):
+    folder, code, said = finished
+    assert code == 0, said[-3000:]
+    assert len(table) == len(BUDGETS) + 5
+    assert sorted(table.loc[table["method"] == "misbehaving", "passes"].astype(int)) == BUDGETS
+    assert (folder / "gallery.html").exists()
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_each_way_has_its_status_and_its_reason(table, budget):
+    (row,) = table[(table["method"] == "misbehaving") & (table["passes"].astype(str) == str(budget))].itertuples()
+    status, reason, _ = WAYS[budget - FIRST]
+    assert row.status == status, row.reason
+    assert reason in row.reason and len(row.reason.splitlines()) <= 1
+    if status == "ok":
+        assert float(row.seconds) > 0 and (int(row.seeds), int(row.calls)) == (3, 2) and row.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "reason"),
+    [
+        (PROBLEM, "ok", ""),
+        ("raising", "failed", "ValueError: no such network"),
+        ("never_ready", "timeout", "not done after the limit of 5 s"),
+        ("too_large", "out_of_memory", "over the limit"),
+        ("zero", "failed", "not defined"),
+    ],
+)
+def test_neighbours_are_measured_and_problems_that_fail_are_rows(table, problem, status, reason):
+    (row,) = table[(table["method"] == "one_sided_reverse") & (table["problem"] == problem)].itertuples()
+    assert row.status == status, row.reason
+    assert reason in row.reason
+
+
+def test_a_study_that_fails_is_rows_with_its_reason(finished):
+    rows = pd.read_csv(finished[0] / "studies" / "giving_up.csv")
+    assert list(rows["status"]) == ["ok", "failed", "failed", "ok", "failed"]
+    assert list(rows["reason"].fillna("")) == [
+        "",
+        "ValueError: this row",
+        "the process ended with exit status 5 and without a result",
+        "",
+        "RuntimeError: between rows",
+    ]
+
+
+def test_nothing_is_left_running(finished):
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if str(finished[0].parents[1]) in process.environ().get("PYTHONPATH", ""):
+                left.append(process)
+        except psutil.Error:
+            continue
+    assert not left
+
+
+def test_a_second_run_measures_nothing_again(finished):
+    folder, *_ = finished
+    before = (folder / "shards" / "shard-0.journal").read_bytes()
+    root, config = folder.parents[1], folder.parents[1] / "config" / "misbehaving.yaml"
+    code, _, err = run_snakemake(root, "--configfile", str(config), root=root)
+    assert code == 0, err
+    assert (folder / "shards" / "shard-0.journal").read_bytes() == before
+
+
+def test_what_is_broken_in_an_installation_is_said(finished):
+    root = finished[0].parents[1]
+    command = [sys.executable, "-m", "ntkbench", "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(root / "src")}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert "unreadable.py" in done.stdout and "SystemExit" in done.stdout
+
+
+HOPELESS = '''
+"""Problems that cannot be made ready."""
+
+import time
+
+import numpy as np
+
+from ntkbench.problems.base import Definition, problem
+
+
+def definition(module, train=lambda module: None):
+    return Definition(module, np.ones((2, 3), np.float32), train)
+
+
+@problem
+def raising(N: int = 2) -> Definition:
+    """Its definition raises."""
+    raise ValueError("no such network")
+
+
+@problem
+def never_ready(N: int = 2) -> Definition:
+    """Its training does not end."""
+    from torch import nn
+
+    def train(module):
+        while True:
+            time.sleep(1)
+
+    return definition(nn.Linear(3, 2), train)
+
+
+@problem
+def too_large(N: int = 2) -> Definition:
+    """Its definition takes more memory than there may be."""
+    held = [np.ones(2**27) for _ in range(8)]
+    return definition(None)
+
+
+@problem
+def zero(N: int = 2) -> Definition:
+    """Its outputs depend on no parameter, so all exact values are zero."""
+    import torch
+    from torch import nn
+
+    module = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1), nn.Hardtanh())
+    with torch.no_grad():
+        for w in module.parameters():
+            w.fill_(9.0)
+    return definition(module)
+'''
+
+GIVING_UP = '''
+"""A study whose rows fail in every way."""
+
+import os
+
+import pandas as pd
+
+from ntkbench.studies import base
+
+TIMED = False
+
+
+class Settings(base.Settings):
+    """None of its own."""
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """Rows that fail, and then the study."""
+    def fails():
+        raise ValueError("this row")
+
+    base.row({"case": 1}, lambda: {"value": 1.0})
+    base.row({"case": 2}, fails)
+    base.row({"case": 3}, lambda: os._exit(5))
+    base.row({"case": 4}, lambda: {"value": 4.0})
+    raise RuntimeError("between rows")
+'''
