@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
     }
     file = root / "config" / "misbehaving.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    code, _, err = run_snakemake(root, "--configfile", str(file), root=root)
+    code, out, err = run_snakemake(root, "--configfile", str(file), root=root)
     return root / "results" / "misbehaving", code, out + err
 
 
