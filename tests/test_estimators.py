@@ -15,8 +15,8 @@ import ntkbench
 from ntkbench import methods
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors
-from ntkbench.methods import group_u_statistics
-from ntkbench.methods.base import Sampling
+from ntkbench.methods.base import Accumulating
+from ntkbench.methods.group_u_statistics import GroupUStatistics
 from ntkbench.operators import Rng
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
@@ -29,7 +29,7 @@ NEW = (
     "gram_forward",
     "one_sided_orthonormal",
 )
-SAMPLING = [n for n in methods.names() if isinstance(methods.get(n), Sampling)]
+ACCUMULATING = [n for n in methods.names() if isinstance(methods.get(n), Accumulating)]
 SEEDS = 400
 
 
@@ -64,8 +64,10 @@ class Fixed(Rng):
         return self._make(self._generator.standard_normal((k, dim)))
 
 
-def sampled(name: str, names: tuple[str, ...], probes: tuple[int, ...], backend: str = "torch", memory: int = 2**30):
-    """A sample on fixed probes, and its operators."""
+def accumulated(
+    name: str, names: tuple[str, ...], probes: tuple[int, ...], backend: str = "torch", memory: int = 2**30
+):
+    """An accumulator of fixed probes, and its operators."""
     import jax.numpy as jnp
 
     method = methods.get(name)
@@ -78,10 +80,10 @@ def sampled(name: str, names: tuple[str, ...], probes: tuple[int, ...], backend:
             places[key] = np.arange(start, start + w.size)
             start += w.size
         rng = Fixed(jnp.asarray, np.concatenate([places[key] for key in sorted(weights)]))
-    sample = method.sample(names, jacobians, rng)
+    accumulator = method.accumulator(names, jacobians, rng)
     for k in probes:
-        sample.extend(k)
-    return sample, jacobians
+        accumulator.extend(k)
+    return accumulator, jacobians
 
 
 @pytest.mark.parametrize(
@@ -99,17 +101,17 @@ def sampled(name: str, names: tuple[str, ...], probes: tuple[int, ...], backend:
     ],
 )
 def test_all_moments_are_unbiased(name, probes, memory, monkeypatch):
-    """The square of the norm and the cross term, as they come from the sample itself."""
-    monkeypatch.setattr(group_u_statistics, "GROUPS", 2)  # of three samples
+    """The square of the norm and the cross term, as the accumulator has them."""
+    monkeypatch.setattr(GroupUStatistics, "max_groups", 2)  # of three samples
     J, J_f = written_out(loaded("tanh_net")), written_out(loaded("tanh_net"), "theta_f")
     theta, theta_f = J @ J.T, J_f @ J_f.T
     exact = np.array([np.trace(theta), (theta**2).sum(), (theta_f**2).sum(), (theta * theta_f).sum()])
     method, ready, found = methods.get(name), prepared(name, memory=memory), []
     for seed in range(SEEDS):
         jacobians = ready.jacobians("alignment")
-        sample = method.sample(("trace", "norm", "alignment"), jacobians, jacobians[0].rng(seed))
-        sample.extend(int(probes * getattr(sample, "dearer", 1)))
-        found.append(sample.moments().means)
+        accumulator = method.accumulator(("trace", "norm", "alignment"), jacobians, jacobians[0].rng(seed))
+        accumulator.extend(int(probes * accumulator.recompute_factor))
+        found.append(accumulator.moments().means)
     found = np.array(found)
     z = (found.mean(0) - exact) / (found.std(0, ddof=1) / math.sqrt(SEEDS))
     assert np.abs(z).max() < 4
@@ -185,17 +187,17 @@ def test_equal_networks_are_aligned_whatever_the_probes(name):
 @pytest.mark.parametrize("name", [n for n in NEW if n in methods.names()])
 def test_backends_agree_on_the_same_probes(name):
     names = tuple(methods.get(name).metrics)
-    ours, theirs = (sampled(name, names, (5,), backend)[0] for backend in BACKENDS)
+    ours, theirs = (accumulated(name, names, (5,), backend)[0] for backend in BACKENDS)
     for metric in names:
-        assert ours.read(metric) == pytest.approx(theirs.read(metric), rel=1e-9)
+        assert ours.estimate(metric) == pytest.approx(theirs.estimate(metric), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", ACCUMULATING)
 def test_batches_are_as_good_as_one_block(name):
     names = tuple(methods.get(name).metrics)
-    (whole, j), (grown, j2) = (sampled(name, names, probes) for probes in ((6,), (4, 1, 1)))
+    (whole, j), (grown, j2) = (accumulated(name, names, probes) for probes in ((6,), (4, 1, 1)))
     for metric in names:
-        assert grown.read(metric) == pytest.approx(whole.read(metric), rel=1e-9)
+        assert grown.estimate(metric) == pytest.approx(whole.estimate(metric), rel=1e-9)
     assert sum(x.passes for x in j) == sum(x.passes for x in j2)
     assert sum(x.passes for x in j) == 6 * max(methods.get(name).passes_per_probe(metric) for metric in names)
 
@@ -222,8 +224,8 @@ def test_pairs_by_hand():
 
 @pytest.mark.parametrize("name", ["block_u_statistics", "group_u_statistics"])
 @pytest.mark.parametrize("K", [2, 3, 4, 6])
-def test_standard_errors_of_few_fields_are_honest(name, K):
-    """Unbiased from four fields on; with two or three an upper bound that is not absurd."""
+def test_standard_errors_of_few_probes_are_calibrated(name, K):
+    """Unbiased from four probes on; with two or three an upper bound that is not absurd."""
     values, errors = estimates(name, "norm", K, 200, "wide")
     ratio = (errors**2).mean() / values.var(ddof=1)
     assert 0.75 < ratio < (1.35 if K >= 4 else 3)
@@ -231,7 +233,7 @@ def test_standard_errors_of_few_fields_are_honest(name, K):
 
 def test_as_many_groups_as_samples_are_block_u_statistics_and_one_is_a_gram_matrix(monkeypatch):
     for groups, name in ((40, "block_u_statistics"), (1, "gram_reverse")):
-        monkeypatch.setattr(group_u_statistics, "GROUPS", groups)
+        monkeypatch.setattr(GroupUStatistics, "max_groups", groups)
         for metric in ("norm", "effective_rank", "alignment"):
             one, other = (
                 methods.get(each).estimate(prepared(each, "wide"), metric, 12, 3)
@@ -245,7 +247,7 @@ def test_as_many_groups_as_samples_are_block_u_statistics_and_one_is_a_gram_matr
 def test_more_groups_mean_less_variance_at_the_same_passes(monkeypatch):
     spread = []
     for groups in (1, 8, 40):
-        monkeypatch.setattr(group_u_statistics, "GROUPS", groups)
+        monkeypatch.setattr(GroupUStatistics, "max_groups", groups)
         spread.append(estimates("group_u_statistics", "norm", 4, 100, "wide")[0].std())
     assert spread[0] > 1.5 * spread[1] > 1.5 * spread[2]
 
@@ -366,7 +368,7 @@ def test_interacting_samples_are_left_to_whole_passes():
             ntkbench.trace(model, x, method=name)
         tiny = loaded("tanh_net")
         mixed = Problem(**{**vars(tiny), "samples_interact": True})
-        assert "samples interact" in methods.get(name).refusal(mixed, "trace", Target())
+        assert "samples interact" in methods.get(name).unsupported_reason(mixed, "trace", Target())
 
 
 @pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
@@ -388,10 +390,10 @@ def test_a_subset_of_samples_stands_for_all_of_them(metric):
 
 def test_a_subset_grows_by_samples_that_it_has_not_yet():
     ready, method = prepared("sample_subset", "wide"), methods.get("sample_subset")
-    sample, ledger = method.begin(ready, ["norm", "effective_rank", "alignment"], 3)
+    subset, ledger = method.begin(ready, ["norm", "effective_rank", "alignment"], 3)
     for passes in (6, 3, 7):
-        sample.extend(passes)
+        subset.extend(passes)
     for metric in ("norm", "effective_rank", "alignment"):
-        assert sample.read(metric) == pytest.approx((truth("wide")[metric], 0.0, math.inf), rel=1e-10)
+        assert subset.estimate(metric) == pytest.approx((truth("wide")[metric], 0.0, math.inf), rel=1e-10)
     assert ledger()[0] > 16  # samples are passed through again with those that come later
-    assert "takes at least 4 passes" in method.refusal(loaded("wide"), "alignment", Target(), 3)
+    assert "takes at least 4 passes" in method.unsupported_reason(loaded("wide"), "alignment", Target(), 3)

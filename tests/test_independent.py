@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import loaded
 from jax.flatten_util import ravel_pytree
-from test_deflated import SPECTRA, Dense, drawn, jacobian
+from test_deflation import SPECTRA, Dense, drawn, jacobian
 
 from ntkbench import methods
 from ntkbench.estimators import lanczos

@@ -61,7 +61,7 @@ def prepared(method: Method, label: str, backend: str, dtype: str = "float64", m
 
 
 def skip_refused(method: Method, label: str, metric: str, backend: str) -> None:
-    reason = method.refusal(loaded(label), metric, Target(backend, "float64", "cpu"))
+    reason = method.unsupported_reason(loaded(label), metric, Target(backend, "float64", "cpu"))
     if reason:
         pytest.skip(reason)
 
@@ -70,7 +70,7 @@ def skip_refused(method: Method, label: str, metric: str, backend: str) -> None:
 def least(method: Method, metric: str) -> int:
     """The smallest budget that a stochastic method takes: two probes."""
     target = Target(method.backends[0], "float64", "cpu")
-    return next(k for k in range(1, 1000) if method.refusal(loaded("tanh_net"), metric, target, k) is None)
+    return next(k for k in range(1, 1000) if method.unsupported_reason(loaded("tanh_net"), metric, target, k) is None)
 
 
 @functools.cache
@@ -270,19 +270,21 @@ def test_sum_of_logits_is_the_pntk_times_the_identity(label, metric, backend):
 def test_refuses_what_it_cannot_serve(method, tiny):
     target = Target(method.backends[0])
     if method.needs_recurrence:
-        assert "recurrent" in method.refusal(tiny, method.metrics[0], target)
+        assert "recurrent" in method.unsupported_reason(tiny, method.metrics[0], target)
         tiny = loaded("gru_hazelden[N=2,T=2]")
     without = Problem(tiny.name, tiny.module, tiny.x, tiny.theta_0)
     for metric in METRICS:
-        reason = method.refusal(tiny, metric, target)
+        reason = method.unsupported_reason(tiny, metric, target)
         assert reason is None if metric in method.metrics else "only" in reason
         if metric in method.metrics and "jax" in method.backends:
-            assert "JAX" in method.refusal(without, metric, Target("jax"))
+            assert "JAX" in method.unsupported_reason(without, metric, Target("jax"))
     for backend in set(BACKENDS) - set(method.backends):
-        assert "only" in method.refusal(tiny, method.metrics[0], Target(backend))
+        assert "only" in method.unsupported_reason(tiny, method.metrics[0], Target(backend))
     if "alignment" in method.metrics:
-        assert "trained weights" in method.refusal(Problem(**{**vars(tiny), "theta_f": None}), "alignment", target)
-    mixed = method.refusal(Problem(**{**vars(tiny), "samples_interact": True}), method.metrics[0], target)
+        assert "trained weights" in method.unsupported_reason(
+            Problem(**{**vars(tiny), "theta_f": None}), "alignment", target
+        )
+    mixed = method.unsupported_reason(Problem(**{**vars(tiny), "samples_interact": True}), method.metrics[0], target)
     assert ("samples interact" in mixed) if method.needs_independent_samples else mixed is None
 
 
@@ -291,8 +293,8 @@ def test_refuses_budgets_that_are_too_small(method, metric, tiny):
     enough = least(method, metric)
     target = Target(method.backends[0])
     for passes in (0, 1, enough - 1):
-        assert f"{metric} takes at least {enough} passes" in method.refusal(tiny, metric, target, passes)
-    assert method.refusal(tiny, metric, target, enough) is None
+        assert f"{metric} takes at least {enough} passes" in method.unsupported_reason(tiny, metric, target, passes)
+    assert method.unsupported_reason(tiny, metric, target, enough) is None
     with pytest.raises(BadInput, match=f"{method.name} is stochastic and needs passes"):
         method.estimate(prepared(method, "tanh_net", method.backends[0]), metric)
 
@@ -305,8 +307,8 @@ def test_memory_is_known_beforehand_for_every_metric(method, tiny):
 
 
 def test_refuses_metrics_before_budgets(tiny):
-    assert "only" in methods.get("shared_probe_alignment").refusal(tiny, "trace", Target(), 2)
-    assert "only" in methods.get("hutchpp").refusal(tiny, "rank", Target(), 2)
+    assert "only" in methods.get("shared_probe_alignment").unsupported_reason(tiny, "trace", Target(), 2)
+    assert "only" in methods.get("hutchpp").unsupported_reason(tiny, "rank", Target(), 2)
 
 
 def test_estimates_of_no_probes_are_refused():
@@ -326,7 +328,7 @@ def test_interacting_samples_are_served_by_whole_passes(tiny):
     target = Target("torch", "float64", "cpu")
     served = []
     for method in DETERMINISTIC:
-        if method.kind == "exact" and method.refusal(problem, "norm", target) is None:
+        if method.kind == "exact" and method.unsupported_reason(problem, "norm", target) is None:
             served.append(method.name)
             estimate = method.estimate(method.prepare(problem, target), "norm")
             assert estimate.value == pytest.approx(np.linalg.norm(J @ J.T), rel=1e-9)

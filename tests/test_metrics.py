@@ -64,7 +64,7 @@ def test_unknown_metrics_are_refused():
 
 
 def test_only_alignment_looks_at_trained_weights():
-    assert {metric: metrics.ends(metric) for metric in METRICS} == {
+    assert {metric: metrics.parameter_sets(metric) for metric in METRICS} == {
         "trace": ("theta_0",),
         "norm": ("theta_0",),
         "effective_rank": ("theta_0",),
@@ -102,7 +102,7 @@ def test_from_rows_of_jacobian_in_any_blocks_kept_or_not(tiny, truth, cuts, memo
     bounds = [0, *sorted(cuts), 6]
     blocks = list(itertools.pairwise(bounds))
     target = Target(dtype="float64", device="cpu", memory=memory)
-    jacobians = [linearise(tiny, end, target) for end in metrics.ends(metric)]
+    jacobians = [linearise(tiny, end, target) for end in metrics.parameter_sets(metric)]
     asked = []
 
     def rows(jacobian, block):

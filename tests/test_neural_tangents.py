@@ -202,13 +202,13 @@ def test_structured_derivatives_of_what_was_mended(forward):
 def test_long_scans_are_refused_with_the_reason():
     structured, *others = (methods.get(name) for name in reversed(METHODS))
     problem = loaded("gru_hazelden")
-    reason = structured.refusal(problem, "norm", target())
+    reason = structured.unsupported_reason(problem, "norm", target())
     assert "lax.scan" in reason
     assert "T = 50" in reason
-    assert [method.refusal(problem, "norm", target()) for method in others] == [None, None]
-    assert structured.refusal(loaded("gru_hazelden[N=2,T=8]"), "norm", target()) is None
-    assert structured.refusal(loaded("gru_hazelden[N=2,T=9]"), "norm", target()) is not None
-    assert structured.refusal(problem, "norm", Target("torch")) == "runs on jax only"
+    assert [method.unsupported_reason(problem, "norm", target()) for method in others] == [None, None]
+    assert structured.unsupported_reason(loaded("gru_hazelden[N=2,T=8]"), "norm", target()) is None
+    assert structured.unsupported_reason(loaded("gru_hazelden[N=2,T=9]"), "norm", target()) is not None
+    assert structured.unsupported_reason(problem, "norm", Target("torch")) == "runs on jax only"
 
 
 def test_scans_are_found_wherever_they_are(tiny):
@@ -276,7 +276,7 @@ def test_alignment_needs_trained_weights_and_a_metric_must_exist(tiny):
 
 def test_a_torch_only_problem_is_refused(tiny):
     torch_only: Problem = dataclasses.replace(tiny, jax_forward=None)
-    assert [methods.get(name).refusal(torch_only, "trace", target()) for name in METHODS] == [
+    assert [methods.get(name).unsupported_reason(torch_only, "trace", target()) for name in METHODS] == [
         "the problem has no network in JAX"
     ] * 3
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 import ntkbench
 from ntkbench import methods
 from ntkbench.errors import BadInput
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import arrays
 from ntkbench.networks.recurrent import Recurrent, jax_forward
 from ntkbench.operators import linearise
 from ntkbench.operators.recurrent import base, products
@@ -73,7 +73,7 @@ def columns(problem: Problem, backend: str) -> np.ndarray:
 
 
 def host(array) -> np.ndarray:
-    return standard_errors.on_host(array)
+    return arrays.to_numpy(array)
 
 
 def off(a, b) -> float:
@@ -242,7 +242,9 @@ def test_exact_baselines(kind):
 
 
 def test_parameter_gram_says_what_does_not_fit():
-    reason = methods.get("parameter_gram").refusal(problem("gru"), "norm", Target("torch", "float64", "cpu", 2**10))
+    reason = methods.get("parameter_gram").unsupported_reason(
+        problem("gru"), "norm", Target("torch", "float64", "cpu", 2**10)
+    )
     assert "over the memory" in reason
 
 

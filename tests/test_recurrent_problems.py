@@ -245,7 +245,7 @@ def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method
     assert reference.compute(part)["metrics"]["alignment"] == pytest.approx(expected, rel=1e-10)
     chosen = methods.get(method)
     target = Target(chosen.backends[0], "float64", "cpu")
-    assert chosen.refusal(part, "alignment", target) is None
+    assert chosen.unsupported_reason(part, "alignment", target) is None
     found = chosen.estimate(chosen.prepare(part, target), "alignment")
     assert found.value == pytest.approx(expected, rel=1e-9)
 
@@ -253,10 +253,10 @@ def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method
 def test_methods_that_trace_one_network_refuse_a_part_with_another_rest(load):
     part, target = load(f"rnn_flipflop{PART}"), Target("torch", "float64", "cpu")
     method = methods.get("structured_derivatives")
-    assert "traces one network" in method.refusal(part, "alignment", target)
+    assert "traces one network" in method.unsupported_reason(part, "alignment", target)
     with pytest.raises(BadInput, match="traces one network"):
         method.estimate(method.prepare(part, target), "alignment")
-    assert method.refusal(part, "norm", target) is None
+    assert method.unsupported_reason(part, "norm", target) is None
     norm = method.estimate(method.prepare(part, target), "norm").value
     assert norm == pytest.approx(reference.exact(part)["norm"], rel=1e-9)
-    assert method.refusal(load("rnn_flipflop[N=2,read=outputs]"), "alignment", target) is None
+    assert method.unsupported_reason(load("rnn_flipflop[N=2,read=outputs]"), "alignment", target) is None

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import scipy.fft
-from test_deflated import Probes
+from test_deflation import Probes
 
 from ntkbench import methods
 from ntkbench.operators import dense

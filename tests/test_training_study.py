@@ -10,7 +10,7 @@ from ntkbench import figures, studies
 from ntkbench.data import tasks
 from ntkbench.errors import BadInput
 from ntkbench.estimators import paired
-from ntkbench.metrics import from_gram
+from ntkbench.metrics import METRICS, from_gram
 from ntkbench.operators import torch as autodiff
 from ntkbench.options import Target
 from ntkbench.problem import Problem, split
@@ -28,13 +28,13 @@ def spectrum(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return a @ a.T, b @ b.T
 
 
-def said(matrices, probes: int, seed: int) -> list[dict[str, paired.Compared]]:
+def said(matrices, probes: int, seed: int) -> list[dict[str, paired.Comparison]]:
     u = np.random.default_rng(seed).choice([-1.0, 1.0], (probes, len(matrices[0])))
-    common = paired.Probes(u)
+    common = paired.SharedProbes(u)
     return [{one.quantity: one for one in common.compare(u @ matrix)} for matrix in matrices]
 
 
-@pytest.mark.parametrize("quantity", paired.QUANTITIES)
+@pytest.mark.parametrize("quantity", METRICS)
 def test_ratios_of_common_probes_are_right_and_their_errors_honest(quantity):
     matrices = spectrum(60, 0)
     first = {"alignment": matrices[:1]}.get(quantity, ())

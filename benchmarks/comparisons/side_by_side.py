@@ -147,7 +147,7 @@ def _call(name: str, label: str) -> Callable[[], float]:
         return COMPUTATIONS[name](problems.load(label), Target("torch", "float32", "auto", MEMORY))
     method = methods.get(name)
     target = Target(method.backends[0], "float32", "auto", MEMORY)
-    if reason := method.refusal(problems.load(label), "norm", target):
+    if reason := method.unsupported_reason(problems.load(label), "norm", target):
         raise BadInput(reason)
     prepared = method.prepare(problems.load(label), target)
     return lambda: float(method.estimate(prepared, "norm"))

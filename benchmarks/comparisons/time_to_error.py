@@ -154,7 +154,7 @@ def _reference(goal: Goal) -> tuple[float, float]:
     method = methods.get(REFERENCE)
     prepared = method.prepare(problem, Target("torch", "float64", memory=MEMORY))
     names, rtol = (goal.metric,), goal.error / CLOSER
-    (found,) = method.several(prepared, names, REFERENCE_PASSES, REFERENCE_SEED, rtol=rtol).values()
+    (found,) = method.estimates(prepared, names, REFERENCE_PASSES, REFERENCE_SEED, rtol=rtol).values()
     if found.notes:
         raise NtkbenchError(f"{goal.problem}: {found.notes[-1]}")
     return found.value, found.standard_error / abs(found.value)
@@ -163,7 +163,7 @@ def _reference(goal: Goal) -> tuple[float, float]:
 def _entrant(name: str, goal: Goal, exact: float) -> Entrant | str:
     """The method at its smallest budget, or why it does not take part."""
     method, problem, target = methods.get(name), problems.load(goal.problem), Target("torch", memory=MEMORY)
-    if reason := method.refusal(problem, goal.metric, target):
+    if reason := method.unsupported_reason(problem, goal.metric, target):
         return reason
     if not isinstance(method, Stochastic):
         needed = method.passes_needed(problem, goal.metric, target)

@@ -311,11 +311,11 @@ def _by(
     if method.takes_passes:
         default = method.default_passes if rtol is None else TOLERANCE_PASSES
         budget = default if passes is None else passes
-        worth = method.worthwhile_passes(problem)
+        worth = method.default_max_passes(problem)
         if worth is not None and rtol is None and (auto or passes is None):
             budget = min(budget, worth)
     for metric in names:
-        reason = method.refusal(problem, metric, target, budget)
+        reason = method.unsupported_reason(problem, metric, target, budget)
         if reason:
             raise BadInput(f"{method.name} cannot give the {metric} of this network: {reason}")
         needed = method.bytes_needed(problem, metric, target, budget)
@@ -323,7 +323,7 @@ def _by(
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = method.prepare(problem, target)
     if isinstance(method, Incremental):
-        return method.several(prepared, names, budget, seed, rtol, confidence)
+        return method.estimates(prepared, names, budget, seed, rtol, confidence)
     return {metric: method.estimate(prepared, metric, budget, seed) for metric in names}
 
 
@@ -336,7 +336,7 @@ def choices(
         passes: the most passes to spend; ``None`` for the defaults.
         rtol: a tolerance, which random probes may reach for less than what exact methods cost.
     """
-    ends = len(metrics.ends(metric))
+    ends = len(metrics.parameter_sets(metric))
     limit = EXACT_PASSES * ends if passes is None else passes
     if rtol is not None:
         limit = min(limit, EXACT_PASSES * ends)
@@ -348,7 +348,7 @@ def choices(
         fits = metric == "trace" or ends * problem.n * width * target.itemsize <= target.memory
         if (
             fits
-            and method.refusal(problem, metric, target) is None
+            and method.unsupported_reason(problem, metric, target) is None
             and method.passes_needed(problem, metric, target) <= limit
         ):
             found.append(name)

@@ -1,4 +1,4 @@
-"""The four metrics, and the moments of Theta that they are made of.
+"""The four metrics, and the moments of Theta that they are functions of.
 
 With Theta = J J^T at theta_0 and Theta_f at theta_f:
 
@@ -10,6 +10,7 @@ With Theta = J J^T at theta_0 and Theta_f at theta_f:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,19 +32,25 @@ SYMBOLS = {
 
 
 def check(metric: str) -> None:
-    """Refuse a metric that does not exist."""
+    """Check that a metric exists.
+
+    Raises:
+        BadInput: it does not.
+    """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
 
 
-def ends(metric: str) -> tuple[str, ...]:
-    """The weights that a metric looks at."""
+def parameter_sets(metric: str) -> tuple[str, ...]:
+    """Names of the parameter sets that a metric depends on."""
     return ("theta_0", "theta_f") if metric == "alignment" else ("theta_0",)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over the entries of Theta (and Theta_f) that the metrics are made of; what was not computed is ``nan`` or 0.
+    """Sums over the entries of Theta (and Theta_f) that the metrics are functions of.
+
+    A moment that was not computed is ``nan`` or 0.
 
     Attributes:
         trace: tr Theta.
@@ -58,7 +65,7 @@ class Moments:
     cross: float = math.nan
 
     def times(self, factor: float) -> Moments:
-        """Those of a matrix (x) I of size ``factor``."""
+        """Moments of Theta (x) I, with the identity matrix of size ``factor``."""
         return Moments(*(factor * m for m in (self.trace, self.square, self.square_f, self.cross)))
 
     def metric(self, name: str) -> float:
@@ -66,7 +73,7 @@ class Moments:
 
         Raises:
             BadInput: no such metric.
-            Undefined: it is a ratio to the norm of a kernel that is zero.
+            Undefined: the metric is a ratio to the norm of a kernel that is zero.
         """
         check(name)
         if name == "trace":
@@ -80,7 +87,7 @@ class Moments:
         return self.cross / math.sqrt(self.square * self.square_f)
 
     def gradient(self, name: str) -> Moments:
-        """Derivatives of a metric by the four moments; 0 by those that it is not made of.
+        """Partial derivatives of a metric with respect to the four moments.
 
         Raises:
             BadInput: no such metric.
@@ -90,7 +97,7 @@ class Moments:
         if name == "trace":
             return Moments(1.0, 0.0, 0.0, 0.0)
         if name == "norm":
-            # A square of zero is one of zeros only, whose error is none.
+            # The estimate is zero only if Theta is, and then it has no error.
             return Moments(0.0, 0.5 / value if value else 0.0, 0.0, 0.0)
         if name == "effective_rank":
             return Moments(2 * value / self.trace, -value / self.square, 0.0, 0.0)
@@ -102,31 +109,31 @@ def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Momen
     """Moments from blocks of rows of Theta (and of Theta_f); one block is held at a time.
 
     Args:
-        blocks: for each block the numbers of its rows, ``[r]`` integers, and the rows themselves, ``[r, n]``, of Theta
-            and for alignment of Theta_f.
+        blocks: for each block, the indices of its rows, ``[r]``, and the rows of Theta (and of Theta_f), ``[r, n]``.
     """
     sums = _Sums()
-    for numbers, (rows, *at_f) in blocks:
-        sums.trace += rows[np.arange(len(rows)), np.asarray(numbers)].sum()
+    for indices, (rows, *rows_of_f) in blocks:
+        sums.trace += rows[np.arange(len(rows)), np.asarray(indices)].sum()
         sums.square += squared_norm(rows)
-        for rows_f in at_f:
+        for rows_f in rows_of_f:
             sums.square_f += squared_norm(rows_f)
             sums.cross += (rows * rows_f).sum()
     return sums.moments()
 
 
-def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]]) -> Moments:
+def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]], *, tile: int = 512) -> Moments:
     """Moments from the blocks of Theta (and of Theta_f) on and below the diagonal; one block is held at a time.
 
     Args:
-        blocks: for each block whether it lies on the diagonal, and its entries, ``[rows, columns]``, of Theta and for
-            alignment of Theta_f. Of a block on the diagonal only the lower triangle is read.
+        blocks: for each block, whether it is on the diagonal, and its entries in Theta (and in Theta_f),
+            ``[rows, columns]``. Only the lower triangle of a block on the diagonal is read.
+        tile: rows of a block on the diagonal that are copied at a time.
     """
     sums = _Sums()
-    for on_diagonal, (block, *at_f) in blocks:
-        product = _of_symmetric if on_diagonal else _twice
+    for on_diagonal, (block, *blocks_of_f) in blocks:
+        product = functools.partial(_of_symmetric, tile=tile) if on_diagonal else _of_pair
         sums.square += product(block, block)
-        for block_f in at_f:
+        for block_f in blocks_of_f:
             sums.square_f += product(block_f, block_f)
             sums.cross += product(block, block_f)
         if on_diagonal:
@@ -134,16 +141,17 @@ def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]]) -> Mome
     return sums.moments()
 
 
-def _twice(one: Array, other: Array) -> Array:
+def _of_pair(one: Array, other: Array) -> Array:
+    """Inner product of two blocks below the diagonal and of their mirror images above it."""
     return 2 * inner_product(one, other)
 
 
-def _of_symmetric(one: Array, other: Array) -> Array:
-    """Inner product of two symmetric matrices, of each of which the lower triangle is read, some rows at a time."""
+def _of_symmetric(one: Array, other: Array, tile: int) -> Array:
+    """Inner product of two symmetric matrices, from their lower triangles, ``tile`` rows at a time."""
     xp = array_api_compat.array_namespace(one)
-    total, size = 0.0, 512
-    for start in range(0, len(one), size):
-        rows = slice(start, start + size)
+    total = 0.0
+    for start in range(0, len(one), tile):
+        rows = slice(start, start + tile)
         total = total + 2 * inner_product(one[rows, :start], other[rows, :start])
         a, b = (xp.tril(m[rows, rows]) for m in (one, other))
         total = total + 2 * inner_product(a, b) - (a.diagonal() * b.diagonal()).sum()
@@ -151,7 +159,7 @@ def _of_symmetric(one: Array, other: Array) -> Array:
 
 
 def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
-    """Moments from Theta written out, ``[n, n]`` (and Theta_f)."""
+    """Moments from Theta (and Theta_f) as a dense matrix, ``[n, n]``."""
     return from_rows_of_theta([(range(len(theta)), [theta] if theta_f is None else [theta, theta_f])])
 
 
@@ -162,18 +170,18 @@ def from_rows_of_jacobian(
     rows: Callable[[Jacobian, Any], Array],
     count: int | None = None,
 ) -> Moments:
-    """Moments from rows of J, by blocks of rows: what ``metric`` needs and no more.
+    """The moments that a metric is a function of, from blocks of rows of J.
 
-    The trace needs every block once. The other metrics need the products of all pairs of blocks, of which one triangle
-    is computed; J is kept where all of it fits in the operators' memory budget, and its blocks are made anew for every
-    pair otherwise.
+    The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
+    is computed. The blocks are kept if all of them fit in the memory of the operators; otherwise they are recomputed
+    for every pair.
 
     Args:
-        metric: which metric the moments are for.
+        metric: name of the metric.
         jacobians: J at theta_0 (and at theta_f, for alignment).
-        blocks: descriptions of disjoint sets of rows that together are all rows.
-        rows: makes a block's rows, ``(jacobian, block) -> [r, P]``.
-        count: rows in all; n if not given.
+        blocks: descriptions of the blocks, which are disjoint and together have all rows.
+        rows: computes the rows of a block, ``(jacobian, block) -> [r, P]``.
+        count: number of rows; n by default.
     """
     sums = _Sums()
     if metric == "trace":
@@ -185,7 +193,7 @@ def from_rows_of_jacobian(
     keep = len(jacobians) * (count or j.n) * j.P * j.itemsize <= j.memory
     kept: dict[int, list[Array]] = {}
 
-    def made(i: int) -> list[Array]:
+    def computed(i: int) -> list[Array]:
         if i in kept:
             return kept[i]
         block = [rows(jacobian, blocks[i]) for jacobian in jacobians]
@@ -194,10 +202,10 @@ def from_rows_of_jacobian(
         return block
 
     for i in range(len(blocks)):
-        left = made(i)
+        left = computed(i)
         sums.trace += squared_norm(left[0])
         for k in range(i + 1):
-            right = left if k == i else made(k)
+            right = left if k == i else computed(k)
             grams = [a @ b.T for a, b in zip(left, right, strict=True)]
             copies = 1 if k == i else 2
             sums.square += copies * squared_norm(grams[0])
@@ -208,18 +216,18 @@ def from_rows_of_jacobian(
 
 
 def squared_norm(block: Array) -> Array:
-    """Sum of squares of all entries, left on the block's device."""
+    """Sum of squares of all entries, on the device of the block."""
     return inner_product(block, block)
 
 
 def inner_product(one: Array, other: Array) -> Array:
-    """Sum of products of entries, left on the device."""
-    # Row by row and pairwise: one long dot product in float32 loses two digits.
+    """Sum of products of corresponding entries, on the device of the arrays."""
+    # Row by row, then over rows: a single long dot product loses two digits in float32.
     return array_api_compat.array_namespace(one).linalg.vecdot(one, other).sum()
 
 
 class _Sums:
-    """Running sums that stay on the device until they are asked for."""
+    """Running sums, kept on the device until the moments are taken."""
 
     def __init__(self) -> None:
         self.trace: Any = 0.0

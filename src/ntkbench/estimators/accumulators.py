@@ -1,8 +1,7 @@
-"""Probes drawn so far: they grow in batches and are read out for any metric, so that one can add until it is enough."""
+"""Accumulators of random probes: they grow in batches, and give an estimate of any metric at any time."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,55 +10,51 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import standard_errors
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators import arrays, standard_errors
+from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, Jacobian
 
-NEEDS = {
+MOMENTS = {
     "trace": ("trace",),
     "norm": ("square",),
     "effective_rank": ("trace", "square"),
     "alignment": ("square", "square_f", "cross"),
 }
-"""The moments that each metric is made of."""
+"""Moments of Theta that each metric is a function of."""
 
 
-CUTS, NARROWEST = 4, 32
-"""Pieces that the rows of a symmetric product are cut into, and their fewest rows."""
-
-
-def moments_of(metrics: Sequence[str]) -> tuple[str, ...]:
-    """The moments that some metrics are made of, in the order of :class:`ntkbench.metrics.Moments`."""
-    needed = {moment for metric in metrics for moment in NEEDS[metric]}
+def required_moments(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Moments that the metrics are functions of, in the order of :class:`ntkbench.metrics.Moments`."""
+    needed = {moment for metric in metrics for moment in MOMENTS[metric]}
     return tuple(moment for moment in Moments.__dataclass_fields__ if moment in needed)
 
 
-class Sample(ABC):
-    """What a growing number of probes says.
+class Accumulator(ABC):
+    """Estimates of metrics from a growing number of probes.
 
     Attributes:
-        least: the fewest probes by which it can grow.
+        least: the fewest probes that it can grow by.
     """
 
     least: int = 1
 
     @abstractmethod
     def extend(self, probes: int) -> None:
-        """Draw that many more probes."""
+        """Draw that many further probes."""
 
     @abstractmethod
-    def read(self, metric: str) -> Reading:
-        """Value and standard error of a metric from all probes so far."""
+    def estimate(self, metric: str) -> PointEstimate:
+        """The metric, from all probes so far."""
 
 
-class Columns(Sample):
-    """Independent probes, each of which says something of each moment: means, with the jackknife over probes.
+class ProbeMeans(Accumulator):
+    """Means over independent probes, each of which estimates every moment; the jackknife over probes.
 
     Args:
         moments: names of the moments.
-        draw: makes a number of probes; returns what each of them says, ``[k]`` a moment.
-        blocks: cuts a number of probes into blocks that fit in memory.
+        draw: draws a number of probes and returns their estimates, ``[k]`` for each moment.
+        blocks: splits a number of probes into sizes of blocks that fit in memory.
     """
 
     def __init__(
@@ -69,70 +64,75 @@ class Columns(Sample):
         blocks: Callable[[int], Sequence[int]],
     ) -> None:
         self._draw, self._blocks = draw, blocks
-        self._said: dict[str, list[Array]] = {moment: [] for moment in moments}
+        self._drawn: dict[str, list[Array]] = {moment: [] for moment in moments}
 
     def extend(self, probes: int) -> None:
         for k in self._blocks(probes):
-            for said, column in zip(self._said.values(), self._draw(k), strict=True):
-                said.append(column)
+            for drawn, column in zip(self._drawn.values(), self._draw(k), strict=True):
+                drawn.append(column)
 
-    def read(self, metric: str) -> Reading:
-        columns = [standard_errors.by_probe(self._said[moment]) for moment in NEEDS[metric]]
+    def estimate(self, metric: str) -> PointEstimate:
+        columns = [arrays.gather(self._drawn[moment]) for moment in MOMENTS[metric]]
         if metric == "trace":
             return standard_errors.mean(*columns)
         return standard_errors.jackknife(
-            lambda *means: Moments(**dict(zip(NEEDS[metric], means, strict=True))).metric(metric), *columns
+            lambda *means: Moments(**dict(zip(MOMENTS[metric], means, strict=True))).metric(metric), *columns
         )
 
 
-class SampleTraces(Sample):
-    """Random fields, each of which gives the trace of each sample's own block of Theta by itself.
+class StratifiedTrace(Accumulator):
+    """The trace from probes that estimate the trace of each sample's own block of Theta separately.
 
     Args:
-        draw: makes a number of fields; returns what each says of each sample, ``[k, N]``.
-        blocks: cuts a number of fields into blocks that fit in memory.
+        draw: draws a number of probes and returns their estimates, ``[k, N]``.
+        blocks: splits a number of probes into sizes of blocks that fit in memory.
     """
 
     def __init__(self, draw: Callable[[int], Array], blocks: Callable[[int], Sequence[int]]) -> None:
         self._draw, self._blocks = draw, blocks
-        self._said: list[Array] = []
+        self._drawn: list[Array] = []
 
     def extend(self, probes: int) -> None:
-        self._said += map(self._draw, self._blocks(probes))
+        self._drawn += map(self._draw, self._blocks(probes))
 
-    def read(self, metric: str) -> Reading:
-        return standard_errors.mean_of_sums(standard_errors.by_probe(self._said))
+    def estimate(self, metric: str) -> PointEstimate:
+        return standard_errors.stratified_mean(arrays.gather(self._drawn))
 
 
 Vectors = Callable[[Array, slice], Sequence[Array]]
-"""Probes and a slice of strata -> what the operators make of them, ``[k, strata, D]`` an operator."""
+"""Probes and a slice of strata -> their vectors ``[k, strata, D]``, one array per operator."""
+
+Kernel = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
+"""Kernel of a U-statistic of degree 2.
+
+Takes two sets of vectors, ``[r, D]`` and ``[r', D]`` for each operator, and returns ``[r, r']`` for each moment but the
+trace. Two sets that are the same object may be treated as symmetric.
+"""
 
 
-class Pairs(Sample):
-    """Probes of which any two say something of the moments of Theta^2: U-statistics of degree 2.
+class UStatistics(Accumulator):
+    """U-statistics of degree 2: any two probes estimate the moments of Theta^2.
 
-    A probe is a field of N independent parts (strata): the samples, or everything at once (N = 1). Part b of field k
-    gives a vector w_b^k in some space of D dimensions, for which E <w_b^k, w_c^l>^2 = ||Theta_bc||_F^2 whenever the
-    parts are not the same one. So sum_b ||w_b^k||^2 is unbiased for the trace, and ||Theta||_F^2 is the mean over all
-    pairs of fields (k, l) of <w_b^k, w_c^l>^2 for b != c, and over k != l for b = c, summed over b and c.
+    A probe has N independent parts (strata): one for each group of samples, or a single one (N = 1). Part b of probe k
+    gives a vector w_b^k of D dimensions with E <w_b^k, w_c^l>^2 = ||Theta_bc||_F^2 unless b = c and k = l. So
+    sum_b ||w_b^k||^2 is unbiased for the trace. ||Theta||_F^2 is the sum over b and c of the mean of
+    <w_b^k, w_c^l>^2 over all pairs of probes (k, l), over k != l where b = c.
 
-    Vectors of at most ``memory`` bytes are held. Fields beyond that start a group of their own, and only pairs within a
-    group are taken. Where not even a group of :data:`LEAST` fields fits, each group is worked through in pairs of
-    blocks of strata, whose vectors are made anew, which costs passes.
+    The vectors are kept, up to ``memory`` bytes of the operators. Probes beyond that start a new group, and pairs are
+    taken within a group only. Where not even ``min_group`` probes fit, each group is processed in pairs of chunks of
+    strata. Vectors are then recomputed for each pair of chunks, which costs passes.
 
     Args:
         moments: names of the moments; of ``trace`` and ``square``, or all but the trace, or all.
         strata: N.
         dim: D.
-        jacobians: the operators, one, or two for alignment.
-        sign: draws fields.
+        jacobians: the operators; one, or two for alignment.
+        sign: draws a number of probes.
         vectors: see :data:`Vectors`.
-        kernels: what two sets of vectors, ``[r, D]`` an operator, say of each moment but the trace, ``[r, r']`` each.
+        kernel: see :data:`Kernel`.
+        min_group: the fewest probes in a group; the variance has an unbiased estimate from 4 on.
+        max_vectors: vectors in a group. The Gram matrix of more costs much more than the vectors do, and gains little.
     """
-
-    LEAST = 4
-    WIDEST = 2048
-    """Vectors in a group: beyond that their Gram matrix costs far more than they do, and gains little."""
 
     def __init__(
         self,
@@ -142,100 +142,107 @@ class Pairs(Sample):
         jacobians: Sequence[Jacobian],
         sign: Callable[[int], Array],
         vectors: Vectors,
-        kernels: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]] | None = None,
+        kernel: Kernel | None = None,
+        *,
+        min_group: int = 4,
+        max_vectors: int = 2048,
     ) -> None:
-        self._names, self._N, self._jacobians = tuple(moments), strata, jacobians
-        self._sign, self._vectors, self._kernels = sign, vectors, kernels or inner_products
+        self._names, self._strata, self._jacobians = tuple(moments), strata, jacobians
+        self._sign, self._vectors, self._kernel = sign, vectors, kernel or shared_probe_kernel
+        self._min_group, self._max_vectors = min_group, max_vectors
         j = jacobians[0]
-        self._per_field = 2 * len(jacobians) * strata * dim * j.itemsize  # itself, and the block that it came from
-        fit = j.memory // self._per_field
-        self.widest = max(self.LEAST, min(fit, self.WIDEST // strata))
-        turns = 1 if fit >= self.LEAST else min(strata, -(-2 * self.LEAST * self._per_field // j.memory))
-        self._turns = [slice(strata * i // turns, strata * (i + 1) // turns) for i in range(turns)]
-        self._closed: list[tuple[int, standard_errors.Moments2]] = []
+        self._bytes_per_probe = 2 * len(jacobians) * strata * dim * j.itemsize  # and the block that it is copied from
+        fit = j.memory // self._bytes_per_probe
+        self.max_group = max(min_group, min(fit, max_vectors // strata))
+        count = 1 if fit >= min_group else min(strata, -(-2 * min_group * self._bytes_per_probe // j.memory))
+        self._chunks = arrays.chunks(strata, count)
+        self._closed: list[tuple[int, MomentEstimates]] = []
         self._clear()
 
     @property
     def least(self) -> int:
-        return math.ceil(self.LEAST * self.dearer) if len(self._turns) > 1 else 1
+        return math.ceil(self._min_group * self.recompute_factor) if len(self._chunks) > 1 else 1
 
     @property
-    def dearer(self) -> float:
-        """How many times the passes of a field are spent on it because its vectors have to be made anew."""
-        sizes = [turn.stop - turn.start for turn in self._turns]
-        return sum(size * (len(sizes) - i) for i, size in enumerate(sizes)) / self._N
+    def recompute_factor(self) -> float:
+        """Passes spent on a probe, as a multiple of those that it takes when its vectors are kept."""
+        sizes = [chunk.stop - chunk.start for chunk in self._chunks]
+        return sum(size * (len(sizes) - i) for i, size in enumerate(sizes)) / self._strata
 
     def extend(self, probes: int) -> None:
-        if len(self._turns) > 1:
-            return self._extend_anew(probes)
-        if self._held and self._fields < self.widest:
-            k = min(probes, self.widest - self._fields)
+        """Draw probes; where their vectors are recomputed, as many as cost the passes of ``probes`` kept ones.
+
+        Raises:
+            OverMemory: the vectors have to be recomputed, and the passes are not enough for one group.
+        """
+        if len(self._chunks) > 1:
+            return self._extend_recomputing(probes)
+        if self._held and self._count < self.max_group:
+            k = min(probes, self.max_group - self._count)
             self._grow(k)
             probes -= k
-        if probes < (self.LEAST if self._held or self._closed else 1):
+        if probes < (self._min_group if self._held or self._closed else 1):
             return None  # too few for a group of their own
-        count = -(-probes // self.widest)
-        if count > 1 and probes // count < self.LEAST:
+        count = -(-probes // self.max_group)
+        if count > 1 and probes // count < self._min_group:
             count -= 1
-            probes = count * self.widest
+            probes = count * self.max_group
         for i in range(count):
             self._close()
             self._grow(probes // count + (i < probes % count))
         return None
 
-    def _extend_anew(self, probes: int) -> None:
-        fields = int(probes / self.dearer)
-        if fields < self.LEAST and not self._closed:
-            wanted = self.LEAST * self._per_field
+    def _extend_recomputing(self, probes: int) -> None:
+        affordable = int(probes / self.recompute_factor)
+        if affordable < self._min_group and not self._closed:
+            wanted = self._min_group * self._bytes_per_probe
             raise OverMemory(
-                f"the vectors of {self.LEAST} probes take {wanted} bytes; with memory of {self._jacobians[0].memory} "
-                f"they are made {self.dearer:.3g} times over, for which there are too few passes"
+                f"the vectors of {self._min_group} probes take {wanted} bytes; with memory of "
+                f"{self._jacobians[0].memory} each is computed {self.recompute_factor:.3g} times on average, "
+                "for which there are too few passes"
             )
-        count = fields // self.LEAST
+        count = affordable // self._min_group
         for i in range(count):
-            k = fields // count + (i < fields % count)
+            k = affordable // count + (i < affordable % count)
             u = self._sign(k)
-            sums = standard_errors.PairSums(self._N, k, len(self._names) - self._has_trace)
+            sums = PairSums(self._strata, k, len(self._names) - self._has_trace)
             traces = []
-            for a, turn in enumerate(self._turns):
-                held = self._make(u, turn)
+            for a, chunk in enumerate(self._chunks):
+                held = self._vectors(u, chunk)
                 if self._has_trace:
-                    traces.append(_squares(held[0]))
+                    traces.append(_squared_norms(held[0]))
                 for b in range(a + 1):
-                    other = held if a == b else self._make(u, self._turns[b])
+                    other = held if a == b else self._vectors(u, self._chunks[b])
                     tables = self._tables(held, other)
-                    sums.add(turn.start, self._turns[b].start, tables)
+                    sums.add(chunk.start, self._chunks[b].start, tables)
                     if a != b:
-                        sums.add(self._turns[b].start, turn.start, [t.transpose(2, 3, 0, 1) for t in tables])
+                        sums.add(self._chunks[b].start, chunk.start, [t.transpose(2, 3, 0, 1) for t in tables])
             self._closed.append((k, sums.moments(np.concatenate(traces, axis=1).T if self._has_trace else None)))
 
     @property
     def _has_trace(self) -> bool:
         return self._names[0] == "trace"
 
-    def _make(self, u: Array, turn: slice) -> list[Array]:
-        return list(self._vectors(u, turn))
-
     def _tables(self, one: Sequence[Array], other: Sequence[Array]) -> list[np.ndarray]:
-        """What pairs say, ``[strata, k, strata', k']`` a moment."""
+        """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment but the trace."""
         if self._names == ("trace",):
             return []
         (k, n, dim), (k2, n2, _) = one[0].shape, other[0].shape
         flat = [w.reshape(-1, dim) for w in one]
-        tables = self._kernels(flat, flat if one is other else [w.reshape(-1, dim) for w in other])[
+        tables = self._kernel(flat, flat if one is other else [w.reshape(-1, dim) for w in other])[
             : len(self._names) - self._has_trace
         ]
-        return [standard_errors.on_host(t).reshape(k, n, k2, n2).transpose(1, 0, 3, 2) for t in tables]
+        return [arrays.to_numpy(t).reshape(k, n, k2, n2).transpose(1, 0, 3, 2) for t in tables]
 
     def _clear(self) -> None:
-        self._held: list[list[Array]] = []
+        self._held: list[Sequence[Array]] = []
         self._table: list[np.ndarray] = []
         self._traces: list[np.ndarray] = []
-        self._fields = 0
+        self._count = 0
 
     def _grow(self, k: int) -> None:
-        """More fields for the open group."""
-        new = self._make(self._sign(k), self._turns[0])
+        """Add probes to the open group."""
+        new = self._vectors(self._sign(k), self._chunks[0])
         own = self._tables(new, new)
         across = [self._tables(held, new) for held in self._held]
         if across:
@@ -250,65 +257,85 @@ class Pairs(Sample):
             self._table = own
         self._held.append(new)
         if self._has_trace:
-            self._traces.append(_squares(new[0]))
-        self._fields += k
+            self._traces.append(_squared_norms(new[0]))
+        self._count += k
 
     def _close(self) -> None:
         if self._held:
-            self._closed.append((self._fields, self._open()))
+            self._closed.append((self._count, self._open()))
         self._clear()
 
-    def _open(self) -> standard_errors.Moments2:
-        sums = standard_errors.PairSums(self._N, self._fields, len(self._table))
-        step = max(1, self.WIDEST // (4 * self._fields))
-        for start in range(0, self._N if self._table else 0, step):
+    def _open(self) -> MomentEstimates:
+        """The moments from the open group."""
+        sums = PairSums(self._strata, self._count, len(self._table))
+        step = max(1, self._max_vectors // (4 * self._count))
+        for start in range(0, self._strata if self._table else 0, step):
             sums.add(start, 0, [t[start : start + step] for t in self._table])
         return sums.moments(np.concatenate(self._traces).T if self._has_trace else None)
 
-    def moments(self) -> standard_errors.Moments2:
+    def moments(self) -> MomentEstimates:
         """The moments, in the order of their names, from all probes so far."""
-        groups = self._closed + ([(self._fields, self._open())] if self._held else [])
-        return standard_errors.Moments2.mean(groups)
+        return MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._held else []))
 
-    def read(self, metric: str) -> Reading:
-        return read_pairs(self._names, self.moments(), metric)
-
-
-def read_pairs(names: Sequence[str], found: standard_errors.Moments2, metric: str) -> Reading:
-    """Value and standard error of a metric from moments of these names."""
-    moments = Moments(**dict(zip(names, found.means.tolist(), strict=True)))
-    slopes = moments.gradient(metric)
-    error = found.error(np.array([getattr(slopes, name) for name in names]))
-    return Reading(moments.metric(metric), error, found.degrees)
+    def estimate(self, metric: str) -> PointEstimate:
+        return delta_method(metric, self._names, self.moments())
 
 
-def inner_products(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
-    """What two sets of vectors, ``[r, D]`` an operator, say of the square of the norm, and with two of all moments."""
+def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
+    """A metric from estimates of the moments of these names, with the standard error of the linearised metric."""
+    found = Moments(**dict(zip(names, moments.means.tolist(), strict=True)))
+    gradient = found.gradient(metric)
+    error = moments.standard_error(np.array([getattr(gradient, name) for name in names]))
+    return PointEstimate(found.metric(metric), error, moments.degrees)
+
+
+def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+    """Kernel for probes in output space, which are shared by all networks; see :data:`Kernel`.
+
+    With m = <w, w'> it is m^2, and with a second network also m_f^2 and m m_f.
+    """
     if one is other:
-        return products([_gram(a) for a in one])
-    return products([a @ b.T for a, b in zip(one, other, strict=True)])
+        return moment_products([symmetric_gram(a) for a in one])
+    return moment_products([a @ b.T for a, b in zip(one, other, strict=True)])
 
 
-def _gram(a: Array) -> Array:
-    """a a^T, of which little more than a triangle is computed."""
-    cuts = min(CUTS, len(a) // NARROWEST)
-    if cuts < 2:
-        return a @ a.T
-    xp = array_api_compat.array_namespace(a)
-    ends = [len(a) * i // cuts for i in range(cuts + 1)]
-    rows = [a[start:stop] @ a[:stop].T for start, stop in itertools.pairwise(ends)]
-    mirrored = [
-        xp.concat([rows[i], *(row[:, ends[i] : ends[i + 1]].T for row in rows[i + 1 :])], axis=1) for i in range(cuts)
-    ]
-    return xp.concat(mirrored)
+def crossed_network_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+    """Kernel for probes in parameter space; see :data:`Kernel`.
+
+    It is <w, w'>^2, and with a second network also <w_f, w_f'>^2 and the mean of <w, w_f'>^2 and <w_f, w'>^2: here the
+    cross term is the norm of J^T J_f, an inner product between networks.
+    """
+    squares = [(a @ b.T) ** 2 for a, b in zip(one, other, strict=True)]
+    if len(one) == 1:
+        return squares
+    return [*squares, ((one[0] @ other[1].T) ** 2 + (one[1] @ other[0].T) ** 2) / 2]
 
 
-def products(grams: Sequence[Array]) -> list[Array]:
-    """m^2, and with the inner products of a second network m_f^2 and m m_f."""
+def moment_products(grams: Sequence[Array]) -> list[Array]:
+    """Entrywise products for the moments of Theta^2: m^2, and with m_f of a second network also m_f^2 and m m_f."""
     pairs = [(grams[0], grams[0])] + [pair for f in grams[1:] for pair in ((f, f), (grams[0], f))]
     return [a * b for a, b in pairs]
 
 
-def _squares(w: Array) -> np.ndarray:
-    xp = array_api_compat.array_namespace(w)
-    return standard_errors.on_host(xp.linalg.vecdot(w, w))
+def symmetric_gram(a: Array, *, chunks: int = 4, min_rows: int = 32) -> Array:
+    """``a a^T``, of which only the lower triangle of blocks is multiplied.
+
+    Args:
+        a: ``[r, D]``.
+        chunks: chunks of rows, at most.
+        min_rows: rows of a chunk, at least; smaller products lose more than the triangle saves.
+    """
+    count = min(chunks, len(a) // min_rows)
+    if count < 2:
+        return a @ a.T
+    xp = array_api_compat.array_namespace(a)
+    parts = arrays.chunks(len(a), count)
+    rows = [a[part] @ a[: part.stop].T for part in parts]
+    complete = [
+        xp.concat([rows[i], *(row[:, part].T for row in rows[i + 1 :])], axis=1) for i, part in enumerate(parts)
+    ]
+    return xp.concat(complete)
+
+
+def _squared_norms(w: Array) -> np.ndarray:
+    return arrays.to_numpy(array_api_compat.array_namespace(w).linalg.vecdot(w, w))

@@ -1,25 +1,25 @@
-"""What estimators that deflate share: bases, Hutch++, and leave-one-out sketches with an honest standard error.
+"""Deflation: orthonormal bases, Hutch++, and leave-one-out sketches with a calibrated standard error.
 
-Large arrays stay on the device in the operator's precision. What remains of k probes is k x k and goes to the host in
-float64, so both backends do the same small linear algebra.
+Large arrays stay on the device in the operator's precision. The k x k matrices that k probes are reduced to go to the
+host in float64, so that all backends do the same small linear algebra.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import array_api_compat
 import numpy as np
 
-from ntkbench.estimators import standard_errors
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators import arrays, standard_errors
+from ntkbench.estimators.arrays import asarray_like, epsilon, to_numpy
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, Jacobian, Rng
 
-Operator = Callable[[Array], Array]
-"""A product with a matrix that takes and gives rows: ``[k, columns] -> [k, rows]``."""
+LinearMap = Callable[[Array], Array]
+"""Products A u of a matrix A with k vectors, which are rows: ``[k, columns of A] -> [k, rows of A]``."""
 
 # --- bases and blocks
 
@@ -29,95 +29,101 @@ def orthonormal(rows: Array) -> Array:
     return array_api_compat.array_namespace(rows).linalg.qr(rows.T)[0].T
 
 
-def frame(rng: Rng, k: int, n: int) -> Array:
-    """min(k, n) random orthonormal rows ``[k, n]``, all such frames equally likely: a Gaussian block made orthonormal.
+def random_orthonormal(rng: Rng, k: int, n: int, *, max_share: float = 1 / 16) -> Array:
+    """min(k, n) random orthonormal rows of length n, from the uniform (Haar) distribution.
 
-    Few rows in many dimensions are nearly orthogonal as they are drawn (their condition number is at most 5/3 or so for
-    k = n / 16), and the inverse of a Cholesky factor of their Gram matrix is the quickest way on.
+    Args:
+        rng: of the Gaussian block that is made orthonormal.
+        k: rows.
+        n: dimension.
+        max_share: largest k / n at which the block is multiplied by the inverse of the Cholesky factor of its Gram
+            matrix, which is faster than QR. Its condition number is about (1 + sqrt(k / n)) / (1 - sqrt(k / n)).
     """
     rows = rng.normal(min(k, n), n)
-    if 16 * k > n:
+    if k > max_share * n:
         return orthonormal(rows)
     linalg = array_api_compat.array_namespace(rows).linalg
     return linalg.inv(linalg.cholesky(rows @ rows.T)) @ rows
 
 
-def beyond(rows: Array, q: Array) -> Array:
-    """Orthonormal rows for the part of ``rows [k, n]`` outside the span of the orthonormal rows ``q``."""
-    for _ in range(2):  # once leaves what rounding brought back
-        rows = orthonormal(without(rows, q))
+def orthonormal_complement(rows: Array, q: Array) -> Array:
+    """Orthonormal rows that span the part of ``rows [k, n]`` outside the span of the orthonormal rows ``q``."""
+    for _ in range(2):  # the second time removes what rounding left
+        rows = orthonormal(project_out(rows, q))
     return rows
 
 
-def without(rows: Array, q: Array) -> Array:
-    """``rows [k, n]`` less their part in the span of the orthonormal rows ``q``."""
+def project_out(rows: Array, q: Array) -> Array:
+    """``rows [k, n]`` less their projection on the span of the orthonormal rows ``q``."""
     return rows - (rows @ q.T) @ q
 
 
-def squared_lengths(j: Jacobian, product: Operator, rows: Array) -> np.ndarray:
-    """||A u||^2 for each row u; one block of products is held at a time."""
-    ends = np.cumsum([0, *j.blocks(len(rows))])
-    blocks = (rows[start:stop] for start, stop in itertools.pairwise(ends))
-    return standard_errors.by_probe((product(block) ** 2).sum(1) for block in blocks)
+def squared_norms(j: Jacobian, product: LinearMap, rows: Array) -> np.ndarray:
+    """||A u||^2 for each row u, ``[k]``; one block of products is held at a time."""
+    blocks = (rows[block] for block in arrays.slices(j.blocks(len(rows))))
+    return arrays.gather((product(block) ** 2).sum(1) for block in blocks)
 
 
-def on_host(array: Array) -> np.ndarray:
-    """A small array in float64 on the host."""
-    return standard_errors.on_host(array).astype(np.float64)
+# --- a sketch, and Hutchinson on its complement
 
 
-def beside(array: np.ndarray, like: Array) -> Array:
-    """A small host array in the precision and on the device of another."""
-    xp = array_api_compat.array_namespace(like)
-    return xp.asarray(array, dtype=like.dtype, device=array_api_compat.device(like))
+def add(known: float, residual: PointEstimate) -> PointEstimate:
+    """The sum of a number that is known and an estimate."""
+    return residual._replace(value=known + residual.value)
 
 
-def precision(array: Array) -> float:
-    """Machine epsilon of an array's entries."""
-    return float(array_api_compat.array_namespace(array).finfo(array.dtype).eps)
+def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -> PointEstimate:
+    """Trace of a square matrix by Hutch++ with random signs: ``2 * columns + residual`` products.
 
+    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased.
 
-# --- sketch first, then Hutchinson on what is left
-
-
-def plus(inside: float, outside: Reading) -> Reading:
-    """What a sketch holds for certain and what probes say of the rest."""
-    return outside._replace(value=inside + outside.value)
-
-
-def hutchpp(product: Operator, columns: int, residual: int, n: int, rng: Rng) -> Reading:
-    """Hutch++ for the trace of a square operator with random signs: 2 * columns + residual products.
-
-    The standard error is that of the residual's mean. Given the sketch the estimate is unbiased, so no more is needed.
+    Args:
+        product: with the matrix.
+        columns: of the sketch.
+        residual: probes for the complement of the sketch.
+        n: size of the matrix.
+        rng: of both.
     """
     q = orthonormal(product(rng.sign(columns, n)))
     inside = float((q * product(q)).sum())
-    g = without(rng.sign(residual, n), q)
-    return plus(inside, standard_errors.mean(standard_errors.by_probe([(g * product(g)).sum(1)])))
+    g = project_out(rng.sign(residual, n), q)
+    return add(inside, standard_errors.mean(arrays.gather([(g * product(g)).sum(1)])))
 
 
-def random_directions(j: Jacobian, product: Operator, probes: int, dim: int, rng: Rng) -> Reading:
-    """||A||_F^2 by a sixth of the probes as an orthonormal basis, exactly, and Hutchinson on its complement."""
-    columns = min(probes // 6, dim)
-    q = orthonormal(rng.sign(columns, dim))
-    inside = float(squared_lengths(j, product, q).sum())
-    if columns == dim:
-        return Reading(inside, 0.0)
-    sizes = j.blocks(probes - columns)
-    lengths = ((product(without(rng.sign(size, dim), q)) ** 2).sum(1) for size in sizes)
-    return plus(inside, standard_errors.mean(standard_errors.by_probe(lengths)))
-
-
-def from_separate_traces(metric: str, jacobians: Sequence[Jacobian], trace: Callable[[Operator], Reading]) -> Reading:
-    """A metric and its standard error from estimates of tr Theta, tr Theta^2 and tr Theta Theta_f, each by itself.
+def random_subspace(j: Jacobian, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:
+    """||A||_F^2, exactly on a random subspace of ``probes // 6`` dimensions and by Hutchinson on its complement.
 
     Args:
-        metric: which metric.
+        j: the operator that ``product`` belongs to, for the sizes of blocks.
+        product: with A.
+        probes: products.
+        dim: columns of A.
+        rng: of the subspace, and of the probes for its complement.
+    """
+    columns = min(probes // 6, dim)
+    q = orthonormal(rng.sign(columns, dim))
+    inside = float(squared_norms(j, product, q).sum())
+    if columns == dim:
+        return PointEstimate(inside, 0.0)
+    sizes = j.blocks(probes - columns)
+    outside = ((product(project_out(rng.sign(size, dim), q)) ** 2).sum(1) for size in sizes)
+    return add(inside, standard_errors.mean(arrays.gather(outside)))
+
+
+def from_separate_traces(
+    metric: str, jacobians: Sequence[Jacobian], trace: Callable[[LinearMap], PointEstimate]
+) -> PointEstimate:
+    """A metric from independent estimates of the traces of Theta, Theta^2, Theta_f^2 and Theta Theta_f.
+
+    Only those that the metric is a function of are estimated. Products with a product of two kernels take 4 passes.
+
+    Args:
+        metric: name of the metric.
         jacobians: J at theta_0 (and at theta_f, for alignment).
-        trace: estimates the trace of a square operator on rows ``[k, n]``, with its standard error.
+        trace: estimates the trace of a square matrix of size n from products with it.
     """
     theta = [j.ntk for j in jacobians]
-    parts: dict[str, Reading] = {}
+    parts: dict[str, PointEstimate] = {}
     if metric in ("trace", "effective_rank"):
         parts["trace"] = trace(theta[0])
     if metric != "trace":
@@ -126,22 +132,21 @@ def from_separate_traces(metric: str, jacobians: Sequence[Jacobian], trace: Call
         parts["square_f"] = trace(lambda u: theta[1](theta[1](u)))
         parts["cross"] = trace(lambda u: theta[0](theta[1](u)))
     moments = Moments(**{name: part.value for name, part in parts.items()})
-    slopes = moments.gradient(metric)
-    errors = [getattr(slopes, name) * part.error for name, part in parts.items()]
-    degrees = standard_errors.of_sum(zip(errors, (part.degrees for part in parts.values()), strict=True))
-    return Reading(moments.metric(metric), math.hypot(*errors), degrees)
+    gradient = moments.gradient(metric)
+    errors = [getattr(gradient, name) * part.standard_error for name, part in parts.items()]
+    degrees = standard_errors.satterthwaite(np.square(errors), [part.degrees for part in parts.values()])
+    return PointEstimate(moments.metric(metric), math.hypot(*errors), degrees)
 
 
-# --- leave-one-out
+# --- leave-one-out estimates
 
 
 class Sketch:
-    """A basis of k sketched vectors, and what of it is lost when one or two of them are left out.
+    """A basis of k sketched vectors F, and the directions that it loses when one or two of them are left out.
 
-    With F = Q R, the span of F without column i is Q's without the direction s_i = R^{-T} e_i / |R^{-T} e_i|, and
-    without columns i and j it lacks the span of s_i and s_j (Epperly, Tropp, Webber 2024, section 2). Where F has
-    not full rank numerically no direction is lost by leaving one out, so s_i = 0; this also keeps round-off from
-    being inverted.
+    With F = Q R, the span of F without column i is that of Q without the direction s_i = R^{-T} e_i / |R^{-T} e_i|.
+    Without columns i and j it lacks the span of s_i and s_j (Epperly, Tropp, Webber 2024, section 2). Where F is
+    numerically rank-deficient, leaving one vector out loses no direction, so s_i = 0. No round-off is inverted then.
 
     Attributes:
         q: the basis as orthonormal rows, ``[r, dim]``, on the device.
@@ -152,26 +157,27 @@ class Sketch:
     def __init__(self, rows: Array) -> None:
         xp = array_api_compat.array_namespace(rows)
         q, r = xp.linalg.qr(rows.T)
-        self.q, self.r = q.T, on_host(r)
+        self.q, self.r = q.T, to_numpy(r, np.float64)
         left, values, right = np.linalg.svd(self.r, full_matrices=False)
         k = self.r.shape[1]
-        rank = max(1, int((values > precision(rows) * max(rows.shape) * values[0]).sum()))
+        rank = max(1, int((values > epsilon(rows) * max(rows.shape) * values[0]).sum()))
         if rank == k:
             inverse = (left / values) @ right
             self.s = inverse / np.linalg.norm(inverse, axis=0)
         else:
-            self.q = beside(left[:, :rank].T, rows) @ self.q
+            self.q = asarray_like(left[:, :rank].T, rows) @ self.q
             self.r = values[:rank, None] * right[:rank]
             self.s = np.zeros((rank, k))
 
-    def pair(self, i: int) -> Operator:
-        """For i and every j, maps the images A s_j ``[a, k]`` to those of the unit vectors that s_j adds to s_i.
+    def pair(self, i: int) -> LinearMap:
+        """Orthonormalises every s_j against s_i.
 
-        Column i, where nothing is added, is 0.
+        Returns a map that takes the images A s_j of all j under some matrix A, ``[a, k]``, to the images of the
+        normalised components of s_j orthogonal to s_i. Column i is 0.
         """
         along = self.s.T @ self.s[:, i]
         rest = self.s - self.s[:, [i]] * along
-        # Once more: near-parallel s_i and s_j are the rule where a spectrum decays fast.
+        # A second time, since s_i and s_j are nearly parallel where the spectrum decays fast.
         again = self.s[:, i] @ rest
         along, rest = along + again, rest - self.s[:, [i]] * again
         length = np.linalg.norm(rest, axis=0)
@@ -180,28 +186,40 @@ class Sketch:
         return lambda images: (images - images[:, [i]] * along) * scale
 
 
-class Complement:
-    """Factors that make one probe of a Gaussian block uniform on the sphere outside the others' span."""
+class Normalisation:
+    """Factors that put one probe of a Gaussian block on the sphere in the orthogonal complement of the others.
+
+    Args:
+        probes: the block, ``[k, n]``.
+    """
 
     def __init__(self, probes: Array) -> None:
         self.k, self.n = probes.shape
-        r = on_host(array_api_compat.array_namespace(probes).linalg.qr(probes.T)[1])
+        r = to_numpy(array_api_compat.array_namespace(probes).linalg.qr(probes.T)[1], np.float64)
         inverse = np.linalg.inv(r)
         self._inverse_gram = inverse @ inverse.T
 
     def scale(self, i: int) -> np.ndarray:
-        """(dimension of the complement) / |part of u_i in it|^2, for the others but j; at j = i for all others."""
+        """(dimension of the complement) / |component of u_i in it|^2, ``[k]``.
+
+        The complement is that of all probes but i and j, at entry j; at entry i it is that of all probes but i.
+        """
         g = self._inverse_gram
         scale = (self.n - self.k + 2) * (g[i, i] - g[i] ** 2 / g.diagonal())
         scale[i] = (self.n - self.k + 1) * g[i, i]
         return scale
 
 
-def nystrom_trace(sketch: Sketch, outside: Complement, h: np.ndarray) -> np.ndarray:
-    """Estimates ``[k, k]`` of tr A for a Nystrom approximation A<Omega> that leaves probes out, as in :func:`combined`.
+def nystrom_trace(sketch: Sketch, normalisation: Normalisation, h: np.ndarray) -> np.ndarray:
+    """Leave-one-out estimates of tr A for A = B^T B, as :func:`leave_one_out` takes them, ``[k, k]``.
 
-    With A = B^T B, F = B Omega = Q R and h = (B^T Q)^T (B^T Q): tr A<Omega> = tr h, and without the probes of a set
-    with directions V it is tr h - tr V^T h V, the residual of probe i being |V^T R e_i|^2.
+    With probes Omega, F = B Omega = Q R, and h = (B^T Q)^T (B^T Q), the Nystrom approximation has the trace tr h.
+    Without the probes whose directions are V it has tr h - tr V^T h V, and the residual of probe i is |V^T R e_i|^2.
+
+    Args:
+        sketch: of F.
+        normalisation: of the probes.
+        h: ``[r, r]``.
     """
     s, r = sketch.s, sketch.r
     hs = h @ s
@@ -210,36 +228,37 @@ def nystrom_trace(sketch: Sketch, outside: Complement, h: np.ndarray) -> np.ndar
         pair = sketch.pair(i)
         v = pair(s)
         inside = np.trace(h) - s[:, i] @ hs[:, i] - (v * pair(hs)).sum(0)
-        table[i] = inside + outside.scale(i) * ((s[:, i] @ r[:, i]) ** 2 + (r[:, i] @ v) ** 2)
+        table[i] = inside + normalisation.scale(i) * ((s[:, i] @ r[:, i]) ** 2 + (r[:, i] @ v) ** 2)
     return table
 
 
-def xnystrace(product: Operator, back: Operator, probes: Array) -> Reading:
-    """||B||_F^2 by leave-one-out Nystrom approximations of B^T B from k Gaussian probes: k products each way.
+def xnystrace(product: LinearMap, adjoint: LinearMap, probes: Array) -> PointEstimate:
+    """||B||_F^2 by leave-one-out Nystrom approximations of B^T B, from k products with B and k with B^T.
 
     Args:
         product: with B.
-        back: with B^T.
-        probes: ``[k, dim]``.
+        adjoint: with B^T.
+        probes: Gaussian, ``[k, columns of B]``.
     """
     sketch = Sketch(product(probes))
-    b = back(sketch.q)
-    return combined(nystrom_trace(sketch, Complement(probes), on_host(b @ b.T)))
+    b = adjoint(sketch.q)
+    return leave_one_out(nystrom_trace(sketch, Normalisation(probes), to_numpy(b @ b.T, np.float64)))
 
 
 def nystrom_inner_product(
-    one: Sketch, other: Sketch, outside: Complement, z: np.ndarray, x: np.ndarray, y: np.ndarray
+    one: Sketch, other: Sketch, normalisation: Normalisation, z: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-    """Estimates ``[k, k]`` of tr(A C) for A = J J^T, C = J_f J_f^T and shared probes, as in :func:`combined`.
+    """Leave-one-out estimates of tr(A C) for A = J J^T and C = J_f J_f^T, as :func:`leave_one_out` takes them.
 
-    A = A' + E and C = C' + E_f with Nystrom approximations A' = B B^T, B = J Q, and C' = B_f B_f^T. Of
-    tr AC = |J_f^T B|^2 + |J^T B_f|^2 - |B_f^T B|^2 + tr E E_f only the last is not known: it is the mean of
-    <E u, E_f u> over probes left out. Leaving probes with directions V out takes B V from B and adds it to E, whose
-    product with probe i is B V V^T R e_i.
+    A = A' + E and C = C' + E_f with Nystrom approximations A' = B B^T, B = J Q, and C' = B_f B_f^T, from the same
+    probes. In tr AC = |J_f^T B|^2 + |J^T B_f|^2 - |B_f^T B|^2 + tr E E_f only the last term is unknown. It is the mean
+    of <E u, E_f u> over probes left out. Leaving out the probes whose directions are V removes B V from B and adds it
+    to E, whose product with probe i is then B V V^T R e_i.
 
     Args:
-        one, other: sketches of J^T and J_f^T.
-        outside: of the probes.
+        one: sketch of J^T.
+        other: sketch of J_f^T.
+        normalisation: of the probes.
         z: B_f^T B.
         x: (J_f^T B)^T (J_f^T B).
         y: (J^T B_f)^T (J^T B_f).
@@ -258,25 +277,65 @@ def nystrom_inner_product(
         known = known - (both + ss**2 + sv**2 + vs**2 + vv**2)
         a, a_f = s[:, i] @ one.r[:, i], t[:, i] @ other.r[:, i]
         p, p_f = one.r[:, i] @ v, other.r[:, i] @ w
-        table[i] = known + outside.scale(i) * (a_f * a * ss + a_f * p * sv + p_f * a * vs + p_f * p * vv)
+        table[i] = known + normalisation.scale(i) * (a_f * a * ss + a_f * p * sv + p_f * a * vs + p_f * p * vv)
     return table
 
 
-def combined(table: np.ndarray) -> Reading:
-    """Value and standard error of a leave-one-out estimate: the mean of the diagonal.
+def xtrace_table(
+    sketch: Sketch, n: int, h: np.ndarray, fb: np.ndarray, b2: np.ndarray, w: np.ndarray, u2: np.ndarray
+) -> np.ndarray:
+    """Estimates of XTrace for Theta = J J^T with probes U, as :func:`leave_one_out` takes them, ``[k, k]``.
 
-    ``table[i, j]`` is probe i's estimate with a sketch of the probes other than i and j; the k estimates of the
-    diagonal leave out their own probe only, and share their sketches, so their scatter s^2 / k alone (the usual error
-    estimate) misses their covariance: it is about half of the variance for typical spectra and a fifth for steep ones.
-    (The jackknife over probes errs the other way: 3 times the variance typically, 20 to 60 times for steep spectra.)
-    Let d_ij = table[i, i] - table[i, j]. Each estimate has the right mean whatever the other probes are, table[i, j]
-    and table[j, i] are independent given the others, so the covariance is E d_ij d_ji, and
-    s^2 / k + mean d_ij d_ji is an unbiased estimate of the variance. A sketch of two probes fewer is much worse than
-    one of one fewer where the spectrum has a cliff just there; then the second term is all noise, so it is confined to
-    -1/2 to 8 times the first. That makes the squared error about 0.8 of the variance for spectra like 0.7^i.
+    Args:
+        sketch: of Theta U, with the basis Q.
+        n: dimension of the probes.
+        h: F^T F for F = J^T Q.
+        fb: F^T B for B = J^T U.
+        b2: diagonal of B^T B.
+        w: Q^T U.
+        u2: diagonal of U^T U.
+    """
+    s = sketch.s
+    k = s.shape[1]
+    hs = h @ s
+    table = np.empty((k, k))
+    for i in range(k):
+        pair = sketch.pair(i)
+        v, hv = pair(s), pair(hs)
+        vhv = (v * hv).sum(0)
+        # x: coordinates in Q of the projection of u_i on the sketch without i. Without j too, it is x - a v.
+        x = w[:, i] - s[:, i] * (s[:, i] @ w[:, i])
+        hx = h @ x
+        a = w[:, i] @ v
+        residual = b2[i] - 2 * (x @ fb[:, i]) + x @ hx
+        residual = residual + 2 * a * ((fb[:, i] - hx) @ v) + a**2 * vhv
+        length = u2[i] - x @ x + a**2
+        dimension = np.full(k, n - k + 2)
+        dimension[i] -= 1
+        # The complement of a complete basis is round-off.
+        scale = np.divide(dimension, length, out=np.zeros(k), where=length > 1e-14 * u2[i])
+        table[i] = np.trace(h) - s[:, i] @ hs[:, i] - vhv + scale * np.maximum(residual, 0.0)
+    return table
+
+
+def leave_one_out(table: np.ndarray) -> PointEstimate:
+    """Mean of k leave-one-out estimates, with a standard error that includes their covariance.
+
+    The k estimates on the diagonal share their sketches, so their scatter s^2 / k, the usual error estimate, misses
+    their covariance. It amounts to about half of the variance for typical spectra, and to a fifth for steep ones. (The
+    jackknife over probes is too large: 3 times the variance typically, 20 to 60 times for steep spectra.) Let
+    d_ij = table[i, i] - table[i, j]. Each estimate is unbiased whatever the other probes are, and table[i, j] and
+    table[j, i] are independent given the others. So the covariance is E d_ij d_ji, and s^2 / k + mean d_ij d_ji is an
+    unbiased estimate of the variance. Where the spectrum has a cliff just at k, a sketch of one probe fewer is much
+    worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
+    squared error about 0.8 of the variance for spectra like 0.7^i.
+
+    Args:
+        table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
     """
     k = len(table)
     value, error, degrees = standard_errors.mean(table.diagonal())
     gained = table.diagonal()[:, None] - table
     covariance = (gained * gained.T).sum() / (k * (k - 1)) if k > 1 else math.nan
-    return Reading(value, math.sqrt(error**2 + float(np.clip(covariance, -0.5 * error**2, 8 * error**2))), degrees)
+    variance = error**2 + float(np.clip(covariance, -0.5 * error**2, 8 * error**2))
+    return PointEstimate(value, math.sqrt(variance), degrees)

@@ -1,4 +1,4 @@
-"""The spectrum of Theta by stochastic Lanczos quadrature: density, largest eigenvalue, entropy effective rank."""
+"""Spectral density, largest eigenvalue and entropy effective rank of Theta, by stochastic Lanczos quadrature."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import BadInput
-from ntkbench.estimators.deflation import beside, on_host, precision
+from ntkbench.estimators.arrays import asarray_like, epsilon, to_numpy
 from ntkbench.operators import Jacobian
 
 
 @dataclass(frozen=True)
 class Density:
-    """A quadrature for the spectrum of Theta: sum_i f(lambda_i) is about n * sum over nodes of weight * f(node).
+    """A quadrature rule for the spectrum of Theta: sum_i f(lambda_i) is about n sum_j weight_j f(node_j).
 
     Attributes:
-        nodes: Ritz values of each probe, ``[probes, steps]``, those below round-off set to 0.
-        weights: their weights, ``[probes, steps]``; each probe's add up to 1 / probes.
+        nodes: Ritz values of each probe, ``[probes, steps]``; those below round-off are 0.
+        weights: their weights, ``[probes, steps]``; those of one probe add up to 1 / probes.
         n: size of Theta.
         passes: passes spent.
     """
@@ -31,7 +31,7 @@ class Density:
 
     @property
     def largest(self) -> float:
-        """The largest Ritz value: never more than lambda_max, and close to it after a few steps."""
+        """The largest Ritz value: a lower bound on lambda_max, close to it after a few steps."""
         return float(self.nodes.max())
 
     @property
@@ -50,15 +50,22 @@ class Density:
 
 
 def density(j: Jacobian, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:
-    """Stochastic Lanczos quadrature on Theta = J J^T with full reorthogonalisation: 2 * probes * steps passes at most.
+    """Stochastic Lanczos quadrature on Theta = J J^T with full reorthogonalisation.
 
-    Every probe is a Gaussian vector made a unit one, with a Krylov space of its own; all probes advance together, so a
-    step is one block of products. A probe whose space is used up rides along as a zero vector until the others are
-    done. For each probe's own measure the quadrature is exact for polynomials of degree 2 * steps - 1; random is only
-    that measure, whose mean is the density. With as many steps as there are distinct eigenvalues they are the nodes.
+    Every probe is a normalised Gaussian vector with its own Krylov space. All probes advance together, so a step is one
+    block of products. A probe whose Krylov space is exhausted continues as a zero vector until the others are done. For
+    the spectral measure of one probe the quadrature is exact for polynomials of degree 2 * steps - 1. The mean of that
+    measure over probes is the density. The nodes are the distinct eigenvalues once there are as many steps.
 
-    Source: Golub, Welsch 1969; Bai, Fahey, Golub 1996; Ubaru, Chen, Saad 2017, algorithm 1. Holds probes * steps
-    vectors of n.
+    Costs at most 2 * probes * steps passes, and holds probes * steps vectors of length n.
+
+    Source: Golub, Welsch 1969; Bai, Fahey, Golub 1996; Ubaru, Chen, Saad 2017, algorithm 1.
+
+    Args:
+        j: J.
+        probes: random starting vectors.
+        steps: Lanczos steps; more than n are not taken.
+        seed: of the probes.
 
     Raises:
         BadInput: no probes or no steps.
@@ -70,32 +77,32 @@ def density(j: Jacobian, *, probes: int = 4, steps: int = 30, seed: int = 0) -> 
     u = j.rng(seed).normal(probes, j.n)
     xp = array_api_compat.array_namespace(u)
     u = u / xp.sqrt((u**2).sum(1))[:, None]
-    basis, diagonal, beside_it = [u], [], []
+    basis, diagonal, off_diagonal = [u], [], []
     alive = np.ones(probes, bool)
     for step in range(steps):
         w = j.ntk(basis[-1])
-        diagonal.append(on_host((w * basis[-1]).sum(1)))
+        diagonal.append(to_numpy((w * basis[-1]).sum(1), np.float64))
         if step + 1 == steps:
             break
-        # Twice is enough: the three-term recurrence by itself loses orthogonality as soon as a Ritz value converges.
+        # The three-term recurrence loses orthogonality as soon as a Ritz value converges; two full passes restore it.
         for _ in range(2):
             for q in basis:
                 w = w - (w * q).sum(1)[:, None] * q
-        length = on_host(xp.sqrt((w**2).sum(1)))
+        length = to_numpy(xp.sqrt((w**2).sum(1)), np.float64)
         scale = np.max(diagonal, axis=0)
-        alive = alive & (length > 100 * precision(u) * scale)
-        beside_it.append(np.where(alive, length, 0.0))
+        alive = alive & (length > 100 * epsilon(u) * scale)
+        off_diagonal.append(np.where(alive, length, 0.0))
         if not alive.any():
             break
-        basis.append(w * beside(np.where(alive, 1 / np.where(alive, length, 1.0), 0.0), u)[:, None])
+        basis.append(w * asarray_like(np.where(alive, 1 / np.where(alive, length, 1.0), 0.0), u)[:, None])
     size = len(diagonal)
     matrices = np.zeros((probes, size, size))
     at = np.arange(size)
     matrices[:, at, at] = np.array(diagonal).T
     if size > 1:
-        off = np.array(beside_it[: size - 1]).T
+        off = np.array(off_diagonal[: size - 1]).T
         matrices[:, at[:-1], at[1:]] = matrices[:, at[1:], at[:-1]] = off
     nodes, vectors = np.linalg.eigh(matrices)
-    noise = size * precision(u) * nodes.max(axis=1, keepdims=True)
+    noise = size * epsilon(u) * nodes.max(axis=1, keepdims=True)
     nodes = np.where(nodes > noise, nodes, 0.0)
     return Density(nodes, vectors[:, 0, :] ** 2 / probes, j.n, j.passes - before)

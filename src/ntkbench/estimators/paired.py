@@ -1,8 +1,8 @@
-"""Operators compared by what the same probes say of each of them, so that what sets them apart is paired.
+"""Paired comparison of operators: all are applied to the same probes.
 
-For positive semi-definite M_0, M_1, ... and random signs u that they share, u^T M u, ||M u||^2 and <M_0 u, M u> have
-the means tr M, ||M||_F^2 and tr(M_0 M). What two operators have in common moves both estimates alike, so the standard
-error of a difference, which is the jackknife's over probes, is below that of independent estimates.
+For positive semi-definite M_0, M_1, ... and shared random signs u, u^T M u, ||M u||^2 and <M_0 u, M u> have the means
+tr M, ||M||_F^2 and tr(M_0 M). The estimates of similar operators are strongly correlated, so the standard error of a
+ratio, by the jackknife over probes, is below that of independent estimates.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from ntkbench.estimators import standard_errors
-from ntkbench.metrics import Moments
-
-QUANTITIES = ("trace", "norm", "effective_rank", "alignment")
+from ntkbench.estimators import arrays, standard_errors
+from ntkbench.metrics import METRICS, Moments
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A metric of an operator against the first one.
+class Comparison:
+    """A metric of an operator, and its ratio to that of the first operator.
 
     Attributes:
         quantity: trace, norm, effective_rank, or alignment with the first operator.
         value: its estimate.
-        standard_error: of the value by itself.
-        ratio: the value over that of the first operator (whose alignment with itself is 1).
-        ratio_standard_error: of the ratio, from pairs.
+        standard_error: of the value.
+        ratio: the value over that of the first operator, whose alignment with itself is 1.
+        ratio_standard_error: of the ratio, from paired probes.
     """
 
     quantity: str
@@ -37,19 +35,19 @@ class Compared:
     ratio_standard_error: float
 
 
-class Probes:
-    """What k common probes say of one operator after the other.
+class SharedProbes:
+    """Compares operators on k shared probes, one operator after the other.
 
     Args:
-        u: random signs ``[k, n]`` of either backend, the same for all operators.
+        u: random signs ``[k, n]`` of either backend.
     """
 
     def __init__(self, u: Any) -> None:
         self._u = u
         self._first: Any = None
 
-    def compare(self, image: Any) -> list[Compared]:
-        """The four metrics of an operator, against the first that was given.
+    def compare(self, image: Any) -> list[Comparison]:
+        """The four metrics of an operator, relative to the first operator that was given.
 
         Args:
             image: M u for each probe, ``[k, n]``.
@@ -57,11 +55,11 @@ class Probes:
         if self._first is None:
             self._first = image
         pairs = ((self._u, image), (image, image), (self._u, self._first), (self._first, self._first))
-        columns = [standard_errors.by_probe([(a * b).sum(1)]) for a, b in (*pairs, (image, self._first))]
-        return [_compared(quantity, columns) for quantity in QUANTITIES]
+        columns = [arrays.gather([(a * b).sum(1)]) for a, b in (*pairs, (image, self._first))]
+        return [_comparison(quantity, columns) for quantity in METRICS]
 
 
-def _compared(quantity: str, columns: list[np.ndarray]) -> Compared:
+def _comparison(quantity: str, columns: list[np.ndarray]) -> Comparison:
     def value(trace: float, square: float, trace_0: float, square_0: float, cross: float) -> float:
         return Moments(trace, square, square_0, cross).metric(quantity)
 
@@ -70,4 +68,4 @@ def _compared(quantity: str, columns: list[np.ndarray]) -> Compared:
         return value(trace, square, trace_0, square_0, cross) / first
 
     own, relative = (standard_errors.jackknife(f, *columns) for f in (value, ratio))
-    return Compared(quantity, own.value, own.error, relative.value, relative.error)
+    return Comparison(quantity, own.value, own.standard_error, relative.value, relative.standard_error)

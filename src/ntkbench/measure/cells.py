@@ -56,7 +56,7 @@ def cells(config: Config) -> list[Cell]:
 def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
     """Why a cell is left out, known before anything is run; ``None`` if it is to be measured."""
     method, target = methods.get(cell.method), config.target(cell.backend)
-    if reason := method.refusal(problem, cell.metric, target, cell.passes):
+    if reason := method.unsupported_reason(problem, cell.metric, target, cell.passes):
         return reason
     try:
         config.limits.check_passes(cell.passes or method.passes_needed(problem, cell.metric, target))

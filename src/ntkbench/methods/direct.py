@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from ntkbench import metrics
+from ntkbench.estimators import arrays
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import Jacobian
@@ -14,7 +14,7 @@ from ntkbench.problem import Problem
 
 
 class Direct(Deterministic):
-    """Theta column by column from a black box: n Theta-vector products, 2n passes, for each set of weights."""
+    """Theta column by column from a black box: n Theta-vector products, 2n passes, for each parameter set."""
 
     title = "direct"
     kind = "exact"
@@ -22,12 +22,11 @@ class Direct(Deterministic):
     backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return 2 * problem.n * len(metrics.ends(metric))
+        return 2 * problem.n * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
         j = jacobians[0]
-        ends = [*itertools.accumulate(j.blocks(j.n))]
         return metrics.from_rows_of_theta(
-            (range(start, stop), [jacobian.ntk(jacobian.basis(start, stop)) for jacobian in jacobians])
-            for start, stop in zip([0, *ends], ends, strict=False)
+            (range(block.start, block.stop), [each.ntk(each.basis(block.start, block.stop)) for each in jacobians])
+            for block in arrays.slices(j.blocks(j.n))
         )

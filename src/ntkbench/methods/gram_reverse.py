@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ntkbench.estimators.accumulators import Pairs, moments_of
-from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.methods.base.u_statistics import GramMatrix
 
 
-class GramReverse(Sampling):
-    """G = U^T Theta U, the Gram matrix of J^T u over k random signs u: VJPs only, 1 pass a probe, 2 for alignment.
+class GramReverse(GramMatrix):
+    """G = U^T Theta U, the Gram matrix of J^T u over k random signs u: VJPs only, 1 pass per probe, 2 for alignment.
 
-    tr Theta = E mean_i G_ii, ||Theta||_F^2 = E sum_(i != j) G_ij^2 / (k (k - 1)) and, on the same probes, tr(Theta
-    Theta_f) = E sum_(i != j) G_ij G^f_ij / (k (k - 1)): unbiased, so that the square root and the ratios are biased at
-    order 1/k. The variance of the square is about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2. At equal passes
-    Theta-products (``hutchinson``) have 4 ||Theta^2||_F^2 / k: these need no forward mode and half as many passes for
-    the same number of probes, no more. Standard error as in :class:`ntkbench.estimators.standard_errors.PairSums`;
-    memory is bounded as in :class:`ntkbench.estimators.accumulators.Pairs`.
+    tr Theta = E mean_i G_ii, ||Theta||_F^2 = E sum_(i != j) G_ij^2 / (k (k - 1)) and, with the same probes at theta_f,
+    tr(Theta Theta_f) = E sum_(i != j) G_ij G^f_ij / (k (k - 1)). These are unbiased; the square root and the ratios are
+    biased at order 1/k. The variance of the square is about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2. Hutchinson's
+    estimate has 4 ||Theta^2||_F^2 / k at equal passes. So this method saves the forward mode, and half of the passes at
+    equal numbers of probes, but no more. The standard error is that of
+    :class:`ntkbench.estimators.standard_errors.PairSums`. Memory is bounded as in
+    :class:`ntkbench.estimators.accumulators.UStatistics`.
     """
 
     title = "reverse Gram matrix"
-    source = "U-statistics of Hoeffding 1948; Kong and Valiant 2017 (arXiv 1602.00061) for spectral moments"
-    backends = ("torch", "jax")
-    fewest_probes = 4
-
-    def passes_per_probe(self, metric: str) -> int:
-        return 2 if metric == "alignment" else 1
-
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Pairs:
-        j = jacobians[0]
-
-        def products(u: Array, _: slice) -> list[Array]:
-            return [jacobian.vjp(u)[:, None] for jacobian in jacobians]
-
-        return Pairs(moments_of(names), 1, j.P, jacobians, lambda k: rng.sign(k, j.n), products)
+    side = "reverse"

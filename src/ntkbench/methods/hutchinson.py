@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.estimators.accumulators import Columns, moments_of
-from ntkbench.methods.base import Sampling
+from ntkbench.estimators.accumulators import ProbeMeans, required_moments
+from ntkbench.methods.base import Accumulating
 from ntkbench.operators import Array, Jacobian, Rng
 
 
-class Hutchinson(Sampling):
-    """u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u: 2 passes a probe, 4 for alignment.
+class Hutchinson(Accumulating):
+    """u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u: 2 passes per probe, 4 for alignment.
 
-    Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k, and for ||Theta||_F^2; the square
-    root and the ratios are biased at order 1/k. The standard error is the jackknife over probes.
+    Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k for k probes, and for ||Theta||_F^2.
+    The square root and the ratios are biased at order 1/k. The standard error is that of the jackknife over probes.
     """
 
     title = "Hutchinson"
@@ -23,8 +23,8 @@ class Hutchinson(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 4 if metric == "alignment" else 2
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
-        j, moments = jacobians[0], moments_of(names)
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> ProbeMeans:
+        j, moments = jacobians[0], required_moments(names)
 
         def products(k: int) -> list[Array]:
             u = rng.sign(k, j.n)
@@ -34,4 +34,4 @@ class Hutchinson(Sampling):
                 pairs |= {"square_f": (f, f), "cross": (theta_u, f)}
             return [(a * b).sum(1) for a, b in (pairs[moment] for moment in moments)]
 
-        return Columns(moments, products, j.blocks)
+        return ProbeMeans(moments, products, j.blocks)

@@ -1,11 +1,11 @@
-"""Hutch++: a sketch's exact share of a trace, and Hutchinson on what the sketch left, with Theta as a black box."""
+"""Hutch++: the trace on the range of a sketch exactly, and Hutchinson on its complement, with Theta as a black box."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ntkbench.estimators import deflation
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import Jacobian, Rng
 
@@ -14,10 +14,10 @@ class HutchPP(FixedBudget):
     """Traces of Theta, Theta^2 and Theta Theta_f by Hutch++ on the composed operator.
 
     tr A = tr Q^T A Q + 1/k sum_i g_i^T (I - Q Q^T) A (I - Q Q^T) g_i with Q = orth(A S), k columns of random signs in S
-    and k in g: unbiased, 3k products with A. This is the budget of the blog post on recurrent models, which calls it
-    Nystrom++; the paper's script divides its budget otherwise (``hutchpp_paper``). A product costs 2 passes for Theta
-    and 4 for Theta^2 and Theta Theta_f. Effective rank and alignment take separate traces. The standard error is that
-    of the residual's mean.
+    and k in g: unbiased, 3k products with A. This is the split of the blog post on recurrent models, which calls it
+    Nystrom++; the paper's script splits its budget differently (``hutchpp_paper``). A product takes 2 passes for Theta,
+    and 4 for Theta^2 and Theta Theta_f. Effective rank and alignment take independent traces. The standard error is
+    that of the residual's mean.
     """
 
     title = "Hutch++"
@@ -27,7 +27,7 @@ class HutchPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 6, "norm": 12, "effective_rank": 18, "alignment": 36}[metric]
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)
         return deflation.from_separate_traces(metric, jacobians, lambda a: deflation.hutchpp(a, k, k, n, rng))

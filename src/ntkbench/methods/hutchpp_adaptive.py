@@ -1,37 +1,39 @@
-"""Adaptive Hutch++: as many columns in the sketch as pay for themselves, the rest of the passes on the residual."""
+"""Adaptive Hutch++: the sketch grows while that lowers the variance, and the other passes go to the residual."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import array_api_compat
+import numpy as np
 
-from ntkbench.estimators import deflation, standard_errors
-from ntkbench.estimators.accumulators import Sample
-from ntkbench.estimators.standard_errors import Reading
-from ntkbench.methods.base import Sampling
+from ntkbench.estimators import arrays, deflation, standard_errors
+from ntkbench.estimators.accumulators import Accumulator
+from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.methods.base import Accumulating
 from ntkbench.operators import Array, Jacobian, Rng
 
-COLUMNS = 4
-"""By which the sketch grows."""
-
-RESIDUAL = 8
-"""Probes that are left for the residual, which alone can tell an error."""
-
-PASSES = 4
-"""Of one column: J^T s and J J^T s for the span, J^T q and Theta q = J J^T q for what the column takes away."""
+PASSES_PER_COLUMN = 4
+"""Two to sketch, Theta s = J J^T s, and two for Theta q = J J^T q of the column q that is added to the basis."""
 
 
-class HutchPPAdaptive(Sampling):
-    """tr Q^T Theta Q + mean of ||J^T (I - Q Q^T) g||^2 with an orthonormal Q that grows while that is worth it.
+class HutchPPAdaptive(Accumulating):
+    """tr Q^T Theta Q + mean of ||J^T (I - Q Q^T) g||^2, where Q grows while that lowers the variance.
 
-    One more column costs 4 passes, one more residual probe 1. The variance is 2 R / m for m residual probes, with R the
-    squared norm of (I - Q Q^T) Theta (I - Q Q^T) (less its diagonal). The columns' own random signs s, fresh to the Q
-    before them, tell R without bias, and Theta Q tells by how much each block of columns lowered it: after a block that
-    took a smaller share off R than its passes are of all residual probes, no further one is made. Residual probes are
-    kept and projected anew when Q grows, so no pass is lost, and as they have no part in the decision the estimate is
-    unbiased for a given budget. On a flat spectrum it is ``one_sided_reverse`` less one block; on a steep one half of
-    the passes and more go into the sketch. Holds 2 vectors of length n for each column and 1 for each probe.
+    Q is orthonormal.
+    A column takes 4 passes, a residual probe 1. The variance is 2 R / m for m residual probes, with R the squared norm
+    of (I - Q Q^T) Theta (I - Q Q^T), less its diagonal. The random signs s of a block of columns are independent of the
+    Q before them, so they estimate R without bias. Theta Q gives the decrease of R due to each block of columns. Once a
+    block's share of R is smaller than the share of its passes in all residual probes, no further block is added.
+    Residual probes are kept, and projected again when Q grows, so no pass is lost. They do not affect the decision, so
+    the estimate is unbiased for a given budget. On a flat spectrum it is ``one_sided_reverse`` less one block; on a
+    steep one, half of the passes and more go into the sketch. Holds 2 vectors of length n for each column and 1 for
+    each probe.
+
+    Attributes:
+        block: columns by which the sketch grows.
+        min_residual: residual probes that remain after the sketch, for the standard error.
     """
 
     title = "Hutch++ (adaptive)"
@@ -39,61 +41,69 @@ class HutchPPAdaptive(Sampling):
     backends = ("torch", "jax")
     metrics = ("trace",)
     first_batch = 40
+    block: ClassVar[int] = 4
+    min_residual: ClassVar[int] = 8
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Accumulator:
         (j,) = jacobians
-        return _Growing(j, rng)
+        return GrowingSketch(j, rng, self.block, self.min_residual)
 
 
-class _Growing(Sample):
-    """A sketch and residual probes, both of which can be added to; its probes are passes."""
+class GrowingSketch(Accumulator):
+    """A sketch and residual probes, both of which grow. The number of probes is that of passes.
 
-    def __init__(self, jacobian: Jacobian, rng: Rng) -> None:
+    Attributes:
+        q: basis of the sketch, rows.
+    """
+
+    def __init__(self, jacobian: Jacobian, rng: Rng, block: int, min_residual: int) -> None:
         self._j, self._rng = jacobian, rng
-        self._q = self._image = jacobian.basis(0, 0)  # Q and Theta Q, rows
+        self._block, self._min_residual = block, min_residual
+        self.q = self._image = jacobian.basis(0, 0)  # Q and Theta Q, rows
         self._g = jacobian.basis(0, 0)
-        self._lengths: list[Array] = []  # ||J^T g||^2
-        self._worth_it = True
+        self._norms: list[Array] = []  # ||J^T g||^2
+        self._growing = True
 
     def extend(self, probes: int) -> None:
-        left = probes
-        while self._worth_it and left >= PASSES * COLUMNS + RESIDUAL and len(self._q) + COLUMNS <= self._j.n:
+        left, cost = probes, PASSES_PER_COLUMN * self._block
+        while self._growing and left >= cost + self._min_residual and len(self.q) + self._block <= self._j.n:
             self._grow(len(self._g) + left)
-            left -= PASSES * COLUMNS
+            left -= cost
         if left:
             g = self._rng.sign(left, self._j.n)
-            self._lengths.append(deflation.squared_lengths(self._j, self._j.vjp, g))
+            self._norms.append(deflation.squared_norms(self._j, self._j.vjp, g))
             self._g = array_api_compat.array_namespace(g).concat([self._g, g])
 
     def _grow(self, probes: int) -> None:
-        """A block of columns; ``probes`` is how many residual probes there would be without it."""
-        s = self._rng.sign(COLUMNS, self._j.n)
+        """Add a block of columns; ``probes`` is the number of residual probes without it."""
+        s = self._rng.sign(self._block, self._j.n)
         xp = array_api_compat.array_namespace(s)
         theta_s = self._j.ntk(s)
         before = self._remainder(s, theta_s)
-        q = deflation.beyond(theta_s, self._q)
+        q = deflation.orthonormal_complement(theta_s, self.q)
         image = self._j.ntk(q)
-        across, own = deflation.on_host(self._q @ image.T), deflation.on_host(q @ image.T)
-        gained = 2 * float((deflation.on_host(image) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
-        self._q, self._image = xp.concat([self._q, q]), xp.concat([self._image, image])
-        self._worth_it = gained * probes > PASSES * COLUMNS * before
+        across, own = (arrays.to_numpy(rows @ image.T, np.float64) for rows in (self.q, q))
+        decrease = 2 * float((arrays.to_numpy(image, np.float64) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
+        self.q, self._image = xp.concat([self.q, q]), xp.concat([self._image, image])
+        self._growing = decrease * probes > PASSES_PER_COLUMN * self._block * before
 
     def _remainder(self, s: Array, theta_s: Array) -> float:
         """Mean of ||(I - Q Q^T) Theta (I - Q Q^T) s||^2."""
-        rest = deflation.without(theta_s - (s @ self._q.T) @ self._image, self._q)
-        return float((rest**2).sum()) / len(s)
+        residual = deflation.project_out(theta_s - (s @ self.q.T) @ self._image, self.q)
+        return float((residual**2).sum()) / len(s)
 
-    def read(self, metric: str) -> Reading:
-        inside = float((self._q * self._image).sum())
-        if not self._lengths:
-            return Reading(inside, 0.0)
+    def estimate(self, metric: str) -> PointEstimate:
+        inside = float((self.q * self._image).sum())
+        if not self._norms:
+            return PointEstimate(inside, 0.0)
         # ||J^T (g - Q c)||^2 with c = Q^T g
-        lengths = standard_errors.by_probe(self._lengths)
-        c = deflation.on_host(self._g @ self._q.T)
-        core = deflation.on_host(self._q @ self._image.T)
-        crossed = deflation.on_host(self._g @ self._image.T)
-        rest = lengths - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
-        return deflation.plus(inside, standard_errors.mean(rest))
+        norms = arrays.gather(self._norms)
+        c, core, crossed = (
+            arrays.to_numpy(rows @ others.T, np.float64)
+            for rows, others in ((self._g, self.q), (self.q, self._image), (self._g, self._image))
+        )
+        residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
+        return deflation.add(inside, standard_errors.mean(residual))

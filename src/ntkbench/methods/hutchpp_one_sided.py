@@ -1,11 +1,11 @@
-"""Hutch++ that uses Theta = J J^T: after the sketch it needs VJPs only."""
+"""Hutch++ with Theta = J J^T: only the sketch takes JVPs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ntkbench.estimators import deflation, standard_errors
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import Jacobian, Rng
 
@@ -13,9 +13,9 @@ from ntkbench.operators import Jacobian, Rng
 class HutchPPOneSided(FixedBudget):
     """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2, Q = orth(Theta S), k random signs in S and k in g.
 
-    The same estimate as ``hutchpp``'s for 4k passes and not 6k: Theta S costs 2k, the two lengths one VJP a
-    vector. Unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2) / k given Q, A = (I - Q Q^T) Theta (I - Q Q^T). The
-    standard error is that of the residual's mean. Exact once k is the rank of Theta.
+    The estimate of ``hutchpp`` in 4k instead of 6k passes: Theta S takes 2k, and the two norms take one VJP per vector.
+    Unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2) / k given Q, A = (I - Q Q^T) Theta (I - Q Q^T). The
+    standard error is that of the residual's mean. Exact once k reaches the rank of Theta.
     """
 
     title = "Hutch++ (one-sided)"
@@ -26,10 +26,10 @@ class HutchPPOneSided(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)
         q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))
-        inside = float(deflation.squared_lengths(j, j.vjp, q).sum())
-        g = deflation.without(rng.sign(k, j.n), q)
-        return deflation.plus(inside, standard_errors.mean(deflation.squared_lengths(j, j.vjp, g)))
+        inside = float(deflation.squared_norms(j, j.vjp, q).sum())
+        g = deflation.project_out(rng.sign(k, j.n), q)
+        return deflation.add(inside, standard_errors.mean(deflation.squared_norms(j, j.vjp, g)))

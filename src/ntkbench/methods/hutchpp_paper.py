@@ -1,24 +1,24 @@
-"""Hutch++ in the budget of the paper's script, with Theta as a black box."""
+"""Hutch++ with the budget split of the paper's script, with Theta as a black box."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ntkbench.estimators import deflation
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import Jacobian, Rng
 
 
 class HutchPPPaper(FixedBudget):
-    """``hutchpp`` with the script's few columns in the sketch and many in the residual.
+    """``hutchpp`` with few columns in the sketch and many probes for the residual, as in the script.
 
-    For its nominal number of samples m the script takes q = m // 6 columns in the sketch and (m - q) // 2 in the
-    residual, q going up by one where m - q is odd. It counts that as m, but the sketch is multiplied twice and the
-    residual once: about 0.75 m products with the operator, 2 passes each for Theta and 4 for Theta^2 and Theta Theta_f.
-    Here the budget is of passes, and the script's m is the largest that it pays for; m >= 5, so that there are a sketch
-    and two residual probes. Once m is over n the script multiplies the identity instead; here that is done as soon
-    as n products are not more than Hutch++ would take.
+    For a nominal number m the script takes q = m // 6 columns in the sketch and (m - q) // 2 residual probes, with one
+    more column if m - q is odd. It counts these as m, although the sketch is multiplied twice and the residual once:
+    about 0.75 m products with the operator, of 2 passes each for Theta, and 4 for Theta^2 and Theta Theta_f. Here the
+    budget is in passes, and m is the largest number that it allows, at least 5, so that there are a sketch and two
+    residual probes. Once m exceeds n the script multiplies the identity instead. Here that happens as soon as n
+    products are no more than those of Hutch++.
 
     Unbiased, with the variance of Hutchinson on (I - Q Q^T) A (I - Q Q^T), 2 (||.||_F^2 - sum of its squared diagonal)
     over the residual probes; the standard error is that of the residual's mean.
@@ -30,7 +30,7 @@ class HutchPPPaper(FixedBudget):
     fewest_probes = 5
 
     def passes_per_probe(self, metric: str) -> int:
-        """Passes of one product with each of the metric's operators."""
+        """Passes of one product with each operator that the metric needs."""
         return {"trace": 2, "norm": 4, "effective_rank": 6, "alignment": 12}[metric]
 
     def cost(self, metric: str, probes: int) -> int:
@@ -38,25 +38,25 @@ class HutchPPPaper(FixedBudget):
         return (2 * columns + residual) * self.passes_per_probe(metric)
 
     def probes(self, metric: str, passes: int) -> int:
-        # The cost goes up and down with the parity of m - q, so the largest m has to be looked for.
+        # The cost is not monotone in m, because of the parity of m - q.
         products = passes // self.passes_per_probe(metric)
         most = range(3 * products // 2 + 3, 0, -1)
         return next(m for m in most if self.cost(metric, m) <= passes)
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
         j = jacobians[0]
         columns, residual = _split(probes)
 
-        def trace(a: deflation.Operator) -> Reading:
+        def trace(a: deflation.LinearMap) -> PointEstimate:
             if 2 * columns + residual >= j.n:
                 basis = j.basis(0, j.n)
-                return Reading(float((basis * a(basis)).sum()), 0.0)
+                return PointEstimate(float((basis * a(basis)).sum()), 0.0)
             return deflation.hutchpp(a, columns, residual, j.n, rng)
 
         return deflation.from_separate_traces(metric, jacobians, trace)
 
 
 def _split(m: int) -> tuple[int, int]:
-    """Columns in the sketch and in the residual of the script's m samples."""
+    """Columns of the sketch and number of residual probes for the script's nominal number m."""
     columns = m // 6
     return columns + (m - columns) % 2, (m - columns) // 2

@@ -15,8 +15,8 @@ from ntkbench.problem import Problem
 class JacobianContraction(Deterministic):
     """The textbook torch.func kernel: J by per-sample reverse mode, contracted over parameters.
 
-    O passes for each set of weights where J fits in the memory budget, and as many again for every pair of blocks where
-    it does not; n^2 P multiplications.
+    O passes for each parameter set if J fits in memory, more if blocks of it are recomputed for every pair of blocks;
+    n^2 P multiplications.
     """
 
     title = "Jacobian contraction"
@@ -26,7 +26,7 @@ class JacobianContraction(Deterministic):
     needs_independent_samples = True
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return problem.O * len(metrics.ends(metric))
+        return problem.O * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
         blocks = list(jacobians[0].rectangles(1 / 4))

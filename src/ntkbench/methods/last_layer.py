@@ -6,9 +6,9 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class LastLayer(Layerwise):
-    """(1/O) tr_O of the last layer's part of Theta, standing for Theta as itself (x) I_O.
+    """A = (1/O) tr_O of the last layer's part of Theta, standing for Theta as A (x) I_O.
 
-    O passes for each set of weights that go no further back than the last layer.
+    O passes for each parameter set, which go back no further than the last layer.
     """
 
     title = "last layer"

@@ -9,13 +9,13 @@ import array_api_compat
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import Array, Jacobian
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
 class NaiveJacobian(Deterministic):
-    """What one writes first: ``torch.autograd.grad`` in a loop over all outputs. n passes for each set of weights."""
+    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set."""
 
     title = "naive Jacobian"
     kind = "exact"
@@ -23,16 +23,16 @@ class NaiveJacobian(Deterministic):
     backends = ("torch",)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return problem.n * len(metrics.ends(metric))
+        return problem.n * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
         j = jacobians[0]
-        # A quarter of the budget a block: two blocks are held at a time, of each J.
+        # A quarter of the memory for a block, as two blocks of each J are held at a time.
         size = max(1, j.memory // (4 * j.P * j.itemsize))
         blocks = [range(i, min(i + size, j.n)) for i in range(0, j.n, size)]
 
-        def rows(jacobian: Jacobian, block: range):
-            made = [jacobian.row(i) for i in block]
-            return array_api_compat.array_namespace(made[0]).stack(made)
+        def rows(jacobian: Jacobian, block: range) -> Array:
+            found = [jacobian.row(i) for i in block]
+            return array_api_compat.array_namespace(found[0]).stack(found)
 
         return metrics.from_rows_of_jacobian(metric, jacobians, blocks, rows)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ntkbench.methods.base.neural_tangents import NeuralTangents
 from ntkbench.options import Target
 from ntkbench.problem import Problem
-
-LONGEST_SCAN = 8
 
 
 class NtStructuredDerivatives(NeuralTangents):
@@ -22,19 +20,25 @@ class NtStructuredDerivatives(NeuralTangents):
     each pair of equations that have the same one. Loops are unrolled, so a recurrence of T steps compiles O(T^2)
     contractions. A parameter that is transposed before it is multiplied enters by the transpose, which has no structure
     that saves anything.
+
+    Attributes:
+        max_scan_length: steps of the longest recurrence that is compiled.
     """
 
     title = "neural-tangents structured derivatives"
     source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, STRUCTURED_DERIVATIVES"
     implementation = "STRUCTURED_DERIVATIVES"
+    max_scan_length: ClassVar[int] = 8
 
-    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
-        reason = super().refusal(problem, metric, target, passes)
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        reason = super().unsupported_reason(problem, metric, target, passes)
         if reason:
             return reason
         steps = longest_scan(problem)
-        if steps > LONGEST_SCAN:
-            return f"unrolls lax.scan and compiles in O(T^2): T = {steps} here, at most {LONGEST_SCAN}"
+        if steps > self.max_scan_length:
+            return f"unrolls lax.scan and compiles in O(T^2): T = {steps} here, at most {self.max_scan_length}"
         return None
 
 

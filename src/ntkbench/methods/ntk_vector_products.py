@@ -13,7 +13,10 @@ from ntkbench.problem import Problem
 
 
 class NtkVectorProducts(Deterministic):
-    """Rows of Theta without J: O passes of per-sample VJPs, then n JVPs, for each set of weights. Never holds n x n."""
+    """Rows of Theta without J: O passes of per-sample VJPs, then n JVPs, for each parameter set.
+
+    Neither J nor Theta is held.
+    """
 
     title = "NTK-vector products"
     kind = "exact"
@@ -22,7 +25,7 @@ class NtkVectorProducts(Deterministic):
     needs_independent_samples = True
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return (problem.n + problem.O) * len(metrics.ends(metric))
+        return (problem.n + problem.O) * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
         j = jacobians[0]

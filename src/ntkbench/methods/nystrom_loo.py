@@ -1,4 +1,4 @@
-"""Leave-one-out Nystrom: every moment of Theta and Theta_f from one block of probes, deflated."""
+"""Leave-one-out Nystrom: all moments of Theta and Theta_f, deflated, from one block of probes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import deflation
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators import arrays, deflation
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import Array, Jacobian, Rng
 
 
 class NystromLOO(FixedBudget):
-    """||Theta||_F^2, tr Theta and tr(Theta Theta_f) with everything that a Nystrom approximation knows taken exactly.
+    """||Theta||_F^2, tr Theta and tr(Theta Theta_f) with leave-one-out Nystrom approximations as control variates.
 
     With k Gaussian probes U, J^T U = Q R, B = J Q and Theta = B B^T + E: tr Theta is as in ``xnystrace``,
     ||Theta||_F^2 = 2 ||J^T B||_F^2 - ||B^T B||_F^2 + ||E||_F^2, and with the same at theta_f
     tr(Theta Theta_f) = ||J_f^T B||_F^2 + ||J^T B_f||_F^2 - ||B_f^T B||_F^2 + tr(E E_f). The last terms are the means
-    over i of <E u_i, E_f u_i> with u_i left out of the sketch, on the sphere outside the other probes; that needs no
-    further product, as E u_i is in the span of B. 3k passes for norm and effective rank, 8k for alignment.
+    over i of <E u_i, E_f u_i>, with u_i left out of the sketch and put on the sphere in the orthogonal complement of
+    the other probes. This takes no further product, as E u_i is in the span of B. 3k passes for norm and effective
+    rank, 8k for alignment.
 
-    The moments are unbiased, their root and ratios biased at order of the variance. The variance is that of Hutchinson
-    for E and not for Theta, so it falls with the spectrum's tail; where there is no decay it is Hutchinson's at
-    fewer probes. Exact once k is over the ranks of Theta and Theta_f. The standard error is that of the linearised
-    metric, with the covariance of leave-one-out estimates (see :func:`ntkbench.estimators.deflation.combined`). Holds
-    3k gradients at each set of weights.
+    The moments are unbiased; the square root and the ratios have a bias of the order of the variance. The variance is
+    that of Hutchinson for E instead of Theta, so it falls with the tail of the spectrum. Where the spectrum does not
+    decay, it is that of Hutchinson with fewer probes. Exact once k exceeds the ranks of Theta and Theta_f. The standard
+    error is that of the linearised metric, with the covariance of the leave-one-out estimates (see
+    :func:`ntkbench.estimators.deflation.leave_one_out`). Holds 3k gradients for each parameter set.
     """
 
     title = "leave-one-out Nystrom"
@@ -38,15 +39,15 @@ class NystromLOO(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 8 if metric == "alignment" else 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         u = rng.normal(min(probes, n), n)
-        outside = deflation.Complement(u)
+        normalisation = deflation.Normalisation(u)
         sketches = [deflation.Sketch(j.vjp(u)) for j in jacobians]
         images = [j.jvp(sketch.q) for j, sketch in zip(jacobians, sketches, strict=True)]
 
-        def gram(rows: deflation.Array, others: deflation.Array) -> np.ndarray:
-            return deflation.on_host(rows @ others.T)
+        def gram(rows: Array, others: Array) -> np.ndarray:
+            return arrays.to_numpy(rows @ others.T, np.float64)
 
         def inner_product(one: int, other: int) -> np.ndarray:
             back = jacobians[other].vjp(images[one])
@@ -55,14 +56,14 @@ class NystromLOO(FixedBudget):
                 back = jacobians[one].vjp(images[other])
             y = gram(back, back)
             z = gram(images[other], images[one])
-            return deflation.nystrom_inner_product(sketches[one], sketches[other], outside, z, x, y)
+            return deflation.nystrom_inner_product(sketches[one], sketches[other], normalisation, z, x, y)
 
         tables = {"square": inner_product(0, 0)}
         if metric == "effective_rank":
-            tables["trace"] = deflation.nystrom_trace(sketches[0], outside, gram(images[0], images[0]))
+            tables["trace"] = deflation.nystrom_trace(sketches[0], normalisation, gram(images[0], images[0]))
         if metric == "alignment":
             tables["square_f"], tables["cross"] = inner_product(1, 1), inner_product(0, 1)
         moments = Moments(**{name: float(table.diagonal().mean()) for name, table in tables.items()})
-        slopes = moments.gradient(metric)
-        linear = deflation.combined(sum(getattr(slopes, name) * table for name, table in tables.items()))
+        gradient = moments.gradient(metric)
+        linear = deflation.leave_one_out(sum(getattr(gradient, name) * table for name, table in tables.items()))
         return linear._replace(value=moments.metric(metric))

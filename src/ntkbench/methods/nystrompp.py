@@ -1,4 +1,4 @@
-"""Nystrom++: a Nystrom approximation's trace, and Hutchinson on what it left, with Theta as a black box."""
+"""Nystrom++: the trace of a Nystrom approximation, and Hutchinson on its residual, with Theta as a black box."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import deflation, standard_errors
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators import arrays, deflation, standard_errors
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import Jacobian, Rng
 
@@ -15,11 +15,11 @@ from ntkbench.operators import Jacobian, Rng
 class NystromPP(FixedBudget):
     """tr A = tr A' + 1/k sum_i g_i^T (A - A') g_i with A' = A S (S^T A S)^+ (A S)^T, for Theta and Theta^2.
 
-    S and g are k Gaussian vectors each: 2k products with A, where Hutch++ takes 3k. A product costs 2 passes for Theta
-    and 4 for Theta^2; effective rank takes separate traces. There is no alignment, as Theta Theta_f is not
-    symmetric. Unbiased, with variance 2 ||A - A'||_F^2 / k given S; the standard error is that of the residual's mean.
-    Small and negative eigenvalues of S^T A S, which are round-off, are left out of its pseudo-inverse: the residual
-    takes care of whatever A' lacks. Exact once k is the rank of A, to round-off times the number of probes.
+    S and g are k Gaussian vectors each: 2k products with A, where Hutch++ takes 3k. A product takes 2 passes for Theta,
+    and 4 for Theta^2; effective rank takes independent traces. The method does not apply to the alignment, as
+    Theta Theta_f is not symmetric. Unbiased, with variance 2 ||A - A'||_F^2 / k given S. The standard error is that of
+    the residual's mean. The pseudo-inverse omits small and negative eigenvalues of S^T A S, which are round-off; the
+    residual then includes their part of A. Exact once k reaches the rank of A, up to round-off times k.
     """
 
     title = "Nystrom++"
@@ -30,20 +30,20 @@ class NystromPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 4, "norm": 8, "effective_rank": 12}[metric]
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)
         return deflation.from_separate_traces(metric, jacobians, lambda a: _trace(a, k, n, rng))
 
 
-def _trace(product: deflation.Operator, k: int, n: int, rng: Rng) -> Reading:
+def _trace(product: deflation.LinearMap, k: int, n: int, rng: Rng) -> PointEstimate:
     s = rng.normal(k, n)
     y = product(s)
-    core = deflation.on_host(s @ y.T)
+    core = arrays.to_numpy(s @ y.T, np.float64)
     values, vectors = np.linalg.eigh((core + core.T) / 2)
-    kept = values > k * deflation.precision(y) * max(values[-1], 0.0)
+    kept = values > k * arrays.epsilon(y) * max(values[-1], 0.0)
     # A' = b^T b
-    b = deflation.beside((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
+    b = arrays.asarray_like((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
     g = rng.normal(k, n)
-    left = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
-    return deflation.plus(float((b**2).sum()), standard_errors.mean(standard_errors.by_probe([left])))
+    residual = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
+    return deflation.add(float((b**2).sum()), standard_errors.mean(arrays.gather([residual])))

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ntkbench.estimators.accumulators import Columns
-from ntkbench.methods.base import Sampling
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.methods.base.one_sided import OneSided
 
 
-class OneSidedForward(Sampling):
-    """The mean of ||J w||^2 over random signs w in parameter space: 1 pass a probe and no backward pass; unbiased.
+class OneSidedForward(OneSided):
+    """The mean of ||J w||^2 over random signs w in parameter space: 1 pass per probe, no backward pass; unbiased.
 
-    Variance 2 (||J^T J||_F^2 - sum_p (J^T J)_pp^2) / k.
+    The variance is 2 (||J^T J||_F^2 - sum_p (J^T J)_pp^2) / k for k probes.
     """
 
     title = "one-sided forward"
-    source = "Hazelden 2025, one-sided trace estimates"
-    backends = ("torch", "jax")
-    metrics = ("trace",)
-
-    def passes_per_probe(self, metric: str) -> int:
-        return 1
-
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
-        (j,) = jacobians
-        return Columns(("trace",), lambda k: [(j.jvp(rng.sign(k, j.P)) ** 2).sum(1)], j.blocks)
+    side = "forward"

@@ -1,33 +1,18 @@
-"""One-sided reverse as the paper's script has it: a sixth of the probes made orthonormal, VJPs only."""
+"""One-sided reverse as in the paper's script: a sixth of the probes made orthonormal, VJPs only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ntkbench.estimators import deflation
-from ntkbench.estimators.standard_errors import Reading
-from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.methods.base.one_sided import OneSidedPaper
 
 
-class OneSidedPaperReverse(FixedBudget):
-    """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2 over m probes, 1 pass each.
+class OneSidedPaperReverse(OneSidedPaper):
+    """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2 over m probes: 1 pass per probe; unbiased.
 
-    Q is an orthonormal basis of m // 6 random sign vectors and g are the other m - m // 6 probes, random signs too. Q
-    looks at nothing of Theta, so it takes a share q / n of the trace away and no more: a variance of about
-    2 ||Theta||_F^2 (1 - 2q / n) / (m - q), which is more than that of m plain probes unless Theta is small. Unbiased;
-    the standard error is that of the residual's mean.
+    Q is an orthonormal basis of q = m // 6 random sign vectors, and g are the other m - q probes, also random signs. Q
+    does not depend on Theta, so it removes a share of only q / n of the trace. The variance is about
+    2 ||Theta||_F^2 (1 - 2 q / n) / (m - q): more than that of m plain probes, unless Theta is small. The standard error
+    is that of the residual's mean.
     """
 
     title = "one-sided reverse (paper's script)"
-    source = "Hazelden 2025, the paper's script (trace_one_sided)"
-    backends = ("torch", "jax")
-    metrics = ("trace",)
-    fewest_probes = 6
-
-    def passes_per_probe(self, metric: str) -> int:
-        return 1
-
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
-        (j,) = jacobians
-        return deflation.random_directions(j, j.vjp, probes, j.n, rng)
+    side = "reverse"

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ntkbench import metrics
+from ntkbench.estimators import arrays
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, Jacobian
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
-CUTS = 4
-"""Pieces that parameters are cut into, so that of a symmetric product little more than a triangle is computed."""
-
 
 class ParameterGram(Deterministic):
     """tr Theta = tr J^T J, ||Theta||_F = ||J^T J||_F and tr(Theta Theta_f) = ||J_f^T J||_F^2, by blocks of rows of J.
 
-    For networks with more outputs than parameters, as the trajectories of recurrent ones: n P^2 multiplications instead
-    of n^2 P, and P^2 numbers (three times as many for alignment) that have to be in memory. O passes for each set of
-    weights.
+    For networks with more outputs than parameters, such as the trajectories of recurrent networks: n P^2
+    multiplications instead of n^2 P. Of J^T J little more than a triangle is computed; it has to be in memory, as do
+    three such matrices for alignment. O passes for each parameter set.
+
+    Attributes:
+        chunks: chunks of parameters; blocks of J^T J above the diagonal are not computed.
     """
 
     title = "parameter Gram matrix"
@@ -29,9 +31,12 @@ class ParameterGram(Deterministic):
     source = "this suite; J^T J is the Gauss-Newton matrix of a squared loss"
     backends = ("torch", "jax")
     needs_independent_samples = True
+    chunks: ClassVar[int] = 4
 
-    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
-        if reason := super().refusal(problem, metric, target, passes):
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        if reason := super().unsupported_reason(problem, metric, target, passes):
             return reason
         needed = self.bytes_needed(problem, metric, target)
         if needed > target.memory:
@@ -40,12 +45,12 @@ class ParameterGram(Deterministic):
         return None
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return problem.O * len(metrics.ends(metric))
+        return problem.O * len(metrics.parameter_sets(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         if metric == "trace":
             return 0
-        triangle = (CUTS + 1) / (2 * CUTS)
+        triangle = (self.chunks + 1) / (2 * self.chunks)
         return int((2 * triangle + 1 if metric == "alignment" else triangle) * problem.P**2) * target.itemsize
 
     def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
@@ -53,18 +58,18 @@ class ParameterGram(Deterministic):
         rectangles = list(j.rectangles(1 / (2 * len(jacobians))))
         if metric == "trace":
             return Moments(trace=float(sum(metrics.squared_norm(j.sample_rows(*r)) for r in rectangles)))
-        cuts = [slice(j.P * i // CUTS, j.P * (i + 1) // CUTS) for i in range(CUTS)]
-        ends = [(0, 0)] if len(jacobians) == 1 else [(0, 0), (1, 1), (0, 1)]
+        chunks = arrays.chunks(j.P, self.chunks)
+        pairs = [(0, 0)] if len(jacobians) == 1 else [(0, 0), (1, 1), (0, 1)]
         grams: dict[tuple[int, int, int, int], Array] = {}
         for rectangle in rectangles:
             rows = [jacobian.sample_rows(*rectangle) for jacobian in jacobians]
-            for (one, two), a, b in itertools.product(ends, range(CUTS), range(CUTS)):
+            for (one, two), a, b in itertools.product(pairs, range(self.chunks), range(self.chunks)):
                 if one != two or a >= b:
-                    product = rows[one][:, cuts[a]].T @ rows[two][:, cuts[b]]
+                    product = rows[one][:, chunks[a]].T @ rows[two][:, chunks[b]]
                     key = (one, two, a, b)
                     grams[key] = grams[key] + product if key in grams else product
-        squares = dict.fromkeys(ends, 0.0)
+        squares = dict.fromkeys(pairs, 0.0)
         for (one, two, a, b), gram in grams.items():
             squares[one, two] += (1 if one != two or a == b else 2) * float(metrics.squared_norm(gram))
-        trace = sum(float(grams[0, 0, a, a].diagonal().sum()) for a in range(CUTS))
-        return Moments(trace, *(squares[end] for end in ends))
+        trace = sum(float(grams[0, 0, a, a].diagonal().sum()) for a in range(self.chunks))
+        return Moments(trace, *(squares[pair] for pair in pairs))

@@ -1,4 +1,4 @@
-"""The exact trace of a recurrent network's NTK: a backward pass an output of one trial, for all trials at once."""
+"""The exact trace of a recurrent network's NTK: one backward pass per output of a trial, for all trials at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ntkbench.problem import Problem
 
 
 class RecurrentExactTrace(Deterministic):
-    """tr Theta = sum_(b, t, o) ||J_b^T e_(t, o)||^2, of all trials b in one pass, which goes back from step t only.
+    """tr Theta = sum_(b, t, o) ||J_b^T e_(t, o)||^2, for all trials b in one pass, which goes back from step t.
 
-    Trials do not interact, so T O' passes do for the B T O' rows of J (O' outputs a step), where the pass of step t is
-    the fraction t / T of one: O' (T + 1) / 2 in all. Squares of gradients come from inner products between steps where
-    that takes fewer multiplications than the gradients.
+    Trials do not interact, so T O' backward passes compute the B T O' rows of J, with O' outputs per step. That of step
+    t is the fraction t / T of a pass, which makes O' (T + 1) / 2 passes in all. Squared norms of gradients come from
+    inner products between steps where that takes fewer multiplications than the gradients.
     """
 
     title = "recurrent exact trace"

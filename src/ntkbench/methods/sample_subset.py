@@ -1,17 +1,17 @@
-"""Sample subset: the exact kernel of some of the samples, drawn at random, and what it says of all of them."""
+"""Sample subset: estimates from the exact kernel of a random subset of the samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.estimators import standard_errors
-from ntkbench.estimators.accumulators import Sample, moments_of, products
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators import arrays
+from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.metrics import Moments
 from ntkbench.options import Target
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
     from ntkbench.methods.base.layerwise import Prepared
 
-FEWEST = 8
-"""Samples that tell how much samples differ; all, where there are fewer."""
-
 
 class SampleSubset(Incremental):
     """Blocks Theta_bc between S of N samples, drawn without replacement, by layers as in ``structured_derivatives``.
 
     ||Theta||_F^2 = E [N (N - 1) / (S (S - 1)) sum_(b != c) ||Theta_bc||_F^2 + N / S sum_b ||Theta_bb||_F^2] over the
-    samples drawn, tr(Theta Theta_f) likewise, and tr Theta = E N / S sum_b tr Theta_bb: unbiased; the root and the
-    ratios are biased at order 1/S. S O / N passes, and as many at theta_f. No probe adds to the variance, which is that
-    of samples alone: small where they are alike, and smaller still for ratios, to which they all say much the same.
-    Effective rank and alignment of many samples are often known from a few dozen of them. Exact once S = N.
+    samples drawn, tr(Theta Theta_f) likewise, and tr Theta = E N / S sum_b tr Theta_bb. All are unbiased; the square
+    root and the ratios are biased at order 1/S. S O / N passes, and as many at theta_f. The variance is that of the
+    samples alone. It is small where samples are alike, and smaller for ratios, which vary little between subsets. A few
+    dozen samples often suffice for effective rank and alignment. Exact once S = N.
 
-    The standard error is that of the linearised metric, with the correction for a finite population, 1 - S / N. Holds
-    (S O)^2 numbers for each set of weights.
+    The standard error is that of the linearised metric, with the finite-population correction 1 - S / N. Holds
+    (S O)^2 numbers for each parameter set.
+
+    Attributes:
+        min_samples: S at least, or N if that is smaller; the variance between samples has an estimate from 4 on.
     """
 
     title = "sample subset"
@@ -46,16 +46,17 @@ class SampleSubset(Incremental):
     needs_independent_samples = True
     fewest_probes = 1
     first_batch = 1
+    min_samples: ClassVar[int] = 8
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
     def least_passes(self, problem: Problem, metric: str) -> int:
-        return _least(problem.N, problem.O, len(metrics.ends(metric)))
+        return self._passes(problem.N, problem.O, len(metrics.parameter_sets(metric)))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         rows = _samples(problem, metric, self.default_passes if passes is None else passes) * problem.O
-        return 2 * len(metrics.ends(metric)) * rows**2 * target.itemsize
+        return 2 * len(metrics.parameter_sets(metric)) * rows**2 * target.itemsize
 
     def prepare(self, problem: Problem, target: Target) -> Prepared:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
@@ -63,44 +64,45 @@ class SampleSubset(Incremental):
 
         return Prepared(problem, target)
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
-        return _Subset(prepared, names, seed), prepared.ledger()
+    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
+        subset = _Subset(prepared, names, seed)
+        subset.least = self._passes(len(prepared.x), prepared.engine.O, subset.parameter_sets)
+        return subset, prepared.ledger()
 
-
-def _least(N: int, O: int, ends: int) -> int:  # noqa: E741 - the field's symbol
-    """Passes of the smallest subset."""
-    return math.ceil(min(FEWEST, N) * O * ends / N)
+    def _passes(self, N: int, O: int, parameter_sets: int) -> int:  # noqa: E741 - the field's symbol
+        """Passes of the smallest subset."""
+        return math.ceil(min(self.min_samples, N) * O * parameter_sets / N)
 
 
 def _samples(problem: Problem, metric: str, passes: int) -> int:
-    """How many samples a budget pays for."""
-    return min(problem.N, int(passes * problem.N / (problem.O * len(metrics.ends(metric)))))
+    """Samples within a budget."""
+    return min(problem.N, int(passes * problem.N / (problem.O * len(metrics.parameter_sets(metric)))))
 
 
-class _Subset(Sample):
-    """Blocks between the samples so far; its probes are passes."""
+class _Subset(Accumulator):
+    """Moments of the kernel between the samples so far. The number of probes is that of passes."""
 
     def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
         self._engine, self._x = prepared.engine, prepared.x
         self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
         self._order = np.random.default_rng(seed).permutation(len(self._x))
-        self._moments = [name for name in moments_of([*names, "norm"]) if name != "trace"]
-        # Sums over the entries of each block, [S, S] a moment, and traces of those on the diagonal.
+        self._moments = [name for name in required_moments([*names, "norm"]) if name != "trace"]
+        # Sums over the entries of each block, [S, S] for each moment, and traces of the blocks on the diagonal.
         self._tables = [np.zeros((0, 0)) for _ in self._moments]
         self._traces = np.zeros(0)
-        self._paid = 0
-        self.least = _least(len(self._x), self._engine.O, len(self._sets))
+        self._passes = 0
+        self.parameter_sets = len(self._sets)
 
     def extend(self, probes: int) -> None:
-        self._paid += probes
+        self._passes += probes
         N, held = len(self._x), len(self._traces)
-        upto = min(N, int(self._paid * N / (self._engine.O * len(self._sets))))
+        upto = min(N, int(self._passes * N / (self._engine.O * len(self._sets))))
         if upto == held:
             return
         old, new = self._order[:held], self._order[held:upto]
         own = [self._kernel(parameters, new, None) for parameters in self._sets]
         traces = own[0].reshape(len(new) * self._engine.O, -1).diagonal().reshape(len(new), -1).sum(1)
-        self._traces = np.concatenate([self._traces, standard_errors.on_host(traces).astype(np.float64)])
+        self._traces = np.concatenate([self._traces, arrays.to_numpy(traces, np.float64)])
         corner = self._sums(own)
         side = self._sums([self._kernel(parameters, old, new) for parameters in self._sets]) if held else None
         self._tables = [
@@ -115,10 +117,10 @@ class _Subset(Sample):
         return theta.reshape(len(rows), self._engine.O, -1, self._engine.O)
 
     def _sums(self, thetas: Sequence[Tensor]) -> list[np.ndarray]:
-        found = products(thetas)[: len(self._moments)]
-        return [standard_errors.on_host(product.sum((1, 3))).astype(np.float64) for product in found]
+        products = moment_products(thetas)[: len(self._moments)]
+        return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
-    def read(self, metric: str) -> Reading:
+    def estimate(self, metric: str) -> PointEstimate:
         N, S = len(self._x), len(self._traces)
         pairs = N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
         own = [table.diagonal() for table in self._tables]
@@ -127,31 +129,36 @@ class _Subset(Sample):
         moments = Moments(trace=N / S * self._traces.sum(), **dict(zip(self._moments, sums, strict=True)))
         value = float(moments.metric(metric))
         if S == N:
-            return Reading(value, 0.0)
-        # To first order the metric is a sum over pairs and a sum over samples.
-        slopes = moments.gradient(metric)
-        weights = [getattr(slopes, name) for name in self._moments]
+            return PointEstimate(value, 0.0)
+        # To first order, the metric is a sum over pairs and a sum over samples.
+        gradient = moments.gradient(metric)
+        weights = [getattr(gradient, name) for name in self._moments]
         by_pair = N * (N - 1) * sum(w * table for w, table in zip(weights, self._tables, strict=True))
-        by_sample = N * (sum(w * d for w, d in zip(weights, own, strict=True)) + slopes.trace * self._traces)
-        return Reading(value, _error_of_pairs(by_pair, by_sample, N), S - 1)
+        by_sample = N * (sum(w * d for w, d in zip(weights, own, strict=True)) + gradient.trace * self._traces)
+        return PointEstimate(value, _standard_error(by_pair, by_sample, N), S - 1)
 
 
-def _error_of_pairs(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> float:
+def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> float:
     """Standard error of mean_(b != c) H_bc + mean_b D_b over S samples of a population of N.
 
-    With H_bc = mean + a_b + a_c + rest_bc (Hoeffding's decomposition) a sample contributes L_b = 2 a_b + D_b, whose
-    variance counts with the correction 1 - S / N, and a pair its rest, with 1 - S (S - 1) / (N (N - 1)). The scatter of
-    L over samples, as they are seen here, has the rests of their pairs in it, which are taken out first.
+    With Hoeffding's decomposition H_bc = mean + alpha_b + alpha_c + gamma_bc, a sample contributes
+    L_b = 2 alpha_b + D_b, with the correction 1 - S / N, and a pair contributes gamma_bc, with the correction
+    1 - S (S - 1) / (N (N - 1)). The scatter of the estimates of L includes the variance of gamma, which is subtracted.
+
+    Args:
+        by_pair: H, ``[S, S]``; the diagonal is ignored.
+        by_sample: D, ``[S]``.
+        N: size of the population.
     """
     S = len(by_sample)
     off = by_pair - np.diag(by_pair.diagonal())
     means = off.sum(1) / (S - 1)
-    effects = (S - 1) / (S - 2) * (means - means.mean())
-    rest = off - means.mean() - effects[:, None] - effects
-    np.fill_diagonal(rest, 0.0)
-    of_pairs = (rest**2).sum() / (S * (S - 3))
-    seen = (2 * means + by_sample).var(ddof=1)
-    of_samples = seen - 4 * of_pairs / (S - 1)
+    alpha = (S - 1) / (S - 2) * (means - means.mean())
+    gamma = off - means.mean() - alpha[:, None] - alpha
+    np.fill_diagonal(gamma, 0.0)
+    of_pairs = (gamma**2).sum() / (S * (S - 3))
+    scatter = (2 * means + by_sample).var(ddof=1)
+    of_samples = scatter - 4 * of_pairs / (S - 1)
     pairs, all_pairs, share = S * (S - 1), N * (N - 1), (1 - S / N) / S
     variance = share * of_samples + (1 - pairs / all_pairs) * 2 * of_pairs / pairs
-    return math.sqrt(max(variance, share * seen / 4))  # a difference of estimates may be anything
+    return math.sqrt(max(variance, share * scatter / 4))  # the difference may be negative

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
-from ntkbench.estimators import deflation, standard_errors
-from ntkbench.estimators.standard_errors import Reading
+from ntkbench.estimators import arrays, deflation, standard_errors
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, Jacobian, Rng
@@ -15,9 +14,9 @@ from ntkbench.operators import Array, Jacobian, Rng
 class SharedProbeAlignment(FixedBudget):
     """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
 
-    The blog's ``op_alignment``, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means is
-    biased at order 1/m; the standard error is the jackknife over probes with the correction for a finite population,
-    since with n orthonormal probes all three sums are exact.
+    ``op_alignment`` of the blog post, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means
+    is biased at order 1/m. The standard error is the jackknife over probes with the finite-population correction, since
+    all three sums are exact with n orthonormal probes.
     """
 
     title = "shared-probe alignment"
@@ -28,19 +27,18 @@ class SharedProbeAlignment(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
         j, n = jacobians[0], jacobians[0].n
-        u = deflation.frame(rng, probes, n)
-        ends = [*itertools.accumulate(j.blocks(len(u)))]
-        columns = zip(*(_sums(jacobians, u[a:b]) for a, b in itertools.pairwise((0, *ends))), strict=True)
+        u = deflation.random_orthonormal(rng, probes, n)
+        columns = zip(*(_sums(jacobians, u[block]) for block in arrays.slices(j.blocks(len(u)))), strict=True)
         independent = standard_errors.jackknife(
             lambda square, square_f, cross: Moments(square=square, square_f=square_f, cross=cross).metric("alignment"),
-            *map(standard_errors.by_probe, columns),
+            *map(arrays.gather, columns),
         )
-        return standard_errors.orthonormal(independent, len(u), n)
+        return standard_errors.finite_population(independent, len(u), n)
 
 
 def _sums(jacobians: Sequence[Jacobian], u: Array) -> tuple[Array, Array, Array]:
-    """||Theta u||^2, ||Theta_f u||^2 and <Theta u, Theta_f u> of each probe."""
+    """||Theta u||^2, ||Theta_f u||^2 and <Theta u, Theta_f u> for each probe."""
     theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
     return (theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1)

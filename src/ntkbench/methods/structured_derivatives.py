@@ -8,7 +8,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 class StructuredDerivatives(Layerwise):
     """Theta as a sum over layers of products of their inputs and of the cotangents of their outputs.
 
-    O passes for each set of weights (backward passes that leave out the gradients of weights), and for each layer the
+    O passes for each parameter set (backward passes that leave out the gradients of weights), and for each layer the
     cheaper of two orders of contraction, on one triangle; the trace takes the diagonal alone. Memory is that of Theta
     and of one layer, or of blocks of Theta where that is over the budget.
     """

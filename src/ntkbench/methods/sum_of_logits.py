@@ -10,7 +10,7 @@ import array_api_compat
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import Array, Jacobian
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -18,8 +18,8 @@ from ntkbench.problem import Problem
 class SumOfLogits(Deterministic):
     """g(x) = O^{-1/2} sum_o f_o(x), with the kernel <grad g(x), grad g(x')>.
 
-    1 pass for each set of weights, and N^2 P multiplications. The metrics are those of pNTK (x) I_O; that it is not
-    Theta shows as error.
+    1 pass for each parameter set, and N^2 P multiplications. The metrics are those of pNTK (x) I_O; its difference from
+    Theta counts as error.
     """
 
     title = "pNTK (sum of logits)"
@@ -29,14 +29,14 @@ class SumOfLogits(Deterministic):
     needs_independent_samples = True
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return len(metrics.ends(metric))
+        return len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
         j = jacobians[0]
         size = max(1, j.memory // (4 * (j.bytes_per_probe() // j.N + j.P * j.itemsize)))
         blocks = [slice(i, min(i + size, j.N)) for i in range(0, j.N, size)]
 
-        def gradients(jacobian: Jacobian, samples: slice):
+        def gradients(jacobian: Jacobian, samples: slice) -> Array:
             unit = jacobian.basis(0, 1)
             xp = array_api_compat.array_namespace(unit)
             ones = xp.full_like(unit[:, : jacobian.O], 1 / math.sqrt(jacobian.O))
@@ -44,4 +44,4 @@ class SumOfLogits(Deterministic):
             return jacobian.sample_vjp(samples, xp.broadcast_to(ones[:, None, :], (1, count, jacobian.O)))[0]
 
         pntk = metrics.from_rows_of_jacobian(metric, jacobians, blocks, gradients, count=j.N)
-        return pntk.times(j.O)  # tr, squared norm and inner product of A (x) I_O are O times those of A
+        return pntk.times(j.O)

@@ -6,9 +6,9 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class TraceKernel(Layerwise):
-    """A = (1/O) tr_O Theta, standing for Theta as A (x) I_O. nothing of size n x n is formed.
+    """A = (1/O) tr_O Theta, standing for Theta as A (x) I_O. No n x n matrix is formed.
 
-    O passes for each set of weights. The trace of Theta is exact.
+    O passes for each parameter set. The trace of Theta is exact.
     """
 
     title = "trace kernel"

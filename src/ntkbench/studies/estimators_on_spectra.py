@@ -81,7 +81,9 @@ class Spectrum:
         values = np.sqrt(eigenvalues)
         J, other = ((_orthonormal(rng, n, len(values)) * values) @ _orthonormal(rng, P, len(values)).T for _ in "ab")
         ends = (J, 0.6 * J + 0.8 * other)
-        self.truth = {metric: _exact(metric, *ends[: len(metrics.ends(metric))]) for metric in metrics.METRICS}
+        self.truth = {
+            metric: _exact(metric, *ends[: len(metrics.parameter_sets(metric))]) for metric in metrics.METRICS
+        }
         target = settings.target()
         to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
         probes = functools.partial(Rng, **to)
@@ -89,7 +91,7 @@ class Spectrum:
 
     def jacobians(self, metric: str) -> list[Jacobian]:
         """Operators with their counters at zero, at both ends for alignment."""
-        return [j.fresh() for j in self._jacobians[: len(metrics.ends(metric))]]
+        return [j.fresh() for j in self._jacobians[: len(metrics.parameter_sets(metric))]]
 
 
 def run(settings: Settings) -> pd.DataFrame:

@@ -64,7 +64,7 @@ def _row(
     directions = problem.O if KERNELS[name] == "NTK" else 1
     needed = 3 * flops * problem.N * directions
     needed += 2 * problem.n**2 * problem.P if name == "jacobian_contraction" else 0
-    if reason := method.refusal(problem, "norm", target):
+    if reason := method.unsupported_reason(problem, "norm", target):
         return base.left_out(case, reason)
     size = problem.n * problem.P * np.dtype(settings.dtype).itemsize
     if name == "jacobian_contraction" and size > target.memory:

@@ -17,6 +17,7 @@ from ntkbench.data import tasks
 from ntkbench.errors import DidNotTrain
 from ntkbench.estimators import paired
 from ntkbench.measure import outcomes
+from ntkbench.metrics import METRICS
 from ntkbench.problem import Problem, Weights, split
 from ntkbench.problems import recurrent
 from ntkbench.problems.base import training
@@ -114,7 +115,7 @@ def _along(
         kernel = StateKernel(problem, "theta_0", settings.target())
         if first is None:
             first, u = kernel, kernel.jacobian.rng(0).sign(settings.probes, problem.n)
-            probes = {operator: paired.Probes(u) for operator in ("Theta", "P")}
+            probes = {operator: paired.SharedProbes(u) for operator in ("Theta", "P")}
         found = {"Theta": probes["Theta"].compare(kernel.theta(u)), "K": _exact(kernel, first)}
         found["P"] = probes["P"].compare(kernel.P(kernel.P.T(u)))
         for operator, metrics in found.items():
@@ -122,9 +123,9 @@ def _along(
                 yield {"step": step, "loss": loss, "operator": operator, "probes": settings.probes, **vars(one)}
 
 
-def _exact(kernel: StateKernel, first: StateKernel) -> list[paired.Compared]:
+def _exact(kernel: StateKernel, first: StateKernel) -> list[paired.Comparison]:
     now, then = kernel.moments_of_k(first), first.moments_of_k(first)
     return [
-        paired.Compared(quantity, now.metric(quantity), 0.0, now.metric(quantity) / then.metric(quantity), 0.0)
-        for quantity in paired.QUANTITIES
+        paired.Comparison(quantity, now.metric(quantity), 0.0, now.metric(quantity) / then.metric(quantity), 0.0)
+        for quantity in METRICS
     ]

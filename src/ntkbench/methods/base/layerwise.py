@@ -36,15 +36,17 @@ class Layerwise(Method):
     needs_independent_samples = True
     kernel: ClassVar[str] = "full"
 
-    def refusal(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
-        reason = super().refusal(problem, metric, target, passes)
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        reason = super().unsupported_reason(problem, metric, target, passes)
         return reason or (ONE_NETWORK if metric == "alignment" and problem.fixed_f else None)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.layerwise import sample_kernels
 
         directions = problem.O if sample_kernels.get(self.kernel).directions is None else 1
-        return directions * len(metrics.ends(metric))
+        return directions * len(metrics.parameter_sets(metric))
 
     def prepare(self, problem: Problem, target: Target) -> Prepared:
         """Weights and inputs on the device, the network traced.
@@ -91,10 +93,10 @@ class Prepared:
         """
         if metric == "alignment" and self._problem.fixed_f:
             raise BadInput(f"{self._problem.name}: this method {ONE_NETWORK}")
-        for end in metrics.ends(metric):
+        for end in metrics.parameter_sets(metric):
             if end not in self._weights:
                 self._weights[end] = list(torch_network(self._problem, end, self._target)[1].values())
-        return [self._weights[end] for end in metrics.ends(metric)]
+        return [self._weights[end] for end in metrics.parameter_sets(metric)]
 
 
 def _moments(kernel: Any, engine: LayerwiseKernel, metric: str, sets: Sequence[Sequence[Tensor]], x: Tensor) -> Moments:

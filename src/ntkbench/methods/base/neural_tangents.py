@@ -38,7 +38,7 @@ class NeuralTangents(Method):
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta (and Theta_f); its diagonal blocks' traces alone for the trace."""
-        numbers = problem.N if metric == "trace" else len(metrics.ends(metric)) * problem.n**2
+        numbers = problem.N if metric == "trace" else len(metrics.parameter_sets(metric)) * problem.n**2
         return numbers * target.itemsize
 
     def prepare(self, problem: Problem, target: Target) -> Prepared:
@@ -86,15 +86,15 @@ class Prepared:
         return Moments(**{name: float(value) for name, value in sums.items()})
 
     def _at(self, metric: str) -> list[Any]:
-        return [self._networks[end][1] for end in metrics.ends(metric)]
+        return [self._networks[end][1] for end in metrics.parameter_sets(metric)]
 
     def _compile(self, metric: str) -> jax.stages.Compiled:
         import jax
 
         metrics.check(metric)
-        for end in metrics.ends(metric):
+        for end in metrics.parameter_sets(metric):
             self._problem.weights(end)  # refuses what is not there
-        function = self._trace() if metric == "trace" else self._sums(metrics.ends(metric))
+        function = self._trace() if metric == "trace" else self._sums(metrics.parameter_sets(metric))
         # A GPU would do float32 products in TF32 otherwise. Deprecations in an archived package are nobody's to act on.
         with jax.default_matmul_precision("highest"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)

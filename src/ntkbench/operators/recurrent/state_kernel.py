@@ -30,7 +30,7 @@ import numpy as np
 from ntkbench import metrics, operators
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import arrays, standard_errors
 from ntkbench.metrics import Moments
 from ntkbench.operators.base import Array
 from ntkbench.operators.recurrent import products
@@ -77,13 +77,13 @@ class Operator:
         def on_columns(product: Callable[[Array], Array]) -> Callable[[np.ndarray], np.ndarray]:
             def apply(columns: np.ndarray) -> np.ndarray:
                 rows = np.ascontiguousarray(columns.reshape(len(columns), -1).T)
-                made = standard_errors.on_host(product(xp.asarray(rows, **to))).T
+                made = arrays.to_numpy(product(xp.asarray(rows, **to))).T
                 return made.reshape(made.shape[0], *columns.shape[1:])
 
             return apply
 
         forward, backward = on_columns(self.forward), on_columns(self.backward)
-        dtype = standard_errors.on_host(self.like[:0]).dtype
+        dtype = arrays.to_numpy(self.like[:0]).dtype
         return LinearOperator(
             self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
         )
@@ -188,7 +188,7 @@ class StateKernel:
         j, kernels = self.jacobian, [self] if at_f is None else [self, at_f]
         rng = j.rng(seed)
         blocks = (_sums(metric, [kernel.P for kernel in kernels], rng.sign(k, j.n)) for k in j.blocks(probes))
-        columns = [standard_errors.by_probe(column) for column in zip(*blocks, strict=True)]
+        columns = [arrays.gather(column) for column in zip(*blocks, strict=True)]
 
         def statistic(*means: float) -> float:
             return Moments(**dict(zip(SUMS[metric], means, strict=True))).metric(metric)

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat
 from ntkbench import methods, operators, problems
 from ntkbench.errors import Unavailable
 from ntkbench.measure import timing
-from ntkbench.metrics import ends
+from ntkbench.metrics import parameter_sets
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
 from ntkbench.studies import base
@@ -108,7 +108,7 @@ def _by_columns(
     title = "direct" if name == "direct" else "direct, a column at a time"
 
     def measure() -> dict[str, Any]:
-        jacobians = [operators.linearise(problem, end, settings.target()) for end in ends(metric)]
+        jacobians = [operators.linearise(problem, end, settings.target()) for end in parameter_sets(metric)]
         j = jacobians[0]
         count = max(1, math.ceil(settings.direct_share * j.n))
         size = 1 if name == ONE_BY_ONE else max(j.blocks(j.n))

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from test_deflated import SPECTRA, Dense, jacobian, n
+from test_deflation import SPECTRA, Dense, jacobian, n
 
 from ntkbench.errors import BadInput
 from ntkbench.estimators import lanczos

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from hypothesis.extra import numpy as extra
 
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import arrays, standard_errors
 
-SAMPLES = arrays(np.float64, st.integers(2, 30), elements=st.floats(-1e3, 1e3))
+SAMPLES = extra.arrays(np.float64, st.integers(2, 30), elements=st.floats(-1e3, 1e3))
 
 
 @given(samples=SAMPLES)
@@ -56,12 +56,12 @@ def test_equal_probes_have_no_error():
     assert standard_errors.jackknife(lambda a, b: a / b, np.full(5, 0.1), np.full(5, 0.2)) == pytest.approx((0.5, 0, 4))
 
 
-def test_by_probe_brings_blocks_of_any_backend_to_float64_on_the_host():
+def test_gather_brings_blocks_of_any_backend_to_float64_on_the_host():
     import jax.numpy as jnp
     import torch
 
     blocks = [[1.5, 2.5], [3.5]]
     for make in (lambda b: torch.tensor(b, dtype=torch.float32), lambda b: jnp.asarray(b, "float32"), np.float32):
-        column = standard_errors.by_probe(make(block) for block in blocks)
+        column = arrays.gather(make(block) for block in blocks)
         assert column.dtype == np.float64
         np.testing.assert_array_equal(column, [1.5, 2.5, 3.5])

@@ -12,8 +12,8 @@ import pytest
 from conftest import metrics_of
 
 from ntkbench import methods
-from ntkbench.estimators import deflation
-from ntkbench.methods.base import Sampling, Stochastic
+from ntkbench.estimators import arrays, deflation
+from ntkbench.methods.base import Accumulating, Stochastic
 from ntkbench.operators import base, dense
 
 n, P = 200, 230
@@ -51,10 +51,10 @@ class Probes(base.Rng):
         self._generator, self._like = np.random.default_rng(seed), like
 
     def normal(self, k: int, dim: int) -> Any:
-        return deflation.beside(self._generator.standard_normal((k, dim)), self._like)
+        return arrays.asarray_like(self._generator.standard_normal((k, dim)), self._like)
 
     def sign(self, k: int, dim: int) -> Any:
-        return deflation.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
+        return arrays.asarray_like(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
 
 
 class Dense(dense.Jacobian):
@@ -94,10 +94,10 @@ def estimate(
 def drawn(method: Stochastic, metric: str, matrices: list[Any], probes: int, seed: int) -> tuple[float, float, float]:
     """Value, standard error and passes."""
     jacobians = [Dense(matrix) for matrix in matrices]
-    if isinstance(method, Sampling):
-        sample = method.sample((metric,), jacobians, jacobians[0].rng(seed))
-        sample.extend(probes)
-        value, error, _ = sample.read(metric)
+    if isinstance(method, Accumulating):
+        accumulator = method.accumulator((metric,), jacobians, jacobians[0].rng(seed))
+        accumulator.extend(probes)
+        value, error, _ = accumulator.estimate(metric)
     else:
         value, error, _ = method.draw(metric, jacobians, probes, jacobians[0].rng(seed))
     return value, error, sum(j.passes for j in jacobians)
@@ -106,21 +106,21 @@ def drawn(method: Stochastic, metric: str, matrices: list[Any], probes: int, see
 def table(kind: str, u: np.ndarray, *matrices: np.ndarray) -> np.ndarray:
     """The leave-one-out table of the library for probes ``u [k, n]``."""
     if kind == "xtrace":
-        from ntkbench.methods.xtrace import _table
-
         (J,) = matrices
         b = u @ J
         sketch = deflation.Sketch(b @ J.T)
         f = sketch.q @ J
-        return _table(sketch, u.shape[1], f @ f.T, f @ b.T, (b * b).sum(1), sketch.q @ u.T, (u * u).sum(1))
+        return deflation.xtrace_table(
+            sketch, u.shape[1], f @ f.T, f @ b.T, (b * b).sum(1), sketch.q @ u.T, (u * u).sum(1)
+        )
     sketches = [deflation.Sketch(u @ J) for J in matrices]
     images = [sketch.q @ J.T for sketch, J in zip(sketches, matrices, strict=True)]
-    outside = deflation.Complement(u)
+    normalisation = deflation.Normalisation(u)
     if kind == "trace":
-        return deflation.nystrom_trace(sketches[0], outside, images[0] @ images[0].T)
+        return deflation.nystrom_trace(sketches[0], normalisation, images[0] @ images[0].T)
     x, y = images[0] @ matrices[-1], images[-1] @ matrices[0]
     return deflation.nystrom_inner_product(
-        sketches[0], sketches[-1], outside, images[-1] @ images[0].T, x @ x.T, y @ y.T
+        sketches[0], sketches[-1], normalisation, images[-1] @ images[0].T, x @ x.T, y @ y.T
     )
 
 
@@ -153,14 +153,14 @@ def test_tables_leave_probes_out_as_if_they_had_never_been_drawn(kind):
             assert got[i, j] == pytest.approx(by_hand(kind, i, others, u, *matrices), rel=1e-9)
 
 
-def test_combined_is_an_unbiased_estimate_of_the_variance():
+def test_leave_one_out_is_an_unbiased_estimate_of_the_variance():
     """U-statistics of degree two have all the structure: h_i = x_i * (1 + mean of the other x_j)."""
     rng = np.random.default_rng(0)
     values, variances = [], []
     for x in rng.standard_normal((4000, 5)):
         rest = (x.sum() - x)[:, None] - x  # for i without j
         np.fill_diagonal(rest, x.sum() - x)
-        value, error, _ = deflation.combined(x[:, None] * (1 + rest / 4))
+        value, error, _ = deflation.leave_one_out(x[:, None] * (1 + rest / 4))
         values.append(value)
         variances.append(error**2)
     assert np.mean(values) == pytest.approx(0, abs=4 * np.std(values) / math.sqrt(4000))
@@ -246,13 +246,14 @@ def test_the_adaptive_sketch_is_unbiased_and_grows_where_that_is_worth_it(spectr
 def test_the_adaptive_sketch_stops_at_once_on_a_flat_spectrum_and_takes_half_of_a_steep_one():
     for spectrum, columns in (("linear", (4, 4)), ("0.7^i", (8, 40))):
         j = Dense(jacobian(spectrum))
-        sample = methods.get("hutchpp_adaptive").sample(("trace",), [j], j.rng(0))
-        sample.extend(72)
+        sketch = methods.get("hutchpp_adaptive").accumulator(("trace",), [j], j.rng(0))
+        sketch.extend(72)
         assert j.passes == 72
-        assert columns[0] <= len(sample._q) <= columns[1]
-        sample.extend(72)  # more probes are as good as one block of them, and none is lost
+        assert columns[0] <= len(sketch.q) <= columns[1]
+        sketch.extend(72)  # more probes are as good as one block of them, and none is lost
         assert j.passes == 144
-        assert abs(sample.read("trace").value - truth("trace", spectrum)) < 5 * sample.read("trace").error + 1e-9
+        estimate = sketch.estimate("trace")
+        assert abs(estimate.value - truth("trace", spectrum)) < 5 * estimate.standard_error + 1e-9
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

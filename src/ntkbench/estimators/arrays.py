@@ -1,0 +1,42 @@
+"""Small helpers for arrays of any library: moving them to the host and back, and cutting them into chunks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+from numpy.typing import DTypeLike
+
+
+def to_numpy(array: Any, dtype: DTypeLike = None) -> np.ndarray:
+    """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given."""
+    return np.asarray(array.cpu() if hasattr(array, "cpu") else array, dtype=dtype)
+
+
+def gather(blocks: Iterable[Any]) -> np.ndarray:
+    """Blocks ``[k, ...]`` of any library concatenated along the first axis, in float64 on the host."""
+    return np.concatenate([to_numpy(block, np.float64) for block in blocks])
+
+
+def asarray_like(array: np.ndarray, like: Any) -> Any:
+    """A host array in the library and precision of ``like``, on its device."""
+    xp = array_api_compat.array_namespace(like)
+    return xp.asarray(array, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def epsilon(array: Any) -> float:
+    """Machine epsilon of the array's precision."""
+    return float(array_api_compat.array_namespace(array).finfo(array.dtype).eps)
+
+
+def slices(sizes: Sequence[int]) -> list[slice]:
+    """Adjacent slices of the given sizes, the first of which starts at 0."""
+    return list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(sizes, initial=0))))
+
+
+def chunks(size: int, count: int) -> list[slice]:
+    """``range(size)`` in ``count`` adjacent slices of almost equal length."""
+    return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]

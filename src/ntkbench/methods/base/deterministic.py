@@ -1,0 +1,29 @@
+"""The base class of methods without randomness."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from ntkbench.estimate import Estimate
+from ntkbench.methods.base.method import Method, PreparedProblem, notes
+from ntkbench.metrics import Moments
+from ntkbench.operators import Jacobian
+
+
+class Deterministic(Method):
+    """A method that computes moments of Theta, or of a kernel that approximates it, by products with J."""
+
+    @abstractmethod
+    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+        """The moments that ``metric`` is a function of.
+
+        Args:
+            metric: one of ``self.metrics``.
+            jacobians: J at theta_0 (and at theta_f, for alignment).
+        """
+
+    def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+        jacobians = prepared.jacobians(metric)
+        value = self.moments(metric, jacobians).metric(metric)
+        return Estimate(value, None, sum(j.passes for j in jacobians), self.name, notes(jacobians), metric)

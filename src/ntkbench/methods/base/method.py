@@ -1,0 +1,113 @@
+"""The base class of all methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ntkbench import metrics
+from ntkbench.estimate import Estimate
+from ntkbench.operators import Jacobian, linearise
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+KINDS = ("exact", "approximate", "stochastic")
+
+
+class Method(ABC):
+    """A way of computing metrics of the NTK.
+
+    A file in ``methods/`` defines exactly one subclass, and has the name of the method.
+
+    Attributes:
+        title: name in figures and tables.
+        kind: ``exact``, ``approximate`` (deterministic and biased) or ``stochastic`` (takes passes and a seed).
+        source: paper and equation, or program, that the method comes from.
+        backends: backends that it runs on, the default first.
+        metrics: metrics that it computes.
+        needs_independent_samples: whether it requires that each output depends on its own sample only.
+        needs_recurrence: whether it requires a module that declares a recurrence over time.
+    """
+
+    title: ClassVar[str]
+    kind: ClassVar[str]
+    source: ClassVar[str]
+    backends: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
+    needs_independent_samples: ClassVar[bool] = False
+    needs_recurrence: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """Name of the file that defines the method."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def takes_passes(self) -> bool:
+        """Whether the user chooses a budget of passes."""
+        return self.kind == "stochastic"
+
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        """Why the method does not support a problem, metric, target or budget; ``None`` if it does."""
+        if metric not in self.metrics:
+            return f"gives {', '.join(self.metrics)} only"
+        if target.backend not in self.backends:
+            return f"runs on {', '.join(self.backends)} only"
+        if target.backend == "jax" and problem.jax_forward is None:
+            return "the problem has no network in JAX"
+        if metric == "alignment" and problem.theta_f is None:
+            return "the problem has no trained weights to align with"
+        if self.needs_independent_samples and problem.samples_interact:
+            return "samples interact, so there are no per-sample Jacobians"
+        if self.needs_recurrence and not hasattr(problem.module, "recurrence"):
+            return "the problem is no recurrent network (its module declares no recurrence)"
+        return None
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
+        """Passes that a deterministic method takes; ``None`` if its cost is not a number of passes."""
+        return None
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """Bytes that have to be in memory at once, whatever the block size; for a stochastic method, at this budget."""
+        return 0
+
+    def prepare(self, problem: Problem, target: Target) -> Any:
+        """Move a problem to the device, and trace and compile what does not depend on the metric. Not timed."""
+        return PreparedProblem(problem, target)
+
+    @abstractmethod
+    def estimate(self, prepared: Any, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+        """The metric. This is the timed region, which includes the forward pass.
+
+        Args:
+            prepared: the result of :meth:`prepare`.
+            metric: one of ``self.metrics``.
+            passes: upper limit on the passes of a stochastic method; ``None`` for the others.
+            seed: of the probes; the same seed gives the same estimate.
+        """
+
+
+class PreparedProblem:
+    """A problem with its Jacobian operators on the target's device."""
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        self.problem = problem
+        self.target = target
+        self._operators: dict[str, Jacobian] = {}
+
+    def jacobians(self, metric: str) -> list[Jacobian]:
+        """Operators at theta_0, and at theta_f for alignment, before their forward pass and with counters at zero."""
+        names = metrics.parameter_sets(metric)
+        for name in names:
+            if name not in self._operators:
+                self._operators[name] = linearise(self.problem, name, self.target)
+                self._operators[name].bytes_per_probe()
+        return [self._operators[name].fresh() for name in names]
+
+
+def notes(jacobians: Sequence[Jacobian]) -> tuple[str, ...]:
+    """Notes of all operators, each once."""
+    return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))

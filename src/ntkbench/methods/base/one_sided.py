@@ -1,0 +1,63 @@
+"""Trace estimators that multiply with J or with J^T only: tr Theta = ||J||_F^2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ntkbench.estimators import deflation
+from ntkbench.estimators.accumulators import ProbeMeans
+from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.methods.base.sides import Side, factor
+from ntkbench.methods.base.stochastic import Accumulating, FixedBudget
+from ntkbench.operators import Jacobian, Rng
+
+
+class OneSided(Accumulating):
+    """The mean of ||A u||^2 over random signs u, with A = J^T or J: 1 pass per probe; unbiased.
+
+    The variance is 2 (||G||_F^2 - sum_i G_ii^2) / k for k probes, with G = A^T A.
+
+    Attributes:
+        side: ``reverse`` for A = J^T, ``forward`` for A = J.
+    """
+
+    source = "Hazelden 2025, one-sided trace estimates"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+    side: ClassVar[Side]
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 1
+
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> ProbeMeans:
+        (j,) = jacobians
+        A = factor(j, self.side)
+        return ProbeMeans(("trace",), lambda k: [(A.product(rng.sign(k, A.dim)) ** 2).sum(1)], j.blocks)
+
+
+class OneSidedPaper(FixedBudget):
+    """||A Q||_F^2 + mean of ||A (I - Q Q^T) g||^2 over m probes, with A = J^T or J: 1 pass per probe; unbiased.
+
+    Q is an orthonormal basis of q = m // 6 random sign vectors, and g are the other m - q probes, also random signs. Q
+    does not depend on A, so it removes a share of only q / dim of the trace. The variance is about
+    2 ||G||_F^2 (1 - 2 q / dim) / (m - q), with G = A^T A of size dim: more than that of m plain probes, unless dim is
+    small. The standard error is that of the residual's mean.
+
+    Attributes:
+        side: ``reverse`` for A = J^T, ``forward`` for A = J.
+    """
+
+    source = "Hazelden 2025, the paper's script (trace_one_sided)"
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+    fewest_probes = 6
+    side: ClassVar[Side]
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 1
+
+    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+        (j,) = jacobians
+        A = factor(j, self.side)
+        return deflation.random_subspace(j, A.product, probes, A.dim, rng)

@@ -1,0 +1,34 @@
+"""The two sides that J can be probed from."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ntkbench.estimators.deflation import LinearMap
+from ntkbench.operators import Jacobian
+
+Side = Literal["reverse", "forward"]
+"""``reverse`` probes output space by VJPs, ``forward`` probes parameter space by JVPs."""
+
+
+class Factor(NamedTuple):
+    """A = J^T or A = J: a factor of Theta = J J^T or of J^T J, which have the same trace and Frobenius norm.
+
+    Attributes:
+        product: with A, from probes ``[k, dim]`` to images ``[k, image_dim]``; k passes.
+        adjoint: product with A^T; k passes.
+        dim: dimension of the probes.
+        image_dim: dimension of their images.
+    """
+
+    product: LinearMap
+    adjoint: LinearMap
+    dim: int
+    image_dim: int
+
+
+def factor(j: Jacobian, side: Side) -> Factor:
+    """A = J^T for ``reverse``, A = J for ``forward``."""
+    if side == "reverse":
+        return Factor(j.vjp, j.jvp, j.n, j.P)
+    return Factor(j.jvp, j.vjp, j.P, j.n)

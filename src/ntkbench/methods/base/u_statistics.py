@@ -1,0 +1,145 @@
+"""Estimators from inner products of J^T u or of J w, and their special case for the trace of each sample's block."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ntkbench.estimators import arrays
+from ntkbench.estimators.accumulators import (
+    Accumulator,
+    StratifiedTrace,
+    UStatistics,
+    crossed_network_kernel,
+    required_moments,
+    shared_probe_kernel,
+)
+from ntkbench.methods.base.sides import Side, factor
+from ntkbench.methods.base.stochastic import Accumulating
+from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.problem import Problem
+
+
+class GramMatrix(Accumulating):
+    """The Gram matrix of A u over k random signs u, with A = J^T or J: 1 pass per probe, 2 for alignment.
+
+    With y_i = A u_i: tr Theta = E mean_i ||y_i||^2 and ||Theta||_F^2 = E sum_(i != j) <y_i, y_j>^2 / (k (k - 1)). These
+    and the cross term are unbiased; the square root and the ratios are biased at order 1/k.
+
+    Attributes:
+        side: ``reverse`` for A = J^T, ``forward`` for A = J.
+    """
+
+    source = "U-statistics of Hoeffding 1948; Kong and Valiant 2017 (arXiv 1602.00061) for spectral moments"
+    backends = ("torch", "jax")
+    fewest_probes = 4
+    side: ClassVar[Side]
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 2 if metric == "alignment" else 1
+
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> UStatistics:
+        factors = [factor(j, self.side) for j in jacobians]
+
+        def products(u: Array, _: slice) -> list[Array]:
+            return [A.product(u)[:, None] for A in factors]
+
+        A = factors[0]
+        kernel = shared_probe_kernel if self.side == "reverse" else crossed_network_kernel
+        moments = required_moments(names)
+        return UStatistics(moments, 1, A.image_dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
+
+
+class OneSidedPerSample(Accumulating):
+    """The mean of sum_b ||A_b u_b||^2 over random signs u, with A_b = J_b^T or J_b: 1 pass per probe; unbiased.
+
+    A one-sided probe squares the sum of all samples' gradients, so what the gradients of two samples have in common is
+    noise. Here each is squared by itself. The variance is 2 sum_b (||G_b||_F^2 - sum_i (G_b)_ii^2) / k for k probes,
+    with G_b = A_b^T A_b. The standard error adds up the variances of the samples.
+
+    Attributes:
+        side: ``reverse`` for A_b = J_b^T, ``forward`` for A_b = J_b.
+    """
+
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+    needs_independent_samples = True
+    first_batch = 4
+    side: ClassVar[Side]
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 1
+
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> StratifiedTrace:
+        (j,) = jacobians
+        return per_sample_trace(j, rng) if self.side == "reverse" else _per_sample_trace_forward(j, rng)
+
+
+def per_sample_trace(j: Jacobian, rng: Rng) -> StratifiedTrace:
+    """||J_b^T u_b||^2 of each sample b over random signs u."""
+    return StratifiedTrace(lambda k: j.sample_squares(rng.sign(k, j.n).reshape(k, j.N, j.O)), j.blocks)
+
+
+def _per_sample_trace_forward(j: Jacobian, rng: Rng) -> StratifiedTrace:
+    """||J_b w_b||^2 of each sample b over random signs w, with a tangent for each sample."""
+
+    def squares(k: int) -> Array:
+        w = rng.sign(k, j.N * j.P).reshape(k, j.N, j.P)
+        return (j.sample_jvp(slice(0, j.N), w) ** 2).sum(-1)
+
+    def blocks(probes: int) -> list[int]:
+        size = max(1, j.memory // (j.bytes_per_probe() + 3 * j.N * j.P * j.itemsize))
+        return [min(size, probes - start) for start in range(0, probes, size)]
+
+    return StratifiedTrace(squares, blocks)
+
+
+class StratifiedUStatistics(Accumulating):
+    """U-statistics of the gradients of groups of samples: 1 pass per probe, 2 for alignment.
+
+    A probe is a vector of random signs u. Group g of the samples gives the gradient w_g^k = sum_(b in g) J_b^T u_b^k of
+    probe k, and tr Theta = E mean_k sum_g ||w_g^k||^2. ||Theta||_F^2 = E [mean_(k, l) sum_(g != h) <w_g^k, w_h^l>^2 +
+    mean_(k != l) sum_g <w_g^k, w_g^l>^2]; the cross term is likewise. All are unbiased; the square root and the ratios
+    are biased at order 1/k. The trace by itself is that of :func:`per_sample_trace`, which takes no inner products.
+
+    The variance and its estimate are those of :class:`ntkbench.estimators.standard_errors.PairSums`. Memory is bounded
+    as in :class:`ntkbench.estimators.accumulators.UStatistics`.
+
+    Attributes:
+        max_gradients: gradients up to which a default budget goes; beyond about a thousand, their inner products, whose
+            cost is quadratic, take most of the time.
+    """
+
+    source = "this suite; U-statistics of Hoeffding 1948"
+    backends = ("torch", "jax")
+    needs_independent_samples = True
+    max_gradients: ClassVar[int] = 1024
+
+    @abstractmethod
+    def groups(self, N: int) -> int:
+        """Number of groups of N samples."""
+
+    @abstractmethod
+    def gradients(self, j: Jacobian, groups: Sequence[slice], v: Array) -> Array:
+        """Gradients of adjacent groups, ``v [k, samples, O] -> [k, groups, P]``."""
+
+    def default_max_passes(self, problem: Problem) -> int:
+        return max(8, self.max_gradients // self.groups(problem.N))
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 2 if metric == "alignment" else 1
+
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Accumulator:
+        j = jacobians[0]
+        if tuple(names) == ("trace",):
+            return per_sample_trace(j, rng)
+        count = self.groups(j.N)
+        groups = arrays.chunks(j.N, count)
+
+        def gradients(u: Array, chosen: slice) -> list[Array]:
+            some = groups[chosen]
+            v = u.reshape(-1, j.N, j.O)[:, some[0].start : some[-1].stop]
+            return [self.gradients(jacobian, some, v) for jacobian in jacobians]
+
+        return UStatistics(required_moments(names), count, j.P, jacobians, lambda k: rng.sign(k, j.n), gradients)
