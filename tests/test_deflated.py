@@ -57,7 +57,7 @@ class Probes(base.Rng):
         return deflation.beside(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
 
 
-class Dense(dense.Jacobian):
+class Dense(dense.DenseJacobian):
     """A Jacobian written out, in the array library of ``matrix``, with those probes."""
 
     def __init__(self, matrix: Any) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.operators import device_memory, linearise
-from ntkbench.operators.base import Jacobian
+from ntkbench.operators.base import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -44,7 +44,7 @@ def close(a, b, tolerance: float = 1e-12) -> bool:
     return np.abs(host(a) - host(b)).max() <= tolerance * np.abs(host(b)).max()
 
 
-def columns(problem: Problem, j: Jacobian) -> np.ndarray:
+def columns(problem: Problem, j: JacobianOperator) -> np.ndarray:
     """Where each column of an operator stands in J written out: JAX sorts parameters by name, as it does all dicts."""
     sizes = {key: w.size for key, w in problem.theta_0.items()}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
@@ -159,7 +159,7 @@ def test_fresh_starts_over_without_the_forward_pass(backend, tiny):
     assert (twin.passes, j.passes) == (2, 3)
 
 
-class Sizes(Jacobian):
+class Sizes(JacobianOperator):
     """Sizes without a network, for what depends on nothing else."""
 
     _vjp = _jvp = _row = _sample_vjp = _sample_jvp = _eye = rng = None

@@ -58,9 +58,9 @@ def problem(kind: str, N=4, T=5, inputs=3, hidden=4, outputs=None, frozen=()) ->
     return Problem(kind, module, x, theta_0, theta_f, jax_forward(module))
 
 
-def linear(problem: Problem, backend: str, end: str = "theta_0") -> base.Jacobian:
+def linear(problem: Problem, backend: str, end: str = "theta_0") -> base.RecurrentJacobian:
     j = linearise(problem, end, Target(backend, "float64", "cpu"))
-    assert isinstance(j, base.Jacobian)
+    assert isinstance(j, base.RecurrentJacobian)
     return j
 
 

@@ -19,7 +19,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import Undefined, unknown
-from ntkbench.operators.base import Array, Jacobian
+from ntkbench.operators.base import Array, JacobianOperator
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
 SYMBOLS = {
@@ -157,9 +157,9 @@ def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
 
 def from_rows_of_jacobian(
     metric: str,
-    jacobians: Sequence[Jacobian],
+    jacobians: Sequence[JacobianOperator],
     blocks: Sequence[Any],
-    rows: Callable[[Jacobian, Any], Array],
+    rows: Callable[[JacobianOperator, Any], Array],
     count: int | None = None,
 ) -> Moments:
     """Moments from rows of J, by blocks of rows: what ``metric`` needs and no more.

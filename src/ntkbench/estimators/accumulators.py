@@ -14,7 +14,7 @@ from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator
 
 NEEDS = {
     "trace": ("trace",),
@@ -139,7 +139,7 @@ class Pairs(Sample):
         moments: Sequence[str],
         strata: int,
         dim: int,
-        jacobians: Sequence[Jacobian],
+        jacobians: Sequence[JacobianOperator],
         sign: Callable[[int], Array],
         vectors: Vectors,
         kernels: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]] | None = None,

@@ -16,7 +16,7 @@ import numpy as np
 from ntkbench.estimators import standard_errors
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 Operator = Callable[[Array], Array]
 """A product with a matrix that takes and gives rows: ``[k, columns] -> [k, rows]``."""
@@ -54,7 +54,7 @@ def without(rows: Array, q: Array) -> Array:
     return rows - (rows @ q.T) @ q
 
 
-def squared_lengths(j: Jacobian, product: Operator, rows: Array) -> np.ndarray:
+def squared_lengths(j: JacobianOperator, product: Operator, rows: Array) -> np.ndarray:
     """||A u||^2 for each row u; one block of products is held at a time."""
     ends = np.cumsum([0, *j.blocks(len(rows))])
     blocks = (rows[start:stop] for start, stop in itertools.pairwise(ends))
@@ -96,7 +96,7 @@ def hutchpp(product: Operator, columns: int, residual: int, n: int, rng: Rng) ->
     return plus(inside, standard_errors.mean(standard_errors.by_probe([(g * product(g)).sum(1)])))
 
 
-def random_directions(j: Jacobian, product: Operator, probes: int, dim: int, rng: Rng) -> Reading:
+def random_directions(j: JacobianOperator, product: Operator, probes: int, dim: int, rng: Rng) -> Reading:
     """||A||_F^2 by a sixth of the probes as an orthonormal basis, exactly, and Hutchinson on its complement."""
     columns = min(probes // 6, dim)
     q = orthonormal(rng.sign(columns, dim))
@@ -108,7 +108,9 @@ def random_directions(j: Jacobian, product: Operator, probes: int, dim: int, rng
     return plus(inside, standard_errors.mean(standard_errors.by_probe(lengths)))
 
 
-def from_separate_traces(metric: str, jacobians: Sequence[Jacobian], trace: Callable[[Operator], Reading]) -> Reading:
+def from_separate_traces(
+    metric: str, jacobians: Sequence[JacobianOperator], trace: Callable[[Operator], Reading]
+) -> Reading:
     """A metric and its standard error from estimates of tr Theta, tr Theta^2 and tr Theta Theta_f, each by itself.
 
     Args:

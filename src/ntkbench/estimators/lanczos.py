@@ -10,7 +10,7 @@ import numpy as np
 
 from ntkbench.errors import BadInput
 from ntkbench.estimators.deflation import beside, on_host, precision
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Density:
         return math.exp(math.log(trace) - moment / trace)
 
 
-def density(j: Jacobian, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:
+def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:
     """Stochastic Lanczos quadrature on Theta = J J^T with full reorthogonalisation: 2 * probes * steps passes at most.
 
     Every probe is a Gaussian vector made a unit one, with a Krylov space of its own; all probes advance together, so a

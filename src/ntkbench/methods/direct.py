@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -24,7 +24,7 @@ class Direct(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return 2 * problem.n * len(metrics.ends(metric))
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         ends = [*itertools.accumulate(j.blocks(j.n))]
         return metrics.from_rows_of_theta(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import Pairs, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 
 class GramReverse(Sampling):
@@ -28,7 +28,7 @@ class GramReverse(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Pairs:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Pairs:
         j = jacobians[0]
 
         def products(u: Array, _: slice) -> list[Array]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import Pairs, Sample, SampleTraces, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 from ntkbench.problem import Problem
 
 GROUPS = 24
@@ -43,7 +43,7 @@ class GroupUStatistics(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Sample:
         j = jacobians[0]
         if tuple(names) == ("trace",):  # which takes no inner products
             return SampleTraces(lambda k: j.sample_squares(rng.sign(k, j.n).reshape(k, j.N, j.O)), j.blocks)

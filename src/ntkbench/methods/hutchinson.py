@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import Columns, moments_of
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 
 class Hutchinson(Sampling):
@@ -23,7 +23,7 @@ class Hutchinson(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 4 if metric == "alignment" else 2
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Columns:
         j, moments = jacobians[0], moments_of(names)
 
         def products(k: int) -> list[Array]:

@@ -10,7 +10,7 @@ from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.accumulators import Sample
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 COLUMNS = 4
 """By which the sketch grows."""
@@ -43,7 +43,7 @@ class HutchPPAdaptive(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Sample:
         (j,) = jacobians
         return _Growing(j, rng)
 
@@ -51,7 +51,7 @@ class HutchPPAdaptive(Sampling):
 class _Growing(Sample):
     """A sketch and residual probes, both of which can be added to; its probes are passes."""
 
-    def __init__(self, jacobian: Jacobian, rng: Rng) -> None:
+    def __init__(self, jacobian: JacobianOperator, rng: Rng) -> None:
         self._j, self._rng = jacobian, rng
         self._q = self._image = jacobian.basis(0, 0)  # Q and Theta Q, rows
         self._g = jacobian.basis(0, 0)

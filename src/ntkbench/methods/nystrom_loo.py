@@ -10,7 +10,7 @@ from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class NystromLOO(FixedBudget):
@@ -38,7 +38,7 @@ class NystromLOO(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 8 if metric == "alignment" else 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> Reading:
         n = jacobians[0].n
         u = rng.normal(min(probes, n), n)
         outside = deflation.Complement(u)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import Columns
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class OneSidedForward(Sampling):
@@ -23,6 +23,6 @@ class OneSidedForward(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Columns:
         (j,) = jacobians
         return Columns(("trace",), lambda k: [(j.jvp(rng.sign(k, j.P)) ** 2).sum(1)], j.blocks)

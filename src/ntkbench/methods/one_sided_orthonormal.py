@@ -10,7 +10,7 @@ from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.accumulators import Columns
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 
 class OneSidedOrthonormal(Sampling):
@@ -30,7 +30,7 @@ class OneSidedOrthonormal(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Columns:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Columns:
         (j,) = jacobians
         return _Frame(j, rng)
 
@@ -38,7 +38,7 @@ class OneSidedOrthonormal(Sampling):
 class _Frame(Columns):
     """Orthonormal probes; new ones are drawn orthogonal to all before."""
 
-    def __init__(self, jacobian: Jacobian, rng: Rng) -> None:
+    def __init__(self, jacobian: JacobianOperator, rng: Rng) -> None:
         super().__init__(("trace",), self._norms, jacobian.blocks)
         self._jacobian, self._rng = jacobian, rng
         self._probes = jacobian.basis(0, 0)

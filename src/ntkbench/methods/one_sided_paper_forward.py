@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class OneSidedPaperForward(FixedBudget):
@@ -29,6 +29,6 @@ class OneSidedPaperForward(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         return deflation.random_directions(j, j.jvp, probes, j.P, rng)

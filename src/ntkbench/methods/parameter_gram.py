@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -48,7 +48,7 @@ class ParameterGram(Deterministic):
         triangle = (CUTS + 1) / (2 * CUTS)
         return int((2 * triangle + 1 if metric == "alignment" else triangle) * problem.P**2) * target.itemsize
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         rectangles = list(j.rectangles(1 / (2 * len(jacobians))))
         if metric == "trace":

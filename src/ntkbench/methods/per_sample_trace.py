@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import SampleTraces
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class PerSampleTrace(Sampling):
@@ -27,6 +27,6 @@ class PerSampleTrace(Sampling):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> SampleTraces:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> SampleTraces:
         (j,) = jacobians
         return SampleTraces(lambda k: j.sample_squares(rng.sign(k, j.n).reshape(k, j.N, j.O)), j.blocks)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import SampleTraces
 from ntkbench.methods.base import Sampling
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -34,7 +34,7 @@ class PerSampleTraceForward(Sampling):
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         return 3 * problem.N * problem.P * target.itemsize
 
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> SampleTraces:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> SampleTraces:
         (j,) = jacobians
 
         def squares(k: int) -> Array:

@@ -9,7 +9,7 @@ from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 
 class SharedProbeAlignment(FixedBudget):
@@ -28,7 +28,7 @@ class SharedProbeAlignment(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> Reading:
         j, n = jacobians[0], jacobians[0].n
         u = deflation.frame(rng, probes, n)
         ends = [*itertools.accumulate(j.blocks(len(u)))]
@@ -40,7 +40,7 @@ class SharedProbeAlignment(FixedBudget):
         return standard_errors.orthonormal(independent, len(u), n)
 
 
-def _sums(jacobians: Sequence[Jacobian], u: Array) -> tuple[Array, Array, Array]:
+def _sums(jacobians: Sequence[JacobianOperator], u: Array) -> tuple[Array, Array, Array]:
     """||Theta u||^2, ||Theta_f u||^2 and <Theta u, Theta_f u> of each probe."""
     theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
     return (theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1)

@@ -66,12 +66,12 @@ class _Groups(Sample):
     """Groups of fields; pairs are taken within a group."""
 
     def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
-        from ntkbench.operators.torch import Rng
+        from ntkbench.operators.torch import TorchRng
 
         self._engine, self._x = prepared.engine, prepared.x
         self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
         self._names = moments_of(names)
-        self._rng = Rng(seed, self._sets[0][0].dtype, self._x.device)
+        self._rng = TorchRng(seed, self._sets[0][0].dtype, self._x.device)
         self._traces: list[np.ndarray] = []
         self._groups: list[tuple[int, standard_errors.Moments2]] = []
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class XNysTraceForward(FixedBudget):
@@ -28,6 +28,6 @@ class XNysTraceForward(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 2
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         return deflation.xnystrace(j.jvp, j.vjp, rng.normal(min(probes, j.P), j.P))

@@ -9,7 +9,7 @@ import numpy as np
 from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class XTrace(FixedBudget):
@@ -30,7 +30,7 @@ class XTrace(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> Reading:
         (j,) = jacobians
         k = min(probes, j.n)
         u = rng.normal(k, j.n)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ntkbench.operators.base import Array, Jacobian, Rng
+from ntkbench.operators.base import Array, JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 __all__ = ["Array", "Jacobian", "Rng", "device_memory", "device_name", "linearise", "torch_network"]
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> JacobianOperator:
     """The Jacobian of ``problem`` at ``"theta_0"`` or ``"theta_f"``, on the target's backend and device.
 
     Nothing is computed until the first product; the forward pass is then run once and shared by all VJPs. A module that

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import array_api_compat
 
-from ntkbench.operators import base
-from ntkbench.operators.base import Array, Rng
+from ntkbench.operators.base import Array, JacobianOperator, Rng
 
 
-class Jacobian(base.Jacobian):
-    """J as a matrix, with a sample for each row; see :class:`ntkbench.operators.base.Jacobian`.
+class DenseJacobian(JacobianOperator):
+    """J as a matrix, with a sample for each row; see :class:`ntkbench.operators.base.JacobianOperator`.
 
     Args:
         matrix: J, ``[n, P]``, of any array library; products stay in it, on its device and in its precision.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.operators import base
+from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -19,10 +19,10 @@ Weights = Mapping[str, jax.Array]
 Forward = Callable[[Weights, jax.Array], jax.Array]
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> JaxJacobian:
     """See :func:`ntkbench.operators.linearise`."""
     forward, parameters, x = network(problem, weights, target)
-    return Jacobian(forward, parameters, x, problem.output_shape, target.memory)
+    return JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
 
 
 def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, Weights, jax.Array]:
@@ -77,8 +77,8 @@ def device_memory(target: Target) -> int | None:
     return statistics["peak_bytes_in_use"] if statistics else None
 
 
-class Jacobian(base.Jacobian):
-    """J of a pure function at given weights; see :class:`ntkbench.operators.base.Jacobian`."""
+class JaxJacobian(JacobianOperator):
+    """J of a pure function at given weights; see :class:`ntkbench.operators.base.JacobianOperator`."""
 
     COMPUTED = ("_pullback",)
 
@@ -118,9 +118,9 @@ class Jacobian(base.Jacobian):
         dtype = next(iter(self._parameters.values())).dtype
         return jax.nn.one_hot(jnp.arange(start, stop), size, dtype=dtype)
 
-    def rng(self, seed: int) -> Rng:
+    def rng(self, seed: int) -> JaxRng:
         like = next(iter(self._parameters.values()))
-        return Rng(seed, like.dtype, like.device)
+        return JaxRng(seed, like.dtype, like.device)
 
     def bytes_per_probe(self) -> int:
         # Value and cotangent of everything the traced forward pass writes, and three gradients, as in torch.
@@ -132,7 +132,7 @@ class Jacobian(base.Jacobian):
         return tuple((key, *shape(w)) for key, w in self._parameters.items()), shape(self._x)
 
 
-class Rng(base.Rng):
+class JaxRng(Rng):
     """Probes from a JAX key that is split at every draw."""
 
     def __init__(self, seed: int, dtype: Any, device: jax.Device) -> None:

@@ -14,15 +14,15 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
-from ntkbench.operators import base
+from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.plain_operations import plain_operations
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> TorchJacobian:
     """See :func:`ntkbench.operators.linearise`."""
-    return Jacobian(*network(problem, weights, target), problem.output_shape, target.memory)
+    return TorchJacobian(*network(problem, weights, target), problem.output_shape, target.memory)
 
 
 def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
@@ -71,8 +71,8 @@ Push = Callable[[Tensor], Callable[[Tensor], Tensor]]
 """From inputs to w -> J w there, ``[P] -> [samples, O]``."""
 
 
-class Jacobian(base.Jacobian):
-    """J of a module at given parameters; see :class:`ntkbench.operators.base.Jacobian`."""
+class TorchJacobian(JacobianOperator):
+    """J of a module at given parameters; see :class:`ntkbench.operators.base.JacobianOperator`."""
 
     COMPUTED = ("_pullback", "_graph")
 
@@ -172,9 +172,9 @@ class Jacobian(base.Jacobian):
         eye[:, start:stop].fill_diagonal_(1)
         return eye
 
-    def rng(self, seed: int) -> Rng:
+    def rng(self, seed: int) -> TorchRng:
         like = next(iter(self._parameters.values()))
-        return Rng(seed, like.dtype, like.device)
+        return TorchRng(seed, like.dtype, like.device)
 
     def bytes_per_probe(self) -> int:
         return self._bytes_per_probe
@@ -200,7 +200,7 @@ class Jacobian(base.Jacobian):
         return {key: part.reshape(w.shape) for (key, w), part in zip(self._parameters.items(), parts, strict=True)}
 
 
-class Rng(base.Rng):
+class TorchRng(Rng):
     """Probes from a ``torch.Generator`` of their own on the operator's device."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:

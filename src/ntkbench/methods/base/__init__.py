@@ -13,7 +13,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.estimators.accumulators import Sample
 from ntkbench.estimators.standard_errors import Reading
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian, Rng, linearise
+from ntkbench.operators import JacobianOperator, Rng, linearise
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -97,9 +97,9 @@ class Prepared:
     def __init__(self, problem: Problem, target: Target) -> None:
         self.problem = problem
         self.target = target
-        self._operators: dict[str, Jacobian] = {}
+        self._operators: dict[str, JacobianOperator] = {}
 
-    def jacobians(self, metric: str) -> list[Jacobian]:
+    def jacobians(self, metric: str) -> list[JacobianOperator]:
         """Fresh operators (no forward pass yet, counters at zero) at theta_0, and at theta_f for alignment."""
         for end in metrics.ends(metric):
             if end not in self._operators:
@@ -112,7 +112,7 @@ class Deterministic(Method):
     """A method whose moments of Theta (or of the kernel that stands for it) follow from passes alone."""
 
     @abstractmethod
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         """The moments that ``metric`` is made of."""
 
     def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
@@ -185,7 +185,7 @@ class FixedBudget(Stochastic):
     gradients_held: ClassVar[float] = 0
 
     @abstractmethod
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> Reading:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> Reading:
         """What a nominal number of probes says."""
 
     def spend(self, prepared: Prepared, metric: str, passes: int, seed: int) -> Estimate:
@@ -272,7 +272,7 @@ class Sampling(Incremental):
     """An incremental method over Jacobian operators."""
 
     @abstractmethod
-    def sample(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Sample:
+    def sample(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Sample:
         """An empty sample for some of the method's metrics."""
 
     def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
@@ -281,5 +281,5 @@ class Sampling(Incremental):
         return sample, lambda: (sum(j.passes for j in jacobians), _notes(jacobians))
 
 
-def _notes(jacobians: Sequence[Jacobian]) -> tuple[str, ...]:
+def _notes(jacobians: Sequence[JacobianOperator]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))

@@ -11,15 +11,14 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import BadInput
-from ntkbench.operators import base
-from ntkbench.operators.base import Array
+from ntkbench.operators.base import Array, JacobianOperator
 from ntkbench.operators.recurrent import products
 from ntkbench.operators.recurrent.cells import GATES, Recurrence
 from ntkbench.operators.recurrent.injections import Layout
 from ntkbench.operators.recurrent.products import Linear
 
 
-class Jacobian(base.Jacobian):
+class RecurrentJacobian(JacobianOperator):
     """J = P S of a recurrent layer: probes are folded into the batch, one matrix product a time step for all of them.
 
     To be put in front of a backend's own Jacobian, which makes its probes and unit vectors. A VJP is an adjoint
@@ -75,7 +74,7 @@ class Jacobian(base.Jacobian):
         """The forward pass, run once; all probes share it."""
         return self.call(products.linearised, self._by_role, self._x)
 
-    def prefix(self, steps: int) -> Jacobian:
+    def prefix(self, steps: int) -> RecurrentJacobian:
         """The same network over its first time steps alone, with a counter of its own; the forward pass is shared."""
         short = self.fresh()
         short.O, short.T, short._x = self.O // self.T * steps, steps, self._x[:, :steps]

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ntkbench.operators import jax as autodiff
-from ntkbench.operators.recurrent import base
+from ntkbench.operators.jax import JaxJacobian
+from ntkbench.operators.recurrent.base import RecurrentJacobian
 from ntkbench.operators.recurrent.cells import Cell, Functions
 from ntkbench.operators.recurrent.injections import Injections, Layout
 from ntkbench.operators.recurrent.products import Linear
@@ -18,7 +18,7 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> JaxRecurrentJacobian:
     """See :func:`ntkbench.operators.linearise`.
 
     Raises:
@@ -26,7 +26,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
     """
     forward, parameters, x = autodiff.network(problem, weights, target)
     parameters = dict(sorted(parameters.items()))  # the order that JAX gives all dicts, and so the other operator
-    j = Jacobian(forward, parameters, x, problem.output_shape, target.memory)
+    j = JaxRecurrentJacobian(forward, parameters, x, problem.output_shape, target.memory)
     held = {key: w.detach().cpu().numpy() for key, w in problem.module.named_parameters() if key not in parameters}
     held |= problem.fixed(weights)
     frozen = {key: jax.device_put(w.astype(target.dtype), autodiff.device(target)) for key, w in held.items()}
@@ -53,8 +53,8 @@ def trajectory(kind: str, alpha: float | None, w: Mapping[str, Any], x: Any) -> 
     return tuple(jnp.swapaxes(part, 0, 1) for part in states)
 
 
-class Jacobian(base.Jacobian, autodiff.Jacobian):
-    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.Jacobian`."""
+class JaxRecurrentJacobian(RecurrentJacobian, JaxJacobian):
+    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.RecurrentJacobian`."""
 
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         return _compiled(product, self.layout, *arrays)

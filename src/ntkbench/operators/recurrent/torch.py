@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkbench.operators import torch as autodiff
-from ntkbench.operators.recurrent import base
+from ntkbench.operators.recurrent.base import RecurrentJacobian
 from ntkbench.operators.recurrent.cells import Cell
 from ntkbench.operators.recurrent.injections import Injections
 from ntkbench.operators.recurrent.products import Linear
+from ntkbench.operators.torch import TorchJacobian
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> TorchRecurrentJacobian:
     """See :func:`ntkbench.operators.linearise`.
 
     Raises:
         BadInput: theta is not of the recurrence that the problem's module declares.
     """
     module, parameters, x = autodiff.network(problem, weights, target)
-    j = Jacobian(module, parameters, x, problem.output_shape, target.memory)
+    j = TorchRecurrentJacobian(module, parameters, x, problem.output_shape, target.memory)
     j.describe(module.recurrence, {key: w for key, w in module.named_parameters() if key not in parameters})
     return j
 
@@ -52,8 +52,8 @@ Products of each trial by itself work on several arrays of that size.
 """
 
 
-class Jacobian(base.Jacobian, autodiff.Jacobian):
-    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.Jacobian`."""
+class TorchRecurrentJacobian(RecurrentJacobian, TorchJacobian):
+    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.RecurrentJacobian`."""
 
     def _vjp(self, u: Tensor) -> Tensor:
         return self._in_turns(super()._vjp, u, self.N, TURN)
