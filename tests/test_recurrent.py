@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pack_sequence
 import ntkbench
 from ntkbench import methods
 from ntkbench.errors import BadInput
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import state_factors
 from ntkbench.networks.recurrent import Recurrent, jax_forward
 from ntkbench.operators import linearise
+from ntkbench.operators.base import on_host
 from ntkbench.operators.recurrent import base, products
 from ntkbench.operators.recurrent.cells import GATES, Recurrence
 from ntkbench.operators.recurrent.state_kernel import StateKernel
@@ -73,7 +74,7 @@ def columns(problem: Problem, backend: str) -> np.ndarray:
 
 
 def host(array) -> np.ndarray:
-    return standard_errors.on_host(array)
+    return on_host(array)
 
 
 def off(a, b) -> float:
@@ -218,9 +219,11 @@ def test_metrics_of_the_factors(kind, backend):
     one = np.eye(kernel.K.shape[0])
     K, K_f, P, P_f = (op.to_scipy() @ one for op in (kernel.K, at_f.K, kernel.P, at_f.P))
     for metric, exact in metrics_of(K, K_f).items():
-        assert kernel.of_k(metric, at_f).value == pytest.approx(exact, rel=1e-12)
+        other = at_f if metric == "alignment" else None
+        assert state_factors.metric_of_k(kernel, metric, other).value == pytest.approx(exact, rel=1e-12)
     for metric, exact in metrics_of(P @ P.T, P_f @ P_f.T).items():
-        estimate = kernel.of_p(metric, 200, at_f=at_f if metric == "alignment" else None)
+        estimate = state_factors.metric_of_p(kernel, metric, 200, at_f=at_f if metric == "alignment" else None)
+        assert estimate.covers(exact, "float64", 0.9999)
         assert 0 < estimate.standard_error < 0.1 * exact
         assert abs(estimate.value - exact) < 4 * estimate.standard_error
 
@@ -321,10 +324,17 @@ def test_bad_sizes_are_refused(arguments, message):
 def test_other_networks_have_no_factors(tiny):
     with pytest.raises(BadInput, match="declares no recurrence"):
         StateKernel(tiny, "theta_0", Target())
+
+
+def test_bad_arguments_for_metrics_of_the_factors_are_refused():
+    kernel = StateKernel(problem("rnn"), "theta_0", Target())
     with pytest.raises(BadInput, match="at least 2"):
-        StateKernel(problem("rnn"), "theta_0", Target()).of_p("trace", 1)
-    with pytest.raises(BadInput, match="got None for alignment"):
-        StateKernel(problem("rnn"), "theta_0", Target()).of_p("alignment")
+        state_factors.metric_of_p(kernel, "trace", 1)
+    for metric_of in (state_factors.metric_of_k, state_factors.metric_of_p):
+        with pytest.raises(BadInput, match="got none for alignment"):
+            metric_of(kernel, "alignment")
+        with pytest.raises(BadInput, match="got one for trace"):
+            metric_of(kernel, "trace", at_f=kernel)
 
 
 def test_parameters_outside_the_recurrence_are_refused():

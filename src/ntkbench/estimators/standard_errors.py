@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ntkbench.operators.base import on_host
+
 
 class Reading(NamedTuple):
     """What probes say of a number.
@@ -27,11 +29,6 @@ class Reading(NamedTuple):
 def by_probe(blocks: Iterable[Any]) -> np.ndarray:
     """What the probes of several blocks say, ``[k, ...]`` each, as one float64 array on the host."""
     return np.concatenate([np.asarray(on_host(block), dtype=np.float64) for block in blocks])
-
-
-def on_host(array: Any) -> np.ndarray:
-    """An array of any backend in numpy, in its own precision."""
-    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
 
 
 def mean(samples: np.ndarray) -> Reading:

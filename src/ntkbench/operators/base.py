@@ -15,6 +15,11 @@ Array = Any
 """A tensor of the operator's backend (``torch.Tensor`` or ``jax.Array``)."""
 
 
+def on_host(array: Array) -> np.ndarray:
+    """An array of any backend as a NumPy array of the same precision."""
+    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+
+
 @dataclass(frozen=True)
 class ChunkBytes:
     """Bytes per chunk of the products that are computed in chunks to stay in a processor's cache.
