@@ -20,7 +20,7 @@ from ntkbench.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.methods.base.layerwise import Prepared
+    from ntkbench.methods.base.layerwise import TracedProblem
 
 FEWEST = 8
 """Samples that tell how much samples differ; all, where there are fewer."""
@@ -57,13 +57,13 @@ class SampleSubset(Incremental):
         rows = _samples(problem, metric, self.default_passes if passes is None else passes) * problem.O
         return 2 * len(metrics.ends(metric)) * rows**2 * target.itemsize
 
-    def prepare(self, problem: Problem, target: Target) -> Prepared:
+    def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
-        from ntkbench.methods.base.layerwise import Prepared
+        from ntkbench.methods.base.layerwise import TracedProblem
 
-        return Prepared(problem, target)
+        return TracedProblem(problem, target)
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+    def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
         return _Subset(prepared, names, seed), prepared.ledger()
 
 
@@ -80,7 +80,7 @@ def _samples(problem: Problem, metric: str, passes: int) -> int:
 class _Subset(Sample):
     """Blocks between the samples so far; its probes are passes."""
 
-    def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
+    def __init__(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> None:
         self._engine, self._x = prepared.engine, prepared.x
         self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
         self._order = np.random.default_rng(seed).permutation(len(self._x))

@@ -19,7 +19,7 @@ from ntkbench.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.methods.base.layerwise import Prepared
+    from ntkbench.methods.base.layerwise import TracedProblem
 
 WIDEST = 2048
 """Gradients in a group, between all pairs of which the inner products are taken."""
@@ -52,20 +52,20 @@ class StructuredBlockUStatistics(Incremental):
         grams = (2 * problem.N) ** 2 * len(metrics.ends(metric))
         return 0 if metric == "trace" else grams * (target.itemsize + 3 * 8)
 
-    def prepare(self, problem: Problem, target: Target) -> Prepared:
+    def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
-        from ntkbench.methods.base.layerwise import Prepared
+        from ntkbench.methods.base.layerwise import TracedProblem
 
-        return Prepared(problem, target)
+        return TracedProblem(problem, target)
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
+    def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Sample, Ledger]:
         return _Groups(prepared, names, seed), prepared.ledger()
 
 
 class _Groups(Sample):
     """Groups of fields; pairs are taken within a group."""
 
-    def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
+    def __init__(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> None:
         from ntkbench.operators.torch import TorchRng
 
         self._engine, self._x = prepared.engine, prepared.x

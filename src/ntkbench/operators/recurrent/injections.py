@@ -89,7 +89,7 @@ class ParameterLayout:
 
     @property
     def width(self) -> int:
-        """E, the number of injections per trial and step: G H, plus H for a side gate, plus O for a readout in theta."""
+        """E, the injections per trial and step: G H, plus H for a side gate, plus O for a readout in theta."""
         readout = self.outputs if self.injects_readout else 0
         return (self.gates + self.has_side) * self.hidden + readout
 
@@ -137,7 +137,7 @@ class ParameterLayout:
         return self._flat(Injections(*map(outer, factors, e)))
 
     def coordinates(self, factors: InjectionFactors, e: Injections) -> Array:
-        """S^T e with its entries permuted, ``[k, P]``; cheaper than :meth:`gradient`, and sufficient for inner products."""
+        """S^T e with its entries permuted, ``[k, P]``: cheaper than :meth:`gradient`, enough for inner products."""
         made = []
         for group in self.groups(factors):
             own = getattr(e, group.where)[..., group.columns]

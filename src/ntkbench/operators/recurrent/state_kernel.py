@@ -89,8 +89,8 @@ class BlockOperator:
 class StateKernel:
     """Theta = P K P* of a recurrent problem at one set of weights.
 
-    Vectors of outputs are ``[k, n]``. Vectors of injections are ``[k, B T E]``, by trial, then by step. The E entries of
-    a step are the gates in torch's order, the side gate of a GRU and the outputs of a readout in theta.
+    Vectors of outputs are ``[k, n]``. Vectors of injections are ``[k, B T E]``, by trial, then by step. The E entries
+    of a step are the gates in torch's order, the side gate of a GRU and the outputs of a readout in theta.
 
     Attributes:
         jacobian: J = P S.
