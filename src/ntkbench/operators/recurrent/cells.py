@@ -101,7 +101,7 @@ class Cell:
 
 
 class StepDerivatives(NamedTuple):
-    """Derivatives of each step of a trajectory, over T time steps, B trials, H units; ``None`` for a term that is absent.
+    """Derivatives of each step of a trajectory: T time steps, B trials, H units; ``None`` for an absent term.
 
     Attributes:
         gain: ds_t / dz_t, ``[T, B, G, H]`` of the gates that s depends on (for the LSTM the first three of four).
