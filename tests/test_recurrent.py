@@ -18,7 +18,7 @@ from ntkbench import methods
 from ntkbench.errors import BadInput
 from ntkbench.estimators import state_factors
 from ntkbench.networks.recurrent import Recurrent, jax_forward
-from ntkbench.operators import linearise
+from ntkbench.operators import ChunkBytes, linearise
 from ntkbench.operators.base import on_host
 from ntkbench.operators.recurrent import base, products
 from ntkbench.operators.recurrent.cells import GATES, Recurrence
@@ -147,6 +147,47 @@ def test_products_of_long_blocks_do_not_depend_on_the_budget(kind):
     u = roomy.rng(0).normal(3, roomy.n)
     assert off(tight.ntk(u), roomy.ntk(u)) < 1e-12
     assert off(tight.sample_squares(u.reshape(3, 4, -1)), roomy.sample_squares(u.reshape(3, 4, -1))) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6)
+@given(chunk=st.integers(1, 4000), by_trial=st.integers(1, 4000), k=st.integers(1, 6))
+def test_products_do_not_depend_on_chunks(kind, chunk, by_trial, k):
+    p = problem(kind, outputs=2)
+    sizes = ChunkBytes(sample_squares=by_trial, gates=chunk, gates_by_trial=by_trial)
+    j = linearise(p, "theta_0", Target("torch", "float64", "cpu"), sizes)
+    N, O, J = j.N, j.O, written_out(p)  # noqa: E741 - the field's symbol
+    u, w = j.rng(0).normal(k, j.n), j.rng(1).normal(k, j.P)
+    assert off(j.vjp(u), host(u) @ J) < 1e-10
+    assert off(j.jvp(w), host(w) @ J.T) < 1e-10
+    v, tangents = u.reshape(k, N, O), j.rng(2).normal(k, N * j.P).reshape(k, N, j.P)
+    rows = J.reshape(N, O, -1)
+    assert off(j.sample_squares(v), (np.einsum("kbo,bop->kbp", host(v), rows) ** 2).sum(-1)) < 1e-10
+    assert off(j.sample_jvp(slice(0, N), tangents), np.einsum("bop,kbp->kbo", rows, host(tangents))) < 1e-10
+    assert j.passes == 4 * k
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5]), (2**20, [5])])
+def test_chunks_hold_as_many_probes_as_fit(chunk, sizes, monkeypatch):
+    gates = 4 * 5 * 4 * 8  # bytes of the gates of one probe: trials, steps, units, float64
+    target = Target("torch", "float64", "cpu")
+    j = linearise(problem("rnn"), "theta_0", target, ChunkBytes(gates=chunk * gates))
+    u, call, seen = j.rng(0).normal(5, j.n), j.call, []
+    j.vjp(u)  # the forward pass
+    monkeypatch.setattr(j, "call", lambda product, linear, u: seen.append(len(u)) or call(product, linear, u))
+    j.vjp(u)
+    assert seen == sizes
+
+
+@settings(max_examples=12)
+@given(T=st.integers(1, 8), hidden=st.integers(1, 6), inputs=st.integers(1, 12))
+def test_squares_of_gradients_by_either_order(T, hidden, inputs):
+    """Where steps are few, from inner products between steps; where they are many, from the gradients."""
+    p = problem("rnn", N=2, T=T, inputs=inputs, hidden=hidden)
+    j = linear(p, "torch")
+    v = j.rng(0).normal(2, j.n).reshape(2, 2, -1)
+    gradients = np.einsum("kbo,bop->kbp", host(v), written_out(p).reshape(2, j.O, -1))
+    assert off(j.sample_squares(v), (gradients**2).sum(-1)) < 1e-10
 
 
 @pytest.mark.parametrize(("kind", "backend"), [*((kind, "torch") for kind in KINDS), ("lstm", "jax")])
