@@ -12,9 +12,9 @@ import pytest
 from conftest import metrics_of
 
 from ntkbench import methods
-from ntkbench.estimators import arrays, deflation
+from ntkbench.estimators import deflation
 from ntkbench.methods.base import Accumulating, Stochastic
-from ntkbench.operators import base, dense
+from ntkbench.operators import arrays, base, dense
 
 n, P = 200, 230
 i = np.arange(1, n + 1)
@@ -57,7 +57,7 @@ class Probes(base.Rng):
         return arrays.asarray_like(self._generator.choice([-1.0, 1.0], (k, dim)), self._like)
 
 
-class Dense(dense.Jacobian):
+class Dense(dense.DenseJacobian):
     """A Jacobian written out, in the array library of ``matrix``, with those probes."""
 
     def __init__(self, matrix: Any) -> None:

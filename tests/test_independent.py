@@ -27,7 +27,7 @@ from test_deflation import SPECTRA, Dense, drawn, jacobian
 
 from ntkbench import methods
 from ntkbench.estimators import lanczos
-from ntkbench.operators import Jacobian, Rng, linearise
+from ntkbench.operators import JacobianOperator, Rng, linearise
 from ntkbench.options import Target
 
 PROBLEMS = ("wide", "gru_hazelden[N=2,T=2]", "digits_conv[N=3]")
@@ -57,16 +57,16 @@ def probes(kind: str, k: int, dim: int, seed: int = 0) -> np.ndarray:
 class Ready:
     """An operator where methods expect a prepared problem, with probes that were drawn beforehand."""
 
-    def __init__(self, j: Jacobian, *blocks: Any) -> None:
+    def __init__(self, j: JacobianOperator, *blocks: Any) -> None:
         self._j, self._blocks = j, blocks
 
-    def jacobians(self, metric: str) -> list[Jacobian]:
+    def jacobians(self, metric: str) -> list[JacobianOperator]:
         j = self._j.fresh()
         j.rng = lambda seed: Given(*self._blocks)
         return [j]
 
 
-def ours(name: str, metric: str, j: Jacobian, *blocks: Any) -> tuple[float, float]:
+def ours(name: str, metric: str, j: JacobianOperator, *blocks: Any) -> tuple[float, float]:
     """Value and standard error of a method on given probes."""
     method = methods.get(name)
     estimate = method.estimate(Ready(j, *blocks), metric, method.cost(metric, len(blocks[0])))
@@ -76,7 +76,7 @@ def ours(name: str, metric: str, j: Jacobian, *blocks: Any) -> tuple[float, floa
 # --- PyTorch: curvlinops
 
 
-def torch_operators(label: str) -> tuple[Jacobian, Any]:
+def torch_operators(label: str) -> tuple[JacobianOperator, Any]:
     """J of a problem, in float64: ours and theirs."""
     problem = loaded(label)
     module = copy.deepcopy(problem.module).double()
@@ -180,7 +180,7 @@ def test_leave_one_out_traces_have_the_mean_of_curvlinops(name):
 # --- JAX: matfree
 
 
-def jax_operators(label: str) -> tuple[Jacobian, Any, Any]:
+def jax_operators(label: str) -> tuple[JacobianOperator, Any, Any]:
     """J of a problem, in float64: ours, and v -> J^T v and w -> J w by plain JAX, for one vector."""
     problem = loaded(label)
     j = linearise(problem, "theta_0", Target("jax", "float64", "cpu"))

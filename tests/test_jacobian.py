@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.operators import device_memory, linearise
-from ntkbench.operators.base import Jacobian
+from ntkbench.operators import ChunkBytes, device_memory, linearise
+from ntkbench.operators.base import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -44,7 +47,7 @@ def close(a, b, tolerance: float = 1e-12) -> bool:
     return np.abs(host(a) - host(b)).max() <= tolerance * np.abs(host(b)).max()
 
 
-def columns(problem: Problem, j: Jacobian) -> np.ndarray:
+def columns(problem: Problem, j: JacobianOperator) -> np.ndarray:
     """Where each column of an operator stands in J written out: JAX sorts parameters by name, as it does all dicts."""
     sizes = {key: w.size for key, w in problem.theta_0.items()}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
@@ -159,7 +162,7 @@ def test_fresh_starts_over_without_the_forward_pass(backend, tiny):
     assert (twin.passes, j.passes) == (2, 3)
 
 
-class Sizes(Jacobian):
+class Sizes(JacobianOperator):
     """Sizes without a network, for what depends on nothing else."""
 
     _vjp = _jvp = _row = _sample_vjp = _sample_jvp = _eye = rng = None
@@ -206,6 +209,22 @@ def test_products_do_not_depend_on_the_memory_budget(tiny, dense, memory):
     for rectangle in j.rectangles():
         rows[j.row_numbers(*rectangle)] = host(j.sample_rows(*rectangle))
     assert close(rows, J)
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 5, 100])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squares_of_gradients_do_not_depend_on_chunks(backend, chunk, tiny, dense, monkeypatch):
+    """One gradient at a time, two samples, all samples of one probe, everything."""
+    v = np.random.default_rng(0).standard_normal((5, tiny.N, tiny.O))
+    gradients = np.einsum("kbo,bop->kbp", v, dense("tanh_net", "theta_0").reshape(tiny.N, tiny.O, -1))
+    gradient_bytes = operator(tiny, backend)._bytes_per_square()
+    sizes = ChunkBytes(sample_squares=max(1, chunk * gradient_bytes))
+    j = linearise(tiny, "theta_0", Target(backend, "float64", "cpu"), sizes)
+    product, seen = j._sample_squares, []
+    monkeypatch.setattr(j, "_sample_squares", lambda samples, v: seen.append(v.shape[:2]) or product(samples, v))
+    assert close(j.sample_squares(put(v, j.basis(0, 1))), (gradients**2).sum(-1))
+    assert {0: {(1, 1)}, 2: {(1, 2), (1, 1)}, 5: {(1, 3)}, 100: {(5, 3)}}[chunk] == {tuple(size) for size in seen}
+    assert j.passes == 5
 
 
 def test_tiny_budgets_mean_many_blocks(tiny, monkeypatch):
@@ -439,3 +458,43 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
         assert estimate.passes == spent
         assert "each JVP is two reverse passes" in estimate.notes[0]
     assert not ntkbench.trace(model, x, method="one_sided_reverse", passes=8).notes
+
+
+IMPORTS = """
+import sys
+from conftest import loaded
+from ntkbench.operators import linearise
+from ntkbench.options import Target
+
+backend, label = sys.argv[1:]
+j = linearise(loaded(label), "theta_0", Target(backend, device="cpu"))
+j.jvp(j.vjp(j.basis(0, 1)))
+print("jax" in sys.modules, *(name for name in sys.modules if name.startswith("ntkbench.operators.")))
+"""
+RECURRENT = {
+    "base",
+    "recurrent",
+    "recurrent.base",
+    "recurrent.cells",
+    "recurrent.injections",
+    "recurrent.products",
+    "recurrent.torch_trajectory",
+}
+"""What both backends import for a recurrent network, whose module is always torch's."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "label", "expected"),
+    [
+        ("torch", "tanh_net", {"base", "torch", "plain_operations"}),
+        ("jax", "tanh_net", {"base", "jax"}),
+        ("torch", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"torch", "plain_operations", "recurrent.torch"}),
+        ("jax", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"jax", "recurrent.jax", "recurrent.jax_trajectory"}),
+    ],
+)
+def test_a_process_imports_the_operators_that_it_uses_and_no_others(backend, label, expected):
+    command, folder = [sys.executable, "-c", IMPORTS, backend, label], Path(__file__).parent
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+    jax, *found = done.stdout.split()
+    assert jax == str(backend == "jax")
+    assert {name.removeprefix("ntkbench.operators.") for name in found} == expected

@@ -6,17 +6,18 @@ import dataclasses
 import functools
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from conftest import loaded
 
 from ntkbench import methods, problems
-from ntkbench.errors import BadInput, OverMemory
+from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.methods.nt_structured_derivatives import longest_scan
 from ntkbench.metrics import METRICS
+from ntkbench.operators import programs
 from ntkbench.operators.jax import network
-from ntkbench.operators.neural_tangents import load, memory_limit
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
@@ -40,10 +41,7 @@ def jitted(function):
 
 
 def theta_of(forward, weights, x, implementation: str) -> np.ndarray:
-    theta = load().empirical_ntk_fn(
-        forward, trace_axes=(), vmap_axes=0, implementation=load().NtkImplementation[implementation]
-    )
-    kernel = np.asarray(jitted(lambda weights, x: theta(x, None, weights))(weights, x))
+    kernel = np.asarray(jitted(programs.kernel_function(forward, implementation))(weights, x))
     n = kernel.shape[0] * kernel.shape[2]
     return kernel.transpose(0, 2, 1, 3).reshape(n, n)
 
@@ -65,7 +63,7 @@ def jacrev_of(label: str) -> np.ndarray:
 @pytest.mark.parametrize("name", METHODS)
 def test_theta_is_the_jacobians(label, name):
     forward, weights, x = network(loaded(label), "theta_0", target())
-    theta = theta_of(lambda w, x: forward(w, x).reshape(len(x), -1), weights, x, methods.get(name).implementation)
+    theta = theta_of(forward, weights, x, methods.get(name).implementation)
     exact = jacrev_of(label)
     assert theta.dtype == exact.dtype == np.float64
     np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
@@ -107,10 +105,10 @@ def test_float32_sums_lose_nothing():
     """A long sum in float32 is only as good as the order in which it is done."""
     import jax
 
-    from ntkbench.methods.base.neural_tangents import _moments
+    from ntkbench.methods.base.neural_tangents import moments
 
     entries = np.random.default_rng(0).standard_normal((2, 50, 50, 40, 40)).astype("float32") + 1
-    sums = jax.jit(_moments)(list(entries))
+    sums = jax.jit(moments)(list(entries))
     theta, theta_f = entries.astype("float64")
     exact = {
         "trace": np.einsum("nnoo->", theta),
@@ -230,17 +228,39 @@ def test_scans_are_found_wherever_they_are(tiny):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_program_over_the_limit_is_not_run(tiny, name, monkeypatch):
+def test_a_program_over_the_limit_is_not_run(tiny, name):
     method = methods.get(name)
-    prepared = method.prepare(tiny, target())
-    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "1000")
-    with pytest.raises(OverMemory, match=r"would need .* GiB for tanh_net; allowed: 9\.31e-07 GiB"):
-        method.estimate(prepared, "norm")
-    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", str(2**30))
-    first = method.estimate(prepared, "norm")
-    # Compiled and looked at once: the limit plays no part any more.
-    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "1000")
-    assert method.estimate(prepared, "norm") == first
+    small, large = (dataclasses.replace(target(), program_memory=limit) for limit in (1000, 2**30))
+    with pytest.raises(OverMemory, match=r"for tanh_net would need .* GiB, over the budget of 9\.31e-07 GiB"):
+        method.estimate(method.prepare(tiny, small), "norm")
+    assert method.estimate(method.prepare(tiny, large), "norm").value == pytest.approx(reference.exact(tiny)["norm"])
+
+
+@pytest.mark.parametrize("slack", (-1, 0))
+def test_the_budget_is_what_a_program_needs(slack):
+    import jax
+
+    lowered = programs.lower(lambda x: x @ x.T, jax.ShapeDtypeStruct((16, 32), "float32"))
+    assert programs.flops(lowered) == pytest.approx(2 * 16 * 16 * 32, rel=0.1)
+    needed = programs.needed_bytes(lowered.compile())
+    assert needed >= 4 * (16 * 32 + 16 * 16)  # argument and result
+    if slack:
+        with pytest.raises(OverMemory, match="product would need"):
+            programs.compile_within(needed + slack, lowered, "product")
+    else:
+        x = np.arange(16 * 32, dtype="f4").reshape(16, 32) / 512
+        np.testing.assert_allclose(programs.compile_within(needed, lowered, "product")(x), x @ x.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("analysis", [{"flops": 7}, [{"flops": 7}]])
+def test_operations_are_read_off_a_dict_or_a_list(analysis):
+    assert programs.flops(types.SimpleNamespace(cost_analysis=lambda: analysis)) == 7.0
+
+
+@pytest.mark.parametrize("analysis", [None, [], {"bytes accessed": 1.0}])
+def test_operations_that_xla_does_not_count_are_said_to_be_missing(analysis):
+    with pytest.raises(Unavailable, match="no floating-point operations"):
+        programs.flops(types.SimpleNamespace(cost_analysis=lambda: analysis))
 
 
 def test_memory_limit(monkeypatch):
@@ -248,13 +268,11 @@ def test_memory_limit(monkeypatch):
     import psutil
 
     device = jax.devices("cpu")[0]
-    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "12345")
-    assert memory_limit(device) == 12345
-    monkeypatch.setenv("NTKBENCH_MEMORY_LIMIT", "6 GB")
-    with pytest.raises(BadInput, match="whole number of bytes, got '6 GB'"):
-        memory_limit(device)
-    monkeypatch.delenv("NTKBENCH_MEMORY_LIMIT")
-    assert 0 < memory_limit(device) < psutil.virtual_memory().total
+    assert programs.memory_limit(device, dataclasses.replace(target(), program_memory=12345)) == 12345
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    assert programs.memory_limit(device, target()) == 800
+    gpu = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 500})
+    assert programs.memory_limit(gpu, target()) == 400
 
 
 def test_bytes_needed():
@@ -285,7 +303,7 @@ IN_A_FRESH_PROCESS = """
 import sys
 from ntkbench import methods
 assert methods.names() and not {"jax", "neural_tangents"} & set(sys.modules), "methods are to be listed without jax"
-from ntkbench.neural_tangents import load
+from ntkbench.operators.neural_tangents import load
 import jax, jax.core, jax.interpreters.ad
 before = {module: set(vars(module)) for module in (jax.core, jax.interpreters.ad)}
 neural_tangents = load()

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pack_sequence
 import ntkbench
 from ntkbench import methods
 from ntkbench.errors import BadInput
-from ntkbench.estimators import arrays
+from ntkbench.estimators import state_factors
 from ntkbench.networks.recurrent import Recurrent, jax_forward
-from ntkbench.operators import linearise
+from ntkbench.operators import ChunkBytes, linearise
+from ntkbench.operators.arrays import to_numpy
 from ntkbench.operators.recurrent import base, products
 from ntkbench.operators.recurrent.cells import GATES, Recurrence
 from ntkbench.operators.recurrent.state_kernel import StateKernel
@@ -58,9 +59,9 @@ def problem(kind: str, N=4, T=5, inputs=3, hidden=4, outputs=None, frozen=()) ->
     return Problem(kind, module, x, theta_0, theta_f, jax_forward(module))
 
 
-def linear(problem: Problem, backend: str, end: str = "theta_0") -> base.Jacobian:
+def linear(problem: Problem, backend: str, end: str = "theta_0") -> base.RecurrentJacobian:
     j = linearise(problem, end, Target(backend, "float64", "cpu"))
-    assert isinstance(j, base.Jacobian)
+    assert isinstance(j, base.RecurrentJacobian)
     return j
 
 
@@ -73,7 +74,7 @@ def columns(problem: Problem, backend: str) -> np.ndarray:
 
 
 def host(array) -> np.ndarray:
-    return arrays.to_numpy(array)
+    return to_numpy(array)
 
 
 def off(a, b) -> float:
@@ -148,6 +149,47 @@ def test_products_of_long_blocks_do_not_depend_on_the_budget(kind):
     assert off(tight.sample_squares(u.reshape(3, 4, -1)), roomy.sample_squares(u.reshape(3, 4, -1))) < 1e-12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6)
+@given(chunk=st.integers(1, 4000), by_trial=st.integers(1, 4000), k=st.integers(1, 6))
+def test_products_do_not_depend_on_chunks(kind, chunk, by_trial, k):
+    p = problem(kind, outputs=2)
+    sizes = ChunkBytes(sample_squares=by_trial, gates=chunk, gates_by_trial=by_trial)
+    j = linearise(p, "theta_0", Target("torch", "float64", "cpu"), sizes)
+    N, O, J = j.N, j.O, written_out(p)  # noqa: E741 - the field's symbol
+    u, w = j.rng(0).normal(k, j.n), j.rng(1).normal(k, j.P)
+    assert off(j.vjp(u), host(u) @ J) < 1e-10
+    assert off(j.jvp(w), host(w) @ J.T) < 1e-10
+    v, tangents = u.reshape(k, N, O), j.rng(2).normal(k, N * j.P).reshape(k, N, j.P)
+    rows = J.reshape(N, O, -1)
+    assert off(j.sample_squares(v), (np.einsum("kbo,bop->kbp", host(v), rows) ** 2).sum(-1)) < 1e-10
+    assert off(j.sample_jvp(slice(0, N), tangents), np.einsum("bop,kbp->kbo", rows, host(tangents))) < 1e-10
+    assert j.passes == 4 * k
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5]), (2**20, [5])])
+def test_chunks_hold_as_many_probes_as_fit(chunk, sizes, monkeypatch):
+    gates = 4 * 5 * 4 * 8  # bytes of the gates of one probe: trials, steps, units, float64
+    target = Target("torch", "float64", "cpu")
+    j = linearise(problem("rnn"), "theta_0", target, ChunkBytes(gates=chunk * gates))
+    u, call, seen = j.rng(0).normal(5, j.n), j.call, []
+    j.vjp(u)  # the forward pass
+    monkeypatch.setattr(j, "call", lambda product, linear, u: seen.append(len(u)) or call(product, linear, u))
+    j.vjp(u)
+    assert seen == sizes
+
+
+@settings(max_examples=12)
+@given(T=st.integers(1, 8), hidden=st.integers(1, 6), inputs=st.integers(1, 12))
+def test_squares_of_gradients_by_either_order(T, hidden, inputs):
+    """Where steps are few, from inner products between steps; where they are many, from the gradients."""
+    p = problem("rnn", N=2, T=T, inputs=inputs, hidden=hidden)
+    j = linear(p, "torch")
+    v = j.rng(0).normal(2, j.n).reshape(2, 2, -1)
+    gradients = np.einsum("kbo,bop->kbp", host(v), written_out(p).reshape(2, j.O, -1))
+    assert off(j.sample_squares(v), (gradients**2).sum(-1)) < 1e-10
+
+
 @pytest.mark.parametrize(("kind", "backend"), [*((kind, "torch") for kind in KINDS), ("lstm", "jax")])
 def test_a_prefix_is_the_network_on_shorter_sequences(kind, backend):
     p = problem(kind)
@@ -218,9 +260,11 @@ def test_metrics_of_the_factors(kind, backend):
     one = np.eye(kernel.K.shape[0])
     K, K_f, P, P_f = (op.to_scipy() @ one for op in (kernel.K, at_f.K, kernel.P, at_f.P))
     for metric, exact in metrics_of(K, K_f).items():
-        assert kernel.of_k(metric, at_f).value == pytest.approx(exact, rel=1e-12)
+        other = at_f if metric == "alignment" else None
+        assert state_factors.metric_of_k(kernel, metric, other).value == pytest.approx(exact, rel=1e-12)
     for metric, exact in metrics_of(P @ P.T, P_f @ P_f.T).items():
-        estimate = kernel.of_p(metric, 200, at_f=at_f if metric == "alignment" else None)
+        estimate = state_factors.metric_of_p(kernel, metric, 200, at_f=at_f if metric == "alignment" else None)
+        assert estimate.covers(exact, "float64", 0.9999)
         assert 0 < estimate.standard_error < 0.1 * exact
         assert abs(estimate.value - exact) < 4 * estimate.standard_error
 
@@ -323,10 +367,17 @@ def test_bad_sizes_are_refused(arguments, message):
 def test_other_networks_have_no_factors(tiny):
     with pytest.raises(BadInput, match="declares no recurrence"):
         StateKernel(tiny, "theta_0", Target())
+
+
+def test_bad_arguments_for_metrics_of_the_factors_are_refused():
+    kernel = StateKernel(problem("rnn"), "theta_0", Target())
     with pytest.raises(BadInput, match="at least 2"):
-        StateKernel(problem("rnn"), "theta_0", Target()).of_p("trace", 1)
-    with pytest.raises(BadInput, match="got None for alignment"):
-        StateKernel(problem("rnn"), "theta_0", Target()).of_p("alignment")
+        state_factors.metric_of_p(kernel, "trace", 1)
+    for metric_of in (state_factors.metric_of_k, state_factors.metric_of_p):
+        with pytest.raises(BadInput, match="got none for alignment"):
+            metric_of(kernel, "alignment")
+        with pytest.raises(BadInput, match="got one for trace"):
+            metric_of(kernel, "trace", at_f=kernel)
 
 
 def test_parameters_outside_the_recurrence_are_refused():

@@ -19,7 +19,7 @@ SEEDS = 400
 METHODS = ("one_sided_reverse", "hutchpp_one_sided", "hutchpp_adaptive", "xtrace", "xnystrace")
 
 
-class Transforms(dense.Jacobian):
+class Transforms(dense.DenseJacobian):
     """J = D C^T S C D' with the cosine transform C and random signs on the diagonals of D and D', never written out."""
 
     def __init__(self, eigenvalues: np.ndarray) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as extra
 
-from ntkbench.estimators import arrays, standard_errors
+from ntkbench.estimators import standard_errors
+from ntkbench.operators import arrays
 
 SAMPLES = extra.arrays(np.float64, st.integers(2, 30), elements=st.floats(-1e3, 1e3))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -15,8 +16,9 @@ from torch.nn.utils import parametrizations
 import ntkbench
 from ntkbench.errors import BadInput
 from ntkbench.layerwise import contraction, sample_kernels
-from ntkbench.layerwise.factors import Lookups, Products, Rows
-from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.layerwise.factors import Lookups, Products
+from ntkbench.layerwise.kernel import LayerwiseKernel, mirror
+from ntkbench.layerwise.tuning import Tuning
 
 ODD = 1e-10
 """Largest difference from the explicit kernel in float64, relative to its largest entry."""
@@ -38,7 +40,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = ODD) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
-def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> LayerwiseKernel:
+def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30, tuning: Tuning | None = None) -> LayerwiseKernel:
     """Check kernel, rectangle, diagonal and trace kernel against J; the engine, to look into."""
     model, x = model.double(), double(x)
     J = jacobian(model, x)
@@ -46,7 +48,7 @@ def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> LayerwiseKe
     O = len(J) // N  # noqa: E741
     blocks = theta.view(N, O, N, O)
     parameters = {key: w.detach() for key, w in model.named_parameters() if w.requires_grad}
-    engine, values = LayerwiseKernel(model, parameters, x, memory), list(parameters.values())
+    engine, values = LayerwiseKernel(model, parameters, x, memory, tuning), list(parameters.values())
     found = engine.kernel(values, x)
     assert close(found, theta)
     assert torch.equal(found, found.T)
@@ -260,6 +262,65 @@ def test_the_memory_changes_nothing_but_the_blocks(memory):
     holds(model, torch.randn(5, 1, 6, 6), memory)
 
 
+@st.composite
+def tunings(draw) -> Tuning:
+    """Sizes so small that every branch is taken, and costs that force one order of summation or the other."""
+    return Tuning(
+        triangle_blocks=draw(st.integers(1, 9)),
+        block_rows=draw(st.integers(1, 5)),
+        cache_bytes=draw(st.integers(1, 2000)),
+        entry_cost=draw(st.sampled_from([-1e9, 8, 1e9])),
+        group_cost=draw(st.sampled_from([-math.inf, math.inf])),
+        tile=draw(st.integers(1, 7)),
+    )
+
+
+@settings(max_examples=30)
+@given(
+    N=st.integers(1, 6),
+    K=st.integers(1, 4),
+    positions=st.integers(0, 3),
+    memory=st.sampled_from([20_000, 2**30]),
+    tuning=tunings(),
+)
+def test_kernels_do_not_depend_on_the_tuning(N, K, positions, memory, tuning):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, K))
+    holds(model, torch.randn(N, *[positions] * (positions > 0), 4), memory, tuning)
+
+
+@given(N=st.integers(1, 6), K=st.integers(1, 5), tile=st.integers(1, 31))
+def test_the_lower_triangle_is_mirrored_in_tiles(N, K, tile):
+    size = N * K
+    lower = torch.arange(1.0, size**2 + 1).reshape(size, size)
+    theta = lower.clone().reshape(N, K, N, K)
+    mirror(theta, tile)
+    assert torch.equal(theta.reshape(size, size), lower.tril() + lower.tril(-1).T)
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, whose backward pass doubles the cotangents of negative entries."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.where(x < 0, 2 * g, g)
+
+
+def test_the_trace_is_compared_on_as_many_samples_as_asked_for():
+    model = Call(nn.Linear(1, 1, bias=False).double(), lambda f, x: Doubled.apply(f(x)))
+    parameters = {"layer.weight": torch.ones(1, 1).double()}
+    x = torch.tensor([[1.0], [2.0], [-1.0]]).double()  # wrong for the third sample alone
+    LayerwiseKernel(model, parameters, x, 2**30, Tuning(checked_samples=2))
+    with pytest.raises(BadInput, match="other gradients"):
+        LayerwiseKernel(model, parameters, x, 2**30, Tuning(checked_samples=3))
+
+
 def factors(N: int, K: int, groups: int, C: int, D: int, S: int) -> Products:
     return Products(torch.randn(N, groups, D, S).double(), torch.randn(N, K, groups, C, S).double())
 
@@ -272,50 +333,51 @@ def factors(N: int, K: int, groups: int, C: int, D: int, S: int) -> Products:
     D=st.integers(1, 4),
     S=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     memory=st.integers(1, 5000),
-    pairs=st.booleans(),
+    tuning=tunings(),
     symmetric=st.booleans(),
 )
-def test_both_orders_of_contraction_agree(N, K, groups, C, D, S, memory, pairs, symmetric):
+def test_contractions_are_products_of_explicit_gradients(N, K, groups, C, D, S, memory, tuning, symmetric):
     torch.manual_seed(0)
     left = factors(N[0], K[0], groups, C, D, S[0])
     right = left if symmetric else factors(N[1], K[1], groups, C, D, S[1])
     rows = [torch.einsum("ngds,nkgcs->nkgcd", f.a, f.g).flatten(2).flatten(0, 1) for f in (left, right)]
     expected = rows[0] @ rows[1].T
     theta = torch.zeros(left.g.shape[0], left.g.shape[1], right.g.shape[0], right.g.shape[1]).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contraction, "cost_of_pairs", lambda *_: -1.0 if pairs else math.inf)
-        patch.setattr(contraction, "FEWEST_ROWS", 2)
-        contraction.add(theta, left, None if symmetric else right, memory)
-        diagonal = contraction.diagonal(left, memory)
+    contraction.add(theta, left, None if symmetric else right, memory, tuning)
+    diagonal = contraction.diagonal(left, memory, tuning)
     found = theta.flatten(2).flatten(0, 1)
     found, expected = (found.tril(), expected.tril()) if symmetric else (found, expected)
     assert close(found, expected)
     assert close(diagonal.reshape(-1), (rows[0] ** 2).sum(1))
 
 
-@given(N=st.integers(1, 5), K=st.integers(1, 3), C=st.integers(1, 3), S=st.integers(1, 4), memory=st.integers(1, 2000))
-def test_lookups_are_products_with_unit_vectors(N, K, C, S, memory):
+@given(
+    N=st.integers(1, 5),
+    K=st.integers(1, 3),
+    C=st.integers(1, 3),
+    S=st.integers(1, 4),
+    memory=st.integers(1, 2000),
+    tuning=tunings(),
+)
+def test_lookups_are_products_with_unit_vectors(N, K, C, S, memory, tuning):
     torch.manual_seed(0)
     numbers, g = torch.randint(-1, 4, (N, S)), torch.randn(N, K, C, S).double()
     units = torch.nn.functional.one_hot(numbers.clamp(min=0), 4).double() * (numbers >= 0)[..., None]
     rows = torch.einsum("nsv,nkcs->nkvc", units, g).reshape(N * K, -1)
     theta = torch.zeros(N, K, N, K).double()
-    contraction.add(theta, Lookups(numbers, g), None, memory)
+    contraction.add(theta, Lookups(numbers, g), None, memory, tuning)
     assert torch.allclose(theta.flatten(2).flatten(0, 1).tril(), (rows @ rows.T).tril(), atol=1e-12)
-    assert torch.allclose(contraction.diagonal(Lookups(numbers, g), memory).reshape(-1), (rows**2).sum(1), atol=1e-12)
+    diagonal = contraction.diagonal(Lookups(numbers, g), memory, tuning)
+    assert torch.allclose(diagonal.reshape(-1), (rows**2).sum(1), atol=1e-12)
 
 
 def test_the_cheaper_order_is_taken_by_counting():
+    cheaper = functools.partial(contraction.pairwise_is_cheaper, symmetric=True, tuning=Tuning())
     many_channels, many_positions = factors(4, 2, 1, 64, 64, 2), factors(4, 2, 1, 2, 2, 64)
-    assert contraction.cost_of_pairs(many_channels, many_channels, True) < contraction.cost_of_rows(
-        many_channels, many_channels, True
-    )
-    assert contraction.cost_of_pairs(many_positions, many_positions, True) > contraction.cost_of_rows(
-        many_positions, many_positions, True
-    )
     depthwise = factors(4, 2, 64, 1, 9, 4)
-    assert contraction.cost_of_pairs(depthwise, depthwise, True) > contraction.cost_of_rows(depthwise, depthwise, True)
-    assert isinstance(Rows(torch.zeros(2, 3, 4)).folded(), Rows)
+    assert cheaper(many_channels, many_channels)
+    assert not cheaper(many_positions, many_positions)
+    assert not cheaper(depthwise, depthwise)
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,23 @@ import functools
 from collections.abc import Callable
 
 from ntkbench import methods
-from ntkbench.operators import Jacobian, linearise, torch_network
+from ntkbench.operators import JacobianOperator, linearise, torch_network
 from ntkbench.options import Target
 from ntkbench.problems import Problem
 
 BLOCK, PROBES = 64, 50
 
 
-def _block(problem: Problem, target: Target, product: str, linearised: Callable[..., Jacobian]) -> Callable[[], float]:
+def _block(
+    problem: Problem, target: Target, product: str, linearised: Callable[..., JacobianOperator]
+) -> Callable[[], float]:
     """A block of products with the Jacobian, forward pass done."""
     j = linearised(problem, "theta_0", target)
     rows = j.rng(0).sign(BLOCK, j.n if product == "vjp" else j.P)
     return lambda: float(getattr(j, product)(rows)[-1, -1])
 
 
-def _by_torch_func(problem: Problem, weights: str, target: Target) -> Jacobian:
+def _by_torch_func(problem: Problem, weights: str, target: Target) -> JacobianOperator:
     """J by automatic differentiation, whatever is known of the network."""
     from ntkbench.operators import torch as autodiff
 

@@ -70,7 +70,7 @@ def ntk(
     parameters).
 
     Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and for each
-    layer a contraction; without ``x2`` half of that (see ``ntkbench/structured``). The network is traced first, which
+    layer a contraction; without ``x2`` half of that (see :mod:`ntkbench.layerwise`). The network is traced first, which
     takes from a tenth of a second to some seconds. Parameters without a fast rule are named on the ``ntkbench`` logger.
 
     Args:

@@ -20,7 +20,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import Undefined, unknown
-from ntkbench.operators.base import Array, Jacobian
+from ntkbench.operators.base import Array, JacobianOperator
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
 SYMBOLS = {
@@ -165,9 +165,9 @@ def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
 
 def from_rows_of_jacobian(
     metric: str,
-    jacobians: Sequence[Jacobian],
+    jacobians: Sequence[JacobianOperator],
     blocks: Sequence[Any],
-    rows: Callable[[Jacobian, Any], Array],
+    rows: Callable[[JacobianOperator, Any], Array],
     count: int | None = None,
 ) -> Moments:
     """The moments that a metric is a function of, from blocks of rows of J.

@@ -10,10 +10,10 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import arrays, standard_errors
+from ntkbench.estimators import standard_errors
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator, arrays
 
 MOMENTS = {
     "trace": ("trace",),
@@ -139,7 +139,7 @@ class UStatistics(Accumulator):
         moments: Sequence[str],
         strata: int,
         dim: int,
-        jacobians: Sequence[Jacobian],
+        jacobians: Sequence[JacobianOperator],
         sign: Callable[[int], Array],
         vectors: Vectors,
         kernel: Kernel | None = None,

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import array_api_compat
 import numpy as np
 
-from ntkbench.estimators import arrays, standard_errors
-from ntkbench.estimators.arrays import asarray_like, epsilon, to_numpy
+from ntkbench.estimators import standard_errors
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng, arrays
+from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 
 LinearMap = Callable[[Array], Array]
 """Products A u of a matrix A with k vectors, which are rows: ``[k, columns of A] -> [k, rows of A]``."""
@@ -58,7 +58,7 @@ def project_out(rows: Array, q: Array) -> Array:
     return rows - (rows @ q.T) @ q
 
 
-def squared_norms(j: Jacobian, product: LinearMap, rows: Array) -> np.ndarray:
+def squared_norms(j: JacobianOperator, product: LinearMap, rows: Array) -> np.ndarray:
     """||A u||^2 for each row u, ``[k]``; one block of products is held at a time."""
     blocks = (rows[block] for block in arrays.slices(j.blocks(len(rows))))
     return arrays.gather((product(block) ** 2).sum(1) for block in blocks)
@@ -90,7 +90,7 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
     return add(inside, standard_errors.mean(arrays.gather([(g * product(g)).sum(1)])))
 
 
-def random_subspace(j: Jacobian, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:
+def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:
     """||A||_F^2, exactly on a random subspace of ``probes // 6`` dimensions and by Hutchinson on its complement.
 
     Args:
@@ -111,7 +111,7 @@ def random_subspace(j: Jacobian, product: LinearMap, probes: int, dim: int, rng:
 
 
 def from_separate_traces(
-    metric: str, jacobians: Sequence[Jacobian], trace: Callable[[LinearMap], PointEstimate]
+    metric: str, jacobians: Sequence[JacobianOperator], trace: Callable[[LinearMap], PointEstimate]
 ) -> PointEstimate:
     """A metric from independent estimates of the traces of Theta, Theta^2, Theta_f^2 and Theta Theta_f.
 

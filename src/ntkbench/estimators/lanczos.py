@@ -9,8 +9,8 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import BadInput
-from ntkbench.estimators.arrays import asarray_like, epsilon, to_numpy
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
+from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Density:
         return math.exp(math.log(trace) - moment / trace)
 
 
-def density(j: Jacobian, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:
+def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:
     """Stochastic Lanczos quadrature on Theta = J J^T with full reorthogonalisation.
 
     Every probe is a normalised Gaussian vector with its own Krylov space. All probes advance together, so a step is one

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ntkbench.estimators import arrays, standard_errors
+from ntkbench.estimators import standard_errors
 from ntkbench.metrics import METRICS, Moments
+from ntkbench.operators import arrays
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,17 @@
-"""Blocks of a kernel: which rows they are, and one block at a time from the programs that pass through them."""
+"""Blocks of a kernel: their rows, and the computation of one block at a time from the programs that visit them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ntkbench.layerwise import contraction
-from ntkbench.layerwise.capture import Parameters, Parts, Program, Sink
-from ntkbench.layerwise.layers import Layer, Written
-
-if TYPE_CHECKING:
-    from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.layerwise.capture import LayerInputs, ParameterValues, Program, Programs, Sink
+from ntkbench.layerwise.layers import ExplicitGradient, Layer
+from ntkbench.layerwise.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -26,78 +23,83 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """How many they are."""
-        return (self.samples.stop - self.samples.start) * (self.directions.stop - self.directions.start)
+        """Number of rows."""
+        return _length(self.samples) * _length(self.directions)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Blocks of one kernel.
+    """One kernel that is computed block by block.
 
     Attributes:
-        engine: whose network it is.
-        directions: output directions ``[K, O]``, or each sample's own ``[N, K, O]``.
+        programs: of the traced network.
+        directions: output directions ``[K, O]``, or one set per sample ``[N, K, O]``.
         layers: whose parameters count.
+        memory: bytes that a contraction's intermediate results may fill.
+        tuning: how contractions are computed.
         fold: whether to sum over directions.
     """
 
-    engine: LayerwiseKernel
+    programs: Programs
     directions: Tensor
-    layers: Sequence[Layer | Written]
+    layers: Sequence[Layer | ExplicitGradient]
+    memory: int
+    tuning: Tuning
     fold: bool = False
 
-    def symmetric(self, parameters: Parameters, x: Tensor, block: Block) -> Tensor:
-        """The lower triangle of a block on the diagonal; each layer is forgotten as soon as it is added."""
-        theta = self._empty(block, block)
-        self._run(parameters, x, block, lambda number, parts: self._add(theta, number, parts, None))
+    def symmetric(self, parameters: ParameterValues, x: Tensor, block: Block) -> Tensor:
+        """The lower triangle of a diagonal block; each layer is released as soon as it is added."""
+        theta = self._zeros(block, block)
+        self._run(parameters, x, block, lambda number, inputs: self._add(theta, number, inputs, None))
         return theta
 
-    def collected(self, parameters: Parameters, x: Tensor, block: Block) -> dict[int, Parts]:
-        """The parts of all layers."""
-        kept: dict[int, Parts] = {}
+    def collected(self, parameters: ParameterValues, x: Tensor, block: Block) -> dict[int, LayerInputs]:
+        """The inputs of all layers' gradients, by the layer's number."""
+        kept: dict[int, LayerInputs] = {}
         self._run(parameters, x, block, kept.__setitem__)
         return kept
 
-    def own(self, kept: dict[int, Parts], block: Block) -> Tensor:
-        """The lower triangle of a block on the diagonal, from what was collected."""
-        theta = self._empty(block, block)
-        for number, parts in kept.items():
-            self._add(theta, number, parts, None)
+    def own(self, kept: dict[int, LayerInputs], block: Block) -> Tensor:
+        """The lower triangle of a diagonal block, from :meth:`collected`."""
+        theta = self._zeros(block, block)
+        for number, inputs in kept.items():
+            self._add(theta, number, inputs, None)
         return theta
 
-    def between(self, kept: dict[int, Parts], row: Block, parameters: Parameters, x: Tensor, column: Block) -> Tensor:
-        """A block off the diagonal: its rows were collected, its columns pass by."""
-        theta = self._empty(row, column)
-        self._run(parameters, x, column, lambda number, parts: self._add(theta, number, kept[number], parts))
+    def between(
+        self, kept: dict[int, LayerInputs], row: Block, parameters: ParameterValues, x: Tensor, column: Block
+    ) -> Tensor:
+        """An off-diagonal block: rows from :meth:`collected`, columns from a run of their own."""
+        theta = self._zeros(row, column)
+        self._run(parameters, x, column, lambda number, inputs: self._add(theta, number, kept[number], inputs))
         return theta
 
-    def add_diagonal(self, found: Tensor, parameters: Parameters, x: Tensor, block: Block) -> None:
-        """Add the diagonal's entries of a block to ``found [N, K]``."""
+    def add_diagonal(self, found: Tensor, parameters: ParameterValues, x: Tensor, block: Block) -> None:
+        """Add the diagonal entries of a block to ``found [N, K]``."""
 
-        def add(number: int, parts: Parts) -> None:
-            found.add_(contraction.diagonal(self.layers[number].factors(*parts), self.engine.memory // 4))
+        def add(number: int, inputs: LayerInputs) -> None:
+            found.add_(contraction.diagonal(self.layers[number].factors(*inputs), self.memory, self.tuning))
 
         self._run(parameters, x, block, add)
 
-    def program(self, parameters: Parameters, x: Tensor, block: Block) -> Program:
+    def program(self, parameters: ParameterValues, x: Tensor, block: Block) -> Program:
         """The program that runs a block."""
-        return self.engine.program(self.layers, parameters, x[block.samples], self._directions(block))
+        return self.programs.get(self.layers, parameters, x[block.samples], self._directions(block))
 
-    def _run(self, parameters: Parameters, x: Tensor, block: Block, sink: Sink) -> None:
-        self.engine.directions_taken += block.rows
-        self.program(parameters, x, block).run(parameters, x[block.samples], self._directions(block), sink)
+    def _run(self, parameters: ParameterValues, x: Tensor, block: Block, sink: Sink) -> None:
+        self.programs.run(self.layers, parameters, x[block.samples], self._directions(block), sink)
 
     def _directions(self, block: Block) -> Tensor:
         if self.directions.dim() == 3:
             return self.directions[block.samples, block.directions]
         return self.directions[block.directions].expand(_length(block.samples), -1, -1)
 
-    def _add(self, theta: Tensor, number: int, left: Parts, right: Parts | None) -> None:
-        factors = [self.layers[number].factors(*parts) for parts in (left, right) if parts is not None]
+    def _add(self, theta: Tensor, number: int, left: LayerInputs, right: LayerInputs | None) -> None:
+        factors = [self.layers[number].factors(*inputs) for inputs in (left, right) if inputs is not None]
         one, *other = [f.folded() for f in factors] if self.fold else factors
-        contraction.add(theta, one, other[0] if other else None, self.engine.memory // 4)
+        contraction.add(theta, one, other[0] if other else None, self.memory, self.tuning)
 
-    def _empty(self, row: Block, column: Block) -> Tensor:
+    def _zeros(self, row: Block, column: Block) -> Tensor:
         sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]
         return self.directions.new_zeros(sizes)
 
@@ -107,7 +109,7 @@ def _length(part: slice) -> int:
 
 
 def even(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut ``size`` into the fewest parts of at most ``most``, as equal as can be: few shapes, few programs."""
+    """Bounds of the fewest parts of ``size`` that are at most ``most``, as equal as possible so that shapes repeat."""
     parts = -(-size // most)
     bounds = [size * i // parts for i in range(parts + 1)]
     yield from itertools.pairwise(bounds)

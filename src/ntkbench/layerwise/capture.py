@@ -1,9 +1,9 @@
 """Inputs of all layers and cotangents of their outputs, for all samples and several output directions, layer by layer.
 
-The program is forward pass and backward passes of the network in one graph: one sample's graph, differentiated by the
-outputs of the layers, under ``vmap`` over output directions and samples. It is traced once for each shape. Each layer
-is handed over as soon as its cotangents are there, and they are forgotten right afterwards, so that at no time more is
-held than the activations, one layer's cotangents and the next one's.
+A program contains the network's forward pass and its backward passes as one graph: one sample's graph, differentiated
+with respect to the outputs of the layers, under ``vmap`` over output directions and samples. It is traced once per
+shape. Each layer is delivered as soon as its cotangents are computed, and they are released right afterwards. At most
+the activations and the cotangents of two layers are held at a time.
 """
 
 from __future__ import annotations
@@ -16,45 +16,48 @@ from torch import Tensor, fx
 from torch.func import vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ntkbench.layerwise.layers import Layer, Written
+from ntkbench.layerwise.layers import ExplicitGradient, Layer
 from ntkbench.layerwise.trace import SampleGraph, aten, untraceable
 
-Parameters = Sequence[Tensor]
-"""Trainable parameters, in the order of those that a network was traced with."""
+ParameterValues = Sequence[Tensor]
+"""Values of the trainable parameters, in the order in which the network was traced with them."""
 
-Parts = tuple[list[Tensor], list[Tensor]]
-"""A layer's operands and cotangents, use by use, from which it makes the factors of its gradients."""
+LayerInputs = tuple[list[Tensor], list[Tensor]]
+"""A layer's operands and cotangents, use by use, from which it computes the factors of its gradients."""
 
-Sink = Callable[[int, Parts], None]
-"""Takes a layer's number and its parts."""
+Sink = Callable[[int, LayerInputs], None]
+"""Takes a layer's number and its operands and cotangents."""
 
 
 class Program:
-    """Forward and backward passes of one shape.
+    """Forward and backward passes for one shape of inputs and directions.
 
     Attributes:
-        peak: bytes that a run holds at most, with one layer's inputs at all their positions; parameters and inputs not
-            counted.
-        held: bytes that the parts of all layers take.
+        peak: largest number of bytes that a run holds, with one layer's inputs at all their positions; parameters and
+            inputs are not counted.
+        held: bytes of the operands and cotangents of all layers.
 
     Args:
         graph: the network on one sample.
         layers: whose gradients are wanted.
-        parameters: in the order of ``graph.parameters``; only their shapes matter here, and so for the others.
+        parameters: in the order of ``graph.parameters``. Of these and of the other tensors only shapes matter here.
         x: inputs ``[N, ...]``.
         directions: cotangents of the outputs ``[N, K, O]``.
+
+    Raises:
+        BadInput: the backward passes cannot be traced.
     """
 
     def __init__(
         self,
         graph: SampleGraph,
-        layers: Sequence[Layer | Written],
-        parameters: Parameters,
+        layers: Sequence[Layer | ExplicitGradient],
+        parameters: ParameterValues,
         x: Tensor,
         directions: Tensor,
     ) -> None:
         nodes = list(dict.fromkeys(use.node for layer in layers for use in layer.uses))
-        names = [layer.parameters[0] for layer in layers if isinstance(layer, Written)]
+        names = [layer.parameters[0] for layer in layers if isinstance(layer, ExplicitGradient)]
         taps = [torch.zeros(v.shape, dtype=v.dtype, device=x.device) for v in (node.meta["val"] for node in nodes)]
         self._constants = list(graph.constants.values())
 
@@ -62,8 +65,8 @@ class Program:
             parameters: list[Tensor], constants: list[Tensor], x: Tensor, directions: Tensor, taps: list[Tensor]
         ) -> Any:
             def sample(x: Tensor, directions: Tensor) -> Any:
-                def outputs(taps: list[Tensor], written: list[Tensor]) -> Any:
-                    theta = list((by_name | dict(zip(names, written, strict=True))).values())
+                def outputs(taps: list[Tensor], explicit: list[Tensor]) -> Any:
+                    theta = list((by_name | dict(zip(names, explicit, strict=True))).values())
                     tap = dict(zip(nodes, taps, strict=True))
                     tapped = lambda node, value: value + tap[node] if node in tap else value  # noqa: E731
                     f, values = graph.run(theta, constants, x, tapped)
@@ -80,10 +83,48 @@ class Program:
         self._module = _streamed(traced, len(taps), layers, nodes)
         self.peak, self.held = _footprint(self._module.graph, layers, len(x))
 
-    def run(self, parameters: Parameters, x: Tensor, directions: Tensor, sink: Sink) -> None:
-        """Hand every layer's parts to ``sink``, the last layer's first."""
+    def run(self, parameters: ParameterValues, x: Tensor, directions: Tensor, sink: Sink) -> None:
+        """Deliver every layer's operands and cotangents to ``sink``, the last layer first."""
         with torch.no_grad():
             self._module(*parameters, *self._constants, x, directions, sink)
+
+
+class Programs:
+    """The programs of one network, traced on first use of a shape.
+
+    Attributes:
+        directions_run: sum over runs of (samples) x (directions): backward passes, each counted once per sample.
+    """
+
+    def __init__(self, graph: SampleGraph) -> None:
+        self.directions_run = 0
+        self._graph = graph
+        self._programs: dict[tuple[Any, ...], Program] = {}
+
+    def get(
+        self, layers: Sequence[Layer | ExplicitGradient], parameters: ParameterValues, x: Tensor, directions: Tensor
+    ) -> Program:
+        """The program for the shapes of ``x [N, ...]`` and ``directions [N, K, O]``.
+
+        Raises:
+            BadInput: the backward passes cannot be traced.
+        """
+        key = (tuple(x.shape), directions.shape[1], tuple(layer.parameters for layer in layers))
+        if key not in self._programs:
+            self._programs[key] = Program(self._graph, layers, parameters, x, directions)
+        return self._programs[key]
+
+    def run(
+        self,
+        layers: Sequence[Layer | ExplicitGradient],
+        parameters: ParameterValues,
+        x: Tensor,
+        directions: Tensor,
+        sink: Sink,
+    ) -> None:
+        """Run the program of a shape; see :meth:`Program.run`."""
+        self.directions_run += directions.shape[:2].numel()
+        self.get(layers, parameters, x, directions).run(parameters, x, directions, sink)
 
 
 def _deliver(sink: Sink, number: int, operands: list[Tensor], cotangents: list[Tensor]) -> None:
@@ -91,9 +132,9 @@ def _deliver(sink: Sink, number: int, operands: list[Tensor], cotangents: list[T
 
 
 def _streamed(
-    traced: fx.GraphModule, taps: int, layers: Sequence[Layer | Written], nodes: list[fx.Node]
+    traced: fx.GraphModule, taps: int, layers: Sequence[Layer | ExplicitGradient], nodes: list[fx.Node]
 ) -> fx.GraphModule:
-    """The traced program with its taps taken out, handing over each layer where its last part is computed."""
+    """The traced program without its taps, with a delivery after the last operand or cotangent of each layer."""
     graph = traced.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for tap in placeholders[len(placeholders) - taps :]:
@@ -121,7 +162,7 @@ def _streamed(
 
 
 def _take_out(tap: fx.Node) -> None:
-    """A tap is zero: what it is added to stays what it is."""
+    """Remove a tap: it is zero, so that each sum with it equals the other summand."""
     reached = [tap]
     while reached:
         node = reached.pop()
@@ -133,8 +174,8 @@ def _take_out(tap: fx.Node) -> None:
                 reached.append(user)
 
 
-def _footprint(graph: fx.Graph, layers: Sequence[Layer | Written], samples: int) -> tuple[int, int]:
-    """Bytes that a program holds at most, and bytes of all that it hands over."""
+def _footprint(graph: fx.Graph, layers: Sequence[Layer | ExplicitGradient], samples: int) -> tuple[int, int]:
+    """Peak bytes of a program, and bytes of all that it delivers."""
     nodes = list(graph.nodes)
     given = {_storage(value) for node in nodes if node.op == "placeholder" for value in _tensors(node)}
     last = {

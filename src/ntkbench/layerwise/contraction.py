@@ -1,12 +1,12 @@
-"""From a layer's gradients in factored form to its part of Theta, by whichever order of summation is cheaper.
+"""From a layer's gradients in factored form to its part of Theta, by the cheaper of two orders of summation.
 
 Theta_(bo)(cp) = sum_{s,t} (a_bs . a_ct) (g_bos . g_cpt), with positions s and t (see ``factors.py``).
 
-- *pairwise* (also called ghost): inner products of inputs and of cotangents first; no gradient is ever written out.
-- *explicit*: the gradients sum_s g_bos (x) a_bs written out, some channels at a time, and multiplied.
+- *pairwise* (also called ghost): inner products of inputs and of cotangents first, without any gradient.
+- *explicit*: the gradients sum_s g_bos (x) a_bs, some channels at a time, then their inner products.
 
-Pairwise wins where there are few positions and many channels, explicit where there are many positions. Of a kernel that
-is symmetric the lower triangle is computed, by blocks of samples; what stands above the diagonal blocks is left alone.
+Pairwise is cheaper for few positions and many channels, explicit for many positions. Of a symmetric kernel only the
+lower triangle is computed, by blocks of samples; entries above the diagonal blocks are not touched.
 """
 
 from __future__ import annotations
@@ -17,60 +17,63 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ntkbench.layerwise.factors import Factors, Lookups, Products, Rows
-
-TRIANGLE_BLOCKS = 8
-"""Blocks that a triangle is cut into: 9/16 of the square are computed."""
-FEWEST_ROWS = 96
-"""Rows of a block of the triangle; below that, matrix products lose more than the triangle saves."""
-CACHE = 2**22
-"""Bytes that a processor's cache is believed to hold."""
-ELEMENTWISE = 8
-"""What one entry moved through memory costs, in multiplications of a matrix product."""
-CALL = 1e5
-"""What a group taken by itself costs on top, in the same unit."""
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows
+from ntkbench.layerwise.tuning import Tuning
 
 
-def add(theta: Tensor, left: Factors, right: Factors | None, memory: int) -> None:
-    """Add a layer's part of Theta to ``theta [N1, K1, N2, K2]``.
+def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, memory: int, tuning: Tuning) -> None:
+    """Add a layer's part of Theta to ``theta [N1, K1, N2, K2]``, in place.
 
     Args:
-        theta: what is added to, in place.
-        left: the rows' gradients.
-        right: the columns' gradients; ``None`` for those of the rows, and then only the lower triangle is complete.
+        theta: the kernel so far.
+        left: gradients of the rows.
+        right: gradients of the columns; ``None`` if they are those of the rows. Then only the lower triangle is
+            complete.
         memory: bytes that intermediate results may fill.
+        tuning: costs that choose the order of summation, and sizes of blocks.
     """
     symmetric, right = right is None, left if right is None else right
     if isinstance(left, Rows):
-        _add_rows(theta, left.rows, right.rows, symmetric)
-    elif isinstance(left, Lookups) or cost_of_pairs(left, right, symmetric) < cost_of_rows(left, right, symmetric):
-        _add_pairs(theta, left, right, symmetric, memory)
+        _add_rows(theta, left.rows, right.rows, symmetric, tuning)
+    elif isinstance(left, Lookups) or pairwise_is_cheaper(left, right, symmetric, tuning):
+        _add_pairs(theta, left, right, symmetric, memory, tuning)
     else:
-        for rows, columns in _written_out(left, right, symmetric, memory):
-            _add_rows(theta, rows, columns, symmetric)
+        for rows, columns in _explicit(left, right, symmetric, memory):
+            _add_rows(theta, rows, columns, symmetric, tuning)
 
 
-def cost_of_pairs(left: Products, right: Products, symmetric: bool) -> float:
-    """Multiplications (entries moved counted :data:`ELEMENTWISE` times) of the pairwise order."""
+def pairwise_is_cheaper(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> bool:
+    """Whether the pairwise order costs less than the explicit one, in multiplications and entries moved."""
+    return _pairwise_cost(left, right, symmetric, tuning) < _explicit_cost(left, right, symmetric, tuning)
+
+
+def _pairwise_cost(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> float:
+    """Multiplications of the pairwise order, each entry moved counting ``tuning.entry_cost`` times."""
     N1, K1, groups, C, D, S1 = left.sizes
     N2, K2, *_, S2 = right.sizes
     if S1 == S2 == 1:
-        cost = N1 * N2 * (D + K1 * K2 * (C + ELEMENTWISE))
+        cost = N1 * N2 * (D + K1 * K2 * (C + tuning.entry_cost))
     else:
-        cost = N1 * S1 * N2 * (S2 * (D + K2 * C) + K2 * C * (K1 + ELEMENTWISE))
-    return groups * (cost / (1 + symmetric) + CALL)
+        cost = N1 * S1 * N2 * (S2 * (D + K2 * C) + K2 * C * (K1 + tuning.entry_cost))
+    return groups * (cost / (1 + symmetric) + tuning.group_cost)
 
 
-def cost_of_rows(left: Products, right: Products, symmetric: bool) -> float:
-    """Multiplications (entries moved counted :data:`ELEMENTWISE` times) of the explicit order."""
+def _explicit_cost(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> float:
+    """Multiplications of the explicit order, each entry moved counting ``tuning.entry_cost`` times."""
     N1, K1, groups, C, D, S1 = left.sizes
     N2, K2, *_, S2 = right.sizes
-    writing = N1 * K1 * (S1 + ELEMENTWISE) + (0 if symmetric else N2 * K2 * (S2 + ELEMENTWISE))
-    return groups * C * D * (writing + N1 * K1 * N2 * K2 / (1 + symmetric))
+    gradients = N1 * K1 * (S1 + tuning.entry_cost) + (0 if symmetric else N2 * K2 * (S2 + tuning.entry_cost))
+    return groups * C * D * (gradients + N1 * K1 * N2 * K2 / (1 + symmetric))
 
 
-def diagonal(factors: Factors, memory: int) -> Tensor:
-    """A layer's part of the diagonal of Theta, ``[N, K]``: squared norms of its gradients."""
+def diagonal(factors: GradientFactors, memory: int, tuning: Tuning) -> Tensor:
+    """A layer's part of the diagonal of Theta, ``[N, K]``: squared norms of its gradients.
+
+    Args:
+        factors: the gradients.
+        memory: bytes that intermediate results may fill.
+        tuning: costs that choose the order of summation.
+    """
     if isinstance(factors, Rows):
         return torch.linalg.vecdot(factors.rows, factors.rows)
     N, K = factors.g.shape[:2]
@@ -79,11 +82,11 @@ def diagonal(factors: Factors, memory: int) -> Tensor:
         if S == 1:
             a, g = factors.a[..., 0], factors.g[..., 0]
             return (torch.linalg.vecdot(a, a)[:, None] * torch.linalg.vecdot(g, g)).sum(-1)
-        if S * (D + K * C) >= K * C * (D + ELEMENTWISE):
+        if K * C * (D + tuning.entry_cost) <= S * (D + K * C):
             pieces = _pieces(groups * C, N * K * D * factors.g.element_size(), memory)
             squares = factors.g.new_zeros(N, K)
-            for chunk in _channels(groups, C, pieces):
-                rows = factors.explicit(*chunk)
+            for some, channels in _channels(groups, C, pieces):
+                rows = factors.explicit(some, channels)
                 squares += torch.linalg.vecdot(rows, rows)
             return squares
     size = factors.g[0].numel() * 2 + _positions(factors) ** 2
@@ -107,65 +110,65 @@ def _positions(factors: Products | Lookups) -> int:
 
 
 def _own_gram(factors: Products | Lookups) -> Tensor:
-    """Inner products of the inputs at two positions of the same sample, ``[N, (groups,) S, S]``."""
+    """Inner products between the inputs at all positions of each sample, ``[N, (groups,) S, S]``."""
     if isinstance(factors, Products):
         return factors.a.mT @ factors.a
     same = factors.rows[:, :, None] == factors.rows[:, None]
     return (same & (factors.rows >= 0)[:, None]).to(factors.g.dtype)
 
 
-def _add_rows(theta: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
-    """Gradients written out, ``[N, K, size]`` each, on the other's."""
+def _add_rows(theta: Tensor, left: Tensor, right: Tensor, symmetric: bool, tuning: Tuning) -> None:
+    """Add inner products of explicit gradients, ``[N, K, size]`` each."""
     N1, K1, N2, K2 = theta.shape
     flat = theta.view(N1 * K1, N2 * K2)
     left, right = left.reshape(N1 * K1, -1), right.reshape(N2 * K2, -1)
-    for rows in _triangle(N1, K1, symmetric):
+    for rows in _triangle(N1, K1, symmetric, tuning):
         at = slice(rows.start * K1, rows.stop * K1)
         end = at.stop if symmetric else N2 * K2
         flat[at, :end].addmm_(left[at], right[:end].T)
 
 
-def _written_out(left: Products, right: Products, symmetric: bool, memory: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both sides' gradients, ``[N, K, size]``, for as many channels at a time as fit."""
+def _explicit(left: Products, right: Products, symmetric: bool, memory: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Explicit gradients of rows and columns, ``[N, K, size]``, for as many channels at a time as fit."""
     N1, K1, groups, C, D, _ = left.sizes
     N2, K2, *_ = right.sizes
     rows = N1 * K1 + (0 if symmetric else N2 * K2)
     pieces = _pieces(groups * C, rows * D * left.g.element_size(), memory)
-    for chunk in _channels(groups, C, pieces):
-        written = left.explicit(*chunk)
-        yield written, written if symmetric else right.explicit(*chunk)
+    for some, channels in _channels(groups, C, pieces):
+        gradients = left.explicit(some, channels)
+        yield gradients, gradients if symmetric else right.explicit(some, channels)
 
 
 def _add_pairs(
-    theta: Tensor, left: Products | Lookups, right: Products | Lookups, symmetric: bool, memory: int
+    theta: Tensor, left: Products | Lookups, right: Products | Lookups, symmetric: bool, memory: int, tuning: Tuning
 ) -> None:
     if _positions(left) == _positions(right) == 1:
-        _add_single_positions(theta, left, right, symmetric, memory)
+        _add_single_positions(theta, left, right, symmetric, memory, tuning)
         return
     for group in range(left.g.shape[2] if isinstance(left, Products) else 1):
-        _add_positions(theta, left, right, group, symmetric, memory)
+        _add_positions(theta, left, right, group, symmetric, memory, tuning)
 
 
 def _add_single_positions(
-    theta: Tensor, left: Products | Lookups, right: Products | Lookups, symmetric: bool, memory: int
+    theta: Tensor, left: Products | Lookups, right: Products | Lookups, symmetric: bool, memory: int, tuning: Tuning
 ) -> None:
-    """One position: the products of inputs times the products of cotangents, entry by entry."""
+    """One position: inner products of inputs times inner products of cotangents, elementwise."""
     N1, K1, N2, K2 = theta.shape
     size = K1 * N2 * K2 * theta.element_size()
-    # Few enough rows at a time for their products to be in the cache still when they are added.
-    pieces = max(_pieces(N1, size, memory), min(_pieces(N1, size, CACHE), N1 * K1 // FEWEST_ROWS))
-    for rows in _triangle(N1, K1, symmetric, pieces):
+    # So few rows at a time that their products are still in the cache when they are added.
+    pieces = max(_pieces(N1, size, memory), min(_pieces(N1, size, tuning.cache_bytes), N1 * K1 // tuning.block_rows))
+    for rows in _triangle(N1, K1, symmetric, tuning, pieces):
         columns = slice(0, rows.stop if symmetric else N2)
         one, other = left.samples(rows), right.samples(columns)
         view = theta.flatten(2)[rows, :, : columns.stop * K2]
         for a, b, g, h in _groups(one, other):
             inputs = a @ b.T if isinstance(left, Products) else _same(a[:, 0], b[:, 0]).to(theta.dtype)
             cotangents = g.flatten(0, 1) @ h.flatten(0, 1).T
-            # Each sample's column K2 times over, so that the sum runs along whole rows.
+            # Each sample's column is repeated K2 times, so that the sum runs along whole rows.
             view.addcmul_(cotangents.view(view.shape), inputs.repeat_interleave(K2, 1)[:, None])
 
 
-def _groups(one: Factors, other: Factors) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _groups(one: Products | Lookups, other: Products | Lookups) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     if isinstance(one, Lookups):
         yield one.rows, other.rows, one.g[..., 0], other.g[..., 0]
         return
@@ -178,9 +181,15 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _add_positions(
-    theta: Tensor, left: Products | Lookups, right: Products | Lookups, group: int, symmetric: bool, memory: int
+    theta: Tensor,
+    left: Products | Lookups,
+    right: Products | Lookups,
+    group: int,
+    symmetric: bool,
+    memory: int,
+    tuning: Tuning,
 ) -> None:
-    """Several positions: the columns' cotangents are carried to the rows' positions by the products of inputs."""
+    """Several positions: inner products of inputs carry the columns' cotangents to the positions of the rows."""
     N1, K1, N2, K2 = theta.shape
     g, h = (t if isinstance(left, Lookups) else t[:, :, group] for t in (left.g, right.g))  # [N, K, C, S]
     C, S, T = h.shape[2], g.shape[-1], h.shape[-1]
@@ -191,7 +200,7 @@ def _add_positions(
     else:
         inputs, others = left.rows.reshape(-1), right.rows.reshape(-1)
     size = N1 * S * (2 * K2 * C + T) * theta.element_size()
-    for columns in _triangle(N2, K2, symmetric, _pieces(N2, size, memory)):
+    for columns in _triangle(N2, K2, symmetric, tuning, _pieces(N2, size, memory)):
         rows = slice(columns.start if symmetric else 0, N1)
         count = columns.stop - columns.start
         mine, theirs = inputs[rows.start * S :], others[columns.start * T : columns.stop * T]
@@ -201,10 +210,10 @@ def _add_positions(
         theta[rows, :, columns] += (g[rows] @ carried).view(-1, K1, count, K2)
 
 
-def _triangle(N: int, K: int, symmetric: bool, pieces: int = 1) -> Iterator[slice]:
-    """Blocks of samples: enough of them for the triangle to pay, and for the memory."""
+def _triangle(N: int, K: int, symmetric: bool, tuning: Tuning, pieces: int = 1) -> Iterator[slice]:
+    """Blocks of samples: at least ``pieces``, and enough to save work if the kernel is symmetric."""
     if symmetric:
-        pieces = max(pieces, min(TRIANGLE_BLOCKS, N * K // FEWEST_ROWS))
+        pieces = max(pieces, min(tuning.triangle_blocks, N * K // tuning.block_rows))
     yield from _slices(N, min(N, pieces))
 
 
@@ -214,12 +223,12 @@ def _slices(size: int, pieces: int) -> Iterator[slice]:
 
 
 def _pieces(count: int, size: int, memory: int) -> int:
-    """Into how many pieces ``count`` things of ``size`` bytes have to be cut."""
+    """The fewest pieces of ``count`` items of ``size`` bytes that fit in ``memory`` one at a time."""
     return -(-count // max(1, memory // max(1, size)))
 
 
 def _channels(groups: int, C: int, pieces: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and channels in at least so many pieces, if there are as many: whole groups where those are enough."""
+    """Groups and channels in at least ``pieces`` parts, as far as possible in whole groups."""
     for some in _slices(groups, min(groups, pieces)):
         for channels in _slices(C, min(C, -(-pieces // groups))):
             yield some, channels

@@ -1,9 +1,8 @@
-"""What a layer knows about its gradients before they are written out.
+"""Per-sample gradients of a layer in factored form.
 
 The gradient of output o of sample b with respect to a layer's weights is a sum over the positions s at which the layer
 is applied (pixels, time steps, calls): sum_s g_bos (x) a_bs, with a the layer's inputs and g the cotangents of its
-outputs. The classes here hold such sums in factored form; K stands for the output directions asked for, which need not
-be all O outputs.
+outputs. The classes here hold such sums by their factors, for K output directions in place of the O outputs.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ class Products:
         return N, K, groups, C, self.a.shape[2], S
 
     def folded(self) -> Products:
-        """Output directions counted as channels, so that a contraction sums over them: K = 1."""
+        """The K directions as channels of one direction, so that a contraction sums over them."""
         return Products(self.a, self.g.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, None])
 
     def samples(self, chosen: slice) -> Products:
-        """Those of a slice of samples."""
+        """The factors of a slice of samples."""
         return Products(self.a[chosen], self.g[chosen])
 
     def explicit(self, groups: slice, channels: slice) -> Tensor:
-        """The gradients of some groups' and channels' weights written out, ``[N, K, groups * channels * D]``."""
+        """Explicit gradients of the weights of some groups and channels, ``[N, K, groups * channels * D]``."""
         g, a = self.g[:, :, groups, channels], self.a[:, groups]
         if g.shape[-1] == 1:
             rows = g * a[:, None, :, None, :, 0]
@@ -52,10 +51,10 @@ class Products:
 
 @dataclass(frozen=True)
 class Lookups:
-    """Gradients of a table whose rows are looked up: a_s is the unit vector of the row that position s asks for.
+    """Gradients of an embedding table: a_s is the unit vector of the row that position s looks up.
 
     Attributes:
-        rows: numbers of rows ``[N, S]``; -1 where a position asks for none.
+        rows: row indices ``[N, S]``; -1 for padding.
         g: cotangents ``[N, K, C, S]``.
     """
 
@@ -67,13 +66,13 @@ class Lookups:
         return Lookups(self.rows, self.g.flatten(1, 2)[:, None])
 
     def samples(self, chosen: slice) -> Lookups:
-        """Those of a slice of samples."""
+        """The factors of a slice of samples."""
         return Lookups(self.rows[chosen], self.g[chosen])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Gradients written out.
+    """Explicit gradients.
 
     Attributes:
         rows: ``[N, K, size]``.
@@ -86,15 +85,15 @@ class Rows:
         return Rows(self.rows.flatten(1)[:, None])
 
     def samples(self, chosen: slice) -> Rows:
-        """Those of a slice of samples."""
+        """The factors of a slice of samples."""
         return Rows(self.rows[chosen])
 
 
-Factors = Products | Lookups | Rows
+GradientFactors = Products | Lookups | Rows
 
 
-def together(uses: list[Factors]) -> Factors:
-    """Several uses of the same weights as one: their positions side by side, so that cross terms count."""
+def concatenate(uses: list[GradientFactors]) -> GradientFactors:
+    """Several uses of the same weights as one, with the positions of all; gradients of the uses add up."""
     if len(uses) == 1:
         return uses[0]
     if isinstance(uses[0], Products):
@@ -103,6 +102,6 @@ def together(uses: list[Factors]) -> Factors:
 
 
 def with_ones(products: Products) -> Products:
-    """A bias is the weight of an input that is always one."""
+    """Append an input that is always one, whose weight is the bias."""
     ones = products.a.new_ones(()).expand(*products.a.shape[:2], 1, products.a.shape[3])
     return Products(torch.cat([products.a, ones], 2), products.g)

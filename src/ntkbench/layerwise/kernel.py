@@ -1,4 +1,4 @@
-"""The exact kernel of a network, by layers: whole, block by block, or its diagonal alone."""
+"""The exact kernel of a network, layer by layer: as a whole, block by block, or its diagonal alone."""
 
 from __future__ import annotations
 
@@ -10,56 +10,63 @@ from torch.func import functional_call, vmap
 
 from ntkbench.errors import BadInput
 from ntkbench.layerwise.blocks import Block, Task, even
-from ntkbench.layerwise.capture import Parameters, Program
-from ntkbench.layerwise.layers import Layer, Written, find
+from ntkbench.layerwise.capture import ParameterValues, Program, Programs
+from ntkbench.layerwise.layers import ExplicitGradient, Layer, find
 from ntkbench.layerwise.trace import trace
+from ntkbench.layerwise.tuning import Tuning
 from ntkbench.operators.plain_operations import plain_operations
-
-CHECKED = 2
-"""Samples on which the traced graph is held against the network itself."""
 
 
 class LayerwiseKernel:
-    """Theta = J J^T of one network by layers, never forming J.
+    """Theta = J J^T of one network, layer by layer and without J.
 
-    Rows are pairs of a sample and an output direction, samples first. A direction is a vector u of length O, and its
-    row of J is the gradient of u . f(x); with the O unit vectors as directions the kernel is the NTK itself.
+    Rows are pairs of a sample and an output direction, sample-major. A direction is a vector u of length O; its row of
+    J is the gradient of u . f(x). With the O unit vectors as directions the kernel is the NTK itself.
 
-    Cost: one forward and K backward passes for K directions, the latter without the products that gradients of weights
-    would take, and for each layer the cheaper of two contractions (see ``contraction.py``). Where memory makes blocks
-    necessary, the columns are passed through anew for each block of rows. The program is traced anew for each new shape
-    of a block.
+    Cost for K directions: one forward and K backward passes, the latter without the weights' gradients, and for each
+    layer the cheaper of two contractions (see ``contraction.py``). If the kernel is computed in blocks, the columns are
+    run again for each block of rows. Each new shape of a block is traced once.
 
     Attributes:
         layers: the network's parameters by their structure, weights with a rule first.
-        O: outputs a sample.
-        memory: bytes that everything but the result may take.
-        directions_taken: backward passes so far, each counted once for each sample.
+        O: outputs per sample.
+        memory: bytes that everything but the result may fill.
+
+    Args:
+        module: ``x -> [N, ...outputs]`` on the device of ``x``; samples must not interact.
+        parameters: trainable parameters by name; they fix precision and device.
+        x: inputs ``[N, ...]``; the first sample is traced.
+        memory: bytes that everything but the result may fill.
+        tuning: sizes and costs that affect speed alone; ``None`` for the defaults.
+
+    Raises:
+        BadInput: the network cannot be traced, or its trace differs from it in outputs or gradients.
     """
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memory: int) -> None:
-        """Trace the network.
-
-        Args:
-            module: ``x -> [N, ...outputs]`` on the device of ``x``; samples must not interact.
-            parameters: trainable parameters by name; they fix precision and device.
-            x: inputs ``[N, ...]``, of which the first is traced.
-            memory: bytes that everything but the result may take.
-
-        Raises:
-            BadInput: the traced network does not compute, or not differentiate to, what the network itself does.
-        """
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        x: Tensor,
+        memory: int,
+        tuning: Tuning | None = None,
+    ) -> None:
         self.memory = memory
-        self.directions_taken = 0
+        self._tuning = tuning or Tuning()
         self._graph = trace(module, parameters, x)
         self.layers = find(self._graph)
-        self._programs: dict[tuple, Program] = {}
+        self._programs = Programs(self._graph)
         nodes = list(self._graph.graph.nodes)
         self.O = nodes[-1].args[0].meta["val"].numel()
         self._check(module, parameters, x)
 
-    def last_layer(self) -> list[Layer | Written]:
-        """The layers whose parameters are in the module that is used last."""
+    @property
+    def directions_taken(self) -> int:
+        """Backward passes so far, each counted once per sample."""
+        return self._programs.directions_run
+
+    def last_layer(self) -> list[Layer | ExplicitGradient]:
+        """The layers whose parameters belong to the module that is used last."""
         order = {node: i for i, node in enumerate(self._graph.graph.nodes)}
         used = {
             name: max((order[user] for user in node.users), default=-1)
@@ -69,30 +76,30 @@ class LayerwiseKernel:
         return [layer for layer in self.layers if _module_of(layer.parameters[0]) == last]
 
     def fallbacks(self) -> dict[str, str]:
-        """Parameters whose gradients are written out for want of a rule, and why."""
-        written = [layer for layer in self.layers if isinstance(layer, Written)]
-        return {layer.parameters[0]: layer.fallback for layer in written if layer.fallback}
+        """Parameters with explicit gradients because no rule applies, and the reason for each."""
+        explicit = [layer for layer in self.layers if isinstance(layer, ExplicitGradient)]
+        return {layer.parameters[0]: layer.fallback for layer in explicit if layer.fallback}
 
     def kernel(
         self,
-        parameters: Parameters,
+        parameters: ParameterValues,
         x1: Tensor,
         x2: Tensor | None = None,
         directions: Tensor | None = None,
         *,
-        layers: Sequence[Layer | Written] | None = None,
+        layers: Sequence[Layer | ExplicitGradient] | None = None,
         fold: bool = False,
     ) -> Tensor:
         """The kernel between two sets of inputs, ``[N1 * K, N2 * K]``, rows sample-major.
 
         Args:
-            parameters: trainable parameters, in the order of those that were given first.
+            parameters: values of the trainable parameters, in the constructor's order.
             x1: inputs of the rows.
-            x2: inputs of the columns; ``None`` for those of the rows, which saves half of the work.
-            directions: output directions ``[K, O]``, or each sample's own ``[N1, K, O]`` where there is no ``x2``; all
-                O unit vectors if not given.
-            layers: whose parameters count; all if not given.
-            fold: sum over directions, ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
+            x2: inputs of the columns; ``None`` for those of the rows, which halves the work.
+            directions: output directions ``[K, O]``, or without ``x2`` one set per sample ``[N1, K, O]``; ``None`` for
+                the O unit vectors.
+            layers: whose parameters count; ``None`` for all.
+            fold: sum over directions: ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
         """
         directions = self.units(parameters) if directions is None else directions
         count = directions.shape[-2]
@@ -100,7 +107,7 @@ class LayerwiseKernel:
         theta = None
         for left, right, (part,) in self.blocks([parameters], x1, x2, directions, layers=layers, fold=fold):
             if x2 is None and left == right:
-                _mirror(part)
+                mirror(part, self._tuning.tile)
             if theta is None and left.rows == right.rows == len(x1) * count and list(part.shape) == shape:
                 theta = part  # one block is all
                 continue
@@ -113,24 +120,27 @@ class LayerwiseKernel:
 
     def blocks(
         self,
-        sets: Sequence[Parameters],
+        sets: Sequence[ParameterValues],
         x1: Tensor,
         x2: Tensor | None,
         directions: Tensor,
         *,
-        layers: Sequence[Layer | Written] | None = None,
+        layers: Sequence[Layer | ExplicitGradient] | None = None,
         fold: bool = False,
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
-        """The kernel at several sets of parameters in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
+        """The kernels at several parameter sets in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
 
-        Without ``x2`` these are the blocks on and below the diagonal, and of those on it the lower triangle counts.
-        With ``fold`` they are ``[N1, 1, N2, 1]``, and those of the same samples are to be added up.
+        Without ``x2`` only blocks on and below the diagonal are computed, and of a block on the diagonal only its lower
+        triangle. With ``fold`` a block is ``[N1, 1, N2, 1]``, and blocks of the same samples add up.
 
         Args:
-            sets: one or more sets of parameters.
+            sets: one or more parameter sets.
             x1, x2, directions, layers, fold: see :meth:`kernel`.
+
+        Yields:
+            The block's rows, its columns, and its entries at each parameter set.
         """
-        task = Task(self, directions, self.layers if layers is None else layers, fold)
+        task = self._task(directions, layers, fold)
         columns_of = x1 if x2 is None else x2
         rows = self._blocks(task, sets, x1, whole=x2 is None)
         if x2 is None and len(rows) == 1:
@@ -142,69 +152,72 @@ class LayerwiseKernel:
             if x2 is None:
                 yield row, row, [task.own(parts, row) for parts in kept]
             for column in columns[:i] if x2 is None else columns:
-                # A sum over directions takes each with itself.
+                # A sum over directions pairs each with itself.
                 if not fold or row.directions == column.directions:
                     both = zip(kept, sets, strict=True)
                     yield row, column, [task.between(parts, row, p, columns_of, column) for parts, p in both]
 
     def diagonal(
         self,
-        parameters: Parameters,
+        parameters: ParameterValues,
         x: Tensor,
         directions: Tensor | None = None,
         *,
-        layers: Sequence[Layer | Written] | None = None,
+        layers: Sequence[Layer | ExplicitGradient] | None = None,
     ) -> Tensor:
-        """The kernel's diagonal, ``[N, K]``: squared norms of gradients, without any kernel.
+        """The kernel's diagonal, ``[N, K]``: squared norms of gradients, without the kernel.
 
         Args:
             parameters, x, directions, layers: see :meth:`kernel`.
         """
         directions = self.units(parameters) if directions is None else directions
-        task = Task(self, directions, self.layers if layers is None else layers)
+        task = self._task(directions, layers)
         found = directions.new_zeros(len(x), directions.shape[-2])
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.add_diagonal(found[block.samples, block.directions], parameters, x, block)
         return found
 
-    def passes(self, sets: Sequence[Parameters], x: Tensor, directions: Tensor) -> float:
-        """What :meth:`blocks` will take of passes over the whole batch, without ``x2``, for one set of parameters."""
-        rows = self._blocks(Task(self, directions, self.layers), sets, x, whole=True)
+    def passes(self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor) -> float:
+        """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set."""
+        rows = self._blocks(self._task(directions), sets, x, whole=True)
         return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)
 
-    def units(self, parameters: Parameters) -> Tensor:
-        """All O unit vectors as directions."""
+    def units(self, parameters: ParameterValues) -> Tensor:
+        """The O unit vectors as directions, ``[O, O]``."""
         return torch.eye(self.O, dtype=parameters[0].dtype, device=parameters[0].device)
 
     def program(
-        self, layers: Sequence[Layer | Written], parameters: Parameters, x: Tensor, directions: Tensor
+        self, layers: Sequence[Layer | ExplicitGradient], parameters: ParameterValues, x: Tensor, directions: Tensor
     ) -> Program:
-        """The program of a shape, traced at its first use."""
-        key = (tuple(x.shape), directions.shape[1], tuple(layer.parameters for layer in layers))
-        if key not in self._programs:
-            self._programs[key] = Program(self._graph, layers, parameters, x, directions)
-        return self._programs[key]
+        """The program for the shapes of ``x [N, ...]`` and ``directions [N, K, O]``, traced on first use."""
+        return self._programs.get(layers, parameters, x, directions)
+
+    def _task(
+        self, directions: Tensor, layers: Sequence[Layer | ExplicitGradient] | None = None, fold: bool = False
+    ) -> Task:
+        layers = self.layers if layers is None else layers
+        return Task(self._programs, directions, layers, self.memory // 4, self._tuning, fold)
 
     def _blocks(
         self,
         task: Task,
-        sets: Sequence[Parameters],
+        sets: Sequence[ParameterValues],
         x: Tensor,
         *,
         whole: bool,
-        parameters: Parameters | None = None,
+        parameters: ParameterValues | None = None,
     ) -> list[Block]:
-        """Rows in blocks that fit, and are at least one sample in one direction.
+        """Blocks of rows that fit in memory, each of at least one sample in one direction.
 
-        Half of the memory is for what a program holds at a time (and for what is collected of its rows), a quarter for
-        kernels of blocks, a quarter for the contraction of a layer.
+        Half of the memory is for a program and for what is collected of its rows, a quarter for the blocks of the
+        kernel, and a quarter for the contraction of a layer.
 
         Args:
-            task: what is to be computed.
-            sets: parameters for which the rows of a block are collected at the same time.
-            x: all inputs of the rows.
-            whole: whether all rows may be one block, of which nothing is collected.
-            parameters: any, where there are no ``sets``.
+            task: what is computed.
+            sets: parameter sets for which the rows of a block are collected at the same time.
+            x: inputs of all rows.
+            whole: whether all rows may form one block, of which nothing is collected.
+            parameters: any parameter set, if ``sets`` is empty.
         """
         N, K = len(x), task.directions.shape[-2]
         everything = Block(slice(0, N), slice(0, K))
@@ -224,20 +237,19 @@ class LayerwiseKernel:
         ]
 
     def _check(self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
-        """Hold the traced graph against the network on a few samples, in values and in a gradient."""
-        some = x[:CHECKED]
+        """Compare the traced graph with the network on a few samples, in outputs and in one gradient."""
+        some = x[: self._tuning.checked_samples]
 
-        def theirs(theta: list[Tensor]) -> Tensor:
+        def called(theta: list[Tensor]) -> Tensor:
             with plain_operations(module):
-                return functional_call(module, dict(zip(parameters, theta, strict=True)), (some,)).reshape(
-                    len(some), -1
-                )
+                outputs = functional_call(module, dict(zip(parameters, theta, strict=True)), (some,))
+            return outputs.reshape(len(some), -1)
 
-        def ours(theta: list[Tensor]) -> Tensor:
+        def traced(theta: list[Tensor]) -> Tensor:
             return vmap(lambda sample: self._graph.run(theta, list(self._graph.constants.values()), sample)[0])(some)
 
         found = []
-        for f in (theirs, ours):
+        for f in (called, traced):
             theta = [w.detach().requires_grad_() for w in parameters.values()]
             outputs = f(theta)
             v = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
@@ -255,11 +267,15 @@ def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _mirror(theta: Tensor) -> None:
-    """Copy the lower triangle of ``[N, K, N, K]`` to the upper one, in place."""
+def mirror(theta: Tensor, tile: int) -> None:
+    """Copy the lower triangle of ``[N, K, N, K]`` to the upper one, in place.
+
+    Args:
+        theta: the kernel.
+        tile: rows and columns that are transposed at a time, so that they stay in the cache.
+    """
     flat = theta.view(theta.shape[0] * theta.shape[1], -1)
-    size = 256  # of tiles: a transposed copy of one stays in the cache
-    parts = [slice(start, min(start + size, len(flat))) for start in range(0, len(flat), size)]
+    parts = [slice(start, min(start + tile, len(flat))) for start in range(0, len(flat), tile)]
     for i, rows in enumerate(parts):
         for columns in parts[i + 1 :]:
             flat[rows, columns] = flat[columns, rows].T

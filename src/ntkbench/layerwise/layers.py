@@ -1,10 +1,10 @@
-"""Where a graph uses its parameters, and what structure the gradients have there.
+"""Where a graph uses its parameters, and the structure of the gradients there.
 
-Weights with a rule for all their uses (see ``rules.py``) become layers. Scales, shifts and everything else are written
-out by automatic differentiation, one gradient for each output of each sample.
+Weights with a rule for all their uses (see ``rules.py``) become layers. For all other parameters (scales, shifts, and
+weights without a rule) the gradient of each output of each sample is computed by automatic differentiation.
 
-A parameter may be transposed, cut and rearranged on its way into an operation. What becomes of its entries is found by
-sending their numbers the same way.
+A parameter may be transposed, sliced and rearranged before it enters an operation. The position of each of its entries
+is found by applying the same operations to the entries' indices.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ntkbench.layerwise.factors import Factors, Rows, together, with_ones
+from ntkbench.layerwise.factors import GradientFactors, Rows, concatenate, with_ones
 from ntkbench.layerwise.rules import Use, rule_for
 from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights with all their uses, and the bias that goes with every one of these.
+    """A weight with all its uses, and the bias that is added at every one of them.
 
     Attributes:
         parameters: name of the weight, and of the bias if there is one.
-        uses: operations, all with the weights in the same arrangement.
+        uses: operations, all with the weight's entries in the same arrangement.
     """
 
     parameters: tuple[str, ...]
     uses: tuple[Use, ...]
 
-    def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> Factors:
-        """The layer's gradients, from what its uses need in turn."""
-        made = together([u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)])
+    def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
+        """The layer's gradients, from the operand and the cotangent of each use."""
+        made = concatenate([u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)])
         return with_ones(made) if len(self.parameters) == 2 else made
 
 
 @dataclass(frozen=True)
-class Written:
-    """A parameter whose gradients are written out by automatic differentiation.
+class ExplicitGradient:
+    """A parameter whose per-sample gradients are computed explicitly, by automatic differentiation.
 
     Attributes:
         parameters: its name.
-        fallback: why, where it is for want of a rule; empty where there is nothing to gain (scales, shifts, biases).
+        fallback: why no rule applies; empty where none would save anything (scales, shifts, biases).
     """
 
     parameters: tuple[str]
@@ -53,8 +53,8 @@ class Written:
 
     uses = ()
 
-    def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> Factors:
-        """The one "cotangent" is the gradient itself, ``[N, K, ...]``."""
+    def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
+        """The gradient, ``[N, K, ...]``, is passed as the only cotangent."""
         return Rows(cotangents[0].reshape(*cotangents[0].shape[:2], -1))
 
 
@@ -71,18 +71,18 @@ SCALES_AND_SHIFTS = {
     aten.native_group_norm.default,
     aten._fused_rms_norm.default,
 }
-"""Operations whose other parameters have an entry for each channel (or output), so that nothing beats writing out."""
+"""Operations whose scales and shifts have one entry per channel or output, so that a rule would save nothing."""
 
 
-def find(graph: SampleGraph) -> list[Layer | Written]:
-    """Every trainable parameter of a graph, once."""
+def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
+    """All trainable parameters of a graph: weights with a rule first, then those with explicit gradients."""
     arrivals = {name: list(_arrivals(node)) for name, node in graph.placeholders().items()}
     weights: dict[str, list[tuple[Use, ...]]] = {}
     for name, places in arrivals.items():
         uses = [rule_for(*place) for place in places]
         if uses and None not in uses and (groups := _arranged_alike(uses)):
             weights[name] = groups
-    found: list[Layer | Written] = []
+    found: list[Layer | ExplicitGradient] = []
     taken = set(weights)
     for name, groups in weights.items():
         for uses in groups:
@@ -90,12 +90,12 @@ def find(graph: SampleGraph) -> list[Layer | Written]:
             taken |= {bias} - {None}
             found.append(Layer((name, bias) if bias else (name,), uses))
     moving = _downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
-    found += [Written((name,), _fallback(places, moving)) for name, places in arrivals.items() if name not in taken]
-    return found
+    explicit = [name for name in arrivals if name not in taken]
+    return found + [ExplicitGradient((name,), _fallback(arrivals[name], moving)) for name in explicit]
 
 
 def _downstream(source: fx.Node) -> set[fx.Node]:
-    """What depends on a value."""
+    """All nodes that depend on a node, and the node itself."""
     reached = {source}
     for node in source.graph.nodes:
         if not reached.isdisjoint(node.all_input_nodes):
@@ -104,7 +104,7 @@ def _downstream(source: fx.Node) -> set[fx.Node]:
 
 
 def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
-    """Operations that take in a parameter: the operation, the argument, and the parameter's entries in it."""
+    """Operations that use a parameter: the operation, the argument, and the indices of the entries in it."""
     value = placeholder.meta["val"]
     stack: list[tuple[fx.Node, Any]] = [(placeholder, torch.arange(value.numel()).reshape(value.shape))]
     while stack:
@@ -117,7 +117,7 @@ def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]
 
 
 def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]] | None:
-    """Uses by their arrangement of entries; ``None`` where two arrangements share entries without being the same."""
+    """Uses grouped by their arrangement of entries; ``None`` if two different arrangements share entries."""
     groups: list[list[Use]] = []
     for use in uses:
         for group in groups:
@@ -131,7 +131,7 @@ def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]] | None:
 
 
 def _bias(uses: tuple[Use, ...], arrivals: dict[str, list[Any]], taken: set[str]) -> str | None:
-    """The parameter that is added wherever these weights are used, entry by entry, and nowhere else."""
+    """The parameter that is added elementwise at all of these uses and is used nowhere else."""
     if any(use.bias is None for use in uses):
         return None
     nodes = {(use.node, use.bias) for use in uses}
@@ -145,12 +145,12 @@ def _bias(uses: tuple[Use, ...], arrivals: dict[str, list[Any]], taken: set[str]
 
 
 def _fallback(places: list[tuple[fx.Node, fx.Node, Tensor]], moving: set[fx.Node]) -> str:
-    """Why gradients are written out; empty for vectors, and for what scales and shifts values that depend on x."""
+    """Why no rule applies; empty for vectors, and for parameters that scale or shift values that depend on x."""
     if not places or sum(size > 1 for size in places[0][2].shape) < 2:
         return ""
-    strangers = {
+    without_rule = {
         str(node.target if node.op != "output" else node.op)
         for node, *_ in places
         if node not in moving or node.target not in SCALES_AND_SHIFTS
     }
-    return f"no rule for its use in {', '.join(sorted(strangers))}" if strangers else ""
+    return f"no rule for its use in {', '.join(sorted(without_rule))}" if without_rule else ""

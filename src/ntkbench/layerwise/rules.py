@@ -1,9 +1,8 @@
-"""The structure of gradients at the operations that weights take part in.
+"""The structure of gradients at the operations that use weights.
 
-Two rules (matrix products, convolutions) and one for tables cover the weights of nearly all networks, whatever the
-layers are called: linear layers on vectors and sequences, attention, recurrent layers and cells, grouped, depthwise and
-transposed convolutions, embeddings, weights tied between layers or used at many time steps. To add a rule, add an entry
-to :data:`RULES`.
+Three rules (matrix products, convolutions, table lookups) cover the weights of nearly all networks: linear layers on
+vectors and sequences, attention, recurrent layers and cells, grouped, depthwise and transposed convolutions,
+embeddings, weights tied between layers or used at many time steps. To add a rule, add an entry to :data:`RULES`.
 """
 
 from __future__ import annotations
@@ -18,31 +17,31 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from ntkbench.layerwise.factors import Factors, Lookups, Products
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products
 from ntkbench.layerwise.trace import aten
 
 
 @dataclass(frozen=True)
 class Use:
-    """One operation that a weight takes part in.
+    """One operation that uses a weight.
 
     Attributes:
-        node: the operation; the cotangent of its value is what the rule needs.
-        operand: the value on the other side of it.
-        entries: which entries of the parameter stand where, ``[groups, C, D]`` (``[rows, C]`` for a table).
+        node: the operation, whose cotangent the rule needs.
+        operand: the other argument of the operation.
+        entries: indices of the parameter's entries, arranged as ``[groups, C, D]`` (``[rows, C]`` for a table).
         factors: from the operand ``[N, ...]`` and the cotangent ``[N, K, ...]`` to the gradient's factors.
-        bias: the argument that adds a bias of C entries a group, if there is one.
+        bias: the argument that adds a bias of C entries per group, if there is one.
     """
 
     node: fx.Node
     operand: fx.Node
     entries: Tensor
-    factors: Callable[[Tensor, Tensor], Factors]
+    factors: Callable[[Tensor, Tensor], GradientFactors]
     bias: fx.Node | None = None
 
     @property
     def inputs(self) -> int:
-        """Numbers that a sample's inputs take when each stands at every position that it is used at."""
+        """Number of entries of a sample's inputs a, over all positions."""
         _, C, D = self.entries.shape if self.entries.ndim == 3 else (1, self.entries.shape[1], 1)
         return self.node.meta["val"].numel() // C * D
 
@@ -55,7 +54,7 @@ def rule_for(node: fx.Node, argument: fx.Node, entries: Tensor) -> Use | None:
 
 
 def _product(node: fx.Node, position: int, entries: Tensor) -> Use | None:
-    """``mm`` and ``bmm``, with or without something added: a [S, D] times w [D, C], or w [C, D] times a [D, S]."""
+    """``mm`` and ``bmm``, with or without a summand: a [S, D] times w [D, C], or w [C, D] times a [D, S]."""
     first = len(node.args) - 2
     added = node.args[0] if first else None
     if position < first or any(factor != 1 for factor in node.kwargs.values()):
@@ -90,7 +89,7 @@ def _convolution(node: fx.Node, position: int, entries: Tensor) -> Use | None:
         windows=Windows(kernel, *(_each(v, len(kernel)) for v in (stride, padding, dilation))),
         groups=groups,
     )
-    # A transposed convolution has its inputs first, [groups, in, out x kernel], and a bias for each out alone.
+    # The weight of a transposed convolution is [groups, in, out x kernel]; its bias has one entry per out.
     return Use(node, operand, entries.mT, factors) if transposed else Use(node, operand, entries, factors, bias)
 
 
@@ -100,7 +99,7 @@ def _each(value: list[int], dimensions: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows that a convolution looks through, dimension by dimension."""
+    """The windows of a convolution, dimension by dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -138,10 +137,10 @@ def _convolution_factors(x: Tensor, g: Tensor, *, windows: Windows, groups: int)
 
 
 def _transposed_factors(x: Tensor, g: Tensor, *, windows: Windows, groups: int) -> Products:
-    """Here the cotangents go through the windows, and the inputs are taken one by one."""
+    """Factors of a transposed convolution: windows of the cotangents, single positions of the inputs."""
     d = len(windows.kernel)
     seen = windows.of(g.squeeze(2))  # [N, K, out * kernel, positions]
-    # An output padding may make room for one more window, which no input reaches.
+    # Output padding may add a window that no input reaches.
     seen = _cut(seen, g.shape[-d:], windows, x.shape[-d:])
     return Products(x.squeeze(1).flatten(-d).unflatten(1, (groups, -1)), seen.unflatten(2, (groups, -1)))
 
@@ -160,7 +159,7 @@ def _cut(seen: Tensor, space: torch.Size, windows: Windows, wanted: torch.Size) 
 
 
 def _lookup(node: fx.Node, position: int, entries: Tensor) -> Use | None:
-    """Rows of a table by their numbers."""
+    """Lookups of rows of a table by their indices."""
     _, numbers, padding, *_ = (*node.args, -1)
     if position != 0:
         return None

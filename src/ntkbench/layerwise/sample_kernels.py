@@ -1,6 +1,6 @@
-"""Kernels between samples that stand for the NTK, and the NTK itself: which directions, which layers.
+"""Kernels between samples that approximate the NTK, and the NTK itself: their directions and layers.
 
-A kernel A between samples stands for Theta as A (x) I_O. The trace kernel is the best of them in the Frobenius norm.
+A kernel A between samples approximates Theta by A (x) I_O. The trace kernel is the best of them in the Frobenius norm.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ntkbench.layerwise.kernel import LayerwiseKernel
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a kernel is made from gradients.
+    """How a kernel is computed from gradients.
 
     Attributes:
-        directions: output directions ``[K, O]`` for O outputs and a seed; ``None`` for all O unit vectors.
-        averaged: whether the kernel is the mean over directions, ``[N, N]``, instead of all their products.
-        last_layer: whether the last layer's parameters alone count.
+        directions: output directions ``[K, O]`` from O and a seed; ``None`` for the O unit vectors.
+        averaged: whether to take the mean over directions, ``[N, N]``, instead of all pairs of directions.
+        last_layer: whether only the parameters of the last layer count.
     """
 
     directions: Callable[[int, int], np.ndarray] | None = None
@@ -32,7 +32,7 @@ class Kernel:
 
     @property
     def between_samples(self) -> bool:
-        """Whether there is one entry for each pair of samples."""
+        """Whether the kernel has one entry per pair of samples."""
         return self.averaged or self.directions is not None
 
     def compute(
@@ -55,7 +55,7 @@ class Kernel:
         return made.div_(engine.O) if self.averaged else made
 
     def diagonal(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], x: Tensor, seed: int = 0) -> Tensor:
-        """The kernel's diagonal alone, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""
+        """The kernel's diagonal, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""
         layers = engine.last_layer() if self.last_layer else None
         made = engine.diagonal(parameters, x, self._directions(engine, parameters, seed), layers=layers)
         return made.mean(1) if self.averaged else made.reshape(-1)
@@ -91,7 +91,7 @@ KERNELS = {
 
 
 def get(name: str) -> Kernel:
-    """The kernel of a name.
+    """The kernel of this name.
 
     Raises:
         BadInput: there is none.

@@ -1,8 +1,8 @@
 """One sample's forward pass as a graph of ATen operations.
 
-Tracing one sample, and bringing all samples in afterwards with ``vmap``, settles which axis is the samples' once and
-for all: whatever the network does to its axes (time first, flattened sequences, grouped channels), every value of the
-graph belongs to one sample, and whatever lies in its axes are positions and channels.
+A single sample is traced, and ``vmap`` adds the other samples afterwards. Whatever the network does to its axes (time
+first, flattened sequences, grouped channels), every value of the graph then belongs to one sample, and its axes are
+positions and channels.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class SampleGraph:
         x: Tensor,
         tapped: Callable[[fx.Node, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[fx.Node, Any]]:
-        """Outputs ``[O]`` of one sample, and every value on the way.
+        """Outputs ``[O]`` of one sample, and the values of all nodes.
 
         Args:
             parameters: in the order of ``self.parameters``.
             constants: in the order of ``self.constants``.
             x: one sample, without batch axis.
-            tapped: may replace the value of a node before others see it.
+            tapped: replaces the value of a node before it is used.
         """
         by_name = dict(zip(self.constants, constants, strict=True))
         count = sum(node.op == "placeholder" for node in self.graph.nodes) - len(parameters) - 1
@@ -71,7 +71,7 @@ class SampleGraph:
                 return fx.node.map_arg(node.args[0], values.__getitem__), values
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                value = _WELL_BEHAVED.get(node.target, node.target)(*args, **kwargs)
+                value = _REPLACEMENTS.get(node.target, node.target)(*args, **kwargs)
             values[node] = value if tapped is None else tapped(node, value)
         raise AssertionError("a graph ends with its output")
 
@@ -79,12 +79,12 @@ class SampleGraph:
 def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> SampleGraph:
     """Trace a network on its first sample.
 
-    The tracing itself is done on the CPU, where recurrent layers and attention can be had as the operations that they
-    are made of; tensors that the network makes on the way are then made on the device of ``x``.
+    Tracing runs on the CPU, where recurrent layers and attention decompose into plain operations. Tensors that the
+    network creates are afterwards created on the device of ``x``.
 
     Args:
         module: ``x -> [N, ...outputs]``.
-        parameters: the trainable parameters; they decide precision.
+        parameters: the trainable parameters by name; they fix the precision.
         x: inputs ``[N, ...]`` on the device where the graph is to run.
 
     Raises:
@@ -99,7 +99,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
 
     on_cpu = [t.detach().cpu() for t in (*parameters.values(), *fixed.values(), x[:1])]
     with untraceable("its forward pass"), plain_operations(module), torch.no_grad():
-        # Twice, since what a composite operation changes in place only shows once it is taken apart.
+        # Twice: in-place changes inside a composite operation only show once it is decomposed.
         traced = make_fx(forward, decomposition_table={_BATCH_NORM: _batch_norm})(*on_cpu)
         traced = make_fx(functionalize(traced))(*on_cpu)
     traced.graph.eliminate_dead_code()
@@ -117,7 +117,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextlib.contextmanager
 def untraceable(what: str) -> Iterator[None]:
-    """Whatever goes wrong while a network is traced, it goes wrong for the network."""
+    """Report any error while a network is traced as a fault of the network."""
     try:
         yield
     except Exception as error:
@@ -132,10 +132,10 @@ _BATCH_NORM = aten.native_batch_norm.default
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
-    """Eval-mode BatchNorm as one scale and one shift for each channel: two passes over the values, one over cotangents.
+    """Eval-mode BatchNorm as one scale and one shift per channel: two passes over the values, one over the cotangents.
 
-    In train mode samples interact, and such a network is refused before it is traced; a single sample's own statistics
-    (InstanceNorm) are left as they are.
+    Train-mode BatchNorm makes samples interact and is refused before tracing. InstanceNorm, which uses the statistics
+    of a single sample, is left as it is.
     """
     if training:
         return NotImplemented
@@ -150,18 +150,18 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
 
 
 def _embedding(table: Tensor, numbers: Tensor, padding: int = -1, *rest: Any, **more: Any) -> Tensor:
-    """Rows of a table; the vmap rule of ATen's own derivative forgets the padding of all samples but the first."""
+    """Rows of a table. ATen's derivative ignores, under vmap, the padding of all samples but the first."""
     rows = table[numbers]
     return rows if padding < 0 else torch.where((numbers == padding)[..., None], rows.detach(), rows)
 
 
 def _prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """PReLU; the derivative of ATen's own has no vmap rule for weights of one batch dimension and x of another."""
+    """PReLU. ATen's derivative has no vmap rule if weight and x have different batch dimensions."""
     return torch.where(x > 0, x, weight * x)
 
 
-_WELL_BEHAVED = {aten.embedding.default: _embedding, aten._prelu_kernel.default: _prelu}
-"""What stands in for operations whose derivatives are wrong or missing under ``vmap``."""
+_REPLACEMENTS = {aten.embedding.default: _embedding, aten._prelu_kernel.default: _prelu}
+"""Replacements of operations whose derivatives are wrong or missing under ``vmap``."""
 
 
 MOVEMENTS = {
@@ -185,4 +185,4 @@ MOVEMENTS = {
     aten.view.default,
     aten._unsafe_view.default,
 }
-"""Operations that arrange the entries of one tensor anew and compute nothing."""
+"""Operations that rearrange the entries of one tensor without computing anything."""

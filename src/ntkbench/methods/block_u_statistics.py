@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench.methods.base.u_statistics import StratifiedUStatistics
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator
 
 
 class BlockUStatistics(StratifiedUStatistics):
@@ -28,5 +28,5 @@ class BlockUStatistics(StratifiedUStatistics):
     def groups(self, N: int) -> int:
         return N
 
-    def gradients(self, j: Jacobian, groups: Sequence[slice], v: Array) -> Array:
+    def gradients(self, j: JacobianOperator, groups: Sequence[slice], v: Array) -> Array:
         return j.sample_vjp(slice(groups[0].start, groups[-1].stop), v)

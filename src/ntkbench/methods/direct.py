@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench import metrics
-from ntkbench.estimators import arrays
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator, arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -24,7 +23,7 @@ class Direct(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return 2 * problem.n * len(metrics.parameter_sets(metric))
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         return metrics.from_rows_of_theta(
             (range(block.start, block.stop), [each.ntk(each.basis(block.start, block.stop)) for each in jacobians])

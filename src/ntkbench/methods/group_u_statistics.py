@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ntkbench.methods.base.u_statistics import StratifiedUStatistics
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator
 
 
 class GroupUStatistics(StratifiedUStatistics):
@@ -35,5 +35,5 @@ class GroupUStatistics(StratifiedUStatistics):
     def groups(self, N: int) -> int:
         return min(N, self.max_groups)
 
-    def gradients(self, j: Jacobian, groups: Sequence[slice], v: Array) -> Array:
+    def gradients(self, j: JacobianOperator, groups: Sequence[slice], v: Array) -> Array:
         return j.group_gradients(groups, v)

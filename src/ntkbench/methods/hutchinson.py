@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.estimators.accumulators import ProbeMeans, required_moments
 from ntkbench.methods.base import Accumulating
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 
 class Hutchinson(Accumulating):
@@ -23,7 +23,7 @@ class Hutchinson(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 4 if metric == "alignment" else 2
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> ProbeMeans:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         j, moments = jacobians[0], required_moments(names)
 
         def products(k: int) -> list[Array]:

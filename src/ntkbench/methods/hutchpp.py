@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class HutchPP(FixedBudget):
@@ -27,7 +27,7 @@ class HutchPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 6, "norm": 12, "effective_rank": 18, "alignment": 36}[metric]
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)
         return deflation.from_separate_traces(metric, jacobians, lambda a: deflation.hutchpp(a, k, k, n, rng))

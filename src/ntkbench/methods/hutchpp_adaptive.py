@@ -8,11 +8,11 @@ from typing import ClassVar
 import array_api_compat
 import numpy as np
 
-from ntkbench.estimators import arrays, deflation, standard_errors
+from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import Accumulating
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 
 PASSES_PER_COLUMN = 4
 """Two to sketch, Theta s = J J^T s, and two for Theta q = J J^T q of the column q that is added to the basis."""
@@ -47,7 +47,7 @@ class HutchPPAdaptive(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Accumulator:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         (j,) = jacobians
         return GrowingSketch(j, rng, self.block, self.min_residual)
 
@@ -59,7 +59,7 @@ class GrowingSketch(Accumulator):
         q: basis of the sketch, rows.
     """
 
-    def __init__(self, jacobian: Jacobian, rng: Rng, block: int, min_residual: int) -> None:
+    def __init__(self, jacobian: JacobianOperator, rng: Rng, block: int, min_residual: int) -> None:
         self._j, self._rng = jacobian, rng
         self._block, self._min_residual = block, min_residual
         self.q = self._image = jacobian.basis(0, 0)  # Q and Theta Q, rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class HutchPPOneSided(FixedBudget):
@@ -26,7 +26,7 @@ class HutchPPOneSided(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)
         q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))

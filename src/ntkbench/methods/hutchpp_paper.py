@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class HutchPPPaper(FixedBudget):
@@ -43,7 +43,7 @@ class HutchPPPaper(FixedBudget):
         most = range(3 * products // 2 + 3, 0, -1)
         return next(m for m in most if self.cost(metric, m) <= passes)
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         j = jacobians[0]
         columns, residual = _split(probes)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -28,6 +28,6 @@ class JacobianContraction(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return problem.O * len(metrics.parameter_sets(metric))
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         blocks = list(jacobians[0].rectangles(1 / 4))
         return metrics.from_rows_of_jacobian(metric, jacobians, blocks, lambda j, block: j.sample_rows(*block))

@@ -9,7 +9,7 @@ import array_api_compat
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -25,13 +25,13 @@ class NaiveJacobian(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return problem.n * len(metrics.parameter_sets(metric))
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         # A quarter of the memory for a block, as two blocks of each J are held at a time.
         size = max(1, j.memory // (4 * j.P * j.itemsize))
         blocks = [range(i, min(i + size, j.n)) for i in range(0, j.n, size)]
 
-        def rows(jacobian: Jacobian, block: range) -> Array:
+        def rows(jacobian: JacobianOperator, block: range) -> Array:
             found = [jacobian.row(i) for i in block]
             return array_api_compat.array_namespace(found[0]).stack(found)
 

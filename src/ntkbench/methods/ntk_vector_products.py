@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -27,7 +27,7 @@ class NtkVectorProducts(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return (problem.n + problem.O) * len(metrics.parameter_sets(metric))
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         return metrics.from_rows_of_theta(
             (

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import arrays, deflation
+from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 
 
 class NystromLOO(FixedBudget):
@@ -39,7 +39,7 @@ class NystromLOO(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 8 if metric == "alignment" else 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         u = rng.normal(min(probes, n), n)
         normalisation = deflation.Normalisation(u)

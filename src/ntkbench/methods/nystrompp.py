@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import arrays, deflation, standard_errors
+from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng, arrays
 
 
 class NystromPP(FixedBudget):
@@ -30,7 +30,7 @@ class NystromPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 4, "norm": 8, "effective_rank": 12}[metric]
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)
         return deflation.from_separate_traces(metric, jacobians, lambda a: _trace(a, k, n, rng))

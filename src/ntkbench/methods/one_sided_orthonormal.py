@@ -10,7 +10,7 @@ from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.accumulators import ProbeMeans
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import Accumulating
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng
 
 
 class OneSidedOrthonormal(Accumulating):
@@ -30,7 +30,7 @@ class OneSidedOrthonormal(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> ProbeMeans:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         (j,) = jacobians
         return _OrthonormalProbes(j, rng)
 
@@ -38,7 +38,7 @@ class OneSidedOrthonormal(Accumulating):
 class _OrthonormalProbes(ProbeMeans):
     """Orthonormal probes; further ones are orthogonal to all before them."""
 
-    def __init__(self, jacobian: Jacobian, rng: Rng) -> None:
+    def __init__(self, jacobian: JacobianOperator, rng: Rng) -> None:
         super().__init__(("trace",), self._squared_norms, jacobian.blocks)
         self._jacobian, self._rng = jacobian, rng
         self._probes = jacobian.basis(0, 0)

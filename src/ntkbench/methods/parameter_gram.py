@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ntkbench import metrics
-from ntkbench.estimators import arrays
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator, arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -53,7 +52,7 @@ class ParameterGram(Deterministic):
         triangle = (self.chunks + 1) / (2 * self.chunks)
         return int((2 * triangle + 1 if metric == "alignment" else triangle) * problem.P**2) * target.itemsize
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         rectangles = list(j.rectangles(1 / (2 * len(jacobians))))
         if metric == "trace":

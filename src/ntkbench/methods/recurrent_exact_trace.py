@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -31,6 +31,6 @@ class RecurrentExactTrace(Deterministic):
         T = problem.x.shape[1]
         return problem.O // T * (T + 1) / 2
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         (j,) = jacobians
         return Moments(trace=float(sum(j.squared_rows(step).sum() for step in range(j.T))))

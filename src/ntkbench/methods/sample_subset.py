@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.estimators import arrays
 from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.metrics import Moments
+from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.methods.base.layerwise import Prepared
+    from ntkbench.methods.base.layerwise import TracedProblem
 
 
 class SampleSubset(Incremental):
@@ -58,13 +58,13 @@ class SampleSubset(Incremental):
         rows = _samples(problem, metric, self.default_passes if passes is None else passes) * problem.O
         return 2 * len(metrics.parameter_sets(metric)) * rows**2 * target.itemsize
 
-    def prepare(self, problem: Problem, target: Target) -> Prepared:
+    def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
-        from ntkbench.methods.base.layerwise import Prepared
+        from ntkbench.methods.base.layerwise import TracedProblem
 
-        return Prepared(problem, target)
+        return TracedProblem(problem, target)
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
+    def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         subset = _Subset(prepared, names, seed)
         subset.least = self._passes(len(prepared.x), prepared.engine.O, subset.parameter_sets)
         return subset, prepared.ledger()
@@ -82,7 +82,7 @@ def _samples(problem: Problem, metric: str, passes: int) -> int:
 class _Subset(Accumulator):
     """Moments of the kernel between the samples so far. The number of probes is that of passes."""
 
-    def __init__(self, prepared: Prepared, names: Sequence[str], seed: int) -> None:
+    def __init__(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> None:
         self._engine, self._x = prepared.engine, prepared.x
         self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
         self._order = np.random.default_rng(seed).permutation(len(self._x))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.estimators import arrays, deflation, standard_errors
+from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 
 
 class SharedProbeAlignment(FixedBudget):
@@ -27,7 +27,7 @@ class SharedProbeAlignment(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         j, n = jacobians[0], jacobians[0].n
         u = deflation.random_orthonormal(rng, probes, n)
         columns = zip(*(_sums(jacobians, u[block]) for block in arrays.slices(j.blocks(len(u)))), strict=True)
@@ -38,7 +38,7 @@ class SharedProbeAlignment(FixedBudget):
         return standard_errors.finite_population(independent, len(u), n)
 
 
-def _sums(jacobians: Sequence[Jacobian], u: Array) -> tuple[Array, Array, Array]:
+def _sums(jacobians: Sequence[JacobianOperator], u: Array) -> tuple[Array, Array, Array]:
     """||Theta u||^2, ||Theta_f u||^2 and <Theta u, Theta_f u> for each probe."""
     theta_u, theta_f_u = (j.ntk(u) for j in jacobians)
     return (theta_u**2).sum(1), (theta_f_u**2).sum(1), (theta_u * theta_f_u).sum(1)

@@ -9,17 +9,18 @@ import numpy as np
 
 from ntkbench import metrics
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import arrays, standard_errors
+from ntkbench.estimators import standard_errors
 from ntkbench.estimators.accumulators import Accumulator, delta_method, moment_products, required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.methods.base import Incremental, Ledger
+from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.methods.base.layerwise import Prepared
+    from ntkbench.methods.base.layerwise import TracedProblem
 
 
 class StructuredBlockUStatistics(Incremental):
@@ -55,27 +56,27 @@ class StructuredBlockUStatistics(Incremental):
         grams = (2 * problem.N) ** 2 * len(metrics.parameter_sets(metric))
         return 0 if metric == "trace" else grams * (target.itemsize + 3 * 8)
 
-    def prepare(self, problem: Problem, target: Target) -> Prepared:
+    def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
-        from ntkbench.methods.base.layerwise import Prepared
+        from ntkbench.methods.base.layerwise import TracedProblem
 
-        return Prepared(problem, target)
+        return TracedProblem(problem, target)
 
-    def begin(self, prepared: Prepared, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
+    def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         return _GroupedUStatistics(prepared, names, seed, self.max_group), prepared.ledger()
 
 
 class _GroupedUStatistics(Accumulator):
     """U-statistics within groups of probes."""
 
-    def __init__(self, prepared: Prepared, names: Sequence[str], seed: int, max_gradients: int) -> None:
-        from ntkbench.operators.torch import Rng
+    def __init__(self, prepared: TracedProblem, names: Sequence[str], seed: int, max_gradients: int) -> None:
+        from ntkbench.operators.torch import TorchRng
 
         self._engine, self._x = prepared.engine, prepared.x
         self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
         self._names = required_moments(names)
         self._max_gradients = max_gradients
-        self._rng = Rng(seed, self._sets[0][0].dtype, self._x.device)
+        self._rng = TorchRng(seed, self._sets[0][0].dtype, self._x.device)
         self._traces: list[np.ndarray] = []
         self._groups: list[tuple[int, MomentEstimates]] = []
 

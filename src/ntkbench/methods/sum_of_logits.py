@@ -10,7 +10,7 @@ import array_api_compat
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, Jacobian
+from ntkbench.operators import Array, JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -31,12 +31,12 @@ class SumOfLogits(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return len(metrics.parameter_sets(metric))
 
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = jacobians[0]
         size = max(1, j.memory // (4 * (j.bytes_per_probe() // j.N + j.P * j.itemsize)))
         blocks = [slice(i, min(i + size, j.N)) for i in range(0, j.N, size)]
 
-        def gradients(jacobian: Jacobian, samples: slice) -> Array:
+        def gradients(jacobian: JacobianOperator, samples: slice) -> Array:
             unit = jacobian.basis(0, 1)
             xp = array_api_compat.array_namespace(unit)
             ones = xp.full_like(unit[:, : jacobian.O], 1 / math.sqrt(jacobian.O))

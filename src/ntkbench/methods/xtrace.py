@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import arrays, deflation
+from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng, arrays
 
 
 class XTrace(FixedBudget):
@@ -30,7 +30,7 @@ class XTrace(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 3
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)
         u = rng.normal(k, j.n)

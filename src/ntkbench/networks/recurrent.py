@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ntkbench.errors import BadInput, unknown
 from ntkbench.operators.recurrent.cells import GATES, ROLES, Recurrence
-from ntkbench.operators.recurrent.torch import trajectory
+from ntkbench.operators.recurrent.torch_trajectory import trajectory
 
 
 class Recurrent(nn.Module):
@@ -82,11 +82,11 @@ def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     def forward(weights: Mapping[str, Any], x: Any) -> Any:
         import jax.numpy as jnp
 
-        from ntkbench.operators.recurrent import jax
+        from ntkbench.operators.recurrent import jax_trajectory
 
         held = {**fixed, **weights}
         w = {role: jnp.asarray(held[name], x.dtype) for role, name in recurrence.names.items()}
-        states = jax.trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
+        states = jax_trajectory.trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
         return states @ w["readout_weight"].T + w["readout_bias"] if "readout_weight" in w else states
 
     return forward

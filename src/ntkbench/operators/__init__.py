@@ -1,42 +1,80 @@
-"""J as a linear operator, one file a backend."""
+"""The Jacobian as a linear operator. Each backend is one module, imported when a target first asks for it."""
 
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
-from ntkbench.operators.base import Array, Jacobian, Rng
+from ntkbench.operators.base import Array, ChunkBytes, JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
-__all__ = ["Array", "Jacobian", "Rng", "device_memory", "device_name", "linearise", "torch_network"]
+__all__ = [
+    "Array",
+    "ChunkBytes",
+    "JacobianOperator",
+    "Rng",
+    "device_memory",
+    "device_name",
+    "linearise",
+    "torch_network",
+]
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
-    """The Jacobian of ``problem`` at ``"theta_0"`` or ``"theta_f"``, on the target's backend and device.
+def linearise(
+    problem: Problem, weights: str, target: Target, chunk_bytes: ChunkBytes | None = None
+) -> JacobianOperator:
+    """The Jacobian of ``problem`` at one set of weights, on the target's backend and device.
 
-    Nothing is computed until the first product; the forward pass is then run once and shared by all VJPs. A module that
-    declares a ``recurrence`` gets the derivatives of :mod:`ntkbench.operators.recurrent`, any other its backend's own.
+    Nothing is computed until the first product. The forward pass then runs once, and all products share it. A module
+    that declares a ``recurrence`` gets the explicit derivatives of :mod:`ntkbench.operators.recurrent`; any other is
+    differentiated automatically.
+
+    Args:
+        problem: network and inputs.
+        weights: ``"theta_0"`` or ``"theta_f"``.
+        target: backend, precision, device and memory.
+        chunk_bytes: chunk sizes of products, which change results by rounding only; ``None`` for the defaults.
 
     Raises:
-        BadInput: no such weights, or the backend does not have the problem's network.
-        Unavailable: the device is not there.
+        BadInput: no such weights, or the problem has no network for the backend.
+        Unavailable: the device is not present.
     """
-    package = "operators.recurrent" if hasattr(problem.module, "recurrence") else "operators"
-    backend = importlib.import_module(f"ntkbench.{package}.{target.backend}")
-    return backend.linearise(problem, weights, target)
+    package = "recurrent." if hasattr(problem.module, "recurrence") else ""
+    j = _backend(package + target.backend).linearise(problem, weights, target)
+    if chunk_bytes is not None:
+        j.chunk_bytes = chunk_bytes
+    return j
 
 
 def torch_network(problem: Problem, weights: str, target: Target) -> Any:
-    """Module, trainable parameters by name and inputs of ``problem``, on the target's device; see :func:`linearise`."""
-    return importlib.import_module("ntkbench.operators.torch").network(problem, weights, target)
+    """Module, trainable parameters by name and inputs of ``problem``, on the target's device.
+
+    Raises:
+        BadInput: no such weights.
+        Unavailable: the device is not present.
+    """
+    return _backend("torch").network(problem, weights, target)
 
 
 def device_name(target: Target) -> str:
-    """What the target's device calls itself: ``"cpu"`` or the GPU's model."""
-    return importlib.import_module(f"ntkbench.operators.{target.backend}").device_name(target)
+    """Name of the target's device: ``"cpu"`` or the GPU's model.
+
+    Raises:
+        Unavailable: the device is not present.
+    """
+    return _backend(target.backend).device_name(target)
 
 
 def device_memory(target: Target) -> int | None:
-    """Peak bytes that the target's GPU allocator has held so far, ``None`` on the CPU."""
-    return importlib.import_module(f"ntkbench.operators.{target.backend}").device_memory(target)
+    """Peak bytes allocated on the target's GPU in this process; ``None`` on the CPU.
+
+    Raises:
+        Unavailable: the device is not present.
+    """
+    return _backend(target.backend).device_memory(target)
+
+
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(f"ntkbench.operators.{name}")

@@ -1,11 +1,12 @@
-"""The Jacobian as a linear operator, with a counter of what it was asked for."""
+"""The Jacobian as a linear operator that counts the passes it spends."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import array_api_compat
 import numpy as np
@@ -13,38 +14,54 @@ import numpy as np
 Array = Any
 """A tensor of the operator's backend (``torch.Tensor`` or ``jax.Array``)."""
 
-CACHE = 2**25
-"""Bytes that a turn of :meth:`Jacobian.sample_squares` takes at most."""
+
+@dataclass(frozen=True)
+class ChunkBytes:
+    """Bytes per chunk of the products that are computed in chunks to stay in a processor's cache.
+
+    Chunks change speed and rounding only. They are never larger than the operator's ``memory``.
+
+    Attributes:
+        sample_squares: gradients per chunk in :meth:`JacobianOperator.sample_squares`.
+        gates: gates of a recurrent layer per chunk of probes, in products over the whole batch on the CPU.
+        gates_by_trial: the same in products of each trial by itself, which hold several arrays of that size.
+    """
+
+    sample_squares: int = 2**25
+    gates: int = 2**24
+    gates_by_trial: int = 2**21
 
 
-class Jacobian(ABC):
-    """J = df/dtheta at one set of weights, an n x P matrix that is never written out.
+class JacobianOperator(ABC):
+    """J = df/dtheta at one set of weights, an n x P matrix that is never formed.
 
-    Rows are sample-major, output-minor: row ``b * O + o`` is output ``o`` of sample ``b``. Blocks of probes are stacked
-    as
-    rows: k vectors of length n are an array ``[k, n]``. Cost is counted in passes; one pass is one JVP or one VJP over
-        the whole batch of N samples, and a VJP of one sample alone is 1/N of a pass.
+    Rows are sample-major, output-minor: row ``b * O + o`` is output ``o`` of sample ``b``. Probes are rows: k vectors
+    of length n are an array ``[k, n]``. Cost is counted in passes. One pass is one JVP or one VJP over the whole batch
+    of N samples; a VJP of a single sample is 1/N of a pass.
 
     Attributes:
         N: samples.
-        O: outputs a sample.
+        O: outputs per sample.
         P: parameters.
-        memory: bytes that one block may fill; longer blocks are done in turns.
+        memory: bytes that one block of probes may fill; larger inputs are split into blocks.
+        itemsize: bytes of one number.
+        chunk_bytes: sizes of cache-friendly chunks within a block.
     """
 
     COMPUTED: tuple[str, ...] = ()
-    """Names under which a backend caches what its forward pass made."""
+    """Names of the cached properties that hold results of the forward pass."""
 
     N: int
     O: int  # noqa: E741 - the field's symbol
     P: int
     memory: int
     itemsize: int
+    chunk_bytes: ChunkBytes = ChunkBytes()
     _sample_passes: int = 0
 
     @property
     def n(self) -> int:
-        """Outputs in all."""
+        """Outputs of the whole batch, N O."""
         return self.N * self.O
 
     @property
@@ -54,7 +71,7 @@ class Jacobian(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of how products were made, such as a JVP that costs more than one pass."""
+        """Remarks for the user on how products are computed, such as a JVP that costs more than one pass."""
         return ()
 
     def vjp(self, u: Array) -> Array:
@@ -62,7 +79,7 @@ class Jacobian(ABC):
         return self._in_blocks(self._vjp, u, self.N)
 
     def jvp(self, w: Array) -> Array:
-        """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes, or 2k where there is no forward mode."""
+        """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes, or 2k without forward mode."""
         return self._in_blocks(self._jvp, w, self.N)
 
     def ntk(self, u: Array) -> Array:
@@ -72,25 +89,28 @@ class Jacobian(ABC):
         return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
 
     def row(self, i: int) -> Array:
-        """Row i of J by a backward pass of its own, ``[P]``; 1 pass."""
+        """Row i of J by one backward pass, ``[P]``; 1 pass."""
         self._sample_passes += self.N
         return self._row(i)
 
     def sample_vjp(self, samples: slice, v: Array) -> Array:
-        """J_b^T v_b for each sample b of a slice by itself: ``v [k, samples, O] -> [k, samples, P]``.
+        """Per-sample gradients J_b^T v_b: ``v [k, samples, O] -> [k, samples, P]``.
 
-        One backward pass serves all samples at once and still gives each its own gradient; only right where samples do
-        not interact. Costs k * (number of samples) / N passes.
+        Valid only if samples do not interact. Costs k * (number of samples) / N passes.
         """
         self._sample_passes += v.shape[0] * v.shape[1]
         return self._sample_vjp(samples, v)
 
     def group_gradients(self, groups: Sequence[slice], v: Array) -> Array:
-        """sum_(b in group) J_b^T v_b for each of some groups of samples: ``v [k, samples, O] -> [k, groups, P]``.
+        """sum_(b in group) J_b^T v_b for each group of samples: ``v [k, samples, O] -> [k, groups, P]``.
 
-        For inner products: in an orthonormal basis of the space of parameters that is the same for all operators of one
-        network. The groups are slices that follow on each other, and ``v`` has the samples of all of them. Costs as
-        :meth:`sample_vjp`, under the same condition.
+        The entries of a gradient may be permuted. The permutation is the same for all operators of one network, so that
+        inner products between the results are those of the gradients. Valid only if samples do not interact. Costs
+        k * (number of samples) / N passes.
+
+        Args:
+            groups: consecutive slices of samples.
+            v: cotangents of all samples in the groups.
         """
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
@@ -100,36 +120,36 @@ class Jacobian(ABC):
         return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
 
     def sample_jvp(self, samples: slice, w: Array) -> Array:
-        """J_b w_b for each sample b of a slice by itself: ``w [k, samples, P] -> [k, samples, O]``.
+        """Per-sample J_b w_b, each sample with its own tangent: ``w [k, samples, P] -> [k, samples, O]``.
 
-        Each sample has a tangent of its own, which takes no more products than one for all of them. Costs
-        k * (number of samples) / N passes, twice that where there is no forward mode; samples may not interact.
+        Valid only if samples do not interact. Costs k * (number of samples) / N passes, twice that without forward
+        mode.
         """
         self._sample_passes += w.shape[0] * w.shape[1]
         return self._sample_jvp(samples, w)
 
     def sample_squares(self, v: Array) -> Array:
-        """||J_b^T v_b||^2 for each sample b by itself: ``v [k, N, O] -> [k, N]``; k passes, and the same condition.
+        """Squared norms of per-sample gradients, ||J_b^T v_b||^2: ``v [k, N, O] -> [k, N]``; k passes.
 
-        Gradients are summed up in turns that stay in a processor's cache, and never lie side by side in memory.
+        Gradients are reduced in chunks of ``chunk_bytes.sample_squares`` and never held all at once. Valid only if
+        samples do not interact.
         """
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
-        budget = min(self.memory, CACHE)
+        budget = min(self.memory, self.chunk_bytes.sample_squares)
         samples = min(self.N, max(1, budget // self._bytes_per_square()))
-        fields = max(1, budget // (samples * self._bytes_per_square()))
-        turns = [slice(start, min(start + samples, self.N)) for start in range(0, self.N, samples)]
+        probes = max(1, budget // (samples * self._bytes_per_square()))
+        chunks = [slice(start, min(start + samples, self.N)) for start in range(0, self.N, samples)]
         rows = [
-            xp.concat([self._sample_squares(turn, v[k : k + fields, turn]) for turn in turns], axis=1)
-            for k in range(0, v.shape[0], fields)
+            xp.concat([self._sample_squares(chunk, v[k : k + probes, chunk]) for chunk in chunks], axis=1)
+            for k in range(0, v.shape[0], probes)
         ]
         return rows[0] if len(rows) == 1 else xp.concat(rows)
 
     def sample_rows(self, samples: slice, outputs: slice) -> Array:
-        """Rows of J for a rectangle of samples and outputs, ``[outputs * samples, P]`` with samples running fastest.
+        """Rows of J for a rectangle of samples and outputs, ``[outputs * samples, P]``, samples varying fastest.
 
-        Per-sample backward passes: (number of outputs) * (number of samples) / N passes in all, and samples may not
-        interact.
+        Valid only if samples do not interact. Costs (number of outputs) * (number of samples) / N passes.
         """
         count = samples.stop - samples.start
         units = self._eye(self.O, outputs.start, outputs.stop)[:, None, :]
@@ -138,9 +158,12 @@ class Jacobian(ABC):
         return rows.reshape(-1, self.P)
 
     def rectangles(self, held: float = 1.0) -> Iterator[tuple[slice, slice]]:
-        """Cut the rows of J into rectangles for :meth:`sample_rows` that fill at most ``held`` of the memory budget.
+        """Partition the rows of J into rectangles for :meth:`sample_rows`, each within ``held`` of the memory budget.
 
-        The cut depends on sizes alone, so two operators of one problem give matching blocks.
+        The partition depends on sizes alone, so that two operators of one problem give matching blocks.
+
+        Args:
+            held: fraction of ``memory``. A rectangle has at least one row, whatever its size.
         """
         rows = max(1, int(held * self.memory / self._bytes_per_sample_row()))
         samples = min(self.N, max(1, rows // self.O))
@@ -150,16 +173,16 @@ class Jacobian(ABC):
                 yield slice(start, min(start + samples, self.N)), slice(first, min(first + outputs, self.O))
 
     def row_numbers(self, samples: slice, outputs: slice) -> np.ndarray:
-        """Which rows of J the rows of :meth:`sample_rows` are."""
+        """Indices in J of the rows that :meth:`sample_rows` returns, ``[outputs * samples]``."""
         first, second = np.mgrid[outputs, samples]
         return (second * self.O + first).reshape(-1)
 
     def basis(self, start: int, stop: int) -> Array:
-        """Unit vectors ``start`` to ``stop`` of output space, ``[stop - start, n]``."""
+        """Unit vectors ``start`` to ``stop - 1`` of output space, ``[stop - start, n]``."""
         return self._eye(self.n, start, stop)
 
-    def fresh(self) -> Jacobian:
-        """The same operator before its forward pass and with its counter at zero, on the same device arrays."""
+    def fresh(self) -> Self:
+        """A copy on the same device arrays, without the results of the forward pass and with the counter at zero."""
         twin = copy.copy(self)
         twin._sample_passes = 0
         for name in self.COMPUTED:
@@ -167,24 +190,24 @@ class Jacobian(ABC):
         return twin
 
     def blocks(self, probes: int) -> list[int]:
-        """Sizes of blocks that together are ``probes`` and that each fit in the memory budget."""
+        """Sizes of blocks that add up to ``probes``; each fits in the memory budget, or is a single probe."""
         count = -(-probes // max(1, self.memory // self.bytes_per_probe()))
         return [probes // count + (i < probes % count) for i in range(count)]
 
     @abstractmethod
     def rng(self, seed: int) -> Rng:
-        """A fresh generator of probes on this operator's device; one seed, one stream."""
+        """A generator of probes on this operator's device; equal seeds give equal streams."""
 
     @abstractmethod
     def bytes_per_probe(self) -> int:
-        """Bytes that one probe in flight takes: activations, cotangents, one gradient."""
+        """Bytes held for one probe during a product: activations, cotangents and gradients."""
 
     def _bytes_per_sample_row(self) -> int:
-        """Bytes that one row of J takes while it is made (its sample's share of the activations, its gradient)."""
+        """Bytes held to compute one row of J: its sample's share of the activations, and its gradient."""
         return self.bytes_per_probe() // self.N + 2 * self.P * self.itemsize
 
     def _bytes_per_square(self) -> int:
-        """Bytes that the squared norm of one sample's gradient takes while it is made."""
+        """Bytes held to compute the squared norm of one sample's gradient."""
         return self._bytes_per_sample_row()
 
     def _split(self, rows: Array) -> Iterator[Array]:
@@ -193,7 +216,7 @@ class Jacobian(ABC):
             yield rows[start : start + size]
             start += size
 
-    def _in_blocks(self, product: Any, rows: Array, cost: int) -> Array:
+    def _in_blocks(self, product: Callable[[Array], Array], rows: Array, cost: int) -> Array:
         xp = array_api_compat.array_namespace(rows)
         self._sample_passes += cost * rows.shape[0]
         blocks = [product(block) for block in self._split(rows)]
@@ -224,16 +247,16 @@ class Jacobian(ABC):
 
     @abstractmethod
     def _eye(self, size: int, start: int, stop: int) -> Array:
-        """Rows ``start`` to ``stop`` of the identity matrix of a size."""
+        """Rows ``start`` to ``stop - 1`` of the identity matrix of order ``size``."""
 
 
 class Rng(ABC):
-    """Seeded random probes, ``[k, dim]`` in the operator's precision and on its device."""
+    """A seeded stream of random probes, ``[k, dim]``, in the operator's precision and on its device."""
 
     @abstractmethod
     def normal(self, k: int, dim: int) -> Array:
-        """Standard normal entries."""
+        """Independent standard normal entries."""
 
     @abstractmethod
     def sign(self, k: int, dim: int) -> Array:
-        """Entries +1 or -1 with equal probability (Rademacher)."""
+        """Independent entries +1 or -1 with equal probability (Rademacher)."""

@@ -1,4 +1,4 @@
-"""A Jacobian that is written out: for spectra of one's choice, where there is no network."""
+"""An explicit Jacobian: for kernels with a prescribed spectrum, without a network."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable
 
 import array_api_compat
 
-from ntkbench.operators import base
-from ntkbench.operators.base import Array, Rng
+from ntkbench.operators.base import Array, JacobianOperator, Rng
 
 
-class Jacobian(base.Jacobian):
-    """J as a matrix, with a sample for each row; see :class:`ntkbench.operators.base.Jacobian`.
+class DenseJacobian(JacobianOperator):
+    """J as a matrix, one sample per row (O = 1); see :class:`ntkbench.operators.base.JacobianOperator`.
 
     Args:
-        matrix: J, ``[n, P]``, of any array library; products stay in it, on its device and in its precision.
+        matrix: J, ``[n, P]``, of any array library; it fixes device and precision.
         rng: makes the generator of probes for a seed.
-        memory: bytes that one block may fill.
+        memory: bytes that one block of probes may fill.
     """
 
     O = 1  # noqa: E741 - the field's symbol

@@ -1,4 +1,4 @@
-"""The Jacobian operator in JAX: jitted products, probes folded in with ``vmap``."""
+"""The Jacobian operator in JAX: jitted products, probes batched with ``vmap``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.operators import base
+from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
-Weights = Mapping[str, jax.Array]
-Forward = Callable[[Weights, jax.Array], jax.Array]
+ParameterArrays = Mapping[str, jax.Array]
+Forward = Callable[[ParameterArrays, jax.Array], jax.Array]
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> JaxJacobian:
     """See :func:`ntkbench.operators.linearise`."""
     forward, parameters, x = network(problem, weights, target)
-    return Jacobian(forward, parameters, x, problem.output_shape, target.memory)
+    return JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
 
 
-def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, Weights, jax.Array]:
-    """The problem's network as a pure function, its weights and its inputs, on the target's device.
+def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, ParameterArrays, jax.Array]:
+    """The problem's network as a pure function, its parameters by name and its inputs, on the target's device.
 
     Raises:
-        BadInput: the problem has no JAX network.
-        Unavailable: the device is not there.
+        BadInput: no such weights, or the problem has no JAX network.
+        Unavailable: the device is not present.
     """
     if problem.jax_forward is None:
         raise BadInput(f"{problem.name} has no network in JAX; allowed backends for it: torch")
     if target.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)  # JAX has no other way to hold float64
+        jax.config.update("jax_enable_x64", True)  # without it JAX converts float64 arrays to float32
 
     def put(array: np.ndarray) -> jax.Array:
         array = array.astype(target.dtype) if np.issubdtype(array.dtype, np.floating) else array
@@ -44,15 +44,11 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, We
     forward = problem.jax_forward
     if fixed := {key: put(w) for key, w in problem.fixed(weights).items()}:
         forward = lambda weights, x: problem.jax_forward({**fixed, **weights}, x)  # noqa: E731
-    return (
-        forward,
-        {key: put(w) for key, w in problem.weights(weights).items()},
-        put(problem.x),
-    )
+    return forward, {key: put(w) for key, w in problem.weights(weights).items()}, put(problem.x)
 
 
 def device(target: Target) -> jax.Device:
-    """The device a target means on this machine.
+    """The device that a target stands for on this machine. TF32 is turned off on a GPU.
 
     Raises:
         Unavailable: ``cuda`` was asked for and JAX sees none.
@@ -62,7 +58,7 @@ def device(target: Target) -> jax.Device:
     if target.device == "cuda" and jax.default_backend() != "gpu":
         raise Unavailable("device 'cuda' was asked for, but JAX sees no CUDA device; allowed here: auto, cpu")
     if jax.default_backend() == "gpu":
-        jax.config.update("jax_default_matmul_precision", "highest")  # float32 and not TF32, as in torch
+        jax.config.update("jax_default_matmul_precision", "highest")
     return jax.devices()[0]
 
 
@@ -77,13 +73,21 @@ def device_memory(target: Target) -> int | None:
     return statistics["peak_bytes_in_use"] if statistics else None
 
 
-class Jacobian(base.Jacobian):
-    """J of a pure function at given weights; see :class:`ntkbench.operators.base.Jacobian`."""
+class JaxJacobian(JacobianOperator):
+    """J of a pure function at given parameters; see :class:`ntkbench.operators.base.JacobianOperator`.
+
+    Args:
+        forward: ``(parameters, x) -> [N, ...outputs]``.
+        parameters: trainable parameters by name.
+        x: inputs ``[N, ...]``.
+        shape: of the outputs, ``(N, ...outputs)``.
+        memory: bytes that one block of probes may fill.
+    """
 
     COMPUTED = ("_pullback",)
 
     def __init__(
-        self, forward: Forward, parameters: Weights, x: jax.Array, shape: tuple[int, ...], memory: int
+        self, forward: Forward, parameters: ParameterArrays, x: jax.Array, shape: tuple[int, ...], memory: int
     ) -> None:
         self.N, self.O = shape[0], int(np.prod(shape[1:]))
         self.P = sum(w.size for w in parameters.values())
@@ -93,7 +97,7 @@ class Jacobian(base.Jacobian):
 
     @functools.cached_property
     def _pullback(self) -> Any:
-        """The forward pass, run once; its VJP is a pytree of residuals that all probes share."""
+        """The VJP of the forward pass, which runs once for all probes: a pytree of residuals."""
         return _linearised(self._forward, self._parameters, self._x)
 
     def _vjp(self, u: jax.Array) -> jax.Array:
@@ -118,22 +122,22 @@ class Jacobian(base.Jacobian):
         dtype = next(iter(self._parameters.values())).dtype
         return jax.nn.one_hot(jnp.arange(start, stop), size, dtype=dtype)
 
-    def rng(self, seed: int) -> Rng:
+    def rng(self, seed: int) -> JaxRng:
         like = next(iter(self._parameters.values()))
-        return Rng(seed, like.dtype, like.device)
+        return JaxRng(seed, like.dtype, like.device)
 
     def bytes_per_probe(self) -> int:
-        # Value and cotangent of everything the traced forward pass writes, and three gradients, as in torch.
-        return 2 * _bytes_written(self._forward, self._shapes) + 3 * self.P * self.itemsize
+        return self._bytes_per_probe
 
     @functools.cached_property
-    def _shapes(self) -> tuple[Any, Any]:
-        shape = lambda array: (array.shape, array.dtype.name)  # noqa: E731
-        return tuple((key, *shape(w)) for key, w in self._parameters.items()), shape(self._x)
+    def _bytes_per_probe(self) -> int:
+        # Values and cotangents of everything that the traced forward pass writes, and three gradients, as in torch.
+        written = _bytes_written(jax.make_jaxpr(self._forward)(self._parameters, self._x).jaxpr)
+        return 2 * written + 3 * self.P * self.itemsize
 
 
-class Rng(base.Rng):
-    """Probes from a JAX key that is split at every draw."""
+class JaxRng(Rng):
+    """Probes from a JAX key that is split before every draw."""
 
     def __init__(self, seed: int, dtype: Any, device: jax.Device) -> None:
         self._key = jax.device_put(jax.random.key(seed), device)
@@ -150,22 +154,22 @@ class Rng(base.Rng):
         return jax.random.rademacher(self._next(), (k, dim), self._dtype)
 
 
-def _flat(blocks: Weights) -> jax.Array:
-    """Gradients by parameter, each ``[k, ...]``, side by side: ``[k, P]``."""
+def _flat(blocks: ParameterArrays) -> jax.Array:
+    """Gradients by parameter, each ``[k, ...]``, concatenated: ``[k, P]``."""
     return jnp.concatenate([block.reshape(block.shape[0], -1) for block in blocks.values()], axis=1)
 
 
-def _squares(blocks: Weights) -> jax.Array:
+def _squares(blocks: ParameterArrays) -> jax.Array:
     """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
     return sum((block.reshape(block.shape[0], -1) ** 2).sum(1) for block in blocks.values())
 
 
-def _outputs(forward: Forward, parameters: Weights, x: jax.Array) -> jax.Array:
+def _outputs(forward: Forward, parameters: ParameterArrays, x: jax.Array) -> jax.Array:
     return forward(parameters, x).reshape(x.shape[0], -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _linearised(forward: Forward, parameters: Weights, x: jax.Array) -> Any:
+def _linearised(forward: Forward, parameters: ParameterArrays, x: jax.Array) -> Any:
     return jax.vjp(lambda p: _outputs(forward, p, x), parameters)[1]
 
 
@@ -181,7 +185,7 @@ def _one_row(pullback: Any, i: int, samples: int, outputs: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pushed_forward(forward: Forward, parameters: Weights, x: jax.Array, w: jax.Array) -> jax.Array:
+def _pushed_forward(forward: Forward, parameters: ParameterArrays, x: jax.Array, w: jax.Array) -> jax.Array:
     bounds = np.cumsum([p.size for p in parameters.values()])[:-1]
 
     def push(tangent: jax.Array) -> jax.Array:
@@ -193,37 +197,35 @@ def _pushed_forward(forward: Forward, parameters: Weights, x: jax.Array, w: jax.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pushed_forward_by_sample(forward: Forward, parameters: Weights, x: jax.Array, w: jax.Array) -> jax.Array:
+def _pushed_forward_by_sample(forward: Forward, parameters: ParameterArrays, x: jax.Array, w: jax.Array) -> jax.Array:
     one = lambda x, w: _pushed_forward(forward, parameters, x[None], w)  # noqa: E731
     return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pulled_back_by_sample(
-    forward: Forward, finish: Callable[[Weights], jax.Array], parameters: Weights, x: jax.Array, v: jax.Array
+    forward: Forward,
+    reduce: Callable[[ParameterArrays], jax.Array],
+    parameters: ParameterArrays,
+    x: jax.Array,
+    v: jax.Array,
 ) -> jax.Array:
-    """What becomes of the gradients by parameter, each ``[k, ...]``, of each sample: ``[k, samples, ...]``."""
+    """``reduce`` of each sample's gradients (by parameter, ``[k, ...]`` each), ``[k, samples, ...]``."""
 
     def one(x: jax.Array, v: jax.Array) -> jax.Array:
         pullback = jax.vjp(lambda p: _outputs(forward, p, x[None])[0], parameters)[1]
-        return finish(jax.vmap(pullback)(v)[0])
+        return reduce(jax.vmap(pullback)(v)[0])
 
     return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, v)
 
 
-@functools.lru_cache(maxsize=64)
-def _bytes_written(forward: Forward, shapes: tuple[Any, Any]) -> int:
-    parameters, x = shapes
-    arguments = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape, dtype in parameters}
-    return _written(jax.make_jaxpr(forward)(arguments, jax.ShapeDtypeStruct(*x)).jaxpr)
-
-
-def _written(jaxpr: Any) -> int:
+def _bytes_written(jaxpr: Any) -> int:
+    """Bytes of the outputs of all equations, those of loop bodies once per iteration."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
         if inner:
-            total += equation.params.get("length", 1) * sum(map(_written, inner))
+            total += equation.params.get("length", 1) * sum(map(_bytes_written, inner))
         else:
             total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
     return total

@@ -1,4 +1,4 @@
-"""Layers as the operations that they are made of."""
+"""PyTorch layers as the plain operations they are composed of, instead of fused kernels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def plain_operations(module: nn.Module) -> Iterator[None]:
-    """Keep recurrent layers and attention off fused kernels, which have neither forward mode, nor vmap, nor structure.
+    """Run recurrent layers and attention without fused kernels, which lack forward mode, vmap rules and structure.
 
-    Convolutions keep theirs: oneDNN and cuDNN are only turned off where the module has recurrent layers.
+    Convolutions keep their kernels: oneDNN and cuDNN are turned off only if the module has recurrent layers.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

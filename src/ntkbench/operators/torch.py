@@ -1,11 +1,13 @@
-"""The Jacobian operator in PyTorch: ``torch.func`` products, probes folded in with ``vmap``."""
+"""The Jacobian operator in PyTorch: products by ``torch.func``, probes batched with ``vmap``."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,22 +16,23 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
-from ntkbench.operators import base
+from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.plain_operations import plain_operations
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> TorchJacobian:
     """See :func:`ntkbench.operators.linearise`."""
-    return Jacobian(*network(problem, weights, target), problem.output_shape, target.memory)
+    return TorchJacobian(*network(problem, weights, target), problem.output_shape, target.memory)
 
 
 def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The problem's module, its weights and its inputs, on the target's device.
+    """The problem's module, its trainable parameters by name and its inputs, on the target's device.
 
     Raises:
-        Unavailable: the device is not there.
+        BadInput: no such weights.
+        Unavailable: the device is not present.
     """
     to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
     parameters = {key: torch.from_numpy(w).to(**to) for key, w in problem.weights(weights).items()}
@@ -43,7 +46,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
 
 
 def device(target: Target) -> torch.device:
-    """The device a target means on this machine.
+    """The device that a target stands for on this machine. TF32 is turned off on a GPU.
 
     Raises:
         Unavailable: ``cuda`` was asked for and torch sees none.
@@ -67,12 +70,20 @@ def device_memory(target: Target) -> int | None:
     return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
 
 
-Push = Callable[[Tensor], Callable[[Tensor], Tensor]]
-"""From inputs to w -> J w there, ``[P] -> [samples, O]``."""
+Pushforward = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""Takes inputs ``[samples, ...]`` and returns w -> J w, ``[P] -> [samples, O]``."""
 
 
-class Jacobian(base.Jacobian):
-    """J of a module at given parameters; see :class:`ntkbench.operators.base.Jacobian`."""
+class TorchJacobian(JacobianOperator):
+    """J of a module at given parameters; see :class:`ntkbench.operators.base.JacobianOperator`.
+
+    Args:
+        module: ``x -> [N, ...outputs]``, on the device and in the precision of ``parameters``.
+        parameters: trainable parameters by name.
+        x: inputs ``[N, ...]``.
+        shape: of the outputs, ``(N, ...outputs)``.
+        memory: bytes that one block of probes may fill.
+    """
 
     COMPUTED = ("_pullback", "_graph")
 
@@ -84,40 +95,45 @@ class Jacobian(base.Jacobian):
         self.memory = memory
         self.itemsize = next(iter(parameters.values())).element_size()
         self._module, self._parameters, self._x = module, dict(parameters), x
-        self._found: dict[str, str] = {}  # shared with twins: what was tried once is not tried again
+        self._missing_modes: dict[str, str] = {}  # shared with copies, so that each mode is tried once
 
     def _forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         with _differentiable_kernels(self._module):
             return functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)
 
     @functools.cached_property
-    def _pullback(self):
-        """The forward pass, run once; its VJP is shared by all probes."""
+    def _pullback(self) -> Callable[[Tensor], tuple[dict[str, Tensor]]]:
+        """The VJP of the forward pass, which runs once for all probes."""
         return vjp(lambda parameters: self._forward(parameters, self._x), self._parameters)[1]
 
     def _vjp(self, u: Tensor) -> Tensor:
         return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
 
     def _jvp(self, w: Tensor) -> Tensor:
-        # The primal does not depend on the probe, so vmap runs it once a block.
+        # The primal does not depend on the probe, so vmap runs it once per block.
         return self._pushed(lambda push: vmap(push(self._x))(w), len(w) * self.N).reshape(-1, self.n)
 
     def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
-        def one(push: Push) -> Tensor:
+        def one(push: Pushforward) -> Tensor:
             by_sample = lambda x, w: vmap(push(x[None]))(w)[:, 0]  # noqa: E731
             return vmap(by_sample, in_dims=(0, 1), out_dims=1)(self._x[samples], w)
 
         return self._pushed(one, w.shape[0] * w.shape[1])
 
-    def _pushed(self, product: Callable[[Push], Tensor], cost: int) -> Tensor:
-        """A product with J by forward mode, or where there is none by two reverse passes, which cost as much again."""
-        if "no forward mode" not in self._found:
+    def _pushed(self, product: Callable[[Pushforward], Tensor], cost: int) -> Tensor:
+        """A product with J by forward mode, or by two reverse passes if an operation lacks it; these count twice.
+
+        Args:
+            product: computes the product from a pushforward.
+            cost: sample passes of the product, each over one sample.
+        """
+        if "forward" not in self._missing_modes:
             try:
                 return product(self._push_forward)
             except NotImplementedError as error:
                 if "forward" not in str(error):
                     raise
-                self._found["no forward mode"] = str(error).splitlines()[0]
+                self._missing_modes["forward"] = str(error).splitlines()[0]
         self._sample_passes += cost
         return product(self._push_by_reverse)
 
@@ -137,12 +153,12 @@ class Jacobian(base.Jacobian):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        why = self._found.get("no forward mode")
+        why = self._missing_modes.get("forward")
         return (f"each JVP is two reverse passes, as there is no forward mode: {why}",) if why else ()
 
     @functools.cached_property
     def _graph(self) -> tuple[Tensor, list[Tensor]]:
-        """Outputs with a plain autograd graph, for one backward pass at a time."""
+        """Outputs ``[n]`` with their autograd graph, and the parameters, for single backward passes."""
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
         return self._forward(leaves, self._x).reshape(-1), list(leaves.values())
 
@@ -157,12 +173,12 @@ class Jacobian(base.Jacobian):
     def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
         return self._by_sample(_squares, samples, v)
 
-    def _by_sample(self, finish: Callable[[Mapping[str, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
-        """What becomes of the gradients by parameter, each ``[k, ...]``, of each sample: ``[k, samples, ...]``."""
+    def _by_sample(self, reduce: Callable[[Mapping[str, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
+        """``reduce`` of each sample's gradients (by parameter, ``[k, ...]`` each), ``[k, samples, ...]``."""
 
         def one(x: Tensor, v: Tensor) -> Tensor:
             pullback = vjp(lambda parameters: self._forward(parameters, x[None])[0], self._parameters)[1]
-            return finish(vmap(pullback)(v)[0])
+            return reduce(vmap(pullback)(v)[0])
 
         return vmap(one, in_dims=(0, 1), out_dims=1)(self._x[samples], v)
 
@@ -172,16 +188,16 @@ class Jacobian(base.Jacobian):
         eye[:, start:stop].fill_diagonal_(1)
         return eye
 
-    def rng(self, seed: int) -> Rng:
+    def rng(self, seed: int) -> TorchRng:
         like = next(iter(self._parameters.values()))
-        return Rng(seed, like.dtype, like.device)
+        return TorchRng(seed, like.dtype, like.device)
 
     def bytes_per_probe(self) -> int:
         return self._bytes_per_probe
 
     @functools.cached_property
     def _bytes_per_probe(self) -> int:
-        # Twice what autograd keeps of a forward pass (value and cotangent), and three gradients (a sum, its next
+        # Twice what autograd saves of a forward pass (values and cotangents), and three gradients (a sum, its next
         # term, and the flat copy).
         kept: dict[int, int] = {}
 
@@ -200,8 +216,8 @@ class Jacobian(base.Jacobian):
         return {key: part.reshape(w.shape) for (key, w), part in zip(self._parameters.items(), parts, strict=True)}
 
 
-class Rng(base.Rng):
-    """Probes from a ``torch.Generator`` of their own on the operator's device."""
+class TorchRng(Rng):
+    """Probes from a ``torch.Generator`` on the given device."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self._to = {"dtype": dtype, "device": device}
@@ -211,23 +227,23 @@ class Rng(base.Rng):
         return torch.randn(k, dim, generator=self._generator, **self._to)
 
     def sign(self, k: int, dim: int) -> Tensor:
-        # A generator takes as long for a bit as for a byte. Rows begin with a byte of their own, so that blocks of rows
-        # are the same rows however they are cut.
+        # A generator takes as long for a bit as for a byte. Each row starts with a new byte, so that the rows do not
+        # depend on how they are split into blocks.
         size = (k, -(-dim // 8))
         drawn = torch.randint(0, 256, size, generator=self._generator, dtype=torch.int32, device=self._to["device"])
         signs = _signs_of_bytes(**self._to).index_select(0, drawn.view(-1)).view(k, -1)
         return signs[:, :dim].contiguous()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The eight signs that each byte stands for, ``[256, 8]``."""
+    """The eight signs that each byte encodes, ``[256, 8]``."""
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return bits.to(dtype).mul_(2).sub_(1)
 
 
 def _flat(blocks: Mapping[str, Tensor]) -> Tensor:
-    """Gradients by parameter, each ``[k, ...]``, side by side: ``[k, P]``."""
+    """Gradients by parameter, each ``[k, ...]``, concatenated: ``[k, P]``."""
     return torch.cat([block.reshape(block.shape[0], -1) for block in blocks.values()], dim=1)
 
 
@@ -237,35 +253,41 @@ def _squares(blocks: Mapping[str, Tensor]) -> Tensor:
     return sum(torch.linalg.vecdot(block, block) for block in flat)
 
 
-@functools.lru_cache(maxsize=8)
+_COPIES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype], nn.Module]]
+_COPIES = weakref.WeakKeyDictionary()
+
+
 def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the module with its buffers where its inputs will be; the original is left alone."""
-    return copy.deepcopy(module).to(device=where, dtype=dtype).requires_grad_(False)
+    """A copy of the module on a device and in a precision, made once and kept as long as the module itself."""
+    copies = _COPIES.setdefault(module, {})
+    if (where, dtype) not in copies:
+        copies[where, dtype] = copy.deepcopy(module).to(device=where, dtype=dtype).requires_grad_(False)
+    return copies[where, dtype]
 
 
 class _BatchedState(TorchFunctionMode):
-    """Give recurrent layers an initial state that carries vmap's batch dimension.
+    """Gives recurrent layers an initial state that carries vmap's batch dimension.
 
-    Their kernels add the input's part to the state's part in place, which vmap refuses when only the input is batched.
+    Their kernels add the projected input to the projected state in place, which vmap refuses if only the input is
+    batched.
     """
 
     LAYERS = frozenset({"rnn_tanh", "rnn_relu", "gru", "lstm"})
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if getattr(function, "__name__", None) in self.LAYERS:
             x, state, *rest = args
-            nothing = torch.zeros_like(x).sum()
-            state = tuple(s + nothing for s in state) if isinstance(state, tuple) else state + nothing
+            zero = torch.zeros_like(x).sum()
+            state = tuple(s + zero for s in state) if isinstance(state, tuple) else state + zero
             args = (x, state, *rest)
         return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
-    """Operations that have both forward mode and a vmap rule."""
-    with plain_operations(module):
-        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
-            with _BatchedState():
-                yield
-        else:
-            yield
+    """Restrict operations to those with both forward mode and a vmap rule."""
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    with plain_operations(module), _BatchedState() if recurrent else contextlib.nullcontext():
+        yield

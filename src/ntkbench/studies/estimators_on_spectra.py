@@ -23,7 +23,7 @@ from ntkbench.methods.base import Stochastic
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
-    from ntkbench.operators import Jacobian
+    from ntkbench.operators import JacobianOperator
 
 SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "linear": lambda i: np.linspace(1, 3, len(i)),
@@ -75,7 +75,7 @@ class Spectrum:
         import torch
 
         from ntkbench.operators import dense
-        from ntkbench.operators.torch import Rng, device
+        from ntkbench.operators.torch import TorchRng, device
 
         rng = np.random.default_rng(seed)
         values = np.sqrt(eigenvalues)
@@ -86,10 +86,10 @@ class Spectrum:
         }
         target = settings.target()
         to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
-        probes = functools.partial(Rng, **to)
-        self._jacobians = [dense.Jacobian(torch.from_numpy(end).to(**to), probes, target.memory) for end in ends]
+        probes = functools.partial(TorchRng, **to)
+        self._jacobians = [dense.DenseJacobian(torch.from_numpy(end).to(**to), probes, target.memory) for end in ends]
 
-    def jacobians(self, metric: str) -> list[Jacobian]:
+    def jacobians(self, metric: str) -> list[JacobianOperator]:
         """Operators with their counters at zero, at both ends for alignment."""
         return [j.fresh() for j in self._jacobians[: len(metrics.parameter_sets(metric))]]
 

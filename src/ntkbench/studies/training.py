@@ -124,7 +124,9 @@ def _along(
 
 
 def _exact(kernel: StateKernel, first: StateKernel) -> list[paired.Comparison]:
-    now, then = kernel.moments_of_k(first), first.moments_of_k(first)
+    from ntkbench.estimators.state_factors import moments_of_k
+
+    now, then = moments_of_k(kernel, first), moments_of_k(first, first)
     return [
         paired.Comparison(quantity, now.metric(quantity), 0.0, now.metric(quantity) / then.metric(quantity), 0.0)
         for quantity in METRICS

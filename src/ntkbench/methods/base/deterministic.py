@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base.method import Method, PreparedProblem, notes
 from ntkbench.metrics import Moments
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 
 
 class Deterministic(Method):
     """A method that computes moments of Theta, or of a kernel that approximates it, by products with J."""
 
     @abstractmethod
-    def moments(self, metric: str, jacobians: Sequence[Jacobian]) -> Moments:
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         """The moments that ``metric`` is a function of.
 
         Args:

@@ -1,4 +1,4 @@
-"""What methods by layers share: from a problem to a traced network, from kernels to moments of Theta."""
+"""Base of the layerwise methods: from a problem to a traced network, from kernels to moments of Theta."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ if TYPE_CHECKING:
     from ntkbench.layerwise.kernel import LayerwiseKernel
 
 
-ONE_NETWORK = (
-    "traces one network, and the weights that this problem does not differentiate by are others after training"
-)
+ONE_NETWORK = "traces one network, but parameters of this problem that are not differentiated change in training"
 
 
 class Layerwise(Method):
-    """Moments of Theta, or of A (x) I_O for a kernel A between samples, from :class:`LayerwiseKernel`.
+    """Moments of Theta, or of A (x) I_O for a kernel A between samples, by :class:`LayerwiseKernel`.
 
     Attributes:
-        kernel: name in ``ntkbench.layerwise.sample_kernels``.
+        kernel: a name in ``ntkbench.layerwise.sample_kernels``.
     """
 
     backends = ("torch",)
@@ -48,16 +46,16 @@ class Layerwise(Method):
         directions = problem.O if sample_kernels.get(self.kernel).directions is None else 1
         return directions * len(metrics.parameter_sets(metric))
 
-    def prepare(self, problem: Problem, target: Target) -> Prepared:
-        """Weights and inputs on the device, the network traced.
+    def prepare(self, problem: Problem, target: Target) -> TracedProblem:
+        """Move weights and inputs to the device and trace the network.
 
         Raises:
             BadInput: the network cannot be traced.
-            Unavailable: the device is not there.
+            Unavailable: the device is not present.
         """
-        return Prepared(problem, target)
+        return TracedProblem(problem, target)
 
-    def estimate(self, prepared: Prepared, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+    def estimate(self, prepared: TracedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         from ntkbench.layerwise import sample_kernels
 
         metrics.check(metric)
@@ -68,8 +66,17 @@ class Layerwise(Method):
         return Estimate(moments.metric(metric), None, spent, self.name, notes, metric)
 
 
-class Prepared:
-    """A traced network with its weights and inputs on the device."""
+class TracedProblem:
+    """A problem on the device, its network traced.
+
+    Attributes:
+        engine: computes kernels of the network.
+        x: inputs on the device.
+
+    Raises:
+        BadInput: the network cannot be traced.
+        Unavailable: the device is not present.
+    """
 
     def __init__(self, problem: Problem, target: Target) -> None:
         from ntkbench.layerwise.kernel import LayerwiseKernel
@@ -80,23 +87,24 @@ class Prepared:
         self.engine: LayerwiseKernel = LayerwiseKernel(module, weights, self.x, target.memory)
 
     def ledger(self) -> Ledger:
-        """Counts passes from now on, and names the parameters that had no rule."""
+        """A counter of the passes spent from now on; its notes name the parameters that have no rule."""
         engine, before = self.engine, self.engine.directions_taken
         notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
         return lambda: ((engine.directions_taken - before) / len(self.x), notes)
 
     def parameters(self, metric: str) -> list[list[Tensor]]:
-        """The sets of weights that a metric looks at.
+        """The parameter sets that a metric needs: theta_0, and theta_f for alignment.
 
         Raises:
-            BadInput: the network is not one network at both ends.
+            BadInput: parameters that are not differentiated differ between the two sets.
         """
         if metric == "alignment" and self._problem.fixed_f:
             raise BadInput(f"{self._problem.name}: this method {ONE_NETWORK}")
-        for end in metrics.parameter_sets(metric):
-            if end not in self._weights:
-                self._weights[end] = list(torch_network(self._problem, end, self._target)[1].values())
-        return [self._weights[end] for end in metrics.parameter_sets(metric)]
+        names = metrics.parameter_sets(metric)
+        for name in names:
+            if name not in self._weights:
+                self._weights[name] = list(torch_network(self._problem, name, self._target)[1].values())
+        return [self._weights[name] for name in names]
 
 
 def _moments(kernel: Any, engine: LayerwiseKernel, metric: str, sets: Sequence[Sequence[Tensor]], x: Tensor) -> Moments:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
-from ntkbench.operators import Jacobian, linearise
+from ntkbench.operators import JacobianOperator, linearise
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -96,9 +96,9 @@ class PreparedProblem:
     def __init__(self, problem: Problem, target: Target) -> None:
         self.problem = problem
         self.target = target
-        self._operators: dict[str, Jacobian] = {}
+        self._operators: dict[str, JacobianOperator] = {}
 
-    def jacobians(self, metric: str) -> list[Jacobian]:
+    def jacobians(self, metric: str) -> list[JacobianOperator]:
         """Operators at theta_0, and at theta_f for alignment, before their forward pass and with counters at zero."""
         names = metrics.parameter_sets(metric)
         for name in names:
@@ -108,6 +108,6 @@ class PreparedProblem:
         return [self._operators[name].fresh() for name in names]
 
 
-def notes(jacobians: Sequence[Jacobian]) -> tuple[str, ...]:
+def notes(jacobians: Sequence[JacobianOperator]) -> tuple[str, ...]:
     """Notes of all operators, each once."""
     return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))

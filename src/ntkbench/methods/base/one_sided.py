@@ -10,7 +10,7 @@ from ntkbench.estimators.accumulators import ProbeMeans
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class OneSided(Accumulating):
@@ -30,7 +30,7 @@ class OneSided(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> ProbeMeans:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         (j,) = jacobians
         A = factor(j, self.side)
         return ProbeMeans(("trace",), lambda k: [(A.product(rng.sign(k, A.dim)) ** 2).sum(1)], j.blocks)
@@ -57,7 +57,7 @@ class OneSidedPaper(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         A = factor(j, self.side)
         return deflation.random_subspace(j, A.product, probes, A.dim, rng)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from ntkbench.estimators.deflation import LinearMap
-from ntkbench.operators import Jacobian
+from ntkbench.operators import JacobianOperator
 
 Side = Literal["reverse", "forward"]
 """``reverse`` probes output space by VJPs, ``forward`` probes parameter space by JVPs."""
@@ -27,7 +27,7 @@ class Factor(NamedTuple):
     image_dim: int
 
 
-def factor(j: Jacobian, side: Side) -> Factor:
+def factor(j: JacobianOperator, side: Side) -> Factor:
     """A = J^T for ``reverse``, A = J for ``forward``."""
     if side == "reverse":
         return Factor(j.vjp, j.jvp, j.n, j.P)

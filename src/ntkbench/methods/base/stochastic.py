@@ -13,7 +13,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.method import Method, PreparedProblem, notes
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -84,7 +84,7 @@ class FixedBudget(Stochastic):
     gradients_held: ClassVar[float] = 0
 
     @abstractmethod
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         """The metric from a nominal number of probes."""
 
     def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
@@ -173,7 +173,7 @@ class Accumulating(Incremental):
     """An incremental method that needs Jacobian operators only."""
 
     @abstractmethod
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Accumulator:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         """An empty accumulator for several metrics."""
 
     def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:

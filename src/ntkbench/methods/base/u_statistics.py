@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ntkbench.estimators import arrays
 from ntkbench.estimators.accumulators import (
     Accumulator,
     StratifiedTrace,
@@ -17,7 +16,7 @@ from ntkbench.estimators.accumulators import (
 )
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating
-from ntkbench.operators import Array, Jacobian, Rng
+from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 from ntkbench.problem import Problem
 
 
@@ -39,7 +38,7 @@ class GramMatrix(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> UStatistics:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> UStatistics:
         factors = [factor(j, self.side) for j in jacobians]
 
         def products(u: Array, _: slice) -> list[Array]:
@@ -71,17 +70,17 @@ class OneSidedPerSample(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> StratifiedTrace:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> StratifiedTrace:
         (j,) = jacobians
         return per_sample_trace(j, rng) if self.side == "reverse" else _per_sample_trace_forward(j, rng)
 
 
-def per_sample_trace(j: Jacobian, rng: Rng) -> StratifiedTrace:
+def per_sample_trace(j: JacobianOperator, rng: Rng) -> StratifiedTrace:
     """||J_b^T u_b||^2 of each sample b over random signs u."""
     return StratifiedTrace(lambda k: j.sample_squares(rng.sign(k, j.n).reshape(k, j.N, j.O)), j.blocks)
 
 
-def _per_sample_trace_forward(j: Jacobian, rng: Rng) -> StratifiedTrace:
+def _per_sample_trace_forward(j: JacobianOperator, rng: Rng) -> StratifiedTrace:
     """||J_b w_b||^2 of each sample b over random signs w, with a tangent for each sample."""
 
     def squares(k: int) -> Array:
@@ -121,7 +120,7 @@ class StratifiedUStatistics(Accumulating):
         """Number of groups of N samples."""
 
     @abstractmethod
-    def gradients(self, j: Jacobian, groups: Sequence[slice], v: Array) -> Array:
+    def gradients(self, j: JacobianOperator, groups: Sequence[slice], v: Array) -> Array:
         """Gradients of adjacent groups, ``v [k, samples, O] -> [k, groups, P]``."""
 
     def default_max_passes(self, problem: Problem) -> int:
@@ -130,7 +129,7 @@ class StratifiedUStatistics(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[Jacobian], rng: Rng) -> Accumulator:
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         j = jacobians[0]
         if tuple(names) == ("trace",):
             return per_sample_trace(j, rng)

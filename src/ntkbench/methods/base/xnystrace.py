@@ -9,7 +9,7 @@ from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import FixedBudget
-from ntkbench.operators import Jacobian, Rng
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class FactoredXNysTrace(FixedBudget):
@@ -35,7 +35,7 @@ class FactoredXNysTrace(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 2
 
-    def draw(self, metric: str, jacobians: Sequence[Jacobian], probes: int, rng: Rng) -> PointEstimate:
+    def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         A = factor(j, self.side)
         return deflation.xnystrace(A.product, A.adjoint, rng.normal(min(probes, A.dim), A.dim))

@@ -11,23 +11,23 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import BadInput
-from ntkbench.operators import base
-from ntkbench.operators.base import Array
+from ntkbench.operators.base import Array, JacobianOperator
 from ntkbench.operators.recurrent import products
 from ntkbench.operators.recurrent.cells import GATES, Recurrence
-from ntkbench.operators.recurrent.injections import Layout
-from ntkbench.operators.recurrent.products import Linear
+from ntkbench.operators.recurrent.injections import ParameterLayout
+from ntkbench.operators.recurrent.products import LinearisedRecurrence
 
 
-class Jacobian(base.Jacobian):
-    """J = P S of a recurrent layer: probes are folded into the batch, one matrix product a time step for all of them.
+class RecurrentJacobian(JacobianOperator):
+    """J = P S of a recurrent layer: one matrix product per time step serves all probes and trials.
 
-    To be put in front of a backend's own Jacobian, which makes its probes and unit vectors. A VJP is an adjoint
-    recursion and one matrix product over all trials and steps, a JVP the same two the other way round.
+    A mixin that precedes a backend's autodiff operator in the bases; the latter provides probes and unit vectors. A VJP
+    is an adjoint recursion over time, then one matrix product over all trials and steps; a JVP is the reverse.
 
     Attributes:
         T: time steps.
-        layout: what theta is made of.
+        layout: which parameters theta consists of.
+        linear: the recurrence linearised along its trajectory, computed on first use.
     """
 
     COMPUTED = ("linear",)
@@ -36,7 +36,7 @@ class Jacobian(base.Jacobian):
     _x: Array
 
     def describe(self, recurrence: Recurrence, frozen: Mapping[str, Array]) -> None:
-        """Take in which parameters are what.
+        """Assign roles to the parameters; called once, before the first product.
 
         Args:
             recurrence: as the module declares it.
@@ -54,7 +54,7 @@ class Jacobian(base.Jacobian):
         held = {**frozen, **self._parameters}
         self._by_role = {role: held[name] for role, name in recurrence.names.items()}
         readout = self._by_role.get("readout_weight")
-        self.layout = Layout(
+        self.layout = ParameterLayout(
             recurrence.kind,
             recurrence.alpha,
             inputs=self._by_role["weight_ih"].shape[1],
@@ -71,12 +71,12 @@ class Jacobian(base.Jacobian):
             )
 
     @functools.cached_property
-    def linear(self) -> Linear:
-        """The forward pass, run once; all probes share it."""
+    def linear(self) -> LinearisedRecurrence:
+        """The recurrence linearised along its trajectory; the forward pass runs once for all probes."""
         return self.call(products.linearised, self._by_role, self._x)
 
-    def prefix(self, steps: int) -> Jacobian:
-        """The same network over its first time steps alone, with a counter of its own; the forward pass is shared."""
+    def prefix(self, steps: int) -> RecurrentJacobian:
+        """The operator of the first time steps alone. It shares the forward pass and counts its own passes."""
         short = self.fresh()
         short.O, short.T, short._x = self.O // self.T * steps, steps, self._x[:, :steps]
         short.__dict__["linear"] = self.linear.part(steps=slice(steps))
@@ -85,7 +85,8 @@ class Jacobian(base.Jacobian):
     def squared_rows(self, step: int) -> Array:
         """sum_b ||J_b^T e_(step, o)||^2 for each output o of a step, ``[O / T]``.
 
-        All trials b are in one backward pass, which is that of :meth:`prefix`: (O / T) * (step + 1) / T passes.
+        Each backward pass covers all trials b and runs over the first step + 1 time steps only. Costs
+        (O / T) * (step + 1) / T passes.
         """
         short = self.prefix(step + 1)
         done, rows = short.O - self.O // self.T, []
@@ -99,13 +100,13 @@ class Jacobian(base.Jacobian):
 
     @abstractmethod
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
-        """A function of :mod:`ntkbench.operators.recurrent.products` with the backend's loops, jitted where it jits."""
+        """A function of :mod:`ntkbench.operators.recurrent.products` with the backend's loops, compiled in JAX."""
 
     def bytes_per_probe(self) -> int:
         H, readout = self.layout.hidden, self.layout.outputs
-        # The probe, what is pulled back, the injections, the state of a step, and three gradients.
-        a_step = self.O // self.T * 2 + (H if readout else 0) + self.layout.width
-        return self.itemsize * (self.N * (self.T * a_step + 6 * H) + 3 * self.P)
+        # The probe, its pullback to h, the injections, the state of a step, and three gradients.
+        per_step = self.O // self.T * 2 + (H if readout else 0) + self.layout.width
+        return self.itemsize * (self.N * (self.T * per_step + 6 * H) + 3 * self.P)
 
     def _bytes_per_square(self) -> int:
         if not self._by_inner_products:
@@ -116,14 +117,15 @@ class Jacobian(base.Jacobian):
 
     @property
     def _by_inner_products(self) -> bool:
-        """Whether squares of gradients take fewer multiplications from inner products between steps."""
+        """Whether squared norms of gradients take fewer multiplications from inner products between steps."""
         return self.T * (self.layout.width + self.layout.inputs + self.layout.hidden) < self.P
 
-    def _cut(self, u: Array) -> Array:
+    def _by_step(self, u: Array) -> Array:
+        """Cotangents ``[k, B, O]`` by time step, ``[k, B, T, O / T]``."""
         return u.reshape(u.shape[0], -1, self.T, self.O // self.T)
 
     def _vjp(self, u: Array) -> Array:
-        return self.call(products.vjp, self.linear, self._cut(u.reshape(-1, self.N, self.O)))
+        return self.call(products.vjp, self.linear, self._by_step(u.reshape(-1, self.N, self.O)))
 
     def _jvp(self, w: Array) -> Array:
         return self.call(products.jvp, self.linear, w).reshape(-1, self.n)
@@ -132,12 +134,12 @@ class Jacobian(base.Jacobian):
         return self._vjp(self._eye(self.n, i, i + 1))[0]
 
     def _sample_vjp(self, samples: slice, v: Array) -> Array:
-        return self.call(products.vjp_by_trial, self.linear.part(samples), self._cut(v))
+        return self.call(products.vjp_by_trial, self.linear.part(samples), self._by_step(v))
 
     def _group_gradients(self, groups: Sequence[slice], v: Array) -> Array:
         xp, first = array_api_compat.array_namespace(v), groups[0].start
         linear = self.linear.part(slice(first, groups[-1].stop))
-        e, made = self.call(products.pull, linear, self._cut(v)), []
+        e, made = self.call(products.pull, linear, self._by_step(v)), []
         for group in groups:
             own = slice(group.start - first, group.stop - first)
             made.append(self.call(products.coordinates, linear.part(own), e.part(own)))
@@ -149,4 +151,4 @@ class Jacobian(base.Jacobian):
     def _sample_squares(self, samples: slice, v: Array) -> Array:
         if not self._by_inner_products:
             return (self._sample_vjp(samples, v) ** 2).sum(-1)
-        return self.call(products.squares_by_trial, self.linear.part(samples), self._cut(v))
+        return self.call(products.squares_by_trial, self.linear.part(samples), self._by_step(v))

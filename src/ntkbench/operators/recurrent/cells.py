@@ -1,13 +1,13 @@
-"""Cells of recurrent networks: one step of each kind, and its derivatives written by hand, once for all backends.
+"""Cells of recurrent networks: one step of each kind and its explicit derivatives, shared by all backends.
 
-Every cell is, at time t and for each unit by itself but for one matrix product,
+Apart from one matrix product, every cell acts elementwise at time t:
 
-    z_t = W_hh phi(h_(t-1)) + (what the inputs and biases give)        the gates before their functions
-    s_t = F(s_(t-1), z_t)                                               s = h, but for the LSTM, where it is c
-    h_t = s_t, for the LSTM sigmoid(z_t^o) tanh(s_t)
+    z_t = W_hh phi(h_(t-1)) + W_ih x_t + b          the gates before their nonlinearities
+    s_t = F(s_(t-1), z_t)                           s = h; for the LSTM s = c
+    h_t = s_t                                       for the LSTM h_t = sigmoid(z_t^o) tanh(s_t)
 
-so that its linearisation is a handful of diagonals. GRU: the reset gate multiplies W_hh h + b_hh alone, so that what
-the inputs send to the third gate enters as a fourth, which W_hh does not reach; it is called the *side* gate here.
+Its linearisation therefore consists of diagonal matrices and W_hh. In a GRU the reset gate multiplies W_hh h + b_hh
+only, so that the input's part of the third gate is a gate of its own, which W_hh does not reach: the *side* gate.
 
 A new kind of cell is a method of :class:`Cell`, a function in :data:`LINEARISED` and an entry in :data:`GATES`.
 """
@@ -23,24 +23,24 @@ import array_api_compat
 from ntkbench.operators.base import Array
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4, "ctrnn": 1}
-"""Kinds of cells, and how many blocks of H rows their weights have."""
+"""Kinds of cells, and the number of gates of each: its weights have that many blocks of H rows."""
 
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "readout_weight", "readout_bias")
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Which parameters of a module are what in one recurrent layer that starts at zero, and perhaps a linear readout.
+    """The roles of a module's parameters in one recurrent layer with zero initial state and an optional linear readout.
 
-    A module that has one of these as its attribute ``recurrence`` promises that ``x [N, T, I]`` gives the states
-    ``[N, T, H]`` of that layer (for an LSTM h, not c), or their linear readout ``[N, T, O]``; its Jacobian is then
-    written out by hand, see :mod:`ntkbench.operators.recurrent`.
+    A module with such an attribute ``recurrence`` promises to map ``x [N, T, I]`` to the states ``[N, T, H]`` of that
+    layer (h for an LSTM, not c), or to their linear readout ``[N, T, O]``. Its Jacobian is then computed from explicit
+    derivatives, see :mod:`ntkbench.operators.recurrent`.
 
     Attributes:
         kind: a key of :data:`GATES`, with the conventions of ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``; ``ctrnn`` is
             h <- h + alpha (-h + W_hh tanh(h) + W_ih x + b).
-        names: the parameter that plays each role, by role; roles that none plays are left out.
-        alpha: step of the ``ctrnn``, ``None`` for the others.
+        names: parameter names by role; absent roles are left out.
+        alpha: step of a ``ctrnn``, ``None`` for the others.
     """
 
     kind: str
@@ -49,19 +49,19 @@ class Recurrence:
 
     @staticmethod
     def of_layer(kind: str, prefix: str) -> Recurrence:
-        """That of an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` of one layer, which stands in a module as ``prefix``."""
+        """The recurrence of a one-layer ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` that a module holds as ``prefix``."""
         return Recurrence(kind, {role: f"{prefix}.{role}_l0" for role in ROLES[:4]})
 
 
-class Functions(NamedTuple):
-    """The elementwise functions a cell is made of, as ``torch`` has them."""
+class Nonlinearities(NamedTuple):
+    """The elementwise functions of the cells, under the names that ``torch`` gives them."""
 
     tanh: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
 
 
 class Cell:
-    """One step of a recurrence; the same for both backends.
+    """One time step of a recurrence, shared by all backends.
 
     A state is ``(h,)``, for an LSTM ``(h, c)``, each ``[N, H]``.
     """
@@ -77,7 +77,7 @@ class Cell:
         return (zeros, zeros) if self._kind == "lstm" else (zeros,)
 
     def sent(self, state: tuple[Any, ...], functions: Any) -> Any:
-        """What ``weight_hh`` is multiplied with."""
+        """phi(h), the vector that ``weight_hh`` multiplies."""
         return functions.tanh(state[0]) if self._kind == "ctrnn" else state[0]
 
     def _rnn(self, state: Any, z_x: Any, z_h: Any, functions: Any) -> tuple[Any]:
@@ -100,8 +100,8 @@ class Cell:
         return functions.sigmoid(out) * functions.tanh(c), c
 
 
-class Step(NamedTuple):
-    """Derivatives along a trajectory; T time steps, B trials, H units; ``None`` stands for what a cell does not have.
+class StepDerivatives(NamedTuple):
+    """Derivatives of each step of a trajectory: T time steps, B trials, H units; ``None`` for an absent term.
 
     Attributes:
         gain: ds_t / dz_t, ``[T, B, G, H]`` of the gates that s depends on (for the LSTM the first three of four).
@@ -110,7 +110,7 @@ class Step(NamedTuple):
         emit: dh_t / ds_t, ``[T, B, H]``; 1 if ``None``.
         emit_gate: dh_t / d(the last gate), ``[T, B, H]``.
         slope: phi'(h_(t-1)), ``[T, B, H]``; 1 if ``None``.
-        sent: phi(h_(t-1)) itself, what W_hh is multiplied with.
+        sent: phi(h_(t-1)), the vector that W_hh multiplies, ``[T, B, H]``.
     """
 
     gain: Array
@@ -124,8 +124,8 @@ class Step(NamedTuple):
 
 def linearised(
     kind: str, alpha: float | None, states: tuple[Array, ...], z_x: Array, weight_hh: Array, bias_hh: Array | float
-) -> Step:
-    """The derivatives along a trajectory that was run already.
+) -> StepDerivatives:
+    """The derivatives of each step along a known trajectory.
 
     Args:
         kind: of the cell.
@@ -143,35 +143,35 @@ def linearised(
 Product = Callable[[Array], Array]
 
 
-def _rnn(xp: Any, alpha: None, states: Any, before: Any, z_x: Array, product: Product) -> Step:
-    return Step(1 - states[0][:, :, None] ** 2, None, None, None, None, None, before[0])
+def _rnn(xp: Any, alpha: None, states: Any, before: Any, z_x: Array, product: Product) -> StepDerivatives:
+    return StepDerivatives(1 - states[0][:, :, None] ** 2, None, None, None, None, None, before[0])
 
 
-def _ctrnn(xp: Any, alpha: float, states: Any, before: Any, z_x: Array, product: Product) -> Step:
+def _ctrnn(xp: Any, alpha: float, states: Any, before: Any, z_x: Array, product: Product) -> StepDerivatives:
     sent = xp.tanh(before[0])
     ones = xp.ones_like(sent)
-    return Step(alpha * ones[:, :, None], None, (1 - alpha) * ones, None, None, 1 - sent**2, sent)
+    return StepDerivatives(alpha * ones[:, :, None], None, (1 - alpha) * ones, None, None, 1 - sent**2, sent)
 
 
-def _gru(xp: Any, alpha: None, states: Any, before: Any, z_x: Array, product: Product) -> Step:
+def _gru(xp: Any, alpha: None, states: Any, before: Any, z_x: Array, product: Product) -> StepDerivatives:
     (r_x, u_x, n_x), (r_h, u_h, n_h) = _gates(z_x, 3), _gates(product(before[0]), 3)
     reset, update = _sigmoid(xp, r_x + r_h), _sigmoid(xp, u_x + u_h)
     new = xp.tanh(n_x + reset * n_h)
     side = (1 - update) * (1 - new**2)
     gain = (side * n_h * reset * (1 - reset), (before[0] - new) * update * (1 - update), side * reset)
-    return Step(xp.stack(gain, axis=2), side, update, None, None, None, before[0])
+    return StepDerivatives(xp.stack(gain, axis=2), side, update, None, None, None, before[0])
 
 
-def _lstm(xp: Any, alpha: None, states: Any, before: Any, z_x: Array, product: Product) -> Step:
+def _lstm(xp: Any, alpha: None, states: Any, before: Any, z_x: Array, product: Product) -> StepDerivatives:
     enter, forget, new, out = _gates(z_x + product(before[0]), 4)
     enter, forget, new, out = _sigmoid(xp, enter), _sigmoid(xp, forget), xp.tanh(new), _sigmoid(xp, out)
     gain = (new * enter * (1 - enter), before[1] * forget * (1 - forget), enter * (1 - new**2))
     bounded = xp.tanh(states[1])
     emit, emit_gate = out * (1 - bounded**2), bounded * out * (1 - out)
-    return Step(xp.stack(gain, axis=2), None, forget, emit, emit_gate, None, before[0])
+    return StepDerivatives(xp.stack(gain, axis=2), None, forget, emit, emit_gate, None, before[0])
 
 
-LINEARISED: dict[str, Callable[..., Step]] = {"rnn": _rnn, "ctrnn": _ctrnn, "gru": _gru, "lstm": _lstm}
+LINEARISED: dict[str, Callable[..., StepDerivatives]] = {"rnn": _rnn, "ctrnn": _ctrnn, "gru": _gru, "lstm": _lstm}
 
 
 def _gates(z: Array, count: int) -> list[Array]:

@@ -1,8 +1,8 @@
-"""Between parameters and injections: what a change of the weights adds to the gates at each step, and the adjoint.
+"""The map S from parameters to injections, and its adjoint.
 
-J = P S: S takes a tangent of the parameters to *injections*, added to the gates before their functions (and to
-the readout) at each step of each trial, and P propagates them along the trajectory. S is made of outer products: the
-injection of a weight at (b, t) is dW v_(bt), with v = phi(h_(t-1)), x_t or 1. All of it is one matrix product.
+J = P S. S maps a tangent of the parameters to *injections*, perturbations of the gates before their nonlinearities (and
+of the readout) at each step of each trial. P propagates injections along the trajectory. The injection of a weight at
+trial b and step t is dW v_(bt), with v = phi(h_(t-1)), x_t or 1, so that S is one matrix product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ntkbench.operators.recurrent.cells import GATES
 
 
 class Injections(NamedTuple):
-    """Injections of k probes, time first; also cotangents of injections. ``None`` where there are none.
+    """Injections of k probes, or cotangents of injections, time-major; ``None`` where theta injects nothing.
 
     Attributes:
         gates: into the gates that W_hh reaches, ``[T, B, k, G H]``.
@@ -30,12 +30,12 @@ class Injections(NamedTuple):
     readout: Array | None
 
     def part(self, trials: slice) -> Injections:
-        """Those of some trials."""
+        """The injections of a slice of trials."""
         return Injections(*(None if a is None else a[:, trials] for a in self))
 
 
-class Factors(NamedTuple):
-    """What the chosen parameters are multiplied with, stacked: v for each of the injections, ``[V, T, B]``."""
+class InjectionFactors(NamedTuple):
+    """The factors v of each kind of injection, stacked: ``[V, T, B]``; ``None`` where theta injects nothing."""
 
     gates: Array | None
     side: Array | None
@@ -43,8 +43,8 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which parameters theta is made of, and in which order.
+class ParameterLayout:
+    """Which parameters theta consists of, and in which order.
 
     Attributes:
         kind: of the cell.
@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def has_side(self) -> bool:
-        """Whether there is a side gate, and theta has something that is sent there."""
+        """Whether theta has parameters that inject into a GRU's side gate."""
         return self.kind == "gru" and bool(self.roles & {"weight_ih", "bias_ih"})
 
     @property
@@ -89,24 +89,26 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Injections a trial and step, E: G H, and H more for a side gate and O more for a readout in theta."""
+        """E, the injections per trial and step: G H, plus H for a side gate, plus O for a readout in theta."""
         readout = self.outputs if self.injects_readout else 0
         return (self.gates + self.has_side) * self.hidden + readout
 
-    def factors(self, sent: Array, x: Array, h: Array) -> Factors:
+    def factors(self, sent: Array, x: Array, h: Array) -> InjectionFactors:
         """v from phi(h_(t-1)) ``[T, B, H]``, inputs ``[T, B, I]`` and h ``[T, B, H]``."""
         xp = array_api_compat.array_namespace(sent)
         made = {"h": sent, "x": x, "1": xp.ones_like(x[:, :, :1]), "read": h}
 
         def stacked(parts: tuple[str, ...]) -> Array | None:
             parts = [xp.permute_dims(made[part], (2, 0, 1)) for part in parts]
-            # One copy, rows long: the products want it so.
+            # Contiguous with long rows, as matrix products prefer.
             return xp.concat(parts) if parts else None
 
-        return Factors(stacked(self._parts("gates")), stacked(self._parts("side")), stacked(self._parts("readout")))
+        return InjectionFactors(
+            stacked(self._parts("gates")), stacked(self._parts("side")), stacked(self._parts("readout"))
+        )
 
     def _parts(self, where: str) -> tuple[str, ...]:
-        """Which v are stacked for an injection."""
+        """Names of the vectors that are stacked in v for one kind of injection."""
         takes = {
             "gates": {"h": {"weight_hh"}, "x": {"weight_ih"}, "1": {"bias_ih", "bias_hh"}},
             "side": {"x": {"weight_ih"}, "1": {"bias_ih"}} if self.has_side else {},
@@ -115,7 +117,7 @@ class Layout:
         return tuple(part for part, roles in takes[where].items() if roles & self.roles)
 
     def _rows(self, where: str, stacked: Array) -> dict[str, Array]:
-        """Cut what is stacked along its first axis into its parts."""
+        """Split a stack along its first axis into its named parts."""
         sizes = {"h": self.hidden, "x": self.inputs, "1": 1, "read": self.hidden}
         rows, start = {}, 0
         for part in self._parts(where):
@@ -123,7 +125,7 @@ class Layout:
             start += sizes[part]
         return rows
 
-    def gradient(self, factors: Factors, e: Injections) -> Array:
+    def gradient(self, factors: InjectionFactors, e: Injections) -> Array:
         """S^T e, ``[k, P]``: summed over trials and steps."""
 
         def outer(v: Array | None, e: Array | None) -> Array | None:
@@ -134,17 +136,17 @@ class Layout:
 
         return self._flat(Injections(*map(outer, factors, e)))
 
-    def coordinates(self, factors: Factors, e: Injections) -> Array:
-        """S^T e with parameters in another order, ``[k, P]``: for inner products, which then need no copies."""
+    def coordinates(self, factors: InjectionFactors, e: Injections) -> Array:
+        """S^T e with its entries permuted, ``[k, P]``: cheaper than :meth:`gradient`, enough for inner products."""
         made = []
-        for part in self.parts(factors):
-            own = getattr(e, part.where)[..., part.columns]
+        for group in self.groups(factors):
+            own = getattr(e, group.where)[..., group.columns]
             T, B, k, E = own.shape
-            made.append((own.reshape(T * B, k * E).T @ part.v.reshape(-1, T * B).T).reshape(k, -1))
+            made.append((own.reshape(T * B, k * E).T @ group.v.reshape(-1, T * B).T).reshape(k, -1))
         return made[0] if len(made) == 1 else array_api_compat.array_namespace(made[0]).concat(made, axis=1)
 
-    def gradient_by_trial(self, factors: Factors, e: Injections) -> Array:
-        """S_b^T e_b for each trial b by itself, ``[k, B, P]``."""
+    def gradient_by_trial(self, factors: InjectionFactors, e: Injections) -> Array:
+        """S_b^T e_b per trial, ``[k, B, P]``."""
 
         def outer(v: Array | None, e: Array | None) -> Array | None:
             if v is None:
@@ -168,7 +170,7 @@ class Layout:
         H = self.hidden
 
         def with_side(part: str) -> Array:
-            # A GRU's inputs reach the first two gates and the side gate.
+            # The inputs of a GRU feed the first two gates and the side gate.
             return xp.concat([gates[part][..., : 2 * H], side[part]], axis=-1) if side else gates[part]
 
         of_role = {
@@ -182,8 +184,8 @@ class Layout:
         blocks = [xp.permute_dims(of_role[role](), (1, 2, 0)) for role, _ in self.chosen]
         return xp.concat([block.reshape(block.shape[0], -1) for block in blocks], axis=1)
 
-    def inject(self, factors: Factors, w: Array) -> Injections:
-        """S w, from tangents ``[k, P]``; gates that no chosen parameter reaches get zeros."""
+    def inject(self, factors: InjectionFactors, w: Array) -> Injections:
+        """S w from tangents ``[k, P]``; zeros for gates that no parameter in theta feeds."""
         xp = array_api_compat.array_namespace(w)
         k, H = w.shape[0], self.hidden
         tangents = {role: xp.permute_dims(part, (2, 0, 1)) for role, part in self._by_role(w).items()}
@@ -212,10 +214,10 @@ class Layout:
         gates, *others = (product(where, v) for where, v in zip(Injections._fields, factors, strict=True))
         return Injections(self._or_zeros(gates, (T, B, k), w), *others)
 
-    def inject_by_trial(self, factors: Factors, w: Array) -> Injections:
-        """S_b w_b for each trial b with a tangent of its own, ``[k, B, P]``.
+    def inject_by_trial(self, factors: InjectionFactors, w: Array) -> Injections:
+        """S_b w_b per trial, from tangents ``[k, B, P]``.
 
-        One product for each trial and parameter: tangents are as many numbers as k B gradients, and are not copied.
+        One matrix product per trial and parameter, without copies of the tangents, which are as large as k B gradients.
         """
         xp = array_api_compat.array_namespace(w)
         T, B = next(v for v in factors if v is not None).shape[1:]
@@ -239,7 +241,7 @@ class Layout:
         return Injections(self._or_zeros(gates, (T, B, w.shape[0]), w), *others)
 
     def _by_role(self, w: Array) -> dict[str, Array]:
-        """Tangents ``[..., P]`` as those of the parameters, ``[..., rows, columns]``."""
+        """Split tangents ``[..., P]`` by parameter, ``[..., rows, columns]`` each."""
         tangents, start = {}, 0
         for role, size in self.chosen:
             rows = self.outputs if role.startswith("readout") else self.gates * self.hidden
@@ -254,8 +256,8 @@ class Layout:
         width = self.gates * self.hidden
         return xp.zeros((*sizes, width), dtype=like.dtype, device=array_api_compat.device(like))
 
-    def parts(self, factors: Factors) -> list[Part]:
-        """Groups of injections that share their v: K = S S^T is the direct sum of (V V^T) (x) I over them."""
+    def groups(self, factors: InjectionFactors) -> list[InjectionGroup]:
+        """Groups of injections with a common v: K = S S^T is the direct sum of (V V^T) (x) I over the groups."""
         H = self.hidden
         of_inputs = self._chosen_rows("gates", factors.gates, ("weight_ih", "bias_ih"))
         of_state = self._chosen_rows("gates", factors.gates, ("weight_hh", "bias_hh"))
@@ -271,32 +273,32 @@ class Layout:
             of_h = self._chosen_rows("readout", factors.readout, ("readout_weight", "readout_bias"))
             groups.append(("readout", slice(self.outputs), of_h))
         return [
-            Part(where, columns, array_api_compat.array_namespace(rows[0]).concat(rows))
+            InjectionGroup(where, columns, array_api_compat.array_namespace(rows[0]).concat(rows))
             for where, columns, rows in groups
             if rows
         ]
 
     def _chosen_rows(self, where: str, v: Array | None, roles: tuple[str, ...]) -> list[Array]:
-        """The v of some roles, of those that are in theta."""
+        """The vectors v of those of some roles that are in theta."""
         of_role = {"weight_ih": "x", "weight_hh": "h", "readout_weight": "read"}
         return [self._rows(where, v)[of_role.get(role, "1")] for role in roles if role in self.roles]
 
-    def squares(self, factors: Factors, e: Injections) -> Array:
-        """||S_b^T e_b||^2 for each trial b by itself, ``[k, B]``, from inner products between steps.
+    def squares(self, factors: InjectionFactors, e: Injections) -> Array:
+        """||S_b^T e_b||^2 per trial, ``[k, B]``, from inner products between steps and without gradients.
 
-        ||sum_t e_t v_t^T||_F^2 = sum_(t, t') <e_t, e_t'> <v_t, v_t'>: T^2 (E + V) multiplications instead of T E V, and
-        no gradient is written.
+        ||sum_t e_t v_t^T||_F^2 = sum_(t, t') <e_t, e_t'> <v_t, v_t'> takes T^2 (E + V) multiplications, where the
+        gradient takes T E V.
         """
-        parts = self.parts(factors)
-        return sum(_contracted(getattr(e, p.where)[..., p.columns], p.gram_by_trial()) for p in parts)
+        groups = self.groups(factors)
+        return sum(_contracted(getattr(e, g.where)[..., g.columns], g.gram_by_trial()) for g in groups)
 
 
-class Part(NamedTuple):
-    """Injections that share their v.
+class InjectionGroup(NamedTuple):
+    """Injections with a common v.
 
     Attributes:
         where: the field of :class:`Injections`.
-        columns: which of its entries.
+        columns: which entries of that field.
         v: ``[V, T, B]``.
     """
 

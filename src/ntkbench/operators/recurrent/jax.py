@@ -1,77 +1,58 @@
-"""Recurrent networks in JAX: the loops over time, as scans."""
+"""The Jacobian of recurrent networks in JAX: the loops over time, as scans."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ntkbench.operators import jax as autodiff
-from ntkbench.operators.recurrent import base
-from ntkbench.operators.recurrent.cells import Cell, Functions
-from ntkbench.operators.recurrent.injections import Injections, Layout
-from ntkbench.operators.recurrent.products import Linear
+from ntkbench.operators.jax import JaxJacobian, device, network
+from ntkbench.operators.recurrent.base import RecurrentJacobian
+from ntkbench.operators.recurrent.injections import Injections, ParameterLayout
+from ntkbench.operators.recurrent.jax_trajectory import trajectory
+from ntkbench.operators.recurrent.products import LinearisedRecurrence
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> JaxRecurrentJacobian:
     """See :func:`ntkbench.operators.linearise`.
 
     Raises:
         BadInput: theta is not of the recurrence that the problem's module declares.
     """
-    forward, parameters, x = autodiff.network(problem, weights, target)
-    parameters = dict(sorted(parameters.items()))  # the order that JAX gives all dicts, and so the other operator
-    j = Jacobian(forward, parameters, x, problem.output_shape, target.memory)
+    forward, parameters, x = network(problem, weights, target)
+    parameters = dict(sorted(parameters.items()))  # the order in which JAX flattens dicts
+    j = JaxRecurrentJacobian(forward, parameters, x, problem.output_shape, target.memory)
     held = {key: w.detach().cpu().numpy() for key, w in problem.module.named_parameters() if key not in parameters}
     held |= problem.fixed(weights)
-    frozen = {key: jax.device_put(w.astype(target.dtype), autodiff.device(target)) for key, w in held.items()}
+    frozen = {key: jax.device_put(w.astype(target.dtype), device(target)) for key, w in held.items()}
     j.describe(problem.module.recurrence, frozen)
     return j
 
 
-def trajectory(kind: str, alpha: float | None, w: Mapping[str, Any], x: Any) -> tuple[Any, ...]:
-    """All states after each step, ``[N, T, H]``, from parameters by role and ``x [N, T, I]``.
-
-    By ``lax.scan``, so that compile time does not depend on T.
-    """
-    functions = Functions(jnp.tanh, jax.nn.sigmoid)
-    cell = Cell(kind, alpha)
-
-    def step(state: Any, from_input: Any) -> tuple[Any, Any]:
-        from_state = cell.sent(state, functions) @ w["weight_hh"].T + w.get("bias_hh", 0)
-        state = cell.step(state, from_input, from_state, functions)
-        return state, state
-
-    start = cell.start(jnp.zeros((x.shape[0], w["weight_hh"].shape[1]), x.dtype))
-    from_inputs = x @ w["weight_ih"].T + w.get("bias_ih", 0)
-    _, states = jax.lax.scan(step, start, jnp.swapaxes(from_inputs, 0, 1))
-    return tuple(jnp.swapaxes(part, 0, 1) for part in states)
-
-
-class Jacobian(base.Jacobian, autodiff.Jacobian):
-    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.Jacobian`."""
+class JaxRecurrentJacobian(RecurrentJacobian, JaxJacobian):
+    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.RecurrentJacobian`."""
 
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         return _compiled(product, self.layout, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(product: Callable[..., Any], layout: Layout, *arrays: Any) -> Any:
-    return product(_Loops, layout, *arrays)
+def _compiled(product: Callable[..., Any], layout: ParameterLayout, *arrays: Any) -> Any:
+    return product(JaxLoops, layout, *arrays)
 
 
-class _Loops:
-    """See :class:`ntkbench.operators.recurrent.products.Loops`."""
+class JaxLoops:
+    """See :class:`ntkbench.operators.recurrent.products.TimeLoops`."""
 
     trajectory = staticmethod(trajectory)
 
     @staticmethod
-    def tangent(linear: Linear, e: Injections) -> jax.Array:
+    def tangent(linear: LinearisedRecurrence, e: Injections) -> jax.Array:
         _, B, k, _ = e.gates.shape
         H = linear.weight_hh.shape[1]
 
@@ -93,7 +74,7 @@ class _Loops:
         return jnp.transpose(changes, (2, 1, 0, 3))
 
     @staticmethod
-    def adjoint(linear: Linear, u: jax.Array) -> Injections:
+    def adjoint(linear: LinearisedRecurrence, u: jax.Array) -> Injections:
         k, B, _, H = u.shape
 
         def step(carry: Any, now: Any) -> tuple[Any, Any]:

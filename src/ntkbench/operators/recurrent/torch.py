@@ -1,92 +1,71 @@
-"""Recurrent networks in PyTorch: the loops over time, in place."""
+"""The Jacobian of recurrent networks in PyTorch: the loops over time, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ntkbench.operators import torch as autodiff
-from ntkbench.operators.recurrent import base
-from ntkbench.operators.recurrent.cells import Cell
+from ntkbench.operators.recurrent.base import RecurrentJacobian
 from ntkbench.operators.recurrent.injections import Injections
-from ntkbench.operators.recurrent.products import Linear
+from ntkbench.operators.recurrent.products import LinearisedRecurrence
+from ntkbench.operators.recurrent.torch_trajectory import trajectory
+from ntkbench.operators.torch import TorchJacobian, network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
-def linearise(problem: Problem, weights: str, target: Target) -> Jacobian:
+def linearise(problem: Problem, weights: str, target: Target) -> TorchRecurrentJacobian:
     """See :func:`ntkbench.operators.linearise`.
 
     Raises:
         BadInput: theta is not of the recurrence that the problem's module declares.
     """
-    module, parameters, x = autodiff.network(problem, weights, target)
-    j = Jacobian(module, parameters, x, problem.output_shape, target.memory)
+    module, parameters, x = network(problem, weights, target)
+    j = TorchRecurrentJacobian(module, parameters, x, problem.output_shape, target.memory)
     j.describe(module.recurrence, {key: w for key, w in module.named_parameters() if key not in parameters})
     return j
 
 
-def trajectory(kind: str, alpha: float | None, w: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    """All states after each step, ``[N, T, H]``, from parameters by role and ``x [N, T, I]``.
-
-    One array for each part of a state, see :class:`~ntkbench.operators.recurrent.cells.Cell`.
-    """
-    cell = Cell(kind, alpha)
-    from_inputs = nn.functional.linear(x, w["weight_ih"], w.get("bias_ih"))
-    state = cell.start(x.new_zeros(x.shape[0], w["weight_hh"].shape[1]))
-    states = []
-    for t in range(x.shape[1]):
-        from_state = nn.functional.linear(cell.sent(state, torch), w["weight_hh"], w.get("bias_hh"))
-        state = cell.step(state, from_inputs[:, t], from_state, torch)
-        states.append(state)
-    return tuple(torch.stack(part, 1) for part in zip(*states, strict=True))
-
-
-TURN, TURN_BY_TRIAL = 2**24, 2**21
-"""Bytes of gates that a turn of probes fills on the CPU: more would leave the cache, and come from the system anew.
-
-Products of each trial by itself work on several arrays of that size.
-"""
-
-
-class Jacobian(base.Jacobian, autodiff.Jacobian):
-    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.Jacobian`."""
+class TorchRecurrentJacobian(RecurrentJacobian, TorchJacobian):
+    """J of a recurrent layer; see :class:`ntkbench.operators.recurrent.base.RecurrentJacobian`."""
 
     def _vjp(self, u: Tensor) -> Tensor:
-        return self._in_turns(super()._vjp, u, self.N, TURN)
+        return self._in_chunks(super()._vjp, u, self.N, self.chunk_bytes.gates)
 
     def _jvp(self, w: Tensor) -> Tensor:
-        return self._in_turns(super()._jvp, w, self.N, TURN)
+        return self._in_chunks(super()._jvp, w, self.N, self.chunk_bytes.gates)
 
     def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
-        product = super()._sample_jvp
-        return self._in_turns(lambda part: product(samples, part), w, w.shape[1], TURN_BY_TRIAL)
+        product = functools.partial(super()._sample_jvp, samples)
+        return self._in_chunks(product, w, w.shape[1], self.chunk_bytes.gates_by_trial)
 
     def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
-        product = super()._sample_squares
-        return self._in_turns(lambda part: product(samples, part), v, v.shape[1], TURN_BY_TRIAL)
+        product = functools.partial(super()._sample_squares, samples)
+        return self._in_chunks(product, v, v.shape[1], self.chunk_bytes.gates_by_trial)
 
-    def _in_turns(self, product: Callable[[Tensor], Tensor], rows: Tensor, trials: int, turn: int) -> Tensor:
-        of_a_probe = trials * self.T * self.layout.gates * self.layout.hidden * self.itemsize
-        turns = 1 if rows.is_cuda else min(len(rows), -(-len(rows) // max(1, round(turn / of_a_probe))))
-        parts = [product(part.contiguous()) for part in rows.tensor_split(turns)]
-        return parts[0] if turns == 1 else torch.cat(parts)
+    def _in_chunks(self, product: Callable[[Tensor], Tensor], rows: Tensor, trials: int, chunk_bytes: int) -> Tensor:
+        """A product in chunks of probes whose gates fill about ``chunk_bytes``; in one chunk on a GPU."""
+        bytes_per_probe = trials * self.T * self.layout.gates * self.layout.hidden * self.itemsize
+        chunks = 1 if rows.is_cuda else min(len(rows), -(-len(rows) // max(1, round(chunk_bytes / bytes_per_probe))))
+        parts = [product(part.contiguous()) for part in rows.tensor_split(chunks)]
+        return parts[0] if chunks == 1 else torch.cat(parts)
 
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         with torch.no_grad():
-            return product(_Loops, self.layout, *arrays)
+            return product(TorchLoops, self.layout, *arrays)
 
 
-class _Loops:
-    """See :class:`ntkbench.operators.recurrent.products.Loops`."""
+class TorchLoops:
+    """See :class:`ntkbench.operators.recurrent.products.TimeLoops`."""
 
     trajectory = staticmethod(trajectory)
 
     @staticmethod
-    def tangent(linear: Linear, e: Injections) -> Tensor:
+    def tangent(linear: LinearisedRecurrence, e: Injections) -> Tensor:
         step, gates = linear.step, e.gates.contiguous()
         T, B, k, width = gates.shape
         H = linear.weight_hh.shape[1]
@@ -114,7 +93,7 @@ class _Loops:
         return out
 
     @staticmethod
-    def adjoint(linear: Linear, u: Tensor) -> Injections:
+    def adjoint(linear: LinearisedRecurrence, u: Tensor) -> Injections:
         step = linear.step
         k, B, T, H = u.shape
         width, gates = len(linear.weight_hh), step.gain.shape[2]

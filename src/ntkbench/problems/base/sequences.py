@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ntkbench.errors import BadInput
 from ntkbench.operators.recurrent.cells import Recurrence
-from ntkbench.operators.recurrent.torch import trajectory
+from ntkbench.operators.recurrent.torch_trajectory import trajectory
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import from_module
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ntkbench.errors import OverMemory
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.measure import timing
 from ntkbench.operators import torch_network
-from ntkbench.operators.neural_tangents import load
+from ntkbench.operators.programs import compile_within, kernel_function, lower, needed_bytes
+from ntkbench.operators.programs import flops as flops
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -45,11 +44,7 @@ def program(name: str, forward: Forward) -> Callable[[Any, Any], Any]:
             return jax.jacrev(lambda w: forward(w, x[None])[0])(weights)
 
         return lambda weights, x: jax.vmap(of_one, in_axes=(None, 0))(weights, x)
-    nt = load()
-    kernel = nt.empirical_ntk_fn(
-        forward, trace_axes=(), vmap_axes=0, implementation=nt.NtkImplementation[IMPLEMENTATIONS[name]]
-    )
-    return lambda weights, x: kernel(x, None, weights)
+    return kernel_function(forward, IMPLEMENTATIONS[name])
 
 
 def lowered(name: str, forward: Forward, weights: Mapping[str, tuple[int, ...]], x: tuple[int, ...]) -> Any:
@@ -57,15 +52,7 @@ def lowered(name: str, forward: Forward, weights: Mapping[str, tuple[int, ...]],
     import jax
 
     shapes = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in weights.items()}
-    with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
-        warnings.simplefilter("ignore")  # deprecations in an archived package
-        return jax.jit(program(name, forward)).lower(shapes, jax.ShapeDtypeStruct(x, "float32"))
-
-
-def flops(made: Any) -> float:
-    """Floating-point operations of a lowered program, by XLA's cost analysis."""
-    analysis = made.cost_analysis()
-    return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+    return lower(program(name, forward), shapes, jax.ShapeDtypeStruct(x, "float32"))
 
 
 def torch_flops(call: Callable[[], Any]) -> float:
@@ -94,12 +81,6 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
         return torch_flops(lambda: kernel.kernel(shapes, inputs))
 
 
-def needed_bytes(compiled: Any) -> float:
-    """Bytes that a compiled program takes: arguments, results and what it holds in between."""
-    sizes = compiled.memory_analysis()
-    return float(sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes)
-
-
 def engine(module: nn.Module, x: np.ndarray, target: Target) -> tuple[Any, list[Any], Any]:
     """Our kernel of a network by layers, its parameters and inputs, on the target's device."""
     weights = {name: w.detach().numpy() for name, w in module.named_parameters()}
@@ -119,17 +100,14 @@ def timed_program(
 
     from ntkbench.operators import jax as backend
 
-    compiled = made.compile()
-    needed = needed_bytes(compiled)
-    if needed > budget_mb * 2**20:
-        raise OverMemory(f"would need {needed / 2**30:.3g} GiB, over the budget of {budget_mb / 1024:g} GiB")
+    compiled = compile_within(int(budget_mb * 2**20), made, "the program")
     weights, x = jax.device_put((weights, x), backend.device(target))
 
     def call() -> None:
         jax.block_until_ready(compiled(weights, x))
 
     times, _ = timing.timed(call, seconds)
-    return {**timing.quartiles("seconds", times), "memory_bytes": needed}
+    return {**timing.quartiles("seconds", times), "memory_bytes": float(needed_bytes(compiled))}
 
 
 def timed_engine(module: nn.Module, x: np.ndarray, target: Target, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,29 @@
+"""Sizes and costs that decide how kernels are computed, and not what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes and costs by which blocks and orders of summation are chosen. They change results by rounding only.
+
+    Attributes:
+        triangle_blocks: row blocks into which a symmetric kernel is split at most. Only blocks on and below the
+            diagonal are computed: 9/16 of all for 8 row blocks.
+        block_rows: fewest rows of such a block; smaller matrix products lose more than the triangle saves.
+        cache_bytes: bytes of intermediate results that a processor's cache holds.
+        entry_cost: cost of moving one entry through memory, in multiplications of a matrix product.
+        group_cost: overhead of one group of a grouped layer, in the same unit.
+        tile: rows and columns of the tiles in which a triangle is mirrored.
+        checked_samples: samples on which a traced graph is compared with the network itself.
+    """
+
+    triangle_blocks: int = 8
+    block_rows: int = 96
+    cache_bytes: int = 2**22
+    entry_cost: float = 8
+    group_cost: float = 1e5
+    tile: int = 256
+    checked_samples: int = 2

@@ -1,0 +1,123 @@
+"""XLA programs whose operations and memory are known before they run, neural-tangents' kernels among them.
+
+A JAX function is lowered for the shapes of its arguments (:func:`lower`), which gives its operations (:func:`flops`),
+and then compiled (:func:`compile_within`), which gives its memory (:func:`needed_bytes`). A program over its budget is
+refused before it allocates anything. Only the functions import JAX.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ntkbench.errors import OverMemory, Unavailable
+from ntkbench.operators.neural_tangents import load
+from ntkbench.options import Target
+
+if TYPE_CHECKING:
+    import jax
+
+FREE_SHARE = 0.8
+"""Share of a device's free memory that a program may take without a budget."""
+
+
+def kernel_function(
+    forward: Callable[[Any, Any], Any],
+    implementation: str,
+    trace_axes: tuple[int, ...] = (),
+    diagonal_axes: tuple[int, ...] = (),
+) -> Callable[[Any, Any], Any]:
+    """A kernel of a network against itself by neural-tangents, ``(weights, x) -> [N, N, O, O]``.
+
+    Args:
+        forward: the network, ``(weights, x) -> [N, ...outputs]``; samples must not interact.
+        implementation: a name in ``neural_tangents.NtkImplementation``.
+        trace_axes: axes of ``[N, O]`` over which the kernel is averaged; neural-tangents divides the trace by the size.
+        diagonal_axes: axes of ``[N, O]`` of which only the diagonal is kept.
+
+    Raises:
+        Unavailable: neural-tangents is not installed.
+    """
+    neural_tangents = load()
+    kernel = neural_tangents.empirical_ntk_fn(
+        lambda weights, x: forward(weights, x).reshape(x.shape[0], -1),
+        trace_axes=trace_axes,
+        diagonal_axes=diagonal_axes,
+        vmap_axes=0,
+        implementation=neural_tangents.NtkImplementation[implementation],
+    )
+    return lambda weights, x: kernel(x, None, weights)
+
+
+def lower(function: Callable[..., Any], *arguments: Any) -> jax.stages.Lowered:
+    """The uncompiled program of a function for the shapes of its arguments; nothing is computed or allocated.
+
+    Matrix products are in full float32, never in TF32.
+
+    Args:
+        function: a function of pytrees of JAX arrays.
+        arguments: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+    """
+    import jax
+
+    with jax.default_matmul_precision("highest"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # neural-tangents is archived
+        return jax.jit(function).lower(*arguments)
+
+
+def flops(lowered: jax.stages.Lowered) -> float:
+    """Floating-point operations of a lowered program, by XLA's cost analysis.
+
+    Raises:
+        Unavailable: this version of JAX gives no such analysis.
+    """
+    analysis = lowered.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) and analysis else analysis  # a list in some versions of JAX
+    if not analysis or "flops" not in analysis:
+        raise Unavailable("XLA's cost analysis gives no floating-point operations for this program")
+    return float(analysis["flops"])
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program takes: arguments, results and temporaries.
+
+    Raises:
+        Unavailable: the device's compiler gives no such analysis.
+    """
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise Unavailable("XLA's memory analysis gives no sizes for this program")
+    return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+
+
+def memory_limit(device: jax.Device, target: Target) -> int:
+    """Bytes that one program may take: ``target.program_memory``, or 80 % of what is free on the device."""
+    if target.program_memory is not None:
+        return target.program_memory
+    statistics = device.memory_stats()
+    if statistics is None:  # the CPU
+        import psutil
+
+        return int(FREE_SHARE * psutil.virtual_memory().available)
+    return int(FREE_SHARE * (statistics["bytes_limit"] - statistics["bytes_in_use"]))
+
+
+def compile_within(limit: int, lowered: jax.stages.Lowered, name: str) -> jax.stages.Compiled:
+    """The compiled program, if it takes at most ``limit`` bytes.
+
+    Args:
+        limit: bytes, such as those of :func:`memory_limit`.
+        lowered: the program.
+        name: of the program, for the error's message.
+
+    Raises:
+        OverMemory: the program would take more.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled = lowered.compile()
+    needed = needed_bytes(compiled)
+    if needed > limit:
+        raise OverMemory(f"{name} would need {needed / 2**30:.3g} GiB, over the budget of {limit / 2**30:.3g} GiB")
+    return compiled
