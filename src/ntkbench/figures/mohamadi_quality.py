@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         plotted,
         QUANTITIES,
         title="Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)",
-        key=[("kernel", curves.entries(styles.values())), ("how to read", [curves.QUARTILES, full, guide, known])],
+        key=[("kernel", curves.entries(looks.values())), ("how to read", [curves.QUARTILES, full, guide, known])],
         above=0.45,
         xlabel="width",
     )

@@ -131,7 +131,7 @@ def _caption(points: pd.DataFrame) -> str:
     grown = int((ends["last"] > ends["first"]).sum())
     text = f"{text[:-1]}. It grows for {grown} of {len(ends)} families and widths."
     text += _still_better(ours)
-    learned, kernel = _last(pntk)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
+    learned, kernel = _last(ours)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
     return (
         f"{text} Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
         f"average; kernel regression from there has {kernel['full']:.2f} with Theta, {kernel[PNTK]:.2f} with the pNTK."

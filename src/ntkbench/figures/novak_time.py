@@ -28,7 +28,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         len(outputs),
         title="Seconds and memory of the NTK of a 10-layer ReLU network (Novak et al., figure 1, right)",
         subtitle=base.settings_line(table),
-        key=[("program", curves.entries(styles.values())), ("how to read", [curves.QUARTILES, over, dashed])],
+        key=[("program", curves.entries(looks.values())), ("how to read", [curves.QUARTILES, over, dashed])],
         gap=0.3,
     )
     budget = table["budget_mb"].iloc[0]

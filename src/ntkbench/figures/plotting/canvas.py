@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures.plotting.key import Key
+from ntkbench.figures.plotting.key import Key, legend
 from ntkbench.figures.plotting.styles import GREY
 
 WIDTH = 11.0
@@ -59,13 +59,13 @@ def sheet(
         widest: inches that a panel is at most wide.
     """
     figure = Figure(figsize=(WIDTH, 4.0))
-    legend = key.legend(figure, key, WIDTH - 2 * MARGIN)
-    head = 0.75 + legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
+    drawn = legend(figure, key, WIDTH - 2 * MARGIN)
+    head = 0.75 + drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
     total = head + sum(row.above + row.height + row.below for row in rows) + bottom
     figure.set_size_inches(WIDTH, total)
     figure.text(MARGIN / WIDTH, 1 - MARGIN / total, title, fontsize=12.5, fontweight="bold", va="top")
     figure.text(MARGIN / WIDTH, 1 - 0.36 / total, subtitle, fontsize=9.5, color=GREY, va="top")
-    legend.set_bbox_to_anchor((MARGIN / WIDTH, 1 - 0.68 / total), transform=figure.transFigure)
+    drawn.set_bbox_to_anchor((MARGIN / WIDTH, 1 - 0.68 / total), transform=figure.transFigure)
 
     width = min(widest, (WIDTH - left - MARGIN - gap * (columns - 1)) / columns)
     grid, top = [], total - head
