@@ -204,7 +204,7 @@ rule figure:
         fingerprint=lambda wildcards: grid.figure_fingerprint(wildcards.figure),
         folder=RESULTS / "figures",
     shell:
-        "python -m ntkbench.figures {wildcards.figure} --table {input:q} --out {params.folder:q} > {log:q} 2>&1"
+        "python -m ntkbench.figures {input:q} --only {wildcards.figure} --out {params.folder:q} > {log:q} 2>&1"
 
 
 rule gallery:
