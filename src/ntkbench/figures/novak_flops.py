@@ -59,10 +59,9 @@ def _caption(points: pd.DataFrame) -> str:
     others = {name: title for name, title in OTHERS.items() if name in last}
     said = []
     for (N, output), row in last.dropna(subset=THEIRS).iterrows():
-        ratios = [
-            f"{title} {labels.rounded(row[name] / row[THEIRS])}" for name, title in others.items() if row[name] > 0
-        ]
-        said += [f"N = {N:g}, O = {output:g}: {', '.join(ratios)}"] if ratios else []
+        ratios = (row[list(others)] / row[THEIRS]).dropna()
+        words = [f"{others[name]} {labels.rounded(ratio)}" for name, ratio in ratios.items()]
+        said += [f"N = {N:g}, O = {output:g}: {', '.join(words)}"] if words else []
     if said:
         verdict = "agrees" if _structured_wins(last) else "does not agree"
         text += (
