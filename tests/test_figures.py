@@ -1,9 +1,13 @@
-"""Figures: from a tidy table made up from cost models (no measured number in it) to files."""
+"""Figures: from tables to files.
+
+The results table is made up from cost models; the tables of studies are the committed ones.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
+import re
 import subprocess
 import sys
 
@@ -11,13 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
 from ntkbench.figures import performance_profiles
 from ntkbench.figures.__main__ import main
-from ntkbench.figures.plotting import base, canvas, labels, styles, tasks
+from ntkbench.figures.plotting import base, canvas, gallery, labels, styles, tasks
 from ntkbench.figures.plotting.speedups import speedups
+from ntkbench.paths import REFERENCE
 
 BOTH, TORCH, JAX = ("torch", "jax"), ("torch",), ("jax",)
 METRICS = ("trace", "norm", "effective_rank", "alignment")
@@ -246,22 +253,12 @@ def test_the_highest_profiles_of_each_tolerance_are_told_apart():
 def test_same_table_same_bytes(drawn, table, tmp_path):
     """Also when the table has been through a file, and in another process with other hashes."""
     table.to_csv(tmp_path / "table.csv", index=False)
-    command = [sys.executable, "-m", "ntkbench.figures", "exact_cost", "error_against_seconds"]
-    subprocess.run([*command, "--table", tmp_path / "table.csv", "--out", tmp_path], check=True)
+    command = [sys.executable, "-m", "ntkbench.figures", tmp_path / "table.csv", "--out", tmp_path]
+    subprocess.run([*command, "--only", "exact_cost", "--only", "error_against_seconds"], check=True)
     for path in drawn["exact_cost"] + drawn["error_against_seconds"]:
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
     again = figures.draw("speedup", table, tmp_path)
     assert [a.read_bytes() for a in again] == [b.read_bytes() for b in drawn["speedup"]]
-
-
-def test_tables_with_little_or_nothing_in_them(table, tmp_path):
-    failed = table.assign(status="failed", reason="$x$ was not there", **dict.fromkeys(MEASUREMENTS, np.nan))
-    ok = table[table["status"] == "ok"]
-    for rows in (table.iloc[:0], ok[:1], ok[ok["kind"] == "stochastic"][:1], failed, failed[:1]):
-        for name in FIGURES:
-            assert all(path.stat().st_size for path in figures.draw(name, rows, tmp_path))
-            pd.read_csv(tmp_path / f"{name}.csv")
-    assert "$x$ was not there" in (tmp_path / "exact_cost.txt").read_text()
 
 
 def test_devices_do_not_share_panels(table):
@@ -279,17 +276,219 @@ def test_bad_input_is_named(table, tmp_path):
         figures.draw("speedup", table.assign(error="much"), tmp_path)
     with pytest.raises(BadInput, match="did you mean 'speedup'"):
         figures.draw("speedups", table, tmp_path)
-    table.drop(columns="seconds").to_csv(tmp_path / "table.csv")
-    made = CliRunner().invoke(main, ["--table", str(tmp_path / "table.csv"), "--out", str(tmp_path)])
-    assert made.exit_code == 1 and "lacks columns that figures need: seconds" in made.output
 
 
-def test_dropped_in_figure_is_found(table, tmp_path, monkeypatch):
-    (tmp_path / "dropped_in.py").write_text("from ntkbench.figures import base\ndraw = lambda t: base.nothing(t, 'no')")
-    monkeypatch.setattr(figures, "__path__", [*figures.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "ntkbench.figures.dropped_in", raising=False)
-    assert figures.draw("dropped_in", table, tmp_path)[0].name == "dropped_in.csv"
-    del sys.modules["ntkbench.figures.dropped_in"], figures.dropped_in
+# --- degenerate tables
+
+ALL = figures.names()
+ODD = 'bad <script>alert(1)</script>, "q" $x_{ \\alpha \N{CJK UNIFIED IDEOGRAPH-6F22}\nnew\x00line | "' + "very " * 40
+"""A title or a reason as a plug-in may have it."""
+
+
+@pytest.fixture(scope="module")
+def source(table):
+    """The table that a figure is drawn from."""
+    read = {None: table}
+
+    def of(name):
+        study = figures.study_of(name)
+        if study not in read:
+            read[study] = pd.read_csv(REFERENCE / "default" / "studies" / f"{study}.csv", low_memory=False)
+        return read[study]
+
+    return of
+
+
+def words(table):
+    """The columns that are free text, not keys."""
+    return [c for c in ("title", "reason", "notes", "loss_title", "machine", "problem", "family") if c in table]
+
+
+def drawn_from(name, table):
+    """The figure of a table and its caption, laid out; as :func:`figures.draw` does it, without the files."""
+    module = importlib.import_module(f"ntkbench.figures.{name}")
+    with base.style():
+        if why := base.nothing_measured(table):
+            drawing = base.nothing(table, why)
+        elif hasattr(module, "TABLE"):
+            drawing = module.draw(base.checked_study(table, module.COLUMNS))
+        else:
+            drawing = module.draw(base.checked(table))
+        drawing.figure.draw_without_rendering()
+    return drawing
+
+
+def degenerate(table):
+    numbers = table.select_dtypes("number").columns
+    ok = table[table["status"] == "ok"]
+    odd = dict.fromkeys(words(table), ODD)
+    return {
+        "one row": ok.iloc[:1],
+        "another row": ok.iloc[-1:],
+        "not a number": ok.assign(**dict.fromkeys(numbers, np.nan)),
+        "infinite": ok.assign(**dict.fromkeys(numbers, np.inf)),
+        "zero": ok.assign(**dict.fromkeys(numbers, 0)),
+        "odd words": table.assign(**odd),
+        "every other row failed": table.assign(status=np.where(table.index % 2, "failed", table["status"]), **odd),
+        "further columns": ok.iloc[:40].assign(calls=3, value_q25=np.nan, later=ODD),
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*identical", "ignore:Attempt to set non-positive")
+def test_every_figure_draws_degenerate_tables(name, source):
+    """What cannot be drawn may be refused in one line, and nothing else may be raised."""
+    refused = []
+    for what, rows in degenerate(source(name)).items():
+        try:
+            drawing = drawn_from(name, rows)
+        except BadInput as error:
+            refused.append((what, str(error)))
+        else:
+            assert drawing.caption and drawing.figure.get_size_inches().prod() < 11 * 120, what
+    assert {what for what, _ in refused} <= {"odd words"}, refused
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tables_without_a_measured_row_say_why(name, source, tmp_path):
+    table = source(name)
+    lost = table.assign(status="failed", reason="$x$ was not there")
+    one = pd.DataFrame([{"status": "failed", "reason": "$x$ was not there", "device": "cpu"}])
+    for rows, why in ((lost, "$x$ was not there"), (one, "$x$ was not there"), (table.iloc[:0], "no rows")):
+        caption = figures.draw(name, rows, tmp_path)[1].read_text(encoding="utf-8")
+        assert caption.splitlines()[0].startswith(f"{labels.name_label(name)}. Nothing to show: ")
+        assert why in caption.splitlines()[0]
+        assert not len(pd.read_csv(tmp_path / f"{name}.csv"))
+
+
+@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("name", ALL)
+def test_every_figure_draws_any_part_of_its_table(name, source, data):
+    table = source(name)
+    seed, count = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from([1, 2, 5, 20, 100]))
+    rows = table.sample(min(count, len(table)), random_state=seed).sort_index()
+    numbers = [c for c in base.NUMBERS if c in rows]
+    missing = data.draw(st.lists(st.sampled_from(numbers), max_size=4, unique=True))
+    bad = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 0.0]))
+    odd = data.draw(st.lists(st.sampled_from(words(rows)), max_size=2, unique=True))
+    holes = np.random.default_rng(seed).random(len(rows)) < data.draw(st.sampled_from([0.3, 1.0]))
+    for column in missing:
+        rows[column] = rows[column].astype(float).mask(holes, bad)
+    for column in odd:
+        rows[column] = rows[column].astype(object).mask(holes, ODD)
+    try:
+        drawn_from(name, rows)
+    except BadInput as error:
+        assert "no panel to draw" in str(error)
+
+
+# --- all figures in one process
+
+
+@pytest.fixture
+def dropped_in(tmp_path, monkeypatch):
+    """A function that adds a figure's file."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    monkeypatch.setattr(figures, "__path__", [*figures.__path__, str(folder)])
+    added = []
+
+    def add(name, text):
+        (folder / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        added.append(name)
+
+    yield add
+    for name in added:
+        sys.modules.pop(f"ntkbench.figures.{name}", None)
+        figures.__dict__.pop(name, None)
+
+
+def test_dropped_in_figure_is_found(table, tmp_path, dropped_in):
+    dropped_in("own", "from ntkbench.figures.plotting import base\ndraw = lambda table: base.nothing(table, 'no')")
+    dropped_in("of_a_study", "TABLE = 'some_study'\nimport nowhere")
+    assert {"own", "of_a_study"} <= set(figures.names())
+    assert figures.draw("own", table, tmp_path)[0].name == "own.csv"
+    assert figures.study_of("of_a_study") == "some_study" and figures.study_of("own") is None
+
+
+def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tmp_path, dropped_in):
+    bodies = {
+        "exits": "import sys; sys.exit('bye')",
+        "raises": "raise ValueError('<b> $x_ \\udcff\\nsecond line')",
+        "returns_nothing": "return None",
+        "breaks_when_rendered": "d = base.nothing(table, 'no'); d.figure.text(0, 0, '$x_$'); return d",
+    }
+    for name, body in bodies.items():
+        dropped_in(name, f"from ntkbench.figures.plotting import base\ndef draw(table):\n    {body}\n")
+    dropped_in("cannot_be_imported", "raise SystemExit(3)")
+    dropped_in("needs_a_column", "TABLE = 'x'\nCOLUMNS = ('nowhere',)\ndraw = None")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00,\x80\n\x81")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    tables = dict.fromkeys([*bodies, "cannot_be_imported", "needs_a_column", "coverage", "exact_cost"], "table.csv")
+    tables |= {"speedup": "empty.csv", "method_map": "binary.csv", "time_to_accuracy": "nowhere.csv"}
+
+    made = figures.draw_all({name: tmp_path / table for name, table in tables.items()}, tmp_path / "out")
+    assert list(made) == list(tables)
+    failed = {name: outcome.reason for name, outcome in made.items() if outcome.status == "failed"}
+    assert set(made) - set(failed) == {"coverage", "exact_cost"}
+    assert failed["exits"] == "SystemExit: bye" and failed["cannot_be_imported"] == "SystemExit: 3"
+    assert failed["raises"].startswith("ValueError: <b> $x_ ") and "AttributeError" in failed["returns_nothing"]
+    assert "lacks columns that this figure needs: nowhere" in failed["needs_a_column"]
+    assert "is empty" in failed["speedup"] and "nowhere.csv" in failed["time_to_accuracy"]
+    for name, reason in failed.items():
+        assert (tmp_path / "out" / f"{name}.txt").read_text(encoding="utf-8") == (
+            f"{labels.name_label(name)}. Could not be drawn: {reason}\n"
+        )
+        assert list(pd.read_csv(tmp_path / "out" / f"{name}.csv")["reason"]) == [reason]
+        assert all((tmp_path / "out" / f"{name}.{kind}").stat().st_size > 1000 for kind in ("png", "pdf"))
+
+    page = gallery.page(sorted((tmp_path / "out").glob("*.png")), "All")
+    assert page.count('class="failed"') == page.count("<em>could not be drawn</em>") == len(failed)
+    assert "&lt;b&gt; $x_" in page and "<b>" not in page
+    assert len(re.findall("<figure ", page)) == len(made)
+
+
+def test_an_interrupt_ends_the_drawing(table, tmp_path, dropped_in):
+    dropped_in("interrupted", "def draw(table):\n    raise KeyboardInterrupt\n")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    with pytest.raises(KeyboardInterrupt):
+        figures.draw_all({"interrupted": tmp_path / "table.csv"}, tmp_path)
+
+
+def test_titles_from_outside_do_not_become_html(table, tmp_path):
+    made = figures.draw("exact_cost", table.assign(**dict.fromkeys(words(table), ODD)), tmp_path)
+    page = gallery.page([made[2]], ODD)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_a_table_is_read_once(table, tmp_path, monkeypatch, dropped_in):
+    table.to_csv(tmp_path / "table.csv", index=False)
+    for name in ("first", "second"):
+        dropped_in(name, "from ntkbench.figures.plotting import base\ndraw = lambda table: base.nothing(table, 'no')")
+    reads, read = [], pd.read_csv
+    monkeypatch.setattr(pd, "read_csv", lambda path, **how: reads.append(path) or read(path, **how))
+    made = figures.draw_all(dict.fromkeys(["first", "second"], tmp_path / "table.csv"), tmp_path)
+    assert {outcome.status for outcome in made.values()} == {"ok"} and len(reads) == 1
+
+
+def test_the_command_draws_the_figures_of_its_tables(table, tmp_path):
+    file, out = tmp_path / "table.csv", tmp_path / "out"
+    table.drop(columns="seconds").to_csv(file, index=False)
+    made = CliRunner().invoke(main, [str(file), "--only", "coverage", "--out", str(out)])
+    assert made.exit_code == 0 and "figure coverage could not be drawn" in made.stderr
+    assert "lacks columns that this figure needs: seconds" in made.stderr and not made.stdout
+    study = REFERENCE / "default" / "studies" / "novak_flops.csv"
+    made = CliRunner().invoke(main, [str(study), "--out", str(out)])
+    assert made.stdout.split() == [str(out / "novak_flops.png")] and not made.stderr
+    for only, said in (("novak_time", "novak_time is drawn from novak_time.csv"), ("novak", "unknown figure 'novak'")):
+        made = CliRunner().invoke(main, [str(study), "--only", only, "--out", str(out)])
+        assert made.exit_code == 1 and said in str(made.exception) + made.output + made.stderr
+
+
+# --- looks and words
 
 
 def test_looks_are_for_good():
@@ -312,13 +511,17 @@ def test_no_two_methods_look_alike():
         assert found[name].marker in styles.MARKERS[kind]
 
 
-def test_figures_import_no_backend():
+def test_figures_import_no_backend_and_their_names_nothing_heavy():
     code = "import sys, ntkbench.figures as f; [f.study_of(name) for name in f.names()]; "
-    subprocess.run([sys.executable, "-c", code + "sys.exit(bool({'torch', 'jax'} & set(sys.modules)))"], check=True)
+    heavy = "sys.exit(str({'torch', 'jax', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules) or 0))"
+    subprocess.run([sys.executable, "-c", code + heavy], check=True)
+    code += "import importlib; [importlib.import_module(f'ntkbench.figures.{name}') for name in f.names()]; "
+    backends = "sys.exit(str({'torch', 'jax'} & set(sys.modules) or 0))"
+    subprocess.run([sys.executable, "-c", code + backends], check=True)
 
 
 def test_a_figure_imports_no_other():
-    code = "import sys, ntkbench.figures as f; f.study_of('exact_cost'); "
+    code = "import sys, ntkbench.figures as f; from ntkbench.figures import exact_cost; "
     names = "{name.rpartition('.')[2] for name in sys.modules if name.startswith('ntkbench.figures.')} & {*f.names()}"
     done = subprocess.run([sys.executable, "-c", f"{code}print({names})"], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "{'exact_cost'}"

@@ -1,36 +1,38 @@
-"""``python -m ntkbench.figures NAME... --table T.csv --out FOLDER``"""
+"""``python -m ntkbench.figures TABLE... --out FOLDER [--only NAME]...``"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
-import pandas as pd
 
-from ntkbench import figures
-from ntkbench.errors import NtkbenchError
+from ntkbench import errors, figures
+from ntkbench.measure.outcomes import OK
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("chosen", metavar="NAME...", nargs=-1)
-@click.option(
-    "--table", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Tidy table."
-)
+@click.argument("tables", metavar="TABLE...", nargs=-1, required=True, type=FILE)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the figures.")
-def main(chosen: tuple[str, ...], table: Path, out: Path) -> None:
-    """Draw figures from their table: the results table, or that of their study.
+@click.option("--only", metavar="NAME", multiple=True, help="Draw this figure; may be given more than once.")
+def main(tables: tuple[Path, ...], out: Path, only: tuple[str, ...]) -> None:
+    """Draw the figures of tables: table.csv is the results table, NAME.csv that of the study NAME.
 
-    All figures of the results table if no NAME is given.
+    A figure that cannot be drawn gets a picture with the reason, and the command goes on to the next one.
     """
-    try:
-        rows = pd.read_csv(table, low_memory=False)
-        for name in chosen or [name for name in figures.names() if figures.study_of(name) is None]:
-            for path in figures.draw(name, rows, out):
-                click.echo(path)
-    except pd.errors.EmptyDataError:
-        raise click.ClickException(f"{table} is empty, without even a header") from None
-    except NtkbenchError as error:
-        raise click.ClickException(str(error)) from None
+    given = {table.stem: table for table in tables}
+    with errors.as_one_line():
+        sources = {name: figures.study_of(name) or "table" for name in only or figures.names()}
+        if missing := [f"{name} is drawn from {sources[name]}.csv" for name in only if sources[name] not in given]:
+            raise errors.BadInput(f"no such table was given: {'; '.join(missing)}")
+    made = figures.draw_all({name: given[table] for name, table in sources.items() if table in given}, out)
+    for name, outcome in made.items():
+        if outcome.status == OK:
+            click.echo(out / f"{name}.png")
+    for name, outcome in made.items():
+        if outcome.status != OK:
+            click.echo(f"ntkbench: figure {name} could not be drawn: {outcome.reason}", err=True)
 
 
 if __name__ == "__main__":

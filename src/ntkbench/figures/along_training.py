@@ -32,7 +32,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A column for each operator, a row for each quantity, a line for each network."""
     kept = ["init", "gain", "rank", "network", "step", "loss", "operator", "quantity", "value", "bar"]
     table = table.assign(bar=table["value"] / table["ratio"] * table["ratio_standard_error"])
-    shown = base.measured(table, "value")
+    shown = base.measured(table, "value", "step", "gain", "rank")
     shown = shown[shown["operator"].isin(OPERATORS) & shown["quantity"].isin(QUANTITIES)]
     if not len(shown):
         return base.nothing(table[kept], "No network was trained.")
@@ -117,5 +117,5 @@ def _last_alignments(shown: pd.DataFrame) -> str:
     """For each start the range over its networks."""
     rows = shown[(shown["operator"] == "Theta") & (shown["quantity"] == "alignment")].sort_values("step")
     last = rows.groupby(["init", "network"])["value"].last()
-    ranges = {init: (last[init].min(), last[init].max()) for init in shown["init"].unique()}
-    return "; ".join(f"{init}: {low:.2f} to {high:.2f}" for init, (low, high) in ranges.items())
+    ranges = {init: (last[init].min(), last[init].max()) for init in shown["init"].unique() if init in last}
+    return "; ".join(f"{init}: {low:.2f} to {high:.2f}" for init, (low, high) in ranges.items()) or "not measured"

@@ -27,7 +27,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if "covered" not in table:
         return base.nothing(table, "The table has no column 'covered'.")
     rows = base.measured(table, "covered", "seeds")
-    rows = rows[rows["kind"] == "stochastic"]
+    rows = rows[(rows["kind"] == "stochastic") & (rows["seeds"] >= 1)]
     if not len(rows):
         return base.nothing(table, "No method in the table gives intervals.")
     plotted = _pooled(rows)

@@ -26,7 +26,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         3,
         title=f"Estimates against samples (blog post): {labels.name_label(points['problem'].iloc[0])}",
         subtitle=base.settings_line(points),
-        key=[("method", curves.entries(styles.values())), ("how to read", [curves.QUARTILES])],
+        key=[("method", curves.entries(looks.values())), ("how to read", [curves.QUARTILES])],
         gap=0.75,
     )
     for panels, metric in zip(grid, metrics, strict=True):

@@ -78,7 +78,7 @@ def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
         rows = rows[rows["method"] == "hutchpp_paper"]
         if len(rows):
             least[metric] = rows["error"].min()
-            words = f"{curves.replace('_', ' ')} {rows['error'].min():.1g} at {rows['percent'].max():.2g} %"
+            words = f"{series.replace('_', ' ')} {rows['error'].min():.1g} at {rows['percent'].max():.2g} %"
             best.append(f"{words} (published {there['y'].min():.1g} at {there['x'].max():.2g} %)")
     text += f" Hutch++ with the most samples, in percent of direct in blocks: {'; '.join(best)}."
     if len(least) == len(METRICS):

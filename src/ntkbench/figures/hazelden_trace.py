@@ -53,6 +53,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _estimates(panel: Axes, rows: pd.DataFrame, network: str, looks: dict) -> None:
+    if not len(rows):
+        canvas.note(panel, "not measured")
+        return
     exact = rows["reference"].iloc[0]
     rows = rows.assign(**{name: rows[name] / exact for name in ("value", "value_q25", "value_q75")})
     panel.axhline(1, color="black", linewidth=0.9, zorder=1)

@@ -16,7 +16,7 @@ BEST = {"structured_derivatives": "structured_sum_of_logits", "jacobian_contract
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Seconds for a pair, two images by themselves above, all pairs of N below; a column for each O."""
-    points = base.measured(table, "seconds_per_pair")
+    points = base.measured(table, "seconds_per_pair", "N", "O", "depth")
     if not len(points):
         return base.nothing(table, labels.why_not(table))
     looks = curves.looks(points)

@@ -15,7 +15,7 @@ TO_LAST = "pntk_to_last_layer"
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A column for each loss: differences of all kernels above, the readout's sum and the pNTK's drift below."""
-    points = base.measured(table, "difference")
+    points = base.measured(table, "difference", "step")
     if not len(points):
         return base.nothing(points, labels.why_not(table))
     plotted = _summary(points)

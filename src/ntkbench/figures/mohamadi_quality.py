@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from ntkbench.figures.plotting import base, canvas, curves, labels, pntk, styles
-from ntkbench.figures.plotting.pntk import FAMILIES, QUANTITIES, looks_of, slope
+from ntkbench.figures.plotting.pntk import PNTK, QUANTITIES, family_label, looks_of, slope
 
 TABLE = "mohamadi_quality"
 COLUMNS = pntk.COLUMNS
@@ -20,21 +20,21 @@ PUBLISHED = {64: 0.58, 2048: 0.07}
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each quantity, a column for each family of networks; medians over initialisations."""
-    points = base.measured(table, "off_diagonal")
+    points = base.measured(table, "off_diagonal", "width")
     points = points[points["step"] == 0]
     if not len(points):
         return base.nothing(points, labels.why_not(table))
     plotted = pntk.summary(points, QUANTITIES)
-    looks = looks_of(plotted)
+    looks, published = looks_of(plotted), styles.KNOWN[PNTK][0]
     full = Line2D([], [], color="black", linewidth=1.2, linestyle=(0, (4, 2))), "the NTK itself"
     guide = Line2D([], [], color=canvas.PALE, linewidth=1.2, linestyle=(0, (1, 1.5))), "slope \N{MINUS SIGN}½"
-    known = Line2D([], [], color=looks["sum_of_logits"].colour, marker="x", linestyle=""), "expected"
+    known = Line2D([], [], color=published, marker="x", linestyle=""), "expected"
     figure, panels = pntk.panels(
         table,
         plotted,
         QUANTITIES,
         title="Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)",
-        key=[("kernel", curves.entries(styles.values())), ("how to read", [curves.QUARTILES, full, guide, known])],
+        key=[("kernel", curves.entries(looks.values())), ("how to read", [curves.QUARTILES, full, guide, known])],
         above=0.45,
         xlabel="width",
     )
@@ -42,10 +42,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
         _panel(panel, rows, quantity, looks)
         if quantity == "difference":
-            canvas.title(panel, FAMILIES[family], _sloped(points[points["family"] == family]))
+            canvas.title(panel, family_label(family), _sloped(points[points["family"] == family]))
             if family == "fc":
-                colour = looks["sum_of_logits"].colour
-                panel.plot(*zip(*PUBLISHED.items(), strict=True), "x", color=colour, zorder=5)
+                panel.plot(*zip(*PUBLISHED.items(), strict=True), "x", color=published, zorder=5)
     return base.Drawing(figure, plotted, _caption(points))
 
 
@@ -55,6 +54,10 @@ def _sloped(points: pd.DataFrame) -> str:
 
 
 def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, looks: dict[str, styles.Look]) -> None:
+    values = rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6)
+    if not len(values):
+        canvas.note(panel, "not measured")
+        return
     for kernel, line in rows.groupby("kernel", sort=False):
         if kernel == "full":
             if quantity in ("accuracy", "off_diagonal"):
@@ -62,7 +65,6 @@ def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, looks: dict[str, styl
                 panel.plot(line["width"], line["value"], color="black", linewidth=1.2, linestyle=(0, (4, 2)), zorder=4)
         elif quantity != "off_diagonal":
             curves.line(panel, line, "width", "value", looks[kernel])
-    values = rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6)
     sizes = np.sort(rows["width"].unique())
     if quantity == "accuracy":
         panel.set(xscale="log", xlim=canvas.limits(sizes, ratio=8), ylim=(0, 1))
@@ -84,11 +86,11 @@ def _caption(points: pd.DataFrame) -> str:
         "norm, the floor of the first row. Kernel regression f_0(x) + K(x, X) K(X, X)^-1 (Y - f_0(X)) is compared on "
         "held-out images. Condition numbers of the NTK itself may be at the limit of float64."
     )
-    slopes = {family: slope(points[points["family"] == family], "sum_of_logits") for family in FAMILIES}
+    slopes = {family: slope(points[points["family"] == family], PNTK) for family in dict.fromkeys(points["family"])}
     words, agreeing = [], []
     for family, (value, half) in slopes.items():
         if np.isfinite(half):
-            words.append(f"{FAMILIES[family]} {value:.2f} ± {half:.2f}")
+            words.append(f"{family_label(family)} {value:.2f} ± {half:.2f}")
             agreeing.append(abs(value + 0.5) <= half)
     if words:
         text += (

@@ -13,21 +13,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ntkbench.figures.plotting import base, canvas, curves, labels, pntk
-from ntkbench.figures.plotting.pntk import FAMILIES
+from ntkbench.figures.plotting.pntk import PNTK, family_label
 
 TABLE = "mohamadi_quality"
 OWN = "network_accuracy"
 QUANTITIES = pntk.QUANTITIES | {OWN: "the network itself,\ntest accuracy"}
 COLUMNS = (*pntk.COLUMNS, OWN, "rate", "momentum", "batch")
-PNTK, FLOOR = "sum_of_logits", "trace"
+FLOOR = "trace"
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each quantity, a column for each family, a line for each width; medians over initialisations."""
-    points = _trained(base.measured(table, "off_diagonal"))
+    points = _trained(base.measured(table, "off_diagonal", "width", "step"))
     if not len(points):
         return base.nothing(points, labels.why_not(table) if (table["status"] != "ok").any() else "None was trained.")
+    if not (points["kernel"] == PNTK).any():
+        return base.nothing(points, "The pNTK of trained networks was not measured.")
     plotted = pntk.summary(points[points["kernel"].isin([PNTK, FLOOR, "full"])], QUANTITIES)
     look = pntk.looks_of(plotted)[PNTK]
     narrow, wide = (Line2D([], [], **(curves.style(look) | _coloured(shade))) for shade in _shades(look.colour, 2))
@@ -52,7 +54,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _panel(panel, rows, quantity, look)
         if quantity == "difference":
             widths = rows["width"]
-            canvas.title(panel, FAMILIES[family], f"width {widths.min():g} to {widths.max():g}")
+            canvas.title(panel, family_label(family), f"width {widths.min():g} to {widths.max():g}")
     return base.Drawing(figure, plotted, _caption(points))
 
 
@@ -72,6 +74,9 @@ def _coloured(shade: str) -> dict[str, Any]:
 
 
 def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, look: Any) -> None:
+    if not len(rows):
+        canvas.note(panel, "not measured")
+        return
     widths, steps = sorted(rows["width"].unique()), sorted(rows["step"].unique())
     shares = quantity in ("accuracy", OWN)
     for width, shade, grey in zip(widths, _shades(look.colour, len(widths)), _shades("#000000", len(widths)),
@@ -127,15 +132,22 @@ def _caption(points: pd.DataFrame) -> str:
     text += " The pNTK's relative difference from Theta, medians at initialisation and at the last step:"
     for family, rows in ends.groupby("family", sort=False):
         said = [f"{row.first:.2f} to {row.last:.2f} at width {row.width:g}" for row in rows.iloc[[0, -1]].itertuples()]
-        text += f" {FAMILIES[family]} {', '.join(dict.fromkeys(said))};"
+        text += f" {family_label(family)} {', '.join(dict.fromkeys(said))};"
     grown = int((ends["last"] > ends["first"]).sum())
     text = f"{text[:-1]}. It grows for {grown} of {len(ends)} families and widths."
     text += _still_better(ours)
-    learned, kernel = _last(pntk)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
-    return (
-        f"{text} Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
-        f"average; kernel regression from there has {kernel['full']:.2f} with Theta, {kernel[PNTK]:.2f} with the pNTK."
-    )
+    learned, kernel = _last(ours)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
+    if learned.notna().any():
+        text += (
+            f" Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
+            "average."
+        )
+    if {"full", PNTK} <= set(kernel.dropna().index):
+        text += (
+            f" Kernel regression from there has an accuracy of {kernel['full']:.2f} with Theta and {kernel[PNTK]:.2f} "
+            "with the pNTK."
+        )
+    return text
 
 
 def _last(points: pd.DataFrame) -> pd.DataFrame:
@@ -161,5 +173,5 @@ def _still_better(points: pd.DataFrame) -> str:
     said = []
     for family, (value, half) in slopes.items():
         verdict = "wider is better" if value + half < 0 else "wider is worse" if value - half > 0 else "cannot be told"
-        said.append(f"{FAMILIES[family]} {value:.2f} ± {half:.2f} ({verdict})")
+        said.append(f"{family_label(family)} {value:.2f} ± {half:.2f} ({verdict})")
     return f" Slopes by width after training, 95 % intervals: {', '.join(said)}."

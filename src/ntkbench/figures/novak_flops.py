@@ -9,11 +9,16 @@ from ntkbench.figures.plotting import base, canvas, curves, labels
 TABLE = "novak_flops"
 COLUMNS = ("N", "O", "width", "P", "method", "title", "flops", "flops_per_entry")
 OURS, THEIRS = "structured_derivatives", "nt_structured_derivatives"
+OTHERS = {
+    "nt_jacobian_contraction": "contraction",
+    "nt_ntk_vector_products": "NTK-vector products",
+    "jacobian": "the Jacobian alone",
+}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each N, a column for each O."""
-    points = base.measured(table, "flops_per_entry")
+    points = base.measured(table, "flops_per_entry", "N", "O", "width")
     if not len(points):
         return base.nothing(table, labels.why_not(table))
     looks = curves.looks(points)
@@ -49,17 +54,20 @@ def _caption(points: pd.DataFrame) -> str:
     )
     wide = points.pivot_table(index=["N", "O", "width"], columns="method", values="flops_per_entry")
     last = wide.xs(wide.index.get_level_values("width").max(), level="width")
-    said, number = [], labels.rounded
-    for (N, output), row in last.iterrows():
-        contraction, structured = row.get("nt_jacobian_contraction"), row.get(THEIRS)
-        products, alone = row.get("nt_ntk_vector_products"), row.get("jacobian")
-        said.append(
-            f"N = {N:g}, O = {output:g}: contraction {number(contraction / structured)}, NTK-vector products "
-            f"{number(products / structured)}, the Jacobian alone {number(alone / structured)}"
+    if THEIRS not in last:
+        return text
+    others = {name: title for name, title in OTHERS.items() if name in last}
+    said = []
+    for (N, output), row in last.dropna(subset=THEIRS).iterrows():
+        ratios = (row[list(others)] / row[THEIRS]).dropna()
+        words = [f"{others[name]} {labels.rounded(ratio)}" for name, ratio in ratios.items()]
+        said += [f"N = {N:g}, O = {output:g}: {', '.join(words)}"] if words else []
+    if said:
+        verdict = "agrees" if _structured_wins(last) else "does not agree"
+        text += (
+            f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}. That "
+            f"structured derivatives take the fewest of the three there {verdict} with the paper."
         )
-    text += f" At the largest width, in units of neural-tangents' structured derivatives: {'; '.join(said)}."
-    verdict = "agrees" if _structured_wins(last) else "does not agree"
-    text += f" That structured derivatives take the fewest of the three there {verdict} with the paper."
     if OURS in wide:
         text += f" Ours over neural-tangents' structured derivatives: {curves.ratio_words(wide[OURS] / wide[THEIRS])}."
     return text

@@ -49,7 +49,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         title="Operations and seconds for an NTK of networks for images (Novak et al., figures 2 and 4)",
         subtitle=base.settings_line(table),
         key=[
-            ("program", curves.entries(styles.values())),
+            ("program", curves.entries(looks.values())),
             ("how to read", [curves.QUARTILES, (curves.PUBLISHED[0], "published, on a V100")]),
         ],
         gap=0.3,

@@ -17,10 +17,10 @@ LABELS = {"seconds": "seconds", "memory_mib": "memory [MiB]"}
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Seconds above, memory below; a column for each O. What would go over the budget is at the top of its panel."""
     table = table.assign(memory_mib=table["memory_bytes"] / MIB)
-    points = base.measured(table, "seconds")
+    points = base.measured(table, "seconds", "N", "O", "width")
     if not len(points):
         return base.nothing(table, labels.why_not(table))
-    looks, outputs = curves.looks(points), sorted(table["O"].unique())
+    looks, outputs = curves.looks(points), sorted(table["O"].dropna().unique())
     over = Line2D([], [], color=styles.GREY, marker=7, linestyle=""), "over the memory budget"
     dashed = Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2))), "the memory budget"
     figure, grid = canvas.sheet(
@@ -28,7 +28,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         len(outputs),
         title="Seconds and memory of the NTK of a 10-layer ReLU network (Novak et al., figure 1, right)",
         subtitle=base.settings_line(table),
-        key=[("program", curves.entries(styles.values())), ("how to read", [curves.QUARTILES, over, dashed])],
+        key=[("program", curves.entries(looks.values())), ("how to read", [curves.QUARTILES, over, dashed])],
         gap=0.3,
     )
     budget = table["budget_mb"].iloc[0]

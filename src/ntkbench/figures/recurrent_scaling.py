@@ -31,7 +31,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         len(SIZES),
         title="What NTK metrics of a recurrent network cost against trials, steps and probes",
         subtitle=f"H = {points['H'].iloc[0]:g}, around {said}  ·  {base.settings_line(table)}",
-        key=[("method", curves.entries(styles.values())), ("how to read", [curves.QUARTILES])],
+        key=[("method", curves.entries(looks.values())), ("how to read", [curves.QUARTILES])],
         gap=0.25,
         bottom=0.1,
     )

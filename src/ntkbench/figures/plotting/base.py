@@ -1,13 +1,15 @@
-"""What figures share: the table that they get, the drawing that they return, the style, the caption."""
+"""What all figures share: the table that they get, the drawing that they return, style and caption."""
 
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -60,24 +62,21 @@ class Drawing:
 
 
 def checked(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of the tidy table fit for drawing: numbers are numbers, words are words, ``setting`` says what varies.
+    """A copy of the results table fit for drawing, with a column ``setting`` that tells rows apart.
 
-    ``setting`` is empty where the whole table comes from one machine, device, precision and number of threads.
+    Numbers are finite or missing, words are single lines and never missing. ``setting`` is empty where the whole table
+    comes from one machine, device, precision and number of threads. Further columns are kept.
 
     Raises:
         BadInput: columns are missing, or hold something else than numbers.
     """
-    missing = [column for column in COLUMNS if column not in table.columns]
-    if missing:
-        raise BadInput(f"the table lacks columns that figures need: {', '.join(missing)}")
-    table = table.reset_index(drop=True).copy()
+    table = _complete(table, COLUMNS)
     for column in NUMBERS:
         try:
             table[column] = pd.to_numeric(table[column]).astype(float)
         except (ValueError, TypeError) as error:
             raise BadInput(f"column {column!r} of the table must hold numbers: {error}") from None
-    for column in WORDS:
-        table[column] = table[column].astype(object).where(table[column].notna(), "").astype(str)
+    table = _cleaned(table)
     parts = [
         table[column].map(lambda value: f"{value:g} threads") if column == "threads" else table[column]
         for column in SETTINGS
@@ -88,20 +87,29 @@ def checked(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def checked_study(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """A copy of a study's table fit for drawing: columns of words have no missing values.
+    """A copy of a study's table fit for drawing: numbers are finite or missing, words are single lines.
 
     Raises:
         BadInput: columns are missing.
     """
-    missing = [column for column in (*columns, *PROVENANCE) if column not in table.columns]
-    if missing:
-        raise BadInput(
-            f"the table lacks columns that this figure needs: {', '.join(missing)}; is it its study's table?"
-        )
-    table = table.reset_index(drop=True).copy()
+    return _cleaned(_complete(table, (*columns, *PROVENANCE)))
+
+
+def _complete(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """A copy, if all columns are there."""
+    if missing := [column for column in columns if column not in table.columns]:
+        raise BadInput(f"the table lacks columns that this figure needs: {', '.join(missing)}")
+    return table.reset_index(drop=True).copy()
+
+
+def _cleaned(table: pd.DataFrame) -> pd.DataFrame:
+    """Infinite numbers are missing ones, and words are what :func:`labels.line` makes of them, or empty."""
     for column in table.columns:
         if column in WORDS or not pd.api.types.is_numeric_dtype(table[column]):
-            table[column] = table[column].astype(object).where(table[column].notna(), "").astype(str)
+            words = table[column].astype(object).where(table[column].notna(), "").astype(str)
+            table[column] = words.map({word: labels.line(word) for word in words.unique()}).astype(object)
+        else:
+            table[column] = table[column].replace([np.inf, -np.inf], np.nan)
     return table
 
 
@@ -143,6 +151,7 @@ def _code(table: pd.DataFrame) -> str:
 
 def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None = None) -> str:
     """The figure's caption with the settings of the table behind it, the results table or that of a study."""
+    table = _cleaned(table.reindex(columns=[*dict.fromkeys([*table.columns, *PROVENANCE])]))
     cells = table.groupby("status").size()
     cells = ", ".join(f"{cells[s]} {labels.status_label(s)}" for s in sorted(cells.index, key=lambda s: (s != "ok", s)))
     lines = [
@@ -154,12 +163,36 @@ def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None 
     return "\n".join(lines).replace(r"\$", "$") + "\n"
 
 
+def nothing_measured(table: pd.DataFrame) -> str:
+    """Why there is nothing to draw, where no row of a table is ok; else an empty string.
+
+    Raises:
+        BadInput: the rows do not say how they ended.
+    """
+    if not len(table):
+        return "The table has no rows."
+    table = _cleaned(_complete(table, ("status", "reason")))
+    return "" if (table["status"] == "ok").any() else labels.why_not(table)
+
+
 def nothing(table: pd.DataFrame, why: str) -> Drawing:
-    """A figure that says that there is nothing to show, with the same columns in its CSV as the table."""
-    figure = Figure(figsize=(7, 1.6))
-    figure.text(0.5, 0.65, "Nothing to show", ha="center", va="center", fontsize=13, color="#444444")
-    figure.text(0.5, 0.35, why, ha="center", va="center", color="#666666", wrap=True)
-    return Drawing(figure, table.iloc[:0], f"Nothing to show: {why}")
+    """A figure that says that there is nothing to show, with the columns of the table in its CSV.
+
+    Args:
+        table: gives the columns.
+        why: the reason, as :func:`labels.why_not` words it.
+    """
+    return Drawing(words("Nothing to show", why), table.iloc[:0], f"Nothing to show: {why}")
+
+
+def words(heading: str, text: str) -> Figure:
+    """A picture of a heading and a text of any length."""
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 100) or [""]]
+    height = 1.2 + 0.17 * len(lines)
+    figure = Figure(figsize=(7.5, height))
+    figure.text(0.5, 1 - 0.5 / height, heading, ha="center", va="center", fontsize=13, color="#444444")
+    figure.text(0.5, 1 - 0.8 / height, "\n".join(lines), ha="center", va="top", color="#666666")
+    return figure
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures.plotting.key import Key
+from ntkbench.errors import BadInput
+from ntkbench.figures.plotting.key import Key, legend
 from ntkbench.figures.plotting.styles import GREY
 
 WIDTH = 11.0
@@ -57,15 +58,20 @@ def sheet(
         gap: inches between panels.
         bottom: inches below the last row's tick labels.
         widest: inches that a panel is at most wide.
+
+    Raises:
+        BadInput: there is no panel.
     """
+    if not rows or columns < 1:
+        raise BadInput("rows of the table do not say what they are of, so that there is no panel to draw")
     figure = Figure(figsize=(WIDTH, 4.0))
-    legend = key.legend(figure, key, WIDTH - 2 * MARGIN)
-    head = 0.75 + legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
+    drawn = legend(figure, key, WIDTH - 2 * MARGIN)
+    head = 0.75 + drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
     total = head + sum(row.above + row.height + row.below for row in rows) + bottom
     figure.set_size_inches(WIDTH, total)
     figure.text(MARGIN / WIDTH, 1 - MARGIN / total, title, fontsize=12.5, fontweight="bold", va="top")
     figure.text(MARGIN / WIDTH, 1 - 0.36 / total, subtitle, fontsize=9.5, color=GREY, va="top")
-    legend.set_bbox_to_anchor((MARGIN / WIDTH, 1 - 0.68 / total), transform=figure.transFigure)
+    drawn.set_bbox_to_anchor((MARGIN / WIDTH, 1 - 0.68 / total), transform=figure.transFigure)
 
     width = min(widest, (WIDTH - left - MARGIN - gap * (columns - 1)) / columns)
     grid, top = [], total - head
@@ -88,7 +94,7 @@ def text_width(labels: Iterable[str], size: float) -> float:
 
 def limits(values: Iterable[float], pad: float = 1.6, ratio: float = 40.0) -> tuple[float, float]:
     """Limits of a logarithmic axis around positive values, at least a ``ratio`` apart."""
-    values = np.asarray([v for v in values if math.isfinite(v) and v > 0])
+    values = np.asarray([v for v in values if math.isfinite(v) and v > 0]).clip(1e-300, 1e300)
     if not len(values):
         return 0.1, 10.0
     low, high = values.min() / pad, values.max() * pad

@@ -66,7 +66,9 @@ def logarithmic(panel: Axes, x: Iterable[float], y: Iterable[float], ratio: floa
 
 def counts(panel: Axes, sizes: Sequence[float], most: int = 7) -> None:
     """Ticks of a log x axis at sizes that were measured, without those that leave no room for labels."""
-    sizes = sorted(set(sizes))
+    sizes = sorted({size for size in sizes if size > 0})
+    if not sizes:
+        return
     low, high = panel.get_xlim()
     inch = math.log(high / low) / (panel.get_position().width * canvas.WIDTH)
     ticks = sizes[-1:]

@@ -1,4 +1,4 @@
-"""All figures with their captions on one page of HTML that needs no other file."""
+"""All figures with their captions on one page of HTML that needs no other file; failed ones are marked."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def page(pictures: Sequence[Path], title: str) -> str:
     Raises:
         BadInput: a picture has no caption.
     """
-    groups: dict[str, list[dict[str, str | int]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
+    groups: dict[str, list[dict[str, str | int | bool]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
     for picture in sorted(pictures, key=lambda path: path.stem):
         caption = picture.with_suffix(".txt")
         if not caption.exists():
             raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
-        first, *others = caption.read_text().splitlines()
+        first, _, settings = caption.read_text(encoding="utf-8").partition("\n")
         name, _, text = first.partition(". ")
         with Image.open(picture) as image:
             width, height = image.size  # so that links arrive where they should while pictures load
@@ -47,7 +47,8 @@ def page(pictures: Sequence[Path], title: str) -> str:
                 "id": picture.stem,
                 "name": name or labels.name_label(picture.stem),
                 "text": text,
-                "settings": " ".join(others),
+                "settings": settings,
+                "failed": text.startswith(labels.NOT_DRAWN),
                 "width": width,
                 "height": height,
                 "data": base64.b64encode(picture.read_bytes()).decode(),

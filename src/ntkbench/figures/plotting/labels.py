@@ -8,9 +8,12 @@ import textwrap
 
 import pandas as pd
 
+from ntkbench.measure.outcomes import one_line
 from ntkbench.metrics import SYMBOLS
 
 ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
+NOT_DRAWN = "Could not be drawn"
+"""Begins the caption of a figure that raised; the gallery looks for it."""
 
 
 def metric_label(metric: str) -> str:
@@ -23,7 +26,7 @@ def name_label(name: str) -> str:
     """``digits_mlp[N=64,T=8]`` as one reads it: digits MLP, N = 64, T = 8."""
     family, *sizes = re.split(r"[\[\],]", name)
     words = [word.upper() if word in ACRONYMS else word for word in family.split("_")]
-    return ", ".join([plain(" ".join(words)), *(size.strip().replace("=", " = ") for size in sizes if size)])
+    return plain(", ".join([" ".join(words), *(size.strip().replace("=", " = ") for size in sizes if size)]))
 
 
 def case_label(name: str, *details: str, by: str = ", ") -> str:
@@ -31,8 +34,13 @@ def case_label(name: str, *details: str, by: str = ", ") -> str:
     return by.join(part for part in (name_label(name), *map(plain, details)) if part)
 
 
+def line(text: str) -> str:
+    """Text from a table as one line of characters that can be printed and encoded."""
+    return one_line(" ".join(text.split()))
+
+
 def plain(text: str) -> str:
-    """Text from the table that is never taken for a formula."""
+    """Text from a table that is never taken for a formula."""
     return text.replace("$", r"\$")
 
 

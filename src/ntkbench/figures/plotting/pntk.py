@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ntkbench.figures.plotting import base, canvas, curves, styles
+from ntkbench.figures.plotting import base, canvas, curves, labels, styles
 
 QUANTITIES = {
     "difference": "‖A ⊗ I − Θ‖ / ‖Θ‖",
@@ -19,6 +19,7 @@ QUANTITIES = {
     "accuracy": "kernel regression,\ntest accuracy",
 }
 COLUMNS = ("family", "width", "init", "step", "train", "test", "kernel", "title", "P", *QUANTITIES)
+PNTK = "sum_of_logits"
 METHODS = {"trace": "trace_kernel"}
 """Kernels whose method has another name, and with it its look."""
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
@@ -44,7 +45,7 @@ def panels(
         above: inches over each row but the first.
         xlabel: of the last row.
     """
-    families = [name for name in FAMILIES if name in set(plotted["family"])]
+    families = sorted(set(plotted["family"]), key=lambda name: ([*FAMILIES, name].index(name), name))
     figure, grid = canvas.sheet(
         [canvas.Row(1.75, above=above if i else 0.75, below=0.28) for i in range(len(quantities))],
         len(families),
@@ -66,6 +67,11 @@ def panels(
     return figure, made
 
 
+def family_label(name: str) -> str:
+    """The title of a family of networks."""
+    return FAMILIES.get(name, labels.name_label(name))
+
+
 def looks_of(plotted: pd.DataFrame) -> dict[str, styles.Look]:
     """The look of each kernel, by the kernel's name."""
     named = plotted[plotted["kernel"] != "full"]
@@ -80,9 +86,8 @@ def summary(points: pd.DataFrame, quantities: Iterable[str]) -> pd.DataFrame:
     case = ["family", "width", "step", "kernel", "title"]
     long = points.melt(case, list(quantities), "quantity", "value").dropna()
     groups = long.groupby([*case, "quantity"], sort=False)["value"]
-    made = groups.quantile([0.25, 0.5, 0.75]).unstack()
-    made.columns = ["value_q25", "value", "value_q75"]
-    return made.assign(inits=groups.size()).reset_index()
+    parts = {"value_q25": groups.quantile(0.25), "value": groups.median(), "value_q75": groups.quantile(0.75)}
+    return pd.DataFrame(parts).assign(inits=groups.size()).reset_index()
 
 
 def slope(points: pd.DataFrame, kernel: str) -> tuple[float, float]:
@@ -96,7 +101,7 @@ def images(points: pd.DataFrame) -> str:
     sizes = points.groupby(["train", "test"], sort=False)["family"].unique()
     said = [
         f"{train:g} training and {test:g} held-out images"
-        + (f" for {', '.join(FAMILIES[family] for family in families)}" if len(sizes) > 1 else "")
+        + (f" for {', '.join(map(family_label, families))}" if len(sizes) > 1 else "")
         for (train, test), families in sizes.items()
     ]
     return ", ".join(said)

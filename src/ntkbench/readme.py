@@ -1,0 +1,195 @@
+"""The measured numbers of the README, written from the committed tables.
+
+A block of the README between ``<!-- table: NAME -->`` and ``<!-- end -->`` is what the function NAME in :data:`TABLES`
+makes of the tables in ``results/reference/``. A number in a sentence stands between ``<!-- value: NAME -->`` and
+``<!-- end -->``, and comes from :data:`VALUES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ntkbench.errors import BadInput, unknown
+from ntkbench.paths import write_atomically
+
+TITLES = {
+    "bare matrix products": "the bare matrix products in it",
+    "jacobian_contraction": "Jacobian contraction (torch.func)",
+    "nt_jacobian_contraction": "neural-tangents, Jacobian contraction",
+    "nt_ntk_vector_products": "neural-tangents, NTK-vector products",
+    "nt_structured_derivatives": "neural-tangents, structured derivatives",
+    "sum_of_logits": "pNTK by vmap and one product",
+}
+"""How the README calls what a method is compared with."""
+PNTK = "structured_sum_of_logits"
+_BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:table|value):")
+
+
+def update(readme: Path, root: Path, *, check: bool = False) -> list[str]:
+    """Write the measured numbers of a README from the committed tables.
+
+    Args:
+        readme: the file; it is written only where a block changes.
+        root: the checkout, whose ``results/reference/`` holds the tables.
+        check: write nothing.
+
+    Returns:
+        the names of the blocks that were out of date, in their order.
+
+    Raises:
+        BadInput: a block has an unknown name or no end, or a table is not there.
+    """
+    text = readme.read_text(encoding="utf-8")
+    written, stale = _written(text, Tables(root / "results" / "reference"))
+    if stale and not check:
+        write_atomically(readme, written)
+    return stale
+
+
+class Tables:
+    """The committed tables; each is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.read = functools.cache(self._read)
+
+    def _read(self, name: str) -> pd.DataFrame:
+        path = self._folder / f"{name}.csv"
+        try:
+            return pd.read_csv(path, low_memory=False, encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"the README needs the table {path}: {error.strerror}") from None
+
+
+def _written(text: str, tables: Tables) -> tuple[str, list[str]]:
+    """The text with every block written anew, and the names of those that this changes."""
+    stale: list[str] = []
+
+    def block(found: re.Match[str]) -> str:
+        kind, name, old = found.groups()
+        known = TABLES if kind == "table" else VALUES
+        if name not in known:
+            raise unknown(f"{kind} of the README", name, known)
+        new = f"\n{known[name](tables)}\n" if kind == "table" else known[name](tables)
+        stale.extend([name] if new != old else [])
+        return f"<!-- {kind}: {name} -->{new}<!-- end -->"
+
+    written, blocks = _BLOCK.subn(block, text)
+    if any(_MARK.search(inside[2]) for inside in _BLOCK.finditer(text)) or blocks != len(_MARK.findall(text)):
+        raise BadInput("a table or value of the README has no <!-- end -->")
+    return written, stale
+
+
+def fastest_estimators(tables: Tables) -> str:
+    """For each goal of ``time_to_error`` the fastest estimator of this suite and the fastest as published."""
+    table = tables.read(HEAD_TO_HEAD["time_to_error"])
+    rows = []
+    for (problem, metric, goal), methods in table.groupby(["problem", "metric", "goal"], sort=False):
+        estimators = methods[(methods["kind"] == "stochastic") & methods["seconds"].notna()]
+        best = {
+            published: group.loc[group["seconds"].idxmin()]
+            for published, group in estimators.groupby(estimators["published"].astype(bool))
+        }
+        said = [_entrant(best[published]) if published in best else "none reaches it" for published in (False, True)]
+        ratio = f"**{best[False]['ratio']:.2g}**" if len(best) == 2 else ""
+        rows.append([f"`{problem}`", f"{metric.replace('_', ' ')}, {100 * goal:g} %", *said, ratio])
+    columns = ["problem", "metric, error", "fastest of ours", "fastest as published", "time, ours / theirs"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def _entrant(row: pd.Series) -> str:
+    passes = "1 pass" if row["passes"] == 1 else f"{row['passes']:g} passes"
+    return f"`{row['method']}`, {passes}, {_seconds(row['seconds'])}"
+
+
+def products(tables: Tables) -> str:
+    """The comparisons of ``side_by_side`` of blocks of products and of metrics of recurrent networks."""
+    table = _side_by_side(tables, kernels=False)
+    rows = [
+        [f"`{row.problem}`", row.subject, row.rival, *_seconds_of_both(row), _ratio(row.ratio, bold=True)]
+        for row in table.itertuples()
+    ]
+    columns = ["problem", "ours", "against", "seconds, ours", "seconds, theirs", "time, ours / theirs"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def kernels(tables: Tables) -> str:
+    """The comparisons of ``side_by_side`` of whole kernels."""
+    table = _side_by_side(tables, kernels=True)
+    rows = [
+        [
+            f"`{row.problem}`" + " (pNTK)" * (row.subject == PNTK),
+            TITLES.get(row.rival, row.rival),
+            *_seconds_of_both(row),
+            _ratio(row.ratio, bold=True),
+            _ratio(row.memory_ratio),
+        ]
+        for row in table.itertuples()
+    ]
+    columns = ["problem", "against", "ours", "theirs", "time, ours / theirs", "memory, ours / theirs"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def _side_by_side(tables: Tables, *, kernels: bool) -> pd.DataFrame:
+    """The rows that compare whole kernels, which have a metric and whose subject is a method; or the others."""
+    table = tables.read(HEAD_TO_HEAD["side_by_side"])
+    return table[table["subject"].str.fullmatch(r"\w+") == kernels]
+
+
+def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
+    """Ours and theirs; where they were not measured the reason stands for theirs."""
+    if pd.isna(row.ratio):
+        return "", _cell(re.sub(r"^\w+: ", "", str(row.reason)))
+    return _seconds(row.seconds), _seconds(row.rival_seconds)
+
+
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _ratio(value: float, *, bold: bool = False) -> str:
+    return "" if pd.isna(value) else f"**{value:.2g}**" if bold else f"{value:.2g}"
+
+
+def _cell(text: str) -> str:
+    """Text that does not end its cell."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _provenance(table: pd.DataFrame) -> str:
+    """A line below a table: where and from which code its numbers are."""
+    commits = table[["git_sha", "git_dirty"]].drop_duplicates()
+    code = ", ".join(f"{sha[:10]}{' with uncommitted changes' if dirty else ''}" for sha, dirty in commits.to_numpy())
+    threads = table["threads"].unique()
+    said = [*map(str, table["machine"].unique()), f"{_listed(threads)} thread{'' if list(threads) == [1] else 's'}"]
+    return f"\n\n*{', '.join(said)}; commit {code}.*"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return " or ".join(f"{value:g}" for value in values)
+
+
+HEAD_TO_HEAD = {name: name for name in ("side_by_side", "time_to_error")}
+"""Where the tables of comparisons in turn lie in ``results/reference/``."""
+
+TABLES: dict[str, Callable[[Tables], str]] = {
+    "fastest estimators": fastest_estimators,
+    "products": products,
+    "kernels": kernels,
+}
+VALUES: dict[str, Callable[[Tables], str]] = {
+    "default cells": lambda tables: str(len(tables.read("default/table"))),
+    "default machine": lambda tables: ", ".join(tables.read("default/table")["machine"].unique()),
+    "default threads": lambda tables: _listed(tables.read("default/table")["threads"].unique()),
+}

@@ -1,0 +1,125 @@
+"""The README: its measured numbers are those of the committed tables, and its code exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from ntkbench import readme
+from ntkbench.errors import BadInput
+from ntkbench.paths import ROOT
+
+README = ROOT / "README.md"
+
+
+def test_the_readme_has_the_numbers_of_the_committed_tables():
+    assert readme.update(README, ROOT, check=True) == [], "out of date; `ntkbench readme` writes these blocks anew"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the README and of the tables behind it."""
+    shutil.copy(README, tmp_path)
+    for name in (*readme.HEAD_TO_HEAD.values(), "default/table"):
+        there = tmp_path / "results" / "reference" / f"{name}.csv"
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "results" / "reference" / f"{name}.csv", there)
+    return tmp_path
+
+
+def change(checkout, name, edit):
+    path = checkout / "results" / "reference" / f"{name}.csv"
+    edit(pd.read_csv(path)).to_csv(path, index=False)
+
+
+def test_a_changed_number_is_noticed_and_then_written(checkout):
+    file = checkout / "README.md"
+    change(checkout, readme.HEAD_TO_HEAD["side_by_side"], lambda t: t.assign(rival_seconds=12.345))
+    change(checkout, "default/table", lambda t: t.iloc[:17])
+    before = file.read_text(encoding="utf-8")
+    assert readme.update(file, checkout, check=True) == ["default cells", "products", "kernels"]
+    assert file.read_text(encoding="utf-8") == before, "a check wrote"
+    assert readme.update(file, checkout) == ["default cells", "products", "kernels"]
+    after = file.read_text(encoding="utf-8")
+    assert after.count("12.3 s") >= 30 and "-->17<!-- end --> cells" in after
+    assert readme.update(file, checkout) == []
+    blocks = re.compile(r"<!-- (?:table|value).*?<!-- end -->", re.DOTALL)
+    assert blocks.split(after) == blocks.split(before), "text outside of the blocks was changed"
+
+
+def test_the_fastest_of_either_kind_is_named(checkout):
+    def edit(table):
+        here = (table["problem"] == "mlp_he") & table["seconds"].notna()
+        table.loc[here & ~table["published"], "seconds"] = 7.0
+        table.loc[here & (table["method"] == "gram_forward"), ["seconds", "ratio"]] = 0.5, 0.25
+        table.loc[here & (table["method"] == "hutchpp_paper"), "seconds"] = 0.01
+        table.loc[(table["problem"] == "digits_mlp") & table["published"], "seconds"] = float("nan")
+        return table
+
+    change(checkout, readme.HEAD_TO_HEAD["time_to_error"], edit)
+    readme.update(checkout / "README.md", checkout)
+    text = (checkout / "README.md").read_text(encoding="utf-8")
+    assert "| `gram_forward`, 660 passes, 500 ms | `hutchpp_paper`, 411 passes, 10 ms | **0.25** |" in text
+    assert "| `sample_subset`, 1 pass, 5.42 ms | none reaches it |  |" in text
+
+
+def test_a_row_without_numbers_has_its_reason_in_one_cell(checkout):
+    reason = "OverMemory: would need\n40 GiB | or so"
+
+    def edit(table):
+        table.loc[table["subject"] == "structured_derivatives", ["seconds", "rival_seconds", "ratio"]] = float("nan")
+        return table.assign(reason=reason)
+
+    change(checkout, readme.HEAD_TO_HEAD["side_by_side"], edit)
+    readme.update(checkout / "README.md", checkout)
+    rows = [line for line in (checkout / "README.md").read_text(encoding="utf-8").splitlines() if "40 GiB" in line]
+    assert len(rows) > 10 and all(re.split(r"(?<!\\)\|", row)[4] == r" would need 40 GiB \| or so " for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table: kernles --><!-- end -->", "unknown table of the README 'kernles' .did you mean 'kernels'"),
+        ("<!-- value: kernels --><!-- end -->", "unknown value of the README 'kernels'"),
+        ("<!-- table: kernels -->", "no <!-- end -->"),
+        ("<!-- table: kernels --> <!-- value: default cells --><!-- end -->", "no <!-- end -->"),
+    ],
+)
+def test_a_block_that_cannot_be_written_is_refused(checkout, text, said):
+    file = checkout / "README.md"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=said):
+        readme.update(file, checkout)
+    assert file.read_text() == text
+
+
+def test_a_missing_table_is_named(checkout):
+    (checkout / "results" / "reference" / "default" / "table.csv").unlink()
+    with pytest.raises(BadInput, match=r"default.table\.csv"):
+        readme.update(checkout / "README.md", checkout)
+
+
+def test_values_do_not_begin_a_line():
+    """Markdown takes a line that begins with a comment for HTML, which ends the paragraph."""
+    assert not re.search("^<!-- value", README.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_what_the_readme_names_exists():
+    text = README.read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    imported = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    assert imported
+    for node in imported:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+                   for alias in node.names)  # fmt: skip
+    for name in set(re.findall(r"ntkbench\.([\w.]+)\(?", text)):
+        *modules, attribute = name.split(".")
+        assert hasattr(importlib.import_module(".".join(["ntkbench", *modules])), attribute), name
+    files = re.findall(r"`((?:src|config|results/reference)/[\w./]+)`", text)
+    assert files and all((ROOT / file).exists() for file in files)
