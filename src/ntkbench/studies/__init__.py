@@ -4,7 +4,9 @@ One file a study: a file dropped in here can be named under ``studies`` in a con
 ``results/<profile>/studies/<name>.csv``, which figures with ``TABLE = "<name>"`` are drawn from. It holds
 
 - ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, those of the paper if nothing is said;
-- ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance;
+- ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance, made of
+  :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
+- ``TIMED``: whether any column holds seconds; a study that measures only errors and counts may run beside others;
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; their sources count
   when it is decided whether a study has to run again.
 
@@ -28,7 +30,7 @@ from ntkbench.studies import base
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Journal", "base", "describe", "fields", "names", "plugins_of", "run", "settings"]
+__all__ = ["Journal", "base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
 
 
 def names() -> list[str]:
@@ -63,6 +65,11 @@ def fields(name: str) -> list[str]:
 def plugins_of(name: str) -> tuple[str, ...]:
     """Modules whose sources a study depends on, its own first."""
     return (f"{__name__}.{name}", *getattr(_module(name), "PLUGINS", ()))
+
+
+def is_timed(name: str) -> bool:
+    """Whether any column of a study's table holds seconds, so that nothing else should run meanwhile."""
+    return _module(name).TIMED
 
 
 def run(name: str, chosen: base.Settings, journal: Journal | None = None) -> pd.DataFrame:

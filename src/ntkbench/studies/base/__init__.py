@@ -152,10 +152,13 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
         times = timing.in_turn(calls, rounds)
         return {"times": [failed.get(i) or own for i, own in enumerate(times)]}
 
+    if not turns:
+        return []
     made = row({**case, "turns": len(turns)}, measure)
     ended = {key: made[key] for key in ("status", "reason")}
     found = made["times"] if made["status"] == outcomes.OK else [ended] * len(turns)
     for turn, own in zip(turns, found, strict=True):
+        turn.row.pop("seconds", None)
         turn.row.update(own if isinstance(own, dict) else {**timing.quartiles("seconds", own), "calls": len(own)})
     return [[] if isinstance(own, dict) else own for own in found]
 
