@@ -19,18 +19,13 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ntkbench import operators, registry
-from ntkbench.errors import NtkbenchError
-from ntkbench.measure import journal as journals
-from ntkbench.measure import timing
-from ntkbench.measure.journal import Journal
-from ntkbench.measure.provenance import provenance
+from ntkbench import registry
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Journal", "base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
+__all__ = ["base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
 
 
 def names() -> list[str]:
@@ -72,24 +67,14 @@ def is_timed(name: str) -> bool:
     return _module(name).TIMED
 
 
-def run(name: str, chosen: base.Settings, journal: Journal | None = None) -> pd.DataFrame:
-    """Measure a study in this process: its table with where the numbers come from in each row.
+def run(name: str, chosen: base.Settings) -> pd.DataFrame:
+    """Measure a study in this process: its table, without the columns that say where the numbers come from.
 
     Args:
         name: of the study.
         chosen: its settings.
-        journal: keeps its rows while it is under way; rows that it has are not measured again.
-
-    Raises:
-        NtkbenchError: nothing was measured.
     """
-    timing.use_threads(chosen.threads)
-    with journals.kept(journal):
-        table = _module(name).run(chosen)
-    if not len(table):
-        raise NtkbenchError(f"study {name}: its settings leave nothing to measure")
-    columns = {"device": operators.device_name(chosen.target()), "dtype": chosen.dtype, "threads": chosen.threads}
-    return table.assign(**{k: v for k, v in (columns | provenance().columns()).items() if k not in table})
+    return _module(name).run(chosen)
 
 
 def _module(name: str) -> Any:

@@ -7,19 +7,18 @@ their own.
 
 from __future__ import annotations
 
-import concurrent.futures
-import json
 import multiprocessing
-import tempfile
+import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pandas as pd
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from ntkbench import methods, operators, problems, registry
-from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
+from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 from ntkbench.measure import outcomes, timing, watchdog
 from ntkbench.measure.seeds import relative_error
 from ntkbench.studies import base
@@ -182,25 +181,32 @@ def _peak_memory(settings: Settings, name: str, label: str) -> int | None:
     """Bytes by which one estimate raises the peak of a fresh process, after everything is prepared.
 
     Raises:
-        OverMemory: it went over its memory limit.
-        NtkbenchError: it went over its time limit, or was killed.
+        NtkbenchError: it failed there, or went over the limits.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        verdict = Path(folder) / "verdict"
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_send_peak_memory, args=(there, settings, name, label))
+    child.start()
+    there.close()
+    process, since, limits = psutil.Process(child.pid), time.monotonic(), settings.limits
+    with watchdog.Watch(lambda: [(process, since)], limits.time_s, limits.memory_bytes) as watch:
         try:
-            return pool.submit(_measure_memory, settings, name, label, verdict).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            found = (
-                json.loads(verdict.read_text()) if verdict.exists() else {"status": "failed", "reason": "was killed"}
-            )
-            kind = OverMemory if found["status"] == outcomes.OUT_OF_MEMORY else NtkbenchError
-            raise kind(f"the process that measures the memory of {name} {found['reason']}") from None
+            found = here.recv()
+        except EOFError:  # it was killed
+            found = ()
+        child.join()
+    if not isinstance(found, tuple):
+        return found
+    _, reason = found or watch.verdict or outcomes.of_exit(child.exitcode or 0)
+    raise NtkbenchError(f"memory of {name}: {reason}")
 
 
-def _measure_memory(settings: Settings, name: str, label: str, verdict: Path) -> int | None:
-    watchdog.guard(settings.limits.time_s, settings.limits.memory_bytes, verdict)
-    timing.use_threads(settings.threads)
-    peak = timing.peak_bytes(_call(settings, name, label))
-    backend = "torch" if name in COMPUTATIONS else methods.get(name).backends[0]
-    return operators.device_memory(settings.target(backend)) or peak
+def _send_peak_memory(there: Connection, settings: Settings, name: str, label: str) -> None:
+    watchdog.end_with_parent()
+    try:
+        timing.use_threads(settings.threads)
+        peak = timing.peak_bytes(_call(settings, name, label))
+        backend = "torch" if name in COMPUTATIONS else methods.get(name).backends[0]
+        there.send(operators.device_memory(settings.target(backend)) or peak)
+    except Exception as error:
+        there.send(tuple(outcomes.of_exception(error)))

@@ -214,7 +214,7 @@ class Entrant:
             passes, found = None, self._tried(None)
             self._check_patience(found, None)
             if _error(found) > goal.error:
-                raise Unavailable(f"error {_error(found):.2g} with all passes")
+                raise Unavailable(f"error {_error(found):.2g}, over the goal")
             columns = {**found.columns(), "seeds": 1}
         return {**self._truth.columns(), "passes": passes, **columns}
 

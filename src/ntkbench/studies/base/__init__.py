@@ -62,20 +62,22 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
         measure: returns the other columns. An exception becomes status and reason.
     """
     said = outcomes.one_line(", ".join(map(str, case.values())))
-    journal = journals.CURRENT.get()
-    if journal:
-        if before := journal.before(case):
+    kept = journals.CURRENT.get()
+    key = kept.key(case) if kept else ""
+    if kept:
+        if before := kept.before(key):
             print(f"{said}: {before['status']}, from before", flush=True)
             return before
-        journal.begin(case)
+        kept.begin(key)
     start = time.perf_counter()
     try:
         made = {**case, **outcomes.Outcome(outcomes.OK).columns(), "seeds": 1, "calls": 0, **measure()}
     except (Exception, SystemExit) as error:  # whatever it is, the other rows stand
         made = {**case, **outcomes.of_exception(error).columns()}
-    if journal:
-        journal.finish(case, made)
-    print(f"{said}: {made['status']} after {time.perf_counter() - start:.2g} s {made['reason']}", flush=True)
+    seconds = time.perf_counter() - start
+    if kept:
+        kept.finish(key, made, seconds)
+    print(f"{said}: {made['status']} after {seconds:.2g} s {made['reason']}", flush=True)
     return made
 
 
