@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from ntkbench.measure.grid import Cell, Config
 
 from ntkbench import methods, paths, problems
 from ntkbench.errors import BadInput
 from ntkbench.measure import grid
-from ntkbench.measure.grid import Cell, Config
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["hutchpp", "direct"], "metrics": ["trace"], "passes": [36, 72]}
 SUITE = paths.ROOT / "benchmarks"
@@ -109,8 +109,8 @@ def test_cuda_without_a_gpu_is_bad_input(monkeypatch):
 def test_cells_over_a_limit_are_refused_with_the_reason():
     problem = problems.load("digits_conv[N=4]")
     cell = grid.cells(config())[0]
-    assert grid.refusal(cell, problem, config()) is None
-    assert "over max_passes (10)" in grid.refusal(cell, problem, config(max_passes=10))
+    assert grid.unsupported_reason(cell, problem, config()) is None
+    assert "over max_passes (10)" in grid.unsupported_reason(cell, problem, config(max_passes=10))
 
 
 def test_a_configuration_is_only_written_when_it_changed(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ntkbench.errors import NtkbenchError
 from ntkbench.estimate import Estimate
-from ntkbench.measure.timing import quartiles
+from ntkbench.measure.timing import Timed, quartiles
 
 
 class BadEstimate(NtkbenchError):
@@ -104,6 +104,11 @@ class Reruns:
     def errors(self) -> list[float]:
         """Relative errors, one a seed."""
         return [relative_error(e.value**self.power, self.exact**self.power) for e in self.estimates]
+
+    @property
+    def timed(self) -> Timed:
+        """Seconds of the estimates; the first one, which traces and compiles, is not among the timed ones."""
+        return Timed(self.seconds[0], self.seconds[1:], self.estimates[0])
 
     def columns(self) -> dict[str, Any]:
         """Columns of a row: values, errors, coverage, passes and the number of seeds."""

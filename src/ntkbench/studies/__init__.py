@@ -4,7 +4,9 @@ One file a study: a file dropped in here can be named under ``studies`` in a con
 ``results/<profile>/studies/<name>.csv``, which figures with ``TABLE = "<name>"`` are drawn from. It holds
 
 - ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, those of the paper if nothing is said;
-- ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance;
+- ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance, made of
+  :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
+- ``TIMED``: whether any column holds seconds; a study that measures only errors and counts may run beside others;
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; their sources count
   when it is decided whether a study has to run again.
 
@@ -17,18 +19,13 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ntkbench import operators, registry
-from ntkbench.errors import NtkbenchError
-from ntkbench.measure import journal as journals
-from ntkbench.measure import timing
-from ntkbench.measure.journal import Journal
-from ntkbench.measure.provenance import provenance
+from ntkbench import registry
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Journal", "base", "describe", "fields", "names", "plugins_of", "run", "settings"]
+__all__ = ["base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
 
 
 def names() -> list[str]:
@@ -65,24 +62,19 @@ def plugins_of(name: str) -> tuple[str, ...]:
     return (f"{__name__}.{name}", *getattr(_module(name), "PLUGINS", ()))
 
 
-def run(name: str, chosen: base.Settings, journal: Journal | None = None) -> pd.DataFrame:
-    """Measure a study in this process: its table with where the numbers come from in each row.
+def is_timed(name: str) -> bool:
+    """Whether any column of a study's table holds seconds, so that nothing else should run meanwhile."""
+    return _module(name).TIMED
+
+
+def run(name: str, chosen: base.Settings) -> pd.DataFrame:
+    """Measure a study in this process: its table, without the columns that say where the numbers come from.
 
     Args:
         name: of the study.
         chosen: its settings.
-        journal: keeps its rows while it is under way; rows that it has are not measured again.
-
-    Raises:
-        NtkbenchError: nothing was measured.
     """
-    timing.use_threads(chosen.threads)
-    with journals.kept(journal):
-        table = _module(name).run(chosen)
-    if not len(table):
-        raise NtkbenchError(f"study {name}: its settings leave nothing to measure")
-    columns = {"device": operators.device_name(chosen.target()), "dtype": chosen.dtype, "threads": chosen.threads}
-    return table.assign(**{k: v for k, v in (columns | provenance().columns()).items() if k not in table})
+    return _module(name).run(chosen)
 
 
 def _module(name: str) -> Any:

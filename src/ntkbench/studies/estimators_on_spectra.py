@@ -9,7 +9,6 @@ sample's gradient by itself have no place here.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,8 @@ import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ntkbench import methods, metrics
-from ntkbench.measure import timing
+from ntkbench.errors import Unavailable
+from ntkbench.measure.seeds import Reruns
 from ntkbench.methods.base import Stochastic
 from ntkbench.studies import base
 
@@ -41,6 +41,7 @@ NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stoch
 NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
 """Stochastic methods that ask for nothing but products with J and J^T."""
 
+TIMED = True
 PLUGINS = ("ntkbench.operators.dense", "ntkbench.operators.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
 
 
@@ -48,13 +49,14 @@ class Settings(base.Settings):
     """Sizes of the Jacobians and budgets.
 
     Attributes:
+        seeds: of a method at each budget; all but the first are timed.
         n: outputs.
         outputs_per_parameter: n / P, one shape of J each.
         spectra: names in :data:`SPECTRA`.
         passes: budgets.
     """
 
-    seeds: PositiveInt = 100
+    seeds: int = Field(100, ge=2)
     n: PositiveInt = Field(1000, ge=20)
     outputs_per_parameter: list[PositiveFloat] = Field(default=[0.25, 1, 4], min_length=1)
     spectra: list[Literal[*SPECTRA]] = Field(default=list(SPECTRA), min_length=1)
@@ -96,47 +98,38 @@ class Spectrum:
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each shape, spectrum, metric, method and budget: quartiles of error and seconds, and coverage."""
-    return pd.DataFrame(_rows(settings))
+    return base.table(
+        row
+        for ratio in settings.outputs_per_parameter
+        for name in settings.spectra
+        for row in _rows(settings, ratio, name)
+    )
 
 
-def _rows(settings: Settings) -> Iterator[dict[str, Any]]:
-    for ratio in settings.outputs_per_parameter:
-        n, P = settings.n, max(1, round(settings.n / ratio))
-        for name in settings.spectra:
-            spectrum = Spectrum(SPECTRA[name](np.arange(1, min(n, P) + 1)), n, P, settings)
-            sizes = {"spectrum": name, "n": n, "P": P, "outputs_per_parameter": ratio}
-            sizes |= {"effective_rank": spectrum.truth["effective_rank"]}
-            for method in map(methods.get, NAMES):
-                for metric in method.metrics:
-                    yield from _budgets(settings, spectrum, method, metric, sizes)
+def _rows(settings: Settings, ratio: float, name: str) -> Iterator[base.Row]:
+    n, P = settings.n, max(1, round(settings.n / ratio))
+    values = SPECTRA[name](np.arange(1, min(n, P) + 1))
+    spectrum = base.Once(lambda: Spectrum(values, n, P, settings))
+    rank = float(values.sum() ** 2 / (values**2).sum())
+    sizes = {"spectrum": name, "n": n, "P": P, "outputs_per_parameter": ratio, "effective_rank": rank}
+    for method in map(methods.get, NAMES):
+        for metric in method.metrics:
+            for passes in settings.passes:
+                case = {**sizes, "metric": metric, "method": method.name, "title": method.title, "kind": method.kind}
+                measure = functools.partial(_measure, settings, spectrum, method, metric, passes)
+                yield base.row({**case, "passes": passes}, measure)
 
 
-def _budgets(
-    settings: Settings, spectrum: Spectrum, method: Stochastic, metric: str, sizes: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    case = sizes | {"metric": metric, "method": method.name, "title": method.title, "kind": method.kind}
+def _measure(
+    settings: Settings, spectrum: Callable[[], Spectrum], method: Stochastic, metric: str, passes: int
+) -> dict[str, Any]:
     least = method.cost(metric, method.fewest_probes)
-    for passes in settings.passes:
-        if passes < least:
-            yield base.left_out(case | {"passes": passes}, f"{metric} takes at least {least} passes")
-        else:
-            measure = functools.partial(_reruns, settings, spectrum, method, metric, passes)
-            yield base.row(case | {"passes": passes}, measure)
-
-
-def _reruns(settings: Settings, spectrum: Spectrum, method: Stochastic, metric: str, passes: int) -> dict[str, Any]:
-    exact = spectrum.truth[metric]
-    method.estimate(spectrum, metric, passes, settings.seeds)  # warms up
-    times, errors, covered = [], [], []
-    for seed in range(settings.seeds):
-        start = time.perf_counter()
-        estimate = method.estimate(spectrum, metric, passes, seed)
-        times.append(time.perf_counter() - start)
-        errors.append(abs(estimate.value - exact) / exact)
-        covered.append(estimate.covers(exact, settings.dtype))
-    quartiles = {**timing.quartiles("seconds", times), **timing.quartiles("error", errors)}
-    found = {"passes_spent": estimate.passes, "seeds": settings.seeds, "reference": exact}
-    return found | quartiles | {"covered": sum(covered) / len(covered)}
+    if passes < least:
+        raise Unavailable(f"{metric} takes at least {least} passes")
+    made = spectrum()
+    found = Reruns(made.truth[metric], settings.dtype)
+    found.run(lambda seed: method.estimate(made, metric, passes, seed), range(settings.seeds))
+    return {**found.columns(), **found.timed.columns()}
 
 
 def _orthonormal(rng: np.random.Generator, size: int, columns: int) -> np.ndarray:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import pandas as pd
 from pydantic import Field, PositiveInt
 
+from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
 PLUGINS = estimates.PLUGINS
+TIMED = True
 METHODS = {"trace": ("hutchpp",), "alignment": ("shared_probe_alignment", "hutchpp")}
 
 
@@ -28,11 +30,10 @@ class Settings(estimates.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each metric, method and number of samples."""
-    problem = estimates.load([settings.problem])
-    rows = [
+    subject = estimates.Subject([settings.problem])
+    return base.table(
         row
         for metric, names in METHODS.items()
         for name in names
-        for row in estimates.reruns(settings, problem, metric, name, settings.samples)
-    ]
-    return pd.DataFrame(rows)
+        for row in estimates.stochastic(settings, subject, metric, name, settings.samples)
+    )

@@ -8,9 +8,11 @@ from __future__ import annotations
 import pandas as pd
 from pydantic import Field, PositiveInt
 
+from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
 PLUGINS = estimates.PLUGINS
+TIMED = True
 METRICS = {
     "norm": ("hutchpp_paper",),
     "alignment": ("hutchpp_paper", "shared_probe_alignment"),
@@ -32,10 +34,10 @@ class Settings(estimates.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each metric, method and m, and one for each metric and baseline."""
-    problem = estimates.load(settings.problems)
+    subject = estimates.Subject(settings.problems)
     rows = []
     for metric, names in METRICS.items():
-        rows += [estimates.baseline(settings, problem, metric, name) for name in ("direct", estimates.ONE_BY_ONE)]
+        rows += [estimates.baseline(settings, subject, metric, name) for name in ("direct", estimates.ONE_BY_ONE)]
         for name in names:
-            rows += estimates.reruns(settings, problem, metric, name, settings.samples)
-    return pd.DataFrame(rows)
+            rows += estimates.stochastic(settings, subject, metric, name, settings.samples)
+    return base.table(rows)

@@ -10,10 +10,11 @@ from typing import Literal
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from ntkbench import problems
+from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
 PLUGINS = estimates.PLUGINS
+TIMED = True
 METHODS = ("hutchpp_paper", "one_sided_paper_reverse", "one_sided_paper_forward")
 BASELINES = (estimates.ONE_BY_ONE, "direct", "structured_derivatives")
 
@@ -39,10 +40,10 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each problem, method and m, and one for each problem and exact method."""
     rows = []
     for network, label in settings.problems.items():
-        problem = problems.load(label)
+        subject = estimates.Subject([label])
         columns = {"network": network}
-        rows += [estimates.baseline(settings, problem, "trace", name, **columns) for name in BASELINES]
+        rows += [estimates.baseline(settings, subject, "trace", name, **columns) for name in BASELINES]
         for name in METHODS:
             for grid, samples in (("large", getattr(settings, network)), ("small", settings.small)):
-                rows += estimates.reruns(settings, problem, "trace", name, samples, **columns, grid=grid)
-    return pd.DataFrame(rows)
+                rows += estimates.stochastic(settings, subject, "trace", name, samples, **columns, grid=grid)
+    return base.table(rows)

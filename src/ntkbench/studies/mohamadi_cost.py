@@ -1,23 +1,28 @@
 """Seconds for NTK and pNTK of ResNets against depth (Mohamadi et al. 2023, figure 1).
 
-For two images by themselves and for all pairs of N images, which is where published ratios come from.
+For two images by themselves and for all pairs of N images, which is where published ratios come from. Operations are
+estimated from those of a forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveInt
 
 from ntkbench import methods
-from ntkbench.measure import timing
+from ntkbench.errors import Unavailable
+from ntkbench.measure.seeds import checked
+from ntkbench.measure.timing import timed
+from ntkbench.methods.base import Method
 from ntkbench.problem import Problem
 from ntkbench.studies import base
 
 METHODS = ("structured_derivatives", "structured_sum_of_logits", "jacobian_contraction", "sum_of_logits")
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in METHODS)
+TIMED = True
 KERNELS = dict(zip(METHODS, ("NTK", "pNTK", "NTK", "pNTK"), strict=True))
 
 
@@ -30,7 +35,6 @@ class Settings(base.Settings):
         width: channels of the first stage; 64 in the paper.
         side: pixels of an image's side; 64 for Tiny ImageNet.
         samples: whose pairs share the cost; two by themselves are measured as well.
-        case_gigaflop: what needs more multiplications than that is left out, by the cost of a forward pass.
     """
 
     depths: list[int] = Field(default=[18, 34, 50, 101, 152, 200], min_length=1)
@@ -38,50 +42,59 @@ class Settings(base.Settings):
     width: PositiveInt = 64
     side: PositiveInt = 64
     samples: int = Field(default=16, ge=3)
-    case_gigaflop: float = Field(1e9, gt=0)
 
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each depth, number of outputs, number of images and method."""
-    rows = []
-    for depth in settings.depths:
-        for outputs in settings.outputs:
-            for samples in (2, settings.samples):
-                problem, flops = _problem(settings, depth, outputs, samples)
-                shared: dict[Any, Any] = {}
-                rows += [_row(settings, problem, flops, depth, name, shared) for name in METHODS]
-    return pd.DataFrame(rows)
+    return base.table(
+        row
+        for depth in settings.depths
+        for outputs in settings.outputs
+        for samples in (2, settings.samples)
+        for row in _rows(settings, depth, outputs, samples)
+    )
 
 
-def _row(
-    settings: Settings, problem: Problem, flops: float, depth: int, name: str, shared: dict[Any, Any]
-) -> dict[str, Any]:
-    """One method on one problem; methods that prepare alike share what was prepared."""
-    method, target = methods.get(name), settings.target()
-    sizes = {size: getattr(problem, size) for size in ("N", "O", "P", "n")}
-    case = {"depth": depth, **sizes, "method": name, "title": method.title, "kernel": KERNELS[name]}
-    # A backward pass takes twice a forward pass, and the products of all rows of J n^2 P.
-    directions = problem.O if KERNELS[name] == "NTK" else 1
-    needed = 3 * flops * problem.N * directions
-    needed += 2 * problem.n**2 * problem.P if name == "jacobian_contraction" else 0
-    if reason := method.unsupported_reason(problem, "norm", target):
-        return base.left_out(case, reason)
-    size = problem.n * problem.P * np.dtype(settings.dtype).itemsize
-    if name == "jacobian_contraction" and size > target.memory:
-        kept = f"over block_memory_mb ({settings.block_memory_mb:g}): it would be made anew for every pair of blocks"
-        return base.left_out(case, f"J takes {size / 2**20:.0f} MiB, {kept}")
+def _rows(settings: Settings, depth: int, outputs: int, samples: int) -> Iterator[base.Row]:
+    """All methods on one problem; methods that prepare alike share what is prepared."""
+    made = base.Once(lambda: _problem(settings, depth, outputs, samples))
+    shared: dict[Any, base.Once[Any]] = {}
 
-    def measure() -> dict[str, Any]:
-        base.check_operations(needed, settings.case_gigaflop)
-        prepare = type(method).prepare
-        if prepare not in shared:
-            shared[prepare] = method.prepare(problem, target)
-        times, _ = timing.timed(lambda: method.estimate(shared[prepare], "norm"), settings.timing_seconds)
+    def measure(name: str) -> dict[str, Any]:
+        problem, flops = made()
+        method, target = methods.get(name), settings.target()
+        _check(settings, method, problem, flops)
+        prepared = shared.setdefault(type(method).prepare, base.Once(lambda: method.prepare(problem, target)))()
+        found = timed(lambda: method.estimate(prepared, "norm"), settings.calls)
         pairs = problem.N * (problem.N + 1) // 2
-        spread = timing.quartiles("seconds", times)
-        return spread | {"pairs": pairs, "seconds_per_pair": spread["seconds"] / pairs}
+        columns = {**found.columns(), "value": checked(found.first).value, "pairs": pairs}
+        return {**base.sizes(problem), **columns, "seconds_per_pair": columns["seconds"] / pairs}
 
-    return base.row(case, measure)
+    for name in METHODS:
+        case = {"depth": depth, "N": samples, "O": outputs, "method": name, "title": base.title(name)}
+        yield base.row({**case, "kernel": KERNELS[name]}, lambda name=name: measure(name))
+
+
+def _check(settings: Settings, method: Method, problem: Problem, flops: float) -> None:
+    """That a method can be measured within the limits.
+
+    Raises:
+        Unavailable: it cannot.
+    """
+    target = settings.target()
+    if reason := method.unsupported_reason(problem, "norm", target):
+        raise Unavailable(reason)
+    # A backward pass takes twice the operations of a forward pass.
+    needed = 3 * flops * problem.N * (problem.O if KERNELS[method.name] == "NTK" else 1)
+    if method.name == "jacobian_contraction":
+        needed += 2 * problem.n**2 * problem.P  # products of all rows of J
+        size = problem.n * problem.P * target.itemsize
+        if size > target.memory:
+            kept = (
+                f"over limits.block_mb ({settings.limits.block_mb:g}): it would be made anew for every pair of blocks"
+            )
+            raise Unavailable(f"J takes {size / 2**20:.0f} MiB, {kept}")
+    settings.limits.check_operations(needed)
 
 
 def _problem(settings: Settings, depth: int, outputs: int, samples: int) -> tuple[Problem, float]:

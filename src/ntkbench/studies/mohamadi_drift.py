@@ -6,6 +6,7 @@ shrinks it, and with it the part of the pNTK that comes from all layers but the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ntkbench.studies import base
 
+TIMED = False
 OUTPUTS = 10
 LOSSES = {
     "cross_entropy": "cross-entropy",
@@ -44,63 +46,70 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each loss, initialisation, look and kernel."""
-    rows = []
-    for loss, title in LOSSES.items():
-        for init in range(settings.inits):
-            case = {"loss": loss, "loss_title": title, "init": init}
-
-            def measure(loss: str = loss, init: int = init) -> dict[str, Any]:
-                return {"looks": looks(settings, loss, init)}
-
-            outcome = base.row(case, measure)
-            rows += [{**outcome, **look} for look in outcome.pop("looks", [{}])]
-    return pd.DataFrame(rows)
-
-
-def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
-    """Columns for each look and kernel of one training."""
-    import torch
-
-    from ntkbench.networks import classifiers
-    from ntkbench.operators import torch as backend
-    from ntkbench.studies.base import descent, pntk
-
-    target = settings.target()
-    device = backend.device(target)
-    network = classifiers.seeded(lambda: classifiers.fc(settings.width, OUTPUTS), init).to(device)
-    x = pntk.held_out_digits()[0][: settings.images].to(device)
-    theta = pntk.Theta(network, x, target.memory)
-
-    def mse(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.mse_loss(outputs, torch.nn.functional.one_hot(labels, OUTPUTS).to(outputs))
-
-    course = descent.Descent(
-        network,
-        mse if loss == "mse" else torch.nn.functional.cross_entropy,
-        rate=settings.rate,
-        batch=settings.batch,
-        decay=settings.decay if loss.endswith("decay") else 0.0,
-        seed=init,
+    """One row for each loss, initialisation, point in training and kernel."""
+    return base.table(
+        row for loss in LOSSES for init in range(settings.inits) for row in _along_training(settings, loss, init)
     )
-    found = []
-    for step in sorted({round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}):
-        course.to(step)
-        found += _look(theta(network), network, x, step, init)
-    return found
 
 
-def _look(full: Any, network: Any, x: Any, step: int, init: int) -> list[dict[str, Any]]:
+def _along_training(settings: Settings, loss: str, init: int) -> Iterator[base.Row]:
     from ntkbench.studies.base import pntk
 
-    kernels = pntk.standing_in(full, pntk.features_and_outputs(network, x)[0], seed=init)
-    last, pull = kernels["last_layer"], kernels["sum_of_logits"]
-    columns = {
-        "step": step,
-        "sum_direction": pntk.sum_direction(network),
-        "pntk_to_last_layer": float((pull - last).norm() / pull.norm()),
-    }
-    return [
-        columns | {"kernel": name, "title": title, "difference": pntk.difference(full, kernels[name])}
-        for name, title in pntk.KERNELS.items()
-    ]
+    course = base.Once(lambda: Course(settings, loss, init))
+    kernels = [{"kernel": name, "title": title} for name, title in pntk.KERNELS.items()]
+    for step in sorted({round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}):
+        case = {"loss": loss, "loss_title": LOSSES[loss], "init": init, "step": step}
+        yield from base.rows(case, lambda step=step: course().look(step), kernels)
+
+
+class Course:
+    """One network along its training."""
+
+    def __init__(self, settings: Settings, loss: str, init: int) -> None:
+        """Trace the network; nothing is trained yet."""
+        import torch
+
+        from ntkbench.networks import classifiers
+        from ntkbench.operators import torch as backend
+        from ntkbench.studies.base import descent, pntk
+
+        target = settings.target()
+        device = backend.device(target)
+        self._init = init
+        self._network = classifiers.seeded(lambda: classifiers.fc(settings.width, OUTPUTS), init).to(device)
+        self._x = pntk.held_out_digits()[0][: settings.images].to(device)
+        self._theta = pntk.Theta(self._network, self._x, target.memory)
+
+        def mse(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.mse_loss(outputs, torch.nn.functional.one_hot(labels, OUTPUTS).to(outputs))
+
+        self._descent = descent.Descent(
+            self._network,
+            mse if loss == "mse" else torch.nn.functional.cross_entropy,
+            rate=settings.rate,
+            batch=settings.batch,
+            decay=settings.decay if loss.endswith("decay") else 0.0,
+            seed=init,
+        )
+
+    def look(self, step: int) -> list[dict[str, Any]]:
+        """Columns for each kernel after so many steps, no fewer than before.
+
+        Raises:
+            DidNotTrain: training diverged.
+        """
+        from ntkbench.studies.base import pntk
+
+        self._descent.to(step)
+        full = self._theta(self._network)
+        features, _ = pntk.features_and_outputs(self._network, self._x)
+        kernels = pntk.standing_in(full, features, seed=self._init)
+        last, pull = kernels["last_layer"], kernels["sum_of_logits"]
+        columns = {
+            "sum_direction": pntk.sum_direction(self._network),
+            "pntk_to_last_layer": float((pull - last).norm() / pull.norm()),
+        }
+        return [
+            {**columns, "kernel": name, "title": title, "difference": pntk.difference(full, kernels[name])}
+            for name, title in pntk.KERNELS.items()
+        ]

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from ntkbench.studies.base.descent import Descent
     from ntkbench.studies.base.pntk import Theta
 
+TIMED = False
 OUTPUTS = 10
+FULL = {"full": "NTK"}
+"""Name and title of the whole NTK among the kernels."""
 DEEP = ("resnet18", "wide_resnet")
 """Families of networks whose kernels and steps take longest."""
 
@@ -84,32 +87,29 @@ class Settings(base.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each family, width, initialisation, step and kernel."""
-    return pd.DataFrame(
-        [
-            row
-            for family, widths in settings.widths.items()
-            for width in widths
-            for row in _rows(settings.of(family), family, width)
-        ]
+    return base.table(
+        row
+        for family, widths in settings.widths.items()
+        for width in widths
+        for row in _rows(settings.of(family), family, width)
     )
 
 
-def _rows(settings: Settings, family: str, width: int) -> Iterator[dict[str, Any]]:
+def _rows(settings: Settings, family: str, width: int) -> Iterator[base.Row]:
     from ntkbench.studies.base import pntk
 
-    kernels = {"full": "NTK"} | pntk.KERNELS
     architecture = Architecture(settings, family, width)
+    kernels = [{"kernel": name, "title": title} for name, title in (FULL | pntk.KERNELS).items()]
     for init in range(settings.inits):
         course = Course(architecture, init)
         for step in settings.steps if init < settings.trained else [0]:
 
-            def measured(course: Course = course, step: int = step) -> dict[str, Any]:
-                return {"kernels": course.look(step)}
+            def measured(course: Course = course, step: int = step) -> list[dict[str, Any]]:
+                found = course.look(step)
+                return [{**kernel, **found[kernel["kernel"]]} for kernel in kernels]
 
-            outcome = base.row({"family": family, "width": width, "init": init, "step": step}, measured)
-            found = outcome.pop("kernels", {})
-            for name, title in kernels.items():
-                yield {**outcome, "kernel": name, "title": title, **found.get(name, {})}
+            case = {"family": family, "width": width, "init": init, "step": step}
+            yield from base.rows(case, measured, kernels)
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,12 @@ class Course:
     """One network from its initialisation on."""
 
     def __init__(self, architecture: Architecture, init: int) -> None:
+        """Nothing is made yet."""
         self._architecture, self._init = architecture, init
-        self._network = architecture.network(init)
+
+    @functools.cached_property
+    def _network(self) -> nn.Module:
+        return self._architecture.network(self._init)
 
     def look(self, step: int) -> dict[str, dict[str, Any]]:
         """Columns for each kernel after so many steps, no fewer than before, the whole NTK (``full``) among them.

@@ -6,14 +6,17 @@ programs, our kernel by layers by the shapes of its matrix products, up to a wid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
 from pydantic import Field, PositiveInt
 
+from ntkbench.errors import Unavailable
 from ntkbench.problems.base import Definition
 from ntkbench.studies import base
 
+TIMED = False
 HIDDEN = 9
 
 
@@ -33,31 +36,34 @@ class Settings(base.Settings):
 
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each width, O, N and implementation."""
-    from ntkbench.problems.novak import fc_relu
+    return base.table(
+        row for width in settings.widths for outputs in settings.outputs for row in _rows(settings, width, outputs)
+    )
+
+
+def _rows(settings: Settings, width: int, outputs: int) -> Iterator[base.Row]:
     from ntkbench.studies.base import programs
 
-    rows = []
-    for width in settings.widths:
-        for outputs in settings.outputs:
-            network = fc_relu(N=1, O=outputs, width=width, depth=HIDDEN)
-            sizes = {"O": outputs, "width": width, "P": sum(w.numel() for w in network.module.parameters())}
-            for samples in settings.samples:
-                for name, title in programs.TITLES.items():
-                    case = {"N": samples, **sizes, "method": name, "title": title}
-                    rows.append(_row(settings, case, network))
-    return pd.DataFrame(rows)
+    network = base.Once(lambda: _network(1, outputs, width))
+    for samples in settings.samples:
+        for name, title in programs.TITLES.items():
+            case = {"N": samples, "O": outputs, "width": width, "method": name, "title": title}
+            yield base.row(case, lambda case=case: _measure(settings, case, network))
 
 
-def _row(settings: Settings, case: dict[str, Any], network: Definition) -> dict[str, Any]:
+def _network(N: int, O: int, width: int) -> Definition:  # noqa: E741 - the field's symbol
+    from ntkbench.problems.novak import fc_relu
+
+    return fc_relu(N=N, O=O, width=width, depth=HIDDEN)
+
+
+def _measure(settings: Settings, case: dict[str, Any], network: Callable[[], Definition]) -> dict[str, float]:
     ours = case["method"] == "structured_derivatives"
     if ours and case["width"] > settings.largest_traced:
-        return base.left_out(case, f"is traced with its weights, up to largest_traced ({settings.largest_traced})")
-
-    def measure() -> dict[str, float]:
-        flops = _ours(case) if ours else _theirs(case, network)
-        return {"flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
-
-    return base.row(case, measure)
+        raise Unavailable(f"is traced with its weights, up to largest_traced ({settings.largest_traced})")
+    flops = _ours(case) if ours else _theirs(case, network())
+    parameters = sum(w.numel() for w in network().module.parameters())
+    return {"P": parameters, "flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
 
 
 def _theirs(case: dict[str, Any], network: Definition) -> float:
@@ -69,8 +75,7 @@ def _theirs(case: dict[str, Any], network: Definition) -> float:
 
 
 def _ours(case: dict[str, Any]) -> float:
-    from ntkbench.problems.novak import fc_relu
     from ntkbench.studies.base import programs
 
-    network = fc_relu(N=case["N"], O=case["O"], width=case["width"], depth=HIDDEN)
+    network = _network(case["N"], case["O"], case["width"])
     return programs.engine_flops(network.module, network.x)

@@ -2,25 +2,29 @@
 
 ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
 of 32x32. Operations are counted without running anything: neural-tangents' programs as they are lowered, our kernel by
-layers by its shapes. Seconds are measured of what stays under a stated number of operations and a stated memory.
+layers by its shapes. Seconds are measured of what stays within the limits; operations are estimated for this from those
+of a forward pass.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from ntkbench.networks.architecture import Architecture
 
+TIMED = True
 OURS = "structured_derivatives"
 
 
@@ -37,8 +41,6 @@ class Settings(base.Settings):
         side: pixels of an image's side; patches must tile it.
         wide_side: for WideResNets.
         samples: N.
-        case_gigaflop: what needs more than that is not timed, by the cost of a forward pass.
-        budget_mb: bytes that a timed program may take; at most memory_limit_mb makes sense.
     """
 
     depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50])
@@ -50,8 +52,6 @@ class Settings(base.Settings):
     side: PositiveInt = 224
     wide_side: PositiveInt = 32
     samples: PositiveInt = 1
-    case_gigaflop: PositiveFloat = 1e9
-    budget_mb: PositiveFloat = 16384
 
     @model_validator(mode="after")
     def _patches_tile(self) -> Settings:
@@ -75,13 +75,11 @@ def architectures(settings: Settings) -> list[Architecture]:
 
 def run(settings: Settings) -> pd.DataFrame:
     """Rows for each network, O and implementation: of its operations, and but for the Jacobian alone of its seconds."""
-    return pd.DataFrame(
-        [
-            row
-            for architecture in architectures(settings)
-            for outputs in settings.outputs
-            for row in Case(settings, architecture, outputs).rows()
-        ]
+    return base.table(
+        row
+        for architecture in architectures(settings)
+        for outputs in settings.outputs
+        for row in Case(settings, architecture, outputs).rows()
     )
 
 
@@ -89,44 +87,56 @@ class Case:
     """One network with its readout, in both backends."""
 
     def __init__(self, settings: Settings, architecture: Architecture, outputs: int) -> None:
-        import numpy as np
-        import torch
-
-        from ntkbench.networks.architecture import CHANNELS
-        from ntkbench.studies.base import programs
-
+        """Nothing is made yet."""
         self._settings, self._architecture, self._outputs = settings, architecture, outputs
-        shape = (CHANNELS, architecture.side, architecture.side)
-        with torch.device("meta"):
-            network = architecture.make(outputs).eval()
-            self._forward_flops = programs.torch_flops(lambda: network(torch.empty(1, *shape)))
-        self._shapes = {name: tuple(w.shape) for name, w in network.named_parameters()}
-        self._x = np.random.default_rng(0).standard_normal((settings.samples, *shape), dtype=np.float32)
-        self._lowered: dict[str, Any] = {}
+        self._lowered: dict[str, base.Once[Any]] = {}
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Iterator[base.Row]:
         """One row for each implementation and quantity."""
         from ntkbench.studies.base import programs
 
-        settings = self._settings
         architecture = self._architecture
         sizes = {"width": architecture.width, "side": architecture.side}
-        sizes |= {"N": settings.samples, "O": self._outputs, "P": sum(map(math.prod, self._shapes.values()))}
-        # A backward pass takes twice a forward pass.
-        needed = 3 * self._forward_flops * settings.samples * self._outputs
-        found = []
+        sizes |= {"N": self._settings.samples, "O": self._outputs}
         for name, title in programs.TITLES.items():
             case = {"network": architecture.title, **sizes, "method": name, "title": title}
-            found.append(base.row(case | {"quantity": "flops"}, lambda name=name: self._operations(name)))
-            if name == "jacobian":
-                continue
+            yield base.row(case | {"quantity": "flops"}, lambda name=name: self._columns(self._operations(name)))
+            if name != "jacobian":
+                yield base.row(case | {"quantity": "seconds"}, lambda name=name: self._columns(self._seconds(name)))
 
-            def timed(name: str = name) -> dict[str, Any]:
-                base.check_operations(needed, settings.case_gigaflop)
-                return self._seconds(name)
+    def _columns(self, found: dict[str, Any]) -> dict[str, Any]:
+        return {"P": sum(map(math.prod, self._shapes.values())), **found}
 
-            found.append(base.row(case | {"quantity": "seconds"}, timed))
-        return found
+    @functools.cached_property
+    def _meta(self) -> nn.Module:
+        """The network without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self._architecture.make(self._outputs).eval()
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(w.shape) for name, w in self._meta.named_parameters()}
+
+    @functools.cached_property
+    def _forward_flops(self) -> float:
+        """Operations of a forward pass of one image."""
+        import torch
+
+        from ntkbench.studies.base import programs
+
+        image = torch.empty(1, *self._x.shape[1:], device="meta")
+        return programs.torch_flops(lambda: self._meta(image))
+
+    @functools.cached_property
+    def _x(self) -> np.ndarray:
+        import numpy as np
+
+        from ntkbench.networks.architecture import CHANNELS
+
+        shape = (self._settings.samples, CHANNELS, self._architecture.side, self._architecture.side)
+        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
     def _operations(self, name: str) -> dict[str, float]:
         from ntkbench.studies.base import programs
@@ -138,20 +148,22 @@ class Case:
         from ntkbench.studies.base import programs
 
         settings = self._settings
+        # A backward pass takes twice the operations of a forward pass.
+        settings.limits.check_operations(3 * self._forward_flops * settings.samples * self._outputs)
         if name == OURS:
-            return programs.timed_engine(self._network, self._x, settings.target(), settings.timing_seconds)
+            return programs.timed_engine(self._network, self._x, settings.target(), settings.calls)
         weights = {key: w.detach().numpy() for key, w in self._network.named_parameters()}
-        target, seconds = settings.target("jax"), settings.timing_seconds
-        return programs.timed_program(self._program(name), weights, self._x, target, seconds, settings.budget_mb)
+        target = settings.target("jax")
+        return programs.timed_program(self._program(name), weights, self._x, target, settings.limits, settings.calls)
 
     def _program(self, name: str) -> Any:
         """neural-tangents' program for these shapes, lowered once."""
         from ntkbench.studies.base import programs
 
-        if name not in self._lowered:
-            made = programs.lowered(name, self._architecture.forward, self._shapes, self._x.shape)
-            self._lowered[name] = made
-        return self._lowered[name]
+        def lowered() -> Any:
+            return programs.lowered(name, self._architecture.forward, self._shapes, self._x.shape)
+
+        return self._lowered.setdefault(name, base.Once(lowered))()
 
     @functools.cached_property
     def _network(self) -> nn.Module:

@@ -7,8 +7,8 @@ seconds do not depend on weights.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pandas as pd
@@ -16,9 +16,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ntkbench import methods
 from ntkbench.data import tasks
-from ntkbench.measure import timing
+from ntkbench.errors import Unavailable
+from ntkbench.estimate import Estimate
+from ntkbench.measure import outcomes
+from ntkbench.measure.seeds import checked
+from ntkbench.measure.timing import timed
 from ntkbench.methods.base import Stochastic
-from ntkbench.operators import linearise
 from ntkbench.problem import Problem
 from ntkbench.problems import recurrent
 from ntkbench.studies import base
@@ -32,6 +35,7 @@ METRICS = {
 }
 """Methods, and what each is asked for."""
 PLUGINS = (*(f"ntkbench.methods.{name}" for name in METRICS), "ntkbench.problems.recurrent")
+TIMED = True
 SIZES = ("N", "T", "probes")
 
 
@@ -42,7 +46,7 @@ class Settings(base.Settings):
         task, kinds, H: what the networks are, and their units.
         N, T, probes: trials, steps and probes that are tried, each with the others in the middle.
         middle: of each of these, one of those that are tried.
-        patience_seconds: of an estimate, after which a method is not tried on larger sizes.
+        patience_seconds: a method whose estimate takes longer is not tried on larger sizes.
     """
 
     task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
@@ -67,24 +71,19 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each kind of network, size that is varied, its value, and method.
 
     The values of a size take turns, so that a machine that is slow for a while is no slope.
-
-    Raises:
-        BadInput: a task that so few steps are not enough for.
     """
-    sizes = sorted({(at["N"], at["T"]) for size in SIZES for at in _points(settings, size)})
-    # All problems first, so that what cannot be is refused before anything is timed.
-    problems = {(kind, *size): _problem(settings, kind, *size) for kind in settings.kinds for size in sizes}
-    j = linearise(problems[settings.kinds[0], *sizes[0]], "theta_0", settings.target())
-    float(j.ntk(j.basis(0, 1)).sum())  # a process's first products load libraries, and would count as slow
-    return pd.DataFrame(
-        [
-            row
-            for kind in settings.kinds
-            for varied in SIZES
-            for name in METRICS
-            if varied != "probes" or isinstance(methods.get(name), Stochastic)
-            for row in _line(settings, problems, kind, varied, name)
-        ]
+
+    @functools.cache
+    def problem(kind: str, N: int, T: int) -> base.Once[Problem]:
+        return base.Once(lambda: _problem(settings, kind, N, T))
+
+    return base.table(
+        row
+        for kind in settings.kinds
+        for varied in SIZES
+        for name in METRICS
+        if varied != "probes" or isinstance(methods.get(name), Stochastic)
+        for row in _line(settings, problem, kind, varied, name)
     )
 
 
@@ -102,31 +101,58 @@ def _problem(settings: Settings, kind: str, N: int, T: int) -> Problem:
 
 
 def _line(
-    settings: Settings, problems: Mapping[tuple[str, int, int], Problem], kind: str, varied: str, name: str
-) -> list[dict[str, Any]]:
+    settings: Settings, problem: Callable[[str, int, int], base.Once[Problem]], kind: str, varied: str, name: str
+) -> list[base.Row]:
     """One method over the values of one size."""
-    method, metric = methods.get(name), METRICS[name]
-    rows, calls, slow = [], [], ""
-
-    def began(at: dict[str, int]) -> dict[str, Any]:
-        problem = problems[kind, at["N"], at["T"]]
-        passes = method.cost(metric, at["probes"]) if isinstance(method, Stochastic) else None
-        prepared = method.prepare(problem, settings.target())
-        call = lambda: method.estimate(prepared, metric, passes)  # noqa: E731
-        start = time.perf_counter()
-        found = call()  # warms up
-        calls.append((at, call))
-        return {"passes": found.passes, "seconds": time.perf_counter() - start}
-
+    common = {"task": settings.task, "kind": kind, "H": settings.H, "varied": varied, "method": name}
+    rows: list[base.Row] = []
+    turns: list[base.Turn] = []
+    slow = ""
     for at in _points(settings, varied):
-        case = {"task": settings.task, "kind": kind, "H": settings.H, "varied": varied, **at}
-        case |= {"method": name, "title": method.title, "metric": metric}
-        # Seconds come from all rows in turn, so rows are of use together only.
-        rows.append(base.left_out(case, slow) if slow else base.row(case, lambda at=at: began(at), resumable=False))
-        if rows[-1].get("seconds", 0) > settings.patience_seconds:
-            slow = f"the size before took over patience_seconds ({settings.patience_seconds:g})"
-    times = timing.in_turn([call for _, call in calls], settings.timing_seconds * len(calls))
-    for (at, _), own in zip(calls, times, strict=True):
-        row = next(row for row in rows if row[varied] == at[varied])
-        row |= timing.quartiles("seconds", own)
+        point = Point(settings, problem(kind, at["N"], at["T"]), name, at["probes"])
+        case = {**common, **at, "title": base.title(name), "metric": METRICS[name]}
+        rows.append(base.left_out(case, slow) if slow else base.row(case, point.columns))
+        if rows[-1]["status"] == outcomes.OK:
+            turns.append(base.Turn(rows[-1], point.call, point.first))
+            if rows[-1]["seconds"] > settings.patience_seconds:
+                slow = f"the size before took over patience_seconds ({settings.patience_seconds:g})"
+    base.in_turn(common, turns, settings.calls)
     return rows
+
+
+class Point:
+    """One method at one size.
+
+    Attributes:
+        first: the first call, with its seconds.
+    """
+
+    def __init__(self, settings: Settings, problem: base.Once[Problem], name: str, probes: int) -> None:
+        """Nothing is made yet."""
+        self._settings, self._problem, self._name, self._probes = settings, problem, name, probes
+        self._prepared = base.Once(lambda: methods.get(name).prepare(problem(), settings.target()))
+        self.first = base.Once(lambda: timed(self.call, 0))
+
+    def call(self) -> Estimate:
+        """The timed region."""
+        method, metric = methods.get(self._name), METRICS[self._name]
+        passes = method.cost(metric, self._probes) if isinstance(method, Stochastic) else None
+        return method.estimate(self._prepared(), metric, passes)
+
+    def columns(self) -> dict[str, Any]:
+        """What the first call tells; its seconds until all sizes have taken turns."""
+        problem, target = self._problem(), self._settings.target()
+        method, metric = methods.get(self._name), METRICS[self._name]
+        if reason := method.unsupported_reason(problem, metric, target):
+            raise Unavailable(reason)
+        self._settings.limits.check_memory(method.bytes_needed(problem, metric, target))
+        self._prepared()
+        first = self.first()
+        seconds = first.first_seconds
+        if seconds > self._settings.patience_seconds:  # a process's first calls also load libraries
+            seconds = timed(self.call, 0).first_seconds
+        return {
+            "passes": checked(first.first).passes,
+            "first_call_seconds": first.first_seconds,
+            "seconds": seconds,
+        }

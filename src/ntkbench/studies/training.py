@@ -7,17 +7,15 @@ steps, so that ratios to the first step have standard errors from pairs; K is ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ntkbench.data import tasks
-from ntkbench.errors import DidNotTrain
 from ntkbench.estimators import paired
-from ntkbench.measure import outcomes
-from ntkbench.metrics import METRICS
 from ntkbench.problem import Problem, Weights, split
 from ntkbench.problems import recurrent
 from ntkbench.problems.base import training
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
     from ntkbench.operators.recurrent.state_kernel import StateKernel
 
+TIMED = False
 PLUGINS = ("ntkbench.problems.recurrent",)
 
 
@@ -66,46 +65,42 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each network, step, operator and quantity; one that says why for a network that does not train.
+    """One row for each network, step, operator and quantity; one with the reason for a network that does not train.
 
-    Raises:
-        BadInput: the sizes do not go together.
+    At which steps a network is looked at is only known when it has trained.
     """
-    s = settings
-    trained_on, seen = tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
-    # All networks first, so that what cannot be is refused before anything is trained.
-    starts = [
-        (
-            {"gain": gain, "rank": rank, "init": _name(gain, rank, s.H), "network": seed},
-            recurrent.network(s.kind, s.task, s.H, gain=gain, rank=rank, seed=seed),
+    sizes = {key: getattr(settings, key) for key in ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer")}
+    return base.table(
+        row
+        for gain in settings.gains
+        for rank in settings.ranks
+        for seed in range(settings.networks)
+        for row in base.rows(
+            {**sizes, "gain": gain, "rank": rank, "init": _name(gain, rank, settings.H), "network": seed},
+            functools.partial(_measure, settings, gain, rank, seed),
         )
-        for gain in s.gains
-        for rank in s.ranks
-        for seed in range(s.networks)
-    ]
-    sizes = {key: getattr(s, key) for key in ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer")}
-    parts = [recurrent.part(module, s.read, s.parameters) for _, module in starts]
-    rows = []
-    for (case, module), part in zip(starts, parts, strict=True):
-        course = recurrent.course(
-            module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
-        )
-        try:
-            kept = list(training.checkpoints(module, course))
-        except DidNotTrain as error:
-            rows.append({**sizes, **case, **outcomes.of_exception(error).columns()})
-            continue
-        rows += ({**sizes, **case, "status": "ok", "reason": "", **row} for row in _along(s, part, seen, kept))
-    return pd.DataFrame(rows)
+    )
 
 
 def _name(gain: float, rank: int, hidden: int) -> str:
     return f"gain {gain:g}, " + ("full rank" if rank == hidden else f"rank {rank}")
 
 
+def _measure(settings: Settings, gain: float, rank: int, seed: int) -> list[dict[str, Any]]:
+    """Train one network, and the columns of all its steps, operators and quantities."""
+    s = settings
+    trained_on, seen = tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
+    module = recurrent.network(s.kind, s.task, s.H, gain=gain, rank=rank, seed=seed)
+    part = recurrent.part(module, s.read, s.parameters)
+    course = recurrent.course(
+        module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
+    )
+    return list(_along(s, part, seen, list(training.checkpoints(module, course))))
+
+
 def _along(
     settings: Settings, part: nn.Module, seen: tasks.Trials, kept: list[tuple[int, float, Weights]]
-) -> Iterator[Mapping[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     from ntkbench.operators.recurrent.state_kernel import StateKernel
 
     first: StateKernel | None = None

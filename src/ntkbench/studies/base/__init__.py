@@ -1,18 +1,29 @@
-"""What studies share: settings, and rows that say how their measurement ended."""
+"""What studies share: settings, rows that say how their measurement ended, and set-ups that rows have in common."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from ntkbench.errors import Unavailable
+from ntkbench import methods
+from ntkbench.errors import NtkbenchError
 from ntkbench.measure import journal as journals
 from ntkbench.measure import outcomes, timing
 from ntkbench.measure.limits import Limits
 from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+T = TypeVar("T")
+Row = dict[str, Any]
+COUNTS = ("seeds", "calls")
+"""Columns of every row: seeds behind its numbers, and timed calls behind its seconds."""
 
 
 class Settings(BaseModel):
@@ -41,42 +52,151 @@ class Settings(BaseModel):
         return Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
 
 
-def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]], *, resumable: bool = True) -> dict[str, Any]:
+def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Row:
     """A row of a study: what was to be measured, how that ended, and what was found.
 
+    A row that is ok counts one seed and no timed call, unless ``measure`` says otherwise.
+
     Args:
-        case: columns that say what is measured.
-        measure: gives the other columns; an exception becomes status and reason.
-        resumable: whether the row is complete with that, so that a study that is stopped need not measure it again.
+        case: columns that say what is measured. They are known without computing anything.
+        measure: returns the other columns. An exception becomes status and reason.
     """
-    said = ", ".join(str(value) for value in case.values())
-    journal = journals.CURRENT.get() if resumable else None
-    if journal:
-        if before := journal.before(case):
+    said = outcomes.one_line(", ".join(map(str, case.values())))
+    kept = journals.CURRENT.get()
+    key = kept.key(case) if kept else ""
+    if kept:
+        if before := kept.before(key):
             print(f"{said}: {before['status']}, from before", flush=True)
             return before
-        journal.begin(case)
+        kept.begin(key)
     start = time.perf_counter()
     try:
-        made = {**case, "status": "ok", "reason": "", **measure()}
-    except Exception as error:  # whatever it is, the other rows stand
+        made = {**case, **outcomes.Outcome(outcomes.OK).columns(), "seeds": 1, "calls": 0, **measure()}
+    except (Exception, SystemExit) as error:  # whatever it is, the other rows stand
         made = {**case, **outcomes.of_exception(error).columns()}
-    if journal:
-        journal.finish(case, made)
-    print(f"{said}: {made['status']} after {time.perf_counter() - start:.2g} s {made['reason']}", flush=True)
+    seconds = time.perf_counter() - start
+    if kept:
+        kept.finish(key, made, seconds)
+    print(f"{said}: {made['status']} after {seconds:.2g} s {made['reason']}", flush=True)
     return made
 
 
-def check_operations(flop: float, case_gigaflop: float) -> None:
-    """That a case needs no more floating-point operations than its settings allow.
+def rows(
+    case: Mapping[str, Any],
+    measure: Callable[[], Sequence[Mapping[str, Any]]],
+    parts: Sequence[Mapping[str, Any]] = ({},),
+) -> list[Row]:
+    """Rows that come from one measurement.
 
-    Raises:
-        Unavailable: it needs more; its row is skipped and says so.
+    Args:
+        case: as in :func:`row`.
+        measure: returns the other columns of each row.
+        parts: the rows' own columns if the measurement fails; each of these rows has its reason.
     """
-    if flop > 1e9 * case_gigaflop:
-        raise Unavailable(f"about {flop / 1e9:.3g} GFLOP, over case_gigaflop ({case_gigaflop:g})")
+    made = row(case, lambda: {"rows": measure()})
+    return [{**made, **own} for own in made.pop("rows", parts)]
 
 
-def left_out(case: Mapping[str, Any], reason: str) -> dict[str, Any]:
+def left_out(case: Mapping[str, Any], reason: str) -> Row:
     """A row of what is not measured."""
-    return {**case, "status": "skipped", "reason": reason}
+    return {**case, **outcomes.Outcome(outcomes.SKIPPED, reason).columns()}
+
+
+def table(made: Iterable[Row]) -> pd.DataFrame:
+    """Rows as a study's table, with the columns that every table has."""
+    import pandas as pd
+
+    found = pd.DataFrame(list(made))
+    counts = {name: found.get(name, pd.Series(index=found.index, dtype=float)).astype("Int64") for name in COUNTS}
+    return found.assign(**counts)
+
+
+class Turn(NamedTuple):
+    """A call that is timed in turn with others.
+
+    Attributes:
+        row: gets the columns ``seconds``, with quartiles, and ``calls``.
+        call: ends with a number on the host.
+        warm: makes the first call, which is not timed, unless this process has made it.
+    """
+
+    row: Row
+    call: Callable[[], Any]
+    warm: Callable[[], Any]
+
+
+def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list[list[float]]:
+    """Time calls in turn, so that what slows the machine for a while slows all of them.
+
+    A call that fails gives its row status and reason, and the others go on without it.
+
+    Args:
+        case: columns that tell these turns from the study's others.
+        turns: the calls.
+        rounds: how often each is called.
+
+    Returns:
+        Seconds of each call; none where it failed.
+    """
+    failed: dict[int, dict[str, str]] = {}
+
+    def guarded(number: int, call: Callable[[], Any]) -> None:
+        if number not in failed:
+            try:
+                call()
+            except (Exception, SystemExit) as error:  # the others go on
+                failed[number] = outcomes.of_exception(error).columns()
+
+    def measure() -> dict[str, Any]:
+        for i, turn in enumerate(turns):
+            guarded(i, turn.warm)
+        calls = [functools.partial(guarded, i, turn.call) for i, turn in enumerate(turns)]
+        times = timing.in_turn(calls, rounds)
+        return {"times": [failed.get(i) or own for i, own in enumerate(times)]}
+
+    if not turns:
+        return []
+    made = row({**case, "turns": len(turns)}, measure)
+    ended = {key: made[key] for key in ("status", "reason")}
+    found = made["times"] if made["status"] == outcomes.OK else [ended] * len(turns)
+    for turn, own in zip(turns, found, strict=True):
+        turn.row.pop("seconds", None)
+        turn.row.update(own if isinstance(own, dict) else {**timing.quartiles("seconds", own), "calls": len(own)})
+    return [[] if isinstance(own, dict) else own for own in found]
+
+
+class Once(Generic[T]):
+    """What several rows need, made at the first call; if that fails, every call fails with the same exception.
+
+    So a set-up that fails is not tried again for each row, and each of these rows has its reason.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        """``make`` is called at most once."""
+        self._make: Callable[[], T] | None = make
+        self._made: T
+        self._error: Exception | None = None
+
+    def __call__(self) -> T:
+        if self._make:
+            make, self._make = self._make, None
+            try:
+                self._made = make()
+            except Exception as error:
+                self._error = error
+        if self._error:
+            raise self._error.with_traceback(None)
+        return self._made
+
+
+def sizes(problem: Problem) -> dict[str, int]:
+    """Columns N, O, P and n of a problem."""
+    return {size: getattr(problem, size) for size in ("N", "O", "P", "n")}
+
+
+def title(method: str) -> str:
+    """A method's title; its name if the method cannot be loaded."""
+    try:
+        return methods.get(method).title
+    except NtkbenchError:
+        return method

@@ -1,20 +1,20 @@
-"""What the studies of estimators share: reruns at a number of samples, and exact methods beside them."""
+"""What the studies of estimators share: errors and seconds at a number of samples, and exact methods beside them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from ntkbench import methods, operators, problems
+from ntkbench import methods, problems
 from ntkbench.errors import Unavailable
-from ntkbench.measure import timing
-from ntkbench.metrics import parameter_sets
+from ntkbench.measure.seeds import Reruns
+from ntkbench.measure.timing import Timed, timed
+from ntkbench.metrics import from_rows_of_theta, parameter_sets
+from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
 from ntkbench.studies import base
@@ -23,109 +23,135 @@ METHODS = ("direct", "structured_derivatives", "hutchpp", "hutchpp_paper", "one_
 METHODS += ("one_sided_paper_forward", "shared_probe_alignment")
 PROBLEMS = ("mlp", "gru", "classifiers")
 PLUGINS = (*(f"ntkbench.methods.{name}" for name in METHODS), *(f"ntkbench.problems.{name}" for name in PROBLEMS))
-FEWEST = 5
-"""Reruns at least, as the configuration's error_seconds has it."""
 ONE_BY_ONE = "direct_one_by_one"
 """The baseline as the paper's script runs it."""
+POWERS = {"norm": 2}
+"""Of the metrics whose power the paper's errors are of."""
 
 
 class Settings(base.Settings):
     """Of a study of estimators.
 
     Attributes:
-        rerun_seconds: after which no further rerun is begun (five at least).
-        direct_share: share of Theta's columns on which the baselines by columns are timed; the rest is extrapolated.
+        seeds: of an estimator. Each gives an estimate; all but the first are timed.
+        direct_share: share of Theta's columns on which the baselines by columns are timed, rounded up to whole blocks.
+            Seconds of all columns are extrapolated from them.
     """
 
-    rerun_seconds: PositiveFloat = 3600
+    seeds: int = Field(20, ge=2)
     direct_share: float = Field(1.0, gt=0, le=1)
 
 
-def load(names: Sequence[str]) -> Problem:
-    """The first of these problems whose data can be had.
+class Subject:
+    """The problem that rows are of, with its exact values; loaded when the first row is measured.
 
-    Raises:
-        Unavailable: none can.
+    Attributes:
+        label: of the problem, or of those of which the first is taken whose data can be had.
+        problem: loads it.
+        exact: its exact values by metric.
     """
-    for name in names[:-1]:
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        """Load nothing yet."""
+        self.label = " or ".join(labels)
+        self.problem = base.Once(lambda: _first_available(labels))
+        self.exact = base.Once(lambda: reference.exact(self.problem()))
+
+    def columns(self) -> dict[str, Any]:
+        """Label and sizes of the problem that was loaded."""
+        return {"problem": self.problem().name, **base.sizes(self.problem())}
+
+
+def _first_available(labels: Sequence[str]) -> Problem:
+    for label in labels[:-1]:
         try:
-            return problems.load(name)
+            return problems.load(label)
         except Unavailable:
             continue
-    return problems.load(names[-1])
+    return problems.load(labels[-1])
 
 
-def reruns(
-    settings: Settings, problem: Problem, metric: str, name: str, samples: Sequence[int], **columns: Any
-) -> Iterator[dict[str, Any]]:
-    """A row for each number of samples (at least one): seconds, estimates and errors over reruns with other seeds."""
-    method, target = methods.get(name), settings.target()
-    exact = reference.exact(problem)[metric]
-    prepared = method.prepare(problem, target)
-    case = case_of(problem, metric, name, method.title, **columns)
-    method.estimate(prepared, metric, method.cost(metric, min(samples)), seed=settings.seeds)  # warms up
-    for m in samples:
+def stochastic(
+    settings: Settings, subject: Subject, metric: str, name: str, samples: Sequence[int], **columns: Any
+) -> Iterator[base.Row]:
+    """A row for each number of samples: errors and seconds over seeds.
+
+    Args:
+        settings: of the study.
+        subject: what is estimated.
+        metric: of it.
+        name: of the stochastic method.
+        samples: nominal numbers of samples.
+        columns: further columns that say what the rows are of.
+    """
+    prepared = base.Once(lambda: methods.get(name).prepare(subject.problem(), settings.target()))
+
+    def measure(m: int) -> dict[str, Any]:
+        method = methods.get(name)
         passes = method.cost(metric, m)
+        found = Reruns(subject.exact()[metric], settings.dtype, POWERS.get(metric, 1)).run(
+            lambda seed: method.estimate(prepared(), metric, passes, seed), range(settings.seeds)
+        )
+        return {**subject.columns(), "passes": passes, **found.columns(), **found.timed.columns()}
 
-        def measure(m: int = m, passes: int = passes) -> dict[str, Any]:
-            times, found = [], []
-            while len(found) < settings.seeds:
-                if len(found) >= FEWEST and sum(times) > settings.rerun_seconds:
-                    break
-                start = time.perf_counter()
-                found.append(method.estimate(prepared, metric, passes, seed=len(found)))
-                times.append(time.perf_counter() - start)
-            values = np.array([estimate.value for estimate in found])
-            errors = np.abs(values - exact) / abs(exact)
-            if metric == "norm":  # the papers' is squared
-                errors = np.abs(values**2 - exact**2) / exact**2
-            spread = {**timing.quartiles("seconds", times), **timing.quartiles("value", values)}
-            spread |= timing.quartiles("error", errors)
-            return {"passes": found[0].passes, "seeds": len(found), "reference": exact, **spread}
-
-        yield base.row(case | {"m": m}, measure)
+    for m in samples:
+        yield base.row({**_case(subject, metric, name, base.title(name), columns), "m": m}, lambda m=m: measure(m))
 
 
-def baseline(settings: Settings, problem: Problem, metric: str, name: str, **columns: Any) -> dict[str, Any]:
-    """A row for an exact method; of those by columns of Theta the settings' share is timed."""
-    if name in ("direct", ONE_BY_ONE):
-        return _by_columns(settings, problem, metric, name, columns)
-    method = methods.get(name)
+def baseline(settings: Settings, subject: Subject, metric: str, name: str, **columns: Any) -> base.Row:
+    """A row for an exact method; ``share`` is the share of the work that was timed.
 
-    def measure() -> dict[str, Any]:
-        prepared = method.prepare(problem, settings.target())
-        exact = reference.exact(problem)[metric]
-        times, found = timing.timed(lambda: method.estimate(prepared, metric), settings.timing_seconds)
-        error = abs(found[0].value - exact) / abs(exact)
-        return {**timing.quartiles("seconds", times), **timing.quartiles("error", [error]), "share": 1.0}
+    Args:
+        settings: of the study.
+        subject: what is computed.
+        metric: of it.
+        name: of the method, or :data:`ONE_BY_ONE`.
+        columns: further columns that say what the row is of.
+    """
 
-    return base.row(case_of(problem, metric, name, method.title, **columns), measure)
+    def by_columns() -> dict[str, Any]:
+        found, share = _columns_of_theta(settings, subject.problem(), name == ONE_BY_ONE)
+        kernels = len(parameter_sets(metric))
+        notes = "twice the seconds of Theta alone: products with Theta_f take as long" if kernels == 2 else ""
+        return {**subject.columns(), **_times(found, kernels / share).columns(), "share": share, "notes": notes}
 
+    def whole() -> dict[str, Any]:
+        method = methods.get(name)
+        prepared = method.prepare(subject.problem(), settings.target())
+        found = timed(lambda: method.estimate(prepared, metric), settings.calls)
+        errors = Reruns(subject.exact()[metric], settings.dtype, POWERS.get(metric, 1)).run(lambda _: found.first, [0])
+        return {**subject.columns(), **errors.columns(), **found.columns(), "share": 1.0}
 
-def _by_columns(
-    settings: Settings, problem: Problem, metric: str, name: str, columns: dict[str, Any]
-) -> dict[str, Any]:
-    title = "direct" if name == "direct" else "direct, a column at a time"
-
-    def measure() -> dict[str, Any]:
-        jacobians = [operators.linearise(problem, end, settings.target()) for end in parameter_sets(metric)]
-        j = jacobians[0]
-        count = max(1, math.ceil(settings.direct_share * j.n))
-        size = 1 if name == ONE_BY_ONE else max(j.blocks(j.n))
-        stops = [*range(0, count, size), count]
-
-        def once() -> float:
-            return sum(
-                float((o.ntk(o.basis(a, b)) ** 2).sum()) for o in jacobians for a, b in itertools.pairwise(stops)
-            )
-
-        times, _ = timing.timed(once, settings.timing_seconds)
-        return {**timing.quartiles("seconds", np.array(times) * j.n / count), "share": count / j.n}
-
-    return base.row(case_of(problem, metric, name, title, **columns), measure)
+    titles = {"direct": "direct", ONE_BY_ONE: "direct, a column at a time"}
+    case = _case(subject, metric, name, titles.get(name) or base.title(name), columns)
+    return base.row(case, by_columns if name in titles else whole)
 
 
-def case_of(problem: Problem, metric: str, method: str, title: str, **columns: Any) -> dict[str, Any]:
-    """Columns that say what a row is of."""
-    sizes = {size: getattr(problem, size) for size in ("N", "O", "P", "n")}
-    return {"problem": problem.name, **sizes, "metric": metric, "method": method, "title": title, **columns}
+_MEASURED: dict[tuple[str, str, Target, bool, float, int], tuple[Timed, float]] = {}
+
+
+def _columns_of_theta(settings: Settings, problem: Problem, one_by_one: bool) -> tuple[Timed, float]:
+    """Seconds of products of Theta with basis vectors, and the share of all n that they are.
+
+    Measured once for a problem in this process: the metrics other than the alignment come from the same products.
+    """
+    key = (problem.name, problem.digest(), settings.target(), one_by_one, settings.direct_share, settings.calls)
+    if key not in _MEASURED:
+        (j,) = methods.get("direct").prepare(problem, settings.target()).jacobians("norm")
+        blocks = [1] * j.n if one_by_one else j.blocks(j.n)
+        stops = [*itertools.accumulate(blocks[: math.ceil(settings.direct_share * len(blocks))])]
+        spans = list(itertools.pairwise([0, *stops]))
+
+        def moments() -> float:
+            return from_rows_of_theta((range(*span), [j.ntk(j.basis(*span))]) for span in spans).square
+
+        _MEASURED[key] = timed(moments, settings.calls), stops[-1] / j.n
+    return _MEASURED[key]
+
+
+def _times(found: Timed, factor: float) -> Timed:
+    return Timed(factor * found.first_seconds, [factor * seconds for seconds in found.seconds], found.first)
+
+
+def _case(subject: Subject, metric: str, name: str, title: str, columns: dict[str, Any]) -> dict[str, Any]:
+    return {"problem": subject.label, "metric": metric, "method": name, "title": title, **columns}

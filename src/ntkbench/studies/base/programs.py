@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.measure import timing
+from ntkbench.measure.limits import Limits
 from ntkbench.operators import torch_network
 from ntkbench.operators.programs import compile_within, kernel_function, lower, needed_bytes
 from ntkbench.operators.programs import flops as flops
@@ -89,37 +90,34 @@ def engine(module: nn.Module, x: np.ndarray, target: Target) -> tuple[Any, list[
 
 
 def timed_program(
-    made: Any, weights: Mapping[str, np.ndarray], x: np.ndarray, target: Target, seconds: float, budget_mb: float
+    made: Any, weights: Mapping[str, np.ndarray], x: np.ndarray, target: Target, limits: Limits, calls: int
 ) -> dict[str, Any]:
-    """Columns ``seconds`` (with quartiles, without compiling) and ``memory_bytes`` of a lowered program.
+    """Columns of seconds (without compiling) and ``memory_bytes`` of a lowered program.
 
     Raises:
-        OverMemory: the compiled program would take more than the budget; it is not run.
+        OverMemory: the compiled program would take more memory than the limits allow; it is not run.
     """
     import jax
 
     from ntkbench.operators import jax as backend
 
-    compiled = compile_within(int(budget_mb * 2**20), made, "the program")
+    compiled = compile_within(limits.memory_bytes, made, "the program")
     weights, x = jax.device_put((weights, x), backend.device(target))
 
     def call() -> None:
         jax.block_until_ready(compiled(weights, x))
 
-    times, _ = timing.timed(call, seconds)
-    return {**timing.quartiles("seconds", times), "memory_bytes": float(needed_bytes(compiled))}
+    return {**timing.timed(call, calls).columns(), "memory_bytes": float(needed_bytes(compiled))}
 
 
-def timed_engine(module: nn.Module, x: np.ndarray, target: Target, seconds: float) -> dict[str, Any]:
-    """The same columns for our kernel by layers, traced before; memory is the peak over that before a call."""
+def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -> dict[str, Any]:
+    """The same columns for our kernel by layers; memory is the peak of a call, less what was held before it."""
     kernel, parameters, inputs = engine(module, x, target)
 
     def call() -> float:
         return float(kernel.kernel(parameters, inputs).sum())
 
-    call()  # traces, which takes more
-    peak = timing.peak_bytes(call)
-    times, _ = timing.timed(call, seconds)
+    columns = timing.timed(call, calls).columns()
+    peak = timing.peak_bytes(call)  # not of the first call: tracing takes more
     arguments = sum(w.numel() * w.element_size() for w in (*parameters, inputs))
-    spread = timing.quartiles("seconds", times)
-    return spread | {"memory_bytes": None if peak is None else peak + arguments}
+    return columns | {"memory_bytes": None if peak is None else peak + arguments}

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 
 from ntkbench import errors, operators, paths, studies
@@ -96,10 +95,8 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
 def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:
     """The table, with where the numbers come from in each row."""
     chosen = config.study(name)
-    table = pd.DataFrame(rows)
+    table = studies.base.table(rows)
     columns = {
-        "seeds": 0,
-        "calls": 0,
         "device": operators.device_name(chosen.target()),
         "dtype": chosen.dtype,
         "threads": chosen.threads,
@@ -107,7 +104,6 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
         **provenance().columns(),
     }
     table = table.assign(**{key: value for key, value in columns.items() if key not in table})
-    table = table.astype(dict.fromkeys(("seeds", "calls"), "Int64"))
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
 
 

@@ -1,0 +1,212 @@
+"""Two computations of one thing in turn: the ratio of their seconds, whenever the machine is slow.
+
+A ratio of seconds that were taken minutes apart says as much about the machine as about the methods. Here subject and
+rival take turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is measured in processes of
+their own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pandas as pd
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from ntkbench import methods, operators, problems, registry
+from ntkbench.errors import BadInput, NtkbenchError, Unavailable
+from ntkbench.measure import outcomes, timing, watchdog
+from ntkbench.measure.seeds import relative_error
+from ntkbench.studies import base
+from ntkbench.studies.base.computations import COMPUTATIONS
+
+TIMED = True
+PLUGINS = tuple(
+    f"ntkbench.{package}.{name}"
+    for package in ("methods", "problems")
+    for name in registry.names(f"ntkbench.{package}")
+)
+NEURAL_TANGENTS = ["nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products"]
+BARE = "bare matrix products"
+METRIC = "norm"
+"""What methods compute, so that they go through all of Theta."""
+
+
+class Comparison(BaseModel):
+    """A subject and its rivals on one problem.
+
+    Attributes:
+        problem: label of the problem.
+        rivals: methods, or keys of :data:`ntkbench.studies.base.computations.COMPUTATIONS`; :data:`BARE` stands for the
+            matrix products and convolutions in the subject, by themselves.
+        subject: a method or computation.
+        calls: of each, in place of the study's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    problem: str
+    rivals: list[str] = Field(default=NEURAL_TANGENTS, min_length=1)
+    subject: str = "structured_derivatives"
+    calls: PositiveInt | None = None
+
+    @field_validator("problem")
+    @classmethod
+    def _problem_exists(cls, label: str) -> str:
+        problems.check(label)
+        return label
+
+    @model_validator(mode="after")
+    def _computations_exist(self) -> Comparison:
+        kinds = [name in COMPUTATIONS for name in (self.subject, *self.rivals) if name != BARE]
+        if self.subject == BARE or len(set(kinds)) > 1:
+            raise BadInput("methods are compared with methods, and computations with computations")
+        if not kinds[0]:
+            for name in (self.subject, *self.rivals):
+                name == BARE or methods.get(name)
+        return self
+
+
+def _recurrent(problem: str) -> list[Comparison]:
+    alignment = "alignment by 50 probes"
+    return [
+        Comparison.model_construct(problem=problem, subject=subject, rivals=rivals)
+        for subject, rivals in {
+            "64 VJPs": [BARE, "64 VJPs by torch.func"],
+            "64 JVPs": [BARE, "64 JVPs by torch.func"],
+            alignment: [f"{alignment} by torch.func"],
+        }.items()
+    ]
+
+
+def _blocks(problem: str) -> list[Comparison]:
+    return [Comparison.model_construct(problem=problem, subject=s, rivals=[BARE]) for s in ("64 VJPs", "64 JVPs")]
+
+
+def _methods(problem: str, rivals: list[str] = NEURAL_TANGENTS, **more: Any) -> Comparison:
+    # Not validated while this file is imported: that would import all problems and methods.
+    return Comparison.model_construct(problem=problem, rivals=rivals, **more)
+
+
+COMPARISONS = [
+    _methods("fc_relu[N=16,width=256]", [*NEURAL_TANGENTS, "jacobian_contraction"]),
+    _methods("fc_relu[N=64,width=512]", [NEURAL_TANGENTS[0]]),
+    _methods("fc_relu[N=64,width=512]", ["jacobian_contraction"], calls=2),
+    # The other two take 80 and 350 times as long as neural-tangents' best here.
+    _methods("fc_relu[N=128,width=1024]", NEURAL_TANGENTS[:1]),
+    _methods("fc_relu[N=512,width=256,depth=2]", [BARE, NEURAL_TANGENTS[0]]),
+    _methods("conv_relu[N=64]", NEURAL_TANGENTS[:1], calls=5),
+    _methods("conv_relu[N=64]", NEURAL_TANGENTS[1:], calls=1),
+    _methods("resnet18[N=8]", NEURAL_TANGENTS[:1], calls=5),
+    _methods("resnet18[N=8]", NEURAL_TANGENTS[1:], calls=1),
+    _methods("digits_conv[N=8]", [NEURAL_TANGENTS[0], "jacobian_contraction"], calls=100),
+    _methods("digits_conv[N=64]", [NEURAL_TANGENTS[0], "jacobian_contraction"]),
+    _methods("mlp_hazelden[N=2]", [NEURAL_TANGENTS[0]], calls=100),
+    _methods("mlp_hazelden[N=2]", ["jacobian_contraction"]),
+    _methods("resnet18[N=64]", ["sum_of_logits"], subject="structured_sum_of_logits", calls=3),
+    *(c for problem in ("mlp_hazelden", "digits_mlp", "digits_conv[N=64]", "gru_hazelden") for c in _blocks(problem)),
+    *(c for kind in ("rnn", "gru") for c in _recurrent(f"{kind}_flipflop[H=128,N=100]")),
+]
+
+
+class Settings(base.Settings):
+    """What is compared.
+
+    Attributes:
+        comparisons: subjects and rivals.
+        calls: of subject and rival each, in turn.
+    """
+
+    calls: PositiveInt = 20
+    comparisons: list[Comparison] = Field(default=COMPARISONS, min_length=1)
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each subject and rival: seconds, the ratio with its quartiles, memory, and how values differ."""
+    return base.table(row for comparison in settings.comparisons for row in _rows(settings, comparison))
+
+
+def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
+    c = comparison
+    subject = base.Once(lambda: _call(settings, c.subject, c.problem))
+    first = base.Once(lambda: timing.timed(subject(), 0))
+    memory = base.Once(lambda: _peak_memory(settings, c.subject, c.problem))
+
+    def measure(rival: str) -> dict[str, Any]:
+        from ntkbench.studies.base.bare_products import bare_products
+
+        sizes = base.sizes(problems.load(c.problem))
+        value, call = first().first, subject()
+        rival_call = bare_products(call) if rival == BARE else _call(settings, rival, c.problem)
+        rival_first = timing.timed(rival_call, 0)
+        times, rival_times = timing.in_turn([call, rival_call], c.calls or settings.calls)
+        peaks = memory(), None if rival == BARE else _peak_memory(settings, rival, c.problem)
+        return {
+            **sizes,
+            **timing.quartiles("seconds", times),
+            **timing.quartiles("rival_seconds", rival_times),
+            **timing.quartiles("ratio", [a / b for a, b in zip(times, rival_times, strict=True)]),
+            "calls": len(times),
+            "first_call_seconds": first().first_seconds,
+            "rival_first_call_seconds": rival_first.first_seconds,
+            "memory_bytes": peaks[0],
+            "rival_memory_bytes": peaks[1],
+            "memory_ratio": peaks[0] / peaks[1] if all(peaks) else None,
+            "difference": None if rival == BARE else relative_error(value, rival_first.first),
+        }
+
+    for rival in c.rivals:
+        case = {"problem": c.problem, "metric": "" if c.subject in COMPUTATIONS else METRIC}
+        yield base.row({**case, "subject": c.subject, "rival": rival}, lambda rival=rival: measure(rival))
+
+
+def _call(settings: Settings, name: str, label: str) -> Callable[[], float]:
+    """The timed region of a method or computation: from device-ready inputs to a number on the host."""
+    problem = problems.load(label)
+    if name in COMPUTATIONS:
+        return COMPUTATIONS[name](problem, settings.target())
+    method = methods.get(name)
+    target = settings.target(method.backends[0])
+    if reason := method.unsupported_reason(problem, METRIC, target):
+        raise Unavailable(reason)
+    prepared = method.prepare(problem, target)
+    return lambda: float(method.estimate(prepared, METRIC))
+
+
+def _peak_memory(settings: Settings, name: str, label: str) -> int | None:
+    """Bytes by which one estimate raises the peak of a fresh process, after everything is prepared.
+
+    Raises:
+        NtkbenchError: it failed there, or went over the limits.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_send_peak_memory, args=(there, settings, name, label))
+    child.start()
+    there.close()
+    process, since, limits = psutil.Process(child.pid), time.monotonic(), settings.limits
+    with watchdog.Watch(lambda: [(process, since)], limits.time_s, limits.memory_bytes) as watch:
+        try:
+            found = here.recv()
+        except EOFError:  # it was killed
+            found = ()
+        child.join()
+    if not isinstance(found, tuple):
+        return found
+    _, reason = found or watch.verdict or outcomes.of_exit(child.exitcode or 0)
+    raise NtkbenchError(f"memory of {name}: {reason}")
+
+
+def _send_peak_memory(there: Connection, settings: Settings, name: str, label: str) -> None:
+    watchdog.end_with_parent()
+    try:
+        timing.use_threads(settings.threads)
+        peak = timing.peak_bytes(_call(settings, name, label))
+        backend = "torch" if name in COMPUTATIONS else methods.get(name).backends[0]
+        there.send(operators.device_memory(settings.target(backend)) or peak)
+    except Exception as error:
+        there.send(tuple(outcomes.of_exception(error)))
