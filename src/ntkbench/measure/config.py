@@ -22,7 +22,7 @@ from pydantic import (
 
 from ntkbench import methods, paths, studies
 from ntkbench.errors import BadInput, unknown
-from ntkbench.measure import yaml_reader
+from ntkbench.measure import outcomes, yaml_reader
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.schema import MethodName, MetricName, ProblemLabel, Strict
 from ntkbench.measure.settings import Settings
@@ -78,8 +78,17 @@ def _own_folder(profile: str) -> str:
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", profile):
         raise BadInput("allowed: up to 64 of a-z, 0-9, _ and -, a letter or a digit first")
     if profile in OCCUPIED or profile.endswith("_reference"):
-        raise BadInput(f"results/{profile} is not for profiles; any other name is, unless it ends in _reference")
+        raise BadInput(f"taken; allowed: names other than {', '.join(OCCUPIED)} that do not end in _reference")
     return profile
+
+
+def _known_study(name: str) -> str:
+    studies.fields(name)
+    return name
+
+
+Profile = Annotated[str, AfterValidator(_own_folder)]
+StudyName = Annotated[str, AfterValidator(_known_study)]
 
 
 class Config(Settings):
@@ -94,20 +103,12 @@ class Config(Settings):
         source: ``reference`` draws figures from the committed tables of the profile, and nothing is measured.
     """
 
-    profile: Annotated[str, AfterValidator(_own_folder)]
+    profile: Profile
     shards: int = Field(default=1, ge=1, le=1000)
     retry: Literal["none", "failed"] = "none"
     grid: list[Block]
-    studies: dict[str, dict[str, Any]] = Field(default={})
+    studies: dict[StudyName, dict[str, Any]] = Field(default={})
     source: Literal["measured", "reference"] = "measured"
-
-    @field_validator("studies")
-    @classmethod
-    def _studies_exist(cls, given: dict[str, Any]) -> dict[str, Any]:
-        for name in given:
-            if name not in studies.names():
-                raise unknown("study", name, studies.names())
-        return given
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> Self:
@@ -168,6 +169,8 @@ class Config(Settings):
                 config.study(name)
             except ValidationError as error:
                 wrong += _explained(error, ("studies", name), source, where)
+            except Exception as error:  # a study is a plug-in: its checks may fail in any way
+                wrong.append(_line(("studies", name), "", outcomes.of_exception(error).reason, source, where))
         if wrong:
             raise BadInput("\n".join(wrong))
         return config
@@ -246,13 +249,17 @@ def _places(value: Any, place: Place = ()) -> Iterable[Place]:
 
 def _explained(error: ValidationError, top: Place, source: str, where: Mapping[Place, str]) -> list[str]:
     """One line for each thing that is wrong."""
-    lines = []
+    lines: list[str] = []
     for one in error.errors(include_url=False):
         place = (*top, *(part for part in one["loc"] if part != "[key]"))
-        known = next((where[place[:size]] for size in range(len(place), 0, -1) if place[:size] in where), source)
-        parts = [known, _joined(place), _value(one), _message(one, place)]
-        lines.append(": ".join(_printable(part) for part in parts if part))
+        lines.append(_line(place, _value(one), _message(one, place), source, where))
     return lines
+
+
+def _line(place: Place, value: str, message: str, source: str, where: Mapping[Place, str]) -> str:
+    """One line, with the closest line of a file that is known."""
+    known = next((where[place[:size]] for size in range(len(place), 0, -1) if place[:size] in where), source)
+    return ": ".join(_printable(part) for part in (known, _joined(place), value, message) if part)
 
 
 def _joined(place: Place) -> str:

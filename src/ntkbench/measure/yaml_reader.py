@@ -85,6 +85,10 @@ def _text(file: Path) -> str:
         raise BadInput(f"{file}:{line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
 
 
+def _quoted(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is not None
+
+
 class _Reader:
     """Turns nodes into values and notes their lines."""
 
@@ -100,15 +104,21 @@ class _Reader:
             raise self._bad(node, f"nested too deeply; at most {MAX_DEPTH} levels are allowed")
         if self._values > MAX_VALUES:
             raise self._bad(node, f"more than {MAX_VALUES} values, where what an alias repeats counts again")
+        self._check_tag(node)
         if isinstance(node, yaml.MappingNode):
             return {key: self.value(below, (*place, key)) for key, below in self._items(node)}
         if isinstance(node, yaml.SequenceNode):
             return [self.value(below, (*place, i)) for i, below in enumerate(node.value)]
         return self._scalar(node)
 
+    def _check_tag(self, node: yaml.Node) -> None:
+        if node.tag != _RESOLVER.resolve(type(node), node.value, (not _quoted(node), _quoted(node))):
+            raise self._bad(node, f"the tag {node.tag!r} is not allowed")
+
     def _items(self, node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node]]:
         first: dict[str, int] = {}
         for key_node, below in node.value:
+            self._check_tag(key_node)
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
                 raise self._bad(key_node, f"the key {key_node.value!r:.80} is not text")
@@ -118,10 +128,7 @@ class _Reader:
             yield key, below
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
-        quoted = node.style is not None
-        if node.tag != _RESOLVER.resolve(yaml.ScalarNode, node.value, (not quoted, quoted)):
-            raise self._bad(node, f"the tag {node.tag!r} is not allowed")
-        if quoted:
+        if _quoted(node):
             return node.value
         try:
             return scalar(node.value)

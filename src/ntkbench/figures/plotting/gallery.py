@@ -38,7 +38,7 @@ def page(pictures: Sequence[Path], title: str) -> str:
         caption = picture.with_suffix(".txt")
         if not caption.exists():
             raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
-        first, *others = caption.read_text().splitlines()
+        first, *others = caption.read_text(encoding="utf-8").splitlines()
         name, _, text = first.partition(". ")
         with Image.open(picture) as image:
             width, height = image.size  # so that links arrive where they should while pictures load
