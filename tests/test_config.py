@@ -208,6 +208,19 @@ def test_other_profiles_are_not(name):
         ("novak_images", {"mixers": ["S/64"]}, ["mixers[0]: 'S/64'", "S/32"]),
         ("estimators_on_spectra", {"spectra": ["lineal"]}, ["spectra[0]", "did you mean 'linear'"]),
         ("estimators_on_spectra", {"n": 5}, ["n: 5", "20"]),
+        (
+            "side_by_side",
+            {"comparisons": [{"problem": "mlp_hee"}]},
+            ["comparisons[0].problem", "did you mean 'mlp_he'"],
+        ),
+        ("side_by_side", {"comparisons": [{"problem": "mlp_he", "rival": "x"}]}, ["comparisons[0].rival: unknown key"]),
+        ("side_by_side", {"comparisons": [{"problem": "mlp_he", "rivals": ["x"]}]}, ["unknown method 'x'"]),
+        ("time_to_error", {"goals": [{"problem": "mlp_he", "metric": "trase", "error": 0.1}]}, ["goals[0].metric"]),
+        (
+            "time_to_error",
+            {"goals": [{"problem": "mlp_he", "metric": "trace", "error": True}]},
+            ["goals[0].error: True"],
+        ),
     ],
 )
 def test_settings_of_a_study_are_refused_before_it_runs(study, given, said):

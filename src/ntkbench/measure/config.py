@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -274,7 +274,8 @@ def _value(error: Mapping[str, Any]) -> str:
 def _message(error: Mapping[str, Any], place: Place) -> str:
     match error["type"]:
         case "extra_forbidden":
-            return str(unknown("key", place[-1], _keys_beside(place)))
+            allowed = _keys_beside(place)
+            return str(unknown("key", place[-1], allowed)) if allowed else "unknown key"
         case "missing":
             return "missing, it must be given"
         case "literal_error":
@@ -286,16 +287,18 @@ def _message(error: Mapping[str, Any], place: Place) -> str:
     return error["msg"].removeprefix("Value error, ")
 
 
-def _keys_beside(place: Place) -> Iterable[str]:
-    """Keys that there are where an unknown one was found."""
+def _keys_beside(place: Place) -> Collection[str]:
+    """Keys that there are where an unknown one was found; none where that is not known."""
     match place:
         case (*_, "limits", _):
             return Limits.model_fields
         case ("grid", *_):
             return Block.model_fields
-        case ("studies", name, *_):
+        case ("studies", name, _):
             return studies.fields(name)
-    return Config.model_fields
+        case (_,):
+            return Config.model_fields
+    return ()
 
 
 def _printable(text: str) -> str:
