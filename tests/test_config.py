@@ -10,11 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntkbench import errors, paths, problems, studies
+from ntkbench import errors, paths, problems
 from ntkbench.errors import BadInput
 from ntkbench.measure import config as configuration
 from ntkbench.measure import yaml_reader
 from ntkbench.measure.config import Config
+from ntkbench.studies import training
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["hutchpp", "direct"], "metrics": ["trace"], "passes": [36, 72]}
 FILES = sorted((paths.ROOT / "config").glob("*.yaml"))
@@ -213,7 +214,11 @@ def test_other_profiles_are_not(name):
             {"comparisons": [{"problem": "mlp_hee"}]},
             ["comparisons[0].problem", "did you mean 'mlp_he'"],
         ),
-        ("side_by_side", {"comparisons": [{"problem": "mlp_he", "rival": "x"}]}, ["comparisons[0].rival: unknown key"]),
+        (
+            "side_by_side",
+            {"comparisons": [{"problem": "mlp_he", "rival": "x"}]},
+            ["did you mean 'rivals'"],
+        ),
         ("side_by_side", {"comparisons": [{"problem": "mlp_he", "rivals": ["x"]}]}, ["unknown method 'x'"]),
         ("time_to_error", {"goals": [{"problem": "mlp_he", "metric": "trase", "error": 0.1}]}, ["goals[0].metric"]),
         (
@@ -245,10 +250,10 @@ def test_cuda_without_a_gpu_is_refused_for_the_run_and_for_a_study(monkeypatch):
 
 
 def test_a_study_whose_own_check_fails_is_one_line(monkeypatch):
-    def settings(name, given):
+    def validate(given):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(studies, "settings", settings)
+    monkeypatch.setattr(training.Settings, "model_validate", validate)
     refused("studies.training", "RuntimeError: first line", studies={"training": {}})
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -20,10 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from ntkbench import methods, paths, studies
+from ntkbench import methods, paths, registry
 from ntkbench.errors import BadInput, unknown
 from ntkbench.measure import outcomes, yaml_reader
-from ntkbench.measure.limits import Limits
 from ntkbench.measure.schema import MethodName, MetricName, ProblemLabel, Strict
 from ntkbench.measure.settings import Settings
 from ntkbench.measure.yaml_reader import Place
@@ -82,8 +82,17 @@ def _own_folder(profile: str) -> str:
     return profile
 
 
+def _settings_of(study: str) -> type[Settings]:
+    """The model of a study's settings.
+
+    Raises:
+        BadInput: no such study.
+    """
+    return registry.load("ntkbench.studies", study, "study").Settings
+
+
 def _known_study(name: str) -> str:
-    studies.fields(name)
+    _settings_of(name)
     return name
 
 
@@ -203,7 +212,7 @@ class Config(Settings):
         common = {key: getattr(self, key) for key in Settings.model_fields}
         if isinstance(given := own.get("limits"), dict):
             own["limits"] = self.limits.model_dump() | given
-        return studies.settings(name, common | own)
+        return _settings_of(name).model_validate(common | own)
 
 
 def write(config: Config, file: Path) -> Path:
@@ -240,7 +249,7 @@ def _parsed(value: Any, place: Place = ()) -> Any:
     return value
 
 
-def _places(value: Any, place: Place = ()) -> Iterable[Place]:
+def _places(value: Any, place: Place = ()) -> Iterator[Place]:
     yield place
     below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in below:
@@ -274,8 +283,7 @@ def _value(error: Mapping[str, Any]) -> str:
 def _message(error: Mapping[str, Any], place: Place) -> str:
     match error["type"]:
         case "extra_forbidden":
-            allowed = _keys_beside(place)
-            return str(unknown("key", place[-1], allowed)) if allowed else "unknown key"
+            return str(unknown("key", place[-1], _keys_beside(place)))
         case "missing":
             return "missing, it must be given"
         case "literal_error":
@@ -288,17 +296,22 @@ def _message(error: Mapping[str, Any], place: Place) -> str:
 
 
 def _keys_beside(place: Place) -> Collection[str]:
-    """Keys that there are where an unknown one was found; none where that is not known."""
-    match place:
-        case (*_, "limits", _):
-            return Limits.model_fields
-        case ("grid", *_):
-            return Block.model_fields
-        case ("studies", name, _):
-            return studies.fields(name)
-        case (_,):
-            return Config.model_fields
-    return ()
+    """Keys of the model that an unknown key was found in."""
+    model: type[Strict] = Config
+    if place[0] == "studies":
+        model, place = _settings_of(str(place[1])), place[2:]
+    for part in place[:-1]:
+        if part in model.model_fields:
+            model = next(_models(model.model_fields[str(part)].annotation))
+    return model.model_fields
+
+
+def _models(annotation: Any) -> Iterator[type[Strict]]:
+    """Models in an annotation such as ``list[Block]``."""
+    if inspect.isclass(annotation) and issubclass(annotation, Strict):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def _printable(text: str) -> str:
