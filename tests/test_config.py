@@ -311,6 +311,7 @@ HEAD = "profile: x\nthreads: 1\n"
         ),
         (HEAD + "grid:\n- problems: [mlp_he]\n  metrics:\n  - trace\n  - trase\n", ":7: grid[0].metrics[1]: 'trase'"),
         (HEAD + "grid: []\nstudies:\n  training:\n    H: 3\n    T: x\n", ":7: studies.training.T: 'x'"),
+        (HEAD + "grid: []\nlimit:\n  time_s: 3\n", ":4: limit: unknown key"),
         (HEAD + "grid:\n- methods: all\n", ":4: grid[0].problems: missing"),
         ("threads: 1\ngrid: []\n", ": profile: missing"),
     ],

@@ -99,14 +99,14 @@ class _Reader:
 
     def value(self, node: yaml.Node, place: Place) -> Any:
         self._values += 1
-        self.lines[place] = node.start_mark.line + 1
+        self.lines.setdefault(place, node.start_mark.line + 1)
         if len(place) > MAX_DEPTH:
             raise self._bad(node, f"nested too deeply; at most {MAX_DEPTH} levels are allowed")
         if self._values > MAX_VALUES:
             raise self._bad(node, f"more than {MAX_VALUES} values, where what an alias repeats counts again")
         self._check_tag(node)
         if isinstance(node, yaml.MappingNode):
-            return {key: self.value(below, (*place, key)) for key, below in self._items(node)}
+            return {key: self.value(below, (*place, key)) for key, below in self._items(node, place)}
         if isinstance(node, yaml.SequenceNode):
             return [self.value(below, (*place, i)) for i, below in enumerate(node.value)]
         return self._scalar(node)
@@ -115,7 +115,7 @@ class _Reader:
         if node.tag != _RESOLVER.resolve(type(node), node.value, (not _quoted(node), _quoted(node))):
             raise self._bad(node, f"the tag {node.tag!r} is not allowed")
 
-    def _items(self, node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node]]:
+    def _items(self, node: yaml.MappingNode, place: Place) -> Iterator[tuple[str, yaml.Node]]:
         first: dict[str, int] = {}
         for key_node, below in node.value:
             self._check_tag(key_node)
@@ -124,7 +124,7 @@ class _Reader:
                 raise self._bad(key_node, f"the key {key_node.value!r:.80} is not text")
             if key in first:
                 raise self._bad(key_node, f"the key {key!r} is given twice, first in line {first[key]}")
-            first[key] = key_node.start_mark.line + 1
+            first[key] = self.lines[*place, key] = key_node.start_mark.line + 1
             yield key, below
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
