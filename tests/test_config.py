@@ -204,7 +204,7 @@ def test_other_profiles_are_not(name):
         ("mohamadi_quality", {"steps": [1, 2]}, ["steps: [1, 2]"]),
         ("mohamadi_quality", {"train": 1286}, ["train: 1286"]),
         ("mohamadi_drift", {"steps": 3, "looks": 5}, ["looks: 5"]),
-        ("novak_images", {"side": 100}, ["side: 100", "S/16"]),
+        ("novak_images", {"side": 100}, ["side 100", "S/16"]),
         ("novak_images", {"depths": [], "wide_factors": [], "transformers": [], "mixers": []}, ["are all empty"]),
         ("novak_images", {"mixers": ["S/64"]}, ["mixers[0]: 'S/64'", "S/32"]),
         ("estimators_on_spectra", {"spectra": ["lineal"]}, ["spectra[0]", "did you mean 'linear'"]),
