@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from ntkbench import figures, methods, studies
-from ntkbench.errors import BadInput
 from ntkbench.studies import recurrent_scaling
 
 TINY = {"kinds": ["rnn"], "H": 4, "N": [2, 3], "T": [2, 4, 8], "probes": [2, 4]}
@@ -65,7 +64,7 @@ def test_settings_that_cannot_be_are_refused(wrong, says):
 
 def test_too_few_steps_are_refused_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(recurrent_scaling, "_line", lambda *args: pytest.fail("timing was begun"))
-    with pytest.raises(BadInput, match=r"task flipflop takes .* T of at least 2"):
+    with pytest.raises(ValueError, match=r"task flipflop takes .* T of at least 2"):
         run(T=[1, 4, 8])
 
 

@@ -433,7 +433,7 @@ def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
     [
         ({"mohamadi_qualty": {}}, ["studies", "mohamadi_qualty", "did you mean 'mohamadi_quality'"]),
         ({"mohamadi_quality": {"inits": 0}}, ["studies.mohamadi_quality.inits", "0", "greater than 0"]),
-        ({"mohamadi_quality": {"width": 3}}, ["studies.mohamadi_quality.width", "no such key", "widths", "train"]),
+        ({"mohamadi_quality": {"width": 3}}, ["studies.mohamadi_quality.width", "unknown key", "widths", "train"]),
         ({"mohamadi_quality": {"steps": [2, 4]}}, ["studies.mohamadi_quality.steps", "begin with 0"]),
         ({"mohamadi_quality": {"steps": [0, 4, 4]}}, ["studies.mohamadi_quality.steps", "and grow"]),
         ({"mohamadi_quality": {"widths": {"mlp": [3]}}}, ["studies.mohamadi_quality.widths.mlp", "'fc'", "'conv'"]),

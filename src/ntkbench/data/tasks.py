@@ -112,16 +112,25 @@ def channels(task: str) -> tuple[int, int]:
     return one.inputs.shape[-1], one.targets.shape[-1]
 
 
-def trials(task: str, N: int, T: int, seed: int = 0) -> Trials:
-    """N trials of T steps, in float32.
+def check(task: str, T: int, N: int = 1) -> None:
+    """That a task has trials of T steps.
 
     Raises:
         BadInput: no such task, no trials, or too few steps for it.
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    one, shortest = TASKS[task]
-    if min(N - 1, T - shortest) < 0:
+    if (shortest := TASKS[task][1]) > T or N < 1:
         raise BadInput(f"task {task} takes N of at least 1 and T of at least {shortest}; got N={N}, T={T}")
+
+
+def trials(task: str, N: int, T: int, seed: int = 0) -> Trials:
+    """N trials of T steps, in float32.
+
+    Raises:
+        BadInput: no such task, no trials, or too few steps for it.
+    """
+    check(task, T, N)
+    one = TASKS[task][0]
     drawn = [one(np.random.default_rng([seed, i]), T) for i in range(N)]
     return Trials(*(np.stack(arrays).astype(np.float32) for arrays in zip(*drawn, strict=True)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import difflib
+import inspect
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    AfterValidator,
     Field,
     PositiveInt,
     ValidationError,
@@ -19,38 +21,40 @@ from pydantic import (
     model_validator,
 )
 
-from ntkbench import methods, paths, problems, studies
-from ntkbench.errors import BadInput, Unavailable
-from ntkbench.measure.limits import Limits
+from ntkbench import methods, paths, registry
+from ntkbench.errors import BadInput, unknown
+from ntkbench.measure import outcomes, yaml_reader
+from ntkbench.measure.schema import MethodName, MetricName, ProblemLabel, Strict
+from ntkbench.measure.settings import Settings
+from ntkbench.measure.yaml_reader import Place
 from ntkbench.metrics import METRICS
-from ntkbench.metrics import check as check_metric
-from ntkbench.options import Target
+
+COMMAND_LINE = "--config"
+"""Stands in messages where a file and a line would, for a value from the command line."""
+OCCUPIED = ("reference", "cache", "asv", "asv-html")
+"""Folders below ``results`` that belong to no profile."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Block(_Strict):
+class Block(Strict):
     """A rectangle of the grid: every problem x method x metric (x budget, where a method takes one).
 
-    ``backends: plain`` runs each method on the first of its backends, ``all`` on each.
+    Attributes:
+        problems: labels.
+        methods: names, or ``all``.
+        metrics: names, or ``all``.
+        passes: budgets of the methods that take one.
+        seeds: in place of the configuration's.
+        calls: in place of the configuration's.
+        backends: ``plain`` runs each method on the first of its backends, ``all`` on each.
     """
 
-    problems: list[str] = Field(min_length=1)
-    methods: list[str] = Field(default_factory=methods.names, min_length=1)
-    metrics: list[str] = Field(default=list(METRICS), min_length=1)
-    passes: list[PositiveInt] = Field(default=[], description="budgets of the methods that take one")
-    seeds: PositiveInt | None = Field(default=None, description="in place of the configuration's")
-    calls: PositiveInt | None = Field(default=None, description="in place of the configuration's")
+    problems: list[ProblemLabel] = Field(min_length=1)
+    methods: list[MethodName] = Field(default_factory=methods.names, min_length=1)
+    metrics: list[MetricName] = Field(default=list(METRICS), min_length=1)
+    passes: list[PositiveInt] = Field(default=[])
+    seeds: PositiveInt | None = None
+    calls: PositiveInt | None = None
     backends: Literal["plain", "all"] = "plain"
-
-    @field_validator("problems")
-    @classmethod
-    def _problems_exist(cls, labels: list[str]) -> list[str]:
-        for label in labels:
-            problems.check(label)
-        return labels
 
     @field_validator("methods", "metrics", mode="before")
     @classmethod
@@ -59,35 +63,60 @@ class Block(_Strict):
             return methods.names() if field.field_name == "methods" else list(METRICS)
         return names
 
-    @field_validator("methods", "metrics")
-    @classmethod
-    def _names_exist(cls, names: list[str], field: ValidationInfo) -> list[str]:
-        for name in names:
-            methods.get(name) if field.field_name == "methods" else check_metric(name)
-        return names
-
     @model_validator(mode="after")
-    def _budgets_for_those_that_take_one(self) -> Self:
-        takers = [name for name in self.methods if methods.get(name).takes_passes]
+    def _has_cells(self) -> Self:
+        chosen = [methods.get(name) for name in self.methods]
+        takers = [method.name for method in chosen if method.takes_passes]
         if takers and not self.passes:
-            raise BadInput(f"passes is empty, but {', '.join(takers)} need a list of positive budgets")
+            raise BadInput(f"passes: empty, but {', '.join(takers)} need a list of positive budgets")
+        if not any(metric in method.metrics for method in chosen for metric in self.metrics):
+            raise BadInput(f"no method of this block gives {' or '.join(self.metrics)}, so that it has no cells")
         return self
 
 
-class Config(_Strict):
-    """A whole configuration file; see ``config/default.yaml`` for what each key means."""
+def _own_folder(profile: str) -> str:
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", profile):
+        raise BadInput("allowed: up to 64 of a-z, 0-9, _ and -, a letter or a digit first")
+    if profile in OCCUPIED or profile.endswith("_reference"):
+        raise BadInput(f"taken; allowed: names other than {', '.join(OCCUPIED)} that do not end in _reference")
+    return profile
 
-    profile: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="results go to results/<profile>")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "float64"] = "float32"
-    threads: PositiveInt = 2
-    limits: Limits = Limits()
-    seeds: PositiveInt = Field(default=20, description="probes' seeds of a stochastic method, each an estimate")
-    calls: PositiveInt = Field(default=5, description="timed calls, after one that is not timed")
-    shards: PositiveInt = Field(default=1, description="runs of asv that the grid's cells are dealt out to")
-    retry: Literal["none", "failed"] = Field(default="none", description="measure again what failed in passing")
-    grid: list[Block] = Field(description="may be empty, where there are studies")
-    studies: dict[str, dict[str, Any]] = Field(default={}, description="sizes of each study, by its name")
+
+def _settings_of(study: str) -> type[Settings]:
+    """The model of a study's settings.
+
+    Raises:
+        BadInput: no such study.
+    """
+    return registry.load("ntkbench.studies", study, "study").Settings
+
+
+def _known_study(name: str) -> str:
+    _settings_of(name)
+    return name
+
+
+Profile = Annotated[str, AfterValidator(_own_folder)]
+StudyName = Annotated[str, AfterValidator(_known_study)]
+
+
+class Config(Settings):
+    """A whole configuration; ``config/default.yaml`` explains each key.
+
+    Attributes:
+        profile: results go to ``results/<profile>``.
+        shards: runs of asv that the grid's cells are dealt out to.
+        retry: ``failed`` measures again what failed for a reason that may pass.
+        grid: may be empty where there are studies.
+        studies: settings of each study, by its name; where it gives none, those of the configuration hold.
+        source: ``reference`` draws figures from the committed tables of the profile, and nothing is measured.
+    """
+
+    profile: Profile
+    shards: int = Field(default=1, ge=1, le=1000)
+    retry: Literal["none", "failed"] = "none"
+    grid: list[Block]
+    studies: dict[StudyName, dict[str, Any]] = Field(default={})
     source: Literal["measured", "reference"] = "measured"
 
     @model_validator(mode="after")
@@ -96,74 +125,64 @@ class Config(_Strict):
             raise BadInput("grid and studies are both empty: nothing would be measured")
         return self
 
-    @field_validator("threads")
     @classmethod
-    def _threads_exist(cls, threads: int) -> int:
-        if threads > len(os.sched_getaffinity(0)):
-            raise BadInput(f"this process may use {len(os.sched_getaffinity(0))} cores")
-        return threads
-
-    @field_validator("device")
-    @classmethod
-    def _device_exists(cls, device: str) -> str:
-        if device == "cuda":
-            from ntkbench.operators import torch as torch_backend
-
-            try:
-                torch_backend.device(Target(device="cuda"))
-            except Unavailable as error:
-                raise BadInput(str(error)) from None
-        return device
-
-    @field_validator("studies")
-    @classmethod
-    def _studies_exist(cls, given: dict[str, Any]) -> dict[str, Any]:
-        for name in given:
-            studies.plugins_of(name)
-        return given
+    def read(cls, file: Path) -> Self:
+        """The configuration in one file; see :meth:`of_files`."""
+        return cls.of_files([file])
 
     @classmethod
-    def check(cls, raw: Mapping[str, Any], file: str | Path) -> Self:
-        """Validate what was read from a file.
+    def of_files(cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> Self:
+        """The configuration in some files and on the command line.
+
+        Mappings are merged key by key, and all other values replaced, by those of later files and at last by
+        ``overrides``.
+
+        Args:
+            files: YAML files.
+            overrides: values from the command line, as Snakemake parses them.
 
         Raises:
-            BadInput: one line for each thing that is wrong, naming the file, the key, the value and what is allowed.
+            BadInput: one line for each thing that is wrong; it names file and line, key, value and what is allowed.
         """
+        raw: dict[str, Any] = {}
+        where: dict[Place, str] = {}
+        for file in files:
+            values, lines = yaml_reader.read(Path(file))
+            _merge(raw, values, where)
+            where |= {place: f"{file}:{line}" for place, line in lines.items()}
+        given = _parsed(overrides or {})
+        _merge(raw, given, where)
+        where |= dict.fromkeys(_places(given), COMMAND_LINE)
+        return cls.check(raw, ", ".join(map(str, files)), where)
+
+    @classmethod
+    def check(cls, raw: object, source: str, where: Mapping[Place, str] | None = None) -> Self:
+        """Validate what was read.
+
+        Args:
+            raw: keys and values.
+            source: where they come from, for messages.
+            where: where single values come from, by their places.
+
+        Raises:
+            BadInput: as :meth:`of_files`.
+        """
+        where = where or {}
+        wrong: list[str] = []
         try:
-            config = cls.model_validate(dict(raw))
+            config = cls.model_validate(raw)
         except ValidationError as error:
-            raise BadInput("\n".join(_explain(e, file) for e in error.errors())) from None
-        said = []
+            raise BadInput("\n".join(_explained(error, (), source, where))) from None
         for name in config.studies:
             try:
                 config.study(name)
             except ValidationError as error:
-                said += [_explain(e | {"loc": ("studies", name, *e["loc"])}, file) for e in error.errors()]
-        if said:
-            raise BadInput("\n".join(said))
+                wrong += _explained(error, ("studies", name), source, where)
+            except Exception as error:  # a study is a plug-in: its checks may fail in any way
+                wrong.append(_line(("studies", name), "", outcomes.of_exception(error).reason, source, where))
+        if wrong:
+            raise BadInput("\n".join(wrong))
         return config
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        """Read and validate a file.
-
-        Raises:
-            BadInput: the file is no YAML, or something in it is wrong; names the file and the place in it.
-        """
-        try:
-            raw = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            place = f" line {where.line + 1}, column {where.column + 1}:" if where else ""
-            what = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise BadInput(f"{file}:{place} malformed YAML: {what}") from None
-        if not isinstance(raw, dict):
-            raise BadInput(f"{file}: keys and values expected ({', '.join(cls.model_fields)}), got {raw!r}")
-        return cls.check(raw, file)
-
-    def target(self, backend: str) -> Target:
-        """Where this configuration runs a backend."""
-        return Target(backend, self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
 
     @property
     def folder(self) -> str:
@@ -187,31 +206,118 @@ class Config(_Strict):
             )
         return paths.REFERENCE / self.profile
 
-    def study(self, name: str) -> studies.base.Settings:
-        """The settings of a study: its own, and this configuration's where it says nothing."""
+    def study(self, name: str) -> Settings:
+        """The settings of a study: its own, and this configuration's where it gives none."""
         own = dict(self.studies[name])
-        common = {key: getattr(self, key) for key in studies.base.Settings.model_fields}
+        common = {key: getattr(self, key) for key in Settings.model_fields}
         if isinstance(given := own.get("limits"), dict):
             own["limits"] = self.limits.model_dump() | given
-        return studies.settings(name, common | own)
-
-
-def _explain(error: Mapping[str, Any], file: str | Path) -> str:
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-    if error["type"] == "extra_forbidden":
-        fields = Block.model_fields if "grid" in error["loc"] else Config.model_fields
-        if error["loc"][0] == "studies":
-            fields = studies.fields(error["loc"][1])
-        return f"{file}: {key}: no such key; allowed: {', '.join(fields)}"
-    if error["type"] == "missing":
-        return f"{file}: {key}: missing, it must be given"
-    given = "" if isinstance(error["input"], dict) else f" {error['input']!r}:"
-    return f"{file}: {key}:{given} {error['msg'].removeprefix('Value error, ')}"
+        return _settings_of(name).model_validate(common | own)
 
 
 def write(config: Config, file: Path) -> Path:
     """Write a configuration, defaults filled in, unless the file says just that already; the file."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    if not file.exists() or file.read_text() != text:
+    if not file.exists() or file.read_bytes() != text.encode("utf-8"):
         paths.write_atomically(file, text)
     return file
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any], where: dict[Place, str], top: Place = ()) -> None:
+    """Merge values into others, and forget where those come from that are replaced."""
+    for key, value in values.items():
+        place = (*top, key)
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, where, place)
+        else:
+            into[key] = value
+            for old in [known for known in where if known[: len(place)] == place]:
+                del where[old]
+
+
+def _parsed(value: Any, place: Place = ()) -> Any:
+    """Snakemake parses single values of the command line, and leaves those within lists and mappings as text."""
+    if isinstance(value, Mapping):
+        return {key: _parsed(below, (*place, key)) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_parsed(below, (*place, i)) for i, below in enumerate(value)]
+    if isinstance(value, str) and len(place) > 1:
+        try:
+            return yaml_reader.scalar(value)
+        except ValueError as error:
+            raise BadInput(f"{COMMAND_LINE}: {_joined(place)}: {error}") from None
+    return value
+
+
+def _places(value: Any, place: Place = ()) -> Iterator[Place]:
+    yield place
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in below:
+        yield from _places(inner, (*place, key))
+
+
+def _explained(error: ValidationError, top: Place, source: str, where: Mapping[Place, str]) -> list[str]:
+    """One line for each thing that is wrong."""
+    lines: list[str] = []
+    for one in error.errors(include_url=False):
+        place = (*top, *(part for part in one["loc"] if part != "[key]"))
+        lines.append(_line(place, _value(one), _message(one, place), source, where))
+    return lines
+
+
+def _line(place: Place, value: str, message: str, source: str, where: Mapping[Place, str]) -> str:
+    """One line, with the closest line of a file that is known."""
+    known = next((where[place[:size]] for size in range(len(place), 0, -1) if place[:size] in where), source)
+    return ": ".join(_printable(part) for part in (known, _joined(place), value, message) if part)
+
+
+def _joined(place: Place) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _value(error: Mapping[str, Any]) -> str:
+    shown = not isinstance(error["input"], Mapping | Strict) and error["type"] not in ("missing", "extra_forbidden")
+    return _REPR.repr(error["input"]) if shown else ""
+
+
+def _message(error: Mapping[str, Any], place: Place) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return str(unknown("key", place[-1], _keys_beside(place)))
+        case "missing":
+            return "missing, it must be given"
+        case "literal_error":
+            words = re.findall("'([^']*)'", error["ctx"]["expected"])
+            close = difflib.get_close_matches(str(error["input"])[:80], words, n=1)
+            return f"allowed: {error['ctx']['expected']}" + (f" (did you mean {close[0]!r}?)" if close else "")
+        case "model_type":
+            return "keys with values expected"
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _keys_beside(place: Place) -> Collection[str]:
+    """Keys of the model that an unknown key was found in."""
+    model: type[Strict] = Config
+    if place[0] == "studies":
+        model, place = _settings_of(str(place[1])), place[2:]
+    for part in place[:-1]:
+        if part in model.model_fields:
+            model = next(_models(model.model_fields[str(part)].annotation))
+    return model.model_fields
+
+
+def _models(annotation: Any) -> Iterator[type[Strict]]:
+    """Models in an annotation such as ``list[Block]``."""
+    if inspect.isclass(annotation) and issubclass(annotation, Strict):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlist = _REPR.maxdict = 8

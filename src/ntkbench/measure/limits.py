@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from ntkbench.errors import OverMemory, Unavailable
+from ntkbench.measure.schema import Strict
+
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+Mebibytes = Annotated[float, Field(ge=1e-6, le=1e12)]
+"""One byte at least, and few enough for a whole number of bytes."""
 
 
-class Limits(BaseModel):
+class Limits(Strict):
     """Limits of one measurement: an execution of a cell, or a row of a study.
 
     Attributes:
@@ -22,14 +28,12 @@ class Limits(BaseModel):
         gigaflop: floating-point operations, in 10^9, above which a case is skipped, where they are known beforehand.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    time_s: PositiveFloat = 60
-    problem_s: PositiveFloat = 3600
-    memory_mb: PositiveFloat = 6144
-    block_mb: PositiveFloat = 1024
+    time_s: Positive = 60
+    problem_s: Positive = 3600
+    memory_mb: Mebibytes = 6144
+    block_mb: Mebibytes = 1024
     passes: PositiveInt = 20_000
-    gigaflop: PositiveFloat = 1e9
+    gigaflop: Positive = 1e9
 
     @property
     def memory_bytes(self) -> int:

@@ -97,7 +97,7 @@ def settle_memory() -> int | None:
     with contextlib.suppress(AttributeError):  # the GNU library has it
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return None
     return int(psutil.Process().memory_info().rss)
@@ -109,6 +109,6 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
     call()
     if before is None:
         return None
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return max(0, 1024 * int(peak) - before)

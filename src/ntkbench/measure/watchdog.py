@@ -85,7 +85,7 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     for file in lists:
         with contextlib.suppress(OSError):
-            found += map(int, file.read_text().split())
+            found += map(int, file.read_text(encoding="utf-8").split())
     return found
 
 

@@ -16,7 +16,7 @@ from ntkbench.problem import Problem, split
 from ntkbench.problems import base
 from ntkbench.problems.base import Definition, problem
 
-__all__ = ["Definition", "Problem", "commit_weights", "describe", "load", "names", "problem", "source_file"]
+__all__ = ["Definition", "Problem", "check", "commit_weights", "describe", "load", "names", "problem", "source_file"]
 
 
 def names() -> list[str]:
@@ -37,14 +37,17 @@ def source_file(label: str) -> str:
     return inspect.getsourcefile(_definition(base.parse_label(label)[0]))
 
 
-def check(label: str) -> None:
-    """Refuse a label that names no problem or a size or choice it does not have, without building anything.
+def check(label: str) -> str:
+    """A label in its one spelling: no spaces, options in alphabetical order, none at its default. Builds nothing.
 
     Raises:
-        BadInput: says what was wrong and what is allowed.
+        BadInput: no such problem, size or choice; says what is allowed.
     """
     names()
-    _definition(base.parse_label(label)[0])
+    name, options = base.parse_label(label)
+    defaults = inspect.signature(_definition(name)).parameters
+    chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if value != defaults[key].default)
+    return f"{name}[{chosen}]" if chosen else name
 
 
 @functools.lru_cache(maxsize=4)
@@ -62,16 +65,14 @@ def load(label: str) -> Problem:
     """
     from ntkbench.problems.base import weights
 
-    check(label)
+    full_name = check(label)
     name, options = base.parse_label(label)
     definition = _definition(name)(**options)
-    defaults = inspect.signature(_definition(name)).parameters
-    chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if value != defaults[key].default)
     network = definition.part or definition.module
     ends = weights.initial_and_trained(name, definition)
     (theta_0, fixed_0), (theta_f, fixed_f) = (split(network, stored) for stored in ends)
     return Problem(
-        name=f"{name}[{chosen}]" if chosen else name,
+        name=full_name,
         module=network,
         x=definition.x,
         theta_0=theta_0,

@@ -6,8 +6,9 @@ The post has two recurrent networks of 128 units on 100 trials of 10 steps; here
 from __future__ import annotations
 
 import pandas as pd
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
+from ntkbench.measure.schema import ProblemLabel, check_probes
 from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
@@ -24,8 +25,13 @@ class Settings(estimates.Settings):
         samples: probes of shared-probe alignment; columns in the sketch of Hutch++, three products each.
     """
 
-    problem: str = "gru_hazelden"
+    problem: ProblemLabel = "gru_hazelden"
     samples: list[PositiveInt] = Field(default=[2, 5, 10, 20, 50, 100], min_length=1)
+
+    @field_validator("samples")
+    @classmethod
+    def _enough_for_all_methods(cls, samples: list[int]) -> list[int]:
+        return check_probes(samples, {name for names in METHODS.values() for name in names})
 
 
 def run(settings: Settings) -> pd.DataFrame:

@@ -6,8 +6,9 @@ On MNIST, or on scikit-learn's digits (64-256-256-10) where MNIST cannot be had.
 from __future__ import annotations
 
 import pandas as pd
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
+from ntkbench.measure.schema import ProblemLabel, check_probes
 from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
@@ -28,8 +29,13 @@ class Settings(estimates.Settings):
         samples: nominal numbers of samples, those of a sketch and a residual together.
     """
 
-    problems: list[str] = Field(default=["mnist_mlp", "digits_mlp"], min_length=1)
+    problems: list[ProblemLabel] = Field(default=["mnist_mlp", "digits_mlp"], min_length=1)
     samples: list[PositiveInt] = Field(default=[6, 12, 24, 48, 96, 192, 384], min_length=1)
+
+    @field_validator("samples")
+    @classmethod
+    def _enough_for_all_methods(cls, samples: list[int]) -> list[int]:
+        return check_probes(samples, {name for names in METRICS.values() for name in names})
 
 
 def run(settings: Settings) -> pd.DataFrame:

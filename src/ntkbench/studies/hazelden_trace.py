@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Literal
 
 import pandas as pd
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
+from ntkbench.measure.schema import ProblemLabel, check_probes
 from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
@@ -28,12 +29,19 @@ class Settings(estimates.Settings):
         small: small m, for both; the paper's are 6 * int(linspace(1, 50, 20)).
     """
 
-    problems: dict[Literal["mlp", "gru"], str] = Field(default={"mlp": "mlp_hazelden", "gru": "gru_hazelden"})
+    problems: dict[Literal["mlp", "gru"], ProblemLabel] = Field(
+        default={"mlp": "mlp_hazelden", "gru": "gru_hazelden"}, min_length=1
+    )
     mlp: list[PositiveInt] = Field(default=[60, 93, 145, 225, 351, 546, 850, 1322, 2057, 3200], min_length=1)
     gru: list[PositiveInt] = Field(
         default=[60, 87, 127, 186, 272, 398, 581, 848, 1238, 1808, 2640, 3855, 5629, 8219, 12000], min_length=1
     )
     small: list[PositiveInt] = Field(default=[6 * int(1 + 49 * i / 19) for i in range(20)], min_length=1)
+
+    @field_validator("mlp", "gru", "small")
+    @classmethod
+    def _enough_for_all_methods(cls, samples: list[int]) -> list[int]:
+        return check_probes(samples, METHODS)
 
 
 def run(settings: Settings) -> pd.DataFrame:

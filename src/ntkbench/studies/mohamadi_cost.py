@@ -7,7 +7,7 @@ estimated from those of a forward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field, PositiveInt
@@ -37,7 +37,7 @@ class Settings(base.Settings):
         samples: whose pairs share the cost; two by themselves are measured as well.
     """
 
-    depths: list[int] = Field(default=[18, 34, 50, 101, 152, 200], min_length=1)
+    depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50, 101, 152, 200], min_length=1)
     outputs: list[PositiveInt] = Field(default=[10, 100, 200], min_length=1)
     width: PositiveInt = 64
     side: PositiveInt = 64

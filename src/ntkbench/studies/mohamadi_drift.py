@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ntkbench.studies import base
 
@@ -43,6 +43,12 @@ class Settings(base.Settings):
     batch: int = Field(default=128, ge=2)
     inits: PositiveInt = 3
     images: int = Field(default=128, ge=2, le=512)
+
+    @model_validator(mode="after")
+    def _looks_differ(self) -> Settings:
+        if self.looks > self.steps + 1:
+            raise ValueError(f"looks: {self.looks} are more than {self.steps} steps have; at most steps + 1")
+        return self
 
 
 def run(settings: Settings) -> pd.DataFrame:

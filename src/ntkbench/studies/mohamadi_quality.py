@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -34,6 +34,9 @@ DEEP = ("resnet18", "wide_resnet")
 """Families of networks whose kernels and steps take longest."""
 
 
+Widths = Annotated[list[PositiveInt], Field(min_length=1)]
+
+
 class Settings(base.Settings):
     """Widths and sizes, and how networks are trained.
 
@@ -51,7 +54,7 @@ class Settings(base.Settings):
         deep_share: of these images and of the steps, what the residual networks get, rounded up.
     """
 
-    widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], list[PositiveInt]] = Field(
+    widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], Widths] = Field(
         default={
             "fc": [64, 128, 256, 512, 1024, 2048],
             "conv": [16, 32, 64, 128, 256],

@@ -54,6 +54,12 @@ class Settings(base.Settings):
     samples: PositiveInt = 1
 
     @model_validator(mode="after")
+    def _has_networks(self) -> Settings:
+        if not (self.depths or self.wide_factors or self.transformers or self.mixers):
+            raise ValueError("depths, wide_factors, transformers and mixers are all empty: nothing would be measured")
+        return self
+
+    @model_validator(mode="after")
     def _patches_tile(self) -> Settings:
         for name in (*self.transformers, *self.mixers):
             if self.side % (patch := int(name.partition("/")[2])):

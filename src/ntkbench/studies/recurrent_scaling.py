@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ntkbench import methods
 from ntkbench.data import tasks
 from ntkbench.errors import Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes
+from ntkbench.measure.schema import check_probes
 from ntkbench.measure.seeds import checked
 from ntkbench.measure.timing import timed
 from ntkbench.methods.base import Stochastic
@@ -57,6 +58,16 @@ class Settings(base.Settings):
     probes: list[PositiveInt] = Field(default=[12, 25, 50, 100], min_length=1)
     middle: dict[Literal["N", "T", "probes"], PositiveInt] = Field(default={"N": 100, "T": 10, "probes": 50})
     patience_seconds: PositiveFloat = 30
+
+    @field_validator("probes")
+    @classmethod
+    def _enough_for_all_methods(cls, probes: list[int]) -> list[int]:
+        return check_probes(probes, [name for name in METRICS if isinstance(methods.get(name), Stochastic)])
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> Settings:
+        tasks.check(self.task, min(self.T))
+        return self
 
     @model_validator(mode="after")
     def _middle_is_tried(self) -> Settings:

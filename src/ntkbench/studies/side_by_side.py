@@ -15,11 +15,12 @@ from typing import Any
 
 import pandas as pd
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from ntkbench import methods, operators, problems, registry
 from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 from ntkbench.measure import outcomes, timing, watchdog
+from ntkbench.measure.schema import ProblemLabel, Strict
 from ntkbench.measure.seeds import relative_error
 from ntkbench.studies import base
 from ntkbench.studies.base.computations import COMPUTATIONS
@@ -36,7 +37,7 @@ METRIC = "norm"
 """What methods compute, so that they go through all of Theta."""
 
 
-class Comparison(BaseModel):
+class Comparison(Strict):
     """A subject and its rivals on one problem.
 
     Attributes:
@@ -47,18 +48,10 @@ class Comparison(BaseModel):
         calls: of each, in place of the study's.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    problem: str
+    problem: ProblemLabel
     rivals: list[str] = Field(default=NEURAL_TANGENTS, min_length=1)
     subject: str = "structured_derivatives"
     calls: PositiveInt | None = None
-
-    @field_validator("problem")
-    @classmethod
-    def _problem_exists(cls, label: str) -> str:
-        problems.check(label)
-        return label
 
     @model_validator(mode="after")
     def _computations_exist(self) -> Comparison:

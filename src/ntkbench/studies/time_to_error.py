@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from ntkbench import methods, metrics, problems, registry
+from ntkbench import methods, problems, registry
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes, timing
+from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.measure.seeds import Reruns
 from ntkbench.methods.base import Stochastic
 from ntkbench.problem import Problem
@@ -51,7 +52,7 @@ NARROWER = 3
 """How many times narrower than the goal the interval of such an estimate is, to either side."""
 
 
-class Goal(BaseModel):
+class Goal(Strict):
     """A metric of a problem that is wanted to a relative error.
 
     Where the exact value cannot be had (a Gram matrix that does not fit in memory, or takes hours), errors are against
@@ -64,25 +65,11 @@ class Goal(BaseModel):
             take part; one that takes five times as long at its first calls with a budget is given up at once.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    problem: str
-    metric: str
+    problem: ProblemLabel
+    metric: MetricName
     error: PositiveFloat
     exact: bool = True
     patience_seconds: PositiveFloat = 0.3
-
-    @field_validator("problem")
-    @classmethod
-    def _problem_exists(cls, label: str) -> str:
-        problems.check(label)
-        return label
-
-    @field_validator("metric")
-    @classmethod
-    def _metric_exists(cls, metric: str) -> str:
-        metrics.check(metric)
-        return metric
 
 
 def _goal(problem: str, metric: str, error: float, **more: Any) -> Goal:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ntkbench.data import tasks
 from ntkbench.estimators import paired
+from ntkbench.metrics import METRICS
 from ntkbench.problem import Problem, Weights, split
 from ntkbench.problems import recurrent
 from ntkbench.problems.base import training
@@ -62,6 +63,15 @@ class Settings(base.Settings):
     probes: int = Field(default=100, ge=2)
     read: Literal["state", "outputs"] = "state"
     parameters: Literal["all", "recurrent", "inputs", "readout"] = "all"
+
+    @model_validator(mode="after")
+    def _sizes_go_together(self) -> Settings:
+        tasks.check(self.task, self.T)
+        if max(self.ranks) > self.H:
+            raise ValueError(f"ranks: {max(self.ranks)} is more than H ({self.H})")
+        if (self.read, self.parameters) == ("state", "readout"):
+            raise ValueError("parameters: 'readout' needs read: outputs, since no state depends on the readout")
+        return self
 
 
 def run(settings: Settings) -> pd.DataFrame:

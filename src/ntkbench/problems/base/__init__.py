@@ -69,7 +69,7 @@ def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
     Raises:
         BadInput: the label is malformed, or names a size or a choice that the problem does not have.
     """
-    match = re.fullmatch(r"(\w+)(?:\[([^\[\]]*)\])?", label.strip())
+    match = re.fullmatch(r"(\w+)(?:\[([^\[\]]*)\])?", label.strip(" "))
     if not match:
         raise BadInput(f"malformed problem {label!r}; allowed: a name, or a name with sizes such as 'digits_mlp[N=64]'")
     name, options = match[1], {}
@@ -77,20 +77,19 @@ def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
         return name, {}
     defaults = {key: p.default for key, p in inspect.signature(REGISTRY[name]).parameters.items()}
     choices = _choices(name)
-    for part in filter(None, (match[2] or "").split(",")):
-        key, _, value = (s.strip() for s in part.partition("="))
+    for part in [] if match[2] is None else match[2].split(","):
+        part = part.strip(" ")
+        key, _, value = (s.strip(" ") for s in part.partition("="))
         if key in options:
             raise BadInput(f"problem {label!r}: {key} is given twice")
         if key in choices:
             if value not in choices[key]:
-                raise BadInput(
-                    f"problem {label!r}: {part.strip()!r} is no choice of {name}; allowed: {_allowed(name, key)}"
-                )
+                raise BadInput(f"problem {label!r}: {part!r} is no choice of {name}; allowed: {_allowed(name, key)}")
             options[key] = value
             continue
-        if key not in defaults or not value.isdecimal() or int(value) < 1:
+        if key not in defaults or not re.fullmatch("0*[1-9][0-9]{0,8}", value):
             raise BadInput(
-                f"problem {label!r}: {part.strip()!r} is no size of {name}; allowed: "
+                f"problem {label!r}: {part!r} is no size of {name}; allowed: "
                 + ", ".join(_allowed(name, key) for key in defaults)
             )
         if int(value) > defaults[key] and name not in ANY_SIZE:

@@ -110,7 +110,7 @@ def _by_parameters(problem: Problem) -> Moments:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _json(record: dict[str, Any]) -> str:

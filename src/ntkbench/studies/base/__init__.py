@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
-
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from ntkbench import methods
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import journal as journals
 from ntkbench.measure import outcomes, timing
-from ntkbench.measure.limits import Limits
-from ntkbench.options import Target
+from ntkbench.measure.settings import Settings as Settings
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -24,32 +21,6 @@ T = TypeVar("T")
 Row = dict[str, Any]
 COUNTS = ("seeds", "calls")
 """Columns of every row: seeds behind its numbers, and timed calls behind its seconds."""
-
-
-class Settings(BaseModel):
-    """Where a study runs: keys that it takes over from the configuration unless it says otherwise itself.
-
-    Attributes:
-        device: auto, cpu or cuda.
-        dtype: precision of what is timed.
-        threads: of every backend.
-        limits: of one row.
-        seeds: seeds of a stochastic method, each an estimate.
-        calls: timed calls, after one that is not timed.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "float64"] = "float32"
-    threads: PositiveInt = 2
-    limits: Limits = Limits()
-    seeds: PositiveInt = 20
-    calls: PositiveInt = 5
-
-    def target(self, backend: str = "torch", dtype: str | None = None) -> Target:
-        """Where the study runs a backend."""
-        return Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
 
 
 def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Row:

@@ -1,0 +1,61 @@
+"""Building blocks of what a configuration may say: strict models, and names of problems, methods and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+
+from ntkbench import methods, problems
+from ntkbench.errors import BadInput
+from ntkbench.metrics import check as check_metric
+
+
+class Strict(BaseModel):
+    """A model that converts and drops nothing.
+
+    Refused are unknown keys, numbers as text, ``true`` for 1, infinity, NaN, and values that a list holds twice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        for one in value.values() if isinstance(value, dict) else [value]:
+            seen = set()
+            for item in one if isinstance(one, list) else ():
+                if isinstance(item, str | int | float):
+                    if item in seen:
+                        raise ValueError(f"{item!r} is given twice")
+                    seen.add(item)
+        return value
+
+
+def _known_method(name: str) -> str:
+    methods.get(name)
+    return name
+
+
+def _known_metric(name: str) -> str:
+    check_metric(name)
+    return name
+
+
+ProblemLabel = Annotated[str, AfterValidator(problems.check)]
+"""Label of a problem, brought to its one spelling."""
+MethodName = Annotated[str, AfterValidator(_known_method)]
+MetricName = Annotated[str, AfterValidator(_known_metric)]
+
+
+def check_probes(numbers: list[int], names: Iterable[str]) -> list[int]:
+    """Numbers of probes, if all of some stochastic methods take each of them.
+
+    Raises:
+        BadInput: one of them is too small.
+    """
+    for name in names:
+        if min(numbers) < (fewest := methods.get(name).fewest_probes):
+            raise BadInput(f"{min(numbers)} is too small: {name} takes at least {fewest}")
+    return numbers

@@ -1,0 +1,56 @@
+"""Where and how often something is measured: what a configuration says for all, and a study may say for itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from ntkbench.errors import BadInput, Unavailable
+from ntkbench.measure.limits import Limits
+from ntkbench.measure.schema import Strict
+from ntkbench.options import Target
+
+
+class Settings(Strict):
+    """Settings of a run; those of a study are the configuration's, where the study gives none.
+
+    Attributes:
+        device: auto, cpu or cuda.
+        dtype: precision of what is timed.
+        threads: of every backend; at most the cores that this process may use.
+        limits: of one measurement.
+        seeds: estimates of a stochastic method, each with another seed.
+        calls: timed calls, after a first one that is timed by itself.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: PositiveInt = Field(default=2, validate_default=True)
+    limits: Limits = Limits()
+    seeds: PositiveInt = 20
+    calls: PositiveInt = 5
+
+    @field_validator("threads")
+    @classmethod
+    def _threads_exist(cls, threads: int) -> int:
+        if threads > (cores := len(os.sched_getaffinity(0))):
+            raise BadInput(f"more threads than cores; allowed: 1 to {cores}")
+        return threads
+
+    @field_validator("device")
+    @classmethod
+    def _device_exists(cls, device: str) -> str:
+        if device == "cuda":
+            from ntkbench.operators import torch as torch_backend
+
+            try:
+                torch_backend.device(Target(device=device))
+            except Unavailable as error:
+                raise BadInput(str(error)) from None
+        return device
+
+    def target(self, backend: str = "torch", dtype: str | None = None) -> Target:
+        """Where these settings run a backend."""
+        return Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
