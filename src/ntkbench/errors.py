@@ -29,7 +29,15 @@ class Undefined(NtkbenchError, ArithmeticError):
 
 
 class DidNotTrain(NtkbenchError):
-    """A network that training did not bring to the loss that was asked for."""
+    """A network whose training failed: it did not reach the loss that was asked for, diverged or raised."""
+
+
+class NoExactValue(NtkbenchError):
+    """A problem whose exact metrics cannot be computed."""
+
+
+class Corrupt(NtkbenchError):
+    """A committed file that is not as it was written."""
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
@@ -38,6 +46,11 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+
+
+def on_one_line(error: BaseException) -> str:
+    """Type and message of any exception, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager

@@ -62,13 +62,13 @@ def looks(settings: Settings, loss: str, init: int) -> list[dict[str, Any]]:
     """Columns for each look and kernel of one training."""
     import torch
 
-    from ntkbench.networks import classifiers
+    from ntkbench.networks import classifiers, initialisation
     from ntkbench.operators import torch as backend
     from ntkbench.studies.base import descent, pntk
 
     target = settings.target()
     device = backend.device(target)
-    network = classifiers.seeded(lambda: classifiers.fc(settings.width, OUTPUTS), init).to(device)
+    network = initialisation.seeded(lambda: classifiers.network("fc", settings.width, OUTPUTS), init).to(device)
     x = pntk.held_out_digits()[0][: settings.images].to(device)
     theta = pntk.Theta(network, x, target.memory)
 

@@ -19,7 +19,6 @@ from ntkbench.estimators import paired
 from ntkbench.measure import outcomes
 from ntkbench.metrics import METRICS
 from ntkbench.problem import Problem, Weights, split
-from ntkbench.problems import recurrent
 from ntkbench.problems.base import training
 from ntkbench.studies import base
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkbench.operators.recurrent.state_kernel import StateKernel
-
-PLUGINS = ("ntkbench.problems.recurrent",)
 
 
 class Settings(base.Settings):
@@ -56,8 +53,8 @@ class Settings(base.Settings):
     gains: list[PositiveFloat] = Field(default=[0.5, 1.0], min_length=1)
     ranks: list[PositiveInt] = Field(default=[4, 64], min_length=1)
     networks: PositiveInt = 3
-    loss: PositiveFloat = recurrent.LOSS
-    steps: PositiveInt = recurrent.STEPS
+    loss: PositiveFloat = training.LOSS
+    steps: PositiveInt = training.STEPS
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: PositiveFloat = 0.05
     probes: int = Field(default=100, ge=2)
@@ -71,13 +68,15 @@ def run(settings: Settings) -> pd.DataFrame:
     Raises:
         BadInput: the sizes do not go together.
     """
+    from ntkbench.networks import recurrent
+
     s = settings
-    trained_on, seen = tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
+    trained_on, seen = tasks.trials(s.task, training.TRIALS, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
     # All networks first, so that what cannot be is refused before anything is trained.
     starts = [
         (
             {"gain": gain, "rank": rank, "init": _name(gain, rank, s.H), "network": seed},
-            recurrent.network(s.kind, s.task, s.H, gain=gain, rank=rank, seed=seed),
+            recurrent.initialised(s.kind, tasks.channels(s.task), s.H, gain=gain, rank=rank, seed=seed),
         )
         for gain in s.gains
         for rank in s.ranks
@@ -87,7 +86,7 @@ def run(settings: Settings) -> pd.DataFrame:
     parts = [recurrent.part(module, s.read, s.parameters) for _, module in starts]
     rows = []
     for (case, module), part in zip(starts, parts, strict=True):
-        course = recurrent.course(
+        course = training.course(
             module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
         )
         try:
