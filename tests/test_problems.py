@@ -165,6 +165,15 @@ def test_mnist_is_unavailable_where_it_cannot_be_fetched():
         problems.load("mnist_mlp")
 
 
+def test_why_mnist_is_unavailable_is_one_line(monkeypatch):
+    def refused(*_, **__):
+        raise ValueError("the page\nsays\n\n<html>")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", refused)
+    with pytest.raises(Unavailable, match=r"could not be fetched from OpenML \(ValueError: the page says <html>\)$"):
+        images.mnist()
+
+
 def test_mnist_from_a_loader_that_has_it(mnist):
     problem = problems.load("mnist_mlp[N=5]")
     ((name,), options) = mnist[0]

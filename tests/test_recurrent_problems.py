@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntkbench import __main__ as command
+from ntkbench import cli as command
 from ntkbench import methods, operators, problems
 from ntkbench.data import tasks
 from ntkbench.errors import BadInput, DidNotTrain

@@ -128,7 +128,7 @@ def test_a_network_that_does_not_train_is_a_row_that_says_so():
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused_before_training(wrong, says, monkeypatch):
-    monkeypatch.setattr(recurrent, "course", lambda *args, **kwargs: pytest.fail("training was begun"))
+    monkeypatch.setattr(training, "course", lambda *args, **kwargs: pytest.fail("training was begun"))
     with pytest.raises(BadInput, match=says):
         studies.run("training", studies.settings("training", TINY | wrong))
 
