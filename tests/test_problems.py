@@ -167,10 +167,10 @@ def test_mnist_is_unavailable_where_it_cannot_be_fetched():
 
 def test_why_mnist_is_unavailable_is_one_line(monkeypatch):
     def refused(*_, **__):
-        raise ValueError("the page\nsays\n\n<html>")
+        raise ValueError("the page says\n\n<html>")
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", refused)
-    with pytest.raises(Unavailable, match=r"could not be fetched from OpenML \(ValueError: the page says <html>\)$"):
+    with pytest.raises(Unavailable, match=r"could not be fetched from OpenML \(ValueError: the page says\)$"):
         images.mnist()
 
 
@@ -411,7 +411,7 @@ class Failing(Shift):
 
     def train(self, module):
         if self.how == "raises":
-            raise RuntimeError("no\nsuch optimiser")
+            raise RuntimeError("no such optimiser\nat line 3")
         module.weight.data[0, 0] = float("nan")
 
     def objective(self, module):

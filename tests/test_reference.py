@@ -178,7 +178,7 @@ def test_a_value_that_cannot_be_computed_is_one_line(own_cache, tiny):
 
     class Broken(nn.Sequential):
         def forward(self, x):
-            raise RuntimeError("no\nsuch kernel")
+            raise RuntimeError("no such kernel\nat line 3")
 
     class Infinite(nn.Sequential):
         def forward(self, x):

@@ -11,7 +11,7 @@ import socket
 
 import numpy as np
 
-from ntkbench.errors import Unavailable, on_one_line
+from ntkbench.errors import Unavailable, summary
 
 HELD_OUT = 512
 """Images that no network is trained on."""
@@ -54,7 +54,7 @@ def mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         data = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff", n_retries=1)
     except Exception as error:  # the loader lets URL, HTTP, socket and parser errors through as they are
         raise Unavailable(
-            f"MNIST is not in scikit-learn's data folder and could not be fetched from OpenML ({on_one_line(error)})"
+            f"MNIST is not in scikit-learn's data folder and could not be fetched from OpenML ({summary(error)})"
         ) from error
     finally:
         socket.setdefaulttimeout(patience)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import paths, problems
-from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, on_one_line
+from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, summary
 from ntkbench.metrics import METRICS, Moments, from_rows_of_jacobian, squared_norm
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -120,7 +120,7 @@ def _explained(problem: Problem) -> Iterator[None]:
     except NtkbenchError as error:
         raise type(error)(f"exact values of {problem.name}: {error}") from error
     except Exception as error:
-        raise NoExactValue(f"exact values of {problem.name} cannot be computed: {on_one_line(error)}") from error
+        raise NoExactValue(f"exact values of {problem.name} cannot be computed: {summary(error)}") from error
 
 
 def _jacobians(problem: Problem) -> list[Any]:

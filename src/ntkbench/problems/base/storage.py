@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ntkbench import paths
-from ntkbench.errors import Corrupt, on_one_line
+from ntkbench.errors import Corrupt, summary
 from ntkbench.problem import hash_arrays
 
 
@@ -63,7 +63,7 @@ def parse(path: Path) -> dict[str, Any]:
         checksum = str(content.pop("checksum", "missing"))
         whole = checksum == (_checksum_of_record if path.suffix == ".json" else _checksum_of_arrays)(content)
     except Exception as error:  # the parsers of both formats let nearly every kind of exception through
-        raise Corrupt(f"{path} is damaged: {on_one_line(error)}") from error
+        raise Corrupt(f"{path} is damaged: {summary(error)}") from error
     if not whole:
         raise Corrupt(f"{path} is damaged: its content does not match its checksum")
     return content

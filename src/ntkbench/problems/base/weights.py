@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ntkbench import paths
-from ntkbench.errors import DidNotTrain, NtkbenchError, on_one_line
+from ntkbench.errors import DidNotTrain, NtkbenchError, summary
 from ntkbench.problem import Weights, hash_arrays, signature
 from ntkbench.problems.base import Definition, storage
 
@@ -55,7 +55,7 @@ def train(name: str, definition: Definition) -> Weights:
     except NtkbenchError as error:
         raise type(error)(f"{name}: {error}") from None
     except Exception as error:
-        raise DidNotTrain(f"{name}: training failed: {on_one_line(error)}") from error
+        raise DidNotTrain(f"{name}: training failed: {summary(error)}") from error
     theta_f = _trainable(trained)
     if broken := [key for key, w in theta_f.items() if not np.isfinite(w).all()]:
         raise DidNotTrain(f"{name}: training gave weights that are not finite ({', '.join(broken)})")
@@ -79,7 +79,7 @@ def origin(name: str, definition: Definition) -> str:
         loss = definition.training.objective(network)
         digest.update(signature(loss, [w for w in network.parameters() if w.requires_grad]).encode())
     except Exception as error:
-        raise DidNotTrain(f"{name}: the training loss cannot be computed: {on_one_line(error)}") from error
+        raise DidNotTrain(f"{name}: the training loss cannot be computed: {summary(error)}") from error
     return digest.hexdigest()[:16]
 
 
