@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ntkbench.networks import classifiers, mixer, residual, transformer
+from ntkbench.networks import convolutional, fully_connected, mixer, residual, transformer
+from ntkbench.networks.initialisation import scaled_normal, seeded
 from ntkbench.options import Target
 from ntkbench.studies import novak_images
 from ntkbench.studies.base import programs
@@ -30,7 +31,7 @@ title = pytest.mark.parametrize("architecture", PATCHES, ids=lambda architecture
 @functools.cache
 def drawn(architecture) -> tuple[torch.nn.Module, torch.Tensor, dict[str, np.ndarray]]:
     """The network with no parameter left at 0 or 1, two images, and its weights by name, all in float64."""
-    network = classifiers.seeded(lambda: architecture.make(OUTPUTS), 0).double()
+    network = seeded(lambda: architecture.make(OUTPUTS), 0).double()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for w in network.parameters():
@@ -84,6 +85,66 @@ def test_networks_are_the_same_in_jax(architecture):
     network, x, weights = drawn(architecture)
     with jax.enable_x64(True):
         close(np.asarray(architecture.forward(weights, x.numpy())), network(x).detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("network", "forward", "shape"),
+    [
+        (fully_connected.network([6, 5, 3]), fully_connected.forward, (2, 6)),
+        (fully_connected.network([6, 5, 5, 3], flatten=True), fully_connected.forward, (2, 1, 2, 3)),
+        (
+            fully_connected.network([6, 5, 3], relu_at_end=True),
+            functools.partial(fully_connected.forward, relu_at_end=True),
+            (2, 6),
+        ),
+        (
+            fully_connected.network([4] * 13),  # names of one and of two digits, which sort otherwise as words
+            fully_connected.forward,
+            (2, 4),
+        ),
+        (
+            convolutional.network((2, 4, 5), 3, strides=(1, 2)),
+            functools.partial(convolutional.forward, strides=(1, 2)),
+            (2, 2, 8, 8),
+        ),
+        (
+            convolutional.network((2, 4, 5), 3, strides=(2, 1), features=5 * 4 * 4),
+            functools.partial(convolutional.forward, strides=(2, 1), average=False),
+            (2, 2, 8, 8),
+        ),
+        (
+            residual.network(18, 3, 4, channels=1).eval(),
+            functools.partial(residual.forward, *residual.RESNETS[18], False),
+            (2, 1, 8, 8),
+        ),
+    ],
+)
+def test_families_are_the_same_in_jax(network, forward, shape):
+    import jax
+
+    network = network.double()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
+    shuffled = {name: weights[name] for name in sorted(weights)}  # as JAX has the entries of a dictionary
+    with jax.enable_x64(True):
+        close(np.asarray(jax.jit(forward)(shuffled, x.numpy())), network(x).detach().numpy())
+
+
+@pytest.mark.parametrize(("nonlinearity", "power"), [("relu", 2), ("linear", 1)])
+def test_scaled_normal_weights_have_the_variance_stated(nonlinearity, power):
+    network = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Conv2d(8, 60, 3, bias=False))
+    assert scaled_normal(network, nonlinearity) is network
+    assert not network[0].bias.any()
+    assert float(network[0].weight.var() * 300) == pytest.approx(power, rel=0.05)
+    assert float(network[1].weight.var() * 72) == pytest.approx(power, rel=0.1)
+
+
+def test_networks_from_a_seed_leave_torchs_randomness_alone():
+    state = torch.get_rng_state()
+    first, again, other = (seeded(lambda: torch.nn.Linear(3, 2), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.weight, again.weight) and not torch.equal(first.weight, other.weight)
+    assert not first.training
 
 
 @title

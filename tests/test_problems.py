@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import types
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from ntkbench import paths, problems
-from ntkbench.data import images
-from ntkbench.errors import BadInput, Unavailable
+from ntkbench.data import images, tasks
+from ntkbench.errors import BadInput, Corrupt, DidNotTrain, Unavailable
+from ntkbench.networks import recurrent
 from ntkbench.problem import Problem
 from ntkbench.problems import base
-from ntkbench.problems.base import Definition, weights
+from ntkbench.problems.base import Definition, reference, storage, training, weights
 
 SIZES = {  # N, O, P
     "mlp_hazelden": (50, 64, 64_704),
@@ -162,6 +165,15 @@ def test_mnist_is_unavailable_where_it_cannot_be_fetched():
         problems.load("mnist_mlp")
 
 
+def test_why_mnist_is_unavailable_is_one_line(monkeypatch):
+    def refused(*_, **__):
+        raise ValueError("the page says\n\n<html>")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", refused)
+    with pytest.raises(Unavailable, match=r"could not be fetched from OpenML \(ValueError: the page says\)$"):
+        images.mnist()
+
+
 def test_mnist_from_a_loader_that_has_it(mnist):
     problem = problems.load("mnist_mlp[N=5]")
     ((name,), options) = mnist[0]
@@ -231,57 +243,259 @@ def test_one_problem_has_one_name(label, name):
 
 
 def test_committed_weights_are_those_that_training_gives():
-    definition = base.REGISTRY["digits_mlp"](N=3)
-    stored = np.load(weights.committed_file("digits_mlp"))
+    definition = problems.define("digits_mlp[N=3]")
+    stored = storage.read(weights.committed_file("digits_mlp"))
     theta_0, theta_f = weights.initial_and_trained("digits_mlp", definition)
-    trained = weights.train(definition)
+    trained = weights.train("digits_mlp", definition)
     for key in theta_0:
         np.testing.assert_array_equal(stored[f"theta_0/{key}"], theta_0[key])
         np.testing.assert_array_equal(stored[f"theta_f/{key}"], theta_f[key])
         np.testing.assert_allclose(trained[key], theta_f[key], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (paths.REFERENCE / "weights").glob("*.npz")))
+def test_committed_weights_are_of_todays_networks_data_and_recipes(name):
+    stored = storage.read(weights.committed_file(name))
+    definition = problems.define(name)
+    assert str(stored["recipe"]) == str(definition.training)
+    assert str(stored["origin"]) == weights.origin(name, definition)
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(training.Training):
+    """Add a number to all weights; counts how often, and shows its data and loss."""
+
+    by: float = 1.0
+    data: float = field(default=0.0, repr=False)
+    scale: float = field(default=1.0, repr=False)
+    runs: list = field(default_factory=list, repr=False)
+
+    def train(self, module):
+        self.runs.append(module)
+        for w in module.parameters():
+            w.data += self.by
+
+    def arrays(self):
+        return {"data": np.array([self.data])}
+
+    def objective(self, module):
+        return self.scale * (module(module.weight.new_ones(2, 3)) ** 2).sum()
+
+
+class Toy:
+    """A one-layer problem, whose parts a test may exchange, in a checkout without committed weights."""
+
+    def __init__(self):
+        self.training, self.start, self.N, self.wrap = Shift(), 0.5, 4, lambda layer: layer
+
+    def define(self, N: int = 4) -> Definition:
+        """A toy."""
+        from torch import nn
+
+        layer = nn.Linear(3, 2, bias=False)
+        layer.weight.data.fill_(self.start)
+        return Definition(self.wrap(layer), np.ones((N, 3), np.float32), self.training)
+
+    def load(self, label: str = "toy") -> Problem:
+        problems.load.cache_clear()
+        return problems.load(label)
+
+    @property
+    def runs(self) -> int:
+        return len(self.training.runs)
+
+
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A one-layer problem that counts how often it is trained, in a checkout without committed weights."""
-    from torch import nn
-
     monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
-    trained = []
-
-    def train(module):
-        trained.append(module)
-        module.weight.data += 1
-
-    def toy(N: int = 4) -> Definition:
-        """A toy."""
-        module = nn.Linear(3, 2, bias=False)
-        module.weight.data.fill_(0.5)
-        return Definition(module, np.ones((N, 3), np.float32), train)
-
-    monkeypatch.setitem(base.REGISTRY, "toy", toy)
     monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
-    yield trained
+    toy = Toy()
+    monkeypatch.setitem(base.REGISTRY, "toy", toy.define)
+    yield toy
     problems.load.cache_clear()
 
 
 def test_a_dropped_in_problem_loads_and_trains_once(toy):
     for _ in range(2):
-        problem = problems.load("toy[N=2]")
+        problem = toy.load("toy[N=2]")
         np.testing.assert_array_equal(problem.theta_f["weight"], problem.theta_0["weight"] + 1)
         assert (problem.N, problem.O, problem.P) == (2, 2, 6)
         assert problem.jax_forward is None
-        problems.load.cache_clear()
-    assert len(toy) == 1
+        assert problem.recipe == "Shift(by=1.0)"
+    assert toy.runs == 1
     assert "toy" in problems.names()
 
 
-def test_weights_trained_from_other_initial_weights_are_not_used(toy):
-    theta_0 = {"weight": np.full((2, 3), 0.25, np.float32)}
-    committed = weights.committed_file("toy")
-    paths.write_atomically(committed, weights.packed(theta_0, {"weight": theta_0["weight"] + 7}))
-    np.testing.assert_array_equal(problems.load("toy").theta_f["weight"], np.full((2, 3), 1.5))
-    assert len(toy) == 1
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": Shift(by=2.0)},
+        {"training": Shift(data=1.0)},
+        {"training": Shift(scale=2.0)},  # the loss's code, which no printed field shows
+        {"start": 0.25},
+        {"wrap": lambda layer: _Doubled(layer)},  # the network's code, at the same weights
+    ],
+    ids=lambda change: str(next(iter(change))),
+)
+def test_weights_of_another_recipe_data_loss_start_or_network_are_not_used(toy, change):
+    """Neither committed ones nor cached ones; and those that were there are used again when all is as before."""
+    first = toy.load()
+    storage.write(
+        weights.committed_file("toy"),
+        weights.packed(toy.define(), weights.origin("toy", toy.define()), first.theta_f),
+    )
+    before = vars(toy) | {"training": Shift()}
+    vars(toy).update(change)
+    toy.training.runs.clear()
+    changed = [toy.load(), toy.load()]
+    assert toy.runs == 1
+    expected = changed[0].theta_0["weight"] + toy.training.by
+    for problem in changed:
+        np.testing.assert_array_equal(problem.theta_f["weight"], expected)
+    vars(toy).update(before)
+    np.testing.assert_array_equal(toy.load().theta_f["weight"], first.theta_f["weight"])
+    assert toy.runs == 0
+
+
+def _Doubled(layer):
+    from torch import nn
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.__class__ = Doubled
+    return layer
+
+
+def test_only_weights_of_the_default_sizes_are_committed(toy, monkeypatch):
+    def any_size(N: int = 4, T: int = 3) -> Definition:
+        """A toy whose training depends on a size that its initial weights do not show."""
+        return dataclasses.replace(toy.define(N), training=Shift(by=float(T)))
+
+    monkeypatch.setitem(base.REGISTRY, "toy", any_size)
+    monkeypatch.setattr(base, "ANY_SIZE", base.ANY_SIZE | {"toy"})
+    reference.commit(["toy[N=1]"])
+    committed = weights.committed_file("toy").read_bytes()
+    assert toy.load().theta_f["weight"][0, 0] == 3.5
+    assert toy.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5
+    reference.commit(["toy[T=7]"])
+    assert weights.committed_file("toy").read_bytes() == committed
+    assert toy.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5, "the cache mixes recipes up"
+    assert toy.load().theta_f["weight"][0, 0] == 3.5
+
+
+def test_a_damaged_cache_of_weights_is_made_anew(toy, tmp_path, caplog):
+    toy.load()
+    (file,) = (tmp_path / "cache" / "weights").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    assert toy.load().theta_f["weight"][0, 0] == 1.5
+    assert toy.runs == 2
+    assert file.read_bytes() == whole
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [f"{file} is damaged"]
+
+
+def test_damaged_committed_weights_are_one_error_and_never_trained_over(toy):
+    paths.write_atomically(weights.committed_file("toy"), b"PK")
+    with pytest.raises(Corrupt, match=r"reference/weights/toy\.npz is damaged: .*; restore the committed file"):
+        toy.load()
+    assert toy.runs == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Failing(Shift):
+    """A recipe that fails in one of several ways."""
+
+    how: str = "raises"
+
+    def train(self, module):
+        if self.how == "raises":
+            raise RuntimeError("no such optimiser\nat line 3")
+        module.weight.data[0, 0] = float("nan")
+
+    def objective(self, module):
+        if self.how == "has no loss":
+            raise ValueError("shapes do not match")
+        return super().objective(module)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("raises", "toy: training failed: RuntimeError: no such optimiser"),
+        ("diverges", r"toy: training gave weights that are not finite \(weight\)"),
+        ("has no loss", "toy: the training loss cannot be computed: ValueError: shapes do not match"),
+    ],
+)
+def test_training_that_fails_is_one_line_and_leaves_nothing(toy, tmp_path, how, says):
+    toy.training = Failing(how=how)
+    with pytest.raises(DidNotTrain, match=f"^{says}$"):
+        toy.load()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_recipe_that_cannot_be_recorded_is_refused(toy):
+    toy.training = lambda module: None
+    with pytest.raises(BadInput, match=r"recipe that can be recorded, such as .*Adam.*got <function"):
+        toy.load()
+
+
+def test_recipes_print_all_that_they_use():
+    """Every field of a recipe shows in print or in its arrays."""
+    import torch
+
+    x = torch.ones(4, 2)
+    adam = training.Adam(x, x[:, :1], torch.nn.functional.mse_loss, batch=2, epochs=3)
+    assert str(adam) == "Adam(loss=mse_loss, batch=2, epochs=3, lr=0.001, seed=0)"
+    assert list(adam.arrays()) == ["x", "y"]
+    task = training.OnTask("flipflop", (4, 12), trials=3)
+    assert str(task) == (
+        "OnTask(task='flipflop', lengths=(4, 12), trials=3, loss=0.1, steps=2000, learning_rate=0.005, clip=1.0, "
+        "seed=1)"
+    )
+    assert {name: array.shape for name, array in task.arrays().items() if "inputs" in name} == {
+        "inputs[T=4]": (3, 4, 3),
+        "inputs[T=12]": (3, 12, 3),
+    }
+    for recipe in (adam, task):
+        shown = {f.name for f in dataclasses.fields(recipe) if f.repr}
+        assert {f.name for f in dataclasses.fields(recipe)} == shown | ({"x", "y"} if recipe is adam else set())
+
+
+@pytest.mark.parametrize("change", [{"lr": 2e-3}, {"batch": 3}, {"epochs": 2}, {"seed": 1}])
+def test_every_setting_of_adam_is_used(change):
+    """What is recorded is what is run: a setting that is changed changes both."""
+    import torch
+
+    def trained(**settings):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            x, y, module = torch.randn(6, 2), torch.randn(6, 1).double(), torch.nn.Linear(2, 1)
+        recipe = training.Adam(x, y, torch.nn.functional.mse_loss, **{"batch": 2, "epochs": 1} | settings)
+        recipe.train(module)
+        assert module.weight.dtype == torch.float32
+        return str(recipe), module.weight.detach()
+
+    (first, w), (other, v) = trained(), trained(**change)
+    assert first != other
+    assert not torch.equal(w, v)
+    assert torch.equal(w, trained()[1])
+
+
+@pytest.mark.parametrize("change", [{"loss": 0.2}, {"learning_rate": 1e-2}, {"clip": 1e-3}, {"seed": 2}, {"trials": 9}])
+def test_every_setting_of_training_on_a_task_is_used(change):
+    import torch
+
+    def trained(**settings):
+        module = recurrent.initialised("rnn", tasks.channels("match_to_sample"), 12)
+        recipe = training.OnTask("match_to_sample", (5,), **{"trials": 16, "loss": 0.3} | settings)
+        recipe.train(module)
+        return str(recipe), module.weight_hh.detach()
+
+    (first, w), (other, v) = trained(), trained(**change)
+    assert first != other
+    assert not torch.equal(w, v)
 
 
 def test_alignment_needs_trained_weights(tiny):
@@ -305,9 +519,59 @@ def test_digest_sees_every_bit_of_inputs_and_weights(tiny):
     assert len({problem.digest() for problem in [tiny, *others]}) == 5
 
 
-@pytest.mark.xfail(strict=True, reason="the digest is of inputs and weights only, and keys references and their cache")
-def test_digest_sees_the_network(tiny):
+def test_digest_sees_the_network_and_the_recipe(tiny):
     from torch import nn
 
-    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    assert Problem(tiny.name, other, tiny.x, tiny.theta_0, tiny.theta_f).digest() != tiny.digest()
+    class Detached(nn.Sequential):
+        """The same outputs with another Jacobian."""
+
+        def forward(self, x):
+            hidden = self[1](self[0](x))
+            return self[2](hidden) + (hidden - hidden.detach()).sum(1, keepdim=True)
+
+    linears = tiny.module[0], tiny.module[2]
+    others = [
+        replace(tiny, module=nn.Sequential(linears[0], nn.ReLU(), linears[1])),
+        replace(tiny, module=nn.Sequential(linears[0], nn.Hardtanh(-2, 2), linears[1])),
+        replace(tiny, module=Detached(*tiny.module)),
+        replace(tiny, recipe="Adam(epochs=5)"),
+        replace(tiny, recipe="Adam(epochs=1)"),
+    ]
+    assert len({problem.digest() for problem in [tiny, *others]}) == 6
+
+
+def test_digest_is_of_what_a_network_computes_and_not_of_how_it_is_written(tiny):
+    from torch import nn
+
+    class Rewritten(nn.Sequential):
+        def forward(self, x):
+            first, _, last = self
+            return (2 * (2 * (x @ first.weight.T + first.bias)).sigmoid() - 1) @ last.weight.T + last.bias
+
+    assert replace(tiny, module=Rewritten(*tiny.module)).digest() == tiny.digest()
+
+
+def test_digest_changes_neither_the_module_nor_torchs_randomness(tiny):
+    import torch
+
+    weights = {key: w.clone() for key, w in tiny.module.state_dict().items()}
+    state = torch.get_rng_state()
+    assert tiny.digest() == tiny.digest()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(w, weights[key]) for key, w in tiny.module.state_dict().items())
+    assert all(w.grad is None for w in tiny.module.parameters())
+
+
+def test_digest_sees_buffers_and_frozen_parameters(tiny):
+    from torch import nn
+
+    def problem(mean: float, fixed: float | None = None) -> Problem:
+        module = nn.Sequential(copy.deepcopy(tiny.module[0]), nn.BatchNorm1d(4), copy.deepcopy(tiny.module[2])).eval()
+        module[1].running_mean.fill_(mean)
+        module[1].weight.requires_grad_(False)
+        frozen = {} if fixed is None else {"1.weight": np.full(4, fixed, np.float32)}
+        theta = {key: w.detach().numpy() for key, w in module.named_parameters() if w.requires_grad}
+        return Problem("normed", module, tiny.x, theta, fixed_0=frozen)
+
+    digests = [problem(*args).digest() for args in ((0.0,), (0.1,), (0.0, 2.0), (0.1, 2.0))]
+    assert len(set(digests)) == 4

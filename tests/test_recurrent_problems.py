@@ -11,48 +11,50 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntkbench import __main__ as command
-from ntkbench import methods, operators, paths, problems
+from ntkbench import cli as command
+from ntkbench import methods, operators, problems
 from ntkbench.data import tasks
 from ntkbench.errors import BadInput, DidNotTrain
+from ntkbench.networks import recurrent
+from ntkbench.operators.recurrent.cells import GATES
 from ntkbench.options import Target
-from ntkbench.problems import base, recurrent
-from ntkbench.problems.base import Definition, reference, training, weights
+from ntkbench.problems.base import reference, training, weights
 
 SEEDS = st.integers(0, 10**6)
+CHANNELS = tasks.channels("flipflop")
 PART = "[N=2,parameters=recurrent,read=outputs]"
 
 
 @given(rank=st.integers(1, 8), gain=st.floats(0.2, 3), seed=SEEDS)
 def test_initialisations_have_the_rank_and_the_norm_asked_for(rank, gain, seed):
     cut, full = (
-        recurrent.network("rnn", "flipflop", 8, gain=gain, rank=r, seed=seed).weight_hh.detach().double()
+        recurrent.initialised("rnn", CHANNELS, 8, gain=gain, rank=r, seed=seed).weight_hh.detach().double()
         for r in (rank, None)
     )
     assert float(cut.norm()) == pytest.approx(float(full.norm()), rel=1e-5)
     assert np.linalg.matrix_rank(cut.numpy(), tol=1e-4 * float(cut.norm())) == rank
-    again = recurrent.network("rnn", "flipflop", 8, gain=2 * gain, seed=seed).weight_hh
+    again = recurrent.initialised("rnn", CHANNELS, 8, gain=2 * gain, seed=seed).weight_hh
     np.testing.assert_allclose(again.detach(), 2 * full, rtol=1e-5)
 
 
 def test_gains_are_in_units_of_the_edge_of_chaos():
-    w = recurrent.network("rnn", "flipflop", 300, gain=1.5).weight_hh.detach().numpy()
+    w = recurrent.initialised("rnn", CHANNELS, 300, gain=1.5).weight_hh.detach().numpy()
     assert np.abs(np.linalg.eigvals(w)).max() == pytest.approx(1.5, rel=0.1)
 
 
 @pytest.mark.parametrize("wrong", [{"gain": 0.0}, {"gain": float("nan")}, {"rank": 0}, {"rank": 9}])
 def test_initialisations_that_cannot_be_are_refused(wrong):
     with pytest.raises(BadInput, match="gain must be positive and rank from 1 to H=8"):
-        recurrent.network("rnn", "flipflop", 8, **wrong)
+        recurrent.initialised("rnn", CHANNELS, 8, **wrong)
 
 
-@pytest.mark.parametrize("kind", recurrent.KINDS)
+@pytest.mark.parametrize("kind", GATES)
 def test_training_arrives_at_the_stated_loss(kind):
     import torch
 
     trials = tasks.trials("match_to_sample", 16, 5, seed=1)
-    module = recurrent.network(kind, "match_to_sample", 12)
-    *_, (steps, last) = recurrent.course(module, trials, loss=0.2)
+    module = recurrent.initialised(kind, tasks.channels("match_to_sample"), 12)
+    *_, (steps, last) = training.course(module, trials, loss=0.2)
     assert steps > 3
     assert last <= 0.2
     assert module.weight_hh.dtype == torch.float32
@@ -62,39 +64,39 @@ def test_training_arrives_at_the_stated_loss(kind):
 
 @given(T=st.integers(2, 400))
 def test_short_trials_come_before_long_ones(T):
-    lengths = recurrent.curriculum(T)
+    lengths = training.curriculum(T)
     assert lengths[-1] == T
     assert all(short == long // 3 for short, long in itertools.pairwise(lengths))
-    assert lengths[0] < 3 * recurrent.SHORTEST
-    assert len(lengths) == 1 or lengths[0] >= recurrent.SHORTEST
+    assert lengths[0] < 3 * training.SHORTEST
+    assert len(lengths) == 1 or lengths[0] >= training.SHORTEST
 
 
 def test_a_vanilla_network_learns_long_trials_from_short_ones():
     """At 90 steps it takes them; 45 are enough to see the lengths in turn."""
     import torch
 
-    trained = base.REGISTRY["rnn_match_to_sample"](N=2, T=45, H=16)
-    assert "T=15, 45" in trained.recipe
-    trials, module = tasks.trials("match_to_sample", recurrent.TRAINED_ON, 45, seed=1), trained.module
-    trained.train(module)
+    definition = problems.define("rnn_match_to_sample[N=2,T=45,H=16]")
+    assert "lengths=(15, 45)" in str(definition.training)
+    trials, module = tasks.trials("match_to_sample", training.TRIALS, 45, seed=1), definition.module
+    definition.training.train(module)
     with torch.no_grad():
-        assert float(trials.loss()(module(torch.from_numpy(trials.inputs)))) <= recurrent.LOSS * 1.001
+        assert float(trials.loss()(module(torch.from_numpy(trials.inputs)))) <= training.LOSS * 1.001
 
 
-@pytest.mark.parametrize("name", [f"{kind}_{task}" for kind in recurrent.KINDS for task in tasks.TASKS])
+@pytest.mark.parametrize("name", [f"{kind}_{task}" for kind in GATES for task in tasks.TASKS])
 def test_committed_weights_solve_their_task(name):
     import torch
 
     task = name.partition("_")[2]
-    definition = base.REGISTRY[name]()
+    definition = problems.define(name)
     assert weights.committed_file(name).stat().st_size < 2e6
     stored = np.load(weights.committed_file(name))
     trained = copy.deepcopy(definition.module)
     trained.load_state_dict({key: torch.from_numpy(stored[f"theta_f/{key}"]) for key in trained.state_dict()})
-    trials = tasks.trials(task, recurrent.TRAINED_ON, 10, seed=1)
+    trials = tasks.trials(task, training.TRIALS, 10, seed=1)
     with torch.no_grad():
         losses = [float(trials.loss()(m(torch.from_numpy(trials.inputs)))) for m in (definition.module, trained)]
-    assert losses[1] <= recurrent.LOSS * 1.001 < losses[0]
+    assert losses[1] <= training.LOSS * 1.001 < losses[0]
 
 
 @pytest.fixture
@@ -148,41 +150,6 @@ def test_checkpoints_are_log_spaced_and_end_with_the_last_step(steps):
     assert len(at) <= 4 + 2 * np.log2(steps + 1)
     for step, loss, theta in kept:
         assert (loss, theta["weight"].item()) == (steps - step, step)
-
-
-@pytest.fixture
-def toy(monkeypatch, tmp_path):
-    """A problem whose training depends on a size that its initial weights do not show."""
-    from torch import nn
-
-    def toy(N: int = 2, T: int = 3) -> Definition:
-        """A toy."""
-        module = nn.Linear(3, 2, bias=False)
-        module.weight.data.fill_(0.5)
-
-        def train(module):
-            module.weight.data += T
-
-        return Definition(module, np.ones((N, 3), np.float32), train, recipe=f"T={T}")
-
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
-    monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(base.REGISTRY, "toy", toy)
-    monkeypatch.setattr(base, "ANY_SIZE", base.ANY_SIZE | {"toy"})
-    problems.load.cache_clear()
-    yield
-    problems.load.cache_clear()
-
-
-def test_weights_trained_by_another_recipe_are_not_used_nor_committed(toy):
-    problems.commit_weights("toy[N=1]")
-    committed = weights.committed_file("toy").read_bytes()
-    assert problems.load("toy").theta_f["weight"][0, 0] == 3.5
-    assert problems.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5
-    problems.commit_weights("toy[T=7]")
-    assert weights.committed_file("toy").read_bytes() == committed
-    problems.load.cache_clear()
-    assert problems.load("toy[T=7]").theta_f["weight"][0, 0] == 7.5, "the cache mixes recipes up"
 
 
 def test_the_states_do_not_come_from_the_readout():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -11,9 +12,10 @@ import pytest
 from conftest import metrics_of, tanh_network, written_out
 
 from ntkbench import paths, problems
+from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory
 from ntkbench.metrics import METRICS
 from ntkbench.problems import base
-from ntkbench.problems.base import reference, weights
+from ntkbench.problems.base import reference, storage, weights
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted((paths.REFERENCE / "exact").glob("*.json"))}
 KNOWN = {  # two decimals each, known before any of this was written
@@ -38,7 +40,7 @@ def truth(problem):
 @pytest.mark.parametrize("sizes", [(3, 3, 4, 2), (20, 2, 3, 4)])
 def test_both_sides_of_the_jacobian_give_the_moments(sizes):
     problem = tanh_network("net", *sizes)
-    for moments in (reference._by_outputs(problem), reference._by_parameters(problem)):
+    for moments in (reference.by_outputs(problem), reference.by_parameters(problem)):
         for metric, value in truth(problem).items():
             assert moments.metric(metric) == pytest.approx(value, rel=1e-11)
 
@@ -48,7 +50,7 @@ def test_both_sides_agree_in_many_blocks(monkeypatch):
     monkeypatch.setattr(reference, "MEMORY", 20_000)
     (j, _) = reference._jacobians(problem)
     assert len(reference._blocks(problem, j)[0]) > 4
-    for moments in (reference._by_outputs(problem), reference._by_parameters(problem)):
+    for moments in (reference.by_outputs(problem), reference.by_parameters(problem)):
         assert moments.metric("alignment") == pytest.approx(truth(problem)["alignment"], rel=1e-11)
         assert moments.metric("effective_rank") == pytest.approx(truth(problem)["effective_rank"], rel=1e-11)
 
@@ -84,8 +86,9 @@ def test_interacting_samples_take_whole_passes(N):
 
 @pytest.mark.parametrize("folder", ["reference", "cache"])
 def test_a_stored_value_counts_if_it_is_of_the_same_bits(folder, own_cache, tiny, monkeypatch):
-    stored = {"metrics": {"trace": 42.0}, "digest": tiny.digest()}
-    paths.write_atomically(reference.file_of(tiny.name, own_cache / folder), json.dumps(stored))
+    storage.write(
+        reference.file_of(tiny.name, own_cache / folder), {"metrics": {"trace": 42.0}, "digest": tiny.digest()}
+    )
     monkeypatch.setattr(reference, "compute", lambda problem: pytest.fail("computed again"))
     assert reference.exact(tiny) == {"trace": 42.0}
 
@@ -94,10 +97,10 @@ def test_a_stored_value_counts_if_it_is_of_the_same_bits(folder, own_cache, tiny
 def test_a_stored_value_of_other_bits_is_computed_again(folder, own_cache, tiny):
     stored = {"metrics": {"trace": 42.0}, "digest": "0" * 16}
     path = reference.file_of(tiny.name, own_cache / folder)
-    paths.write_atomically(path, json.dumps(stored))
+    storage.write(path, stored)
     assert reference.exact(tiny) == pytest.approx(truth(tiny), rel=1e-11)
     if folder == "reference":  # committed files are written on purpose only
-        assert json.loads(path.read_text()) == stored
+        assert storage.read(path) == stored
 
 
 def test_computed_once_and_kept(own_cache, tiny, monkeypatch):
@@ -117,7 +120,7 @@ def test_committed_references_are_of_todays_problems(label):
     assert record["digest"] == problem.digest()
     assert (record["n"], record["P"]) == (problem.n, problem.P)
     assert reference.exact(problem) == record["metrics"]
-    assert label in record["command"]
+    assert record["command"] == f"ntkbench reference '{label}'"
     assert weights.committed_file(base.parse_label(label)[0]).exists()
 
 
@@ -151,12 +154,59 @@ def test_committed_values_keep_the_inequalities_of_a_gram_matrix(label):
     assert 0 <= values["alignment"] <= 1
 
 
-def test_remaking_writes_weights_and_values_where_they_are_committed(own_cache, capsys):
-    reference._main(["digits_conv[N=2]"])
+def test_remaking_writes_weights_and_values_where_they_are_committed(own_cache):
+    (record,) = reference.commit(["digits_conv[N=2]"])
     problem = problems.load("digits_conv[N=2]")
-    record = json.loads((own_cache / "reference" / "exact" / "digits_conv[N=2].json").read_text())
     assert record["metrics"] == pytest.approx(truth(problem), rel=1e-11)
-    stored = np.load(own_cache / "reference" / "weights" / "digits_conv.npz")
+    assert storage.read(own_cache / "reference" / "exact" / "digits_conv[N=2].json") == record
+    stored = storage.read(own_cache / "reference" / "weights" / "digits_conv.npz")
     np.testing.assert_array_equal(stored["theta_f/0.weight"], problem.theta_f["0.weight"])
-    assert "digits_conv[N=2]" in capsys.readouterr().out
     problems.load.cache_clear()
+
+
+def test_networks_with_the_same_weights_do_not_share_a_value(own_cache, tiny):
+    from torch import nn
+
+    other = replace(tiny, module=nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), jax_forward=None)
+    assert reference.exact(tiny) == pytest.approx(truth(tiny), rel=1e-11)
+    assert reference.exact(other) == pytest.approx(truth(other), rel=1e-11)
+    assert reference.exact(other)["trace"] != pytest.approx(truth(tiny)["trace"], rel=1e-3)
+
+
+def test_a_value_that_cannot_be_computed_is_one_line(own_cache, tiny):
+    from torch import nn
+
+    class Broken(nn.Sequential):
+        def forward(self, x):
+            raise RuntimeError("no such kernel\nat line 3")
+
+    class Infinite(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * float("inf")
+
+    for module, says in (
+        (Broken(*tiny.module), "exact values of tanh_net cannot be computed: RuntimeError: no such kernel"),
+        (Infinite(*tiny.module), "exact values of tanh_net are not finite: trace is (inf|nan)"),
+    ):
+        problem = replace(tiny, module=module, jax_forward=None, _shape=[tiny.output_shape])
+        with pytest.raises(NoExactValue, match=f"^{says}") as error:
+            reference.exact(problem)
+        assert "\n" not in str(error.value)
+    assert not list(own_cache.rglob("*.json"))
+
+
+def test_matrices_beyond_the_machines_memory_are_refused_before_they_are_made(own_cache, monkeypatch):
+    problem = tanh_network("net", 20, 2, 3, 4)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 3 * 8 * problem.P**2 - 1}[name])
+    with pytest.raises(OverMemory, match=r"exact values of net: 3 matrices of P x P with P = 25 take .* GiB, and this"):
+        reference.exact(problem)
+
+
+def test_a_full_disk_is_one_line(own_cache, tiny, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(NtkbenchError, match=r"cache/exact/tanh_net\.json cannot be written: No space left on device$"):
+        reference.exact(tiny)
+    assert not list(own_cache.rglob("*.half"))

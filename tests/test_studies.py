@@ -24,7 +24,7 @@ from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
 from ntkbench.figures.plotting import base, curves, gallery, sources
 from ntkbench.measure import grid, timing
-from ntkbench.networks import classifiers
+from ntkbench.networks import classifiers, initialisation, residual
 from ntkbench.problems.base import reference
 from ntkbench.studies import hazelden_trace, mohamadi_cost, mohamadi_quality
 from ntkbench.studies.base import descent, pntk
@@ -118,7 +118,7 @@ def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
 
 @pytest.mark.parametrize("family", list(classifiers.FAMILIES))
 def test_kernels_read_off_theta_are_those_of_the_library(family):
-    network = classifiers.seeded(lambda: classifiers.FAMILIES[family](2, 3), 0)
+    network = initialisation.seeded(lambda: classifiers.network(family, 2, 3), 0)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     full = pntk.Theta(network, x)(network)
     torch.testing.assert_close(full.reshape(9, 9), dense(network, x))
@@ -179,7 +179,7 @@ def test_residual_networks_get_their_share_of_images_and_steps():
 
 @pytest.mark.parametrize("family", ["fc", "resnet18"])
 def test_theta_traced_once_is_that_of_other_weights_too(family):
-    first, other = (classifiers.seeded(lambda: classifiers.FAMILIES[family](2, 3), seed) for seed in (0, 1))
+    first, other = (initialisation.seeded(lambda: classifiers.network(family, 2, 3), seed) for seed in (0, 1))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     theta = pntk.Theta(first, x)
     expected = dense(other, x)
@@ -231,7 +231,7 @@ def test_a_network_looked_at_late_is_the_one_that_was_looked_at_all_along():
 def test_training_in_parts_is_training_in_one_go():
     ends = []
     for stops in ([7], [0, 3, 3, 7]):
-        network = classifiers.seeded(lambda: classifiers.fc(8, 10), 0)
+        network = initialisation.seeded(lambda: classifiers.network("fc", 8, 10), 0)
         course = descent.Descent(network, torch.nn.functional.cross_entropy, rate=0.1, momentum=0.9, batch=16, seed=1)
         for stop in stops:
             course.to(stop)
@@ -241,7 +241,7 @@ def test_training_in_parts_is_training_in_one_go():
 
 
 def test_batch_norm_keeps_its_statistics_in_training_and_learns_its_scale():
-    network = classifiers.seeded(lambda: classifiers.FAMILIES["wide_resnet"](1, 10), 0)
+    network = initialisation.seeded(lambda: classifiers.network("wide_resnet", 1, 10), 0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     course = descent.Descent(network, torch.nn.functional.cross_entropy, rate=1e-3, batch=8, seed=0)
     course.to(2)
@@ -259,7 +259,7 @@ def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(table
 
 
 def test_gradient_descent_on_cross_entropy_leaves_the_readouts_sum_alone():
-    network = classifiers.seeded(lambda: classifiers.fc(8, 4), 0).double()
+    network = initialisation.seeded(lambda: classifiers.network("fc", 8, 4), 0).double()
     before = network[-1].weight.sum(0).detach().clone()
     x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
@@ -287,9 +287,9 @@ def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("anew for every pair of blocks").all()
 
 
-@pytest.mark.parametrize("depth", list(classifiers.RESNETS))
+@pytest.mark.parametrize("depth", list(residual.RESNETS))
 def test_resnets_have_the_layers_of_their_name(depth):
-    network = classifiers.resnet(depth, 5, width=1)
+    network = residual.network(depth, 5, width=1)
     layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     shortcuts = [m for name, m in network.named_modules() if "shortcut" in name and isinstance(m, torch.nn.Conv2d)]
     assert len(layers) - len(shortcuts) == depth

@@ -10,10 +10,11 @@ from ntkbench import figures, studies
 from ntkbench.data import tasks
 from ntkbench.estimators import paired
 from ntkbench.metrics import METRICS, from_gram
+from ntkbench.networks import recurrent
 from ntkbench.operators import torch as autodiff
 from ntkbench.options import Target
 from ntkbench.problem import Problem, split
-from ntkbench.problems import recurrent
+from ntkbench.problems.base import training
 
 TINY = {"task": "match_to_sample", "N": 3, "T": 5, "H": 8, "gains": [1.0], "ranks": [8, 2], "networks": 1}
 TINY |= {"loss": 0.4, "probes": 40, "threads": 1, "device": "cpu", "dtype": "float64"}
@@ -82,10 +83,10 @@ def test_the_study_has_a_row_for_each_step_operator_and_quantity(table):
 
 def test_the_study_is_right_at_both_ends(table):
     """Against Theta written out at the ends of training of the first network, by plain autodiff."""
-    module = recurrent.network("rnn", TINY["task"], 8, gain=1.0, rank=8)
-    course = recurrent.course(
+    module = recurrent.initialised("rnn", tasks.channels(TINY["task"]), 8, gain=1.0, rank=8)
+    course = training.course(
         module,
-        tasks.trials(TINY["task"], recurrent.TRAINED_ON, 5, seed=1),
+        tasks.trials(TINY["task"], training.TRIALS, 5, seed=1),
         loss=0.4,
         optimizer="sgd",
         learning_rate=0.05,
@@ -126,7 +127,7 @@ def test_a_network_that_does_not_train_is_a_row_that_says_so():
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused_before_training(wrong, says, monkeypatch):
-    monkeypatch.setattr(recurrent, "course", lambda *args, **kwargs: pytest.fail("training was begun"))
+    monkeypatch.setattr(training, "course", lambda *args, **kwargs: pytest.fail("training was begun"))
     with pytest.raises(ValueError, match=says):
         studies.run("training", studies.settings("training", TINY | wrong))
 

@@ -29,7 +29,15 @@ class Undefined(NtkbenchError, ArithmeticError):
 
 
 class DidNotTrain(NtkbenchError):
-    """A network that training did not bring to the loss that was asked for."""
+    """A network whose training failed: it did not reach the loss that was asked for, diverged or raised."""
+
+
+class NoExactValue(NtkbenchError):
+    """A problem whose exact metrics cannot be computed."""
+
+
+class Corrupt(NtkbenchError):
+    """A committed file that is not as it was written."""
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
@@ -38,6 +46,28 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+
+
+LONGEST = 500
+"""Characters of a line that :func:`one_line` keeps."""
+
+
+def one_line(text: str) -> str:
+    """The first line of a text that is not blank, printable and encodable whatever was in it."""
+    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+
+
+def summary(error: BaseException) -> str:
+    """Type and message of an exception on one line, whatever the exception is like."""
+    name = one_line(type(error).__name__)
+    try:
+        message = one_line(str(error))
+    except Exception as unreadable:
+        message = f"its message cannot be read ({type(unreadable).__name__})"
+    return f"{name}: {message}" if message else f"{name} without a message"
 
 
 @contextlib.contextmanager

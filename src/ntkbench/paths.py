@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, NtkbenchError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout that this package is installed from (editable)."""
@@ -39,11 +40,18 @@ def writable(folder: Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write ``path`` so that it is there whole or not at all, whatever interrupts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``path`` so that it is there whole or not at all, whatever interrupts.
+
+    Raises:
+        NtkbenchError: it cannot be written, as on a full disk; names the path and the reason.
+    """
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         half.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(half, path)
+    except OSError as error:
+        raise NtkbenchError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            half.unlink(missing_ok=True)

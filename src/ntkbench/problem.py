@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from ntkbench.errors import BadInput
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Weights = Mapping[str, np.ndarray]
 
@@ -33,6 +34,7 @@ class Problem:
         theta_f: weights after training, for alignment; ``None`` where there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
+        recipe: how theta_f was trained, in print; empty where that is not known.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Problem:
     samples_interact: bool = False
     fixed_0: Weights = field(default_factory=dict)
     fixed_f: Weights = field(default_factory=dict)
+    recipe: str = ""
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -89,15 +92,63 @@ class Problem:
         return self.fixed_0 if which == "theta_0" else self.fixed_f
 
     def digest(self) -> str:
-        """Hash of inputs and weights, to the bit: two problems with one digest have the same exact metrics."""
-        arrays = [self.x]
-        for weights in (self.theta_0, self.theta_f or {}, self.fixed_0, self.fixed_f):
-            arrays += weights.values()
-        digest = hashlib.sha256()
-        for array in arrays:
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
+        """Hash of the problem's identity: network, training recipe, inputs and weights.
+
+        Inputs and weights count to the bit. The network counts by what it computes, in float64: a projection of its
+        outputs and one of their gradient, at each set of weights, to 7 digits. So no change of its code that changes
+        the NTK goes unnoticed, and one that does not, a new version of PyTorch or another machine, changes no digest.
+
+        Cost: a forward and a backward pass for each set of weights, on two samples where samples do not interact.
+        """
+        digest = hashlib.sha256(self.recipe.encode())
+        hash_arrays(digest, {"x": self.x})
+        for which in ("theta_0", "theta_f"):
+            weights = getattr(self, which)
+            if weights is not None:
+                hash_arrays(digest, weights)
+                hash_arrays(digest, self.fixed(which))
+                digest.update(self._behaviour(which).encode())
         return digest.hexdigest()[:16]
+
+    def _behaviour(self, which: str) -> str:
+        import torch
+
+        network = copy.deepcopy(self.module).double()
+        own = dict(network.named_parameters())
+        with torch.no_grad():
+            for key, w in {**self.fixed(which), **self.weights(which)}.items():
+                own[key].copy_(torch.from_numpy(w))
+        theta = [own[key].requires_grad_() for key in self.weights(which)]
+        x = torch.from_numpy(self.x if self.samples_interact else self.x[:PROBED]).to(theta[0].device)
+        outputs = network(x.double() if x.is_floating_point() else x)
+        return signature((_projection(outputs) * outputs).sum(), theta)
+
+
+PROBED = 2
+"""Samples on which a network is run for its identity."""
+
+
+def signature(value: Tensor, parameters: Sequence[Tensor]) -> str:
+    """A number and a projection of its gradient by ``parameters``, to 7 digits, in which machines agree in float64."""
+    import torch
+
+    gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
+    along = sum(float((_projection(g) * g).sum()) for g in gradients)
+    return " ".join(f"{number + 0.0:.6e}" for number in (float(value.detach()), along))
+
+
+def _projection(like: Tensor) -> Tensor:
+    """Fixed coefficients in [-1, 1], as many as ``like`` has entries and none of them zero."""
+    import torch
+
+    return torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device).cos().reshape(like.shape)
+
+
+def hash_arrays(digest: Any, arrays: Weights) -> None:
+    """Put arrays into a hash, with their names, types and shapes."""
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[int, ...]:

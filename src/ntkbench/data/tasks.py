@@ -1,5 +1,6 @@
 """Tasks for recurrent networks, generated and seeded: what comes in, what is to come out, and where that counts.
 
+All arrays are float32, ``[N, T, channels]``. Trials for training and for kernels differ in their seed.
 Trial i of a seed is the same whatever the number of trials, so fewer trials are a cut of more. Networks are scored by
 the share of the targets' power that they miss, so that one loss means the same in every task.
 """

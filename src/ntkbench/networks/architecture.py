@@ -1,4 +1,4 @@
-"""What a study is handed of a network for images."""
+"""Standard networks for images: what a study is handed of one."""
 
 from __future__ import annotations
 

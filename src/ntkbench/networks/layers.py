@@ -1,4 +1,4 @@
-"""Layers that networks on patches share: a module in torch, and the same in JAX by the module's name.
+"""Layers that several families share: a module in PyTorch, and the same in JAX by the module's name.
 
 In JAX all of them are plain operations on weights as they are, which neural-tangents' structured derivatives know.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ntkbench.networks import jax_layers
 from ntkbench.networks.architecture import CHANNELS, Weights
 
 EPS = 1e-6
@@ -68,13 +67,29 @@ def perceptron(weights: Weights, name: str, x: Any) -> Any:
 
 
 def linear(weights: Weights, name: str, x: Any) -> Any:
-    """A linear layer in JAX, on the last axis."""
-    return jax_layers.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    """``nn.Linear`` in JAX: ``x W^T + b`` on the last axis.
+
+    One contraction and no transpose: neural-tangents' structured derivatives look for a product whose operand is the
+    parameter itself, and a transposed one would hide it from them.
+    """
+    import jax
+
+    contracted = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weights[f"{name}.weight"], contracted) + weights[f"{name}.bias"]
 
 
-def initialise(network: nn.Module) -> None:
-    """Normal weights of variance 1 / fan-in and zero biases, in place."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            nn.init.zeros_(layer.bias)
+def convolution(weights: Weights, name: str, x: Any, stride: int = 1) -> Any:
+    """``nn.Conv2d`` in JAX, with a padding of half the kernel and a bias where there is one."""
+    import jax
+
+    kernel = weights[f"{name}.weight"]
+    pad = kernel.shape[-1] // 2
+    x = jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)))
+    bias = weights.get(f"{name}.bias")
+    return x if bias is None else x + bias[:, None, None]
+
+
+def batch_norm(weights: Weights, name: str, x: Any) -> Any:
+    """``nn.BatchNorm2d`` in JAX, in eval mode with its initial statistics (mean 0, variance 1)."""
+    scale = weights[f"{name}.weight"] / (1 + 1e-5) ** 0.5
+    return x * scale[:, None, None] + weights[f"{name}.bias"][:, None, None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ntkbench.networks import layers
 from ntkbench.networks.architecture import Architecture, Weights
+from ntkbench.networks.initialisation import scaled_normal
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class MlpMixer(nn.Module):
         self.blocks = nn.Sequential(*(Block(size, (side // size.patch) ** 2) for _ in range(size.layers)))
         self.norm = layers.LayerNorm(size.width)
         self.head = nn.Linear(size.width, outputs)
-        layers.initialise(self)
+        scaled_normal(self, "linear")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.patches(x))).mean(1))

@@ -1,18 +1,33 @@
-"""Recurrent networks of plain operations, in torch and in JAX, and what the structure-aware Jacobian knows of them."""
+"""Recurrent networks in PyTorch and in JAX: layers of plain operations, and PyTorch's own.
+
+Each module declares a :class:`ntkbench.operators.recurrent.cells.Recurrence`, by which the structure-aware Jacobian
+knows its parameters.
+"""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ntkbench.errors import BadInput, unknown
 from ntkbench.operators.recurrent.cells import GATES, ROLES, Recurrence
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
+
+EULER_STEP = 0.5
+"""Of a continuous-time network (``ctrnn``), in time constants."""
+
+PARTS = {
+    "all": ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "readout.weight", "readout.bias"),
+    "recurrent": ("weight_hh",),
+    "inputs": ("weight_ih", "bias_ih"),
+    "readout": ("readout.weight", "readout.bias"),
+}
+"""Parts of a :class:`Recurrent`, and the parameters in each; those that a network has."""
 
 
 class Recurrent(nn.Module):
@@ -68,16 +83,104 @@ class Recurrent(nn.Module):
         return nn.functional.linear(states, w["readout_weight"], w["readout_bias"]) if "readout_weight" in w else states
 
 
-def frozen(module: nn.Module) -> dict[str, np.ndarray]:
-    """The parameters of a module that theta is not made of, on the host."""
-    return {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}
+class States(nn.Module):
+    """All states ``[N, T, H]`` of an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction.
+
+    Raises:
+        BadInput: the layer has more layers, reads backwards, projects its state, or is an ``nn.RNN`` of ReLUs.
+    """
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        if layer.bidirectional:
+            raise BadInput("the network is not causal: a bidirectional layer's states depend on inputs yet to come")
+        if layer.num_layers > 1 or layer.proj_size or getattr(layer, "nonlinearity", "tanh") != "tanh":
+            raise BadInput(
+                f"allowed are nn.RNN (tanh), nn.GRU and nn.LSTM of one layer without projection; got {layer}"
+            )
+        self.layer = copy.deepcopy(layer)
+        self.layer.batch_first = True
+        names = {name.removesuffix("_l0") for name, _ in layer.named_parameters()}
+        kind = layer.mode.partition("_")[0].lower()
+        roles = Recurrence.of_layer(kind, "layer").names
+        self.recurrence = Recurrence(kind, {role: name for role, name in roles.items() if role in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def initialised(
+    kind: str,
+    channels: tuple[int, int],
+    hidden: int,
+    *,
+    gain: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> Recurrent:
+    """An untrained :class:`Recurrent` with a linear readout, at PyTorch's initialisation unless it says otherwise.
+
+    A ``ctrnn`` takes Euler steps of half its time constant.
+
+    Args:
+        kind: as there.
+        channels: numbers of inputs I and outputs O.
+        hidden: H.
+        gain: recurrent weights are normal with variance gain^2 / H instead; 1 if not given for a ``ctrnn``.
+        rank: recurrent weights are cut to their largest singular values, and scaled to the Frobenius norm they had.
+        seed: of the weights.
+
+    Raises:
+        BadInput: no such kind, no units, a gain that is not positive, or a rank that H units cannot have.
+    """
+    if (gain is not None and not gain > 0) or (rank is not None and not 1 <= rank <= hidden):
+        raise BadInput(f"gain must be positive and rank from 1 to H={hidden}; got gain={gain}, rank={rank}")
+    inputs, outputs = channels
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = Recurrent(kind, inputs, hidden, outputs, EULER_STEP if kind == "ctrnn" else None)
+        w = module.weight_hh
+        if gain is not None or kind == "ctrnn":
+            w.normal_(std=(1.0 if gain is None else gain) / hidden**0.5)
+        if rank is not None:
+            norm = w.norm()
+            u, s, vt = torch.linalg.svd(w, full_matrices=False)
+            w.copy_((u[:, :rank] * s[:rank]) @ vt[:rank])
+            w.mul_(norm / w.norm())
+    return module
+
+
+def part(network: Recurrent, read: str, parameters: str) -> Recurrent:
+    """The network that gives the states or the outputs of ``network``, frozen but for the parameters asked for.
+
+    Args:
+        network: with a readout; its weights are copied.
+        read: ``"state"`` or ``"outputs"``.
+        parameters: a key of :data:`PARTS`.
+
+    Raises:
+        BadInput: the states do not come from the parameters.
+    """
+    if read == "state" and parameters == "readout":
+        raise BadInput("the states do not come from the readout: parameters=readout needs read=outputs")
+    outputs, hidden = network.readout.weight.shape
+    recurrence = network.recurrence
+    sizes = network.weight_ih.shape[1], hidden, outputs if read == "outputs" else None
+    with torch.random.fork_rng(devices=[]):
+        chosen = Recurrent(recurrence.kind, *sizes, recurrence.alpha)
+    chosen.load_state_dict(network.state_dict(), strict=False)
+    for key, w in chosen.named_parameters():
+        w.requires_grad_(key in PARTS[parameters])
+    return chosen
 
 
 def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
-    """The network of a module with a :class:`Recurrence` as a pure function of JAX arrays, ``(weights, x) -> [N, T,
-    ...]``; frozen parameters are fixed at what they are now.
+    """The network of a module with a recurrence as a pure function of JAX arrays, ``(weights, x) -> [N, T, ...]``.
+
+    Frozen parameters are fixed at what they are now.
     """
-    recurrence, fixed = module.recurrence, frozen(module)
+    recurrence = module.recurrence
+    fixed = {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}
 
     def forward(weights: Mapping[str, Any], x: Any) -> Any:
         import jax.numpy as jnp

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ntkbench.networks import layers
 from ntkbench.networks.architecture import Architecture, Weights
+from ntkbench.networks.initialisation import scaled_normal
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(Block(size) for _ in range(size.layers)))
         self.norm = layers.LayerNorm(size.width)
         self.head = nn.Linear(size.width, outputs)
-        layers.initialise(self)
+        scaled_normal(self, "linear")
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding, std=0.02)
 

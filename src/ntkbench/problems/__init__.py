@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 
-from ntkbench import paths, registry
+from ntkbench import registry
 from ntkbench.errors import unknown
 from ntkbench.problem import Problem, split
 from ntkbench.problems import base
 from ntkbench.problems.base import Definition, problem
 
-__all__ = ["Definition", "Problem", "check", "commit_weights", "describe", "load", "names", "problem", "source_file"]
+__all__ = ["Definition", "Problem", "check", "define", "describe", "load", "names", "problem", "source_file"]
 
 
 def names() -> list[str]:
@@ -61,15 +61,14 @@ def load(label: str) -> Problem:
     Raises:
         BadInput: no such problem, size or choice.
         Unavailable: the problem's data cannot be had here.
-        DidNotTrain: training did not reach the loss that was asked for.
+        DidNotTrain: training failed.
+        Corrupt: its committed weights are damaged.
     """
     from ntkbench.problems.base import weights
 
-    full_name = check(label)
-    name, options = base.parse_label(label)
-    definition = _definition(name)(**options)
+    full_name, definition = check(label), define(label)
     network = definition.part or definition.module
-    ends = weights.initial_and_trained(name, definition)
+    ends = weights.initial_and_trained(base.parse_label(label)[0], definition)
     (theta_0, fixed_0), (theta_f, fixed_f) = (split(network, stored) for stored in ends)
     return Problem(
         name=full_name,
@@ -81,18 +80,20 @@ def load(label: str) -> Problem:
         samples_interact=definition.samples_interact,
         fixed_0=fixed_0,
         fixed_f=fixed_f,
+        recipe=str(definition.training),
     )
 
 
-def commit_weights(label: str) -> None:
-    """Write both sets of weights to ``results/reference``, unless they are others than those at the default sizes."""
-    from ntkbench.problems.base import weights
+def define(label: str) -> Definition:
+    """The definition behind a label: network, data and training recipe, before anything is trained.
 
+    Raises:
+        BadInput: no such problem, size or choice.
+        Unavailable: the problem's data cannot be had here.
+    """
+    check(label)
     name, options = base.parse_label(label)
-    chosen, default = _definition(name)(**options), _definition(name)()
-    if weights.origin(chosen) == weights.origin(default):
-        packed = weights.packed(*weights.initial_and_trained(name, chosen), chosen.recipe)
-        paths.write_atomically(weights.committed_file(name), packed)
+    return _definition(name)(**options)
 
 
 def _definition(name: str):

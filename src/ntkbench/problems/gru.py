@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ntkbench.problems.base import Definition, problem, training
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 INPUTS, HIDDEN = 10, 64
+SAMPLES, STEPS = 15, 50
 
 
 @problem
-def gru_hazelden(N: int = 15, T: int = 50) -> Definition:
+def gru_hazelden(N: int = SAMPLES, T: int = STEPS) -> Definition:
     """GRU(10, 64) over T = 50 steps of N = 15 trials, all hidden states (the paper's GRU).
 
-    The paper prints B=50, T=15; what it ran is T=50, B=15.
+    The paper prints B=50, T=15; what it ran is T=50, B=15. Trained by 40 full-batch steps.
     """
     import torch
     from torch import nn
 
-    from ntkbench.networks.recurrent import jax_forward
-    from ntkbench.operators.recurrent.cells import Recurrence
-
-    class States(nn.Module):
-        """All hidden states ``[N, T, H]`` of a GRU fed ``[N, T, inputs]``."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.gru = nn.GRU(INPUTS, HIDDEN, batch_first=True)
-            self.recurrence = Recurrence.of_layer("gru", "gru")
-
-        def forward(self, x):
-            return self.gru(x)[0]
+    from ntkbench.networks.recurrent import States, jax_forward
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        x = torch.randn(50, 15, INPUTS).transpose(0, 1).contiguous()  # drawn time-first, as the paper's script does
-        module = States()
+        # Drawn time-first, as the paper's script does.
+        x = torch.randn(STEPS, SAMPLES, INPUTS).transpose(0, 1).contiguous()
+        module = States(nn.GRU(INPUTS, HIDDEN, batch_first=True))
+    recipe = training.Adam(x, x, held_input, lr=3e-3, batch=SAMPLES, epochs=40)
+    return Definition(module, x[:N, :T].numpy().copy(), recipe, jax_forward=jax_forward(module))
 
-    def train(module: nn.Module) -> None:
-        """40 full-batch steps of holding the previous input in the first hidden units."""
 
-        def loss(states, inputs):
-            return nn.functional.mse_loss(states[:, 1:, :INPUTS], torch.tanh(inputs[:, :-1].double()))
+def held_input(states: Tensor, inputs: Tensor) -> Tensor:
+    """Mean squared error of holding the previous input in the first hidden units."""
+    import torch
 
-        training.adam(module, x, x, loss, lr=3e-3, batch=15, epochs=40)
-
-    return Definition(module, x[:N, :T].numpy().copy(), train, jax_forward=jax_forward(module))
+    return torch.nn.functional.mse_loss(states[:, 1:, :INPUTS], torch.tanh(inputs[:, :-1].double()))

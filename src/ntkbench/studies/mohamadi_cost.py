@@ -102,9 +102,10 @@ def _problem(settings: Settings, depth: int, outputs: int, samples: int) -> tupl
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ntkbench.networks import classifiers
+    from ntkbench.networks import residual
+    from ntkbench.networks.initialisation import scaled_normal, seeded
 
-    network = classifiers.seeded(lambda: classifiers.resnet(depth, outputs, settings.width), 0)
+    network = seeded(lambda: scaled_normal(residual.network(depth, outputs, settings.width)), 0)
     x = torch.randn(samples, 3, settings.side, settings.side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(x[:1])

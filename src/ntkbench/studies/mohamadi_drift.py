@@ -75,14 +75,16 @@ class Course:
         """Trace the network; nothing is trained yet."""
         import torch
 
-        from ntkbench.networks import classifiers
+        from ntkbench.networks import classifiers, initialisation
         from ntkbench.operators import torch as backend
         from ntkbench.studies.base import descent, pntk
 
         target = settings.target()
         device = backend.device(target)
         self._init = init
-        self._network = classifiers.seeded(lambda: classifiers.fc(settings.width, OUTPUTS), init).to(device)
+        self._network = initialisation.seeded(lambda: classifiers.network("fc", settings.width, OUTPUTS), init).to(
+            device
+        )
         self._x = pntk.held_out_digits()[0][: settings.images].to(device)
         self._theta = pntk.Theta(self._network, self._x, target.memory)
 

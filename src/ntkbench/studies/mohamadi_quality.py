@@ -125,9 +125,10 @@ class Architecture:
 
     def network(self, init: int) -> nn.Module:
         """A network from its seed, on the device."""
-        from ntkbench.networks import classifiers
+        from ntkbench.networks import classifiers, initialisation
 
-        return classifiers.seeded(lambda: classifiers.FAMILIES[self.family](self.width, OUTPUTS), init).to(self._device)
+        network = initialisation.seeded(lambda: classifiers.network(self.family, self.width, OUTPUTS), init)
+        return network.to(self._device)
 
     @functools.cached_property
     def images(self) -> dict[str, Tensor]:

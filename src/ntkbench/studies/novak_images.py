@@ -174,6 +174,6 @@ class Case:
     @functools.cached_property
     def _network(self) -> nn.Module:
         """The network with its weights; only what traces or runs it takes them."""
-        from ntkbench.networks import classifiers
+        from ntkbench.networks import initialisation
 
-        return classifiers.seeded(lambda: self._architecture.make(self._outputs), 0)
+        return initialisation.seeded(lambda: self._architecture.make(self._outputs), 0)

@@ -24,7 +24,6 @@ from ntkbench.measure.seeds import checked
 from ntkbench.measure.timing import timed
 from ntkbench.methods.base import Stochastic
 from ntkbench.problem import Problem
-from ntkbench.problems import recurrent
 from ntkbench.studies import base
 
 METRICS = {
@@ -35,7 +34,7 @@ METRICS = {
     "recurrent_exact_trace": "trace",
 }
 """Methods, and what each is asked for."""
-PLUGINS = (*(f"ntkbench.methods.{name}" for name in METRICS), "ntkbench.problems.recurrent")
+PLUGINS = tuple(f"ntkbench.methods.{name}" for name in METRICS)
 TIMED = True
 SIZES = ("N", "T", "probes")
 
@@ -105,7 +104,10 @@ def _points(settings: Settings, varied: str) -> list[dict[str, int]]:
 
 def _problem(settings: Settings, kind: str, N: int, T: int) -> Problem:
     """The states of one network and of another on the same trials."""
-    networks = [recurrent.network(kind, settings.task, settings.H, seed=seed) for seed in (0, 1)]
+    from ntkbench.networks import recurrent
+
+    channels = tasks.channels(settings.task)
+    networks = [recurrent.initialised(kind, channels, settings.H, seed=seed) for seed in (0, 1)]
     parts = [recurrent.part(network, "state", "all") for network in networks]
     weights = [{key: w.detach().numpy() for key, w in part.named_parameters()} for part in parts]
     return Problem(f"{kind}_{settings.task}", parts[0], tasks.trials(settings.task, N, T).inputs, *weights)

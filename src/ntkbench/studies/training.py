@@ -18,7 +18,6 @@ from ntkbench.data import tasks
 from ntkbench.estimators import paired
 from ntkbench.metrics import METRICS
 from ntkbench.problem import Problem, Weights, split
-from ntkbench.problems import recurrent
 from ntkbench.problems.base import training
 from ntkbench.studies import base
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from ntkbench.operators.recurrent.state_kernel import StateKernel
 
 TIMED = False
-PLUGINS = ("ntkbench.problems.recurrent",)
 
 
 class Settings(base.Settings):
@@ -56,8 +54,8 @@ class Settings(base.Settings):
     gains: list[PositiveFloat] = Field(default=[0.5, 1.0], min_length=1)
     ranks: list[PositiveInt] = Field(default=[4, 64], min_length=1)
     networks: PositiveInt = 3
-    loss: PositiveFloat = recurrent.LOSS
-    steps: PositiveInt = recurrent.STEPS
+    loss: PositiveFloat = training.LOSS
+    steps: PositiveInt = training.STEPS
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: PositiveFloat = 0.05
     probes: int = Field(default=100, ge=2)
@@ -98,11 +96,13 @@ def _name(gain: float, rank: int, hidden: int) -> str:
 
 def _measure(settings: Settings, gain: float, rank: int, seed: int) -> list[dict[str, Any]]:
     """Train one network, and the columns of all its steps, operators and quantities."""
+    from ntkbench.networks import recurrent
+
     s = settings
-    trained_on, seen = tasks.trials(s.task, recurrent.TRAINED_ON, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
-    module = recurrent.network(s.kind, s.task, s.H, gain=gain, rank=rank, seed=seed)
+    trained_on, seen = tasks.trials(s.task, training.TRIALS, s.T, seed=1), tasks.trials(s.task, s.N, s.T)
+    module = recurrent.initialised(s.kind, tasks.channels(s.task), s.H, gain=gain, rank=rank, seed=seed)
     part = recurrent.part(module, s.read, s.parameters)
-    course = recurrent.course(
+    course = training.course(
         module, trained_on, loss=s.loss, steps=s.steps, optimizer=s.optimizer, learning_rate=s.learning_rate
     )
     return list(_along(s, part, seen, list(training.checkpoints(module, course))))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 
 from ntkbench.errors import BadInput
+from ntkbench.problems.base.training import Training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,26 +20,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Definition:
-    """What a problem file returns: everything but the trained weights, which ``train`` makes when they are needed.
+    """What a problem file returns: network, data and training recipe.
 
     Attributes:
         module: the network with its weights at initialisation.
         x: inputs ``[N, ...]``.
-        train: trains the module it is given in place, from theta_0 to theta_f, the same way every time.
+        training: how the network gets from theta_0 to theta_f, such as a
+            :class:`ntkbench.problems.base.training.Adam`.
         jax_forward: see :class:`Problem`.
         samples_interact: see :class:`Problem`.
         part: the network whose NTK it is, where that is not all of what is trained: its parameters are some of those of
             ``module``, and it is not differentiated by those that do not require a gradient.
-        recipe: what trained weights depend on besides theta_0 where that varies, such as the length of sequences.
     """
 
     module: nn.Module
     x: np.ndarray
-    train: Callable[[nn.Module], None]
+    training: Training
     jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
     samples_interact: bool = False
     part: nn.Module | None = None
-    recipe: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.training, Training):
+            raise BadInput(
+                "training must be a recipe that can be recorded, such as ntkbench.problems.base.training.Adam(...); "
+                f"got {self.training!r}"
+            )
 
 
 REGISTRY: dict[str, Callable[..., Definition]] = {}

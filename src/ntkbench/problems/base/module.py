@@ -28,7 +28,7 @@ def from_module(
     name: str | None = None,
     dtype: str | None = None,
 ) -> Problem:
-    """Wrap a network and its inputs as a :class:`ntkbench.problems.base.Problem`.
+    """Wrap a network and its inputs as a :class:`ntkbench.problem.Problem`.
 
     theta is every parameter with ``requires_grad=True``; frozen parameters and buffers are part of the function, and a
     tensor tied under several names counts once. Everything is copied: training ``model`` further changes nothing, and

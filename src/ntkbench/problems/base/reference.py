@@ -3,39 +3,75 @@
 Theta is n x n, but its moments are also those of the P x P side, whichever is smaller:
 tr Theta = tr J^T J, ||Theta||_F = ||J^T J||_F and tr(Theta Theta_f) = ||J^T J_f||_F^2.
 
-``python -m ntkbench.problems.base.reference LABEL ...`` computes values (and trains weights) anew and writes them to
-``results/reference``, where they are committed; weights where the label's are those of the problem at its defaults.
-Anything else is computed at its first use and kept in the cache.
+Values lie in ``results/reference``, where :func:`commit` writes them, or in the cache, where they are kept when they
+are first computed. A stored value counts only for the very problem that it was computed for; see
+:meth:`ntkbench.problem.Problem.digest`.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
+import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ntkbench import paths, problems
+from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, summary
 from ntkbench.metrics import METRICS, Moments, from_rows_of_jacobian, squared_norm
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.problems import base
+from ntkbench.problems.base import storage, weights
 
 MEMORY = 2**32
+"""Bytes that a block of rows of J may take."""
 
 
 def exact(problem: Problem) -> dict[str, float]:
     """Metric to exact value, from ``results/reference``, the cache, or computed now (and cached).
 
-    A stored value counts only if it was made from the same inputs and weights, to the bit.
+    Raises:
+        NoExactValue: it cannot be computed.
+        OverMemory: it takes more memory than there is.
+        Corrupt: the committed file is damaged.
+        NtkbenchError: the cache cannot be written.
     """
+    with _explained(problem):
+        digest = problem.digest()
     for folder in (paths.REFERENCE, paths.cache()):
-        stored = _read(file_of(problem.name, folder))
-        if stored.get("digest") == problem.digest():
+        stored = storage.read(file_of(problem.name, folder))
+        if stored is not None and stored.get("digest") == digest:
             return stored["metrics"]
     record = compute(problem)
-    paths.write_atomically(file_of(problem.name, paths.cache()), _json(record))
+    storage.write(file_of(problem.name, paths.cache()), record)
     return record["metrics"]
+
+
+def commit(labels: Iterable[str]) -> list[dict[str, Any]]:
+    """Compute exact values anew and write them to ``results/reference``; returns what was written, in order.
+
+    Weights go there too, where they are those of the problem at its default sizes. They are trained only where neither
+    ``results/reference`` nor the cache has them.
+
+    Raises:
+        BadInput, Unavailable, DidNotTrain, Corrupt: see :func:`ntkbench.problems.load`.
+        NoExactValue, OverMemory, NtkbenchError: see :func:`exact`.
+    """
+    records = []
+    for label in labels:
+        problem, definition = problems.load(label), problems.define(label)
+        name, _ = base.parse_label(label)
+        origin = weights.origin(name, definition)
+        if origin == weights.origin(name, problems.define(name)):
+            _, theta_f = weights.initial_and_trained(name, definition)
+            storage.write(weights.committed_file(name), weights.packed(definition, origin, theta_f))
+        records.append(compute(problem))
+        storage.write(file_of(problem.name, paths.REFERENCE), records[-1])
+    return records
 
 
 def file_of(label: str, folder: Path) -> Path:
@@ -49,23 +85,42 @@ def compute(problem: Problem) -> dict[str, Any]:
     Cost: O per-sample backward passes at theta_0 and theta_f (more on the n x n side where J does not fit in memory),
         and the smaller of n^2 P and 1.5 n P^2 multiplications for each of two Gram matrices. Problems whose samples
         interact take n passes instead of O.
+
+    Raises:
+        NoExactValue: it cannot be computed, or is not finite.
+        OverMemory: J^T J takes more memory than the machine has.
     """
     start = time.perf_counter()
-    small_side = "n x n" if problem.n <= problem.P else "P x P"
-    moments = _by_outputs(problem) if problem.n <= problem.P else _by_parameters(problem)
+    outputs_side = problem.n <= problem.P
     metrics = METRICS if problem.theta_f is not None else METRICS[:-1]
+    with _explained(problem):
+        moments = by_outputs(problem) if outputs_side else by_parameters(problem)
+        values = {metric: moments.metric(metric) for metric in metrics}
+        digest = problem.digest()
+    if wrong := [f"{metric} is {value}" for metric, value in values.items() if not math.isfinite(value)]:
+        raise NoExactValue(f"exact values of {problem.name} are not finite: {', '.join(wrong)}")
     return {
         "problem": problem.name,
-        "metrics": {metric: moments.metric(metric) for metric in metrics},
-        "digest": problem.digest(),
+        "metrics": values,
+        "digest": digest,
         "n": problem.n,
         "P": problem.P,
-        "side": small_side,
+        "side": "n x n" if outputs_side else "P x P",
         "dtype": "float64",
         "seconds": round(time.perf_counter() - start, 1),
-        "command": f"python -m ntkbench.problems.base.reference '{problem.name}'",
+        "command": f"ntkbench reference '{problem.name}'",
         "versions": _versions(),
     }
+
+
+@contextlib.contextmanager
+def _explained(problem: Problem) -> Iterator[None]:
+    try:
+        yield
+    except NtkbenchError as error:
+        raise type(error)(f"exact values of {problem.name}: {error}") from error
+    except Exception as error:
+        raise NoExactValue(f"exact values of {problem.name} cannot be computed: {summary(error)}") from error
 
 
 def _jacobians(problem: Problem) -> list[Any]:
@@ -84,21 +139,33 @@ def _blocks(problem: Problem, jacobian: Any) -> tuple[list[Any], Any]:
     return ranges, lambda j, span: j.vjp(j.basis(*span))
 
 
-def _by_outputs(problem: Problem) -> Moments:
+def by_outputs(problem: Problem) -> Moments:
+    """Moments of Theta from its n x n side, in blocks."""
     jacobians = _jacobians(problem)
     blocks, rows = _blocks(problem, jacobians[0])
     metric = "alignment" if len(jacobians) == 2 else "norm"
     return from_rows_of_jacobian(metric, jacobians, blocks, rows)
 
 
-def _by_parameters(problem: Problem) -> Moments:
+def by_parameters(problem: Problem) -> Moments:
+    """Moments of Theta from its P x P side.
+
+    Raises:
+        OverMemory: the matrices take more memory than the machine has.
+    """
     import torch
     from tqdm import tqdm
 
     jacobians = _jacobians(problem)
-    blocks, rows = _blocks(problem, jacobians[0])
     # J^T J, J_f^T J_f and J^T J_f; float64 accumulators on the operator's device.
     pairs = [(0, 0), (1, 1), (0, 1)][: 3 if len(jacobians) == 2 else 1]
+    needed, there = len(pairs) * problem.P**2 * 8, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise OverMemory(
+            f"{len(pairs)} matrices of P x P with P = {problem.P} take {needed / 2**30:.1f} GiB, and this machine has "
+            f"{there / 2**30:.1f} GiB"
+        )
+    blocks, rows = _blocks(problem, jacobians[0])
     like = jacobians[0].basis(0, 1)
     grams = [torch.zeros(problem.P, problem.P, dtype=like.dtype, device=like.device) for _ in pairs]
     for block in tqdm(blocks, desc=problem.name, unit="block", disable=None):
@@ -109,29 +176,8 @@ def _by_parameters(problem: Problem) -> Moments:
     return Moments(float(grams[0].trace()), *squares)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _json(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=1) + "\n"
-
-
 def _versions() -> dict[str, str]:
     import numpy
     import torch
 
     return {"torch": torch.__version__, "numpy": numpy.__version__, "python": sys.version.split()[0]}
-
-
-def _main(labels: list[str]) -> None:
-    for label in labels:
-        problem = problems.load(label)
-        problems.commit_weights(label)
-        record = compute(problem)
-        paths.write_atomically(file_of(label, paths.REFERENCE), _json(record))
-        print(label, json.dumps(record["metrics"]), f"{record['seconds']} s", flush=True)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -11,36 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ntkbench.errors import BadInput
-from ntkbench.operators.recurrent.cells import Recurrence
+from ntkbench.networks.recurrent import States
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import from_module
-
-
-class States(nn.Module):
-    """All states ``[N, T, H]`` of an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction.
-
-    Raises:
-        BadInput: the layer has more layers, reads backwards, projects its state, or is an ``nn.RNN`` of ReLUs.
-    """
-
-    def __init__(self, layer: nn.RNNBase) -> None:
-        super().__init__()
-        if layer.bidirectional:
-            raise BadInput("the network is not causal: a bidirectional layer's states depend on inputs yet to come")
-        if layer.num_layers > 1 or layer.proj_size or getattr(layer, "nonlinearity", "tanh") != "tanh":
-            raise BadInput(
-                f"allowed are nn.RNN (tanh), nn.GRU and nn.LSTM of one layer without projection; got {layer}"
-            )
-        self.layer = copy.deepcopy(layer)
-        self.layer.batch_first = True
-        names = {name.removesuffix("_l0") for name, _ in layer.named_parameters()}
-        kind = layer.mode.partition("_")[0].lower()
-        roles = Recurrence.of_layer(kind, "layer").names
-        self.recurrence = Recurrence(kind, {role: name for role, name in roles.items() if role in names})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
 
 
 def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
@@ -60,8 +34,8 @@ def from_recurrent(
     """Wrap a recurrent network and sequences; see :func:`ntkbench.problems.base.module.from_module` for the rest.
 
     An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for all its states. A module that declares a ``recurrence`` (see
-    :class:`ntkbench.networks.recurrent.Recurrence`) gets derivatives by hand, and its promise is checked on ``x``. Any
-    other module from ``[N, T, ...]`` to ``[N, T, ...]`` will do, and is differentiated by its backend.
+    :class:`ntkbench.operators.recurrent.cells.Recurrence`) gets derivatives by hand, and its promise is checked on
+    ``x``. Any other module from ``[N, T, ...]`` to ``[N, T, ...]`` will do, and is differentiated by its backend.
 
     Cost: five forward passes and a backward pass more than there.
 

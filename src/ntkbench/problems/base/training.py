@@ -1,46 +1,197 @@
-"""Seeded gradient descent, the same for every problem."""
+"""Training recipes: seeded gradient descent as data, so that what is run is what is recorded.
+
+A problem is trained by an :class:`Adam` or :class:`OnTask`. Studies that look at weights on the way use :func:`course`
+and :func:`checkpoints`.
+"""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from ntkbench.data import tasks
 from ntkbench.errors import DidNotTrain
+from ntkbench.problem import PROBED, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+TRIALS, LOSS, STEPS, LEARNING_RATE, CLIP = 128, 0.1, 2000, 5e-3, 1.0
+"""How recurrent networks are trained on tasks, unless it is said otherwise; see :class:`OnTask`."""
+SHORTEST = 10
+"""Steps of the shortest trials that come before longer ones."""
 
-def adam(
-    module: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    *,
-    lr: float = 1e-3,
-    batch: int,
-    epochs: int,
-    seed: int = 0,
-) -> None:
-    """Train ``module`` in place with Adam on shuffled mini-batches.
+
+class Training(abc.ABC):
+    """A training recipe: a frozen dataclass whose fields are all the values that training uses.
+
+    Its printed form, with all fields but those of ``repr=False``, is part of a problem's identity, and so are
+    :meth:`arrays` and what :meth:`objective` computes.
+    """
+
+    @abc.abstractmethod
+    def train(self, module: nn.Module) -> None:
+        """Train a module in place, the same way every time, and leave it in float32.
+
+        Raises:
+            DidNotTrain: training did not get where it was to get.
+        """
+
+    @abc.abstractmethod
+    def arrays(self) -> Weights:
+        """The data of training, by name."""
+
+    @abc.abstractmethod
+    def objective(self, module: nn.Module) -> Tensor:
+        """The loss of a module in float64 on some of the data, differentiable."""
+
+    def __str__(self) -> str:
+        shown = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr]
+        values = (f"{name}={value.__name__ if callable(value) else repr(value)}" for name, value in shown)
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Adam(Training):
+    """Adam on shuffled mini-batches, for a number of epochs.
 
     Runs in float64, so that rounding differences between machines stay far below the float32 the weights are kept in.
+
+    Attributes:
+        x: inputs ``[N, ...]``, brought to float64 batch by batch.
+        y: what the loss compares outputs with, ``[N, ...]``.
+        loss: a named function of a batch's outputs and its ``y``.
+        batch: samples a batch.
+        epochs: passes over the data.
+        lr: learning rate.
+        seed: of the shuffling.
+    """
+
+    x: Tensor = field(repr=False)
+    y: Tensor = field(repr=False)
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batch: int
+    epochs: int
+    lr: float = 1e-3
+    seed: int = 0
+
+    def train(self, module: nn.Module) -> None:
+        import torch
+
+        module.double()
+        optimizer = torch.optim.Adam(module.parameters(), lr=self.lr)
+        shuffle = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            for chosen in torch.randperm(len(self.x), generator=shuffle).split(self.batch):
+                optimizer.zero_grad()
+                self.loss(module(self.x[chosen].double()), self.y[chosen]).backward()
+                optimizer.step()
+        module.float()
+
+    def arrays(self) -> Weights:
+        return {"x": self.x.numpy(), "y": self.y.numpy()}
+
+    def objective(self, module: nn.Module) -> Tensor:
+        return self.loss(module(self.x[:PROBED].double()), self.y[:PROBED])
+
+
+@dataclass(frozen=True)
+class OnTask(Training):
+    """Full-batch Adam with clipped gradients on trials of a task, of one length after another, each down to a loss.
+
+    Attributes:
+        task: a key of :data:`ntkbench.data.tasks.TASKS`.
+        lengths: steps T of the trials, in turn; see :func:`curriculum`.
+        trials: number of trials of each length.
+        loss: the share of the targets' power at which to stop.
+        steps: that may be taken at each length.
+        learning_rate: of Adam.
+        clip: norm that gradients are clipped to.
+        seed: of the trials.
+    """
+
+    task: str
+    lengths: tuple[int, ...]
+    trials: int = TRIALS
+    loss: float = LOSS
+    steps: int = STEPS
+    learning_rate: float = LEARNING_RATE
+    clip: float = CLIP
+    seed: int = 1
+
+    def train(self, module: nn.Module) -> None:
+        how = {"loss": self.loss, "steps": self.steps, "learning_rate": self.learning_rate, "clip": self.clip}
+        for T in self.lengths:
+            for _ in course(module, self._trials(T), **how):
+                pass
+
+    def arrays(self) -> Weights:
+        return {f"{name}[T={T}]": array for T in self.lengths for name, array in vars(self._trials(T)).items()}
+
+    def objective(self, module: nn.Module) -> Tensor:
+        import torch
+
+        first = self._trials(self.lengths[0])
+        return first.loss()(module(torch.from_numpy(first.inputs).double()))
+
+    def _trials(self, T: int) -> tasks.Trials:
+        return tasks.trials(self.task, self.trials, T, seed=self.seed)
+
+
+def curriculum(T: int) -> tuple[int, ...]:
+    """Lengths of trials that a network is trained on in turn: T, a third of it and so on, but for those below 10.
+
+    Over dozens of steps gradients of a vanilla network vanish, and nothing is learned from long trials alone.
+    """
+    lengths = [T]
+    while lengths[0] // 3 >= SHORTEST:
+        lengths.insert(0, lengths[0] // 3)
+    return tuple(lengths)
+
+
+def course(
+    module: nn.Module,
+    trials: tasks.Trials,
+    *,
+    loss: float = LOSS,
+    steps: int = STEPS,
+    optimizer: str = "adam",
+    learning_rate: float = LEARNING_RATE,
+    clip: float = CLIP,
+) -> Iterator[tuple[int, float]]:
+    """Train in place on all trials at once; see :func:`descent` for what comes out and when.
+
+    In float64, so that rounding differences between machines stay far below the float32 that weights are kept in.
+
+    Args:
+        module: the network, in float64 until the end.
+        trials: to train it on.
+        loss: at which to stop.
+        steps: that may be taken.
+        optimizer: ``"adam"``, or ``"sgd"`` for gradient descent with a momentum of 0.9, which moves each weight by as
+            much as its gradient says.
+        learning_rate: of either.
+        clip: norm that gradients are clipped to.
     """
     import torch
 
     module.double()
-    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
-    shuffle = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(x), generator=shuffle).split(batch):
-            optimizer.zero_grad()
-            loss(module(x[chosen].double()), y[chosen]).backward()
-            optimizer.step()
+    x, missed = torch.from_numpy(trials.inputs).double(), trials.loss()
+    make = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}[optimizer]
+    chosen = make(module.parameters(), lr=learning_rate)
+
+    def clipped(*_: object) -> None:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+
+    chosen.register_step_pre_hook(clipped)
+    yield from descent(lambda: missed(module(x)), chosen, to=loss, most=steps)
     module.float()
 
 
@@ -73,7 +224,7 @@ def descent(loss: Callable[[], Tensor], optimizer: Optimizer, *, to: float, most
 
 def checkpoints(
     module: nn.Module, course: Iterator[tuple[int, float]], ratio: float = 2**0.5
-) -> Iterator[tuple[int, float, dict[str, np.ndarray]]]:
+) -> Iterator[tuple[int, float, Weights]]:
     """Steps, loss and weights along a :func:`descent` at log-spaced steps: 0, 1, and each some ratio later; the end.
 
     Weights are copies, in float32, by parameter name.
@@ -89,5 +240,5 @@ def checkpoints(
         yield *last, _copied(module)
 
 
-def _copied(module: nn.Module) -> dict[str, np.ndarray]:
+def _copied(module: nn.Module) -> Weights:
     return {key: w.detach().cpu().float().numpy().copy() for key, w in module.named_parameters()}

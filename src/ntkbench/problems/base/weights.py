@@ -1,19 +1,18 @@
-"""Weights at both ends of training, made once and kept."""
+"""Weights at initialisation and after training, trained once and kept."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ntkbench import paths
-from ntkbench.errors import DidNotTrain
-from ntkbench.problem import Weights
-from ntkbench.problems.base import Definition
+from ntkbench.errors import DidNotTrain, NtkbenchError, summary
+from ntkbench.problem import Weights, hash_arrays, signature
+from ntkbench.problems.base import Definition, storage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,45 +21,66 @@ if TYPE_CHECKING:
 def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Weights]:
     """theta_0 and theta_f of a problem, in float32: its parameters with ``requires_grad``, the others stay as they are.
 
-    theta_f is looked up in ``results/reference/weights`` and in the cache, and trained (and cached) when neither has
-    one that was trained from this very theta_0 by this recipe. Committing it keeps the exact references valid on
-    machines whose kernels round differently.
+    theta_f is looked up in ``results/reference/weights`` and in the cache. It is trained, and cached, where neither has
+    one of this :func:`origin`. Committed weights keep exact values valid on machines whose kernels round differently.
+
+    Args:
+        name: of the problem, without sizes.
+        definition: of the problem at the sizes asked for.
 
     Raises:
-        DidNotTrain: training did not get where it was to get; nothing is kept.
+        DidNotTrain: training failed; nothing is kept.
+        Corrupt: the committed file is damaged.
+        NtkbenchError: the cache cannot be written.
     """
-    theta_0 = _chosen(definition.module)
-    cached = paths.cache() / "weights" / f"{name}-{origin(definition)}.npz"
-    for path in (committed_file(name), cached):
-        stored = _read(path)
-        if stored and stored[2] == definition.recipe and _equal(theta_0, stored[0]):
-            return theta_0, stored[1]
-    try:
-        theta_f = train(definition)
-    except DidNotTrain as error:
-        raise DidNotTrain(f"{name}: {error}") from None
-    paths.write_atomically(cached, packed(theta_0, theta_f, definition.recipe))
+    theta_0, of = _trainable(definition.module), origin(name, definition)
+    for path in (committed_file(name), _cached_file(name, of)):
+        stored = storage.read(path)
+        if stored is not None and str(stored.get("origin")) == of:
+            return theta_0, {key: stored[f"theta_f/{key}"] for key in theta_0}
+    theta_f = train(name, definition)
+    storage.write(_cached_file(name, of), packed(definition, of, theta_f))
     return theta_0, theta_f
 
 
-def train(definition: Definition) -> Weights:
-    """theta_f, by training a copy of the network."""
+def train(name: str, definition: Definition) -> Weights:
+    """theta_f, by training a copy of the network.
+
+    Raises:
+        DidNotTrain: training failed, or gave weights that are not finite.
+    """
     trained = copy.deepcopy(definition.module)
-    definition.train(trained)
-    return _chosen(trained)
+    try:
+        definition.training.train(trained)
+    except NtkbenchError as error:
+        raise type(error)(f"{name}: {error}") from None
+    except Exception as error:
+        raise DidNotTrain(f"{name}: training failed: {summary(error)}") from error
+    theta_f = _trainable(trained)
+    if broken := [key for key, w in theta_f.items() if not np.isfinite(w).all()]:
+        raise DidNotTrain(f"{name}: training gave weights that are not finite ({', '.join(broken)})")
+    return theta_f
 
 
-def origin(definition: Definition) -> str:
-    """Hash of what trained weights come from: theta_0 and the recipe."""
-    digest = hashlib.sha256(definition.recipe.encode())
-    for key, w in _chosen(definition.module).items():
-        digest.update(key.encode() + w.tobytes())
+def origin(name: str, definition: Definition) -> str:
+    """Hash of all that theta_f comes from: the network, its initial weights, the training recipe and its data.
+
+    The network and the loss count by what they compute, as in :meth:`ntkbench.problem.Problem.digest`; the recipe by
+    its printed fields; data and weights to the bit.
+
+    Raises:
+        DidNotTrain: the loss cannot be computed.
+    """
+    digest = hashlib.sha256(str(definition.training).encode())
+    hash_arrays(digest, {key: w.detach().numpy() for key, w in definition.module.state_dict().items()})
+    hash_arrays(digest, definition.training.arrays())
+    network = copy.deepcopy(definition.module).double()
+    try:
+        loss = definition.training.objective(network)
+        digest.update(signature(loss, [w for w in network.parameters() if w.requires_grad]).encode())
+    except Exception as error:
+        raise DidNotTrain(f"{name}: the training loss cannot be computed: {summary(error)}") from error
     return digest.hexdigest()[:16]
-
-
-def _chosen(module: nn.Module) -> Weights:
-    """The parameters that theta is made of; frozen ones are a part of the function."""
-    return {key: w.detach().numpy().copy() for key, w in module.named_parameters() if w.requires_grad}
 
 
 def committed_file(name: str) -> Path:
@@ -68,26 +88,16 @@ def committed_file(name: str) -> Path:
     return paths.REFERENCE / "weights" / f"{name}.npz"
 
 
-def packed(theta_0: Weights, theta_f: Weights, recipe: str = "") -> bytes:
-    """Both sets of weights as one ``.npz`` file."""
-    arrays = {f"{end}/{key}": w for end, ws in (("theta_0", theta_0), ("theta_f", theta_f)) for key, w in ws.items()}
-    if recipe:
-        arrays["recipe"] = np.array(recipe)
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    return file.getvalue()
+def packed(definition: Definition, origin: str, theta_f: Weights) -> dict[str, np.ndarray]:
+    """The members of a weights file: both sets of weights, the recipe, and the :func:`origin` of theta_f."""
+    ends = {"theta_0": _trainable(definition.module), "theta_f": theta_f}
+    arrays = {f"{end}/{key}": w for end, weights in ends.items() for key, w in weights.items()}
+    return {**arrays, "recipe": np.array(str(definition.training)), "origin": np.array(origin)}
 
 
-def _equal(weights: Weights, others: Weights) -> bool:
-    return all(np.array_equal(w, others.get(key)) for key, w in weights.items())
+def _cached_file(name: str, origin: str) -> Path:
+    return paths.cache() / "weights" / f"{name}-{origin}.npz"
 
 
-def _read(path: Path) -> tuple[Weights, Weights, str] | None:
-    if not path.exists():
-        return None
-    with np.load(path) as arrays:
-        ends = [
-            {key.split("/", 1)[1]: arrays[key] for key in arrays.files if key.startswith(f"{end}/")}
-            for end in ("theta_0", "theta_f")
-        ]
-        return *ends, str(arrays["recipe"]) if "recipe" in arrays.files else ""
+def _trainable(module: nn.Module) -> Weights:
+    return {key: w.detach().numpy().copy() for key, w in module.named_parameters() if w.requires_grad}

@@ -1,0 +1,91 @@
+"""Files of weights and exact values, with a checksum, so that a damaged file is noticed and never used.
+
+Committed files lie below ``results/reference``; everything else is a cache, and can be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkbench import paths
+from ntkbench.errors import Corrupt, summary
+from ntkbench.problem import hash_arrays
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record (``.json``) or arrays by name (``.npz``), atomically and with a checksum.
+
+    Raises:
+        NtkbenchError: the file cannot be written.
+    """
+    if path.suffix == ".json":
+        record = {**content, "checksum": _checksum_of_record(content)}
+        paths.write_atomically(path, json.dumps(record, indent=1) + "\n")
+    else:
+        file = io.BytesIO()
+        np.savez_compressed(file, **content, checksum=np.array(_checksum_of_arrays(content)))
+        paths.write_atomically(path, file.getvalue())
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What was written to a file, or ``None`` where there is none. A damaged cache file counts as none, and is logged.
+
+    Raises:
+        Corrupt: the file is damaged, and committed.
+    """
+    if not path.exists():
+        return None
+    try:
+        return parse(path)
+    except Corrupt as error:
+        if path.is_relative_to(paths.REFERENCE):
+            raise Corrupt(f"{error}; restore the committed file, or delete it to have it made anew") from error
+        logging.getLogger("ntkbench").warning("%s; it is made anew", error)
+        return None
+
+
+def parse(path: Path) -> dict[str, Any]:
+    """What was written to a file that exists.
+
+    Raises:
+        Corrupt: it cannot be read, is no such file, or its content does not match its checksum.
+    """
+    try:
+        content = _record(path) if path.suffix == ".json" else _arrays(path)
+        checksum = str(content.pop("checksum", "missing"))
+        whole = checksum == (_checksum_of_record if path.suffix == ".json" else _checksum_of_arrays)(content)
+    except Exception as error:  # the parsers of both formats let nearly every kind of exception through
+        raise Corrupt(f"{path} is damaged: {summary(error)}") from error
+    if not whole:
+        raise Corrupt(f"{path} is damaged: its content does not match its checksum")
+    return content
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds a {type(record).__name__} and no record")
+    return record
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _checksum_of_record(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checksum_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    hash_arrays(digest, arrays)
+    return digest.hexdigest()[:16]
