@@ -40,6 +40,28 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
 
 
+LONGEST = 500
+"""Characters of a line that :func:`one_line` keeps."""
+
+
+def one_line(text: str) -> str:
+    """The first line of a text that is not blank, printable and encodable whatever was in it."""
+    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+
+
+def summary(error: BaseException) -> str:
+    """Type and message of an exception on one line, whatever the exception is like."""
+    name = one_line(type(error).__name__)
+    try:
+        message = one_line(str(error))
+    except Exception as unreadable:
+        message = f"its message cannot be read ({type(unreadable).__name__})"
+    return f"{name}: {message}" if message else f"{name} without a message"
+
+
 @contextlib.contextmanager
 def as_one_line() -> Iterator[None]:
     """End a command with the message alone where it fails for a reason that its user can act on."""

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from ntkbench import methods, paths, problems, studies
+from ntkbench import methods, paths, problems, registry
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure.limits import Limits
 from ntkbench.metrics import METRICS
@@ -74,6 +74,10 @@ class Block(_Strict):
         return self
 
 
+SHARED = ("device", "dtype", "threads", "limits", "seeds", "calls")
+"""Keys of a configuration that hold for its studies as well, unless a study has its own."""
+
+
 class Config(_Strict):
     """A whole configuration file; see ``config/default.yaml`` for what each key means."""
 
@@ -107,10 +111,10 @@ class Config(_Strict):
     @classmethod
     def _device_exists(cls, device: str) -> str:
         if device == "cuda":
-            from ntkbench.operators import torch as torch_backend
+            from ntkbench import operators
 
             try:
-                torch_backend.device(Target(device="cuda"))
+                operators.device_name(Target(device="cuda"))
             except Unavailable as error:
                 raise BadInput(str(error)) from None
         return device
@@ -119,7 +123,7 @@ class Config(_Strict):
     @classmethod
     def _studies_exist(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name in given:
-            studies.plugins_of(name)
+            registry.room("study").get(name)
         return given
 
     @classmethod
@@ -187,13 +191,14 @@ class Config(_Strict):
             )
         return paths.REFERENCE / self.profile
 
-    def study(self, name: str) -> studies.base.Settings:
+    def study(self, name: str) -> BaseModel:
         """The settings of a study: its own, and this configuration's where it says nothing."""
         own = dict(self.studies[name])
-        common = {key: getattr(self, key) for key in studies.base.Settings.model_fields}
+        settings = registry.room("study").get(name).Settings
+        common = {key: getattr(self, key) for key in settings.model_fields if key in SHARED}
         if isinstance(given := own.get("limits"), dict):
             own["limits"] = self.limits.model_dump() | given
-        return studies.settings(name, common | own)
+        return settings.model_validate(common | own)
 
 
 def _explain(error: Mapping[str, Any], file: str | Path) -> str:
@@ -201,7 +206,7 @@ def _explain(error: Mapping[str, Any], file: str | Path) -> str:
     if error["type"] == "extra_forbidden":
         fields = Block.model_fields if "grid" in error["loc"] else Config.model_fields
         if error["loc"][0] == "studies":
-            fields = studies.fields(error["loc"][1])
+            fields = registry.room("study").get(error["loc"][1]).Settings.model_fields
         return f"{file}: {key}: no such key; allowed: {', '.join(fields)}"
     if error["type"] == "missing":
         return f"{file}: {key}: missing, it must be given"
