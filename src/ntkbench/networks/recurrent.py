@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,7 +83,7 @@ def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     def forward(weights: Mapping[str, Any], x: Any) -> Any:
         import jax.numpy as jnp
 
-        from ntkbench.operators.recurrent import jax
+        jax = importlib.import_module("ntkbench.operators.recurrent.jax")  # loaded with the backend and not before
 
         held = {**fixed, **weights}
         w = {role: jnp.asarray(held[name], x.dtype) for role, name in recurrence.names.items()}
