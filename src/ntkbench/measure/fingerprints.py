@@ -116,26 +116,27 @@ def _digest(file: Path, modified: int, size: int) -> str:
 def _reached(roots: Iterable[str]) -> dict[str, Path]:
     """Modules of this package that are imported with the roots, and their files."""
     reached: dict[str, Path] = {}
-    new = list(roots)
+    seen, new = {""}, set(roots)
     while new:
         module = new.pop()
-        file = _file(module)
-        if file and module not in reached:
+        seen.add(module)
+        if file := _file(module):
             reached[module] = file
-            new += (module.rpartition(".")[0], *imports(module, file))
+            new |= {module.rpartition(".")[0], *imports(module, file)} - seen
     return reached
 
 
 def _file(module: str) -> Path | None:
     """The file of a module of this package; ``None`` where there is no such module."""
-    package, *parts = module.split(".")
-    path = PACKAGE.joinpath(*parts)
-    files = (path / "__init__.py", path.with_name(f"{path.name}.py"))
-    return next((file for file in files if package == "ntkbench" and file.is_file()), None)
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
+        if file.is_file():
+            return file
+    return None
 
 
 def imports(module: str, file: Path) -> frozenset[str]:
-    """Names that a module's file imports, be they modules or what is in them, but for those that only checkers see."""
+    """Names of this package that a module's file imports, of modules and of what is in them; not those for checkers."""
     try:
         return _imports(module, Source.read(file))
     except Fault:  # a process that comes to this file ends there
@@ -152,7 +153,7 @@ def _imports(module: str, source: Source) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return frozenset(found)
+    return frozenset(name for name in found if name.split(".")[0] == "ntkbench")
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:

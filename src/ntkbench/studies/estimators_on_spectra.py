@@ -41,7 +41,7 @@ NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stoch
 NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
 """Stochastic methods that ask for nothing but products with J and J^T."""
 
-PLUGINS = ("ntkbench.operators.dense", "ntkbench.operators.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
+PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.ROOM.found()))
 
 
 class Settings(base.Settings):
