@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ntkbench import methods, paths, problems, registry
+from ntkbench import paths, problems, registry
 from ntkbench.measure import fingerprints
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
+from ntkbench.measure.plan import Plan
 from ntkbench.problems.base import reference
 
 PACKAGE = paths.ROOT / "src" / "ntkbench"
@@ -25,21 +26,18 @@ DRAWN_FROM = paths.REFERENCE / "default"
 # One process imports what is slow, and a fork of it does each job, so that ntkbench's modules are as in a fresh one.
 # None of these imports starts a thread, which would not survive a fork.
 PROCESS = """
-import importlib, json, os, sys
+import json, os, sys, traceback
 import torch, torch.func, jax, pandas, scipy.special, sklearn.datasets, matplotlib.figure, seaborn
 
-def cell(roots, label, name, metric, passes, backend):
-    for root in roots:
-        importlib.import_module(root)
-    from ntkbench import methods, operators, problems
-    from ntkbench.measure.seeds import Reruns
-    from ntkbench.options import Target
-    from ntkbench.problems.base import reference
-    problem, method, target = problems.load(label), methods.get(name), Target(backend, "float32", "cpu")
-    prepared = method.prepare(problem, target)
-    reruns = Reruns(reference.exact(problem)[metric], "float32")
-    reruns.run(lambda seed: method.estimate(prepared, metric, passes, seed), range(2)).columns()
-    operators.device_name(target)
+def cell(plan, label):
+    os.environ["NTKBENCH_PLAN"] = plan
+    from benchmarks import ntk
+    case = ntk.Seconds()
+    case.setup(label)
+    case.time_estimate(label)
+    from ntkbench import operators
+    from ntkbench.measure import rows
+    operators.device_name(ntk.PLAN.config.target(ntk.PLAN.cells[0].backend))
 
 def problem(label):
     from ntkbench import problems
@@ -61,13 +59,18 @@ for line in sys.stdin:
     kind, *given = json.loads(line)
     sys.stdout.flush()
     if pid := os.fork():
-        assert os.waitpid(pid, 0)[1] == 0, (kind, *given)
+        if os.waitpid(pid, 0)[1]:
+            print("null", flush=True)
         continue
     printed, sys.stdout = sys.stdout, sys.stderr
-    globals()[kind](*given)
-    names = (name for name in sys.modules if name.split(".")[0] == "ntkbench")
-    print(json.dumps([sys.modules[name].__file__ for name in names]), file=printed, flush=True)
-    os._exit(0)
+    try:
+        globals()[kind](*given)
+        names = (name for name in sys.modules if name.split(".")[0] == "ntkbench")
+        print(json.dumps([sys.modules[name].__file__ for name in names]), file=printed, flush=True)
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
 """
 
 CELLS = {
@@ -85,14 +88,14 @@ PROBLEMS = ("digits_conv[N=4]", "gru_hazelden[N=2,T=2]", "rnn_flipflop[N=2,T=10,
 FIGURES = {"error_against_passes": "table.csv", "hazelden_trace": "studies/hazelden_trace.csv"}
 ONE = {"threads": 1, "seeds": 2, "calls": 1}
 STUDIES = {
-    "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18]},
     "mohamadi_drift": {"width": 8, "steps": 20, "looks": 2, "inits": 1, "images": 2, "rate": 0.01, "decay": 0.1},
 }
 PARTLY = {
+    "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18]},
     "hazelden_blog": {"problem": "gru_hazelden[N=2,T=2]", "samples": [2]},
     "training": {"N": 4, "H": 4, "gains": [1.0], "ranks": [4], "networks": 1, "probes": 2, "loss": 0.99, "steps": 300},
 }
-"""Studies that load some of what they say they load, as their settings have it."""
+"""Studies that load some of what they name, as their settings have it; or import methods without using them."""
 
 
 def config(**changes):
@@ -107,9 +110,8 @@ def cell_of(problem, method, metric, passes, backend):
     return next(cell for cell in made if cell.backend == backend)
 
 
-def files_of_cell(label, name, metric, passes, backend):
-    roots = (*fingerprints.CELL, methods.ROOM.module(name), problems.module_of(label))
-    return fingerprints.sources(*roots, backend=backend)
+def files_of_cell(*cell):
+    return fingerprints.sources(*fingerprints.cell_roots(cell_of(*cell)), backend=cell[-1])
 
 
 def files_of_problem(label):
@@ -131,7 +133,10 @@ def imported(tmp_path_factory):
     for label, *_ in CELLS.values():
         reference.exact(problems.load(label))  # as another rule does beforehand
     fresh = tmp_path_factory.mktemp("fresh")
-    jobs = {("cell", key): ["cell", fingerprints.CELL, *cell] for key, cell in CELLS.items()}
+    jobs = {}
+    for key, cell in CELLS.items():
+        jobs["cell", key] = ["cell", str(fresh / f"{key}.json"), cell_of(*cell).label]
+        Plan(config(), [cell_of(*cell)], {}, fresh).write(fresh / f"{key}.json")
     jobs |= {("study", name): ["study", name, ONE | given] for name, given in (STUDIES | PARTLY).items()}
     jobs |= {("figure", name): ["figure", name, str(DRAWN_FROM / file), str(fresh)] for name, file in FIGURES.items()}
     found = _run(jobs)
@@ -145,8 +150,10 @@ def _run(jobs, **environment):
         [sys.executable, "-c", PROCESS], input=lines, capture_output=True, text=True, env=os.environ | environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    made = [named(json.loads(line)) for line in done.stdout.splitlines()]
-    return dict(zip(jobs, made, strict=True))
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {key: made and named(made) for key, made in zip(jobs, made, strict=True)}
+    print(done.stderr)  # why a job that is None failed
+    return found
 
 
 @pytest.mark.parametrize("key", CELLS)
@@ -203,6 +210,8 @@ EDITS = {
     "layerwise/contraction.py": (["cell layer"], ["cell stochastic", "cell neural", "problem", "study training"]),
     "measure/seeds.py": (["cell"], ["problem", "figure"]),
     "measure/rows.py": (["cell"], ["problem", "study", "figure"]),
+    "measure/shard.py": (["cell"], ["problem", "study", "figure"]),
+    "studies/base/runner.py": (["study"], ["cell", "problem", "figure"]),
     "measure/execution.py": (["cell"], ["problem", "study", "figure"]),
     "measure/timing.py": (["cell", "study"], ["problem", "figure"]),
     "measure/outcomes.py": (["cell", "study"], ["problem", "figure"]),

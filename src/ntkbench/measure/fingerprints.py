@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -24,12 +25,15 @@ from ntkbench.registry import Fault, Source
 PACKAGE = Path(__file__).parents[1]
 """The folder of the package whose files are looked at."""
 
-CELL = ("ntkbench.measure.execution", "ntkbench.measure.seeds", "ntkbench.measure.rows")
-"""What measures a cell and makes its row."""
-SUITE = ("__init__.py", "ntk.py", "plan.py")
-"""Files of ``benchmarks/`` that a cell's process imports."""
-CELL_SETTINGS = {"device", "dtype", "threads", "limits"}
+SUITE = paths.ROOT / "benchmarks" / "ntk.py"
+"""What a cell's process starts from; it is no part of the package."""
+CELL_ROWS = "ntkbench.measure.rows"
 REFERENCE = "ntkbench.problems.base.reference"
+AROUND = {
+    "cell": ("measure/shard.py", "measure/engine.py"),
+    "study": ("studies/base/runner.py",),
+}
+"""Files that turn what a process found into a row, but not what they import to run processes and to keep rows."""
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
@@ -38,10 +42,15 @@ DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 
 def cell(config: Config, cell: Cell) -> str:
     """What a cell's row depends on: its method, its problem, its backend, the measuring core, and its settings."""
-    roots = (*CELL, methods.ROOM.module(cell.method), problems.module_of(cell.problem))
-    files = sources(*roots, backend=cell.backend) | _data_of_problem(cell.problem)
-    files |= {paths.ROOT / "benchmarks" / name for name in SUITE}
-    return _hash(files, cell.label, cell.seeds, cell.calls, config.model_dump(mode="json", include=CELL_SETTINGS))
+    files = sources(*cell_roots(cell), backend=cell.backend) | _data_of_problem(cell.problem)
+    files |= {SUITE, *(PACKAGE / name for name in AROUND["cell"])}
+    settings = config.model_dump(mode="json", include={"device", "dtype", "threads", "limits"})
+    return _hash(files, asdict(cell), settings)
+
+
+def cell_roots(cell: Cell) -> list[str]:
+    """Modules that a cell's process imports by itself, and what makes its row."""
+    return [*imports(SUITE.stem, SUITE), CELL_ROWS, methods.ROOM.module(cell.method), problems.module_of(cell.problem)]
 
 
 def problem(label: str) -> str:
@@ -54,6 +63,7 @@ def study(config: Config, name: str) -> str:
     """What a study's table depends on: its file, the modules that it says it loads by name, and its settings."""
     module, room = f"ntkbench.studies.{name}", registry.room("study")
     files = sources(module, *getattr(room.get(name), "PLUGINS", ()), backend="torch")
+    files |= {PACKAGE / file for file in AROUND["study"]}
     return _hash(files, name, config.study(name).model_dump(mode="json"))
 
 
@@ -65,6 +75,11 @@ def figure(name: str) -> str:
     if plotting / "sources.py" in files:
         files |= set(paths.PUBLISHED.glob("*.csv"))
     return _hash(files, name)
+
+
+def combined(fingerprints: Iterable[str]) -> str:
+    """One hash for several."""
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
 
 
 def sources(*roots: str, backend: str | None = None) -> set[Path]:
