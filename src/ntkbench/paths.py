@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def writable(folder: Path) -> Path:
     except OSError as error:
         raise BadInput(f"the results folder {folder} cannot be written to: {error.strerror}") from None
     return folder
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints about the checkout; ``None`` where there is no git, no repository or no commit."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

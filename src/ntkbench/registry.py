@@ -1,35 +1,342 @@
-"""One-file plug-ins: a file dropped into ``problems/``, ``methods/`` or ``figures/`` is found by its name."""
+"""Plug-ins: every ``.py`` file in ``methods/``, ``problems/``, ``studies/`` or ``figures/`` is one, found by its name.
+
+Names are found by reading source, without importing anything. A plug-in is imported when it is asked for, by itself.
+A file that cannot be used becomes a :class:`Broken` record and an error for those who ask for it, and concerns nobody
+else. Sub-packages (``base/``) hold shared code and are no plug-ins. A file whose name begins with an underscore is
+broken: it would be neither.
+"""
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
-import pkgutil
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any, Generic, TypeVar
 
-from ntkbench.errors import unknown
+from ntkbench import paths
+from ntkbench.errors import BadInput, summary, unknown
 
-ROOMS_OWN = {"base"}
-"""File names that belong to a room itself and are no plug-ins."""
+PACKAGES = {
+    "method": "ntkbench.methods",
+    "problem": "ntkbench.problems",
+    "study": "ntkbench.studies",
+    "figure": "ntkbench.figures",
+}
+"""Kinds of plug-ins, and the package that holds the files of each."""
+
+T = TypeVar("T")
 
 
-def names(package: str) -> list[str]:
-    """Names of the plug-in files of ``package``, sorted; none of them is imported."""
-    room = importlib.import_module(package)
-    found = (module.name for module in pkgutil.iter_modules(room.__path__) if not module.ispkg)
-    return sorted(name for name in found if name not in ROOMS_OWN and not name.startswith("_"))
+@dataclass(frozen=True)
+class Broken:
+    """A plug-in that cannot be used.
 
-
-def load(package: str, name: str, kind: str) -> ModuleType:
-    """One plug-in file of ``package``, imported.
-
-    Raises:
-        BadInput: there is none of that name; ``kind`` says what it would be.
+    Attributes:
+        kind: a key of :data:`PACKAGES`.
+        name: of the plug-in, or of its file where the file does not tell.
+        file: where it is.
+        line: where in the file the fault was seen; 1 where that is not known.
+        reason: one line.
     """
-    if name not in names(package):
-        raise unknown(kind, name, names(package))
-    return importlib.import_module(f"{package}.{name}")
+
+    kind: str
+    name: str
+    file: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} is broken: {self.file}:{self.line}: {self.reason}"
 
 
-def modules(package: str) -> dict[str, ModuleType]:
-    """Import every plug-in file of ``package``; file name to module, sorted by name."""
-    return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}
+class BrokenPlugin(BadInput):
+    """A plug-in was asked for that cannot be used; ``broken`` says why."""
+
+    def __init__(self, broken: Broken) -> None:
+        super().__init__(str(broken))
+        self.broken = broken
+
+
+class Fault(Exception):
+    """What is wrong with a plug-in file, for the one who checks it to raise."""
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(reason)
+        self.reason, self.line = reason, line
+
+
+@dataclass(frozen=True)
+class Source:
+    """A plug-in file as it is written."""
+
+    file: Path
+    tree: ast.Module
+
+    @classmethod
+    def read(cls, file: Path) -> Source:
+        """Read and parse a file; parsed again only when it has changed.
+
+        Raises:
+            Fault: it cannot be read, is not UTF-8 or not Python, or is empty.
+        """
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise Fault(f"cannot be read: {error.strerror}") from None
+        return _read(file, status.st_mtime_ns, status.st_size)
+
+    def line(self, name: str, attribute: str | None = None) -> int:
+        """The line that binds a name, or an attribute in the body of the class of that name; 1 if there is none."""
+        node = self._bound.get(name)
+        if attribute is not None and isinstance(node, ast.ClassDef):
+            node = dict(_bindings(node.body)).get(attribute, node)
+        return node.lineno if node else 1
+
+    def binds(self, name: str) -> bool:
+        """Whether the file binds a name at its top level."""
+        return name in self._bound or "*" in self._bound
+
+    def literal(self, name: str) -> Any:
+        """The value that the file assigns to a name, read without importing it; ``None`` if it assigns none.
+
+        Raises:
+            Fault: the value is not written out as a literal.
+        """
+        node = self._bound.get(name)
+        if node is None:
+            return None
+        try:
+            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
+        except (ValueError, AttributeError):
+            raise Fault(f"{name} must be written out as a literal", node.lineno) from None
+
+    def line_of(self, error: BaseException) -> int | None:
+        """The last line of this file that an exception passed through; ``None`` if it did not."""
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == self.file:
+            return error.lineno
+        line, frame = None, error.__traceback__
+        while frame:
+            line = frame.tb_lineno if Path(frame.tb_frame.f_code.co_filename) == self.file else line
+            frame = frame.tb_next
+        return line
+
+    def raises(self, error: BaseException) -> bool:
+        """Whether an exception comes from a ``raise`` statement of this file."""
+        line = self.line_of(error)
+        statements = (node for node in ast.walk(self.tree) if isinstance(node, ast.Raise))
+        return line is not None and any(node.lineno <= line <= (node.end_lineno or line) for node in statements)
+
+    @functools.cached_property
+    def _bound(self) -> dict[str, ast.stmt]:
+        return dict(_bindings(self.tree.body))
+
+
+@functools.cache
+def _read(file: Path, modified: int, size: int) -> Source:
+    try:
+        data = file.read_bytes()
+        tree = ast.parse(data.decode("utf-8-sig"), str(file))
+    except OSError as error:
+        raise Fault(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Fault("is not UTF-8", 1 + data[: error.start].count(b"\n")) from None
+    except SyntaxError as error:
+        raise Fault(f"{type(error).__name__}: {error.msg}", error.lineno or 1) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise Fault(f"cannot be parsed: {summary(error)}") from None
+    if not tree.body:
+        raise Fault("is empty")
+    return Source(file, tree)
+
+
+def _bindings(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.stmt]]:
+    """Names that statements bind, and the statements that do, blocks such as ``if`` and ``try`` included."""
+    for node in body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name, node
+            case ast.Import() | ast.ImportFrom():
+                yield from ((alias.asname or alias.name.partition(".")[0], node) for alias in node.names)
+            case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = (leaf for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
+                yield from ((leaf.id, node) for leaf in names if isinstance(leaf.ctx, ast.Store))
+            case _:
+                for block in ("body", "handlers", "orelse", "finalbody"):
+                    yield from _bindings(getattr(node, block, ()))
+
+
+def files(package: str) -> list[Path]:
+    """The plug-in files of a package, sorted by name; neither they nor the package are imported."""
+    module = sys.modules.get(package)
+    spec = None if module else importlib.util.find_spec(package)
+    folders = module.__path__ if module else (spec and spec.submodule_search_locations) or ()
+    found = (file for folder in folders for file in sorted(Path(folder).glob("*.py")) if not file.is_dir())
+    return [file for file in found if not file.name.startswith((".", "__"))]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    file: Path
+    line: int
+
+
+def one_a_file(source: Source) -> Mapping[str, int]:
+    """The plug-ins of a file that is one: its name, on line 1."""
+    return {source.file.stem: 1}
+
+
+class Room(Generic[T]):
+    """The plug-ins of one kind."""
+
+    def __init__(
+        self,
+        kind: str,
+        check: Callable[[Source, ModuleType, str], T],
+        find: Callable[[Source], Mapping[str, int]] = one_a_file,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            kind: a key of :data:`PACKAGES`.
+            check: takes a file's source, its module, and the name of a plug-in in it; returns the plug-in, or raises
+                :class:`Fault`. Any other exception counts as a fault as well.
+            find: takes a file's source; returns the names of its plug-ins with their lines, or raises :class:`Fault`
+                for what can be seen without importing it.
+        """
+        self.kind, self.package = kind, PACKAGES[kind]
+        self._check, self._find = check, find
+        self._loaded: dict[str, T] = {}
+        self._failed: dict[tuple[_Entry, int], Broken] = {}
+
+    def found(self) -> list[str]:
+        """Names of the plug-ins whose source shows no fault, sorted; none of them is imported."""
+        return sorted(self._index()[0])
+
+    def names(self) -> list[str]:
+        """Names of the plug-ins that work, sorted; imports all of them."""
+        return self._tried()[0]
+
+    def broken(self) -> list[Broken]:
+        """The plug-ins that do not work, by file and line; imports all of them."""
+        return self._tried()[1]
+
+    def get(self, name: str) -> T:
+        """The plug-in of a name; imports its file and no other.
+
+        Raises:
+            BrokenPlugin: it cannot be used; names file and line.
+            BadInput: there is none of that name.
+        """
+        if name not in self._loaded:
+            entry = self._entry(name)
+            key = (entry, entry.file.stat().st_mtime_ns)
+            if key in self._failed:
+                raise BrokenPlugin(self._failed[key])
+            try:
+                self._loaded[name] = self._load(entry)
+            except BrokenPlugin as error:
+                self._failed[key] = error.broken
+                raise
+        return self._loaded[name]
+
+    def file(self, name: str) -> Path:
+        """The file that holds a plug-in, which is not imported.
+
+        Raises:
+            BrokenPlugin, BadInput: as :meth:`get`, for what can be seen without importing it.
+        """
+        return self._entry(name).file
+
+    def module(self, name: str) -> str:
+        """Import name of :meth:`file`."""
+        return f"{self.package}.{self.file(name).stem}"
+
+    def _tried(self) -> tuple[list[str], list[Broken]]:
+        entries, broken = self._index()
+        names = []
+        for name in sorted(entries):
+            try:
+                self.get(name)
+                names.append(name)
+            except BrokenPlugin as error:
+                broken.append(error.broken)
+        return names, sorted(broken, key=lambda one: (one.file, one.line, one.name))
+
+    def _entry(self, name: str) -> _Entry:
+        entries, broken = self._index()
+        if name in entries:
+            return entries[name]
+        for one in broken:
+            if one.name == name:
+                raise BrokenPlugin(one)
+        hint = f"; broken: {', '.join(f'{one.file.name}:{one.line}' for one in broken)}" if broken else ""
+        raise BadInput(f"{unknown(self.kind, name, entries)}{hint}")
+
+    def _index(self) -> tuple[dict[str, _Entry], list[Broken]]:
+        """Plug-ins by name, and those that are seen to be broken."""
+        claims: dict[str, list[_Entry]] = {}
+        broken = []
+        for file in files(self.package):
+            try:
+                self._check_name(file)
+                for name, line in self._find(Source.read(file)).items():
+                    claims.setdefault(name, []).append(_Entry(name, file, line))
+            except Fault as fault:
+                broken.append(Broken(self.kind, file.stem, file, fault.line, fault.reason))
+        for name, entries in claims.items():
+            if len(entries) > 1:  # what comes with ntkbench keeps its name, whatever else is dropped in
+                entries.sort(key=lambda entry: not paths.git("ls-files", "--error-unmatch", str(entry.file)))
+                reason = f"the name {name!r} is taken by {entries[0].file}:{entries[0].line}"
+                broken += [Broken(self.kind, name, other.file, other.line, reason) for other in entries[1:]]
+        return {name: entries[0] for name, entries in claims.items()}, broken
+
+    def _check_name(self, file: Path) -> None:
+        """That a file's name can be a plug-in's.
+
+        Raises:
+            Fault: it cannot, or it would hide something of the package.
+        """
+        name = file.stem
+        if not (name.isidentifier() and name.isascii()) or name.startswith("_"):
+            raise Fault(f"{name!r} is no name of a plug-in; allowed: letters, digits and underscores, a letter first")
+        there = getattr(sys.modules.get(self.package), name, None)
+        hides = there is not None and getattr(there, "__file__", None) != str(file)
+        if hides or (file.with_suffix("") / "__init__.py").exists():
+            raise Fault(f"the name {name!r} is taken by {self.package}.{name}")
+
+    def _load(self, entry: _Entry) -> T:
+        """Import and check a plug-in, whatever its file does.
+
+        Raises:
+            BrokenPlugin: it cannot be used.
+        """
+        source, doing = Source.read(entry.file), "imported"
+        try:
+            module = importlib.import_module(f"{self.package}.{entry.file.stem}")
+            doing = "used"
+            return self._check(source, module, entry.name)
+        except Fault as fault:
+            line, reason = fault.line, fault.reason
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and not source.raises(error):
+                raise  # the user's
+            line, reason = source.line_of(error) or entry.line, f"cannot be {doing}: {summary(error)}"
+        raise BrokenPlugin(Broken(self.kind, entry.name, entry.file, line, reason))
+
+
+def room(kind: str) -> Room[Any]:
+    """The plug-ins of a kind; imports their package, and none of them."""
+    return importlib.import_module(PACKAGES[kind]).ROOM
+
+
+def broken() -> list[Broken]:
+    """Every plug-in that does not work; imports all of them."""
+    return [one for kind in PACKAGES for one in room(kind).broken()]

@@ -10,44 +10,36 @@ Neither :func:`names` nor :func:`study_of` imports a figure, and matplotlib is i
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.util
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ntkbench import registry
-from ntkbench.errors import BadInput, unknown
+from ntkbench.errors import unknown
 from ntkbench.measure import outcomes
+from ntkbench.registry import PACKAGES, Fault, Source
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["draw", "draw_all", "names", "study_of"]
+__all__ = ["ROOM", "draw", "draw_all", "names", "study_of"]
 
 
 def names() -> list[str]:
-    """The names of all figures, sorted."""
-    return registry.names(__name__)
+    """Every figure whose source shows no fault, sorted; none of them is imported."""
+    return ROOM.found()
 
 
 def study_of(name: str) -> str | None:
-    """The study whose table a figure is drawn from, or ``None`` for the results table.
+    """The study that a figure is drawn from; ``None`` where that is the results table. The figure is not imported.
 
     Raises:
-        BadInput: no such figure, or its file is not Python.
+        BadInput: no such figure, or it is broken.
     """
-    if name not in names():
-        raise unknown("figure", name, names())
-    file = Path(importlib.util.find_spec(f"{__name__}.{name}").origin)
-    try:
-        for node in ast.parse(file.read_bytes()).body:
-            if isinstance(node, ast.Assign) and "TABLE" in [getattr(target, "id", "") for target in node.targets]:
-                return ast.literal_eval(node.value)
-    except (SyntaxError, ValueError) as error:
-        raise BadInput(f"figure {name!r} cannot be read, {file}, line {getattr(error, 'lineno', 1)}: {error}") from None
-    return None
+    return Source.read(ROOM.file(name)).literal("TABLE")
 
 
 def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -59,11 +51,11 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
         the paths of the four files, in this order.
 
     Raises:
-        BadInput: no such figure, or the table lacks columns.
+        BadInput: no such figure, it is broken, or the table lacks columns.
     """
     from ntkbench.figures.plotting import files
 
-    return files.write(name, registry.load(__name__, name, "figure"), table, Path(folder))
+    return files.write(name, ROOM.get(name), table, Path(folder))
 
 
 def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
@@ -88,3 +80,33 @@ def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Out
             made[name] = outcomes.of_exception(error)
             files.write_failed(name, made[name], Path(folder))
     return made
+
+
+def _find(source: Source) -> Mapping[str, int]:
+    """The figure, if its source shows no fault."""
+    if not source.binds("draw"):
+        raise Fault("defines no draw(table)")
+    table = source.literal("TABLE")
+    if table is not None:
+        studies = [file.stem for file in registry.files(PACKAGES["study"])]
+        if table not in studies:
+            raise Fault(f"TABLE: {unknown('study', table, studies)}", source.line("TABLE"))
+        if not source.binds("COLUMNS"):
+            raise Fault("is drawn from a study, and must name the COLUMNS that it reads", source.line("TABLE"))
+    return registry.one_a_file(source)
+
+
+def _checked(source: Source, module: ModuleType, name: str) -> ModuleType:
+    if not callable(module.draw):
+        raise Fault("draw must be a function of a table", source.line("draw"))
+    try:
+        inspect.signature(module.draw).bind(None)
+    except TypeError as error:
+        raise Fault(f"draw must take a table alone: {error}", source.line("draw")) from None
+    columns = module.COLUMNS if study_of(name) else ()
+    if not isinstance(columns, tuple | list) or not all(isinstance(column, str) for column in columns):
+        raise Fault(f"COLUMNS must be a tuple of names; got {columns!r}", source.line("COLUMNS"))
+    return module
+
+
+ROOM: registry.Room[ModuleType] = registry.Room("figure", _checked, _find)

@@ -88,7 +88,7 @@ def _settings_of(study: str) -> type[Settings]:
     Raises:
         BadInput: no such study.
     """
-    return registry.load("ntkbench.studies", study, "study").Settings
+    return registry.room("study").get(study).Settings
 
 
 def _known_study(name: str) -> str:

@@ -1,45 +1,80 @@
-"""Fingerprints: hashes of all that a rule depends on, sources among them, so that nothing stale passes as fresh."""
+"""Fingerprints: hashes of the source files and settings that a measurement depends on, so that none is stale unseen.
+
+Files are those that a process of the kind imports: its roots, and what these import, at the top of a file or in a
+function. They are found by reading sources; nothing is imported. Modules that are loaded by name, such as plug-ins and
+backends, show in no import statement and are roots by themselves.
+"""
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any
 
-from ntkbench import paths, problems, studies
+from ntkbench import methods, paths, problems, registry
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
+from ntkbench.problems.base import parse_label, reference, weights
+from ntkbench.registry import Fault, Source
 
-SUITE = paths.ROOT / "benchmarks"
+PACKAGE = Path(__file__).parents[1]
+"""The folder of the package whose files are looked at."""
+
+SUITE = paths.ROOT / "benchmarks" / "ntk.py"
+"""What a cell's process starts from; it is no part of the package."""
+CELL_ROWS = "ntkbench.measure.rows"
+REFERENCE = "ntkbench.problems.base.reference"
+AROUND = {
+    "cell": ("measure/shard.py", "measure/engine.py"),
+    "study": ("studies/base/runner.py",),
+}
+"""Files that turn what a process found into a row, but not what they import to run processes and to keep rows."""
+
+OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
+DECLARES_RECURRENCE = f"{RECURRENT}.cells"
+"""Imported by whatever declares a recurrence, and so gets the operators in ``RECURRENT``."""
 
 
 def cell(config: Config, cell: Cell) -> str:
-    """Hash of all that a cell's row depends on: its settings and every source file that measuring it imports."""
-    settings = [config.device, config.dtype, config.threads, config.limits.model_dump(), asdict(cell)]
-    files = {Path(problems.source_file(cell.problem)), *SUITE.glob("*.py")}
-    files |= sources(f"ntkbench.methods.{cell.method}", "ntkbench.measure.execution", "ntkbench.measure.rows")
-    return _hash(files, json.dumps(settings))
+    """What a cell's row depends on: its method, its problem, its backend, the measuring core, and its settings."""
+    files = sources(*cell_roots(cell), backend=cell.backend) | _data_of_problem(cell.problem)
+    files |= {SUITE, *(PACKAGE / name for name in AROUND["cell"])}
+    settings = config.model_dump(mode="json", include={"device", "dtype", "threads", "limits"})
+    return _hash(files, asdict(cell), settings)
+
+
+def cell_roots(cell: Cell) -> list[str]:
+    """Modules that a cell's process imports by itself, and what makes its row."""
+    return [*imports(SUITE.stem, SUITE), CELL_ROWS, methods.ROOM.module(cell.method), problems.module_of(cell.problem)]
 
 
 def problem(label: str) -> str:
-    """Hash of all that a problem's weights and exact values depend on."""
-    return _hash({Path(problems.source_file(label))} | sources("ntkbench.problems.base.reference"), label)
+    """What a problem's weights and exact values depend on."""
+    files = sources(problems.module_of(label), REFERENCE, backend="torch")
+    return _hash(files | _data_of_problem(label), label)
 
 
 def study(config: Config, name: str) -> str:
-    """Hash of all that a study's numbers depend on: its settings and every source file it can reach."""
-    return _hash(sources(*studies.plugins_of(name)), config.study(name).model_dump_json())
+    """What a study's table depends on: its file, the modules that it says it loads by name, and its settings."""
+    module, room = f"ntkbench.studies.{name}", registry.room("study")
+    files = sources(module, *getattr(room.get(name), "PLUGINS", ()), backend="torch")
+    files |= {PACKAGE / file for file in AROUND["study"]}
+    return _hash(files, name, config.study(name).model_dump(mode="json"))
 
 
 def figure(name: str) -> str:
-    """Hash of all that a figure's looks depend on, published values among it."""
-    files = sources(f"ntkbench.figures.{name}", "ntkbench.figures.plotting.base")
-    files |= {*Path(__file__).parents[1].glob("figures/plotting/*.*"), *paths.PUBLISHED.glob("*.csv")}
-    return _hash({file for file in files if file.is_file()}, name)
+    """What a figure's looks depend on, published values among it."""
+    files = sources(registry.room("figure").module(name))
+    plotting = PACKAGE / "figures" / "plotting"
+    files |= set(plotting.glob("*.mplstyle"))
+    if plotting / "sources.py" in files:
+        files |= set(paths.PUBLISHED.glob("*.csv"))
+    return _hash(files, name)
 
 
 def combined(fingerprints: Iterable[str]) -> str:
@@ -47,29 +82,101 @@ def combined(fingerprints: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
 
 
-def _hash(files: Iterable[Path], settings: str) -> str:
-    digest = hashlib.sha256(settings.encode())
-    for file in sorted(files):
-        digest.update(file.name.encode() + file.read_bytes())
+def sources(*roots: str, backend: str | None = None) -> set[Path]:
+    """Files of this package that are imported with the roots, directly or not, their own among them.
+
+    Args:
+        roots: names of modules.
+        backend: whose operators are loaded by name where any operators are.
+    """
+    reached = _reached(roots)
+    if backend and OPERATORS in reached:
+        roots += (f"{OPERATORS}.{backend}",)
+        if DECLARES_RECURRENCE in reached:
+            roots += (f"{RECURRENT}.{backend}",)
+        reached = _reached(roots)
+    return set(reached.values())
+
+
+def _data_of_problem(label: str) -> set[Path]:
+    """Committed weights and exact values."""
+    files = (weights.committed_file(parse_label(label)[0]), reference.file_of(label, paths.REFERENCE))
+    return {file for file in files if file.exists()}
+
+
+def _hash(files: Iterable[Path], *settings: object) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, file in sorted((_name(file), file) for file in files):
+        digest.update(f"{name} {_digest(file, *_stamp(file))}".encode())
     return digest.hexdigest()[:16]
 
 
-def sources(*modules: str) -> set[Path]:
-    """Files of this package that modules import, at the top or in a function, directly or not; their own among them.
+def _name(file: Path) -> str:
+    for root in (PACKAGE, paths.ROOT):
+        if file.is_relative_to(root):
+            return file.relative_to(root).as_posix()
+    return file.name
 
-    The plug-in rooms load their files by name, which no import statement shows; the backends' operators are among what
-    every method reaches, and the other problems and methods are not.
-    """
-    graph = _imports()
-    roots = {*modules, *graph.find_children("ntkbench.operators")}
-    reached = roots.union(*(graph.find_upstream_modules(root) for root in roots))
-    folder = Path(__file__).parents[1]
-    paths = (folder.joinpath(*name.split(".")[1:]) for name in reached)
-    return {path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in paths}
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 @functools.cache
-def _imports() -> Any:
-    import grimp
+def _digest(file: Path, modified: int, size: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
-    return grimp.build_graph("ntkbench", cache_dir=None)
+
+def _reached(roots: Iterable[str]) -> dict[str, Path]:
+    """Modules of this package that are imported with the roots, and their files."""
+    reached: dict[str, Path] = {}
+    seen, new = {""}, set(roots)
+    while new:
+        module = new.pop()
+        seen.add(module)
+        if file := _file(module):
+            reached[module] = file
+            new |= {module.rpartition(".")[0], *imports(module, file)} - seen
+    return reached
+
+
+def _file(module: str) -> Path | None:
+    """The file of a module of this package; ``None`` where there is no such module."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
+        if file.is_file():
+            return file
+    return None
+
+
+def imports(module: str, file: Path) -> frozenset[str]:
+    """Names of this package that a module's file imports, of modules and of what is in them; not those for checkers."""
+    try:
+        return _imports(module, Source.read(file))
+    except Fault:  # a process that comes to this file ends there
+        return frozenset()
+
+
+@functools.cache
+def _imports(module: str, source: Source) -> frozenset[str]:
+    package = module if source.file.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in _executed(source.tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in found if name.split(".")[0] == "ntkbench")
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """A syntax tree's nodes, without the bodies of ``if TYPE_CHECKING``."""
+    yield node
+    checking = isinstance(node, ast.If) and "TYPE_CHECKING" in (
+        getattr(node.test, "id", None),
+        getattr(node.test, "attr", None),
+    )
+    for child in node.orelse if checking else ast.iter_child_nodes(node):  # type: ignore[attr-defined]
+        yield from _executed(child)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import signal
 from typing import NamedTuple
 
-from ntkbench.errors import OverMemory, Unavailable
+from ntkbench.errors import OverMemory, Unavailable, one_line
 
 OK, SKIPPED, FAILED, TIMEOUT, OUT_OF_MEMORY = STATUSES = ("ok", "skipped", "failed", "timeout", "out_of_memory")
 PASSING = (FAILED, TIMEOUT, OUT_OF_MEMORY)
 """Statuses that another attempt may change."""
-LONGEST = 500
-"""Characters of a reason."""
 
 
 class Outcome(NamedTuple):
@@ -58,11 +56,3 @@ def of_exit(code: int) -> Outcome:
     else:
         ended = f"with exit status {code}"
     return Outcome(FAILED, f"the process ended {ended} and without a result")
-
-
-def one_line(text: str) -> str:
-    """The first line of a text, printable and encodable whatever was in it."""
-    line = next((line for line in text.splitlines() if line.strip()), "").strip()
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
-    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

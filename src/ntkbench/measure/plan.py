@@ -11,6 +11,7 @@ from ntkbench import paths
 from ntkbench.measure import cells
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
+from ntkbench.measure.limits import Limits
 
 HISTORY = paths.ROOT / "config" / "history.yaml"
 VARIABLE = "NTKBENCH_PLAN"
@@ -37,7 +38,9 @@ class Plan:
         """The plan that ``$NTKBENCH_PLAN`` points to, else the history's."""
         if file := os.environ.get(VARIABLE):
             written = json.loads(Path(file).read_text(encoding="utf-8"))
-            config = Config.check(written["config"], file)
+            # Settings alone, checked before: checking a grid again would import every plug-in that it names.
+            limits = Limits(**written["settings"].pop("limits"))
+            config = Config.model_construct(**written["settings"], limits=limits)
             made = [Cell(**cell) for cell in written["cells"]]
             return cls(config, made, written["exact"], Path(written["records"]))
         config = Config.read(HISTORY)
@@ -51,7 +54,7 @@ class Plan:
     def write(self, file: Path) -> None:
         """Write the plan where :meth:`current` finds it."""
         plan = {
-            "config": self.config.model_dump(),
+            "settings": self.config.model_dump(mode="json", exclude={"grid", "studies"}),
             "cells": [asdict(cell) for cell in self.cells],
             "exact": self.exact,
             "records": str(self.records),

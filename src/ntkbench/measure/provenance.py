@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +40,7 @@ class Provenance:
 @functools.cache
 def provenance() -> Provenance:
     """The provenance of this process."""
-    sha, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    sha, changes = paths.git("rev-parse", "HEAD"), paths.git("status", "--porcelain", "--untracked-files=no")
     return Provenance(
         git_sha=sha or "unknown",
         git_dirty=None if changes is None else bool(changes),
@@ -49,15 +48,6 @@ def provenance() -> Provenance:
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         python=platform.python_version(),
     )
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints, ``None`` where there is no git, no repository or no commit."""
-    try:
-        done = subprocess.run(["git", "-C", str(paths.ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _processor() -> str:

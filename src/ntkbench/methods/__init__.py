@@ -1,48 +1,86 @@
-"""The ways of getting at Theta, one file each.
+"""The ways of computing NTK metrics, one file each.
 
 To add a method, drop a file here with a subclass of :class:`ntkbench.methods.base.Method` (most easily of
-``Deterministic`` or ``Stochastic``). It is then in the grid, the asv suite, the contract tests, the table, the figures
-and the README's list.
+``Deterministic`` or ``Stochastic``). It is then in the grid, the asv suite, the contract tests, the table and the
+figures. :func:`ntkbench.testing.check_method` says whether it keeps the contract.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections.abc import Collection
+from types import ModuleType
 
 from ntkbench import registry
 from ntkbench.errors import unknown
-from ntkbench.methods.base import Method
+from ntkbench.methods.base import KINDS, Method, Stochastic
+from ntkbench.metrics import METRICS
+from ntkbench.options import BACKENDS
+from ntkbench.registry import Fault, Source
 
-__all__ = ["Method", "get", "names"]
-
-
-@functools.cache
-def _all() -> dict[str, Method]:
-    found = {}
-    for name, module in registry.modules(__name__).items():
-        own = [
-            c
-            for _, c in inspect.getmembers(module, inspect.isclass)
-            if issubclass(c, Method) and c.__module__ == module.__name__ and not inspect.isabstract(c)
-        ]
-        if len(own) != 1:
-            raise TypeError(f"{module.__file__} must define exactly one Method, found {[c.__name__ for c in own]}")
-        found[name] = own[0]()
-    return found
+__all__ = ["ROOM", "Method", "get", "names"]
 
 
 def names() -> list[str]:
-    """Names of all methods."""
-    return list(_all())
+    """Names of all methods that work; imports all of them."""
+    return ROOM.names()
 
 
 def get(name: str) -> Method:
-    """The method of a name.
+    """The method of a name; imports no other.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is none, or it is broken.
     """
-    if name not in _all():
-        raise unknown("method", name, _all())
-    return _all()[name]
+    return ROOM.get(name)
+
+
+def _checked(source: Source, module: ModuleType, name: str) -> Method:
+    own = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method)]
+    own = [c for c in dict.fromkeys(own) if c.__module__ == module.__name__]
+    concrete = [c for c in own if not inspect.isabstract(c)]
+    if len(concrete) > 1:
+        said = " and ".join(c.__name__ for c in concrete)
+        raise Fault(f"defines {len(concrete)} methods, {said}; a file holds one", source.line(concrete[1].__name__))
+    if not concrete and own:
+        missing = ", ".join(sorted(own[-1].__abstractmethods__))
+        raise Fault(f"{own[-1].__name__} leaves abstract: {missing}", source.line(own[-1].__name__))
+    if not concrete:
+        raise Fault("defines no method: a subclass of ntkbench.methods.base.Method")
+    (cls,) = concrete
+    if not (cls.__doc__ or module.__doc__ or "").strip():
+        raise Fault(f"{cls.__name__} has no docstring", source.line(cls.__name__))
+
+    def fault(attribute: str, says: str) -> Fault:
+        return Fault(says, source.line(cls.__name__, attribute))
+
+    for attribute in ("title", "source", "kind"):
+        value = getattr(cls, attribute, None)
+        if not isinstance(value, str) or not value.strip():
+            raise fault(attribute, f"{attribute} must be a string that says something; got {value!r}")
+    if cls.kind not in KINDS:
+        raise fault("kind", str(unknown("kind", cls.kind, KINDS)))
+    if (cls.kind == "stochastic") != issubclass(cls, Stochastic):
+        raise fault("kind", f"kind is {cls.kind!r}: 'stochastic' is for subclasses of Stochastic, and for all of them")
+    _check_words(cls, "backends", "backend", BACKENDS, fault)
+    _check_words(cls, "metrics", "metric", METRICS, fault)
+    for attribute in ("needs_independent_samples", "needs_recurrence"):
+        if not isinstance(getattr(cls, attribute), bool):
+            raise fault(attribute, f"{attribute} must be True or False; got {getattr(cls, attribute)!r}")
+    for attribute in ("fewest_probes", "default_passes") if issubclass(cls, Stochastic) else ():
+        value = getattr(cls, attribute)
+        if type(value) is not int or value < 1:
+            raise fault(attribute, f"{attribute} must be a positive whole number; got {value!r}")
+    return cls()
+
+
+def _check_words(cls: type[Method], attribute: str, what: str, allowed: Collection[str], fault) -> None:
+    value = getattr(cls, attribute, None)
+    if not isinstance(value, tuple | list) or not value or len(set(map(repr, value))) < len(value):
+        raise fault(attribute, f"{attribute} must be a tuple of different {what}s, one at least; got {value!r}")
+    for word in value:
+        if word not in allowed:
+            raise fault(attribute, str(unknown(what, word, allowed)))
+
+
+ROOM: registry.Room[Method] = registry.Room("method", _checked)

@@ -7,34 +7,58 @@ figures.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from ntkbench import registry
-from ntkbench.errors import unknown
 from ntkbench.problem import Problem, split
 from ntkbench.problems import base
 from ntkbench.problems.base import Definition, problem
+from ntkbench.registry import Fault, Source
 
-__all__ = ["Definition", "Problem", "check", "define", "describe", "load", "names", "problem", "source_file"]
+__all__ = [
+    "ROOM",
+    "Definition",
+    "Problem",
+    "check",
+    "define",
+    "describe",
+    "get",
+    "load",
+    "module_of",
+    "names",
+    "problem",
+]
 
 
 def names() -> list[str]:
-    """Names of all problems."""
-    registry.modules(__name__)
-    return sorted(base.REGISTRY)
+    """Names of all problems that work; imports the files of all of them."""
+    return sorted({*ROOM.names(), *base.REGISTRY})
+
+
+def get(name: str) -> Callable[..., Definition]:
+    """The function that defines a problem; imports its file and no other.
+
+    Raises:
+        BadInput: there is none, or it is broken.
+    """
+    if name not in base.REGISTRY:
+        base.REGISTRY[name] = ROOM.get(name)
+    return base.REGISTRY[name]
 
 
 def describe(name: str) -> str:
     """First line of a problem's docstring."""
-    names()
-    return inspect.getdoc(_definition(name)).splitlines()[0]
+    return inspect.getdoc(get(name)).splitlines()[0]
 
 
-def source_file(label: str) -> str:
-    """The file that defines a problem."""
-    names()
-    return inspect.getsourcefile(_definition(base.parse_label(label)[0]))
+def module_of(label: str) -> str:
+    """Import name of the file that defines a problem, which is not imported."""
+    return ROOM.module(base.parse_label(label)[0])
 
 
 def check(label: str) -> str:
@@ -43,9 +67,8 @@ def check(label: str) -> str:
     Raises:
         BadInput: no such problem, size or choice; says what is allowed.
     """
-    names()
-    name, options = base.parse_label(label)
-    defaults = inspect.signature(_definition(name)).parameters
+    name, options = _parsed(label)
+    defaults = inspect.signature(get(name)).parameters
     chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if value != defaults[key].default)
     return f"{name}[{chosen}]" if chosen else name
 
@@ -91,12 +114,65 @@ def define(label: str) -> Definition:
         BadInput: no such problem, size or choice.
         Unavailable: the problem's data cannot be had here.
     """
-    check(label)
-    name, options = base.parse_label(label)
-    return _definition(name)(**options)
+    name, options = _parsed(label)
+    return get(name)(**options)
 
 
-def _definition(name: str):
-    if name not in base.REGISTRY:
-        raise unknown("problem", name, base.REGISTRY)
-    return base.REGISTRY[name]
+def _parsed(label: str) -> tuple[str, dict[str, int | str]]:
+    get(base.parse_label(label)[0])  # sizes and choices are known once the problem is
+    return base.parse_label(label)
+
+
+def _find(source: Source) -> dict[str, int]:
+    """Functions under ``@problem``, and what the file lists in ``NAMES``."""
+    found: dict[str, int] = {}
+    for node in source.tree.body:
+        if isinstance(node, ast.FunctionDef) and any(map(_is_problem, node.decorator_list)):
+            if node.name in found:
+                raise Fault(f"{node.name} is defined twice, on line {found[node.name]} before", node.lineno)
+            found[node.name] = node.lineno
+    listed = source.literal("NAMES")
+    if listed is not None:
+        if not isinstance(listed, tuple | list) or not all(isinstance(name, str) for name in listed):
+            raise Fault(f"NAMES must be a tuple of names; got {listed!r}", source.line("NAMES"))
+        found |= dict.fromkeys(listed, source.line("NAMES"))
+    if not found:
+        raise Fault("defines no problem: a function under @problem, or names in NAMES")
+    if wrong := [name for name in found if not name.isidentifier()]:
+        raise Fault(f"{wrong[0]!r} is no name of a problem", found[wrong[0]])
+    return found
+
+
+def _is_problem(decorator: ast.expr) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return (getattr(called, "attr", None) or getattr(called, "id", None)) == "problem"
+
+
+def _checked(source: Source, module: ModuleType, name: str) -> Callable[..., Definition]:
+    declared = {k: f for k, f in vars(module).items() if inspect.isfunction(f) and hasattr(f, "any_size")}
+    declared = {k: f for k, f in declared.items() if f.__module__ == module.__name__}
+    if unlisted := sorted({f.__name__ for f in declared.values()} - set(_find(source))):
+        raise Fault(f"{unlisted[0]} is a problem that NAMES does not list", source.line("NAMES"))
+    line = _find(source)[name]
+    if name not in declared or declared[name].__name__ != name:
+        raise Fault(f"{name} is no function that was declared by @problem", line)
+    define = declared[name]
+    if not (define.__doc__ or "").strip():
+        raise Fault(f"{name} has no docstring", line)
+    hints = get_type_hints(define)
+    for key, parameter in inspect.signature(define).parameters.items():
+        said = f"keyword {key!r} of {name}"
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise Fault(f"{said}: sizes and choices must be keywords with defaults", line)
+        default, hint = parameter.default, hints.get(key)
+        if isinstance(default, str):
+            if get_origin(hint) is not Literal or default not in get_args(hint):
+                raise Fault(f"{said}: a choice needs Literal[...] as its type, its default among the words", line)
+            if not all(isinstance(word, str) for word in get_args(hint)):
+                raise Fault(f"{said}: a choice must be among words", line)
+        elif type(default) is not int or default < 1 or hint not in (None, int):
+            raise Fault(f"{said}: a size needs a positive whole number as its default, and int as its type", line)
+    return define
+
+
+ROOM: registry.Room[Callable[..., Definition]] = registry.Room("problem", _checked, _find)

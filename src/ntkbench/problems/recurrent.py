@@ -35,6 +35,19 @@ def _define(kind: str, task: str) -> Callable[..., Definition]:
     return define
 
 
-for _kind in KINDS:
-    for _task in tasks.TASKS:
-        problem(_define(_kind, _task), any_size=True)
+NAMES = (
+    "rnn_flipflop",
+    "rnn_delayed_response",
+    "rnn_match_to_sample",
+    "gru_flipflop",
+    "gru_delayed_response",
+    "gru_match_to_sample",
+    "lstm_flipflop",
+    "lstm_delayed_response",
+    "lstm_match_to_sample",
+    "ctrnn_flipflop",
+    "ctrnn_delayed_response",
+    "ctrnn_match_to_sample",
+)
+for _name in NAMES:
+    globals()[_name] = problem(_define(*_name.split("_", 1)), any_size=True)

@@ -15,22 +15,25 @@ Importing a study starts no backend.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ntkbench import registry
+from ntkbench.registry import Fault, Source
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
+__all__ = ["ROOM", "base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
 
 
 def names() -> list[str]:
-    """Every study there is, sorted."""
-    return registry.names(__name__)
+    """Names of all studies that work; imports all of them."""
+    return ROOM.names()
 
 
 def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
@@ -41,30 +44,30 @@ def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
         given: its own sizes, and where it runs.
 
     Raises:
-        BadInput: no such study.
+        BadInput: no such study, or it is broken.
         pydantic.ValidationError: a setting that cannot be used.
     """
-    return _module(name).Settings.model_validate(dict(given))
+    return ROOM.get(name).Settings.model_validate(dict(given))
 
 
 def describe(name: str) -> str:
     """First line of a study's docstring."""
-    return inspect.getdoc(_module(name)).splitlines()[0]
+    return inspect.getdoc(ROOM.get(name)).splitlines()[0]
 
 
 def fields(name: str) -> list[str]:
     """What a study can be told."""
-    return list(_module(name).Settings.model_fields)
+    return list(ROOM.get(name).Settings.model_fields)
 
 
 def plugins_of(name: str) -> tuple[str, ...]:
     """Modules whose sources a study depends on, its own first."""
-    return (f"{__name__}.{name}", *getattr(_module(name), "PLUGINS", ()))
+    return (f"{__name__}.{name}", *getattr(ROOM.get(name), "PLUGINS", ()))
 
 
 def is_timed(name: str) -> bool:
     """Whether any column of a study's table holds seconds, so that nothing else should run meanwhile."""
-    return _module(name).TIMED
+    return ROOM.get(name).TIMED
 
 
 def run(name: str, chosen: base.Settings) -> pd.DataFrame:
@@ -74,8 +77,29 @@ def run(name: str, chosen: base.Settings) -> pd.DataFrame:
         name: of the study.
         chosen: its settings.
     """
-    return _module(name).run(chosen)
+    return ROOM.get(name).run(chosen)
 
 
-def _module(name: str) -> Any:
-    return registry.load(__name__, name, "study")
+def _checked(source: Source, module: ModuleType, name: str) -> ModuleType:
+    if not (module.__doc__ or "").strip():
+        raise Fault("has no docstring")
+    settings = getattr(module, "Settings", None)
+    if not (inspect.isclass(settings) and issubclass(settings, base.Settings)):
+        raise Fault("Settings must be a subclass of ntkbench.studies.base.Settings", source.line("Settings"))
+    run = getattr(module, "run", None)
+    if not callable(run):
+        raise Fault("defines no run(settings)", source.line("run"))
+    try:
+        inspect.signature(run).bind(settings)
+    except TypeError as error:
+        raise Fault(f"run must take the settings alone: {error}", source.line("run")) from None
+    plugins = getattr(module, "PLUGINS", ())
+    if not isinstance(plugins, tuple | list) or not all(isinstance(plugin, str) for plugin in plugins):
+        raise Fault(f"PLUGINS must be a tuple of names of modules; got {plugins!r}", source.line("PLUGINS"))
+    for plugin in plugins:
+        if not plugin.startswith("ntkbench.") or importlib.util.find_spec(plugin) is None:
+            raise Fault(f"PLUGINS: there is no module {plugin!r}", source.line("PLUGINS"))
+    return module
+
+
+ROOM: registry.Room[ModuleType] = registry.Room("study", _checked)

@@ -42,7 +42,7 @@ NAMES = [name for name in NAMES if not methods.get(name).needs_independent_sampl
 """Stochastic methods that ask for nothing but products with J and J^T."""
 
 TIMED = True
-PLUGINS = ("ntkbench.operators.dense", "ntkbench.operators.torch", *(f"ntkbench.methods.{name}" for name in NAMES))
+PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.ROOM.found()))
 
 
 class Settings(base.Settings):

@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 from pydantic import Field, PositiveInt, model_validator
 
-from ntkbench import methods, operators, problems, registry
+from ntkbench import methods, operators, problems
 from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 from ntkbench.measure import outcomes, timing, watchdog
 from ntkbench.measure.schema import ProblemLabel, Strict
@@ -27,9 +27,10 @@ from ntkbench.studies.base.computations import COMPUTATIONS
 
 TIMED = True
 PLUGINS = tuple(
-    f"ntkbench.{package}.{name}"
-    for package in ("methods", "problems")
-    for name in registry.names(f"ntkbench.{package}")
+    sorted(
+        {methods.ROOM.module(name) for name in methods.ROOM.found()}
+        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
+    )
 )
 NEURAL_TANGENTS = ["nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products"]
 BARE = "bare matrix products"

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ntkbench import methods, problems, registry
+from ntkbench import methods, problems
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes, timing
@@ -29,9 +29,10 @@ from ntkbench.studies import base
 
 TIMED = True
 PLUGINS = tuple(
-    f"ntkbench.{package}.{name}"
-    for package in ("methods", "problems")
-    for name in registry.names(f"ntkbench.{package}")
+    sorted(
+        {methods.ROOM.module(name) for name in methods.ROOM.found()}
+        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
+    )
 )
 AS_PUBLISHED = (
     "hutchpp",

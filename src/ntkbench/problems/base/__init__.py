@@ -49,24 +49,22 @@ class Definition:
 
 
 REGISTRY: dict[str, Callable[..., Definition]] = {}
-
-
-ANY_SIZE: set[str] = set()
-"""Problems whose sizes may go beyond their defaults."""
+"""Problems by name, those that :func:`ntkbench.problems.get` has loaded so far."""
 
 
 def problem(define: Callable[..., Definition] | None = None, *, any_size: bool = False) -> Any:
-    """Register a function as a problem under its own name.
+    """Declare a function to be a problem, under its own name.
 
     Its integer keywords (``N=50``) are the sizes one may ask for. Their defaults are the largest, and smaller ones only
     cut the inputs down; with ``any_size`` they are where one starts from, and may change the network. A keyword with a
     word as its default is a choice among the words of its type, as in ``read: Literal["state", "outputs"] = "state"``.
+
+    Problems are found without importing their file. One that is made by a call, and not by ``@problem`` above a
+    function of its name, must be assigned to that name and listed in the file's ``NAMES = ("first", "second")``.
     """
     if define is None:
         return functools.partial(problem, any_size=any_size)
-    REGISTRY[define.__name__] = define
-    if any_size:
-        ANY_SIZE.add(define.__name__)
+    define.any_size = any_size  # type: ignore[attr-defined]
     return define
 
 
@@ -99,7 +97,7 @@ def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
                 f"problem {label!r}: {part!r} is no size of {name}; allowed: "
                 + ", ".join(_allowed(name, key) for key in defaults)
             )
-        if int(value) > defaults[key] and name not in ANY_SIZE:
+        if int(value) > defaults[key] and not getattr(REGISTRY[name], "any_size", False):
             raise BadInput(f"problem {label!r}: {key} can be at most {defaults[key]}, the size it is defined at")
         options[key] = int(value)
     return name, options

@@ -1,0 +1,304 @@
+"""Fingerprints: exactly the files that a process imports, so that an edit changes those that use it and no others."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ntkbench import paths, problems, registry
+from ntkbench.measure import fingerprints
+from ntkbench.measure.cells import cells
+from ntkbench.measure.config import Config
+from ntkbench.measure.plan import Plan
+from ntkbench.problems.base import reference
+
+PACKAGE = paths.ROOT / "src" / "ntkbench"
+DRAWN_FROM = paths.REFERENCE / "default"
+
+# One process imports what is slow, and a fork of it does each job, so that ntkbench's modules are as in a fresh one.
+# None of these imports starts a thread, which would not survive a fork.
+PROCESS = """
+import json, os, sys, traceback
+import torch, torch.func, jax, pandas, scipy.special, sklearn.datasets, matplotlib.figure, seaborn
+
+def cell(plan, label):
+    os.environ["NTKBENCH_PLAN"] = plan
+    from benchmarks import ntk
+    case = ntk.Seconds()
+    case.setup(label)
+    case.time_estimate(label)
+    from ntkbench import operators
+    from ntkbench.measure import rows
+    operators.device_name(ntk.PLAN.config.target(ntk.PLAN.cells[0].backend))
+
+def problem(label):
+    from ntkbench import problems
+    from ntkbench.problems.base import reference
+    reference.exact(problems.load(label))
+
+def study(name, given):
+    from ntkbench import studies
+    made = studies.run(name, studies.settings(name, given))
+    assert set(made["status"]) <= {"ok", "skipped"}, list(made["reason"])
+
+def figure(name, table, folder):
+    from pathlib import Path
+    from ntkbench import figures
+    figures.draw(name, pandas.read_csv(table, low_memory=False), Path(folder))
+
+assert not [name for name in sys.modules if name.startswith("ntkbench")]
+for line in sys.stdin:
+    kind, *given = json.loads(line)
+    sys.stdout.flush()
+    if pid := os.fork():
+        if os.waitpid(pid, 0)[1]:
+            print("null", flush=True)
+        continue
+    printed, sys.stdout = sys.stdout, sys.stderr
+    try:
+        globals()[kind](*given)
+        names = (name for name in sys.modules if name.split(".")[0] == "ntkbench")
+        print(json.dumps([sys.modules[name].__file__ for name in names]), file=printed, flush=True)
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+"""
+
+CELLS = {
+    # problem, method, metric, passes, backend
+    "stochastic in torch": ("digits_conv[N=4]", "hutchpp", "trace", 36, "torch"),
+    "stochastic in jax": ("digits_conv[N=4]", "hutchpp", "trace", 36, "jax"),
+    "recurrent in torch": ("gru_hazelden[N=2,T=2]", "one_sided_reverse", "trace", 8, "torch"),
+    "recurrent in jax": ("gru_hazelden[N=2,T=2]", "one_sided_reverse", "trace", 8, "jax"),
+    "neural-tangents": ("digits_conv[N=4]", "nt_jacobian_contraction", "trace", None, "jax"),
+    "layer by layer": ("digits_conv[N=4]", "structured_derivatives", "norm", None, "torch"),
+    "exact": ("mlp_he[N=2]", "direct", "norm", None, "torch"),
+    "of a task": ("rnn_flipflop[N=2,T=10,H=4]", "recurrent_exact_trace", "trace", None, "torch"),
+}
+PROBLEMS = ("digits_conv[N=4]", "gru_hazelden[N=2,T=2]", "rnn_flipflop[N=2,T=10,H=4]")
+FIGURES = {"error_against_passes": "table.csv", "hazelden_trace": "studies/hazelden_trace.csv"}
+ONE = {"threads": 1, "seeds": 2, "calls": 1}
+STUDIES = {
+    "mohamadi_drift": {"width": 8, "steps": 20, "looks": 2, "inits": 1, "images": 2, "rate": 0.01, "decay": 0.1},
+}
+PARTLY = {
+    "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18]},
+    "hazelden_blog": {"problem": "gru_hazelden[N=2,T=2]", "samples": [2]},
+    "training": {"N": 4, "H": 4, "gains": [1.0], "ranks": [4], "networks": 1, "probes": 2, "loss": 0.99, "steps": 300},
+}
+"""Studies that load some of what they name, as their settings have it; or import methods without using them."""
+
+
+def config(**changes):
+    block = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"], "passes": [36]}
+    return Config.check({"profile": "test", "threads": 1, "grid": [block]} | changes, "test.yaml")
+
+
+@functools.cache
+def cell_of(problem, method, metric, passes, backend):
+    block = {"problems": [problem], "methods": [method], "metrics": [metric], "backends": "all"}
+    made = cells(config(grid=[block | ({"passes": [passes]} if passes else {})]))
+    return next(cell for cell in made if cell.backend == backend)
+
+
+def files_of_cell(*cell):
+    return fingerprints.sources(*fingerprints.cell_roots(cell_of(*cell)), backend=cell[-1])
+
+
+def files_of_problem(label):
+    return fingerprints.sources(problems.module_of(label), fingerprints.REFERENCE, backend="torch")
+
+
+def files_of_study(name):
+    plugins = getattr(registry.room("study").get(name), "PLUGINS", ())
+    return fingerprints.sources(f"ntkbench.studies.{name}", *plugins, backend="torch")
+
+
+def named(files):
+    return {Path(file).relative_to(PACKAGE).as_posix() for file in files}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Files of ntkbench that processes had imported at their end, by job."""
+    for label, *_ in CELLS.values():
+        reference.exact(problems.load(label))  # as another rule does beforehand
+    fresh = tmp_path_factory.mktemp("fresh")
+    jobs = {}
+    for key, cell in CELLS.items():
+        jobs["cell", key] = ["cell", str(fresh / f"{key}.json"), cell_of(*cell).label]
+        Plan(config(), [cell_of(*cell)], {}, fresh).write(fresh / f"{key}.json")
+    jobs |= {("study", name): ["study", name, ONE | given] for name, given in (STUDIES | PARTLY).items()}
+    jobs |= {("figure", name): ["figure", name, str(DRAWN_FROM / file), str(fresh)] for name, file in FIGURES.items()}
+    found = _run(jobs)
+    # Weights and exact values are to be made anew, which is when most is imported.
+    return found | _run({("problem", label): ["problem", label] for label in PROBLEMS}, NTKBENCH_CACHE=str(fresh))
+
+
+def _run(jobs, **environment):
+    lines = "".join(json.dumps(job) + "\n" for job in jobs.values())
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS], input=lines, capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {key: made and named(made) for key, made in zip(jobs, made, strict=True)}
+    print(done.stderr)  # why a job that is None failed
+    return found
+
+
+@pytest.mark.parametrize("key", CELLS)
+def test_a_cell_covers_what_its_process_imports_and_nothing_else(imported, key):
+    assert named(files_of_cell(*CELLS[key])) == imported["cell", key]
+
+
+@pytest.mark.parametrize("label", PROBLEMS)
+def test_a_problem_covers_what_its_process_imports_and_nothing_else(imported, label):
+    assert named(files_of_problem(label)) == imported["problem", label]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_covers_what_its_process_imports_and_nothing_else(imported, name):
+    assert named(files_of_study(name)) == imported["study", name]
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_a_study_names_all_plug_ins_that_it_may_load(imported, name):
+    assert named(files_of_study(name)) >= imported["study", name]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_covers_what_its_process_imports_and_nothing_else(imported, name):
+    assert named(fingerprints.sources(f"ntkbench.figures.{name}")) == imported["figure", name]
+
+
+EDITS = {
+    # file: what changes, and what does not, by the beginning of its name
+    "methods/hutchpp.py": (["cell stochastic", "study hazelden_blog"], ["cell exact", "cell rec", "problem", "figure"]),
+    "methods/hutchinson.py": (["study estimators_on_spectra"], ["cell", "problem", "figure", "study training"]),
+    "methods/base/__init__.py": (["cell", "study hazelden_blog"], ["problem", "figure", "study training"]),
+    "methods/base/neural_tangents.py": (["cell neural"], ["cell stochastic", "cell exact", "problem", "figure"]),
+    "problems/classifiers.py": (
+        ["cell stoch", "cell layer", "problem digits"],
+        ["cell exact", "cell rec", "problem gru"],
+    ),
+    "problems/gru.py": (
+        ["cell recurrent", "problem gru"],
+        ["cell stoch", "cell of a task", "problem rnn"],
+    ),
+    "problems/base/training.py": (["cell", "problem", "study training"], ["figure", "study mohamadi_drift"]),
+    "problems/base/reference.py": (["cell", "problem"], ["figure", "study training"]),
+    "data/images.py": (
+        ["cell stoch", "problem digits", "study mohamadi_drift"],
+        ["cell exact", "cell rec", "problem gru"],
+    ),
+    "data/tasks.py": (["cell of a task", "problem rnn", "study training"], ["cell stoch", "cell rec", "problem gru"]),
+    "networks/jax_layers.py": (["cell stochastic", "cell exact", "problem digits"], ["cell recurrent", "problem gru"]),
+    "networks/recurrent.py": (["cell recurrent", "cell of a task", "problem rnn"], ["cell stoch", "problem digits"]),
+    "operators/torch.py": (["cell exact", "cell recurrent in torch", "problem"], ["cell stochastic in jax", "figure"]),
+    "operators/jax.py": (["cell stochastic in jax", "cell recurrent in jax", "cell neural"], ["cell exact", "problem"]),
+    "operators/recurrent/jax.py": (["cell recurrent in jax"], ["cell recurrent in torch", "cell stoch", "problem"]),
+    "layerwise/contraction.py": (["cell layer"], ["cell stochastic", "cell neural", "problem", "study training"]),
+    "measure/seeds.py": (["cell"], ["problem", "figure"]),
+    "measure/rows.py": (["cell"], ["problem", "study", "figure"]),
+    "measure/shard.py": (["cell"], ["problem", "study", "figure"]),
+    "studies/base/runner.py": (["study"], ["cell", "problem", "figure"]),
+    "measure/execution.py": (["cell"], ["problem", "study", "figure"]),
+    "measure/timing.py": (["cell", "study"], ["problem", "figure"]),
+    "measure/outcomes.py": (["cell", "study"], ["problem", "figure"]),
+    "measure/journal.py": (["study"], ["cell", "problem", "figure"]),
+    "studies/training.py": (["study training"], ["cell", "problem", "figure", "study mohamadi", "study hazelden"]),
+    "studies/base/estimates.py": (["study hazelden_blog"], ["cell", "problem", "figure", "study training"]),
+    "figures/plotting/base.py": (["figure"], ["cell", "problem", "study"]),
+    "figures/hazelden_trace.py": (["figure hazelden_trace"], ["figure error", "cell", "problem", "study"]),
+    "paths.py": (["cell", "problem", "study", "figure"], []),
+    "cli.py": ([], ["cell", "problem", "study", "figure"]),
+    "measure/fingerprints.py": ([], ["cell", "problem", "study", "figure"]),
+    "api.py": ([], ["cell", "problem", "study", "figure"]),
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the sources that fingerprints are taken of meanwhile."""
+    folder = tmp_path_factory.mktemp("copy") / "ntkbench"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprints, "PACKAGE", folder)
+        yield folder
+
+
+def all_fingerprints():
+    chosen = config(studies={name: ONE | given for name, given in (STUDIES | PARTLY).items()})
+    found = {f"cell {key}": fingerprints.cell(chosen, cell_of(*cell)) for key, cell in CELLS.items()}
+    found |= {f"problem {label}": fingerprints.problem(label) for label in PROBLEMS}
+    found |= {f"study {name}": fingerprints.study(chosen, name) for name in chosen.studies}
+    return found | {f"figure {name}": fingerprints.figure(name) for name in FIGURES}
+
+
+def edit(file):
+    with file.open("a") as text:
+        text.write("# edited\n")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_changes_what_uses_the_file_and_nothing_else(copy, name):
+    changes, stays = EDITS[name]
+    before = all_fingerprints()
+    edit(copy / name)
+    changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    for beginning in changes + stays:
+        keys = {key for key in before if key.startswith(beginning)}
+        assert keys, beginning
+        assert keys & changed == (keys if beginning in changes else set())
+
+
+def test_every_file_is_in_the_hash_of_those_that_import_it_and_of_no_other(copy):
+    files = {key: files_of_cell(*cell) for key, cell in CELLS.items()}
+    files |= {name: files_of_study(name) for name in STUDIES | PARTLY}
+    before = {key: fingerprints._hash(own) for key, own in files.items()}
+    for file in sorted(copy.rglob("*.py")):
+        edit(file)
+        after = {key: fingerprints._hash(own) for key, own in files.items()}
+        assert {key for key in files if after[key] != before[key]} == {key for key in files if file in files[key]}, file
+        before = after
+
+
+def test_settings_count_and_what_does_not_concern_a_cell_does_not():
+    cell, *_ = cells(config())
+    before = fingerprints.cell(config(), cell)
+    assert fingerprints.cell(config(profile="other", shards=3, studies={"training": {}}), cell) == before
+    for change in ({"dtype": "float64"}, {"limits": {"time_s": 7}}):
+        assert fingerprints.cell(config(**change), cell) != before
+    for change in ({"seeds": 9}, {"calls": 9}, {"metric": "norm"}):
+        assert fingerprints.cell(config(), replace(cell, **change)) != before
+    small, large = (config(studies={"training": {"H": H}}) for H in (8, 64))
+    assert fingerprints.study(small, "training") != fingerprints.study(large, "training")
+    assert fingerprints.problem("gru_hazelden[N=2]") != fingerprints.problem("gru_hazelden[N=3]")
+
+
+def test_committed_weights_count(monkeypatch, tmp_path):
+    shutil.copytree(paths.REFERENCE / "weights", tmp_path / "weights")
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+    before = [fingerprints.problem(label) for label in PROBLEMS[:2]]
+    with (tmp_path / "weights" / "digits_conv.npz").open("ab") as file:
+        file.write(b"x")
+    after = [fingerprints.problem(label) for label in PROBLEMS[:2]]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
+def test_a_broken_file_concerns_those_that_use_it_alone(copy):
+    before = all_fingerprints()
+    (copy / "methods" / "torn.py").write_text("def f(:")
+    (copy / "problems" / "mlp.py").write_bytes(b"\xff")
+    changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    assert changed == {"cell exact"} | {key for key in before if key.startswith("study hazelden_blog")}
