@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -15,19 +16,21 @@ import torch
 import yaml
 
 import ntkbench
-from ntkbench import figures, paths, problems, studies
-from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench import figures, methods, paths, problems, studies
+from ntkbench.errors import BadInput
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
 from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
 from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
 from ntkbench.figures.plotting import base, curves, gallery, sources
-from ntkbench.measure import grid, timing
+from ntkbench.measure import fingerprints
+from ntkbench.measure.config import Config
+from ntkbench.measure.timing import Timed
 from ntkbench.networks import classifiers, initialisation, residual
 from ntkbench.problems.base import reference
 from ntkbench.studies import hazelden_trace, mohamadi_cost, mohamadi_quality
-from ntkbench.studies.base import descent, pntk
+from ntkbench.studies.base import descent, estimates, pntk
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
 PATCHLESS = {"transformers": [], "mixers": []}
@@ -46,16 +49,16 @@ TINY = {
     },
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
     "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
-    "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "budget_mb": 0.3},
+    "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "limits": {"memory_mb": 0.3}},
     "novak_images": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32} | PATCHLESS,
 }
-QUICK = {"threads": 1, "seeds": 5, "timing_seconds": 0.001}
+QUICK = {"threads": 1, "seeds": 5, "calls": 2}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789abcdef", "git_dirty": False}
 PROVENANCE |= {"machine": "a laptop", "versions": "", "python": ""}
 
 
 def config(**changes):
-    return grid.Config.check({"profile": "test", "threads": 1, "grid": [BLOCK]} | changes, "test.yaml")
+    return Config.check({"profile": "test", "threads": 1, "grid": [BLOCK]} | changes, "test.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +98,63 @@ def test_estimates_have_their_errors_against_exact_values_and_the_script_s_sampl
     assert (baselines["share"] == 1).all()
 
 
-def test_a_share_of_the_columns_is_scaled_up_to_all_of_them(monkeypatch):
-    from ntkbench.studies.base import estimates
+def in_blocks(monkeypatch, share, memory_mb, name="direct", metric="trace"):
+    """The row of a baseline by columns on 80 outputs, as if every column took a second, and the spans that it took."""
+    spans = []
 
-    problem = problems.load("digits_conv[N=8]")
-    monkeypatch.setattr(timing, "timed", lambda call, seconds: ([float(call()) * 0 + 2.0], []))
-    settings = estimates.Settings(**QUICK, direct_share=0.1)
-    row = estimates.baseline(settings, problem, "trace", "direct")
-    assert (row["share"], row["seconds"]) == (8 / 80, 2.0 * 10)
+    def timed(call, calls):
+        call()
+        return Timed(9.0, [float(sum(stop - start for start, stop in spans))] * calls, 0.0)
+
+    def basis(self, start, stop):
+        spans.append((start, stop))
+        return basis_of(self, start, stop)
+
+    problem, target = problems.load("digits_conv[N=8]"), estimates.Settings().target()
+    operator = type(methods.get("direct").prepare(problem, target).jacobians("norm")[0])
+    basis_of = operator.basis
+    monkeypatch.setattr(operator, "basis", basis)
+    monkeypatch.setattr(estimates, "timed", timed)
+    monkeypatch.setattr(estimates, "_MEASURED", {})
+    settings = estimates.Settings(**QUICK, direct_share=share, limits={"block_mb": memory_mb})
+    return estimates.baseline(settings, estimates.Subject(["digits_conv[N=8]"]), metric, name), spans
+
+
+@pytest.mark.parametrize("share", [0.01, 0.4, 1.0])
+def test_baselines_are_timed_on_whole_blocks_and_scaled_up_to_all_columns(monkeypatch, share):
+    with monkeypatch.context() as once:
+        _, spans = in_blocks(once, 1.0, 8)
+    sizes = [stop - start for start, stop in spans]
+    assert len(sizes) > 3 and sum(sizes) == 80, "the test needs several blocks"
+    row, timed_spans = in_blocks(monkeypatch, share, 8)
+    assert timed_spans == spans[: math.ceil(share * len(spans))]
+    columns = timed_spans[-1][1]
+    assert (row["status"], row["calls"], row["share"]) == ("ok", 2, columns / 80)
+    assert row["seconds"] == row["seconds_q25"] == pytest.approx(80)
+
+
+def test_a_baseline_one_by_one_takes_blocks_of_one_and_alignment_twice_the_time(monkeypatch):
+    row, spans = in_blocks(monkeypatch, 0.1, 20, estimates.ONE_BY_ONE, "alignment")
+    assert spans == [(i, i + 1) for i in range(8)]
+    assert row["seconds"] == pytest.approx(160) and "twice" in row["notes"]
+
+
+def test_a_baseline_is_measured_once_for_all_metrics(tables):
+    rows = tables["hazelden_metrics"].set_index(["method", "metric"])["seconds"]
+    for name in ("direct", estimates.ONE_BY_ONE):
+        assert rows[name, "norm"] == rows[name, "effective_rank"] == rows[name, "alignment"] / 2
+
+
+def test_seeds_and_calls_are_those_of_the_settings(tables):
+    for name, table in tables.items():
+        good = table[table["status"] == "ok"]
+        timed = good["seconds"].notna() if "seconds" in table else pd.Series(False, good.index)
+        stochastic = good["m"].notna() if "m" in table else pd.Series(False, good.index)
+        assert set(good.loc[stochastic, "seeds"]) <= {5} and set(good.loc[~stochastic, "seeds"]) <= {1}
+        assert set(good.loc[stochastic, "calls"]) <= {4}, "all seeds but the first are timed"
+        assert set(good.loc[timed & ~stochastic, "calls"]) <= {2} and set(good.loc[~timed, "calls"]) <= {0}
+        assert timed.any() == studies.is_timed(name)
+        assert table.loc[table["status"] != "ok", ["seeds", "calls"]].isna().all(axis=None)
 
 
 def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
@@ -274,15 +326,13 @@ def test_costs_of_resnets_are_there_or_say_why_not(tables):
     table = ok(tables["mohamadi_cost"])
     assert set(table["N"]) == {2, 3} and set(table["method"]) == set(mohamadi_cost.METHODS)
     np.testing.assert_allclose(table["seconds_per_pair"] * table["pairs"], table["seconds"])
-    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"case_gigaflop": 1e-4})
+    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"gigaflop": 1e-4}})
     left = mohamadi_cost.run(settings)
-    assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("over case_gigaflop").all()
+    assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("over limits.gigaflop").all()
 
 
 def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
-    from ntkbench.studies import mohamadi_cost
-
-    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"block_memory_mb": 0.1})
+    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
     left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("anew for every pair of blocks").all()
 
@@ -312,7 +362,7 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
 def test_programs_over_the_budget_are_rows_that_say_so(tables):
     table = tables["novak_time"]
     lost = table[table["status"] == "out_of_memory"]
-    assert len(lost) and lost["reason"].str.contains("over the budget").all()
+    assert len(lost) and lost["reason"].str.contains("over limits.memory_mb").all()
     assert set(table["status"]) == {"ok", "out_of_memory"}
     assert (table.loc[table["status"] == "ok", "memory_bytes"].dropna() >= 0).all()
 
@@ -320,8 +370,8 @@ def test_programs_over_the_budget_are_rows_that_say_so(tables):
 def test_programs_of_too_many_operations_are_rows_that_say_so():
     from ntkbench.studies import novak_time
 
-    table = novak_time.run(novak_time.Settings(**QUICK, **TINY["novak_time"] | {"case_gigaflop": 1e-6}))
-    assert set(table["status"]) == {"skipped"} and table["reason"].str.contains("over case_gigaflop").all()
+    table = novak_time.run(novak_time.Settings(**QUICK, **TINY["novak_time"] | {"limits": {"gigaflop": 1e-6}}))
+    assert set(table["status"]) == {"skipped"} and table["reason"].str.contains("over limits.gigaflop").all()
     assert table["budget_mb"].notna().all()
 
 
@@ -361,16 +411,20 @@ def test_operations_by_shapes_are_those_of_a_run(name, sizes):
 
 def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
     from ntkbench.studies import novak_images
+    from ntkbench.studies.base import programs
 
     monkeypatch.setattr(novak_images.Case, "_operations", lambda self, name: {"flops": 1.0, "flops_per_entry": 1.0})
-    monkeypatch.setattr(novak_images.Case, "_seconds", lambda self, name: {"seconds": 1.0})
+    timed = {"seconds": 1.0}
+    monkeypatch.setattr(programs, "timed_program", lambda *_: timed)
+    monkeypatch.setattr(programs, "timed_engine", lambda *_: timed)
+    monkeypatch.setattr(programs, "lowered", lambda *_: None)
     sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32} | PATCHLESS
     # Multiplications of ResNet18 (width 64, 224 x 224) are 1.8e9 (He et al. 2016), and go as the side squared.
     limit = 3 * 2 * 1.8 * (32 / 224) ** 2 * 5
-    table = novak_images.run(novak_images.Settings(**QUICK, **sizes, case_gigaflop=limit))
+    table = novak_images.run(novak_images.Settings(**QUICK, **sizes, limits={"gigaflop": limit}))
     ends = table[(table["quantity"] == "seconds") & (table["network"] == "ResNet18")].groupby("O")
     assert {o: set(rows["status"]) for o, rows in ends} == {1: {"ok"}, 10: {"skipped"}}
-    assert table.loc[table["status"] == "skipped", "reason"].str.contains("over case_gigaflop").all()
+    assert table.loc[table["status"] == "skipped", "reason"].str.contains("over limits.gigaflop").all()
     assert set(table["network"]) == {"ResNet18", "WideResNet-16-1"}
     assert table.loc[table["O"] == 10, "P"].max() == 11_181_642  # torchvision's resnet18 with ten classes
 
@@ -411,20 +465,6 @@ def test_networks_for_images_wrap_into_rows_and_captions_say_what_is_missing(tab
     assert winners == f"{novak_images_figure.NAMES[counted.idxmin()]} for {', '.join([names[0], *names[2:]])}"
 
 
-def test_endings_have_the_words_of_the_table():
-    assert timing.ending(Unavailable("no data"))["status"] == "skipped"
-    assert timing.ending(OverMemory("too much")) == {"status": "out_of_memory", "reason": "too much"}
-    assert timing.ending(ValueError("bad\nworse")) == {"status": "failed", "reason": "ValueError: bad"}
-
-
-def test_a_first_call_counts_only_where_it_is_long(monkeypatch):
-    times, found = timing.timed(lambda: 1, 1e-9)
-    assert (len(times), len(found)) == (1, 2)
-    monkeypatch.setattr(timing, "PATIENCE", -1)
-    times, found = timing.timed(lambda: 1, 1e-9)
-    assert (len(times), len(found)) == (1, 1)
-
-
 # --- configurations and commands
 
 
@@ -458,15 +498,12 @@ def test_a_study_takes_the_configurations_keys_where_it_says_nothing():
 def test_a_studys_fingerprint_follows_its_settings_and_sources(monkeypatch):
     one, other = (config(studies={"hazelden_blog": {"samples": [s]}, "novak_flops": {}}) for s in (2, 3))
     names = ("hazelden_blog", "novak_flops")
-    before = [grid.study_fingerprint(one, name) for name in names]
-    assert grid.study_fingerprint(other, "hazelden_blog") != before[0]
-    assert grid.study_fingerprint(other, "novak_flops") == before[1]
-    assert grid.fingerprint(one, "direct", paths.ROOT / "benchmarks") == grid.fingerprint(
-        other, "direct", paths.ROOT / "benchmarks"
-    )
+    before = [fingerprints.study(one, name) for name in names]
+    assert fingerprints.study(other, "hazelden_blog") != before[0]
+    assert fingerprints.study(other, "novak_flops") == before[1]
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b"#" * (file.name == "shared_probe_alignment.py"))
-    after = [grid.study_fingerprint(one, name) for name in names]
+    after = [fingerprints.study(one, name) for name in names]
     assert after[0] != before[0] and after[1] == before[1]
 
 

@@ -6,7 +6,7 @@ One file a study: a file dropped in here can be named under ``studies`` in a con
 - ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, those of the paper if nothing is said;
 - ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance, made of
   :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
-- ``TIMED``: whether any column holds seconds; a study that measures only errors and counts may run beside others;
+- ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others;
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; their sources count
   when it is decided whether a study has to run again.
 
@@ -67,7 +67,7 @@ def plugins_of(name: str) -> tuple[str, ...]:
 
 def is_timed(name: str) -> bool:
     """Whether any column of a study's table holds seconds, so that nothing else should run meanwhile."""
-    return ROOM.get(name).TIMED
+    return getattr(ROOM.get(name), "TIMED", True)
 
 
 def run(name: str, chosen: base.Settings) -> pd.DataFrame:
