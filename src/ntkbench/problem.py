@@ -1,4 +1,4 @@
-"""What all methods are given: a network, inputs, and two sets of weights."""
+"""The input of all methods: a network, its inputs, and two sets of weights."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ Weights = Mapping[str, np.ndarray]
 class Problem:
     """A network with inputs and two sets of weights, on which NTK metrics are defined.
 
-    Arrays are NumPy and live on the host; the Jacobian operators bring them to a device in the precision asked for,
-    so that every backend starts from the same bits.
+    Arrays are NumPy arrays on the host. The Jacobian operators copy them to a device in the precision of their target,
+    so that all backends start from the same numbers.
 
     Attributes:
-        name: label, sizes included, such as ``"digits_mlp[N=64]"``.
-        module: ``x -> [N, ...outputs]``; ``theta_0`` or ``theta_f`` are put in for its own weights.
+        name: label with sizes, such as ``"digits_mlp[N=64]"``.
+        module: ``x -> [N, ...outputs]``; ``theta_0`` or ``theta_f`` replace its own weights.
         x: inputs ``[N, ...]``.
-        theta_0: weights at initialisation, by parameter name; parameters of the module that are not among them are
-            frozen, at the values in ``fixed_0`` and ``fixed_f``, or else at the module's own.
+        theta_0: weights at initialisation by parameter name. All other parameters of the module are frozen.
         theta_f: weights after training, for alignment; ``None`` where there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
-        recipe: how theta_f was trained, in print; empty where that is not known.
+        fixed_0, fixed_f: values of frozen parameters that go with ``theta_0`` and ``theta_f``. Frozen parameters that
+            are not among them keep the module's values.
+        recipe: how ``theta_f`` was trained; empty where that is not known.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Problem:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """``(N, ...outputs)``, from a forward pass that computes nothing (meta tensors)."""
+        """``(N, ...outputs)``, from a forward pass on meta tensors, which computes nothing."""
         if not self._shape:
             self._shape.append(_output_shape(self.module, self.theta_0, self.x))
         return self._shape[0]
@@ -63,12 +64,12 @@ class Problem:
 
     @property
     def O(self) -> int:  # noqa: E743 - the field's symbol
-        """Outputs a sample."""
+        """Outputs per sample."""
         return int(np.prod(self.output_shape[1:]))
 
     @property
     def n(self) -> int:
-        """Outputs in all, the size of Theta."""
+        """Outputs of the whole batch, N O; Theta is n x n."""
         return self.N * self.O
 
     @property
@@ -77,7 +78,7 @@ class Problem:
         return sum(w.size for w in self.theta_0.values())
 
     def weights(self, which: str) -> Weights:
-        """``"theta_0"`` or ``"theta_f"``.
+        """The weights named ``"theta_0"`` or ``"theta_f"``.
 
         Raises:
             BadInput: the problem has no trained weights.
@@ -88,17 +89,17 @@ class Problem:
         return weights
 
     def fixed(self, which: str) -> Weights:
-        """The weights that go with ``"theta_0"`` or ``"theta_f"`` and are not differentiated by; often none."""
+        """Values of frozen parameters that go with ``"theta_0"`` or ``"theta_f"``; often none."""
         return self.fixed_0 if which == "theta_0" else self.fixed_f
 
     def digest(self) -> str:
         """Hash of the problem's identity: network, training recipe, inputs and weights.
 
-        Inputs and weights count to the bit. The network counts by what it computes, in float64: a projection of its
-        outputs and one of their gradient, at each set of weights, to 7 digits. So no change of its code that changes
-        the NTK goes unnoticed, and one that does not, a new version of PyTorch or another machine, changes no digest.
+        Inputs and weights are hashed exactly. The network is hashed by its behaviour in float64: a projection of its
+        outputs and one of their gradient, at each set of weights, rounded to 7 digits. A change of code that changes
+        the NTK therefore changes the digest. A new version of PyTorch or another machine does not.
 
-        Cost: a forward and a backward pass for each set of weights, on two samples where samples do not interact.
+        Cost: one forward and one backward pass per set of weights, on two samples if samples do not interact.
         """
         digest = hashlib.sha256(self.recipe.encode())
         hash_arrays(digest, {"x": self.x})
@@ -164,6 +165,6 @@ def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[i
 
 
 def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:
-    """Of the weights that a network has, those that it is differentiated by, and the others."""
+    """A network's weights, split into those with ``requires_grad`` and the frozen ones."""
     by = {key: w.requires_grad for key, w in network.named_parameters() if key in weights}
     return {key: weights[key] for key in by if by[key]}, {key: weights[key] for key in by if not by[key]}

@@ -1,13 +1,13 @@
-"""Run neural-tangents 0.6.5, which is archived and imports unmodified only up to jax 0.4.25, on jax 0.10.
+"""Run neural-tangents 0.6.5, which is archived and imports unmodified only up to jax 0.4.25, on current jax.
 
-:func:`load` imports it and mends what newer versions of jax broke:
+:func:`load` imports it and repairs what newer versions of jax broke:
 
-- names that neural-tangents takes while it is imported are lent to jax's modules for that long, and taken back;
-- names that it looks up while it runs are put into its own module, on top of jax's.
+- names that neural-tangents looks up during its import are added to jax's modules for that time only;
+- names that it looks up at run time are put into its own module, on top of jax's.
 
-So jax is the same before and after, and other methods in the process never notice. All mends rest on jax's public API,
-and the three implementations that this package runs need every one of them; the other parts of neural-tangents
-(``AUTO``, ``predict``, infinite-width kernels, the bridge to TensorFlow) are not looked after.
+jax itself is the same before and after. All repairs use jax's public API, and the three implementations that this
+package runs need every one of them. Other parts of neural-tangents (``AUTO``, ``predict``, infinite-width kernels, the
+bridge to TensorFlow) are not supported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ntkbench.errors import Unavailable
 
 @functools.cache
 def load() -> types.ModuleType:
-    """The module ``neural_tangents``, mended. The first call imports it, and jax; later calls return the same module.
+    """The repaired module ``neural_tangents``. The first call imports it, and jax; later calls return the same module.
 
     Raises:
         Unavailable: neural-tangents is not installed.
@@ -43,7 +43,7 @@ def load() -> types.ModuleType:
 
 
 def _core_names() -> contextlib.AbstractContextManager[None]:
-    """The classes that jaxprs are made of, for the import: gone from ``jax.core`` since jax 0.6.0.
+    """The classes of jaxprs, for the import: absent from ``jax.core`` since jax 0.6.0.
 
     ``jax.extend.core`` has the same classes, so neural-tangents' type checks still hold.
     """
@@ -55,9 +55,9 @@ def _core_names() -> contextlib.AbstractContextManager[None]:
 
 
 def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
-    """``ad.zeros_like_p``, for the import: gone since jax 0.9.0.
+    """``ad.zeros_like_p``, for the import: absent since jax 0.9.0.
 
-    neural-tangents files a rule under it. No network can contain it any more, so a primitive that nobody uses will do.
+    neural-tangents registers a rule for it. No network can contain it any more, so an unused primitive serves.
     """
     import jax.extend.core
     import jax.interpreters.ad
@@ -66,7 +66,7 @@ def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
 
 
 def _jax_util() -> types.ModuleType:
-    """``jax.util``, for the import: gone since jax 0.8.0. Its strict and eager versions of map and zip are wanted."""
+    """``jax.util``, for the import: absent since jax 0.8.0. It holds strict and eager versions of map and zip."""
     util = types.ModuleType("jax.util")
 
     def safe_zip(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -85,15 +85,15 @@ def _no_tensorflow() -> types.ModuleType:
 
 
 def _dynamic_shapes(empirical: types.ModuleType) -> None:
-    """``core.DShapedArray``: gone since jax 0.8.2. No array is one any more, so a type that nobody uses will do."""
+    """``core.DShapedArray``: absent since jax 0.8.2. No array is one any more, so an unused type serves."""
     empirical.core = _Overlay(empirical.core, DShapedArray=type("DShapedArray", (), {}))
 
 
 def _names_of_ad(empirical: types.ModuleType) -> None:
-    """What the pass over a linearised network looks up in ``jax.interpreters.ad``.
+    """The names that neural-tangents looks up in ``jax.interpreters.ad`` when it traverses a linearised network.
 
-    ``source_info_util``, gone since jax 0.4.26, is now in ``jax.extend``. Of ``config``, gone since then too, only
-    ``jax_enable_checks`` is read: it turns on a check by functions that jax no longer has, so it stays off. For
+    ``source_info_util``, absent since jax 0.4.26, is now in ``jax.extend``. Of ``config``, absent since then too, only
+    ``jax_enable_checks`` is read. It enables a check by functions that jax no longer has, so it is off. For
     ``linearize`` see :func:`_linearize`.
     """
     import jax.extend.source_info_util
@@ -107,11 +107,11 @@ def _names_of_ad(empirical: types.ModuleType) -> None:
 
 
 def _linearize(network: Any, *weights: Any, has_aux: bool) -> tuple[list[Any], list[_Unknown], Any, list[Any]]:
-    """``ad.linearize`` as it was: outputs, a mark for each output, the linear map as a jaxpr, and its constants.
+    """The former ``ad.linearize``: outputs, a mark for each output, the linear map as a jaxpr, and its constants.
 
-    In jax 0.10 its marks are truth values, and since jax 0.10.2 it takes other arguments. Tracing what the public
-    ``jax.linearize`` returns says the same, but for outputs that do not depend on the weights: they are not marked, and
-    their zeros are written out.
+    In jax 0.10 its marks are truth values, and since jax 0.10.2 its arguments differ. Tracing the result of the public
+    ``jax.linearize`` gives the same, except that outputs which do not depend on the weights are not marked and have
+    explicit zeros.
     """
     import jax
 
@@ -128,10 +128,10 @@ class _Unknown:
 
 
 def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
-    """The function that a jaxpr stands for, with a slice for each part of a ``split`` that is used.
+    """The function of a jaxpr, with each ``split`` replaced by slices for its used parts.
 
-    Since jax 0.4.38 ``jnp.split`` is a primitive of its own, with many outputs. neural-tangents refuses primitives with
-    more than one; it knew ``jnp.split`` as the slices that it is here again.
+    Since jax 0.4.38 ``jnp.split`` is a primitive with several outputs, which neural-tangents refuses. Before, it was a
+    set of slices.
     """
     import jax
     from jax.extend.core import Literal
@@ -158,7 +158,7 @@ def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
 
 
 def _slices(split: Any, array: Any, used: set[Any]) -> dict[Any, Any]:
-    """Variable to value, for the parts that are used."""
+    """Values of the used parts of a split, by variable."""
     import jax
 
     axis, parts, start = split.params["axis"], {}, 0
@@ -170,18 +170,18 @@ def _slices(split: Any, array: Any, used: set[Any]) -> dict[Any, Any]:
 
 
 def _transposes(empirical: types.ModuleType) -> None:
-    """How a cotangent goes back through one equation: by the public ``jax.linear_transpose``.
+    """Transpose single equations by the public ``jax.linear_transpose``.
 
     neural-tangents looks the rule up in jax's tables, by a mark on the primitive (``map_primitive``). The mark and one
     of the tables (``ad.reducing_transposes``) are gone since jax 0.10.0, and since jax 0.8.1 the rules of more and more
     primitives, slices first, are in a private table and are called differently. ``jax.linear_transpose`` of a single
-    equation applies the very same rules, wherever they are.
+    equation applies the same rules, wherever they are.
     """
     empirical._eqn_vjp_fn = _equation_vjp
 
 
 def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...]:
-    """Cotangents of an equation's inputs; ``None`` for those that are values and not variables of the linear map."""
+    """Cotangents of an equation's inputs; ``None`` for inputs that are constants of the linear map."""
     import jax
     from jax.interpreters import ad
 
@@ -197,7 +197,7 @@ def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...
         for i, variable in zip(linear, variables, strict=True):
             values[i] = variable
         made = equation.primitive.bind(*values, **equation.params)
-        return made[0] if equation.primitive.multiple_results else made  # one: more were refused before
+        return made[0] if equation.primitive.multiple_results else made  # several outputs were refused before
 
     for i, made in zip(linear, jax.linear_transpose(apply, *(inputs[i].aval for i in linear))(cotangent), strict=True):
         cotangents[i] = made
@@ -206,7 +206,7 @@ def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...
 
 @contextlib.contextmanager
 def _lent(module: types.ModuleType, names: dict[str, Any]) -> Iterator[None]:
-    """Add names to a module that lacks them, and take them back at the end."""
+    """Add missing names to a module, and remove them at the end."""
     lacking = [name for name in names if name not in vars(module)]
     for name in lacking:
         setattr(module, name, names[name])
@@ -219,7 +219,7 @@ def _lent(module: types.ModuleType, names: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _module(stand_in: types.ModuleType) -> Iterator[None]:
-    """Let a name be imported as a stand-in, and forget the stand-in at the end."""
+    """Make a stand-in importable under its name, and remove it at the end."""
     before = sys.modules.get(stand_in.__name__)
     sys.modules[stand_in.__name__] = stand_in
     try:
@@ -231,7 +231,7 @@ def _module(stand_in: types.ModuleType) -> Iterator[None]:
 
 
 class _Overlay:
-    """A module with some names on top; all others are the module's own."""
+    """A module with some names replaced or added."""
 
     def __init__(self, module: types.ModuleType, **names: Any) -> None:
         self._module = module

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
-    Theta ``[N, N, O, O]`` stays on the device; two of them for alignment. The trace is asked for in the way that
-    neural-tangents has for it, by traced and diagonal axes, so that an implementation may get away with ``[N]``. The
-    program is compiled at the first estimate of a metric and kept. It is refused if it takes more memory than
+    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f. The trace is requested by traced
+    and diagonal axes, so that an implementation may hold ``[N]`` numbers only. The program is compiled at the first
+    estimate of a metric and kept. It is refused if it takes more memory than
     :func:`ntkbench.operators.programs.memory_limit` allows.
 
     Attributes:
-        implementation: name in ``neural_tangents.NtkImplementation``.
+        implementation: a name in ``neural_tangents.NtkImplementation``.
     """
 
     kind = "exact"
@@ -41,7 +41,7 @@ class NeuralTangents(Method):
         return numbers * target.itemsize
 
     def prepare(self, problem: Problem, target: Target) -> CompiledPrograms:
-        """Weights and inputs on the device, neural-tangents imported.
+        """Move weights and inputs to the device and import neural-tangents.
 
         Raises:
             BadInput: the problem has no JAX network.
