@@ -34,7 +34,10 @@ if "grid" not in config:
 
 
 with errors.as_one_line():
-    RUN = configuration.Config.check(config, ", ".join(map(str, workflow.configfiles)))
+    # Read again, since Snakemake's own reading loses what is given twice, and lines.
+    chosen = workflow.overwrite_configfiles
+    files = [file for file in workflow.configfiles if file not in chosen] + list(chosen)
+    RUN = configuration.Config.of_files(files, workflow.config_settings.config)
     CELLS = cells.cells(RUN)
     TABLES = RUN.tables(Path("results") / RUN.folder)
 
@@ -53,7 +56,13 @@ for name in figures.names():
 PAGES = {"gallery": FIGURES, "paper_figures": {n: f for n, f in FIGURES.items() if f.name != "table.csv"}}
 CONFIG = RESULTS / "config.yaml"
 LOCK = FileLock(RESULTS / ".lock")
-LINE = progress.Line(RESULTS, timings.expected(RESULTS, RUN.profile))
+# Steps whose outputs are there count only once they begin.
+STEPS = {"problems": RESULTS / "problems.json", "gallery": RESULTS / "gallery.html"}
+STEPS |= {f"shard-{number}": RESULTS / "shards" / f"shard-{number}.csv" for number in SHARDS}
+STEPS |= {f"study-{study}": RESULTS / "studies" / f"{study}.csv" for study in RUN.studies}
+LINE = progress.Line(
+    RESULTS, timings.expected(RESULTS, RUN.profile, [step for step, output in STEPS.items() if not output.exists()])
+)
 
 
 onstart:
@@ -123,6 +132,7 @@ rule measure:
         RESULTS / "shards" / "shard-{number}.csv",
     log:
         RESULTS / "logs" / "shard-{number}.log",
+        cases=RESULTS / "logs" / "shard-{number}-cases.log",
     benchmark:
         RESULTS / "timings" / "shard-{number}.tsv"
     conda:
@@ -137,7 +147,7 @@ rule measure:
         ),
     shell:
         "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
-        "--output {output:q} --log {log:q}"
+        "--output {output:q} --log {log.cases:q} > {log[0]:q} 2>&1"
 
 
 rule table:

@@ -150,6 +150,32 @@ def list_() -> None:
 
 
 @main.command()
+@click.argument("labels", nargs=-1, required=True, metavar="LABEL...")
+def reference(labels: tuple[str, ...]) -> None:
+    """Compute exact values of problems, train their weights, and write both to results/reference."""
+    from ntkbench.problems.base import reference as exact
+
+    with _one_line():
+        for record in exact.commit(labels):
+            click.echo(f"{record['problem']} {record['metrics']} {record['seconds']} s")
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Only say whether it is up to date.")
+def readme(check: bool) -> None:
+    """Write the tables of README.md from the committed tables."""
+    from ntkbench import paths
+    from ntkbench import readme as page
+
+    with _one_line():
+        stale = page.update(paths.ROOT / "README.md", paths.ROOT, check=check)
+    for line in stale:
+        click.echo(line)
+    if check and stale:
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def timings(results: Path) -> None:
     """Say where the time of a run went: seconds of each step, and how much of them was inside measured calls."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,8 @@ from ntkbench.measure import progress
 FOLDER = "timings"
 """Of a run's results: one file a step, as Snakemake's ``benchmark:`` writes it."""
 COMMITTED = "timings.csv"
+GUESS = 30.0
+"""Seconds of a step that nothing is known of."""
 
 
 def of_run(results: Path) -> pd.DataFrame:
@@ -51,10 +54,14 @@ def report(results: Path) -> str:
     return "\n".join([*lines, f"{share:.0%} of the steps' wall time is inside measured calls"])
 
 
-def expected(results: Path, profile: str) -> dict[str, float]:
-    """Seconds by step, as an earlier run into the same folder took them, else as committed for the profile."""
+def expected(results: Path, profile: str, steps: Iterable[str]) -> dict[str, float]:
+    """Seconds of steps, as an earlier run into the same folder took them, else as committed for the profile.
+
+    Where neither knows a step it is expected to take :data:`GUESS`.
+    """
     table = of_run(results)
     kept = paths.REFERENCE / profile / COMMITTED
     if table.empty and kept.exists():
         table = pd.read_csv(kept)
-    return {str(step): float(seconds) for step, seconds in zip(table["step"], table["seconds"], strict=True)}
+    known = dict(zip(table["step"], table["seconds"], strict=True))
+    return {step: float(known.get(step, GUESS)) for step in steps}
