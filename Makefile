@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke test lint format clean
+.PHONY: results smoke test mutants lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -19,6 +19,9 @@ smoke: results
 
 test: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+mutants: $(READY)
+	python -m tests.mutants
 
 lint: $(READY)
 	ruff check

@@ -12,7 +12,7 @@ import pytest
 from conftest import metrics_of
 
 from ntkbench import methods
-from ntkbench.estimators import deflation
+from ntkbench.estimators import deflation, standard_errors
 from ntkbench.methods.base import Accumulating, Stochastic
 from ntkbench.operators import arrays, base, dense
 
@@ -194,6 +194,67 @@ def test_cross_terms_are_unbiased(spectrum):
     assert abs(z) < 4
 
 
+@pytest.mark.parametrize(("k", "size"), [(1, 40), (5, 40), (40, 40), (50, 40)])
+@pytest.mark.parametrize("max_share", [0.0, 1.0])
+def test_random_orthonormal_rows_span_the_gaussian_block(k, size, max_share):
+    """By QR, and by a Cholesky factor."""
+    rng = Probes(0, np.zeros(0))
+    q = deflation.random_orthonormal(rng, k, size, max_share=max_share)
+    count = min(k, size)
+    assert q.shape == (count, size)
+    np.testing.assert_allclose(q @ q.T, np.eye(count), atol=1e-9)
+    block = Probes(0, np.zeros(0)).normal(count, size)
+    np.testing.assert_allclose((block @ q.T) @ q, block, atol=1e-9)
+
+
+def test_the_orthonormal_complement_is_orthogonal_to_the_basis():
+    rng = np.random.default_rng(0)
+    q = deflation.orthonormal(rng.standard_normal((4, 20)))
+    rows = q[:3] + 1e-6 * rng.standard_normal((3, 20))  # almost within the basis, so that rounding matters
+    found = deflation.orthonormal_complement(rows, q)
+    np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(found @ q.T, 0, atol=1e-12)
+
+
+def test_squared_norms_are_those_of_all_rows_whatever_the_blocks():
+    J, u = jacobian("1/i"), np.random.default_rng(0).standard_normal((7, n))
+    for memory in (1, 3 * (n + P) * 8, 2**20):
+        j = Dense(J)
+        j.memory = memory
+        np.testing.assert_allclose(deflation.squared_norms(j, j.vjp, u), ((u @ J) ** 2).sum(1))
+
+
+FORWARD = {
+    "one_sided_forward": "one_sided_reverse",
+    "one_sided_paper_forward": "one_sided_paper_reverse",
+    "xnystrace_forward": "xnystrace",
+    "gram_forward": "gram_reverse",
+}
+
+
+@pytest.mark.parametrize(("forward", "reverse"), FORWARD.items())
+def test_forward_estimators_are_the_reverse_ones_of_the_transpose(forward, reverse):
+    """J J^T and J^T J have one trace and one Frobenius norm; the alignment's cross term is another."""
+    J, method = jacobian("1/i"), methods.get(forward)
+    for metric in set(method.metrics) - {"alignment"}:
+        found = drawn(method, metric, [J], 12, 3)
+        assert found == pytest.approx(drawn(methods.get(reverse), metric, [J.T], 12, 3), rel=1e-12)
+        assert found[:2] != pytest.approx(drawn(methods.get(reverse), metric, [J], 12, 3)[:2], rel=1e-3)
+
+
+@pytest.mark.parametrize(("metric", "weights"), [("trace", (1, 0)), ("norm", (0, 1)), ("effective_rank", (1, 1))])
+def test_errors_of_independent_traces_add_up_in_quadrature(metric, weights):
+    """Each trace is known to 1 % with 4 degrees of freedom, so metrics are to 1 %, 1/2 % and sqrt(5) %."""
+    j = Dense(np.eye(3))
+    traces = iter([3.0] * weights[0] + [3.0] * weights[1])
+    value, error, degrees = deflation.from_separate_traces(
+        metric, [j], lambda _: standard_errors.PointEstimate(next(traces), 0.03, 4)
+    )
+    expected = {"trace": (3, 0.03, 4), "norm": (math.sqrt(3), 0.005 * math.sqrt(3), 4)}
+    expected["effective_rank"] = (3, 0.03 * math.sqrt(5), 25 / (16 / 4 + 1 / 4))
+    assert (value, error, degrees) == pytest.approx(expected[metric])
+
+
 def left_over(name: str, J: np.ndarray, probes: int, seed: int) -> tuple[np.ndarray, int]:
     """What the residual probes see, given the sketch that a seed draws, and how many they are."""
     theta = J.T @ J if name.endswith("forward") else J @ J.T
@@ -254,6 +315,22 @@ def test_the_adaptive_sketch_stops_at_once_on_a_flat_spectrum_and_takes_half_of_
         assert j.passes == 144
         estimate = sketch.estimate("trace")
         assert abs(estimate.value - truth("trace", spectrum)) < 5 * estimate.standard_error + 1e-9
+
+
+@pytest.mark.parametrize(("block", "min_residual"), [(1, 2), (3, 8), (8, 8)])
+def test_the_adaptive_sketch_grows_by_its_blocks_and_leaves_its_residual(block, min_residual, monkeypatch):
+    method = methods.get("hutchpp_adaptive")
+    monkeypatch.setattr(type(method), "block", block)
+    monkeypatch.setattr(type(method), "min_residual", min_residual)
+    j = Dense(jacobian("0.9^i"))
+    sketch = method.accumulator(("trace",), [j], j.rng(0))
+    sketch.extend(72)
+    assert j.passes == 72
+    assert len(sketch.q) % block == 0
+    assert block <= len(sketch.q) <= (72 - min_residual) / 4
+    value, error, degrees = sketch.estimate("trace")
+    assert degrees == 72 - 4 * len(sketch.q) - 1 >= min_residual - 1
+    assert abs(value - truth("trace", "0.9^i")) < 5 * error
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

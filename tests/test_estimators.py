@@ -397,3 +397,48 @@ def test_a_subset_grows_by_samples_that_it_has_not_yet():
         assert subset.estimate(metric) == pytest.approx((truth("wide")[metric], 0.0, math.inf), rel=1e-10)
     assert ledger()[0] > 16  # samples are passed through again with those that come later
     assert "takes at least 4 passes" in method.unsupported_reason(loaded("wide"), "alignment", Target(), 3)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5, 26, 30])
+@pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
+def test_the_parameter_gram_matrix_in_any_chunks(chunks, metric, monkeypatch):
+    method = methods.get("parameter_gram")
+    monkeypatch.setattr(type(method), "chunks", chunks)
+    estimate = method.estimate(prepared("parameter_gram"), metric)
+    assert estimate.value == pytest.approx(truth("tanh_net")[metric], rel=1e-12)
+
+
+@pytest.mark.parametrize(("max_group", "sizes"), [(12, [3, 3, 3]), (15, [5, 4]), (2048, [9])])
+def test_groups_of_probes_by_layers(max_group, sizes, monkeypatch):
+    """No more gradients in a group than it may have, and unbiased whatever the groups."""
+    method, ready = methods.get("structured_block_u_statistics"), prepared("structured_block_u_statistics")
+    monkeypatch.setattr(type(method), "max_group", max_group)
+    kernel, groups, squares = ready.engine.kernel, [], []
+    monkeypatch.setattr(ready.engine, "kernel", lambda *args: groups.append(args[3].shape[1]) or kernel(*args))
+    for seed in range(100):
+        estimate = method.estimate(ready, "norm", 9, seed)
+        squares.append(estimate.value**2)
+    assert groups == 100 * sizes
+    assert estimate.passes == 9
+    assert abs(np.mean(squares) - truth("tanh_net")["norm"] ** 2) < 4 * np.std(squares, ddof=1) / 10
+
+
+@pytest.mark.parametrize("min_samples", [4, 8, 100])
+def test_a_subset_has_at_least_its_fewest_samples(min_samples, monkeypatch):
+    method, problem = methods.get("sample_subset"), loaded("wide")
+    monkeypatch.setattr(type(method), "min_samples", min_samples)
+    least = math.ceil(min(min_samples, problem.N) * problem.O / problem.N)
+    assert method.least_passes(problem, "norm") == least
+    estimate = method.estimate(prepared("sample_subset", "wide"), "norm", least, 0)
+    assert estimate.passes <= least
+    assert estimate.degrees == (math.inf if least == problem.O else int(least * problem.N / problem.O) - 1)
+
+
+def test_default_budgets_bound_the_number_of_gradients(monkeypatch):
+    problem = loaded("wide")  # 40 samples
+    for name, groups in (("block_u_statistics", 40), ("group_u_statistics", 24), ("structured_block_u_statistics", 40)):
+        method = methods.get(name)
+        assert method.default_max_passes(problem) == 1024 // groups
+        monkeypatch.setattr(type(method), "max_gradients", 100)
+        assert method.default_max_passes(problem) == 8
+    assert methods.get("hutchinson").default_max_passes(problem) is None

@@ -96,6 +96,40 @@ def test_from_rows_of_theta_in_any_order_and_blocks(backend, truth):
         assert moments.metric(metric) == pytest.approx(values[metric], rel=1e-12)
 
 
+@given(
+    n=st.integers(1, 12),
+    cuts=st.sets(st.integers(1, 11)),
+    tile=st.integers(1, 14),
+    networks=st.sampled_from([1, 2]),
+)
+def test_from_blocks_on_and_below_the_diagonal(n, cuts, tile, networks):
+    """Tiles smaller and larger than the blocks; what stands above the diagonal is not read."""
+    rng = np.random.default_rng(n)
+    thetas = [A @ A.T for A in rng.standard_normal((networks, n, n + 2))]
+    expected = metrics_of(*thetas)
+    spoiled = [theta + np.triu(np.full((n, n), 1e6), 1) for theta in thetas]
+    bounds = [0, *sorted(cut for cut in cuts if cut < n), n]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    blocks = (
+        (rows == columns, [put("torch", theta[rows, columns]) for theta in spoiled])
+        for rows, columns in itertools.product(parts, parts)
+        if columns.start <= rows.start
+    )
+    moments = metrics.from_blocks_of_theta(blocks, tile=tile)
+    for metric, value in expected.items():
+        assert moments.metric(metric) == pytest.approx(value, rel=1e-10)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradients_are_the_derivatives_of_the_metrics(metric):
+    """Central differences, of each moment that the metric is a function of and of those that it is not."""
+    moments = {"trace": 6.0, "square": 4.0, "square_f": 9.0, "cross": 3.0}
+    gradient = Moments(**moments).gradient(metric)
+    for name, value in moments.items():
+        above, below = (Moments(**moments | {name: value + step}).metric(metric) for step in (1e-5, -1e-5))
+        assert getattr(gradient, name) == pytest.approx((above - below) / 2e-5, abs=1e-8)
+
+
 @given(cuts=st.sets(st.integers(1, 5)), memory=st.sampled_from([1, 2**30]), metric=st.sampled_from(METRICS))
 def test_from_rows_of_jacobian_in_any_blocks_kept_or_not(tiny, truth, cuts, memory, metric):
     *_, values = truth

@@ -1,7 +1,8 @@
-"""Standard errors against the formulas they stand for."""
+"""Standard errors and degrees of freedom against exact formulas, complete enumeration and simulation."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as extra
+from scipy import stats
 
 from ntkbench.estimators import standard_errors
 from ntkbench.operators import arrays
@@ -66,3 +68,136 @@ def test_gather_brings_blocks_of_any_backend_to_float64_on_the_host():
         column = arrays.gather(make(block) for block in blocks)
         assert column.dtype == np.float64
         np.testing.assert_array_equal(column, [1.5, 2.5, 3.5])
+
+
+def test_degrees_of_a_sum_of_equal_variances_add_up_and_a_single_variance_keeps_its_own():
+    assert standard_errors.satterthwaite([2.0] * 5, 3) == pytest.approx(15)
+    assert standard_errors.satterthwaite([2.0, 0.0, 0.0], 3) == pytest.approx(3)
+    assert standard_errors.satterthwaite([1.0, 2.0], [4, 6]) == pytest.approx(9 / (1 / 4 + 4 / 6))
+    assert standard_errors.satterthwaite([0.0, 0.0], 3) == math.inf
+    assert standard_errors.satterthwaite([1.0, 1.0], [5, 0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_degrees_of_two_samples_are_those_of_welchs_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal(7), 3 * rng.standard_normal(12)
+    variances = [a.var(ddof=1) / 7, b.var(ddof=1) / 12]
+    expected = stats.ttest_ind(a, b, equal_var=False).df
+    assert standard_errors.satterthwaite(variances, [6, 11]) == pytest.approx(expected)
+
+
+def test_a_stratified_mean_adds_the_variances_of_the_strata():
+    table = np.random.default_rng(0).standard_normal((4, 6)) * np.arange(1, 7)
+    value, error, degrees = standard_errors.stratified_mean(table)
+    variances = table.var(axis=0, ddof=1)
+    assert value == pytest.approx(table.sum(1).mean())
+    assert error == pytest.approx(math.sqrt(variances.sum() / 4))
+    assert degrees == pytest.approx(variances.sum() ** 2 / ((variances**2).sum() / 3))
+
+
+def test_intervals_of_a_stratified_mean_cover_as_often_as_they_say():
+    """Two strata of 6 probes have up to 10 degrees of freedom; normal quantiles would cover in 92 % of cases."""
+    found = [standard_errors.stratified_mean(table) for table in np.random.default_rng(0).standard_normal((6000, 6, 2))]
+    value, error, degrees = np.array(found).T
+    assert 0.945 < (np.abs(value) <= stats.t.ppf(0.975, degrees) * error).mean() < 0.97
+    assert degrees.min() >= 5
+    assert degrees.max() <= 10
+
+
+def all_outcomes(N: int, K: int, rng: np.random.Generator) -> tuple[list[standard_errors.MomentEstimates], np.ndarray]:
+    """Estimates of a trace and two moments for every outcome of K probes, each of N independent fair bits."""
+    kernels = rng.standard_normal((2, N, 2, N, 2))
+    kernels = kernels + kernels.transpose(0, 3, 4, 1, 2)  # y_bc(x, x') = y_cb(x', x)
+    trace = rng.standard_normal((N, 2))
+    strata = np.arange(N)[:, None]
+    found = []
+    for bits in itertools.product((0, 1), repeat=N * K):
+        x = np.array(bits).reshape(N, K)
+        sums = standard_errors.PairSums(N, K, 2)
+        sums.add(0, 0, [y[strata, x][:, :, strata, x] for y in kernels])
+        found.append(sums.moments(trace[strata, x]))
+    expected = [trace.mean(1).sum()]
+    for y in kernels:
+        off = sum(y[b, :, c].mean() for b in range(N) for c in range(N))
+        expected.append(off)
+    return found, np.array(expected)
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 4), (1, 5), (2, 4), (3, 4)])
+def test_moments_and_their_covariance_are_unbiased_exactly(N, K):
+    """Over all outcomes, the mean of the estimates is the moment, and that of their covariance is their covariance."""
+    found, expected = all_outcomes(N, K, np.random.default_rng(10 * N + K))
+    means = np.array([each.means for each in found])
+    assert means.mean(0) == pytest.approx(expected, rel=1e-10)
+    estimated = np.mean([each.single + each.double for each in found], axis=0)
+    np.testing.assert_allclose(estimated, np.cov(means.T, bias=True), rtol=1e-9, atol=1e-12)
+    assert not any(each.bound.any() for each in found)
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 2), (1, 3), (3, 2), (2, 3)])
+def test_below_four_probes_the_variance_is_bounded_from_above(N, K):
+    found, expected = all_outcomes(N, K, np.random.default_rng(10 * N + K))
+    means = np.array([each.means for each in found])
+    assert means.mean(0) == pytest.approx(expected, rel=1e-10)
+    for moment in np.eye(3):
+        variance = (means @ moment).var()
+        assert np.mean([each.standard_error(moment) ** 2 for each in found]) >= (1 - 1e-12) * variance
+
+
+def additive(effects: np.ndarray) -> standard_errors.MomentEstimates:
+    """Estimates where y_bc^kl = effects[b, k] + effects[c, l]: the variance is due to single probes alone."""
+    N, K = effects.shape
+    sums = standard_errors.PairSums(N, K, 1)
+    sums.add(0, 0, [effects[:, :, None, None] + effects])
+    return sums.moments()
+
+
+@pytest.mark.parametrize("K", [4, 5])
+def test_degrees_of_freedom_of_a_u_statistic_are_those_of_its_strata(K):
+    N, pattern = 3, np.arange(K, dtype=float)
+    assert additive(np.tile(pattern, (N, 1))).degrees == pytest.approx(N * (K - 1))
+    one = np.zeros((N, K))
+    one[1] = pattern
+    assert additive(one).degrees == pytest.approx(K - 1)
+    groups = [(K, additive(one)), (K, additive(np.tile(pattern, (N, 1))))]
+    assert standard_errors.MomentEstimates.pooled(groups).degrees == pytest.approx((N + 1) * (K - 1))
+
+
+def test_an_additive_kernel_has_the_variance_of_a_mean():
+    """The estimate is 2 N sum_b mean_k a_b^k, so its variance is 4 N^2 sum_b s_b^2 / K, with no part due to pairs."""
+    effects = np.random.default_rng(0).standard_normal((3, 6))
+    found = additive(effects)
+    assert found.means == pytest.approx([2 * 3 * effects.mean(1).sum()])
+    assert found.single == pytest.approx(4 * 9 * effects.var(axis=1, ddof=1).sum() / 6)
+    assert found.double == pytest.approx(0, abs=1e-12)
+
+
+def test_groups_are_pooled_by_their_numbers_of_probes():
+    def group(mean: float, variance: float, degrees: float) -> standard_errors.MomentEstimates:
+        part = np.array([[variance]])
+        return standard_errors.MomentEstimates(np.array([mean]), part, 2 * part, 3 * part, degrees)
+
+    pooled = standard_errors.MomentEstimates.pooled([(3, group(1.0, 0.5, 2)), (1, group(5.0, 2.0, 4))])
+    assert pooled.means == pytest.approx([2.0])
+    variance = (9 * 0.5 + 1 * 2.0) / 16
+    assert (pooled.single[0, 0], pooled.double[0, 0], pooled.bound[0, 0]) == pytest.approx(
+        (variance, 2 * variance, 3 * variance)
+    )
+    assert pooled.degrees == 6
+
+
+def test_negative_estimates_of_variance_do_not_count_below_half_of_the_pairs():
+    def error(single: float, double: float, bound: float) -> float:
+        parts = (np.array([[part]]) for part in (single, double, bound))
+        return standard_errors.MomentEstimates(np.zeros(1), *parts, 1).standard_error(np.array([2.0]))
+
+    assert error(3.0, 1.0, 0.0) == pytest.approx(4.0)
+    assert error(-0.75, 1.0, 0.0) == pytest.approx(math.sqrt(2.0))
+    assert error(-3.0, 0.0, 0.0) == 0
+    assert error(3.0, 1.0, 0.25) == pytest.approx(5.0)
+
+
+def test_orthonormal_probes_have_no_error_once_they_are_a_basis():
+    estimate = standard_errors.PointEstimate(3.0, 2.0, 5)
+    assert standard_errors.finite_population(estimate, 3, 12) == pytest.approx((3.0, 2 * math.sqrt(0.75), 5))
+    assert standard_errors.finite_population(estimate, 12, 12) == (3.0, 0.0, 5)

@@ -23,6 +23,13 @@ from ntkbench.errors import Undefined, unknown
 from ntkbench.operators.base import Array, JacobianOperator
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
+MOMENTS = {
+    "trace": ("trace",),
+    "norm": ("square",),
+    "effective_rank": ("trace", "square"),
+    "alignment": ("square", "square_f", "cross"),
+}
+"""Moments that each metric is a function of."""
 SYMBOLS = {
     "trace": r"$\mathrm{tr}\,\Theta$",
     "norm": r"$\|\Theta\|_F$",

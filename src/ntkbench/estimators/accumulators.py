@@ -12,16 +12,8 @@ import numpy as np
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
-from ntkbench.metrics import Moments
+from ntkbench.metrics import MOMENTS, Moments
 from ntkbench.operators import Array, JacobianOperator, arrays
-
-MOMENTS = {
-    "trace": ("trace",),
-    "norm": ("square",),
-    "effective_rank": ("trace", "square"),
-    "alignment": ("square", "square_f", "cross"),
-}
-"""Moments of Theta that each metric is a function of."""
 
 
 def required_moments(metrics: Sequence[str]) -> tuple[str, ...]:

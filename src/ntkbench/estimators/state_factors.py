@@ -8,18 +8,10 @@ from ntkbench import metrics
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import standard_errors
-from ntkbench.metrics import Moments
+from ntkbench.metrics import MOMENTS, Moments
 from ntkbench.operators import arrays
 from ntkbench.operators.base import Array
 from ntkbench.operators.recurrent.state_kernel import BlockOperator, StateKernel
-
-MOMENTS = {
-    "trace": ("trace",),
-    "norm": ("square",),
-    "effective_rank": ("trace", "square"),
-    "alignment": ("square", "square_f", "cross"),
-}
-"""The moments that each metric is a function of."""
 
 
 def moments_of_k(kernel: StateKernel, at_f: StateKernel | None = None) -> Moments:

@@ -1,0 +1,176 @@
+"""Accumulators and their U-statistics, on small arrays: every branch that a size decides."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_deflation import Dense
+
+from ntkbench.errors import OverMemory
+from ntkbench.estimators import accumulators, standard_errors
+from ntkbench.estimators.accumulators import UStatistics
+from ntkbench.operators import arrays
+
+STRATA, DIM = 5, 3
+MOMENTS = ("trace", "square", "square_f", "cross")
+
+
+@given(size=st.integers(0, 40), count=st.integers(1, 9))
+def test_chunks_are_adjacent_and_even(size, count):
+    parts = arrays.chunks(size, count)
+    assert [i for part in parts for i in range(size)[part]] == list(range(size))
+    assert len(parts) == count
+    lengths = {part.stop - part.start for part in parts}
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(sizes=st.lists(st.integers(0, 5), max_size=6))
+def test_slices_have_their_sizes(sizes):
+    parts = arrays.slices(sizes)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(sum(sizes))[part]] == list(range(sum(sizes)))
+
+
+@given(rows=st.integers(1, 12), chunks=st.integers(1, 6), min_rows=st.integers(1, 4))
+def test_a_gram_matrix_by_its_lower_triangle_is_the_gram_matrix(rows, chunks, min_rows):
+    a = np.random.default_rng(rows).standard_normal((rows, 3))
+    gram = accumulators.symmetric_gram(a, chunks=chunks, min_rows=min_rows)
+    np.testing.assert_allclose(gram, a @ a.T, rtol=1e-12, atol=1e-12)
+
+
+class Fixture:
+    """Probes of normal vectors, a number of them drawn in advance, as the vectors of two networks."""
+
+    def __init__(self, memory: int = 2**30, probes: int = 40) -> None:
+        rng = np.random.default_rng(0)
+        self.vectors = rng.standard_normal((2, probes, STRATA, DIM))
+        self.asked = 0
+        self.computed = 0
+        self.jacobians = [Dense(np.ones((STRATA, DIM))) for _ in range(2)]
+        for j in self.jacobians:
+            j.memory = memory
+
+    def sign(self, k: int) -> np.ndarray:
+        self.asked += k
+        return np.arange(self.asked - k, self.asked)
+
+    def of(self, u: np.ndarray, strata: slice) -> list[np.ndarray]:
+        self.computed += len(u) * len(range(STRATA)[strata])
+        return [each[u][:, strata] for each in self.vectors]
+
+    def accumulator(self, moments: tuple[str, ...] = MOMENTS, **sizes: Any) -> UStatistics:
+        return UStatistics(moments, STRATA, DIM, self.jacobians, self.sign, self.of, **sizes)
+
+    def by_hand(self, probes: slice) -> np.ndarray:
+        """The four moments from pairs of some probes, by the definition."""
+        w, f = (each[probes] for each in self.vectors)
+        sums = np.zeros(4)
+        sums[0] = (w**2).sum() / len(w)
+        for b, c in itertools.product(range(STRATA), repeat=2):
+            m, m_f = w[:, b] @ w[:, c].T, f[:, b] @ f[:, c].T
+            kept = np.ones_like(m, dtype=bool) if b != c else ~np.eye(len(m), dtype=bool)
+            sums[1:] += [(x * y)[kept].mean() for x, y in ((m, m), (m_f, m_f), (m, m_f))]
+        return sums
+
+
+@pytest.mark.parametrize("batches", [(8,), (1, 2, 5), (4, 4), (6, 1, 1)])
+def test_moments_are_those_of_the_definition_however_probes_are_drawn(batches):
+    fixture = Fixture()
+    accumulator = fixture.accumulator()
+    for k in batches:
+        accumulator.extend(k)
+    assert accumulator.moments().means == pytest.approx(fixture.by_hand(slice(0, 8)), rel=1e-12)
+
+
+@pytest.mark.parametrize(("moments", "rows"), [(("trace",), [0]), (("square",), [1]), (MOMENTS[1:], [1, 2, 3])])
+def test_any_moments_are_given_in_their_order(moments, rows):
+    fixture = Fixture()
+    accumulator = fixture.accumulator(moments)
+    accumulator.extend(6)
+    assert accumulator.moments().means == pytest.approx(fixture.by_hand(slice(0, 6))[rows], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("min_group", "batches", "groups"),
+    [
+        (3, (4,), [4]),
+        (3, (8,), [4, 4]),
+        (3, (9,), [3, 3, 3]),
+        (3, (11,), [4, 4, 3]),
+        (4, (11,), [4, 4]),  # 11 do not make three groups of 4
+        (3, (3, 6), [4, 4]),  # 1 fills the first group, and 5 do not make two of 3
+        (3, (4, 2), [4]),  # too few for a group of their own
+        (3, (4, 3), [4, 3]),
+    ],
+)
+def test_probes_beyond_the_size_of_a_group_form_further_groups(min_group, batches, groups):
+    """With at most 4 probes in a group; the mean weights groups by their probes."""
+    fixture = Fixture()
+    accumulator = fixture.accumulator(min_group=min_group, max_vectors=4 * STRATA)
+    assert accumulator.max_group == 4
+    for k in batches:
+        accumulator.extend(k)
+    assert fixture.asked == sum(groups)
+    expected = sum((part.stop - part.start) * fixture.by_hand(part) for part in arrays.slices(groups)) / sum(groups)
+    assert accumulator.moments().means == pytest.approx(expected, rel=1e-12)
+
+
+def test_few_vectors_at_a_time_are_as_good_as_all():
+    """The sums over a group run by chunks of strata whose number depends on ``max_vectors``."""
+    found = []
+    for max_vectors in (4 * STRATA, 2048):
+        accumulator = Fixture().accumulator(max_vectors=max_vectors)
+        accumulator.extend(4)
+        found.append(accumulator.moments())
+    for part in ("means", "single", "double", "bound", "degrees"):
+        assert getattr(found[0], part) == pytest.approx(getattr(found[1], part), rel=1e-12)
+
+
+@pytest.mark.parametrize("vectors", [3, 5, 8, 11])
+def test_vectors_that_do_not_fit_are_recomputed_at_the_stated_cost(vectors):
+    """Chunks of strata meet in pairs; moments and their covariance are those of vectors that are kept."""
+    memory = vectors * 2 * 2 * DIM * 8
+    fixture, kept = Fixture(memory), Fixture()
+    accumulator, reference = fixture.accumulator(), kept.accumulator()
+    factor = accumulator.recompute_factor
+    assert factor > 1
+    assert accumulator.least == np.ceil(4 * factor)
+    accumulator.extend(int(np.ceil(7 * factor)))
+    assert fixture.asked == 7
+    assert fixture.computed == pytest.approx(7 * STRATA * factor)
+    reference.extend(7)
+    for part in ("means", "single", "double", "bound", "degrees"):
+        assert getattr(accumulator.moments(), part) == pytest.approx(getattr(reference.moments(), part), rel=1e-9)
+
+
+def test_too_few_passes_to_recompute_are_refused():
+    accumulator = Fixture(memory=1).accumulator()
+    with pytest.raises(OverMemory, match=r"with memory of 1 each is computed .* too few passes"):
+        accumulator.extend(4)
+
+
+def test_the_kernel_of_crossed_networks_takes_inner_products_between_them():
+    rng = np.random.default_rng(0)
+    w, f, v, g = rng.standard_normal((4, 3, 5))
+    square, square_f, cross = accumulators.crossed_network_kernel([w, f], [v, g])
+    np.testing.assert_allclose(square, (w @ v.T) ** 2)
+    np.testing.assert_allclose(square_f, (f @ g.T) ** 2)
+    np.testing.assert_allclose(cross, ((w @ g.T) ** 2 + (f @ v.T) ** 2) / 2)
+
+
+def test_the_delta_method_scales_with_the_slope():
+    """sqrt has the slope 1 / (2 sqrt), and a trace of slope 1 its own standard error."""
+    estimates = standard_errors.MomentEstimates(
+        np.array([3.0, 16.0]), np.diag([0.04, 0.5]), np.diag([0.0, 0.14]), np.zeros((2, 2)), 7
+    )
+    names = ("trace", "square")
+    assert accumulators.delta_method("trace", names, estimates) == pytest.approx((3.0, 0.2, 7))
+    assert accumulators.delta_method("norm", names, estimates) == pytest.approx((4.0, 0.8 / 8, 7))
+    value, error, _ = accumulators.delta_method("effective_rank", names, estimates)
+    assert value == pytest.approx(9 / 16)
+    assert error == pytest.approx(np.hypot(0.2 * 6 / 16, 0.8 * 9 / 256))
