@@ -16,7 +16,7 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 ParameterArrays = Mapping[str, jax.Array]
-Forward = Callable[[ParameterArrays, jax.Array], jax.Array]
+NetworkFunction = Callable[[ParameterArrays, jax.Array], jax.Array]
 
 
 def linearise(problem: Problem, weights: str, target: Target) -> JaxJacobian:
@@ -25,7 +25,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> JaxJacobian:
     return JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
 
 
-def network(problem: Problem, weights: str, target: Target) -> tuple[Forward, ParameterArrays, jax.Array]:
+def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunction, ParameterArrays, jax.Array]:
     """The problem's network as a pure function, its parameters by name and its inputs, on the target's device.
 
     Raises:
@@ -87,7 +87,7 @@ class JaxJacobian(JacobianOperator):
     COMPUTED = ("_pullback",)
 
     def __init__(
-        self, forward: Forward, parameters: ParameterArrays, x: jax.Array, shape: tuple[int, ...], memory: int
+        self, forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, shape: tuple[int, ...], memory: int
     ) -> None:
         self.N, self.O = shape[0], int(np.prod(shape[1:]))
         self.P = sum(w.size for w in parameters.values())
@@ -164,12 +164,12 @@ def _squares(blocks: ParameterArrays) -> jax.Array:
     return sum((block.reshape(block.shape[0], -1) ** 2).sum(1) for block in blocks.values())
 
 
-def _outputs(forward: Forward, parameters: ParameterArrays, x: jax.Array) -> jax.Array:
+def _outputs(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array) -> jax.Array:
     return forward(parameters, x).reshape(x.shape[0], -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _linearised(forward: Forward, parameters: ParameterArrays, x: jax.Array) -> Any:
+def _linearised(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array) -> Any:
     return jax.vjp(lambda p: _outputs(forward, p, x), parameters)[1]
 
 
@@ -185,7 +185,7 @@ def _one_row(pullback: Any, i: int, samples: int, outputs: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pushed_forward(forward: Forward, parameters: ParameterArrays, x: jax.Array, w: jax.Array) -> jax.Array:
+def _pushed_forward(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, w: jax.Array) -> jax.Array:
     bounds = np.cumsum([p.size for p in parameters.values()])[:-1]
 
     def push(tangent: jax.Array) -> jax.Array:
@@ -197,14 +197,16 @@ def _pushed_forward(forward: Forward, parameters: ParameterArrays, x: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pushed_forward_by_sample(forward: Forward, parameters: ParameterArrays, x: jax.Array, w: jax.Array) -> jax.Array:
+def _pushed_forward_by_sample(
+    forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, w: jax.Array
+) -> jax.Array:
     one = lambda x, w: _pushed_forward(forward, parameters, x[None], w)  # noqa: E731
     return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pulled_back_by_sample(
-    forward: Forward,
+    forward: NetworkFunction,
     reduce: Callable[[ParameterArrays], jax.Array],
     parameters: ParameterArrays,
     x: jax.Array,
