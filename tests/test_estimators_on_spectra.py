@@ -62,6 +62,7 @@ def test_one_row_for_each_cell(table):
     assert set(table["status"]) == {"ok", "skipped"}
     ok = table[table["status"] == "ok"]
     assert (ok["passes_spent"] <= ok["passes"]).all()
+    assert (ok["seeds"] == 6).all() and (ok["calls"] == 5).all(), "all seeds but the first are timed"
     assert ok["covered"].between(0, 1).all() and (ok["seconds"] > 0).all()
     assert ((ok["error_q25"] <= ok["error"]) & (ok["error"] <= ok["error_q75"])).all()
     assert set(ok["metric"]) == set(METRICS)
@@ -78,6 +79,22 @@ def test_estimates_are_close_and_exact_where_theory_says_so(table):
     assert (table["error"].dropna() < 2).all()
 
 
+def test_a_spectrum_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypatch):
+    made = study.Spectrum
+
+    def spectrum(values, *rest):
+        if values[1] == 0.5:
+            raise MemoryError("too large")
+        return made(values, *rest)
+
+    monkeypatch.setattr(study, "Spectrum", spectrum)
+    found = study.run(settings(spectra=["1/i", "0.9^i"], outputs_per_parameter=[1], passes=[6, 36], seeds=2))
+    lost = found[(found["spectrum"] == "1/i") & (found["status"] != "skipped")]
+    assert len(lost) and set(lost["status"]) == {"out_of_memory"} and lost["reason"].str.contains("too large").all()
+    assert set(found.loc[found["spectrum"] == "0.9^i", "status"]) == {"ok", "skipped"}
+    assert found.groupby("spectrum").size().nunique() == 1
+
+
 def test_same_settings_same_numbers(table):
     again = study.run(settings(spectra=["0.7^i"], outputs_per_parameter=[2], passes=[36], dtype="float64"))
     before = table.query("spectrum == '0.7^i' and passes == 36 and outputs_per_parameter == 2")
@@ -85,7 +102,8 @@ def test_same_settings_same_numbers(table):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n": 3}, {"spectra": ["cubic"]}, {"passes": []}, {"outputs_per_parameter": [0]}, {"budget": 3}]
+    "wrong",
+    [{"n": 3}, {"spectra": ["cubic"]}, {"passes": []}, {"outputs_per_parameter": [0]}, {"budget": 3}, {"seeds": 1}],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValidationError):

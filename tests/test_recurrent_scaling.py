@@ -8,10 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from ntkbench import figures, methods, studies
-from ntkbench.studies import recurrent_scaling
+from ntkbench.errors import BadInput
+from ntkbench.measure import journal as journals
+from ntkbench.measure.journal import Journal, Rows
+from ntkbench.studies import base, recurrent_scaling
 
 TINY = {"kinds": ["rnn"], "H": 4, "N": [2, 3], "T": [2, 4, 8], "probes": [2, 4]}
-TINY |= {"middle": {"N": 2, "T": 4, "probes": 4}, "threads": 1, "device": "cpu", "timing_seconds": 1e-3}
+TINY |= {"middle": {"N": 2, "T": 4, "probes": 4}, "threads": 1, "device": "cpu", "calls": 3}
+
+PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789", "git_dirty": False}
+PROVENANCE |= {"machine": "a laptop"}
 
 
 def run(**changes: object) -> pd.DataFrame:
@@ -25,6 +31,7 @@ def table() -> pd.DataFrame:
 
 def test_one_size_at_a_time_is_varied_for_every_method(table):
     assert (table["status"] == "ok").all() and (table["seconds"] > 0).all()
+    assert (table["calls"] == 3).all() and (table["seeds"] == 1).all()
     assert (table["seconds_q25"] <= table["seconds"]).all() and (table["seconds"] <= table["seconds_q75"]).all()
     for (varied, method), line in table.groupby(["varied", "method"]):
         assert line[varied].tolist() == TINY[varied]
@@ -62,19 +69,81 @@ def test_settings_that_cannot_be_are_refused(wrong, says):
         studies.settings("recurrent_scaling", TINY | wrong)
 
 
-def test_too_few_steps_are_refused_before_anything_is_timed(monkeypatch):
-    monkeypatch.setattr(recurrent_scaling, "_line", lambda *args: pytest.fail("timing was begun"))
-    with pytest.raises(ValueError, match=r"task flipflop takes .* T of at least 2"):
-        run(T=[1, 4, 8])
+def test_too_few_steps_are_refused_before_anything_is_timed():
+    with pytest.raises(ValidationError, match=r"task flipflop takes .* T of at least 2"):
+        studies.settings("recurrent_scaling", TINY | {"T": [1, 4, 8]})
+
+
+def test_a_problem_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypatch):
+    made, tried = recurrent_scaling._problem, []
+
+    def problem(settings, kind, N, T):
+        if T == 8:
+            tried.append((kind, N, T))
+            raise BadInput("no trials of so many steps")
+        return made(settings, kind, N, T)
+
+    monkeypatch.setattr(recurrent_scaling, "_problem", problem)
+    table = run()
+    lost = table[table["T"] == 8]
+    assert len(lost) == len(recurrent_scaling.METRICS) and (lost["status"] == "failed").all()
+    assert (lost["reason"] == "BadInput: no trials of so many steps").all()
+    assert (table.loc[table["T"] != 8, "status"] == "ok").all()
+    assert tried == [("rnn", 2, 8)], "what failed is not tried again"
+
+
+def test_a_call_that_fails_later_is_one_row_and_the_others_are_timed(monkeypatch):
+    method = type(methods.get("one_sided_reverse"))
+    estimate, calls = method.estimate, []
+
+    def failing(self, prepared, metric, passes=None, seed=0):
+        calls.append(prepared.problem.N)
+        if prepared.problem.N == 3 and calls.count(3) > 1:
+            raise ValueError("broke in its turn")
+        return estimate(self, prepared, metric, passes, seed)
+
+    monkeypatch.setattr(method, "estimate", failing)
+    table = run()
+    lost = table["method"].eq("one_sided_reverse") & table["N"].eq(3)
+    assert lost.sum() == 1 and calls.count(3) == 2
+    assert table.loc[lost, "reason"].tolist() == ["ValueError: broke in its turn"]
+    assert table.loc[lost, "seconds"].isna().all()
+    assert (table.loc[~lost, "status"] == "ok").all() and (table.loc[~lost, "calls"] == 3).all()
+
+
+def test_a_study_that_was_stopped_goes_on_with_the_same_rows(tmp_path, monkeypatch):
+    """Stopped before the sizes of the second method take turns; its first calls are known, and it has to warm up."""
+    whole = run()
+
+    def measured(in_turn):
+        monkeypatch.setattr(base, "in_turn", in_turn)
+        with Journal(tmp_path / "study.journal") as journal, journals.kept(Rows(journal, "this")):
+            return run()
+
+    def stopping(case, turns, rounds):
+        if case["method"] == "one_sided_reverse":
+            raise KeyboardInterrupt
+        return in_turn(case, turns, rounds)
+
+    in_turn = base.in_turn
+    with pytest.raises(KeyboardInterrupt):
+        measured(stopping)
+    again = measured(in_turn)
+    kept = ["varied", "N", "T", "probes", "method", "status", "reason", "passes", "calls", "seeds"]
+    pd.testing.assert_frame_equal(again[kept], whole[kept])
+    assert (again["seconds"] > 0).all()
+    lines = (tmp_path / "study.journal").read_text()
+    assert measured(in_turn).equals(again) and (tmp_path / "study.journal").read_text() == lines
 
 
 def test_the_figure_says_the_slopes_of_its_lines(table, tmp_path):
     """On seconds that are known powers of the sizes."""
     powers = {"N": 1.0, "T": 2.0, "probes": 0.5}
     known = table.assign(seconds=[row[row["varied"]] ** powers[row["varied"]] for _, row in table.iterrows()])
+    known = known.assign(**PROVENANCE)
     made = figures.draw("recurrent_scaling", known, tmp_path)
     plotted = pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["slope"], plotted["varied"].map(powers), rtol=1e-9)
     assert "Exact trace against steps: 2.00 (RNN)" in made[1].read_text()
-    failed = table.head(1).assign(status="failed", reason="why", seconds=np.nan)
+    failed = known.head(1).assign(status="failed", reason="why", seconds=np.nan)
     assert "Nothing to show" in figures.draw("recurrent_scaling", failed, tmp_path / "none")[1].read_text()

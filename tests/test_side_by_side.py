@@ -1,44 +1,113 @@
-"""Two methods in turn: what is reported is what was measured, and what cannot run is a row with its reason."""
+"""Two computations in turn: what is reported is what was measured, and what cannot run is a row with its reason."""
+
+from __future__ import annotations
+
+import os
+import signal
 
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.comparisons import side_by_side
-from benchmarks.comparisons.bare_products import bare_products
-from benchmarks.comparisons.computations import COMPUTATIONS
-from benchmarks.comparisons.side_by_side import BARE, Comparison, measure
-from ntkbench import methods, problems
+from ntkbench import problems, studies
 from ntkbench.measure import timing
 from ntkbench.options import Target
+from ntkbench.studies import side_by_side
+from ntkbench.studies.base.bare_products import bare_products
+from ntkbench.studies.base.computations import COMPUTATIONS
+from ntkbench.studies.side_by_side import BARE
+
+SMALL = "fc_relu[N=3,O=2,width=8,depth=2]"
+RNN = "gru_hazelden[N=2,T=10]"
+
+
+def run(*comparisons: dict, **changes: object) -> pd.DataFrame:
+    given = {"threads": 1, "device": "cpu", "calls": 4, "comparisons": list(comparisons)}
+    return studies.run("side_by_side", studies.settings("side_by_side", given | changes))
 
 
 @pytest.fixture(scope="module")
-def rows():
-    chosen = {"jacobian_contraction": "fc_relu[N=3,O=2,width=8,depth=2]", BARE: "fc_relu[N=3,O=2,width=8,depth=2]"}
-    chosen |= {"nt_structured_derivatives": "gru_hazelden[N=2,T=10]"}
-    return {rival: measure(Comparison(label, (rival,)), rival, 1, 0.01) for rival, label in chosen.items()}
+def table() -> pd.DataFrame:
+    made = run(
+        {"problem": SMALL, "rivals": ["jacobian_contraction", BARE], "calls": 7},
+        {"problem": RNN, "rivals": ["nt_structured_derivatives"]},
+        {"problem": "mlp_hazelden[N=2]", "rivals": [BARE], "subject": "64 VJPs"},
+    )
+    return made.set_index(["subject", "rival"])
 
 
-def test_a_row_has_ratio_memory_and_agreement(rows):
-    row = rows["jacobian_contraction"]
-    assert (row["N"], row["O"], row["n"], row["reason"]) == (3, 2, 6, "")
-    assert row["rounds"] >= 3
-    assert 0 < row["ratio_q25"] <= row["ratio"] <= row["ratio_q75"]
-    assert row["seconds"] > 0 < row["rival_seconds"]
-    assert row["memory_bytes"] >= 0
+def test_a_row_has_ratio_memory_and_agreement(table):
+    row = table.loc["structured_derivatives", "jacobian_contraction"]
+    assert (row["N"], row["O"], row["n"], row["status"], row["reason"]) == (3, 2, 6, "ok", "")
+    assert (row["calls"], row["seeds"]) == (7, 1)
+    for name in ("seconds", "rival_seconds", "ratio"):
+        assert 0 < row[f"{name}_q25"] <= row[name] <= row[f"{name}_q75"]
+    assert row["memory_bytes"] >= 0 and row["rival_memory_bytes"] >= 0
     assert row["difference"] < 1e-5
-    assert rows[BARE]["difference"] is None
-    assert rows[BARE]["ratio"] > 0
+    bare = table.loc["structured_derivatives", BARE]
+    assert pd.isna(bare["difference"]) and pd.isna(bare["rival_memory_bytes"]) and bare["ratio"] > 0
+    assert bare["memory_bytes"] == row["memory_bytes"], "the subject's memory is measured once"
 
 
-@pytest.mark.parametrize("block", ("64 VJPs", "64 JVPs"))
-def test_blocks_of_products_are_held_against_their_matrix_products(block):
-    row = measure(Comparison("mlp_hazelden[N=2]", (BARE,), block), BARE, 1, 0.01)
-    assert (row["reason"], row["metric"]) == ("", "")
+def test_blocks_of_products_are_held_against_their_matrix_products(table):
+    row = table.loc["64 VJPs", BARE]
+    assert (row["status"], row["metric"], row["calls"]) == ("ok", "", 4)
     assert row["ratio"] > 0.5
+
+
+def test_a_rival_that_cannot_run_says_why(table):
+    row = table.loc["structured_derivatives", "nt_structured_derivatives"]
+    assert row["status"] == "skipped" and "unrolls lax.scan" in row["reason"]
+    assert pd.isna(row["ratio"]) and pd.isna(row["calls"])
+
+
+def test_a_subject_that_cannot_run_is_a_reason_for_each_rival_and_is_tried_once(monkeypatch):
+    tried = []
+
+    def call(settings, name, label):
+        tried.append(name)
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(side_by_side, "_call", call)
+    table = run({"problem": SMALL, "rivals": ["jacobian_contraction", BARE]})
+    assert table["reason"].tolist() == ["RuntimeError: no such device"] * 2
+    assert tried == ["structured_derivatives"]
+
+
+def test_ratios_are_of_neighbouring_calls(monkeypatch):
+    """Subject and rival slow down together, so that every ratio is one half."""
+    times = [[1.0, 10.0, 100.0, 1000.0], [2.0, 20.0, 200.0, 2000.0]]
+    monkeypatch.setattr(timing, "in_turn", lambda calls, rounds: times)
+    monkeypatch.setattr(side_by_side, "_peak_memory", lambda settings, name, label: {SMALL: 6, "x": 3}[label])
+    (row,) = run({"problem": SMALL, "rivals": ["jacobian_contraction"]}).to_dict("records")
+    assert (row["ratio_q25"], row["ratio"], row["ratio_q75"]) == (0.5, 0.5, 0.5)
+    assert row["memory_ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"), [({"memory_mb": 50}, "over the limit of 0.0488 GiB"), ({"time_s": 0.2}, "limit of 0.2 s")]
+)
+def test_the_process_that_measures_memory_keeps_the_limits(limits, says):
+    (row,) = run({"problem": SMALL, "rivals": ["jacobian_contraction"]}, limits=limits).to_dict("records")
+    assert row["status"] != "ok"
+    assert row["reason"].startswith("NtkbenchError: memory of structured_derivatives: ") and says in row["reason"]
+
+
+def kill_itself(there, *_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(there, *_):
+    there.send(("failed", "ValueError: no"))
+
+
+@pytest.mark.parametrize(("does", "says"), [(kill_itself, "SIGKILL"), (fail, "ValueError: no")])
+def test_a_process_that_measures_memory_and_dies_is_a_reason(monkeypatch, does, says):
+    monkeypatch.setattr(side_by_side, "_send_peak_memory", does)
+    (row,) = run({"problem": SMALL, "rivals": ["jacobian_contraction"]}).to_dict("records")
+    assert row["status"] == "failed" and says in row["reason"]
 
 
 @pytest.mark.parametrize("work", ["plain", "expanded", "vmap", "in place", "convolution"])
@@ -62,11 +131,6 @@ def test_bare_products_are_all_products_and_nothing_else(work):
     assert flops[0] == flops[1] > 0
 
 
-def test_a_rival_that_cannot_run_says_why(rows):
-    assert "unrolls lax.scan" in rows["nt_structured_derivatives"]["reason"]
-    assert "ratio" not in rows["nt_structured_derivatives"]
-
-
 @pytest.mark.parametrize(
     ("subject", "rival", "difference"),
     [
@@ -81,35 +145,22 @@ def test_recurrent_products_by_hand_are_those_of_torch_func(subject, rival, diff
     assert ours == pytest.approx(theirs, rel=difference)
 
 
-def test_every_comparison_names_methods_that_exist():
-    for comparison in side_by_side.COMPARISONS:
-        problems.check(comparison.problem)
-        for name in (comparison.subject, *comparison.rivals):
-            assert name == BARE or name in COMPUTATIONS or methods.get(name)
+def test_every_comparison_can_be_asked_for_in_a_configuration():
+    given = [comparison.model_dump() for comparison in side_by_side.COMPARISONS]
+    assert studies.settings("side_by_side", {"comparisons": given}).comparisons == side_by_side.COMPARISONS
 
 
-def test_turns_are_taken_one_by_one():
-    calls = []
-    times = timing.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
-    assert [len(t) for t in times] == [len(calls) // 2] * 2
-    assert calls == ["a", "b"] * (len(calls) // 2)
-
-
-def test_bad_input_is_named(tmp_path):
-    for arguments, said in (
-        (["--problem", "fc"], "unknown problem 'fc'"),
-        (["--threads", "4096"], "this process may use"),
-    ):
-        done = CliRunner().invoke(side_by_side.main, ["--output", str(tmp_path / "t.csv"), *arguments])
-        assert done.exit_code == 1
-        assert said in done.output
-    assert not (tmp_path / "t.csv").exists()
-
-
-def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
-    row = {"problem": "p", "subject": "s", "ratio": 1.0, "memory_ratio": 1.0, "difference": 0.0, "reason": ""}
-    monkeypatch.setattr(side_by_side, "measure", lambda comparison, rival, *_: row | {"rival": rival})
-    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
-    done = CliRunner().invoke(side_by_side.main, ["--output", str(tmp_path / "t.csv"), "--threads", "1"])
-    assert done.exit_code == 0, done.output
-    assert len(pd.read_csv(tmp_path / "t.csv")) == sum(len(c.rivals) for c in side_by_side.COMPARISONS)
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"problem": "fc"}, "unknown problem 'fc'"),
+        ({"problem": SMALL, "rivals": ["jacobian_contractoin"]}, "did you mean 'jacobian_contraction'"),
+        ({"problem": SMALL, "rivals": ["64 JVPs"]}, "methods are compared with methods"),
+        ({"problem": SMALL, "subject": BARE}, "methods are compared with methods"),
+        ({"problem": SMALL, "rivals": []}, "at least 1"),
+        ({"problem": SMALL, "rounds": 3}, "rounds"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(wrong, says):
+    with pytest.raises(ValidationError, match=says):
+        run(wrong)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from ntkbench import figures, studies
 from ntkbench.data import tasks
+from ntkbench.errors import BadInput
 from ntkbench.estimators import paired
 from ntkbench.metrics import METRICS, from_gram
 from ntkbench.networks import recurrent
@@ -18,6 +20,8 @@ from ntkbench.problems.base import training
 
 TINY = {"task": "match_to_sample", "N": 3, "T": 5, "H": 8, "gains": [1.0], "ranks": [8, 2], "networks": 1}
 TINY |= {"loss": 0.4, "probes": 40, "threads": 1, "device": "cpu", "dtype": "float64"}
+PROVENANCE = {"device": "cpu", "dtype": "float64", "threads": 1, "git_sha": "0123456789", "git_dirty": False}
+PROVENANCE |= {"machine": "a laptop"}
 
 
 def spectrum(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +66,7 @@ def test_an_operator_is_as_it_was_without_error():
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return studies.run("training", studies.settings("training", TINY))
+    return studies.run("training", studies.settings("training", TINY)).assign(**PROVENANCE)
 
 
 def test_the_study_has_a_row_for_each_step_operator_and_quantity(table):
@@ -78,7 +82,7 @@ def test_the_study_has_a_row_for_each_step_operator_and_quantity(table):
     start = table[table["step"] == 0]
     np.testing.assert_allclose(start["ratio"], 1, atol=1e-12)
     np.testing.assert_allclose(start["ratio_standard_error"], 0, atol=1e-12)
-    assert {"git_sha", "machine", "versions", "dtype", "threads"} <= set(table)
+    assert set(table["seeds"]) == {1} and set(table["calls"]) == {0}
 
 
 def test_the_study_is_right_at_both_ends(table):
@@ -126,10 +130,32 @@ def test_a_network_that_does_not_train_is_a_row_that_says_so():
         ({"parameters": "readout"}, "needs read: outputs"),
     ],
 )
-def test_sizes_that_do_not_go_together_are_refused_before_training(wrong, says, monkeypatch):
-    monkeypatch.setattr(training, "course", lambda *args, **kwargs: pytest.fail("training was begun"))
-    with pytest.raises(ValueError, match=says):
-        studies.run("training", studies.settings("training", TINY | wrong))
+def test_sizes_that_do_not_go_together_are_refused_before_training(wrong, says):
+    with pytest.raises(ValidationError, match=says):
+        studies.settings("training", TINY | wrong)
+
+
+def test_networks_that_cannot_be_made_or_trained_are_rows_and_the_others_are_measured(monkeypatch):
+    """One network cannot be made, one ends the process while it trains, one is fine."""
+    make, train = recurrent.initialised, training.course
+
+    def network(*args, rank, **kwargs):
+        if rank == 1:
+            raise BadInput("no such network")
+        return make(*args, rank=rank, **kwargs)
+
+    def course(module, *args, **kwargs):
+        if np.linalg.matrix_rank(module.weight_hh.detach().numpy()) == 2:
+            raise SystemExit(3)
+        return train(module, *args, **kwargs)
+
+    monkeypatch.setattr(recurrent, "initialised", network)
+    monkeypatch.setattr(training, "course", course)
+    table = studies.run("training", studies.settings("training", TINY | {"ranks": [1, 2, 8]}))
+    lost = table[table["status"] != "ok"].set_index("init")
+    assert lost["status"].to_dict() == {"gain 1, rank 1": "failed", "gain 1, rank 2": "failed"}
+    assert lost["reason"].tolist() == ["BadInput: no such network", "SystemExit: 3"]
+    assert set(table.loc[table["status"] == "ok", "init"]) == {"gain 1, full rank"}
 
 
 def test_the_figure_draws_what_the_study_found(table, tmp_path):
@@ -143,4 +169,7 @@ def test_the_figure_draws_what_the_study_found(table, tmp_path):
     )
     assert "match to sample" in made[1].read_text()
     untrained = table.head(1).assign(status="failed", reason="DidNotTrain: no", value=np.nan)
-    assert "No network was trained" in figures.draw("along_training", untrained, tmp_path / "none")[1].read_text()
+    assert (
+        "Nothing to show: 1 failed: DidNotTrain: no"
+        in figures.draw("along_training", untrained, tmp_path / "none")[1].read_text()
+    )

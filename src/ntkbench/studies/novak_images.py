@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -97,18 +96,21 @@ class Case:
         self._settings, self._architecture, self._outputs = settings, architecture, outputs
         self._lowered: dict[str, base.Once[Any]] = {}
 
-    def rows(self) -> Iterator[base.Row]:
+    def rows(self) -> list[base.Row]:
         """One row for each implementation and quantity."""
         from ntkbench.studies.base import programs
 
         architecture = self._architecture
         sizes = {"width": architecture.width, "side": architecture.side}
         sizes |= {"N": self._settings.samples, "O": self._outputs}
+        rows = []
         for name, title in programs.TITLES.items():
             case = {"network": architecture.title, **sizes, "method": name, "title": title}
-            yield base.row(case | {"quantity": "flops"}, lambda name=name: self._columns(self._operations(name)))
+            rows.append(base.row(case | {"quantity": "flops"}, lambda name=name: self._columns(self._operations(name))))
             if name != "jacobian":
-                yield base.row(case | {"quantity": "seconds"}, lambda name=name: self._columns(self._seconds(name)))
+                seconds = base.row(case | {"quantity": "seconds"}, lambda name=name: self._columns(self._seconds(name)))
+                rows.append(seconds)
+        return rows
 
     def _columns(self, found: dict[str, Any]) -> dict[str, Any]:
         return {"P": sum(map(math.prod, self._shapes.values())), **found}

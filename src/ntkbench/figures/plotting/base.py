@@ -128,7 +128,7 @@ def settings_line(table: pd.DataFrame) -> str:
     """Device, precision, threads, seeds and code on one line, for under a figure's title."""
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
     stochastic = table[table["kind"] == "stochastic"] if "kind" in table else table
-    seeds = stochastic["seeds"].dropna() if "seeds" in table else stochastic["threads"].iloc[:0]
+    seeds = stochastic.loc[stochastic["seeds"] > 1, "seeds"] if "seeds" in table else stochastic["threads"].iloc[:0]
     parts = [
         *(" / ".join(sorted(set(table[column]) - {""})) for column in ("device", "dtype")),
         threads and f"{threads} thread" + "s" * (threads != "1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -43,6 +44,7 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
     start = time.perf_counter()
     try:
         made = {**case, **outcomes.Outcome(outcomes.OK).columns(), "seeds": 1, "calls": 0, **measure()}
+        made = json.loads(json.dumps(made, default=journals.plain))  # the same as if it were from before
     except (Exception, SystemExit) as error:  # whatever it is, the other rows stand
         made = {**case, **outcomes.of_exception(error).columns()}
     seconds = time.perf_counter() - start

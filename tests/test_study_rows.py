@@ -1,0 +1,140 @@
+"""What studies share: rows that are there whatever fails, set-ups that are made once, and calls that take turns."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ntkbench.errors import Unavailable
+from ntkbench.measure import journal as journals
+from ntkbench.measure.journal import Journal, Rows
+from ntkbench.studies import base
+
+
+def raising(error):
+    def measure():
+        raise error
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (Unavailable("not here"), "skipped", "not here"),
+        (MemoryError("many bytes"), "out_of_memory", "MemoryError: many bytes"),
+        (ValueError("one\ntwo"), "failed", "ValueError: one"),
+        (SystemExit(3), "failed", "SystemExit: 3"),
+    ],
+)
+def test_what_fails_is_a_row_with_its_reason_and_without_counts(error, status, reason):
+    made = base.table([base.row({"m": 1}, raising(error)), base.row({"m": 2}, lambda: {"calls": 3})])
+    assert made.loc[0, ["m", "status", "reason"]].tolist() == [1, status, reason]
+    assert made.loc[0, ["seeds", "calls"]].isna().all()
+    assert made.loc[1, ["status", "seeds", "calls"]].tolist() == ["ok", 1, 3]
+
+
+def test_a_value_that_cannot_be_kept_is_a_failed_row(tmp_path):
+    with Journal(tmp_path / "j") as journal, journals.kept(Rows(journal, "this")):
+        made = base.row({"m": 1}, lambda: {"x": object()})
+    assert (made["status"], made["reason"]) == ("failed", "TypeError: object cannot be kept in a journal")
+
+
+def test_an_interrupt_is_no_row():
+    with pytest.raises(KeyboardInterrupt):
+        base.row({}, raising(KeyboardInterrupt()))
+
+
+def test_a_case_that_cannot_be_encoded_is_printed_all_the_same(capsys):
+    base.row({"title": "a\ud800\nb"}, dict)
+    assert capsys.readouterr().out.encode("utf-8").startswith(b"a\\ud800: ok after")
+
+
+def test_rows_of_one_measurement_all_have_its_reason():
+    parts = [{"kernel": "a"}, {"kernel": "b"}]
+    good = base.rows({"step": 1}, lambda: [{**part, "x": i} for i, part in enumerate(parts)], parts)
+    assert [(row["kernel"], row["x"], row["status"]) for row in good] == [("a", 0, "ok"), ("b", 1, "ok")]
+    lost = base.rows({"step": 1}, raising(ValueError("no")), parts)
+    assert [(row["kernel"], row["reason"]) for row in lost] == [("a", "ValueError: no"), ("b", "ValueError: no")]
+    assert base.rows({"step": 1}, raising(ValueError("no")))[0]["reason"] == "ValueError: no"
+
+
+def test_rows_of_one_measurement_are_kept_together(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return [{"x": np.float64(1.5)}, {"x": np.int64(2)}]
+
+    found = []
+    for _ in range(2):
+        with Journal(tmp_path / "j") as journal, journals.kept(Rows(journal, "this")):
+            found.append(base.rows({"step": 1}, measure))
+    assert found[0] == found[1] and len(calls) == 1
+
+
+def test_a_set_up_is_made_once_and_fails_once():
+    calls = []
+
+    def make():
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("no")
+        return object()
+
+    good, bad = base.Once(make), base.Once(make)
+    assert good() is good()
+    reasons = {base.row({"m": m}, lambda: {"x": bad()})["reason"] for m in range(3)}
+    assert reasons == {"ValueError: no"} and len(calls) == 2
+
+
+def test_calls_take_turns_after_their_first_call_and_one_that_fails_leaves_the_others():
+    order, rows = [], [{"name": name, "status": "ok", "seconds": 1.0} for name in "abc"]
+
+    def call(name):
+        order.append(name)
+        if name == "b" and order.count("b") == 2:
+            raise MemoryError("full")
+
+    turns = [base.Turn(row, lambda n=row["name"]: call(n), lambda n=row["name"]: call(n.upper())) for row in rows]
+    times = base.in_turn({"line": 1}, turns, 3)
+    assert "".join(order) == "ABCabcabcac"
+    assert [len(own) for own in times] == [3, 0, 3]
+    assert [row.get("calls") for row in rows] == [3, None, 3]
+    assert rows[1] == {"name": "b", "status": "out_of_memory", "reason": "MemoryError: full"}
+    assert rows[0]["seconds_q25"] <= rows[0]["seconds"] <= rows[0]["seconds_q75"]
+
+
+def test_turns_are_kept_and_warm_up_only_where_they_are_measured(tmp_path):
+    def once(warmed):
+        row = {"status": "ok"}
+        with Journal(tmp_path / "j") as journal, journals.kept(Rows(journal, "this")):
+            return base.in_turn({"line": 1}, [base.Turn(row, int, lambda: warmed.append(1))], 2), row
+
+    warmed: list[int] = []
+    assert once(warmed) == once(warmed) and warmed == [1]
+    with (tmp_path / "j").open() as file:
+        kept = [json.loads(line) for line in file]
+    assert [bool(line.get("row")) for line in kept] == [False, True]
+
+
+def test_turns_that_were_ended_from_outside_are_a_reason_in_each_row(tmp_path):
+    """The runner writes the row of the turns in their place."""
+    path, ended = tmp_path / "j", {"status": "timeout", "reason": "not done"}
+    rows = [{"status": "ok", "seconds": 1.0} for _ in range(2)]
+    turns = [base.Turn(row, lambda: pytest.fail("called"), lambda: pytest.fail("called")) for row in rows]
+    with Journal(path) as journal:
+        kept = Rows(journal, "this")
+        case = {"line": 1, "turns": 2}
+        kept.finish(kept.key(case), {**case, **ended}, 0.0)
+    with Journal(path) as journal, journals.kept(Rows(journal, "this")):
+        assert base.in_turn({"line": 1}, turns, 3) == [[], []]
+    assert rows == [ended] * 2
+
+
+def test_a_table_of_nothing_has_its_counts():
+    assert list(base.table([])) == ["seeds", "calls"]
+    assert base.table([{"seeds": 2}])["seeds"].dtype == pd.Int64Dtype()
