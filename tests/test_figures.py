@@ -281,19 +281,20 @@ def test_bad_input_is_named(table, tmp_path):
 # --- degenerate tables
 
 ALL = figures.names()
-ODD = 'bad <script>alert(1)</script>, "q" $x_{ \\alpha \N{CJK UNIFIED IDEOGRAPH-6F22}\nnew\x00line | "' + "very " * 40
+ODD = 'bad <script>alert(1)</script>, "q" $x_{$ \\alpha \N{CJK UNIFIED IDEOGRAPH-6F22}\nnew\x00line | "' + "very " * 40
 """A title or a reason as a plug-in may have it."""
 
 
 @pytest.fixture(scope="module")
 def source(table):
-    """The table that a figure is drawn from."""
-    read = {None: table}
+    """The table that a figure is drawn from, or part of it where it is long."""
+    read = {None: table[table["problem"].isin(["digits_mlp[N=64]", "gru_hazelden[N=15,T=8]"])]}
 
     def of(name):
         study = figures.study_of(name)
         if study not in read:
-            read[study] = pd.read_csv(REFERENCE / "default" / "studies" / f"{study}.csv", low_memory=False)
+            rows = pd.read_csv(REFERENCE / "default" / "studies" / f"{study}.csv", low_memory=False)
+            read[study] = rows.iloc[:: 1 + len(rows) // 200].reset_index(drop=True)
         return read[study]
 
     return of
@@ -361,7 +362,7 @@ def test_tables_without_a_measured_row_say_why(name, source, tmp_path):
         assert not len(pd.read_csv(tmp_path / f"{name}.csv"))
 
 
-@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("name", ALL)
 def test_every_figure_draws_any_part_of_its_table(name, source, data):

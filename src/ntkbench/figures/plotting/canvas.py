@@ -54,7 +54,7 @@ def sheet(
         title: in bold, at the top.
         subtitle: in grey, below the title.
         key: headings with their entries (handle, label).
-        left: inches left of the first panel, for labels.
+        left: inches left of the first panel, for labels; at most half of the width.
         gap: inches between panels.
         bottom: inches below the last row's tick labels.
         widest: inches that a panel is at most wide.
@@ -64,6 +64,7 @@ def sheet(
     """
     if not rows or columns < 1:
         raise BadInput("rows of the table do not say what they are of, so that there is no panel to draw")
+    left = min(left, WIDTH / 2)
     figure = Figure(figsize=(WIDTH, 4.0))
     drawn = legend(figure, key, WIDTH - 2 * MARGIN)
     head = 0.75 + drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi

@@ -44,6 +44,11 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def short(text: str, most: int = 60) -> str:
+    """The first words of a text, never taken for a formula."""
+    return plain(textwrap.shorten(text, most, placeholder=" \N{HORIZONTAL ELLIPSIS}"))
+
+
 def power_label(value: float, between: tuple[int, int] | None = None) -> str:
     """A tick as a power of ten; as a plain number if it is none, or if its power lies strictly between those given."""
     power = round(math.log10(value))
@@ -93,7 +98,7 @@ def _first_words(reason: str, most: int = 120) -> str:
     """A reason; a long one without what it says in brackets at its end, and cut where it is still long."""
     if len(reason) > most:
         reason = re.sub(r"\s*\(.*\)\s*$", "", reason, flags=re.DOTALL)
-    return textwrap.shorten(reason, most, placeholder=" \N{HORIZONTAL ELLIPSIS}")
+    return short(reason, most)
 
 
 def why_not(rows: pd.DataFrame, most: int = 3) -> str:
@@ -104,7 +109,7 @@ def why_not(rows: pd.DataFrame, most: int = 3) -> str:
     counts = rows.groupby(["status", "reason"]).size().reset_index(name="cells")
     counts = counts.sort_values(["cells", "status", "reason"], ascending=[False, True, True])
     lines = [
-        f"{row.cells} {status_label(row.status)}" + (f": {plain(_first_words(row.reason))}" if row.reason else "")
+        f"{row.cells} {status_label(row.status)}" + (f": {_first_words(row.reason)}" if row.reason else "")
         for row in counts.head(most).itertuples()
     ]
     left = int(counts["cells"][most:].sum())

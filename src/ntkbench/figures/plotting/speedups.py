@@ -32,7 +32,8 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
         baselines = {name: _baseline(cells, name) for name in BASELINES}
         for (method, backend), rows in cells.groupby(["method", "backend"]):
             first = rows.iloc[0]
-            points = base.measured(rows, "seconds", "error").sort_values("seconds", kind="stable").to_dict("records")
+            points = base.measured(rows[rows["seconds"] > 0], "seconds", "error")
+            points = points.sort_values("seconds", kind="stable").to_dict("records")
             for tolerance in TOLERANCES if first["kind"] == "exact" else list(TOLERANCES)[:2]:
                 best = next((p for p in points if p["error"] <= TOLERANCES[tolerance]), None)
                 row = dict(zip(("problem", "setting", "metric"), case, strict=True))

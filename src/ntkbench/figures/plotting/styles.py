@@ -114,7 +114,7 @@ def looks(table: pd.DataFrame) -> dict[str, Look]:
     kinds = [*KINDS, *sorted(set(methods["kind"]) - set(KINDS))]
     order = sorted(methods.index, key=lambda m: (kinds.index(methods["kind"][m]), listed.index(m)))
     return {
-        m: Look(m, labels.plain(methods["title"][m] or m.replace("_", " ")), methods["kind"][m], *chosen[m])
+        m: Look(m, labels.short(methods["title"][m] or m.replace("_", " ")), methods["kind"][m], *chosen[m])
         for m in order
     }
 
