@@ -1,0 +1,367 @@
+"""Plug-ins: found without being imported, imported one by one, and broken without harm to the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ntkbench import figures, methods, paths, problems, registry, studies
+from ntkbench.errors import BadInput, NtkbenchError
+from ntkbench.problems import base
+from ntkbench.registry import BrokenPlugin
+
+PACKAGES = {"method": methods, "problem": problems, "study": studies, "figure": figures}
+
+METHOD = '''
+"""A method."""
+from ntkbench.methods.base import Deterministic
+
+class Mine(Deterministic):
+    title = "mine"
+    kind = "exact"
+    source = "me"
+    backends = ("torch",)
+    metrics = ("trace", "norm")
+
+    def moments(self, metric, jacobians):
+        return None
+'''
+PROBLEM = '''
+"""Problems."""
+from typing import Literal
+from ntkbench.problems.base import problem
+
+@problem
+def mine(N: int = 4, read: Literal["state", "outputs"] = "state"):
+    """Mine."""
+    return None
+'''
+STUDY = '''
+"""A study."""
+from ntkbench.studies import base
+
+PLUGINS = ("ntkbench.methods.hutchpp",)
+
+class Settings(base.Settings):
+    """Sizes."""
+
+def run(settings):
+    return None
+'''
+FIGURE = """
+TABLE = "training"
+COLUMNS = ("loss",)
+
+def draw(table):
+    return None
+"""
+GOOD = {"method": METHOD, "problem": PROBLEM, "study": STUDY, "figure": FIGURE}
+
+EVERYWHERE = [
+    # source, line, and what is said of it
+    ("", 1, "is empty"),
+    ("# only a comment\n", 1, "is empty"),
+    ("x = 1\ndef f(:\n", 2, "SyntaxError: invalid syntax"),
+    ("x = 1\n  y = 2\n", 2, "IndentationError: unexpected indent"),
+    (b"x = 1\ny = '\xff'\n", 2, "is not UTF-8"),
+    (b"x = 1\x00\n", 1, "null byte"),
+    ("(" * 5000, 1, "cannot be parsed|SyntaxError"),
+]
+AT_IMPORT = [
+    ("import numpy\nimport no_such_module\n", 2, "cannot be imported: ModuleNotFoundError: No module named 'no_such"),
+    ("from ntkbench import no_such_name\n", 1, "cannot be imported: ImportError: cannot import name 'no_such_name'"),
+    ("import sys\n\nsys.exit('bye')\n", 3, "cannot be imported: SystemExit: bye"),
+    ("raise SystemExit\n", 1, "cannot be imported: SystemExit without a message"),
+    ("x = 1\nraise KeyboardInterrupt\n", 2, "cannot be imported: KeyboardInterrupt"),
+    ("raise BaseException('a\\nb')\n", 1, "cannot be imported: BaseException: a$"),
+    ("def f():\n    return 1 / 0\n\nf()\n", 2, "cannot be imported: ZeroDivisionError: division by zero"),
+    (
+        "class E(Exception):\n    def __str__(self):\n        raise ValueError\n\nraise E\n",
+        5,
+        "its message cannot be read",
+    ),
+    ("def f():\n    f()\n\nf()\n", 2, "RecursionError"),
+    ("exec('(')\n", 1, "SyntaxError"),
+]
+
+
+def but(kind, old, new):
+    """A plug-in that is good but for one thing."""
+    assert old in GOOD[kind]
+    return GOOD[kind].replace(old, new)
+
+
+BROKEN = [
+    *(("method", *case) for case in [*EVERYWHERE, *AT_IMPORT]),
+    ("method", "x = 1\n", 1, "defines no method"),
+    ("method", "from ntkbench.methods.direct import Direct\n", 1, "defines no method"),
+    ("method", METHOD + METHOD.replace("Mine", "Yours"), 18, "defines 2 methods, Mine and Yours"),
+    ("method", but("method", "def moments", "def momenst"), 5, "Mine leaves abstract: moments"),
+    ("method", but("method", '"""A method."""', ""), 5, "Mine has no docstring"),
+    ("method", but("method", 'title = "mine"', 'titel = "mine"'), 5, "title must be a string .*; got None"),
+    ("method", but("method", 'title = "mine"', 'title = ""'), 6, "title must be a string"),
+    ("method", but("method", 'title = "mine"', "title = 3"), 6, "title must be a string .*; got 3"),
+    ("method", but("method", 'source = "me"', "source = None"), 8, "source must be a string"),
+    ("method", but("method", '"exact"', '"exakt"'), 7, r"unknown kind 'exakt' \(did you mean 'exact'\?\)"),
+    ("method", but("method", '"exact"', '"stochastic"'), 7, "kind is 'stochastic'"),
+    ("method", but("method", '("torch",)', '("troch",)'), 9, r"unknown backend 'troch' \(did you mean 'torch'\?\)"),
+    ("method", but("method", '("torch",)', '"torch"'), 9, "backends must be a tuple"),
+    ("method", but("method", '("torch",)', "()"), 9, "backends must be a tuple"),
+    ("method", but("method", '("torch",)', '("torch", "torch")'), 9, "backends must be a tuple"),
+    ("method", but("method", '"norm")', '"nrom")'), 10, r"unknown metric 'nrom' \(did you mean 'norm'\?\)"),
+    ("method", but("method", '"norm")', "[])"), 10, r"unknown metric \[\]"),
+    ("method", METHOD + "    needs_recurrence = 1\n", 14, "needs_recurrence must be True or False"),
+    ("method", METHOD + "    def __init__(self):\n        self.x = 1 / 0\n", 15, "cannot be used: ZeroDivisionError"),
+    ("method", METHOD.replace("Deterministic", "Stochastic").replace('    kind = "exact"\n', ""), 5, "leaves abstract"),
+    *(("problem", *case) for case in [*EVERYWHERE, ("import os\n", 1, "defines no problem")]),
+    ("problem", PROBLEM + "import no_such_module\n", 10, "cannot be imported"),
+    ("problem", but("problem", "N: int = 4", "N: int = 0"), 7, "keyword 'N' of mine: a size needs a positive whole"),
+    ("problem", but("problem", "N: int = 4", "N: int"), 7, "keyword 'N' of mine: a size needs"),
+    ("problem", but("problem", "N: int = 4", "N: int = True"), 7, "keyword 'N' of mine: a size needs"),
+    ("problem", but("problem", "N: int = 4", "N: str = 4"), 7, "keyword 'N' of mine: a size needs"),
+    ("problem", but("problem", "N: int = 4", "*N"), 7, "keyword 'N' of mine: sizes and choices must be keywords"),
+    ("problem", but("problem", "N: int = 4", "N: Nat = 4"), 7, "cannot be imported: NameError"),
+    ("problem", but("problem", 'Literal["state", "outputs"]', "str"), 7, "keyword 'read' of mine: a choice needs"),
+    ("problem", but("problem", '"state", "outputs"', '"outputs"'), 7, "keyword 'read' of mine: a choice needs"),
+    ("problem", but("problem", '    """Mine."""\n', ""), 7, "mine has no docstring"),
+    ("problem", PROBLEM + PROBLEM, 16, "mine is defined twice"),
+    ("problem", PROBLEM + "NAMES = tuple('ab')\n", 10, "NAMES must be written out as a literal"),
+    ("problem", PROBLEM + "NAMES = ('a b',)\n", 10, "'a b' is no name of a problem"),
+    (
+        "problem",
+        PROBLEM + "def f(N: int = 2): 'F.'\nother = problem(f)\n",
+        1,
+        "f is a problem that NAMES does not list",
+    ),
+    *(("study", *case) for case in [*EVERYWHERE, *AT_IMPORT[:3]]),
+    ("study", but("study", '"""A study."""', ""), 1, "has no docstring"),
+    ("study", but("study", "(base.Settings)", ""), 7, "Settings must be a subclass"),
+    ("study", but("study", "def run(settings)", "def ran(settings)"), 1, r"defines no run\(settings\)"),
+    ("study", but("study", "def run(settings)", "def run()"), 10, "run must take the settings alone"),
+    ("study", but("study", "hutchpp", "hutch"), 5, "PLUGINS: there is no module 'ntkbench.methods.hutch'"),
+    (
+        "study",
+        but("study", '("ntkbench.methods.hutchpp",)', '"ntkbench.methods.hutchpp"'),
+        5,
+        "PLUGINS must be a tuple",
+    ),
+    *(("figure", *case) for case in [*EVERYWHERE, ("x = 1\n", 1, r"defines no draw\(table\)")]),
+    (
+        "figure",
+        but("figure", "training", "trainin"),
+        2,
+        r"TABLE: unknown study 'trainin' \(did you mean 'training'\?\)",
+    ),
+    ("figure", but("figure", '"training"', "'train' + 'ing'"), 2, "TABLE must be written out as a literal"),
+    ("figure", but("figure", 'COLUMNS = ("loss",)', ""), 2, "must name the COLUMNS"),
+    ("figure", but("figure", '("loss",)', '"loss"'), 3, "COLUMNS must be a tuple of names"),
+    ("figure", but("figure", "draw(table)", "draw()"), 5, "draw must take a table alone"),
+    ("figure", FIGURE + "draw = 3\n", 7, "draw must be a function"),
+    ("figure", FIGURE + "import no_such_module\n", 7, "cannot be imported"),
+]
+
+
+@pytest.fixture
+def drop(tmp_path, monkeypatch):
+    """Put a plug-in file into a room, as long as the test lasts."""
+    rooms = {kind: registry.room(kind) for kind in PACKAGES}
+    loaded = {kind: dict(room._loaded) for kind, room in rooms.items()}
+    before, names = dict(base.REGISTRY), set(sys.modules)
+
+    def put(kind, name, source, first=False):
+        folder = tmp_path / kind
+        folder.mkdir(exist_ok=True)
+        file = folder / name
+        file.write_bytes(source) if isinstance(source, bytes) else file.write_text(source, encoding="utf-8")
+        package = PACKAGES[kind]
+        room = [folder for folder in package.__path__ if folder != str(file.parent)]
+        monkeypatch.setattr(package, "__path__", [str(folder), *room] if first else [*room, str(folder)])
+        return file
+
+    yield put
+    for kind, room in rooms.items():
+        room._loaded.clear()
+        room._loaded.update(loaded[kind])
+    base.REGISTRY.clear()
+    base.REGISTRY.update(before)
+    for name in set(sys.modules) - names:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and file.startswith(str(tmp_path)):
+            package, _, attribute = name.rpartition(".")
+            del sys.modules[name]
+            vars(sys.modules[package]).pop(attribute, None)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_dropped_in_plug_in_is_found_and_works(drop, kind):
+    file, room = drop(kind, "mine.py", GOOD[kind]), registry.room(kind)
+    assert "mine" in room.found() and f"{room.package}.mine" not in sys.modules
+    assert room.file("mine") == file and room.module("mine") == f"{room.package}.mine"
+    assert f"{room.package}.mine" not in sys.modules
+    plugin = room.get("mine")
+    assert room.get("mine") is plugin
+    assert "mine" in room.names() and room.broken() == []
+
+
+@pytest.mark.parametrize(("kind", "source", "line", "says"), BROKEN)
+def test_a_broken_plug_in_says_why_and_harms_nobody(drop, kind, source, line, says):
+    room = registry.room(kind)
+    before = room.names()
+    file = drop(kind, "mine.py", source)
+    (broken,) = room.broken()
+    assert (broken.kind, broken.name, broken.file, broken.line) == (kind, "mine", file, line), broken
+    with pytest.raises(BrokenPlugin, match=says) as caught:
+        room.get("mine")
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and f"{file}:{line}: " in message
+    assert isinstance(caught.value, NtkbenchError) and caught.value.broken == broken
+    assert room.names() == before
+    assert all(room.get(name) for name in before[:3])
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("name", ["_mine.py", "my-method.py", "3d.py", "größe.py", "my method.py"])
+def test_a_file_name_must_be_a_name(drop, kind, name):
+    drop(kind, name, GOOD[kind])
+    (broken,) = registry.room(kind).broken()
+    assert "is no name of a plug-in" in broken.reason and broken.file.name == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("method", "get"),
+        ("method", "base"),
+        ("problem", "load"),
+        ("study", "run"),
+        ("figure", "plotting"),
+    ],
+)
+def test_a_plug_in_hides_nothing_of_its_package(drop, kind, name):
+    there = getattr(PACKAGES[kind], name, None)
+    drop(kind, f"{name}.py", GOOD[kind])
+    (broken,) = registry.room(kind).broken()
+    assert broken.reason == f"the name {name!r} is taken by {PACKAGES[kind].__name__}.{name}"
+    assert getattr(PACKAGES[kind], name, None) is there
+
+
+def test_one_file_may_hold_a_problem_that_works_and_one_that_does_not(drop):
+    drop("problem", "several.py", PROBLEM + "NAMES = ('other',)\n")
+    (broken,) = problems.ROOM.broken()
+    assert (broken.name, broken.line) == ("other", 10)
+    assert broken.reason == "other is no function that was declared by @problem"
+    assert "mine" in problems.names() and "other" not in problems.names()
+
+
+def test_what_is_no_plug_in_is_left_alone(drop):
+    drop("method", ".#mine.py", "(").with_name("mine.txt").write_text("(")
+    folder = drop("method", "__main__.py", "(").parent
+    (folder / "folder.py").mkdir()
+    (folder / "inner").mkdir()
+    (folder / "inner" / "__init__.py").write_text("(")
+    assert methods.ROOM.broken() == []
+
+
+def test_an_unreadable_file_is_broken(drop):
+    drop("method", "gone.py", METHOD).unlink()
+    folder = drop("method", "dangling.py", METHOD)
+    folder.unlink()
+    folder.symlink_to(folder.with_name("nowhere"))
+    (broken,) = methods.ROOM.broken()
+    assert broken.name == "dangling" and "cannot be read" in broken.reason
+
+
+def test_a_repaired_file_works(drop):
+    drop("method", "mine.py", "raise ValueError\n")
+    assert [one.name for one in methods.ROOM.broken()] == ["mine"]
+    drop("method", "mine.py", METHOD + "# and so it is longer\n")
+    assert methods.ROOM.broken() == [] and methods.get("mine").title == "mine"
+
+
+def test_a_broken_file_runs_once(drop, tmp_path):
+    count = tmp_path / "count"
+    drop("method", "mine.py", f"open({str(count)!r}, 'a').write('x')\nraise ValueError\n")
+    for _ in range(3):
+        methods.names()
+    assert count.read_text() == "x"
+
+
+def test_the_users_interrupt_is_no_fault_of_the_plug_in(drop):
+    drop("method", "mine.py", "import signal\nsignal.raise_signal(signal.SIGINT)\n" + METHOD)
+    with pytest.raises(KeyboardInterrupt):
+        methods.get("mine")
+
+
+TAKEN = PROBLEM.replace("def mine", "def other") + textwrap.dedent('''
+    @problem(any_size=True)
+    def mlp_he(N: int = 50):
+        """Not the one that comes with ntkbench."""
+''')
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("order", [("other", "mlp_he"), ("mlp_he", "other")])
+def test_a_name_that_is_taken_is_refused_whatever_is_imported_first(drop, first, order):
+    base.REGISTRY.pop("mlp_he", None)
+    problems.ROOM._loaded.pop("mlp_he", None)
+    file = drop("problem", "aaa.py", TAKEN, first=first)
+    for name in order:
+        problems.get(name)
+    assert problems.describe("mlp_he").startswith("The same 15 ReLU layers")
+    assert problems.get("mlp_he").__module__ == "ntkbench.problems.mlp" and "other" in problems.names()
+    (broken,) = problems.ROOM.broken()
+    assert (broken.name, broken.file, broken.line) == ("mlp_he", file, 12)
+    assert f"the name 'mlp_he' is taken by {paths.ROOT}" in broken.reason and "mlp.py" in broken.reason
+    with pytest.raises(BadInput, match="N can be at most 50"):  # nor may it change what sizes there are
+        problems.check("mlp_he[N=51]")
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(BadInput, match=r"unknown method 'hutch\+\+' \(did you mean 'hutchpp'\?\); allowed: .*direct"):
+        methods.get("hutch++")
+    with pytest.raises(BadInput, match="unknown figure 'speedups'"):
+        figures.study_of("speedups")
+
+
+def test_a_name_that_a_torn_file_may_hold_is_unknown_with_the_torn_file_named(drop):
+    drop("problem", "torn.py", "x = 1\ndef f(:\n")
+    with pytest.raises(BadInput, match=r"unknown problem 'my_problem'; allowed: .*; broken: torn\.py:2$"):
+        problems.check("my_problem[N=3]")
+
+
+FRESH = """
+import sys
+from ntkbench import {room}
+{work}
+package = "ntkbench.{room}."
+print(sorted(n.removeprefix(package) for n in sys.modules if n.startswith(package) and ".base" not in n))
+assert not {{"jax", "neural_tangents"}} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "work", "imported"),
+    [
+        ("methods", "methods.get('hutchpp')", ["hutchpp"]),
+        ("methods", "methods.ROOM.found(), methods.ROOM.file('hutchpp')", []),
+        ("problems", "problems.check('digits_conv[N=4]')", ["classifiers"]),
+        ("problems", "problems.ROOM.found(), problems.module_of('rnn_flipflop[N=3]')", []),
+        ("problems", "problems.describe('rnn_flipflop')", ["recurrent"]),
+        ("studies", "studies.fields('mohamadi_cost')", ["mohamadi_cost"]),
+        ("figures", "figures.names(), figures.study_of('hazelden_trace')", []),
+    ],
+)
+def test_a_process_imports_the_plug_ins_that_it_asks_for(room, work, imported):
+    code = FRESH.format(room=room, work=work)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in eval(done.stdout) if not name.startswith("plotting")] == imported
+
+
+def test_everything_that_comes_with_ntkbench_works():
+    assert registry.broken() == []
+    assert len(methods.names()) >= 40 and len(problems.names()) >= 21
+    assert len(studies.names()) >= 12 and len(figures.names()) >= 23
