@@ -1,0 +1,226 @@
+"""All that needs a GPU, in one call: whether every path is correct on it, and what the suite measures on it.
+
+    python scripts/gpu.py                            both parts, in less than nine minutes on one H100
+    python scripts/gpu.py --parts correctness        one of them
+    python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
+
+correctness   methods, the API and their limits against float64 on the CPU; a row a case in OUT/correctness.jsonl
+study         config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also of a run that was stopped, in
+              OUT/study.csv
+
+A part runs in processes of its own and is ended at its time limit; the other part runs whatever becomes of it. Rows are
+written as they are found. The device and the versions are in OUT/machine.json. The exit status is 0 if both parts were
+finished and nothing in them is wrong. What was skipped is counted and does not matter to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))  # this checkout, whether or not it is installed
+PINS = ("requirements.txt", "requirements-no-deps.txt")
+
+SECONDS = {"correctness": 240.0, "study": 480.0}
+"""Time limit of each part."""
+TOLERANCE = 1e-3
+"""Of the relative error of an exact method in the study."""
+RESTART = 3
+"""Exit status of a process of the first part that lost the device."""
+ENVIRONMENT = {
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")])),
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the device is shared
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a device must not start CUDA before a fork
+}
+
+
+def missing() -> dict[str, str]:
+    """Pinned packages that are not installed here, each with its version; names in lower case, with hyphens."""
+    lines = [line for file in PINS for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {_normal(name): version for name, version in pins.items() if not _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(name))
+    return False
+
+
+def needs() -> dict[str, set[str]]:
+    """What each part cannot do without, and what JAX's share of them takes besides; names as pip has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: _names(listed) for name, listed in project["optional-dependencies"].items()}
+    library = _names(project["dependencies"])
+    # The digits that some problems are about are scikit-learn's.
+    return {
+        "correctness": library | {"scikit-learn"},
+        "JAX": extras["jax"] | {"neural-tangents"},
+        "study": library | extras["jax"] | extras["pipeline"] | {"neural-tangents"},
+    }
+
+
+def _names(requirements: Iterable[str]) -> set[str]:
+    return {_normal(re.split(r"[^\w-]", requirement, maxsplit=1)[0]) for requirement in requirements}
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def machine() -> dict[str, Any]:
+    """Device, driver, clocks, versions and commit; what cannot be told is left out."""
+    asked = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit")
+    said = _output("nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader")
+    packages = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
+    return {
+        "devices": [dict(zip(asked, line.split(", "), strict=False)) for line in said.splitlines()],
+        "versions": {name: importlib.metadata.version(name) for name in packages if _installed(name)},
+        "python": sys.version.split()[0],
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "environment": {name: value for name, value in ENVIRONMENT.items() if "PATH" not in name},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _output(*command: str) -> str:
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+def run(commands: Sequence[Sequence[str]], seconds: float) -> bool:
+    """Run commands beside each other; whether all of them ended by themselves and well.
+
+    At the limit they are killed, with all that they have started. One that lost the device is started again.
+
+    Args:
+        commands: each a program with its arguments.
+        seconds: time limit of all.
+    """
+    end = time.monotonic() + seconds
+    pending = {_started(command): command for command in commands}
+    good = True
+    try:
+        while pending and time.monotonic() < end:
+            time.sleep(0.05)
+            for process in [process for process in pending if process.poll() is not None]:
+                command = pending.pop(process)
+                if process.returncode == RESTART:
+                    pending[_started(command)] = command
+                good = good and process.returncode in (0, RESTART)
+    finally:
+        for process in pending:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return good and not pending
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, start_new_session=True)
+
+
+def correctness(out: Path, tiny: bool, seconds: float) -> bool:
+    """The first part: whether all cases were looked at, and are correct."""
+    file = out / "correctness.jsonl"
+    file.unlink(missing_ok=True)
+    # Compiling takes most of the time, and cores enough to do much of it at once.
+    shares = max(1, min(6, len(os.sched_getaffinity(0)) // 2))
+    case = [sys.executable, str(ROOT / "scripts" / "gpu_correctness.py"), str(file.resolve())]
+    options = ["--device", "cpu", "--few"] if tiny else []
+    done = run([[*case, *options, "--share", str(share), str(shares)] for share in range(shares)], seconds)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    summary("correctness", done, (row["status"] for row in rows), file)
+    return done and all(row["status"] in ("ok", "skipped") for row in rows)
+
+
+def study(out: Path, tiny: bool, seconds: float) -> bool:
+    """The second part: whether every cell has a row, none has failed, and no exact method is wrong."""
+    file = ROOT / "config" / ("smoke.yaml" if tiny else "gpu.yaml")
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--configfile", str(file)]
+    done = run([command], seconds)
+    table = measured(file)
+    table.to_csv(out / "study.csv", index=False)
+    wrong = (table["status"] == "failed") | ((table["kind"] == "exact") & (table["error"] > TOLERANCE))
+    for row in table[wrong].itertuples():
+        said = row.reason if row.status == "failed" else f"relative error {row.error:.2g}"
+        print(f"study: {row.problem} {row.method} {row.backend} {row.metric}: {said}")
+    summary("study", done, table["status"], out / "study.csv")
+    return done and not wrong.any()
+
+
+def measured(file: Path) -> Any:
+    """The rows of a configuration's cells that are finished and fresh, those of a run that was stopped among them."""
+    from ntkbench.measure import fingerprints, rows
+    from ntkbench.measure.cells import cells
+    from ntkbench.measure.config import Config
+    from ntkbench.measure.journal import Journal
+
+    config = Config.read(file)
+    journals = list((ROOT / "results" / config.folder / "shards").glob("*.journal"))
+    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "rows.journal", journals) as journal:
+        found = [journal.row(cell.label, fingerprints.cell(config, cell)) for cell in cells(config)]
+    return rows.frame(row for row in found if row is not None)
+
+
+def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
+    """One line: how many rows of each status, and where they are."""
+    count: dict[str, int] = {}
+    for status in statuses:
+        count[status] = count.get(status, 0) + 1
+    said = ", ".join(f"{number} {status}" for status, number in sorted(count.items())) or "no rows"
+    print(f"{part}: {said}{'' if done else '; NOT FINISHED'}; see {file}", flush=True)
+
+
+@click.command(help=__doc__)
+@click.option("--parts", default="correctness,study", help="Names, with commas between them.")
+@click.option("--tiny", is_flag=True, help="On the CPU, at sizes whose numbers mean nothing.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "results" / "gpu")
+@click.option("--time-limit", type=float, default=530.0, help="Seconds for all parts together.")
+def main(parts: str, tiny: bool, out: Path, time_limit: float) -> None:
+    """Say what is missing on this machine, and run the parts."""
+    begun, chosen = time.monotonic(), parts.split(",")
+    if unknown := set(chosen) - set(SECONDS):
+        raise click.BadParameter(f"unknown parts {', '.join(sorted(unknown))}; allowed: {', '.join(SECONDS)}")
+    os.environ.update(ENVIRONMENT)
+    out.mkdir(parents=True, exist_ok=True)
+    absent, wanted = missing(), needs()
+    blocked = {part: sorted(wanted[part] & set(absent)) for part in wanted}
+    print("missing here: " + (" ".join(f"{name}=={version}" for name, version in absent.items()) or "nothing"))
+    if blocked["JAX"]:
+        print(f"what needs {', '.join(blocked['JAX'])} is left out or skipped")
+    (out / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
+    good = True
+    for part in chosen:
+        if blocked[part]:
+            print(f"{part}: not run, it needs {', '.join(blocked[part])}", flush=True)
+            good = False
+            continue
+        seconds = min(SECONDS[part], time_limit - (time.monotonic() - begun))
+        try:
+            good = {"correctness": correctness, "study": study}[part](out, tiny, seconds) and good
+        except Exception as error:  # the other part is run all the same
+            print(f"{part}: {type(error).__name__}: {error}", flush=True)
+            good = False
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
