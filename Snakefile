@@ -15,12 +15,19 @@ import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from snakemake.logging import logger, logger_manager
 from snakemake.utils import min_version
 
 from ntkbench import errors, figures, paths, studies
 from ntkbench.measure import cells, config as configuration, fingerprints, progress, timings
 
 min_version("9.0")
+
+# The run's own line says how far it is. What Snakemake says, but for errors, goes to its log alone (.snakemake/log).
+if not (logger_manager.settings.dryrun or logger_manager.settings.verbose):
+    for handler in logger.handlers:
+        if handler.name == "DefaultStreamHandler":
+            handler.setLevel("ERROR")
 
 ROOT = Path(workflow.basedir)
 # The steps of this run belong to it: they end when it does. What is installed may be another checkout than this one.

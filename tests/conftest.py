@@ -157,7 +157,8 @@ def checkout(folder: Path) -> Path:
     """A copy of what a run needs, whose files a test may change; the reference is the original one."""
     for name in ("src", "benchmarks", "config", "profiles"):
         shutil.copytree(paths.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copy(paths.ROOT / "Snakefile", folder)
+    for name in ("Snakefile", "environment.yml"):
+        shutil.copy(paths.ROOT / name, folder)
     (folder / "results").mkdir()
     (folder / "results" / "reference").symlink_to(paths.ROOT / "results" / "reference")
     return folder

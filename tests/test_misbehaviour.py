@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
         "threads": 1,
         "seeds": 3,
         "calls": 2,
-        "limits": {"time_s": 5, "memory_mb": 2500, "problem_s": 5},
+        "limits": {"time_s": 8, "memory_mb": 2500, "problem_s": 20},
         "grid": [
             {"problems": [PROBLEM], "methods": ["misbehaving"], "metrics": ["trace"], "passes": BUDGETS},
             {
@@ -80,7 +80,7 @@ def test_each_way_has_its_status_and_its_reason(table, budget):
     [
         (PROBLEM, "ok", ""),
         ("raising", "failed", "ValueError: no such network"),
-        ("never_ready", "timeout", "not done after the limit of 5 s"),
+        ("never_ready", "timeout", "not done after the limit of 20 s"),
         ("too_large", "out_of_memory", "over the limit"),
         ("zero", "failed", "not defined"),
     ],
@@ -135,14 +135,24 @@ HOPELESS = '''
 """Problems that cannot be made ready."""
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from ntkbench.problems.base import Definition, problem
+from ntkbench.problems.base.training import Training
+
+X = np.ones((2, 3), np.float32)
 
 
-def definition(module, train=lambda module: None):
-    return Definition(module, np.ones((2, 3), np.float32), train)
+@dataclass(frozen=True)
+class Nothing(Training):
+    """Leaves the network as it is, after some seconds."""
+
+    seconds: float = 0.0
+
+    def train(self, module):
+        time.sleep(self.seconds)
 
 
 @problem
@@ -156,18 +166,15 @@ def never_ready(N: int = 2) -> Definition:
     """Its training does not end."""
     from torch import nn
 
-    def train(module):
-        while True:
-            time.sleep(1)
-
-    return definition(nn.Linear(3, 2), train)
+    return Definition(nn.Linear(3, 2), X, Nothing(1e6))
 
 
 @problem
 def too_large(N: int = 2) -> Definition:
     """Its definition takes more memory than there may be."""
-    held = [np.ones(2**27) for _ in range(8)]
-    return definition(None)
+    held = []
+    while True:
+        held.append(np.ones(2**24))
 
 
 @problem
@@ -180,7 +187,7 @@ def zero(N: int = 2) -> Definition:
     with torch.no_grad():
         for w in module.parameters():
             w.fill_(9.0)
-    return definition(module)
+    return Definition(module, X, Nothing())
 '''
 
 GIVING_UP = '''
