@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from snakemake.logging import logger, logger_manager
+from snakemake.logging import logger
 from snakemake.utils import min_version
 
 from ntkbench import errors, figures, paths, studies
@@ -24,7 +24,8 @@ from ntkbench.measure import cells, config as configuration, fingerprints, progr
 min_version("9.0")
 
 # The run's own line says how far it is. What Snakemake says, but for errors, goes to its log alone (.snakemake/log).
-if not (logger_manager.settings.dryrun or logger_manager.settings.verbose):
+said = workflow.logger_manager.settings
+if not (said.dryrun or said.verbose):
     for handler in logger.handlers:
         if handler.name == "DefaultStreamHandler":
             handler.setLevel("ERROR")
