@@ -150,7 +150,7 @@ def test_training_moved_the_weights(name, load):
 @pytest.mark.parametrize("name", problems.names())
 def test_described_on_one_line_and_found_in_a_file(name):
     assert problems.describe(name).strip()
-    assert problems.source_file(f"{name}[N=3]").endswith(".py")
+    assert problems.module_of(f"{name}[N=3]").startswith("ntkbench.problems.")
 
 
 def test_described_before_anything_else_was_asked():
@@ -200,6 +200,7 @@ def test_mnist_from_a_loader_that_has_it(mnist):
         ("digits_mlp[N=2.5]", "'N=2.5' is no size"),
         ("digits_mlp[N=]", "'N=' is no size"),
         ("digits_mlp[N]", "'N' is no size"),
+        ("digits_mlp[]", "'' is no size"),
         ("digits_mlp[4]", "'4' is no size"),
         ("digits_mlp[N=513]", "N can be at most 512"),
         ("gru_hazelden[T=51]", "T can be at most 50"),
@@ -233,7 +234,6 @@ def test_bad_labels_are_refused(label, says):
     [
         (" digits_mlp[ N = 4 ] ", "digits_mlp[N=4]"),
         ("digits_mlp[N=512]", "digits_mlp"),
-        ("digits_mlp[]", "digits_mlp"),
         ("gru_hazelden[T=2,N=3]", "gru_hazelden[N=3,T=2]"),
         ("gru_hazelden[T=2,N=15]", "gru_hazelden[T=2]"),
     ],
@@ -373,8 +373,7 @@ def test_only_weights_of_the_default_sizes_are_committed(toy, monkeypatch):
         """A toy whose training depends on a size that its initial weights do not show."""
         return dataclasses.replace(toy.define(N), training=Shift(by=float(T)))
 
-    monkeypatch.setitem(base.REGISTRY, "toy", any_size)
-    monkeypatch.setattr(base, "ANY_SIZE", base.ANY_SIZE | {"toy"})
+    monkeypatch.setitem(base.REGISTRY, "toy", base.problem(any_size, any_size=True))
     reference.commit(["toy[N=1]"])
     committed = weights.committed_file("toy").read_bytes()
     assert toy.load().theta_f["weight"][0, 0] == 3.5
