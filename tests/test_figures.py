@@ -301,8 +301,9 @@ def source(table):
 
 
 def words(table):
-    """The columns that are free text, not keys."""
-    return [c for c in ("title", "reason", "notes", "loss_title", "machine", "problem", "family") if c in table]
+    """The columns of words, other than those whose values a figure knows."""
+    free = ("title", "reason", "notes", "machine", "problem", "family", "loss_title", "spectrum", "network", "task")
+    return [c for c in free if c in table]
 
 
 def drawn_from(name, table):

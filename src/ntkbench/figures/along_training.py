@@ -96,7 +96,7 @@ def _panel(panel: Axes, lines: pd.DataFrame, looks: dict, last: int, *, logarith
 def _network(shown: pd.DataFrame) -> str:
     one = shown.iloc[0]
     sizes = f"N = {one['N']:g}, T = {one['T']:g}, H = {one['H']:g}"
-    return f"{one['kind'].upper()} on {labels.name_label(one['task']).lower()}, {sizes}, {one['optimizer'].upper()}"
+    return f"{labels.short(one['kind'].upper())} on {labels.name_label(one['task']).lower()}, {sizes}, {labels.short(one['optimizer'].upper())}"
 
 
 def _caption(shown: pd.DataFrame) -> str:
