@@ -331,7 +331,7 @@ def degenerate(table):
         "infinite": ok.assign(**dict.fromkeys(numbers, np.inf)),
         "zero": ok.assign(**dict.fromkeys(numbers, 0)),
         "odd words": table.assign(**odd),
-        "every other row failed": table.assign(status=np.where(table.index % 2, "failed", table["status"]), **odd),
+        "every other row failed": table.assign(status=np.where(table.index % 2, "failed", table["status"]), reason=ODD),
         "further columns": ok.iloc[:40].assign(calls=3, value_q25=np.nan, later=ODD),
     }
 
