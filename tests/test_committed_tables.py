@@ -12,11 +12,10 @@ from ntkbench.paths import PUBLISHED, REFERENCE
 PROFILES: dict[str, list[Path]] = {}
 for path in sorted(REFERENCE.rglob("*.csv")):
     if path.parent != PUBLISHED:
-        folder, *rest = path.relative_to(REFERENCE).parts
-        PROFILES.setdefault(folder if rest else "beside the profiles", []).append(path)
+        PROFILES.setdefault(path.relative_to(REFERENCE).parts[0], []).append(path)
 
 KNOWN = {
-    "beside the profiles": {"more than one commit", "uncommitted changes"},
+    "head_to_head": {"more than one commit", "uncommitted changes"},
     "paper_cpu": {"more than one commit"},
 }
 """What is still wrong. A profile that is measured anew leaves this list; nothing is added to it."""

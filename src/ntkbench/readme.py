@@ -180,7 +180,7 @@ def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
-HEAD_TO_HEAD = {name: name for name in ("side_by_side", "time_to_error")}
+HEAD_TO_HEAD = {name: f"head_to_head/studies/{name}" for name in ("side_by_side", "time_to_error")}
 """Where the tables of comparisons in turn lie in ``results/reference/``."""
 
 TABLES: dict[str, Callable[[Tables], str]] = {

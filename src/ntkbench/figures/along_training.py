@@ -96,7 +96,8 @@ def _panel(panel: Axes, lines: pd.DataFrame, looks: dict, last: int, *, logarith
 def _network(shown: pd.DataFrame) -> str:
     one = shown.iloc[0]
     sizes = f"N = {one['N']:g}, T = {one['T']:g}, H = {one['H']:g}"
-    return f"{one['kind'].upper()} on {labels.name_label(one['task']).lower()}, {sizes}, {one['optimizer'].upper()}"
+    kind, task, optimizer = (labels.short(one[column]) for column in ("kind", "task", "optimizer"))
+    return f"{kind.upper()} on {labels.name_label(task).lower()}, {sizes}, {optimizer.upper()}"
 
 
 def _caption(shown: pd.DataFrame) -> str:

@@ -39,13 +39,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     ratios = sorted(plotted["outputs_per_parameter"].unique())
     budgets = sorted(plotted["passes"].unique())
     names = plotted.groupby("spectrum")["effective_rank"].max().sort_values(ascending=False).index
+    shown = [labels.short(name) for name in names]
     figure, grid = canvas.sheet(
         [canvas.Row(0.46 * len(names), above=0.6, below=0.25) for _ in metrics],
         len(ratios),
         title="The most accurate estimator at equal passes",
         subtitle=base.settings_line(table),
         key=[("best, or as good", _entries(style)), ("how to read", _reading())],
-        left=0.35 + canvas.text_width(names, 9.5),
+        left=0.35 + canvas.text_width(shown, 9.5),
         gap=0.25,
     )
     for panels, metric in zip(grid, metrics, strict=True):
@@ -53,7 +54,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             here = plotted[(plotted["metric"] == metric) & (plotted["outputs_per_parameter"] == ratio)]
             sizes = points[points["outputs_per_parameter"] == ratio]
             ranks = sizes.groupby("spectrum")["effective_rank"].first()
-            _frame(panel, budgets, list(names) if panel is panels[0] else [""] * len(names))
+            _frame(panel, budgets, shown if panel is panels[0] else [""] * len(names))
             panel.text(len(budgets) - 0.42, -0.52, "eff.\nrank", va="bottom", linespacing=0.95, **SMALL)
             canvas.title(panel, labels.metric_label(metric), _shape(ratio, sizes))
             for y, name in enumerate(names):

@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     for column, loss in enumerate(losses):
         here, below = plotted[plotted["loss"] == loss], grid[1][column]
         panel = grid[0][column]
-        canvas.title(panel, titles[loss], "")
+        canvas.title(panel, labels.short(titles[loss]), "")
         for kernel, rows in here.groupby("kernel", sort=False):
             curves.line(panel, rows, "step", "difference", looks[kernel])
         panel.set_ylim(0, 1.02 * max(1.0, plotted["difference_q75"].max()))

@@ -73,7 +73,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             of_it = table[table["network"] == network]
             side, samples, parameters = of_it["side"].iloc[0], of_it["N"].iloc[0], of_it["P"].min()
             detail = f"{side:g} × {side:g}, N = {samples:g}, P = {labels.count_label(parameters)}"
-            canvas.title(top, network, detail)
+            canvas.title(top, labels.short(network), detail)
             bottom.set_xlabel("outputs O")
     caption = _caption(table, counted, timed, there)
     return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], caption)

@@ -45,7 +45,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.set_xlabel(label)
             panel.tick_params(labelleft=size == "N")
         panels[0].set_ylabel("seconds")
-        canvas.title(panels[0], kind.upper(), "at a line's end: its slope, with the 95 % interval of the fit")
+        canvas.title(
+            panels[0], labels.short(kind.upper()), "at a line's end: its slope, with the 95 % interval of the fit"
+        )
     keys = list(zip(table["kind"], table["varied"], table["method"], strict=True))
     nothing = (math.nan, math.nan)
     plotted = table[[*COLUMNS, "status", "reason"]].assign(
