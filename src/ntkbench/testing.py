@@ -1,0 +1,513 @@
+"""Contract checks for plug-ins: what ntkbench relies on, each with an ``AssertionError`` that says what was broken.
+
+>>> from ntkbench import testing
+>>> testing.check_method("my_method")                           # doctest: +SKIP
+>>> testing.check_problem("my_problem")                         # doctest: +SKIP
+>>> testing.check_study("my_study", {"seeds": 2})               # doctest: +SKIP
+>>> testing.check_figure("my_figure", table)                    # doctest: +SKIP
+
+They hold of every plug-in that comes with ntkbench. Truth comes from J written out by a loop of plain autograd, and
+not from ntkbench's operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkbench import methods, problems, registry
+from ntkbench.errors import BadInput
+from ntkbench.estimate import Estimate
+from ntkbench.methods.base import Method
+from ntkbench.metrics import METRICS
+from ntkbench.options import BACKENDS, Target
+from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "check_calibration",
+    "check_figure",
+    "check_method",
+    "check_problem",
+    "check_study",
+    "explicit_jacobian",
+    "metrics_of",
+    "recurrent_problem",
+    "smooth_problem",
+]
+
+ROUNDING = {"float64": 1e-9, "float32": 1e-4}
+"""Relative errors that exact methods may have."""
+
+
+# --- small problems and the truth about them
+
+
+@functools.cache
+def smooth_problem(N: int = 3, inputs: int = 3, hidden: int = 4, outputs: int = 2, name: str = "tanh_net") -> Problem:
+    """Two tanh layers in both backends, with two sets of random weights; n = 6 and P = 26 unless sizes are given."""
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ends = [nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs)) for _ in range(2)]
+        x = torch.randn(N, inputs)
+
+    def jax_forward(weights: Mapping[str, Any], x: Any) -> Any:
+        import jax.numpy as jnp
+
+        hidden = jnp.tanh(x @ weights["0.weight"].T + weights["0.bias"])
+        return hidden @ weights["2.weight"].T + weights["2.bias"]
+
+    return Problem(name, ends[0], x.numpy(), _weights(ends[0]), _weights(ends[1]), jax_forward)
+
+
+@functools.cache
+def recurrent_problem(N: int = 3, T: int = 3, inputs: int = 2, hidden: int = 2) -> Problem:
+    """The states of a GRU that declares its recurrence, in both backends, with two sets of random weights."""
+    import torch
+
+    from ntkbench.networks.recurrent import Recurrent, jax_forward
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ends = [Recurrent("gru", inputs, hidden) for _ in range(2)]
+        x = torch.randn(N, T, inputs)
+    return Problem("small_gru", ends[0], x.numpy(), _weights(ends[0]), _weights(ends[1]), jax_forward(ends[0]))
+
+
+def _weights(module: Any) -> dict[str, np.ndarray]:
+    return {key: w.detach().numpy().copy() for key, w in module.named_parameters()}
+
+
+def explicit_jacobian(problem: Problem, end: str = "theta_0") -> np.ndarray:
+    """J in float64, ``[n, P]``, by a backward pass of plain autograd for each output."""
+    import torch
+
+    module = copy.deepcopy(problem.module).double()
+    weights = problem.weights(end)
+    with torch.no_grad():
+        for key, w in module.named_parameters():
+            if key in weights:
+                w.copy_(torch.from_numpy(weights[key]))
+    theta = [w for key, w in module.named_parameters() if key in weights]
+    x = torch.from_numpy(problem.x)
+    outputs = module(x.double() if x.is_floating_point() else x).reshape(-1)
+    rows = []
+    for output in outputs:
+        grads = torch.autograd.grad(output, theta, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows).numpy()
+
+
+def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str, float]:
+    """The metrics by their definitions, from Theta (and Theta_f) written out."""
+    norm = np.linalg.norm(theta)
+    values = {"trace": np.trace(theta), "norm": norm, "effective_rank": np.trace(theta) ** 2 / norm**2}
+    if theta_f is not None:
+        values["alignment"] = np.trace(theta @ theta_f) / (norm * np.linalg.norm(theta_f))
+    return {key: float(value) for key, value in values.items()}
+
+
+def _truth(problem: Problem, metric: str) -> float:
+    thetas = [J @ J.T for J in (explicit_jacobian(problem, end) for end in ("theta_0", "theta_f"))]
+    return metrics_of(*thetas)[metric]
+
+
+# --- methods
+
+
+def check_method(name: str, backend: str | None = None, metric: str | None = None) -> None:
+    """The contract of a method, on small problems and on the CPU.
+
+    - What it does not support it says in one line, before anything is computed: other metrics and backends, budgets
+      that are too small, a network that is missing in JAX, trained weights that are missing, samples that interact.
+    - It returns an :class:`~ntkbench.estimate.Estimate` of finite floats under its own name.
+    - The same seed gives the same number; another one gives another, unless the estimate is exact.
+    - It spends no more passes than its budget, or just those that it announced; they are those that its operators
+      counted.
+    - An exact method agrees with J written out, in float64, in float32, and with memory for one row at a time.
+    - The error of a stochastic method is below six standard errors, in the same three cases.
+
+    Cost: some hundred estimates of problems with at most 18 outputs.
+
+    Args:
+        name: of the method.
+        backend: one of the method's; all of them if not given.
+        metric: one of the method's; all of them if not given.
+
+    Raises:
+        BadInput: there is no such method, or it is broken.
+        AssertionError: it does not keep the contract; says how.
+    """
+    method = methods.get(name)
+    problem = recurrent_problem() if method.needs_recurrence else smooth_problem()
+    for one in (backend,) if backend else method.backends:
+        for each in (metric,) if metric else method.metrics:
+            with _said(f"method {name!r}, {one}, {each}"):
+                _check_unsupported(method, problem, each, one)
+                if method.takes_passes:
+                    _check_stochastic(method, problem, each, one)
+                else:
+                    _check_deterministic(method, problem, each, one)
+
+
+def check_calibration(
+    name: str, metric: str, *, passes: int | None = None, seeds: int = 200, slack: float = 0.3
+) -> None:
+    """That a stochastic method's standard errors say how far its estimates spread, on 320 outputs.
+
+    The mean of squared standard errors is the variance over seeds to within ``slack``, and the mean estimate is within
+    half a standard deviation of the truth.
+
+    Args:
+        name: of the method.
+        metric: one of the method's.
+        passes: budget; five times the smallest if not given.
+        seeds: estimates.
+        slack: relative.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    method, problem = methods.get(name), smooth_problem(40, 6, 10, 8, "wide")
+    target = Target(method.backends[0], "float64", "cpu")
+    budget = passes or 5 * _smallest_budget(method, problem, metric, target)
+    prepared = method.prepare(problem, target)
+    estimates = [method.estimate(prepared, metric, budget, seed) for seed in range(seeds)]
+    values, errors = np.array([(e.value, e.standard_error) for e in estimates]).T
+    variance, claimed = values.var(ddof=1), (errors**2).mean()
+    with _said(f"method {name!r}, {metric}, {budget} passes"):
+        _require(
+            (1 - slack) * variance < claimed < (1 + slack) * variance,
+            f"standard errors claim a variance of {claimed:.3g}, over seeds it is {variance:.3g}",
+        )
+        bias = abs(values.mean() - _truth(problem, metric))
+        _require(bias < 0.5 * math.sqrt(variance), f"a bias of {bias:.3g} at a deviation of {math.sqrt(variance):.3g}")
+
+
+def _check_unsupported(method: Method, problem: Problem, metric: str, backend: str) -> None:
+    target = Target(backend, "float64", "cpu")
+
+    def shapes_only(_: Any, arguments: tuple[Any, ...]) -> None:
+        _require(all(x.is_meta for x in arguments), "runs the network in order to say what it does not support")
+
+    def jax_forward(weights: Mapping[str, Any], x: Any) -> Any:
+        import jax
+
+        _require(isinstance(x, jax.core.Tracer), "runs the network in order to say what it does not support")
+        return problem.jax_forward(weights, x)
+
+    module = copy.deepcopy(problem.module)
+    module.register_forward_pre_hook(shapes_only)
+    idle = dataclasses.replace(problem, module=module, jax_forward=jax_forward)
+
+    def reason(problem: Problem, metric: str, target: Target, passes: int | None = None) -> str | None:
+        said = method.unsupported_reason(problem, metric, target, passes)
+        fine = said is None or (isinstance(said, str) and len(said.splitlines()) == 1)
+        _require(fine, f"a reason must be one line, or None; got {said!r}")
+        return said
+
+    _require(reason(idle, metric, target) is None, f"does not support {problem.name}: {reason(idle, metric, target)}")
+    for other in {*METRICS, "no_metric"} - set(method.metrics):
+        _require(reason(idle, other, target), f"gives no reason against the metric {other!r}")
+    for other in set(BACKENDS) - set(method.backends):
+        _require(
+            reason(idle, metric, Target(other, "float64", "cpu")), f"gives no reason against the backend {other!r}"
+        )
+    if backend == "jax":
+        without = dataclasses.replace(idle, jax_forward=None)
+        _require(reason(without, metric, target), "gives no reason against a problem without a network in JAX")
+    if metric == "alignment":
+        without = dataclasses.replace(idle, theta_f=None)
+        _require(reason(without, metric, target), "gives no reason against a problem without trained weights")
+    mixed = reason(dataclasses.replace(idle, samples_interact=True), metric, target)
+    _require(
+        bool(mixed) == method.needs_independent_samples,
+        f"needs_independent_samples is {method.needs_independent_samples}; of samples that interact it says {mixed!r}",
+    )
+    if method.needs_recurrence:
+        _require(reason(smooth_problem(), metric, target), "gives no reason against a network without a recurrence")
+    passes = _smallest_budget(method, idle, metric, target) if method.takes_passes else None
+    held = method.bytes_needed(idle, metric, target, passes)
+    _require(held >= 0, f"bytes_needed must be known beforehand; got {held!r}")
+
+
+def _check_deterministic(method: Method, problem: Problem, metric: str, backend: str) -> None:
+    roomy, tight, single = _estimators(method, problem, metric, backend)
+    first, second = roomy(None, seed=0), roomy(None, seed=1)
+    _require(first == second, f"two calls differ: {first} and {second}")
+    _require(first.standard_error is None, f"is deterministic, and has a standard error of {first.standard_error}")
+    needed = method.passes_needed(problem, metric, Target(backend, "float64", "cpu"))
+    known = first.passes is None if needed is None else first.passes is not None and math.isclose(first.passes, needed)
+    _require(known, f"announced {needed} passes, and spent {first.passes}")
+    little = tight(None)
+    _close(little.value, first.value, 1e-12, "with memory for one row at a time")
+    _require(first.passes is None or little.passes >= first.passes, "takes fewer passes with less memory")
+    if method.kind == "exact":
+        truth = _truth(problem, metric)
+        _close(first.value, truth, ROUNDING["float64"], "in float64")
+        _close(single(None).value, truth, ROUNDING["float32"], "in float32")
+
+
+def _check_stochastic(method: Method, problem: Problem, metric: str, backend: str) -> None:
+    target = Target(backend, "float64", "cpu")
+    least = _smallest_budget(method, problem, metric, target)
+    for passes in {0, 1, least - 1} - {least}:
+        said = method.unsupported_reason(problem, metric, target, passes)
+        _require(said, f"gives no reason against {passes} passes")
+    try:
+        method.estimate(method.prepare(problem, target), metric)
+    except BadInput:
+        pass
+    else:
+        raise AssertionError("estimates without a budget")
+    estimators = _estimators(method, problem, metric, backend)
+    roomy = estimators[0]
+    for passes in (least, least + 1, 3 * least - 1, 40 * least):
+        first, again, other = (roomy(passes, seed) for seed in (5, 5, 6))
+        _require(first == again, f"one seed gives {first} and {again}")
+        _require(first.standard_error is not None, "is stochastic, and has no standard error")
+        _require(not first.standard_error < 0, f"has a standard error of {first.standard_error}")
+        exact = first.standard_error <= 1e-6 * abs(first.value)  # as some are with more probes than outputs
+        _require(exact or first.value != other.value, f"another seed gives the same number, {first.value!r}")
+    truth = _truth(problem, metric)
+    for estimate, where in zip(estimators, ("", " with memory for one probe", " in float32"), strict=True):
+        found = estimate(30 * least)
+        wrong, allowed = abs(found.value - truth), 6 * found.standard_error + 1e-5 * abs(truth)
+        _require(wrong <= allowed, f"is wrong by {wrong:.3g}{where}, and six standard errors are {allowed:.3g}")
+
+
+def _smallest_budget(method: Method, problem: Problem, metric: str, target: Target) -> int:
+    for passes in range(1, 10_000):
+        if method.unsupported_reason(problem, metric, target, passes) is None:
+            return passes
+    raise AssertionError("takes no budget below 10,000 passes on a small problem")
+
+
+class _Estimator:
+    """Estimates that are what an estimate must be, from one preparation."""
+
+    def __init__(self, method: Method, problem: Problem, metric: str, target: Target) -> None:
+        self._method, self._metric = method, metric
+        self._prepared = method.prepare(problem, target)
+        self._operators: list[Any] = []
+        if jacobians := getattr(self._prepared, "jacobians", None):
+
+            def noted(*args: Any) -> Any:
+                self._operators[:] = jacobians(*args)
+                return list(self._operators)
+
+            self._prepared.jacobians = noted
+
+    def __call__(self, passes: int | None, seed: int = 0) -> Estimate:
+        """Finite floats, the method's name, and passes as its operators counted them."""
+        found = self._method.estimate(self._prepared, self._metric, passes, seed)
+        _require(isinstance(found, Estimate), f"returns a {type(found).__name__} and no Estimate")
+        _require(type(found.value) is float and math.isfinite(found.value), f"has the value {found.value!r}")
+        _require(found.method == self._method.name, f"calls itself {found.method!r}")
+        _require(found.metric == self._metric, f"says that this is the metric {found.metric!r}")
+        if found.passes is not None:
+            _require(math.isfinite(found.passes) and found.passes > 0, f"spent {found.passes!r} passes")
+        if passes is not None:
+            _require(found.passes is not None and found.passes <= passes, f"spent {found.passes} of {passes} passes")
+        if self._operators:
+            counted = sum(operator.passes for operator in self._operators)
+            _require(found.passes == counted, f"says {found.passes} passes, and its operators counted {counted}")
+        return found
+
+
+def _estimators(method: Method, problem: Problem, metric: str, backend: str) -> tuple[_Estimator, ...]:
+    """In float64, in float64 with memory for one row or probe at a time, and in float32."""
+    targets = (
+        Target(backend, "float64", "cpu"),
+        Target(backend, "float64", "cpu", 1),
+        Target(backend, "float32", "cpu"),
+    )
+    return tuple(_Estimator(method, problem, metric, target) for target in targets)
+
+
+# --- problems
+
+
+def check_problem(name: str) -> None:
+    """The contract of a problem.
+
+    - It is the same to the bit at every load, and leaves torch's random state alone.
+    - With fewer samples it has the first of its inputs and the same weights.
+    - Both backends compute the same network, at both ends of training.
+    - Samples interact if it says so, and only then.
+    - Training moves every weight, to finite numbers in float32.
+
+    Cost: the problem is loaded at its default sizes (and trained, where no trained weights are kept) twice.
+
+    Raises:
+        BadInput: there is no such problem, or it is broken.
+        Unavailable: its data cannot be had here.
+        AssertionError: it does not keep the contract; says how.
+    """
+    import torch
+
+    with _said(f"problem {name!r}"):
+        _require(problems.describe(name).strip(), "has no first line in its docstring")
+        problems.load.cache_clear()
+        whole = problems.load(name)
+        problems.load.cache_clear()
+        state = torch.get_rng_state()
+        again = problems.load(name)
+        _require(torch.equal(torch.get_rng_state(), state), "changes torch's random state")
+        _require(again.digest() == whole.digest(), "is not the same at every load")
+        few = problems.load(f"{name}[N=3]")
+        _require(few.N == 3 and np.array_equal(few.x, whole.x[:3]), "with N=3 has not its first three inputs")
+        for end in ("theta_0", "theta_f"):
+            same = all(np.array_equal(few.weights(end)[key], w) for key, w in whole.weights(end).items())
+            _require(same and list(few.weights(end)) == list(whole.weights(end)), f"with N=3 has another {end}")
+        if few.jax_forward:
+            for end in ("theta_0", "theta_f"):
+                for dtype, tolerance in (("float32", 1e-5), ("float64", 1e-11)):
+                    _check_twins(few, end, dtype, tolerance)
+        _check_interaction(few)
+        for key, w in whole.theta_0.items():
+            trained = whole.weights("theta_f")[key]
+            _require(w.dtype == trained.dtype == np.float32, f"{key} is not kept in float32")
+            _require(w.shape == trained.shape and np.isfinite(trained).all(), f"training spoils {key}")
+            _require(not np.array_equal(w, trained), f"training leaves {key} where it was")
+
+
+def outputs_in_torch(problem: Problem, end: str, dtype: str) -> np.ndarray:
+    """What the network gives in PyTorch at one end of training, ``[N, ...]``."""
+    import torch
+
+    module = copy.deepcopy(problem.module).to(getattr(torch, dtype))
+    module.load_state_dict({key: torch.from_numpy(w) for key, w in problem.weights(end).items()}, strict=False)
+    x = torch.from_numpy(problem.x)
+    with torch.no_grad():
+        return module(x.to(getattr(torch, dtype)) if x.is_floating_point() else x).numpy()
+
+
+def outputs_in_jax(problem: Problem, end: str, dtype: str) -> np.ndarray:
+    """The same in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    with jax.enable_x64(dtype == "float64"):
+        weights = {key: jnp.asarray(w, dtype) for key, w in (problem.fixed(end) | problem.weights(end)).items()}
+        x = jnp.asarray(problem.x, dtype if np.issubdtype(problem.x.dtype, np.floating) else None)
+        return np.asarray(problem.jax_forward(weights, x))
+
+
+def _check_twins(problem: Problem, end: str, dtype: str, tolerance: float) -> None:
+    torch, jax = (outputs(problem, end, dtype) for outputs in (outputs_in_torch, outputs_in_jax))
+    _require(torch.dtype == jax.dtype == dtype, f"computes in {torch.dtype} and {jax.dtype} instead of {dtype}")
+    _require(torch.shape == jax.shape == problem.output_shape, f"gives {torch.shape} in torch and {jax.shape} in JAX")
+    error = np.abs(torch - jax).max() / np.abs(torch).max()
+    _require(error <= tolerance, f"torch and JAX differ by {error:.2g} at {end} in {dtype}")
+
+
+def _check_interaction(problem: Problem) -> None:
+    together = outputs_in_torch(problem, "theta_0", "float64")
+    alone = [dataclasses.replace(problem, x=problem.x[i : i + 1]) for i in range(problem.N)]
+    apart = np.concatenate([outputs_in_torch(one, "theta_0", "float64") for one in alone])
+    interact = bool(np.abs(together - apart).max() > 1e-9 * np.abs(together).max())
+    _require(interact == problem.samples_interact, f"samples_interact is {problem.samples_interact}; it is {interact}")
+
+
+# --- studies and figures
+
+
+def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """The contract of a study: rows, each of which says how it ended, and ``seeds`` and ``calls`` in each.
+
+    Args:
+        name: of the study.
+        settings: its sizes; small ones, for all of it is measured.
+
+    Returns:
+        its table.
+
+    Raises:
+        BadInput: there is no such study, or it is broken.
+        AssertionError: it does not keep the contract; says how.
+    """
+    studies = importlib.import_module(registry.PACKAGES["study"])
+    statuses = importlib.import_module("ntkbench.measure.outcomes").STATUSES
+    with _said(f"study {name!r}"):
+        table = studies.run(name, studies.settings(name, settings))
+        _require(len(table), "has no rows")
+        missing = {"status", "reason", "seeds", "calls"} - set(table.columns)
+        _require(not missing, f"has no columns {', '.join(sorted(missing))}")
+        strange = set(table["status"]) - set(statuses)
+        _require(not strange, f"has the statuses {strange}; allowed: {', '.join(statuses)}")
+        silent = table[(table["status"] != "ok") & (table["reason"] == "")]
+        _require(not len(silent), f"gives no reason for {len(silent)} rows that are not ok")
+    return table
+
+
+def check_figure(name: str, table: pd.DataFrame) -> None:
+    """The contract of a figure.
+
+    - It draws a table, a table without rows, and one in which nothing was measured.
+    - It leaves the table as it was.
+    - The same table gives the same bytes.
+    - There is a caption, and the numbers that are plotted are written beside the picture.
+
+    Args:
+        name: of the figure.
+        table: the results table, or that of its study.
+
+    Raises:
+        BadInput: there is no such figure, it is broken, or the table lacks columns.
+        AssertionError: it does not keep the contract; says how.
+    """
+    figures = importlib.import_module(registry.PACKAGES["figure"])
+
+    def drawn(table: pd.DataFrame) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            return {path.suffix: path.read_bytes() for path in figures.draw(name, table, Path(folder))}
+
+    with _said(f"figure {name!r}"):
+        before = table.copy()
+        first, again = drawn(table), drawn(table)
+        _require(table.equals(before), "changes the table that it is given")
+        for form in (".png", ".pdf", ".csv", ".txt"):
+            _require(first.get(form), f"has no {form}")
+            _require(first[form] == again[form], f"gives another {form} for the same table")
+        failed = table.assign(status="failed", reason="for a test")
+        for other in (table.iloc[:0], failed):
+            _require(drawn(other)[".png"], "has no picture of a table in which nothing was measured")
+
+
+# --- how it is said
+
+
+@contextlib.contextmanager
+def _said(subject: str) -> Iterator[None]:
+    """Put a subject in front of what is said within."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{subject}: {error}") from None
+
+
+def _require(holds: object, says: str) -> None:
+    if not holds:
+        raise AssertionError(says)
+
+
+def _close(value: float, expected: float, tolerance: float, where: str) -> None:
+    _require(
+        math.isclose(value, expected, rel_tol=tolerance), f"is {value!r} and not {expected!r}, as it should be {where}"
+    )
