@@ -102,6 +102,7 @@ wildcard_constraints:
 rule all:
     input:
         TABLE,
+        [TABLES / "studies" / f"{study}.csv" for study in RUN.studies if RUN.source == "measured"],
         RESULTS / "gallery.html",
 
 
