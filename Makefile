@@ -21,7 +21,7 @@ test: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 mutants: $(READY)
-	python -m tests.mutants
+	python tests/mutants.py
 
 lint: $(READY)
 	ruff check

@@ -1,4 +1,4 @@
-"""Small faults that the tests must find: ``python -m tests.mutants [NAME...]``.
+"""Small faults that the tests must find: ``python tests/mutants.py [NAME...]``.
 
 Each mutant in ``mutants.yaml`` replaces a piece of source text in a copy of the tree. It is killed if one of its tests
 fails. The command reports every mutant, and its exit status is 1 if one survives.

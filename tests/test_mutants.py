@@ -1,4 +1,4 @@
-"""The list of mutants fits the present source; ``python -m tests.mutants`` runs it."""
+"""The list of mutants fits the present source; ``python tests/mutants.py`` runs it."""
 
 from __future__ import annotations
 
