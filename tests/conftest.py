@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import shutil
@@ -16,12 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from ntkbench import paths, problems
+from ntkbench import paths, problems, testing
 from ntkbench.problem import Problem
 
 # No deadlines: the first example of a test pays for imports and kernels. The same examples every time.
 settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("ntkbench")
+
+written_out, metrics_of = testing.explicit_jacobian, testing.metrics_of
 
 SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[N=2]")
 """Problems that are small enough to write J out, one of each family."""
@@ -71,26 +72,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tanh_network(name: str, N: int, inputs: int, hidden: int, outputs: int) -> Problem:
-    """A smooth two-layer network in both backends."""
-    import torch
-    from torch import nn
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ends = [nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs)) for _ in range(2)]
-        x = torch.randn(N, inputs)
-
-    def jax_forward(weights, x):
-        import jax.numpy as jnp
-
-        hidden = jnp.tanh(x @ weights["0.weight"].T + weights["0.bias"])
-        return hidden @ weights["2.weight"].T + weights["2.bias"]
-
-    theta_0, theta_f = ({key: w.detach().numpy().copy() for key, w in end.named_parameters()} for end in ends)
-    return Problem(name, ends[0], x.numpy(), theta_0, theta_f, jax_forward)
-
-
 NETWORKS = {"tanh_net": (3, 3, 4, 2), "wide": (40, 6, 10, 8)}
 """Smooth problems that only the tests have: 6 x 26, and 320 x 158 for what needs many more outputs than probes."""
 
@@ -98,7 +79,7 @@ NETWORKS = {"tanh_net": (3, 3, 4, 2), "wide": (40, 6, 10, 8)}
 @functools.cache
 def loaded(label: str) -> Problem:
     """A problem from its label, :data:`NETWORKS` included; built once a session."""
-    return tanh_network(label, *NETWORKS[label]) if label in NETWORKS else problems.load(label)
+    return testing.smooth_problem(label, *NETWORKS[label]) if label in NETWORKS else problems.load(label)
 
 
 @pytest.fixture(scope="session")
@@ -122,35 +103,6 @@ def _dense(label: str, end: str) -> np.ndarray:
 def dense() -> Callable[[str, str], np.ndarray]:
     """J of a problem of a label at an end, in float64."""
     return _dense
-
-
-def written_out(problem: Problem, end: str = "theta_0") -> np.ndarray:
-    """J in float64, ``[n, P]``, by a loop over outputs of plain autograd and none of ntkbench's operators."""
-    import torch
-
-    module = copy.deepcopy(problem.module).double()
-    weights = problem.weights(end)
-    with torch.no_grad():
-        for key, w in module.named_parameters():
-            if key in weights:
-                w.copy_(torch.from_numpy(weights[key]))
-    theta = [w for key, w in module.named_parameters() if key in weights]
-    x = torch.from_numpy(problem.x)
-    outputs = module(x.double() if x.is_floating_point() else x).reshape(-1)
-    rows = []
-    for output in outputs:
-        grads = torch.autograd.grad(output, theta, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([g.reshape(-1) for g in grads]))
-    return torch.stack(rows).numpy()
-
-
-def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str, float]:
-    """The metrics by their definitions, from Theta (and Theta_f) written out."""
-    norm = np.linalg.norm(theta)
-    values = {"trace": np.trace(theta), "norm": norm, "effective_rank": np.trace(theta) ** 2 / norm**2}
-    if theta_f is not None:
-        values["alignment"] = np.trace(theta @ theta_f) / (norm * np.linalg.norm(theta_f))
-    return {key: float(value) for key, value in values.items()}
 
 
 def checkout(folder: Path) -> Path:

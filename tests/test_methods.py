@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-import types
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import loaded, metrics_of, written_out
 
-from ntkbench import methods, registry
+from ntkbench import methods, testing
 from ntkbench.errors import BadInput
-from ntkbench.methods.base import KINDS, Method
+from ntkbench.methods.base import Method
 from ntkbench.metrics import METRICS
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
@@ -79,20 +77,20 @@ def truth(label: str) -> dict[str, float]:
     return metrics_of(J @ J.T, J_f @ J_f.T)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_says_what_it_is(method):
-    assert methods.get(method.name) is method
-    assert inspect.getsourcefile(type(method)).endswith(f"methods/{method.name}.py")
-    assert method.kind in KINDS
-    assert method.takes_passes == (method.kind == "stochastic")
-    assert method.title
-    assert method.source
-    assert inspect.getdoc(type(method))
-    assert method.backends
-    assert set(method.backends) <= set(BACKENDS)
-    assert method.metrics
-    assert set(method.metrics) <= set(METRICS)
-    assert [m.title for m in ALL].count(method.title) == 1
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(ALL))
+def test_methods_keep_their_contract(method, backend, metric):
+    testing.check_method(method.name, backend, metric)
+
+
+@pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
+def test_standard_errors_are_calibrated(method, metric):
+    # A subset of samples is the more exact the more of them it has, and soon has all.
+    passes = {"alignment": 6}.get(metric, 3) if method.name == "sample_subset" else None
+    testing.check_calibration(method.name, metric, passes=passes, seeds=SEEDS_OF_ERRORS)
+
+
+def test_no_two_methods_have_one_title():
+    assert len({method.title for method in ALL}) == len(ALL)
 
 
 def test_methods_of_the_design_are_there():
@@ -126,53 +124,6 @@ def test_exact_methods_are_exact(method, backend, label, metric, dtype):
     assert estimate.passes == (None if needed is None else pytest.approx(needed))
 
 
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(DETERMINISTIC))
-def test_deterministic_methods_give_the_same_twice_and_exact_ones_the_truth(method, backend, metric):
-    skip_refused(method, "tanh_net", metric, backend)
-    ready = prepared(method, "tanh_net", backend)
-    first, second = (method.estimate(ready, metric, seed=seed) for seed in (0, 1))
-    assert first == second
-    if method.kind == "exact":
-        assert first.value == pytest.approx(truth("tanh_net")[metric], rel=1e-9)
-
-
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(DETERMINISTIC))
-def test_deterministic_methods_do_without_memory(method, backend, metric):
-    """Blocks of one row or probe change the cost, perhaps, but not the value."""
-    skip_refused(method, "tanh_net", metric, backend)
-    tight = method.estimate(prepared(method, "tanh_net", backend, memory=1), metric)
-    roomy = method.estimate(prepared(method, "tanh_net", backend), metric)
-    assert tight.value == pytest.approx(roomy.value, rel=1e-12)
-    assert roomy.passes is None or tight.passes >= roomy.passes
-
-
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
-def test_stochastic_methods_follow_their_seed_and_keep_to_their_budget(method, backend, metric):
-    ready = prepared(method, "tanh_net", backend)
-    budget = least(method, metric)
-    for passes in (budget, budget + 1, 3 * budget - 1, 40 * budget):
-        first, again, other = (method.estimate(ready, metric, passes, seed) for seed in (5, 5, 6))
-        assert first == again
-        assert 0 < first.passes <= passes
-        assert first.method == method.name
-        assert math.isfinite(first.value)
-        assert first.standard_error >= 0
-        if first.standard_error > 1e-6 * abs(first.value):  # with more probes than outputs some methods are exact
-            assert first.value != other.value
-
-
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
-def test_stochastic_methods_work_in_float32_and_little_memory(method, backend, metric):
-    """In float32 and one probe at a time, the truth is within six standard errors (and rounding)."""
-    budget = 30 * least(method, metric)
-    for dtype, memory in (("float32", 2**30), ("float64", 1)):
-        estimate = method.estimate(prepared(method, "tanh_net", backend, dtype, memory), metric, budget, 0)
-        exact = truth("tanh_net")[metric]
-        assert abs(estimate.value - exact) <= 6 * estimate.standard_error + 1e-5 * abs(exact)
-        assert estimate.standard_error <= 0.2 * abs(exact)
-        assert estimate.passes <= budget
-
-
 @pytest.mark.parametrize(("method", "backend"), pairs([m for m in STOCHASTIC if "trace" in m.metrics]))
 def test_traces_are_unbiased(method, backend):
     ready = prepared(method, "tanh_net", backend)
@@ -180,20 +131,6 @@ def test_traces_are_unbiased(method, backend):
     values = np.array([method.estimate(ready, "trace", budget, seed).value for seed in range(SEEDS)])
     z = (values.mean() - truth("tanh_net")["trace"]) / (values.std(ddof=1) / math.sqrt(SEEDS))
     assert abs(z) < 4
-
-
-@pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
-def test_standard_errors_are_calibrated(method, metric):
-    """The mean squared standard error is the variance over seeds, and the mean is right to within that noise."""
-    ready = prepared(method, "wide", method.backends[0])
-    # A subset of samples is the more exact the more of them it has, and soon has all.
-    budget = 5 * least(method, metric) if method.name != "sample_subset" else {"alignment": 6}.get(metric, 3)
-    estimates = [method.estimate(ready, metric, budget, seed) for seed in range(SEEDS_OF_ERRORS)]
-    values, errors = np.array([(e.value, e.standard_error) for e in estimates]).T
-    variance = values.var(ddof=1)
-    assert 0.7 * variance < (errors**2).mean() < 1.3 * variance
-    # Square roots and ratios are biased at order 1/k: less than the spread, which is all that a user sees.
-    assert abs(values.mean() - truth("wide")[metric]) < 0.5 * math.sqrt(variance)
 
 
 @pytest.mark.parametrize(
@@ -266,28 +203,6 @@ def test_sum_of_logits_is_the_pntk_times_the_identity(label, metric, backend):
     assert estimate.value != pytest.approx(truth(label)[metric], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_refuses_what_it_cannot_serve(method, tiny):
-    target = Target(method.backends[0])
-    if method.needs_recurrence:
-        assert "recurrent" in method.unsupported_reason(tiny, method.metrics[0], target)
-        tiny = loaded("gru_hazelden[N=2,T=2]")
-    without = Problem(tiny.name, tiny.module, tiny.x, tiny.theta_0)
-    for metric in METRICS:
-        reason = method.unsupported_reason(tiny, metric, target)
-        assert reason is None if metric in method.metrics else "only" in reason
-        if metric in method.metrics and "jax" in method.backends:
-            assert "JAX" in method.unsupported_reason(without, metric, Target("jax"))
-    for backend in set(BACKENDS) - set(method.backends):
-        assert "only" in method.unsupported_reason(tiny, method.metrics[0], Target(backend))
-    if "alignment" in method.metrics:
-        assert "trained weights" in method.unsupported_reason(
-            Problem(**{**vars(tiny), "theta_f": None}), "alignment", target
-        )
-    mixed = method.unsupported_reason(Problem(**{**vars(tiny), "samples_interact": True}), method.metrics[0], target)
-    assert ("samples interact" in mixed) if method.needs_independent_samples else mixed is None
-
-
 @pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
 def test_refuses_budgets_that_are_too_small(method, metric, tiny):
     enough = least(method, metric)
@@ -297,13 +212,6 @@ def test_refuses_budgets_that_are_too_small(method, metric, tiny):
     assert method.unsupported_reason(tiny, metric, target, enough) is None
     with pytest.raises(BadInput, match=f"{method.name} is stochastic and needs passes"):
         method.estimate(prepared(method, "tanh_net", method.backends[0]), metric)
-
-
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_memory_is_known_beforehand_for_every_metric(method, tiny):
-    for metric in method.metrics:
-        passes = least(method, metric) if method.takes_passes else None
-        assert method.bytes_needed(tiny, metric, Target(method.backends[0]), passes) >= 0
 
 
 def test_refuses_metrics_before_budgets(tiny):
@@ -333,16 +241,3 @@ def test_interacting_samples_are_served_by_whole_passes(tiny):
             estimate = method.estimate(method.prepare(problem, target), "norm")
             assert estimate.value == pytest.approx(np.linalg.norm(J @ J.T), rel=1e-9)
     assert {"direct", "naive_jacobian"} <= set(served)
-
-
-def test_unknown_methods_are_refused():
-    with pytest.raises(BadInput, match=r"unknown method 'hutch\+\+' \(did you mean 'hutchpp'\?\); allowed: .*direct"):
-        methods.get("hutch++")
-
-
-def test_a_file_must_hold_one_method(monkeypatch):
-    empty = types.ModuleType("empty")
-    empty.__file__ = "empty.py"
-    monkeypatch.setattr(registry, "modules", lambda package: {"empty": empty})
-    with pytest.raises(TypeError, match=r"empty\.py must define exactly one Method, found \[\]"):
-        methods._all.__wrapped__()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from ntkbench import paths, problems
+from ntkbench import paths, problems, testing
 from ntkbench.data import images, tasks
 from ntkbench.errors import BadInput, Corrupt, DidNotTrain, Unavailable
 from ntkbench.networks import recurrent
@@ -45,44 +45,12 @@ def mnist(monkeypatch):
     problems.load.cache_clear()
 
 
-def load_or_skip(name: str, load) -> Problem:
+@pytest.mark.parametrize("name", problems.names())
+def test_problems_keep_their_contract(name):
     try:
-        return load(name)
+        testing.check_problem(name)
     except Unavailable as reason:
         pytest.skip(str(reason))
-
-
-def outputs_in_torch(problem: Problem, end: str, dtype: str) -> np.ndarray:
-    import torch
-
-    module = copy.deepcopy(problem.module).to(getattr(torch, dtype))
-    module.load_state_dict({key: torch.from_numpy(w) for key, w in problem.weights(end).items()}, strict=False)
-    x = torch.from_numpy(problem.x)
-    with torch.no_grad():
-        return module(x.to(getattr(torch, dtype)) if x.is_floating_point() else x).numpy()
-
-
-def outputs_in_jax(problem: Problem, end: str, dtype: str) -> np.ndarray:
-    import jax
-    import jax.numpy as jnp
-
-    with jax.enable_x64(dtype == "float64"):
-        weights = {key: jnp.asarray(w, dtype) for key, w in problem.weights(end).items()}
-        x = jnp.asarray(problem.x, dtype if np.issubdtype(problem.x.dtype, np.floating) else None)
-        return np.asarray(problem.jax_forward(weights, x))
-
-
-@pytest.mark.parametrize("end", ["theta_0", "theta_f"])
-@pytest.mark.parametrize("name", problems.names())
-def test_both_backends_compute_the_same_network(name, end, load):
-    problem = load_or_skip(name, load)
-    if problem.jax_forward is None:
-        pytest.skip("no network in JAX")
-    for dtype, tolerance in (("float32", 1e-5), ("float64", 1e-11)):
-        torch, jax = (f(problem, end, dtype) for f in (outputs_in_torch, outputs_in_jax))
-        assert torch.dtype == jax.dtype == dtype
-        assert torch.shape == jax.shape == problem.output_shape
-        assert np.abs(torch - jax).max() <= tolerance * np.abs(torch).max()
 
 
 @pytest.mark.parametrize(("name", "sizes"), SIZES.items())
@@ -93,64 +61,6 @@ def test_sizes_are_those_stated(name, sizes, load):
     assert problem.n == N * O == {"mlp_hazelden": 3200, "gru_hazelden": 48_000, "digits_mlp": 5120}.get(name, N * O)
     assert problem.P == sum(w.size for w in problem.theta_f.values()) == P
     assert len(problem.x) == N
-
-
-@pytest.mark.parametrize("name", problems.names())
-def test_same_bits_at_every_load_and_none_of_the_users_randomness(name, load):
-    import torch
-
-    first = load_or_skip(name, load)
-    torch.manual_seed(12345)
-    state = torch.get_rng_state()
-    problems.load.cache_clear()
-    second = problems.load(name)
-    assert second is not first
-    assert second.digest() == first.digest()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("name", problems.names())
-def test_a_smaller_problem_is_a_cut_of_the_whole(name, load):
-    whole = load_or_skip(name, load)
-    part = problems.load(f"{name}[N=3]")
-    assert part.name == f"{name}[N=3]"
-    assert part.N == 3
-    np.testing.assert_array_equal(part.x, whole.x[:3])
-    for end in ("theta_0", "theta_f"):
-        assert list(part.weights(end)) == list(whole.weights(end))
-        for key, w in whole.weights(end).items():
-            np.testing.assert_array_equal(part.weights(end)[key], w)
-
-
-@pytest.mark.parametrize("name", problems.names())
-def test_samples_interact_as_declared(name, load):
-    load_or_skip(name, load)
-    problem = problems.load(f"{name}[N=4]")
-    together = outputs_in_torch(problem, "theta_0", "float64")
-    alone = np.concatenate(
-        [
-            outputs_in_torch(Problem(name, problem.module, problem.x[i : i + 1], problem.theta_0), "theta_0", "float64")
-            for i in range(problem.N)
-        ]
-    )
-    interact = np.abs(together - alone).max() > 1e-9 * np.abs(together).max()
-    assert interact == problem.samples_interact
-
-
-@pytest.mark.parametrize("name", problems.names())
-def test_training_moved_the_weights(name, load):
-    problem = load_or_skip(name, load)
-    for key, w in problem.theta_0.items():
-        assert w.dtype == problem.theta_f[key].dtype == np.float32
-        assert w.shape == problem.theta_f[key].shape
-        assert not np.array_equal(w, problem.theta_f[key])
-        assert np.isfinite(problem.theta_f[key]).all()
-
-
-@pytest.mark.parametrize("name", problems.names())
-def test_described_on_one_line_and_found_in_a_file(name):
-    assert problems.describe(name).strip()
-    assert problems.module_of(f"{name}[N=3]").startswith("ntkbench.problems.")
 
 
 def test_described_before_anything_else_was_asked():
@@ -183,7 +93,7 @@ def test_mnist_from_a_loader_that_has_it(mnist):
     assert problem.x.shape == (5, 784)
     assert 0 <= problem.x.min() < problem.x.max() <= 1
     assert (problem.N, problem.O, problem.P) == (5, 10, 269_322)
-    torch, jax = (f(problem, "theta_f", "float64") for f in (outputs_in_torch, outputs_in_jax))
+    torch, jax = (f(problem, "theta_f", "float64") for f in (testing.outputs_in_torch, testing.outputs_in_jax))
     np.testing.assert_allclose(torch, jax, rtol=0, atol=1e-11 * np.abs(torch).max())
 
 

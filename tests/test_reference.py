@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import metrics_of, tanh_network, written_out
+from conftest import metrics_of, written_out
 
 from ntkbench import paths, problems
 from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory
 from ntkbench.metrics import METRICS
 from ntkbench.problems import base
 from ntkbench.problems.base import reference, storage, weights
+from ntkbench.testing import smooth_problem
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted((paths.REFERENCE / "exact").glob("*.json"))}
 KNOWN = {  # two decimals each, known before any of this was written
@@ -39,14 +40,14 @@ def truth(problem):
 
 @pytest.mark.parametrize("sizes", [(3, 3, 4, 2), (20, 2, 3, 4)])
 def test_both_sides_of_the_jacobian_give_the_moments(sizes):
-    problem = tanh_network("net", *sizes)
+    problem = smooth_problem("net", *sizes)
     for moments in (reference.by_outputs(problem), reference.by_parameters(problem)):
         for metric, value in truth(problem).items():
             assert moments.metric(metric) == pytest.approx(value, rel=1e-11)
 
 
 def test_both_sides_agree_in_many_blocks(monkeypatch):
-    problem = tanh_network("net", 20, 2, 3, 4)
+    problem = smooth_problem("net", 20, 2, 3, 4)
     monkeypatch.setattr(reference, "MEMORY", 20_000)
     (j, _) = reference._jacobians(problem)
     assert len(reference._blocks(problem, j)[0]) > 4
@@ -57,7 +58,7 @@ def test_both_sides_agree_in_many_blocks(monkeypatch):
 
 @pytest.mark.parametrize(("N", "side"), [(3, "n x n"), (20, "P x P")])
 def test_the_smaller_side_is_computed_and_recorded(N, side):
-    problem = tanh_network("net", N, 2, 3, 4)
+    problem = smooth_problem("net", N, 2, 3, 4)
     record = reference.compute(problem)
     assert record["side"] == side
     assert (record["n"], record["P"]) == (problem.n, problem.P)
@@ -69,7 +70,7 @@ def test_the_smaller_side_is_computed_and_recorded(N, side):
 
 @pytest.mark.parametrize("N", [3, 20])
 def test_without_trained_weights_there_is_no_alignment(N):
-    problem = replace(tanh_network("net", N, 2, 3, 4), theta_f=None)
+    problem = replace(smooth_problem("net", N, 2, 3, 4), theta_f=None)
     J = written_out(problem)
     assert reference.compute(problem)["metrics"] == pytest.approx(metrics_of(J @ J.T), rel=1e-11)
 
@@ -78,7 +79,7 @@ def test_without_trained_weights_there_is_no_alignment(N):
 def test_interacting_samples_take_whole_passes(N):
     from torch import nn
 
-    net = tanh_network("net", N, 2, 3, 4)
+    net = smooth_problem("net", N, 2, 3, 4)
     module = nn.Sequential(net.module[0], nn.BatchNorm1d(3, affine=False, track_running_stats=False), net.module[2])
     problem = replace(net, module=module, samples_interact=True, jax_forward=None, _shape=[])
     assert reference.compute(problem)["metrics"] == pytest.approx(truth(problem), rel=1e-10)
@@ -196,7 +197,7 @@ def test_a_value_that_cannot_be_computed_is_one_line(own_cache, tiny):
 
 
 def test_matrices_beyond_the_machines_memory_are_refused_before_they_are_made(own_cache, monkeypatch):
-    problem = tanh_network("net", 20, 2, 3, 4)
+    problem = smooth_problem("net", 20, 2, 3, 4)
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 3 * 8 * problem.P**2 - 1}[name])
     with pytest.raises(OverMemory, match=r"exact values of net: 3 matrices of P x P with P = 25 take .* GiB, and this"):
         reference.exact(problem)

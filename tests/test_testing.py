@@ -1,0 +1,316 @@
+"""The contract checks: plug-ins that break a promise are told which one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import written_out
+
+from ntkbench import figures, methods, paths, problems, studies, testing
+from ntkbench.errors import BadInput
+from ntkbench.methods.base import Method
+
+HONEST = type(methods.get("direct"))
+RANDOM = type(methods.get("hutchinson"))
+
+
+def changed(**fields):
+    """An exact method whose estimates have other fields."""
+
+    class Changed(HONEST):
+        def estimate(self, *args, **kwargs):
+            return dataclasses.replace(super().estimate(*args, **kwargs), **fields)
+
+    return Changed
+
+
+class Wrong(HONEST):
+    def estimate(self, prepared, metric, passes=None, seed=0):
+        found = super().estimate(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value * (1 + 1e-6))
+
+
+class Rounding(HONEST):
+    def estimate(self, prepared, metric, passes=None, seed=0):
+        found = super().estimate(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value * (1 + 1e-3 * (prepared.target.dtype == "float32")))
+
+
+class Drifting(HONEST):
+    def estimate(self, prepared, metric, passes=None, seed=0):
+        found = super().estimate(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value + 1e-12 * seed)
+
+
+class Hungry(HONEST):
+    def estimate(self, prepared, metric, passes=None, seed=0):
+        found = super().estimate(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value * (1 + 1e-9 * (prepared.target.memory == 1)))
+
+
+class Announcing(HONEST):
+    def passes_needed(self, problem, metric, target):
+        return super().passes_needed(problem, metric, target) + 1
+
+
+class Number(HONEST):
+    def estimate(self, *args, **kwargs):
+        return super().estimate(*args, **kwargs).value
+
+
+class Silent(HONEST):
+    def unsupported_reason(self, problem, metric, target, passes=None):
+        return None
+
+
+class Verbose(HONEST):
+    def unsupported_reason(self, *args):
+        reason = super().unsupported_reason(*args)
+        return reason and f"{reason}\nand more"
+
+
+class Running(HONEST):
+    def unsupported_reason(self, problem, *args):
+        import torch
+
+        problem.module(torch.from_numpy(problem.x))
+        return super().unsupported_reason(problem, *args)
+
+
+class Careless(HONEST):
+    needs_independent_samples = True
+
+    def unsupported_reason(self, problem, *args):
+        return super().unsupported_reason(dataclasses.replace(problem, samples_interact=False), *args)
+
+
+class Guessing(HONEST):
+    def bytes_needed(self, *args):
+        return -1
+
+
+class Spending(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        return super().spend(prepared, metric, 2 * passes, seed)
+
+
+class Miscounting(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        found = super().spend(prepared, metric, passes, seed)
+        return dataclasses.replace(found, passes=found.passes - 1)
+
+
+class Unseeded(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        return super().spend(prepared, metric, passes, int(np.random.default_rng().integers(1 << 30)))
+
+
+class Fixed(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        return super().spend(prepared, metric, passes, 0)
+
+
+class Biased(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        found = super().spend(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value + 8 * found.standard_error)
+
+
+class Shifted(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        found = super().spend(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value + 100)
+
+
+class Overconfident(RANDOM):
+    def spend(self, prepared, metric, passes, seed):
+        found = super().spend(prepared, metric, passes, seed)
+        return dataclasses.replace(found, standard_error=found.standard_error / 1.5)
+
+
+class Eager(RANDOM):
+    def estimate(self, prepared, metric, passes=None, seed=0):
+        return super().estimate(prepared, metric, passes or 100, seed)
+
+
+class Undemanding(RANDOM):
+    def unsupported_reason(self, problem, metric, target, passes=None):
+        return super().unsupported_reason(problem, metric, target)
+
+
+def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *args) -> None:
+    monkeypatch.setattr(cls, "name", name, raising=False)
+    monkeypatch.setattr(methods, "get", lambda _: cls())
+    run(name, *args)
+
+
+@pytest.mark.parametrize(
+    ("cls", "says"),
+    [
+        (changed(value=math.nan), "has the value nan"),
+        (changed(value=np.float64(1)), "has the value np.float64"),
+        (changed(value=1j), "has the value 1j"),
+        (changed(method="other"), "calls itself 'other'"),
+        (changed(metric="norm"), "says that this is the metric 'norm'"),
+        (changed(standard_error=0.1), "is deterministic, and has a standard error of 0.1"),
+        (changed(passes=7.0), "says 7.0 passes, and its operators counted 12"),
+        (Wrong, "as it should be in float64"),
+        (Rounding, "as it should be in float32"),
+        (Drifting, "two calls differ"),
+        (Hungry, "as it should be with memory for one row at a time"),
+        (Announcing, "announced 13 passes, and spent 12"),
+        (Number, "returns a float and no Estimate"),
+        (Silent, "gives no reason against the metric"),
+        (Verbose, "a reason must be one line"),
+        (Running, "runs the network in order to say what it does not support"),
+        (Careless, "needs_independent_samples is True; of samples that interact it says None"),
+        (Guessing, "bytes_needed must be known beforehand"),
+        (Spending, "spent .* passes"),
+        (Miscounting, "and its operators counted"),
+        (Unseeded, "one seed gives"),
+        (Fixed, "another seed gives the same number"),
+        (Biased, "and six standard errors are"),
+        (Eager, "estimates without a budget"),
+        (Undemanding, "gives no reason against"),
+    ],
+)
+def test_a_method_that_breaks_a_promise_is_told_which(monkeypatch, cls, says):
+    with pytest.raises(AssertionError, match=rf"^method 'mine', torch, trace: .*{says}"):
+        check(monkeypatch, cls, "mine", testing.check_method, "torch", "trace")
+
+
+@pytest.mark.parametrize(("name", "cls"), [("direct", HONEST), ("hutchinson", RANDOM)])
+def test_honest_methods_pass_in_all_backends(monkeypatch, name, cls):
+    check(monkeypatch, cls, name)
+
+
+def test_standard_errors_that_are_too_small_are_found_out(monkeypatch):
+    testing.check_calibration("hutchinson", "trace")
+    with pytest.raises(AssertionError, match=r"standard errors claim a variance of .*, over seeds it is"):
+        check(monkeypatch, Overconfident, "mine", testing.check_calibration, "trace")
+    with pytest.raises(AssertionError, match="a bias of"):
+        check(monkeypatch, Shifted, "mine", testing.check_calibration, "trace")
+
+
+def test_the_truth_is_from_plain_autograd(tiny):
+    J = written_out(tiny)
+    assert J.shape == (tiny.n, tiny.P)
+    x, w = tiny.x[0].astype(float), tiny.theta_0
+    hidden = np.tanh(w["0.weight"] @ x + w["0.bias"])
+    by_hand = np.concatenate(
+        [
+            np.outer(w["2.weight"][0] * (1 - hidden**2), x).ravel(),
+            w["2.weight"][0] * (1 - hidden**2),
+            np.outer([1, 0], hidden).ravel(),
+            [1, 0],
+        ]
+    )
+    np.testing.assert_allclose(J[0], by_hand, rtol=1e-6)
+
+
+def test_unknown_plug_ins_are_refused():
+    for check_one, kind in ((testing.check_method, "method"), (testing.check_problem, "problem")):
+        with pytest.raises(BadInput, match=f"unknown {kind} 'no_such'"):
+            check_one("no_such")
+
+
+def problem_with(monkeypatch, **changes):
+    """The check of a good small problem with something changed."""
+    good = dataclasses.replace(testing.smooth_problem("mine", N=4), samples_interact=False)
+
+    def load(label):
+        N = 3 if "[" in label else 4
+        made = dataclasses.replace(good, name=label, x=good.x[:N], _shape=[])
+        return dataclasses.replace(made, **{key: change(made) for key, change in changes.items()})
+
+    load.cache_clear = lambda: None
+    monkeypatch.setattr(problems, "load", load)
+    monkeypatch.setattr(problems, "describe", lambda name: "A problem.")
+    testing.check_problem("mine")
+
+
+def moved(weights):
+    return {key: w + 1 for key, w in weights.items()}
+
+
+def test_a_good_problem_passes(monkeypatch):
+    problem_with(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"x": lambda p: p.x + np.random.default_rng().random()}, "is not the same at every load"),
+        ({"x": lambda p: p.x[::-1].copy()}, "with N=3 has not its first three inputs"),
+        ({"theta_0": lambda p: p.theta_0 if p.N == 4 else moved(p.theta_0)}, "with N=3 has another theta_0"),
+        ({"theta_f": lambda p: dict(p.theta_0)}, "training leaves 0.weight where it was"),
+        ({"theta_f": lambda p: {k: w * np.nan for k, w in p.theta_f.items()}}, "training spoils 0.weight"),
+        ({"jax_forward": lambda p: lambda w, x: 2 * p.jax_forward(w, x)}, "torch and JAX differ by 1 at theta_0"),
+        ({"samples_interact": lambda p: True}, "samples_interact is True; it is False"),
+    ],
+)
+def test_a_problem_that_breaks_a_promise_is_told_which(monkeypatch, changes, says):
+    with pytest.raises(AssertionError, match=f"^problem 'mine': .*({says})"):
+        problem_with(monkeypatch, **changes)
+
+
+def test_a_problem_that_draws_from_the_users_randomness_is_told_so(monkeypatch):
+    import torch
+
+    with pytest.raises(AssertionError, match="changes torch's random state"):
+        problem_with(monkeypatch, recipe=lambda p: torch.rand(1) and "")
+
+
+GOOD_ROWS = pd.DataFrame({"status": ["ok", "failed"], "reason": ["", "why"], "seeds": [1, 0], "calls": [1, 0]})
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (GOOD_ROWS.iloc[:0], "has no rows"),
+        (GOOD_ROWS.drop(columns="seeds"), "has no columns seeds"),
+        (GOOD_ROWS.assign(status="fine"), "has the statuses {'fine'}"),
+        (GOOD_ROWS.assign(reason=""), "gives no reason for 1 rows"),
+    ],
+)
+def test_a_study_that_breaks_a_promise_is_told_which(monkeypatch, table, says):
+    monkeypatch.setattr(studies, "run", lambda name, settings: table)
+    with pytest.raises(AssertionError, match=f"^study 'training': {says}"):
+        testing.check_study("training", {})
+
+
+def test_a_good_study_passes():
+    table = testing.check_study("mohamadi_drift", {"threads": 1, "width": 8, "steps": 20, "looks": 2, "images": 2})
+    assert set(table["status"]) == {"ok"}
+
+
+def test_a_good_figure_passes():
+    table = pd.read_csv(paths.REFERENCE / "default" / "studies" / "hazelden_trace.csv")
+    testing.check_figure("hazelden_trace", table)
+
+
+@pytest.mark.parametrize(
+    ("draw", "says"),
+    [
+        (lambda table, n: table.insert(0, f"c{n}", 1), "changes the table that it is given"),
+        (lambda table, n: str(n), "gives another .png for the same table"),
+    ],
+)
+def test_a_figure_that_breaks_a_promise_is_told_which(monkeypatch, draw, says):
+    calls = []
+
+    def drawn(name, table, folder):
+        calls.append(1)
+        written = draw(table, len(calls)) or "same"
+        files = [folder / f"mine{form}" for form in (".png", ".pdf", ".csv", ".txt")]
+        for file in files:
+            file.write_text(written)
+        return files
+
+    monkeypatch.setattr(figures, "draw", drawn)
+    with pytest.raises(AssertionError, match=f"^figure 'mine': {says}"):
+        testing.check_figure("mine", pd.DataFrame({"a": [1]}))
