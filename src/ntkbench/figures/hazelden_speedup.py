@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ntkbench.figures.hazelden_trace import SERIES
 from ntkbench.figures.plotting import base, canvas, curves, labels, sources
+from ntkbench.figures.plotting.sources import HAZELDEN
 from ntkbench.figures.plotting.styles import BLACK
 
 TABLE = "hazelden_trace"
@@ -74,7 +74,7 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
             if not len(exact):
                 continue
             seconds, share = exact[["seconds", "share"]].iloc[0]
-            for method in SERIES:
+            for method in HAZELDEN:
                 mine = here[here["method"] == method]
                 for inaccuracy in ACCURACIES if len(mine) else ():
                     best = mine.loc[mine["error"] <= inaccuracy, "seconds"].min()

@@ -7,22 +7,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ntkbench.figures.plotting import base, canvas, curves, labels, sources
+from ntkbench.figures.plotting.sources import HAZELDEN
 
 TABLE = "hazelden_trace"
 QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q in ("", "_q25", "_q75"))
 COLUMNS = ("problem", "network", "method", "title", "grid", "m", "n", "P", "reference", *QUANTITIES)
-SERIES = {
-    "hutchpp_paper": "hutch++",
-    "one_sided_paper_reverse": "one-sided reverse",
-    "one_sided_paper_forward": "one-sided forward",
-}
-"""Methods and what the paper's figures call them."""
 FLOOR = 1e-8
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each network: the estimate against m; the error against seconds, for large and for small m."""
-    plotted = table[table["method"].isin(SERIES)].copy()
+    plotted = table[table["method"].isin(HAZELDEN)].copy()
     points = base.measured(plotted, "seconds", "error")
     if not len(points):
         return base.nothing(plotted, labels.why_not(table))
@@ -61,7 +56,7 @@ def _estimates(panel: Axes, rows: pd.DataFrame, network: str, looks: dict) -> No
     panel.axhline(1, color="black", linewidth=0.9, zorder=1)
     for method, line in rows.groupby("method", sort=False):
         curves.line(panel, line, "m", "value", looks[method])
-        there = sources.values("hazelden_figures", figure="trace_estimate", problem=network, series=SERIES[method])
+        there = sources.values("hazelden_figures", figure="trace_estimate", problem=network, series=HAZELDEN[method])
         curves.published(panel, there.assign(y=there["y"] / exact), looks[method].colour)
     panel.set(xscale="log", xlabel="m, nominal samples", ylabel="estimate of tr Θ, over its exact value")
     panel.margins(y=0.12)
@@ -72,7 +67,7 @@ def _errors(panel: Axes, rows: pd.DataFrame, network: str, size: str, looks: dic
     there = sources.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network)
     for method, line in rows.groupby("method", sort=False):
         curves.line(panel, line, "seconds", "error", looks[method])
-        curves.published(panel, there[there["series"] == SERIES[method]], looks[method].colour)
+        curves.published(panel, there[there["series"] == HAZELDEN[method]], looks[method].colour)
     curves.logarithmic(panel, [*rows["seconds"], *there["x"]], [*rows["error"], *rows["error_q25"], *there["y"]])
     panel.set(xlabel="seconds", ylabel="relative error")
 
@@ -86,7 +81,7 @@ def _caption(points: pd.DataFrame) -> str:
     )
     errors, times = [], []
     for network, size in _samples():
-        for method, series in SERIES.items():
+        for method, series in HAZELDEN.items():
             there = published_errors(network, size, series)
             here = points[(points["network"] == network) & (points["grid"] == size) & (points["method"] == method)]
             both = here.merge(there, on="m")

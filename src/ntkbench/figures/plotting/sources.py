@@ -12,6 +12,13 @@ from ntkbench.errors import BadInput
 MARK = {"marker": "x", "markersize": 5.0, "markeredgewidth": 1.1, "linestyle": (0, (1, 1.2)), "linewidth": 1.0}
 """How published values are drawn, in the colour of what they are values of: crosses on a dotted line."""
 
+HAZELDEN = {
+    "hutchpp_paper": "hutch++",
+    "one_sided_paper_reverse": "one-sided reverse",
+    "one_sided_paper_forward": "one-sided forward",
+}
+"""Methods, and what the figures of Hazelden's paper call them."""
+
 
 def values(file: str, **chosen: Any) -> pd.DataFrame:
     """Rows of a file of published values in which columns have these values.
