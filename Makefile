@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke test mutants lint format clean
+.PHONY: results smoke gpu test mutants lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -16,6 +16,10 @@ results: $(READY)
 
 smoke: CONFIG := config/smoke.yaml
 smoke: results
+
+# On a machine with a GPU, with what is installed there.
+gpu:
+	$(PYTHON) scripts/gpu.py
 
 test: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

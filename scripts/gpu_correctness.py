@@ -30,7 +30,7 @@ from ntkbench.methods import Method
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
 
-PROBLEMS = ("digits_conv[N=4]", "mlp_he[N=4]", "gru_hazelden[N=2,T=3]", "rnn_flipflop[N=2]")
+PROBLEMS = ("digits_conv[N=4]", "digits_mlp[N=8]", "gru_hazelden[N=2,T=3]")
 METRICS = {"alignment", "effective_rank"}
 """Between them these take all moments of Theta. A method that gives neither is checked on one that it gives."""
 PASSES = 400

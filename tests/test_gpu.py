@@ -1,0 +1,187 @@
+"""The script for GPU machines, tried on a CPU: its cases, what fails them, its processes, what it measures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from ntkbench import methods, paths
+from ntkbench.estimate import Estimate
+from ntkbench.measure.cells import cells
+from ntkbench.measure.config import Config
+
+sys.path.insert(0, str(paths.ROOT / "scripts"))
+import gpu
+import gpu_correctness
+from gpu_correctness import Case
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return list(gpu_correctness.cases("cpu", gpu_correctness.PROBLEMS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "status"),
+    [
+        ("products digits_conv[N=4]", "torch", "ok"),
+        ("products digits_conv[N=4]", "jax", "ok"),
+        ("hutchinson alignment digits_conv[N=4]", "torch", "ok"),
+        ("sum_of_logits effective_rank digits_conv[N=4]", "torch", "ok"),
+        ("ntkbench.ntk transformer", "torch", "ok"),
+        ("ntkbench.metrics_of BatchNorm in train mode", "torch", "ok"),
+        ("out of memory", "torch", "ok"),
+        ("out of memory", "jax", "ok"),
+        ("allocator's peak", "torch", "skipped"),
+        ("memory left to others", "jax", "skipped"),
+    ],
+)
+def test_cases_on_the_cpu(cases, name, backend, status):
+    case = next(case for case in cases if (case.case, case.backend) == (name, backend))
+    row = gpu_correctness.row(case)
+    assert row["status"] == status, row["reason"]
+    if status == "ok":
+        assert row["error"] <= row["tolerance"] < 0.5
+
+
+def test_every_method_has_a_case_in_each_of_its_backends(cases):
+    given = {(case.case.split()[0], case.backend) for case in cases}
+    every = map(methods.get, methods.names())
+    assert {(m.name, backend) for m in every if not m.needs_recurrence for backend in m.backends} <= given
+    assert len({tuple(case.key.values()) for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "reason"),
+    [
+        (1.01, None, "the value is wrong"),
+        (float("nan"), None, "the value is wrong"),
+        (1.1, 0.01, "the value is wrong"),
+        (1.0, 0.2, "the standard error is 0.2"),
+        (1.0, float("nan"), "the standard error is nan"),
+    ],
+)
+def test_what_does_not_pass(cases, value, error, reason):
+    estimate = Estimate(value, error, None, "direct")
+    row = gpu_correctness.row(cases[0]._replace(check=lambda: gpu_correctness.trusted(estimate, 1.0)))
+    assert row["status"] == "failed"
+    assert reason in row["reason"]
+
+
+def test_one_seed_must_give_one_number(cases):
+    case = next(case for case in cases if case.case == "hutchinson alignment digits_conv[N=4]")
+    method, *others = case.check.args
+
+    class Restless(type(method)):
+        calls = 0
+
+        def estimate(self, *arguments, seed):
+            self.calls += 1
+            return super().estimate(*arguments, seed=self.calls)
+
+    row = gpu_correctness.row(case._replace(check=lambda: gpu_correctness.of_method(Restless(), *others)))
+    assert row["status"] == "failed"
+    assert "the same seed gave" in row["reason"]
+
+
+def test_products_in_float32_pass_and_in_tf32_do_not():
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    # Ten of the 23 bits of the fraction are left, to nearest.
+    a_tf32, b_tf32 = (((m.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for m in (a, b))
+    tolerance, exact = gpu_correctness.TOLERANCE_OF_PRODUCTS["float32"], a.double() @ b.double()
+    assert gpu_correctness.entrywise((a @ b).double(), exact, tolerance).error < tolerance / 10
+    assert gpu_correctness.entrywise((a_tf32 @ b_tf32).double(), exact, tolerance).error > 10 * tolerance
+
+
+def test_rows_are_added_and_not_made_twice(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    arguments = [str(file), "--device", "cpu", "--few", "--share", "0", "5"]
+    for _ in range(2):
+        result = CliRunner().invoke(gpu_correctness.main, arguments, catch_exceptions=False)
+        assert result.exit_code == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 3
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_a_lost_device_ends_the_process_after_its_row(tmp_path, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    case = Case("lost", "torch", "cuda", "float32", lost)
+    monkeypatch.setattr(gpu_correctness, "cases", lambda *_: [case, case._replace(case="next")])
+    arguments = [str(tmp_path / "rows.jsonl")]
+    for rows, status in ((1, gpu.RESTART), (2, gpu.RESTART), (2, 0)):
+        assert CliRunner().invoke(gpu_correctness.main, arguments).exit_code == status
+        assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == rows
+
+
+def test_processes_are_run_again_failed_and_killed(tmp_path):
+    def python(program: str) -> list[str]:
+        return [sys.executable, "-c", program]
+
+    mark = tmp_path / "mark"
+    again = f"import pathlib, sys; p = pathlib.Path({str(mark)!r}); e = p.exists(); p.touch(); sys.exit(not e and 3)"
+    assert gpu.run([python(again), python("")], 60)
+    assert mark.exists()
+    assert not gpu.run([python("raise SystemExit(1)"), python("")], 60)
+    child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    start = time.monotonic()
+    assert not gpu.run([python(f"import subprocess; subprocess.run({python(f'import os, time; {child}')})")], 5)
+    assert time.monotonic() - start < 60
+    assert not _running(int((tmp_path / "pid").read_text()))
+
+
+def _running(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+                return False
+        except OSError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_installed", lambda name: name not in ("asv", "PyYAML", "frozendict"))
+    monkeypatch.setattr(gpu, "correctness", lambda out, tiny, seconds: print("it runs") or True)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    result = CliRunner().invoke(gpu.main, ["--tiny", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    missing, jax, ran, study = result.output.splitlines()
+    assert missing.startswith("missing here: ")
+    assert {word.partition("==")[0] for word in missing.split()[2:]} == {"asv", "pyyaml", "frozendict"}
+    assert jax.startswith("what needs frozendict is left out")
+    assert ran == "it runs"
+    assert study == "study: not run, it needs asv, frozendict, pyyaml"
+    assert "devices" in json.loads((tmp_path / "machine.json").read_text())
+
+
+def test_every_package_that_a_part_needs_is_pinned(monkeypatch):
+    monkeypatch.setattr(gpu, "_installed", lambda name: False)
+    assert set().union(*gpu.needs().values()) <= set(gpu.missing())
+
+
+def test_unknown_parts_are_refused():
+    result = CliRunner().invoke(gpu.main, ["--parts", "profiles"])
+    assert result.exit_code == 2
+    assert "allowed: correctness, study" in result.output
+
+
+def test_the_configuration_is_valid_but_for_the_device():
+    raw = yaml.safe_load((paths.ROOT / "config" / "gpu.yaml").read_text())
+    assert (raw["profile"], raw["device"]) == ("gpu", "cuda")
+    config = Config.check(raw | {"device": "cpu"}, "gpu.yaml")
+    found = cells(config)
+    assert {cell.backend for cell in found} == {"torch", "jax"}
+    # A cell takes some seconds on a GPU, most of them to start CUDA twice.
+    assert len(found) <= 60
