@@ -185,7 +185,7 @@ rule study:
     conda:
         "environment.yml"
     resources:
-        timer=2,
+        timer=lambda wildcards: 2 if studies.is_timed(wildcards.study) else 1,
     params:
         config=CONFIG,
         retry=RUN.retry,

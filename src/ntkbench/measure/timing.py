@@ -14,11 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-def use_threads(threads: int) -> None:
-    """One number of threads for all backends: torch is told; XLA goes by the processors that the process may use."""
+def use_threads(threads: int, *, pinned: bool = True) -> None:
+    """One number of threads for all backends: torch is told; XLA goes by the processors that the process may use.
+
+    Args:
+        threads: of each backend.
+        pinned: whether to keep the process to as many processors; what is not timed may run beside others, and go
+            where there is room.
+    """
     import torch
 
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if pinned:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
 
 

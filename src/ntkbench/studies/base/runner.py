@@ -19,6 +19,7 @@ from ntkbench.measure.journal import Journal, Rows
 from ntkbench.measure.outcomes import Outcome
 from ntkbench.measure.progress import Progress
 from ntkbench.measure.provenance import provenance
+from ntkbench.measure.settings import Settings
 
 
 def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
@@ -80,8 +81,8 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
         rows = Rows(kept, made_for)
         with journal.kept(rows):
             try:
-                chosen = config.study(name)
-                timing.use_threads(chosen.threads)
+                chosen = _settings(config, name)
+                timing.use_threads(chosen.threads, pinned=studies.is_timed(name))
                 table = studies.run(name, chosen).to_dict("records")
             except Exception as error:
                 table = [*rows.made, outcomes.of_exception(error).columns()]
@@ -105,6 +106,12 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
     }
     table = table.assign(**{key: value for key, value in columns.items() if key not in table})
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _settings(config: Config, name: str) -> Settings:
+    """A study's settings; on one thread where it takes no times, so that others can run beside it."""
+    chosen = config.study(name)
+    return chosen if studies.is_timed(name) else chosen.model_copy(update={"threads": 1})
 
 
 def _journal(output: Path) -> Path:
