@@ -111,14 +111,15 @@ class Rows:
     Args:
         journal: where they are kept.
         made_for: fingerprint of the study.
+        whence: columns that say where the rows come from that are made now.
 
     Attributes:
         made: rows so far, those from before among them.
         seconds: that their measurements took.
     """
 
-    def __init__(self, journal: Journal, made_for: str) -> None:
-        self._journal, self._made_for = journal, made_for
+    def __init__(self, journal: Journal, made_for: str, whence: Mapping[str, Any] | None = None) -> None:
+        self._journal, self._made_for, self.whence = journal, made_for, dict(whence or {})
         self._count: dict[str, int] = {}
         self.made: list[Row] = []
         self.seconds = 0.0

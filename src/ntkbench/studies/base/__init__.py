@@ -49,6 +49,7 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
         made = {**case, **outcomes.of_exception(error).columns()}
     seconds = time.perf_counter() - start
     if kept:
+        made |= kept.whence
         kept.finish(key, made, seconds)
     print(f"{said}: {made['status']} after {seconds:.2g} s {made['reason']}", flush=True)
     return made

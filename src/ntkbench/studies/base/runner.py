@@ -78,7 +78,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
     watchdog.end_with_parent()
     made_for = fingerprints.study(config, name)
     with Journal(_journal(output)) as kept:
-        rows = Rows(kept, made_for)
+        rows = Rows(kept, made_for, provenance().columns())
         with journal.kept(rows):
             try:
                 chosen = _settings(config, name)
@@ -95,7 +95,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
 
 def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:
     """The table, with where the numbers come from in each row."""
-    chosen = config.study(name)
+    chosen = _settings(config, name)
     table = studies.base.table(rows)
     columns = {
         "device": operators.device_name(chosen.target()),
@@ -104,7 +104,8 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
         "fingerprint": fingerprints.study(config, name),
         **provenance().columns(),
     }
-    table = table.assign(**{key: value for key, value in columns.items() if key not in table})
+    # Rows from before say themselves where they are from.
+    table = table.assign(**{k: table[k].where(table[k].notna(), v) if k in table else v for k, v in columns.items()})
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
 
 
