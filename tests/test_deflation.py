@@ -153,13 +153,18 @@ def test_tables_leave_probes_out_as_if_they_had_never_been_drawn(kind):
             assert got[i, j] == pytest.approx(by_hand(kind, i, others, u, *matrices), rel=1e-9)
 
 
-def test_leave_one_out_is_an_unbiased_estimate_of_the_variance():
-    """U-statistics of degree two have all the structure: h_i = x_i * (1 + mean of the other x_j)."""
+@pytest.mark.parametrize("interaction", [lambda x: x, lambda x: x**2 - 1], ids=["symmetric", "one-sided"])
+def test_leave_one_out_is_an_unbiased_estimate_of_the_variance(interaction):
+    """U-statistics of degree two have all the structure: h_i = x_i * (1 + mean of the other interaction(x_j)).
+
+    With x_j^2 - 1 the estimates are uncorrelated, since E x_i (x_i^2 - 1) = 0, however much they depend on each other.
+    """
     rng = np.random.default_rng(0)
     values, variances = [], []
     for x in rng.standard_normal((4000, 5)):
-        rest = (x.sum() - x)[:, None] - x  # for i without j
-        np.fill_diagonal(rest, x.sum() - x)
+        y = interaction(x)
+        rest = (y.sum() - y)[:, None] - y  # for i without j
+        np.fill_diagonal(rest, y.sum() - y)
         value, error, _ = deflation.leave_one_out(x[:, None] * (1 + rest / 4))
         values.append(value)
         variances.append(error**2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ntkbench import metrics
 from ntkbench.errors import BadInput
+from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.metrics import METRICS, Moments
 from ntkbench.operators import linearise
 from ntkbench.options import Target
@@ -143,7 +144,7 @@ def test_from_rows_of_jacobian_in_any_blocks_kept_or_not(tiny, truth, cuts, memo
         asked.append(block)
         return jacobian.vjp(jacobian.basis(*block))
 
-    moments = metrics.from_rows_of_jacobian(metric, jacobians, blocks, rows)
+    moments = moments_from_rows(metric, jacobians, blocks, rows)
     assert moments.metric(metric) == pytest.approx(values[metric], rel=1e-12)
     # Kept, every block is made once; otherwise once more for every block below it. The trace pairs nothing.
     once = memory > 1 or metric == "trace"
@@ -157,7 +158,7 @@ def test_whether_rows_are_kept_goes_by_the_rows_there_are(tiny, truth):
     j = linearise(tiny, "theta_0", Target(dtype="float64", device="cpu", memory=2 * tiny.P * 8))
     for count, times in ((2, 2), (None, 3)):
         asked = []
-        metrics.from_rows_of_jacobian(
+        moments_from_rows(
             "norm", [j], [(0, 1), (1, 2)], lambda j, b, asked=asked: asked.append(b) or j.vjp(j.basis(*b)), count
         )
         assert len(asked) == times

@@ -32,7 +32,7 @@ FLOORS = (
 )
 """Rooms and top-level modules, from below: each imports from its own floor and from those before it."""
 
-UPWARD = {("metrics", "operators.base")}
+UPWARD: set[tuple[str, str]] = set()
 """Known violations, to be mended; what is mended must go from here."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import Undefined, unknown
-from ntkbench.operators.base import Array, JacobianOperator
+
+Array = Any
+"""An array of any library."""
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
 MOMENTS = {
@@ -118,7 +120,7 @@ def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Momen
     Args:
         blocks: for each block, the indices of its rows, ``[r]``, and the rows of Theta (and of Theta_f), ``[r, n]``.
     """
-    sums = _Sums()
+    sums = MomentSums()
     for indices, (rows, *rows_of_f) in blocks:
         sums.trace += rows[np.arange(len(rows)), np.asarray(indices)].sum()
         sums.square += squared_norm(rows)
@@ -136,7 +138,7 @@ def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]], *, tile
             ``[rows, columns]``. Only the lower triangle of a block on the diagonal is read.
         tile: rows of a block on the diagonal that are copied at a time.
     """
-    sums = _Sums()
+    sums = MomentSums()
     for on_diagonal, (block, *blocks_of_f) in blocks:
         product = functools.partial(_of_symmetric, tile=tile) if on_diagonal else _of_pair
         sums.square += product(block, block)
@@ -170,58 +172,6 @@ def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
     return from_rows_of_theta([(range(len(theta)), [theta] if theta_f is None else [theta, theta_f])])
 
 
-def from_rows_of_jacobian(
-    metric: str,
-    jacobians: Sequence[JacobianOperator],
-    blocks: Sequence[Any],
-    rows: Callable[[JacobianOperator, Any], Array],
-    count: int | None = None,
-) -> Moments:
-    """The moments that a metric is a function of, from blocks of rows of J.
-
-    The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
-    is computed. The blocks are kept if all of them fit in the memory of the operators; otherwise they are recomputed
-    for every pair.
-
-    Args:
-        metric: name of the metric.
-        jacobians: J at theta_0 (and at theta_f, for alignment).
-        blocks: descriptions of the blocks, which are disjoint and together have all rows.
-        rows: computes the rows of a block, ``(jacobian, block) -> [r, P]``.
-        count: number of rows; n by default.
-    """
-    sums = _Sums()
-    if metric == "trace":
-        for block in blocks:
-            sums.trace += squared_norm(rows(jacobians[0], block))
-        return sums.moments()
-
-    j = jacobians[0]
-    keep = len(jacobians) * (count or j.n) * j.P * j.itemsize <= j.memory
-    kept: dict[int, list[Array]] = {}
-
-    def computed(i: int) -> list[Array]:
-        if i in kept:
-            return kept[i]
-        block = [rows(jacobian, blocks[i]) for jacobian in jacobians]
-        if keep:
-            kept[i] = block
-        return block
-
-    for i in range(len(blocks)):
-        left = computed(i)
-        sums.trace += squared_norm(left[0])
-        for k in range(i + 1):
-            right = left if k == i else computed(k)
-            grams = [a @ b.T for a, b in zip(left, right, strict=True)]
-            copies = 1 if k == i else 2
-            sums.square += copies * squared_norm(grams[0])
-            if len(grams) == 2:
-                sums.square_f += copies * squared_norm(grams[1])
-                sums.cross += copies * (grams[0] * grams[1]).sum()
-    return sums.moments()
-
-
 def squared_norm(block: Array) -> Array:
     """Sum of squares of all entries, on the device of the block."""
     return inner_product(block, block)
@@ -233,7 +183,7 @@ def inner_product(one: Array, other: Array) -> Array:
     return array_api_compat.array_namespace(one).linalg.vecdot(one, other).sum()
 
 
-class _Sums:
+class MomentSums:
     """Running sums, kept on the device until the moments are taken."""
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench import metrics
+from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
@@ -30,4 +31,4 @@ class JacobianContraction(Deterministic):
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         blocks = list(jacobians[0].rectangles(1 / 4))
-        return metrics.from_rows_of_jacobian(metric, jacobians, blocks, lambda j, block: j.sample_rows(*block))
+        return moments_from_rows(metric, jacobians, blocks, lambda j, block: j.sample_rows(*block))

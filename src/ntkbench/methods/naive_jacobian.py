@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import array_api_compat
 
 from ntkbench import metrics
+from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, JacobianOperator
@@ -35,4 +36,4 @@ class NaiveJacobian(Deterministic):
             found = [jacobian.row(i) for i in block]
             return array_api_compat.array_namespace(found[0]).stack(found)
 
-        return metrics.from_rows_of_jacobian(metric, jacobians, blocks, rows)
+        return moments_from_rows(metric, jacobians, blocks, rows)

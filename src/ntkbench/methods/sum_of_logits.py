@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import array_api_compat
 
 from ntkbench import metrics
+from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, JacobianOperator
@@ -43,5 +44,5 @@ class SumOfLogits(Deterministic):
             count = samples.stop - samples.start
             return jacobian.sample_vjp(samples, xp.broadcast_to(ones[:, None, :], (1, count, jacobian.O)))[0]
 
-        pntk = metrics.from_rows_of_jacobian(metric, jacobians, blocks, gradients, count=j.N)
+        pntk = moments_from_rows(metric, jacobians, blocks, gradients, count=j.N)
         return pntk.times(j.O)

@@ -21,7 +21,8 @@ from typing import Any
 
 from ntkbench import paths, problems
 from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, summary
-from ntkbench.metrics import METRICS, Moments, from_rows_of_jacobian, squared_norm
+from ntkbench.estimators.rows import moments_from_rows
+from ntkbench.metrics import METRICS, Moments, squared_norm
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.problems import base
@@ -144,7 +145,7 @@ def by_outputs(problem: Problem) -> Moments:
     jacobians = _jacobians(problem)
     blocks, rows = _blocks(problem, jacobians[0])
     metric = "alignment" if len(jacobians) == 2 else "norm"
-    return from_rows_of_jacobian(metric, jacobians, blocks, rows)
+    return moments_from_rows(metric, jacobians, blocks, rows)
 
 
 def by_parameters(problem: Problem) -> Moments:

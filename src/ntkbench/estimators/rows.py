@@ -1,0 +1,62 @@
+"""Exact moments of Theta from rows of J."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ntkbench import metrics
+from ntkbench.metrics import Moments
+from ntkbench.operators import Array, JacobianOperator
+
+
+def moments_from_rows(
+    metric: str,
+    jacobians: Sequence[JacobianOperator],
+    blocks: Sequence[Any],
+    rows: Callable[[JacobianOperator, Any], Array],
+    count: int | None = None,
+) -> Moments:
+    """The moments that a metric is a function of, from blocks of rows of J.
+
+    The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
+    is computed. The blocks are kept if all of them fit in the memory of the operators; otherwise they are recomputed
+    for every pair.
+
+    Args:
+        metric: name of the metric.
+        jacobians: J at theta_0 (and at theta_f, for alignment).
+        blocks: descriptions of the blocks, which are disjoint and together have all rows.
+        rows: computes the rows of a block, ``(jacobian, block) -> [r, P]``.
+        count: number of rows; n by default.
+    """
+    sums = metrics.MomentSums()
+    if metric == "trace":
+        for block in blocks:
+            sums.trace += metrics.squared_norm(rows(jacobians[0], block))
+        return sums.moments()
+
+    j = jacobians[0]
+    keep = len(jacobians) * (count or j.n) * j.P * j.itemsize <= j.memory
+    kept: dict[int, list[Array]] = {}
+
+    def computed(i: int) -> list[Array]:
+        if i in kept:
+            return kept[i]
+        block = [rows(jacobian, blocks[i]) for jacobian in jacobians]
+        if keep:
+            kept[i] = block
+        return block
+
+    for i in range(len(blocks)):
+        left = computed(i)
+        sums.trace += metrics.squared_norm(left[0])
+        for k in range(i + 1):
+            right = left if k == i else computed(k)
+            grams = [a @ b.T for a, b in zip(left, right, strict=True)]
+            copies = 1 if k == i else 2
+            sums.square += copies * metrics.squared_norm(grams[0])
+            if len(grams) == 2:
+                sums.square_f += copies * metrics.squared_norm(grams[1])
+                sums.cross += copies * (grams[0] * grams[1]).sum()
+    return sums.moments()
