@@ -5,8 +5,8 @@
     python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
 
 correctness   methods, the API and their limits against float64 on the CPU; a row a case in OUT/correctness.jsonl
-study         config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also of a run that was stopped, in
-              OUT/study.csv
+study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also those of a run that
+              was stopped, in OUT/study.csv
 
 A part runs in processes of its own and is ended at its time limit; the other part runs whatever becomes of it. Rows are
 written as they are found. The device and the versions are in OUT/machine.json. The exit status is 0 if both parts were
@@ -153,8 +153,9 @@ def correctness(out: Path, tiny: bool, seconds: float) -> bool:
 
 def study(out: Path, tiny: bool, seconds: float) -> bool:
     """The second part: whether every cell has a row, none has failed, and no exact method is wrong."""
-    file = ROOT / "config" / ("smoke.yaml" if tiny else "gpu.yaml")
-    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--configfile", str(file)]
+    profile = "smoke" if tiny else "gpu"
+    file, target = ROOT / "config" / f"{profile}.yaml", f"results/{profile}/table.csv"
+    command = [sys.executable, "-m", "snakemake", target, "--cores", "all", "--configfile", str(file)]
     done = run([command], seconds)
     table = measured(file)
     table.to_csv(out / "study.csv", index=False)
