@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -362,7 +361,7 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
 def test_programs_over_the_budget_are_rows_that_say_so(tables):
     table = tables["novak_time"]
     lost = table[table["status"] == "out_of_memory"]
-    assert len(lost) and lost["reason"].str.contains("over limits.memory_mb").all()
+    assert len(lost) and lost["reason"].str.contains("over the budget").all()
     assert set(table["status"]) == {"ok", "out_of_memory"}
     assert (table.loc[table["status"] == "ok", "memory_bytes"].dropna() >= 0).all()
 
@@ -475,7 +474,7 @@ def test_networks_for_images_wrap_into_rows_and_captions_say_what_is_missing(tab
         ({"mohamadi_quality": {"inits": 0}}, ["studies.mohamadi_quality.inits", "0", "greater than 0"]),
         ({"mohamadi_quality": {"width": 3}}, ["studies.mohamadi_quality.width", "unknown key", "widths", "train"]),
         ({"mohamadi_quality": {"steps": [2, 4]}}, ["studies.mohamadi_quality.steps", "begin with 0"]),
-        ({"mohamadi_quality": {"steps": [0, 4, 4]}}, ["studies.mohamadi_quality.steps", "and grow"]),
+        ({"mohamadi_quality": {"steps": [0, 4, 4]}}, ["studies.mohamadi_quality.steps", "4 is given twice"]),
         ({"mohamadi_quality": {"widths": {"mlp": [3]}}}, ["studies.mohamadi_quality.widths.mlp", "'fc'", "'conv'"]),
         ({"hazelden_trace": {"small": []}}, ["studies.hazelden_trace.small", "at least 1"]),
         ({"hazelden_trace": {"direct_share": 2}}, ["studies.hazelden_trace.direct_share", "less than or equal to 1"]),
@@ -495,16 +494,10 @@ def test_a_study_takes_the_configurations_keys_where_it_says_nothing():
     assert made.study("novak_flops").dtype == "float64"
 
 
-def test_a_studys_fingerprint_follows_its_settings_and_sources(monkeypatch):
+def test_a_studys_fingerprint_follows_its_settings():
     one, other = (config(studies={"hazelden_blog": {"samples": [s]}, "novak_flops": {}}) for s in (2, 3))
-    names = ("hazelden_blog", "novak_flops")
-    before = [fingerprints.study(one, name) for name in names]
-    assert fingerprints.study(other, "hazelden_blog") != before[0]
-    assert fingerprints.study(other, "novak_flops") == before[1]
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b"#" * (file.name == "shared_probe_alignment.py"))
-    after = [fingerprints.study(one, name) for name in names]
-    assert after[0] != before[0] and after[1] == before[1]
+    assert fingerprints.study(one, "hazelden_blog") != fingerprints.study(other, "hazelden_blog")
+    assert fingerprints.study(one, "novak_flops") == fingerprints.study(other, "novak_flops")
 
 
 def test_the_command_writes_a_table_with_its_provenance(tmp_path):

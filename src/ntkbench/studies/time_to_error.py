@@ -169,7 +169,7 @@ class Truth:
         method = methods.get(REFERENCE)
         prepared = method.prepare(problem, self._settings.target(dtype="float64"))
         metric, rtol = goal.metric, goal.error / NARROWER
-        (found,) = method.several(prepared, (metric,), REFERENCE_PASSES, REFERENCE_SEED, rtol=rtol).values()
+        (found,) = method.estimates(prepared, (metric,), REFERENCE_PASSES, REFERENCE_SEED, rtol=rtol).values()
         if not found.relative_width() <= rtol:
             raise NtkbenchError(f"no reference for {goal.problem}: {'; '.join(found.notes)}")
         return found.value, found.standard_error / abs(found.value)
