@@ -30,6 +30,7 @@ mutants: $(READY)
 lint: $(READY)
 	ruff check
 	ruff format --check
+	mypy
 	snakefmt --check Snakefile
 	snakemake --lint
 	asv check --python=same

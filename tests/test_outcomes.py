@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ntkbench import errors
 from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.measure import outcomes
 
@@ -39,8 +40,8 @@ def test_exceptions(error, status, reason):
 
 @given(st.text(alphabet=st.characters(codec=None)))
 def test_a_reason_is_one_printable_line_that_can_be_written(text):
-    line = outcomes.one_line(text)
-    assert line.isprintable() and line.encode("utf-8").decode() == line and len(line) <= outcomes.LONGEST
+    line = errors.one_line(text)
+    assert line.isprintable() and line.encode("utf-8").decode() == line and len(line) <= errors.LONGEST
     assert outcomes.of_exception(ValueError(text)).reason
 
 

@@ -150,6 +150,19 @@ def list_() -> None:
 
 
 @main.command()
+def doctor() -> None:
+    """Say what an installation has, and what is broken in it: plug-ins, caches, versions, devices."""
+    from ntkbench import doctor as looking
+
+    with _one_line():
+        found = looking.diagnose()
+    for line in found.lines():
+        click.echo(line)
+    if found.faults:
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("labels", nargs=-1, required=True, metavar="LABEL...")
 def reference(labels: tuple[str, ...]) -> None:
     """Compute exact values of problems, train their weights, and write both to results/reference."""

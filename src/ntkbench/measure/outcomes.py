@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import NamedTuple
 
-from ntkbench.errors import OverMemory, Unavailable, one_line
+from ntkbench.errors import OverMemory, Unavailable, one_line, summary
 
 OK, SKIPPED, FAILED, TIMEOUT, OUT_OF_MEMORY = STATUSES = ("ok", "skipped", "failed", "timeout", "out_of_memory")
 PASSING = (FAILED, TIMEOUT, OUT_OF_MEMORY)
@@ -25,18 +25,14 @@ class Outcome(NamedTuple):
 
 def of_exception(error: BaseException) -> Outcome:
     """The outcome of what ended with an exception, whatever that exception is like."""
-    name = type(error).__name__
-    try:
-        message = one_line(str(error))
-    except Exception as unreadable:
-        message = f"its message cannot be read ({type(unreadable).__name__})"
+    reason = summary(error)
+    # The type of these says no more than the status.
+    ours = isinstance(error, (Unavailable, OverMemory)) and str(error).strip()
+    reason = one_line(str(error)) if ours else reason
     if isinstance(error, Unavailable):
-        return Outcome(SKIPPED, message or f"{name} without a message")
-    out_of_memory = isinstance(error, MemoryError) or any(sign in message.lower() for sign in _SIGNS)
-    status = OUT_OF_MEMORY if out_of_memory else FAILED
-    if isinstance(error, OverMemory) and message:
-        return Outcome(status, message)
-    return Outcome(status, f"{one_line(name)}: {message}" if message else f"{one_line(name)} without a message")
+        return Outcome(SKIPPED, reason)
+    out_of_memory = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in _SIGNS)
+    return Outcome(OUT_OF_MEMORY if out_of_memory else FAILED, reason)
 
 
 _SIGNS = ("out of memory", "can't allocate memory", "resource_exhausted")
