@@ -1,222 +1,245 @@
-"""The real Snakefile on the smoke configuration: killed half-way, taken up again, and asked once more."""
+"""The real Snakefile on the smoke configuration: a run, a second one, edits, configurations, and what is refused."""
 
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from conftest import checkout, run_snakemake
 from filelock import FileLock
 
 from ntkbench import figures, paths
-from ntkbench.measure import grid, rows
+from ntkbench.measure import cells, rows
+from ntkbench.measure.config import Config
 
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
-STUDY = grid.Config.read(CONFIG)
-METHODS = sorted({cell.method for cell in grid.cells(STUDY)})
+RUN = Config.read(CONFIG)
 
 
-def command(folder, *arguments, root=paths.ROOT, config=CONFIG):
-    snakemake = str(Path(sys.executable).with_name("snakemake"))
-    files = ["--configfile", str(config)] if config else []
-    files += ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
-    return [snakemake, "--cores", "all", *files, *arguments]
-
-
-def environment(root=paths.ROOT):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return os.environ | {"PATH": path, "PYTHONPATH": str(root / "src")}
-
-
-def run(folder, *arguments, root=paths.ROOT, **options):
-    return subprocess.run(
-        command(folder, *arguments, root=root, **options), env=environment(root), capture_output=True, text=True
-    )
-
-
-def shards(folder):
-    return {file.stem: file for file in (folder / "results" / "smoke" / "shards").glob("*.csv")}
-
-
-def begun(folder):
-    """Shards that are being measured."""
-    work = (folder / "results" / "smoke" / "shards").glob(".*.work")
-    return {file.stem.removeprefix(".") for file in work} - set(shards(folder))
+def ntkbench(root, *arguments):
+    """What the command of a checkout says."""
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'src'}"}
+    command = [sys.executable, "-m", "ntkbench", *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A results folder from a run that was killed with kill -9 in its second shard, and a second run."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    first = subprocess.Popen(
-        command(folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while first.poll() is None and not (shards(folder) and begun(folder)):
-        time.sleep(0.1)
-    assert first.poll() is None, "the run ended before it could be killed"
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    survivors = {name: file.stat().st_mtime_ns for name, file in shards(folder).items()}
-    second = run(folder)
-    assert second.returncode == 0, second.stderr[-4000:]
-    return folder, survivors
-
-
-def test_a_killed_run_keeps_its_finished_shards(finished):
-    folder, survivors = finished
-    assert 0 < len(survivors) < len(METHODS)
-    assert {name: shards(folder)[name].stat().st_mtime_ns for name in survivors} == survivors
-
-
-def test_the_table_has_one_measured_row_a_cell(finished):
-    folder, _ = finished
-    table = rows.read(folder / "results" / "smoke" / "table.csv")
-    assert len(table) == len(grid.cells(STUDY))
-    done = table[table["status"] == "ok"]
-    assert set(done["method"]) == set(METHODS)
-    assert table.loc[table["status"] != "ok", "reason"].str.len().gt(0).all()
-    assert done[["seconds", "error", "memory_bytes", "first_call_seconds", "reference"]].notna().all(axis=None)
-    assert (done.loc[done["kind"] == "exact", "error"] < 1e-4).all()
-    stochastic = done[done["kind"] == "stochastic"]
-    assert len(stochastic) > 0
-    assert (stochastic["seeds"] == STUDY.seeds).all()
-    assert (stochastic["passes_spent"] <= stochastic["passes"]).all()
-
-
-def test_every_figure_is_there_in_every_form(finished):
-    folder, _ = finished
-    drawn = [name for name in figures.names() if figures.study_of(name) in (None, *STUDY.studies)]
-    assert {figures.study_of(name) for name in drawn} == {None, *STUDY.studies}
-    page = (folder / "results" / "smoke" / "gallery.html").read_text()
-    for name in drawn:
-        assert f'id="{name}"' in page
-        for form in (".png", ".pdf", ".csv", ".txt"):
-            assert (folder / "results" / "smoke" / "figures" / f"{name}{form}").stat().st_size > 0
-
-
-def test_every_study_has_a_table_with_its_provenance(finished):
-    folder, _ = finished
-    for name in STUDY.studies:
-        table = pd.read_csv(folder / "results" / "smoke" / "studies" / f"{name}.csv")
-        assert "ok" in set(table["status"]) <= {"ok", "skipped"} and table["git_sha"].notna().all()
-
-
-def test_a_finished_run_has_nothing_to_do(finished):
-    again = run(finished[0])
-    assert again.returncode == 0
-    assert "Nothing to be done" in again.stdout + again.stderr
+    """A copy of the checkout with a finished run, and what it said."""
+    root = checkout(tmp_path_factory.mktemp("pipeline"))
+    code, out, err = run_snakemake(root, "--configfile", "config/smoke.yaml", root=root)
+    assert code == 0, err[-4000:]
+    return root, out + err
 
 
 @pytest.fixture
-def edited(tmp_path):
-    """A copy of the checkout that a test may edit."""
-    for part in ("Snakefile", "asv.conf.json", "environment.yml", "requirements.txt"):
-        shutil.copy(paths.ROOT / part, tmp_path / part)
-    for part in ("src", "benchmarks", "config", "profiles"):
-        shutil.copytree(paths.ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    return tmp_path
+def results(finished):
+    return finished[0] / "results" / "smoke"
 
 
-def planned(done):
+def planned(root, *arguments):
     """Output files that a dry run would make."""
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = (done.stdout + done.stderr).splitlines()
+    code, out, err = run_snakemake(root, *arguments, "--dry-run", root=root)
+    assert code == 0, err[-4000:]
+    lines = (out + err).splitlines()
     return {line.split("/")[-1].rstrip(",") for line in lines if line.strip().startswith("output:")}
 
 
-def test_a_changed_method_file_runs_that_method_only(finished, edited):
-    file = edited / "src" / "ntkbench" / "methods" / "hutchpp.py"
-    file.write_text(file.read_text() + "# changed\n")
-    plan = planned(run(finished[0], "--dry-run", root=edited))
-    assert {name for name in plan if name.removesuffix(".csv") in METHODS} == {"hutchpp.csv"}
-    assert "table.csv" in plan
+def smoke(root, *arguments):
+    return planned(root, *arguments, "--configfile", "config/smoke.yaml")
 
 
-def test_a_new_method_file_is_one_more_shard(finished, edited):
-    source = edited / "src" / "ntkbench" / "methods" / "one_sided_forward.py"
-    source.with_name("brand_new.py").write_text(source.read_text().replace("OneSidedForward", "BrandNew"))
-    raw = yaml.safe_load(CONFIG.read_text())
+@pytest.fixture
+def edited(finished):
+    """Changes files of the finished run's checkout, and takes the changes back."""
+    root, before = finished[0], {}
+
+    def change(file, text):
+        path = root / file
+        before.setdefault(path, path.read_text(encoding="utf-8") if path.exists() else None)
+        path.write_text(text(before[path]) if callable(text) else text, encoding="utf-8")
+
+    yield change
+    for path, text in before.items():
+        path.unlink() if text is None else path.write_text(text, encoding="utf-8")
+
+
+def test_the_table_has_one_measured_row_a_cell(results):
+    table = rows.read(results / "table.csv")
+    assert len(table) == len(cells.cells(RUN))
+    done = table[table["status"] == "ok"]
+    assert set(done["method"]) == {cell.method for cell in cells.cells(RUN)}
+    assert set(table["status"]) <= {"ok", "skipped"}
+    assert table.loc[table["status"] != "ok", "reason"].str.len().gt(0).all()
+    stochastic = done[done["kind"] == "stochastic"]
+    assert set(stochastic["seeds"]) == {RUN.seeds} and set(done["calls"]) == {RUN.calls}
+    assert (done["error"] >= 0).all() and (done["memory_bytes"] >= 0).all() and (done["seconds"] > 0).all()
+    assert done["first_call_seconds"].gt(0).all() and done["fingerprint"].str.len().eq(16).all()
+
+
+def test_every_figure_is_drawn_and_shown(results):
+    drawn = {name for name in figures.names() if figures.study_of(name) in {None, *RUN.studies}}
+    page = (results / "gallery.html").read_text(encoding="utf-8")
+    for name in drawn:
+        assert f'id="{name}"' in page
+        for form in (".png", ".pdf", ".csv", ".txt"):
+            assert (results / "figures" / f"{name}{form}").stat().st_size > 0
+    assert "could not be drawn" not in page.lower()
+
+
+def test_every_study_has_a_table_with_its_provenance(results):
+    for name in RUN.studies:
+        table = pd.read_csv(results / "studies" / f"{name}.csv")
+        assert "ok" in set(table["status"]) <= {"ok", "skipped"}
+        for column in ("git_sha", "machine", "device", "threads", "fingerprint", "seeds", "calls"):
+            assert column in table and table.loc[table["status"] == "ok", column].notna().all(), column
+
+
+def test_a_run_says_how_far_it_is_and_where_to_look(finished):
+    assert re.search(r"ntkbench: +\d+% after \d+ s", finished[1])
+    assert finished[1].rstrip().endswith("ntkbench: done; look at results/smoke")
+    assert "localrule" not in finished[1] and "Job stats" not in finished[1]
+
+
+def test_where_the_time_went(finished, results):
+    said = ntkbench(finished[0], "timings", results).stdout
+    for step in ("problems", "shard-0", "gallery", *(f"study-{name}" for name in RUN.studies)):
+        assert re.search(rf"^{step} +\d", said, re.MULTILINE), said
+    assert re.search(r"^\d+% of the steps' wall time is inside measured calls$", said, re.MULTILINE)
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    assert not smoke(finished[0])
+    assert ntkbench(finished[0], "pending", "config/smoke.yaml").stdout.startswith("0 of ")
+
+
+def test_a_dry_run_writes_nothing(finished, tmp_path):
+    root = finished[0]
+    code, _, _ = run_snakemake(tmp_path, "--dry-run", "--configfile", str(CONFIG), root=root)
+    assert code == 0
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and ".snakemake" not in file.parts]
+
+
+def test_a_changed_method_measures_its_own_cells_alone(finished, edited):
+    edited("src/ntkbench/methods/hutchpp.py", lambda text: f"{text}# changed\n")
+    assert smoke(finished[0]) >= {"shard-0.csv", "table.csv"}
+    said = ntkbench(finished[0], "pending", "config/smoke.yaml").stdout.splitlines()
+    count = sum(cell.method == "hutchpp" for cell in cells.cells(RUN))
+    assert [line.split() for line in said[1:]] == [["hutchpp", str(count)]]
+
+
+def test_a_new_method_is_measured_beside_what_is_there(finished, edited):
+    source = (finished[0] / "src/ntkbench/methods/sum_of_logits.py").read_text(encoding="utf-8")
+    edited("src/ntkbench/methods/brand_new.py", source)
+    raw = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     raw["grid"][0]["methods"].append("brand_new")
-    config = edited / "config" / "with_new.yaml"
-    config.write_text(yaml.safe_dump(raw))
-    plan = planned(run(finished[0], "--dry-run", root=edited, config=config))
-    assert {name for name in plan if name.removesuffix(".csv") in [*METHODS, "brand_new"]} == {"brand_new.csv"}
+    edited("config/with_new.yaml", yaml.safe_dump(raw))
+    said = ntkbench(finished[0], "pending", "config/with_new.yaml").stdout.splitlines()
+    assert [line.split()[0] for line in said[1:]] == ["brand_new"]
 
 
-def test_a_changed_study_runs_that_study_and_its_figures_only(finished, edited):
-    config = edited / "config" / "more.yaml"
-    raw = yaml.safe_load(CONFIG.read_text())
-    raw["studies"]["mohamadi_drift"]["steps"] = 60
-    config.write_text(yaml.safe_dump(raw))
-    plan = planned(run(finished[0], "--dry-run", config=config))
-    assert {name for name in plan if name.endswith(".csv")} >= {"mohamadi_drift.csv"}
-    assert not {f"{name}.csv" for name in [*METHODS, *STUDY.studies] if name != "mohamadi_drift"} & plan
-    assert "gallery.html" in plan
+def test_a_broken_method_is_said_and_the_others_are_measured(finished, edited):
+    edited("src/ntkbench/methods/brand_new.py", "def (:")
+    assert not smoke(finished[0])
+    assert re.search(
+        r"BROKEN: method 'brand_new' is broken: .*brand_new\.py:1: SyntaxError", ntkbench(finished[0], "doctor").stdout
+    )
+
+
+def test_a_changed_study_runs_that_study_and_its_figures_alone(finished, edited):
+    edited("config/smoke.yaml", lambda text: text.replace("steps: 40", "steps: 41"))
+    assert smoke(finished[0]) == {"mohamadi_drift.csv", "gallery.html"}
+
+
+def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
+    edited("src/ntkbench/figures/coverage.py", lambda text: f"{text}# changed\n")
+    assert smoke(finished[0]) == {"gallery.html"}
+
+
+def test_what_failed_is_measured_again_on_request(finished, results):
+    root, journal = finished[0], results / "shards" / "shard-0.journal"
+    before = journal.read_text(encoding="utf-8")
+    label = next(cell.label for cell in cells.cells(RUN) if cell.method == "jacobian_contraction")
+    made = next(line for line in before.splitlines() if f'"key": "{label}"' in line and '"row": {' in line)
+    journal.write_text(before + made.replace('"status": "ok"', '"status": "timeout"') + "\n", encoding="utf-8")
+    assert smoke(root, "--config", "retry=failed") >= {"shard-0.csv"}
+    code, _, err = run_snakemake(
+        root, "table", "--configfile", "config/smoke.yaml", "--config", "retry=failed", root=root
+    )
+    assert code == 0, err[-3000:]
+    added = journal.read_text(encoding="utf-8")[len(before) :]
+    assert added.count('"row": {') == 2 and '"status": "ok"' in added and label in added
+    code, _, err = run_snakemake(root, "--configfile", "config/smoke.yaml", root=root)
+    assert code == 0, err[-3000:]
+    assert set(rows.read(results / "table.csv")["status"]) <= {"ok", "skipped"}
 
 
 def test_figures_of_the_reference_are_drawn_without_measuring(tmp_path):
     default = paths.ROOT / "config" / "default.yaml"
-    plan = run(tmp_path, "figures", "--config", "source=reference", "threads=1", "--dry-run", config=default)
-    assert planned(plan) and "gallery.html" in planned(plan)
-    said = plan.stdout + plan.stderr
-    assert not re.search(r"^(local)?rule (measure|problem|study|table):", said, re.MULTILINE)
-    none = run(tmp_path, "figures", "--config", "source=reference", config=CONFIG)
-    assert none.returncode != 0 and "no measured tables of the profile 'smoke' are kept" in none.stderr
+    code, out, err = run_snakemake(
+        tmp_path, "figures", "--configfile", str(default), "--config", "source=reference", "threads=1", "--dry-run"
+    )
+    assert code == 0 and "gallery.html" in out + err
+    assert not re.search(r"^(local)?rule (measure|problems|study|table):", out + err, re.MULTILINE)
+    code, _, err = run_snakemake(tmp_path, "figures", "--configfile", str(CONFIG), "--config", "source=reference")
+    assert code != 0 and "no measured tables of the profile 'smoke' are kept" in err
 
 
 @pytest.mark.parametrize("config", [None, paths.ROOT / "config" / "default.yaml"])
 def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_path, config):
-    plan = run(tmp_path, "paper_figures", "--config", "threads=1", "--dry-run", config=config)
+    files = ["--configfile", str(config)] if config else []
+    code, out, err = run_snakemake(tmp_path, "paper_figures", *files, "--config", "threads=1", "--dry-run")
+    assert code == 0, err[-3000:]
     profile = config.stem if config else "paper"
-    said = plan.stdout + plan.stderr
-    assert set(re.findall(r"results/(\w+)/", said)) == {profile}
-    assert re.search(rf"output: results/{profile}/studies/novak_flops.csv", said)
-    assert not re.search(r"^(local)?rule (measure|table|gallery):", said, re.MULTILINE)
+    assert set(re.findall(r"results/(\w+)/", out + err)) == {profile}
+    assert re.search(rf"output: results/{profile}/studies/novak_flops.csv", out + err)
+    assert not re.search(r"^(local)?rule (measure|table):", out + err, re.MULTILINE)
 
 
 def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):
     config = tmp_path / "typo.yaml"
-    config.write_text(CONFIG.read_text().replace("hutchpp", "hutchqq"))
-    done = run(tmp_path, config=config)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "ntkbench:" in line]
-    assert len(said) == 1
+    config.write_text(CONFIG.read_text(encoding="utf-8").replace("hutchpp", "hutchqq"), encoding="utf-8")
+    code, _, err = run_snakemake(tmp_path, "--configfile", str(config))
+    said = [line for line in err.splitlines() if "ntkbench:" in line]
+    assert code != 0 and len(said) == 1
     assert all(part in said[0] for part in (str(config), "grid[0].methods", "hutchqq", "did you mean 'hutchpp'"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_key_given_twice_is_refused_though_snakemake_takes_it(tmp_path):
+    config = tmp_path / "twice.yaml"
+    config.write_text(CONFIG.read_text(encoding="utf-8") + "\nseeds: 3\n", encoding="utf-8")
+    code, _, err = run_snakemake(tmp_path, "--configfile", str(config))
+    assert code != 0 and "seeds" in err and str(config) in err
     assert not (tmp_path / "results").exists()
 
 
 def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
     config = tmp_path / "malformed.yaml"
-    config.write_text("grid: [}")
-    done = run(tmp_path, config=config)
-    assert done.returncode != 0
-    assert "not valid JSON or YAML" in done.stderr
-    checked = subprocess.run([sys.executable, "-m", "ntkbench", "check", config], capture_output=True, text=True)
-    assert checked.returncode == 1
-    assert checked.stderr.startswith(f"ntkbench: {config}: line 1, column 8: malformed YAML")
+    config.write_text("grid: [}", encoding="utf-8")
+    code, _, err = run_snakemake(tmp_path, "--configfile", str(config))
+    assert code != 0 and "not valid JSON or YAML" in err
+    checked = ntkbench(paths.ROOT, "check", config)
+    assert checked.returncode == 1 and checked.stderr.startswith(f"ntkbench: {config}")
+    assert len(checked.stderr.splitlines()) == 1
     assert not (tmp_path / "results").exists()
 
 
 def test_an_unwritable_results_folder_is_refused(tmp_path):
     (tmp_path / "results").write_text("a file in the way")
-    done = run(tmp_path)
-    assert done.returncode != 0
-    assert "results folder results/smoke cannot be written to" in done.stderr
+    code, _, err = run_snakemake(tmp_path, "--configfile", str(CONFIG))
+    assert code != 0 and "results folder results/smoke cannot be written to" in err
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     folder = tmp_path / "results" / "smoke"
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
-        done = run(tmp_path)
-    assert done.returncode != 0
-    assert "another run is writing to results/smoke" in done.stderr
+        code, _, err = run_snakemake(tmp_path, "--configfile", str(CONFIG))
+    assert code != 0 and "another run is writing to results/smoke" in err
 
 
 def test_without_git_the_provenance_says_so(monkeypatch):

@@ -44,6 +44,24 @@ def check(config_file: Path) -> None:
 
 
 @main.command()
+@click.argument("config_file", type=FILE)
+@click.option("--results", type=NEW, help="The run's results folder.  [default: results/<profile>]")
+def pending(config_file: Path, results: Path | None) -> None:
+    """Say which cells a run would measure, by method, because nothing that still holds is known of them."""
+    from collections import Counter
+
+    from ntkbench.measure import cells, shard
+
+    with _one_line():
+        config = Config.read(config_file)
+        left = shard.pending(config, results or Path("results") / config.folder)
+        total = len(cells.cells(config))
+    click.echo(f"{len(left)} of {total} cells")
+    for method, count in sorted(Counter(cell.method for cell in left).items()):
+        click.echo(f"{method:32} {count}")
+
+
+@main.command()
 @CONFIG
 @OUTPUT
 def problems(config_file: Path, output: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -42,22 +42,13 @@ class Journal:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise NtkbenchError(f"another process is measuring into {path}; wait for it") from None
-        self._rows: dict[tuple[str, str], Row] = {}
+        self._rows = rows_of([*(others or []), path])
         self.begun: str | None = None
-        for file in (*(others or []), path):
-            for entry in _entries(file):
-                self._take(entry)
-                self.begun = entry["key"] if file == path and "row" not in entry else None
+        for entry in _entries(path):
+            self.begun = None if "row" in entry else entry["key"]
         self._file = path.open("a", encoding="utf-8")
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._file.write("\n")
-
-    def _take(self, entry: Mapping[str, Any]) -> None:
-        known = entry["key"], entry["made_for"]
-        if entry.get("row"):
-            self._rows[known] = entry["row"]
-        elif "row" in entry:
-            self._rows.pop(known, None)
 
     def drop(self, statuses: Sequence[str]) -> None:
         """Forget the rows that ended with one of these statuses, so that they are measured again."""
@@ -156,6 +147,19 @@ def kept(rows: Rows | None) -> Iterator[None]:
         yield
     finally:
         CURRENT.reset(token)
+
+
+def rows_of(files: Iterable[Path]) -> dict[tuple[str, str], Row]:
+    """The rows in some journals by key and fingerprint; of one that was made several times, the last."""
+    found: dict[tuple[str, str], Row] = {}
+    for file in files:
+        for entry in _entries(file):
+            known = entry["key"], entry["made_for"]
+            if entry.get("row"):
+                found[known] = entry["row"]
+            elif "row" in entry:  # it was dropped
+                found.pop(known, None)
+    return found
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import paths
-from ntkbench.measure import engine, execution, facts, fingerprints, outcomes, rows, timing, watchdog
-from ntkbench.measure.cells import Cell, of_shard
+from ntkbench.measure import engine, execution, facts, fingerprints, journal, outcomes, rows, timing, watchdog
+from ntkbench.measure.cells import Cell, cells, of_shard
 from ntkbench.measure.config import Config
 from ntkbench.measure.engine import Engine
 from ntkbench.measure.journal import Journal
@@ -71,6 +71,12 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
             shutil.rmtree(work, ignore_errors=True)
     table = rows.frame(row for row in done.values() if row)
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
+
+
+def pending(config: Config, results: Path) -> list[Cell]:
+    """The cells that a run into a results folder would measure, since no row of them is there that still holds."""
+    known = journal.rows_of((results / "shards").glob("*.journal"))
+    return [cell for cell in cells(config) if (cell.label, fingerprints.cell(config, cell)) not in known]
 
 
 def _known(
