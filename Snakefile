@@ -32,7 +32,11 @@ if not (said.dryrun or said.verbose):
 
 ROOT = Path(workflow.basedir)
 # The steps of this run belong to it: they end when it does. What is installed may be another checkout than this one.
-shell.prefix(f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')} PYTHONUTF8=1; ")
+# Backends share a GPU, and are only begun in the processes that measure.
+shell.prefix(
+    f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')} PYTHONUTF8=1 "
+    "XLA_PYTHON_CLIENT_PREALLOCATE=false PYTORCH_NVML_BASED_CUDA_CHECK=1; "
+)
 
 if "grid" not in config:
     # Who asks for the papers' figures wants the papers' sizes. Targets are no part of `workflow` while it is read.

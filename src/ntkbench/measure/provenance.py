@@ -45,7 +45,7 @@ def provenance() -> Provenance:
         git_sha=sha or "unknown",
         git_dirty=None if changes is None else bool(changes),
         machine=f"{_processor()} ({os.cpu_count()} cores)",
-        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        versions=", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
         python=platform.python_version(),
     )
 
