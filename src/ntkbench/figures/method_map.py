@@ -12,7 +12,7 @@ HEIGHT = 0.27
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A line for each problem and metric, a column for each tolerance; fields have the fastest method and its time."""
+    """A line for each problem and metric, a column for each tolerance, and the fastest method and its time in each."""
     chosen = winners(table)
     if not len(chosen):
         return base.nothing(chosen, f"Nothing was measured.\n{labels.why_not(table)}")
