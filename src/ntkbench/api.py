@@ -17,7 +17,7 @@ from ntkbench import methods, metrics
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.methods import Method
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -308,7 +308,7 @@ def _by(
     auto: bool,
 ) -> dict[str, Estimate]:
     budget = None
-    if method.takes_passes:
+    if isinstance(method, Stochastic):
         default = method.default_passes if rtol is None else TOLERANCE_PASSES
         budget = default if passes is None else passes
         worth = method.default_max_passes(problem)
@@ -322,7 +322,7 @@ def _by(
         if needed > target.memory:
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = method.prepare(problem, target)
-    if isinstance(method, Incremental):
+    if budget is not None and isinstance(method, Incremental):
         return method.estimates(prepared, names, budget, seed, rtol, confidence)
     return {metric: method.estimate(prepared, metric, budget, seed) for metric in names}
 
@@ -349,7 +349,8 @@ def choices(
         if (
             fits
             and method.unsupported_reason(problem, metric, target) is None
-            and method.passes_needed(problem, metric, target) <= limit
+            and (needed := method.passes_needed(problem, metric, target)) is not None
+            and needed <= limit
         ):
             found.append(name)
     independent, whole = STOCHASTIC[metric]
@@ -364,7 +365,7 @@ def _incremental(names: tuple[str, ...]) -> str:
 
 
 def _check_share(what: str, value: object) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < 1:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < 1:
         raise BadInput(f"{what} must be a number between 0 and 1, both excluded, got {value!r}")
 
 

@@ -59,10 +59,11 @@ class Estimate:
         if math.isnan(self.standard_error) or self.degrees <= 0:
             return -math.inf, math.inf
         spread = float(stdtrit(self.degrees, 0.5 + confidence / 2)) * self.standard_error
-        transform, derivative, inverse = SCALES.get(self.metric, (None, None, None))
-        in_domain = self.value > 0 if transform is math.log else abs(self.value) < 1
-        if transform is None or not in_domain:
+        scale = SCALES.get(self.metric)
+        in_domain = self.value > 0 if scale is LOG else abs(self.value) < 1
+        if scale is None or not in_domain:
             return self.value - spread, self.value + spread
+        transform, derivative, inverse = scale
         centre, spread = transform(self.value), derivative(self.value) * spread
         return inverse(centre - spread), inverse(centre + spread)
 

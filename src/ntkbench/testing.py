@@ -209,6 +209,7 @@ def _check_unsupported(method: Method, problem: Problem, metric: str, backend: s
         import jax
 
         _require(isinstance(x, jax.core.Tracer), "runs the network in order to say what it does not support")
+        assert problem.jax_forward is not None
         return problem.jax_forward(weights, x)
 
     module = copy.deepcopy(problem.module)
@@ -256,7 +257,8 @@ def _check_deterministic(method: Method, problem: Problem, metric: str, backend:
     _require(known, f"announced {needed} passes, and spent {first.passes}")
     little = tight(None)
     _close(little.value, first.value, 1e-12, "with memory for one row at a time")
-    _require(first.passes is None or little.passes >= first.passes, "takes fewer passes with less memory")
+    fewer = first.passes is not None and (little.passes is None or little.passes < first.passes)
+    _require(not fewer, "takes fewer passes with less memory")
     if method.kind == "exact":
         truth = _truth(problem, metric)
         _close(first.value, truth, ROUNDING["float64"], "in float64")
@@ -280,15 +282,21 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
     for passes in (least, least + 1, 3 * least - 1, 40 * least):
         first, again, other = (roomy(passes, seed) for seed in (5, 5, 6))
         _require(first == again, f"one seed gives {first} and {again}")
-        _require(first.standard_error is not None, "is stochastic, and has no standard error")
-        _require(not first.standard_error < 0, f"has a standard error of {first.standard_error}")
-        exact = first.standard_error <= 1e-6 * abs(first.value)  # as some are with more probes than outputs
+        error = _standard_error(first)
+        _require(not error < 0, f"has a standard error of {error}")
+        exact = error <= 1e-6 * abs(first.value)  # as some are with more probes than outputs
         _require(exact or first.value != other.value, f"another seed gives the same number, {first.value!r}")
     truth = _truth(problem, metric)
     for estimate, where in zip(estimators, ("", " with memory for one probe", " in float32"), strict=True):
         found = estimate(30 * least)
-        wrong, allowed = abs(found.value - truth), 6 * found.standard_error + 1e-5 * abs(truth)
+        wrong, allowed = abs(found.value - truth), 6 * _standard_error(found) + 1e-5 * abs(truth)
         _require(wrong <= allowed, f"is wrong by {wrong:.3g}{where}, and six standard errors are {allowed:.3g}")
+
+
+def _standard_error(found: Estimate) -> float:
+    if found.standard_error is None:
+        raise AssertionError("is stochastic, and has no standard error")
+    return found.standard_error
 
 
 def _smallest_budget(method: Method, problem: Problem, metric: str, target: Target) -> int:
@@ -404,8 +412,9 @@ def outputs_in_jax(problem: Problem, end: str, dtype: str) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
+    assert problem.jax_forward is not None
     with jax.enable_x64(dtype == "float64"):
-        weights = {key: jnp.asarray(w, dtype) for key, w in (problem.fixed(end) | problem.weights(end)).items()}
+        weights = {key: jnp.asarray(w, dtype) for key, w in {**problem.fixed(end), **problem.weights(end)}.items()}
         x = jnp.asarray(problem.x, dtype if np.issubdtype(problem.x.dtype, np.floating) else None)
         return np.asarray(problem.jax_forward(weights, x))
 

@@ -148,12 +148,9 @@ class UStatistics(Accumulator):
         self.max_group = max(min_group, min(fit, max_vectors // strata))
         count = 1 if fit >= min_group else min(strata, -(-2 * min_group * self._bytes_per_probe // j.memory))
         self._chunks = arrays.chunks(strata, count)
+        self.least = math.ceil(min_group * self.recompute_factor) if len(self._chunks) > 1 else 1
         self._closed: list[tuple[int, MomentEstimates]] = []
         self._clear()
-
-    @property
-    def least(self) -> int:
-        return math.ceil(self._min_group * self.recompute_factor) if len(self._chunks) > 1 else 1
 
     @property
     def recompute_factor(self) -> float:

@@ -111,8 +111,8 @@ class MomentEstimates:
         def weighted(name: str, weights: np.ndarray) -> np.ndarray:
             return sum(weight * getattr(group, name) for weight, (_, group) in zip(weights, groups, strict=True))
 
-        parts = (weighted(part, shares**2) for part in ("single", "double", "bound"))
-        return cls(weighted("means", shares), *parts, sum(group.degrees for _, group in groups))
+        single, double, bound = (weighted(part, shares**2) for part in ("single", "double", "bound"))
+        return cls(weighted("means", shares), single, double, bound, sum(group.degrees for _, group in groups))
 
     def standard_error(self, gradient: np.ndarray) -> float:
         """Standard error of a function of the moments with this gradient ``[m]``, by the delta method."""

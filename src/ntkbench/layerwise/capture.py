@@ -72,7 +72,7 @@ class Program:
                     f, values = graph.run(theta, constants, x, tapped)
                     return f, [[values[use.operand] for use in layer.uses] for layer in layers]
 
-                _, pull, operands = vjp(outputs, taps, [by_name[name] for name in names], has_aux=True)
+                _, pull, operands = vjp(outputs, taps, [by_name[name] for name in names], has_aux=True)  # type: ignore[misc]
                 return operands, *vmap(pull)(directions)
 
             by_name = dict(zip(graph.parameters, parameters, strict=True))
@@ -168,7 +168,7 @@ def _take_out(tap: fx.Node) -> None:
         node = reached.pop()
         for user in list(node.users):
             if user.target is aten.add.Tensor:
-                (other,) = (value for value in user.args if value is not node)
+                (other,) = (summand for summand in user.all_input_nodes if summand is not node)
                 user.replace_all_uses_with(other)
             else:
                 reached.append(user)

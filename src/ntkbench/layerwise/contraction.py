@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows
 from ntkbench.layerwise.tuning import Tuning
+
+Pairs = TypeVar("Pairs", Products, Lookups)
+"""Factors whose inner products can be taken pairwise; rows and columns are of one kind."""
 
 
 def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, memory: int, tuning: Tuning) -> None:
@@ -32,14 +36,20 @@ def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, mem
         memory: bytes that intermediate results may fill.
         tuning: costs that choose the order of summation, and sizes of blocks.
     """
-    symmetric, right = right is None, left if right is None else right
-    if isinstance(left, Rows):
-        _add_rows(theta, left.rows, right.rows, symmetric, tuning)
-    elif isinstance(left, Lookups) or pairwise_is_cheaper(left, right, symmetric, tuning):
-        _add_pairs(theta, left, right, symmetric, memory, tuning)
-    else:
-        for rows, columns in _explicit(left, right, symmetric, memory):
-            _add_rows(theta, rows, columns, symmetric, tuning)
+    symmetric = right is None
+    match left, left if right is None else right:
+        case Rows(one), Rows(other):
+            _add_rows(theta, one, other, symmetric, tuning)
+        case Lookups() as one, Lookups() as other:
+            _add_pairs(theta, one, other, symmetric, memory, tuning)
+        case Products() as one, Products() as other:
+            if pairwise_is_cheaper(one, other, symmetric, tuning):
+                _add_pairs(theta, one, other, symmetric, memory, tuning)
+                return
+            for rows, columns in _explicit(one, other, symmetric, memory):
+                _add_rows(theta, rows, columns, symmetric, tuning)
+        case _:
+            raise TypeError(f"rows are {type(left).__name__}, columns are {type(right).__name__}")
 
 
 def pairwise_is_cheaper(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> bool:
@@ -139,9 +149,7 @@ def _explicit(left: Products, right: Products, symmetric: bool, memory: int) -> 
         yield gradients, gradients if symmetric else right.explicit(some, channels)
 
 
-def _add_pairs(
-    theta: Tensor, left: Products | Lookups, right: Products | Lookups, symmetric: bool, memory: int, tuning: Tuning
-) -> None:
+def _add_pairs(theta: Tensor, left: Pairs, right: Pairs, symmetric: bool, memory: int, tuning: Tuning) -> None:
     if _positions(left) == _positions(right) == 1:
         _add_single_positions(theta, left, right, symmetric, memory, tuning)
         return
@@ -150,7 +158,7 @@ def _add_pairs(
 
 
 def _add_single_positions(
-    theta: Tensor, left: Products | Lookups, right: Products | Lookups, symmetric: bool, memory: int, tuning: Tuning
+    theta: Tensor, left: Pairs, right: Pairs, symmetric: bool, memory: int, tuning: Tuning
 ) -> None:
     """One position: inner products of inputs times inner products of cotangents, elementwise."""
     N1, K1, N2, K2 = theta.shape
@@ -168,7 +176,7 @@ def _add_single_positions(
             view.addcmul_(cotangents.view(view.shape), inputs.repeat_interleave(K2, 1)[:, None])
 
 
-def _groups(one: Products | Lookups, other: Products | Lookups) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _groups(one: Pairs, other: Pairs) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     if isinstance(one, Lookups):
         yield one.rows, other.rows, one.g[..., 0], other.g[..., 0]
         return
@@ -181,13 +189,7 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _add_positions(
-    theta: Tensor,
-    left: Products | Lookups,
-    right: Products | Lookups,
-    group: int,
-    symmetric: bool,
-    memory: int,
-    tuning: Tuning,
+    theta: Tensor, left: Pairs, right: Pairs, group: int, symmetric: bool, memory: int, tuning: Tuning
 ) -> None:
     """Several positions: inner products of inputs carry the columns' cotangents to the positions of the rows."""
     N1, K1, N2, K2 = theta.shape

@@ -8,11 +8,13 @@ outputs. The classes here hold such sums by their factors, for K output directio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
 
+@final
 @dataclass(frozen=True)
 class Products:
     """Gradients sum_s g_s (x) a_s of a linear map, in ``groups`` that share no weights.
@@ -49,6 +51,7 @@ class Products:
         return rows.flatten(2)
 
 
+@final
 @dataclass(frozen=True)
 class Lookups:
     """Gradients of an embedding table: a_s is the unit vector of the row that position s looks up.
@@ -92,13 +95,12 @@ class Rows:
 GradientFactors = Products | Lookups | Rows
 
 
-def concatenate(uses: list[GradientFactors]) -> GradientFactors:
+def concatenate(uses: list[Products | Lookups]) -> Products | Lookups:
     """Several uses of the same weights as one, with the positions of all; gradients of the uses add up."""
     if len(uses) == 1:
         return uses[0]
-    if isinstance(uses[0], Products):
-        return Products(torch.cat([u.a for u in uses], -1), torch.cat([u.g for u in uses], -1))
-    return Lookups(torch.cat([u.rows for u in uses], -1), torch.cat([u.g for u in uses], -1))
+    # Positions are the last axis of all factors.
+    return type(uses[0])(*(torch.cat(each, -1) for each in zip(*(vars(u).values() for u in uses), strict=True)))
 
 
 def with_ones(products: Products) -> Products:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ntkbench.layerwise.factors import GradientFactors, Rows, concatenate, with_ones
+from ntkbench.layerwise.factors import GradientFactors, Products, Rows, concatenate, with_ones
 from ntkbench.layerwise.rules import Use, rule_for
 from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten
 
@@ -36,7 +36,10 @@ class Layer:
     def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
         """The layer's gradients, from the operand and the cotangent of each use."""
         made = concatenate([u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)])
-        return with_ones(made) if len(self.parameters) == 2 else made
+        if len(self.parameters) == 1:
+            return made
+        assert isinstance(made, Products)  # a table has no bias
+        return with_ones(made)
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,17 @@ def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
     arrivals = {name: list(_arrivals(node)) for name, node in graph.placeholders().items()}
     weights: dict[str, list[tuple[Use, ...]]] = {}
     for name, places in arrivals.items():
-        uses = [rule_for(*place) for place in places]
-        if uses and None not in uses and (groups := _arranged_alike(uses)):
+        uses = [use for place in places if (use := rule_for(*place))]
+        if uses and len(uses) == len(places) and (groups := _arranged_alike(uses)):
             weights[name] = groups
     found: list[Layer | ExplicitGradient] = []
     taken = set(weights)
     for name, groups in weights.items():
-        for uses in groups:
-            bias = _bias(uses, arrivals, taken)
-            taken |= {bias} - {None}
-            found.append(Layer((name, bias) if bias else (name,), uses))
+        for alike in groups:
+            bias = _bias(alike, arrivals, taken)
+            parameters = (name, bias) if bias else (name,)
+            taken.update(parameters)
+            found.append(Layer(parameters, alike))
     moving = _downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
     explicit = [name for name in arrivals if name not in taken]
     return found + [ExplicitGradient((name,), _fallback(arrivals[name], moving)) for name in explicit]
@@ -110,7 +114,7 @@ def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]
     while stack:
         node, entries = stack.pop()
         for user in node.users:
-            if user.target in MOVEMENTS and user.all_input_nodes == [node]:
+            if callable(user.target) and user.target in MOVEMENTS and user.all_input_nodes == [node]:
                 stack.append((user, user.target(entries, *user.args[1:], **user.kwargs)))
             else:
                 yield user, node, entries

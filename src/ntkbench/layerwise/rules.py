@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from ntkbench.layerwise.factors import GradientFactors, Lookups, Products
+from ntkbench.layerwise.factors import Lookups, Products
 from ntkbench.layerwise.trace import aten
 
 
@@ -36,7 +36,7 @@ class Use:
     node: fx.Node
     operand: fx.Node
     entries: Tensor
-    factors: Callable[[Tensor, Tensor], GradientFactors]
+    factors: functools.partial[Products] | functools.partial[Lookups]
     bias: fx.Node | None = None
 
     @property
@@ -53,14 +53,20 @@ def rule_for(node: fx.Node, argument: fx.Node, entries: Tensor) -> Use | None:
     return rule(node, position[0], entries) if rule and len(position) == 1 else None
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """An operation's arguments, whose types depend on the operation."""
+    return node.args
+
+
 def _product(node: fx.Node, position: int, entries: Tensor) -> Use | None:
     """``mm`` and ``bmm``, with or without a summand: a [S, D] times w [D, C], or w [C, D] times a [D, S]."""
     first = len(node.args) - 2
-    added = node.args[0] if first else None
+    arguments = _arguments(node)
+    added = arguments[0] if first else None
     if position < first or any(factor != 1 for factor in node.kwargs.values()):
         return None
     right = position > first
-    operand = node.args[first if right else position + 1]
+    operand = arguments[first if right else position + 1]
     entries = entries[None] if entries.ndim == 2 else entries
     shared = len(entries) > 1 and bool((entries == entries[:1]).all())  # one matrix for the whole batch of a bmm
     entries = entries[:1] if shared else entries
@@ -81,7 +87,7 @@ def _convolution(node: fx.Node, position: int, entries: Tensor) -> Use | None:
     """Convolutions of any dimension, strided, dilated, grouped and transposed."""
     if position != 1:
         return None
-    operand, _, bias, stride, padding, dilation, transposed, _, groups = node.args
+    operand, _, bias, stride, padding, dilation, transposed, _, groups = _arguments(node)
     kernel = tuple(entries.shape[2:])
     entries = entries.reshape(groups, entries.shape[0] // groups, -1)  # [groups, out, in x kernel]
     factors = functools.partial(
@@ -160,7 +166,7 @@ def _cut(seen: Tensor, space: torch.Size, windows: Windows, wanted: torch.Size) 
 
 def _lookup(node: fx.Node, position: int, entries: Tensor) -> Use | None:
     """Lookups of rows of a table by their indices."""
-    _, numbers, padding, *_ = (*node.args, -1)
+    _, numbers, padding, *_ = (*_arguments(node), -1)
     if position != 0:
         return None
     return Use(node, numbers, entries, functools.partial(_lookup_factors, padding=padding))

@@ -131,7 +131,16 @@ def untraceable(what: str) -> Iterator[None]:
 _BATCH_NORM = aten.native_batch_norm.default
 
 
-def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Eval-mode BatchNorm as one scale and one shift per channel: two passes over the values, one over the cotangents.
 
     Train-mode BatchNorm makes samples interact and is refused before tracing. InstanceNorm, which uses the statistics

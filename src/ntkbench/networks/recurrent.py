@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkbench.errors import BadInput, unknown
-from ntkbench.operators.recurrent.cells import GATES, ROLES, Recurrence
+from ntkbench.operators.recurrent.cells import GATES, ROLES, Recurrence, declared
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 
 EULER_STEP = 0.5
@@ -179,7 +179,7 @@ def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
 
     Frozen parameters are fixed at what they are now.
     """
-    recurrence = module.recurrence
+    recurrence = declared(module)
     fixed = {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}
 
     def forward(weights: Mapping[str, Any], x: Any) -> Any:

@@ -117,7 +117,7 @@ def wide_resnet(factor: int, side: int) -> Architecture:
 
 
 def _stages(kind: str, channels: int, width: int, stages: tuple[int, ...]) -> list[nn.Module]:
-    blocks = []
+    blocks: list[nn.Module] = []
     for stage, count in enumerate(stages):
         for i in range(count):
             blocks.append(Block(kind, channels, width * 2**stage, 2 if stage and not i else 1))

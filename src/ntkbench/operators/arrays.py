@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 
-def to_numpy(array: Any, dtype: DTypeLike = None) -> np.ndarray:
+def to_numpy(array: Any, dtype: DTypeLike | None = None) -> np.ndarray:
     """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given."""
     return np.asarray(array.cpu() if hasattr(array, "cpu") else array, dtype=dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
-ParameterArrays = Mapping[str, jax.Array]
+ParameterArrays = dict[str, jax.Array]
 NetworkFunction = Callable[[ParameterArrays, jax.Array], jax.Array]
 
 
@@ -32,7 +32,8 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
         BadInput: no such weights, or the problem has no JAX network.
         Unavailable: the device is not present.
     """
-    if problem.jax_forward is None:
+    forward = problem.jax_forward
+    if forward is None:
         raise BadInput(f"{problem.name} has no network in JAX; allowed backends for it: torch")
     if target.dtype == "float64":
         jax.config.update("jax_enable_x64", True)  # without it JAX converts float64 arrays to float32
@@ -41,10 +42,9 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
         array = array.astype(target.dtype) if np.issubdtype(array.dtype, np.floating) else array
         return jax.device_put(array, device(target))
 
-    forward = problem.jax_forward
-    if fixed := {key: put(w) for key, w in problem.fixed(weights).items()}:
-        forward = lambda weights, x: problem.jax_forward({**fixed, **weights}, x)  # noqa: E731
-    return forward, {key: put(w) for key, w in problem.weights(weights).items()}, put(problem.x)
+    fixed = {key: put(w) for key, w in problem.fixed(weights).items()}
+    whole = (lambda weights, x: forward({**fixed, **weights}, x)) if fixed else forward
+    return whole, {key: put(w) for key, w in problem.weights(weights).items()}, put(problem.x)
 
 
 def device(target: Target) -> jax.Device:
@@ -84,7 +84,7 @@ class JaxJacobian(JacobianOperator):
         memory: bytes that one block of probes may fill.
     """
 
-    COMPUTED = ("_pullback",)
+    COMPUTED: tuple[str, ...] = ("_pullback",)
 
     def __init__(
         self, forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, shape: tuple[int, ...], memory: int
@@ -161,7 +161,7 @@ def _flat(blocks: ParameterArrays) -> jax.Array:
 
 def _squares(blocks: ParameterArrays) -> jax.Array:
     """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
-    return sum((block.reshape(block.shape[0], -1) ** 2).sum(1) for block in blocks.values())
+    return functools.reduce(jnp.add, ((block.reshape(block.shape[0], -1) ** 2).sum(1) for block in blocks.values()))
 
 
 def _outputs(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ def _jax_util() -> types.ModuleType:
     def safe_map(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
         return [function(*row) for row in safe_zip(*rows)]
 
-    util.safe_map, util.safe_zip = safe_map, safe_zip
+    vars(util).update(safe_map=safe_map, safe_zip=safe_zip)
     return util
 
 
@@ -86,7 +86,7 @@ def _no_tensorflow() -> types.ModuleType:
 
 def _dynamic_shapes(empirical: types.ModuleType) -> None:
     """``core.DShapedArray``: absent since jax 0.8.2. No array is one any more, so an unused type serves."""
-    empirical.core = _Overlay(empirical.core, DShapedArray=type("DShapedArray", (), {}))
+    vars(empirical)["core"] = _Overlay(empirical.core, DShapedArray=type("DShapedArray", (), {}))
 
 
 def _names_of_ad(empirical: types.ModuleType) -> None:
@@ -98,7 +98,7 @@ def _names_of_ad(empirical: types.ModuleType) -> None:
     """
     import jax.extend.source_info_util
 
-    empirical.ad = _Overlay(
+    vars(empirical)["ad"] = _Overlay(
         empirical.ad,
         source_info_util=jax.extend.source_info_util,
         config=types.SimpleNamespace(jax_enable_checks=False),
@@ -147,7 +147,8 @@ def _splits_as_slices(linear: Any) -> Callable[..., list[Any]]:
 
         for equation in linear.jaxpr.eqns:
             if equation.primitive is jax.lax.split_p:
-                values.update(_slices(equation, *read(equation.invars), used))
+                (array,) = read(equation.invars)
+                values.update(_slices(equation, array, used))
                 continue
             made = equation.primitive.bind(*read(equation.invars), **equation.params)
             made = made if equation.primitive.multiple_results else [made]
@@ -177,7 +178,7 @@ def _transposes(empirical: types.ModuleType) -> None:
     primitives, slices first, are in a private table and are called differently. ``jax.linear_transpose`` of a single
     equation applies the same rules, wherever they are.
     """
-    empirical._eqn_vjp_fn = _equation_vjp
+    vars(empirical)["_eqn_vjp_fn"] = _equation_vjp
 
 
 def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...]:

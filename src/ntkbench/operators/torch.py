@@ -85,7 +85,7 @@ class TorchJacobian(JacobianOperator):
         memory: bytes that one block of probes may fill.
     """
 
-    COMPUTED = ("_pullback", "_graph")
+    COMPUTED: tuple[str, ...] = ("_pullback", "_graph")
 
     def __init__(
         self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, shape: tuple[int, ...], memory: int
@@ -97,7 +97,7 @@ class TorchJacobian(JacobianOperator):
         self._module, self._parameters, self._x = module, dict(parameters), x
         self._missing_modes: dict[str, str] = {}  # shared with copies, so that each mode is tried once
 
-    def _forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _forward(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         with _differentiable_kernels(self._module):
             return functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)
 
@@ -220,18 +220,18 @@ class TorchRng(Rng):
     """Probes from a ``torch.Generator`` on the given device."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._to = {"dtype": dtype, "device": device}
+        self._dtype, self._device = dtype, device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, k: int, dim: int) -> Tensor:
-        return torch.randn(k, dim, generator=self._generator, **self._to)
+        return torch.randn(k, dim, generator=self._generator, dtype=self._dtype, device=self._device)
 
     def sign(self, k: int, dim: int) -> Tensor:
         # A generator takes as long for a bit as for a byte. Each row starts with a new byte, so that the rows do not
         # depend on how they are split into blocks.
         size = (k, -(-dim // 8))
-        drawn = torch.randint(0, 256, size, generator=self._generator, dtype=torch.int32, device=self._to["device"])
-        signs = _signs_of_bytes(**self._to).index_select(0, drawn.view(-1)).view(k, -1)
+        drawn = torch.randint(0, 256, size, generator=self._generator, dtype=torch.int32, device=self._device)
+        signs = _signs_of_bytes(self._dtype, self._device).index_select(0, drawn.view(-1)).view(k, -1)
         return signs[:, :dim].contiguous()
 
 

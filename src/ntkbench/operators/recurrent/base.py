@@ -30,9 +30,9 @@ class RecurrentJacobian(JacobianOperator):
         linear: the recurrence linearised along its trajectory, computed on first use.
     """
 
-    COMPUTED = ("linear",)
+    COMPUTED: tuple[str, ...] = ("linear",)
 
-    _parameters: Mapping[str, Array]
+    _parameters: dict[str, Array]
     _x: Array
 
     def describe(self, recurrence: Recurrence, frozen: Mapping[str, Array]) -> None:

@@ -90,8 +90,8 @@ class ParameterLayout:
     @property
     def width(self) -> int:
         """E, the injections per trial and step: G H, plus H for a side gate, plus O for a readout in theta."""
-        readout = self.outputs if self.injects_readout else 0
-        return (self.gates + self.has_side) * self.hidden + readout
+        readout = self.outputs if self.injects_readout else None
+        return (self.gates + self.has_side) * self.hidden + (readout or 0)
 
     def factors(self, sent: Array, x: Array, h: Array) -> InjectionFactors:
         """v from phi(h_(t-1)) ``[T, B, H]``, inputs ``[T, B, I]`` and h ``[T, B, H]``."""
@@ -99,9 +99,8 @@ class ParameterLayout:
         made = {"h": sent, "x": x, "1": xp.ones_like(x[:, :, :1]), "read": h}
 
         def stacked(parts: tuple[str, ...]) -> Array | None:
-            parts = [xp.permute_dims(made[part], (2, 0, 1)) for part in parts]
             # Contiguous with long rows, as matrix products prefer.
-            return xp.concat(parts) if parts else None
+            return xp.concat([xp.permute_dims(made[part], (2, 0, 1)) for part in parts]) if parts else None
 
         return InjectionFactors(
             stacked(self._parts("gates")), stacked(self._parts("side")), stacked(self._parts("readout"))
@@ -129,7 +128,7 @@ class ParameterLayout:
         """S^T e, ``[k, P]``: summed over trials and steps."""
 
         def outer(v: Array | None, e: Array | None) -> Array | None:
-            if v is None:
+            if v is None or e is None:
                 return None
             T, B, k, E = e.shape
             return (v.reshape(-1, T * B) @ e.reshape(T * B, k * E)).reshape(-1, k, E)
@@ -149,7 +148,7 @@ class ParameterLayout:
         """S_b^T e_b per trial, ``[k, B, P]``."""
 
         def outer(v: Array | None, e: Array | None) -> Array | None:
-            if v is None:
+            if v is None or e is None:
                 return None
             xp = array_api_compat.array_namespace(v)
             T, B, k, E = e.shape

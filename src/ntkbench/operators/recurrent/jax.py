@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ntkbench.operators.jax import JaxJacobian, device, network
 from ntkbench.operators.recurrent.base import RecurrentJacobian
+from ntkbench.operators.recurrent.cells import declared
 from ntkbench.operators.recurrent.injections import Injections, ParameterLayout
 from ntkbench.operators.recurrent.jax_trajectory import trajectory
 from ntkbench.operators.recurrent.products import LinearisedRecurrence
@@ -30,7 +31,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> JaxRecurrentJac
     held = {key: w.detach().cpu().numpy() for key, w in problem.module.named_parameters() if key not in parameters}
     held |= problem.fixed(weights)
     frozen = {key: jax.device_put(w.astype(target.dtype), device(target)) for key, w in held.items()}
-    j.describe(problem.module.recurrence, frozen)
+    j.describe(declared(problem.module), frozen)
     return j
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkbench.operators.recurrent.base import RecurrentJacobian
+from ntkbench.operators.recurrent.cells import declared
 from ntkbench.operators.recurrent.injections import Injections
 from ntkbench.operators.recurrent.products import LinearisedRecurrence
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
@@ -26,7 +27,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> TorchRecurrentJ
     """
     module, parameters, x = network(problem, weights, target)
     j = TorchRecurrentJacobian(module, parameters, x, problem.output_shape, target.memory)
-    j.describe(module.recurrence, {key: w for key, w in module.named_parameters() if key not in parameters})
+    j.describe(declared(module), {key: w for key, w in module.named_parameters() if key not in parameters})
     return j
 
 
@@ -85,7 +86,7 @@ class TorchLoops:
             if step.side is not None and e.side is not None:
                 s.addcmul_(step.side[t, :, None], e.side[t])
             h = s
-            if step.emit is not None:
+            if step.emit is not None and step.emit_gate is not None:
                 h = (step.emit[t, :, None] * s).addcmul_(step.emit_gate[t, :, None], z[..., -H:])
             elif step.slope is not None:
                 h = s.clone()  # what is sent on is scaled in place
@@ -122,6 +123,6 @@ class TorchLoops:
             torch.mul(step.gain[t, :, None], on_s[:, :, None], out=into[:, :, :gates])
             if step.emit_gate is not None:
                 torch.mul(step.emit_gate[t, :, None], on_h, out=into[:, :, -1])
-            if side is not None:
+            if side is not None and step.side is not None:
                 torch.mul(step.side[t, :, None], on_s, out=side[t])
         return Injections(e, side, None)

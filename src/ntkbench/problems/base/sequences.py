@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ntkbench.errors import BadInput
 from ntkbench.networks.recurrent import States
+from ntkbench.operators.recurrent.cells import declared
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import from_module
@@ -54,8 +55,9 @@ def from_recurrent(
         raise BadInput(f"sequences must be a tensor [N, T, ...] of one length T; got {_lengths(x)}")
     if x.ndim < 3 or x.shape[1] == 0:
         raise BadInput(f"sequences must be a tensor [N, T, ...] with T > 0; got shape {tuple(x.shape)}")
-    layers = [States(m) if isinstance(m, nn.RNNBase) else m for m in (model, model_f)]
-    problem = from_module(layers[0], x, layers[1], name=name or type(model).__name__, dtype=dtype)
+    network = States(model) if isinstance(model, nn.RNNBase) else model
+    network_f = States(model_f) if isinstance(model_f, nn.RNNBase) else model_f
+    problem = from_module(network, x, network_f, name=name or type(model).__name__, dtype=dtype)
     if len(problem.output_shape) < 3 or problem.output_shape[1] != x.shape[1]:
         raise BadInput(f"the model must give [N, T, ...] with T = {x.shape[1]}, got shape {problem.output_shape}")
     net = copy.deepcopy(problem.module).requires_grad_(False)
@@ -101,7 +103,7 @@ def _check_comes_from(outputs: Tensor, theta: list[Tensor]) -> None:
 
 @torch.no_grad()
 def _check_declared(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
-    recurrence = net.recurrence
+    recurrence = declared(net)
     w = {role: operator.attrgetter(name)(net) for role, name in recurrence.names.items()}
     states = trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
     if "readout_weight" in w:

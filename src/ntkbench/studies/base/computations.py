@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ntkbench import methods
 from ntkbench.operators import JacobianOperator, linearise, torch_network
+from ntkbench.operators.recurrent.cells import declared
 from ntkbench.options import Target
 from ntkbench.problems import Problem
 
@@ -41,7 +42,7 @@ def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], f
     import torch
     from torch.func import functional_call, jvp, vjp, vmap
 
-    recurrence = problem.module.recurrence
+    recurrence = declared(problem.module)
     (_, theta_0, x), (_, theta_f, _) = (torch_network(problem, end, target) for end in ("theta_0", "theta_f"))
     kind = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU}[recurrence.kind]
     layer = kind(x.shape[-1], problem.output_shape[-1], batch_first=True).to(x)
