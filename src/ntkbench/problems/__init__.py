@@ -17,7 +17,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from ntkbench import registry
 from ntkbench.problem import Problem, split
 from ntkbench.problems import base
-from ntkbench.problems.base import Definition, problem
+from ntkbench.problems.base import Definition, problem, weights
 from ntkbench.registry import Fault, Source
 
 __all__ = [
@@ -87,8 +87,6 @@ def load(label: str) -> Problem:
         DidNotTrain: training failed.
         Corrupt: its committed weights are damaged.
     """
-    from ntkbench.problems.base import weights
-
     full_name, definition = check(label), define(label)
     network = definition.part or definition.module
     ends = weights.initial_and_trained(base.parse_label(label)[0], definition)
