@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,7 +192,7 @@ def _packages() -> Iterator[Package]:
                 yield Package(name, str(requirement.specifier), needed_for, _version(name), tested.get(name))
 
 
-def _declared() -> dict[str, Sequence[str]]:
+def _declared() -> Mapping[str, Sequence[str]]:
     """Requirements of the library (the empty key) and of its extras: the checkout's, else the installed package's."""
     try:
         project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

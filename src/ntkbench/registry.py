@@ -12,6 +12,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -330,6 +331,11 @@ class Room(Generic[T]):
                 raise  # the user's
             line, reason = source.line_of(error) or entry.line, f"cannot be {doing}: {summary(error)}"
         raise BrokenPlugin(Broken(self.kind, entry.name, entry.file, line, reason))
+
+
+def first_line(plugin: object) -> str:
+    """First line of the docstring of a plug-in; empty if it has none."""
+    return (inspect.getdoc(plugin) or "").partition("\n")[0]
 
 
 def room(kind: str) -> Room[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,8 +14,9 @@ from ntkbench.figures.plotting import base, canvas, labels
 from ntkbench.figures.plotting.styles import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, WINE
 
 TABLE = "training"
-COLUMNS = ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer", "init", "gain", "rank", "network", "step")
-COLUMNS += ("loss", "operator", "quantity", "value", "standard_error", "ratio", "ratio_standard_error", "probes")
+COLUMNS: tuple[str, ...] = ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer", "init", "gain", "rank")
+COLUMNS += ("network", "step", "loss", "operator", "quantity", "value", "standard_error", "ratio")
+COLUMNS += ("ratio_standard_error", "probes")
 
 OPERATORS = {
     "Theta": (r"$\Theta = P K P^*$", "the NTK"),
@@ -37,7 +39,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(shown):
         return base.nothing(table[kept], "No network was trained.")
     gains, ranks = sorted(shown["gain"].unique()), sorted(shown["rank"].unique(), reverse=True)
-    looks = {
+    looks: dict[tuple[float, float], dict[str, Any]] = {
         (gain, rank): {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[j % len(STYLES)]}
         for (i, gain), (j, rank) in itertools.product(enumerate(gains), enumerate(ranks))
     }

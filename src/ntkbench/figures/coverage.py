@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def _panel(panel: Axes, points: pd.DataFrame, style: dict[str, Look], lines: dic
 
 
 def _reading(plotted: pd.DataFrame) -> list[key.Entry]:
-    plain = {"color": styles.GREY, "marker": "o", "markersize": 5.5}
+    plain: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 5.5}
     entries = []
     if "other" in set(plotted["group"]):
         entries.append((Line2D([], [], **plain), f"effective rank {FEW} or more"))

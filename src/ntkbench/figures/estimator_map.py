@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -12,8 +14,8 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.figures.plotting.styles import Look, looks
 
 TABLE = "estimators_on_spectra"
-COLUMNS = ("spectrum", "n", "P", "outputs_per_parameter", "effective_rank", "metric", "method", "title", "kind")
-COLUMNS += ("passes", "passes_spent", "error", "error_q25", "error_q75", "seeds")
+COLUMNS: tuple[str, ...] = ("spectrum", "n", "P", "outputs_per_parameter", "effective_rank", "metric", "method")
+COLUMNS += ("title", "kind", "passes", "passes_spent", "error", "error_q25", "error_q75", "seeds")
 
 FLOOR = 1e-5
 """Errors below are rounding in float32: methods that get there are equally good."""
@@ -22,7 +24,7 @@ TIE = 1.25
 MOST = 3
 """Markers in one place of the map."""
 
-SMALL = {"fontsize": 8.5, "color": styles.GREY}
+SMALL: dict[str, Any] = {"fontsize": 8.5, "color": styles.GREY}
 
 KEPT = ["metric", "outputs_per_parameter", "n", "P", "spectrum", "effective_rank", "passes", "place", "method", "title"]
 KEPT += ["passes_spent", "error", "error_q25", "error_q75", "seeds", "tied"]
@@ -120,7 +122,7 @@ def _entries(style: dict[str, Look]) -> list[key.Entry]:
 
 
 def _reading() -> list[key.Entry]:
-    small = {"color": styles.GREY, "linestyle": "", "marker": "o"}
+    small: dict[str, Any] = {"color": styles.GREY, "linestyle": "", "marker": "o"}
     return [
         (Line2D([], [], **small, markersize=6.5), "the least median error, written below it"),
         (Line2D([], [], **small, markersize=4.4), f"as good: within a factor {TIE:g} of it"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -139,11 +140,11 @@ def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Loo
     spread = ASIDE if points["n"].nunique() == 1 else 0.0
     for i, ((method, backend), line) in enumerate(lines):
         aside = ScaledTranslation(spread * (i - (len(lines) - 1) / 2), 0, panel.figure.dpi_scale_trans)
-        drawn = {"transform": panel.transData + aside, "zorder": 3}
+        drawn: dict[str, Any] = {"transform": panel.transData + aside, "zorder": 3}
         panel.plot(line["n"], line[quantity], **style[method].line(backend), **drawn)
         if quantity == "seconds":
-            whiskers = {"color": style[method].colour, "linewidth": 0.8} | drawn
-            panel.vlines(line["n"], line["seconds_q25"], line["seconds_q75"], **whiskers)
+            low, high, colour = line["seconds_q25"], line["seconds_q75"], style[method].colour
+            panel.vlines(line["n"], low, high, color=colour, linewidth=0.8, **drawn)
 
 
 def _guides(panel: Axes, n: pd.Series, cost: pd.Series) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -52,7 +54,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
     """How many samples each point of a line has: above errors; over Hutch++'s seconds, and under the others'."""
-    where = {"xytext": (0, 7), "ha": "center"}
+    where: dict[str, Any] = {"xytext": (0, 7), "ha": "center"}
     if quantity == "seconds":
         above = line["method"].iloc[0] == "hutchpp"
         where = {"xytext": (-4, 5), "ha": "right"} if above else {"xytext": (4, -13), "ha": "left"}

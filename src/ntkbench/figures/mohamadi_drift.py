@@ -43,8 +43,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.set_ylim(0, 1.02 * max(1.0, plotted["difference_q75"].max()))
         once = here[here["kernel"] == "sum_of_logits"]
         for quantity, style in (("sum_direction", own[0][0]), (TO_LAST, own[1][0])):
-            drawn = {"color": style.get_color(), "linewidth": style.get_linewidth(), "linestyle": style.get_linestyle()}
-            below.plot(once["step"], once[quantity], **drawn, zorder=3)
+            below.plot(once["step"], once[quantity], color=style.get_color(), linewidth=style.get_linewidth(),
+                       linestyle=style.get_linestyle(), zorder=3)  # fmt: skip
             below.fill_between(once["step"], once[f"{quantity}_q25"], once[f"{quantity}_q75"], alpha=0.15,
                                color=style.get_color(), linewidth=0)  # fmt: skip
         values = plotted[["sum_direction", TO_LAST]].stack()

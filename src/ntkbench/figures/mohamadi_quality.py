@@ -114,10 +114,10 @@ def _caption(points: pd.DataFrame) -> str:
     wide = points.pivot_table(index=["family", "width", "init"], columns="kernel", values="difference")
     if {"single_logit", "random_vector", "sum_of_logits", "trace"} <= set(wide):
         over = {name: wide[name] / wide["trace"] for name in ("sum_of_logits", "single_logit", "random_vector")}
-        words = {name: curves.ratio_words(ratios) for name, ratios in over.items()}
+        ranges = {name: curves.ratio_words(ratios) for name, ratios in over.items()}
         text += (
-            f" What the paper does not show: differences over the floor's are {words['sum_of_logits']} for the sum of "
-            f"logits, {words['single_logit']} for a single logit and {words['random_vector']} for a random direction"
+            f" What the paper does not show: differences over the floor's are {ranges['sum_of_logits']} for the sum of "
+            f"logits, {ranges['single_logit']} for a single logit and {ranges['random_vector']} for a random direction"
         )
         medians = [ratios.median() for ratios in over.values()]
         text += "; the sum is nothing special at initialisation." if max(medians) < 1.1 * min(medians) else "."

@@ -66,7 +66,11 @@ def _trained(points: pd.DataFrame) -> pd.DataFrame:
 def _shades(colour: str, count: int) -> list[str]:
     """From a light tint of a colour to the colour itself."""
     tints = np.linspace(0.62, 0.0, count) if count > 1 else [0.0]
-    return [to_hex([1 - (1 - part) * (1 - tint) for part in to_rgb(colour)]) for tint in tints]
+    shades = []
+    for tint in tints:
+        red, green, blue = (1 - (1 - part) * (1 - tint) for part in to_rgb(colour))
+        shades.append(to_hex((red, green, blue)))
+    return shades
 
 
 def _coloured(shade: str) -> dict[str, Any]:

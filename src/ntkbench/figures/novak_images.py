@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from ntkbench.figures.plotting import base, canvas, curves, labels, sources, styles
 
 TABLE = "novak_images"
-COLUMNS = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops", "flops_per_entry")
-COLUMNS += ("seconds", "seconds_q25", "seconds_q75", "memory_bytes")
+COLUMNS: tuple[str, ...] = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops")
+COLUMNS += ("flops_per_entry", "seconds", "seconds_q25", "seconds_q75", "memory_bytes")
 NOTEBOOK = "ResNet18 224x224, eval BatchNorm"
 SAME = {"network": "ResNet18", "width": 64, "side": 224}
 """The network of neural-tangents' notebook, as the study's table has it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
@@ -13,7 +15,7 @@ FACTORS = np.geomspace(1, 1000, 121)
 TOLD_APART = 6
 """Lines of a panel that have their method's colour and marker; the rest are many, low, and on top of each other."""
 LINE = ["tolerance", "method", "backend"]
-PALE = {"color": canvas.PALE, "linewidth": 0.8}
+PALE: dict[str, Any] = {"color": canvas.PALE, "linewidth": 0.8}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:

@@ -112,7 +112,7 @@ def _names(panel: Axes, names: list[str], lines: list[tuple[str, str]], style: d
     """Names with the colour and marker that the methods have in the other figures."""
     beside = ScaledTranslation(-10 / 72, 0, panel.figure.dpi_scale_trans)
     for i, (name, (method, backend)) in enumerate(zip(names, lines, strict=True)):
-        where = {"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points"}
+        where: dict[str, Any] = {"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points"}
         panel.annotate(name, (0, i), xytext=(-20, 0), ha="right", va="center", fontsize=9, **where)
         mark = style[method].line(backend) | {"linestyle": ""}
         panel.plot(0, i, transform=panel.get_yaxis_transform() + beside, clip_on=False, **mark)

@@ -56,6 +56,6 @@ def check_probes(numbers: list[int], names: Iterable[str]) -> list[int]:
         BadInput: one of them is too small.
     """
     for name in names:
-        if min(numbers) < (fewest := methods.get(name).fewest_probes):
+        if min(numbers) < (fewest := methods.stochastic(name).fewest_probes):
             raise BadInput(f"{min(numbers)} is too small: {name} takes at least {fewest}")
     return numbers

@@ -146,10 +146,15 @@ def guard(seconds: float, memory: float) -> None:
 
 
 def _start(*arguments: str) -> None:
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {name: value for name, value in os.environ.items() if name != STEP}
-    # A session of its own, so that the signals that end a run leave it to do its work.
-    subprocess.Popen([sys.executable, "-P", __file__, *arguments], env=environment, start_new_session=True, **quiet)
+    subprocess.Popen(
+        [sys.executable, "-P", __file__, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # so that the signals that end a run leave it to do its work
+    )
 
 
 def _guardian(step_pid: int, run_pid: int, mark: str) -> None:

@@ -8,17 +8,17 @@ figures. :func:`ntkbench.testing.check_method` says whether it keeps the contrac
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import ModuleType
 
 from ntkbench import registry
-from ntkbench.errors import unknown
+from ntkbench.errors import BadInput, unknown
 from ntkbench.methods.base import KINDS, Method, Stochastic
 from ntkbench.metrics import METRICS
 from ntkbench.options import BACKENDS
 from ntkbench.registry import Fault, Source
 
-__all__ = ["ROOM", "Method", "get", "names"]
+__all__ = ["ROOM", "Method", "get", "names", "stochastic"]
 
 
 def names() -> list[str]:
@@ -33,6 +33,18 @@ def get(name: str) -> Method:
         BadInput: there is none, or it is broken.
     """
     return ROOM.get(name)
+
+
+def stochastic(name: str) -> Stochastic:
+    """The stochastic method of a name; imports no other.
+
+    Raises:
+        BadInput: there is none, it is broken, or it is not stochastic.
+    """
+    method = get(name)
+    if not isinstance(method, Stochastic):
+        raise BadInput(f"{name} is {method.kind} and draws no probes")
+    return method
 
 
 def _checked(source: Source, module: ModuleType, name: str) -> Method:
@@ -74,7 +86,9 @@ def _checked(source: Source, module: ModuleType, name: str) -> Method:
     return cls()
 
 
-def _check_words(cls: type[Method], attribute: str, what: str, allowed: Collection[str], fault) -> None:
+def _check_words(
+    cls: type[Method], attribute: str, what: str, allowed: Collection[str], fault: Callable[[str, str], Fault]
+) -> None:
     value = getattr(cls, attribute, None)
     if not isinstance(value, tuple | list) or not value or len(set(map(repr, value))) < len(value):
         raise fault(attribute, f"{attribute} must be a tuple of different {what}s, one at least; got {value!r}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    from ntkbench.operators.recurrent.base import RecurrentJacobian
 
 
 class RecurrentExactTrace(Deterministic):
@@ -32,5 +36,5 @@ class RecurrentExactTrace(Deterministic):
         return problem.O // T * (T + 1) / 2
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        (j,) = jacobians
+        (j,) = cast("Sequence[RecurrentJacobian]", jacobians)  # the problem is a recurrent network
         return Moments(trace=float(sum(j.squared_rows(step).sum() for step in range(j.T))))

@@ -53,7 +53,7 @@ def get(name: str) -> Callable[..., Definition]:
 
 def describe(name: str) -> str:
     """First line of a problem's docstring."""
-    return inspect.getdoc(get(name)).splitlines()[0]
+    return registry.first_line(get(name))
 
 
 def module_of(label: str) -> str:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Literal
 
 from ntkbench.data import tasks
 from ntkbench.problems.base import Definition, problem, training
+from ntkbench.registry import first_line
 
 KINDS = {"rnn": "Vanilla tanh RNN", "gru": "GRU", "lstm": "LSTM", "ctrnn": "Continuous-time RNN (Euler steps of 1/2)"}
 
@@ -31,7 +31,7 @@ def _define(kind: str, task: str) -> Callable[..., Definition]:
         return Definition(whole, tasks.trials(task, N, T).inputs, recipe, recurrent.jax_forward(part), part=part)
 
     define.__name__ = define.__qualname__ = f"{kind}_{task}"
-    define.__doc__ = f"{KINDS[kind]} on {inspect.getdoc(tasks.TASKS[task][0]).splitlines()[0]}"
+    define.__doc__ = f"{KINDS[kind]} on {first_line(tasks.TASKS[task][0])}"
     return define
 
 

@@ -52,7 +52,7 @@ def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
 
 def describe(name: str) -> str:
     """First line of a study's docstring."""
-    return inspect.getdoc(ROOM.get(name)).splitlines()[0]
+    return registry.first_line(ROOM.get(name))
 
 
 def fields(name: str) -> list[str]:

@@ -59,7 +59,7 @@ class Settings(base.Settings):
     seeds: int = Field(100, ge=2)
     n: PositiveInt = Field(1000, ge=20)
     outputs_per_parameter: list[PositiveFloat] = Field(default=[0.25, 1, 4], min_length=1)
-    spectra: list[Literal[*SPECTRA]] = Field(default=list(SPECTRA), min_length=1)
+    spectra: list[Literal[*SPECTRA]] = Field(default=list(SPECTRA), min_length=1)  # type: ignore[valid-type]
     passes: list[PositiveInt] = Field(default=[18, 36, 72, 144, 288], min_length=1)
 
 
@@ -112,7 +112,7 @@ def _rows(settings: Settings, ratio: float, name: str) -> Iterator[base.Row]:
     spectrum = base.Once(lambda: Spectrum(values, n, P, settings))
     rank = float(values.sum() ** 2 / (values**2).sum())
     sizes = {"spectrum": name, "n": n, "P": P, "outputs_per_parameter": ratio, "effective_rank": rank}
-    for method in map(methods.get, NAMES):
+    for method in map(methods.stochastic, NAMES):
         for metric in method.metrics:
             for passes in settings.passes:
                 case = {**sizes, "metric": metric, "method": method.name, "title": method.title, "kind": method.kind}

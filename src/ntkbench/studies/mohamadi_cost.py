@@ -6,6 +6,7 @@ estimated from those of a forward pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ def _rows(settings: Settings, depth: int, outputs: int, samples: int) -> Iterato
 
     for name in METHODS:
         case = {"depth": depth, "N": samples, "O": outputs, "method": name, "title": base.title(name)}
-        yield base.row({**case, "kernel": KERNELS[name]}, lambda name=name: measure(name))
+        yield base.row({**case, "kernel": KERNELS[name]}, functools.partial(measure, name))
 
 
 def _check(settings: Settings, method: Method, problem: Problem, flops: float) -> None:

@@ -6,6 +6,7 @@ shrinks it, and with it the part of the pNTK that comes from all layers but the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,10 +63,14 @@ def _along_training(settings: Settings, loss: str, init: int) -> Iterator[base.R
     from ntkbench.studies.base import pntk
 
     course = base.Once(lambda: Course(settings, loss, init))
+
+    def look(step: int) -> list[dict[str, Any]]:
+        return course().look(step)
+
     kernels = [{"kernel": name, "title": title} for name, title in pntk.KERNELS.items()]
     for step in sorted({round(i * settings.steps / (settings.looks - 1)) for i in range(settings.looks)}):
         case = {"loss": loss, "loss_title": LOSSES[loss], "init": init, "step": step}
-        yield from base.rows(case, lambda step=step: course().look(step), kernels)
+        yield from base.rows(case, functools.partial(look, step), kernels)
 
 
 class Course:

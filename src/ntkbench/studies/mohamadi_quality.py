@@ -123,7 +123,7 @@ class Architecture:
     family: str
     width: int
 
-    def network(self, init: int) -> nn.Module:
+    def network(self, init: int) -> nn.Sequential:
         """A network from its seed, on the device."""
         from ntkbench.networks import classifiers, initialisation
 
@@ -160,7 +160,7 @@ class Course:
         self._architecture, self._init = architecture, init
 
     @functools.cached_property
-    def _network(self) -> nn.Module:
+    def _network(self) -> nn.Sequential:
         return self._architecture.network(self._init)
 
     def look(self, step: int) -> dict[str, dict[str, Any]]:
@@ -196,7 +196,7 @@ class Course:
         )
 
 
-def measure(architecture: Architecture, network: nn.Module, seed: int) -> dict[str, dict[str, Any]]:
+def measure(architecture: Architecture, network: nn.Sequential, seed: int) -> dict[str, dict[str, Any]]:
     """Columns for each kernel of one network at its present weights, the whole NTK (``full``) among them."""
     import torch
 

@@ -6,6 +6,7 @@ programs, our kernel by layers by the shapes of its matrix products, up to a wid
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ def _rows(settings: Settings, width: int, outputs: int) -> Iterator[base.Row]:
     for samples in settings.samples:
         for name, title in programs.TITLES.items():
             case = {"N": samples, "O": outputs, "width": width, "method": name, "title": title}
-            yield base.row(case, lambda case=case: _measure(settings, case, network))
+            yield base.row(case, functools.partial(_measure, settings, case, network))
 
 
 def _network(N: int, O: int, width: int) -> Definition:  # noqa: E741 - the field's symbol
@@ -71,6 +72,7 @@ def _theirs(case: dict[str, Any], network: Definition) -> float:
 
     shapes = {name: tuple(w.shape) for name, w in network.module.named_parameters()}
     x = (case["N"], *network.x.shape[1:])
+    assert network.jax_forward is not None
     return programs.flops(programs.lowered(case["method"], network.jax_forward, shapes, x))
 
 

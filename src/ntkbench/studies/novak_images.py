@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -106,14 +107,14 @@ class Case:
         rows = []
         for name, title in programs.TITLES.items():
             case = {"network": architecture.title, **sizes, "method": name, "title": title}
-            rows.append(base.row(case | {"quantity": "flops"}, lambda name=name: self._columns(self._operations(name))))
+            columns = functools.partial(self._columns, name)
+            rows.append(base.row(case | {"quantity": "flops"}, functools.partial(columns, self._operations)))
             if name != "jacobian":
-                seconds = base.row(case | {"quantity": "seconds"}, lambda name=name: self._columns(self._seconds(name)))
-                rows.append(seconds)
+                rows.append(base.row(case | {"quantity": "seconds"}, functools.partial(columns, self._seconds)))
         return rows
 
-    def _columns(self, found: dict[str, Any]) -> dict[str, Any]:
-        return {"P": sum(map(math.prod, self._shapes.values())), **found}
+    def _columns(self, name: str, measure: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        return {"P": sum(map(math.prod, self._shapes.values())), **measure(name)}
 
     @functools.cached_property
     def _meta(self) -> nn.Module:

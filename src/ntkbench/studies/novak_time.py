@@ -5,6 +5,7 @@ The memory of a program is known once it is compiled; a program that needs more 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pandas as pd
@@ -34,7 +35,7 @@ def run(settings: Settings) -> pd.DataFrame:
     from ntkbench.studies.base import programs
 
     sizes = {"N": settings.samples, "budget_mb": settings.limits.memory_mb}
-    cases = [
+    cases: list[dict[str, Any]] = [
         {**sizes, "O": outputs, "width": width, "method": name, "title": title}
         for width in settings.widths
         for outputs in settings.outputs
@@ -42,7 +43,7 @@ def run(settings: Settings) -> pd.DataFrame:
     ]
     measures = {"structured_derivatives": _ours}
     return base.table(
-        base.row(case, lambda case=case: measures.get(case["method"], _theirs)(settings, case)) for case in cases
+        base.row(case, functools.partial(measures.get(case["method"], _theirs), settings, case)) for case in cases
     )
 
 

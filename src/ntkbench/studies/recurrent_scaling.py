@@ -36,7 +36,8 @@ METRICS = {
 """Methods, and what each is asked for."""
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in METRICS)
 TIMED = True
-SIZES = ("N", "T", "probes")
+Size = Literal["N", "T", "probes"]
+SIZES: tuple[Size, ...] = ("N", "T", "probes")
 
 
 class Settings(base.Settings):
@@ -55,7 +56,7 @@ class Settings(base.Settings):
     N: list[PositiveInt] = Field(default=[25, 50, 100, 200], min_length=1)
     T: list[PositiveInt] = Field(default=[5, 10, 20, 40], min_length=1)
     probes: list[PositiveInt] = Field(default=[12, 25, 50, 100], min_length=1)
-    middle: dict[Literal["N", "T", "probes"], PositiveInt] = Field(default={"N": 100, "T": 10, "probes": 50})
+    middle: dict[Size, PositiveInt] = Field(default={"N": 100, "T": 10, "probes": 50})
     patience_seconds: PositiveFloat = 30
 
     @field_validator("probes")
@@ -109,8 +110,8 @@ def _problem(settings: Settings, kind: str, N: int, T: int) -> Problem:
     channels = tasks.channels(settings.task)
     networks = [recurrent.initialised(kind, channels, settings.H, seed=seed) for seed in (0, 1)]
     parts = [recurrent.part(network, "state", "all") for network in networks]
-    weights = [{key: w.detach().numpy() for key, w in part.named_parameters()} for part in parts]
-    return Problem(f"{kind}_{settings.task}", parts[0], tasks.trials(settings.task, N, T).inputs, *weights)
+    theta_0, theta_f = ({key: w.detach().numpy() for key, w in part.named_parameters()} for part in parts)
+    return Problem(f"{kind}_{settings.task}", parts[0], tasks.trials(settings.task, N, T).inputs, theta_0, theta_f)
 
 
 def _line(

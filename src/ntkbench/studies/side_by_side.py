@@ -7,6 +7,7 @@ their own.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
         rival_call = bare_products(call) if rival == BARE else _call(settings, rival, c.problem)
         rival_first = timing.timed(rival_call, 0)
         times, rival_times = timing.in_turn([call, rival_call], c.calls or settings.calls)
-        peaks = memory(), None if rival == BARE else _peak_memory(settings, rival, c.problem)
+        peak, rival_peak = memory(), None if rival == BARE else _peak_memory(settings, rival, c.problem)
         return {
             **sizes,
             **timing.quartiles("seconds", times),
@@ -147,15 +148,15 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
             "calls": len(times),
             "first_call_seconds": first().first_seconds,
             "rival_first_call_seconds": rival_first.first_seconds,
-            "memory_bytes": peaks[0],
-            "rival_memory_bytes": peaks[1],
-            "memory_ratio": peaks[0] / peaks[1] if all(peaks) else None,
+            "memory_bytes": peak,
+            "rival_memory_bytes": rival_peak,
+            "memory_ratio": peak / rival_peak if peak and rival_peak else None,
             "difference": None if rival == BARE else relative_error(value, rival_first.first),
         }
 
     for rival in c.rivals:
         case = {"problem": c.problem, "metric": "" if c.subject in COMPUTATIONS else METRIC}
-        yield base.row({**case, "subject": c.subject, "rival": rival}, lambda rival=rival: measure(rival))
+        yield base.row({**case, "subject": c.subject, "rival": rival}, functools.partial(measure, rival))
 
 
 def _call(settings: Settings, name: str, label: str) -> Callable[[], float]:

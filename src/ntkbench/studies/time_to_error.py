@@ -22,7 +22,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes, timing
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.measure.seeds import Reruns
-from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
 from ntkbench.studies import base
@@ -167,12 +167,13 @@ class Truth:
         if goal.exact:
             return reference.exact(problem)[goal.metric], 0.0
         method = methods.get(REFERENCE)
+        assert isinstance(method, Incremental)
         prepared = method.prepare(problem, self._settings.target(dtype="float64"))
         metric, rtol = goal.metric, goal.error / NARROWER
         (found,) = method.estimates(prepared, (metric,), REFERENCE_PASSES, REFERENCE_SEED, rtol=rtol).values()
         if not found.relative_width() <= rtol:
             raise NtkbenchError(f"no reference for {goal.problem}: {'; '.join(found.notes)}")
-        return found.value, found.standard_error / abs(found.value)
+        return found.value, (found.standard_error or 0.0) / abs(found.value)
 
 
 class Entrant:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,9 +23,9 @@ KINDS = ("exact", "approximate", "stochastic")
 SETTINGS = ("machine", "device", "dtype", "threads")
 """What must be equal for two rows to be compared; rows that differ in one of these never share a panel."""
 
-WORDS = ("problem", "family", "method", "title", "kind", "backend", "metric", "status", "reason", "device", "dtype")
-WORDS += ("machine", "git_sha", "git_dirty")
-NUMBERS = (
+WORDS: tuple[str, ...] = ("problem", "family", "method", "title", "kind", "backend", "metric", "status", "reason")
+WORDS += ("device", "dtype", "machine", "git_sha", "git_dirty")
+NUMBERS: tuple[str, ...] = (
     "N",
     "O",
     "P",

@@ -165,7 +165,7 @@ def in_rows(panels: Iterable[Any], columns: int) -> list[list[Any]]:
 
 def title(panel: Axes, text: str, detail: str, offset: float = 4.0) -> None:
     """A panel's title on the left, with its details in grey below it."""
-    where = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     panel.annotate(text, (0, 1), xytext=(0, offset + 13), fontweight="bold", **where)
     panel.annotate(detail, (0, 1), xytext=(0, offset), color=GREY, fontsize=9, **where)
 

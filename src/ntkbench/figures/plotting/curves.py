@@ -64,7 +64,7 @@ def logarithmic(panel: Axes, x: Iterable[float], y: Iterable[float], ratio: floa
             axis.set_major_formatter(FuncFormatter(lambda value, _: labels.power_label(value)))
 
 
-def counts(panel: Axes, sizes: Sequence[float], most: int = 7) -> None:
+def counts(panel: Axes, sizes: Iterable[float], most: int = 7) -> None:
     """Ticks of a log x axis at sizes that were measured, without those that leave no room for labels."""
     sizes = sorted({size for size in sizes if size > 0})
     if not sizes:
@@ -94,8 +94,8 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 def ratio_words(ratios: Sequence[float]) -> str:
     """A median ratio and its range: ``1.1 (0.9 to 1.3)``."""
-    ratios = np.asarray([r for r in ratios if math.isfinite(r)])
-    if not len(ratios):
+    finite = np.asarray([r for r in ratios if math.isfinite(r)])
+    if not len(finite):
         return "nothing to compare"
-    middle, low, high = map(labels.rounded, (np.median(ratios), ratios.min(), ratios.max()))
+    middle, low, high = map(labels.rounded, (np.median(finite), finite.min(), finite.max()))
     return f"{middle} ({low} to {high})"

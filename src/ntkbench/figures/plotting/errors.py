@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -145,7 +146,7 @@ def _line(panel: Axes, line: pd.DataFrame, cost: Cost, look: Look, backend: str,
         drawn["linestyle"] = ""
     over = 3 if stochastic else 4
     panel.plot(line[cost.column], line["error_drawn"], **drawn, zorder=over, clip_on=False)
-    thin = {"color": look.colour, "linewidth": 0.8, "zorder": over - 0.5}
+    thin: dict[str, Any] = {"color": look.colour, "linewidth": 0.8, "zorder": over - 0.5}
     if cost.spread:
         panel.hlines(line["error_drawn"], *(line[column] for column in cost.spread), **thin)
     quartiles = line["error_q25_drawn"], line["error_q75_drawn"]

@@ -9,7 +9,13 @@ import pandas as pd
 from ntkbench import paths
 from ntkbench.errors import BadInput
 
-MARK = {"marker": "x", "markersize": 5.0, "markeredgewidth": 1.1, "linestyle": (0, (1, 1.2)), "linewidth": 1.0}
+MARK: dict[str, Any] = {
+    "marker": "x",
+    "markersize": 5.0,
+    "markeredgewidth": 1.1,
+    "linestyle": (0, (1, 1.2)),
+    "linewidth": 1.0,
+}
 """How published values are drawn, in the colour of what they are values of: crosses on a dotted line."""
 
 HAZELDEN = {

@@ -29,6 +29,7 @@ SHORTEST = 10
 """Steps of the shortest trials that come before longer ones."""
 
 
+@dataclass(frozen=True, eq=False)
 class Training(abc.ABC):
     """A training recipe: a frozen dataclass whose fields are all the values that training uses.
 
@@ -127,9 +128,15 @@ class OnTask(Training):
     seed: int = 1
 
     def train(self, module: nn.Module) -> None:
-        how = {"loss": self.loss, "steps": self.steps, "learning_rate": self.learning_rate, "clip": self.clip}
         for T in self.lengths:
-            for _ in course(module, self._trials(T), **how):
+            for _ in course(
+                module,
+                self._trials(T),
+                loss=self.loss,
+                steps=self.steps,
+                learning_rate=self.learning_rate,
+                clip=self.clip,
+            ):
                 pass
 
     def arrays(self) -> Weights:
@@ -184,8 +191,11 @@ def course(
 
     module.double()
     x, missed = torch.from_numpy(trials.inputs).double(), trials.loss()
-    make = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}[optimizer]
-    chosen = make(module.parameters(), lr=learning_rate)
+    makers: dict[str, Callable[..., Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    }
+    chosen = makers[optimizer](module.parameters(), lr=learning_rate)
 
     def clipped(*_: object) -> None:
         torch.nn.utils.clip_grad_norm_(module.parameters(), clip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,15 @@ from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
 from ntkbench.studies import base
 
-METHODS = ("direct", "structured_derivatives", "hutchpp", "hutchpp_paper", "one_sided_paper_reverse")
-METHODS += ("one_sided_paper_forward", "shared_probe_alignment")
+METHODS = (
+    "direct",
+    "structured_derivatives",
+    "hutchpp",
+    "hutchpp_paper",
+    "one_sided_paper_reverse",
+    "one_sided_paper_forward",
+    "shared_probe_alignment",
+)
 PROBLEMS = ("mlp", "gru", "classifiers")
 PLUGINS = (*(f"ntkbench.methods.{name}" for name in METHODS), *(f"ntkbench.problems.{name}" for name in PROBLEMS))
 ONE_BY_ONE = "direct_one_by_one"
@@ -87,7 +95,7 @@ def stochastic(
     prepared = base.Once(lambda: methods.get(name).prepare(subject.problem(), settings.target()))
 
     def measure(m: int) -> dict[str, Any]:
-        method = methods.get(name)
+        method = methods.stochastic(name)
         passes = method.cost(metric, m)
         found = Reruns(subject.exact()[metric], settings.dtype, POWERS.get(metric, 1)).run(
             lambda seed: method.estimate(prepared(), metric, passes, seed), range(settings.seeds)
@@ -95,7 +103,8 @@ def stochastic(
         return {**subject.columns(), "passes": passes, **found.columns(), **found.timed.columns()}
 
     for m in samples:
-        yield base.row({**_case(subject, metric, name, base.title(name), columns), "m": m}, lambda m=m: measure(m))
+        case = {**_case(subject, metric, name, base.title(name), columns), "m": m}
+        yield base.row(case, functools.partial(measure, m))
 
 
 def baseline(settings: Settings, subject: Subject, metric: str, name: str, **columns: Any) -> base.Row:

@@ -85,8 +85,8 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
 def engine(module: nn.Module, x: np.ndarray, target: Target) -> tuple[Any, list[Any], Any]:
     """Our kernel of a network by layers, its parameters and inputs, on the target's device."""
     weights = {name: w.detach().numpy() for name, w in module.named_parameters()}
-    module, parameters, x = torch_network(Problem("network", module, x, weights), "theta_0", target)
-    return LayerwiseKernel(module, parameters, x, target.memory), list(parameters.values()), x
+    module, parameters, inputs = torch_network(Problem("network", module, x, weights), "theta_0", target)
+    return LayerwiseKernel(module, parameters, inputs, target.memory), list(parameters.values()), inputs
 
 
 def timed_program(
