@@ -72,6 +72,7 @@ class Program:
                     f, values = graph.run(theta, constants, x, tapped)
                     return f, [[values[use.operand] for use in layer.uses] for layer in layers]
 
+                # torch declares the result that has_aux adds as one of two possibilities.
                 _, pull, operands = vjp(outputs, taps, [by_name[name] for name in names], has_aux=True)  # type: ignore[misc]
                 return operands, *vmap(pull)(directions)
 

@@ -59,6 +59,7 @@ class Settings(base.Settings):
     seeds: int = Field(100, ge=2)
     n: PositiveInt = Field(1000, ge=20)
     outputs_per_parameter: list[PositiveFloat] = Field(default=[0.25, 1, 4], min_length=1)
+    # The words are known when the class is made, which is when pydantic needs them.
     spectra: list[Literal[*SPECTRA]] = Field(default=list(SPECTRA), min_length=1)  # type: ignore[valid-type]
     passes: list[PositiveInt] = Field(default=[18, 36, 72, 144, 288], min_length=1)
 
