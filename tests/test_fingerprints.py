@@ -88,12 +88,12 @@ PROBLEMS = ("digits_conv[N=4]", "gru_hazelden[N=2,T=2]", "rnn_flipflop[N=2,T=10,
 FIGURES = {"error_against_passes": "table.csv", "hazelden_trace": "studies/hazelden_trace.csv"}
 ONE = {"threads": 1, "seeds": 2, "calls": 1}
 STUDIES = {
+    "training": {"N": 4, "H": 4, "gains": [1.0], "ranks": [4], "networks": 1, "probes": 2, "loss": 0.99, "steps": 300},
     "mohamadi_drift": {"width": 8, "steps": 20, "looks": 2, "inits": 1, "images": 2, "rate": 0.01, "decay": 0.1},
 }
 PARTLY = {
     "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18]},
     "hazelden_blog": {"problem": "gru_hazelden[N=2,T=2]", "samples": [2]},
-    "training": {"N": 4, "H": 4, "gains": [1.0], "ranks": [4], "networks": 1, "probes": 2, "loss": 0.99, "steps": 300},
 }
 """Studies that load some of what they name, as their settings have it; or import methods without using them."""
 
@@ -119,8 +119,8 @@ def files_of_problem(label):
 
 
 def files_of_study(name):
-    plugins = getattr(registry.room("study").get(name), "PLUGINS", ())
-    return fingerprints.sources(f"ntkbench.studies.{name}", *plugins, backend="torch")
+    given = config(studies={name: ONE | (STUDIES | PARTLY)[name]}).study(name).model_dump(mode="json")
+    return fingerprints.sources(*fingerprints.study_roots(name, given), backend="torch")
 
 
 MORE = {"digits_conv[N=4]": {"networks/fully_connected.py"}}
@@ -292,6 +292,20 @@ def test_settings_count_and_what_does_not_concern_a_cell_does_not():
         assert fingerprints.cell(config(), replace(cell, **change)) != before
     small, large = (config(studies={"training": {"N": N}}) for N in (8, 9))
     assert fingerprints.study(small, "training") != fingerprints.study(large, "training")
+
+
+def test_problems_and_methods_in_a_studys_settings_count(copy):
+    def of(label):
+        return fingerprints.study(config(studies={"hazelden_blog": {"problem": label}}), "hazelden_blog")
+
+    labels = ("fc_relu[N=2,O=2,depth=1,width=4]", "gru_hazelden[N=2]")
+    before = [of(label) for label in labels]
+    edit(copy / "problems" / "novak.py")
+    after = [of(label) for label in labels]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
+def test_a_problems_size_counts():
     assert fingerprints.problem("gru_hazelden[N=2]") != fingerprints.problem("gru_hazelden[N=3]")
 
 

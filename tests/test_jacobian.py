@@ -472,6 +472,7 @@ j.jvp(j.vjp(j.basis(0, 1)))
 print("jax" in sys.modules, *(name for name in sys.modules if name.startswith("ntkbench.operators.")))
 """
 RECURRENT = {
+    "arrays",
     "base",
     "recurrent",
     "recurrent.base",
@@ -486,8 +487,8 @@ RECURRENT = {
 @pytest.mark.parametrize(
     ("backend", "label", "expected"),
     [
-        ("torch", "tanh_net", {"base", "torch", "plain_operations"}),
-        ("jax", "tanh_net", {"base", "jax"}),
+        ("torch", "tanh_net", {"arrays", "base", "torch", "plain_operations"}),
+        ("jax", "tanh_net", {"arrays", "base", "jax"}),
         ("torch", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"torch", "plain_operations", "recurrent.torch"}),
         ("jax", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"jax", "recurrent.jax", "recurrent.jax_trajectory"}),
     ],

@@ -11,10 +11,11 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import resolve_name
 from pathlib import Path
+from typing import Any
 
 from ntkbench import methods, paths, problems, registry
 from ntkbench.measure.cells import Cell
@@ -60,11 +61,29 @@ def problem(label: str) -> str:
 
 
 def study(config: Config, name: str) -> str:
-    """What a study's table depends on: its file, the modules that it says it loads by name, and its settings."""
-    module, room = f"ntkbench.studies.{name}", registry.room("study")
-    files = sources(module, *getattr(room.get(name), "PLUGINS", ()), backend="torch")
-    files |= {PACKAGE / file for file in AROUND["study"]}
-    return _hash(files, name, config.study(name).model_dump(mode="json"))
+    """What a study's table depends on: its file, the plug-ins that it names, and its settings."""
+    settings = config.study(name).model_dump(mode="json")
+    files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
+    return _hash(files, name, settings)
+
+
+def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """A study's module, those that it says it loads by name, and the problems and methods in its settings."""
+    room = registry.room("study")
+    named = {text.partition("[")[0] for text in _strings(settings)}
+    rooms = (methods.ROOM, problems.ROOM)
+    chosen = [plugins.module(plugin) for plugins in rooms for plugin in sorted(named & set(plugins.found()))]
+    return [room.module(name), *getattr(room.get(name), "PLUGINS", ()), *chosen]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a value of JSON, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for part in pair for text in _strings(part))
+    elif isinstance(value, list | tuple):
+        yield from (text for part in value for text in _strings(part))
 
 
 def figure(name: str) -> str:
