@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ntkbench import paths, problems, registry
+from ntkbench import paths, problems
 from ntkbench.measure import fingerprints
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
