@@ -73,7 +73,8 @@ STEPS = {"problems": RESULTS / "problems.json", "gallery": RESULTS / "gallery.ht
 STEPS |= {f"shard-{number}": RESULTS / "shards" / f"shard-{number}.csv" for number in SHARDS}
 STEPS |= {f"study-{study}": RESULTS / "studies" / f"{study}.csv" for study in RUN.studies}
 LINE = progress.Line(
-    RESULTS, timings.expected(RESULTS, RUN.profile, [step for step, output in STEPS.items() if not output.exists()])
+    RESULTS,
+    lambda: timings.expected(RESULTS, RUN.profile, [step for step, output in STEPS.items() if not output.exists()]),
 )
 
 

@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
     shutil.copy(paths.ROOT / "tests" / "plugins" / "misbehaving.py", methods)
     problems = root / "src" / "ntkbench" / "problems"
     problems.joinpath("hopeless.py").write_text(HOPELESS, encoding="utf-8")
-    problems.joinpath("unreadable.py").write_text("import sys\nsys.exit('no')\n", encoding="utf-8")
+    problems.joinpath("unreadable.py").write_text(UNREADABLE, encoding="utf-8")
     root.joinpath("src/ntkbench/studies/giving_up.py").write_text(GIVING_UP, encoding="utf-8")
     config = {
         "profile": "misbehaving",
@@ -130,6 +130,21 @@ def test_what_is_broken_in_an_installation_is_said(finished):
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert "unreadable.py" in done.stdout and "SystemExit" in done.stdout
 
+
+UNREADABLE = '''
+"""A file that ends whoever imports it."""
+
+import sys
+
+from ntkbench.problems.base import Definition, problem
+
+sys.exit("no")
+
+
+@problem
+def never_seen(N: int = 2) -> Definition:
+    """Nobody comes to it."""
+'''
 
 HOPELESS = '''
 """Problems that cannot be made ready."""

@@ -30,7 +30,7 @@ def ntkbench(root, *arguments):
 def finished(tmp_path_factory):
     """A copy of the checkout with a finished run, and what it said."""
     root = checkout(tmp_path_factory.mktemp("pipeline"))
-    code, out, err = run_snakemake(root, "--configfile", "config/smoke.yaml", root=root)
+    code, out, err = run_snakemake(root, "--configfile", str(root / "config/smoke.yaml"), root=root)
     assert code == 0, err[-4000:]
     return root, out + err
 
@@ -49,7 +49,7 @@ def planned(root, *arguments):
 
 
 def smoke(root, *arguments):
-    return planned(root, *arguments, "--configfile", "config/smoke.yaml")
+    return planned(root, *arguments, "--configfile", str(root / "config/smoke.yaml"))
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_what_failed_is_measured_again_on_request(finished, results):
     assert code == 0, err[-3000:]
     added = journal.read_text(encoding="utf-8")[len(before) :]
     assert added.count('"row": {') == 2 and '"status": "ok"' in added and label in added
-    code, _, err = run_snakemake(root, "--configfile", "config/smoke.yaml", root=root)
+    code, _, err = run_snakemake(root, "--configfile", str(root / "config/smoke.yaml"), root=root)
     assert code == 0, err[-3000:]
     assert set(rows.read(results / "table.csv")["status"]) <= {"ok", "skipped"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,19 +55,25 @@ def read(file: Path) -> dict[str, Facts]:
 
 
 def _made(label: str, config: Config, part: Path) -> Facts:
-    part.unlink(missing_ok=True)
+    facts, killed = _once(label, config, part)
+    return _once(label, config, part)[0] if killed else facts
+
+
+def _once(label: str, config: Config, part: Path) -> tuple[Facts, bool]:
+    """Facts, and whether something other than its limits killed the process that was to find them."""
     limits = config.limits
+    part.unlink(missing_ok=True)
     child = multiprocessing.get_context("fork").Process(target=_make, args=(label, config.threads, part))
     child.start()
     process, since = psutil.Process(child.pid), time.monotonic()
     with watchdog.Watch(lambda: [(process, since)], limits.problem_s, limits.memory_bytes) as watch:
         child.join()
     if watch.verdict:
-        return Outcome(*watch.verdict).columns()
+        return Outcome(*watch.verdict).columns(), False
     try:
-        return dict(json.loads(part.read_text(encoding="utf-8")))
+        return dict(json.loads(part.read_text(encoding="utf-8"))), False
     except (OSError, ValueError):
-        return outcomes.of_exit(child.exitcode or 0).columns()
+        return outcomes.of_exit(child.exitcode or 0).columns(), child.exitcode == -signal.SIGKILL
     finally:
         part.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ntkbench.measure import journal
@@ -56,12 +56,13 @@ class Line(threading.Thread):
 
     Args:
         results: the run's results folder.
-        expected: seconds that each step is expected to take, by name; known from an earlier run where there was one.
+        expected: makes the seconds that each step is expected to take, by name, when the line starts.
     """
 
-    def __init__(self, results: Path, expected: Mapping[str, float]) -> None:
+    def __init__(self, results: Path, expected: Callable[[], Mapping[str, float]]) -> None:
         super().__init__(daemon=True)
-        self._results, self._expected = results, dict(expected)
+        self._results, self._make_expected = results, expected
+        self._expected: dict[str, float] = {}
         self._begun, self._done = time.time(), threading.Event()
         self._terminal = sys.stderr.isatty()
 
@@ -73,6 +74,7 @@ class Line(threading.Thread):
         self._show(last, "\n")
 
     def run(self) -> None:
+        self._expected = dict(self._make_expected())
         while not self._done.wait(0.5 if self._terminal else EVERY):
             self._show(self.text(), "" if self._terminal else "\n")
 
