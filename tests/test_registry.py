@@ -10,6 +10,8 @@ import pytest
 
 from ntkbench import figures, methods, paths, problems, registry, studies
 from ntkbench.errors import BadInput, NtkbenchError
+from ntkbench.measure.cells import cells
+from ntkbench.measure.config import Config
 from ntkbench.problems import base
 from ntkbench.registry import BrokenPlugin
 
@@ -148,6 +150,7 @@ BROKEN = [
         5,
         "PLUGINS must be a tuple",
     ),
+    ("study", STUDY + "TIMED = 'no'\n", 12, "TIMED must be True or False; got 'no'"),
     *(("figure", *case) for case in [*EVERYWHERE, ("x = 1\n", 1, r"defines no draw\(table\)")]),
     (
         "figure",
@@ -272,6 +275,19 @@ def test_an_unreadable_file_is_broken(drop):
     folder.symlink_to(folder.with_name("nowhere"))
     (broken,) = methods.ROOM.broken()
     assert broken.name == "dangling" and "cannot be read" in broken.reason
+
+
+@pytest.mark.parametrize("source", ["def f(:\n", "import sys\nsys.exit(3)\n", "x = 1\n"])
+def test_a_configuration_of_all_methods_takes_those_that_work(drop, source):
+    block = {"problems": ["digits_conv[N=4]"], "methods": "all", "metrics": ["trace"], "passes": [36]}
+    given = {"profile": "test", "threads": 1, "grid": [block]}
+    before = {cell.label for cell in cells(Config.check(given, "test.yaml"))}
+    drop("method", "mine.py", source)
+    assert {cell.label for cell in cells(Config.check(given, "test.yaml"))} == before
+    named = given | {"grid": [block | {"methods": ["direct", "mine"]}]}
+    with pytest.raises(BadInput, match=r"test\.yaml: .*method 'mine' is broken: .*mine\.py:\d: ") as caught:
+        Config.check(named, "test.yaml")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_repaired_file_works(drop):

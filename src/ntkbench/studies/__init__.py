@@ -93,6 +93,8 @@ def _checked(source: Source, module: ModuleType, name: str) -> ModuleType:
         inspect.signature(run).bind(settings)
     except TypeError as error:
         raise Fault(f"run must take the settings alone: {error}", source.line("run")) from None
+    if not isinstance(getattr(module, "TIMED", True), bool):
+        raise Fault(f"TIMED must be True or False; got {module.TIMED!r}", source.line("TIMED"))
     plugins = getattr(module, "PLUGINS", ())
     if not isinstance(plugins, tuple | list) or not all(isinstance(plugin, str) for plugin in plugins):
         raise Fault(f"PLUGINS must be a tuple of names of modules; got {plugins!r}", source.line("PLUGINS"))
