@@ -51,6 +51,7 @@ with errors.as_one_line():
     files = [file for file in workflow.configfiles if file not in chosen] + list(chosen)
     RUN = configuration.Config.of_files(files, workflow.config_settings.config)
     CELLS = cells.cells(RUN)
+    paths.check_folder(Path("results") / RUN.folder)
     TABLES = RUN.tables(Path("results") / RUN.folder)
 
 RESULTS = Path("results") / RUN.folder

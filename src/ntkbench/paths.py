@@ -25,6 +25,17 @@ def cache() -> Path:
     return Path(os.environ.get("NTKBENCH_CACHE") or ROOT / "results" / "cache")
 
 
+def check_folder(folder: Path) -> None:
+    """That a folder is there or can be made, as far as that shows without writing.
+
+    Raises:
+        BadInput: something that is no folder is in the way.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"the results folder {folder} cannot be written to: {there} is no folder")
+
+
 def writable(folder: Path) -> Path:
     """The folder, made if need be.
 

@@ -36,7 +36,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
     limits, kept = config.study(name).limits, _journal(output)
     command = [sys.executable, "-m", "ntkbench", "study-rows", name]
     command += ["--config", str(config_file), "--output", str(output)]
-    killed: set[str] = set()
+    killed: set[str | None] = set()
     if config.retry == "failed":
         with Journal(kept) as rows:
             rows.drop(outcomes.PASSING)
@@ -58,12 +58,12 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
             outcome = Outcome(*watch.verdict) if watch.verdict else outcomes.of_exit(code)
             with Journal(kept) as rows:
                 key = rows.begun
-                if key is None:
-                    _write(config, name, output, [outcome.columns()])
-                    break
                 if code == KILLED and not watch.verdict and key not in killed:
                     killed.add(key)  # by something else; once more
                     continue
+                if key is None:
+                    _write(config, name, output, [outcome.columns()])
+                    break
                 case = json.loads(key[: key.rindex("}") + 1])
                 rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns()})
         with contextlib.suppress(OSError, ValueError):
