@@ -132,7 +132,7 @@ rule problems:
     conda:
         "environment.yml"
     resources:
-        timer=2,
+        timer=1,
     params:
         config=CONFIG,
         fingerprint=fingerprints.combined(map(fingerprints.problem, PROBLEMS)),

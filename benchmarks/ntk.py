@@ -6,6 +6,7 @@ refactoring does not cut the history; raise one by hand when a number's meaning 
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 
@@ -25,6 +26,8 @@ if "run_server" in sys.argv:
 
     if any(cell.backend == "jax" for cell in PLAN.cells):
         import jax.numpy  # noqa: F401
+
+    gc.freeze()  # collections in the cases' processes leave what was imported alone
 
 
 class _Case:

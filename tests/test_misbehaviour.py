@@ -93,11 +93,12 @@ def test_neighbours_are_measured_and_problems_that_fail_are_rows(table, problem,
 
 def test_a_study_that_fails_is_rows_with_its_reason(finished):
     rows = pd.read_csv(finished[0] / "studies" / "giving_up.csv")
-    assert list(rows["status"]) == ["ok", "failed", "failed", "ok", "failed"]
+    assert list(rows["status"]) == ["ok", "failed", "failed", "ok", "ok", "failed"]
     assert list(rows["reason"].fillna("")) == [
         "",
         "ValueError: this row",
         "the process ended with exit status 5 and without a result",
+        "",
         "",
         "RuntimeError: between rows",
     ]
@@ -215,6 +216,7 @@ GIVING_UP = '''
 """A study whose rows fail in every way."""
 
 import os
+import sys
 
 import pandas as pd
 
@@ -232,9 +234,17 @@ def run(settings: Settings) -> pd.DataFrame:
     def fails():
         raise ValueError("this row")
 
+    def leaves_nothing_as_it_was():
+        os.chdir("/")
+        os.environ.clear()
+        sys.stdout.close()
+        sys.stderr.close()
+        return {"value": 4.0}
+
     base.row({"case": 1}, lambda: {"value": 1.0})
     base.row({"case": 2}, fails)
     base.row({"case": 3}, lambda: os._exit(5))
-    base.row({"case": 4}, lambda: {"value": 4.0})
+    base.row({"case": 4}, leaves_nothing_as_it_was)
+    base.row({"case": 5}, lambda: {"value": 5.0})
     raise RuntimeError("between rows")
 '''

@@ -17,7 +17,7 @@ class Tuning:
         entry_cost: cost of moving one entry through memory, in multiplications of a matrix product.
         group_cost: overhead of one group of a grouped layer, in the same unit.
         tile: rows and columns of the tiles in which a triangle is mirrored.
-        checked_samples: samples on which a traced graph is compared with the network itself.
+        checked_samples: samples on which a traced graph is compared with the network itself; 0 for no check.
     """
 
     triangle_blocks: int = 8

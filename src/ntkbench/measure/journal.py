@@ -61,6 +61,10 @@ class Journal:
         """The row of a key, if it was made with this fingerprint."""
         return self._rows.get((key, made_for))
 
+    def rows(self, made_for: str) -> list[Row]:
+        """All rows that were made with a fingerprint, the oldest first."""
+        return [row for (_, own), row in self._rows.items() if own == made_for]
+
     def begin(self, key: str, made_for: str) -> None:
         """Note that a row is under way."""
         self.begun = key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from typing import NamedTuple
 
@@ -52,3 +53,9 @@ def of_exit(code: int) -> Outcome:
     else:
         ended = f"with exit status {code}"
     return Outcome(FAILED, f"the process ended {ended} and without a result")
+
+
+def say(text: str) -> None:
+    """Print a line, if anybody can read it: a plug-in may have closed what it would go to."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, flush=True)

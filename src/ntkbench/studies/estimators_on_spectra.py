@@ -41,7 +41,7 @@ NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stoch
 NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
 """Stochastic methods that ask for nothing but products with J and J^T."""
 
-TIMED = True
+TIMED = False
 PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.ROOM.found()))
 
 
@@ -98,7 +98,7 @@ class Spectrum:
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each shape, spectrum, metric, method and budget: quartiles of error and seconds, and coverage."""
+    """One row for each shape, spectrum, metric, method and budget: quartiles of error, and coverage."""
     return base.table(
         row
         for ratio in settings.outputs_per_parameter
@@ -130,7 +130,7 @@ def _measure(
     made = spectrum()
     found = Reruns(made.truth[metric], settings.dtype)
     found.run(lambda seed: method.estimate(made, metric, passes, seed), range(settings.seeds))
-    return {**found.columns(), **found.timed.columns()}
+    return found.columns()
 
 
 def _orthonormal(rng: np.random.Generator, size: int, columns: int) -> np.ndarray:

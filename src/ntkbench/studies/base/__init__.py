@@ -38,7 +38,7 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
     key = kept.key(case) if kept else ""
     if kept:
         if before := kept.before(key):
-            print(f"{said}: {before['status']}, from before", flush=True)
+            outcomes.say(f"{said}: {before['status']}, from before")
             return before
         kept.begin(key)
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
     if kept:
         made |= kept.whence
         kept.finish(key, made, seconds)
-    print(f"{said}: {made['status']} after {seconds:.2g} s {made['reason']}", flush=True)
+    outcomes.say(f"{said}: {made['status']} after {seconds:.2g} s {made['reason']}")
     return made
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.layerwise.tuning import Tuning
 from ntkbench.measure import timing
 from ntkbench.measure.limits import Limits
 from ntkbench.operators import torch_network
@@ -74,7 +75,8 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kernel, parameters, inputs = engine(module, x, Target("torch", device="cpu", memory=sys.maxsize))
+    target = Target("torch", device="cpu", memory=sys.maxsize)
+    kernel, parameters, inputs = engine(module, x, target, Tuning(checked_samples=0))
     kernel.passes([parameters], inputs, kernel.units(parameters))  # traces the program, which the counter would count
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # buffers that the traced graph refers to
     shapes, inputs = [mode.from_tensor(w) for w in parameters], mode.from_tensor(inputs)
@@ -82,11 +84,14 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
         return torch_flops(lambda: kernel.kernel(shapes, inputs))
 
 
-def engine(module: nn.Module, x: np.ndarray, target: Target) -> tuple[Any, list[Any], Any]:
+def engine(
+    module: nn.Module, x: np.ndarray, target: Target, tuning: Tuning | None = None
+) -> tuple[Any, list[Any], Any]:
     """Our kernel of a network by layers, its parameters and inputs, on the target's device."""
     weights = {name: w.detach().numpy() for name, w in module.named_parameters()}
     module, parameters, inputs = torch_network(Problem("network", module, x, weights), "theta_0", target)
-    return LayerwiseKernel(module, parameters, inputs, target.memory), list(parameters.values()), inputs
+    kernel = LayerwiseKernel(module, parameters, inputs, target.memory, tuning)
+    return kernel, list(parameters.values()), inputs
 
 
 def timed_program(

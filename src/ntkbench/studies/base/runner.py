@@ -41,6 +41,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
         with Journal(kept) as rows:
             rows.drop(outcomes.PASSING)
     with watchdog.step() as mark, Progress(output.parents[1], f"study-{name}", 0) as progress:
+        output.unlink(missing_ok=True)  # so that a table there is of this run
         progress.begin("measuring")
         while True:
             child = psutil.Popen(command)
@@ -53,7 +54,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
             with watchdog.Watch(watched, limits.time_s, limits.memory_bytes) as watch:
                 code = child.wait()
             watchdog.end_marked(mark)
-            if code == 0:
+            if code == 0 and output.exists():
                 break
             outcome = Outcome(*watch.verdict) if watch.verdict else outcomes.of_exit(code)
             with Journal(kept) as rows:
@@ -62,7 +63,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
                     killed.add(key)  # by something else; once more
                     continue
                 if key is None:
-                    _write(config, name, output, [outcome.columns()])
+                    _write(config, name, output, [*rows.rows(fingerprints.study(config, name)), outcome.columns()])
                     break
                 case = json.loads(key[: key.rindex("}") + 1])
                 rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns()})
@@ -76,6 +77,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
     Where the study itself fails, between its rows, the table has the rows up to there and one more that says why.
     """
     watchdog.end_with_parent()
+    output = output.absolute()  # a plug-in may leave the folder
     made_for = fingerprints.study(config, name)
     with Journal(_journal(output)) as kept:
         rows = Rows(kept, made_for, provenance().columns())
@@ -90,7 +92,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
         table = [Outcome(outcomes.FAILED, "its settings leave nothing to measure").columns()]
     _write(config, name, output, table)
     paths.write_atomically(_measured(output), f"{rows.seconds}\n")
-    print(f"{name}: {len(table)} rows", flush=True)
+    outcomes.say(f"{name}: {len(table)} rows")
 
 
 def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:
