@@ -19,6 +19,7 @@ from ntkbench.layerwise import contraction, sample_kernels
 from ntkbench.layerwise.factors import Lookups, Products
 from ntkbench.layerwise.kernel import LayerwiseKernel, mirror
 from ntkbench.layerwise.tuning import Tuning
+from ntkbench.operators.certificate import Uncertified
 
 ODD = 1e-10
 """Largest difference from the explicit kernel in float64, relative to its largest entry."""
@@ -312,13 +313,22 @@ class Doubled(torch.autograd.Function):
         return torch.where(x < 0, 2 * g, g)
 
 
-def test_the_trace_is_compared_on_as_many_samples_as_asked_for():
+@pytest.mark.parametrize("memory", [2**30, 600])
+def test_every_sample_is_certified(memory):
     model = Call(nn.Linear(1, 1, bias=False).double(), lambda f, x: Doubled.apply(f(x)))
     parameters = {"layer.weight": torch.ones(1, 1).double()}
-    x = torch.tensor([[1.0], [2.0], [-1.0]]).double()  # wrong for the third sample alone
-    LayerwiseKernel(model, parameters, x, 2**30, Tuning(checked_samples=2))
-    with pytest.raises(BadInput, match="other gradients"):
-        LayerwiseKernel(model, parameters, x, 2**30, Tuning(checked_samples=3))
+    x = torch.tensor([[1.0], [2.0], [-1.0]]).double()  # the trace is wrong for the third sample alone
+    engine = LayerwiseKernel(model, parameters, x, memory)
+    theta = list(parameters.values())
+    engine.kernel(theta, x[:2])
+    with pytest.raises(Uncertified, match="differs from that of plain autograd"):
+        engine.kernel(theta, x)
+    with pytest.raises(Uncertified):
+        engine.kernel(theta, x[:2], x)
+    with pytest.raises(Uncertified):
+        engine.diagonal(theta, x)
+    engine = LayerwiseKernel(model, parameters, x, memory, Tuning(certified=False))
+    assert engine.kernel(theta, x).shape == (3, 3) and engine.certificate is None
 
 
 def factors(N: int, K: int, groups: int, C: int, D: int, S: int) -> Products:
@@ -468,7 +478,7 @@ def test_what_is_held_is_never_the_jacobian():
         model, x = nn.Sequential(*layers, nn.Linear(64, 5)), torch.randn(20, 64)
         parameters = {key: w.detach() for key, w in model.named_parameters()}
         engine = LayerwiseKernel(model, parameters, x, 2**30)
-        directions = engine.units(list(parameters.values())).expand(20, -1, -1)
+        directions = torch.eye(5).expand(20, -1, -1)
         peaks[depth] = engine.program(engine.layers, list(parameters.values()), x, directions).peak
     activations = 9 * 2 * 20 * 64 * 4
     assert peaks[10] <= peaks[1] + activations
@@ -494,12 +504,10 @@ X = torch.linspace(-1, 1, 24).reshape(6, 4)
     ("says", "call"),
     [
         ("allowed: full, last_layer, random_vector", lambda: ntkbench.ntk(nn.Linear(4, 2), X, kernel="pntk")),
-        ("samples interact.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), X)),
+        ("interact.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), X, X)),
         ("Dropout in train mode.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.Dropout()), X)),
         ("x2 must hold samples like those of x1", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X[:, :3])),
         ("x2 must be a torch tensor", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X.numpy())),
-        ("forward pass cannot be traced.*branches on data", lambda: ntkbench.ntk(Branch(4, 2), X)),
-        ("other gradients than", lambda: ntkbench.ntk(Stopped(4, 2), X)),
         ("memory must be a positive number of bytes", lambda: ntkbench.ntk(nn.Linear(4, 2), X, memory=0)),
         ("seed must be a whole number", lambda: ntkbench.ntk(nn.Linear(4, 2), X, seed=0.5)),
     ],
@@ -509,10 +517,20 @@ def test_bad_input_is_named(says, call):
         call()
 
 
-def test_auto_does_without_a_graph_where_there_is_none():
+@pytest.mark.parametrize(("model", "says"), [(Branch, "cannot be traced"), (Stopped, "differs from that of plain")])
+def test_auto_does_without_a_graph_where_there_is_none(model, says):
     torch.manual_seed(0)
-    estimate = ntkbench.norm(Stopped(4, 2), X)
+    net = model(4, 2).double()
+    x = X.double()
+    rows = [torch.autograd.grad(y, tuple(net.parameters()), retain_graph=True) for y in net(x).reshape(-1)]
+    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    theta = J @ J.T
+    estimate = ntkbench.norm(net, x)
+    assert float(estimate) == pytest.approx(float(theta.norm()), rel=1e-12)
     assert estimate.method == "jacobian_contraction"
+    assert estimate.notes[-1].startswith("not by structured_derivatives: ") and says in estimate.notes[-1]
+    torch.testing.assert_close(ntkbench.ntk(net, x), theta, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ntkbench.ntk(net, x, x[:2], memory=2000), theta[:, :4], rtol=1e-10, atol=1e-12)
 
 
 def test_fallbacks_are_in_the_record(caplog):

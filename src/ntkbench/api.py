@@ -11,10 +11,11 @@ import contextlib
 import logging
 import numbers
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ntkbench import methods, metrics
-from ntkbench.errors import BadInput, OverMemory
+from ntkbench import ambient, errors, methods, metrics
+from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimate import Estimate
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
@@ -24,6 +25,8 @@ from ntkbench.problem import Problem
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from ntkbench.layerwise.sample_kernels import Kernel
 
 __all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"]
 
@@ -38,16 +41,20 @@ TOLERANCE_PASSES = 4096
 
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
+WHOLE = ("hutchinson", "gram_reverse")
+"""The second takes no JVPs, which not every network has."""
+
 OF_RECURRENT = "group_u_statistics"
 """Tried before these where the network declares its recurrence: a trial's gradient would take more than its pass."""
 
 STOCHASTIC = {
-    "trace": (("per_sample_trace",), "one_sided_reverse"),
-    "norm": (PAIRS, "hutchinson"),
-    "effective_rank": (PAIRS, "hutchinson"),
-    "alignment": (PAIRS, "hutchinson"),
+    "trace": (("per_sample_trace",), ("one_sided_reverse",)),
+    "norm": (PAIRS, WHOLE),
+    "effective_rank": (PAIRS, WHOLE),
+    "alignment": (PAIRS, WHOLE),
 }
-"""What ``method="auto"`` falls back on where samples are independent, the first that works, and what where not."""
+"""What ``method="auto"`` falls back on where samples are independent, and then or where not, on products over the whole
+batch."""
 
 
 def ntk(
@@ -74,7 +81,7 @@ def ntk(
     takes from a tenth of a second to some seconds. Parameters without a fast rule are named on the ``ntkbench`` logger.
 
     Args:
-        model: ``x -> [N, ...outputs]``, in the mode it is meant in; its samples must not interact.
+        model: ``x -> [N, ...outputs]``, in the mode it is meant in.
         x1: inputs of the rows, ``[N1, ...]``.
         x2: inputs of the columns, ``[N2, ...]``; those of the rows if not given.
         kernel: one of the names above.
@@ -83,30 +90,62 @@ def ntk(
         dtype, device: as for :func:`trace`; the result is there and in that precision.
 
     Raises:
-        BadInput: an argument cannot be used, or the network has no per-sample gradients; says what is allowed.
+        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works, says why.
+        OverMemory: the result itself would not fit in memory.
         Unavailable: the device is not there.
     """
     from ntkbench import operators
     from ntkbench.layerwise import sample_kernels
-    from ntkbench.layerwise.kernel import LayerwiseKernel
     from ntkbench.problems.base.module import from_module, same_inputs
 
     chosen = sample_kernels.get(kernel)
-    _check_whole("seed", seed)
-    problem = from_module(model, x1, dtype=_dtype_name(dtype))
-    if problem.samples_interact:
-        raise BadInput(
-            "samples interact in this network, so its kernel between samples is not defined: use model.eval() where it "
-            "has BatchNorm in train mode; ntkbench.trace and its siblings take networks as they are"
-        )
-    target, index = _target(problem, model, dtype, device, memory)
-    with _on_device(index):
-        module, parameters, rows = operators.torch_network(problem, "theta_0", target)
-        columns = None if x2 is None else same_inputs(x1, x2).to(rows)
-        engine = LayerwiseKernel(module, parameters, rows, memory)
-        for name, why in engine.fallbacks().items():
-            logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
-        return chosen.compute(engine, list(parameters.values()), rows, columns, seed)
+    seed, memory = _whole("seed", seed), _positive("memory", memory, " of bytes")
+    with ambient.own_settings():
+        problem = from_module(model, x1, dtype=_dtype_name(dtype))
+        if problem.samples_interact and x2 is not None:
+            raise BadInput(
+                "samples interact in this network, so a kernel between two batches is not defined: leave x2 out, or "
+                "call model.eval() where it has BatchNorm in train mode"
+            )
+        columns = None if x2 is None else same_inputs(x1, x2)
+        target, index = _target(problem, model, dtype, device, memory)
+        rows = 1 if chosen.between_samples else problem.O
+        operators.check_result(problem.N * rows, (problem.N if columns is None else len(columns)) * rows, target)
+        ways = [_layer_by_layer, _written_out][problem.samples_interact :]
+        reasons = []
+        with _on_device(index), ambient.own_settings(target.dtype):
+            for way in ways:
+                try:
+                    return way(problem, columns, chosen, target, seed)
+                except Exception as error:  # whatever a way does to a network, the next one may work
+                    reasons.append(f"{way.__name__[1:].replace('_', ' ')}: {errors.reason(error)}")
+        raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
+
+
+def _layer_by_layer(
+    problem: Problem, x2: torch.Tensor | None, kernel: Kernel, target: Target, seed: int
+) -> torch.Tensor:
+    from ntkbench import operators
+    from ntkbench.layerwise.kernel import LayerwiseKernel
+
+    module, parameters, x1 = operators.torch_network(problem, "theta_0", target)
+    engine = LayerwiseKernel(module, parameters, x1, target.memory)
+    for name, why in engine.fallbacks().items():
+        logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
+    return kernel.compute(engine, list(parameters.values()), x1, None if x2 is None else x2.to(x1), seed)
+
+
+def _written_out(problem: Problem, x2: torch.Tensor | None, kernel: Kernel, target: Target, seed: int) -> torch.Tensor:
+    from ntkbench.operators import linearise
+    from ntkbench.operators.explicit_kernel import explicit_kernel
+    from ntkbench.problems.base.module import last_layer, on_inputs
+
+    problem = last_layer(problem) if kernel.last_layer else problem
+    left = linearise(problem, "theta_0", target)
+    right = None if x2 is None else linearise(on_inputs(problem, x2), "theta_0", target)
+    directions = kernel.drawn(problem.O, seed, left.basis(0, 1))
+    independent = not problem.samples_interact
+    return explicit_kernel(left, right, directions, averaged=kernel.averaged, independent=independent)
 
 
 def trace(
@@ -271,11 +310,9 @@ def _estimates(
     from ntkbench.problems.base.sequences import wrapped
 
     chosen = None if method == "auto" else methods.get(method)
-    _check_whole("seed", seed)
+    seed, memory = _whole("seed", seed), _positive("memory", memory, " of bytes")
     if passes is not None:
-        _check_whole("passes", passes)
-        if passes <= 0:
-            raise BadInput(f"passes must be a positive number, got {passes}")
+        passes = _positive("passes", passes)
         if chosen is not None and not chosen.takes_passes:
             raise BadInput(f"{method} is {chosen.kind} and takes no passes: it spends what it needs; leave passes out")
     _check_share("confidence", confidence)
@@ -283,17 +320,49 @@ def _estimates(
         _check_share("rtol", rtol)
         if chosen is not None and not isinstance(chosen, Incremental):
             raise BadInput(f"{method} takes no rtol: its probes cannot be added to; allowed: {_incremental(names)}")
-    problem = wrapped(model, x, model_f, dtype=_dtype_name(dtype))
-    target, index = _target(problem, model, dtype, device, memory)
-    together = choices(problem, names[-1], target, passes, rtol) if chosen is None else [chosen.name]
-    if chosen is None and len(names) > 1:
-        # One method for all: what the dearest takes is affordable for the others, and all fallbacks give all of these.
-        together = [name for name in together if set(names) <= set(methods.get(name).metrics)]
-    with _on_device(index):
-        for name in together[:-1]:
-            with contextlib.suppress(BadInput, OverMemory):
-                return _by(methods.get(name), problem, names, target, passes, rtol, confidence, seed, True)
-        return _by(methods.get(together[-1]), problem, names, target, passes, rtol, confidence, seed, chosen is None)
+    with ambient.own_settings():
+        problem = wrapped(model, x, model_f, dtype=_dtype_name(dtype))
+        target, index = _target(problem, model, dtype, device, memory)
+        with _on_device(index), ambient.own_settings(target.dtype):
+            if chosen is not None:
+                return _named(chosen, problem, names, target, passes, rtol, confidence, seed)
+            # One method for all: what the dearest takes is affordable for the others.
+            ladder = [methods.get(name) for name in choices(problem, names[-1], target, passes, rtol)]
+            reasons: list[str] = []
+            for step in ladder:
+                if set(names) <= set(step.metrics):
+                    try:
+                        found = _by(step, problem, names, target, passes, rtol, confidence, seed, True)
+                    except (Undefined, Unavailable):
+                        raise  # of the kernel or of the machine, and so of every method
+                    except Exception as error:  # whatever a method does to a network, the next one may work
+                        reasons.append(f"{step.name}: {errors.reason(error)}")
+                    else:
+                        said = tuple(f"not by {reason}" for reason in reasons)
+                        return {name: replace(e, notes=(*e.notes, *said)) for name, e in found.items()}
+            raise BadInput(f"no method gives the {' and '.join(names)} of this network: {'; '.join(reasons)}")
+
+
+def _named(
+    method: Method,
+    problem: Problem,
+    names: tuple[str, ...],
+    target: Target,
+    passes: int | None,
+    rtol: float | None,
+    confidence: float,
+    seed: int,
+) -> dict[str, Estimate]:
+    """What a method that was asked for by name gives, or one line that says why it does not."""
+    try:
+        return _by(method, problem, names, target, passes, rtol, confidence, seed, False)
+    except errors.NtkbenchError:
+        raise
+    except Exception as error:
+        kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
+        raise kind(
+            f"{method.name} cannot give the {' and '.join(names)} of this network: {errors.summary(error)}"
+        ) from error
 
 
 def _by(
@@ -356,7 +425,7 @@ def choices(
     independent, whole = STOCHASTIC[metric]
     if metric != "trace" and hasattr(problem.module, "recurrence"):
         independent = (OF_RECURRENT, *independent)
-    return [*found, whole] if problem.samples_interact else [*found, *independent, whole]
+    return [*found, *whole] if problem.samples_interact else [*found, *independent, *whole]
 
 
 def _incremental(names: tuple[str, ...]) -> str:
@@ -369,9 +438,17 @@ def _check_share(what: str, value: object) -> None:
         raise BadInput(f"{what} must be a number between 0 and 1, both excluded, got {value!r}")
 
 
-def _check_whole(what: str, value: object) -> None:
+def _whole(what: str, value: object) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise BadInput(f"{what} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _positive(what: str, value: object, unit: str = "") -> int:
+    number = _whole(what, value)
+    if number <= 0:
+        raise BadInput(f"{what} must be a positive number{unit}, got {value!r}")
+    return number
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:

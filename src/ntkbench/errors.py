@@ -70,6 +70,11 @@ def summary(error: BaseException) -> str:
     return f"{name}: {message}" if message else f"{name} without a message"
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line: the message alone where it was raised on purpose."""
+    return one_line(str(error)) if isinstance(error, NtkbenchError) else summary(error)
+
+
 @contextlib.contextmanager
 def as_one_line() -> Iterator[None]:
     """End a command with the message alone where it fails for a reason that its user can act on."""

@@ -36,6 +36,8 @@ class Estimate:
         notes: remarks on how the value was computed, such as parameters that had no fast rule.
         metric: the metric's name.
         degrees: degrees of freedom of the standard error.
+        certificate: the largest relative difference between a gradient that the method used and that of plain autograd;
+            ``None`` where there is no network to compare with.
     """
 
     value: float
@@ -45,6 +47,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     metric: str = ""
     degrees: float = math.inf
+    certificate: float | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval for the exact value; a single point for a deterministic method.

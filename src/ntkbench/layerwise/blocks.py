@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ntkbench.layerwise import contraction
 from ntkbench.layerwise.capture import LayerInputs, ParameterValues, Program, Programs, Sink
+from ntkbench.layerwise.certificate import Certificate
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
 from ntkbench.layerwise.tuning import Tuning
 
@@ -33,23 +34,32 @@ class Task:
 
     Attributes:
         programs: of the traced network.
-        directions: output directions ``[K, O]``, or one set per sample ``[N, K, O]``.
+        directions: output directions ``[K, O]``, or one set per sample ``[N, K, O]``; ``None`` for the O unit vectors.
+        O: outputs per sample.
         layers: whose parameters count.
         memory: bytes that a contraction's intermediate results may fill.
         tuning: how contractions are computed.
         fold: whether to sum over directions.
+        certificates: of the parameter sets and inputs that are not certified yet, by their identities.
     """
 
     programs: Programs
-    directions: Tensor
+    directions: Tensor | None
+    O: int  # noqa: E741 - the field's symbol
     layers: Sequence[Layer | ExplicitGradient]
     memory: int
     tuning: Tuning
     fold: bool = False
+    certificates: Mapping[tuple[int, int], Certificate] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Number of directions, K."""
+        return self.O if self.directions is None else self.directions.shape[-2]
 
     def symmetric(self, parameters: ParameterValues, x: Tensor, block: Block) -> Tensor:
         """The lower triangle of a diagonal block; each layer is released as soon as it is added."""
-        theta = self._zeros(block, block)
+        theta = self._zeros(parameters, block, block)
         self._run(parameters, x, block, lambda number, inputs: self._add(theta, number, inputs, None))
         return theta
 
@@ -59,19 +69,30 @@ class Task:
         self._run(parameters, x, block, kept.__setitem__)
         return kept
 
-    def own(self, kept: dict[int, LayerInputs], block: Block) -> Tensor:
+    def own(self, kept: dict[int, LayerInputs], parameters: ParameterValues, block: Block) -> Tensor:
         """The lower triangle of a diagonal block, from :meth:`collected`."""
-        theta = self._zeros(block, block)
+        theta = self._zeros(parameters, block, block)
         for number, inputs in kept.items():
             self._add(theta, number, inputs, None)
         return theta
 
     def between(
-        self, kept: dict[int, LayerInputs], row: Block, parameters: ParameterValues, x: Tensor, column: Block
+        self,
+        kept: dict[int, LayerInputs],
+        row: Block,
+        parameters: ParameterValues,
+        x: Tensor,
+        column: Block,
+        *,
+        again: bool,
     ) -> Tensor:
-        """An off-diagonal block: rows from :meth:`collected`, columns from a run of their own."""
-        theta = self._zeros(row, column)
-        self._run(parameters, x, column, lambda number, inputs: self._add(theta, number, kept[number], inputs))
+        """An off-diagonal block: rows from :meth:`collected`, columns from a run of their own.
+
+        ``again`` says that the columns were visited before.
+        """
+        theta = self._zeros(parameters, row, column)
+        add: Sink = lambda number, inputs: self._add(theta, number, kept[number], inputs)  # noqa: E731
+        self._run(parameters, x, column, add, again=again)
         return theta
 
     def add_diagonal(self, found: Tensor, parameters: ParameterValues, x: Tensor, block: Block) -> None:
@@ -84,24 +105,44 @@ class Task:
 
     def program(self, parameters: ParameterValues, x: Tensor, block: Block) -> Program:
         """The program that runs a block."""
-        return self.programs.get(self.layers, parameters, x[block.samples], self._directions(block))
+        some = parameters[0].new_empty(_length(block.directions), self.O)  # laid out as at run time, and never read
+        directions = some.expand(_length(block.samples), -1, -1)
+        own = self.directions is not None and self.directions.dim() == 3
+        return self.programs.get(
+            self.layers, parameters, x[block.samples], directions.contiguous() if own else directions
+        )
 
-    def _run(self, parameters: ParameterValues, x: Tensor, block: Block, sink: Sink) -> None:
-        self.programs.run(self.layers, parameters, x[block.samples], self._directions(block), sink)
+    def _run(self, parameters: ParameterValues, x: Tensor, block: Block, sink: Sink, *, again: bool = False) -> None:
+        """Deliver a block to ``sink``, and to the certificate if there is one and the block is new to it."""
+        certificate = None if again else self.certificates.get((id(parameters), id(x)))
 
-    def _directions(self, block: Block) -> Tensor:
-        if self.directions.dim() == 3:
-            return self.directions[block.samples, block.directions]
-        return self.directions[block.directions].expand(_length(block.samples), -1, -1)
+        def both(number: int, inputs: LayerInputs) -> None:
+            if certificate is not None:
+                layer = self.layers[number]
+                certificate.add(block.samples, block.directions, layer, layer.factors(*inputs))
+            sink(number, inputs)
+
+        self.programs.run(self.layers, parameters, x[block.samples], self._directions(parameters, block), both)
+
+    def _directions(self, parameters: ParameterValues, block: Block) -> Tensor:
+        """``[N, K, O]`` of a block."""
+        if self.directions is not None and self.directions.dim() == 3:
+            return self.directions[block.samples, block.directions].contiguous()
+        if self.directions is not None:
+            some = self.directions[block.directions]
+        else:
+            some = parameters[0].new_zeros(_length(block.directions), self.O)
+            some[:, block.directions].fill_diagonal_(1)
+        return some.expand(_length(block.samples), -1, -1)
 
     def _add(self, theta: Tensor, number: int, left: LayerInputs, right: LayerInputs | None) -> None:
         factors = [self.layers[number].factors(*inputs) for inputs in (left, right) if inputs is not None]
         one, *other = [f.folded() for f in factors] if self.fold else factors
         contraction.add(theta, one, other[0] if other else None, self.memory, self.tuning)
 
-    def _zeros(self, row: Block, column: Block) -> Tensor:
+    def _zeros(self, parameters: ParameterValues, row: Block, column: Block) -> Tensor:
         sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]
-        return self.directions.new_zeros(sizes)
+        return parameters[0].new_zeros(sizes)
 
 
 def _length(part: slice) -> int:

@@ -41,6 +41,11 @@ class Products:
         """The factors of a slice of samples."""
         return Products(self.a[chosen], self.g[chosen])
 
+    def gradient(self, c: Tensor) -> Tensor:
+        """sum_(b, k) c_bk (gradient of direction k of sample b), ``[groups, C, D]``, for ``c [N, K]``."""
+        mixed = torch.einsum("nk,nkgcs->ngcs", c, self.g)
+        return torch.einsum("ngcs,ngds->gcd", mixed, self.a)
+
     def explicit(self, groups: slice, channels: slice) -> Tensor:
         """Explicit gradients of the weights of some groups and channels, ``[N, K, groups * channels * D]``."""
         g, a = self.g[:, :, groups, channels], self.a[:, groups]
@@ -64,6 +69,12 @@ class Lookups:
     rows: Tensor
     g: Tensor
 
+    def gradient(self, c: Tensor, count: int) -> Tensor:
+        """See :meth:`Products.gradient`; ``[count, C]`` for a table of so many rows."""
+        mixed = torch.einsum("nk,nkcs->nsc", c, self.g).flatten(0, 1)
+        rows = self.rows.reshape(-1)
+        return mixed.new_zeros(count, mixed.shape[1]).index_add_(0, rows.clamp(min=0), mixed * (rows >= 0)[:, None])
+
     def folded(self) -> Lookups:
         """See :meth:`Products.folded`."""
         return Lookups(self.rows, self.g.flatten(1, 2)[:, None])
@@ -82,6 +93,10 @@ class Rows:
     """
 
     rows: Tensor
+
+    def gradient(self, c: Tensor) -> Tensor:
+        """See :meth:`Products.gradient`; ``[size]``."""
+        return torch.einsum("nk,nkp->p", c, self.rows)
 
     def folded(self) -> Rows:
         """See :meth:`Products.folded`."""

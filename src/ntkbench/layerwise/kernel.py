@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
-from ntkbench.errors import BadInput
 from ntkbench.layerwise.blocks import Block, Task, even
 from ntkbench.layerwise.capture import ParameterValues, Program, Programs
-from ntkbench.layerwise.layers import ExplicitGradient, Layer, find
+from ntkbench.layerwise.certificate import Certificate
+from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, owner
 from ntkbench.layerwise.trace import trace
 from ntkbench.layerwise.tuning import Tuning
-from ntkbench.operators.plain_operations import plain_operations
+from ntkbench.operators import certificate
+from ntkbench.operators.plain import PlainNetwork
 
 
 class LayerwiseKernel:
@@ -25,12 +29,15 @@ class LayerwiseKernel:
 
     Cost for K directions: one forward and K backward passes, the latter without the weights' gradients, and for each
     layer the cheaper of two contractions (see ``contraction.py``). If the kernel is computed in blocks, the columns are
-    run again for each block of rows. Each new shape of a block is traced once.
+    run again for each block of rows. Each new shape of a block is traced once. The first kernel at a parameter set and
+    on some inputs is certified, which takes one plain backward pass more (see ``certificate.py``).
 
     Attributes:
         layers: the network's parameters by their structure, weights with a rule first.
         O: outputs per sample.
         memory: bytes that everything but the result may fill.
+        certificate: the largest relative difference from plain autograd in a gradient so far; ``None`` before the
+            first kernel.
 
     Args:
         module: ``x -> [N, ...outputs]`` on the device of ``x``; samples must not interact.
@@ -40,7 +47,7 @@ class LayerwiseKernel:
         tuning: sizes and costs that affect speed alone; ``None`` for the defaults.
 
     Raises:
-        BadInput: the network cannot be traced, or its trace differs from it in outputs or gradients.
+        BadInput: the network cannot be traced.
     """
 
     def __init__(
@@ -58,8 +65,9 @@ class LayerwiseKernel:
         self._programs = Programs(self._graph)
         nodes = list(self._graph.graph.nodes)
         self.O = nodes[-1].args[0].meta["val"].numel()
-        if self._tuning.checked_samples:
-            self._check(module, parameters, x)
+        self._plain = functools.cache(lambda: PlainNetwork(module, parameters))
+        self._certified: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], frozenset[str]]] = []
+        self.certificate: float | None = None
 
     @property
     def directions_taken(self) -> int:
@@ -73,8 +81,8 @@ class LayerwiseKernel:
             name: max((order[user] for user in node.users), default=-1)
             for name, node in self._graph.placeholders().items()
         }
-        last = _module_of(max(used, key=used.__getitem__))
-        return [layer for layer in self.layers if _module_of(layer.parameters[0]) == last]
+        last = owner(max(used, key=used.__getitem__))
+        return [layer for layer in self.layers if owner(layer.parameters[0]) == last]
 
     def fallbacks(self) -> dict[str, str]:
         """Parameters with explicit gradients because no rule applies, and the reason for each."""
@@ -101,9 +109,11 @@ class LayerwiseKernel:
                 the O unit vectors.
             layers: whose parameters count; ``None`` for all.
             fold: sum over directions: ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
+
+        Raises:
+            Uncertified: plain autograd gives other gradients.
         """
-        directions = self.units(parameters) if directions is None else directions
-        count = directions.shape[-2]
+        count = self.O if directions is None else directions.shape[-2]
         shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else count)]
         theta = None
         for left, right, (part,) in self.blocks([parameters], x1, x2, directions, layers=layers, fold=fold):
@@ -124,8 +134,8 @@ class LayerwiseKernel:
         self,
         sets: Sequence[ParameterValues],
         x1: Tensor,
-        x2: Tensor | None,
-        directions: Tensor,
+        x2: Tensor | None = None,
+        directions: Tensor | None = None,
         *,
         layers: Sequence[Layer | ExplicitGradient] | None = None,
         fold: bool = False,
@@ -141,23 +151,37 @@ class LayerwiseKernel:
 
         Yields:
             The block's rows, its columns, and its entries at each parameter set.
+
+        Raises:
+            Uncertified: plain autograd gives other gradients; after the last block.
         """
-        task = self._task(directions, layers, fold)
+        inputs = [x1] if x2 is None else [x1, x2]
+        task = self._task(directions, layers, fold, [(parameters, x) for parameters in sets for x in inputs])
+        yield from self._all_blocks(task, sets, x1, x2)
+        self._certify(task, sets, inputs)
+
+    def _all_blocks(
+        self, task: Task, sets: Sequence[ParameterValues], x1: Tensor, x2: Tensor | None
+    ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
         columns_of = x1 if x2 is None else x2
         rows = self._blocks(task, sets, x1, whole=x2 is None)
         if x2 is None and len(rows) == 1:
             yield rows[0], rows[0], [task.symmetric(parameters, x1, rows[0]) for parameters in sets]
             return
         columns = rows if x2 is None else self._blocks(task, sets, x2, whole=False)
+        seen: list[Block] = []
         for i, row in enumerate(rows):
             kept = [task.collected(parameters, x1, row) for parameters in sets]
             if x2 is None:
-                yield row, row, [task.own(parts, row) for parts in kept]
+                yield row, row, [task.own(parts, p, row) for parts, p in zip(kept, sets, strict=True)]
             for column in columns[:i] if x2 is None else columns:
                 # A sum over directions pairs each with itself.
-                if not fold or row.directions == column.directions:
+                if not task.fold or row.directions == column.directions:
+                    again = x2 is None or column in seen
+                    seen.append(column)
                     both = zip(kept, sets, strict=True)
-                    yield row, column, [task.between(parts, row, p, columns_of, column) for parts, p in both]
+                    found = [task.between(parts, row, p, columns_of, column, again=again) for parts, p in both]
+                    yield row, column, found
 
     def diagonal(
         self,
@@ -172,21 +196,17 @@ class LayerwiseKernel:
         Args:
             parameters, x, directions, layers: see :meth:`kernel`.
         """
-        directions = self.units(parameters) if directions is None else directions
-        task = self._task(directions, layers)
-        found = directions.new_zeros(len(x), directions.shape[-2])
+        task = self._task(directions, layers, certified=[(parameters, x)])
+        found = parameters[0].new_zeros(len(x), task.count)
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.add_diagonal(found[block.samples, block.directions], parameters, x, block)
+        self._certify(task, [parameters], [x])
         return found
 
-    def passes(self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor) -> float:
+    def passes(self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None) -> float:
         """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set."""
         rows = self._blocks(self._task(directions), sets, x, whole=True)
         return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)
-
-    def units(self, parameters: ParameterValues) -> Tensor:
-        """The O unit vectors as directions, ``[O, O]``."""
-        return torch.eye(self.O, dtype=parameters[0].dtype, device=parameters[0].device)
 
     def program(
         self, layers: Sequence[Layer | ExplicitGradient], parameters: ParameterValues, x: Tensor, directions: Tensor
@@ -195,10 +215,41 @@ class LayerwiseKernel:
         return self._programs.get(layers, parameters, x, directions)
 
     def _task(
-        self, directions: Tensor, layers: Sequence[Layer | ExplicitGradient] | None = None, fold: bool = False
+        self,
+        directions: Tensor | None,
+        layers: Sequence[Layer | ExplicitGradient] | None = None,
+        fold: bool = False,
+        certified: Sequence[tuple[ParameterValues, Tensor]] = (),
     ) -> Task:
+        """What is to be computed, with certificates of the parameter sets and inputs that have none."""
         layers = self.layers if layers is None else layers
-        return Task(self._programs, directions, layers, self.memory // 4, self._tuning, fold)
+        task = Task(self._programs, directions, self.O, layers, self.memory // 4, self._tuning, fold)
+        names = list(self._graph.parameters)
+        return dataclasses.replace(
+            task,
+            certificates={
+                (id(parameters), id(x)): Certificate(names, parameters, x, directions, task.count)
+                for parameters, x in certified
+                if self._tuning.certified and not self._is_certified(parameters, x, layers)
+            },
+        )
+
+    def _is_certified(self, parameters: ParameterValues, x: Tensor, layers: Sequence[Layer | ExplicitGradient]) -> bool:
+        wanted = _names(layers)
+        return any(p() is parameters[0] and at() is x and wanted <= names for p, at, names in self._certified)
+
+    def _certify(self, task: Task, sets: Sequence[ParameterValues], inputs: Sequence[Tensor]) -> None:
+        """Compare what a task has gathered with plain autograd.
+
+        Raises:
+            Uncertified: they differ.
+        """
+        for parameters, x in itertools.product(sets, inputs):
+            if gathered := task.certificates.get((id(parameters), id(x))):
+                off = gathered.difference(self._plain())
+                certificate.check(off, torch.finfo(parameters[0].dtype).eps)
+                self._certified.append((weakref.ref(parameters[0]), weakref.ref(x), _names(task.layers)))
+                self.certificate = max(off, self.certificate or 0.0)
 
     def _blocks(
         self,
@@ -221,16 +272,20 @@ class LayerwiseKernel:
             whole: whether all rows may form one block, of which nothing is collected.
             parameters: any parameter set, if ``sets`` is empty.
         """
-        N, K = len(x), task.directions.shape[-2]
+        N, K = len(x), task.count
+        item = (parameters or sets[0])[0].element_size()
         everything = Block(slice(0, N), slice(0, K))
         program = task.program(parameters or sets[0], x, everything)
-        if whole and 2 * program.peak <= self.memory:
+        units = K * self.O * item if task.directions is None else 0  # made for each block
+        if whole and 2 * program.peak + 8 * units <= self.memory:
             return [everything]
         needed = program.peak + len(sets) * program.held
         fits = self.memory // 2 / needed * N  # samples, in all directions
         samples, some = max(1, min(N, int(fits))), K if fits >= 1 else max(1, int(fits * K))
+        if units:
+            some = max(1, min(some, self.memory // (8 * self.O * item)))
         if sets:
-            rows = max(1, int((self.memory / 4 / (len(sets) * task.directions.element_size())) ** 0.5))
+            rows = max(1, int((self.memory / 4 / (len(sets) * item)) ** 0.5))
             samples, some = max(1, min(samples, rows // some)), min(some, rows)
         return [
             Block(slice(start, stop), slice(first, last))
@@ -238,35 +293,9 @@ class LayerwiseKernel:
             for first, last in even(K, some)
         ]
 
-    def _check(self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
-        """Compare the traced graph with the network on a few samples, in outputs and in one gradient."""
-        some = x[: self._tuning.checked_samples]
 
-        def called(theta: list[Tensor]) -> Tensor:
-            with plain_operations(module):
-                outputs = functional_call(module, dict(zip(parameters, theta, strict=True)), (some,))
-            return outputs.reshape(len(some), -1)
-
-        def traced(theta: list[Tensor]) -> Tensor:
-            return vmap(lambda sample: self._graph.run(theta, list(self._graph.constants.values()), sample)[0])(some)
-
-        found = []
-        for f in (called, traced):
-            theta = [w.detach().requires_grad_() for w in parameters.values()]
-            outputs = f(theta)
-            v = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
-            grads = torch.autograd.grad((outputs.reshape(-1) * v).sum(), theta, materialize_grads=True)
-            found.append((outputs.detach(), torch.cat([g.reshape(-1) for g in grads])))
-        for (a, b), what in zip(zip(*found, strict=True), ("outputs", "gradients"), strict=True):
-            if a.shape != b.shape or (a - b).abs().max() > torch.finfo(a.dtype).eps ** 0.5 * a.abs().max():
-                raise BadInput(
-                    f"the network cannot be traced: as a graph of operations it has other {what} than as it is. Is "
-                    "there a branch on data, a torch.no_grad() or an autograd.Function in its forward?"
-                )
-
-
-def _module_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
+def _names(layers: Sequence[Layer | ExplicitGradient]) -> frozenset[str]:
+    return frozenset(name for layer in layers for name in layer.parameters)
 
 
 def mirror(theta: Tensor, tile: int) -> None:

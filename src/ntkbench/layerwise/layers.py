@@ -9,14 +9,14 @@ is found by applying the same operations to the entries' indices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ntkbench.layerwise.factors import GradientFactors, Products, Rows, concatenate, with_ones
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, concatenate, with_ones
 from ntkbench.layerwise.rules import Use, rule_for
 from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten
 
@@ -41,6 +41,20 @@ class Layer:
         assert isinstance(made, Products)  # a table has no bias
         return with_ones(made)
 
+    def add_gradient(self, gradients: Mapping[str, Tensor], factors: GradientFactors, c: Tensor) -> None:
+        """Add sum_(b, k) c_bk (gradient of direction k of sample b) to the flat gradients of the layer's parameters."""
+        weight, *bias = self.parameters
+        entries = self.uses[0].entries.to(c.device)
+        if isinstance(factors, Lookups):
+            made = factors.gradient(c, len(entries))
+        else:
+            assert isinstance(factors, Products)
+            made = factors.gradient(c)
+        if bias:
+            gradients[bias[0]].add_(made[..., -1].reshape(-1))
+            made = made[..., :-1]
+        gradients[weight].index_add_(0, entries.reshape(-1), made.reshape(-1))
+
 
 @dataclass(frozen=True)
 class ExplicitGradient:
@@ -59,6 +73,17 @@ class ExplicitGradient:
     def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
         """The gradient, ``[N, K, ...]``, is passed as the only cotangent."""
         return Rows(cotangents[0].reshape(*cotangents[0].shape[:2], -1))
+
+    def add_gradient(self, gradients: Mapping[str, Tensor], factors: GradientFactors, c: Tensor) -> None:
+        """See :meth:`Layer.add_gradient`."""
+        assert isinstance(factors, Rows)
+        gradients[self.parameters[0]].add_(factors.gradient(c))
+
+
+def owner(parameter: str) -> str:
+    """Name of the module that a parameter belongs to; where it parametrises a weight, of the module with the weight."""
+    before, parametrised, _ = parameter.partition(".parametrizations.")
+    return before if parametrised else parameter.rpartition(".")[0]
 
 
 SCALES_AND_SHIFTS = {

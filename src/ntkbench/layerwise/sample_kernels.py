@@ -48,7 +48,7 @@ class Kernel:
             parameters,
             x1,
             x2,
-            self._directions(engine, parameters, seed),
+            self.drawn(engine.O, seed, parameters[0]),
             layers=engine.last_layer() if self.last_layer else None,
             fold=self.averaged,
         )
@@ -57,14 +57,14 @@ class Kernel:
     def diagonal(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], x: Tensor, seed: int = 0) -> Tensor:
         """The kernel's diagonal, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""
         layers = engine.last_layer() if self.last_layer else None
-        made = engine.diagonal(parameters, x, self._directions(engine, parameters, seed), layers=layers)
+        made = engine.diagonal(parameters, x, self.drawn(engine.O, seed, parameters[0]), layers=layers)
         return made.mean(1) if self.averaged else made.reshape(-1)
 
-    def _directions(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], seed: int) -> Tensor | None:
+    def drawn(self, outputs: int, seed: int, like: Tensor) -> Tensor | None:
+        """Directions ``[K, outputs]`` for a seed; ``None`` for the unit vectors."""
         if self.directions is None:
             return None
-        drawn = torch.from_numpy(self.directions(engine.O, seed))
-        return drawn.to(dtype=parameters[0].dtype, device=parameters[0].device)
+        return torch.from_numpy(self.directions(outputs, seed)).to(dtype=like.dtype, device=like.device)
 
 
 def _sum_of_logits(outputs: int, seed: int) -> np.ndarray:

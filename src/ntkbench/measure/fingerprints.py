@@ -110,7 +110,7 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
     """
     reached = _reached(roots)
     if backend and OPERATORS in reached:
-        roots += (f"{OPERATORS}.{backend}",)
+        roots += (f"{OPERATORS}.torch", f"{OPERATORS}.{backend}")  # torch certifies the products of every backend
         if DECLARES_RECURRENCE in reached:
             roots += (f"{RECURRENT}.{backend}",)
         reached = _reached(roots)

@@ -21,7 +21,7 @@ SIZES = ("N", "O", "P", "n")
 MEASURED = (
     *("seconds", "seconds_q25", "seconds_q75", "first_call_seconds", "calls"),
     *("passes_spent", "value", "value_q25", "value_q75", "reference", "effective_rank"),
-    *("error", "error_q25", "error_q75", "seeds", "standard_error", "covered"),
+    *("error", "error_q25", "error_q75", "seeds", "standard_error", "covered", "certificate"),
     *("memory_bytes", "gpu_peak_bytes", "notes", "measured_seconds", "wall_seconds"),
 )
 WHERE = ("device", "dtype", "threads", "first_seed", "fingerprint")

@@ -121,6 +121,7 @@ class Reruns:
             **quartiles("error", self.errors),
             "standard_error": float(np.median(known)) if known else None,
             "covered": float(np.mean(covered)) if known else None,
+            "certificate": max((e.certificate for e in self.estimates if e.certificate is not None), default=None),
             "passes_spent": first.passes,
             "seeds": len(self.estimates),
             "notes": "; ".join(first.notes),

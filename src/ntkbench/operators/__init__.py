@@ -6,7 +6,10 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from ntkbench.operators.base import Array, ChunkBytes, JacobianOperator, Rng
+from ntkbench.errors import OverMemory
+from ntkbench.operators.arrays import Array
+from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
+from ntkbench.operators.certificate import Reference
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -15,6 +18,7 @@ __all__ = [
     "ChunkBytes",
     "JacobianOperator",
     "Rng",
+    "check_result",
     "device_memory",
     "device_name",
     "linearise",
@@ -43,6 +47,7 @@ def linearise(
     """
     package = "recurrent." if hasattr(problem.module, "recurrence") else ""
     j = _backend(package + target.backend).linearise(problem, weights, target)
+    j.reference = Reference(lambda: _backend("torch").plain_gradient(problem, weights, target, j.names))
     if chunk_bytes is not None:
         j.chunk_bytes = chunk_bytes
     return j
@@ -56,6 +61,21 @@ def torch_network(problem: Problem, weights: str, target: Target) -> Any:
         Unavailable: the device is not present.
     """
     return _backend("torch").network(problem, weights, target)
+
+
+def check_result(rows: int, columns: int, target: Target) -> None:
+    """Refuse a matrix that the target's device cannot hold.
+
+    Raises:
+        OverMemory: it cannot; says the sizes.
+        Unavailable: the device is not present.
+    """
+    needed, free = rows * columns * target.itemsize, _backend(target.backend).free_memory(target)
+    if needed > free:
+        raise OverMemory(
+            f"the result, {rows} x {columns} entries in {target.dtype}, takes {needed / 2**30:.3g} GiB, and "
+            f"{free / 2**30:.3g} GiB are free"
+        )
 
 
 def device_name(target: Target) -> str:

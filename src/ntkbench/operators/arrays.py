@@ -10,6 +10,9 @@ import array_api_compat
 import numpy as np
 from numpy.typing import DTypeLike
 
+Array = Any
+"""A tensor of an operator's backend (``torch.Tensor`` or ``jax.Array``)."""
+
 
 def to_numpy(array: Any, dtype: DTypeLike | None = None) -> np.ndarray:
     """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given."""

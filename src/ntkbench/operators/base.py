@@ -6,13 +6,15 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import array_api_compat
 import numpy as np
 
-Array = Any
-"""A tensor of the operator's backend (``torch.Tensor`` or ``jax.Array``)."""
+from ntkbench import errors
+from ntkbench.operators import certificate
+from ntkbench.operators.arrays import Array
+from ntkbench.operators.certificate import Reference, Uncertified
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class JacobianOperator(ABC):
     of length n are an array ``[k, n]``. Cost is counted in passes. One pass is one JVP or one VJP over the whole batch
     of N samples; a VJP of a single sample is 1/N of a pass.
 
+    Each kind of product is certified when it is first used: it is compared with plain automatic differentiation of the
+    network as it is, over the whole batch (see :mod:`ntkbench.operators.certificate`). A kind that differs by more than
+    rounding, or that raises, is computed in the next way that the backend has, and ``notes`` say why. Certificates
+    count as no passes: one plain backward pass for each parameter set, and for products by sample one product more.
+
     Attributes:
         N: samples.
         O: outputs per sample.
@@ -46,6 +53,7 @@ class JacobianOperator(ABC):
         memory: bytes that one block of probes may fill; larger inputs are split into blocks.
         itemsize: bytes of one number.
         chunk_bytes: sizes of cache-friendly chunks within a block.
+        reference: what products are compared with; ``None`` where there is no network, or nothing is to be checked.
     """
 
     COMPUTED: tuple[str, ...] = ()
@@ -57,6 +65,7 @@ class JacobianOperator(ABC):
     memory: int
     itemsize: int
     chunk_bytes: ChunkBytes = ChunkBytes()
+    reference: Reference | None = None
     _sample_passes: int = 0
 
     @property
@@ -70,17 +79,38 @@ class JacobianOperator(ABC):
         return self._sample_passes / self.N
 
     @property
+    def names(self) -> list[str]:
+        """Names of the parameters, in the order of their entries; empty where they have none."""
+        return []
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user on how products are computed, such as a JVP that costs more than one pass."""
         return ()
 
+    @property
+    def certificate(self) -> float | None:
+        """The largest relative difference from plain autograd among the kinds of product used; ``None`` if none was."""
+        found = self.reference.differences if self.reference else {}
+        return max(found.values(), default=None)
+
     def vjp(self, u: Array) -> Array:
         """J^T u for each row of ``u``: ``[k, n] -> [k, P]``; k passes."""
-        return self._in_blocks(self._vjp, u, self.N)
+
+        def difference(found: Array, reference: Reference) -> float:
+            mix = certificate.random_signs(len(u), u)
+            return certificate.distance(mix @ found, reference.gradient(mix @ u))
+
+        return self._certified("vjp", lambda: self._in_blocks(self._vjp, u, self.N), difference)
 
     def jvp(self, w: Array) -> Array:
         """J w for each row of ``w``: ``[k, P] -> [k, n]``; k passes, or 2k without forward mode."""
-        return self._in_blocks(self._jvp, w, self.N)
+
+        def difference(found: Array, reference: Reference) -> float:
+            mix = certificate.random_signs(len(w), w)
+            return self._adjoint_difference(mix @ w, mix @ found, reference)
+
+        return self._certified("jvp", lambda: self._in_blocks(self._jvp, w, self.N), difference)
 
     def ntk(self, u: Array) -> Array:
         """Theta u = J J^T u for each row of ``u``: ``[k, n] -> [k, n]``; 2k passes."""
@@ -90,14 +120,22 @@ class JacobianOperator(ABC):
 
     def row(self, i: int) -> Array:
         """Row i of J by one backward pass, ``[P]``; 1 pass."""
-        self._sample_passes += self.N
-        return self._row(i)
+
+        def product() -> Array:
+            self._sample_passes += self.N
+            return self._row(i)
+
+        def difference(found: Array, reference: Reference) -> float:
+            return certificate.distance(found, reference.gradient(self.basis(i, i + 1)[0]))
+
+        return self._certified("row", product, difference)
 
     def sample_vjp(self, samples: slice, v: Array) -> Array:
         """Per-sample gradients J_b^T v_b: ``v [k, samples, O] -> [k, samples, P]``.
 
         Valid only if samples do not interact. Costs k * (number of samples) / N passes.
         """
+        self._certify_sample_vjp()
         self._sample_passes += v.shape[0] * v.shape[1]
         return self._sample_vjp(samples, v)
 
@@ -112,6 +150,7 @@ class JacobianOperator(ABC):
             groups: consecutive slices of samples.
             v: cotangents of all samples in the groups.
         """
+        self._certify_sample_vjp()
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
         most = max(group.stop - group.start for group in groups)
@@ -125,6 +164,7 @@ class JacobianOperator(ABC):
         Valid only if samples do not interact. Costs k * (number of samples) / N passes, twice that without forward
         mode.
         """
+        self._certify_sample_jvp()
         self._sample_passes += w.shape[0] * w.shape[1]
         return self._sample_jvp(samples, w)
 
@@ -134,6 +174,7 @@ class JacobianOperator(ABC):
         Gradients are reduced in chunks of ``chunk_bytes.sample_squares`` and never held all at once. Valid only if
         samples do not interact.
         """
+        self._certify_sample_vjp()
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
         budget = min(self.memory, self.chunk_bytes.sample_squares)
@@ -180,6 +221,80 @@ class JacobianOperator(ABC):
     def basis(self, start: int, stop: int) -> Array:
         """Unit vectors ``start`` to ``stop - 1`` of output space, ``[stop - start, n]``."""
         return self._eye(self.n, start, stop)
+
+    def _certified(
+        self, kind: str, product: Callable[[], Array], difference: Callable[[Array, Reference], float]
+    ) -> Array:
+        """A product, at its first use compared with the reference, in the first way of the backend that agrees.
+
+        Raises:
+            Uncertified: none does; says why for each.
+        """
+        if self.reference is None or kind in self.reference.differences:
+            return product()
+        reasons = []
+        while True:
+            spent = self._sample_passes
+            try:
+                found = product()
+                off = difference(found, self.reference)
+                certificate.check(off, array_api_compat.array_namespace(found).finfo(found.dtype).eps)
+            except Exception as error:  # whatever this way of computing it does to this network
+                self._sample_passes = spent
+                reasons.append(errors.reason(error))
+                if not self._next_way(kind, reasons[-1]):
+                    raise Uncertified(f"{kind} products: {'; '.join(dict.fromkeys(reasons))}") from error
+            else:
+                self.reference.differences[kind] = off
+                return found
+
+    def _next_way(self, kind: str, reason: str) -> bool:
+        """Compute a kind of product in the next way from now on; whether there is one."""
+        return False
+
+    def _adjoint_difference(self, w: Array, image: Array, reference: Reference) -> float:
+        """|<v, J w> - <J^T v, w>| relative to the size of either for a fixed random v."""
+        v, g = reference.cotangent(image, self.n)
+        xp = array_api_compat.array_namespace(image)
+        found, expected = float(v @ image), float(g @ w)
+        size = float(xp.linalg.vector_norm(g)) * float(xp.linalg.vector_norm(w)) / self.P**0.5
+        return certificate.ratio(abs(found - expected), max(size, abs(expected)))
+
+    def _certify_sample_vjp(self) -> None:
+        """Compare the sum of all samples' gradients with the gradient over the whole batch."""
+
+        def product() -> Array:
+            v = certificate.random_signs(self.n, self.basis(0, 1)).reshape(1, self.N, self.O)
+            size = max(1, self.memory // self._bytes_per_sample_row())
+            parts = (slice(start, min(start + size, self.N)) for start in range(0, self.N, size))
+            return sum(self._sample_vjp(part, v[:, part]).sum((0, 1)) for part in parts)
+
+        def difference(found: Array, reference: Reference) -> float:
+            return certificate.distance(found, reference.cotangent(found, self.n)[1])
+
+        self._certified_alone("sample_vjp", product, difference)
+
+    def _certify_sample_jvp(self) -> None:
+        """Compare the products of all samples with one tangent with the gradient over the whole batch."""
+
+        def product() -> Array:
+            w = certificate.random_signs(self.P, self.basis(0, 1))
+            xp = array_api_compat.array_namespace(w)
+            tangents = xp.broadcast_to(w[None, None], (1, self.N, self.P))
+            return self._sample_jvp(slice(0, self.N), tangents).reshape(-1)
+
+        def difference(found: Array, reference: Reference) -> float:
+            return self._adjoint_difference(certificate.random_signs(self.P, found), found, reference)
+
+        self._certified_alone("sample_jvp", product, difference)
+
+    def _certified_alone(
+        self, kind: str, product: Callable[[], Array], difference: Callable[[Array, Reference], float]
+    ) -> None:
+        if self.reference is not None and kind not in self.reference.differences:
+            spent = self._sample_passes
+            self._certified(kind, product, difference)
+            self._sample_passes = spent
 
     def fresh(self) -> Self:
         """A copy on the same device arrays, without the results of the forward pass and with the counter at zero."""

@@ -122,6 +122,10 @@ class JaxJacobian(JacobianOperator):
         dtype = next(iter(self._parameters.values())).dtype
         return jax.nn.one_hot(jnp.arange(start, stop), size, dtype=dtype)
 
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._parameters)  # the order in which JAX flattens dicts
+
     def rng(self, seed: int) -> JaxRng:
         like = next(iter(self._parameters.values()))
         return JaxRng(seed, like.dtype, like.device)

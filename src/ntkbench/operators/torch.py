@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import resource
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
 from ntkbench.operators.base import JacobianOperator, Rng
+from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.operators.plain_operations import plain_operations
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -45,6 +48,18 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     return module, parameters, x
 
 
+def plain_gradient(problem: Problem, weights: str, target: Target, names: list[str]) -> Callable[[Any], Tensor]:
+    """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
+    module, parameters, x = network(problem, weights, target)
+    plain = PlainNetwork(module, {name: parameters[name] for name in names})
+
+    def gradient(v: Any) -> Tensor:
+        v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(x.device)
+        return flat(plain.gradient(x, v))
+
+    return gradient
+
+
 def device(target: Target) -> torch.device:
     """The device that a target stands for on this machine. TF32 is turned off on a GPU.
 
@@ -70,8 +85,30 @@ def device_memory(target: Target) -> int | None:
     return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
 
 
+def free_memory(target: Target) -> int:
+    """Bytes that a tensor on the device may take."""
+    where = device(target)
+    if where.type == "cuda":
+        return int(torch.cuda.mem_get_info(where)[0])
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    free = psutil.virtual_memory().available
+    return free if limit == resource.RLIM_INFINITY else min(free, limit - psutil.Process().memory_info().vms)
+
+
 Pushforward = Callable[[Tensor], Callable[[Tensor], Tensor]]
 """Takes inputs ``[samples, ...]`` and returns w -> J w, ``[P] -> [samples, O]``."""
+
+REVERSE, FORWARD, TWICE, PLAIN = "reverse mode", "forward mode", "two reverse passes", "plain autograd"
+WAYS = {
+    "vjp": (REVERSE, PLAIN),
+    "row": (PLAIN,),
+    "sample_vjp": (REVERSE, PLAIN),
+    "sample_squares": (REVERSE,),
+    "jvp": (FORWARD, TWICE, PLAIN),
+    "sample_jvp": (FORWARD, TWICE, PLAIN),
+}
+"""Ways of computing each kind of product, the fastest first. All but plain autograd batch probes with ``vmap``."""
+SAID = {"vjp": "VJP", "jvp": "JVP", "sample_vjp": "per-sample VJP", "sample_jvp": "per-sample JVP"}
 
 
 class TorchJacobian(JacobianOperator):
@@ -85,7 +122,7 @@ class TorchJacobian(JacobianOperator):
         memory: bytes that one block of probes may fill.
     """
 
-    COMPUTED: tuple[str, ...] = ("_pullback", "_graph")
+    COMPUTED: tuple[str, ...] = ("_pullback", "_plain_pullback")
 
     def __init__(
         self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, shape: tuple[int, ...], memory: int
@@ -95,7 +132,7 @@ class TorchJacobian(JacobianOperator):
         self.memory = memory
         self.itemsize = next(iter(parameters.values())).element_size()
         self._module, self._parameters, self._x = module, dict(parameters), x
-        self._missing_modes: dict[str, str] = {}  # shared with copies, so that each mode is tried once
+        self._passed_over: dict[str, list[str]] = {}  # shared with copies, so that each way is tried once
 
     def _forward(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         with _differentiable_kernels(self._module):
@@ -106,36 +143,61 @@ class TorchJacobian(JacobianOperator):
         """The VJP of the forward pass, which runs once for all probes."""
         return vjp(lambda parameters: self._forward(parameters, self._x), self._parameters)[1]
 
+    @functools.cached_property
+    def _plain(self) -> PlainNetwork:
+        return PlainNetwork(self._module, self._parameters)
+
+    @functools.cached_property
+    def _plain_pullback(self) -> Callable[[Tensor], list[Tensor]]:
+        """The same by plain ``backward``, one cotangent at a time."""
+        return self._plain.pullback(self._x)
+
+    def _next_way(self, kind: str, reason: str) -> bool:
+        """See :data:`WAYS`."""
+        passed_over = self._passed_over.setdefault(kind, [])
+        if len(passed_over) + 1 == len(WAYS[kind]):
+            return False
+        passed_over.append(reason)
+        return True
+
+    def _way(self, kind: str) -> str:
+        return WAYS[kind][len(self._passed_over.get(kind, ()))]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(
+            f"each {SAID[kind]} is by {self._way(kind)}: {'; '.join(dict.fromkeys(reasons))}"
+            for kind, reasons in self._passed_over.items()
+            if reasons
+        )
+
     def _vjp(self, u: Tensor) -> Tensor:
+        if self._way("vjp") == PLAIN:
+            return torch.stack([flat(self._plain_pullback(each)) for each in u])
         return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
 
     def _jvp(self, w: Tensor) -> Tensor:
+        way = self._way("jvp")
+        if way != FORWARD:
+            self._sample_passes += len(w) * self.N
+        if way == PLAIN:
+            push = self._plain.pushforward(self._x)
+            return torch.stack([push(each) for each in w])
         # The primal does not depend on the probe, so vmap runs it once per block.
-        return self._pushed(lambda push: vmap(push(self._x))(w), len(w) * self.N).reshape(-1, self.n)
+        return vmap(self._push(way)(self._x))(w).reshape(-1, self.n)
 
     def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
-        def one(push: Pushforward) -> Tensor:
-            by_sample = lambda x, w: vmap(push(x[None]))(w)[:, 0]  # noqa: E731
-            return vmap(by_sample, in_dims=(0, 1), out_dims=1)(self._x[samples], w)
+        way, xs = self._way("sample_jvp"), self._x[samples]
+        if way != FORWARD:
+            self._sample_passes += w.shape[0] * w.shape[1]
+        if way == PLAIN:
+            pushes = [self._plain.pushforward(x[None]) for x in xs]
+            return torch.stack([torch.stack([push(each) for push, each in zip(pushes, row, strict=True)]) for row in w])
+        by_sample = lambda x, w: vmap(self._push(way)(x[None]))(w)[:, 0]  # noqa: E731
+        return vmap(by_sample, in_dims=(0, 1), out_dims=1)(xs, w)
 
-        return self._pushed(one, w.shape[0] * w.shape[1])
-
-    def _pushed(self, product: Callable[[Pushforward], Tensor], cost: int) -> Tensor:
-        """A product with J by forward mode, or by two reverse passes if an operation lacks it; these count twice.
-
-        Args:
-            product: computes the product from a pushforward.
-            cost: sample passes of the product, each over one sample.
-        """
-        if "forward" not in self._missing_modes:
-            try:
-                return product(self._push_forward)
-            except NotImplementedError as error:
-                if "forward" not in str(error):
-                    raise
-                self._missing_modes["forward"] = str(error).splitlines()[0]
-        self._sample_passes += cost
-        return product(self._push_by_reverse)
+    def _push(self, way: str) -> Pushforward:
+        return self._push_forward if way == FORWARD else self._push_by_reverse
 
     def _push_forward(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         forward = lambda parameters: self._forward(parameters, x)  # noqa: E731
@@ -151,21 +213,8 @@ class TorchJacobian(JacobianOperator):
 
         return push
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        why = self._missing_modes.get("forward")
-        return (f"each JVP is two reverse passes, as there is no forward mode: {why}",) if why else ()
-
-    @functools.cached_property
-    def _graph(self) -> tuple[Tensor, list[Tensor]]:
-        """Outputs ``[n]`` with their autograd graph, and the parameters, for single backward passes."""
-        leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
-        return self._forward(leaves, self._x).reshape(-1), list(leaves.values())
-
     def _row(self, i: int) -> Tensor:
-        outputs, leaves = self._graph
-        grads = torch.autograd.grad(outputs[i], leaves, retain_graph=True, materialize_grads=True)
-        return torch.cat([g.reshape(-1) for g in grads])
+        return flat(self._plain_pullback(self.basis(i, i + 1)[0]))
 
     def _sample_vjp(self, samples: slice, v: Tensor) -> Tensor:
         return self._by_sample(_flat, samples, v)
@@ -173,8 +222,11 @@ class TorchJacobian(JacobianOperator):
     def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
         return self._by_sample(_squares, samples, v)
 
-    def _by_sample(self, reduce: Callable[[Mapping[str, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
+    def _by_sample(self, reduce: Callable[[Mapping[Any, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
         """``reduce`` of each sample's gradients (by parameter, ``[k, ...]`` each), ``[k, samples, ...]``."""
+
+        if self._way("sample_vjp") == PLAIN:
+            return torch.stack([self._plainly(reduce, x, v[:, b]) for b, x in enumerate(self._x[samples])], 1)
 
         def one(x: Tensor, v: Tensor) -> Tensor:
             pullback = vjp(lambda parameters: self._forward(parameters, x[None])[0], self._parameters)[1]
@@ -182,11 +234,19 @@ class TorchJacobian(JacobianOperator):
 
         return vmap(one, in_dims=(0, 1), out_dims=1)(self._x[samples], v)
 
+    def _plainly(self, reduce: Callable[[Mapping[Any, Tensor]], Tensor], x: Tensor, v: Tensor) -> Tensor:
+        pull = self._plain.pullback(x[None])
+        return torch.cat([reduce(dict(enumerate(g[None] for g in pull(each)))) for each in v])
+
     def _eye(self, size: int, start: int, stop: int) -> Tensor:
         like = next(iter(self._parameters.values()))
         eye = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
         eye[:, start:stop].fill_diagonal_(1)
         return eye
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parameters)
 
     def rng(self, seed: int) -> TorchRng:
         like = next(iter(self._parameters.values()))
@@ -242,12 +302,12 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     return bits.to(dtype).mul_(2).sub_(1)
 
 
-def _flat(blocks: Mapping[str, Tensor]) -> Tensor:
+def _flat(blocks: Mapping[Any, Tensor]) -> Tensor:
     """Gradients by parameter, each ``[k, ...]``, concatenated: ``[k, P]``."""
     return torch.cat([block.reshape(block.shape[0], -1) for block in blocks.values()], dim=1)
 
 
-def _squares(blocks: Mapping[str, Tensor]) -> Tensor:
+def _squares(blocks: Mapping[Any, Tensor]) -> Tensor:
     """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
     flat = (block.reshape(block.shape[0], -1) for block in blocks.values())
     return sum(torch.linalg.vecdot(block, block) for block in flat)

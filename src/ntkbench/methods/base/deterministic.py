@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from ntkbench.estimate import Estimate
-from ntkbench.methods.base.method import Method, PreparedProblem, notes
+from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
 
@@ -26,4 +26,5 @@ class Deterministic(Method):
     def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians = prepared.jacobians(metric)
         value = self.moments(metric, jacobians).metric(metric)
-        return Estimate(value, None, sum(j.passes for j in jacobians), self.name, notes(jacobians), metric)
+        spent = sum(j.passes for j in jacobians)
+        return Estimate(value, None, spent, self.name, notes(jacobians), metric, certificate=certificate(jacobians))

@@ -62,8 +62,8 @@ class Layerwise(Method):
         engine, sets, x = prepared.engine, prepared.parameters(metric), prepared.x
         ledger = prepared.ledger()
         moments = _moments(sample_kernels.get(self.kernel), engine, metric, sets, x)
-        spent, notes = ledger()
-        return Estimate(moments.metric(metric), None, spent, self.name, notes, metric)
+        spent, notes, certificate = ledger()
+        return Estimate(moments.metric(metric), None, spent, self.name, notes, metric, certificate=certificate)
 
 
 class TracedProblem:
@@ -90,7 +90,7 @@ class TracedProblem:
         """A counter of the passes spent from now on; its notes name the parameters that have no rule."""
         engine, before = self.engine, self.engine.directions_taken
         notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
-        return lambda: ((engine.directions_taken - before) / len(self.x), notes)
+        return lambda: ((engine.directions_taken - before) / len(self.x), notes, engine.certificate)
 
     def parameters(self, metric: str) -> list[list[Tensor]]:
         """The parameter sets that a metric needs: theta_0, and theta_f for alignment.
@@ -116,5 +116,5 @@ def _moments(kernel: Any, engine: LayerwiseKernel, metric: str, sets: Sequence[S
         return moments.times(engine.O)  # tr, squared norm and inner product of A (x) I_O are O times those of A
     return metrics.from_blocks_of_theta(
         (left == right, [part.flatten(0, 1).flatten(1) for part in parts])
-        for left, right, parts in engine.blocks(sets, x, None, engine.units(sets[0]))
+        for left, right, parts in engine.blocks(sets, x)
     )

@@ -111,3 +111,8 @@ class PreparedProblem:
 def notes(jacobians: Sequence[JacobianOperator]) -> tuple[str, ...]:
     """Notes of all operators, each once."""
     return tuple(dict.fromkeys(note for j in jacobians for note in j.notes))
+
+
+def certificate(jacobians: Sequence[JacobianOperator]) -> float | None:
+    """The largest of all operators' certificates; ``None`` if there is none."""
+    return max((j.certificate for j in jacobians if j.certificate is not None), default=None)

@@ -12,7 +12,7 @@ from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
-from ntkbench.methods.base.method import Method, PreparedProblem, notes
+from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
 from ntkbench.operators import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -91,7 +91,7 @@ class FixedBudget(Stochastic):
         jacobians = prepared.jacobians(metric)
         value, error, degrees = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
         spent = sum(j.passes for j in jacobians)
-        return Estimate(value, error, spent, self.name, notes(jacobians), metric, degrees)
+        return Estimate(value, error, spent, self.name, notes(jacobians), metric, degrees, certificate(jacobians))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         probes = self.probes(metric, self.default_passes if passes is None else passes)
@@ -99,8 +99,8 @@ class FixedBudget(Stochastic):
         return int(min(probes, problem.n) * held * target.itemsize) * len(metrics.parameter_sets(metric))
 
 
-Ledger = Callable[[], tuple[float, tuple[str, ...]]]
-"""Returns the passes spent so far, and the notes."""
+Ledger = Callable[[], tuple[float, tuple[str, ...], float | None]]
+"""Returns the passes spent so far, the notes, and the certificate."""
 
 
 class Incremental(Stochastic):
@@ -147,9 +147,9 @@ class Incremental(Stochastic):
             accumulator.extend(batch)
             drawn += batch
             points = {name: accumulator.estimate(name) for name in names}
-            spent, remarks = ledger()
+            spent, remarks, certified = ledger()
             found = {
-                name: Estimate(value, error, spent, self.name, remarks, name, degrees)
+                name: Estimate(value, error, spent, self.name, remarks, name, degrees, certified)
                 for name, (value, error, degrees) in points.items()
             }
             if rtol is None:
@@ -179,4 +179,4 @@ class Accumulating(Incremental):
     def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
         accumulator = self.accumulator(names, jacobians, jacobians[0].rng(seed))
-        return accumulator, lambda: (sum(j.passes for j in jacobians), notes(jacobians))
+        return accumulator, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))

@@ -11,7 +11,9 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import BadInput
+from ntkbench.operators import certificate
 from ntkbench.operators.base import Array, JacobianOperator
+from ntkbench.operators.certificate import Reference
 from ntkbench.operators.recurrent import products
 from ntkbench.operators.recurrent.cells import GATES, Recurrence
 from ntkbench.operators.recurrent.injections import ParameterLayout
@@ -78,6 +80,7 @@ class RecurrentJacobian(JacobianOperator):
     def prefix(self, steps: int) -> RecurrentJacobian:
         """The operator of the first time steps alone. It shares the forward pass and counts its own passes."""
         short = self.fresh()
+        short.reference = None
         short.O, short.T, short._x = self.O // self.T * steps, steps, self._x[:, :steps]
         short.__dict__["linear"] = self.linear.part(steps=slice(steps))
         return short
@@ -88,6 +91,7 @@ class RecurrentJacobian(JacobianOperator):
         Each backward pass covers all trials b and runs over the first step + 1 time steps only. Costs
         (O / T) * (step + 1) / T passes.
         """
+        self._certify_sample_vjp()
         short = self.prefix(step + 1)
         done, rows = short.O - self.O // self.T, []
         for k in short.blocks(short.O - done):
@@ -107,6 +111,17 @@ class RecurrentJacobian(JacobianOperator):
         # The probe, its pullback to h, the injections, the state of a step, and three gradients.
         per_step = self.O // self.T * 2 + (H if readout else 0) + self.layout.width
         return self.itemsize * (self.N * (self.T * per_step + 6 * H) + 3 * self.P)
+
+    def _certify_sample_vjp(self) -> None:
+        super()._certify_sample_vjp()
+        if self._by_inner_products:
+            v = certificate.random_signs(self.O, self.basis(0, 1)).reshape(1, 1, self.O)
+            first = slice(0, 1)
+
+            def difference(found: Array, _: Reference) -> float:
+                return certificate.distance(found, (self._sample_vjp(first, v) ** 2).sum(-1))
+
+            self._certified_alone("sample_squares", lambda: self._sample_squares(first, v), difference)
 
     def _bytes_per_square(self) -> int:
         if not self._by_inner_products:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ntkbench.errors import BadInput, unknown
+from ntkbench.layerwise.layers import owner
 from ntkbench.options import DTYPES
-from ntkbench.problem import Problem
+from ntkbench.problem import PROBED, Problem
 
 ALONE = 8
 """Samples, evenly spaced, whose outputs alone are compared with their outputs in the batch."""
@@ -98,6 +100,32 @@ def same_inputs(x1: Tensor, x2: Tensor) -> Tensor:
             f"got shape {tuple(x2.shape)} of {x2.dtype}"
         )
     return x2
+
+
+def on_inputs(problem: Problem, x: Tensor) -> Problem:
+    """The same network and weights on other inputs, whose samples must not interact."""
+    shape = (len(x), *problem.output_shape[1:])
+    return dataclasses.replace(problem, x=x.detach().cpu().numpy(), _shape=[shape])
+
+
+def last_layer(problem: Problem) -> Problem:
+    """The problem with theta the parameters of the module that is called last; all others are frozen at theta_0."""
+    net = copy.deepcopy(problem.module)
+    own = dict(net.named_parameters())
+    with torch.no_grad():
+        for key, w in problem.theta_0.items():
+            own[key].copy_(torch.from_numpy(w))
+    owners: dict[str, list[str]] = {}
+    for key in problem.theta_0:
+        owners.setdefault(owner(key), []).append(key)
+    called: list[str] = []
+    for name in owners:
+        net.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    net(torch.from_numpy(problem.x[:PROBED]).to(next(iter(own.values())).device))
+    chosen = owners[called[-1]] if called else []
+    fixed = {key: w for key, w in problem.theta_0.items() if key not in chosen}
+    theta_0 = {key: problem.theta_0[key] for key in chosen}
+    return dataclasses.replace(problem, theta_0=theta_0, theta_f=None, fixed_0={**problem.fixed_0, **fixed}, fixed_f={})
 
 
 def _check_inputs(x: Tensor, name: str = "x") -> None:

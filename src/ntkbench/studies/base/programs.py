@@ -76,8 +76,8 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     target = Target("torch", device="cpu", memory=sys.maxsize)
-    kernel, parameters, inputs = engine(module, x, target, Tuning(checked_samples=0))
-    kernel.passes([parameters], inputs, kernel.units(parameters))  # traces the program, which the counter would count
+    kernel, parameters, inputs = engine(module, x, target, Tuning(certified=False))
+    kernel.passes([parameters], inputs)  # traces the program, which the counter would count
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # buffers that the traced graph refers to
     shapes, inputs = [mode.from_tensor(w) for w in parameters], mode.from_tensor(inputs)
     with mode:

@@ -1,0 +1,52 @@
+"""The certificate of a kernel: the gradient that its factors make, compared with plain automatic differentiation.
+
+A kernel's rows are gradients of directions u_bk . f_b. With random signs c the factors of all layers add up to the
+gradient of sum_(b, k) c_bk u_bk . f_b, which one plain backward pass over the whole batch gives as well. The
+certificate therefore covers the trace, every rule, and the promise that samples do not interact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ntkbench.layerwise.capture import ParameterValues
+from ntkbench.layerwise.factors import GradientFactors
+from ntkbench.layerwise.layers import ExplicitGradient, Layer
+from ntkbench.operators import certificate
+from ntkbench.operators.plain import PlainNetwork
+
+
+class Certificate:
+    """The gradient at one parameter set, layer by layer as a kernel visits its rows.
+
+    Args:
+        names: of the parameters, in the order of their values.
+        parameters: the parameter set.
+        x: inputs of all rows.
+        directions: of all rows, ``[K, O]`` or ``[N, K, O]``; ``None`` for unit vectors.
+        count: number of directions, K.
+    """
+
+    def __init__(
+        self, names: Sequence[str], parameters: ParameterValues, x: Tensor, directions: Tensor | None, count: int
+    ) -> None:
+        self._parameters, self._x, self._directions = parameters, x, directions
+        self._c = certificate.random_signs(len(x) * count, parameters[0]).reshape(len(x), count)
+        self._gradients = {name: torch.zeros_like(w).reshape(-1) for name, w in zip(names, parameters, strict=True)}
+        self._covered: set[str] = set()
+
+    def add(self, samples: slice, directions: slice, layer: Layer | ExplicitGradient, factors: GradientFactors) -> None:
+        """Add a layer's part of the rows of some samples in some directions."""
+        layer.add_gradient(self._gradients, factors, self._c[samples, directions])
+        self._covered.update(layer.parameters)
+
+    def difference(self, network: PlainNetwork) -> float:
+        """The relative difference from the plain gradient, by the parameters of all layers that were added; 1 pass."""
+        network.load(self._parameters)
+        v = self._c if self._directions is None else self._c[:, None] @ self._directions  # [N, 1, O]
+        plain = dict(zip(self._gradients, network.gradient(self._x, v), strict=True))
+        found = torch.cat([self._gradients[name] for name in sorted(self._covered)])
+        return certificate.distance(found, torch.cat([plain[name].reshape(-1) for name in sorted(self._covered)]))

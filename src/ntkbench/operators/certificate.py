@@ -1,0 +1,85 @@
+"""Certificates: products with a Jacobian compared with plain automatic differentiation of the network as it is."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import array_api_compat
+import numpy as np
+
+from ntkbench.errors import NtkbenchError
+from ntkbench.operators import arrays
+from ntkbench.operators.arrays import Array
+
+
+class Uncertified(NtkbenchError):
+    """A result that plain automatic differentiation of the network contradicts, and that is therefore not given."""
+
+
+def tolerance(epsilon: float) -> float:
+    """The largest relative difference that a certificate allows in a precision: the root of its machine epsilon."""
+    return math.sqrt(epsilon)
+
+
+def check(difference: float, epsilon: float) -> None:
+    """Refuse what is off by more than rounding.
+
+    Raises:
+        Uncertified: it is.
+    """
+    if not difference <= tolerance(epsilon):
+        raise Uncertified(
+            f"its gradient differs from that of plain autograd by {difference:.1e} of its norm"
+            if math.isfinite(difference)
+            else "its gradient is not finite"
+        )
+
+
+class Reference:
+    """The gradient of random cotangents over the whole batch, by one plain backward pass each.
+
+    Attributes:
+        differences: the relative difference found for each kind of product; shared by all copies of an operator.
+
+    Args:
+        gradient: makes the function from v ``[n]``, an array of the operator, to J^T v ``[P]``, an array of any
+            library with the parameters in the operator's order; called at the first use.
+    """
+
+    def __init__(self, gradient: Callable[[], Callable[[Array], Array]]) -> None:
+        self.differences: dict[str, float] = {}
+        self._gradient = functools.cache(gradient)
+        self._fixed: tuple[Array, Array] | None = None
+
+    def gradient(self, v: Array) -> Array:
+        """J^T v for v ``[n]``, as an array like v; 1 pass."""
+        found = self._gradient()(v)
+        return found if isinstance(found, type(v)) else arrays.asarray_like(arrays.to_numpy(found), v)
+
+    def cotangent(self, like: Array, n: int) -> tuple[Array, Array]:
+        """A fixed random cotangent ``[n]`` and its gradient ``[P]``, which is computed once; 1 pass."""
+        if self._fixed is None:
+            v = random_signs(n, like)
+            self._fixed = v, self.gradient(v)
+        return self._fixed
+
+
+def random_signs(size: int, like: Array, seed: int = 20260101) -> Array:
+    """Random signs, the same in every run."""
+    return arrays.asarray_like(np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size), like)
+
+
+def distance(found: Array, expected: Array) -> float:
+    """||found - expected|| relative to ||expected||; 0 if both are zero, ``inf`` if either is not finite."""
+    xp = array_api_compat.array_namespace(found)
+    off, norm = (float(xp.linalg.vector_norm(a)) for a in (found - expected, expected))
+    return ratio(off, norm)
+
+
+def ratio(off: float, norm: float) -> float:
+    """``off / norm``; 0 if both are zero, ``inf`` if either is not finite."""
+    if not (math.isfinite(off) and math.isfinite(norm)):
+        return math.inf
+    return 0.0 if off == 0 else off / norm if norm else math.inf

@@ -1,0 +1,90 @@
+"""Plain automatic differentiation: a module as it is and ``backward``, without a functional call, vmap or a trace.
+
+It is what training computes. Certificates compare with it, and products fall back on it where nothing faster is right.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ntkbench.operators.plain_operations import plain_operations
+
+
+class PlainNetwork:
+    """A copy of a module with trainable parameters of its own.
+
+    Args:
+        module: ``x -> [N, ...outputs]``, on the device and in the precision of ``parameters``.
+        parameters: values of the trainable parameters by name.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        self._module = copy.deepcopy(module).requires_grad_(False)
+        own = dict(self._module.named_parameters())
+        self._leaves = [own[name].requires_grad_() for name in parameters]
+        self.load(parameters.values())
+
+    def load(self, values: Iterable[Tensor]) -> None:
+        """Set the parameters, in the constructor's order."""
+        with torch.no_grad():
+            for leaf, value in zip(self._leaves, values, strict=True):
+                leaf.copy_(value)
+
+    @torch.enable_grad()
+    def gradient(self, x: Tensor, v: Tensor) -> list[Tensor]:
+        """The gradient of <v, f(x)> by each parameter; 1 pass.
+
+        Args:
+            x: inputs ``[N, ...]``.
+            v: cotangent with ``N O`` entries, sample-major.
+        """
+        return self._backward(self._module(x), v, retain=False)
+
+    def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
+        """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass where its graph allows that."""
+        with torch.enable_grad():
+            outputs = self._module(x)
+
+        @torch.enable_grad()
+        def pull(v: Tensor) -> list[Tensor]:
+            nonlocal outputs
+            try:
+                return self._backward(outputs, v, retain=True)
+            except RuntimeError:  # a graph that can be used once
+                outputs = self._module(x)
+                return self._backward(outputs, v, retain=True)
+
+        return pull
+
+    def pushforward(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """w -> J w, ``[P] -> [N O]``, as the derivative of v -> <J^T v, w>, which is linear in v; 2 passes each."""
+        with torch.enable_grad(), plain_operations(self._module):
+            outputs = self._module(x)
+            v = torch.zeros_like(outputs, requires_grad=True)
+            gradients = torch.autograd.grad(
+                outputs, self._leaves, v, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+
+        def push(w: Tensor) -> Tensor:
+            (image,) = torch.autograd.grad(flat, v, w, retain_graph=True, allow_unused=True, materialize_grads=True)
+            return image.reshape(-1)
+
+        return push
+
+    def _backward(self, outputs: Tensor, v: Tensor, *, retain: bool) -> list[Tensor]:
+        for leaf in self._leaves:
+            leaf.grad = None
+        if outputs.requires_grad:
+            outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain)
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+        return [g.to_dense() if g.is_sparse else g for g in found]
+
+
+def flat(gradients: list[Tensor]) -> Tensor:
+    """Gradients by parameter as one vector ``[P]``."""
+    return torch.cat([g.reshape(-1) for g in gradients])
