@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ntkbench.layerwise import contraction
-from ntkbench.layerwise.capture import LayerInputs, ParameterValues, Program, Programs, Sink
+from ntkbench.layerwise.capture import LayerInputs, ParameterValues, Program, Programs
 from ntkbench.layerwise.certificate import Certificate
+from ntkbench.layerwise.factors import GradientFactors
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
 from ntkbench.layerwise.tuning import Tuning
 
@@ -60,20 +62,20 @@ class Task:
     def symmetric(self, parameters: ParameterValues, x: Tensor, block: Block) -> Tensor:
         """The lower triangle of a diagonal block; each layer is released as soon as it is added."""
         theta = self._zeros(parameters, block, block)
-        self._run(parameters, x, block, lambda number, inputs: self._add(theta, number, inputs, None))
+        self._run(parameters, x, block, lambda number, _, factors: self._add(theta, factors()))
         return theta
 
     def collected(self, parameters: ParameterValues, x: Tensor, block: Block) -> dict[int, LayerInputs]:
         """The inputs of all layers' gradients, by the layer's number."""
         kept: dict[int, LayerInputs] = {}
-        self._run(parameters, x, block, kept.__setitem__)
+        self._run(parameters, x, block, lambda number, inputs, _: kept.__setitem__(number, inputs))
         return kept
 
     def own(self, kept: dict[int, LayerInputs], parameters: ParameterValues, block: Block) -> Tensor:
         """The lower triangle of a diagonal block, from :meth:`collected`."""
         theta = self._zeros(parameters, block, block)
         for number, inputs in kept.items():
-            self._add(theta, number, inputs, None)
+            self._add(theta, self.layers[number].factors(*inputs))
         return theta
 
     def between(
@@ -91,15 +93,18 @@ class Task:
         ``again`` says that the columns were visited before.
         """
         theta = self._zeros(parameters, row, column)
-        add: Sink = lambda number, inputs: self._add(theta, number, kept[number], inputs)  # noqa: E731
+
+        def add(number: int, _: LayerInputs, factors: Callable[[], GradientFactors]) -> None:
+            self._add(theta, self.layers[number].factors(*kept[number]), factors())
+
         self._run(parameters, x, column, add, again=again)
         return theta
 
     def add_diagonal(self, found: Tensor, parameters: ParameterValues, x: Tensor, block: Block) -> None:
         """Add the diagonal entries of a block to ``found [N, K]``."""
 
-        def add(number: int, inputs: LayerInputs) -> None:
-            found.add_(contraction.diagonal(self.layers[number].factors(*inputs), self.memory, self.tuning))
+        def add(number: int, _: LayerInputs, factors: Callable[[], GradientFactors]) -> None:
+            found.add_(contraction.diagonal(factors(), self.memory, self.tuning))
 
         self._run(parameters, x, block, add)
 
@@ -112,17 +117,29 @@ class Task:
             self.layers, parameters, x[block.samples], directions.contiguous() if own else directions
         )
 
-    def _run(self, parameters: ParameterValues, x: Tensor, block: Block, sink: Sink, *, again: bool = False) -> None:
-        """Deliver a block to ``sink``, and to the certificate if there is one and the block is new to it."""
+    def _run(
+        self,
+        parameters: ParameterValues,
+        x: Tensor,
+        block: Block,
+        take: Callable[[int, LayerInputs, Callable[[], GradientFactors]], None],
+        *,
+        again: bool = False,
+    ) -> None:
+        """Deliver a block to ``take``, and to the certificate if there is one and the block is new to it.
+
+        ``take`` gets a layer's number, its inputs, and a function that makes its factors once.
+        """
         certificate = None if again else self.certificates.get((id(parameters), id(x)))
 
-        def both(number: int, inputs: LayerInputs) -> None:
+        def sink(number: int, inputs: LayerInputs) -> None:
+            layer = self.layers[number]
+            factors = functools.cache(lambda: layer.factors(*inputs))
             if certificate is not None:
-                layer = self.layers[number]
-                certificate.add(block.samples, block.directions, layer, layer.factors(*inputs))
-            sink(number, inputs)
+                certificate.add(block.samples, block.directions, layer, factors())
+            take(number, inputs, factors)
 
-        self.programs.run(self.layers, parameters, x[block.samples], self._directions(parameters, block), both)
+        self.programs.run(self.layers, parameters, x[block.samples], self._directions(parameters, block), sink)
 
     def _directions(self, parameters: ParameterValues, block: Block) -> Tensor:
         """``[N, K, O]`` of a block."""
@@ -135,10 +152,10 @@ class Task:
             some[:, block.directions].fill_diagonal_(1)
         return some.expand(_length(block.samples), -1, -1)
 
-    def _add(self, theta: Tensor, number: int, left: LayerInputs, right: LayerInputs | None) -> None:
-        factors = [self.layers[number].factors(*inputs) for inputs in (left, right) if inputs is not None]
-        one, *other = [f.folded() for f in factors] if self.fold else factors
-        contraction.add(theta, one, other[0] if other else None, self.memory, self.tuning)
+    def _add(self, theta: Tensor, left: GradientFactors, right: GradientFactors | None = None) -> None:
+        if self.fold:
+            left, right = left.folded(), None if right is None else right.folded()
+        contraction.add(theta, left, right, self.memory, self.tuning)
 
     def _zeros(self, parameters: ParameterValues, row: Block, column: Block) -> Tensor:
         sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]

@@ -43,7 +43,7 @@ class Products:
 
     def gradient(self, c: Tensor) -> Tensor:
         """sum_(b, k) c_bk (gradient of direction k of sample b), ``[groups, C, D]``, for ``c [N, K]``."""
-        mixed = torch.einsum("nk,nkgcs->ngcs", c, self.g)
+        mixed = (c[:, None] @ self.g.flatten(2)).view(len(c), *self.g.shape[2:])
         return torch.einsum("ngcs,ngds->gcd", mixed, self.a)
 
     def explicit(self, groups: slice, channels: slice) -> Tensor:
@@ -71,7 +71,7 @@ class Lookups:
 
     def gradient(self, c: Tensor, count: int) -> Tensor:
         """See :meth:`Products.gradient`; ``[count, C]`` for a table of so many rows."""
-        mixed = torch.einsum("nk,nkcs->nsc", c, self.g).flatten(0, 1)
+        mixed = (c[:, None] @ self.g.flatten(2)).view(len(c), *self.g.shape[2:]).mT.flatten(0, 1)
         rows = self.rows.reshape(-1)
         return mixed.new_zeros(count, mixed.shape[1]).index_add_(0, rows.clamp(min=0), mixed * (rows >= 0)[:, None])
 

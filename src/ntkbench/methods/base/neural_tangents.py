@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
 from ntkbench.metrics import Moments
-from ntkbench.operators import programs
+from ntkbench.operators import certificate, programs
 from ntkbench.operators.neural_tangents import load
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -56,11 +59,18 @@ class NeuralTangents(Method):
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than it may use.
         """
-        return Estimate(prepared.moments(metric).metric(metric), None, None, self.name, (), metric)
+        value = prepared.moments(metric).metric(metric)
+        return Estimate(value, None, None, self.name, (), metric, certificate=prepared.certificate)
 
 
 class CompiledPrograms:
     """A problem on the device, with one compiled program for each metric that was asked for.
+
+    The kernel Theta behind all metrics but the trace is certified at its first use: for random signs c, c^T Theta c is
+    compared with ||J^T c||^2 by plain autograd of the network in torch.
+
+    Attributes:
+        certificate: the largest relative difference found; ``None`` where there was nothing to compare.
 
     Raises:
         BadInput: the problem has no JAX network.
@@ -77,6 +87,7 @@ class CompiledPrograms:
             self._networks["theta_f"] = network(problem, "theta_f", target)
         self._x = self._networks["theta_0"][2]
         self._programs: dict[str, jax.stages.Compiled] = {}
+        self.certificate: float | None = None
 
     def moments(self, metric: str) -> Moments:
         """The moments that ``metric`` is a function of, on the host; the first call for a metric compiles.
@@ -84,13 +95,35 @@ class CompiledPrograms:
         Raises:
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the program would take more memory than it may.
+            Uncertified: plain autograd contradicts the kernel.
         """
         import jax
 
-        if metric not in self._programs:
+        first = metric not in self._programs
+        if first:
             self._programs[metric] = self._compiled(metric)
-        sums = jax.device_get(self._programs[metric](self._parameter_sets(metric), self._x))
+        sums, forms = jax.device_get(self._programs[metric](self._parameter_sets(metric), self._x))
+        if first:
+            for name, form in zip(metrics.parameter_sets(metric), forms, strict=False):
+                self._certify(name, float(form))
         return Moments(**{name: float(value) for name, value in sums.items()})
+
+    def _certify(self, name: str, form: float) -> None:
+        """Compare c^T Theta c at one parameter set with ||J^T c||^2."""
+        from ntkbench.operators import torch as backend
+
+        target = replace(self._target, backend="torch")
+        parameters = list(self._problem.weights(name))
+        g = backend.plain_gradient(self._problem, name, target, parameters)(self._signs().reshape(-1))
+        expected = float(g @ g)
+        off = certificate.ratio(abs(form - expected), expected)
+        certificate.check(off, float(np.finfo(self._target.dtype).eps))
+        self.certificate = max(off, self.certificate or 0.0)
+
+    def _signs(self) -> np.ndarray:
+        """The fixed random signs c, ``[N, O]``."""
+        like = np.empty(0, self._target.dtype)
+        return np.asarray(certificate.random_signs(self._problem.n, like)).reshape(self._problem.N, -1)
 
     def _parameter_sets(self, metric: str) -> list[Any]:
         return [self._networks[name][1] for name in metrics.parameter_sets(metric)]
@@ -108,14 +141,22 @@ class CompiledPrograms:
             limit, lowered, f"neural-tangents' {self._implementation} for {self._problem.name}"
         )
 
-    def _trace(self) -> Callable[..., dict[str, jax.Array]]:
+    def _trace(self) -> Callable[..., Any]:
         outputs = self._problem.O
         mean = programs.kernel_function(self._networks["theta_0"][0], self._implementation, (1,), (0,))
-        return lambda weights, x: {"trace": outputs * mean(weights[0], x).sum()}
+        return lambda weights, x: ({"trace": outputs * mean(weights[0], x).sum()}, ())
 
-    def _sums(self, names: Sequence[str]) -> Callable[..., dict[str, jax.Array]]:
+    def _sums(self, names: Sequence[str]) -> Callable[..., Any]:
+        import jax.numpy as jnp
+
         kernels = [programs.kernel_function(self._networks[name][0], self._implementation) for name in names]
-        return lambda weights, x: moments([theta(w, x) for theta, w in zip(kernels, weights, strict=True)])
+        c = self._signs()
+
+        def sums(weights: Any, x: Any) -> Any:
+            thetas = [theta(w, x) for theta, w in zip(kernels, weights, strict=True)]
+            return moments(thetas), [jnp.einsum("abij,ai,bj->", theta, c, c) for theta in thetas]
+
+        return sums
 
 
 def moments(kernels: Sequence[jax.Array]) -> dict[str, jax.Array]:
