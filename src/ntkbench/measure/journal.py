@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,21 @@ class Rows:
         journal: where they are kept.
         made_for: fingerprint of the study.
         whence: columns that say where the rows come from that are made now.
+        say: is told which row is under way.
 
     Attributes:
         made: rows so far, those from before among them.
         seconds: that their measurements took.
     """
 
-    def __init__(self, journal: Journal, made_for: str, whence: Mapping[str, Any] | None = None) -> None:
-        self._journal, self._made_for, self.whence = journal, made_for, dict(whence or {})
+    def __init__(
+        self,
+        journal: Journal,
+        made_for: str,
+        whence: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._journal, self._made_for, self.whence, self._say = journal, made_for, dict(whence or {}), say
         self._count: dict[str, int] = {}
         self.made: list[Row] = []
         self.seconds = 0.0
@@ -134,6 +141,7 @@ class Rows:
 
     def begin(self, key: str) -> None:
         """Note that a row is under way."""
+        self._say(f"row {len(self.made) + 1}")
         self._journal.begin(key, self._made_for)
 
     def finish(self, key: str, row: Row, seconds: float) -> None:

@@ -90,8 +90,13 @@ class Line(threading.Thread):
         return f"ntkbench: {share:4.0%} after {_minutes(spent)}{left}  {at}"
 
     def _of(self, name: str, step: Mapping[str, float]) -> float:
-        share = 1.0 if step["end"] else step["done"] / step["total"] if step["total"] else 0.0
-        return share * self._expected.get(name, step["total"])
+        """Seconds of what is expected of a step that are done."""
+        expected = self._expected.get(name, step["total"])
+        if step["end"]:
+            return expected
+        if step["total"]:
+            return step["done"] / step["total"] * expected
+        return min(time.time() - step["start"], 0.95 * expected)  # it does not know how much there is
 
     def _show(self, text: str, end: str) -> None:
         if self._terminal:

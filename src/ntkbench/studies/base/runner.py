@@ -80,7 +80,8 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
     output = output.absolute()  # a plug-in may leave the folder
     made_for = fingerprints.study(config, name)
     with Journal(_journal(output)) as kept:
-        rows = Rows(kept, made_for, provenance().columns())
+        say = Progress(output.parents[1], f"study-{name}", 0).begin
+        rows = Rows(kept, made_for, provenance().columns(), say)
         with journal.kept(rows):
             try:
                 chosen = _settings(config, name)
