@@ -417,6 +417,7 @@ def test_dropped_in_figure_is_found(table, tmp_path, dropped_in):
 def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tmp_path, dropped_in):
     bodies = {
         "exits": "import sys; sys.exit('bye')",
+        "ends_its_process": "import os; os._exit(0)",
         "raises": "raise ValueError('<b> $x_ \\udcff\\nsecond line')",
         "returns_nothing": "return None",
         "breaks_when_rendered": "d = base.nothing(table, 'no'); d.figure.text(0, 0, '$x_$'); return d",
@@ -435,6 +436,7 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
     assert list(made) == list(tables)
     failed = {name: outcome.reason for name, outcome in made.items() if outcome.status == "failed"}
     assert set(made) - set(failed) == {"coverage", "exact_cost"}
+    assert failed["ends_its_process"] == "it ended the process that was to draw it"
     assert failed["exits"] == "SystemExit: bye" and "cannot_be_imported.py:2" in failed["cannot_be_imported"]
     assert failed["raises"].startswith("ValueError: <b> $x_ ") and "AttributeError" in failed["returns_nothing"]
     assert "lacks columns that this figure needs: nowhere" in failed["needs_a_column"]
@@ -465,13 +467,13 @@ def test_titles_from_outside_do_not_become_html(table, tmp_path):
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 
-def test_a_table_is_read_once(table, tmp_path, monkeypatch, dropped_in):
+def test_a_process_reads_a_table_once(table, tmp_path, monkeypatch, dropped_in):
     table.to_csv(tmp_path / "table.csv", index=False)
     for name in ("first", "second"):
         dropped_in(name, "from ntkbench.figures.plotting import base\ndraw = lambda table: base.nothing(table, 'no')")
     reads, read = [], pd.read_csv
     monkeypatch.setattr(pd, "read_csv", lambda path, **how: reads.append(path) or read(path, **how))
-    made = figures.draw_all(dict.fromkeys(["first", "second"], tmp_path / "table.csv"), tmp_path)
+    made = figures._draw_some(dict.fromkeys(["first", "second"], tmp_path / "table.csv"), tmp_path)
     assert {outcome.status for outcome in made.values()} == {"ok"} and len(reads) == 1
 
 

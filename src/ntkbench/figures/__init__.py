@@ -10,8 +10,11 @@ Neither :func:`names` nor :func:`study_of` imports a figure, and matplotlib is i
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import inspect
+import multiprocessing
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -59,13 +62,41 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
-    """Draw figures into ``folder``, each from the CSV file that ``tables`` has for it; a table is read once.
+    """Draw figures into ``folder``, each from the CSV file that ``tables`` has for it, on all processors.
 
     A figure that cannot be drawn, for whatever reason, gets files that say so, and the others are drawn.
 
     Returns:
         an outcome for each figure: ``ok``, or a status and a reason in one line.
     """
+    from ntkbench.figures.plotting import files  # noqa: F401  # forked processes find it imported
+
+    count = len(os.sched_getaffinity(0))
+    shares = [dict(list(tables.items())[start::count]) for start in range(min(count, len(tables)))]
+    apart = functools.partial(_draw_apart, folder=Path(folder))
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+        made = {name: outcome for part in threads.map(apart, shares) for name, outcome in part.items()}
+    return {name: made[name] for name in tables}
+
+
+def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
+    """Draw figures in a process of their own; where one of them ends it, each in its own."""
+    from ntkbench.figures.plotting import files
+
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(_draw_some, tables, folder).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            if len(tables) > 1:
+                return {n: found for one in tables.items() for n, found in _draw_apart(dict([one]), folder).items()}
+    outcome = outcomes.Outcome(outcomes.FAILED, "it ended the process that was to draw it")
+    for name in tables:
+        files.write_failed(name, outcome, folder)
+    return dict.fromkeys(tables, outcome)
+
+
+def _draw_some(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
+    """Draw figures one after another; a table is read once."""
     from ntkbench.figures.plotting import files
 
     read = functools.cache(files.read)
@@ -78,7 +109,7 @@ def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Out
             raise
         except BaseException as error:  # a figure is a plug-in: it may even exit
             made[name] = outcomes.of_exception(error)
-            files.write_failed(name, made[name], Path(folder))
+            files.write_failed(name, made[name], folder)
     return made
 
 
