@@ -174,9 +174,16 @@ def trace(
     it estimates: where samples are independent by ``per_sample_trace`` or, for the other metrics, by block U-statistics
     (``group_u_statistics`` where the network declares its recurrence, else ``structured_block_u_statistics`` where it
     can be traced and ``block_u_statistics`` where not, if what they hold fits in ``memory``); by ``one_sided_reverse``
-    or ``hutchinson`` otherwise. ``Estimate.method`` says which it was.
+    or, for the other metrics, ``hutchinson`` and ``gram_reverse`` otherwise. These are tried in turn: a method that
+    fails on the network for whatever reason is passed over. ``Estimate.method`` says which it was, ``Estimate.notes``
+    why not by another.
 
-    Cost: that of the method, after at most three forward passes of checks (five for alignment).
+    Every method is certified by plain ``backward`` of the network as it is, over the whole batch: a method whose
+    gradients differ by more than the root of the machine epsilon is passed over. ``Estimate.certificate`` is the
+    relative difference.
+
+    Cost: that of the method, after a few forward passes of checks, and one backward pass for the certificate of each
+    parameter set.
 
     Args:
         model: ``x -> [N, ...outputs]``; everything after the first axis counts as the O outputs of a sample.
@@ -195,8 +202,8 @@ def trace(
         memory: bytes that blocks of passes and of rows may fill.
 
     Raises:
-        BadInput: something about the arguments, or the method cannot serve this network; says what, and what is
-            allowed.
+        BadInput: something about the arguments, says what is allowed; or no method serves this network, or not the one
+            that was asked for, says why.
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not there.
     """

@@ -1,0 +1,209 @@
+"""Certificates: what contradicts plain autograd is not given, and the next way of computing it is taken."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ntkbench
+from ntkbench import methods
+from ntkbench.operators import linearise
+from ntkbench.operators.certificate import Uncertified, distance, ratio
+from ntkbench.operators.plain import PlainNetwork, flat
+from ntkbench.options import Target
+from ntkbench.problems.base.module import from_module
+
+FLOAT64 = Target("torch", "float64", "cpu")
+
+
+def explicit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """J by one plain backward pass an output."""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    rows = [torch.autograd.grad(y, weights, retain_graph=True, allow_unused=True) for y in model(x).reshape(-1)]
+    zero = lambda g, w: torch.zeros_like(w) if g is None else g  # noqa: E731
+    return torch.stack([torch.cat([zero(g, w).reshape(-1) for g, w in zip(row, weights, strict=True)]) for row in rows])
+
+
+class Clip(torch.autograd.Function):
+    """A function with a backward of its own, which torch.func does not see unless it is told how."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+class Frozen(nn.Module):
+    """A part under no_grad, which forward mode pushes tangents through."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            frozen = self.a(x)
+        return self.c(torch.tanh(self.b(x) + frozen))
+
+
+class Clipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(Clip.apply(self.a(x)))
+
+
+class Branching(nn.Module):
+    """A branch on data, which neither vmap nor a trace can take."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return torch.stack([torch.tanh(self.a(row)) if row.sum() > 0 else 2 * self.a(row) for row in x])
+
+
+class Mixed(nn.Module):
+    """Samples interact through a mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h - h.mean(0))
+
+
+def problem_of(kind: type[nn.Module]):
+    torch.manual_seed(0)
+    model, x = kind().double(), 2 * torch.randn(5, 5, dtype=torch.float64)
+    return from_module(model, x), explicit(model, x)
+
+
+@pytest.mark.parametrize("kind", [Frozen, Clipped, Branching, Mixed])
+def test_products_over_the_batch_are_those_of_plain_autograd(kind):
+    problem, J = problem_of(kind)
+    j = linearise(problem, "theta_0", FLOAT64)
+    u, w = (torch.randn(4, size, dtype=torch.float64) for size in (j.n, j.P))
+    torch.testing.assert_close(j.vjp(u), u @ J, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(j.jvp(w), w @ J.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(j.row(7), J[7], rtol=1e-10, atol=1e-12)
+    assert j.certificate is not None and j.certificate < 1e-12
+
+
+@pytest.mark.parametrize("kind", [Frozen, Clipped, Branching])
+def test_products_by_sample_are_those_of_plain_autograd(kind):
+    problem, J = problem_of(kind)
+    by_sample = J.reshape(5, 3, -1)
+    j = linearise(problem, "theta_0", FLOAT64)
+    v, w = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, j.P, dtype=torch.float64)
+    expected = torch.einsum("kbo,bop->kbp", v, by_sample)
+    torch.testing.assert_close(j.sample_vjp(slice(1, 4), v[:, 1:4]), expected[:, 1:4], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(j.sample_squares(v), (expected**2).sum(-1), rtol=1e-10, atol=1e-12)
+    pushed = torch.einsum("kbp,bop->kbo", w, by_sample)
+    torch.testing.assert_close(j.sample_jvp(slice(1, 4), w[:, 1:4]), pushed[:, 1:4], rtol=1e-10, atol=1e-12)
+    if kind is Branching:
+        assert "per-sample VJP is by plain autograd" in " ".join(j.notes)
+
+
+def test_samples_that_interact_after_all_have_no_products_of_their_own():
+    problem, _ = problem_of(Mixed)
+    object.__setattr__(problem, "samples_interact", False)
+    j = linearise(problem, "theta_0", FLOAT64)
+    with pytest.raises(Uncertified, match=r"sample_vjp products: .*differs from that of plain autograd"):
+        j.sample_squares(torch.ones(1, 5, 3, dtype=torch.float64))
+    with pytest.raises(Uncertified):
+        j.sample_jvp(slice(0, 2), torch.ones(1, 2, j.P, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("metric", ["trace", "norm", "alignment"])
+def test_a_wrong_network_function_is_found_out_by_every_method(name, metric):
+    """What the operators and kernels compute is made wrong; no method may give a value."""
+    method = methods.get(name)
+    if metric not in method.metrics or method.needs_recurrence or "torch" not in method.backends:
+        pytest.skip("the method does not give this metric of this network")
+    torch.manual_seed(0)
+    wrong = Wrong()
+    problem = from_module(wrong, torch.randn(6, 5), copy.deepcopy(wrong) if metric == "alignment" else None)
+    passes = method.least_passes(problem, metric) + 40 if method.takes_passes else None
+    options = {"method": name, "passes": passes}
+    wrong.a.armed = True
+    if metric == "alignment":
+        call = lambda: ntkbench.alignment(wrong, copy.deepcopy(wrong), torch.randn(6, 5), **options)  # noqa: E731
+    else:
+        call = lambda: getattr(ntkbench, metric)(wrong, torch.randn(6, 5), **options)  # noqa: E731
+    try:
+        found = call()
+    except ntkbench.NtkbenchError:
+        return
+    assert found.certificate is not None and found.certificate < 1e-3
+    assert "plain autograd" in " ".join(found.notes) or name in (
+        "naive_jacobian",
+        "last_layer",
+    )  # neither uses what is wrong
+
+
+class Wrong(nn.Module):
+    """A network that computes other gradients under torch.func and while it is traced than by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Armed(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Armed(nn.Linear):
+    armed = False
+
+    def forward(self, x):
+        y = super().forward(x)
+        transformed = torch._C._functorch.maybe_current_level() is not None or isinstance(
+            self.weight, torch._subclasses.FakeTensor
+        )
+        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        return y + 0.1 * (y - y.detach()) if self.armed and (transformed or traced) else y
+
+
+def test_plain_gradients_of_unused_constant_and_sparse_parameters():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.unused, self.last = nn.Embedding(7, 3, sparse=True), nn.Linear(2, 2), nn.Linear(3, 2)
+
+        def forward(self, ids):
+            return self.last(self.table(ids).mean(1))
+
+    torch.manual_seed(0)
+    model, ids = Odd().double(), torch.randint(0, 7, (4, 5))
+    weights = dict(model.named_parameters())
+    plain = PlainNetwork(model, {name: w.detach() for name, w in weights.items()})
+    v = torch.randn(8, dtype=torch.float64)
+    dense = copy.deepcopy(model)
+    dense.table.sparse = False
+    expected = v @ explicit(dense, ids)
+    torch.testing.assert_close(flat(plain.gradient(ids, v)), expected)
+    pull = plain.pullback(ids)
+    for _ in range(2):
+        torch.testing.assert_close(flat(pull(v)), expected)
+    assert all(w.grad is None for w in model.parameters())
+
+
+def test_distances_of_what_is_not_finite_or_zero():
+    zero, one, nan = (np.array([value]) for value in (0.0, 1.0, np.nan))
+    assert distance(zero, zero) == 0 and distance(one, zero) == np.inf and distance(one, one) == 0
+    assert distance(nan, one) == np.inf and distance(one, nan) == np.inf
+    assert ratio(1.0, 2.0) == 0.5
