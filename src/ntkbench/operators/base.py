@@ -265,7 +265,7 @@ class JacobianOperator(ABC):
 
         def product() -> Array:
             v = certificate.random_signs(self.n, self.basis(0, 1)).reshape(1, self.N, self.O)
-            size = max(1, self.memory // self._bytes_per_sample_row())
+            size = max(1, min(self.memory, self.chunk_bytes.sample_squares) // self._bytes_per_sample_row())
             parts = (slice(start, min(start + size, self.N)) for start in range(0, self.N, size))
             return sum(self._sample_vjp(part, v[:, part]).sum((0, 1)) for part in parts)
 
