@@ -19,6 +19,7 @@ from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimate import Estimate
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
+from ntkbench.operators.recurrent.cells import declares
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -430,7 +431,7 @@ def choices(
         ):
             found.append(name)
     independent, whole = STOCHASTIC[metric]
-    if metric != "trace" and hasattr(problem.module, "recurrence"):
+    if metric != "trace" and declares(problem.module):
         independent = (OF_RECURRENT, *independent)
     return [*found, *whole] if problem.samples_interact else [*found, *independent, *whole]
 

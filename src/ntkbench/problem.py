@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Problem:
         theta_f: weights after training, for alignment; ``None`` where there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
-        fixed_0, fixed_f: values of frozen parameters that go with ``theta_0`` and ``theta_f``. Frozen parameters that
+        fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. Those that
             are not among them keep the module's values.
         recipe: how ``theta_f`` was trained; empty where that is not known.
     """
@@ -89,7 +90,7 @@ class Problem:
         return weights
 
     def fixed(self, which: str) -> Weights:
-        """Values of frozen parameters that go with ``"theta_0"`` or ``"theta_f"``; often none."""
+        """Values of frozen parameters and buffers that go with ``"theta_0"`` or ``"theta_f"``; often none."""
         return self.fixed_0 if which == "theta_0" else self.fixed_f
 
     def digest(self) -> str:
@@ -114,15 +115,16 @@ class Problem:
     def _behaviour(self, which: str) -> str:
         import torch
 
-        network = copy.deepcopy(self.module).double()
+        from ntkbench.modules import cast, load
+
+        network = cast(copy.deepcopy(self.module), torch.float64)
+        load(network, {**self.fixed(which), **self.weights(which)})
         own = dict(network.named_parameters())
-        with torch.no_grad():
-            for key, w in {**self.fixed(which), **self.weights(which)}.items():
-                own[key].copy_(torch.from_numpy(w))
         theta = [own[key].requires_grad_() for key in self.weights(which)]
         x = torch.from_numpy(self.x if self.samples_interact else self.x[:PROBED]).to(theta[0].device)
-        outputs = network(x.double() if x.is_floating_point() else x)
-        return signature((_projection(outputs) * outputs).sum(), theta)
+        with own_settings("float64"):
+            outputs = network(x.double() if x.is_floating_point() else x)
+            return signature((_projection(outputs) * outputs).sum(), theta)
 
 
 PROBED = 2

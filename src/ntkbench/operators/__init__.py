@@ -10,6 +10,7 @@ from ntkbench.errors import OverMemory
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
 from ntkbench.operators.certificate import Reference
+from ntkbench.operators.recurrent.cells import declares
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -45,7 +46,7 @@ def linearise(
         BadInput: no such weights, or the problem has no network for the backend.
         Unavailable: the device is not present.
     """
-    package = "recurrent." if hasattr(problem.module, "recurrence") else ""
+    package = "recurrent." if declares(problem.module) else ""
     j = _backend(package + target.backend).linearise(problem, weights, target)
     j.reference = Reference(lambda: _backend("torch").plain_gradient(problem, weights, target, j.names))
     if chunk_bytes is not None:

@@ -18,6 +18,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
+from ntkbench.modules import cast, load
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.operators.plain_operations import plain_operations
@@ -43,8 +44,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
     module = _module_on(problem.module, to["device"], to["dtype"])
     if fixed := problem.fixed(weights):
-        module = copy.deepcopy(module)
-        module.load_state_dict({key: torch.from_numpy(w) for key, w in fixed.items()}, strict=False)
+        module = load(copy.deepcopy(module), fixed)
     return module, parameters, x
 
 
@@ -321,7 +321,7 @@ def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype) -> nn
     """A copy of the module on a device and in a precision, made once and kept as long as the module itself."""
     copies = _COPIES.setdefault(module, {})
     if (where, dtype) not in copies:
-        copies[where, dtype] = copy.deepcopy(module).to(device=where, dtype=dtype).requires_grad_(False)
+        copies[where, dtype] = cast(copy.deepcopy(module), dtype, where).requires_grad_(False)
     return copies[where, dtype]
 
 

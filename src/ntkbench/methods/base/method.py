@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
 from ntkbench.operators import JacobianOperator, linearise
+from ntkbench.operators.recurrent.cells import declares
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -62,7 +63,7 @@ class Method(ABC):
             return "the problem has no trained weights to align with"
         if self.needs_independent_samples and problem.samples_interact:
             return "samples interact, so there are no per-sample Jacobians"
-        if self.needs_recurrence and not hasattr(problem.module, "recurrence"):
+        if self.needs_recurrence and not declares(problem.module):
             return "the problem is no recurrent network (its module declares no recurrence)"
         return None
 

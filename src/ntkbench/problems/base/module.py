@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+import functools
+import inspect
+import pickle
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from ntkbench.errors import BadInput, unknown
+from ntkbench.ambient import own_settings
+from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import owner
+from ntkbench.modules import cast, copied, load
+from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
 
-ALONE = 8
-"""Samples, evenly spaced, whose outputs alone are compared with their outputs in the batch."""
+TOGETHER, ALONE = 64, 8
+"""Samples, evenly spaced, in the batch that shows whether samples interact, and those of them that are taken alone."""
+
+INTERACTION = 1e-6
+"""Difference of a gradient, relative to its norm, from which samples interact; above what float32 inside leaves."""
+
+NUDGE = 0.1
+"""Noise of perturbed weights, relative to each parameter's root mean square."""
+
+CALLS = 8
+"""Calls that a network in eval mode must survive unchanged where it draws random numbers."""
+
+WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
 
 
 def from_module(
@@ -34,57 +55,64 @@ def from_module(
 
     theta is every parameter with ``requires_grad=True``; frozen parameters and buffers are part of the function, and a
     tensor tied under several names counts once. Everything is copied: training ``model`` further changes nothing, and
-    the wrapping changes neither the model nor torch's random state. Norm layers in train mode keep using the batch's
-    statistics, without updating their running ones.
+    the wrapping changes neither the model nor the states of the random generators of torch, Python and NumPy. Norm
+    layers in train mode keep using the batch's statistics, without updating their running ones.
 
-    Whether samples interact is measured: f(x) is compared with f of up to 8 samples alone, so train-mode BatchNorm
-    counts as interacting and so does a network that cannot take one sample alone.
+    Whether samples interact is measured: the gradient of a random combination of the outputs of up to 8 samples, taken
+    among up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 where the
+    network runs in it, at the given weights and at perturbed ones, at which a readout that starts at zero shows what is
+    behind it. Train-mode BatchNorm counts as interacting, and so does a network that cannot take one sample alone.
 
-    Cost: three forward passes at most, and two more for ``model_f``.
+    Cost: two forward passes; two passes over 64 samples and as many over 8 samples alone. As much again for
+    ``model_f``. Eight forward passes for a network that draws random numbers in eval mode.
 
     Args:
         model: ``x -> [N, ...outputs]`` with its weights theta_0, in the mode (``train`` or ``eval``) that is meant.
         x: inputs ``[N, ...]``, real or integer; real ones are brought to ``dtype``.
-        model_f: the same network with the weights theta_f, for alignment.
+        model_f: the same network with the weights theta_f, for alignment. Frozen parameters and buffers, such as
+            BatchNorm's running statistics, may differ as well; each set of weights goes with its own.
         name: of the problem; the class of the model if not given.
         dtype: ``"float32"`` or ``"float64"``, what weights and inputs are kept in; that of the parameters if not given.
 
     Raises:
-        BadInput: the model has no trainable parameters, is random (train-mode Dropout) or changes its buffers when it
-            is called, gives anything but finite real outputs with N rows, or ``model_f`` differs from it in more than
-            the values of its trainable parameters.
+        BadInput: the model has no trainable parameters, is random or keeps a state from call to call, or gives anything
+            but finite real outputs with N rows that depend on its parameters; or ``model_f`` differs from it in more
+            than values.
     """
     _check_inputs(x)
     dtype = _dtype(model, dtype)
-    net = _snapshot(model, "model", dtype)
-    theta_0 = _trainable(net)
-    x = x.detach().to(device=_device(theta_0), dtype=getattr(torch, dtype) if x.is_floating_point() else x.dtype)
-    outputs = _outputs(net, x)
-
-    weights_f = None
-    if model_f is not None:
-        net_f = _snapshot(model_f, "model_f", dtype).to(x.device)
-        _check_same(net, net_f)
-        theta_f = _trainable(net_f)
-        with torch.no_grad():
-            swapped = functional_call(net, theta_f, (x,))
-        if not _close(_outputs(net_f, x), swapped):
-            raise BadInput(
-                "model_0 with the trainable parameters of model_f does not compute what model_f computes: they must be "
-                "one network, in one mode (train or eval)"
-            )
-        weights_f = _on_host({key: theta_f[key] for key in theta_0})
-
-    return Problem(
-        name=name or type(model).__name__,
-        module=net,
-        x=x.cpu().numpy().copy(),
-        theta_0=_on_host(theta_0),
-        theta_f=weights_f,
-        samples_interact=_interact(net, x, outputs),
-        # Known by now; the usual way, meta tensors, is not for networks that make tensors of their own on a device.
-        _shape=[tuple(outputs.shape)],
-    )
+    with own_settings(dtype):
+        net = _snapshot(model, "model", dtype)
+        theta_0 = _trainable(net)
+        x = _inputs(x, net, dtype)
+        outputs = _outputs(net, x, "the model")
+        interact = _interact(net, x)
+        weights_f, fixed_0, fixed_f = None, {}, {}
+        if model_f is not None:
+            net_f = _snapshot(model_f, "model_f", dtype).to(x.device)
+            theta_f = _trainable(net_f)
+            _check_same(theta_0, theta_f, "trainable parameters")
+            fixed_0, fixed_f = _differing(net, net_f)
+            swapped = load(copied(net), {**theta_f, **fixed_f})
+            if not _close(_outputs(net_f, x, "model_f"), _Call(swapped, x, 0).outputs):
+                raise BadInput(
+                    "model_0 with the values of model_f does not compute what model_f computes: they must be one "
+                    "network, in one mode (train or eval)"
+                )
+            interact = interact or _interact(net_f, x)
+            weights_f = _on_host({key: theta_f[key] for key in theta_0})
+        return Problem(
+            name=name or type(model).__name__,
+            module=net,
+            x=x.cpu().numpy().copy(),
+            theta_0=_on_host(theta_0),
+            theta_f=weights_f,
+            samples_interact=interact,
+            fixed_0=_on_host(fixed_0),
+            fixed_f=_on_host(fixed_f),
+            # Known by now; the usual way, meta tensors, is not for networks that make tensors of their own on a device.
+            _shape=[tuple(outputs.shape)],
+        )
 
 
 def same_inputs(x1: Tensor, x2: Tensor) -> Tensor:
@@ -109,32 +137,54 @@ def on_inputs(problem: Problem, x: Tensor) -> Problem:
 
 
 def last_layer(problem: Problem) -> Problem:
-    """The problem with theta the parameters of the module that is called last; all others are frozen at theta_0."""
-    net = copy.deepcopy(problem.module)
+    """The problem with theta the parameters of the module whose parameters are used last; all others are frozen."""
+    net = load(copied(problem.module), {**problem.fixed_0, **problem.theta_0})
     own = dict(net.named_parameters())
-    with torch.no_grad():
-        for key, w in problem.theta_0.items():
-            own[key].copy_(torch.from_numpy(w))
-    owners: dict[str, list[str]] = {}
-    for key in problem.theta_0:
-        owners.setdefault(owner(key), []).append(key)
-    called: list[str] = []
-    for name in owners:
-        net.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
-    net(torch.from_numpy(problem.x[:PROBED]).to(next(iter(own.values())).device))
-    chosen = owners[called[-1]] if called else []
+    x = torch.from_numpy(problem.x if problem.samples_interact else problem.x[:PROBED])
+    with _LastUsed({key: own[key] for key in problem.theta_0}) as last:
+        net(x.to(next(iter(own.values())).device))
+    chosen = [key for key in problem.theta_0 if owner(key) == owner(last.name)]
     fixed = {key: w for key, w in problem.theta_0.items() if key not in chosen}
     theta_0 = {key: problem.theta_0[key] for key in chosen}
     return dataclasses.replace(problem, theta_0=theta_0, theta_f=None, fixed_0={**problem.fixed_0, **fixed}, fixed_f={})
 
 
+class _LastUsed(TorchFunctionMode):
+    """The parameter that an operation took last; the last one of all where none is seen, as in compiled code."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.name = next(reversed(parameters))
+        self._names = {id(w): key for key, w in parameters.items()}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument in tree_leaves((args, kwargs)):
+            self.name = self._names.get(id(argument), self.name)
+        return function(*args, **(kwargs or {}))
+
+
 def _check_inputs(x: Tensor, name: str = "x") -> None:
+    if isinstance(x, np.ndarray):
+        raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got ndarray: use torch.from_numpy({name})")
     if not isinstance(x, Tensor):
-        raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got {type(x).__name__}")
+        raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got {type(x).__name__}: {WRAP}")
+    if wrong := _unusual(x):
+        raise BadInput(f"{name} must be an ordinary dense tensor, got a {wrong} one: pad or convert it first")
     if x.ndim == 0 or x.numel() == 0:
         raise BadInput(f"{name} must hold at least one sample, [N, ...] with N > 0; got shape {tuple(x.shape)}")
     if x.is_complex():
-        raise BadInput(f"{name} must be real or integer, got {x.dtype}")
+        raise BadInput(f"{name} must be real or integer, got {x.dtype}: {WRAP}, such as its real and imaginary parts")
+
+
+def _unusual(x: Tensor) -> str:
+    """What a tensor is that is not ordinary and dense, in a word; empty for one that is."""
+    if x.is_nested:
+        return "nested"
+    if x.is_quantized:
+        return "quantised"
+    if x.is_meta:
+        return "meta"
+    return "" if x.layout is torch.strided else str(x.layout).removeprefix("torch.").replace("_", " ")
 
 
 def _dtype(model: nn.Module, dtype: str | None) -> str:
@@ -143,10 +193,10 @@ def _dtype(model: nn.Module, dtype: str | None) -> str:
         raise BadInput(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(nn.parameter.is_lazy(w) for w in model.parameters()):
         raise BadInput("model has lazy parameters without a shape yet; call it once on the inputs")
-    found = sorted({str(w.dtype).removeprefix("torch.") for w in model.parameters() if w.requires_grad})
+    found = sorted({str(w.dtype).removeprefix("torch.") for w in model.parameters() if w.requires_grad and w.numel()})
     if not found:
         raise BadInput("model has no parameters with requires_grad=True, so there is nothing to differentiate by")
-    if any(w.is_complex() for w in model.parameters()):
+    if any(w.is_complex() for w in model.parameters() if w.requires_grad):
         raise BadInput("model has complex parameters; the NTK here is that of real ones")
     if dtype is not None:
         if dtype not in DTYPES:
@@ -163,18 +213,24 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     """A copy of the model that is a function of its parameters and inputs alone.
 
     Raises:
-        BadInput: the model cannot be copied, or has train-mode Dropout.
+        BadInput: the model is not an ordinary one, cannot be copied, or has train-mode Dropout.
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
+    model = _unwrapped(model)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    for key, w in tensors:
+        if wrong := _unusual(w):
+            raise BadInput(f"{role} must be of ordinary dense tensors, and {key!r} is a {wrong} one")
+    if len(devices := {str(w.device) for _, w in tensors}) > 1:
+        raise BadInput(f"{role} is spread over {', '.join(sorted(devices))}; it must be on one device")
+    for key, w in model.named_parameters():
+        if w.requires_grad and not w.isfinite().all():
+            raise BadInput(f"{role} has nan or infinite weights: {key!r}")
     for where, layer in model.named_modules():
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise BadInput(f"{role} has Dropout in train mode ({where or 'the model itself'}): call model.eval() first")
-    try:
-        net = copy.deepcopy(model)
-    except RuntimeError as error:  # non-leaf tensors as attributes, as old-style weight_norm leaves them
-        raise BadInput(f"{role} cannot be copied: {error}") from error
-    net.to(getattr(torch, dtype))
+    net = cast(copied(model, role), getattr(torch, dtype))
     for layer in net.modules():
         if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats:
             # Updates in place are no part of the function, and torch.func refuses them.
@@ -183,87 +239,233 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     return net
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, where it was prepared for several devices or compiled."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)  # of torch.compile
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
 def _trainable(net: nn.Module) -> dict[str, Tensor]:
     return {key: w.detach() for key, w in net.named_parameters() if w.requires_grad}
 
 
-def _device(theta: dict[str, Tensor]) -> torch.device:
-    devices = {w.device for w in theta.values()}
-    if len(devices) > 1:
-        raise BadInput(f"model is spread over {', '.join(sorted(map(str, devices)))}; it must be on one device")
-    return devices.pop()
+def _inputs(x: Tensor, net: nn.Module, dtype: str) -> Tensor:
+    """The inputs where the network is, in its precision if they are real; none of the caller's tensors."""
+    where = next(net.parameters()).device
+    return x.detach().clone().to(device=where, dtype=getattr(torch, dtype) if x.is_floating_point() else x.dtype)
 
 
-def _outputs(net: nn.Module, x: Tensor) -> Tensor:
+class _Call:
+    """One call of a network after all random generators were seeded; their states are restored.
+
+    Attributes:
+        outputs: f(x), which may be anything but depends on no graph.
+        differentiable: whether f(x) depends on a parameter, as far as autograd knows.
+        before, after: states of all generators, the network's own ones included.
+    """
+
+    def __init__(self, net: nn.Module, x: Tensor, seed: int) -> None:
+        with _seeded(seed, x):
+            self.before = _states(net, x)
+            outputs = net(x)
+            self.after = _states(net, x)
+        self.differentiable = isinstance(outputs, Tensor) and outputs.requires_grad
+        self.outputs = outputs.detach().clone() if isinstance(outputs, Tensor) else outputs
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, x: Tensor) -> Iterator[None]:
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+def _states(net: nn.Module, x: Tensor) -> list[bytes]:
+    """States of the global random generators, and of those that are attributes of the network."""
+    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()]
+    if x.is_cuda:
+        states.append(torch.cuda.get_rng_state(x.device).numpy())
+    for layer in net.modules():
+        for value in vars(layer).values():
+            if isinstance(value, random.Random):
+                states.append(value.getstate())
+            elif isinstance(value, np.random.Generator):
+                states.append(value.bit_generator.state)
+            elif isinstance(value, np.random.RandomState):
+                states.append(value.get_state())
+            elif isinstance(value, torch.Generator):
+                states.append(value.get_state().numpy())
+    return [pickle.dumps(state) for state in states]
+
+
+def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
     """f(x), checked to be a function of x and to have a row a sample.
 
     Raises:
         BadInput: it is not, or has not.
+        OverMemory: the network does not fit in memory with these inputs.
     """
-    before = {key: b.clone() for key, b in net.named_buffers()}
-    outputs, again = (_seeded(net, x, seed) for seed in (0, 1))
+    _check_signature(net, role)
+    trial = copied(net)
+    before = {key: b.clone() for key, b in trial.named_buffers()}
+    call = functools.partial(_Call, trial, x)
+    try:
+        first = call(0)
+    except Exception as error:  # whatever a network raises
+        kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
+        raise kind(
+            f"{role} cannot be called on x, {tuple(x.shape)} of {x.dtype}, in {_precision(net)}: {summary(error)}"
+        ) from error
+    outputs = first.outputs
     if not isinstance(outputs, Tensor):
-        raise BadInput(f"the model must return one tensor [N, ...outputs], got {type(outputs).__name__}")
+        raise BadInput(f"{role} must return one tensor [N, ...outputs], got {type(outputs).__name__}: {WRAP}")
+    if wrong := _unusual(outputs):
+        raise BadInput(f"{role} must return an ordinary dense tensor, got a {wrong} one")
     if outputs.ndim == 0 or outputs.shape[0] != x.shape[0] or outputs.numel() == 0:
         raise BadInput(
-            f"the model must return [N, ...outputs] with a row for each of the N = {x.shape[0]} samples, "
+            f"{role} must return [N, ...outputs] with a row for each of the N = {x.shape[0]} samples, "
             f"got shape {tuple(outputs.shape)}"
         )
     if not outputs.is_floating_point():
-        raise BadInput(f"the model must return real numbers, got {outputs.dtype}")
+        raise BadInput(f"{role} must return real numbers, got {outputs.dtype}")
     if not outputs.isfinite().all():
-        raise BadInput("the model returns nan or infinite outputs for these inputs")
-    moved = [key for key, b in net.named_buffers() if not torch.equal(b, before[key])]
-    if moved or again.shape != outputs.shape or not _close(again, outputs):
-        what = f"changes its buffer {moved[0]!r} when it is called" if moved else "is random"
-        raise BadInput(f"the model {what} (Dropout or spectral normalisation in train mode?): call model.eval() first")
+        raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
+    if not first.differentiable:
+        raise BadInput(
+            f"no output of {role} depends on a trainable parameter: are they detached, or made without gradients?"
+        )
+    again = call(1)
+    moved = [key for key, b in trial.named_buffers() if key in before and not _same(b, before[key])]
+    # A network that seeds a generator itself leaves it in one state, whatever it was before.
+    states = zip(first.before, first.after, again.after, strict=True)
+    drew = any(a != b and b != c for a, b, c in states)
+    if drew and any(layer.training for layer in net.modules()):
+        raise BadInput(f"{role} is random: it draws random numbers in train mode: call model.eval() first")
+    calls = [again, *(call(seed) for seed in range(2, CALLS))] if drew else [again]
+    if any(not _same_outputs(each.outputs, outputs, exactly=bool(moved)) for each in calls):
+        what = f"changes its buffer {moved[0]!r} when it is called" if moved else "is random or keeps a state"
+        raise BadInput(f"{role} {what} (Dropout or spectral normalisation in train mode?): call model.eval() first")
     return outputs
 
 
-def _seeded(net: nn.Module, x: Tensor, seed: int) -> Tensor:
-    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(seed)
-        return net(x)
+def _check_signature(net: nn.Module, role: str) -> None:
+    """Refuse a forward that needs more than one input."""
+    try:
+        taken = inspect.signature(net.forward).parameters.values()
+    except (TypeError, ValueError):
+        return  # compiled, with a signature that Python does not see
+    needed = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1:
+        raise BadInput(f"{role} takes {len(needed)} inputs, forward({', '.join(needed)}), and x is one tensor: {WRAP}")
+
+
+def _precision(net: nn.Module) -> str:
+    return str(next(iter(_trainable(net).values())).dtype).removeprefix("torch.")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, measured by the largest output: kernels round differently for other batch sizes."""
-    return bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max())
+    return a.shape == b.shape and bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max())
 
 
-def _interact(net: nn.Module, x: Tensor, outputs: Tensor) -> bool:
-    """Whether some sample's outputs are others in the batch than alone."""
-    N = len(x)
-    if N == 1:
+def _same_outputs(a: Tensor, b: Tensor, *, exactly: bool) -> bool:
+    """Whether two calls give the same; a few roundings where a state that drifts is to be told from one that rests."""
+    if exactly:
+        return a.shape == b.shape and bool((a - b).abs().max() <= 8 * torch.finfo(b.dtype).eps * b.abs().max())
+    return _close(a, b)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.to(b.device), b))
+
+
+def _interact(net: nn.Module, x: Tensor) -> bool:
+    """Whether some sample's gradients are others in the batch than alone.
+
+    Raises:
+        BadInput: the network cannot be differentiated.
+    """
+    if len(x) == 1:
         return False
-    for i in sorted({int(i) for i in np.linspace(0, N - 1, min(N, ALONE))}):
+    few = x[_spread(len(x), TOGETHER)]
+    for inputs, dtype in ((few, torch.float64), (x, torch.float64), (x, None)):
+        wide = dtype if dtype is not None else next(iter(_trainable(net).values())).dtype
         try:
-            alone = _seeded(net, x[i : i + 1], 0)
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            return True  # it cannot take one sample alone, as train-mode BatchNorm cannot
-        if alone.shape != outputs[i : i + 1].shape or not (alone - outputs[i]).isfinite().all():
+            with own_settings(str(wide).removeprefix("torch.")), _seeded(0, x):
+                at = inputs.to(wide) if inputs.is_floating_point() else inputs
+                return _gradients_differ(cast(copied(net), wide), at)
+        except Exception as error:  # it takes no other number of samples, or no other precision
+            failed = error
+    raise BadInput(f"the model cannot be differentiated: {summary(failed)}")
+
+
+def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
+    theta = _trainable(net)
+    plain = PlainNetwork(net, theta)
+    rng = np.random.default_rng(0)
+    outputs = _Call(copied(net), x, 0).outputs
+    chosen = _spread(len(x), ALONE)
+    v = torch.zeros_like(outputs)
+    v[chosen] = torch.from_numpy(rng.choice([-1.0, 1.0], v[chosen].shape)).to(v)
+    eps = torch.finfo(outputs.dtype).eps
+    tolerance = max(INTERACTION, eps**0.5)
+    for perturbed in (False, True):
+        if perturbed:
+            plain.load(_perturbed(w, rng) for w in theta.values())
+        try:
+            together = flat(plain.gradient(x, v))
+        except Exception:
+            if perturbed:
+                break  # such weights are not for this network
+            raise
+        if perturbed and not together.isfinite().all():
+            break
+        try:
+            alone = sum(flat(plain.gradient(x[i : i + 1], v[i : i + 1])) for i in chosen)
+        except Exception:  # it cannot take one sample alone, as train-mode BatchNorm cannot
             return True
-        if (alone - outputs[i]).abs().max() > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
+        if not (together - alone).norm() <= tolerance * together.norm():
             return True
     return False
 
 
-def _check_same(net: nn.Module, net_f: nn.Module) -> None:
-    """Refuse two networks that differ in more than the values of their trainable parameters."""
-    shapes, shapes_f = ({k: tuple(w.shape) for k, w in _trainable(m).items()} for m in (net, net_f))
+def _perturbed(w: Tensor, rng: np.random.Generator) -> Tensor:
+    """A parameter and noise: relative to its size, or for one that is zero to what is usual for its fan-in."""
+    size = float(w.square().mean().sqrt()) or max(1, w[0].numel() if w.ndim else 1) ** -0.5
+    return w + NUDGE * size * torch.from_numpy(rng.standard_normal(tuple(w.shape))).to(w)
+
+
+def _spread(N: int, most: int) -> list[int]:
+    """At most so many indices of samples, evenly spaced."""
+    return sorted({int(i) for i in np.linspace(0, N - 1, min(N, most))})
+
+
+def _check_same(values: Mapping[str, Tensor], values_f: Mapping[str, Tensor], what: str) -> None:
+    """Refuse two networks whose tensors have other names or shapes."""
+    shapes, shapes_f = ({k: tuple(w.shape) for k, w in each.items()} for each in (values, values_f))
     for key in [*shapes, *shapes_f]:
         if shapes.get(key) != shapes_f.get(key):
             raise BadInput(
-                f"model_0 and model_f must have the same trainable parameters; {key!r} is "
+                f"model_0 and model_f must have the same {what}; {key!r} is "
                 f"{shapes.get(key, 'missing')} in model_0 and {shapes_f.get(key, 'missing')} in model_f"
             )
+
+
+def _differing(net: nn.Module, net_f: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Buffers and frozen parameters of two networks whose values differ."""
     fixed, fixed_f = dict(_fixed(net)), dict(_fixed(net_f))
-    for key in [*fixed, *fixed_f]:
-        if key not in fixed or key not in fixed_f or not torch.equal(fixed[key], fixed_f[key].to(fixed[key].device)):
-            raise BadInput(
-                f"model_0 and model_f must differ in nothing but trainable parameters, and {key!r} (a buffer, such as "
-                "BatchNorm's running statistics, or a frozen parameter) differs"
-            )
+    _check_same(fixed, fixed_f, "buffers and frozen parameters")
+    differing = [key for key in fixed if not _same(fixed_f[key], fixed[key])]
+    return {key: fixed[key] for key in differing}, {key: fixed_f[key] for key in differing}
 
 
 def _fixed(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -271,5 +473,5 @@ def _fixed(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((key, w.detach()) for key, w in net.named_parameters() if not w.requires_grad)
 
 
-def _on_host(theta: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def _on_host(theta: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {key: w.cpu().numpy().copy() for key, w in theta.items()}

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ntkbench.errors import BadInput
 from ntkbench.networks.recurrent import States
-from ntkbench.operators.recurrent.cells import declared
+from ntkbench.operators.recurrent.cells import declared, declares
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import from_module
@@ -20,7 +20,7 @@ from ntkbench.problems.base.module import from_module
 
 def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
     """:func:`from_recurrent` for torch's recurrent layers and what declares a recurrence, else ``from_module``."""
-    recurrent = isinstance(model, nn.RNNBase) or hasattr(model, "recurrence")
+    recurrent = isinstance(model, nn.RNNBase) or (isinstance(model, nn.Module) and declares(model))
     return (from_recurrent if recurrent else from_module)(model, x, model_f, dtype=dtype)
 
 
@@ -66,7 +66,7 @@ def from_recurrent(
     outputs = net(inputs)
     _check_causal(net, inputs, outputs.detach())
     _check_comes_from(outputs, theta)
-    if hasattr(net, "recurrence"):
+    if declares(net):
         _check_declared(net, inputs, outputs.detach())
     return problem
 
