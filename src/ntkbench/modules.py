@@ -20,12 +20,15 @@ def copied(module: nn.Module, role: str = "the model") -> nn.Module:
     Raises:
         BadInput: an attribute cannot be copied; says which.
     """
-    with _OrdinaryTensors():
+    with _OrdinaryTensors(), torch.no_grad():  # parameters of a copied scripted module would belong to a graph
         try:
-            return copy.deepcopy(module)
+            made = copy.deepcopy(module)
         except Exception as error:  # whatever the attributes' own code raises
             where = next(_uncopyable(module), "")
             raise BadInput(f"{role} cannot be copied{where}: {summary(error)}") from error
+    for own, parameter in zip(made.parameters(), module.parameters(), strict=True):
+        own.requires_grad_(parameter.requires_grad)
+    return made
 
 
 def cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
@@ -45,6 +48,13 @@ def load(module: nn.Module, values: Mapping[str, Tensor | np.ndarray]) -> nn.Mod
     own = dict((*module.named_buffers(remove_duplicate=False), *module.named_parameters(remove_duplicate=False)))
     for name, value in values.items():
         own[name].copy_(torch.as_tensor(value))
+    return module
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """Switch off the gradients of all parameters, in place; scripted modules lack ``requires_grad_``."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
     return module
 
 

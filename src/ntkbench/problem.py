@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,9 +114,9 @@ class Problem:
     def _behaviour(self, which: str) -> str:
         import torch
 
-        from ntkbench.modules import cast, load
+        from ntkbench.modules import cast, copied, load
 
-        network = cast(copy.deepcopy(self.module), torch.float64)
+        network = cast(copied(self.module), torch.float64)
         load(network, {**self.fixed(which), **self.weights(which)})
         own = dict(network.named_parameters())
         theta = [own[key].requires_grad_() for key in self.weights(which)]

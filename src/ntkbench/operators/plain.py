@@ -5,12 +5,12 @@ It is what training computes. Certificates compare with it, and products fall ba
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ntkbench.modules import copied, frozen
 from ntkbench.operators.plain_operations import plain_operations
 
 
@@ -23,7 +23,7 @@ class PlainNetwork:
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self._module = copy.deepcopy(module).requires_grad_(False)
+        self._module = frozen(copied(module))
         own = dict(self._module.named_parameters())
         self._leaves = [own[name].requires_grad_() for name in parameters]
         self.load(parameters.values())

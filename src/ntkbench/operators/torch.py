@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import resource
 import weakref
@@ -18,7 +17,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import Unavailable
-from ntkbench.modules import cast, load
+from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.operators.plain_operations import plain_operations
@@ -44,7 +43,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
     module = _module_on(problem.module, to["device"], to["dtype"])
     if fixed := problem.fixed(weights):
-        module = load(copy.deepcopy(module), fixed)
+        module = load(copied(module), fixed)
     return module, parameters, x
 
 
@@ -268,7 +267,10 @@ class TorchJacobian(JacobianOperator):
 
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self._forward(leaves, self._x)
+            try:
+                self._forward(leaves, self._x)
+            except Exception:  # a network that takes no other parameters than its own
+                self._plain.pullback(self._x)
         return 2 * sum(kept.values()) + 3 * self.P * self.itemsize
 
     def _unflat(self, flat: Tensor) -> dict[str, Tensor]:
@@ -321,7 +323,7 @@ def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype) -> nn
     """A copy of the module on a device and in a precision, made once and kept as long as the module itself."""
     copies = _COPIES.setdefault(module, {})
     if (where, dtype) not in copies:
-        copies[where, dtype] = cast(copy.deepcopy(module), dtype, where).requires_grad_(False)
+        copies[where, dtype] = frozen(cast(copied(module), dtype, where))
     return copies[where, dtype]
 
 

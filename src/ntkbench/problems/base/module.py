@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
@@ -87,7 +86,9 @@ def from_module(
         x = _inputs(x, net, dtype)
         outputs = _outputs(net, x, "the model")
         interact = _interact(net, x)
-        weights_f, fixed_0, fixed_f = None, {}, {}
+        weights_f: dict[str, np.ndarray] | None = None
+        fixed_0: dict[str, Tensor] = {}
+        fixed_f: dict[str, Tensor] = {}
         if model_f is not None:
             net_f = _snapshot(model_f, "model_f", dtype).to(x.device)
             theta_f = _trainable(net_f)
@@ -154,7 +155,7 @@ class _LastUsed(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.name = next(reversed(parameters))
+        self.name: str = list(parameters)[-1]
         self._names = {id(w): key for key, w in parameters.items()}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

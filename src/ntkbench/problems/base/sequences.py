@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ntkbench.errors import BadInput
+from ntkbench.modules import copied, frozen
 from ntkbench.networks.recurrent import States
 from ntkbench.operators.recurrent.cells import declared, declares
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
@@ -60,7 +60,7 @@ def from_recurrent(
     problem = from_module(network, x, network_f, name=name or type(model).__name__, dtype=dtype)
     if len(problem.output_shape) < 3 or problem.output_shape[1] != x.shape[1]:
         raise BadInput(f"the model must give [N, T, ...] with T = {x.shape[1]}, got shape {problem.output_shape}")
-    net = copy.deepcopy(problem.module).requires_grad_(False)
+    net = frozen(copied(problem.module))
     theta = [w.requires_grad_(True) for key, w in net.named_parameters() if key in problem.theta_0]
     inputs = torch.from_numpy(problem.x).to(theta[0].device)
     outputs = net(inputs)
