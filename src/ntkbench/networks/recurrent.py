@@ -87,6 +87,8 @@ class Recurrent(nn.Module):
 class States(nn.Module):
     """All states ``[N, T, H]`` of an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction.
 
+    Inputs are ``[N, T, I]`` whatever layout the layer itself takes.
+
     Raises:
         BadInput: the layer has more layers, reads backwards, projects its state, or is an ``nn.RNN`` of ReLUs.
     """

@@ -34,7 +34,9 @@ def from_recurrent(
 ) -> Problem:
     """Wrap a recurrent network and sequences; see :func:`ntkbench.problems.base.module.from_module` for the rest.
 
-    An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for all its states. A module that declares a ``recurrence`` (see
+    An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for all its states, and takes ``x`` in its own layout:
+    ``[T, N, inputs]`` unless it is ``batch_first``. The samples are the N trials in either layout, and outputs are
+    ordered by trial. A module that declares a ``recurrence`` (see
     :class:`ntkbench.operators.recurrent.cells.Recurrence`) gets derivatives by hand, and its promise is checked on
     ``x``. Any other module from ``[N, T, ...]`` to ``[N, T, ...]`` will do, and is differentiated by its backend.
 
@@ -42,7 +44,7 @@ def from_recurrent(
 
     Args:
         model: ``[N, T, inputs] -> [N, T, ...]``, or a recurrent layer.
-        x: sequences of one length, ``[N, T, ...]``.
+        x: sequences of one length, ``[N, T, ...]``, or ``[T, N, ...]`` for a recurrent layer that takes them so.
         model_f: the same network with other weights, for alignment.
         name: of the problem.
         dtype: see there.
@@ -53,8 +55,13 @@ def from_recurrent(
     """
     if isinstance(x, PackedSequence) or not isinstance(x, Tensor) or x.is_nested:
         raise BadInput(f"sequences must be a tensor [N, T, ...] of one length T; got {_lengths(x)}")
-    if x.ndim < 3 or x.shape[1] == 0:
-        raise BadInput(f"sequences must be a tensor [N, T, ...] with T > 0; got shape {tuple(x.shape)}")
+    time_first = isinstance(model, nn.RNNBase) and not model.batch_first
+    if isinstance(model_f, nn.RNNBase) and model_f.batch_first == time_first:
+        raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
+    if x.ndim < 3 or x.shape[not time_first] == 0:
+        layout = "[T, N, ...], for batch_first is False," if time_first else "[N, T, ...]"
+        raise BadInput(f"sequences must be a tensor {layout} with T > 0; got shape {tuple(x.shape)}")
+    x = x.transpose(0, 1) if time_first else x
     network = States(model) if isinstance(model, nn.RNNBase) else model
     network_f = States(model_f) if isinstance(model_f, nn.RNNBase) else model_f
     problem = from_module(network, x, network_f, name=name or type(model).__name__, dtype=dtype)
@@ -79,15 +86,14 @@ def _lengths(x: object) -> str:
     return "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
 
 
-@torch.no_grad()
 def _check_causal(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
     T = x.shape[1]
     for t in sorted({1, T // 2, T - 1} - {0, T}):
         other = torch.cat([x[:, :t], x[:, t:].flip(0, 1) + 1], 1)
         try:
-            changed = net(other)[:, :t] - outputs[:, :t]
+            changed = net(other)[:, :t].detach() - outputs[:, :t]
         except (IndexError, RuntimeError):  # integers beyond what an embedding has
-            changed = net(torch.cat([x[:, :t], x[:, t:].flip(0, 1)], 1))[:, :t] - outputs[:, :t]
+            changed = net(torch.cat([x[:, :t], x[:, t:].flip(0, 1)], 1))[:, :t].detach() - outputs[:, :t]
         if changed.abs().max() > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
             raise BadInput(f"the network is not causal: its outputs before step {t} depend on inputs from step {t} on")
 
