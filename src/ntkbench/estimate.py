@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 from scipy.special import stdtrit
@@ -22,9 +26,11 @@ ROUNDING = 100
 """Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """One metric of the NTK as one method computed it.
+
+    It compares, formats and computes like its value; two estimates are equal if everything about them is.
 
     Attributes:
         value: the metric.
@@ -84,14 +90,165 @@ class Estimate:
             return 0.0
         return reach / abs(self.value) if self.value else math.inf
 
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes, as plain numbers, strings and lists."""
+        plain = {name: float(v) if isinstance(v, numbers.Real) else v for name, v in asdict(self).items()}
+        return plain | {"notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """The estimate of :meth:`to_dict`; numbers may be strings such as ``"inf"``."""
+        return cls(**{name: _read(name, v) for name, v in found.items()})
+
+    def to_json(self) -> str:
+        """JSON with the strings ``"nan"``, ``"inf"`` and ``"-inf"``, for which it has no numbers."""
+        finite = lambda v: str(v) if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+        return json.dumps({name: finite(v) for name, v in self.to_dict().items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The estimate of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))
+
     def __float__(self) -> float:
-        return self.value
+        return float(self.value)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.value, dtype)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Estimate):
+            return asdict(self) == asdict(other)
+        number: Any = other
+        return self.value == number if isinstance(other, numbers.Number) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __lt__(self, other: Any) -> Any:
+        return self.value < _value(other)
+
+    def __le__(self, other: Any) -> Any:
+        return self.value <= _value(other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.value > _value(other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self.value >= _value(other)
+
+    def __add__(self, other: Any) -> Any:
+        return self.value + _value(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.value
+
+    def __sub__(self, other: Any) -> Any:
+        return self.value - _value(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.value
+
+    def __mul__(self, other: Any) -> Any:
+        return self.value * _value(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self.value
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.value / _value(other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.value
+
+    def __pow__(self, other: Any) -> Any:
+        return self.value ** _value(other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return other**self.value
+
+    def __neg__(self) -> float:
+        return -self.value
+
+    def __pos__(self) -> float:
+        return +self.value
+
+    def __abs__(self) -> float:
+        return abs(self.value)
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(self.value, digits)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
 
     def __str__(self) -> str:
         cost = "" if self.passes is None else f", {self.passes:g} passes"
+        spread = self._spread()
+        return f"{self.value:.6g}{f', {spread}' if spread else ''} ({self.method}{cost})"
+
+    def __repr__(self) -> str:
+        certified = "" if self.certificate is None else f", certified to {self.certificate:.1e}"
+        notes = "".join(f"\n  {note}" for note in self.notes)
+        return f"{self.metric or 'value'} = {self}{certified}{notes}"
+
+    def _repr_html_(self) -> str:
+        return _html([self])
+
+    def _spread(self) -> str:
+        """The interval in words; empty for a deterministic method."""
         if self.standard_error is None:
-            return f"{self.value:.6g} ({self.method}{cost})"
+            return ""
         low, high = self.interval()
-        if math.isinf(low):
-            return f"{self.value:.6g}, error unknown ({self.method}{cost})"
-        return f"{self.value:.6g}, 95 % in [{low:.6g}, {high:.6g}] ({self.method}{cost})"
+        return "error unknown" if math.isinf(low) else f"95 % in [{low:.6g}, {high:.6g}]"
+
+
+class Estimates(dict[str, Estimate]):
+    """Estimates by the metric's name, which print as a table."""
+
+    def __repr__(self) -> str:
+        rows = [_cells(e) for e in self.values()]
+        table = [HEADER, *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([*lines, *_all_notes(self.values())])
+
+    def _repr_html_(self) -> str:
+        return _html(self.values())
+
+
+HEADER = ("metric", "value", "95 % interval", "passes", "method", "certificate")
+
+
+def _cells(e: Estimate) -> tuple[str, ...]:
+    """A row of a table."""
+    passes = "" if e.passes is None else f"{e.passes:g}"
+    certificate = "" if e.certificate is None else f"{e.certificate:.1e}"
+    interval = e._spread().removeprefix("95 % in ") or "-"
+    return e.metric, f"{e.value:.6g}", interval, passes, e.method, certificate
+
+
+def _all_notes(estimates: Iterable[Estimate]) -> list[str]:
+    return list(dict.fromkeys(note for e in estimates for note in e.notes))
+
+
+def _html(estimates: Collection[Estimate]) -> str:
+    row = lambda cells, tag: f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"  # noqa: E731
+    body = "".join([row(HEADER, "th"), *(row(_cells(e), "td") for e in estimates)])
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _all_notes(estimates))
+    return f"<table>{body}</table>" + (f"<ul>{notes}</ul>" if notes else "")
+
+
+def _value(other: Any) -> Any:
+    return other.value if isinstance(other, Estimate) else other
+
+
+TEXTS = ("method", "metric")
+
+
+def _read(name: str, value: Any) -> Any:
+    if name == "notes":
+        return tuple(value)
+    return value if name in TEXTS or value is None else float(value)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ntkbench.errors import BadInput
+from ntkbench.ambient import own_settings
+from ntkbench.errors import BadInput, summary
 from ntkbench.modules import copied, frozen
 from ntkbench.networks.recurrent import States
 from ntkbench.operators.recurrent.cells import declared, declares
@@ -67,6 +68,12 @@ def from_recurrent(
     problem = from_module(network, x, network_f, name=name or type(model).__name__, dtype=dtype)
     if len(problem.output_shape) < 3 or problem.output_shape[1] != x.shape[1]:
         raise BadInput(f"the model must give [N, T, ...] with T = {x.shape[1]}, got shape {problem.output_shape}")
+    with own_settings(str(problem.theta_0[next(iter(problem.theta_0))].dtype)):
+        _check(problem)
+    return problem
+
+
+def _check(problem: Problem) -> None:
     net = frozen(copied(problem.module))
     theta = [w.requires_grad_(True) for key, w in net.named_parameters() if key in problem.theta_0]
     inputs = torch.from_numpy(problem.x).to(theta[0].device)
@@ -75,7 +82,6 @@ def from_recurrent(
     _check_comes_from(outputs, theta)
     if declares(net):
         _check_declared(net, inputs, outputs.detach())
-    return problem
 
 
 def _lengths(x: object) -> str:
@@ -110,10 +116,13 @@ def _check_comes_from(outputs: Tensor, theta: list[Tensor]) -> None:
 @torch.no_grad()
 def _check_declared(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
     recurrence = declared(net)
-    w = {role: operator.attrgetter(name)(net) for role, name in recurrence.names.items()}
-    states = trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
-    if "readout_weight" in w:
-        states = nn.functional.linear(states, w["readout_weight"], w.get("readout_bias"))
+    try:
+        w = {role: operator.attrgetter(name)(net) for role, name in recurrence.names.items()}
+        states = trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
+        if "readout_weight" in w:
+            states = nn.functional.linear(states, w["readout_weight"], w.get("readout_bias"))
+    except Exception as error:  # whatever names and kinds that do not exist lead to
+        raise BadInput(f"the module declares a recurrence that cannot be computed: {summary(error)}") from error
     off = torch.inf if states.shape != outputs.shape else (states - outputs).abs().max()
     if off > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
         raise BadInput(
