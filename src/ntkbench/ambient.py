@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
@@ -13,7 +15,7 @@ def own_settings(dtype: str | None = None, device: str | None = None) -> Iterato
     """Switch off what changes derivatives or precision, and restore the caller's settings at the end.
 
     Gradients are recorded whatever ``torch.no_grad`` or ``torch.inference_mode`` says outside. Autocast, TF32 and
-    float32 products of lower precision are off.
+    other float32 products of lower precision are off.
 
     Args:
         dtype: ``"float32"`` or ``"float64"``: tensors that a network makes without a precision get this one.
@@ -21,21 +23,49 @@ def own_settings(dtype: str | None = None, device: str | None = None) -> Iterato
     """
     import torch
 
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    default = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, default)
-        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", cudnn)
-        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.enter_context(_full_precision())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
         if dtype is not None:
             torch.set_default_dtype(getattr(torch, dtype))
         if device is not None and torch.device(device) != torch.get_default_device():
             stack.enter_context(torch.device(device))
         yield
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products in float32, whichever of torch's two sets of flags the caller uses.
+
+    torch keeps them consistent only where they are set; reading an old flag fails after a new one was set.
+    """
+    import torch
+
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
+    new = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    before = [(flags, flags.fp32_precision) for flags in new]
+    old: list[Callable[[], None]] = []
+    for flags in (cuda.matmul, cudnn):
+        with contextlib.suppress(RuntimeError):
+            old.append(functools.partial(setattr, flags, "allow_tf32", flags.allow_tf32))
+    with contextlib.suppress(RuntimeError):
+        old.append(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("highest")
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
+    for flags in new:
+        if flags.fp32_precision not in ("ieee", "none"):
+            flags.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for restore in old:
+            restore()
+        for flags, precision in before:
+            if flags.fp32_precision != precision:
+                flags.fp32_precision = precision
