@@ -66,7 +66,11 @@ class _OrdinaryTensors(TorchFunctionMode):
     ) -> Any:
         if function is Tensor.__deepcopy__ and (not args[0].is_leaf or args[0].is_inference()):
             tensor, memo = args
-            memo[id(tensor)] = made = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+            try:
+                made = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+            except RuntimeError:  # left behind by a transform that has ended, and without a value
+                made = torch.empty(0)
+            memo[id(tensor)] = made
             return made
         return function(*args, **(kwargs or {}))
 

@@ -116,12 +116,12 @@ class Problem:
 
         from ntkbench.modules import cast, copied, load
 
-        network = cast(copied(self.module), torch.float64)
-        load(network, {**self.fixed(which), **self.weights(which)})
-        own = dict(network.named_parameters())
-        theta = [own[key].requires_grad_() for key in self.weights(which)]
-        x = torch.from_numpy(self.x if self.samples_interact else self.x[:PROBED]).to(theta[0].device)
         with own_settings("float64"):
+            network = cast(copied(self.module), torch.float64)
+            load(network, {**self.fixed(which), **self.weights(which)})
+            own = dict(network.named_parameters())
+            theta = [own[key].requires_grad_() for key in self.weights(which)]
+            x = torch.from_numpy(self.x if self.samples_interact else self.x[:PROBED]).to(theta[0].device)
             outputs = network(x.double() if x.is_floating_point() else x)
             return signature((_projection(outputs) * outputs).sum(), theta)
 

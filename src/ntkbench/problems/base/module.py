@@ -226,7 +226,7 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     if len(devices := {str(w.device) for _, w in tensors}) > 1:
         raise BadInput(f"{role} is spread over {', '.join(sorted(devices))}; it must be on one device")
     for key, w in model.named_parameters():
-        if w.requires_grad and not w.isfinite().all():
+        if w.requires_grad and not w.detach().isfinite().all():
             raise BadInput(f"{role} has nan or infinite weights: {key!r}")
     for where, layer in model.named_modules():
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:

@@ -1,0 +1,537 @@
+"""What a network is wrapped into: precision, randomness, interaction, state, ambient settings, refusals."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import UserDict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.checkpoint
+from conftest import metrics_of
+from torch import nn
+
+import ntkbench
+from ntkbench import modules
+from ntkbench.ambient import own_settings
+from ntkbench.operators.recurrent.cells import Recurrence
+
+
+def seeded(make, seed: int = 0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+X = seeded(lambda: torch.randn(6, 4))
+
+
+def explicit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Theta of the model as it is, one plain backward pass an output, in float64."""
+    model = modules.cast(modules.copied(model), torch.float64)
+    theta = [w for w in model.parameters() if w.requires_grad]
+    outputs = model(x.double() if x.is_floating_point() else x)
+    outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+    rows = [torch.autograd.grad(y, theta, retain_graph=True, materialize_grads=True) for y in outputs.reshape(-1)]
+    J = torch.stack([torch.cat([g.to_dense().reshape(-1) for g in row]) for row in rows])
+    return J @ J.T
+
+
+def check(model: nn.Module, x: torch.Tensor) -> None:
+    """ntk() and trace() are those of the model."""
+    with own_settings("float64"):
+        theta = explicit(model, x)
+    found, size = ntkbench.ntk(model, x, dtype="float64"), float(theta.abs().max())
+    assert torch.allclose(found, theta, rtol=1e-9, atol=1e-9 * size)
+    assert float(ntkbench.trace(model, x, dtype="float64")) == pytest.approx(float(theta.trace()), rel=1e-9)
+
+
+class Lambda(nn.Module):
+    """A linear layer in a forward pass that is given."""
+
+    def __init__(self, forward, **attributes):
+        super().__init__()
+        self.layer, self.call = nn.Linear(4, 3), forward
+        for name, value in attributes.items():
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+# Precision
+
+
+PHASES = torch.polar(torch.ones(2), torch.tensor([0.5, 1.5]))
+
+
+def rotated(self, x):
+    pairs = torch.view_as_complex(self.layer(torch.cat([x, x], 1)[:, :4]).repeat(1, 2)[:, :4].reshape(-1, 2, 2))
+    return torch.view_as_real(pairs * self.phases).flatten(1).tanh()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kept", [lambda: PHASES, lambda: nn.Parameter(PHASES, requires_grad=False)])
+def test_complex_buffers_and_frozen_parameters_keep_their_imaginary_part(dtype, kept):
+    model = seeded(lambda: Lambda(rotated, phases=kept()))
+    problem = ntkbench.from_module(model, X, dtype=dtype)
+    assert problem.module.phases.dtype == (torch.complex64 if dtype == "float32" else torch.complex128)
+    assert problem.module.phases.imag.abs().min() > 0
+    assert float(ntkbench.trace(model, X, dtype=dtype)) == pytest.approx(float(explicit(model, X).trace()), rel=1e-5)
+    other = Lambda(rotated, phases=PHASES.conj().resolve_conj())
+    other.load_state_dict({key: w for key, w in model.state_dict().items() if key != "phases"}, strict=False)
+    assert problem.digest() != ntkbench.from_module(other, X, dtype=dtype).digest()
+    check(model, X)
+
+
+def test_alignment_with_other_complex_buffers():
+    ends = [seeded(lambda phases=phases: Lambda(rotated, phases=phases)) for phases in (PHASES, PHASES**2)]
+    thetas = [explicit(model, X).numpy() for model in ends]
+    found = ntkbench.alignment(*ends, X, dtype="float64")
+    assert float(found) == pytest.approx(metrics_of(*thetas)["alignment"], rel=1e-9)
+
+
+# Randomness
+
+
+def dropping(draw):
+    """Leaves a layer out now and then."""
+    return lambda self, x: self.layer(x) * (0.5 if self.training and draw(self) < 0.1 else 1)
+
+
+DRAWS = {
+    "Python": lambda self: random.random(),
+    "NumPy": lambda self: np.random.rand(),
+    "torch": lambda self: torch.rand(()),
+    "own, Python": lambda self: self.own.random(),
+    "own, NumPy": lambda self: self.own.random(),
+    "own, torch": lambda self: torch.rand((), generator=self.own),
+}
+OWN = {
+    "own, Python": lambda: random.Random(0),
+    "own, NumPy": lambda: np.random.default_rng(0),
+    "own, torch": lambda: torch.Generator().manual_seed(0),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_rare_draws_in_train_mode_are_refused_every_time(kind):
+    model = seeded(lambda: Lambda(dropping(DRAWS[kind]), own=OWN.get(kind, lambda: None)()))
+    for seed in range(8):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        with pytest.raises(ntkbench.BadInput, match=r"is random.*model.eval\(\)"):
+            ntkbench.trace(model, X)
+    check(model.eval(), X)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_draws_that_change_nothing_in_eval_mode_are_harmless_and_leave_no_trace(kind):
+    def forward(self, x):
+        return self.layer(x) * (0.5 if DRAWS[kind](self) < 0.1 and self.training else 1)
+
+    model = seeded(lambda: Lambda(forward, own=OWN.get(kind, lambda: None)())).eval()
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    problem = ntkbench.from_module(model, X)
+    assert random.getstate() == before[0]
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert not problem.samples_interact
+    assert float(ntkbench.trace(model, X)) == pytest.approx(float(explicit(model, X).trace()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_draws_that_count_in_eval_mode_are_refused(kind):
+    model = seeded(lambda: Lambda(lambda self, x: self.layer(x) * (1 + float(DRAWS[kind](self))))).eval()
+    model.own = OWN.get(kind, lambda: None)()
+    with pytest.raises(ntkbench.BadInput, match="is random or keeps a state"):
+        ntkbench.trace(model, X)
+
+
+def test_a_network_that_seeds_its_own_draws_is_a_function():
+    def features(self, x):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return self.layer(x @ torch.randn(4, 4).to(x))
+
+    def seeds(self, x):
+        generator = torch.manual_seed(3)
+        return self.layer(x @ torch.randn(4, 4, generator=generator).to(x))
+
+    for forward in (features, seeds):
+        check(seeded(lambda forward=forward: Lambda(forward)), X)
+
+
+# Interaction
+
+
+def zeroed(model: nn.Sequential) -> nn.Sequential:
+    nn.init.zeros_(model[-1].weight), nn.init.zeros_(model[-1].bias)
+    return model
+
+
+def beside(self, x):
+    """A weak dependence on the mean of the batch, beside a large constant."""
+    return 1e8 + 1e-3 * self.layer(x - x.mean(0))
+
+
+INTERACTING = {
+    "BatchNorm behind a readout of zero": lambda: zeroed(
+        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    ),
+    "behind two zeros": lambda: zeroed(zeroed(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))),
+    "beside an offset": lambda: Lambda(beside),
+    "scaled by the largest": lambda: Lambda(lambda self, x: self.layer(x) / x.abs().max().detach()),
+    "contrastive": lambda: Lambda(lambda self, x: (self.layer(x) @ self.layer(x).T).softmax(1)),
+    "on a graph": lambda: Lambda(lambda self, x: self.graph.to(x) @ self.layer(x), graph=torch.eye(6).roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", INTERACTING)
+def test_samples_that_interact_are_seen(kind):
+    model = seeded(INTERACTING[kind])
+    assert ntkbench.from_module(model, X).samples_interact
+    check(model, X)
+
+
+def float32_inside(self, x):
+    return self.layer((x.float() * 1.7).tanh().softmax(-1).to(x))
+
+
+INDEPENDENT = {
+    "a large offset": lambda: Lambda(lambda self, x: 1e8 + self.layer(x)),
+    "float32 inside": lambda: Lambda(float32_inside),
+    "float32 alone": lambda: Lambda(lambda self, x: self.layer(x.float()).softmax(-1)),
+    "zero": lambda: Lambda(lambda self, x: 0 * self.layer(x)),
+    "BatchNorm in eval mode": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval(),
+    "weights that must stay as they are": lambda: Lambda(
+        lambda self, x: self.layer(x) if float(self.layer.bias.detach().sum()) < 1e-3 else 1 / 0 * x
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INDEPENDENT)
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_samples_that_do_not_interact_are_seen_too(kind, dtype):
+    model = seeded(INDEPENDENT[kind])
+    if kind.startswith("weights"):
+        nn.init.zeros_(model.layer.bias)
+    assert not ntkbench.from_module(model, X, dtype=dtype).samples_interact
+
+
+def test_checks_of_interaction_take_few_samples():
+    sizes = []
+    model = seeded(lambda: Lambda(lambda self, x: sizes.append(len(x)) or self.layer(x)))
+    ntkbench.from_module(model, torch.randn(1000, 4))
+    assert sizes.count(1000) == 2
+    assert sum(sizes) - 2000 <= 3 * 64 + 16
+
+
+# Networks of all sorts
+
+
+class Residual(nn.Module):
+    """The Laplacian of a network's output by its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.u = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(self.u(x).sum(), x, create_graph=True)
+        return sum(torch.autograd.grad(g[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(4))[:, None]
+
+
+def scratch(self, x):
+    self.table = torch.zeros(len(x), 3).to(x)
+    self.table[:, :] = self.layer(x)
+    return self.table.tanh()
+
+
+def kept(self, x):
+    self.table.detach_().copy_(self.layer(x).detach().mean())
+    return self.layer(x)
+
+
+def counting(self, x):
+    self.calls += 1
+    return self.layer(x)
+
+
+def weight_normed():
+    layer = nn.utils.weight_norm(nn.Linear(4, 3))
+    layer(X)  # leaves a tensor with a graph as an attribute
+    return layer
+
+
+NETWORKS = {
+    "gradients inside": Residual,
+    "checkpointed": lambda: Lambda(
+        lambda self, x: torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+    ),
+    "a scratch buffer": lambda: Lambda(scratch, table=torch.zeros(1)),
+    "values kept in a buffer": lambda: Lambda(kept, table=torch.zeros(1)),
+    "a counter": lambda: Lambda(counting, calls=torch.tensor(0)),
+    "in place": lambda: Lambda(lambda self, x: self.layer(x).mul_(2).tanh_()),
+    "a branch on data": lambda: Lambda(lambda self, x: self.layer(x) if x.sum() > 0 else self.layer(2 * x).tanh()),
+    "DataParallel": lambda: nn.DataParallel(nn.Linear(4, 3)),
+    "scripted": lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))),
+    "weight_norm of old": weight_normed,
+    "state of the default precision": lambda: Lambda(
+        lambda self, x: torch.zeros(len(x), 3).addmm(x, self.layer.weight.T)
+    ),
+    "something called recurrence": lambda: Lambda(lambda self, x: self.recurrence * self.layer(x), recurrence=3),
+    "a layer called recurrence": lambda: Lambda(lambda self, x: self.recurrence(x), recurrence=nn.Linear(4, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_of_all_sorts_are_answered(kind):
+    model = seeded(NETWORKS[kind])
+    check(model, X)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(nn.EmbeddingBag(9, 3), id="bag"),
+        pytest.param(nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten()), id="sparse"),
+    ],
+)
+def test_tables(model):
+    check(model, torch.arange(10).reshape(5, 2) % 9)
+
+
+# Alignment
+
+
+def test_alignment_of_networks_with_their_own_statistics():
+    ends = []
+    for seed in range(2):
+        make = lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))  # noqa: E731
+        model = seeded(make, seed)
+        model[0].bias.requires_grad_(False)
+        model(2 * X + seed)
+        ends.append(model)
+    for mode in (False, True):
+        thetas = [explicit(model.train(mode), X).numpy() for model in ends]
+        exact = metrics_of(*thetas)["alignment"]
+        for method in ("auto", "direct", "naive_jacobian", *(() if mode else ("jacobian_contraction",))):
+            found = ntkbench.alignment(*ends, X, method=method, dtype="float64")
+            assert float(found) == pytest.approx(exact, rel=1e-9), method
+    problem = ntkbench.from_module(ends[0].eval(), X, ends[1].eval())
+    assert "1.running_mean" in problem.fixed_0 and "0.bias" in problem.fixed_f
+    assert problem.digest() != ntkbench.from_module(ends[0], X, ends[0]).digest()
+
+
+def test_buffers_that_are_not_saved_count():
+    ends = []
+    for scale in (1.0, 2.0):
+        model = seeded(lambda: Lambda(lambda self, x: (self.layer(x) * self.scale).tanh()))
+        model.register_buffer("scale", torch.tensor(scale), persistent=False)
+        ends.append(model)
+    exact = metrics_of(*(explicit(model, X).numpy() for model in ends))["alignment"]
+    assert float(ntkbench.alignment(*ends, X, dtype="float64")) == pytest.approx(exact, rel=1e-9)
+
+
+# Recurrent layers
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_take_their_own_layout(layer):
+    x = seeded(lambda: torch.randn(7, 2, 4))
+    late = seeded(lambda: layer(4, 3))
+    first = layer(4, 3, batch_first=True)
+    first.load_state_dict(late.state_dict())
+    theta = explicit(late, x)
+    for metric, value in metrics_of(theta.numpy()).items():
+        for model, inputs in ((late, x), (first, x.transpose(0, 1))):
+            assert float(getattr(ntkbench, metric)(model, inputs, dtype="float64")) == pytest.approx(value, rel=1e-9)
+    problem = ntkbench.from_recurrent(late, x)
+    assert (problem.N, problem.output_shape) == (2, (2, 7, 3))
+    with pytest.raises(ntkbench.BadInput, match="batch_first differs"):
+        ntkbench.alignment(late, first, x)
+    with pytest.raises(ntkbench.BadInput, match=r"\[T, N, \.\.\.\].*got shape \(7, 4\)"):
+        ntkbench.trace(late, x[:, 0])
+
+
+def test_a_recurrence_of_parameters_that_do_not_exist_is_refused():
+    model = seeded(lambda: Lambda(lambda self, x: self.layer(x), recurrence=Recurrence("rnn", {"weight_ih": "none"})))
+    with pytest.raises(ntkbench.BadInput, match="declares a recurrence that cannot be computed"):
+        ntkbench.trace(model, X[None])
+
+
+# The last layer
+
+
+LAST = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 2)),
+    "weight_norm without bias": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 2, bias=False)),
+    "weight_norm of old": lambda: nn.utils.weight_norm(nn.Linear(5, 2)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 2)),
+    "spectral_norm of old": lambda: nn.utils.spectral_norm(nn.Linear(5, 2)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(5, 2)),
+    "plain": lambda: nn.Linear(5, 2),
+}
+
+
+@pytest.mark.parametrize("branching", [False, True])
+@pytest.mark.parametrize("kind", LAST)
+def test_the_last_layer_has_all_parameters_of_its_weight(kind, branching):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = LAST[kind](), nn.Linear(4, 5)  # not in the order of use
+
+        def forward(self, x):
+            if branching and x.sum() > 1e6:
+                return x
+            return self.last(self.first(x).tanh())
+
+    model = seeded(Net).eval()
+    for key, w in model.named_parameters():
+        w.requires_grad_(key.startswith("last"))
+    theta = explicit(model, X).reshape(6, 2, 6, 2).diagonal(dim1=1, dim2=3).mean(-1)
+    model.requires_grad_(True)
+    assert torch.allclose(ntkbench.ntk(model, X, kernel="last_layer", dtype="float64"), theta, rtol=1e-9, atol=1e-9)
+
+
+# Ambient settings
+
+
+def settings():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.mkldnn.matmul.fp32_precision,
+        torch.get_default_device(),
+    )
+
+
+@pytest.fixture
+def restored():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    "ambient",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_own_settings_are_left_as_they_were_found(ambient, precision, restored):
+    torch.set_float32_matmul_precision(precision)
+    with ambient():
+        before = settings()
+        with pytest.raises(KeyError), own_settings("float64", "cpu"):
+            inside = settings()
+            raise KeyError
+        assert settings() == before
+    assert inside[:5] == (True, False, False, torch.float64, "highest")
+    assert inside[7] == torch.device("cpu")
+    assert inside[6] in ("ieee", "none")
+
+
+@pytest.mark.parametrize(
+    "ambient", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_wrapping_works_under_any_setting(ambient):
+    theta = float(explicit(seeded(Residual), X).trace())
+    with ambient():
+        model, x = seeded(Residual), X.clone()
+        problem = ntkbench.from_module(model, x, model)
+        assert not problem.samples_interact
+        assert float(ntkbench.trace(model, x)) == pytest.approx(theta, rel=1e-4)
+        assert len(problem.digest()) == 16
+    with ambient():
+        layer = seeded(lambda: nn.GRU(4, 3, batch_first=True))
+        assert ntkbench.from_recurrent(layer, x[None]).N == 1
+
+
+# What cannot be wrapped
+
+
+class Returns(nn.Module):
+    def __init__(self, returns):
+        super().__init__()
+        self.layer, self.returns = nn.Linear(4, 3), returns
+
+    def forward(self, x):
+        return self.returns(self.layer(x))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, mask):
+        return self.layer(x) * mask
+
+
+def with_nan() -> nn.Linear:
+    layer = nn.Linear(4, 3)
+    layer.weight.data[0, 0] = float("nan")
+    return layer
+
+
+def locked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].lock = threading.Lock()
+    return model
+
+
+def generating() -> nn.Module:
+    model = nn.Linear(4, 3)
+    model.steps = (i for i in range(3))
+    return model
+
+
+LAYER = nn.Linear(4, 3)
+WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "says"),
+    [
+        (LAYER, {"x": X}, f"got dict: {WRAP}"),
+        (LAYER, UserDict(x=X), f"got UserDict: {WRAP}"),
+        (LAYER, (X, X), f"got tuple: {WRAP}"),
+        (LAYER, [[1.0], [1.0, 2.0]], f"got list: {WRAP}"),
+        (LAYER, X.numpy(), "got ndarray: use torch.from_numpy"),
+        (LAYER, torch.nested.nested_tensor([X, X[:2]]), "got a nested one"),
+        (LAYER, X.to_sparse(), "got a sparse coo one"),
+        (LAYER, X.to("meta"), "got a meta one"),
+        (LAYER, torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "got a quantised one"),
+        (LAYER, X.to(torch.complex64), "must be real or integer"),
+        (nn.Linear(4, 3, device="meta"), X, "'weight' is a meta one"),
+        (Two(), X, rf"takes 2 inputs, forward\(x, mask\), and x is one tensor: {WRAP}"),
+        (Returns(lambda y: SimpleNamespace(logits=y)), X, f"got SimpleNamespace: {WRAP}"),
+        (Returns(lambda y: (y, y)), X, f"got tuple: {WRAP}"),
+        (Returns(lambda y: y.detach()), X, "no output of the model depends on a trainable parameter"),
+        (Returns(lambda y: torch.ones(len(y), 2)), X, "no output of the model depends on a trainable parameter"),
+        (Returns(lambda y: y / 0), X, "nan or infinite outputs"),
+        (Returns(lambda y: torch.complex(y, y)), X, "must return real numbers, got torch.complex64"),
+        (LAYER, torch.randn(6, 5), r"cannot be called on x, \(6, 5\) of torch.float32, in float32: RuntimeError"),
+        (LAYER, torch.ones(6, 4, dtype=torch.int64), "cannot be called on x"),
+        (with_nan(), X, "has nan or infinite weights: 'weight'"),
+        (locked(), X, "cannot be copied because of its attribute '0.lock': TypeError"),
+        (generating(), X, "cannot be copied because of its attribute 'steps'"),
+        (nn.Linear(4, 3).half(), X, "choose the precision to compute in"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_said_in_one_line(model, x, says):
+    for call in (ntkbench.trace, ntkbench.ntk):
+        with pytest.raises(ntkbench.BadInput, match=says) as caught:
+            call(model, x)
+        assert "\n" not in str(caught.value)
