@@ -64,14 +64,15 @@ class _OrdinaryTensors(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is Tensor.__deepcopy__ and (not args[0].is_leaf or args[0].is_inference()):
+        if function is Tensor.__deepcopy__:
             tensor, memo = args
-            try:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                memo[id(tensor)] = made = torch.empty(0)  # left behind by a transform, which took the value with it
+                return made
+            if not tensor.is_leaf or tensor.is_inference():
                 made = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
-            except RuntimeError:  # left behind by a transform that has ended, and without a value
-                made = torch.empty(0)
-            memo[id(tensor)] = made
-            return made
+                memo[id(tensor)] = made
+                return made
         return function(*args, **(kwargs or {}))
 
 
