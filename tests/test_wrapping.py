@@ -259,6 +259,17 @@ def kept(self, x):
     return self.layer(x)
 
 
+def caching(self, x):
+    if self.table is None:
+        self.table = torch.arange(3.0, dtype=x.dtype).cos()
+    return self.layer(x) * self.table
+
+
+def showing(self, x):
+    self.shown = self.layer(x)
+    return self.shown.tanh()
+
+
 def counting(self, x):
     self.calls += 1
     return self.layer(x)
@@ -277,6 +288,8 @@ NETWORKS = {
     ),
     "a scratch buffer": lambda: Lambda(scratch, table=torch.zeros(1)),
     "values kept in a buffer": lambda: Lambda(kept, table=torch.zeros(1)),
+    "a table made at the first call": lambda: Lambda(caching, table=None),
+    "activations shown as an attribute": lambda: Lambda(showing),
     "a counter": lambda: Lambda(counting, calls=torch.tensor(0)),
     "in place": lambda: Lambda(lambda self, x: self.layer(x).mul_(2).tanh_()),
     "a branch on data": lambda: Lambda(lambda self, x: self.layer(x) if x.sum() > 0 else self.layer(2 * x).tanh()),
@@ -497,6 +510,13 @@ def generating() -> nn.Module:
     return model
 
 
+def starting(self, x):
+    if not self.started:
+        self.layer.weight.data *= 2
+        self.started.fill_(True)
+    return self.layer(x)
+
+
 LAYER = nn.Linear(4, 3)
 WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
 
@@ -524,6 +544,11 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (Returns(lambda y: torch.complex(y, y)), X, "must return real numbers, got torch.complex64"),
         (LAYER, torch.randn(6, 5), r"cannot be called on x, \(6, 5\) of torch.float32, in float32: RuntimeError"),
         (LAYER, torch.ones(6, 4, dtype=torch.int64), "cannot be called on x"),
+        (
+            Lambda(starting, started=torch.tensor(False)),
+            X,
+            "sets its parameter 'layer.weight' when it is called: call it once before",
+        ),
         (with_nan(), X, "has nan or infinite weights: 'weight'"),
         (locked(), X, "cannot be copied because of its attribute '0.lock': TypeError"),
         (generating(), X, "cannot be copied because of its attribute 'steps'"),

@@ -317,7 +317,6 @@ def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
     """
     _check_signature(net, role)
     trial = copied(net)
-    before = {key: b.clone() for key, b in trial.named_buffers()}
     call = functools.partial(_Call, trial, x)
     try:
         first = call(0)
@@ -345,7 +344,10 @@ def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
             f"no output of {role} depends on a trainable parameter: are they detached, or made without gradients?"
         )
     again = call(1)
-    moved = [key for key, b in trial.named_buffers() if key in before and not _same(b, before[key])]
+    buffers, parameters = dict(net.named_buffers()), dict(net.named_parameters())
+    if started := [key for key, w in trial.named_parameters() if not _same(w.detach(), parameters[key].detach())]:
+        raise BadInput(f"{role} sets its parameter {started[0]!r} when it is called: call it once before")
+    moved = [key for key, b in trial.named_buffers() if key in buffers and not _same(b.detach(), buffers[key])]
     # A network that seeds a generator itself leaves it in one state, whatever it was before.
     states = zip(first.before, first.after, again.after, strict=True)
     drew = any(a != b and b != c for a, b, c in states)
@@ -386,7 +388,11 @@ def _same_outputs(a: Tensor, b: Tensor, *, exactly: bool) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.to(b.device), b))
+    """Whether all entries are equal; nan is equal to nan."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a = a.to(b.device)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _interact(net: nn.Module, x: Tensor) -> bool:
