@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ntkbench import ambient, errors, methods, metrics
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.operators.recurrent.cells import declares
@@ -97,24 +97,24 @@ def ntk(
     """
     from ntkbench import operators
     from ntkbench.layerwise import sample_kernels
-    from ntkbench.problems.base.module import from_module, same_inputs
+    from ntkbench.problems.base.sequences import same_inputs, wrapped
 
     chosen = sample_kernels.get(kernel)
     seed, memory = _whole("seed", seed), _positive("memory", memory, " of bytes")
     with ambient.own_settings():
-        problem = from_module(model, x1, dtype=_dtype_name(dtype))
+        problem = wrapped(model, x1, dtype=_dtype_name(dtype))
         if problem.samples_interact and x2 is not None:
             raise BadInput(
                 "samples interact in this network, so a kernel between two batches is not defined: leave x2 out, or "
                 "call model.eval() where it has BatchNorm in train mode"
             )
-        columns = None if x2 is None else same_inputs(x1, x2)
+        columns = None if x2 is None else same_inputs(model, x1, x2)
         target, index = _target(problem, model, dtype, device, memory)
         rows = 1 if chosen.between_samples else problem.O
         operators.check_result(problem.N * rows, (problem.N if columns is None else len(columns)) * rows, target)
         ways = [_layer_by_layer, _written_out][problem.samples_interact :]
         reasons = []
-        with _on_device(index), ambient.own_settings(target.dtype):
+        with _on_device(index), ambient.own_settings(target.dtype, _made_on(target, index)):
             for way in ways:
                 try:
                     return way(problem, columns, chosen, target, seed)
@@ -265,9 +265,9 @@ def alignment(
 ) -> Estimate:
     """tr(Theta_0 Theta_f) / (||Theta_0||_F ||Theta_f||_F) of one network with two sets of weights, on the same inputs.
 
-    ``model_0`` and ``model_f`` are one network, in one mode, that differs in the values of its trainable parameters
-    alone: buffers (BatchNorm's running statistics) and frozen parameters must be equal. Precision and device default to
-    those of ``model_0``. Other arguments and errors as for :func:`trace`.
+    ``model_0`` and ``model_f`` are one network, in one mode, with other values of its parameters. Buffers (BatchNorm's
+    running statistics) and frozen parameters may differ as well; each set of weights goes with its own. Precision and
+    device default to those of ``model_0``. Other arguments and errors as for :func:`trace`.
     """
     if model_f is None:
         raise BadInput("model_f must be a torch.nn.Module, got None")
@@ -290,7 +290,7 @@ def metrics_of(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     memory: int = 2**30,
-) -> dict[str, Estimate]:
+) -> Estimates:
     """Trace, norm and effective rank, and with ``model_f`` the alignment, by name, from one block of probes.
 
     Each has a standard error of its own; they are of the same probes and so not independent. With ``rtol`` probes are
@@ -314,7 +314,7 @@ def _estimates(
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
     memory: int,
-) -> dict[str, Estimate]:
+) -> Estimates:
     from ntkbench.problems.base.sequences import wrapped
 
     chosen = None if method == "auto" else methods.get(method)
@@ -331,9 +331,9 @@ def _estimates(
     with ambient.own_settings():
         problem = wrapped(model, x, model_f, dtype=_dtype_name(dtype))
         target, index = _target(problem, model, dtype, device, memory)
-        with _on_device(index), ambient.own_settings(target.dtype):
+        with _on_device(index), ambient.own_settings(target.dtype, _made_on(target, index)):
             if chosen is not None:
-                return _named(chosen, problem, names, target, passes, rtol, confidence, seed)
+                return Estimates(_named(chosen, problem, names, target, passes, rtol, confidence, seed))
             # One method for all: what the dearest takes is affordable for the others.
             ladder = [methods.get(name) for name in choices(problem, names[-1], target, passes, rtol)]
             reasons: list[str] = []
@@ -347,7 +347,7 @@ def _estimates(
                         reasons.append(f"{step.name}: {errors.reason(error)}")
                     else:
                         said = tuple(f"not by {reason}" for reason in reasons)
-                        return {name: replace(e, notes=(*e.notes, *said)) for name, e in found.items()}
+                        return Estimates({name: replace(e, notes=(*e.notes, *said)) for name, e in found.items()})
             raise BadInput(f"no method gives the {' and '.join(names)} of this network: {'; '.join(reasons)}")
 
 
@@ -483,6 +483,13 @@ def _device(model: nn.Module, device: str | torch.device | None) -> tuple[str, i
     if not match:
         return name, None
     return match[1], int(match[2]) if match[1] == "cuda" else None
+
+
+def _made_on(target: Target, index: int | None) -> str | None:
+    """Where tensors belong that a network makes without a device."""
+    from ntkbench.operators import torch as backend
+
+    return None if backend.device(target).type == "cpu" else f"cuda:{index or 0}"
 
 
 def _on_device(index: int | None) -> contextlib.AbstractContextManager[object]:

@@ -116,7 +116,7 @@ def from_module(
         )
 
 
-def same_inputs(x1: Tensor, x2: Tensor) -> Tensor:
+def same_samples(x1: Tensor, x2: Tensor) -> Tensor:
     """``x2``, if it holds samples of the same kind as ``x1``.
 
     Raises:

@@ -16,13 +16,24 @@ from ntkbench.networks.recurrent import States
 from ntkbench.operators.recurrent.cells import declared, declares
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 from ntkbench.problem import Problem
-from ntkbench.problems.base.module import from_module
+from ntkbench.problems.base.module import from_module, same_samples
 
 
 def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
     """:func:`from_recurrent` for torch's recurrent layers and what declares a recurrence, else ``from_module``."""
     recurrent = isinstance(model, nn.RNNBase) or (isinstance(model, nn.Module) and declares(model))
     return (from_recurrent if recurrent else from_module)(model, x, model_f, dtype=dtype)
+
+
+def same_inputs(model: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
+    """``x2 [N, ...]``, if it holds samples of the same kind as ``x1``; both are in the model's own layout.
+
+    Raises:
+        BadInput: it does not; says in what.
+    """
+    time_first = isinstance(model, nn.RNNBase) and not model.batch_first
+    by_sample = [x.transpose(0, 1) if time_first and isinstance(x, Tensor) and x.ndim > 1 else x for x in (x1, x2)]
+    return same_samples(*by_sample)
 
 
 def from_recurrent(
