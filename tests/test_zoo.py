@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from zoo import Case, answer, cases
-
-TOLERANCE = 1e-9
+from zoo import TOLERANCE, Case, answer, cases
 
 pytestmark = pytest.mark.zoo
 

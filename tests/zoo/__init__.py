@@ -17,6 +17,9 @@ from ntkbench.estimate import Estimate
 Network = tuple[nn.Module, Tensor]
 """A network and its inputs, in float64."""
 
+TOLERANCE = 1e-9
+"""Relative error that rounding may cause."""
+
 WAYS = {
     "structured_derivatives": "layer by layer",
     "jacobian_contraction": "contraction",
