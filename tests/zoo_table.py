@@ -2,7 +2,8 @@
 
 The table is ``results/reference/zoo/table.csv``. It has one row for each network: how the answer is computed, its
 error, and the time of ``ntkbench.ntk``, tracing included, relative to J written out row by row by plain autograd. The
-two take turns. The networks are tiny, so tracing takes most of the time. Whatever fails is a row with its reason. timm and transformers must be installed (the extra ``zoo``).
+two take turns. The networks are tiny, so tracing takes most of the time. Whatever fails is a row with its reason.
+timm and transformers must be installed (the extra ``zoo``).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main() -> None:
         rows.append(row(case) | where)
         said = {key: rows[-1].get(key) for key in ("status", "way", "error", "time_ratio", "reason")}
         click.echo(f"{case.name:36} {'  '.join(f'{value}' for value in said.values() if value is not None)}")
-    paths.write_atomically(TABLE, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n", float_format="%.4g"))
+    paths.write_atomically(TABLE, pd.DataFrame(rows).convert_dtypes().to_csv(index=False, lineterminator="\n", float_format="%.4g"))
 
 
 if __name__ == "__main__":
