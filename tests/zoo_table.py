@@ -66,7 +66,9 @@ def main() -> None:
         rows.append(row(case) | where)
         said = {key: rows[-1].get(key) for key in ("status", "way", "error", "time_ratio", "reason")}
         click.echo(f"{case.name:36} {'  '.join(f'{value}' for value in said.values() if value is not None)}")
-    paths.write_atomically(TABLE, pd.DataFrame(rows).convert_dtypes().to_csv(index=False, lineterminator="\n", float_format="%.4g"))
+    paths.write_atomically(
+        TABLE, pd.DataFrame(rows).convert_dtypes().to_csv(index=False, lineterminator="\n", float_format="%.4g")
+    )
 
 
 if __name__ == "__main__":
