@@ -1,0 +1,21 @@
+"""ntkbench on many networks: operations, layers, habits of writing, and models of other libraries."""
+
+from __future__ import annotations
+
+import pytest
+from zoo import TOLERANCE, Case, answer, cases
+
+pytestmark = pytest.mark.zoo
+
+
+def _parameters() -> list:
+    return [
+        pytest.param(case, id=name, marks=pytest.mark.skipif(not case.installed, reason=f"needs {case.package}"))
+        for name, case in cases().items()
+    ]
+
+
+@pytest.mark.parametrize("case", _parameters())
+def test_the_answer_is_that_of_plain_autograd(case: Case):
+    found = answer(case)
+    assert found.error < TOLERANCE, (found.errors, found.estimate)
