@@ -112,7 +112,8 @@ def ntk(
         target, index = _target(problem, model, dtype, device, memory)
         rows = 1 if chosen.between_samples else problem.O
         operators.check_result(problem.N * rows, (problem.N if columns is None else len(columns)) * rows, target)
-        ways = [_layer_by_layer, _written_out][problem.samples_interact :]
+        ways = [_layer_by_layer, _sample_by_sample] if not problem.samples_interact else []
+        ways += [_row_by_row] if x2 is None else []
         reasons = []
         with _on_device(index), ambient.own_settings(target.dtype, _made_on(target, index)):
             for way in ways:
@@ -136,7 +137,9 @@ def _layer_by_layer(
     return kernel.compute(engine, list(parameters.values()), x1, None if x2 is None else x2.to(x1), seed)
 
 
-def _written_out(problem: Problem, x2: torch.Tensor | None, kernel: Kernel, target: Target, seed: int) -> torch.Tensor:
+def _sample_by_sample(
+    problem: Problem, x2: torch.Tensor | None, kernel: Kernel, target: Target, seed: int, *, independent: bool = True
+) -> torch.Tensor:
     from ntkbench.operators import linearise
     from ntkbench.operators.explicit_kernel import explicit_kernel
     from ntkbench.problems.base.module import last_layer, on_inputs
@@ -145,8 +148,12 @@ def _written_out(problem: Problem, x2: torch.Tensor | None, kernel: Kernel, targ
     left = linearise(problem, "theta_0", target)
     right = None if x2 is None else linearise(on_inputs(problem, x2), "theta_0", target)
     directions = kernel.drawn(problem.O, seed, left.basis(0, 1))
-    independent = not problem.samples_interact
     return explicit_kernel(left, right, directions, averaged=kernel.averaged, independent=independent)
+
+
+def _row_by_row(problem: Problem, x2: torch.Tensor | None, kernel: Kernel, target: Target, seed: int) -> torch.Tensor:
+    """By products over the whole batch, whatever its samples do to each other."""
+    return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
 
 
 def trace(

@@ -29,8 +29,8 @@ class LayerwiseKernel:
 
     Cost for K directions: one forward and K backward passes, the latter without the weights' gradients, and for each
     layer the cheaper of two contractions (see ``contraction.py``). If the kernel is computed in blocks, the columns are
-    run again for each block of rows. Each new shape of a block is traced once. The first kernel at a parameter set and
-    on some inputs is certified, which takes one plain backward pass more (see ``certificate.py``).
+    run again for each block of rows. Each new shape of a block is traced once. The first kernel at a parameter set, on
+    some inputs and in so many directions is certified by one plain backward pass more (see ``certificate.py``).
 
     Attributes:
         layers: the network's parameters by their structure, weights with a rule first.
@@ -66,7 +66,7 @@ class LayerwiseKernel:
         nodes = list(self._graph.graph.nodes)
         self.O = nodes[-1].args[0].meta["val"].numel()
         self._plain = functools.cache(lambda: PlainNetwork(module, parameters))
-        self._certified: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], frozenset[str]]] = []
+        self._certified: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, frozenset[str]]] = []
         self.certificate: float | None = None
 
     @property
@@ -230,13 +230,17 @@ class LayerwiseKernel:
             certificates={
                 (id(parameters), id(x)): Certificate(names, parameters, x, directions, task.count)
                 for parameters, x in certified
-                if self._tuning.certified and not self._is_certified(parameters, x, layers)
+                if self._tuning.certified and not self._is_certified(task, parameters, x)
             },
         )
 
-    def _is_certified(self, parameters: ParameterValues, x: Tensor, layers: Sequence[Layer | ExplicitGradient]) -> bool:
-        wanted = _names(layers)
-        return any(p() is parameters[0] and at() is x and wanted <= names for p, at, names in self._certified)
+    def _is_certified(self, task: Task, parameters: ParameterValues, x: Tensor) -> bool:
+        """Whether a kernel by the same program was certified on the same values."""
+        wanted = _names(task.layers)
+        return any(
+            p() is parameters[0] and at() is x and count == task.count and wanted <= names
+            for p, at, count, names in self._certified
+        )
 
     def _certify(self, task: Task, sets: Sequence[ParameterValues], inputs: Sequence[Tensor]) -> None:
         """Compare what a task has gathered with plain autograd.
@@ -248,7 +252,8 @@ class LayerwiseKernel:
             if gathered := task.certificates.get((id(parameters), id(x))):
                 off = gathered.difference(self._plain())
                 certificate.check(off, torch.finfo(parameters[0].dtype).eps)
-                self._certified.append((weakref.ref(parameters[0]), weakref.ref(x), _names(task.layers)))
+                whose = weakref.ref(parameters[0]), weakref.ref(x)
+                self._certified.append((*whose, task.count, _names(task.layers)))
                 self.certificate = max(off, self.certificate or 0.0)
 
     def _blocks(

@@ -159,6 +159,9 @@ class TorchJacobian(JacobianOperator):
         passed_over.append(reason)
         return True
 
+    def _is_plain(self, kind: str) -> bool:
+        return kind in ("vjp", "row") and self._way(kind) == PLAIN
+
     def _way(self, kind: str) -> str:
         return WAYS[kind][len(self._passed_over.get(kind, ()))]
 
@@ -261,8 +264,11 @@ class TorchJacobian(JacobianOperator):
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            else:  # sparse: entries and about as many bytes of indices
+                kept[id(tensor)] = 2 * tensor._nnz() * tensor.element_size()
             return tensor
 
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
