@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import vjp, vmap
+from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
-from ntkbench.layerwise.trace import SampleGraph, aten, untraceable
+from ntkbench.layerwise.trace import SampleGraph, aten, free_layout, untraceable
 
 ParameterValues = Sequence[Tensor]
 """Values of the trainable parameters, in the order in which the network was traced with them."""
@@ -80,7 +80,9 @@ class Program:
             return vmap(sample)(x, directions)
 
         with torch.no_grad(), untraceable("its backward passes"):
-            traced = make_fx(joint, tracing_mode="fake")(list(parameters), self._constants, x, directions, taps)
+            traced = make_fx(functionalize(joint), tracing_mode="fake")(
+                list(parameters), self._constants, x, directions, taps
+            )
         self._module = _streamed(traced, len(taps), layers, nodes)
         self.peak, self.held = _footprint(self._module.graph, layers, len(x))
 
@@ -156,7 +158,16 @@ def _streamed(
     graph.output(None)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is _deliver)
     for tap in placeholders[len(placeholders) - taps :]:
+        if tap.users:  # by the zero gradient of a layer that no output depends on
+            value = tap.meta["val"]
+            with graph.inserting_after(sink):
+                zero = graph.call_function(
+                    aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+                )
+            zero.meta["val"] = value
+            tap.replace_all_uses_with(zero)
         graph.erase_node(tap)
+    free_layout(graph)
     graph.set_codegen(fx.graph.CodeGen())  # flat arguments, as the placeholders are
     graph.lint()
     return fx.GraphModule(traced, graph)

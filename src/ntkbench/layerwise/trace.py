@@ -20,6 +20,8 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ntkbench.errors import BadInput
+from ntkbench.layerwise.recording import SHAPED, as_autograd_sees_it
+from ntkbench.layerwise.replacements import DECOMPOSITIONS, REPLACEMENTS
 from ntkbench.operators.plain_operations import plain_operations
 
 aten = torch.ops.aten
@@ -30,9 +32,9 @@ class SampleGraph:
     """A network on one sample as ATen operations.
 
     Attributes:
-        graph: placeholders are the parameters, then buffers and frozen parameters, then x with a batch axis of one.
+        graph: placeholders are the parameters, then x with a batch axis of one. No operation works in place.
         parameters: names of the trainable parameters.
-        constants: buffers and frozen parameters in their order, then tensors that the graph refers to by name.
+        constants: tensors that the graph refers to by name: buffers, frozen parameters, and what is computed of them.
     """
 
     graph: fx.Graph
@@ -59,8 +61,7 @@ class SampleGraph:
             tapped: replaces the value of a node before it is used.
         """
         by_name = dict(zip(self.constants, constants, strict=True))
-        count = sum(node.op == "placeholder" for node in self.graph.nodes) - len(parameters) - 1
-        inputs = iter((*parameters, *list(constants)[:count], x[None]))
+        inputs = iter((*parameters, x[None]))
         values: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder":
@@ -71,7 +72,7 @@ class SampleGraph:
                 return fx.node.map_arg(node.args[0], values.__getitem__), values
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                value = _REPLACEMENTS.get(node.target, node.target)(*args, **kwargs)
+                value = REPLACEMENTS.get(node.target, node.target)(*args, **kwargs)
             values[node] = value if tapped is None else tapped(node, value)
         raise AssertionError("a graph ends with its output")
 
@@ -79,8 +80,8 @@ class SampleGraph:
 def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> SampleGraph:
     """Trace a network on its first sample.
 
-    Tracing runs on the CPU, where recurrent layers and attention decompose into plain operations. Tensors that the
-    network creates are afterwards created on the device of ``x``.
+    Tracing runs on the CPU, where recurrent layers and attention decompose into plain operations. Values that depend
+    on neither x nor the parameters are computed once and kept on the device of ``x``.
 
     Args:
         module: ``x -> [N, ...outputs]``.
@@ -95,19 +96,24 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
     keys = (*names, *fixed)
 
     def forward(*tensors: Tensor) -> Tensor:
-        return functional_call(module, dict(zip(keys, tensors, strict=False)), (tensors[-1],)).reshape(-1)
+        with as_autograd_sees_it((*tensors[: len(names)], tensors[-1])):
+            return functional_call(module, dict(zip(keys, tensors, strict=False)), (tensors[-1],)).reshape(-1)
 
     on_cpu = [t.detach().cpu() for t in (*parameters.values(), *fixed.values(), x[:1])]
-    with untraceable("its forward pass"), plain_operations(module), torch.no_grad():
+    with untraceable("its forward pass"), plain_operations(module):
         # Twice: in-place changes inside a composite operation only show once it is decomposed.
-        traced = make_fx(forward, decomposition_table={_BATCH_NORM: _batch_norm})(*on_cpu)
-        traced = make_fx(functionalize(traced))(*on_cpu)
-    traced.graph.eliminate_dead_code()
+        with torch.enable_grad():
+            traced = make_fx(forward, decomposition_table=DECOMPOSITIONS)(*on_cpu)
+        with torch.no_grad():
+            traced = make_fx(functionalize(traced))(*on_cpu)
+            constants = _fold(traced, dict(zip(fixed, on_cpu[len(names) : -1], strict=True)), len(names))
     for node in traced.graph.nodes:
         if "device" in node.kwargs:
             node.update_kwarg("device", x.device)
-    made = {node.target: getattr(traced, node.target) for node in traced.graph.nodes if node.op == "get_attr"}
-    return SampleGraph(traced.graph, names, {key: t.to(x.device) for key, t in (fixed | made).items()})
+        if node.target is aten.as_strided.default and not _fills_its_storage(node.args[0].meta["val"]):
+            raise BadInput("as_strided of a tensor that is itself a view cannot be traced")
+    free_layout(traced.graph)
+    return SampleGraph(traced.graph, names, {key: t.to(x.device) for key, t in constants.items()})
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -115,62 +121,74 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
+def _fills_its_storage(value: Tensor) -> bool:
+    return value.is_contiguous() and value.numel() * value.element_size() == value.untyped_storage().nbytes()
+
+
+def free_layout(graph: fx.Graph) -> None:
+    """Replace views by operations that copy where a value is laid out in another way than while it was traced."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+
+
+def _fold(traced: fx.GraphModule, fixed: Mapping[str, Tensor], parameters: int) -> dict[str, Tensor]:
+    """Compute what depends on neither the parameters nor x, in place; the constants that the graph then refers to.
+
+    Args:
+        traced: without in-place operations; its placeholders are parameters, ``fixed`` and x.
+        fixed: values of the placeholders that are constants.
+        parameters: number of parameters.
+    """
+    graph = traced.graph
+    for node in list(graph.nodes):
+        # What the network leaves behind in its buffers, and warnings of singular matrices.
+        if node.target in (aten.copy_.default, aten._linalg_check_errors.default):
+            graph.erase_node(node)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    known: dict[fx.Node, Any] = dict(zip(placeholders[parameters:-1], fixed.values(), strict=True))
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(traced, node.target)
+        elif node.op == "call_function" and (node.target in SHAPED or set(node.all_input_nodes) <= known.keys()):
+            like = lambda n: known[n] if n in known else _empty(n.meta["val"])  # noqa: E731
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), like)
+            known[node] = node.target(*args, **kwargs)
+    constants = {}
+    for node, value in known.items():
+        if isinstance(value, Tensor) and any(user not in known for user in node.users):
+            name = f"constant_{len(constants)}"
+            constants[name] = value
+            setattr(traced, name, value)
+            with graph.inserting_before(node):
+                constant = graph.create_node("get_attr", name)
+            constant.meta["val"] = value
+            for user in list(node.users):
+                if user not in known:
+                    user.replace_input_with(node, constant)
+    for node in reversed(known):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return constants
+
+
+def _empty(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype)
+
+
 @contextlib.contextmanager
 def untraceable(what: str) -> Iterator[None]:
     """Report any error while a network is traced as a fault of the network."""
     try:
         yield
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(
             f"{what} cannot be traced as a graph of operations, as branches on data cannot; methods that call the "
             f"network as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
             f"{textwrap.shorten(str(error), 160)})"
         ) from error
-
-
-_BATCH_NORM = aten.native_batch_norm.default
-
-
-def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eval-mode BatchNorm as one scale and one shift per channel: two passes over the values, one over the cotangents.
-
-    Train-mode BatchNorm makes samples interact and is refused before tracing. InstanceNorm, which uses the statistics
-    of a single sample, is left as it is.
-    """
-    if training:
-        return NotImplemented
-    scale = (variance + eps).rsqrt()
-    shift = -mean * scale
-    if weight is not None:
-        scale, shift = scale * weight, shift * weight
-    if bias is not None:
-        shift = shift + bias
-    to = (1, -1, *[1] * (x.ndim - 2))
-    return x * scale.view(to) + shift.view(to), x.new_empty(0), x.new_empty(0)
-
-
-def _embedding(table: Tensor, numbers: Tensor, padding: int = -1, *rest: Any, **more: Any) -> Tensor:
-    """Rows of a table. ATen's derivative ignores, under vmap, the padding of all samples but the first."""
-    rows = table[numbers]
-    return rows if padding < 0 else torch.where((numbers == padding)[..., None], rows.detach(), rows)
-
-
-def _prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """PReLU. ATen's derivative has no vmap rule if weight and x have different batch dimensions."""
-    return torch.where(x > 0, x, weight * x)
-
-
-_REPLACEMENTS = {aten.embedding.default: _embedding, aten._prelu_kernel.default: _prelu}
-"""Replacements of operations whose derivatives are wrong or missing under ``vmap``."""
 
 
 MOVEMENTS = {

@@ -1,0 +1,166 @@
+"""Recording a forward pass so that the derivative of what is recorded is what autograd computes.
+
+A tracer records operations below autograd. It does not see ``torch.no_grad``, takes the copies that autograd saves for
+``detach``, replaces a custom ``autograd.Function`` by its forward pass, and turns values into constants wherever they
+leave PyTorch. The modes here record the first two as autograd means them and refuse the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
+
+from ntkbench.errors import BadInput
+
+aten = torch.ops.aten
+
+SHAPED = {
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+}
+"""Operations whose result depends on the shape and the type of their argument alone."""
+
+
+@contextlib.contextmanager
+def as_autograd_sees_it(moving: Iterable[Tensor]) -> Iterator[None]:
+    """Record operations on ``moving`` and all that depends on them; to be entered while a tracer runs.
+
+    Raises:
+        BadInput: what runs inside cannot be recorded.
+    """
+    operations = _Operations(moving)
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(_apply)), operations, _Calls(operations):
+        yield
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    if function is CheckpointFunction:
+        run, _, *inputs = args
+        return run(*inputs)
+    raise BadInput(f"the backward pass of the autograd.Function {function.__name__} cannot be traced")
+
+
+class _Operations(TorchDispatchMode):
+    """ATen operations, one level below autograd.
+
+    Attributes:
+        stopping: whether the user calls ``detach``; autograd calls it as well, for what it saves.
+    """
+
+    def __init__(self, moving: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.stopping = False
+        self._moving: dict[int, torch.UntypedStorage] = {}  # by address; holding them keeps addresses unique
+        self._carrying: set[int] = set()  # of these, what autograd differentiates
+        self._add(moving, carrying=True)
+
+    def moves(self, values: Any) -> bool:
+        """Whether a value depends on x or the parameters."""
+        return any(_address(t) in self._moving for t in _tensors(values))
+
+    def _add(self, tensors: Iterable[Tensor], *, carrying: bool) -> None:
+        for t in tensors:
+            self._moving[_address(t)] = t.untyped_storage()
+            if carrying:
+                self._carrying.add(_address(t))
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        moving = self.moves((args, kwargs))
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise BadInput(f"the network draws random numbers ({function})")
+        if torch.Tag.data_dependent_output in function.tags:
+            if moving:
+                raise BadInput(
+                    f"the forward pass asks for a value that depends on x or the parameters ({function}), as branches "
+                    "on data do, and cannot be traced"
+                )
+            with disable_proxy_modes_tracing():
+                return function(*args, **kwargs)
+        if not moving or function in SHAPED:
+            return function(*args, **kwargs)
+        written = _written(function, args, kwargs)
+        off = not torch.is_grad_enabled()
+        if function is aten.detach.default and not self.stopping:
+            function = aten.alias.default
+        before = [t.clone() if off and _address(t) in self._carrying else None for t in written]
+        if off and written:
+            args, kwargs = tree_map_only(
+                Tensor, lambda t: t if any(t is w for w in written) else aten.detach.default(t), (args, kwargs)
+            )
+        made = function(*args, **kwargs)
+        for t, old in zip(written, before, strict=True):
+            if old is not None:  # a new value with the old derivative
+                t.copy_(old + (t - old).detach())
+        if off and not written:
+            made = tree_map_only(Tensor, aten.detach.default, made)
+        carrying = not off and any(_address(t) in self._carrying for t in _tensors((args, kwargs)))
+        self._add([*_tensors(made), *written], carrying=carrying)
+        return made
+
+
+class _Calls(TorchFunctionMode):
+    """Calls of the user, one level above autograd."""
+
+    def __init__(self, operations: _Operations) -> None:
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in _READS and self._operations.moves(args):
+            raise BadInput(
+                "the forward pass hands a value that depends on x or the parameters to Python or NumPy and cannot be "
+                "traced"
+            )
+        if function == torch.Tensor.data.__get__:
+            function = torch.Tensor.detach
+        if function not in _STOPS:
+            return function(*args, **(kwargs or {}))
+        self._operations.stopping = True
+        try:
+            return function(*args, **(kwargs or {}))
+        finally:
+            self._operations.stopping = False
+
+
+_STOPS = {torch.Tensor.detach, torch.Tensor.detach_, torch.detach, torch.detach_}
+_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.data.__set__}
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes in place."""
+    if not function._schema.is_mutable:
+        return []
+    declared = function._schema.arguments
+    given = {argument.name: value for argument, value in zip(declared, args, strict=False)} | kwargs
+    names = [a.name for a in declared if a.alias_info is not None and a.alias_info.is_write]
+    return _tensors([given.get(name) for name in names])
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
