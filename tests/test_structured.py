@@ -476,13 +476,6 @@ class Branch(nn.Linear):
         return torch.cat([super(Branch, self).forward(row if row.sum() > 0 else -2 * row) for row in x[:, None]])
 
 
-class Stopped(nn.Linear):
-    def forward(self, x):
-        with torch.no_grad():
-            scale = super().forward(x)
-        return scale * super().forward(x)
-
-
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 
 
@@ -503,10 +496,9 @@ def test_bad_input_is_named(says, call):
         call()
 
 
-@pytest.mark.parametrize(("model", "says"), [(Branch, "cannot be traced"), (Stopped, "differs from that of plain")])
-def test_auto_does_without_a_graph_where_there_is_none(model, says):
+def test_auto_does_without_a_graph_where_there_is_none():
     torch.manual_seed(0)
-    net = model(4, 2).double()
+    net = Branch(4, 2).double()
     x = X.double()
     rows = [torch.autograd.grad(y, tuple(net.parameters()), retain_graph=True) for y in net(x).reshape(-1)]
     J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
@@ -514,7 +506,7 @@ def test_auto_does_without_a_graph_where_there_is_none(model, says):
     estimate = ntkbench.norm(net, x)
     assert float(estimate) == pytest.approx(float(theta.norm()), rel=1e-12)
     assert estimate.method == "jacobian_contraction"
-    assert estimate.notes[-1].startswith("not by structured_derivatives: ") and says in estimate.notes[-1]
+    assert estimate.notes[-1].startswith("not by structured_derivatives: ") and "cannot be traced" in estimate.notes[-1]
     torch.testing.assert_close(ntkbench.ntk(net, x), theta, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ntkbench.ntk(net, x, x[:2], memory=2000), theta[:, :4], rtol=1e-10, atol=1e-12)
 

@@ -83,8 +83,8 @@ class Program:
             traced = make_fx(functionalize(joint), tracing_mode="fake")(
                 list(parameters), self._constants, x, directions, taps
             )
-        self._module = _streamed(traced, len(taps), layers, nodes)
-        self.peak, self.held = _footprint(self._module.graph, layers, len(x))
+            self._module = _streamed(traced, len(taps), layers, nodes)
+            self.peak, self.held = _footprint(self._module.graph, layers, len(x))
 
     def run(self, parameters: ParameterValues, x: Tensor, directions: Tensor, sink: Sink) -> None:
         """Deliver every layer's operands and cotangents to ``sink``, the last layer first."""

@@ -133,7 +133,7 @@ def _downstream(source: fx.Node) -> set[fx.Node]:
 
 
 def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
-    """Operations that use a parameter: the operation, the argument, and the indices of the entries in it."""
+    """Operations with a gradient that use a parameter: the operation, the argument, its entries' indices."""
     value = placeholder.meta["val"]
     stack: list[tuple[fx.Node, Any]] = [(placeholder, torch.arange(value.numel()).reshape(value.shape))]
     while stack:
@@ -141,7 +141,7 @@ def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]
         for user in node.users:
             if callable(user.target) and user.target in MOVEMENTS and user.all_input_nodes == [node]:
                 stack.append((user, user.target(entries, *user.args[1:], **user.kwargs)))
-            else:
+            elif user.target is not aten.detach.default:
                 yield user, node, entries
 
 

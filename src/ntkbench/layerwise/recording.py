@@ -7,13 +7,13 @@ leave PyTorch. The modes here record the first two as autograd means them and re
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,23 +38,39 @@ SHAPED = {
 """Operations whose result depends on the shape and the type of their argument alone."""
 
 
-@contextlib.contextmanager
-def as_autograd_sees_it(moving: Iterable[Tensor]) -> Iterator[None]:
-    """Record operations on ``moving`` and all that depends on them; to be entered while a tracer runs.
+def as_autograd_sees_it(forward: Callable[[], Tensor], moving: Iterable[Tensor]) -> Tensor:
+    """The outputs of a forward pass, while a tracer runs.
+
+    Args:
+        forward: the forward pass.
+        moving: the parameters, which require gradients, and x.
 
     Raises:
-        BadInput: what runs inside cannot be recorded.
+        BadInput: the forward pass cannot be recorded.
     """
     operations = _Operations(moving)
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(_apply)), operations, _Calls(operations):
-        yield
+    with mock.patch.object(CheckpointFunction, "apply", _run_now), operations, _Calls(operations):
+        outputs = forward()
+    for node in _backward_nodes(outputs):
+        if isinstance(node, BackwardCFunction) or node.name().startswith("torch::autograd::CppNode"):
+            raise BadInput(f"the backward pass of a custom autograd.Function ({node.name()}) cannot be traced")
+    return outputs
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    if function is CheckpointFunction:
-        run, _, *inputs = args
-        return run(*inputs)
-    raise BadInput(f"the backward pass of the autograd.Function {function.__name__} cannot be traced")
+def _run_now(function: Callable[..., Any], preserve_state: bool, *inputs: Any) -> Any:
+    """What activation checkpointing computes."""
+    return function(*inputs)
+
+
+def _backward_nodes(outputs: Tensor) -> set[torch.autograd.graph.Node]:
+    found: set[torch.autograd.graph.Node] = set()
+    left = [outputs.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left.extend(before for before, _ in node.next_functions)
+    return found
 
 
 class _Operations(TorchDispatchMode):
@@ -69,6 +85,7 @@ class _Operations(TorchDispatchMode):
         self.stopping = False
         self._moving: dict[int, torch.UntypedStorage] = {}  # by address; holding them keeps addresses unique
         self._carrying: set[int] = set()  # of these, what autograd differentiates
+        self._aliased: set[int] = set()  # of these, what has detached aliases
         self._add(moving, carrying=True)
 
     def moves(self, values: Any) -> bool:
@@ -102,6 +119,11 @@ class _Operations(TorchDispatchMode):
         off = not torch.is_grad_enabled()
         if function is aten.detach.default and not self.stopping:
             function = aten.alias.default
+        if any(
+            _address(t) in self._carrying and (not t.requires_grad or (off and _address(t) in self._aliased))
+            for t in written
+        ):
+            raise BadInput("the forward pass writes into a detached alias of what autograd differentiates")
         before = [t.clone() if off and _address(t) in self._carrying else None for t in written]
         if off and written:
             args, kwargs = tree_map_only(
@@ -111,9 +133,11 @@ class _Operations(TorchDispatchMode):
         for t, old in zip(written, before, strict=True):
             if old is not None:  # a new value with the old derivative
                 t.copy_(old + (t - old).detach())
+        if (off and not written) or function is aten.detach.default:
+            self._aliased.update(_address(t) for t in _tensors(made))
         if off and not written:
             made = tree_map_only(Tensor, aten.detach.default, made)
-        carrying = not off and any(_address(t) in self._carrying for t in _tensors((args, kwargs)))
+        carrying = not off and any(t.requires_grad for t in _tensors((args, kwargs)))
         self._add([*_tensors(made), *written], carrying=carrying)
         return made
 
@@ -133,7 +157,7 @@ class _Calls(TorchFunctionMode):
                 "the forward pass hands a value that depends on x or the parameters to Python or NumPy and cannot be "
                 "traced"
             )
-        if function == torch.Tensor.data.__get__:
+        if function == _DATA.__get__:
             function = torch.Tensor.detach
         if function not in _STOPS:
             return function(*args, **(kwargs or {}))
@@ -145,7 +169,8 @@ class _Calls(TorchFunctionMode):
 
 
 _STOPS = {torch.Tensor.detach, torch.Tensor.detach_, torch.detach, torch.detach_}
-_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.data.__set__}
+_DATA: Any = torch.Tensor.data
+_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, _DATA.__set__}
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ value is exact, and so is the first derivative.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,24 +60,37 @@ def _copy(written: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
 
 
 def _solve(A: Tensor, b: Tensor, *, left: bool = True, check_errors: bool = False) -> tuple[Tensor, None, None, None]:
+    """A^(-1) b, or the same from the right."""
+    if _vectors(A, b):
+        return _solved(A, b[..., None], left)[..., 0], None, None, None
+    return _solved(A, b, left), None, None, None
+
+
+def _vectors(A: Tensor, b: Tensor) -> bool:
+    """Whether right-hand sides are vectors, as ``torch.linalg.solve`` has it."""
+    return b.ndim == 1 or (A.ndim == b.ndim + 1 and b.shape == A.shape[:-1])
+
+
+def _solved(A: Tensor, b: Tensor, left: bool) -> Tensor:
     """A^(-1) b with d(A^(-1) b) = A^(-1) (db - dA A^(-1) b), or the same from the right."""
-    vectors = b.ndim == 1 or (A.ndim == b.ndim + 1 and b.shape == A.shape[:-1])
-    b = b[..., None] if vectors else b
     A0 = A.detach()
-    found = torch.linalg.solve(A0, b.detach(), left=left)
-    inverse = torch.linalg.inv(A0)
-    found = found + (inverse @ (b - A @ found) if left else (b - found @ A) @ inverse)
-    return found[..., 0] if vectors else found, None, None, None
+    found, inverse = torch.linalg.solve(A0, b.detach(), left=left), torch.linalg.inv(A0)
+    return found + (inverse @ (b - A @ found) if left else (b - found @ A) @ inverse)
+
+
+def _lu_solve(LU: Tensor, pivots: Tensor, b: Tensor, *, left: bool = True, adjoint: bool = False) -> Tensor:
+    """A^(-1) b for A = P L U. ATen's kernel is wrong for pivots that several systems share."""
+    P, L, U = torch.lu_unpack(LU, pivots)
+    A = P @ L @ U
+    return _solved(A.mH if adjoint else A, b, left)
 
 
 def _det(A: Tensor) -> tuple[Tensor, None, None]:
-    """det A with d det A = tr(adj(A) dA)."""
+    """det A with d det A = det A tr(A^(-1) dA), which is zero for singular A, as autograd has it."""
     A0 = A.detach()
-    U, s, V = torch.linalg.svd(A0)
-    # The adjugate by the singular values, which singular matrices have as well: products of all values but one.
-    others = torch.where(torch.eye(s.shape[-1], dtype=torch.bool, device=s.device), 1, s[..., None, :]).prod(-1)
-    adjugate = torch.linalg.det(U @ V)[..., None, None] * (V.mH * others[..., None, :]) @ U.mH
-    return torch.linalg.det(A0) + _trace(adjugate, A - A0), None, None
+    det, inverse = torch.linalg.det(A0), torch.linalg.inv_ex(A0).inverse
+    adjugate = torch.where((det == 0)[..., None, None], 0, det[..., None, None] * inverse)
+    return det + _trace(adjugate, A - A0), None, None
 
 
 def _slogdet(A: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -94,23 +108,29 @@ def _trace(A: Tensor, B: Tensor) -> Tensor:
 
 def _lstsq(A: Tensor, b: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, None, None, None]:
     """The least-squares solution by the pseudoinverse. ATen's shapes depend on values."""
-    vectors = b.ndim == 1 or (A.ndim == b.ndim + 1 and b.shape == A.shape[:-1])
+    vectors = _vectors(A, b)
     found = torch.linalg.pinv(A) @ (b[..., None] if vectors else b)
     return found[..., 0] if vectors else found, None, None, None
 
 
+def _cdist(a: Tensor, b: Tensor, p: float, mode: int | None = None) -> Tensor:
+    """Distances between rows. ATen's derivative is wrong under ``vmap``."""
+    return torch.linalg.vector_norm(a[..., :, None, :] - b[..., None, :, :], p, -1)
+
+
 def _index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
     """Boolean masks as positions, which are constants where the masks are."""
-    if all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in indices):
-        return NotImplemented
-    return aten.index.Tensor(x, _positions(indices))
+    return aten.index.Tensor(x, _positions(indices)) if any(map(_is_mask, indices)) else NotImplemented
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for i in indices:
-        masks = i is not None and i.dtype in (torch.bool, torch.uint8)
-        found.extend(i.nonzero().unbind(1) if masks else (i,))
+        found.extend(i.nonzero().unbind(1) if i is not None and _is_mask(i) else (i,))
     return found
 
 
@@ -120,27 +140,48 @@ def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
     return aten.index.Tensor(x, _positions([mask]))
 
 
+def _index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    """One value at a boolean mask by a choice, and other values at a mask by positions."""
+    if not any(map(_is_mask, indices)):
+        return NotImplemented
+    *before, mask = indices
+    if mask is None or accumulate or values.numel() != 1 or any(i is not None for i in before):
+        return aten.index_put.default(x, _positions(indices), values, accumulate)
+    chosen = mask.bool().reshape(*mask.shape, *[1] * (x.ndim - len(before) - mask.ndim))
+    return torch.where(chosen, values.reshape(()), x)
+
+
+def _index_put_(x: Tensor, *rest: Any) -> Tensor:
+    """See :func:`_index_put`."""
+    made = _index_put(x, *rest)
+    return made if made is NotImplemented else x.copy_(made)
+
+
 def _as_strided(x: Tensor, size: list[int], stride: list[int], offset: int | None = None) -> Tensor:
     """Entries by their positions in memory, where x is contiguous while it is traced."""
     positions = torch.arange(x.numel(), device=x.device).as_strided(size, stride, offset or 0)
     return x.reshape(-1)[positions]
 
 
-DECOMPOSITIONS = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: _batch_norm,
     aten.index.Tensor: _index,
+    aten.index_put.default: _index_put,
+    aten.index_put_.default: _index_put_,
     aten.masked_select.default: _masked_select,
 }
 """Replacements whose parts are recorded in a graph."""
 
-REPLACEMENTS = {
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: _embedding,
     aten._prelu_kernel.default: _prelu,
     aten.copy.default: _copy,
     aten._linalg_solve_ex.default: _solve,
+    aten.linalg_lu_solve.default: _lu_solve,
     aten._linalg_det.default: _det,
     aten._linalg_slogdet.default: _slogdet,
     aten.linalg_lstsq.default: _lstsq,
+    aten._cdist_forward.default: _cdist,
     aten.as_strided.default: _as_strided,
 }
 """Replacements that run in the place of an operation of a graph."""

@@ -92,21 +92,27 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         BadInput: the network cannot be traced.
     """
     names = tuple(parameters)
-    fixed = {key: t for key, t in _named_tensors(module) if key not in parameters}
+    frozen = {key: w.detach() for key, w in module.named_parameters() if key not in parameters}
+    fixed = {key: t.cpu() for key, t in (*frozen.items(), *module.named_buffers())}
     keys = (*names, *fixed)
+    trained = [t.detach().cpu().requires_grad_() for t in parameters.values()]
 
     def forward(*tensors: Tensor) -> Tensor:
-        with as_autograd_sees_it((*tensors[: len(names)], tensors[-1])):
-            return functional_call(module, dict(zip(keys, tensors, strict=False)), (tensors[-1],)).reshape(-1)
+        *_, x = tensors
+        network = lambda: functional_call(module, dict(zip(keys, tensors, strict=False)), (x,)).reshape(-1)  # noqa: E731
+        return as_autograd_sees_it(network, (*tensors[: len(names)], x))
 
-    on_cpu = [t.detach().cpu() for t in (*parameters.values(), *fixed.values(), x[:1])]
+    def inputs() -> list[Tensor]:  # buffers may be written to
+        own = (t if key in frozen else t.clone() for key, t in fixed.items())
+        return [*trained, *own, x[:1].detach().cpu()]
+
     with untraceable("its forward pass"), plain_operations(module):
         # Twice: in-place changes inside a composite operation only show once it is decomposed.
         with torch.enable_grad():
-            traced = make_fx(forward, decomposition_table=DECOMPOSITIONS)(*on_cpu)
+            traced = make_fx(forward, decomposition_table=DECOMPOSITIONS)(*inputs())
         with torch.no_grad():
-            traced = make_fx(functionalize(traced))(*on_cpu)
-            constants = _fold(traced, dict(zip(fixed, on_cpu[len(names) : -1], strict=True)), len(names))
+            traced = make_fx(functionalize(traced))(*inputs())
+            constants = _fold(traced, fixed, len(names))
     for node in traced.graph.nodes:
         if "device" in node.kwargs:
             node.update_kwarg("device", x.device)
@@ -114,11 +120,6 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
             raise BadInput("as_strided of a tensor that is itself a view cannot be traced")
     free_layout(traced.graph)
     return SampleGraph(traced.graph, names, {key: t.to(x.device) for key, t in constants.items()})
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((key, w.detach()) for key, w in module.named_parameters())
-    yield from module.named_buffers()
 
 
 def _fills_its_storage(value: Tensor) -> bool:
@@ -145,6 +146,7 @@ def _fold(traced: fx.GraphModule, fixed: Mapping[str, Tensor], parameters: int) 
         # What the network leaves behind in its buffers, and warnings of singular matrices.
         if node.target in (aten.copy_.default, aten._linalg_check_errors.default):
             graph.erase_node(node)
+    graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     known: dict[fx.Node, Any] = dict(zip(placeholders[parameters:-1], fixed.values(), strict=True))
     for node in graph.nodes:
@@ -154,7 +156,7 @@ def _fold(traced: fx.GraphModule, fixed: Mapping[str, Tensor], parameters: int) 
             like = lambda n: known[n] if n in known else _empty(n.meta["val"])  # noqa: E731
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), like)
             known[node] = node.target(*args, **kwargs)
-    constants = {}
+    constants: dict[str, Tensor] = {}
     for node, value in known.items():
         if isinstance(value, Tensor) and any(user not in known for user in node.users):
             name = f"constant_{len(constants)}"
