@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
 
 import ntkbench
 from ntkbench.errors import BadInput
 from ntkbench.layerwise import contraction, sample_kernels
-from ntkbench.layerwise.factors import Lookups, Products
+from ntkbench.layerwise.factors import Lookups, Products, Tied
 from ntkbench.layerwise.kernel import LayerwiseKernel, mirror
 from ntkbench.layerwise.tuning import Tuning
 from ntkbench.operators.certificate import Uncertified
@@ -158,6 +159,12 @@ KINDS = {
     "a power": (lambda: Bare(lambda x, w: (1 + x**2) ** w, (5,)), VECTORS),
     "a product of weights": (lora, VECTORS),
     "tied, one transposed": (tied_autoencoder, VECTORS),
+    "tied sequences": (lambda: Bare(lambda x, w: torch.tanh(torch.tanh(x @ w.T) @ w).mean(1), (3, 6)), SEQUENCES),
+    "tied convolutions": (
+        lambda: Bare(lambda x, w: F.conv_transpose2d(torch.tanh(F.conv2d(x, w)), w).mean((2, 3)), (3, 2, 2, 2)),
+        IMAGES,
+    ),
+    "tied, then once more": (lambda: Bare(lambda x, w, v: torch.tanh(x @ w) @ w.T @ v @ w, (5, 4), (5, 5)), VECTORS),
     "called twice": (lambda: Call(nn.Linear(5, 5), lambda f, x: f(torch.tanh(f(x)))), VECTORS),
     "convolution called twice": (
         lambda: Call(nn.Conv2d(2, 2, 3, padding=1), lambda f, x: f(torch.tanh(f(x)))),
@@ -183,7 +190,6 @@ FALLBACKS = {
     "weight norm": {"parametrizations.weight.original1"},
     "a product of weights": {"weights.0"},
     "overlapping parts of a weight": {"weights.0"},
-    "tied, one transposed": {"weights.0"},
 }
 
 
@@ -209,7 +215,8 @@ def test_embeddings(padding):
     model = Call(nn.Embedding(6, 4, padding_idx=padding), lambda e, x: torch.tanh(e(x)).sum(1))
     assert not holds(model, torch.randint(0, 6, (5, 7))).fallbacks()
     assert not holds(model, torch.randint(0, 6, (5, 1))).fallbacks()
-    assert set(holds(tied_embedding(), torch.randint(0, 7, (3, 4))).fallbacks()) == {"layer.weight"}
+    for positions in (1, 4, 40):
+        assert not holds(tied_embedding(), torch.randint(0, 7, (3, positions))).fallbacks()
 
 
 @st.composite
@@ -358,13 +365,56 @@ def test_contractions_are_products_of_explicit_gradients(N, K, groups, C, D, S, 
 def test_lookups_are_products_with_unit_vectors(N, K, C, S, memory, tuning):
     torch.manual_seed(0)
     numbers, g = torch.randint(-1, 4, (N, S)), torch.randn(N, K, C, S).double()
-    units = torch.nn.functional.one_hot(numbers.clamp(min=0), 4).double() * (numbers >= 0)[..., None]
+    units = F.one_hot(numbers.clamp(min=0), 4).double() * (numbers >= 0)[..., None]
     rows = torch.einsum("nsv,nkcs->nkvc", units, g).reshape(N * K, -1)
     theta = torch.zeros(N, K, N, K).double()
     contraction.add(theta, Lookups(numbers, g), None, memory, tuning)
     assert torch.allclose(theta.flatten(2).flatten(0, 1).tril(), (rows @ rows.T).tril(), atol=1e-12)
     diagonal = contraction.diagonal(Lookups(numbers, g), memory, tuning)
     assert torch.allclose(diagonal.reshape(-1), (rows**2).sum(1), atol=1e-12)
+
+
+@given(
+    N=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    K=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    C=st.integers(1, 4),
+    D=st.integers(1, 4),
+    S=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    table=st.booleans(),
+    symmetric=st.booleans(),
+    folded=st.booleans(),
+    memory=st.integers(1, 5000),
+    tuning=tunings(),
+)
+def test_a_tied_weight_is_the_sum_of_both_its_uses(N, K, C, D, S, table, symmetric, folded, memory, tuning):
+    torch.manual_seed(0)
+
+    def made(N, K, S, T):
+        other = factors(N, K, 1, D, C, T)
+        if not table:
+            one = factors(N, K, 1, C, D, S)
+            return Tied(one, other), torch.einsum("nds,nkcs->nkcd", one.a[:, 0], one.g[:, :, 0])
+        one = Lookups(torch.randint(-1, D, (N, S)), torch.randn(N, K, C, S).double())
+        units = F.one_hot(one.rows.clamp(min=0), D).double() * (one.rows >= 0)[..., None]
+        return Tied(one, other), torch.einsum("nsd,nkcs->nkcd", units, one.g)
+
+    K = (K[0], K[0]) if folded else K
+    sets = [made(N[0], K[0], *S), made(N[1], K[1], *S[::-1])]
+    left, right = sets[0], sets[0] if symmetric else sets[1]
+    rows = [(one + torch.einsum("nct,nkdt->nkcd", t.other.a[:, 0], t.other.g[:, :, 0])) for t, one in (left, right)]
+    c = torch.randn(N[0], K[0]).double()
+    expected = torch.einsum("nk,nkcd->dc" if table else "nk,nkcd->cd", c, rows[0])
+    torch.testing.assert_close(left[0].gradient(c).reshape(expected.shape), expected, rtol=1e-10, atol=1e-10)
+    rows = [r.flatten(2).flatten(1)[:, None] if folded else r.flatten(2) for r in rows]
+    one, other = (t.folded() if folded else t for t, _ in (left, right))
+    theta = torch.zeros(N[0], rows[0].shape[1], len(rows[1]), rows[1].shape[1]).double()
+    contraction.add(theta, one, None if symmetric else other, memory, tuning)
+    found, expected = theta.flatten(2).flatten(0, 1), rows[0].flatten(0, 1) @ rows[1].flatten(0, 1).T
+    found, expected = (found.tril(), expected.tril()) if symmetric else (found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if not folded:
+        squares = contraction.diagonal(left[0], memory, tuning)
+        torch.testing.assert_close(squares, rows[0].square().sum(-1), rtol=1e-10, atol=1e-10)
 
 
 def test_the_cheaper_order_is_taken_by_counting():

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied
 from ntkbench.layerwise.tuning import Tuning
 
 Pairs = TypeVar("Pairs", Products, Lookups)
@@ -48,6 +48,8 @@ def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, mem
                 return
             for rows, columns in _explicit(one, other, symmetric, memory):
                 _add_rows(theta, rows, columns, symmetric, tuning)
+        case Tied() as one, Tied() as other:
+            _add_tied(theta, one, other, symmetric, memory, tuning)
         case _:
             raise TypeError(f"rows are {type(left).__name__}, columns are {type(right).__name__}")
 
@@ -86,6 +88,8 @@ def diagonal(factors: GradientFactors, memory: int, tuning: Tuning) -> Tensor:
     """
     if isinstance(factors, Rows):
         return torch.linalg.vecdot(factors.rows, factors.rows)
+    if isinstance(factors, Tied):
+        return _tied_diagonal(factors, memory, tuning)
     N, K = factors.g.shape[:2]
     if isinstance(factors, Products):
         _, _, groups, C, D, S = factors.sizes
@@ -210,6 +214,59 @@ def _add_positions(
         carried = h[columns] @ gram.view(count, T, -1)  # [columns, K2 * C, rows * S]
         carried = carried.view(count, K2, C, -1, S).permute(3, 2, 4, 0, 1).reshape(N1 - rows.start, C * S, -1)
         theta[rows, :, columns] += (g[rows] @ carried).view(-1, K1, count, K2)
+
+
+def _add_tied(theta: Tensor, left: Tied, right: Tied, symmetric: bool, memory: int, tuning: Tuning) -> None:
+    """Both kinds of gradients on their own and their cross terms, or the explicit gradients if that is cheaper."""
+    N1, K1, C, D, S, T = left.sizes
+    N2, K2, *_, S2, T2 = right.sizes
+    half = 1 + symmetric
+    crossed = N1 * N2 * (S * T2 * (K2 * D + K1 * C + K1 * K2) + S2 * T * (K1 * D + K2 * C + K1 * K2)) / half
+    made = N1 * K1 * (S + T + 2 * tuning.entry_cost) + (0 if symmetric else N2 * K2 * (S2 + T2 + 2 * tuning.entry_cost))
+    if crossed > C * D * (made + N1 * K1 * N2 * K2 / half):
+        rows = N1 * K1 + (0 if symmetric else N2 * K2)
+        for channels in _slices(C, min(C, _pieces(C, 3 * rows * D * theta.element_size(), memory))):
+            one = left.explicit(channels)
+            _add_rows(theta, one, one if symmetric else right.explicit(channels), symmetric, tuning)
+        return
+    for part, against in zip(left.parts(), right.parts(), strict=True):
+        add(theta, part, None if symmetric else against, memory, tuning)
+    pairs = max(1, memory // (2 * max(S * T2, S2 * T) * (K1 + K2) * theta.element_size()))
+    for row in _slices(N1, _pieces(N1, N2, pairs)):
+        for column in _slices(row.stop if symmetric else N2, _pieces(N2, row.stop - row.start, pairs)):
+            mine, theirs = left.samples(row), right.samples(column)
+            theta[row, :, column] += _crossed(mine, theirs) + _crossed(theirs, mine).permute(2, 3, 0, 1)
+
+
+def _crossed(left: Tied, right: Tied) -> Tensor:
+    """Inner products of the gradients of one kind at ``left`` with those of the other kind at ``right``."""
+    one, h, b = left.one, right.other.g[:, :, 0], right.other.a[:, 0]  # h [N, K, D, T], b [N, C, T]
+    if isinstance(one, Lookups):
+        inputs = h[:, :, one.rows.clamp(min=0)] * (one.rows >= 0)[..., None]
+        inputs, g = inputs.permute(2, 3, 0, 1, 4), one.g
+    else:
+        inputs, g = torch.einsum("mds,nldt->msnlt", one.a[:, 0], h), one.g[:, :, 0]
+    outputs = torch.einsum("mkcs,nct->mksnt", g, b)
+    if left.summed:
+        return torch.einsum("msnkt,mksnt->mn", inputs, outputs)[:, None, :, None]
+    return torch.einsum("msnlt,mksnt->mknl", inputs, outputs)
+
+
+def _tied_diagonal(factors: Tied, memory: int, tuning: Tuning) -> Tensor:
+    """See :func:`diagonal`."""
+    N, K, C, D, S, T = factors.sizes
+    item = factors.other.g.element_size()
+    if (S + T + 2 * tuning.entry_cost) * C * D < S * T * (C + D):
+        squares = factors.other.g.new_zeros(N, K)
+        for channels in _slices(C, min(C, _pieces(C, 3 * N * K * D * item, memory))):
+            rows = factors.explicit(channels)
+            squares += torch.linalg.vecdot(rows, rows)
+        return squares
+    found = [diagonal(part, memory, tuning) for part in factors.parts()]
+    crossed = [factors.samples(slice(n, n + 1)) for n in range(N)]
+    return (
+        found[0] + found[1] + 2 * torch.cat([_crossed(one, one)[:, :, 0].diagonal(dim1=1, dim2=2) for one in crossed])
+    )
 
 
 def _triangle(N: int, K: int, symmetric: bool, tuning: Tuning, pieces: int = 1) -> Iterator[slice]:

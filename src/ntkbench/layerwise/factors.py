@@ -7,6 +7,7 @@ outputs. The classes here hold such sums by their factors, for K output directio
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import final
 
@@ -107,7 +108,63 @@ class Rows:
         return Rows(self.rows[chosen])
 
 
-GradientFactors = Products | Lookups | Rows
+@final
+@dataclass(frozen=True)
+class Tied:
+    """Gradients of a matrix W that is used as it is and transposed, such as an embedding that is also the readout.
+
+    They are sum_s g_s (x) a_s + (sum_t h_t (x) b_t)^T, with the sizes of a and h, and of g and b, the same.
+
+    Attributes:
+        one: the former, of one group.
+        other: the latter, not yet transposed, of one group.
+        summed: whether contractions sum over the K directions.
+    """
+
+    one: Products | Lookups
+    other: Products
+    summed: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """N, K, C, D, S, T: g and b have C entries, a and h have D."""
+        N, K, _, D, C, T = self.other.sizes
+        return N, K, C, D, self.one.g.shape[-1], T
+
+    def folded(self) -> Tied:
+        """See :meth:`Products.folded`."""
+        return dataclasses.replace(self, summed=True)
+
+    def parts(self) -> tuple[Products | Lookups, Products]:
+        """Both kinds of gradients on their own."""
+        return (self.one.folded(), self.other.folded()) if self.summed else (self.one, self.other)
+
+    def samples(self, chosen: slice) -> Tied:
+        """The factors of a slice of samples."""
+        return dataclasses.replace(self, one=self.one.samples(chosen), other=self.other.samples(chosen))
+
+    def gradient(self, c: Tensor) -> Tensor:
+        """See :meth:`Products.gradient`; ``[1, C, D]``, or for a table ``[D, C]``."""
+        other = self.other.gradient(c)
+        if isinstance(self.one, Lookups):
+            return self.one.gradient(c, other.shape[1]) + other[0]
+        return self.one.gradient(c) + other.mT
+
+    def explicit(self, channels: slice) -> Tensor:
+        """Explicit gradients by some of the C channels, ``[N, K, channels * D]``."""
+        D = self.sizes[3]
+        if isinstance(self.one, Lookups):
+            looked_up = self.one.rows[:, None] == torch.arange(D, device=self.one.rows.device)[:, None]
+            one = Products(looked_up.to(self.one.g.dtype)[:, None], self.one.g[:, :, None])
+        else:
+            one = self.one
+        every = slice(None)
+        other = Products(self.other.a[:, :, channels], self.other.g).explicit(every, every)
+        rows = one.explicit(every, channels) + other.unflatten(2, (D, -1)).mT.flatten(2)
+        return rows.flatten(1)[:, None] if self.summed else rows
+
+
+GradientFactors = Products | Lookups | Tied | Rows
 
 
 def concatenate(uses: list[Products | Lookups]) -> Products | Lookups:

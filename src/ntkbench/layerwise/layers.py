@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, concatenate, with_ones
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, concatenate, with_ones
 from ntkbench.layerwise.rules import Use, rule_for
 from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten
 
@@ -27,15 +27,23 @@ class Layer:
 
     Attributes:
         parameters: name of the weight, and of the bias if there is one.
-        uses: operations, all with the weight's entries in the same arrangement.
+        uses: operations, all with the weight's entries in the same arrangement, but for the last ones.
+        transposed: how many of the last ones have them transposed.
     """
 
     parameters: tuple[str, ...]
     uses: tuple[Use, ...]
+    transposed: int = 0
 
     def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
         """The layer's gradients, from the operand and the cotangent of each use."""
-        made = concatenate([u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)])
+        each = [u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)]
+        straight = len(each) - self.transposed
+        made = concatenate(each[:straight])
+        if self.transposed:
+            other = concatenate(each[straight:])
+            assert isinstance(other, Products)
+            return Tied(made, other)
         if len(self.parameters) == 1:
             return made
         assert isinstance(made, Products)  # a table has no bias
@@ -48,7 +56,7 @@ class Layer:
         if isinstance(factors, Lookups):
             made = factors.gradient(c, len(entries))
         else:
-            assert isinstance(factors, Products)
+            assert isinstance(factors, Products | Tied)
             made = factors.gradient(c)
         if bias:
             gradients[bias[0]].add_(made[..., -1].reshape(-1))
@@ -106,12 +114,18 @@ def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
     """All trainable parameters of a graph: weights with a rule first, then those with explicit gradients."""
     arrivals = {name: list(_arrivals(node)) for name, node in graph.placeholders().items()}
     weights: dict[str, list[tuple[Use, ...]]] = {}
+    tied: dict[str, Layer] = {}
     for name, places in arrivals.items():
         uses = [use for place in places if (use := rule_for(*place))]
-        if uses and len(uses) == len(places) and (groups := _arranged_alike(uses)):
-            weights[name] = groups
-    found: list[Layer | ExplicitGradient] = []
-    taken = set(weights)
+        if uses and len(uses) == len(places):
+            groups = _arranged_alike(uses)
+            if _different(torch.cat([group[0].entries.reshape(-1) for group in groups])):
+                weights[name] = groups
+            elif both := _transposed(groups):
+                straight, transposed = both
+                tied[name] = Layer((name,), straight + transposed, len(transposed))
+    found: list[Layer | ExplicitGradient] = list(tied.values())
+    taken = set(weights) | set(tied)
     for name, groups in weights.items():
         for alike in groups:
             bias = _bias(alike, arrivals, taken)
@@ -145,8 +159,8 @@ def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]
                 yield user, node, entries
 
 
-def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]] | None:
-    """Uses grouped by their arrangement of entries; ``None`` if two different arrangements share entries."""
+def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]]:
+    """Uses grouped by their arrangement of entries."""
     groups: list[list[Use]] = []
     for use in uses:
         for group in groups:
@@ -155,8 +169,22 @@ def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]] | None:
                 break
         else:
             groups.append([use])
-    entries = torch.cat([group[0].entries.reshape(-1) for group in groups])
-    return [tuple(group) for group in groups] if _different(entries) else None
+    return [tuple(group) for group in groups]
+
+
+def _transposed(groups: list[tuple[Use, ...]]) -> tuple[tuple[Use, ...], tuple[Use, ...]] | None:
+    """Two groups of uses as such that have the same matrix and its transpose, a table first; else ``None``."""
+    if len(groups) != 2:
+        return None
+    straight, transposed = sorted(groups, key=lambda group: -_is_table(group))
+    entries, other = straight[0].entries, transposed[0].entries
+    matrix = entries if _is_table(straight) else entries[0].mT
+    same = not _is_table(transposed) and len(other) == 1 and torch.equal(other[0], matrix)
+    return (straight, transposed) if same and (_is_table(straight) or len(entries) == 1) else None
+
+
+def _is_table(group: tuple[Use, ...]) -> bool:
+    return group[0].entries.ndim == 2
 
 
 def _different(entries: Tensor) -> bool:
