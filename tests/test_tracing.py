@@ -362,6 +362,11 @@ def branch(a, b):
     return a if a[0, 0] > 0 else b
 
 
+def hooked(a, b):
+    a.register_hook(lambda g: 2 * g)
+    return a * b
+
+
 def detached_alias(a, b):
     z = a * 1
     z.detach().mul_(2)
@@ -379,6 +384,7 @@ def detached_alias(a, b):
         ("Python or NumPy", lambda a, b: a * torch.tensor(b.detach().tolist())),
         ("random numbers", lambda a, b: a * torch.rand(8)),
         ("detached alias", detached_alias),
+        ("a hook", hooked),
     ],
 )
 def test_what_a_trace_would_get_wrong_is_refused(says, operation, x):

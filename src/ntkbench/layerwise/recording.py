@@ -157,6 +157,8 @@ class _Calls(TorchFunctionMode):
                 "the forward pass hands a value that depends on x or the parameters to Python or NumPy and cannot be "
                 "traced"
             )
+        if function is torch.Tensor.register_hook:
+            raise BadInput("a hook on a gradient cannot be traced")
         if function == _DATA.__get__:
             function = torch.Tensor.detach
         if function not in _STOPS:
