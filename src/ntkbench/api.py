@@ -19,7 +19,7 @@ from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
-from ntkbench.operators.recurrent.cells import declares
+from ntkbench.operators import declares
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 

@@ -10,7 +10,6 @@ from ntkbench.errors import OverMemory
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
 from ntkbench.operators.certificate import Reference
-from ntkbench.operators.recurrent.cells import declares
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -20,6 +19,7 @@ __all__ = [
     "JacobianOperator",
     "Rng",
     "check_result",
+    "declares",
     "device_memory",
     "device_name",
     "linearise",
@@ -52,6 +52,12 @@ def linearise(
     if chunk_bytes is not None:
         j.chunk_bytes = chunk_bytes
     return j
+
+
+def declares(module: Any) -> bool:
+    """Whether a module declares a recurrence (see :class:`ntkbench.operators.recurrent.cells.Recurrence`)."""
+    found = getattr(module, "recurrence", None)  # anything else of that name is the module's own affair
+    return found is not None and isinstance(found, _backend("recurrent.cells").Recurrence)
 
 
 def torch_network(problem: Problem, weights: str, target: Target) -> Any:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
-from ntkbench.operators import JacobianOperator, linearise
-from ntkbench.operators.recurrent.cells import declares
+from ntkbench.operators import JacobianOperator, declares, linearise
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 

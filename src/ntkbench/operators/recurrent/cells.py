@@ -56,11 +56,6 @@ class Recurrence:
         return Recurrence(kind, {role: f"{prefix}.{role}_l0" for role in ROLES[:4]})
 
 
-def declares(module: nn.Module) -> bool:
-    """Whether a module declares a recurrence; anything else of that name is its own affair."""
-    return isinstance(getattr(module, "recurrence", None), Recurrence)
-
-
 def declared(module: nn.Module) -> Recurrence:
     """The recurrence that a module declares, by its attribute ``recurrence``."""
     return cast(Recurrence, module.recurrence)

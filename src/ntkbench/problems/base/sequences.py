@@ -13,7 +13,8 @@ from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, summary
 from ntkbench.modules import copied, frozen
 from ntkbench.networks.recurrent import States
-from ntkbench.operators.recurrent.cells import declared, declares
+from ntkbench.operators import declares
+from ntkbench.operators.recurrent.cells import declared
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import from_module, same_samples
