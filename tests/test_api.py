@@ -228,6 +228,13 @@ def test_each_call_sees_the_mode_the_model_is_in():
     assert values[0] != pytest.approx(values[1], rel=1e-3)
 
 
+class Steep(nn.Linear):
+    """Outputs are zero, and their gradients infinite times zero."""
+
+    def forward(self, x):
+        return torch.sqrt(0 * super().forward(x))
+
+
 class Neighbours(nn.Module):
     """Mixes each sample with the one before it."""
 
@@ -374,6 +381,13 @@ class Raw(nn.Module):
         bad("unknown device 'tpu'", lambda: ntkbench.trace(net(), X, device="tpu")),
         bad("unknown device 'cuda:x'", lambda: ntkbench.trace(net(), X, device="cuda:x")),
         bad("memory must be a positive number of bytes", lambda: ntkbench.trace(net(), X, memory=0)),
+        bad("memory must be a whole number, got '1GB'", lambda: ntkbench.trace(net(), X, memory="1GB")),
+        bad("seed must be from 0 to", lambda: ntkbench.trace(net(), X, seed=-1)),
+        bad("seed must be from 0 to", lambda: ntkbench.ntk(net(), X, seed=2**70)),
+        bad("gradient is not finite", lambda: ntkbench.trace(Steep(4, 2), X)),
+        bad("gradient is not finite", lambda: ntkbench.norm(Steep(4, 2), X, method="naive_jacobian")),
+        bad("gradient is not finite", lambda: ntkbench.norm(Steep(4, 2), X, method="gram_reverse", passes=9)),
+        bad("gradient is not finite", lambda: ntkbench.ntk(Steep(4, 2), X)),
         bad("at least one sample.*got shape \\(0, 4\\)", lambda: ntkbench.trace(net(), X[:0])),
         bad("at least one sample.*got shape \\(\\)", lambda: ntkbench.trace(net(), X[0, 0])),
         bad("x must be a torch tensor.*got ndarray", lambda: ntkbench.trace(net(), X.numpy())),

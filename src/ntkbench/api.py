@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import numbers
 import re
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.operators import declares
+from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -100,7 +102,7 @@ def ntk(
     from ntkbench.problems.base.sequences import same_inputs, wrapped
 
     chosen = sample_kernels.get(kernel)
-    seed, memory = _whole("seed", seed), _positive("memory", memory, " of bytes")
+    seed, memory = _seed(seed), _positive("memory", memory, " of bytes")
     with ambient.own_settings():
         problem = wrapped(model, x1, dtype=_dtype_name(dtype))
         if problem.samples_interact and x2 is not None:
@@ -118,10 +120,16 @@ def ntk(
         with _on_device(index), ambient.own_settings(target.dtype, _made_on(target, index)):
             for way in ways:
                 try:
-                    return way(problem, columns, chosen, target, seed)
+                    return _finite(way(problem, columns, chosen, target, seed))
                 except Exception as error:  # whatever a way does to a network, the next one may work
                     reasons.append(f"{way.__name__[1:].replace('_', ' ')}: {errors.reason(error)}")
         raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
+
+
+def _finite(kernel: torch.Tensor) -> torch.Tensor:
+    if not bool(kernel.isfinite().all()):
+        raise BadInput("the kernel has entries that are nan or infinite: gradients are not finite, or overflow")
+    return kernel
 
 
 def _layer_by_layer(
@@ -325,7 +333,7 @@ def _estimates(
     from ntkbench.problems.base.sequences import wrapped
 
     chosen = None if method == "auto" else methods.get(method)
-    seed, memory = _whole("seed", seed), _positive("memory", memory, " of bytes")
+    seed, memory = _seed(seed), _positive("memory", memory, " of bytes")
     if passes is not None:
         passes = _positive("passes", passes)
         if chosen is not None and not chosen.takes_passes:
@@ -371,7 +379,11 @@ def _named(
     """What a method that was asked for by name gives, or one line that says why it does not."""
     try:
         return _by(method, problem, names, target, passes, rtol, confidence, seed, False)
-    except errors.NtkbenchError:
+    except errors.NtkbenchError as error:
+        if isinstance(error, Uncertified):
+            raise Uncertified(
+                f"{method.name} cannot give the {' and '.join(names)} of this network: {error}"
+            ) from error
         raise
     except Exception as error:
         kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
@@ -407,8 +419,13 @@ def _by(
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = method.prepare(problem, target)
     if budget is not None and isinstance(method, Incremental):
-        return method.estimates(prepared, names, budget, seed, rtol, confidence)
-    return {metric: method.estimate(prepared, metric, budget, seed) for metric in names}
+        found = method.estimates(prepared, names, budget, seed, rtol, confidence)
+    else:
+        found = {metric: method.estimate(prepared, metric, budget, seed) for metric in names}
+    for metric, estimate in found.items():
+        if not math.isfinite(estimate.value):
+            raise BadInput(f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow")
+    return found
 
 
 def choices(
@@ -459,6 +476,13 @@ def _whole(what: str, value: object) -> int:
     return int(value)
 
 
+def _seed(value: object) -> int:
+    seed = _whole("seed", value)
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"seed must be from 0 to 2^63 - 1, got {seed}")
+    return seed
+
+
 def _positive(what: str, value: object, unit: str = "") -> int:
     number = _whole(what, value)
     if number <= 0:
@@ -489,7 +513,13 @@ def _device(model: nn.Module, device: str | torch.device | None) -> tuple[str, i
     match = re.fullmatch(r"(cpu|cuda):([0-9]+)", name)
     if not match:
         return name, None
-    return match[1], int(match[2]) if match[1] == "cuda" else None
+    if match[1] == "cpu":
+        return "cpu", None
+    import torch
+
+    if int(match[2]) >= torch.cuda.device_count():
+        raise Unavailable(f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return "cuda", int(match[2])
 
 
 def _made_on(target: Target, index: int | None) -> str | None:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import array_api_compat
 import numpy as np
 
-from ntkbench.errors import NtkbenchError
+from ntkbench.errors import BadInput
 from ntkbench.operators import arrays
 from ntkbench.operators.arrays import Array
 
 
-class Uncertified(NtkbenchError):
+class Uncertified(BadInput):
     """A result that plain automatic differentiation of the network contradicts, and that is therefore not given."""
 
 
