@@ -387,9 +387,7 @@ def _named(
         raise
     except Exception as error:
         kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
-        raise kind(
-            f"{method.name} cannot give the {' and '.join(names)} of this network: {errors.summary(error)}"
-        ) from error
+        raise kind(f"{refused}: {errors.summary(error)}") from error
 
 
 def _by(
