@@ -377,13 +377,12 @@ def _named(
     seed: int,
 ) -> dict[str, Estimate]:
     """What a method that was asked for by name gives, or one line that says why it does not."""
+    refused = f"{method.name} cannot give the {' and '.join(names)} of this network"
     try:
         return _by(method, problem, names, target, passes, rtol, confidence, seed, False)
-    except errors.NtkbenchError as error:
-        if isinstance(error, Uncertified):
-            raise Uncertified(
-                f"{method.name} cannot give the {' and '.join(names)} of this network: {error}"
-            ) from error
+    except Uncertified as error:
+        raise Uncertified(f"{refused}: {error}") from error
+    except errors.NtkbenchError:
         raise
     except Exception as error:
         kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
