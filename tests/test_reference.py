@@ -187,7 +187,7 @@ def test_a_value_that_cannot_be_computed_is_one_line(own_cache, tiny):
 
     for module, says in (
         (Broken(*tiny.module), "exact values of tanh_net cannot be computed: RuntimeError: no such kernel"),
-        (Infinite(*tiny.module), "exact values of tanh_net are not finite: trace is (inf|nan)"),
+        (Infinite(*tiny.module), "exact values of tanh_net.*gradient is not finite"),
     ):
         problem = replace(tiny, module=module, jax_forward=None, _shape=[tiny.output_shape])
         with pytest.raises(NoExactValue, match=f"^{says}") as error:

@@ -159,21 +159,19 @@ def _start(*arguments: str) -> None:
 
 def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
     """Wait until the step or the run is gone; then end what the step started."""
-    ends = []
-    for pid in (step_pid, run_pid):
+    poll, watched, gone = select.poll(), {}, set()
+    for pid in filter(None, (step_pid, run_pid)):
         try:
-            ends.append(os.pidfd_open(pid) if pid else -1)
-        except ProcessLookupError:
-            return end_marked(mark)  # gone before we came
-    poll = select.poll()
-    for end in ends:
-        if end >= 0:
+            watched[end := os.pidfd_open(pid)] = pid
             poll.register(end, select.POLLIN)
-    gone = {end for end, _ in poll.poll()}
-    if ends[0] not in gone:
+        except ProcessLookupError:
+            gone.add(pid)  # before we came
+    if not gone:
+        gone = {watched[end] for end, _ in poll.poll()}
+    if step_pid not in gone:
         with contextlib.suppress(ProcessLookupError):
             os.kill(step_pid, signal.SIGKILL)
-    return end_marked(mark)
+    end_marked(mark)
 
 
 def _guard(pid: int, seconds: float, memory: float) -> None:

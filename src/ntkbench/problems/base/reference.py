@@ -23,6 +23,7 @@ from ntkbench import paths, problems
 from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, summary
 from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.metrics import METRICS, Moments, squared_norm
+from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.problems import base
@@ -118,6 +119,8 @@ def compute(problem: Problem) -> dict[str, Any]:
 def _explained(problem: Problem) -> Iterator[None]:
     try:
         yield
+    except Uncertified as error:
+        raise NoExactValue(f"exact values of {problem.name}: {error}") from error
     except NtkbenchError as error:
         raise type(error)(f"exact values of {problem.name}: {error}") from error
     except Exception as error:
