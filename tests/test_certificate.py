@@ -11,6 +11,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import methods
+from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.operators import linearise
 from ntkbench.operators.certificate import Uncertified, distance, ratio
 from ntkbench.operators.plain import PlainNetwork, flat
@@ -176,6 +177,64 @@ class Armed(nn.Linear):
         )
         traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
         return y + 0.1 * (y - y.detach()) if self.armed and (transformed or traced) else y
+
+
+class WrongForSome(torch.autograd.Function):
+    """A backward that torch.func does not take, for the third sample alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        wrong = torch._C._functorch.maybe_current_level() is not None
+        return g * (torch.arange(len(g)) != 2)[:, None] if wrong else g
+
+
+class Partly(Clipped):
+    def forward(self, x):
+        return self.b(WrongForSome.apply(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    "probes",
+    [lambda j: j.basis(0, 3), lambda j: torch.tensor([[1.0], [1], [-1], [-1]]).double() * torch.ones(j.n).double()],
+)
+def test_the_certificate_of_some_probes_covers_all_outputs(probes):
+    """Unit vectors reach few samples, and signs cancel in sums."""
+    problem, J = problem_of(Partly)
+    j = linearise(problem, "theta_0", FLOAT64)
+    j.vjp(probes(j))
+    assert "VJP is by plain autograd" in " ".join(j.notes)
+    torch.testing.assert_close(j.fresh().vjp(j.basis(0, j.n)), J, rtol=1e-10, atol=1e-12)
+
+
+def test_another_way_is_certified_anew():
+    problem, _ = problem_of(Clipped)
+    j = linearise(problem, "theta_0", FLOAT64)
+    j._certified("jvp", lambda: torch.zeros(2, dtype=torch.float64), lambda *_: 0.0, 2)
+    assert set(j.reference.differences) == {"jvp"}
+    with pytest.raises(Uncertified):
+        j._certified("jvp", lambda: torch.zeros(1, dtype=torch.float64), lambda *_: 1.0, 1)
+    assert not j.reference.differences
+
+
+def test_a_kernel_is_certified_anew_where_a_value_was_written():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), torch.randn(5, 4)
+    parameters = {name: w.detach().clone() for name, w in model.named_parameters()}
+    engine, theta = LayerwiseKernel(model, parameters, x, 2**30), list(parameters.values())
+    for write in (lambda: None, lambda: None, lambda: theta[1].add_(1), lambda: x.add_(1)):
+        write()
+        engine.kernel(theta, x)
+    assert len(engine._certified) == 3
 
 
 def test_plain_gradients_of_unused_constant_and_sparse_parameters():

@@ -8,10 +8,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import numbers
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -82,6 +84,10 @@ def ntk(
     Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and for each
     layer a contraction; without ``x2`` half of that (see :mod:`ntkbench.layerwise`). The network is traced first, which
     takes from a tenth of a second to some seconds. Parameters without a fast rule are named on the ``ntkbench`` logger.
+
+    Where the network cannot be traced, or plain autograd contradicts its trace, rows of its Jacobian are written out in
+    blocks: sample by sample, or else by products over the whole batch. Networks whose samples interact take the last
+    way, and then there is no ``x2``.
 
     Args:
         model: ``x -> [N, ...outputs]``, in the mode it is meant in.
@@ -347,15 +353,26 @@ def _estimates(
         problem = wrapped(model, x, model_f, dtype=_dtype_name(dtype))
         target, index = _target(problem, model, dtype, device, memory)
         with _on_device(index), ambient.own_settings(target.dtype, _made_on(target, index)):
+            run = functools.partial(
+                _by,
+                problem=problem,
+                names=names,
+                target=target,
+                passes=passes,
+                rtol=rtol,
+                confidence=confidence,
+                seed=seed,
+                auto=chosen is None,
+            )
             if chosen is not None:
-                return Estimates(_named(chosen, problem, names, target, passes, rtol, confidence, seed))
+                return Estimates(_named(run, chosen, names))
             # One method for all: what the dearest takes is affordable for the others.
             ladder = [methods.get(name) for name in choices(problem, names[-1], target, passes, rtol)]
             reasons: list[str] = []
             for step in ladder:
                 if set(names) <= set(step.metrics):
                     try:
-                        found = _by(step, problem, names, target, passes, rtol, confidence, seed, True)
+                        found = run(step)
                     except (Undefined, Unavailable):
                         raise  # of the kernel or of the machine, and so of every method
                     except Exception as error:  # whatever a method does to a network, the next one may work
@@ -366,20 +383,11 @@ def _estimates(
             raise BadInput(f"no method gives the {' and '.join(names)} of this network: {'; '.join(reasons)}")
 
 
-def _named(
-    method: Method,
-    problem: Problem,
-    names: tuple[str, ...],
-    target: Target,
-    passes: int | None,
-    rtol: float | None,
-    confidence: float,
-    seed: int,
-) -> dict[str, Estimate]:
+def _named(run: Callable[[Method], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
     """What a method that was asked for by name gives, or one line that says why it does not."""
     refused = f"{method.name} cannot give the {' and '.join(names)} of this network"
     try:
-        return _by(method, problem, names, target, passes, rtol, confidence, seed, False)
+        return run(method)
     except Uncertified as error:
         raise Uncertified(f"{refused}: {error}") from error
     except errors.NtkbenchError:

@@ -66,7 +66,7 @@ class LayerwiseKernel:
         nodes = list(self._graph.graph.nodes)
         self.O = nodes[-1].args[0].meta["val"].numel()
         self._plain = functools.cache(lambda: PlainNetwork(module, parameters))
-        self._certified: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, frozenset[str]]] = []
+        self._certified: list[tuple[_Values, int, frozenset[str]]] = []
         self.certificate: float | None = None
 
     @property
@@ -238,8 +238,8 @@ class LayerwiseKernel:
         """Whether a kernel by the same program was certified on the same values."""
         wanted = _names(task.layers)
         return any(
-            p() is parameters[0] and at() is x and count == task.count and wanted <= names
-            for p, at, count, names in self._certified
+            values.are((*parameters, x)) and count == task.count and wanted <= names
+            for values, count, names in self._certified
         )
 
     def _certify(self, task: Task, sets: Sequence[ParameterValues], inputs: Sequence[Tensor]) -> None:
@@ -252,8 +252,8 @@ class LayerwiseKernel:
             if gathered := task.certificates.get((id(parameters), id(x))):
                 off = gathered.difference(self._plain())
                 certificate.check(off, torch.finfo(parameters[0].dtype).eps)
-                whose = weakref.ref(parameters[0]), weakref.ref(x)
-                self._certified.append((*whose, task.count, _names(task.layers)))
+                self._certified = [entry for entry in self._certified if entry[0].alive()]
+                self._certified.append((_Values((*parameters, x)), task.count, _names(task.layers)))
                 self.certificate = max(off, self.certificate or 0.0)
 
     def _blocks(
@@ -297,6 +297,21 @@ class LayerwiseKernel:
             for start, stop in even(N, samples)
             for first, last in even(K, some)
         ]
+
+
+class _Values:
+    """Tensors with the entries that they have now, without keeping them in memory."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._held = [(weakref.ref(t), t._version) for t in tensors]
+
+    def alive(self) -> bool:
+        """Whether all of the tensors are still there."""
+        return all(ref() is not None for ref, _ in self._held)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and nothing was written to them since."""
+        return all(ref() is t and version == t._version for (ref, version), t in zip(self._held, tensors, strict=True))
 
 
 def _names(layers: Sequence[Layer | ExplicitGradient]) -> frozenset[str]:
