@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ntkbench import figures, methods
+from ntkbench import figures, methods, problems
 from ntkbench.errors import BadInput
 from ntkbench.figures import performance_profiles
 from ntkbench.figures.plotting import base, canvas, gallery, labels, styles, tasks
@@ -192,7 +192,8 @@ def test_slopes_over_a_networks_sizes_are_those_of_the_costs(tmp_path):
     grown = {tuple((middle | {size: middle[size] * f}).items()) for size in middle for f in (1, 2, 4)}
     rows = []
     for sizes in sorted(grown):
-        label = ",".join(f"{size}={value}" for size, value in sizes)
+        label = problems.check(f"fc_relu[{','.join(f'{size}={value}' for size, value in sizes)}]")
+        label = label.partition("[")[2].removesuffix("]")  # as tables have it: depth=3 is the default
         (row, *_) = synthetic([("fc_relu", label, 16, 4, 1000, 1.0)], {k: METHODS[k] for k in ("direct",)}, ["norm"])[
             lambda t: t["backend"] == "torch"
         ].to_dict("records")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ntkbench import problems
+from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, canvas, key, labels
 from ntkbench.figures.plotting.styles import Look, backends_in, looks
 
@@ -48,7 +50,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     exact["memory_mib_drawn"] = (exact["memory_bytes"] / MIB).clip(lower=FLOOR)
     points = base.measured(exact, "seconds")
     if not len(points):
-        return base.nothing(exact[KEPT], "No exact norm of a network with its N, O, width and depth in its label.")
+        return base.nothing(exact[KEPT], "No exact norm of a network with an N, an O, a width and a depth.")
     middle = {size: points[size].mode().iloc[0] for size in AXES}
     lines = {size: _varied(exact, size, middle) for size in AXES}
     style = {m: look for m, look in looks(table).items() if m in set(points["method"])}
@@ -82,15 +84,18 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose label says all four sizes, with these as columns."""
-    found = {size: table["problem"].map(lambda label, size=size: _size(label, size)) for size in AXES}
-    rows = table.assign(**found)
+    """The rows of networks with all four sizes, with these as columns; a label leaves out those at their defaults."""
+    sizes = {label: _sizes(label) for label in table["problem"].unique()}
+    found = {size: table["problem"].map(lambda label, size=size: sizes[label].get(size, math.nan)) for size in AXES}
+    rows = table.assign(**found).astype(dict.fromkeys(AXES, float))
     return rows[rows[list(AXES)].notna().all(axis=1)].copy()
 
 
-def _size(label: str, size: str) -> float:
-    match = re.search(rf"[\[,]{size}=(\d+)", label)
-    return float(match[1]) if match else math.nan
+def _sizes(label: str) -> Mapping[str, int | str]:
+    try:
+        return problems.options(label)
+    except BadInput:  # it was measured where there was such a problem
+        return {}
 
 
 def _varied(exact: pd.DataFrame, size: str, middle: dict[str, float]) -> pd.DataFrame:

@@ -73,6 +73,16 @@ def check(label: str) -> str:
     return f"{name}[{chosen}]" if chosen else name
 
 
+def options(label: str) -> dict[str, int | str]:
+    """All options of a label, those at their defaults among them, which its one spelling leaves out. Builds nothing.
+
+    Raises:
+        BadInput: there is no such problem, or it does not take the options.
+    """
+    name, chosen = _parsed(label)
+    return {key: chosen.get(key, p.default) for key, p in inspect.signature(get(name)).parameters.items()}
+
+
 @functools.lru_cache(maxsize=4)
 def load(label: str) -> Problem:
     """Build a problem from its label, such as ``"gru_hazelden"`` or ``"gru_hazelden[N=3,T=10]"``.
