@@ -1,6 +1,8 @@
 """Structured derivatives in PyTorch: exact kernels layer by layer, without a Jacobian.
 
 trace.py           one sample's forward pass as a graph of ATen operations
+recording.py       recording it so that its derivative is what autograd computes
+replacements.py    operations whose derivatives are wrong or missing under vmap
 rules.py           the structure of gradients at the operations that use weights
 layers.py          where that graph uses its parameters
 capture.py         inputs and cotangents of all layers, for all samples, layer by layer
@@ -8,6 +10,7 @@ factors.py         per-sample gradients of a layer in factored form
 contraction.py     from factors to a layer's part of Theta, by the cheaper of two orders of summation
 blocks.py          one block of a kernel
 kernel.py          the kernel: as a whole, block by block, or its diagonal
+certificate.py     the gradient that its factors make, compared with plain autograd
 sample_kernels.py  kernels between samples that approximate the NTK
 tuning.py          sizes and costs that affect speed alone
 
