@@ -203,6 +203,10 @@ class LayerwiseKernel:
         self._certify(task, [parameters], [x])
         return found
 
+    def forget_certificates(self) -> None:
+        """Certify the next kernel, whatever was certified before."""
+        self._certified.clear()
+
     def passes(self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None) -> float:
         """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set."""
         rows = self._blocks(self._task(directions), sets, x, whole=True)

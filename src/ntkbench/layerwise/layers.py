@@ -9,6 +9,7 @@ is found by applying the same operations to the entries' indices.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Layer:
     def add_gradient(self, gradients: Mapping[str, Tensor], factors: GradientFactors, c: Tensor) -> None:
         """Add sum_(b, k) c_bk (gradient of direction k of sample b) to the flat gradients of the layer's parameters."""
         weight, *bias = self.parameters
-        entries = self.uses[0].entries.to(c.device)
+        entries = self.uses[0].entries
         if isinstance(factors, Lookups):
             made = factors.gradient(c, len(entries))
         else:
@@ -61,7 +62,16 @@ class Layer:
         if bias:
             gradients[bias[0]].add_(made[..., -1].reshape(-1))
             made = made[..., :-1]
-        gradients[weight].index_add_(0, entries.reshape(-1), made.reshape(-1))
+        if self._in_order:
+            gradients[weight][: made.numel()].add_(made.reshape(-1))
+        else:
+            gradients[weight].index_add_(0, entries.reshape(-1).to(c.device), made.reshape(-1))
+
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        """Whether the uses have the weight's entries as the weight has them."""
+        entries = self.uses[0].entries.reshape(-1)
+        return torch.equal(entries, torch.arange(len(entries), device=entries.device))
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,20 @@ class Reference:
         self._gradient = functools.cache(gradient)
         self._fixed: tuple[Array, Array] | None = None
 
+    def forget(self) -> None:
+        """Compare all products again when they are next used."""
+        self.differences.clear()
+        self._fixed = None
+
     def gradient(self, v: Array) -> Array:
         """J^T v for v ``[n]``, as an array like v; 1 pass."""
         found = self._gradient()(v)
         return found if isinstance(found, type(v)) else arrays.asarray_like(arrays.to_numpy(found), v)
+
+    def fixed_gradient(self, v: Array) -> Array:
+        """J^T v for v ``[n]`` without zeros, which :meth:`cotangent` gives from now on; 1 pass."""
+        self._fixed = v, self.gradient(v)
+        return self._fixed[1]
 
     def cotangent(self, like: Array, n: int) -> tuple[Array, Array]:
         """A fixed random cotangent ``[n]`` and its gradient ``[P]``, which is computed once; 1 pass."""

@@ -107,6 +107,12 @@ class PreparedProblem:
                 self._operators[name].bytes_per_probe()
         return [self._operators[name].fresh() for name in names]
 
+    def certify_again(self) -> None:
+        """Compare all products with plain autograd again when they are next used."""
+        for operator in self._operators.values():
+            if operator.reference:
+                operator.reference.forget()
+
 
 def notes(jacobians: Sequence[JacobianOperator]) -> tuple[str, ...]:
     """Notes of all operators, each once."""
