@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ntkbench import methods, problems, studies
 from ntkbench.errors import DidNotTrain
 from ntkbench.estimate import Estimate
+from ntkbench.measure.seeds import Reruns
 from ntkbench.problems.base import reference
 from ntkbench.studies import base, time_to_error
 from ntkbench.studies.time_to_error import Entrant, Goal, Truth
@@ -87,6 +88,23 @@ def test_the_budget_is_the_smallest_that_is_enough_but_for_a_factor(monkeypatch)
     assert found["error"] == pytest.approx(100 / found["passes"])
     assert {known.asked.count(passes) for passes in set(known.asked)} == {5}, "the same seeds at every budget"
     assert max(known.asked) < 4 * 200 * time_to_error.CLOSE
+
+
+def test_a_budget_that_cannot_be_enough_is_given_up_before_all_seeds_are_drawn(monkeypatch):
+    known = Known(monkeypatch)
+    found = known.entrant(0.5, seeds=51).search()
+    drawn = {passes: known.asked.count(passes) for passes in set(known.asked)}
+    assert found["seeds"] == 51 and drawn[found["passes"]] == 51
+    assert {count for passes, count in drawn.items() if 100 / passes > 0.5} == {2 + time_to_error.LOOK}
+
+
+def test_a_budget_is_not_given_up_for_what_chance_may_do():
+    entrant = Entrant(time_to_error.Settings(), Goal(problem=LABEL, metric="trace", error=0.5), None, "hutchinson")
+    tried = Reruns(1.0, "float64")
+    for value in [2.0] * 9 + [1.0] * 42:
+        tried.estimates.append(Estimate(value, 0.1, 1, "hutchinson", (), "trace"))
+        tried.seconds.append(0.0)
+        assert not entrant._is_hopeless(tried)
 
 
 def test_a_budget_that_is_never_enough_says_what_was_tried(monkeypatch):

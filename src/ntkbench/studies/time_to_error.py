@@ -1,7 +1,8 @@
 """Seconds to a given error: each method at the smallest budget that reaches it, all in turn.
 
 The smallest budget is one whose median relative error over seeds, against the exact value (or what :class:`Goal` has
-stand for it), is within the goal. Deterministic methods take part if their own error is within it. A method that does
+stand for it), is within the goal. A budget is given up before all seeds are drawn where a sign test says that it is not
+enough. Deterministic methods take part if their own error is within it. A method that does
 not get there with the largest budget, or takes too long on the way, is a row with its reason.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
+from scipy.stats import binom
 
 from ntkbench import methods, problems
 from ntkbench.errors import NtkbenchError, Unavailable
@@ -47,6 +49,10 @@ CLOSE = 1.3
 """Ratio of a budget that is enough to one that is not, below which the former counts as the smallest."""
 TOO_LONG = 5
 """Multiple of a goal's patience after which a method is given up."""
+LOOK = 10
+"""Estimates between two looks at whether a budget can still be enough."""
+HOPELESS = 1e-3
+"""Probability of as many errors over the goal, if the median were within it, below which a budget is not enough."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
 """The method whose estimates stand for exact values, its largest budget, and a seed that no other method gets."""
 NARROWER = 3
@@ -260,7 +266,16 @@ class Entrant:
             spent = f"over {TOO_LONG} times the goal's patience ({goal.patience_seconds:g} s)"
             raise Unavailable(f"{_said(passes)} take {found.seconds[-1]:.2g} s, {spent}")
         seeds = settings.seeds if isinstance(method, Stochastic) else 1
-        return found.run(lambda seed: self._estimate(passes, seed), range(len(found.seconds), seeds))
+        while len(found.seconds) < seeds and not self._is_hopeless(found):
+            batch = range(len(found.seconds), min(seeds, len(found.seconds) + LOOK))
+            found.run(lambda seed: self._estimate(passes, seed), batch)
+        return found
+
+    def _is_hopeless(self, found: Reruns) -> bool:
+        """Whether the estimates so far say enough: that the median is over the goal, or that all take too long."""
+        over = sum(error > self._goal.error for error in found.errors)
+        too_long = len(found.seconds) >= LOOK and min(found.seconds[1:]) > self._goal.patience_seconds
+        return too_long or float(binom.sf(over - 1, len(found.errors), 0.5)) < HOPELESS
 
     def _check_patience(self, found: Reruns, passes: int | None) -> None:
         goal = self._goal
