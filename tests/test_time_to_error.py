@@ -95,7 +95,7 @@ def test_a_budget_that_cannot_be_enough_is_given_up_before_all_seeds_are_drawn(m
     found = known.entrant(0.5, seeds=51).search()
     drawn = {passes: known.asked.count(passes) for passes in set(known.asked)}
     assert found["seeds"] == 51 and drawn[found["passes"]] == 51
-    assert {count for passes, count in drawn.items() if 100 / passes > 0.5} == {2 + time_to_error.LOOK}
+    assert {count for passes, count in drawn.items() if 100 / passes > 0.5} == {1 + time_to_error.LOOK}
 
 
 def test_a_budget_is_not_given_up_for_what_chance_may_do():
