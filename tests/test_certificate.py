@@ -266,3 +266,18 @@ def test_distances_of_what_is_not_finite_or_zero():
     assert distance(zero, zero) == 0 and distance(one, zero) == np.inf and distance(one, one) == 0
     assert distance(nan, one) == np.inf and distance(one, nan) == np.inf
     assert ratio(1.0, 2.0) == 0.5
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 7])
+def test_a_plain_gradient_in_parts_is_that_of_the_whole_batch(N):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(18, 2)).double()
+    x, v = torch.randn(N, 2, 8, dtype=torch.float64), torch.randn(N, 2, dtype=torch.float64)
+    plain = PlainNetwork(model, dict(model.named_parameters()))
+    sizes = []
+    plain._module.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    whole = plain.gradient(x, v)
+    for memory, largest in ((10**9, N), (1, min(N, 2))):
+        sizes.clear()
+        torch.testing.assert_close(plain.gradient(x, v, memory), whole)
+        assert max(sizes) == largest

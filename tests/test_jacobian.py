@@ -461,7 +461,7 @@ j = linearise(loaded(label), "theta_0", Target(backend, device="cpu"))
 j.jvp(j.vjp(j.basis(0, 1)))
 print("jax" in sys.modules, *(name for name in sys.modules if name.startswith("ntkbench.operators.")))
 """
-CERTIFIED = {"arrays", "base", "certificate", "plain", "plain_operations", "torch"}
+CERTIFIED = {"arrays", "base", "certificate", "memory", "plain", "plain_operations", "torch"}
 """What both backends import: products are certified by plain autograd in torch."""
 RECURRENT = CERTIFIED | {
     "recurrent",

@@ -14,7 +14,6 @@ from conftest import loaded
 
 from ntkbench import methods, problems
 from ntkbench.errors import BadInput, OverMemory, Unavailable
-from ntkbench.methods.nt_structured_derivatives import longest_scan
 from ntkbench.metrics import METRICS
 from ntkbench.operators import programs
 from ntkbench.operators.jax import network
@@ -69,10 +68,21 @@ def test_theta_is_the_jacobians(label, name):
     np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
 
 
+def test_auto_chooses_an_implementation_by_its_operations(tiny, capsys):
+    forward, weights, x = network(tiny, "theta_0", target())
+    kernel = np.asarray(programs.kernel_function(forward, "AUTO")(weights, x))
+    n = kernel.shape[0] * kernel.shape[2]
+    exact = theta_by_jacrev(forward, weights, x)
+    np.testing.assert_allclose(kernel.transpose(0, 2, 1, 3).reshape(n, n), exact, rtol=0, atol=1e-10 * exact.max())
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("impl=")]
+    assert len(said) == 3 and all(float(line.rpartition("=")[2]) > 0 for line in said)
+
+
 @pytest.mark.parametrize("label", [*LABELS, "conv_relu[N=2,O=3,width=4]", "resnet18[N=2,O=2,width=2]"])
 def test_theta_by_layers_in_torch_is_theta_in_jax(label):
     prepared = methods.get("structured_derivatives").prepare(problems.load(label), Target("torch", "float64", "cpu"))
-    theta = prepared.engine.kernel(*prepared.parameters("norm"), prepared.x).numpy()
+    (end,) = prepared.ends("norm")
+    theta = end.engine.kernel(end.parameters, end.x).numpy()
     if label in LABELS:
         exact = jacrev_of(label)
     else:
@@ -213,7 +223,7 @@ def test_scans_are_found_wherever_they_are(tiny):
     import jax
 
     def steps(forward) -> int:
-        return longest_scan(dataclasses.replace(tiny, jax_forward=forward))
+        return programs.longest_scan(dataclasses.replace(tiny, jax_forward=forward))
 
     def scan(body, x, length):
         return jax.lax.scan(lambda x, _: (body(x), None), x, length=length)[0]

@@ -6,10 +6,15 @@ import ast
 import importlib
 import re
 import shutil
+import types
 
 import pandas as pd
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import ntkbench
 from ntkbench import problems, readme
 from ntkbench.errors import BadInput
 from ntkbench.options import Target
@@ -120,7 +125,7 @@ def test_values_do_not_begin_a_line():
 def test_the_method_of_the_readme_is_one():
     """The example as it stands estimates a trace."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = (block for block in blocks if "class" in block)
+    (code,) = (block for block in blocks if "class " in block)
     namespace = {}
     exec(code, namespace)
     method = namespace["OneSidedReverse"]()
@@ -128,6 +133,60 @@ def test_the_method_of_the_readme_is_one():
     found = method.estimate(method.prepare(problem, Target("torch")), "trace", passes=2000)
     low, high = found.interval(0.9999)
     assert low < reference.exact(problem)["trace"] < high < 1.5 * low and found.passes == 2000
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, x, sizes):
+        return self.layer(torch.cat([x, sizes], 1))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, 7)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embedding(input_ids) * attention_mask[..., None]
+        return types.SimpleNamespace(logits=self.head(hidden.cumsum(1)))
+
+
+def test_the_recipes_of_the_readme_run():
+    """Each block and each line of it, on small networks."""
+    import jax.numpy as jnp
+
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    recipes = [block for block in blocks if "class " not in block and "ntkbench." in block]
+    assert len(recipes) == 5
+    torch.manual_seed(0)
+    model, trained = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in range(2))
+    x = torch.randn(6, 4)
+    given = {
+        "ntkbench": ntkbench,
+        "model": model,
+        "model_0": model,
+        "model_f": trained,
+        "trained": trained,
+        "x": x,
+        "x1": x,
+        "x2": x[:2],
+        "language_model": LanguageModel(),
+        "batch": {"input_ids": torch.arange(8).reshape(2, 4) % 7, "attention_mask": torch.ones(2, 4)},
+        "two_inputs": TwoInputs(),
+        "sizes": torch.rand(6, 1),
+        "loader": DataLoader(TensorDataset(x, torch.arange(6)), batch_size=4),
+        "one_hot_labels": torch.eye(5)[torch.arange(6) % 5],
+        "function": lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"],
+        "inputs": jnp.ones((3, 4)),
+        "parameters": {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 2))},
+        "steps": 3,
+        "train": lambda model, step: None,
+    }
+    for recipe in recipes:
+        exec(recipe, given)
 
 
 def test_what_the_readme_names_exists():

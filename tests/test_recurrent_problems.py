@@ -194,7 +194,9 @@ def test_the_jacobian_of_a_part_is_a_block_of_the_whole(name, backend, end, load
     np.testing.assert_allclose(made, block, rtol=0, atol=1e-11 * np.abs(block).max())
 
 
-@pytest.mark.parametrize("method", ["jacobian_contraction", "direct", "nt_jacobian_contraction"])
+@pytest.mark.parametrize(
+    "method", ["jacobian_contraction", "direct", "nt_jacobian_contraction", "structured_derivatives"]
+)
 def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method, load):
     part, whole = load(f"rnn_flipflop{PART}"), load("rnn_flipflop[N=2,read=outputs]")
     thetas = []
@@ -209,15 +211,3 @@ def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method
     assert chosen.unsupported_reason(part, "alignment", target) is None
     found = chosen.estimate(chosen.prepare(part, target), "alignment")
     assert found.value == pytest.approx(expected, rel=1e-9)
-
-
-def test_methods_that_trace_one_network_refuse_a_part_with_another_rest(load):
-    part, target = load(f"rnn_flipflop{PART}"), Target("torch", "float64", "cpu")
-    method = methods.get("structured_derivatives")
-    assert "traces one network" in method.unsupported_reason(part, "alignment", target)
-    with pytest.raises(BadInput, match="traces one network"):
-        method.estimate(method.prepare(part, target), "alignment")
-    assert method.unsupported_reason(part, "norm", target) is None
-    norm = method.estimate(method.prepare(part, target), "norm").value
-    assert norm == pytest.approx(reference.exact(part)["norm"], rel=1e-9)
-    assert method.unsupported_reason(load("rnn_flipflop[N=2,read=outputs]"), "alignment", target) is None

@@ -15,18 +15,24 @@ if TYPE_CHECKING:
     from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, trace
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
+    from ntkbench.kernel import Kernel
+    from ntkbench.problems.base.function import from_function
     from ntkbench.problems.base.module import from_module
     from ntkbench.problems.base.sequences import from_recurrent
+    from ntkbench.tracking import Tracker
 
 __all__ = [
     "BadInput",
     "Estimate",
+    "Kernel",
     "NtkbenchError",
     "OverMemory",
+    "Tracker",
     "Unavailable",
     "__version__",
     "alignment",
     "effective_rank",
+    "from_function",
     "from_module",
     "from_recurrent",
     "metrics_of",
@@ -39,8 +45,11 @@ _HOMES = {
     "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
+    "kernel": ("Kernel",),
+    "problems.base.function": ("from_function",),
     "problems.base.module": ("from_module",),
     "problems.base.sequences": ("from_recurrent",),
+    "tracking": ("Tracker",),
 }
 
 

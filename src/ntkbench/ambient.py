@@ -1,4 +1,4 @@
-"""The settings of PyTorch that public functions work under, whatever the caller's are."""
+"""The settings of PyTorch and JAX that public functions work under, whatever the caller's are."""
 
 from __future__ import annotations
 
@@ -69,3 +69,22 @@ def _full_precision() -> Iterator[None]:
         for flags, precision in before:
             if flags.fp32_precision != precision:
                 flags.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def own_jax_settings(dtype: str) -> Iterator[None]:
+    """The same for JAX: 64-bit numbers as the precision needs them, and JAX's own defaults for what may be in the way.
+
+    Args:
+        dtype: ``"float32"`` or ``"float64"``. Arrays that a network makes without a precision get this one.
+    """
+    import jax
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(dtype == "float64"))
+        stack.enter_context(jax.default_matmul_precision("highest"))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.disable_jit(False))
+        stack.enter_context(jax.debug_nans(False))
+        yield

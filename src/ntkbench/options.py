@@ -1,8 +1,10 @@
-"""Where and how a computation runs: backend, precision, device, memory."""
+"""Where and how a computation runs: backend, precision, device, memory; and what a user asks of an estimate."""
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
+from typing import TypedDict
 
 from ntkbench.errors import BadInput, unknown
 
@@ -45,3 +47,79 @@ class Target:
     def itemsize(self) -> int:
         """Bytes of one number."""
         return 4 if self.dtype == "float32" else 8
+
+
+class Wishes(TypedDict, total=False):
+    """The attributes of :class:`Options` as keywords."""
+
+    method: str
+    passes: int | None
+    rtol: float | None
+    confidence: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of an estimate.
+
+    Attributes:
+        method: a file name in ``ntkbench/methods``, or ``"auto"``.
+        passes: the most Jacobian passes to spend; ``None`` for the defaults.
+        rtol: a tolerance: probes are added until the interval reaches no further than this share of the value to either
+            side, or ``passes`` are spent.
+        confidence: of that interval.
+        seed: of the random probes; the same seed gives the same estimate.
+
+    Raises:
+        BadInput: a value is not allowed.
+    """
+
+    method: str = "auto"
+    passes: int | None = None
+    rtol: float | None = None
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", seed(self.seed))
+        if self.passes is not None:
+            object.__setattr__(self, "passes", positive("passes", self.passes))
+        _check_share("confidence", self.confidence)
+        if self.rtol is not None:
+            _check_share("rtol", self.rtol)
+
+
+def seed(value: object) -> int:
+    """A seed, from 0 to 2^63 - 1.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    number = _whole("seed", value)
+    if not 0 <= number < 2**63:
+        raise BadInput(f"seed must be from 0 to 2^63 - 1, got {number}")
+    return number
+
+
+def positive(what: str, value: object, unit: str = "") -> int:
+    """A positive whole number.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    number = _whole(what, value)
+    if number <= 0:
+        raise BadInput(f"{what} must be a positive number{unit}, got {value!r}")
+    return number
+
+
+def _check_share(what: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < 1:
+        raise BadInput(f"{what} must be a number between 0 and 1, both excluded, got {value!r}")
+
+
+def _whole(what: str, value: object) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise BadInput(f"{what} must be a whole number, got {value!r}")
+    return int(value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkbench.ambient import own_settings
+from ntkbench.ambient import own_jax_settings, own_settings
 from ntkbench.errors import BadInput
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class Problem:
 
     Attributes:
         name: label with sizes, such as ``"digits_mlp[N=64]"``.
-        module: ``x -> [N, ...outputs]``; ``theta_0`` or ``theta_f`` replace its own weights.
+        module: ``x -> [N, ...outputs]``; ``theta_0`` or ``theta_f`` replace its own weights. ``None`` for a function in
+            JAX (see :func:`ntkbench.problems.base.function.from_function`).
         x: inputs ``[N, ...]``.
         theta_0: weights at initialisation by parameter name. All other parameters of the module are frozen.
         theta_f: weights after training, for alignment; ``None`` where there are none.
@@ -36,10 +37,15 @@ class Problem:
         fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. Those that
             are not among them keep the module's values.
         recipe: how ``theta_f`` was trained; empty where that is not known.
+        other: another network on inputs of its own, with the same N and O, for the alignment of its kernel with that of
+            this one. ``theta_f`` is then its ``theta_0``, and samples interact if they do in either network.
+
+    Raises:
+        BadInput: N or O of the other network differ.
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module | None
     x: np.ndarray
     theta_0: Weights
     theta_f: Weights | None = None
@@ -48,13 +54,24 @@ class Problem:
     fixed_0: Weights = field(default_factory=dict)
     fixed_f: Weights = field(default_factory=dict)
     recipe: str = ""
+    other: Problem | None = None
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.other is not None:
+            if (self.N, self.O) != (self.other.N, self.other.O):
+                raise BadInput(
+                    f"kernels are aligned entry by entry, but {self.name} has {self.N} samples of {self.O} outputs and "
+                    f"{self.other.name} has {self.other.N} of {self.other.O}: N and O must be equal"
+                )
+            object.__setattr__(self, "theta_f", self.other.theta_0)
+            object.__setattr__(self, "samples_interact", self.samples_interact or self.other.samples_interact)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """``(N, ...outputs)``, from a forward pass on meta tensors, which computes nothing."""
+        """``(N, ...outputs)``, from a forward pass on shapes, which computes nothing."""
         if not self._shape:
-            self._shape.append(_output_shape(self.module, self.theta_0, self.x))
+            self._shape.append(_output_shape(self))
         return self._shape[0]
 
     @property
@@ -74,8 +91,13 @@ class Problem:
 
     @property
     def P(self) -> int:
-        """Number of parameters."""
-        return sum(w.size for w in self.theta_0.values())
+        """Number of parameters, of the larger network where there are two."""
+        own = sum(w.size for w in self.theta_0.values())
+        return own if self.other is None else max(own, self.other.P)
+
+    def end(self, which: str) -> tuple[Problem, str]:
+        """The problem whose network ``"theta_0"`` or ``"theta_f"`` belongs to, and their name there."""
+        return (self, which) if self.other is None or which == "theta_0" else (self.other, "theta_0")
 
     def weights(self, which: str) -> Weights:
         """The weights named ``"theta_0"`` or ``"theta_f"``.
@@ -90,7 +112,24 @@ class Problem:
 
     def fixed(self, which: str) -> Weights:
         """Values of frozen parameters and buffers that go with ``"theta_0"`` or ``"theta_f"``; often none."""
-        return self.fixed_0 if which == "theta_0" else self.fixed_f
+        problem, name = self.end(which)
+        return problem.fixed_0 if name == "theta_0" else problem.fixed_f
+
+    def with_inputs(self, x: np.ndarray) -> Problem:
+        """The same network at theta_0 on other inputs ``[N, ...]``; samples must not interact."""
+        shape = (len(x), *self.output_shape[1:])
+        return replace(self, x=x, theta_f=None, fixed_f={}, other=None, _shape=[shape])
+
+    @property
+    def network(self) -> nn.Module:
+        """The module.
+
+        Raises:
+            BadInput: the problem is of a function in JAX.
+        """
+        if self.module is None:
+            raise BadInput(f"{self.name} has no network in torch")
+        return self.module
 
     def digest(self) -> str:
         """Hash of the problem's identity: network, training recipe, inputs and weights.
@@ -106,23 +145,30 @@ class Problem:
         for which in ("theta_0", "theta_f"):
             weights = getattr(self, which)
             if weights is not None:
+                problem, name = self.end(which)
                 hash_arrays(digest, weights)
                 hash_arrays(digest, self.fixed(which))
-                digest.update(self._behaviour(which).encode())
+                digest.update(problem._behaviour(name).encode())
+        if self.other is not None:
+            hash_arrays(digest, {"x": self.other.x})
         return digest.hexdigest()[:16]
 
     def _behaviour(self, which: str) -> str:
+        x = self.x if self.samples_interact else self.x[:PROBED]
+        return _behaviour_in_jax(self, which, x) if self.module is None else self._of_module(self.module, which, x)
+
+    def _of_module(self, module: nn.Module, which: str, x: np.ndarray) -> str:
         import torch
 
         from ntkbench.modules import cast, copied, load
 
         with own_settings("float64"):
-            network = cast(copied(self.module), torch.float64)
+            network = cast(copied(module), torch.float64)
             load(network, {**self.fixed(which), **self.weights(which)})
             own = dict(network.named_parameters())
             theta = [own[key].requires_grad_() for key in self.weights(which)]
-            x = torch.from_numpy(self.x if self.samples_interact else self.x[:PROBED]).to(theta[0].device)
-            outputs = network(x.double() if x.is_floating_point() else x)
+            inputs = torch.from_numpy(x).to(theta[0].device)
+            outputs = network(inputs.double() if inputs.is_floating_point() else inputs)
             return signature((_projection(outputs) * outputs).sum(), theta)
 
 
@@ -136,7 +182,34 @@ def signature(value: Tensor, parameters: Sequence[Tensor]) -> str:
 
     gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
     along = sum(float((_projection(g) * g).sum()) for g in gradients)
-    return " ".join(f"{number + 0.0:.6e}" for number in (float(value.detach()), along))
+    return _to_seven_digits(float(value.detach()), along)
+
+
+def _behaviour_in_jax(problem: Problem, which: str, x: np.ndarray) -> str:
+    import jax
+    import jax.numpy as jnp
+
+    assert problem.jax_forward is not None
+    forward = problem.jax_forward
+    with own_jax_settings("float64"):
+        theta = {key: jnp.asarray(_double(w)) for key, w in problem.weights(which).items()}
+        fixed = {key: jnp.asarray(_double(w)) for key, w in problem.fixed(which).items()}
+
+        def value(theta: Mapping[str, Any]) -> Any:
+            outputs = forward({**fixed, **theta}, jnp.asarray(_double(x))).reshape(-1)
+            return (jnp.cos(jnp.arange(1, outputs.size + 1)) * outputs).sum()
+
+        found, gradients = jax.value_and_grad(value)(theta)
+        along = sum(float(np.cos(np.arange(1, g.size + 1)) @ np.asarray(g).reshape(-1)) for g in gradients.values())
+        return _to_seven_digits(float(found), along)
+
+
+def _double(array: np.ndarray) -> np.ndarray:
+    return array.astype("float64") if np.issubdtype(array.dtype, np.floating) else array
+
+
+def _to_seven_digits(*numbers: float) -> str:
+    return " ".join(f"{number + 0.0:.6e}" for number in numbers)
 
 
 def _projection(like: Tensor) -> Tensor:
@@ -153,7 +226,13 @@ def hash_arrays(digest: Any, arrays: Weights) -> None:
         digest.update(np.ascontiguousarray(array).tobytes())
 
 
-def _output_shape(module: nn.Module, weights: Weights, x: np.ndarray) -> tuple[int, ...]:
+def _output_shape(problem: Problem) -> tuple[int, ...]:
+    module, weights, x = problem.module, problem.theta_0, problem.x
+    if module is None:
+        import jax
+
+        assert problem.jax_forward is not None
+        return tuple(jax.eval_shape(problem.jax_forward, {**problem.fixed_0, **weights}, x).shape)
     import torch
     from torch.func import functional_call
 

@@ -35,6 +35,7 @@ from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
 __all__ = [
     "check_calibration",
@@ -97,7 +98,7 @@ def explicit_jacobian(problem: Problem, end: str = "theta_0") -> np.ndarray:
     """J in float64, ``[n, P]``, by a backward pass of plain autograd for each output."""
     import torch
 
-    module = copy.deepcopy(problem.module).double()
+    module = _own_module(problem).double()
     weights = problem.weights(end)
     with torch.no_grad():
         for key, w in module.named_parameters():
@@ -111,6 +112,12 @@ def explicit_jacobian(problem: Problem, end: str = "theta_0") -> np.ndarray:
         grads = torch.autograd.grad(output, theta, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
     return torch.stack(rows).numpy()
+
+
+def _own_module(problem: Problem) -> nn.Module:
+    """A copy of the problem's network in torch."""
+    assert problem.module is not None, f"{problem.name} has no network in torch"
+    return copy.deepcopy(problem.module)
 
 
 def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str, float]:
@@ -212,7 +219,7 @@ def _check_unsupported(method: Method, problem: Problem, metric: str, backend: s
         assert problem.jax_forward is not None
         return problem.jax_forward(weights, x)
 
-    module = copy.deepcopy(problem.module)
+    module = _own_module(problem)
     module.register_forward_pre_hook(shapes_only)
     idle = dataclasses.replace(problem, module=module, jax_forward=jax_forward, _shape=[])
 
@@ -400,7 +407,7 @@ def outputs_in_torch(problem: Problem, end: str, dtype: str) -> np.ndarray:
     """What the network gives in PyTorch at one end of training, ``[N, ...]``."""
     import torch
 
-    module = copy.deepcopy(problem.module).to(getattr(torch, dtype))
+    module = _own_module(problem).to(getattr(torch, dtype))
     module.load_state_dict({key: torch.from_numpy(w) for key, w in problem.weights(end).items()}, strict=False)
     x = torch.from_numpy(problem.x)
     with torch.no_grad():

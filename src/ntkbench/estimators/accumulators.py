@@ -117,7 +117,7 @@ class UStatistics(Accumulator):
     Args:
         moments: names of the moments; of ``trace`` and ``square``, or all but the trace, or all.
         strata: N.
-        dim: D.
+        dim: D, the largest where operators differ in it.
         jacobians: the operators; one, or two for alignment.
         sign: draws a number of probes.
         vectors: see :data:`Vectors`.
@@ -216,9 +216,9 @@ class UStatistics(Accumulator):
         """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment but the trace."""
         if self._names == ("trace",):
             return []
-        (k, n, dim), (k2, n2, _) = one[0].shape, other[0].shape
-        flat = [w.reshape(-1, dim) for w in one]
-        tables = self._kernel(flat, flat if one is other else [w.reshape(-1, dim) for w in other])[
+        (k, n, _), (k2, n2, _) = one[0].shape, other[0].shape
+        flat = [w.reshape(-1, w.shape[-1]) for w in one]
+        tables = self._kernel(flat, flat if one is other else [w.reshape(-1, w.shape[-1]) for w in other])[
             : len(self._names) - self._has_trace
         ]
         return [arrays.to_numpy(t).reshape(k, n, k2, n2).transpose(1, 0, 3, 2) for t in tables]

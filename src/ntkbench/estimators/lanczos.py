@@ -1,4 +1,4 @@
-"""Spectral density, largest eigenvalue and entropy effective rank of Theta, by stochastic Lanczos quadrature."""
+"""The spectrum of Theta: its density by stochastic Lanczos quadrature, its largest eigenvalues by block Lanczos."""
 
 from __future__ import annotations
 
@@ -47,6 +47,95 @@ class Density:
         trace = self.n * float((weights * nodes).sum())
         moment = self.n * float((weights * nodes * np.log(nodes)).sum())
         return math.exp(math.log(trace) - moment / trace)
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The largest eigenvalues of Theta.
+
+    Attributes:
+        values: in descending order, ``[top]``.
+        errors: each value is within this distance of an eigenvalue, ``[top]``.
+        passes: passes spent.
+        notes: whether the tolerance was not reached.
+    """
+
+    values: np.ndarray
+    errors: np.ndarray
+    passes: float
+    notes: tuple[str, ...] = ()
+
+
+EXTRA = 4
+"""Vectors of a block beyond the eigenvalues that are wanted, which separate these from the rest of the spectrum."""
+
+
+def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
+    """The largest eigenvalues of Theta = J J^T by block Lanczos with full reorthogonalisation.
+
+    The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. Ritz values are taken until the
+    residual of each of the ``top`` largest is below ``rtol`` times its value. By the residual r = Theta v - lambda v
+    there is an eigenvalue within ||r|| of lambda.
+
+    Costs 2 (top + 4) passes a step, and holds two vectors of length n for each vector of the Krylov space.
+
+    Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1.
+
+    Args:
+        j: J.
+        top: how many; at most n.
+        rtol: largest residual, relative to each value.
+        passes: the most to spend.
+        seed: of the first block.
+    """
+    before = j.passes
+    new = to_numpy(j.rng(seed).normal(min(top + EXTRA, j.n), j.n), np.float64)
+    like = j.basis(0, 1)
+    basis, images = np.empty((0, j.n)), np.empty((0, j.n))
+    while True:
+        new = _orthonormal(new, basis, epsilon(like))
+        if len(new) == 0:  # the Krylov space is exhausted
+            break
+        image = to_numpy(j.ntk(asarray_like(new, like)), np.float64)
+        basis, images = np.concatenate([basis, new]), np.concatenate([images, image])
+        projected = basis @ images.T
+        values, vectors = np.linalg.eigh((projected + projected.T) / 2)
+        values, vectors = values[::-1][:top], vectors[:, ::-1][:, :top]
+        residuals = np.linalg.norm(vectors.T @ images - values[:, None] * (vectors.T @ basis), axis=1)
+        reached = len(values) == top and bool((residuals <= rtol * values).all())
+        if reached or len(basis) == j.n or j.passes - before + 2 * len(new) > passes:
+            break
+        new = image
+    short = [f"{v:.3g} within {r:.1g}" for v, r in zip(values, residuals, strict=True) if r > rtol * v]
+    notes = (f"rtol={rtol:g} was not reached in {passes} passes: {', '.join(short)}",) if short else ()
+    return Eigenvalues(values, residuals, j.passes - before, notes)
+
+
+def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:
+    """The largest eigenvalues of a whole Theta ``[n, n]``, whose entries are right to ``eps``.
+
+    Args:
+        theta: the matrix.
+        top: how many.
+        eps: relative rounding of its entries; the errors are n times that, relative to the largest eigenvalue.
+        passes: what the matrix took.
+    """
+    values = np.linalg.eigvalsh(theta)[::-1]
+    return Eigenvalues(values[:top].copy(), np.full(top, len(theta) * eps * values[0]), passes)
+
+
+def _orthonormal(rows: np.ndarray, basis: np.ndarray, eps: float) -> np.ndarray:
+    """An orthonormal basis of what ``rows`` add to ``basis``; what is left of rounding alone is dropped."""
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows[size[:, 0] > 0] / size[size[:, 0] > 0]
+    for _ in range(2):
+        rows = rows - (rows @ basis.T) @ basis
+    _, scale, made = np.linalg.svd(rows, full_matrices=False)
+    made = made[scale > 100 * eps * len(made)]
+    for _ in range(2):
+        made = made - (made @ basis.T) @ basis
+        made = np.linalg.qr(made.T)[0].T
+    return made
 
 
 def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:

@@ -37,7 +37,7 @@ def moments_from_rows(
         return sums.moments()
 
     j = jacobians[0]
-    keep = len(jacobians) * (count or j.n) * j.P * j.itemsize <= j.memory
+    keep = sum((count or j.n) * each.P * j.itemsize for each in jacobians) <= j.memory
     kept: dict[int, list[Array]] = {}
 
     def computed(i: int) -> list[Array]:

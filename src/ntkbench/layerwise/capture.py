@@ -17,7 +17,7 @@ from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
-from ntkbench.layerwise.trace import SampleGraph, aten, free_layout, untraceable
+from ntkbench.layerwise.trace import TRACING, SampleGraph, aten, free_layout, untraceable
 
 ParameterValues = Sequence[Tensor]
 """Values of the trainable parameters, in the order in which the network was traced with them."""
@@ -28,9 +28,14 @@ LayerInputs = tuple[list[Tensor], list[Tensor]]
 Sink = Callable[[int, LayerInputs], None]
 """Takes a layer's number and its operands and cotangents."""
 
+MOST_PROGRAMS = 32
+"""Programs that are kept of one graph; those used longest ago go first."""
+
 
 class Program:
     """Forward and backward passes for one shape of inputs and directions.
+
+    It holds no values, and serves all networks with the same graph of one sample.
 
     Attributes:
         peak: largest number of bytes that a run holds, with one layer's inputs at all their positions; parameters and
@@ -41,6 +46,7 @@ class Program:
         graph: the network on one sample.
         layers: whose gradients are wanted.
         parameters: in the order of ``graph.parameters``. Of these and of the other tensors only shapes matter here.
+        constants: in the order of ``graph.constants``.
         x: inputs ``[N, ...]``.
         directions: cotangents of the outputs ``[N, K, O]``.
 
@@ -53,13 +59,13 @@ class Program:
         graph: SampleGraph,
         layers: Sequence[Layer | ExplicitGradient],
         parameters: ParameterValues,
+        constants: Sequence[Tensor],
         x: Tensor,
         directions: Tensor,
     ) -> None:
         nodes = list(dict.fromkeys(use.node for layer in layers for use in layer.uses))
         names = [layer.parameters[0] for layer in layers if isinstance(layer, ExplicitGradient)]
         taps = [torch.zeros(v.shape, dtype=v.dtype, device=x.device) for v in (node.meta["val"] for node in nodes)]
-        self._constants = list(graph.constants.values())
 
         def joint(
             parameters: list[Tensor], constants: list[Tensor], x: Tensor, directions: Tensor, taps: list[Tensor]
@@ -79,30 +85,39 @@ class Program:
             by_name = dict(zip(graph.parameters, parameters, strict=True))
             return vmap(sample)(x, directions)
 
-        with torch.no_grad(), untraceable("its backward passes"):
+        with TRACING, torch.no_grad(), untraceable("its backward passes"):
             traced = make_fx(functionalize(joint), tracing_mode="fake")(
-                list(parameters), self._constants, x, directions, taps
+                list(parameters), list(constants), x, directions, taps
             )
             self._module = _streamed(traced, len(taps), layers, nodes)
             self.peak, self.held = _footprint(self._module.graph, layers, len(x))
+        for node in self._module.graph.nodes:
+            node.meta.clear()
 
-    def run(self, parameters: ParameterValues, x: Tensor, directions: Tensor, sink: Sink) -> None:
+    def run(
+        self, parameters: ParameterValues, constants: Sequence[Tensor], x: Tensor, directions: Tensor, sink: Sink
+    ) -> None:
         """Deliver every layer's operands and cotangents to ``sink``, the last layer first."""
         with torch.no_grad():
-            self._module(*parameters, *self._constants, x, directions, sink)
+            self._module(*parameters, *constants, x, directions, sink)
 
 
 class Programs:
     """The programs of one network, traced on first use of a shape.
 
     Attributes:
+        constants: of the network, in the order of ``graph.constants``.
         directions_run: sum over runs of (samples) x (directions): backward passes, each counted once per sample.
+
+    Args:
+        graph: the network on one sample.
+        constants: see there.
+        made: programs by shape, which all networks with this graph share.
     """
 
-    def __init__(self, graph: SampleGraph) -> None:
+    def __init__(self, graph: SampleGraph, constants: Sequence[Tensor], made: dict[tuple[Any, ...], Program]) -> None:
         self.directions_run = 0
-        self._graph = graph
-        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._graph, self.constants, self._made = graph, constants, made
 
     def get(
         self, layers: Sequence[Layer | ExplicitGradient], parameters: ParameterValues, x: Tensor, directions: Tensor
@@ -113,9 +128,14 @@ class Programs:
             BadInput: the backward passes cannot be traced.
         """
         key = (tuple(x.shape), directions.shape[1], tuple(layer.parameters for layer in layers))
-        if key not in self._programs:
-            self._programs[key] = Program(self._graph, layers, parameters, x, directions)
-        return self._programs[key]
+        with TRACING:
+            program = self._made.pop(key, None)
+            if program is None:
+                program = Program(self._graph, layers, parameters, self.constants, x, directions)
+            self._made[key] = program
+            if len(self._made) > MOST_PROGRAMS:
+                del self._made[next(iter(self._made))]
+            return program
 
     def run(
         self,
@@ -127,7 +147,7 @@ class Programs:
     ) -> None:
         """Run the program of a shape; see :meth:`Program.run`."""
         self.directions_run += directions.shape[:2].numel()
-        self.get(layers, parameters, x, directions).run(parameters, x, directions, sink)
+        self.get(layers, parameters, x, directions).run(parameters, self.constants, x, directions, sink)
 
 
 def _deliver(sink: Sink, number: int, operands: list[Tensor], cotangents: list[Tensor]) -> None:

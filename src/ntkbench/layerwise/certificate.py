@@ -43,10 +43,15 @@ class Certificate:
         layer.add_gradient(self._gradients, factors, self._c[samples, directions])
         self._covered.update(layer.parameters)
 
-    def difference(self, network: PlainNetwork) -> float:
-        """The relative difference from the plain gradient, by the parameters of all layers that were added; 1 pass."""
+    def difference(self, network: PlainNetwork, memory: int) -> float:
+        """The relative difference from the plain gradient, by the parameters of all layers that were added; 1 pass.
+
+        Args:
+            network: plain autograd.
+            memory: bytes that the values may fill that autograd saves.
+        """
         network.load(self._parameters)
         v = self._c if self._directions is None else self._c[:, None] @ self._directions  # [N, 1, O]
-        plain = dict(zip(self._gradients, network.gradient(self._x, v), strict=True))
+        plain = dict(zip(self._gradients, network.gradient(self._x, v, memory), strict=True))
         found = torch.cat([self._gradients[name] for name in sorted(self._covered)])
         return certificate.distance(found, torch.cat([plain[name].reshape(-1) for name in sorted(self._covered)]))

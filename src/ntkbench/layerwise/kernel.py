@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,43 @@ from ntkbench.layerwise.blocks import Block, Task, even
 from ntkbench.layerwise.capture import ParameterValues, Program, Programs
 from ntkbench.layerwise.certificate import Certificate
 from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, owner
-from ntkbench.layerwise.trace import trace
+from ntkbench.layerwise.trace import SampleGraph, trace
 from ntkbench.layerwise.tuning import Tuning
 from ntkbench.operators import certificate
-from ntkbench.operators.plain import PlainNetwork
+from ntkbench.operators.plain import PlainNetwork, flat
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is traced of a network. It holds no values of parameters and buffers, so that equal networks share it.
+
+    Attributes:
+        graph: the network on one sample.
+        layers: the parameters by their structure, weights with a rule first.
+        programs: by shape, each traced on first use.
+    """
+
+    graph: SampleGraph
+    layers: list[Layer | ExplicitGradient]
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Trace:
+        """The trace of a network; see :class:`LayerwiseKernel` for the arguments.
+
+        Raises:
+            BadInput: the network cannot be traced.
+        """
+        graph = trace(module, parameters, x)
+        return cls(graph, find(graph))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it holds: literals of the forward pass, and unusual arrangements of weights."""
+        entries = (use.entries for layer in self.layers for use in layer.uses)
+        return sum(t.nbytes for t in (*self.graph.prelude.literals.values(), *entries) if not t.is_meta)
 
 
 class LayerwiseKernel:
@@ -33,7 +68,7 @@ class LayerwiseKernel:
     some inputs and in so many directions is certified by one plain backward pass more (see ``certificate.py``).
 
     Attributes:
-        layers: the network's parameters by their structure, weights with a rule first.
+        trace: what was traced.
         O: outputs per sample.
         memory: bytes that everything but the result may fill.
         certificate: the largest relative difference from plain autograd in a gradient so far; ``None`` before the
@@ -45,6 +80,8 @@ class LayerwiseKernel:
         x: inputs ``[N, ...]``; the first sample is traced.
         memory: bytes that everything but the result may fill.
         tuning: sizes and costs that affect speed alone; ``None`` for the defaults.
+        trace: that of a network with the same operations; ``None`` to trace this one.
+        retrace: traces this network, if the computation fails with ``trace`` or plain autograd contradicts it.
 
     Raises:
         BadInput: the network cannot be traced.
@@ -57,17 +94,28 @@ class LayerwiseKernel:
         x: Tensor,
         memory: int,
         tuning: Tuning | None = None,
+        *,
+        trace: Trace | None = None,
+        retrace: Callable[[], Trace] | None = None,
     ) -> None:
         self.memory = memory
         self._tuning = tuning or Tuning()
-        self._graph = trace(module, parameters, x)
-        self.layers = find(self._graph)
-        self._programs = Programs(self._graph)
-        nodes = list(self._graph.graph.nodes)
-        self.O = nodes[-1].args[0].meta["val"].numel()
+        self._module, self._device, self._retrace = module, x.device, retrace
         self._plain = functools.cache(lambda: PlainNetwork(module, parameters))
         self._certified: list[tuple[_Values, int, frozenset[str]]] = []
         self.certificate: float | None = None
+        self._bind(trace or Trace.of(module, parameters, x))
+
+    def _bind(self, trace: Trace) -> None:
+        """Compute by a trace from now on, with the values of this network."""
+        self.trace = trace
+        self._programs = Programs(trace.graph, trace.graph.bind(self._module, self._device), trace.programs)
+        self.O = next(iter(reversed(trace.graph.graph.nodes))).args[0].meta["val"].numel()
+
+    @property
+    def layers(self) -> list[Layer | ExplicitGradient]:
+        """The network's parameters by their structure, weights with a rule first."""
+        return self.trace.layers
 
     @property
     def directions_taken(self) -> int:
@@ -76,10 +124,10 @@ class LayerwiseKernel:
 
     def last_layer(self) -> list[Layer | ExplicitGradient]:
         """The layers whose parameters belong to the module that is used last."""
-        order = {node: i for i, node in enumerate(self._graph.graph.nodes)}
+        graph = self.trace.graph
+        order = {node: i for i, node in enumerate(graph.graph.nodes)}
         used = {
-            name: max((order[user] for user in node.users), default=-1)
-            for name, node in self._graph.placeholders().items()
+            name: max((order[user] for user in node.users), default=-1) for name, node in graph.placeholders().items()
         }
         last = owner(max(used, key=used.__getitem__))
         return [layer for layer in self.layers if owner(layer.parameters[0]) == last]
@@ -89,6 +137,36 @@ class LayerwiseKernel:
         explicit = [layer for layer in self.layers if isinstance(layer, ExplicitGradient)]
         return {layer.parameters[0]: layer.fallback for layer in explicit if layer.fallback}
 
+    def difference(self, parameters: ParameterValues, x: Tensor) -> float:
+        """The relative difference from plain autograd in a gradient of one sample by the trace; 2 passes of it.
+
+        Args:
+            parameters: values of the trainable parameters, in the constructor's order.
+            x: one sample, without batch axis.
+        """
+        leaves = [w.detach().requires_grad_() for w in parameters]
+        with torch.enable_grad():
+            f, _ = self.trace.graph.run(leaves, self._programs.constants, x)
+            v = certificate.random_signs(len(f), f.detach())
+            found = torch.autograd.grad(f, leaves, v, materialize_grads=True, allow_unused=True)
+        plain = self._plain()
+        plain.load(parameters)
+        return certificate.distance(flat(list(found)), flat(plain.gradient(x[None], v)))
+
+    def certain(self, compute: Callable[[], T]) -> T:
+        """``compute()``, and where that fails with the trace of another network, once more with one of this network."""
+        try:
+            return compute()
+        except Exception:  # whatever a trace does to a network that it is not of
+            if self._retrace is None:
+                raise
+            retrace, self._retrace = self._retrace, None
+            taken = self.directions_taken
+            self._bind(retrace())
+            self._programs.directions_run = taken
+            self.forget_certificates()
+        return compute()
+
     def kernel(
         self,
         parameters: ParameterValues,
@@ -96,7 +174,7 @@ class LayerwiseKernel:
         x2: Tensor | None = None,
         directions: Tensor | None = None,
         *,
-        layers: Sequence[Layer | ExplicitGradient] | None = None,
+        last_layer: bool = False,
         fold: bool = False,
     ) -> Tensor:
         """The kernel between two sets of inputs, ``[N1 * K, N2 * K]``, rows sample-major.
@@ -107,16 +185,27 @@ class LayerwiseKernel:
             x2: inputs of the columns; ``None`` for those of the rows, which halves the work.
             directions: output directions ``[K, O]``, or without ``x2`` one set per sample ``[N1, K, O]``; ``None`` for
                 the O unit vectors.
-            layers: whose parameters count; ``None`` for all.
+            last_layer: whether only the parameters of :meth:`last_layer` count.
             fold: sum over directions: ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
 
         Raises:
             Uncertified: plain autograd gives other gradients.
         """
+        return self.certain(lambda: self._kernel(parameters, x1, x2, directions, last_layer, fold))
+
+    def _kernel(
+        self,
+        parameters: ParameterValues,
+        x1: Tensor,
+        x2: Tensor | None,
+        directions: Tensor | None,
+        last_layer: bool,
+        fold: bool,
+    ) -> Tensor:
         count = self.O if directions is None else directions.shape[-2]
         shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else count)]
         theta = None
-        for left, right, (part,) in self.blocks([parameters], x1, x2, directions, layers=layers, fold=fold):
+        for left, right, (part,) in self.blocks([parameters], x1, x2, directions, last_layer=last_layer, fold=fold):
             if x2 is None and left == right:
                 mirror(part, self._tuning.tile)
             if theta is None and left.rows == right.rows == len(x1) * count and list(part.shape) == shape:
@@ -137,17 +226,18 @@ class LayerwiseKernel:
         x2: Tensor | None = None,
         directions: Tensor | None = None,
         *,
-        layers: Sequence[Layer | ExplicitGradient] | None = None,
+        last_layer: bool = False,
         fold: bool = False,
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
         """The kernels at several parameter sets in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
 
         Without ``x2`` only blocks on and below the diagonal are computed, and of a block on the diagonal only its lower
-        triangle. With ``fold`` a block is ``[N1, 1, N2, 1]``, and blocks of the same samples add up.
+        triangle. With ``fold`` a block is ``[N1, 1, N2, 1]``, and blocks of the same samples add up. Blocks are taken
+        within :meth:`certain`.
 
         Args:
             sets: one or more parameter sets.
-            x1, x2, directions, layers, fold: see :meth:`kernel`.
+            x1, x2, directions, last_layer, fold: see :meth:`kernel`.
 
         Yields:
             The block's rows, its columns, and its entries at each parameter set.
@@ -156,7 +246,7 @@ class LayerwiseKernel:
             Uncertified: plain autograd gives other gradients; after the last block.
         """
         inputs = [x1] if x2 is None else [x1, x2]
-        task = self._task(directions, layers, fold, [(parameters, x) for parameters in sets for x in inputs])
+        task = self._task(directions, last_layer, fold, [(parameters, x) for parameters in sets for x in inputs])
         yield from self._all_blocks(task, sets, x1, x2)
         self._certify(task, sets, inputs)
 
@@ -189,14 +279,20 @@ class LayerwiseKernel:
         x: Tensor,
         directions: Tensor | None = None,
         *,
-        layers: Sequence[Layer | ExplicitGradient] | None = None,
+        last_layer: bool = False,
     ) -> Tensor:
         """The kernel's diagonal, ``[N, K]``: squared norms of gradients, without the kernel.
 
         Args:
-            parameters, x, directions, layers: see :meth:`kernel`.
+            parameters, x, directions, last_layer: see :meth:`kernel`.
+
+        Raises:
+            Uncertified: plain autograd gives other gradients.
         """
-        task = self._task(directions, layers, certified=[(parameters, x)])
+        return self.certain(lambda: self._diagonal(parameters, x, directions, last_layer))
+
+    def _diagonal(self, parameters: ParameterValues, x: Tensor, directions: Tensor | None, last_layer: bool) -> Tensor:
+        task = self._task(directions, last_layer, certified=[(parameters, x)])
         found = parameters[0].new_zeros(len(x), task.count)
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.add_diagonal(found[block.samples, block.directions], parameters, x, block)
@@ -221,14 +317,14 @@ class LayerwiseKernel:
     def _task(
         self,
         directions: Tensor | None,
-        layers: Sequence[Layer | ExplicitGradient] | None = None,
+        last_layer: bool = False,
         fold: bool = False,
         certified: Sequence[tuple[ParameterValues, Tensor]] = (),
     ) -> Task:
         """What is to be computed, with certificates of the parameter sets and inputs that have none."""
-        layers = self.layers if layers is None else layers
+        layers = self.last_layer() if last_layer else self.layers
         task = Task(self._programs, directions, self.O, layers, self.memory // 4, self._tuning, fold)
-        names = list(self._graph.parameters)
+        names = list(self.trace.graph.parameters)
         return dataclasses.replace(
             task,
             certificates={
@@ -254,7 +350,7 @@ class LayerwiseKernel:
         """
         for parameters, x in itertools.product(sets, inputs):
             if gathered := task.certificates.get((id(parameters), id(x))):
-                off = gathered.difference(self._plain())
+                off = gathered.difference(self._plain(), self.memory)
                 certificate.check(off, torch.finfo(parameters[0].dtype).eps)
                 self._certified = [entry for entry in self._certified if entry[0].alive()]
                 self._certified.append((_Values((*parameters, x)), task.count, _names(task.layers)))

@@ -9,9 +9,8 @@ is found by applying the same operations to the entries' indices.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,16 +61,11 @@ class Layer:
         if bias:
             gradients[bias[0]].add_(made[..., -1].reshape(-1))
             made = made[..., :-1]
-        if self._in_order:
-            gradients[weight][: made.numel()].add_(made.reshape(-1))
+        if entries.is_meta:
+            pattern = entries.shape, entries.stride(), entries.storage_offset()
+            gradients[weight].as_strided(*pattern).add_(made.reshape(entries.shape))
         else:
             gradients[weight].index_add_(0, entries.reshape(-1).to(c.device), made.reshape(-1))
-
-    @functools.cached_property
-    def _in_order(self) -> bool:
-        """Whether the uses have the weight's entries as the weight has them."""
-        entries = self.uses[0].entries.reshape(-1)
-        return torch.equal(entries, torch.arange(len(entries), device=entries.device))
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
                 weights[name] = groups
             elif both := _transposed(groups):
                 straight, transposed = both
-                tied[name] = Layer((name,), straight + transposed, len(transposed))
+                tied[name] = Layer((name,), _light(straight) + _light(transposed), len(transposed))
     found: list[Layer | ExplicitGradient] = list(tied.values())
     taken = set(weights) | set(tied)
     for name, groups in weights.items():
@@ -141,7 +135,7 @@ def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
             bias = _bias(alike, arrivals, taken)
             parameters = (name, bias) if bias else (name,)
             taken.update(parameters)
-            found.append(Layer(parameters, alike))
+            found.append(Layer(parameters, _light(alike)))
     moving = _downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
     explicit = [name for name in arrivals if name not in taken]
     return found + [ExplicitGradient((name,), _fallback(arrivals[name], moving)) for name in explicit]
@@ -167,6 +161,16 @@ def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]
                 stack.append((user, user.target(entries, *user.args[1:], **user.kwargs)))
             elif user.target is not aten.detach.default:
                 yield user, node, entries
+
+
+def _light(alike: Sequence[Use]) -> tuple[Use, ...]:
+    """Uses with entries in one arrangement, whose indices take no memory where they follow a pattern of strides."""
+    entries = alike[0].entries
+    pattern = entries.shape, entries.stride(), entries.storage_offset()
+    size = entries.untyped_storage().nbytes() // entries.element_size()
+    if torch.equal(torch.arange(size).as_strided(*pattern), entries):
+        entries = torch.empty(size, device="meta").as_strided(*pattern)
+    return tuple(replace(use, entries=entries) for use in alike)
 
 
 def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]]:

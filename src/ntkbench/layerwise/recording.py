@@ -7,7 +7,8 @@ leave PyTorch. The modes here record the first two as autograd means them and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,11 @@ from torch.utils.checkpoint import CheckpointFunction
 from ntkbench.errors import BadInput
 
 aten = torch.ops.aten
+
+
+class DataDependent(BadInput):
+    """A forward pass that asks for the value of a tensor that depends on x or the parameters."""
+
 
 SHAPED = {
     aten.empty_like.default,
@@ -46,7 +52,8 @@ def as_autograd_sees_it(forward: Callable[[], Tensor], moving: Iterable[Tensor])
         moving: the parameters, which require gradients, and x.
 
     Raises:
-        BadInput: the forward pass cannot be recorded.
+        DataDependent: the forward pass branches on data.
+        BadInput: it cannot be recorded for another reason.
     """
     operations = _Operations(moving)
     with mock.patch.object(CheckpointFunction, "apply", _run_now), operations, _Calls(operations):
@@ -107,7 +114,7 @@ class _Operations(TorchDispatchMode):
             raise BadInput(f"the network draws random numbers ({function})")
         if torch.Tag.data_dependent_output in function.tags:
             if moving:
-                raise BadInput(
+                raise DataDependent(
                     f"the forward pass asks for a value that depends on x or the parameters ({function}), as branches "
                     "on data do, and cannot be traced"
                 )
@@ -117,7 +124,8 @@ class _Operations(TorchDispatchMode):
             return function(*args, **kwargs)
         written = _written(function, args, kwargs)
         off = not torch.is_grad_enabled()
-        if function is aten.detach.default and not self.stopping:
+        saving = function is aten.detach.default and not self.stopping
+        if saving:
             function = aten.alias.default
         if any(
             _address(t) in self._carrying and (not t.requires_grad or (off and _address(t) in self._aliased))
@@ -129,7 +137,8 @@ class _Operations(TorchDispatchMode):
             args, kwargs = tree_map_only(
                 Tensor, lambda t: t if any(t is w for w in written) else aten.detach.default(t), (args, kwargs)
             )
-        made = function(*args, **kwargs)
+        with _below_autograd() if saving else contextlib.nullcontext():
+            made = function(*args, **kwargs)
         for t, old in zip(written, before, strict=True):
             if old is not None:  # a new value with the old derivative
                 t.copy_(old + (t - old).detach())
@@ -140,6 +149,14 @@ class _Operations(TorchDispatchMode):
         carrying = not off and any(t.requires_grad for t in _tensors((args, kwargs)))
         self._add([*_tensors(made), *written], carrying=carrying)
         return made
+
+
+@contextlib.contextmanager
+def _below_autograd() -> Iterator[None]:
+    """Give results no derivative and no base: what a graph saves would hold the graph for ever."""
+    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+        yield
 
 
 class _Calls(TorchFunctionMode):

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ntkbench.errors import unknown
 from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.operators import arrays
+from ntkbench.operators.arrays import Array
 
 
 @dataclass(frozen=True)
-class Kernel:
+class SampleKernel:
     """How a kernel is computed from gradients.
 
     Attributes:
@@ -49,22 +50,22 @@ class Kernel:
             x1,
             x2,
             self.drawn(engine.O, seed, parameters[0]),
-            layers=engine.last_layer() if self.last_layer else None,
+            last_layer=self.last_layer,
             fold=self.averaged,
         )
         return made.div_(engine.O) if self.averaged else made
 
     def diagonal(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], x: Tensor, seed: int = 0) -> Tensor:
         """The kernel's diagonal, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""
-        layers = engine.last_layer() if self.last_layer else None
-        made = engine.diagonal(parameters, x, self.drawn(engine.O, seed, parameters[0]), layers=layers)
+        directions = self.drawn(engine.O, seed, parameters[0])
+        made = engine.diagonal(parameters, x, directions, last_layer=self.last_layer)
         return made.mean(1) if self.averaged else made.reshape(-1)
 
-    def drawn(self, outputs: int, seed: int, like: Tensor) -> Tensor | None:
-        """Directions ``[K, outputs]`` for a seed; ``None`` for the unit vectors."""
+    def drawn(self, outputs: int, seed: int, like: Array) -> Array | None:
+        """Directions ``[K, outputs]`` for a seed, in the library of ``like``; ``None`` for the unit vectors."""
         if self.directions is None:
             return None
-        return torch.from_numpy(self.directions(outputs, seed)).to(dtype=like.dtype, device=like.device)
+        return arrays.asarray_like(self.directions(outputs, seed), like)
 
 
 def _sum_of_logits(outputs: int, seed: int) -> np.ndarray:
@@ -81,16 +82,16 @@ def _random_vector(outputs: int, seed: int) -> np.ndarray:
 
 
 KERNELS = {
-    "full": Kernel(),
-    "sum_of_logits": Kernel(_sum_of_logits),
-    "single_logit": Kernel(_single_logit),
-    "random_vector": Kernel(_random_vector),
-    "trace": Kernel(averaged=True),
-    "last_layer": Kernel(averaged=True, last_layer=True),
+    "full": SampleKernel(),
+    "sum_of_logits": SampleKernel(_sum_of_logits),
+    "single_logit": SampleKernel(_single_logit),
+    "random_vector": SampleKernel(_random_vector),
+    "trace": SampleKernel(averaged=True),
+    "last_layer": SampleKernel(averaged=True, last_layer=True),
 }
 
 
-def get(name: str) -> Kernel:
+def get(name: str) -> SampleKernel:
     """The kernel of this name.
 
     Raises:

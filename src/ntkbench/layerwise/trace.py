@@ -3,6 +3,9 @@
 A single sample is traced, and ``vmap`` adds the other samples afterwards. Whatever the network does to its axes (time
 first, flattened sequences, grouped channels), every value of the graph then belongs to one sample, and its axes are
 positions and channels.
+
+What depends on neither the parameters nor the sample is computed beforehand. A graph refers to it by names and holds
+none of its values, so that one graph serves all networks of the same structure.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +24,43 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ntkbench.errors import BadInput
-from ntkbench.layerwise.recording import SHAPED, as_autograd_sees_it
+from ntkbench.layerwise.recording import SHAPED, DataDependent, as_autograd_sees_it
 from ntkbench.layerwise.replacements import DECOMPOSITIONS, REPLACEMENTS
-from ntkbench.operators.plain_operations import plain_operations
+from ntkbench.operators.plain_operations import plain_operations, without_shortcuts
 
 aten = torch.ops.aten
+
+TRACING = threading.RLock()
+"""Held while anything is traced: tracers keep state that all threads of a process share."""
+
+
+@dataclass(frozen=True)
+class Prelude:
+    """What a network computes of its buffers and frozen parameters alone.
+
+    Attributes:
+        graph: placeholders have the names of buffers and frozen parameters as targets; the outputs are a tuple.
+        literals: tensors that are neither, such as those made of Python numbers, by the targets of their nodes.
+    """
+
+    graph: fx.Graph
+    literals: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def run(self, fixed: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs on the CPU, for buffers and frozen parameters by name."""
+        values: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = fixed[node.target].cpu()
+            elif node.op == "get_attr":
+                values[node] = self.literals[node.target]
+            elif node.op == "output":
+                return [values[made] for made in node.args[0]]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+        raise AssertionError("a graph ends with its output")
 
 
 @dataclass(frozen=True)
@@ -34,16 +70,30 @@ class SampleGraph:
     Attributes:
         graph: placeholders are the parameters, then x with a batch axis of one. No operation works in place.
         parameters: names of the trainable parameters.
-        constants: tensors that the graph refers to by name: buffers, frozen parameters, and what is computed of them.
+        constants: shapes and types of the tensors that the graph refers to by name: buffers, frozen parameters, and
+            what is computed of them.
+        prelude: computes the constants, in this order.
     """
 
     graph: fx.Graph
     parameters: tuple[str, ...]
-    constants: Mapping[str, Tensor]
+    constants: Mapping[str, tuple[torch.Size, torch.dtype]]
+    prelude: Prelude
 
     def placeholders(self) -> dict[str, fx.Node]:
         """The trainable parameters' placeholders by name."""
         return dict(zip(self.parameters, (n for n in self.graph.nodes if n.op == "placeholder"), strict=False))
+
+    def bind(self, module: nn.Module, device: torch.device) -> list[Tensor]:
+        """The constants for the buffers and frozen parameters of a module, on a device.
+
+        Raises:
+            BadInput: their shapes or types differ from those that were traced.
+        """
+        found = self.prelude.run(fixed_tensors(module, self.parameters))
+        if [(t.shape, t.dtype) for t in found] != list(self.constants.values()):
+            raise BadInput("what the network computes of its buffers has other shapes than when it was traced")
+        return [t.to(device) for t in found]
 
     def run(
         self,
@@ -80,8 +130,8 @@ class SampleGraph:
 def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> SampleGraph:
     """Trace a network on its first sample.
 
-    Tracing runs on the CPU, where recurrent layers and attention decompose into plain operations. Values that depend
-    on neither x nor the parameters are computed once and kept on the device of ``x``.
+    Tracing runs on the CPU, where recurrent layers and attention decompose into plain operations. Operations that
+    depend on neither x nor the parameters go to the prelude.
 
     Args:
         module: ``x -> [N, ...outputs]``.
@@ -91,9 +141,8 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
     Raises:
         BadInput: the network cannot be traced.
     """
-    names = tuple(parameters)
-    frozen = {key: w.detach() for key, w in module.named_parameters() if key not in parameters}
-    fixed = {key: t.cpu() for key, t in (*frozen.items(), *module.named_buffers())}
+    names, buffers = tuple(parameters), dict(module.named_buffers())
+    fixed = {key: t.cpu() for key, t in fixed_tensors(module, names).items()}
     keys = (*names, *fixed)
     trained = [t.detach().cpu().requires_grad_() for t in parameters.values()]
 
@@ -103,23 +152,41 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         return as_autograd_sees_it(network, (*tensors[: len(names)], x))
 
     def inputs() -> list[Tensor]:  # buffers may be written to
-        own = (t if key in frozen else t.clone() for key, t in fixed.items())
+        own = (t.clone() if key in buffers else t for key, t in fixed.items())
         return [*trained, *own, x[:1].detach().cpu()]
 
-    with untraceable("its forward pass"), plain_operations(module):
+    with TRACING, untraceable("its forward pass"), plain_operations(module):
         # Twice: in-place changes inside a composite operation only show once it is decomposed.
         with torch.enable_grad():
-            traced = make_fx(forward, decomposition_table=DECOMPOSITIONS)(*inputs())
+            try:
+                traced = make_fx(forward, decomposition_table=DECOMPOSITIONS)(*inputs())
+            except DataDependent:
+                with without_shortcuts(module):
+                    traced = make_fx(forward, decomposition_table=DECOMPOSITIONS)(*inputs())
         with torch.no_grad():
             traced = make_fx(functionalize(traced))(*inputs())
-            constants = _fold(traced, fixed, len(names))
-    for node in traced.graph.nodes:
+            graph, prelude = _split(traced, list(fixed), len(names))
+            constants = prelude.run(fixed)
+    for node in graph.nodes:
         if "device" in node.kwargs:
             node.update_kwarg("device", x.device)
         if node.target is aten.as_strided.default and not _fills_its_storage(node.args[0].meta["val"]):
             raise BadInput("as_strided of a tensor that is itself a view cannot be traced")
-    free_layout(traced.graph)
-    return SampleGraph(traced.graph, names, {key: t.to(x.device) for key, t in constants.items()})
+    free_layout(graph)
+    targets = [node.target for node in graph.nodes if node.op == "get_attr"]
+    shapes = [(t.shape, t.dtype) for t in constants]
+    return SampleGraph(graph, names, dict(zip(targets, shapes, strict=True)), prelude)
+
+
+def fixed_tensors(module: nn.Module, parameters: Collection[str]) -> dict[str, Tensor]:
+    """Frozen parameters and buffers of a module by name.
+
+    Args:
+        module: the module.
+        parameters: names of the trainable parameters.
+    """
+    frozen = {key: w.detach() for key, w in module.named_parameters() if key not in parameters}
+    return frozen | dict(module.named_buffers())
 
 
 def _fills_its_storage(value: Tensor) -> bool:
@@ -133,49 +200,62 @@ def free_layout(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
-def _fold(traced: fx.GraphModule, fixed: Mapping[str, Tensor], parameters: int) -> dict[str, Tensor]:
-    """Compute what depends on neither the parameters nor x, in place; the constants that the graph then refers to.
+def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tuple[fx.Graph, Prelude]:
+    """The operations that depend on the parameters or x, and those that depend on neither.
+
+    The former refer to results of the latter by ``get_attr`` nodes, in the order of the prelude's outputs.
 
     Args:
         traced: without in-place operations; its placeholders are parameters, ``fixed`` and x.
-        fixed: values of the placeholders that are constants.
+        fixed: names of the placeholders that are constants.
         parameters: number of parameters.
     """
-    graph = traced.graph
-    for node in list(graph.nodes):
+    for node in list(traced.graph.nodes):
         # What the network leaves behind in its buffers, and warnings of singular matrices.
         if node.target in (aten.copy_.default, aten._linalg_check_errors.default):
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    known: dict[fx.Node, Any] = dict(zip(placeholders[parameters:-1], fixed.values(), strict=True))
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(traced, node.target)
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    names = dict(zip(placeholders[parameters:-1], fixed, strict=True))
+    graph, before = fx.Graph(), fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}  # to the prelude
+    moving: dict[fx.Node, fx.Node] = {}  # to the graph
+    constants: dict[fx.Node, fx.Node] = {}  # from those known to the nodes of the graph that refer to them
+
+    def shaped(node: fx.Node) -> fx.Node:
+        if node in known:
+            return known[node]
+        like = node.meta["val"]
+        return before.call_function(torch.empty, (list(like.shape),), {"dtype": like.dtype, "device": "cpu"})
+
+    def referred(node: fx.Node) -> fx.Node:
+        if node in moving:
+            return moving[node]
+        if node not in constants:
+            constants[node] = graph.create_node("get_attr", f"constant_{len(constants)}")
+            constants[node].meta["val"] = node.meta.get("val")
+        return constants[node]
+
+    for node in traced.graph.nodes:
+        if node in names:
+            known[node] = before.placeholder(names[node])
+        elif node.op == "get_attr":
+            known[node] = before.node_copy(node)
         elif node.op == "call_function" and (node.target in SHAPED or set(node.all_input_nodes) <= known.keys()):
-            like = lambda n: known[n] if n in known else _empty(n.meta["val"])  # noqa: E731
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), like)
-            known[node] = node.target(*args, **kwargs)
-    constants: dict[str, Tensor] = {}
-    for node, value in known.items():
-        if isinstance(value, Tensor) and any(user not in known for user in node.users):
-            name = f"constant_{len(constants)}"
-            constants[name] = value
-            setattr(traced, name, value)
-            with graph.inserting_before(node):
-                constant = graph.create_node("get_attr", name)
-            constant.meta["val"] = value
-            for user in list(node.users):
-                if user not in known:
-                    user.replace_input_with(node, constant)
-    for node in reversed(known):
-        graph.erase_node(node)
+            known[node] = before.node_copy(node, shaped)
+        else:
+            moving[node] = graph.node_copy(node, referred)
+            moving[node].meta = {"val": node.meta.get("val")}
     graph.eliminate_dead_code()
-    return constants
-
-
-def _empty(value: Tensor) -> Tensor:
-    return torch.empty(value.shape, dtype=value.dtype)
+    used = {constant: node for node, constant in constants.items()}
+    before.output(tuple(known[used[node]] for node in graph.nodes if node.op == "get_attr"))
+    before.eliminate_dead_code()
+    for node in list(before.nodes):
+        node.meta.clear()
+        if node.op == "placeholder" and not node.users:
+            before.erase_node(node)
+    literals = {node.target: getattr(traced, node.target).detach() for node in before.nodes if node.op == "get_attr"}
+    return graph, Prelude(before, literals)
 
 
 @contextlib.contextmanager

@@ -16,3 +16,4 @@ class GramForward(GramMatrix):
 
     title = "forward Gram matrix"
     side = "forward"
+    needs_one_network = True

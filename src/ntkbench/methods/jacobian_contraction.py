@@ -30,5 +30,5 @@ class JacobianContraction(Deterministic):
         return problem.O * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        blocks = list(jacobians[0].rectangles(1 / 4))
+        blocks = list(max(jacobians, key=lambda j: j.P).rectangles(1 / 4))
         return moments_from_rows(metric, jacobians, blocks, lambda j, block: j.sample_rows(*block))

@@ -27,7 +27,7 @@ class NaiveJacobian(Deterministic):
         return problem.n * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        j = jacobians[0]
+        j = max(jacobians, key=lambda j: j.P)
         # A quarter of the memory for a block, as two blocks of each J are held at a time.
         size = max(1, j.memory // (4 * j.P * j.itemsize))
         blocks = [range(i, min(i + size, j.n)) for i in range(0, j.n, size)]

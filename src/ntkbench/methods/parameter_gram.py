@@ -30,6 +30,7 @@ class ParameterGram(Deterministic):
     source = "this suite; J^T J is the Gauss-Newton matrix of a squared loss"
     backends = ("torch", "jax")
     needs_independent_samples = True
+    needs_one_network = True
     chunks: ClassVar[int] = 4
 
     def unsupported_reason(

@@ -20,7 +20,7 @@ from ntkbench.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.methods.base.layerwise import TracedProblem
+    from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
 
 
 class SampleSubset(Incremental):
@@ -44,6 +44,7 @@ class SampleSubset(Incremental):
     backends = ("torch",)
     metrics = ("norm", "effective_rank", "alignment")
     needs_independent_samples = True
+    prepares = "trace"
     fewest_probes = 1
     first_batch = 1
     min_samples: ClassVar[int] = 8
@@ -65,9 +66,12 @@ class SampleSubset(Incremental):
         return TracedProblem(problem, target)
 
     def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
-        subset = _Subset(prepared, names, seed)
-        subset.least = self._passes(len(prepared.x), prepared.engine.O, subset.parameter_sets)
-        return subset, prepared.ledger()
+        from ntkbench.methods.base.layerwise import ledger_of
+
+        ends = prepared.ends("alignment" if "alignment" in names else names[0])
+        subset = _Subset(ends, names, seed)
+        subset.least = self._passes(len(prepared.x), prepared.engine.O, len(ends))
+        return subset, ledger_of(ends)
 
     def _passes(self, N: int, O: int, parameter_sets: int) -> int:  # noqa: E741 - the field's symbol
         """Passes of the smallest subset."""
@@ -82,46 +86,44 @@ def _samples(problem: Problem, metric: str, passes: int) -> int:
 class _Subset(Accumulator):
     """Moments of the kernel between the samples so far. The number of probes is that of passes."""
 
-    def __init__(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> None:
-        self._engine, self._x = prepared.engine, prepared.x
-        self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
-        self._order = np.random.default_rng(seed).permutation(len(self._x))
+    def __init__(self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int) -> None:
+        self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
+        self._order = np.random.default_rng(seed).permutation(self._N)
         self._moments = [name for name in required_moments([*names, "norm"]) if name != "trace"]
         # Sums over the entries of each block, [S, S] for each moment, and traces of the blocks on the diagonal.
         self._tables = [np.zeros((0, 0)) for _ in self._moments]
         self._traces = np.zeros(0)
         self._passes = 0
-        self.parameter_sets = len(self._sets)
 
     def extend(self, probes: int) -> None:
         self._passes += probes
-        N, held = len(self._x), len(self._traces)
-        upto = min(N, int(self._passes * N / (self._engine.O * len(self._sets))))
+        N, held = self._N, len(self._traces)
+        upto = min(N, int(self._passes * N / (self._O * len(self._ends))))
         if upto == held:
             return
         old, new = self._order[:held], self._order[held:upto]
-        own = [self._kernel(parameters, new, None) for parameters in self._sets]
-        traces = own[0].reshape(len(new) * self._engine.O, -1).diagonal().reshape(len(new), -1).sum(1)
+        own = [self._kernel(end, new, None) for end in self._ends]
+        traces = own[0].reshape(len(new) * self._O, -1).diagonal().reshape(len(new), -1).sum(1)
         self._traces = np.concatenate([self._traces, arrays.to_numpy(traces, np.float64)])
         corner = self._sums(own)
-        side = self._sums([self._kernel(parameters, old, new) for parameters in self._sets]) if held else None
+        side = self._sums([self._kernel(end, old, new) for end in self._ends]) if held else None
         self._tables = [
             block if side is None else np.block([[table, side[i]], [side[i].T, block]])
             for i, (table, block) in enumerate(zip(self._tables, corner, strict=True))
         ]
 
-    def _kernel(self, parameters: Sequence[Tensor], rows: np.ndarray, columns: np.ndarray | None) -> Tensor:
+    def _kernel(self, end: TracedNetwork, rows: np.ndarray, columns: np.ndarray | None) -> Tensor:
         """``[S, O, S', O]``."""
-        x2 = None if columns is None else self._x[columns]
-        theta = self._engine.kernel(parameters, self._x[rows], x2)
-        return theta.reshape(len(rows), self._engine.O, -1, self._engine.O)
+        x2 = None if columns is None else end.x[columns]
+        theta = end.engine.kernel(end.parameters, end.x[rows], x2)
+        return theta.reshape(len(rows), self._O, -1, self._O)
 
     def _sums(self, thetas: Sequence[Tensor]) -> list[np.ndarray]:
         products = moment_products(thetas)[: len(self._moments)]
         return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
     def estimate(self, metric: str) -> PointEstimate:
-        N, S = len(self._x), len(self._traces)
+        N, S = self._N, len(self._traces)
         pairs = N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
         own = [table.diagonal() for table in self._tables]
         off = [pairs * (table.sum() - d.sum()) for table, d in zip(self._tables, own, strict=True)]

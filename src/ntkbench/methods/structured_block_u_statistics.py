@@ -20,7 +20,7 @@ from ntkbench.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ntkbench.methods.base.layerwise import TracedProblem
+    from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
 
 
 class StructuredBlockUStatistics(Incremental):
@@ -42,6 +42,7 @@ class StructuredBlockUStatistics(Incremental):
     source = "this suite; structured derivatives of Novak et al. 2022"
     backends = ("torch",)
     needs_independent_samples = True
+    prepares = "trace"
     first_batch = 4
     max_gradients: ClassVar[int] = 1024
     max_group: ClassVar[int] = 2048
@@ -63,26 +64,29 @@ class StructuredBlockUStatistics(Incremental):
         return TracedProblem(problem, target)
 
     def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
-        return _GroupedUStatistics(prepared, names, seed, self.max_group), prepared.ledger()
+        from ntkbench.methods.base.layerwise import ledger_of
+
+        ends = prepared.ends("alignment" if "alignment" in names else names[0])
+        return _GroupedUStatistics(ends, names, seed, self.max_group), ledger_of(ends)
 
 
 class _GroupedUStatistics(Accumulator):
     """U-statistics within groups of probes."""
 
-    def __init__(self, prepared: TracedProblem, names: Sequence[str], seed: int, max_gradients: int) -> None:
+    def __init__(self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int, max_gradients: int) -> None:
         from ntkbench.operators.torch import TorchRng
 
-        self._engine, self._x = prepared.engine, prepared.x
-        self._sets = prepared.parameters("alignment" if "alignment" in names else names[0])
+        self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
         self._names = required_moments(names)
         self._max_gradients = max_gradients
-        self._rng = TorchRng(seed, self._sets[0][0].dtype, self._x.device)
+        self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
         self._traces: list[np.ndarray] = []
         self._groups: list[tuple[int, MomentEstimates]] = []
 
     def extend(self, probes: int) -> None:
         if self._names == ("trace",):
-            traces = self._engine.diagonal(self._sets[0], self._x, self._directions(probes))
+            end = self._ends[0]
+            traces = end.engine.diagonal(end.parameters, end.x, self._directions(probes))
             self._traces.append(arrays.to_numpy(traces.T, np.float64))
             return
         for k in self._sizes(probes):
@@ -94,12 +98,11 @@ class _GroupedUStatistics(Accumulator):
         return delta_method(metric, self._names, MomentEstimates.pooled(self._groups))
 
     def _directions(self, k: int) -> Tensor:
-        N, O = len(self._x), self._engine.O  # noqa: E741 - the field's symbol
-        return self._rng.sign(k, N * O).reshape(k, N, O).transpose(0, 1).contiguous()
+        return self._rng.sign(k, self._N * self._O).reshape(k, self._N, self._O).transpose(0, 1).contiguous()
 
     def _group(self, k: int) -> MomentEstimates:
-        N, v = len(self._x), self._directions(k)
-        grams = [self._engine.kernel(parameters, self._x, None, v).reshape(N, k, N, k) for parameters in self._sets]
+        N, v = self._N, self._directions(k)
+        grams = [end.engine.kernel(end.parameters, end.x, None, v).reshape(N, k, N, k) for end in self._ends]
         has_trace = self._names[0] == "trace"
         sums = PairSums(N, k, len(self._names) - has_trace)
         sums.add(0, 0, [arrays.to_numpy(table) for table in moment_products(grams)[: len(sums)]])
@@ -112,7 +115,7 @@ class _GroupedUStatistics(Accumulator):
             if not self._groups:
                 raise OverMemory("pairs take at least two probes")
             return []
-        max_group = max(4, self._max_gradients // len(self._x))
+        max_group = max(4, self._max_gradients // self._N)
         count = -(-probes // max_group)
         size = probes // count
         cost = self._cost(size)
@@ -120,7 +123,7 @@ class _GroupedUStatistics(Accumulator):
             if size == 2:
                 if self._groups:
                     return []
-                memory = self._engine.memory
+                memory = self._ends[0].engine.memory
                 raise OverMemory(f"two probes take {cost:g} passes in memory of {memory}; there are {probes}")
             size = max(4, size // 2) if size > 4 else size - 1  # the variance has an unbiased estimate from four on
             cost = self._cost(size)
@@ -130,5 +133,6 @@ class _GroupedUStatistics(Accumulator):
         return [probes // count + (i < probes % count) for i in range(count)]
 
     def _cost(self, probes: int) -> float:
-        parameters = self._sets[0]
-        return self._engine.passes([parameters], self._x, parameters[0].new_zeros(len(self._x), probes, self._engine.O))
+        """Passes that a group of probes takes at each end, or at the dearer one."""
+        v = self._ends[0].parameters[0].new_zeros(self._N, probes, self._O)
+        return max(end.engine.passes([end.parameters], end.x, v) for end in self._ends)

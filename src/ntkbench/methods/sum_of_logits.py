@@ -33,7 +33,7 @@ class SumOfLogits(Deterministic):
         return len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        j = jacobians[0]
+        j = max(jacobians, key=lambda j: j.P)
         size = max(1, j.memory // (4 * (j.bytes_per_probe() // j.N + j.P * j.itemsize)))
         blocks = [slice(i, min(i + size, j.N)) for i in range(0, j.N, size)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "device_memory",
     "device_name",
     "linearise",
+    "plain_gradient",
     "torch_network",
 ]
 
@@ -38,7 +40,7 @@ def linearise(
 
     Args:
         problem: network and inputs.
-        weights: ``"theta_0"`` or ``"theta_f"``.
+        weights: ``"theta_0"`` or ``"theta_f"``; the latter may be those of another network.
         target: backend, precision, device and memory.
         chunk_bytes: chunk sizes of products, which change results by rounding only; ``None`` for the defaults.
 
@@ -46,12 +48,28 @@ def linearise(
         BadInput: no such weights, or the problem has no network for the backend.
         Unavailable: the device is not present.
     """
+    problem, weights = problem.end(weights)
     package = "recurrent." if declares(problem.module) else ""
     j = _backend(package + target.backend).linearise(problem, weights, target)
-    j.reference = Reference(lambda: _backend("torch").plain_gradient(problem, weights, target, j.names))
+    j.reference = Reference(lambda: plain_gradient(problem, weights, target, j.names))
     if chunk_bytes is not None:
         j.chunk_bytes = chunk_bytes
     return j
+
+
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Array], Array]:
+    """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the network as it is.
+
+    It is torch's ``backward`` of the module, whatever the target's backend, or ``jax.vjp`` where there is no module:
+    over the whole batch, without vmap, jit or a trace.
+
+    Args:
+        problem, weights, target: as for :func:`linearise`.
+        names: of the parameters, in the order of their entries.
+    """
+    backend = _backend("jax" if problem.module is None else "torch")
+    found: Callable[[Array], Array] = backend.plain_gradient(problem, weights, target, names)
+    return found
 
 
 def declares(module: Any) -> bool:
@@ -67,7 +85,11 @@ def torch_network(problem: Problem, weights: str, target: Target) -> Any:
         BadInput: no such weights.
         Unavailable: the device is not present.
     """
-    return _backend("torch").network(problem, weights, target)
+    return _backend("torch").network(*problem.end(weights), target)
+
+
+SMALL_RESULT = 2**24
+"""Bytes that every device holds; to ask for what is free takes as long as a small kernel."""
 
 
 def check_result(rows: int, columns: int, target: Target) -> None:
@@ -77,8 +99,8 @@ def check_result(rows: int, columns: int, target: Target) -> None:
         OverMemory: it cannot; says the sizes.
         Unavailable: the device is not present.
     """
-    needed, free = rows * columns * target.itemsize, _backend(target.backend).free_memory(target)
-    if needed > free:
+    needed = rows * columns * target.itemsize
+    if needed > SMALL_RESULT and needed > (free := _backend(target.backend).free_memory(target)):
         raise OverMemory(
             f"the result, {rows} x {columns} entries in {target.dtype}, takes {needed / 2**30:.3g} GiB, and "
             f"{free / 2**30:.3g} GiB are free"

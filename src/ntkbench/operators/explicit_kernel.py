@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
+import array_api_compat
 
+from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import JacobianOperator
 
 
 def explicit_kernel(
     left: JacobianOperator,
     right: JacobianOperator | None,
-    directions: Tensor | None,
+    directions: Array | None,
     *,
     averaged: bool,
     independent: bool,
-) -> Tensor:
+) -> Array:
     """The kernel between the samples of two operators of one network, ``[N1 * K, N2 * K]`` with rows sample-major.
 
     Cost: K N1 N2 K P multiplications, and K passes if all rows fit in a quarter of ``memory`` and independent samples
@@ -28,7 +28,7 @@ def explicit_kernel(
     Args:
         left: of the rows.
         right: of the columns; ``None`` for those of the rows.
-        directions: output directions ``[K, O]``; ``None`` for the O unit vectors.
+        directions: output directions ``[K, O]``, arrays of the operators; ``None`` for the O unit vectors.
         averaged: whether to take the mean over directions, ``[N1, N2]``, instead of all pairs.
         independent: whether samples are independent, so that gradients may be taken by sample.
 
@@ -42,12 +42,14 @@ def explicit_kernel(
     total = next(parts)
     for part in parts:
         total += part
-    return total.div_(len(directions))
+    total /= len(directions)
+    return total
 
 
-def _kernel(left: JacobianOperator, right: JacobianOperator | None, directions: Tensor, independent: bool) -> Tensor:
+def _kernel(left: JacobianOperator, right: JacobianOperator | None, directions: Array, independent: bool) -> Array:
     K, columns_of = len(directions), right or left
-    theta = directions.new_empty(left.N * K, columns_of.N * K)
+    xp, device = array_api_compat.array_namespace(directions), array_api_compat.device(directions)
+    theta = xp.empty((left.N * K, columns_of.N * K), dtype=directions.dtype, device=device)
     for rows in _blocks(left, K):
         one = _rows(left, rows, directions, independent)
         for columns in _blocks(columns_of, K):
@@ -55,9 +57,18 @@ def _kernel(left: JacobianOperator, right: JacobianOperator | None, directions: 
                 break
             same = right is None and columns == rows
             other = one if same else _rows(columns_of, columns, directions, independent)
-            theta[rows, columns] = one @ other.T
+            block = one @ other.T
+            theta = _written(theta, rows, columns, block)
             if right is None and not same:
-                theta[columns, rows] = theta[rows, columns].T
+                theta = _written(theta, columns, rows, block.T)
+    return theta
+
+
+def _written(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
+    """The kernel with a block written: in place, or a copy where arrays cannot change."""
+    if array_api_compat.is_jax_array(theta):
+        return theta.at[rows, columns].set(block)
+    theta[rows, columns] = block
     return theta
 
 
@@ -72,15 +83,15 @@ def _blocks(j: JacobianOperator, K: int) -> Iterator[slice]:
             yield slice(b * K + first, b * K + min(first + most, K))
 
 
-def _rows(j: JacobianOperator, rows: slice, directions: Tensor, independent: bool) -> Tensor:
+def _rows(j: JacobianOperator, rows: slice, directions: Array, independent: bool) -> Array:
     """Gradients ``[rows, P]`` of some rows, which are whole samples or directions of one."""
     K = len(directions)
+    xp = array_api_compat.array_namespace(directions)
     samples = slice(rows.start // K, -(-rows.stop // K))
     first = rows.start - samples.start * K
     u = directions[first : first + min(K, rows.stop - rows.start)]
-    count = samples.stop - samples.start
     if independent:
-        return j.sample_vjp(samples, u[:, None].expand(len(u), count, j.O)).transpose(0, 1).reshape(-1, j.P)
-    v = u.new_zeros(count, len(u), j.N, j.O)
-    v[torch.arange(count), :, torch.arange(samples.start, samples.stop)] = u
-    return j.vjp(v.reshape(-1, j.n))
+        by_sample = xp.broadcast_to(u[:, None], (len(u), samples.stop - samples.start, j.O))
+        return xp.permute_dims(j.sample_vjp(samples, by_sample), (1, 0, 2)).reshape(-1, j.P)
+    units = j._eye(j.N, samples.start, samples.stop)
+    return j.vjp((units[:, None, :, None] * u[None, :, None, :]).reshape(-1, j.n))

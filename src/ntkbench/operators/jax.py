@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkbench.errors import BadInput, Unavailable
+from ntkbench.operators import arrays
 from ntkbench.operators.base import JacobianOperator, Rng
+from ntkbench.operators.memory import free_on_host
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -35,7 +37,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
     forward = problem.jax_forward
     if forward is None:
         raise BadInput(f"{problem.name} has no network in JAX; allowed backends for it: torch")
-    if target.dtype == "float64":
+    if target.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", True)  # without it JAX converts float64 arrays to float32
 
     def put(array: np.ndarray) -> jax.Array:
@@ -45,6 +47,33 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
     fixed = {key: put(w) for key, w in problem.fixed(weights).items()}
     whole = (lambda weights, x: forward({**fixed, **weights}, x)) if fixed else forward
     return whole, {key: put(w) for key, w in problem.weights(weights).items()}, put(problem.x)
+
+
+def plain_gradient(
+    problem: Problem, weights: str, target: Target, names: Sequence[str]
+) -> Callable[[arrays.Array], jax.Array]:
+    """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which starts anew for each v."""
+    return lambda v: plain_pullback(problem, weights, target, names)(v)
+
+
+def plain_pullback(
+    problem: Problem, weights: str, target: Target, names: Sequence[str]
+) -> Callable[[arrays.Array], jax.Array]:
+    """v ``[n]`` -> J^T v ``[P]`` by ``jax.vjp`` of the network as it is: over the whole batch, without jit and vmap.
+
+    Cost: one forward pass, and a backward pass for each v.
+
+    Args:
+        names: of the parameters, in the order of their entries.
+    """
+    forward, parameters, x = network(problem, weights, target)
+    outputs, pull = jax.vjp(lambda p: forward(p, x), parameters)
+
+    def gradient(v: arrays.Array) -> jax.Array:
+        (found,) = pull(jnp.asarray(v, outputs.dtype).reshape(outputs.shape))
+        return jnp.concatenate([found[name].reshape(-1) for name in names])
+
+    return gradient
 
 
 def device(target: Target) -> jax.Device:
@@ -73,6 +102,16 @@ def device_memory(target: Target) -> int | None:
     return statistics["peak_bytes_in_use"] if statistics else None
 
 
+def free_memory(target: Target) -> int:
+    """Bytes that an array on the device may take."""
+    statistics = device(target).memory_stats()
+    return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else free_on_host()
+
+
+SAID = {"jvp": "JVP", "sample_jvp": "per-sample JVP"}
+"""Products that are by forward mode first, and by two reverse passes where the network has none."""
+
+
 class JaxJacobian(JacobianOperator):
     """J of a pure function at given parameters; see :class:`ntkbench.operators.base.JacobianOperator`.
 
@@ -94,29 +133,45 @@ class JaxJacobian(JacobianOperator):
         self.memory = memory
         self.itemsize = next(iter(parameters.values())).dtype.itemsize
         self._forward, self._parameters, self._x = forward, parameters, x
+        self._programs = _programs(forward)
+        self._passed_over: dict[str, str] = {}  # why not by forward mode; shared with copies
 
     @functools.cached_property
     def _pullback(self) -> Any:
         """The VJP of the forward pass, which runs once for all probes: a pytree of residuals."""
-        return _linearised(self._forward, self._parameters, self._x)
+        return self._programs.linearised(self._parameters, self._x)
+
+    def _next_way(self, kind: str, reason: str) -> bool:
+        if kind not in SAID or kind in self._passed_over:
+            return False
+        self._passed_over[kind] = reason
+        return True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f"each {SAID[kind]} is by two reverse passes: {why}" for kind, why in self._passed_over.items())
 
     def _vjp(self, u: jax.Array) -> jax.Array:
-        return _pulled_back(self._pullback, u.reshape(-1, self.N, self.O))
+        return self._programs.pulled_back(self._pullback, u.reshape(-1, self.N, self.O))
 
     def _jvp(self, w: jax.Array) -> jax.Array:
-        return _pushed_forward(self._forward, self._parameters, self._x, w)
+        twice = "jvp" in self._passed_over
+        self._sample_passes += len(w) * self.N * twice
+        return self._programs.pushed_forward(twice, self._parameters, self._x, w)
 
     def _row(self, i: int) -> jax.Array:
-        return _one_row(self._pullback, i, self.N, self.O)
+        return self._programs.one_row(self._pullback, i, self.N, self.O, next(iter(self._parameters.values())).dtype)
 
     def _sample_vjp(self, samples: slice, v: jax.Array) -> jax.Array:
-        return _pulled_back_by_sample(self._forward, _flat, self._parameters, self._x[samples], v)
+        return self._programs.pulled_back_by_sample(_flat, self._parameters, self._x[samples], v)
 
     def _sample_jvp(self, samples: slice, w: jax.Array) -> jax.Array:
-        return _pushed_forward_by_sample(self._forward, self._parameters, self._x[samples], w)
+        twice = "sample_jvp" in self._passed_over
+        self._sample_passes += w.shape[0] * w.shape[1] * twice
+        return self._programs.pushed_forward_by_sample(twice, self._parameters, self._x[samples], w)
 
     def _sample_squares(self, samples: slice, v: jax.Array) -> jax.Array:
-        return _pulled_back_by_sample(self._forward, _squares, self._parameters, self._x[samples], v)
+        return self._programs.pulled_back_by_sample(_squares, self._parameters, self._x[samples], v)
 
     def _eye(self, size: int, start: int, stop: int) -> jax.Array:
         dtype = next(iter(self._parameters.values())).dtype
@@ -158,6 +213,24 @@ class JaxRng(Rng):
         return jax.random.rademacher(self._next(), (k, dim), self._dtype)
 
 
+class _Programs:
+    """The products of one network, compiled for each shape."""
+
+    def __init__(self, forward: NetworkFunction) -> None:
+        self.linearised = jax.jit(functools.partial(_linearised, forward))
+        self.pulled_back = jax.jit(functools.partial(_pulled_back))
+        self.one_row = jax.jit(functools.partial(_one_row), static_argnums=(2, 3, 4))
+        self.pushed_forward = jax.jit(functools.partial(_pushed_forward, forward), static_argnums=0)
+        self.pushed_forward_by_sample = jax.jit(functools.partial(_pushed_forward_by_sample, forward), static_argnums=0)
+        self.pulled_back_by_sample = jax.jit(functools.partial(_pulled_back_by_sample, forward), static_argnums=0)
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(forward: NetworkFunction) -> _Programs:
+    """Those of the networks used last. Functions of this module would keep what JAX compiles for them for good."""
+    return _Programs(forward)
+
+
 def _flat(blocks: ParameterArrays) -> jax.Array:
     """Gradients by parameter, each ``[k, ...]``, concatenated: ``[k, P]``."""
     return jnp.concatenate([block.reshape(block.shape[0], -1) for block in blocks.values()], axis=1)
@@ -172,43 +245,43 @@ def _outputs(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array
     return forward(parameters, x).reshape(x.shape[0], -1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _linearised(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array) -> Any:
     return jax.vjp(lambda p: _outputs(forward, p, x), parameters)[1]
 
 
-@jax.jit
 def _pulled_back(pullback: Any, u: jax.Array) -> jax.Array:
     return _flat(jax.vmap(pullback)(u)[0])
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _one_row(pullback: Any, i: int, samples: int, outputs: int) -> jax.Array:
-    unit = jnp.zeros(samples * outputs, jax.tree.leaves(pullback)[0].dtype).at[i].set(1)
+def _one_row(pullback: Any, i: int, samples: int, outputs: int, dtype: Any) -> jax.Array:
+    unit = jnp.zeros(samples * outputs, dtype).at[i].set(1)
     return jnp.concatenate([g.reshape(-1) for g in pullback(unit.reshape(samples, outputs))[0].values()])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pushed_forward(forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, w: jax.Array) -> jax.Array:
+def _pushed_forward(
+    forward: NetworkFunction, twice: bool, parameters: ParameterArrays, x: jax.Array, w: jax.Array
+) -> jax.Array:
     bounds = np.cumsum([p.size for p in parameters.values()])[:-1]
 
     def push(tangent: jax.Array) -> jax.Array:
         parts = jnp.split(tangent, bounds)
         tangents = {key: part.reshape(parameters[key].shape) for key, part in zip(parameters, parts, strict=True)}
-        return jax.jvp(lambda p: _outputs(forward, p, x).reshape(-1), (parameters,), (tangents,))[1]
+        of = lambda p: _outputs(forward, p, x).reshape(-1)  # noqa: E731
+        if not twice:
+            return jax.jvp(of, (parameters,), (tangents,))[1]
+        outputs, pullback = jax.vjp(of, parameters)  # J w is the derivative of v -> <J^T v, w>, which is linear in v
+        return jax.vjp(lambda v: pullback(v)[0], jnp.zeros_like(outputs))[1](tangents)[0]
 
     return jax.vmap(push)(w)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _pushed_forward_by_sample(
-    forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, w: jax.Array
+    forward: NetworkFunction, twice: bool, parameters: ParameterArrays, x: jax.Array, w: jax.Array
 ) -> jax.Array:
-    one = lambda x, w: _pushed_forward(forward, parameters, x[None], w)  # noqa: E731
+    one = lambda x, w: _pushed_forward(forward, twice, parameters, x[None], w)  # noqa: E731
     return jax.vmap(one, in_axes=(0, 1), out_axes=1)(x, w)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _pulled_back_by_sample(
     forward: NetworkFunction,
     reduce: Callable[[ParameterArrays], jax.Array],

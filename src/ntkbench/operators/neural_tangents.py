@@ -5,9 +5,9 @@
 - names that neural-tangents looks up during its import are added to jax's modules for that time only;
 - names that it looks up at run time are put into its own module, on top of jax's.
 
-jax itself is the same before and after. All repairs use jax's public API, and the three implementations that this
-package runs need every one of them. Other parts of neural-tangents (``AUTO``, ``predict``, infinite-width kernels, the
-bridge to TensorFlow) are not supported.
+jax itself is the same before and after. All repairs use jax's public API, and the implementations of the NTK need every
+one of them. Other parts of neural-tangents (``predict``, infinite-width kernels, the bridge to TensorFlow) are not
+supported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load() -> types.ModuleType:
     Raises:
         Unavailable: neural-tangents is not installed.
     """
-    if importlib.util.find_spec("neural_tangents") is None:
+    if not is_installed():
         raise Unavailable("neural-tangents is not installed; it comes with: pip install neural-tangents==0.6.5")
     with _core_names(), _zeros_like_primitive(), _module(_jax_util()), _module(_no_tensorflow()):
         neural_tangents = importlib.import_module("neural_tangents")
@@ -39,7 +39,13 @@ def load() -> types.ModuleType:
     _dynamic_shapes(empirical)
     _names_of_ad(empirical)
     _transposes(empirical)
+    _operations(empirical)
     return neural_tangents
+
+
+def is_installed() -> bool:
+    """Whether there is a neural-tangents to load."""
+    return importlib.util.find_spec("neural_tangents") is not None
 
 
 def _core_names() -> contextlib.AbstractContextManager[None]:
@@ -203,6 +209,18 @@ def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...
     for i, made in zip(linear, jax.linear_transpose(apply, *(inputs[i].aval for i in linear))(cotangent), strict=True):
         cotangents[i] = made
     return tuple(cotangents)
+
+
+def _operations(empirical: types.ModuleType) -> None:
+    """What ``AUTO`` chooses by: the cost analysis of a compiled program is a dict, and was a list of one before."""
+    import jax
+
+    def operations(function: Callable[..., Any], optimize: bool, *arguments: Any, **keywords: Any) -> float:
+        lowered = jax.jit(function).lower(*arguments, **keywords)
+        analysis: Any = (lowered.compile() if optimize else lowered).cost_analysis()
+        return float(analysis["flops"])
+
+    vars(empirical)["_get_flops"] = operations
 
 
 @contextlib.contextmanager

@@ -20,10 +20,12 @@ class PlainNetwork:
     Args:
         module: ``x -> [N, ...outputs]``, on the device and in the precision of ``parameters``.
         parameters: values of the trainable parameters by name.
+        owned: whether the module is nobody else's, and need not be copied.
     """
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self._module = frozen(copied(module))
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], *, owned: bool = False) -> None:
+        self._module = frozen(module if owned else copied(module))
+        self._saved: int | None = None
         own = dict(self._module.named_parameters())
         self._leaves = [own[name].requires_grad_() for name in parameters]
         self.load(parameters.values())
@@ -35,14 +37,42 @@ class PlainNetwork:
                 leaf.copy_(value)
 
     @torch.enable_grad()
-    def gradient(self, x: Tensor, v: Tensor) -> list[Tensor]:
+    def gradient(self, x: Tensor, v: Tensor, memory: int | None = None) -> list[Tensor]:
         """The gradient of <v, f(x)> by each parameter; 1 pass.
 
         Args:
             x: inputs ``[N, ...]``.
             v: cotangent with ``N O`` entries, sample-major.
+            memory: bytes that the values may fill that autograd saves. A batch that takes more is taken in parts of two
+                samples at least; its samples must not interact.
         """
-        return self._backward(self._module(x), v, retain=False)
+        samples = len(x) if memory is None or len(x) < 3 else max(2, memory // max(1, self._saved_bytes(x[:1])))
+        if samples >= len(x):
+            return self._backward(self._module(x), v, retain=False)
+        v, total = v.reshape(len(x), -1), [torch.zeros_like(leaf) for leaf in self._leaves]
+        for part in torch.arange(len(x)).split(samples):
+            where = slice(int(part[0]), int(part[-1]) + 1)
+            for sum_, g in zip(total, self._backward(self._module(x[where]), v[where], retain=False), strict=True):
+                sum_ += g
+        return total
+
+    def _saved_bytes(self, x: Tensor) -> int:
+        """Bytes of the values that autograd saves of a forward pass, but for the parameters."""
+        if self._saved is None:
+            held = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
+            kept: dict[int, int] = {}
+
+            def count(t: Tensor) -> Tensor:
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in held:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+                outputs = self._module(x)
+            self._saved = sum(kept.values())
+            del outputs
+        return self._saved
 
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
         """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass where its graph allows that."""

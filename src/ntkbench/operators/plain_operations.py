@@ -1,9 +1,12 @@
-"""PyTorch layers as the plain operations they are composed of, instead of fused kernels."""
+"""Networks as plain operations: without fused kernels, and without branches that only save time."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -26,3 +29,25 @@ def plain_operations(module: nn.Module) -> Iterator[None]:
             stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
             torch._C._set_mkldnn_enabled(False)
         yield
+
+
+@contextlib.contextmanager
+def without_shortcuts(module: nn.Module) -> Iterator[None]:
+    """Tell a module, while it is called, that ``torch.jit`` traces it.
+
+    Libraries then leave out branches on data that only save time, such as those for masks of ones.
+    """
+    told = mock.patch.object(torch.jit, "is_tracing", lambda: True)
+
+    def begin(*_: Any) -> None:
+        told.start()
+
+    def end(*_: Any) -> None:
+        told.stop()
+
+    with _TOLD, module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True):
+        yield
+
+
+_TOLD = threading.Lock()
+"""There is one ``torch.jit`` for all threads."""

@@ -7,13 +7,17 @@ refused before it allocates anything. Only the functions import JAX.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ntkbench.errors import OverMemory, Unavailable
 from ntkbench.operators.neural_tangents import load
 from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     import jax
@@ -27,8 +31,8 @@ def kernel_function(
     implementation: str,
     trace_axes: tuple[int, ...] = (),
     diagonal_axes: tuple[int, ...] = (),
-) -> Callable[[Any, Any], Any]:
-    """A kernel of a network against itself by neural-tangents, ``(weights, x) -> [N, N, O, O]``.
+) -> Callable[..., Any]:
+    """A kernel of a network by neural-tangents, ``(weights, x1, x2) -> [N1, N2, O, O]``; without x2 it is that of x1.
 
     Args:
         forward: the network, ``(weights, x) -> [N, ...outputs]``; samples must not interact.
@@ -47,7 +51,52 @@ def kernel_function(
         vmap_axes=0,
         implementation=neural_tangents.NtkImplementation[implementation],
     )
-    return lambda weights, x: kernel(x, None, weights)
+    return lambda weights, x1, x2=None: kernel(x1, x2, weights)
+
+
+LONGEST_SCAN = 8
+"""Steps of the longest recurrence for which structured derivatives are compiled, which takes O(T^2)."""
+
+
+def scan_too_long(problem: Problem) -> str | None:
+    """Why a problem's JAX network is none for structured derivatives, where it has a long recurrence; else ``None``."""
+    steps = longest_scan(problem)
+    if steps > LONGEST_SCAN:
+        return f"unrolls lax.scan and compiles in O(T^2): T = {steps} here, at most {LONGEST_SCAN}"
+    return None
+
+
+def longest_scan(problem: Problem) -> int:
+    """Steps of the longest ``lax.scan`` in a problem's JAX network (nested ones multiplied), 1 if there is none.
+
+    From shapes alone: the network is traced, and nothing is computed.
+    """
+    weights = {**problem.fixed_0, **problem.theta_0}
+    shapes = tuple((key, w.shape, w.dtype.name) for key, w in weights.items())
+    return _longest_scan(problem.jax_forward, shapes, (problem.x.shape, problem.x.dtype.name))
+
+
+@functools.lru_cache(maxsize=64)
+def _longest_scan(
+    forward: Callable[[Mapping[str, Any], Any], Any], weights: tuple[Any, ...], x: tuple[Any, ...]
+) -> int:
+    import jax
+
+    def like(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        # Precision does not change the network, and float64 is not always enabled.
+        return jax.ShapeDtypeStruct(shape, "float32" if np.issubdtype(dtype, np.floating) else dtype)
+
+    return _steps(jax.make_jaxpr(forward)({key: like(*array) for key, *array in weights}, like(*x)).jaxpr)
+
+
+def _steps(jaxpr: Any) -> int:
+    from jax.extend.core import jaxprs_in_params
+
+    longest = 1
+    for equation in jaxpr.eqns:
+        inner = max(map(_steps, jaxprs_in_params(equation.params)), default=1)
+        longest = max(longest, inner * (equation.params["length"] if equation.primitive.name == "scan" else 1))
+    return longest
 
 
 def lower(function: Callable[..., Any], *arguments: Any) -> jax.stages.Lowered:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import resource
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from ntkbench.errors import Unavailable
+from ntkbench.errors import BadInput, Unavailable
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.base import JacobianOperator, Rng
+from ntkbench.operators.memory import free_on_host
 from ntkbench.operators.plain import PlainNetwork, flat
-from ntkbench.operators.plain_operations import plain_operations
+from ntkbench.operators.plain_operations import plain_operations, without_shortcuts
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -34,9 +33,11 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     """The problem's module, its trainable parameters by name and its inputs, on the target's device.
 
     Raises:
-        BadInput: no such weights.
+        BadInput: no such weights, or the problem has no network in torch.
         Unavailable: the device is not present.
     """
+    if problem.module is None:
+        raise BadInput(f"{problem.name} has no network in torch; allowed backends for it: jax")
     to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
     parameters = {key: torch.from_numpy(w).to(**to) for key, w in problem.weights(weights).items()}
     x = torch.from_numpy(problem.x)
@@ -47,7 +48,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     return module, parameters, x
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: list[str]) -> Callable[[Any], Tensor]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Any], Tensor]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
     module, parameters, x = network(problem, weights, target)
     plain = PlainNetwork(module, {name: parameters[name] for name in names})
@@ -89,9 +90,7 @@ def free_memory(target: Target) -> int:
     where = device(target)
     if where.type == "cuda":
         return int(torch.cuda.mem_get_info(where)[0])
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    free = psutil.virtual_memory().available
-    return free if limit == resource.RLIM_INFINITY else min(free, limit - psutil.Process().memory_info().vms)
+    return free_on_host()
 
 
 Pushforward = Callable[[Tensor], Callable[[Tensor], Tensor]]
@@ -134,8 +133,15 @@ class TorchJacobian(JacobianOperator):
         self._passed_over: dict[str, list[str]] = {}  # shared with copies, so that each way is tried once
 
     def _forward(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        network = lambda: functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)  # noqa: E731
         with _differentiable_kernels(self._module):
-            return functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)
+            try:
+                return network()
+            except RuntimeError as error:
+                if "data-dependent control flow" not in str(error):
+                    raise
+                with without_shortcuts(self._module):
+                    return network()
 
     @functools.cached_property
     def _pullback(self) -> Callable[[Tensor], tuple[dict[str, Tensor]]]:

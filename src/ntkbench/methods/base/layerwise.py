@@ -1,12 +1,12 @@
-"""Base of the layerwise methods: from a problem to a traced network, from kernels to moments of Theta."""
+"""Base of the layerwise methods: from a problem to traced networks, from kernels to moments of Theta."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from ntkbench.layerwise.kernel import LayerwiseKernel
 
 
-ONE_NETWORK = "traces one network, but parameters of this problem that are not differentiated change in training"
-
-
 class Layerwise(Method):
     """Moments of Theta, or of A (x) I_O for a kernel A between samples, by :class:`LayerwiseKernel`.
 
@@ -32,19 +29,19 @@ class Layerwise(Method):
 
     backends = ("torch",)
     needs_independent_samples = True
+    prepares = "trace"
     kernel: ClassVar[str] = "full"
-
-    def unsupported_reason(
-        self, problem: Problem, metric: str, target: Target, passes: int | None = None
-    ) -> str | None:
-        reason = super().unsupported_reason(problem, metric, target, passes)
-        return reason or (ONE_NETWORK if metric == "alignment" and problem.fixed_f else None)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.layerwise import sample_kernels
 
         directions = problem.O if sample_kernels.get(self.kernel).directions is None else 1
         return directions * len(metrics.parameter_sets(metric))
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """Theta, Theta_f and their product where these are of two networks; otherwise they are made in blocks."""
+        whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
+        return 3 * problem.n**2 * target.itemsize if whole else 0
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """Move weights and inputs to the device and trace the network.
@@ -59,18 +56,33 @@ class Layerwise(Method):
         from ntkbench.layerwise import sample_kernels
 
         metrics.check(metric)
-        engine, sets, x = prepared.engine, prepared.parameters(metric), prepared.x
-        ledger = prepared.ledger()
-        moments = _moments(sample_kernels.get(self.kernel), engine, metric, sets, x)
+        ends = prepared.ends(metric)
+        ledger = ledger_of(ends)
+        moments = _moments(sample_kernels.get(self.kernel), ends, metric)
         spent, notes, certificate = ledger()
         return Estimate(moments.metric(metric), None, spent, self.name, notes, metric, certificate=certificate)
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    """A traced network at one set of weights.
+
+    Attributes:
+        engine: computes its kernels; two sets of weights of one network share it.
+        parameters: the trainable ones, in the order in which the network was traced with them.
+        x: inputs on the device.
+    """
+
+    engine: LayerwiseKernel
+    parameters: list[Tensor]
+    x: Tensor
 
 
 class TracedProblem:
     """A problem on the device, its network traced.
 
     Attributes:
-        engine: computes kernels of the network.
+        engine: computes kernels of the network at theta_0.
         x: inputs on the device.
 
     Raises:
@@ -79,46 +91,69 @@ class TracedProblem:
     """
 
     def __init__(self, problem: Problem, target: Target) -> None:
-        from ntkbench.layerwise.kernel import LayerwiseKernel
-
         self._problem, self._target = problem, target
-        module, weights, self.x = torch_network(problem, "theta_0", target)
-        self._weights = {"theta_0": list(weights.values())}
-        self.engine: LayerwiseKernel = LayerwiseKernel(module, weights, self.x, target.memory)
+        self._ends: dict[str, TracedNetwork] = {}
+        (first,) = self.ends("trace")
+        self.engine, self.x = first.engine, first.x
 
-    def ledger(self) -> Ledger:
-        """A counter of the passes spent from now on; its notes name the parameters that have no rule."""
-        engine, before = self.engine, self.engine.directions_taken
-        notes = tuple(f"{name} written out: {why}" for name, why in engine.fallbacks().items())
-        return lambda: ((engine.directions_taken - before) / len(self.x), notes, engine.certificate)
-
-    def certify_again(self) -> None:
-        """Compare the next kernel with plain autograd, whatever was compared before."""
-        self.engine.forget_certificates()
-
-    def parameters(self, metric: str) -> list[list[Tensor]]:
-        """The parameter sets that a metric needs: theta_0, and theta_f for alignment.
+    def ends(self, metric: str) -> list[TracedNetwork]:
+        """The network at theta_0, and for alignment at theta_f: the same one, or another where more than theta differs.
 
         Raises:
-            BadInput: parameters that are not differentiated differ between the two sets.
+            BadInput: there are no such weights, or the other network cannot be traced.
         """
-        if metric == "alignment" and self._problem.fixed_f:
-            raise BadInput(f"{self._problem.name}: this method {ONE_NETWORK}")
         names = metrics.parameter_sets(metric)
         for name in names:
-            if name not in self._weights:
-                self._weights[name] = list(torch_network(self._problem, name, self._target)[1].values())
-        return [self._weights[name] for name in names]
+            if name not in self._ends:
+                self._ends[name] = self._traced(name)
+        return [self._ends[name] for name in names]
+
+    def _traced(self, name: str) -> TracedNetwork:
+        from ntkbench.layerwise import reuse
+
+        module, weights, x = torch_network(self._problem, name, self._target)
+        if self._ends and not _two_networks(self._problem):
+            return TracedNetwork(self.engine, list(weights.values()), self.x)
+        return TracedNetwork(reuse.traced(module, weights, x, self._target.memory), list(weights.values()), x)
+
+    def certify_again(self) -> None:
+        """Compare the next kernels with plain autograd, whatever was compared before."""
+        for end in self._ends.values():
+            end.engine.forget_certificates()
 
 
-def _moments(kernel: Any, engine: LayerwiseKernel, metric: str, sets: Sequence[Sequence[Tensor]], x: Tensor) -> Moments:
+def _two_networks(problem: Problem) -> bool:
+    """Whether the ends of an alignment differ in more than the values of theta."""
+    return problem.other is not None or bool(problem.fixed_f)
+
+
+def ledger_of(ends: Sequence[TracedNetwork]) -> Ledger:
+    """A counter of the passes spent from now on; its notes name the parameters that have no rule."""
+    before = {end.engine: end.engine.directions_taken for end in ends}
+    N = len(ends[0].x)
+
+    def ledger() -> tuple[float, tuple[str, ...], float | None]:
+        spent = sum(engine.directions_taken - taken for engine, taken in before.items()) / N
+        notes = [f"{name} written out: {why}" for engine in before for name, why in engine.fallbacks().items()]
+        found = [engine.certificate for engine in before if engine.certificate is not None]
+        return spent, tuple(dict.fromkeys(notes)), max(found, default=None)
+
+    return ledger
+
+
+def _moments(kernel: Any, ends: Sequence[TracedNetwork], metric: str) -> Moments:
+    engine, x = ends[0].engine, ends[0].x
     if metric == "trace":
-        trace = kernel.diagonal(engine, sets[0], x).sum()
+        trace = kernel.diagonal(engine, ends[0].parameters, x).sum()
         return Moments(trace=float(trace) * (engine.O if kernel.between_samples else 1))
-    if kernel.between_samples:
-        moments = metrics.from_gram(*(kernel.compute(engine, parameters, x) for parameters in sets))
-        return moments.times(engine.O)  # tr, squared norm and inner product of A (x) I_O are O times those of A
-    return metrics.from_blocks_of_theta(
-        (left == right, [part.flatten(0, 1).flatten(1) for part in parts])
-        for left, right, parts in engine.blocks(sets, x)
+    if kernel.between_samples or any(end.engine is not engine for end in ends):
+        moments = metrics.from_gram(*(kernel.compute(end.engine, end.parameters, end.x) for end in ends))
+        # tr, squared norm and inner product of A (x) I_O are O times those of A
+        return moments.times(engine.O) if kernel.between_samples else moments
+    sets = [end.parameters for end in ends]
+    return engine.certain(
+        lambda: metrics.from_blocks_of_theta(
+            (left == right, [part.flatten(0, 1).flatten(1) for part in parts])
+            for left, right, parts in engine.blocks(sets, x)
+        )
     )

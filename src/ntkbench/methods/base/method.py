@@ -28,6 +28,8 @@ class Method(ABC):
         metrics: metrics that it computes.
         needs_independent_samples: whether it requires that each output depends on its own sample only.
         needs_recurrence: whether it requires a module that declares a recurrence over time.
+        prepares: what :meth:`prepare` makes; methods that say the same share it. Empty for what is the method's own.
+        needs_one_network: whether it aligns sets of weights of one network only, as what compares parameters does.
     """
 
     title: ClassVar[str]
@@ -37,6 +39,8 @@ class Method(ABC):
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
     needs_independent_samples: ClassVar[bool] = False
     needs_recurrence: ClassVar[bool] = False
+    prepares: ClassVar[str] = "operators"
+    needs_one_network: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -56,13 +60,18 @@ class Method(ABC):
             return f"gives {', '.join(self.metrics)} only"
         if target.backend not in self.backends:
             return f"runs on {', '.join(self.backends)} only"
-        if target.backend == "jax" and problem.jax_forward is None:
+        networks = [problem.end(name)[0] for name in metrics.parameter_sets(metric)]
+        if target.backend == "torch" and any(each.module is None for each in networks):
+            return "the problem has no network in torch"
+        if target.backend == "jax" and any(each.jax_forward is None for each in networks):
             return "the problem has no network in JAX"
         if metric == "alignment" and problem.theta_f is None:
             return "the problem has no trained weights to align with"
+        if self.needs_one_network and networks[-1] is not problem:
+            return "aligns two sets of weights of one network, and these are of two networks"
         if self.needs_independent_samples and problem.samples_interact:
             return "samples interact, so there are no per-sample Jacobians"
-        if self.needs_recurrence and not declares(problem.module):
+        if self.needs_recurrence and not all(declares(each.module) for each in networks):
             return "the problem is no recurrent network (its module declares no recurrence)"
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,13 +11,17 @@ from ntkbench import metrics
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
 from ntkbench.metrics import Moments
-from ntkbench.operators import certificate, programs
-from ntkbench.operators.neural_tangents import load
+from ntkbench.operators import certificate, plain_gradient, programs
+from ntkbench.operators.neural_tangents import is_installed, load
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     import jax
+
+
+CERTIFIED_ROWS = 64
+"""Rows of J that the certificate of a trace takes at most."""
 
 
 class NeuralTangents(Method):
@@ -36,7 +39,15 @@ class NeuralTangents(Method):
     kind = "exact"
     backends = ("jax",)
     needs_independent_samples = True
+    prepares = ""
+    needs_one_network = True
     implementation: ClassVar[str]
+
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        reason = super().unsupported_reason(problem, metric, target, passes)
+        return reason or (None if is_installed() else "neural-tangents is not installed")
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta (and Theta_f); its diagonal blocks' traces alone for the trace."""
@@ -66,8 +77,9 @@ class NeuralTangents(Method):
 class CompiledPrograms:
     """A problem on the device, with one compiled program for each metric that was asked for.
 
-    The kernel Theta behind all metrics but the trace is certified at its first use: for random signs c, c^T Theta c is
-    compared with ||J^T c||^2 by plain autograd of the network in torch.
+    A program is certified at its first use by plain autograd. Of a kernel Theta, c^T Theta c for random signs c is
+    compared with ||J^T c||^2. Of the trace, the part of the first samples is compared with the squared norms of their
+    rows of J, :data:`CERTIFIED_ROWS` at most; where a sample has more outputs, the trace is not certified.
 
     Attributes:
         certificate: the largest relative difference found; ``None`` where there was nothing to compare.
@@ -105,20 +117,30 @@ class CompiledPrograms:
         sums, forms = jax.device_get(self._programs[metric](self._parameter_sets(metric), self._x))
         if first:
             for name, form in zip(metrics.parameter_sets(metric), forms, strict=False):
-                self._certify(name, float(form))
+                self._certify(float(form), self._trace_of_rows() if metric == "trace" else self._form(name))
         return Moments(**{name: float(value) for name, value in sums.items()})
 
-    def _certify(self, name: str, form: float) -> None:
-        """Compare c^T Theta c at one parameter set with ||J^T c||^2."""
-        from ntkbench.operators import torch as backend
-
-        target = replace(self._target, backend="torch")
-        parameters = list(self._problem.weights(name))
-        g = backend.plain_gradient(self._problem, name, target, parameters)(self._signs().reshape(-1))
-        expected = float(g @ g)
-        off = certificate.ratio(abs(form - expected), expected)
+    def _certify(self, found: float, expected: float) -> None:
+        off = certificate.ratio(abs(found - expected), expected)
         certificate.check(off, float(np.finfo(self._target.dtype).eps))
         self.certificate = max(off, self.certificate or 0.0)
+
+    def _form(self, name: str) -> float:
+        """||J^T c||^2 at one parameter set."""
+        parameters = list(self._problem.weights(name))
+        g = plain_gradient(self._problem, name, self._target, parameters)(self._signs().reshape(-1))
+        return float(g @ g)
+
+    def _trace_of_rows(self) -> float:
+        """The sum of the squared norms of the first samples' rows of J."""
+        few = self._problem.with_inputs(self._problem.x[: self._certified_samples])
+        gradient = plain_gradient(few, "theta_0", self._target, list(few.theta_0))
+        rows = map(gradient, np.eye(few.n, dtype=self._target.dtype))
+        return sum(float(row @ row) for row in rows)
+
+    @property
+    def _certified_samples(self) -> int:
+        return min(self._problem.N, CERTIFIED_ROWS // self._problem.O)
 
     def _signs(self) -> np.ndarray:
         """The fixed random signs c, ``[N, O]``."""
@@ -144,7 +166,13 @@ class CompiledPrograms:
     def _trace(self) -> Callable[..., Any]:
         outputs = self._problem.O
         mean = programs.kernel_function(self._networks["theta_0"][0], self._implementation, (1,), (0,))
-        return lambda weights, x: ({"trace": outputs * mean(weights[0], x).sum()}, ())
+        few = self._certified_samples
+
+        def trace(weights: Any, x: Any) -> Any:
+            by_sample = outputs * mean(weights[0], x)
+            return {"trace": by_sample.sum()}, [by_sample[:few].sum()] if few else []
+
+        return trace
 
     def _sums(self, names: Sequence[str]) -> Callable[..., Any]:
         import jax.numpy as jnp

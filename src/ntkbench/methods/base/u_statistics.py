@@ -44,10 +44,10 @@ class GramMatrix(Accumulating):
         def products(u: Array, _: slice) -> list[Array]:
             return [A.product(u)[:, None] for A in factors]
 
-        A = factors[0]
+        A, dim = factors[0], max(each.image_dim for each in factors)
         kernel = shared_probe_kernel if self.side == "reverse" else crossed_network_kernel
         moments = required_moments(names)
-        return UStatistics(moments, 1, A.image_dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
+        return UStatistics(moments, 1, dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
 
 
 class OneSidedPerSample(Accumulating):
@@ -141,4 +141,5 @@ class StratifiedUStatistics(Accumulating):
             v = u.reshape(-1, j.N, j.O)[:, some[0].start : some[-1].stop]
             return [self.gradients(jacobian, some, v) for jacobian in jacobians]
 
-        return UStatistics(required_moments(names), count, j.P, jacobians, lambda k: rng.sign(k, j.n), gradients)
+        dim = max(each.P for each in jacobians)
+        return UStatistics(required_moments(names), count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients)

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import array_api_compat
 
 from ntkbench.operators.base import Array
-
-if TYPE_CHECKING:
-    from torch import nn
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4, "ctrnn": 1}
 """Kinds of cells, and the number of gates of each: its weights have that many blocks of H rows."""
@@ -56,7 +53,7 @@ class Recurrence:
         return Recurrence(kind, {role: f"{prefix}.{role}_l0" for role in ROLES[:4]})
 
 
-def declared(module: nn.Module) -> Recurrence:
+def declared(module: Any) -> Recurrence:
     """The recurrence that a module declares, by its attribute ``recurrence``."""
     return cast(Recurrence, module.recurrence)
 

@@ -25,6 +25,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> JaxRecurrentJac
     Raises:
         BadInput: theta is not of the recurrence that the problem's module declares.
     """
+    assert problem.module is not None  # it declares its recurrence
     forward, parameters, x = network(problem, weights, target)
     parameters = dict(sorted(parameters.items()))  # the order in which JAX flattens dicts
     j = JaxRecurrentJacobian(forward, parameters, x, problem.output_shape, target.memory)

@@ -8,7 +8,7 @@ import functools
 import inspect
 import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ntkbench.modules import cast, copied, load
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
+from ntkbench.problems.base.adapter import Calling, own_name
 
 TOGETHER, ALONE = 64, 8
 """Samples, evenly spaced, in the batch that shows whether samples interact, and those of them that are taken alone."""
@@ -39,7 +40,10 @@ NUDGE = 0.1
 CALLS = 8
 """Calls that a network in eval mode must survive unchanged where it draws random numbers."""
 
-WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
+WRAP = (
+    "wrap the model in a module that takes one tensor and returns one tensor, or say how it is called on a tuple or a "
+    "dict of inputs, as in call=lambda model, inputs: model(**inputs).logits"
+)
 
 
 def from_module(
@@ -84,36 +88,90 @@ def from_module(
         net = _snapshot(model, "model", dtype)
         theta_0 = _trainable(net)
         x = _inputs(x, net, dtype)
-        outputs = _outputs(net, x, "the model")
+        outputs = _outputs(net, x, "the model", model)
         interact = _interact(net, x)
-        weights_f: dict[str, np.ndarray] | None = None
-        fixed_0: dict[str, Tensor] = {}
-        fixed_f: dict[str, Tensor] = {}
-        if model_f is not None:
-            net_f = _snapshot(model_f, "model_f", dtype).to(x.device)
-            theta_f = _trainable(net_f)
-            _check_same(theta_0, theta_f, "trainable parameters")
-            fixed_0, fixed_f = _differing(net, net_f)
-            swapped = load(copied(net), {**theta_f, **fixed_f})
-            if not _close(_outputs(net_f, x, "model_f"), _Call(swapped, x, 0).outputs):
-                raise BadInput(
-                    "model_0 with the values of model_f does not compute what model_f computes: they must be one "
-                    "network, in one mode (train or eval)"
-                )
-            interact = interact or _interact(net_f, x)
-            weights_f = _on_host({key: theta_f[key] for key in theta_0})
-        return Problem(
-            name=name or type(model).__name__,
+        problem = Problem(
+            name=name or type(model.model if isinstance(model, Calling) else model).__name__,
             module=net,
             x=x.cpu().numpy().copy(),
             theta_0=_on_host(theta_0),
-            theta_f=weights_f,
             samples_interact=interact,
-            fixed_0=_on_host(fixed_0),
-            fixed_f=_on_host(fixed_f),
             # Known by now; the usual way, meta tensors, is not for networks that make tensors of their own on a device.
             _shape=[tuple(outputs.shape)],
         )
+        return problem if model_f is None else paired(problem, at(problem, model_f, "model_f"))
+
+
+def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the network") -> Problem:
+    """The same network and inputs at other weights; theta_f is dropped.
+
+    Cost: two forward passes for a network, none for values by name.
+
+    Args:
+        problem: of a module.
+        weights: the same network with other values of parameters and buffers; or such values by name. Those that are
+            not given stay as they are.
+        role: what the network is called in messages.
+
+    Raises:
+        BadInput: there are no such parameters, or of other shapes, or values are not finite; or the network does not
+            compute what the problem's network computes with its values.
+    """
+    if isinstance(weights, nn.Module):
+        values = _values_of_same(problem, weights, role)
+    elif isinstance(weights, Mapping):
+        values = {key: torch.as_tensor(w).detach().cpu() for key, w in weights.items()}
+    else:
+        raise BadInput(f"weights must be a torch.nn.Module or values by name, got {type(weights).__name__}")
+    present = {**_on_host(_values(problem.network)), **problem.fixed_0, **problem.theta_0}
+    found: dict[str, np.ndarray] = {}
+    for key, value in values.items():
+        if key not in present:
+            raise unknown("parameter or buffer", key, present)
+        if tuple(value.shape) != present[key].shape:
+            raise BadInput(f"{key!r} must be of shape {present[key].shape}, got {tuple(value.shape)}")
+        if key in problem.theta_0 and not value.isfinite().all():
+            raise BadInput(f"{role} has nan or infinite weights: {key!r}")
+        found[key] = value.numpy().astype(present[key].dtype)
+    theta_0 = {key: found.get(key, w) for key, w in problem.theta_0.items()}
+    changed = {
+        key: w
+        for key, w in found.items()
+        if key not in theta_0 and not np.array_equal(w, present[key], equal_nan=w.dtype.kind in "fc")
+    }
+    fixed_0 = {**problem.fixed_0, **changed}
+    return dataclasses.replace(problem, theta_0=theta_0, fixed_0=fixed_0, theta_f=None, fixed_f={}, other=None)
+
+
+def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, Tensor]:
+    """Parameters and buffers of a network, after a look at whether it is the problem's."""
+    net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
+    values = _values(net)
+    _check_same(_values(problem.network), values)
+    if frozen := problem.theta_0.keys() - _trainable(net).keys():
+        raise BadInput(f"{role} has requires_grad=False for {min(frozen)!r}, which is trainable in the first network")
+    x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
+    swapped = load(copied(problem.network).to(x.device), values)
+    if not _close(_outputs(net, x, role, model), _Call(swapped, x, 0).outputs):
+        raise BadInput(
+            f"the first network with the values of {role} does not compute what {role} computes: they must be one "
+            "network, in one mode (train or eval)"
+        )
+    return {key: w.cpu() for key, w in values.items()}
+
+
+def paired(problem: Problem, other: Problem) -> Problem:
+    """A problem whose theta_f is another one's theta_0: of the same network, or of another one with the same outputs.
+
+    Raises:
+        BadInput: the two have other numbers of samples or outputs.
+    """
+    if problem.module is not other.module or problem.x is not other.x or list(problem.theta_0) != list(other.theta_0):
+        return dataclasses.replace(problem, other=other)
+    present = {} if problem.module is None else _on_host(_values(problem.module))
+    names = dict.fromkeys((*problem.fixed_0, *other.fixed_0))
+    fixed_0, fixed_f = ({key: {**present, **each.fixed_0}[key] for key in names} for each in (problem, other))
+    return dataclasses.replace(problem, theta_f=other.theta_0, fixed_0=fixed_0, fixed_f=fixed_f)
 
 
 def same_samples(x1: Tensor, x2: Tensor) -> Tensor:
@@ -133,13 +191,22 @@ def same_samples(x1: Tensor, x2: Tensor) -> Tensor:
 
 def on_inputs(problem: Problem, x: Tensor) -> Problem:
     """The same network and weights on other inputs, whose samples must not interact."""
-    shape = (len(x), *problem.output_shape[1:])
-    return dataclasses.replace(problem, x=x.detach().cpu().numpy(), _shape=[shape])
+    x = x.detach().cpu()
+    return problem.with_inputs((x.to(torch.from_numpy(problem.x[:0]).dtype) if x.is_floating_point() else x).numpy())
 
 
 def last_layer(problem: Problem) -> Problem:
-    """The problem with theta the parameters of the module whose parameters are used last; all others are frozen."""
-    net = load(copied(problem.module), {**problem.fixed_0, **problem.theta_0})
+    """The problem with theta the parameters of the module whose parameters are used last; all others are frozen.
+
+    Raises:
+        BadInput: the problem is a function, which has no modules.
+    """
+    if problem.module is None:
+        raise BadInput(
+            f"{problem.name} is a function, and which of its parameters are the last layer's is not known: put those "
+            "alone in params, close over the others, and take kernel='trace'"
+        )
+    net = load(copied(problem.network), {**problem.fixed_0, **problem.theta_0})
     own = dict(net.named_parameters())
     x = torch.from_numpy(problem.x if problem.samples_interact else problem.x[:PROBED])
     with _LastUsed({key: own[key] for key in problem.theta_0}) as last:
@@ -147,7 +214,9 @@ def last_layer(problem: Problem) -> Problem:
     chosen = [key for key in problem.theta_0 if owner(key) == owner(last.name)]
     fixed = {key: w for key, w in problem.theta_0.items() if key not in chosen}
     theta_0 = {key: problem.theta_0[key] for key in chosen}
-    return dataclasses.replace(problem, theta_0=theta_0, theta_f=None, fixed_0={**problem.fixed_0, **fixed}, fixed_f={})
+    return dataclasses.replace(
+        problem, theta_0=theta_0, theta_f=None, other=None, fixed_0={**problem.fixed_0, **fixed}, fixed_f={}
+    )
 
 
 class _LastUsed(TorchFunctionMode):
@@ -169,15 +238,15 @@ def _check_inputs(x: Tensor, name: str = "x") -> None:
         raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got ndarray: use torch.from_numpy({name})")
     if not isinstance(x, Tensor):
         raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got {type(x).__name__}: {WRAP}")
-    if wrong := _unusual(x):
+    if wrong := unusual(x):
         raise BadInput(f"{name} must be an ordinary dense tensor, got a {wrong} one: pad or convert it first")
     if x.ndim == 0 or x.numel() == 0:
         raise BadInput(f"{name} must hold at least one sample, [N, ...] with N > 0; got shape {tuple(x.shape)}")
     if x.is_complex():
-        raise BadInput(f"{name} must be real or integer, got {x.dtype}: {WRAP}, such as its real and imaginary parts")
+        raise BadInput(f"{name} must be real or integer, got {x.dtype}: give its real and imaginary parts instead")
 
 
-def _unusual(x: Tensor) -> str:
+def unusual(x: Tensor) -> str:
     """What a tensor is that is not ordinary and dense, in a word; empty for one that is."""
     if x.is_nested:
         return "nested"
@@ -197,8 +266,11 @@ def _dtype(model: nn.Module, dtype: str | None) -> str:
     found = sorted({str(w.dtype).removeprefix("torch.") for w in model.parameters() if w.requires_grad and w.numel()})
     if not found:
         raise BadInput("model has no parameters with requires_grad=True, so there is nothing to differentiate by")
-    if any(w.is_complex() for w in model.parameters() if w.requires_grad):
-        raise BadInput("model has complex parameters; the NTK here is that of real ones")
+    if named := [key for key, w in model.named_parameters() if w.requires_grad and w.is_complex()]:
+        raise BadInput(
+            f"model has complex parameters, such as {own_name(model, named[0])!r}, and the NTK here is that of real "
+            "ones: hold real and imaginary parts in one real parameter [..., 2], with torch.view_as_complex in forward"
+        )
     if dtype is not None:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
@@ -218,17 +290,18 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
-    model = _unwrapped(model)
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    model = unwrapped(model)
+    own = model.model if isinstance(model, Calling) else model
+    tensors = (*own.named_parameters(), *own.named_buffers())
     for key, w in tensors:
-        if wrong := _unusual(w):
+        if wrong := unusual(w):
             raise BadInput(f"{role} must be of ordinary dense tensors, and {key!r} is a {wrong} one")
     if len(devices := {str(w.device) for _, w in tensors}) > 1:
         raise BadInput(f"{role} is spread over {', '.join(sorted(devices))}; it must be on one device")
-    for key, w in model.named_parameters():
+    for key, w in own.named_parameters():
         if w.requires_grad and not w.detach().isfinite().all():
             raise BadInput(f"{role} has nan or infinite weights: {key!r}")
-    for where, layer in model.named_modules():
+    for where, layer in own.named_modules():
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise BadInput(f"{role} has Dropout in train mode ({where or 'the model itself'}): call model.eval() first")
     net = cast(copied(model, role), getattr(torch, dtype))
@@ -240,12 +313,12 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     return net
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, where it was prepared for several devices or compiled."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return _unwrapped(model.module)
+        return unwrapped(model.module)
     inner = getattr(model, "_orig_mod", None)  # of torch.compile
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _trainable(net: nn.Module) -> dict[str, Tensor]:
@@ -264,6 +337,7 @@ class _Call:
     Attributes:
         outputs: f(x), which may be anything but depends on no graph.
         differentiable: whether f(x) depends on a parameter, as far as autograd knows.
+        leaves: what f(x) is differentiated by.
         before, after: states of all generators, the network's own ones included.
     """
 
@@ -273,21 +347,45 @@ class _Call:
             outputs = net(x)
             self.after = _states(net, x)
         self.differentiable = isinstance(outputs, Tensor) and outputs.requires_grad
+        self.leaves = _leaves(outputs) if self.differentiable else []
         self.outputs = outputs.detach().clone() if isinstance(outputs, Tensor) else outputs
 
 
+def _leaves(outputs: Tensor) -> list[Tensor]:
+    """The tensors at which a graph ends."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    left: list[Any] = [outputs.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            left.extend(before for before, _ in node.next_functions)
+    return found
+
+
 @contextlib.contextmanager
-def _seeded(seed: int, x: Tensor) -> Iterator[None]:
+def generators_restored(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Leave the random generators of torch (on the CPU and on ``devices``), Python and NumPy as they were."""
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    with torch.random.fork_rng(devices):
         try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
             yield
         finally:
             random.setstate(python)
             np.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, x: Tensor) -> Iterator[None]:
+    with generators_restored([x.device] if x.is_cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds the generators of all devices
+        if x.is_cuda:
+            torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
 
 
 def _states(net: nn.Module, x: Tensor) -> list[bytes]:
@@ -308,8 +406,8 @@ def _states(net: nn.Module, x: Tensor) -> list[bytes]:
     return [pickle.dumps(state) for state in states]
 
 
-def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
-    """f(x), checked to be a function of x and to have a row a sample.
+def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tensor:
+    """f(x), checked to be a function of x and of the network's own parameters and to have a row a sample.
 
     Raises:
         BadInput: it is not, or has not.
@@ -320,15 +418,16 @@ def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
     call = functools.partial(_Call, trial, x)
     try:
         first = call(0)
+    except BadInput:
+        raise
     except Exception as error:  # whatever a network raises
         kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
-        raise kind(
-            f"{role} cannot be called on x, {tuple(x.shape)} of {x.dtype}, in {_precision(net)}: {summary(error)}"
-        ) from error
+        given = (isinstance(net, Calling) and net.given) or f"x, {tuple(x.shape)} of {x.dtype}"
+        raise kind(f"{role} cannot be called on {given}, in {_precision(net)}: {summary(error)}") from error
     outputs = first.outputs
     if not isinstance(outputs, Tensor):
         raise BadInput(f"{role} must return one tensor [N, ...outputs], got {type(outputs).__name__}: {WRAP}")
-    if wrong := _unusual(outputs):
+    if wrong := unusual(outputs):
         raise BadInput(f"{role} must return an ordinary dense tensor, got a {wrong} one")
     if outputs.ndim == 0 or outputs.shape[0] != x.shape[0] or outputs.numel() == 0:
         raise BadInput(
@@ -343,10 +442,15 @@ def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
         raise BadInput(
             f"no output of {role} depends on a trainable parameter: are they detached, or made without gradients?"
         )
+    outside = {id(w) for w in original.parameters()}
+    if any(id(w) in outside for w in first.leaves):
+        raise BadInput(f"call= or a function in {role} uses {role} itself, and must use what it is given, a copy")
     again = call(1)
     buffers, parameters = dict(net.named_buffers()), dict(net.named_parameters())
     if started := [key for key, w in trial.named_parameters() if not _same(w.detach(), parameters[key].detach())]:
-        raise BadInput(f"{role} sets its parameter {started[0]!r} when it is called: call it once before")
+        raise BadInput(
+            f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once before"
+        )
     moved = [key for key, b in trial.named_buffers() if key in buffers and not _same(b.detach(), buffers[key])]
     # A network that seeds a generator itself leaves it in one state, whatever it was before.
     states = zip(first.before, first.after, again.after, strict=True)
@@ -355,7 +459,11 @@ def _outputs(net: nn.Module, x: Tensor, role: str) -> Tensor:
         raise BadInput(f"{role} is random: it draws random numbers in train mode: call model.eval() first")
     calls = [again, *(call(seed) for seed in range(2, CALLS))] if drew else [again]
     if any(not _same_outputs(each.outputs, outputs, exactly=bool(moved)) for each in calls):
-        what = f"changes its buffer {moved[0]!r} when it is called" if moved else "is random or keeps a state"
+        what = (
+            f"changes its buffer {own_name(net, moved[0])!r} when it is called"
+            if moved
+            else "is random or keeps a state"
+        )
         raise BadInput(f"{role} {what} (Dropout or spectral normalisation in train mode?): call model.eval() first")
     return outputs
 
@@ -416,10 +524,11 @@ def _interact(net: nn.Module, x: Tensor) -> bool:
 
 
 def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
+    """Whether they are; changes the network."""
     theta = _trainable(net)
-    plain = PlainNetwork(net, theta)
+    plain = PlainNetwork(net, theta, owned=True)
     rng = np.random.default_rng(0)
-    outputs = _Call(copied(net), x, 0).outputs
+    outputs = net(x)
     chosen = _spread(len(x), ALONE)
     v = torch.zeros_like(outputs)
     v[chosen] = torch.from_numpy(rng.choice([-1.0, 1.0], v[chosen].shape)).to(v)
@@ -456,28 +565,20 @@ def _spread(N: int, most: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, N - 1, min(N, most))})
 
 
-def _check_same(values: Mapping[str, Tensor], values_f: Mapping[str, Tensor], what: str) -> None:
-    """Refuse two networks whose tensors have other names or shapes."""
-    shapes, shapes_f = ({k: tuple(w.shape) for k, w in each.items()} for each in (values, values_f))
+def _check_same(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Refuse a network whose tensors have other names or shapes."""
+    shapes, shapes_f = ({k: tuple(w.shape) for k, w in each.items()} for each in (values, others))
     for key in [*shapes, *shapes_f]:
         if shapes.get(key) != shapes_f.get(key):
             raise BadInput(
-                f"model_0 and model_f must have the same {what}; {key!r} is "
-                f"{shapes.get(key, 'missing')} in model_0 and {shapes_f.get(key, 'missing')} in model_f"
+                f"the two networks must have the same parameters and buffers; {key!r} is "
+                f"{shapes.get(key, 'missing')} in the first and {shapes_f.get(key, 'missing')} in the other"
             )
 
 
-def _differing(net: nn.Module, net_f: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Buffers and frozen parameters of two networks whose values differ."""
-    fixed, fixed_f = dict(_fixed(net)), dict(_fixed(net_f))
-    _check_same(fixed, fixed_f, "buffers and frozen parameters")
-    differing = [key for key in fixed if not _same(fixed_f[key], fixed[key])]
-    return {key: fixed[key] for key in differing}, {key: fixed_f[key] for key in differing}
-
-
-def _fixed(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from net.named_buffers()
-    yield from ((key, w.detach()) for key, w in net.named_parameters() if not w.requires_grad)
+def _values(net: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers."""
+    return {key: w.detach() for key, w in (*net.named_parameters(), *net.named_buffers())}
 
 
 def _on_host(theta: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -93,7 +93,7 @@ def compute(problem: Problem) -> dict[str, Any]:
         OverMemory: J^T J takes more memory than the machine has.
     """
     start = time.perf_counter()
-    outputs_side = problem.n <= problem.P
+    outputs_side = problem.n <= problem.P or problem.other is not None
     metrics = METRICS if problem.theta_f is not None else METRICS[:-1]
     with _explained(problem):
         moments = by_outputs(problem) if outputs_side else by_parameters(problem)
@@ -146,7 +146,7 @@ def _blocks(problem: Problem, jacobian: Any) -> tuple[list[Any], Any]:
 def by_outputs(problem: Problem) -> Moments:
     """Moments of Theta from its n x n side, in blocks."""
     jacobians = _jacobians(problem)
-    blocks, rows = _blocks(problem, jacobians[0])
+    blocks, rows = _blocks(problem, max(jacobians, key=lambda j: j.P))
     metric = "alignment" if len(jacobians) == 2 else "norm"
     return moments_from_rows(metric, jacobians, blocks, rows)
 

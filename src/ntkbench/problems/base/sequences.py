@@ -86,6 +86,7 @@ def from_recurrent(
 
 
 def _check(problem: Problem) -> None:
+    assert problem.module is not None  # that of from_module
     net = frozen(copied(problem.module))
     theta = [w.requires_grad_(True) for key, w in net.named_parameters() if key in problem.theta_0]
     inputs = torch.from_numpy(problem.x).to(theta[0].device)

@@ -1,0 +1,409 @@
+"""The NTK of a network on some inputs, prepared once and used many times."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import numpy as np
+
+from ntkbench import ambient, errors, ladder, metrics, options
+from ntkbench.errors import BadInput
+from ntkbench.estimate import Estimate, Estimates
+from ntkbench.methods import Method
+from ntkbench.operators.arrays import asarray_like, to_numpy
+from ntkbench.options import Options, Target, Wishes
+from ntkbench.problem import Problem
+from ntkbench.problems.base.source import source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ntkbench.estimators.lanczos import Eigenvalues
+    from ntkbench.layerwise.sample_kernels import SampleKernel
+    from ntkbench.methods.base.layerwise import TracedProblem
+
+Call = Callable[[Any, Any], Any]
+Output = Any
+Patterns = str | Sequence[str]
+
+WRITTEN_OUT = 2**22
+"""Entries of J up to which writing it out takes less time than tracing the network, for the first use of a kernel."""
+
+SMALL = 1024
+"""Outputs up to which the eigenvalues of Theta are those of the whole matrix."""
+
+
+class Setup(TypedDict, total=False):
+    """What a :class:`Kernel` takes besides the network and its inputs, as keywords."""
+
+    call: Call | None
+    output: Output
+    parameters: Patterns | None
+    params: Any
+    dtype: str | torch.dtype | None
+    device: str | torch.device | None
+    memory: int
+
+
+class Kernel:
+    """Theta = J J^T of a network on some inputs, with J the Jacobian of all outputs by all parameters.
+
+    The network is checked, copied and traced once; kernels and metrics share that, and so do kernels at other weights
+    (:meth:`at`). theta is every parameter with ``requires_grad=True``, or those that ``parameters`` names; a tensor
+    tied under several names counts once. The network is never changed, and taken in the mode it is in: train-mode
+    BatchNorm is fine (its samples interact, which rules some methods out), train-mode Dropout is not.
+
+    Cost: some passes of checks (see :func:`ntkbench.from_module`). The trace is made when it is first needed, and one
+    plain backward pass certifies each new set of weights.
+
+    Args:
+        model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It gives ``[N, ...outputs]``;
+            everything after the first axis counts as the O outputs of a sample.
+        inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``.
+        call: ``call(model, inputs)`` gives the outputs; by default ``model(inputs)``, ``model(*inputs)`` of a tuple or
+            list, ``model(**inputs)`` of a mapping.
+        output: which outputs count: an index into the axes after the first (``3`` for the class f[:, 3], ``-1`` for
+            the last step f[:, -1], a tuple for several axes, a list for several classes), or a function of the outputs.
+        parameters: which parameters count: names or patterns such as ``"layers.*.weight"``.
+        params: the parameters of a JAX function, any pytree of arrays.
+        dtype: ``"float32"`` or ``"float64"``; that of the parameters if not given.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; that of the parameters if not given.
+        memory: bytes that everything but a result may fill.
+
+    Raises:
+        BadInput: an argument cannot be used; says what is allowed.
+        Unavailable: the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        inputs: Any,
+        *,
+        call: Call | None = None,
+        output: Output = None,
+        parameters: Patterns | None = None,
+        params: Any = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        memory: int = 2**30,
+    ) -> None:
+        memory = options.positive("memory", memory, " of bytes")
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        with ambient.own_settings():
+            self._source = source(model, inputs, call, output, params, name)
+            self._target, self._index = self._source.target(device, memory)
+            self.problem = self._source.problem
+            if parameters is not None:
+                from ntkbench.problems.base.calls import restricted
+
+                self.problem = restricted(self.problem, parameters)
+        self._prepared: dict[Any, Any] = {}
+        self._used = False
+
+    def __repr__(self) -> str:
+        p = self.problem
+        return f"Kernel({p.name}: N = {p.N}, O = {p.O}, P = {p.P}, {self._target.dtype}, {self._target.backend})"
+
+    def trace(self, **wishes: Unpack[Wishes]) -> Estimate:
+        """tr Theta; see :func:`ntkbench.trace`."""
+        return self._estimates(("trace",), Options(**wishes))["trace"]
+
+    def norm(self, **wishes: Unpack[Wishes]) -> Estimate:
+        """||Theta||_F, not its square; see :func:`ntkbench.trace`."""
+        return self._estimates(("norm",), Options(**wishes))["norm"]
+
+    def effective_rank(self, **wishes: Unpack[Wishes]) -> Estimate:
+        """(tr Theta)^2 / ||Theta||_F^2; see :func:`ntkbench.trace`."""
+        return self._estimates(("effective_rank",), Options(**wishes))["effective_rank"]
+
+    def alignment(self, other: Any, **wishes: Unpack[Wishes]) -> Estimate:
+        """tr(Theta Theta') / (||Theta||_F ||Theta'||_F) with another kernel Theta'; see :func:`ntkbench.alignment`.
+
+        Args:
+            other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
+                values of the parameters by name (a pytree, for a JAX function); a tensor y like the outputs, which
+                stands for y y^T; or a matrix ``[n, n]``, or ``[N, N]`` for A (x) I_O.
+            wishes: see :class:`ntkbench.options.Options`.
+
+        Raises:
+            BadInput: there are no such weights, or the two kernels are not of the same outputs; or as for the others.
+        """
+        asked = Options(**wishes)
+        ladder.check(("alignment",), asked)
+        if _is_array(other):
+            return self._alignment_with(to_numpy(other.detach() if hasattr(other, "detach") else other), asked)
+        return self._beside(other)._estimates(("alignment",), asked)["alignment"]
+
+    def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
+        """All metrics by name, with ``other`` the alignment too, from one block of probes.
+
+        See :func:`ntkbench.metrics_of`.
+        """
+        asked = Options(**wishes)
+        if other is None:
+            return self._estimates(tuple(name for name in metrics.METRICS if name != "alignment"), asked)
+        ladder.check(metrics.METRICS, asked)
+        return self._beside(other)._estimates(metrics.METRICS, asked)
+
+    def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0) -> Any:
+        """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.
+
+        Args:
+            inputs: of the columns, like those of the rows; those of the rows if not given.
+            kernel: ``"full"``, or the name of a kernel between samples.
+            seed: of ``random_vector``.
+        """
+        from ntkbench import operators
+        from ntkbench.layerwise import sample_kernels
+
+        chosen, seed = sample_kernels.get(kernel), options.seed(seed)
+        if self.problem.samples_interact and inputs is not None:
+            raise BadInput(
+                "samples interact in this network, so a kernel between two batches is not defined: leave the second "
+                "inputs out, or call model.eval() where it has BatchNorm in train mode"
+            )
+        with self._settings():
+            problem, columns = (self.problem, None) if inputs is None else self._source.columns(self.problem, inputs)
+            rows = 1 if chosen.between_samples else problem.O
+            N2 = problem.N if columns is None else len(columns)
+            operators.check_result(problem.N * rows, N2 * rows, self._target)
+            reasons = []
+            for way in self._ways(problem, columns):
+                try:
+                    return _finite(way(problem, columns, chosen, self._target, seed))
+                except Exception as error:  # whatever a way does to a network, the next one may work
+                    reasons.append(f"{_said(way)}: {errors.reason(error)}")
+        raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
+
+    def eigenvalues(self, top: int = 10, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
+        """The largest eigenvalues of Theta, in descending order; those of all of Theta where it is small.
+
+        Cost: that of :meth:`ntk` for up to 1024 outputs if Theta fits in memory; else about 2 (top + 4) passes for each
+        step of a block Krylov method (see :func:`ntkbench.estimators.lanczos.largest`).
+
+        Args:
+            top: how many.
+            rtol: residual, relative to each eigenvalue, at which the iteration stops.
+            passes: the most to spend.
+            seed: of the first block.
+
+        Returns:
+            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue), ``passes``.
+        """
+        from ntkbench.estimators import lanczos
+        from ntkbench.operators import linearise
+
+        top, passes = options.positive("top", top), options.positive("passes", passes)
+        Options(rtol=rtol)
+        if top > self.problem.n:
+            raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
+        if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
+            theta = np.asarray(self.ntk(), np.float64)
+            return lanczos.of_matrix(theta, top, float(np.finfo(self._target.dtype).eps), float(self.problem.O))
+        with self._settings():
+            j = linearise(self.problem, "theta_0", self._target)
+            return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=options.seed(seed))
+
+    def at(self, weights: Any) -> Kernel:
+        """The kernel of the same network at other weights, which shares the trace; the same seed draws the same probes.
+
+        Args:
+            weights: a network with the same parameters, whose buffers and frozen parameters go with it; or values by
+                name, such as a ``state_dict`` (a pytree, for a JAX function). Those that are not given stay the same.
+
+        Raises:
+            BadInput: there are no such parameters, or they have other shapes; or the network computes something else
+                than this one does with its values.
+        """
+        with self._settings():
+            return self._derived(self._source.at(self.problem, weights))
+
+    def groups(self, patterns: Mapping[str, Patterns]) -> dict[str, Kernel]:
+        """A kernel for each group of parameters; those of groups that share nothing add up.
+
+        Args:
+            patterns: by the group's name, names or patterns of parameters such as ``"*.attention.*"``.
+
+        Raises:
+            BadInput: a pattern matches no trainable parameter.
+        """
+        from ntkbench.problems.base.calls import groups
+
+        return {name: self._derived(problem) for name, problem in groups(self.problem, patterns).items()}
+
+    def _derived(self, problem: Problem) -> Kernel:
+        """The same on another problem of the same inputs."""
+        made = copy.copy(self)
+        made.problem, made._prepared, made._used = problem, {}, False
+        return made
+
+    def _beside(self, other: Any) -> Kernel:
+        """This kernel with another one at the other end of an alignment."""
+        from ntkbench.problems.base.module import paired
+
+        second = other if isinstance(other, Kernel) else None
+        with self._settings():
+            if second is None:
+                try:
+                    end = self._source.at(self.problem, other)
+                except BadInput:
+                    found = self._source.of(other)
+                    if found is None:
+                        raise
+                    end = found
+            else:
+                end = second.problem
+            return self._derived(paired(self.problem, end))
+
+    def _estimates(self, names: Sequence[str], asked: Options) -> Estimates:
+        ladder.check(names, asked)
+        with self._settings():
+            return ladder.estimates(self.problem, names, self._target, asked, self._prepare)
+
+    def _prepare(self, method: Method) -> Any:
+        """A method ready for this kernel; methods that prepare the same thing share it."""
+        key = method.prepares or method.name
+        if key not in self._prepared:
+            self._prepared[key] = method.prepare(self.problem, self._target)
+        return self._prepared[key]
+
+    def _alignment_with(self, target: np.ndarray, asked: Options) -> Estimate:
+        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""
+        from ntkbench.operators import linearise
+
+        p = self.problem
+        if not np.isfinite(target).all() or not target.any():
+            raise BadInput("the target of an alignment must be finite and not zero")
+        if target.shape == p.output_shape or (target.size == p.n and target.shape[0] == p.N):
+            norm = self._estimates(("norm",), asked)["norm"]
+            with self._settings():
+                j = linearise(p, "theta_0", self._target)
+                y = asarray_like(target.reshape(1, -1).astype(self._target.dtype), j.basis(0, 1))
+                image = j.vjp(y)
+                inner = float((image**2).sum())
+            scale = norm.value * float((y**2).sum())
+            error = None if norm.standard_error is None else norm.standard_error / norm.value * inner / scale
+            passes = None if norm.passes is None else norm.passes + 1
+            return replace(norm, value=inner / scale, standard_error=error, passes=passes, metric="alignment")
+        if target.shape not in ((p.n, p.n), (p.N, p.N)):
+            raise BadInput(
+                f"a target must be like the outputs, {p.output_shape}, or a kernel ({p.n}, {p.n}) or ({p.N}, {p.N}); "
+                f"got shape {target.shape}"
+            )
+        theta = np.asarray(self.ntk(), np.float64)
+        inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
+        size = float(np.linalg.norm(target)) * (1 if len(target) == p.n else p.O**0.5)
+        return Estimate(inner / (float(np.linalg.norm(theta)) * size), None, p.O, "ntk", (), "alignment")
+
+    def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Any]]:
+        """Functions that compute a kernel, the fastest first."""
+        if self._target.backend == "jax":
+            return _in_jax(problem, columns)
+        ways: list[Callable[..., Any]] = []
+        if not problem.samples_interact:
+            ways = [self._layer_by_layer, _sample_by_sample]
+            if not self._used and problem.n * problem.P <= WRITTEN_OUT:
+                ways.reverse()
+        self._used = True
+        return ways + ([_row_by_row] if columns is None else [])
+
+    def _layer_by_layer(
+        self, problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int
+    ) -> torch.Tensor:
+        traced = self._traced() if problem is self.problem else _traced(problem, target)
+        for name, why in traced.engine.fallbacks().items():
+            logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
+        (end,) = traced.ends("trace")
+        return kernel.compute(end.engine, end.parameters, end.x, None if x2 is None else x2.to(end.x), seed)
+
+    def _traced(self) -> TracedProblem:
+        from ntkbench import methods
+
+        traced: TracedProblem = self._prepare(methods.get("structured_derivatives"))
+        return traced
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """The settings of PyTorch that this kernel is computed under."""
+        made_on = self._source.made_on(self._target, self._index)
+        with self._source.on_device(self._index), ambient.own_settings(self._target.dtype, made_on):
+            yield
+
+
+def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Any]]:
+    from ntkbench.operators import jax_kernel
+
+    def adapted(way: jax_kernel.Way) -> Callable[..., Any]:
+        @functools.wraps(way)
+        def compute(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> Any:
+            if kernel.last_layer:
+                raise BadInput("a function in JAX has no last layer: name its parameters, parameters='...'")
+            directions = None if kernel.directions is None else kernel.directions(problem.O, seed)
+            return way(problem, x2, directions, kernel.averaged, target)
+
+        return compute
+
+    return [adapted(way) for way in jax_kernel.ways(problem, columns)]
+
+
+def _sample_by_sample(
+    problem: Problem,
+    x2: torch.Tensor | None,
+    kernel: SampleKernel,
+    target: Target,
+    seed: int,
+    *,
+    independent: bool = True,
+) -> torch.Tensor:
+    from ntkbench.operators import linearise
+    from ntkbench.operators.explicit_kernel import explicit_kernel
+    from ntkbench.problems.base.module import last_layer, on_inputs
+
+    problem = last_layer(problem) if kernel.last_layer else problem
+    left = linearise(problem, "theta_0", target)
+    right = None if x2 is None else linearise(on_inputs(problem, x2), "theta_0", target)
+    directions = kernel.drawn(problem.O, seed, left.basis(0, 1))
+    return explicit_kernel(left, right, directions, averaged=kernel.averaged, independent=independent)
+
+
+def _row_by_row(
+    problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int
+) -> torch.Tensor:
+    """By products over the whole batch, whatever its samples do to each other."""
+    return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
+
+
+def _traced(problem: Problem, target: Target) -> TracedProblem:
+    from ntkbench.methods.base.layerwise import TracedProblem
+
+    return TracedProblem(problem, target)
+
+
+def _said(way: Callable[..., Any]) -> str:
+    return way.__name__.strip("_").replace("_", " ")
+
+
+def _finite(kernel: Any) -> Any:
+    if not bool((abs(kernel) < float("inf")).all()):
+        raise BadInput("the kernel has entries that are nan or infinite: gradients are not finite, or overflow")
+    return kernel
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is one array, of any library, and not a tree of them."""
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, Mapping)
+
+
+def _inner_with_samples(theta: np.ndarray, target: np.ndarray) -> float:
+    """<Theta, A (x) I_O> for A ``[N, N]``."""
+    N = len(target)
+    blocks = theta.reshape(N, len(theta) // N, N, -1)
+    return float((np.einsum("aobo->ab", blocks) * target).sum())

@@ -1,0 +1,311 @@
+"""What a model is called on and which outputs and parameters count, brought to a module of one tensor and its theta.
+
+The rest of the library knows ``module(x)`` with one tensor x ``[N, ...]`` alone. Several inputs become buffers of a
+:class:`ntkbench.problems.base.adapter.Calling`, and x the numbers of the samples in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils.data import DataLoader
+
+from ntkbench.errors import BadInput, one_line
+from ntkbench.problem import Problem, Weights
+from ntkbench.problems.base.adapter import Calling, Structure, own_name
+from ntkbench.problems.base.module import generators_restored, same_samples, unusual, unwrapped
+from ntkbench.problems.base.sequences import same_inputs
+
+Call = Callable[[nn.Module, Any], Any]
+"""``(model, inputs) -> outputs``, with the inputs of some samples."""
+
+
+def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: Any = None) -> tuple[nn.Module, Tensor]:
+    """A module of one tensor, and that tensor, for a model, its inputs and the way in which it is called on them.
+
+    A single tensor without ``call`` and ``output`` is handed on, with the model, as it is.
+
+    Args:
+        model: any module, which is not copied yet.
+        inputs: a tensor; a tuple, list, dict, other mapping or registered pytree of tensors with one first axis, the
+            samples; or a ``DataLoader``, whose batches are joined on the host. Tensors without axes and what is no
+            tensor are constants. Mappings that are not registered as pytrees are handed on as dicts.
+        call: ``(model, inputs) -> outputs``. It must use the model that it is given, which is a copy. If it is not
+            given: ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping, else ``model(inputs)``.
+        output: which of the outputs ``[N, ...]`` count: an index into the axes after the first, as in ``output=3`` for
+            ``[:, 3]`` or ``output=(-1, [0, 2])`` for ``[:, -1, [0, 2]]``, or a function of what the model gives. A
+            module given here, or as ``call``, is a part of the network.
+
+    Returns:
+        The module, and its x ``[N, ...]``: the tensor itself where it is a single one, else sample numbers.
+
+    Raises:
+        BadInput: something about the arguments; says what is allowed.
+    """
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if call is not None and not callable(call):
+        raise BadInput(f"call must be a function (model, inputs) -> outputs, got {call!r}")
+    _check_output(output)
+    inputs = _joined(model, inputs, call)
+    if isinstance(inputs, Tensor) and call is None and output is None:
+        return model, inputs
+    model = unwrapped(model)
+    if isinstance(inputs, Tensor):
+        return Calling(model, call, output), inputs
+    names, leaves, spec = _flattened(inputs, "inputs")
+    rows = {name: leaf for name, leaf in zip(names, leaves, strict=True) if _has_rows(leaf)}
+    _check_rows(rows)
+    where = next((w.device for w in model.parameters()), torch.device("cpu"))
+    leaves = [leaf.detach().to(where) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    given = ", ".join(f"{name} {tuple(leaf.shape)} of {leaf.dtype}" for name, leaf in rows.items())
+    return Calling(model, call, output, leaves, Structure(spec), given), torch.arange(len(next(iter(rows.values()))))
+
+
+def alike(module: nn.Module, model: nn.Module) -> nn.Module:
+    """Another model, called as ``module`` of :func:`as_module` is and on the same inputs."""
+    if not isinstance(module, Calling) or not isinstance(model, nn.Module):
+        return model
+    return Calling(unwrapped(model), module.call, module.output, module.leaves, module.structure, module.given)
+
+
+def with_more(module: nn.Module, x1: Tensor, inputs: Any) -> tuple[nn.Module, Tensor, Tensor]:
+    """A module for two sets of inputs of one kind.
+
+    Args:
+        module, x1: as :func:`as_module` returns them.
+        inputs: the second set, of the structure of the first.
+
+    Returns:
+        A module on both sets, x1, and the x of the second set.
+
+    Raises:
+        BadInput: the second set is not like the first; says in what.
+    """
+    inputs = _joined(module, inputs, module.call if isinstance(module, Calling) else None)
+    if not isinstance(module, Calling):
+        return module, x1, same_inputs(module, x1, inputs)
+    if module.structure is None:
+        return module, x1, same_samples(x1, inputs)
+    names, leaves, spec = _flattened(_arranged(inputs, module.structure.spec), "x2")
+    if spec != module.structure.spec:
+        raise BadInput(f"x2 must have the structure of the inputs of the rows: {module.given}; got {', '.join(names)}")
+    _check_rows({name: leaf for name, leaf in zip(names, leaves, strict=True) if _has_rows(leaf)})
+    both = []
+    for name, one, other in zip(names, module.leaves, leaves, strict=True):
+        if difference := _difference(one, other):
+            raise BadInput(f"{name} must be like that of the rows: {difference}")
+        both.append(torch.cat([one, other.detach().to(one)]) if _has_rows(one) else one)
+    made = Calling(module.model, module.call, module.output, both, module.structure, module.given)
+    own, total = (len(next(leaf for leaf in each if _has_rows(leaf))) for each in (module.leaves, both))
+    return made, x1, torch.arange(own, total)
+
+
+def restricted(problem: Problem, patterns: str | Sequence[str]) -> Problem:
+    """The problem with theta the parameters of some names; all others are frozen.
+
+    Args:
+        patterns: names of parameters or of modules, or patterns of such names with ``*`` and ``?``; one or several. A
+            tensor that is tied under several names has all of them.
+
+    Raises:
+        BadInput: a name matches no parameter, or none that is trainable.
+    """
+    chosen = _matching(problem, patterns)
+
+    def parts(weights: Weights) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        theta = {key: w for key, w in weights.items() if key in chosen}
+        return theta, {key: w for key, w in weights.items() if key not in chosen}
+
+    theta_0, others_0 = parts(problem.theta_0)
+    theta_f, others_f = (None, {}) if problem.theta_f is None else parts(problem.theta_f)
+    return dataclasses.replace(
+        problem,
+        theta_0=theta_0,
+        theta_f=theta_f,
+        fixed_0={**problem.fixed_0, **others_0},
+        fixed_f={**problem.fixed_f, **others_f},
+        other=None if problem.other is None else restricted(problem.other, patterns),
+    )
+
+
+def groups(problem: Problem, patterns: Mapping[str, str | Sequence[str]]) -> dict[str, Problem]:
+    """:func:`restricted` for each group of parameters by its name; their NTKs add up where each parameter is in one.
+
+    Raises:
+        BadInput: as there.
+    """
+    if not isinstance(patterns, Mapping) or not patterns:
+        raise BadInput(f"groups of parameters must be a dict from their names to patterns, got {patterns!r}")
+    return {str(name): restricted(problem, chosen) for name, chosen in patterns.items()}
+
+
+def _check_output(output: Any) -> None:
+    parts = output if isinstance(output, tuple) else (output,)
+    lists = [part for part in parts if isinstance(part, list)]
+    fits = [_is_whole(p) or p is ... or isinstance(p, list) or (isinstance(p, slice) and _forward(p)) for p in parts]
+    whole = all(_is_whole(i) for part in lists for i in part)
+    if not (output is None or callable(output) or (parts and all(fits) and whole and len(lists) < 2)):
+        raise BadInput(
+            "output must be a whole number, a slice, ..., a list of whole numbers, a tuple of these with at most one "
+            f"list, or a function of the outputs; got {output!r}"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _forward(part: slice) -> bool:
+    return part.step is None or (_is_whole(part.step) and part.step > 0)
+
+
+def _joined(model: nn.Module, inputs: Any, call: Call | None) -> Any:
+    """Inputs as a pytree, all batches of a loader joined; a tensor alone in a tuple or list is taken out of it."""
+    if isinstance(inputs, DataLoader):
+        if isinstance(model, nn.RNNBase) and not model.batch_first:
+            raise BadInput(
+                "batches of a DataLoader are joined along their first axis: the layer needs batch_first=True"
+            )
+        with generators_restored():
+            inputs = _concatenated(inputs)
+    inputs = _plain(inputs)
+    alone = call is None and isinstance(inputs, tuple | list) and len(inputs) == 1 and isinstance(inputs[0], Tensor)
+    return inputs[0] if alone else inputs
+
+
+def _plain(inputs: Any) -> Any:
+    """Mappings that are no pytrees as dicts, at any depth."""
+    return tree_map(lambda leaf: {k: _plain(v) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf, inputs)
+
+
+def _concatenated(batches: Iterable[Any]) -> Any:
+    """One pytree of all batches, on the host."""
+    kept: list[list[Any]] = []
+    structure: TreeSpec | None = None
+    for i, batch in enumerate(batches):
+        batch = _plain(batch)
+        names, leaves, spec = _flattened(_arranged(batch, structure) if structure else batch, f"batch {i}")
+        structure = structure or spec
+        if spec != structure:
+            raise BadInput(f"batch {i} of the DataLoader differs from the first in its structure: {', '.join(names)}")
+        _check_rows({name: leaf for name, leaf in zip(names, leaves, strict=True) if _has_rows(leaf)})
+        kept.append([leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        for name, one, other in zip(names, kept[0], kept[-1], strict=True):
+            if difference := _difference(one, other):
+                raise BadInput(
+                    f"{name} of the DataLoader must be like the first one: {difference}; pad it, or collate it"
+                )
+    if structure is None:
+        raise BadInput("the DataLoader gives no batch")
+    columns = zip(*kept, strict=True)
+    return tree_unflatten([torch.cat(column) if _has_rows(column[0]) else column[0] for column in columns], structure)
+
+
+def _arranged(inputs: Any, spec: TreeSpec) -> Any:
+    """Inputs of a structure, the keys of their dicts in its order; other inputs as they are."""
+    try:
+        return tree_unflatten(spec.flatten_up_to(inputs), spec)
+    except ValueError:
+        return inputs
+
+
+def _flattened(inputs: Any, name: str) -> tuple[list[str], list[Any], TreeSpec]:
+    """Names, leaves and structure of inputs.
+
+    Raises:
+        BadInput: a leaf cannot be used; says which.
+    """
+    leaves, spec = tree_flatten(inputs)
+    try:
+        names = [name + keystr(path) for path, _ in tree_flatten_with_path(inputs)[0]]
+    except ValueError:  # pytrees may be registered without names
+        names = [f"leaf {i} of {name}" for i in range(len(leaves))]
+    for where, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, np.ndarray):
+            raise BadInput(f"{where} must be a torch tensor, got ndarray: use torch.from_numpy")
+        if isinstance(leaf, Tensor) and (wrong := unusual(leaf)):
+            raise BadInput(f"{where} must be an ordinary dense tensor, got a {wrong} one: pad or convert it first")
+    return names, leaves, spec
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def _check_rows(rows: Mapping[str, Tensor]) -> None:
+    if not rows:
+        raise BadInput("inputs must hold a tensor [N, ...] at least, alone or in a tuple, list, dict or other pytree")
+    if len({len(leaf) for leaf in rows.values()}) > 1:
+        listed = ", ".join(f"{name} has {len(leaf)}" for name, leaf in rows.items())
+        raise BadInput(
+            f"tensors of the inputs must have one first axis, the samples; {listed}: hand what all share on in call="
+        )
+    for name, leaf in rows.items():
+        if not leaf.numel():
+            raise BadInput(f"inputs must hold at least one sample [N, ...]; {name} has shape {tuple(leaf.shape)}")
+
+
+def _difference(one: Any, other: Any) -> str:
+    """In what a leaf is not of the kind of another; empty if it is."""
+    if _has_rows(one) and _has_rows(other):
+        if one.shape[1:] == other.shape[1:] and _number(one) == _number(other):
+            return ""
+        shape = ", ".join(["N", *map(str, one.shape[1:])])
+        return f"[{shape}] of {one.dtype}, got shape {tuple(other.shape)} of {other.dtype}"
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same = one.ndim == other.ndim and torch.equal(one, other.to(one))
+    else:
+        same = type(one) is type(other) and (one is other or one == other)
+    return "" if same else f"{_said(one)}, got {_said(other)}"
+
+
+def _said(leaf: Any) -> str:
+    return f"a tensor {tuple(leaf.shape)}" if _has_rows(leaf) else one_line(repr(leaf))
+
+
+def _number(t: Tensor) -> object:
+    """What kind of number a tensor holds; real and complex ones may have any precision."""
+    return "real" if t.is_floating_point() else "complex" if t.is_complex() else t.dtype
+
+
+def _matching(problem: Problem, patterns: str | Sequence[str]) -> set[str]:
+    """The trainable parameters that patterns name, as ``problem`` names them."""
+    each = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(each, Sequence) or not each or not all(isinstance(pattern, str) for pattern in each):
+        raise BadInput(f"parameters must be a name or a pattern of names, or several of them, got {patterns!r}")
+    names = {key: key for key in (*problem.theta_0, *problem.fixed_0)}
+    if problem.module is not None:
+        keys = {id(w): key for key, w in problem.module.named_parameters()}
+        names = {
+            own_name(problem.module, alias): keys.get(id(w), alias)
+            for alias, w in problem.module.named_parameters(remove_duplicate=False)
+        }
+    found: set[str] = set()
+    for pattern in each:
+        keys_of = {key for name, key in names.items() if _matches(name, pattern)}
+        if not keys_of:
+            raise BadInput(f"parameters={pattern!r} matches no parameter; {_nearest(pattern, list(names))}")
+        if keys_of.isdisjoint(problem.theta_0):
+            raise BadInput(f"parameters={pattern!r} matches frozen parameters alone: give them requires_grad=True")
+        found |= keys_of
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    parts = dict.fromkeys([*names, *(part for name in names for part in name.split("."))])
+    close = difflib.get_close_matches(pattern.strip("*."), parts, n=3)
+    return f"the nearest names are {', '.join(close or names[:3])}"

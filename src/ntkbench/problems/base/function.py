@@ -1,0 +1,575 @@
+"""Anyone's own function of a pytree of parameters in JAX as a problem, with what that promises checked.
+
+Only the functions import JAX.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ntkbench.ambient import own_jax_settings
+from ntkbench.errors import BadInput, OverMemory, Unavailable, summary, unknown
+from ntkbench.options import DTYPES
+from ntkbench.problem import Problem
+from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _spread
+
+Arrays = dict[str, np.ndarray]
+
+WRAP = "wrap it in a function that does"
+
+
+def from_function(
+    f: Callable[[Any, Any], Any],
+    x: Any,
+    params: Any,
+    params_f: Any = None,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+) -> Problem:
+    """Wrap a function in JAX, its inputs and its parameters as a :class:`ntkbench.problem.Problem`.
+
+    theta is every leaf of ``params`` that is an array of real numbers. Other leaves (arrays of integers or truth
+    values, functions, strings, whole numbers) are part of the function; what else is not to be differentiated by has
+    to be closed over by ``f``. Values are copied. The problem has no network in torch: its targets are
+    ``Target("jax", ...)``.
+
+    Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
+
+    Cost: three forward passes and one backward pass; two passes over 64 samples and as many over 8 samples alone; and
+    compiling a forward pass and those over samples. As much again for ``params_f``.
+
+    Args:
+        f: ``(params, x) -> [N, ...outputs]``, pure, and such that ``jax.jit`` can trace it.
+        x: inputs, an array ``[N, ...]`` or a pytree of them; real ones are brought to ``dtype``.
+        params: the parameters theta_0, a pytree.
+        params_f: the parameters theta_f, for alignment. Leaves that are not differentiated by may have other values.
+        name: of the problem; that of the function if not given.
+        dtype: ``"float32"`` or ``"float64"``, what parameters and inputs are kept in; that of the parameters if not
+            given.
+
+    Raises:
+        BadInput: the parameters have no real leaves, or are not as those of ``params_f`` but for their values; the
+            function is random, keeps a state or cannot be traced or differentiated; or it gives anything but finite
+            real outputs with N rows that depend on the parameters.
+        Unavailable: JAX is not installed.
+    """
+    if importlib.util.find_spec("jax") is None:
+        raise Unavailable("functions with params need JAX, which is not installed; it comes with: pip install jax")
+    if not callable(f):
+        raise BadInput(f"f must be a function (params, x) -> [N, ...outputs], got {type(f).__name__}")
+    tree, theta_0, fixed_0 = _parameters(params, "params")
+    dtype = _dtype(theta_0, dtype)
+    inputs, leaves = _inputs(x, "x")
+    packed, theta_0 = inputs.packed(leaves, dtype), _cast(theta_0, dtype)
+    forward = FlatFunction(f, tree, inputs, next(iter(theta_0)))
+    with own_jax_settings(dtype):
+        forward, shape = _checked(forward, theta_0, fixed_0, packed, "f")
+        _check_depends(forward, theta_0, fixed_0, packed)
+    interact = _interact(forward, theta_0, fixed_0, packed, shape)
+    theta_f: Arrays | None = None
+    fixed_f: Arrays = {}
+    if params_f is not None:
+        tree_f, theta_f, fixed_f = _parameters(params_f, "params_f")
+        theta_f = _cast(theta_f, dtype)
+        _check_same(tree, tree_f, theta_0 | fixed_0, theta_f | fixed_f)
+        with own_jax_settings(dtype):
+            forward, _ = _checked(forward, theta_f, fixed_f, packed, "f with params_f")
+        interact = interact or _interact(forward, theta_f, fixed_f, packed, shape)
+    own_name = getattr(f, "__name__", type(f).__name__)
+    return Problem(
+        name=name or (own_name if own_name.isidentifier() else "function"),
+        module=None,
+        x=packed,
+        theta_0=theta_0,
+        theta_f=theta_f,
+        jax_forward=forward,
+        samples_interact=interact,
+        fixed_0=fixed_0,
+        fixed_f=fixed_f,
+        _shape=[shape],
+    )
+
+
+def with_columns(problem: Problem, x2: Any) -> tuple[Problem, np.ndarray]:
+    """The problem, and in the form of its ``x`` other inputs for it, for a kernel between the two.
+
+    Args:
+        problem: from :func:`from_function`.
+        x2: inputs like those that the problem was made of, of any number of samples.
+
+    Raises:
+        BadInput: they are not like those; says in what.
+    """
+    forward = problem.jax_forward
+    assert isinstance(forward, FlatFunction)
+    own, (given, leaves) = forward.inputs, _inputs(x2, "x2")
+    if given.structure != own.structure:
+        raise BadInput(f"x2 must be a pytree like x, {own.structure}; got {given.structure}")
+    for name, shape, dtype, leaf in zip(own.names, own.shapes, own.dtypes, leaves.values(), strict=True):
+        like = np.empty(0, dtype or "float64")
+        if leaf.shape[1:] != shape or _sort(leaf) != _sort(like):
+            raise BadInput(
+                f"x2 must hold samples like those of x, {name!r} [N, {', '.join(map(str, shape))}] of {_sort(like)}; "
+                f"got shape {leaf.shape} of {leaf.dtype}"
+            )
+    return problem, own.packed(leaves, problem.theta_0[next(iter(problem.theta_0))].dtype.name)
+
+
+def at(problem: Problem, params: Any) -> Problem:
+    """The same function and inputs at other parameters; theta_f is dropped.
+
+    Args:
+        problem: from :func:`from_function`.
+        params: a pytree like that of the problem, with other values of its arrays.
+
+    Raises:
+        BadInput: it is not like that one, or has values that are not finite; says where.
+    """
+    forward = problem.jax_forward
+    assert isinstance(forward, FlatFunction)
+    tree, theta, fixed = _parameters(params, "params")
+    theta = _cast(theta, str(next(iter(problem.theta_0.values())).dtype))
+    _check_same(forward.params, tree, {**problem.theta_0, **problem.fixed_0}, theta | fixed)
+    return replace(
+        problem,
+        theta_0={key: theta[key] for key in problem.theta_0},
+        fixed_0={**problem.fixed_0, **fixed, **{key: w for key, w in theta.items() if key not in problem.theta_0}},
+        theta_f=None,
+        fixed_f={},
+        other=None,
+    )
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A pytree without its arrays.
+
+    Attributes:
+        structure: JAX's description of it.
+        names: of its leaves, readable and different.
+        static: leaves that are no arrays, with their names.
+    """
+
+    structure: Any
+    names: tuple[str, ...]
+    static: tuple[tuple[str, Any], ...] = ()
+
+    def filled(self, arrays: Mapping[str, Any]) -> Any:
+        """The pytree with arrays by name."""
+        import jax
+
+        leaves = {**arrays, **dict(self.static)}
+        return jax.tree.unflatten(self.structure, [leaves[name] for name in self.names])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A pytree of inputs without its numbers, which are one array ``[N, ...]``.
+
+    One leaf is that array itself. Several are put side by side, ``[N, (size of a sample)]``, integers and truth values
+    among them as real numbers.
+
+    Attributes:
+        structure: JAX's description of the pytree.
+        names: of its leaves.
+        shapes: of one sample of each leaf.
+        dtypes: of leaves of integers or truth values; ``None`` for those of real numbers.
+    """
+
+    structure: Any
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str | None, ...]
+
+    def packed(self, leaves: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
+        """The leaves as one array; real numbers are brought to ``dtype``.
+
+        Raises:
+            BadInput: the precision does not hold an integer.
+        """
+        if len(leaves) == 1:
+            (leaf,) = _cast(leaves, dtype).values()
+            return leaf
+        largest = 2 ** (np.finfo(dtype).nmant + 1)
+        for name, leaf in leaves.items():
+            if not _is_real(leaf) and not -largest <= int(leaf.min()) <= int(leaf.max()) <= largest:
+                raise BadInput(
+                    f"{name!r} has integers beyond {largest}, which {dtype} does not hold: choose dtype='float64', or "
+                    "close over what they stand for"
+                )
+        return np.concatenate([leaf.reshape(len(leaf), -1).astype(dtype) for leaf in leaves.values()], axis=1)
+
+    def unpacked(self, x: Any) -> Any:
+        """The pytree for an array of JAX."""
+        import jax
+
+        if len(self.names) == 1:
+            return jax.tree.unflatten(self.structure, [x])
+        leaves, start = [], 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            size = math.prod(shape)
+            part = x[:, start : start + size].reshape(len(x), *shape)
+            leaves.append(part if dtype is None else part.astype(jax.dtypes.canonicalize_dtype(dtype)))
+            start += size
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+class FlatFunction:
+    """A function of pytrees as one of arrays by name and of one array of inputs, ``(weights, x) -> [N, ...outputs]``.
+
+    Outputs are in the precision of the parameters. It equals others of the same function and structure, so that what
+    JAX has compiled for one serves all, unless ``alone``.
+
+    Args:
+        f: the function of pytrees.
+        params: parameters without their arrays.
+        inputs: inputs without their numbers.
+        parameter: name of one of the parameters.
+        alone: whether it equals itself only.
+    """
+
+    def __init__(
+        self, f: Callable[[Any, Any], Any], params: Tree, inputs: Inputs, parameter: str, alone: bool = False
+    ) -> None:
+        self.inputs, self.params = inputs, params
+        self._f, self._parameter = f, parameter
+        self._key: Any = (f, params, inputs)
+        try:
+            hash(self._key)
+        except TypeError:
+            alone = True
+        if alone:
+            self._key = object()
+
+    def alone(self) -> FlatFunction:
+        """The same function, which equals itself only."""
+        return FlatFunction(self._f, self.params, self.inputs, self._parameter, alone=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FlatFunction) and bool(self._key == other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __call__(self, weights: Mapping[str, Any], x: Any) -> Any:
+        return self.plainly(weights, x).astype(weights[self._parameter].dtype)
+
+    def plainly(self, weights: Mapping[str, Any], x: Any) -> Any:
+        """What the function itself returns."""
+        return self._f(self.params.filled(weights), self.inputs.unpacked(x))
+
+
+def _named_leaves(tree: Any, role: str) -> tuple[Any, dict[str, Any]]:
+    """A pytree's structure, and its leaves by their paths, such as ``layers.0.w``."""
+    import jax
+
+    try:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    except Exception as error:  # whatever keys that cannot be sorted, or a container's own code, raise
+        raise BadInput(f"{role} is no pytree that JAX can flatten: {summary(error)}") from error
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or role for path, _ in leaves]
+    if len(set(names)) < len(names):  # a key with a dot in it
+        names = [f"{i}: {name}" for i, name in enumerate(names)]
+    return structure, dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+
+
+def _parameters(params: Any, role: str) -> tuple[Tree, Arrays, Arrays]:
+    """Parameters without their arrays, those to differentiate by, and those of other kinds.
+
+    Raises:
+        BadInput: it cannot be told whether a leaf is to be differentiated by, or how.
+    """
+    structure, leaves = _named_leaves(params, role)
+    theta: Arrays = {}
+    fixed: Arrays = {}
+    static: list[tuple[str, Any]] = []
+    for name, leaf in leaves.items():
+        if isinstance(leaf, float | complex) and not isinstance(leaf, np.generic):
+            raise BadInput(
+                f"{role} has {name!r}, a Python {type(leaf).__name__}: make it an array if it is a parameter, and "
+                "close over it in f if it is not"
+            )
+        if not _is_array(leaf, role, name) or _is_key(leaf):
+            static.append((name, leaf))
+            continue
+        array = _on_host(leaf, role, name)
+        if _is_real(array):
+            if not np.isfinite(array.astype("float64")).all():
+                raise BadInput(f"{role} has nan or infinite values: {name!r}")
+            theta[name] = array
+        elif array.dtype.kind in "biu":
+            fixed[name] = array
+        else:
+            raise BadInput(
+                f"{role} has {name!r}, an array of {array.dtype}; allowed are real numbers, integers and truth values: "
+                "pass real and imaginary parts, or close over it in f"
+            )
+    if not any(w.size for w in theta.values()):
+        raise BadInput(f"{role} has no arrays of real numbers, so there is nothing to differentiate by")
+    return Tree(structure, tuple(leaves), tuple(static)), theta, fixed
+
+
+def _inputs(x: Any, role: str) -> tuple[Inputs, Arrays]:
+    """Inputs without their numbers, and these by name.
+
+    Raises:
+        BadInput: they are no arrays with samples along their first axis.
+    """
+    structure, leaves = _named_leaves(x, role)
+    arrays: Arrays = {}
+    for name, leaf in leaves.items():
+        if not _is_array(leaf, role, name) or _is_key(leaf):
+            raise BadInput(f"{role} must be an array [N, ...] or a pytree of them; {name!r} is {_kind(leaf)}")
+        arrays[name] = array = _on_host(leaf, role, name)
+        if array.ndim == 0 or array.size == 0:
+            raise BadInput(
+                f"{role} must hold at least one sample, [N, ...] with N > 0; {name!r} has shape {array.shape}"
+            )
+        if not _is_real(array) and array.dtype.kind not in "biu":
+            raise BadInput(
+                f"{role} must be real or integer; {name!r} is {array.dtype}: pass its real and imaginary parts"
+            )
+    if not arrays:
+        raise BadInput(f"{role} must be an array [N, ...] or a pytree of them; got one without leaves")
+    if len(counts := {name: len(array) for name, array in arrays.items()}) > 1 and len(set(counts.values())) > 1:
+        said = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        raise BadInput(f"all arrays of {role} must have one number of samples along their first axis: {said}")
+    dtypes = tuple(None if _is_real(array) else array.dtype.name for array in arrays.values())
+    return Inputs(structure, tuple(arrays), tuple(array.shape[1:] for array in arrays.values()), dtypes), arrays
+
+
+def _kind(leaf: Any) -> str:
+    return "an array of keys" if _is_key(leaf) else f"of type {type(leaf).__name__}"
+
+
+def _is_array(leaf: Any, role: str, name: str) -> bool:
+    """Whether a leaf is an array of NumPy or JAX.
+
+    Raises:
+        BadInput: it is a tensor of PyTorch.
+    """
+    import jax
+
+    if any(base.__module__.partition(".")[0] == "torch" for base in type(leaf).__mro__):
+        raise BadInput(f"{role} must be of arrays of JAX or NumPy; {name!r} is a torch {type(leaf).__name__}")
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of keys for random numbers."""
+    import jax
+
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def _is_real(array: np.ndarray) -> bool:
+    """Whether an array has real numbers in any floating-point format, JAX's own ones among them."""
+    import jax
+
+    return bool(jax.dtypes.issubdtype(array.dtype, np.floating))
+
+
+def _sort(array: np.ndarray) -> str:
+    return "real" if _is_real(array) else "truth values" if array.dtype == bool else "integers"
+
+
+def _on_host(leaf: Any, role: str, name: str) -> np.ndarray:
+    try:
+        return np.array(leaf)
+    except Exception as error:  # inside a transformation, deleted, or on other hosts
+        raise BadInput(f"{role} has no values to copy at {name!r}, as inside jax.jit: {summary(error)}") from error
+
+
+def _cast(arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
+    return {key: array.astype(dtype) if _is_real(array) else array for key, array in arrays.items()}
+
+
+def _dtype(theta: Arrays, dtype: str | None) -> str:
+    """The precision to work in."""
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        return dtype
+    found = sorted({w.dtype.name for w in theta.values() if w.size})
+    if len(found) > 1 or found[0] not in DTYPES:
+        raise BadInput(
+            f"parameters are {', '.join(found)}; choose the precision to compute in, dtype='float32' or 'float64'"
+        )
+    return found[0]
+
+
+def _check_same(tree: Tree, tree_f: Tree, arrays: Arrays, arrays_f: Arrays) -> None:
+    """Refuse parameters that differ in more than the values of arrays."""
+    if tree.structure != tree_f.structure:
+        raise BadInput(f"params and params_f must have one structure; got {tree.structure} and {tree_f.structure}")
+    shapes, shapes_f = (
+        {name: (w.shape, _is_real(w)) for name, w in each.items()} | dict.fromkeys(of, ())
+        for each, of in ((arrays, dict(tree.static)), (arrays_f, dict(tree_f.static)))
+    )
+    for name in tree.names:
+        if shapes[name] != shapes_f[name]:
+            raise BadInput(
+                f"params and params_f must have the same arrays; {name!r} is {_said(arrays.get(name))} and "
+                f"{_said(arrays_f.get(name))}"
+            )
+    for (name, leaf), (_, leaf_f) in zip(tree.static, tree_f.static, strict=True):
+        if leaf is not leaf_f and not bool(np.all(leaf == leaf_f)):
+            raise BadInput(f"params and params_f must differ in the values of arrays alone; {name!r} differs")
+
+
+def _said(array: np.ndarray | None) -> str:
+    return "no array" if array is None else f"{array.shape} of {array.dtype}"
+
+
+def _on_device(*arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    return {key: jnp.asarray(array) for each in arrays for key, array in each.items()}
+
+
+def _checked(
+    forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, role: str
+) -> tuple[FlatFunction, tuple[int, ...]]:
+    """The function, and the shape of its outputs, after a look at what it is.
+
+    What JAX compiled for the function before is not for it any more where it has come to give something else, as by a
+    variable that it closes over; it then equals itself only.
+
+    Raises:
+        BadInput: it is not a function of its arguments alone, or gives anything but rows of finite real numbers.
+        OverMemory: it does not fit in memory with these inputs.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    weights, inputs = _on_device(theta, fixed), jnp.asarray(x)
+    try:
+        outputs = forward.plainly(weights, inputs)
+    except Exception as error:  # whatever a function raises
+        kind = OverMemory if _is_out_of_memory(error) else BadInput
+        raise kind(f"{role} cannot be called as f(params, x): {summary(error)}") from error
+    if not isinstance(outputs, jax.Array | np.ndarray):
+        raise BadInput(f"{role} must return one array [N, ...outputs], got {type(outputs).__name__}: {WRAP}")
+    if outputs.ndim == 0 or outputs.shape[0] != len(x) or outputs.size == 0:
+        raise BadInput(
+            f"{role} must return [N, ...outputs] with a row for each of the N = {len(x)} samples, "
+            f"got shape {outputs.shape}"
+        )
+    if not jax.dtypes.issubdtype(outputs.dtype, np.floating):
+        raise BadInput(f"{role} must return real numbers, got {outputs.dtype}: {WRAP}, such as of two parts")
+    if not np.isfinite(np.asarray(outputs, "float64")).all():
+        raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
+    if not _close(forward.plainly(weights, inputs), outputs):
+        raise BadInput(f"{role} is random or keeps a state: two calls on the same arguments differ")
+    for twin in (forward, forward.alone()):
+        try:
+            compiled = _compiled(twin)(weights, inputs)
+        except Exception as error:
+            raise BadInput(
+                f"{role} cannot be compiled by jax.jit, as branches on values cannot: {summary(error)}"
+            ) from error
+        if _close(compiled, outputs):
+            return twin, tuple(outputs.shape)
+    raise BadInput(f"{role} gives other values under jax.jit: is it random, or does it round to few digits inside?")
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(forward: FlatFunction) -> Callable[[Any, Any], Any]:
+    """The function, compiled for each shape, and kept as products with its Jacobian are."""
+    import jax
+
+    return jax.jit(forward)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory", "RESOURCE_EXHAUSTED"))
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Equal but for rounding, measured by the largest output."""
+    a, b = (np.asarray(each, "float64") for each in (a, b))
+    eps = float(np.finfo("float32").eps)
+    return a.shape == b.shape and bool(abs(a - b).max() <= eps**0.5 * abs(b).max())
+
+
+def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
+    """Refuse a function without gradients: at the given parameters, and at perturbed ones."""
+    import jax
+    import jax.numpy as jnp
+
+    rng = np.random.default_rng(0)
+    constants, inputs = _on_device(fixed), jnp.asarray(x)
+    for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
+        try:
+            outputs, pull = jax.vjp(lambda theta: forward({**constants, **theta}, inputs), _on_device(at))
+            (gradients,) = pull(jnp.asarray(rng.choice([-1.0, 1.0], outputs.shape), outputs.dtype))
+        except Exception as error:  # loops without a known length, and whatever has no derivative
+            raise BadInput(f"f cannot be differentiated: {summary(error)}") from error
+        if any(np.asarray(g).any() for g in gradients.values()):
+            return
+    raise BadInput(
+        "no output of f depends on an array of real numbers in params: is there a stop_gradient around them?"
+    )
+
+
+def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether some sample's gradients are others in the batch than alone.
+
+    Raises:
+        BadInput: the function cannot be differentiated.
+    """
+    if len(x) == 1:
+        return False
+    few, own = x[_spread(len(x), TOGETHER)], next(iter(theta.values())).dtype.name
+    for inputs, dtype in ((few, "float64"), (x, "float64"), (x, own)):
+        try:
+            with own_jax_settings(dtype):
+                arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": inputs}, dtype)["x"]
+                return _gradients_differ(forward, *arrays, int(np.prod(shape[1:])))
+        except Exception as error:  # it takes no other number of samples, or no other precision
+            failed = error
+    raise BadInput(f"f cannot be differentiated: {summary(failed)}")
+
+
+def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, outputs: int) -> bool:
+    import jax
+
+    constants = _on_device(fixed)
+
+    @jax.jit
+    def gradient(theta: Any, x: Any, v: Any) -> Any:
+        (g,) = jax.vjp(lambda theta: forward({**constants, **theta}, x).reshape(-1), theta)[1](v.reshape(-1))
+        return jax.numpy.concatenate([part.reshape(-1) for part in g.values()])
+
+    dtype = next(iter(theta.values())).dtype
+    rng = np.random.default_rng(0)
+    chosen = _spread(len(x), ALONE)
+    v = np.zeros((len(x), outputs), dtype)
+    v[chosen] = rng.choice([-1.0, 1.0], v[chosen].shape)
+    tolerance = max(INTERACTION, float(np.finfo(dtype).eps) ** 0.5)
+    for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
+        together = np.asarray(gradient(at, x, v))
+        if at is not theta and not np.isfinite(together).all():
+            break  # such weights are not for this function
+        try:
+            alone = sum(np.asarray(gradient(at, x[i : i + 1], v[i : i + 1])) for i in chosen)
+        except Exception:  # it cannot take one sample alone
+            return True
+        if not np.linalg.norm(together - alone) <= tolerance * np.linalg.norm(together):
+            return True
+    return False
+
+
+def _perturbed(w: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A parameter and noise: relative to its size, or for one that is zero to what is usual for its fan-in."""
+    size = float(np.sqrt(np.mean(w * w))) if w.size else 0.0
+    size = size or max(1, w.size // w.shape[-1] if w.ndim and w.size else 1) ** -0.5
+    return w + np.asarray(NUDGE * size * rng.standard_normal(w.shape), w.dtype)

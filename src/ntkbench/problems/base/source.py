@@ -1,0 +1,185 @@
+"""Where a kernel's problem comes from: a network in torch or a function in JAX, with inputs of any structure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ntkbench.errors import BadInput, Unavailable
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class Source(ABC):
+    """A network and its inputs as the user gave them.
+
+    Attributes:
+        problem: the same as a problem.
+    """
+
+    problem: Problem
+
+    @abstractmethod
+    def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
+        """Where to compute, and on which of several GPUs."""
+
+    @abstractmethod
+    def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Any]:
+        """A problem that also knows other inputs, and these inputs as its network takes them."""
+
+    @abstractmethod
+    def at(self, problem: Problem, weights: Any) -> Problem:
+        """A problem of this source at other weights.
+
+        Raises:
+            BadInput: they do not belong to this network.
+        """
+
+    def of(self, model: Any) -> Problem | None:
+        """Another network on the same inputs; ``None`` for what is not a network."""
+        return None
+
+    def on_device(self, index: int | None) -> contextlib.AbstractContextManager[object]:
+        """One of several GPUs as the current one."""
+        return contextlib.nullcontext()
+
+    def made_on(self, target: Target, index: int | None) -> str | None:
+        """Where tensors belong that a network makes without a device; ``None`` for the CPU."""
+        return None
+
+
+class TorchSource(Source):
+    """A module and tensors."""
+
+    def __init__(self, model: nn.Module, inputs: Any, call: Any, output: Any, dtype: str | None) -> None:
+        from ntkbench.problems.base import calls
+        from ntkbench.problems.base.sequences import wrapped
+
+        self._dtype = dtype
+        self._module, self._x = calls.as_module(model, inputs, call, output)
+        self.problem = wrapped(self._module, self._x, dtype=dtype)
+
+    def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
+        kind, index = _device(self._module, device)
+        own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
+        return Target("torch", self._dtype or own, kind, memory), index
+
+    def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Tensor]:
+        from ntkbench.problems.base import calls
+
+        adapted = isinstance(problem.module, calls.Calling)
+        module, _, x2 = calls.with_more(problem.network if adapted else self._module, self._x, inputs)
+        return dataclasses.replace(problem, module=module) if adapted else problem, x2
+
+    def at(self, problem: Problem, weights: Any) -> Problem:
+        from torch import nn
+
+        from ntkbench.networks.recurrent import States
+        from ntkbench.problems.base import calls, module
+        from ntkbench.problems.base.adapter import own_name
+
+        if isinstance(weights, Mapping):
+            net = problem.network
+            keys = {own_name(net, key): key for key, _ in (*net.named_parameters(), *net.named_buffers())}
+            return module.at(problem, {keys.get(str(key), str(key)): w for key, w in weights.items()})
+        self._check_layout(weights)
+        if isinstance(weights, nn.RNNBase) and isinstance(problem.module, States):
+            weights = States(weights)
+        return module.at(problem, calls.alike(self._module, weights))
+
+    def _check_layout(self, model: object) -> None:
+        """Refuse a recurrent layer that would take these inputs for something else."""
+        from torch import nn
+
+        layers = [layer for layer in (self._module, model) if isinstance(layer, nn.RNNBase)]
+        if len({layer.batch_first for layer in layers}) > 1:
+            raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
+
+    def of(self, model: Any) -> Problem | None:
+        from torch import nn
+
+        from ntkbench.problems.base import calls
+        from ntkbench.problems.base.sequences import wrapped
+
+        if not isinstance(model, nn.Module):
+            return None
+        self._check_layout(model)
+        return wrapped(calls.alike(self._module, model), self._x, dtype=self._dtype)
+
+    def on_device(self, index: int | None) -> contextlib.AbstractContextManager[object]:
+        import torch
+
+        return contextlib.nullcontext() if index is None else torch.cuda.device(index)
+
+    def made_on(self, target: Target, index: int | None) -> str | None:
+        from ntkbench.operators import torch as backend
+
+        return None if backend.device(target).type == "cpu" else f"cuda:{index or 0}"
+
+
+class JaxSource(Source):
+    """A function ``f(params, x)`` and arrays."""
+
+    def __init__(self, f: Any, inputs: Any, params: Any, call: Any, output: Any, dtype: str | None) -> None:
+        from ntkbench.problems.base.function import from_function
+
+        if call is not None or output is not None:
+            raise BadInput("call and output are for torch modules; a JAX function selects its outputs itself")
+        self._f, self._inputs, self._dtype = f, inputs, dtype
+        self.problem = from_function(f, inputs, params, dtype=dtype)
+
+    def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
+        own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
+        return Target("jax", self._dtype or own, "auto" if device is None else str(device), memory), None
+
+    def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Any]:
+        from ntkbench.problems.base import function
+
+        return function.with_columns(problem, inputs)
+
+    def at(self, problem: Problem, weights: Any) -> Problem:
+        from ntkbench.problems.base import function
+
+        return function.at(problem, weights)
+
+
+def source(model: Any, inputs: Any, call: Any, output: Any, params: Any, dtype: str | None) -> Source:
+    """The source for what the user gave.
+
+    Raises:
+        BadInput: it is neither a module nor a function with ``params``; or the source refuses it.
+    """
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        if params is not None:
+            raise BadInput("params are for JAX functions f(params, x); a torch.nn.Module has its own")
+        return TorchSource(model, inputs, call, output, dtype)
+    if callable(model) and params is not None:
+        return JaxSource(model, inputs, params, call, output, dtype)
+    raise BadInput(
+        f"model must be a torch.nn.Module, or a JAX function f(params, x) with params=..., got {type(model).__name__}"
+    )
+
+
+def _device(model: nn.Module, device: str | torch.device | None) -> tuple[str, int | None]:
+    """Kind of device, as a target names it, and which of several GPUs."""
+    name = str(next(model.parameters()).device if device is None else device)
+    match = re.fullmatch(r"(cpu|cuda):([0-9]+)", name)
+    if not match:
+        return name, None
+    if match[1] == "cpu":
+        return "cpu", None
+    import torch
+
+    if int(match[2]) >= torch.cuda.device_count():
+        raise Unavailable(f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return "cuda", int(match[2])

@@ -1,0 +1,128 @@
+"""Metrics of a network's NTK along its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+from ntkbench import metrics
+from ntkbench.api import SETUP, WISHES
+from ntkbench.errors import BadInput, unknown
+from ntkbench.estimate import Estimate
+from ntkbench.kernel import Kernel
+from ntkbench.options import positive
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from ntkbench.api import Keywords
+
+Log = Callable[[int, dict[str, Estimate]], None]
+
+
+class Tracker:
+    """Metrics every so many steps of a training loop, from one trace and with the same probes at all steps.
+
+    Call it in the loop: ``tracker(step)``. The alignment is with the network at the first step that is measured. The
+    state of the random generators is left alone, so that training goes on as without it.
+
+    >>> import torch, ntkbench
+    >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    >>> tracker = ntkbench.Tracker(model, x, every=10, metrics=("trace", "alignment"))
+    >>> for step in range(21):
+    ...     _ = tracker(step)
+    >>> tracker.table()["step"].tolist()
+    [0, 10, 20]
+
+    Cost: that of the metrics (see :func:`ntkbench.metrics_of`) at each step that is measured, and one plain backward
+    pass for the certificate.
+
+    Args:
+        model: the network that is trained; it is never changed.
+        inputs: what the NTK is taken on.
+        every: steps between two measurements; the first one is at step 0, or at the first step that is seen.
+        metrics: names; ``None`` for all.
+        log: is called with the step and the estimates by name.
+        keywords: see :class:`ntkbench.Kernel` and :class:`ntkbench.options.Options`.
+
+    Attributes:
+        history: steps, and the estimates by name of each.
+
+    Raises:
+        BadInput: something about the arguments; says what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        *,
+        every: int = 100,
+        metrics: Sequence[str] | None = None,
+        log: Log | None = None,
+        **keywords: Unpack[Keywords],
+    ) -> None:
+        for key in keywords:
+            if key not in (*SETUP, *WISHES):
+                raise unknown("keyword", key, ("every", "metrics", "log", *SETUP, *WISHES))
+        self._every = positive("every", every)
+        self._names = _checked(metrics)
+        self._log = log
+        self._model = model
+        self._wishes: Any = {key: value for key, value in keywords.items() if key in WISHES}
+        self._kernel = Kernel(model, inputs, **{key: value for key, value in keywords.items() if key in SETUP})  # type: ignore[arg-type]
+        self._first: Kernel | None = None
+        self.history: list[tuple[int, dict[str, Estimate]]] = []
+
+    def __call__(self, step: int) -> dict[str, Estimate] | None:
+        """Measure if it is time; the estimates by name, ``None`` between two measurements."""
+        if self.history and step < self.history[-1][0] + self._every:
+            return None
+        kernel = self._kernel.at(self._model)
+        self._first = self._first or kernel
+        found: dict[str, Estimate] = {}
+        if rest := [name for name in self._names if name != "alignment"]:
+            every = (
+                kernel.metrics(**self._wishes) if len(rest) > 1 else {rest[0]: getattr(kernel, rest[0])(**self._wishes)}
+            )
+            found = {name: every[name] for name in rest}
+        if "alignment" in self._names:
+            found["alignment"] = self._first.alignment(kernel, **self._wishes)
+        self.history.append((step, found))
+        if self._log is not None:
+            self._log(step, found)
+        return found
+
+    def table(self, confidence: float = 0.95) -> pd.DataFrame:
+        """One row for each step that was measured: ``step``, and for each metric its value and its interval's ends."""
+        import pandas as pd
+
+        rows = []
+        for step, found in self.history:
+            row: dict[str, Any] = {"step": step}
+            for name, estimate in found.items():
+                low, high = estimate.interval(confidence)
+                row |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def trainer_callback(self) -> Any:
+        """A callback for the ``Trainer`` of Hugging Face, which calls this tracker at the end of every step."""
+        from transformers import TrainerCallback
+
+        tracker = self
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+                tracker(state.global_step)
+
+        return Callback()
+
+
+def _checked(names: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(names, str) or (names is not None and not names):
+        raise BadInput(f"metrics must be one or more names in a sequence, got {names!r}")
+    for name in names or ():
+        metrics.check(name)
+    return tuple(dict.fromkeys(names)) if names else metrics.METRICS

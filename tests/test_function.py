@@ -1,0 +1,661 @@
+"""Functions in JAX with pytrees of parameters: their kernels and metrics against J written out, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import metrics_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ntkbench
+from ntkbench import methods, problems
+from ntkbench.ambient import own_jax_settings
+from ntkbench.errors import BadInput
+from ntkbench.layerwise import sample_kernels
+from ntkbench.metrics import METRICS
+from ntkbench.operators import check_result, jax_kernel, linearise, neural_tangents
+from ntkbench.operators.certificate import Uncertified
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+from ntkbench.problems.base.function import from_function, with_columns
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp  # noqa: E402
+
+# neural-tangents is archived and uses what is deprecated by now.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:No Jacobian rule found")
+
+TARGET = Target("jax", "float64", "cpu")
+
+
+# Functions, inputs and parameters
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def dense(seed: int, inputs: int, outputs: int) -> dict[str, np.ndarray]:
+    w = rng(seed).standard_normal((inputs, outputs)) / inputs**0.5
+    return {"w": w, "b": rng(seed + 100).standard_normal(outputs)}
+
+
+def mlp(params, x):
+    for layer in params["hidden"]:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x @ params["last"]["w"] + params["last"]["b"]
+
+
+def mlp_params(seed: int = 0):
+    return {"hidden": [dense(seed, 3, 5), dense(seed + 1, 5, 4)], "last": dense(seed + 2, 4, 2)}
+
+
+def nested(params, x):
+    (a, (b, c)), (d,) = params
+    return jnp.stack([jnp.sin(x @ a) @ c, jnp.cos(x @ b) @ c * d], axis=1)
+
+
+def nested_params(seed: int = 0):
+    draw = rng(seed).standard_normal
+    return [[draw((3, 4)), (draw((3, 4)), draw(4))], [np.float64(draw())]]
+
+
+@jax.tree_util.register_pytree_node_class
+class Frozen:
+    """A container that cannot be written to, as those of flax; its leaves have no keys."""
+
+    def __init__(self, values, scale):
+        self._values, self.scale = dict(values), scale
+
+    def __getitem__(self, key):
+        return self._values[key]
+
+    def tree_flatten(self):
+        return tuple(self._values.values()), (tuple(self._values), self.scale)
+
+    @classmethod
+    def tree_unflatten(cls, kept, leaves):
+        keys, scale = kept
+        return cls(zip(keys, leaves, strict=True), scale)
+
+
+def frozen(params, x):
+    return params.scale * jax.nn.softplus(x @ params["kernel"]) @ params["out"]["kernel"]
+
+
+def frozen_params(seed: int = 0):
+    draw = rng(seed).standard_normal
+    return Frozen({"kernel": draw((3, 4)), "out": Frozen({"kernel": draw((4, 2))}, 1.0)}, 0.5)
+
+
+def several(params, x):
+    seen = jnp.tanh(x["image"].reshape(len(x["image"]), -1) @ params["image"])
+    read = params["table"][x["words"]].mean(1)
+    return jnp.concatenate([seen, read], 1) @ params["x.words"]
+
+
+def several_params(seed: int = 0):
+    draw = rng(seed).standard_normal
+    return {"image": draw((4, 3)), "table": draw((7, 2)), "x.words": draw((5, 2))}
+
+
+def several_inputs(N: int, seed: int = 0):
+    return {"image": rng(seed).standard_normal((N, 2, 2)), "words": rng(seed).integers(0, 7, (N, 3))}
+
+
+def constant(params, x):
+    """Chosen inputs, an activation that is a leaf, and a key that is one."""
+    noise = jax.random.normal(params["key"], (4,))
+    return params["act"](x[:, params["chosen"]] @ params["w"] + noise) * params["times"] + (params["on"] & True)
+
+
+def constant_params(seed: int = 0):
+    w = rng(seed).standard_normal((2, 4))
+    return {"act": jnp.tanh, "chosen": np.array([0, 2]), "key": jax.random.key(1), "on": True, "times": 3, "w": w}
+
+
+def conv(params, x):
+    for kernel in params["kernels"]:
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.nn.relu(x + params["shift"])
+    return x.mean((1, 2)) @ params["w"]
+
+
+def conv_params(seed: int = 0):
+    draw = rng(seed).standard_normal
+    return {"kernels": (draw((3, 3, 2, 3)), draw((3, 3, 3, 3)) / 3), "shift": draw(3), "w": draw((3, 2))}
+
+
+def scan(params, x):
+    step = lambda h, u: (h := jnp.tanh(h @ params["w"] + u[:, None] * params["b"]), h)  # noqa: E731
+    return jax.lax.scan(step, jnp.zeros((len(x), 3), x.dtype), x.T)[1].transpose(1, 0, 2)
+
+
+def scan_params(seed: int = 0):
+    return {"w": rng(seed).standard_normal((3, 3)), "b": rng(seed).standard_normal(3)}
+
+
+def rows(*shape: int):
+    return lambda N, seed=0: rng(seed).standard_normal((N, *shape))
+
+
+CASES = {
+    "dicts": (mlp, mlp_params, rows(3)),
+    "lists": (nested, nested_params, rows(3)),
+    "frozen": (frozen, frozen_params, rows(3)),
+    "several inputs": (several, several_params, several_inputs),
+    "constants": (constant, constant_params, rows(3)),
+    "convolutions": (conv, conv_params, rows(4, 4, 2)),
+    "scan": (scan, scan_params, rows(2)),
+}
+
+
+def jacobian(f, x, params) -> np.ndarray:
+    """J by one plain ``jax.vjp`` pass an output, with respect to all arrays of real numbers; columns by leaf."""
+    leaves, structure = jax.tree.flatten(params)
+    real = [i for i, leaf in enumerate(leaves) if getattr(getattr(leaf, "dtype", None), "kind", "") == "f"]
+
+    def of(theta):
+        filled = dict(enumerate(leaves)) | dict(zip(real, theta, strict=True))
+        return f(jax.tree.unflatten(structure, filled.values()), x).reshape(-1)
+
+    with own_jax_settings("float64"):
+        outputs, pull = jax.vjp(of, [jnp.asarray(leaves[i], "float64") for i in real])
+        gradients = [pull(unit)[0] for unit in jnp.eye(outputs.size)]
+        return np.stack([np.concatenate([np.asarray(part).reshape(-1) for part in row]) for row in gradients])
+
+
+X = rows(3)(4)
+W = {"w": rng().standard_normal((3, 2))}
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+@functools.cache
+def case(name: str, N: int = 4) -> tuple[Problem, np.ndarray, np.ndarray]:
+    """A problem with two sets of parameters, and J at both."""
+    f, params, inputs = CASES[name]
+    x, ends = inputs(N), (params(0), params(7))
+    return from_function(f, x, *ends), *(jacobian(f, x, end) for end in ends)
+
+
+def close(found, expected, tolerance: float = 1e-10) -> bool:
+    found, expected = np.asarray(found), np.asarray(expected)
+    return found.shape == expected.shape and abs(found - expected).max() <= tolerance * abs(expected).max()
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_gives_the_kernel_of_the_jacobian_written_out(name):
+    problem, J, _ = case(name)
+    assert not problem.samples_interact
+    for way in jax_kernel.ways(problem):
+        assert close(way(problem, None, None, False, TARGET), J @ J.T), way
+
+
+@pytest.mark.parametrize("name", ["dicts", "several inputs"])
+def test_every_way_gives_the_kernel_between_two_sets_of_inputs(name):
+    f, params, inputs = CASES[name]
+    problem, J, _ = case(name)
+    J2 = jacobian(f, inputs(3, seed=5), params(0))
+    wide, columns = with_columns(problem, inputs(3, seed=5))
+    for way in jax_kernel.ways(wide, columns):
+        assert close(way(wide, columns, None, False, TARGET), J @ J2.T), way
+
+
+@pytest.mark.parametrize("kind", ["sum_of_logits", "random_vector", "trace"])
+def test_kernels_between_samples(kind):
+    f, params, inputs = CASES["dicts"]
+    problem, J, _ = case("dicts")
+    J2 = jacobian(f, inputs(3, seed=5), params(0))
+    kernel = sample_kernels.get(kind)
+    drawn = None if kernel.directions is None else kernel.directions(problem.O, 3)
+    blocks = np.einsum("aop,bqp->aobq", *(each.reshape(-1, problem.O, problem.P) for each in (J, J2)))
+    u = np.eye(problem.O) if drawn is None else drawn
+    exact = np.einsum("ko,aobq,kq->ab", u, blocks, u) / (problem.O if kernel.averaged else 1)
+    wide, columns = with_columns(problem, inputs(3, seed=5))
+    for way in jax_kernel.ways(wide, columns):
+        assert close(way(wide, columns, drawn, kernel.averaged, TARGET), exact), way
+
+
+@given(N=st.integers(1, 4), N2=st.integers(1, 4), K=st.integers(1, 3), memory=st.sampled_from([1, 1000, 2**30]))
+@settings(max_examples=6)
+def test_rows_of_any_sizes(N, N2, K, memory):
+    f, params, inputs = linear, lambda: W, rows(3)
+    x, x2, u = inputs(N), inputs(N2, seed=5), rng(K).standard_normal((K, 2))
+    problem = from_function(f, x, params())
+    J, J2 = (np.einsum("ko,bop->bkp", u, jacobian(f, at, params()).reshape(len(at), 2, -1)) for at in (x, x2))
+    target = dataclasses.replace(TARGET, memory=memory)
+    found = jax_kernel.sample_by_sample(problem, x2, u, False, target)
+    assert close(found, J.reshape(N * K, -1) @ J2.reshape(N2 * K, -1).T)
+    found = jax_kernel.row_by_row(problem, None, u, True, target)
+    assert close(found, np.einsum("akp,bkp->ab", J, J) / K)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_precision_and_settings_are_the_problems_whatever_the_callers_are(dtype):
+    problem, J, _ = case("dicts")
+    weights = {key: w.astype(dtype) for key, w in problem.theta_0.items()}
+    problem = dataclasses.replace(problem, x=problem.x.astype(dtype), theta_0=weights)
+    before = jax.config.read("jax_enable_x64")
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), own_jax_settings(dtype):
+        kernels = [way(problem, None, None, False, Target("jax", dtype, "cpu")) for way in jax_kernel.ways(problem)]
+    assert {kernel.dtype.name for kernel in kernels} == {dtype}
+    assert all(close(kernel, J @ J.T, 1e-10 if dtype == "float64" else 1e-5) for kernel in kernels)
+    assert jax.config.read("jax_enable_x64") == before
+
+
+def test_arrays_that_a_function_makes_in_float64_do_not_change_the_precision():
+    jax.config.update("jax_enable_x64", True)
+    f = lambda params, x: mlp(params, x) + jnp.zeros(2)  # noqa: E731
+    x, (_, J, _) = rows(3)(4).astype("float32"), case("dicts")
+    problem = from_function(f, x, jax.tree.map(lambda w: w.astype("float32"), mlp_params()))
+    target = Target("jax", "float32", "cpu")
+    for way in jax_kernel.ways(problem):
+        found = way(problem, None, None, False, target)
+        assert found.dtype == "float32" and close(found, J @ J.T, 1e-5)
+    assert linearise(problem, "theta_0", target).row(0).dtype == "float32"
+
+
+# Metrics
+
+
+EXACT = ("nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products", "direct")
+ESTIMATED = tuple(
+    name
+    for name in methods.names()
+    if "jax" in methods.get(name).backends
+    and methods.get(name).kind == "stochastic"
+    and not methods.get(name).needs_recurrence
+)
+
+
+@pytest.mark.parametrize("name", ["dicts", "several inputs", "constants"])
+@pytest.mark.parametrize("method", EXACT)
+def test_exact_metrics(name, method):
+    problem, *ends = case(name)
+    truth = metrics_of(*(J @ J.T for J in ends))
+    prepared = methods.get(method).prepare(problem, TARGET)
+    for metric in METRICS:
+        assert methods.get(method).unsupported_reason(problem, metric, TARGET) is None
+        found = methods.get(method).estimate(prepared, metric)
+        assert found.value == pytest.approx(truth[metric], rel=1e-9)
+        assert found.certificate < 1e-9
+
+
+@pytest.mark.parametrize("method", ESTIMATED)
+def test_estimated_metrics(method):
+    problem, *ends = case("several inputs")
+    truth = metrics_of(*(J @ J.T for J in ends))
+    chosen = methods.stochastic(method)
+    prepared = chosen.prepare(problem, TARGET)
+    for metric in chosen.metrics:
+        budget = max(chosen.least_passes(problem, metric), 400)
+        assert chosen.unsupported_reason(problem, metric, TARGET, budget) is None
+        found = chosen.estimate(prepared, metric, budget, seed=1)
+        assert found.certificate < 1e-9
+        assert abs(found.value - truth[metric]) <= max(6 * found.standard_error, 0.1 * truth[metric])
+
+
+def test_sum_of_logits_is_the_kernel_of_that_name():
+    problem, J, _ = case("dicts")
+    method = methods.get("sum_of_logits")
+    G = J.reshape(problem.N, problem.O, -1).sum(1) / problem.O**0.5
+    exact = np.trace(G @ G.T) * problem.O
+    assert method.estimate(method.prepare(problem, TARGET), "trace").value == pytest.approx(exact, rel=1e-9)
+
+
+def test_methods_in_torch_say_that_there_is_no_network():
+    problem, *_ = case("dicts")
+    for name in methods.names():
+        method = methods.get(name)
+        if "torch" in method.backends:
+            said = method.unsupported_reason(problem, method.metrics[0], Target("torch"))
+            assert said == "the problem has no network in torch"
+    with pytest.raises(BadInput, match="has no network in torch; allowed backends for it: jax"):
+        linearise(problem, "theta_0", Target("torch"))
+    with pytest.raises(BadInput, match="take kernel='trace'"):
+        problems.base.module.last_layer(problem)
+
+
+# Derivatives that are not what they seem
+
+
+@jax.custom_vjp
+def clipped(x):
+    return jnp.clip(x, -1, 1)
+
+
+clipped.defvjp(lambda x: (clipped(x), None), lambda _, g: (3 * g,))
+
+
+def test_derivatives_of_the_functions_own_are_taken_in_forward_mode_by_two_reverse_passes():
+    f = lambda params, x: clipped(x @ params["w"]) @ params["v"]  # noqa: E731
+    params = {"w": rng().standard_normal((3, 5)), "v": rng(1).standard_normal((5, 2))}
+    x = rows(3)(4)
+    problem, J = from_function(f, x, params), jacobian(f, x, params)
+    found = methods.get("direct").estimate(methods.get("direct").prepare(problem, TARGET), "norm")
+    assert found.value == pytest.approx(metrics_of(J @ J.T)["norm"], rel=1e-9)
+    assert "each JVP is by two reverse passes" in " ".join(found.notes)
+    assert found.passes == 3 * problem.n
+    j = linearise(problem, "theta_0", TARGET)
+    w = rng(2).standard_normal((2, 4, problem.P))
+    assert j.sample_jvp(slice(0, 4), jnp.asarray(w)).shape == (2, 4, 2)
+    assert j.passes == 2 * 2 and "each per-sample JVP" in " ".join(j.notes)
+
+
+@jax.custom_vjp
+def armed(x):
+    return x
+
+
+armed.defvjp(lambda x: (x, None), lambda _, g: (1.5 * g if isinstance(g, jax.core.Tracer) else g,))
+
+
+def test_products_that_plain_vjp_contradicts_are_not_given():
+    """A derivative that is another one under jit and vmap than by itself."""
+    f = lambda params, x: armed(jnp.tanh(x @ params["w"])) @ params["v"]  # noqa: E731
+    params = {"w": rng().standard_normal((3, 5)), "v": rng(1).standard_normal((5, 2))}
+    problem = from_function(f, rows(3)(4), params)
+    for way in jax_kernel.ways(problem):
+        with pytest.raises(Uncertified):
+            way(problem, None, None, False, TARGET)
+    for method in ("one_sided_reverse", "per_sample_trace"):
+        chosen = methods.stochastic(method)
+        with pytest.raises(Uncertified):
+            chosen.estimate(chosen.prepare(problem, TARGET), "trace", 8)
+    with pytest.raises(Uncertified):
+        methods.get("nt_jacobian_contraction").estimate(
+            methods.get("nt_jacobian_contraction").prepare(problem, TARGET), "norm"
+        )
+
+
+def test_a_kernel_by_neural_tangents_that_is_wrong_is_not_given(monkeypatch):
+    problem, *_ = case("dicts")
+    real = jax_kernel.programs.kernel_function
+    for off in (lambda theta: 1.01 * theta, lambda theta: theta.at[0, 1].mul(2), lambda theta: theta * np.nan):
+        wrong = lambda *given, off=off: lambda *arguments: off(real(*given)(*arguments))  # noqa: E731
+        monkeypatch.setattr(jax_kernel.programs, "kernel_function", wrong)
+        for averaged in (False, True):
+            jax_kernel._compiled.cache_clear()
+            with pytest.raises(Uncertified):
+                jax_kernel.jacobian_contraction(problem, None, None, averaged, TARGET)
+    jax_kernel._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_by_neural_tangents_that_is_wrong_is_not_given(metric, monkeypatch):
+    problem, *_ = case("dicts")
+    real = jax_kernel.programs.kernel_function
+    wrong = lambda *given: lambda *arguments: 1.01 * real(*given)(*arguments)  # noqa: E731
+    monkeypatch.setattr(jax_kernel.programs, "kernel_function", wrong)
+    method = methods.get("nt_jacobian_contraction")
+    with pytest.raises(Uncertified):
+        method.estimate(method.prepare(problem, TARGET), metric)
+
+
+def test_without_neural_tangents_its_methods_say_so_and_kernels_go_by_rows(monkeypatch):
+    problem, J, _ = case("dicts")
+    monkeypatch.setattr(neural_tangents, "is_installed", lambda: False)
+    neural_tangents.load.cache_clear()
+    jax_kernel._compiled.cache_clear()
+    structured, contraction, *by_rows = jax_kernel.ways(problem)
+    for way in (structured, contraction):
+        with pytest.raises(ntkbench.Unavailable, match="not installed"):
+            way(problem, None, None, False, TARGET)
+    assert all(close(way(problem, None, None, False, TARGET), J @ J.T) for way in by_rows)
+
+
+def test_a_row_does_not_depend_on_what_the_forward_pass_keeps():
+    """Truth values of a relu come first among what is kept; a linear function keeps nothing."""
+    for f in (lambda p, x: jax.nn.relu(x @ p["w"]), lambda p, x: jnp.broadcast_to(p["w"].sum(0), (len(x), 2))):
+        params, x = {"w": rng().standard_normal((3, 2))}, rows(3)(4)
+        J = jacobian(f, x, params)
+        j = linearise(from_function(f, x, params), "theta_0", TARGET)
+        assert all(close(j.row(i), J[i]) for i in np.flatnonzero(abs(J).max(1)))
+
+
+# Samples that interact
+
+
+def normed(params, x):
+    hidden = x @ params["w"]
+    return jnp.tanh((hidden - hidden.mean(0)) / (1 + hidden.std(0))) @ params["v"]
+
+
+def attending(params, x):
+    """Samples interact by a readout that starts at zero."""
+    return x @ params["w"] + (jax.nn.softmax(x @ x.T) @ x) @ params["w"] * params["gate"].sum()
+
+
+@pytest.mark.parametrize("f", [normed, attending])
+def test_samples_that_interact_are_found_and_go_by_rows(f):
+    params = {"w": rng().standard_normal((3, 2)), "v": rng(1).standard_normal((2, 2)), "gate": np.zeros(2)}
+    x = rows(3)(5)
+    problem, J = from_function(f, x, params, params), jacobian(f, x, params)
+    assert problem.samples_interact
+    (way,) = jax_kernel.ways(problem)
+    assert close(way(problem, None, None, False, TARGET), J @ J.T)
+    with pytest.raises(BadInput, match="samples interact"):
+        jax_kernel.ways(problem, x)
+    method = methods.stochastic("hutchinson")
+    truth = metrics_of(J @ J.T, J @ J.T)
+    found = method.estimate(method.prepare(problem, TARGET), "trace", 400)
+    assert abs(found.value - truth["trace"]) <= 6 * found.standard_error
+    assert "samples interact" in methods.get("per_sample_trace").unsupported_reason(problem, "trace", TARGET)
+
+
+def test_samples_that_only_look_as_if_they_interacted():
+    f = lambda params, x: x @ params["w"] + 0 * x.sum() * params["w"].sum()  # noqa: E731
+    assert not from_function(f, rows(3)(5), {"w": rng().standard_normal((3, 2))}).samples_interact
+    assert not from_function(normed, rows(3)(1), {"w": np.ones((3, 2)), "v": np.ones((2, 2))}).samples_interact
+
+
+# What a function is wrapped into
+
+
+def test_leaves_are_named_by_their_paths_and_sorted_into_kinds():
+    problem, *_ = case("dicts")
+    assert list(problem.theta_0) == [
+        *(f"hidden.{i}.{key}" for i in (0, 1) for key in ("b", "w")),
+        *(f"last.{key}" for key in ("b", "w")),
+    ]
+    assert (problem.name, problem.module, problem.N, problem.O, problem.fixed_0) == ("mlp", None, 4, 2, {})
+    problem, *_ = case("constants")
+    assert set(problem.theta_0) == {"w"} and set(problem.fixed_0) == {"chosen"}
+    problem, *_ = case("several inputs")
+    assert set(problem.theta_0) == {"image", "table", "x.words"} and problem.x.shape == (4, 4 + 3)
+    single = from_function(lambda w, x: x @ w, rows(3)(2), rng().standard_normal((3, 2)))
+    assert set(single.theta_0) == {"params"} and single.name == "function"
+
+
+def test_names_that_would_be_the_same_are_told_apart():
+    params = {"a.b": rng(0).standard_normal((3, 2)), "a": {"b": rng(1).standard_normal((3, 2))}}
+    f = lambda p, x: jnp.sin(x @ p["a.b"]) * (x @ p["a"]["b"])  # noqa: E731
+    problem, J = from_function(f, rows(3)(2), params), jacobian(f, rows(3)(2), params)
+    assert len(problem.theta_0) == 2
+    assert close(jax_kernel.sample_by_sample(problem, None, None, False, TARGET), J @ J.T)
+
+
+def test_values_are_copied():
+    params, x = mlp_params(), rows(3)(4)
+    problem, own = from_function(mlp, x, params), x.copy()
+    before = {key: w.copy() for key, w in problem.theta_0.items()}
+    params["last"]["w"] += 1
+    x += 1
+    assert all((problem.theta_0[key] == before[key]).all() for key in before)
+    assert (problem.x == own).all()
+
+
+def test_precision_is_that_of_the_parameters_unless_it_is_given():
+    params = jax.tree.map(lambda w: w.astype("float32"), mlp_params())
+    assert from_function(mlp, rows(3)(4), params).x.dtype == "float32"
+    assert from_function(mlp, rows(3)(4), params, dtype="float64").theta_0["last.w"].dtype == "float64"
+    half = jax.tree.map(lambda w: jnp.asarray(w, "bfloat16"), params)
+    with pytest.raises(BadInput, match="parameters are bfloat16; choose the precision"):
+        from_function(mlp, rows(3)(4), half)
+    with pytest.raises(BadInput, match="parameters are float32, float64; choose"):
+        from_function(mlp, rows(3)(4), params | {"last": mlp_params()["last"]})
+    assert from_function(mlp, rows(3)(4), half, dtype="float32").theta_0["last.w"].dtype == "float32"
+
+
+def test_equal_functions_share_what_was_compiled_unless_they_have_changed():
+    params, x = mlp_params(), rows(3)(4)
+    first, second = (from_function(mlp, x, mlp_params(seed)).jax_forward for seed in (0, 1))
+    assert first == second and hash(first) == hash(second) and first != first.alone()
+    outside = {}
+    f = lambda params, x: outside["scale"] * mlp(params, x)  # noqa: E731
+    for outside["scale"] in (1.0, 2.0, 3.0):
+        problem, J = from_function(f, x, params), jacobian(f, x, params)
+        for way in jax_kernel.ways(problem):
+            assert close(way(problem, None, None, False, TARGET), J @ J.T)
+    unhashable = {"w": rng().standard_normal((3, 2)), "on": [jax.random.key(0)]}
+    assert from_function(lambda p, x: x @ p["w"], x, unhashable).jax_forward is not None
+
+
+def test_the_digest_follows_function_parameters_inputs_and_constants():
+    f, params, inputs = CASES["several inputs"]
+    other = lambda p, x: 2 * f(p, x)  # noqa: E731
+    digests = [
+        from_function(f, inputs(4), params()).digest(),
+        from_function(f, inputs(4), params(1)).digest(),
+        from_function(f, inputs(4, 1), params()).digest(),
+        from_function(other, inputs(4), params()).digest(),
+        from_function(f, inputs(4), params(), params(1)).digest(),
+    ]
+    assert len(set(digests)) == 5
+    assert digests[0] == from_function(f, inputs(4), params()).digest()
+
+
+def test_the_shape_of_outputs_needs_no_numbers():
+    problem, *_ = case("several inputs")
+    assert dataclasses.replace(problem, _shape=[]).output_shape == (4, 2)
+
+
+def test_a_result_that_memory_does_not_hold_is_refused():
+    with pytest.raises(ntkbench.OverMemory, match="GiB are free"):
+        check_result(10**9, 10**9, TARGET)
+    check_result(10, 10, TARGET)
+
+
+# Refusals
+
+
+class Counter:
+    calls = 0
+
+    def __call__(self, params, x):
+        self.calls += 1
+        return linear(params, x) * self.calls
+
+
+class Complex:
+    @staticmethod
+    def parts(params, x):
+        return jnp.exp(1j * linear(params, x))
+
+
+REFUSED = {
+    "f must be a function": (None, X, W),
+    "no arrays of real numbers": (linear, X, {"w": np.ones((3, 2), int)}),
+    "an array of complex128; allowed are real numbers.*real and imaginary": (linear, X, {"w": W["w"] * 1j}),
+    "'scale', a Python float: make it an array": (linear, X, W | {"scale": 2.0}),
+    "'w' is a torch Tensor": (linear, X, {"w": pytest.importorskip("torch").ones(3, 2)}),
+    "'x' is a torch Tensor": (linear, pytest.importorskip("torch").ones(4, 3), W),
+    "nan or infinite values: 'w'": (linear, X, {"w": W["w"] * np.inf}),
+    "'0.0' is of type int": (linear, [[1, 2, 3]], W),
+    "one without leaves": (linear, [], W),
+    "at least one sample": (linear, X[:0], W),
+    "x must be real or integer; 'x' is complex128": (linear, X * 1j, W),
+    "one number of samples": (lambda p, x: x["a"] @ p["w"], {"a": X, "b": X[:2]}, W),
+    r"cannot be called as f\(params, x\): TypeError": (lambda p: p, X, W),
+    "one array .*got tuple: wrap it": (lambda p, x: (linear(p, x), 0), X, W),
+    r"a row for each of the N = 4 samples, got shape \(2, 4\)": (lambda p, x: linear(p, x).T, X, W),
+    r"got shape \(\)": (lambda p, x: linear(p, x).sum(), X, W),
+    "must return real numbers, got complex": (Complex.parts, X, W),
+    "must return real numbers, got bool": (lambda p, x: linear(p, x) > 0, X, W),
+    "nan or infinite outputs": (lambda p, x: linear(p, x) / 0, X, W),
+    "random or keeps a state": (Counter(), X, W),
+    "cannot be compiled by jax.jit": (lambda p, x: linear(p, x) if linear(p, x).sum() > -1e9 else x, X, W),
+    "no output of f depends": (lambda p, x: jax.lax.stop_gradient(linear(p, x)), X, W),
+    "cannot be differentiated": (
+        lambda p, x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y + 1 + p["w"].sum() ** 2, linear(p, x)),
+        X,
+        W,
+    ),
+    "unknown dtype 'float16'": (functools.partial(linear), X, W, None, "float16"),
+    "'n' has integers beyond 16777216, which float32 does not hold": (
+        lambda p, x: linear(p, x["x"]) * x["n"][:, None],
+        {"x": X, "n": np.full(4, 2**24 + 1)},
+        W,
+        None,
+        "float32",
+    ),
+    "one structure": (linear, X, W, {"v": W["w"]}),
+    r"the same arrays; 'w' is \(3, 2\) of float64 and \(3, 3\) of float64": (linear, X, W, {"w": np.ones((3, 3))}),
+    "the same arrays; 'v' is .* and no array": (linear, X, W | {"v": X}, W | {"v": "none"}),
+    "the values of arrays alone; 'act' differs": (linear, X, W | {"act": np.sin}, W | {"act": np.cos}),
+    "f with params_f returns nan": (lambda p, x: linear(p, x) / (p["w"][0, 0] + 7), X, W, {"w": np.full((3, 2), -7.0)}),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_what_is_no_function_of_parameters_and_samples_is_refused_in_one_line(said):
+    f, x, params, *more = REFUSED[said]
+    params_f, dtype = (*more, None, None)[:2]
+    with pytest.raises(BadInput, match=said) as caught:
+        from_function(f, x, params, params_f, dtype=dtype)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_values_that_are_being_traced_are_refused():
+    with pytest.raises(BadInput, match=r"no values to copy at 'w', as inside jax\.jit"):
+        jax.jit(lambda w: from_function(linear, X, {"w": w}).x)(W["w"])
+
+
+def test_columns_must_be_like_the_rows():
+    problem, *_ = case("several inputs")
+    good = several_inputs(2)
+    for wrong, said in (
+        (good["image"], "a pytree like x"),
+        (good | {"image": good["image"][:, :1]}, "samples like those of x"),
+        (good | {"words": good["words"] * 1.0}, "samples like those of x"),
+        (good | {"words": good["words"] > 0}, "samples like those of x"),
+        (good | {"words": good["words"][:1]}, "one number of samples"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            with_columns(problem, wrong)
+    assert with_columns(case("dicts")[0], X)[1].shape == (4, 3)
+
+
+WITHOUT_JAX = """
+import sys
+import ntkbench, torch
+ntkbench.trace(torch.nn.Linear(3, 2), torch.ones(4, 3))
+import ntkbench.problems.base.function
+assert not {"jax", "neural_tangents"} & set(sys.modules)
+sys.modules["jax"] = None
+import importlib.util
+importlib.util.find_spec = lambda name, package=None: None
+try:
+    ntkbench.from_function(lambda params, x: x, 1, 2)
+except ntkbench.Unavailable as error:
+    assert "need JAX, which is not installed" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_jax_is_imported_for_functions_alone_and_said_to_be_missing():
+    subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True)

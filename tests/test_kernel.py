@@ -1,0 +1,376 @@
+"""A kernel that is prepared once: every use agrees with an explicit Jacobian, and nothing is prepared twice."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ntkbench
+from ntkbench import kernel as kernels
+from ntkbench import metrics
+from ntkbench.estimators import lanczos
+from ntkbench.layerwise import kernel as layerwise
+from ntkbench.operators.dense import DenseJacobian
+from ntkbench.operators.torch import TorchRng
+
+N, O = 5, 3  # noqa: E741 - the field's symbol
+
+
+def net(seed: int = 0, width: int = 7, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, O)).to(dtype)
+
+
+def normed(seed: int = 0) -> nn.Sequential:
+    """A network with buffers that training changes."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, O)).double()
+    model(torch.randn(50, 4, dtype=torch.float64) * (1 + seed) + seed)
+    return model.eval()
+
+
+X = torch.randn(N, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+X2 = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def jacobian(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
+    parameters = [w for w in model.parameters() if w.requires_grad]
+    rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in model(x).reshape(-1)]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+def theta(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
+    j = jacobian(model, x)
+    return j @ j.T
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def test_all_uses_of_one_kernel_are_of_the_same_theta():
+    model = net()
+    exact, kernel = theta(model), ntkbench.Kernel(model, X)
+    for _ in range(3):  # written out, then traced, then from the trace
+        torch.testing.assert_close(kernel.ntk(), exact)
+    torch.testing.assert_close(kernel.ntk(X2), jacobian(model) @ jacobian(model, X2).T)
+    torch.testing.assert_close(kernel.ntk(X2), jacobian(model) @ jacobian(model, X2).T)
+    spectrum = torch.linalg.eigvalsh(exact)
+    assert float(kernel.trace()) == pytest.approx(float(exact.trace()))
+    assert float(kernel.norm()) == pytest.approx(float(exact.norm()))
+    assert float(kernel.effective_rank()) == pytest.approx(float(spectrum.sum() ** 2 / (spectrum**2).sum()))
+    np.testing.assert_allclose(kernel.eigenvalues(4).values, spectrum.flip(0)[:4], rtol=1e-9)
+    found = kernel.metrics()
+    assert set(found) == {"trace", "norm", "effective_rank"} and found["norm"] == float(kernel.norm())
+    assert repr(kernel) == "Kernel(Sequential: N = 5, O = 3, P = 59, float64, torch)"
+
+
+@pytest.mark.parametrize("name", ["sum_of_logits", "single_logit", "random_vector", "trace", "last_layer"])
+def test_kernels_between_samples_are_the_same_written_out_and_traced(name):
+    kernel = ntkbench.Kernel(net(), X)
+    first = kernel.ntk(kernel=name, seed=3)
+    assert first.shape == (N, N)
+    torch.testing.assert_close(kernel.ntk(kernel=name, seed=3), first)
+    torch.testing.assert_close(kernel.ntk(X2, kernel=name, seed=3), ntkbench.ntk(net(), X, X2, kernel=name, seed=3))
+
+
+def test_the_functions_are_uses_of_a_kernel():
+    model, kernel = net(), ntkbench.Kernel(net(), X)
+    for name in ("trace", "norm", "effective_rank"):
+        wishes = {"method": "hutchinson", "passes": 40, "seed": 5}
+        assert getattr(ntkbench, name)(model, X, **wishes) == getattr(kernel, name)(**wishes)
+    assert ntkbench.metrics_of(model, X, seed=5) == kernel.metrics(seed=5)
+    assert ntkbench.alignment(model, net(1), X, seed=5) == kernel.alignment(net(1), seed=5)
+
+
+def test_a_network_is_traced_once_for_all_uses(monkeypatch):
+    traced = []
+    trace = layerwise.trace
+    monkeypatch.setattr(layerwise, "trace", lambda *given: traced.append(1) or trace(*given))
+    torch.manual_seed(9)
+    model = nn.Sequential(nn.Linear(4, 11), nn.Softplus(), nn.Linear(11, O)).double()
+    kernel = ntkbench.Kernel(model, X)
+    for _ in range(2):
+        kernel.ntk(), kernel.ntk(X2), kernel.trace(), kernel.metrics()
+        kernel.norm(method="structured_block_u_statistics")
+        kernel.at({key: w + 0.1 for key, w in model.state_dict().items()}).norm()
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("make", [net, normed])
+def test_other_weights_are_those_of_a_network_or_of_its_state_dict(make):
+    kernel, trained = ntkbench.Kernel(make(), X), make(1)
+    for weights in (trained, trained.state_dict()):
+        torch.testing.assert_close(kernel.at(weights).ntk(), theta(trained))
+        assert float(kernel.at(weights).trace(method="one_sided_reverse", passes=30)) == float(
+            ntkbench.trace(trained, X, method="one_sided_reverse", passes=30)
+        )
+    torch.testing.assert_close(kernel.ntk(), theta(make())), "the kernel itself stays where it is"
+    torch.testing.assert_close(kernel.at(trained).at(make()).ntk(), theta(make()))
+
+
+def test_values_that_are_not_given_stay_as_they_are():
+    model = net()
+    changed = net()
+    with torch.no_grad():
+        changed[0].weight.mul_(2)
+    kernel = ntkbench.Kernel(model, X).at({"0.weight": model[0].weight * 2})
+    torch.testing.assert_close(kernel.ntk(), theta(changed))
+
+
+@pytest.mark.parametrize(
+    ("says", "weights"),
+    [
+        ("unknown parameter or buffer '0.weigth' \\(did you mean '0.weight'\\?\\)", {"0.weigth": torch.ones(7, 4)}),
+        ("'0.weight' must be of shape \\(7, 4\\), got \\(4, 7\\)", {"0.weight": torch.ones(4, 7)}),
+        ("nan or infinite weights: '0.weight'", {"0.weight": torch.full((7, 4), torch.nan)}),
+        ("weights must be a torch.nn.Module or values by name, got int", 3),
+        ("'0.weight' is \\(7, 4\\) in the first and \\(8, 4\\) in the other", net(width=8)),
+        ("does not compute what the network computes", nn.Sequential(net()[0], nn.ReLU(), net()[2])),
+        ("has requires_grad=False for '0.bias'", "frozen"),
+    ],
+)
+def test_weights_of_something_else_are_refused(says, weights):
+    if weights == "frozen":
+        weights = net()
+        weights[0].bias.requires_grad_(False)
+    with pytest.raises(ntkbench.BadInput, match=says):
+        ntkbench.Kernel(net(), X).at(weights)
+
+
+@pytest.mark.parametrize("method", ["auto", "hutchinson", "block_u_statistics", "structured_derivatives"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(net(), net(1)), (normed(), normed(1)), (net(), normed()), (net(), net(2, width=9))],
+    ids=["weights", "buffers", "other network", "other width"],
+)
+def test_alignment_with_other_weights_buffers_and_networks(first, second, method):
+    exact = cosine(theta(first), theta(second))
+    wishes = {} if method in ("auto", "structured_derivatives") else {"passes": 4096}
+    found = ntkbench.alignment(first, second, X, method=method, **wishes)
+    if found.standard_error is None:
+        assert found.value == pytest.approx(exact, rel=1e-9)
+    else:
+        low, high = found.interval(0.9999)
+        assert low <= exact <= high and high - low < 0.5
+    again = ntkbench.Kernel(first, X).alignment(ntkbench.Kernel(second, X), method=method, **wishes)
+    assert again.value == pytest.approx(found.value, rel=1e-9)
+
+
+def test_alignment_with_a_target():
+    model = net()
+    exact, kernel = theta(model), ntkbench.Kernel(model, X)
+    y = torch.randn(N, O, dtype=torch.float64)
+    outer = y.reshape(-1, 1) @ y.reshape(1, -1)
+    assert kernel.alignment(y).value == pytest.approx(cosine(exact, outer))
+    assert kernel.alignment(outer).value == pytest.approx(cosine(exact, outer))
+    samples = X @ X.T
+    assert kernel.alignment(samples.numpy()).value == pytest.approx(cosine(exact, torch.kron(samples, torch.eye(O))))
+    estimated = kernel.alignment(y, method="hutchinson", passes=2000)
+    assert estimated.standard_error > 0 and estimated.passes <= 2001
+    assert estimated.interval(0.9999)[0] <= cosine(exact, outer) <= estimated.interval(0.9999)[1]
+    assert ntkbench.alignment(model, y, X).value == pytest.approx(cosine(exact, outer))
+
+
+@pytest.mark.parametrize(
+    ("says", "other"),
+    [
+        ("a target must be like the outputs, \\(5, 3\\), or a kernel \\(15, 15\\) or \\(5, 5\\)", torch.ones(4, 4)),
+        ("finite and not zero", torch.zeros(5, 3)),
+        ("finite and not zero", torch.full((5, 3), torch.nan)),
+        ("5 samples of 3 outputs and Linear has 5 of 2: N and O must be equal", nn.Linear(4, 2).double()),
+    ],
+)
+def test_what_a_kernel_cannot_be_aligned_with_is_said(says, other):
+    with pytest.raises(ntkbench.BadInput, match=says):
+        ntkbench.Kernel(net(), X).alignment(other)
+
+
+@given(
+    n=st.integers(3, 40), rank=st.integers(1, 40), top=st.integers(1, 5), twice=st.booleans(), seed=st.integers(0, 99)
+)
+@settings(deadline=None, max_examples=40)
+def test_largest_eigenvalues_are_within_their_errors_of_the_exact_ones(n, rank, top, twice, seed):
+    rng = np.random.default_rng(seed)
+    j = rng.standard_normal((n, min(rank, n)))
+    if twice:  # multiple eigenvalues
+        j = np.block([[j, np.zeros_like(j)], [np.zeros_like(j), j]])
+    top = min(top, len(j))
+    exact = np.linalg.eigvalsh(j @ j.T)[::-1][:top]
+    found = lanczos.largest(dense(j), top, rtol=1e-6, passes=10**6, seed=seed)
+    np.testing.assert_allclose(found.values, exact, atol=1e-5 * exact[0])
+    assert (found.errors <= 1e-6 * np.maximum(exact, 1e-6 * exact[0]) + 1e-9 * exact[0]).all() or found.notes == ()
+
+
+def dense(j: np.ndarray) -> DenseJacobian:
+    return DenseJacobian(torch.from_numpy(j), lambda seed: TorchRng(seed, torch.float64, torch.device("cpu")))
+
+
+def test_eigenvalues_of_a_large_theta_are_by_products_and_say_where_they_stopped(monkeypatch):
+    model = net()
+    exact = torch.linalg.eigvalsh(theta(model)).flip(0)
+    monkeypatch.setattr(kernels, "SMALL", 2)
+    found = ntkbench.Kernel(model, X).eigenvalues(3, rtol=1e-6)
+    np.testing.assert_allclose(found.values, exact[:3], rtol=1e-8)
+    assert found.passes >= 14 and (found.errors <= 1e-6 * found.values).all() and found.notes == ()
+    short = ntkbench.Kernel(model, X).eigenvalues(3, rtol=1e-9, passes=14)
+    assert "rtol=1e-09 was not reached in 14 passes" in short.notes[0]
+    assert (np.abs(short.values - exact[:3].numpy()) <= short.errors).all()
+
+
+@pytest.mark.parametrize(
+    ("says", "given"),
+    [
+        ("top must be at most n = 15", {"top": 16}),
+        ("top must be a positive number", {"top": 0}),
+        ("rtol must be a number between 0 and 1", {"rtol": 2}),
+        ("passes must be a whole number", {"passes": 1.5}),
+    ],
+)
+def test_eigenvalues_that_cannot_be_had_are_refused(says, given):
+    with pytest.raises(ntkbench.BadInput, match=says):
+        ntkbench.Kernel(net(), X).eigenvalues(**given)
+
+
+def test_unknown_keywords_are_named_before_anything_runs():
+    with pytest.raises(ntkbench.BadInput, match="unknown keyword 'pases' \\(did you mean 'passes'\\?\\)"):
+        ntkbench.trace(net(), X, pases=3)
+    with pytest.raises(ntkbench.BadInput, match="unknown method 'hutchinsons'"):
+        ntkbench.trace("no model", X, method="hutchinsons")
+
+
+def test_a_tracker_follows_training_with_the_same_probes():
+    model, seen = net(), []
+    tracker = ntkbench.Tracker(model, X, every=2, log=lambda step, found: seen.append(step), seed=4)
+    exact, start = [], theta(model)
+    for step in range(5):
+        before = torch.get_rng_state()
+        found = tracker(step)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (found is None) == (step % 2 == 1)
+        if found is not None:
+            exact.append((float(theta(model).trace()), cosine(theta(model), start)))
+        with torch.no_grad():
+            for w in model.parameters():
+                w.add_(0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(step)))
+    table = tracker.table()
+    assert table["step"].tolist() == seen == [0, 2, 4]
+    np.testing.assert_allclose(table[["trace", "alignment"]], exact, rtol=1e-9)
+    assert set(metrics.METRICS) <= set(table.columns) and (table["norm_low"] <= table["norm_high"]).all()
+
+
+def test_a_tracker_takes_only_what_exists():
+    for says, keywords in (
+        ("every must be a positive number", {"every": 0}),
+        ("unknown metric 'tracer'", {"metrics": ["tracer"]}),
+        ("metrics must be one or more names", {"metrics": "trace"}),
+        ("unknown keyword 'seeds'", {"seeds": 3}),
+    ):
+        with pytest.raises(ntkbench.BadInput, match=says):
+            ntkbench.Tracker(net(), X, **keywords)
+
+
+@pytest.mark.parametrize("name", ["api", "kernel", "tracking"])
+def test_examples_in_docstrings_run(name):
+    found = doctest.testmod(importlib.import_module(f"ntkbench.{name}"), optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0 and (found.attempted > 0 or name == "kernel")
+
+
+def test_the_trainer_of_hugging_face_calls_a_tracker():
+    pytest.importorskip("transformers")
+    tracker = ntkbench.Tracker(net(), X, every=10, metrics=("trace",))
+    callback = tracker.trainer_callback()
+
+    class State:
+        global_step = 0
+
+    for State.global_step in range(21):
+        callback.on_step_end(None, State, None)
+    assert tracker.table()["step"].tolist() == [0, 10, 20]
+
+
+def function(params, x):
+    import jax.numpy as jnp
+
+    return jnp.tanh(x @ params["layers"][0]) @ params["layers"][1]
+
+
+def explicit_in_jax(params, x, x2=None) -> np.ndarray:
+    import jax
+
+    def rows(x):
+        made = jax.jacrev(function)(params, x)
+        return np.concatenate([np.asarray(j).reshape(len(x) * O, -1) for j in made["layers"]], 1)
+
+    with jax.enable_x64():
+        return rows(x) @ rows(x if x2 is None else x2).T
+
+
+def test_a_function_in_jax_has_all_of_a_kernel():
+    rng = np.random.default_rng(0)
+    params, params_f = ({"layers": [rng.standard_normal((4, 6)), rng.standard_normal((6, O))]} for _ in range(2))
+    x, x2 = rng.standard_normal((N, 4)), rng.standard_normal((2, 4))
+    exact, exact_f = explicit_in_jax(params, x), explicit_in_jax(params_f, x)
+    kernel = ntkbench.Kernel(function, x, params=params)
+    assert repr(kernel) == "Kernel(function: N = 5, O = 3, P = 42, float64, jax)"
+    np.testing.assert_allclose(kernel.ntk(), exact, rtol=1e-9)
+    np.testing.assert_allclose(kernel.ntk(x2), explicit_in_jax(params, x, x2), rtol=1e-9)
+    np.testing.assert_allclose(ntkbench.ntk(function, x, params=params), exact, rtol=1e-9)
+    u = np.kron(np.eye(N), np.full((1, O), O**-0.5))
+    np.testing.assert_allclose(kernel.ntk(kernel="sum_of_logits"), u @ exact @ u.T, rtol=1e-9)
+    assert float(kernel.trace()) == pytest.approx(exact.trace())
+    assert float(ntkbench.norm(function, x, params=params)) == pytest.approx(float(np.linalg.norm(exact)))
+    aligned = float((exact * exact_f).sum() / np.linalg.norm(exact) / np.linalg.norm(exact_f))
+    assert float(kernel.alignment(params_f)) == pytest.approx(aligned)
+    assert float(ntkbench.alignment(function, params_f, x, params=params)) == pytest.approx(aligned)
+    assert float(kernel.alignment(kernel.at(params_f))) == pytest.approx(aligned)
+    np.testing.assert_allclose(kernel.at(params_f).ntk(), exact_f, rtol=1e-9)
+    np.testing.assert_allclose(kernel.eigenvalues(3).values, np.linalg.eigvalsh(exact)[::-1][:3], rtol=1e-9)
+    parts = kernel.groups({"first": "layers.0", "second": "layers.1"})
+    np.testing.assert_allclose(parts["first"].ntk() + parts["second"].ntk(), exact, rtol=1e-9)
+    estimated = kernel.norm(method="hutchinson", passes=400)
+    assert estimated.interval(0.9999)[0] <= np.linalg.norm(exact) <= estimated.interval(0.9999)[1]
+    with pytest.raises(ntkbench.BadInput, match="no last layer"):
+        kernel.ntk(kernel="last_layer")
+    with pytest.raises(ntkbench.BadInput, match="structure"):
+        kernel.at({"layers": params["layers"][:1]})
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.GRU, nn.LSTM])
+def test_weights_and_groups_of_recurrent_layers_have_the_names_of_the_layer(make):
+    torch.manual_seed(0)
+    layer, other = make(3, 4).double(), make(3, 4).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    kernel = ntkbench.Kernel(layer, x)
+    exact = ntkbench.ntk(other, x)
+    for weights in (other, other.state_dict()):
+        torch.testing.assert_close(kernel.at(weights).ntk(), exact)
+    parts = kernel.at(other).groups({"inputs": "*_ih_l0", "states": "*_hh_l0"})
+    torch.testing.assert_close(sum(part.ntk() for part in parts.values()), exact)
+    assert kernel.alignment(other).value == pytest.approx(cosine(kernel.ntk(), exact))
+
+
+def test_weights_and_groups_of_a_called_model_have_its_own_names():
+    model, other = net(), net(1)
+    batch = {"a": X[:, :2], "b": X[:, 2:]}
+    kernel = ntkbench.Kernel(model, batch, call=lambda m, b: m(torch.cat([b["a"], b["b"]], 1)), output=1)
+    exact = theta(other)[1::O, 1::O]
+    for weights in (other, other.state_dict()):
+        torch.testing.assert_close(kernel.at(weights).ntk(), exact)
+    more = {"a": X2[:, :2], "b": X2[:, 2:]}
+    torch.testing.assert_close(kernel.at(other).ntk(more), (jacobian(other) @ jacobian(other, X2).T)[1::O, 1::O])
+    parts = kernel.at(other).groups({"first": "0", "last": "2.*"})
+    torch.testing.assert_close(sum(part.ntk() for part in parts.values()), exact)
+    found = ntkbench.ntk(
+        model, batch, call=kernel.problem.module.call, output=1, parameters={"first": "0", "last": "2"}
+    )
+    torch.testing.assert_close(sum(found.values()), theta(model)[1::O, 1::O])
+    aligned = kernel.alignment(nn.Sequential(nn.Linear(4, O).double()))
+    assert 0 < aligned.value < 1
