@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 
@@ -266,6 +267,23 @@ def test_a_tracker_follows_training_with_the_same_probes():
     assert set(metrics.METRICS) <= set(table.columns) and (table["norm_low"] <= table["norm_high"]).all()
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_tracker_keeps_the_mode_that_it_was_made_in(mode):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6) if mode else nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5))
+    model = nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, O)).double().train(mode)
+    tracker = ntkbench.Tracker(model, X, every=1, metrics=("trace",), seed=1)
+    for step in range(2):
+        model.train(mode)
+        exact = float(theta(copy.deepcopy(model)).trace())
+        model.train()
+        assert float(tracker(step)["trace"]) == pytest.approx(exact)
+        model(X).square().sum().backward()
+        with torch.no_grad():
+            for w in model.parameters():
+                w -= 0.01 * w.grad
+
+
 def test_a_tracker_takes_only_what_exists():
     for says, keywords in (
         ("every must be a positive number", {"every": 0}),
@@ -314,6 +332,9 @@ def explicit_in_jax(params, x, x2=None) -> np.ndarray:
 
 
 def test_a_function_in_jax_has_all_of_a_kernel():
+    import jax
+
+    wide = jax.config.jax_enable_x64
     rng = np.random.default_rng(0)
     params, params_f = ({"layers": [rng.standard_normal((4, 6)), rng.standard_normal((6, O))]} for _ in range(2))
     x, x2 = rng.standard_normal((N, 4)), rng.standard_normal((2, 4))
@@ -337,6 +358,7 @@ def test_a_function_in_jax_has_all_of_a_kernel():
     np.testing.assert_allclose(parts["first"].ntk() + parts["second"].ntk(), exact, rtol=1e-9)
     estimated = kernel.norm(method="hutchinson", passes=400)
     assert estimated.interval(0.9999)[0] <= np.linalg.norm(exact) <= estimated.interval(0.9999)[1]
+    assert jax.config.jax_enable_x64 == wide, "the caller's settings were changed"
     with pytest.raises(ntkbench.BadInput, match="no last layer"):
         kernel.ntk(kernel="last_layer")
     with pytest.raises(ntkbench.BadInput, match="structure"):

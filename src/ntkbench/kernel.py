@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -330,12 +330,8 @@ class Kernel:
         traced: TracedProblem = self._prepare(methods.get("structured_derivatives"))
         return traced
 
-    @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """The settings of PyTorch that this kernel is computed under."""
-        made_on = self._source.made_on(self._target, self._index)
-        with self._source.on_device(self._index), ambient.own_settings(self._target.dtype, made_on):
-            yield
+    def _settings(self) -> contextlib.AbstractContextManager[object]:
+        return self._source.settings(self._target, self._index)
 
 
 def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Any]]:

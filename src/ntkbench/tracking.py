@@ -11,10 +11,12 @@ from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate
 from ntkbench.kernel import Kernel
 from ntkbench.options import positive
+from ntkbench.problems.base.adapter import own_name
+from ntkbench.problems.base.module import unwrapped
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
+    from torch import Tensor, nn
 
     from ntkbench.api import Keywords
 
@@ -25,7 +27,9 @@ class Tracker:
     """Metrics every so many steps of a training loop, from one trace and with the same probes at all steps.
 
     Call it in the loop: ``tracker(step)``. The alignment is with the network at the first step that is measured. The
-    state of the random generators is left alone, so that training goes on as without it.
+    network is taken in the mode that it has when the tracker is made, whatever mode it is trained in: make the tracker
+    after ``model.eval()`` where there is Dropout. The state of the random generators is left alone, so that training
+    goes on as without it.
 
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -79,7 +83,7 @@ class Tracker:
         """Measure if it is time; the estimates by name, ``None`` between two measurements."""
         if self.history and step < self.history[-1][0] + self._every:
             return None
-        kernel = self._kernel.at(self._model)
+        kernel = self._kernel.at(self._values())
         self._first = self._first or kernel
         found: dict[str, Estimate] = {}
         if rest := [name for name in self._names if name != "alignment"]:
@@ -93,6 +97,12 @@ class Tracker:
         if self._log is not None:
             self._log(step, found)
         return found
+
+    def _values(self) -> dict[str, Tensor]:
+        """Parameters and buffers that the kernel's network has; one in train mode has no running statistics."""
+        network, model = self._kernel.problem.network, unwrapped(self._model)
+        known = {own_name(network, key) for key, _ in (*network.named_parameters(), *network.named_buffers())}
+        return {key: w for key, w in (*model.named_parameters(), *model.named_buffers()) if key in known}
 
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
         """One row for each step that was measured: ``step``, and for each metric its value and its interval's ends."""

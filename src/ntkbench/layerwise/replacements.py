@@ -7,7 +7,7 @@ value is exact, and so is the first derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -163,12 +163,29 @@ def _as_strided(x: Tensor, size: list[int], stride: list[int], offset: int | Non
     return x.reshape(-1)[positions]
 
 
+def _trilinear(
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """A bilinear layer as a linear one of the products of its inputs, for which there is a rule."""
+    if [*map(list, (expand1, expand2, expand3, sumdim))] != [[1, 3], [0], [1, 2], [2, 3]]:
+        return NotImplemented  # of another function than torch.nn.functional.bilinear
+    return (i1[:, :, None] * i3[:, None]).flatten(1) @ i2.flatten(1).t()
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: _batch_norm,
     aten.index.Tensor: _index,
     aten.index_put.default: _index_put,
     aten.index_put_.default: _index_put_,
     aten.masked_select.default: _masked_select,
+    aten._trilinear.default: _trilinear,
 }
 """Replacements whose parts are recorded in a graph."""
 

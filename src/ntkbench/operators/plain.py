@@ -5,7 +5,8 @@ It is what training computes. Certificates compare with it, and products fall ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +60,10 @@ class PlainNetwork:
     def _saved_bytes(self, x: Tensor) -> int:
         """Bytes of the values that autograd saves of a forward pass, but for the parameters."""
         if self._saved is None:
-            held = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
-            kept: dict[int, int] = {}
-
-            def count(t: Tensor) -> Tensor:
-                storage = t.untyped_storage()
-                if storage.data_ptr() not in held:
-                    kept[storage.data_ptr()] = storage.nbytes()
-                return t
-
-            with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-                outputs = self._module(x)
-            self._saved = sum(kept.values())
-            del outputs
+            parameters = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
+            with saved_values() as kept:
+                self._module(x)
+            self._saved = sum(size for where, size in kept.items() if where not in parameters)
         return self._saved
 
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
@@ -113,6 +105,26 @@ class PlainNetwork:
             outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain)
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         return [g.to_dense() if g.is_sparse else g for g in found]
+
+
+@contextlib.contextmanager
+def saved_values() -> Iterator[dict[int, int]]:
+    """Bytes of the values that autograd saves inside, by where they lie in memory."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:  # sparse: entries and about as many bytes of indices
+            kept[-id(tensor)] = 2 * tensor._nnz() * tensor.element_size()
+        else:
+            try:
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # inside a transform of torch.func
+                kept[-id(tensor)] = tensor.numel() * tensor.element_size()
+        return tensor.detach()  # the tensor itself would hold the node by which it is held, for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
 
 
 def flat(gradients: list[Tensor]) -> Tensor:

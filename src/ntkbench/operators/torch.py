@@ -18,7 +18,7 @@ from ntkbench.errors import BadInput, Unavailable
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.memory import free_on_host
-from ntkbench.operators.plain import PlainNetwork, flat
+from ntkbench.operators.plain import PlainNetwork, flat, saved_values
 from ntkbench.operators.plain_operations import plain_operations, without_shortcuts
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -267,18 +267,8 @@ class TorchJacobian(JacobianOperator):
     def _bytes_per_probe(self) -> int:
         # Twice what autograd saves of a forward pass (values and cotangents), and three gradients (a sum, its next
         # term, and the flat copy).
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            if tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-            else:  # sparse: entries and about as many bytes of indices
-                kept[id(tensor)] = 2 * tensor._nnz() * tensor.element_size()
-            return tensor
-
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with saved_values() as kept:
             try:
                 self._forward(leaves, self._x)
             except Exception:  # a network that takes no other parameters than its own

@@ -295,7 +295,7 @@ def _parameters(params: Any, role: str) -> tuple[Tree, Arrays, Arrays]:
         if isinstance(leaf, float | complex) and not isinstance(leaf, np.generic):
             raise BadInput(
                 f"{role} has {name!r}, a Python {type(leaf).__name__}: make it an array if it is a parameter, and "
-                "close over it in f if it is not"
+                "close over it in f if it is not (equinox.partition)"
             )
         if not _is_array(leaf, role, name) or _is_key(leaf):
             static.append((name, leaf))

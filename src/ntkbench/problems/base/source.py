@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ntkbench import ambient
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -47,13 +48,9 @@ class Source(ABC):
         """Another network on the same inputs; ``None`` for what is not a network."""
         return None
 
-    def on_device(self, index: int | None) -> contextlib.AbstractContextManager[object]:
-        """One of several GPUs as the current one."""
-        return contextlib.nullcontext()
-
-    def made_on(self, target: Target, index: int | None) -> str | None:
-        """Where tensors belong that a network makes without a device; ``None`` for the CPU."""
-        return None
+    @abstractmethod
+    def settings(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
+        """The settings of the backend under which kernels are computed, on one of several GPUs."""
 
 
 class TorchSource(Source):
@@ -114,15 +111,16 @@ class TorchSource(Source):
         self._check_layout(model)
         return wrapped(calls.alike(self._module, model), self._x, dtype=self._dtype)
 
-    def on_device(self, index: int | None) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def settings(self, target: Target, index: int | None) -> Iterator[None]:
         import torch
 
-        return contextlib.nullcontext() if index is None else torch.cuda.device(index)
-
-    def made_on(self, target: Target, index: int | None) -> str | None:
         from ntkbench.operators import torch as backend
 
-        return None if backend.device(target).type == "cpu" else f"cuda:{index or 0}"
+        made_on = None if backend.device(target).type == "cpu" else f"cuda:{index or 0}"
+        one_gpu = contextlib.nullcontext() if index is None else torch.cuda.device(index)
+        with one_gpu, ambient.own_settings(target.dtype, made_on):
+            yield
 
 
 class JaxSource(Source):
@@ -144,6 +142,9 @@ class JaxSource(Source):
         from ntkbench.problems.base import function
 
         return function.with_columns(problem, inputs)
+
+    def settings(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
+        return ambient.own_jax_settings(target.dtype)
 
     def at(self, problem: Problem, weights: Any) -> Problem:
         from ntkbench.problems.base import function
