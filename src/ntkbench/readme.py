@@ -136,6 +136,25 @@ def kernels(tables: Tables) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
+def certificates(tables: Tables) -> str:
+    """What certificates add to an estimate, as a share of it and in plain passes."""
+    table = tables.read(HEAD_TO_HEAD["certificate_cost"])
+    rows = [
+        [
+            f"`{row.problem}`",
+            f"`{row.method}`, {row.metric}",
+            f"{row.passes_spent:g}",
+            _seconds(row.seconds),
+            _seconds(row.pass_seconds),
+            f"{100 * row.share:.2g} %" if row.share_q25 > 0 else "none seen",
+            f"{row.cost_in_passes:.2g}" if row.share_q25 > 0 else "",
+        ]
+        for row in table[table["status"] == "ok"].itertuples()
+    ]
+    columns = ["problem", "estimate", "its passes", "its time", "a plain pass", "certificate", "in plain passes"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
 def _side_by_side(tables: Tables, *, kernels: bool) -> pd.DataFrame:
     """The rows that compare whole kernels, which have a metric and whose subject is a method; or the others."""
     table = tables.read(HEAD_TO_HEAD["side_by_side"])
@@ -180,10 +199,11 @@ def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
-HEAD_TO_HEAD = {name: f"head_to_head/studies/{name}" for name in ("side_by_side", "time_to_error")}
+HEAD_TO_HEAD = {name: f"head_to_head/studies/{name}" for name in ("certificate_cost", "side_by_side", "time_to_error")}
 """Where the tables of comparisons in turn lie in ``results/reference/``."""
 
 TABLES: dict[str, Callable[[Tables], str]] = {
+    "certificates": certificates,
     "fastest estimators": fastest_estimators,
     "products": products,
     "kernels": kernels,
