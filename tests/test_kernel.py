@@ -16,6 +16,7 @@ from torch import nn
 import ntkbench
 from ntkbench import kernel as kernels
 from ntkbench import metrics
+from ntkbench.errors import Undefined
 from ntkbench.estimators import lanczos
 from ntkbench.layerwise import kernel as layerwise
 from ntkbench.operators.dense import DenseJacobian
@@ -396,3 +397,24 @@ def test_weights_and_groups_of_a_called_model_have_its_own_names():
     torch.testing.assert_close(sum(found.values()), theta(model)[1::O, 1::O])
     aligned = kernel.alignment(nn.Sequential(nn.Linear(4, O).double()))
     assert 0 < aligned.value < 1
+
+
+@pytest.mark.parametrize("call", [None, lambda model, inputs: model(inputs["x"])])
+def test_inputs_that_are_written_to_later_change_nothing(call):
+    """Nor do they for another network, which is taken on the same inputs."""
+    x = X.clone()
+    kernel = ntkbench.Kernel(net(), x if call is None else {"x": x}, call=call)
+    exact = cosine(theta(net()), theta(net(1, width=9)))
+    x.zero_()
+    assert kernel.alignment(net(1, width=9)).value == pytest.approx(exact)
+    torch.testing.assert_close(kernel.at(net(1)).ntk(), theta(net(1)))
+
+
+def test_an_alignment_of_zero_with_a_target_is_undefined():
+    model = nn.Sequential(nn.Linear(4, O), nn.ReLU()).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(-1)
+    for target in (torch.ones(N, O), torch.ones(N, N)):
+        with pytest.raises(Undefined, match="not defined where Theta is zero"):
+            ntkbench.Kernel(model, X).alignment(target)

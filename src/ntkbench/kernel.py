@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ntkbench import ambient, errors, ladder, metrics, options
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.operators.arrays import asarray_like, to_numpy
@@ -289,6 +289,8 @@ class Kernel:
                 y = asarray_like(target.reshape(1, -1).astype(self._target.dtype), j.basis(0, 1))
                 image = j.vjp(y)
                 inner = float((image**2).sum())
+            if norm.value == 0:
+                raise Undefined("alignment is not defined where Theta is zero")
             scale = norm.value * float((y**2).sum())
             error = None if norm.standard_error is None else norm.standard_error / norm.value * inner / scale
             passes = None if norm.passes is None else norm.passes + 1
@@ -299,6 +301,8 @@ class Kernel:
                 f"got shape {target.shape}"
             )
         theta = np.asarray(self.ntk(), np.float64)
+        if not theta.any():
+            raise Undefined("alignment is not defined where Theta is zero")
         inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
         size = float(np.linalg.norm(target)) * (1 if len(target) == p.n else p.O**0.5)
         return Estimate(inner / (float(np.linalg.norm(theta)) * size), None, p.O, "ntk", (), "alignment")

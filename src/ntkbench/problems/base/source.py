@@ -57,11 +57,14 @@ class TorchSource(Source):
     """A module and tensors."""
 
     def __init__(self, model: nn.Module, inputs: Any, call: Any, output: Any, dtype: str | None) -> None:
+        import torch
+
         from ntkbench.problems.base import calls
         from ntkbench.problems.base.sequences import wrapped
 
         self._dtype = dtype
-        self._module, self._x = calls.as_module(model, inputs, call, output)
+        self._module, x = calls.as_module(model, inputs, call, output)
+        self._x = x.clone() if isinstance(x, torch.Tensor) else x  # the caller's may be written to
         self.problem = wrapped(self._module, self._x, dtype=dtype)
 
     def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
@@ -90,7 +93,7 @@ class TorchSource(Source):
         self._check_layout(weights)
         if isinstance(weights, nn.RNNBase) and isinstance(problem.module, States):
             weights = States(weights)
-        return module.at(problem, calls.alike(self._module, weights))
+        return module.at(problem, calls.alike(self.problem.network, weights))
 
     def _check_layout(self, model: object) -> None:
         """Refuse a recurrent layer that would take these inputs for something else."""
@@ -109,7 +112,7 @@ class TorchSource(Source):
         if not isinstance(model, nn.Module):
             return None
         self._check_layout(model)
-        return wrapped(calls.alike(self._module, model), self._x, dtype=self._dtype)
+        return wrapped(calls.alike(self.problem.network, model), self._x, dtype=self._dtype)
 
     @contextlib.contextmanager
     def settings(self, target: Target, index: int | None) -> Iterator[None]:
