@@ -244,6 +244,9 @@ def test_eigenvalues_that_cannot_be_had_are_refused(says, given):
 def test_unknown_keywords_are_named_before_anything_runs():
     with pytest.raises(ntkbench.BadInput, match="unknown keyword 'pases' \\(did you mean 'passes'\\?\\)"):
         ntkbench.trace(net(), X, pases=3)
+    for keyword in ("method", "passes", "rtol", "confidence"):  # of metrics
+        with pytest.raises(ntkbench.BadInput, match=f"unknown keyword '{keyword}'"):
+            ntkbench.ntk(net(), X, **{keyword: 3})
     with pytest.raises(ntkbench.BadInput, match="unknown method 'hutchinsons'"):
         ntkbench.trace("no model", X, method="hutchinsons")
 

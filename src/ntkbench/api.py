@@ -172,11 +172,12 @@ def _use(
     """What a use of a kernel gives; with groups of parameters, what it gives for each.
 
     Args:
-        names: metrics that are wanted; options that do not serve for them are refused before work starts.
+        names: metrics that are wanted, none for a kernel; options that do not serve are refused before work starts.
     """
+    allowed = (*SETUP, *(WISHES if names else ("kernel", "seed")))
     for key in keywords:
-        if key not in (*SETUP, *WISHES):
-            raise unknown("keyword", key, (*SETUP, *WISHES))
+        if key not in allowed:
+            raise unknown("keyword", key, allowed)
     wishes: Any = {key: value for key, value in keywords.items() if key in WISHES}
     setup: Any = {key: value for key, value in keywords.items() if key in SETUP}
     asked = Options(**wishes)
