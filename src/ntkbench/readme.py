@@ -155,6 +155,23 @@ def certificates(tables: Tables) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
+def prepared(tables: Tables) -> str:
+    """Seconds of first, later and prepared calls, and their ratios to what a user would write."""
+    table = tables.read(HEAD_TO_HEAD["prepared_kernel"])
+    ways = ("engine", "prepared", "later", "first", "textbook", "hooks")
+    ratios = ("prepared_over_engine", "first_over_textbook", "later_over_textbook")
+    rows = [
+        [
+            f"`{row['problem']}`",
+            *("" if pd.isna(row[f"{way}_seconds"]) else _seconds(row[f"{way}_seconds"]) for way in ways),
+            *(_ratio(row[ratio], bold=True) for ratio in ratios),
+        ]
+        for row in table[table["status"] == "ok"].to_dict("records")
+    ]
+    named = ["prepared / engine", "first / textbook", "later / textbook"]
+    return _markdown(["problem", *ways, *named], rows) + _provenance(table)
+
+
 def _side_by_side(tables: Tables, *, kernels: bool) -> pd.DataFrame:
     """The rows that compare whole kernels, which have a metric and whose subject is a method; or the others."""
     table = tables.read(HEAD_TO_HEAD["side_by_side"])
@@ -199,14 +216,18 @@ def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
-HEAD_TO_HEAD = {name: f"head_to_head/studies/{name}" for name in ("certificate_cost", "side_by_side", "time_to_error")}
+HEAD_TO_HEAD = {
+    name: f"head_to_head/studies/{name}"
+    for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
+}
 """Where the tables of comparisons in turn lie in ``results/reference/``."""
 
 TABLES: dict[str, Callable[[Tables], str]] = {
     "certificates": certificates,
     "fastest estimators": fastest_estimators,
-    "products": products,
     "kernels": kernels,
+    "prepared": prepared,
+    "products": products,
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
     "default cells": lambda tables: str(len(tables.read("default/table"))),

@@ -74,6 +74,12 @@ def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memor
         return own()
 
 
+def forget() -> None:
+    """Drop all traces: the next kernel of each network traces it anew."""
+    with TRACING:
+        _kept.clear()
+
+
 def _keep(key: Hashable, trace: Trace, difference: float, epsilon: float) -> None:
     if difference <= certificate.tolerance(epsilon) and trace.nbytes <= HELD:
         _kept[key] = trace, min(SPREAD * max(difference, epsilon), certificate.tolerance(epsilon))
