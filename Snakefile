@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
 from ntkbench import errors, figures, paths, studies
@@ -31,10 +32,15 @@ if not (said.dryrun or said.verbose):
             handler.setLevel("ERROR")
 
 ROOT = Path(workflow.basedir)
+OWN_PATH = f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH" '
+if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
+    OWN_PATH = ""
 # The steps of this run belong to it: they end when it does. What is installed may be another checkout than this one.
+# They run in the Python that runs Snakemake, whether or not its environment is activated, unless rules have their own.
 # Backends share a GPU, and are only begun in the processes that measure.
 shell.prefix(
     f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')} PYTHONUTF8=1 "
+    f"{OWN_PATH}"
     "XLA_PYTHON_CLIENT_PREALLOCATE=false PYTORCH_NVML_BASED_CUDA_CHECK=1; "
 )
 

@@ -117,9 +117,9 @@ def checkout(folder: Path) -> Path:
 
 
 def snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT, **options: Any) -> subprocess.Popen[str]:
-    """The pipeline of a checkout, begun in a folder of its own."""
+    """The pipeline of a checkout, begun in a folder of its own, by a program whose environment is not activated."""
     tools = Path(sys.executable).parent
-    path = os.pathsep.join([str(tools), os.environ["PATH"]])
+    path = os.pathsep.join(each for each in os.environ["PATH"].split(os.pathsep) if Path(each) != tools)
     environment = os.environ | {"PATH": path, "PYTHONPATH": f"{root}:{root / 'src'}"}
     command = [str(tools / "snakemake"), *arguments, "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
     environment |= options.pop("env", {})
