@@ -16,7 +16,6 @@ for path in sorted(REFERENCE.rglob("*.csv")):
         PROFILES.setdefault(path.relative_to(REFERENCE).parts[0], []).append(path)
 
 KNOWN = {
-    "head_to_head": {"more than one commit", "uncommitted changes"},
     "paper_cpu": {"more than one commit"},
 }
 """What is still wrong. A profile that is measured anew leaves this list; nothing is added to it."""
