@@ -333,9 +333,7 @@ X = torch.linspace(-1, 1, 30).reshape(2, 5, 3)
     ("model", "x", "message"),
     [
         (Reverses(), X, "not causal: its outputs before step 1"),
-        (nn.GRU(3, 4, bidirectional=True), X, "not causal: a bidirectional"),
-        (nn.GRU(3, 4, num_layers=2), X, "of one layer"),
-        (nn.RNN(3, 4, nonlinearity="relu"), X, r"nn.RNN \(tanh\)"),
+        (nn.GRU(3, 4, bidirectional=True), X, "not causal"),
         (Detached(), X, "no output of the model depends on a trainable parameter"),
         (Declares(), X, "declares a recurrence of kind 'rnn', but"),
         (Recurrent("gru", 3, 4), [X[0], X[1, :3]], "2 sequences of lengths 5, 3"),

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ntkbench import ambient, errors, ladder, metrics, options
-from ntkbench.errors import BadInput, Undefined
+from ntkbench.errors import BadInput, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.operators.arrays import asarray_like, to_numpy
@@ -66,9 +67,11 @@ class Kernel:
     Args:
         model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It gives ``[N, ...outputs]``;
             everything after the first axis counts as the O outputs of a sample.
-        inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``.
+        inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``;
+            one that shuffles is read in the order of its dataset.
         call: ``call(model, inputs)`` gives the outputs; by default ``model(inputs)``, ``model(*inputs)`` of a tuple or
-            list, ``model(**inputs)`` of a mapping.
+            list, ``model(**inputs)`` of a mapping. Functions given here and as ``output`` are not copied: what they
+            use besides their arguments must not change.
         output: which outputs count: an index into the axes after the first (``3`` for the class f[:, 3], ``-1`` for
             the last step f[:, -1], a tuple for several axes, a list for several classes), or a function of the outputs.
         parameters: which parameters count: names or patterns such as ``"layers.*.weight"``.
@@ -105,6 +108,7 @@ class Kernel:
                 from ntkbench.problems.base.calls import restricted
 
                 self.problem = restricted(self.problem, parameters)
+        self._parameters = parameters
         self._prepared: dict[Any, Any] = {}
         self._used = False
 
@@ -114,43 +118,47 @@ class Kernel:
 
     def trace(self, **wishes: Unpack[Wishes]) -> Estimate:
         """tr Theta; see :func:`ntkbench.trace`."""
-        return self._estimates(("trace",), Options(**wishes))["trace"]
+        return self._estimates(("trace",), options.asked(wishes))["trace"]
 
     def norm(self, **wishes: Unpack[Wishes]) -> Estimate:
         """||Theta||_F, not its square; see :func:`ntkbench.trace`."""
-        return self._estimates(("norm",), Options(**wishes))["norm"]
+        return self._estimates(("norm",), options.asked(wishes))["norm"]
 
     def effective_rank(self, **wishes: Unpack[Wishes]) -> Estimate:
         """(tr Theta)^2 / ||Theta||_F^2; see :func:`ntkbench.trace`."""
-        return self._estimates(("effective_rank",), Options(**wishes))["effective_rank"]
+        return self._estimates(("effective_rank",), options.asked(wishes))["effective_rank"]
 
     def alignment(self, other: Any, **wishes: Unpack[Wishes]) -> Estimate:
         """tr(Theta Theta') / (||Theta||_F ||Theta'||_F) with another kernel Theta'; see :func:`ntkbench.alignment`.
 
         Args:
             other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
-                values of the parameters by name (a pytree, for a JAX function); a tensor y like the outputs, which
-                stands for y y^T; or a matrix ``[n, n]``, or ``[N, N]`` for A (x) I_O.
+                values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
+                outputs, which stands for y y^T, or else a matrix ``[n, n]``, or ``[N, N]`` for A (x) I_O. What
+                ``parameters`` names counts in the other network as well.
             wishes: see :class:`ntkbench.options.Options`.
 
         Raises:
             BadInput: there are no such weights, or the two kernels are not of the same outputs; or as for the others.
         """
-        asked = Options(**wishes)
+        asked = options.asked(wishes)
         ladder.check(("alignment",), asked)
         if _is_array(other):
-            return self._alignment_with(to_numpy(other.detach() if hasattr(other, "detach") else other), asked)
+            return self._alignment_with(other, asked)
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
     def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
         """All metrics by name, with ``other`` the alignment too, from one block of probes.
 
-        See :func:`ntkbench.metrics_of`.
+        ``other`` is as for :meth:`alignment`. See :func:`ntkbench.metrics_of`.
         """
-        asked = Options(**wishes)
+        asked = options.asked(wishes)
+        own = tuple(name for name in metrics.METRICS if name != "alignment")
         if other is None:
-            return self._estimates(tuple(name for name in metrics.METRICS if name != "alignment"), asked)
+            return self._estimates(own, asked)
         ladder.check(metrics.METRICS, asked)
+        if _is_array(other):
+            return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(other, asked)})
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0) -> Any:
@@ -178,19 +186,32 @@ class Kernel:
             reasons = []
             for way in self._ways(problem, columns):
                 try:
-                    return _finite(way(problem, columns, chosen, self._target, seed))
+                    return self._checked(way(problem, columns, chosen, self._target, seed))
+                except (Unavailable, ladder.Underflow):
+                    raise
                 except Exception as error:  # whatever a way does to a network, the next one may work
                     reasons.append(f"{_said(way)}: {errors.reason(error)}")
         raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
 
-    def eigenvalues(self, top: int = 10, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
+    def _checked(self, kernel: Any) -> Any:
+        """A kernel, if its entries are neither too large nor too small for the precision."""
+        largest = float(abs(kernel).max())
+        if not largest < math.inf:
+            raise BadInput("the kernel has entries that are nan or infinite: gradients are not finite, or overflow")
+        if not ladder.is_large(self.problem, self._target, largest):
+            ladder.check_range(self.problem, ("trace",), self._target)
+        return kernel
+
+    def eigenvalues(
+        self, top: int | None = None, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0
+    ) -> Eigenvalues:
         """The largest eigenvalues of Theta, in descending order; those of all of Theta where it is small.
 
         Cost: that of :meth:`ntk` for up to 1024 outputs if Theta fits in memory; else about 2 (top + 4) passes for each
         step of a block Krylov method (see :func:`ntkbench.estimators.lanczos.largest`).
 
         Args:
-            top: how many.
+            top: how many; 10, or all that there are, if not given.
             rtol: residual, relative to each eigenvalue, at which the iteration stops.
             passes: the most to spend.
             seed: of the first block.
@@ -201,7 +222,8 @@ class Kernel:
         from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
 
-        top, passes = options.positive("top", top), options.positive("passes", passes)
+        top = min(10, self.problem.n) if top is None else options.positive("top", top)
+        passes = options.positive("passes", passes)
         Options(rtol=rtol)
         if top > self.problem.n:
             raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
@@ -237,7 +259,10 @@ class Kernel:
         """
         from ntkbench.problems.base.calls import groups
 
-        return {name: self._derived(problem) for name, problem in groups(self.problem, patterns).items()}
+        found = {name: self._derived(problem) for name, problem in groups(self.problem, patterns).items()}
+        for name, chosen in patterns.items():
+            found[str(name)]._parameters = chosen
+        return found
 
     def _derived(self, problem: Problem) -> Kernel:
         """The same on another problem of the same inputs."""
@@ -249,19 +274,27 @@ class Kernel:
         """This kernel with another one at the other end of an alignment."""
         from ntkbench.problems.base.module import paired
 
-        second = other if isinstance(other, Kernel) else None
+        if isinstance(other, Kernel) and other._target.backend != self._target.backend:
+            raise BadInput("one kernel is of a torch.nn.Module and one of a JAX function: take both in one backend")
         with self._settings():
-            if second is None:
-                try:
-                    end = self._source.at(self.problem, other)
-                except BadInput:
-                    found = self._source.of(other)
-                    if found is None:
-                        raise
-                    end = found
-            else:
-                end = second.problem
+            end = other.problem if isinstance(other, Kernel) else self._end(other)
             return self._derived(paired(self.problem, end))
+
+    def _end(self, other: Any) -> Problem:
+        """The problem of the same network at other weights, or else of another network, with the same parameters."""
+        from ntkbench.problems.base.calls import restricted
+        from ntkbench.problems.base.module import OtherTheta
+
+        self._source.check_end(other)
+        try:
+            return self._source.at(self.problem, other)
+        except OtherTheta:
+            raise
+        except BadInput:
+            found = self._source.of(other)
+            if found is None:
+                raise
+        return found if self._parameters is None else restricted(found, self._parameters)
 
     def _estimates(self, names: Sequence[str], asked: Options) -> Estimates:
         ladder.check(names, asked)
@@ -275,36 +308,42 @@ class Kernel:
             self._prepared[key] = method.prepare(self.problem, self._target)
         return self._prepared[key]
 
-    def _alignment_with(self, target: np.ndarray, asked: Options) -> Estimate:
+    def _alignment_with(self, given: Any, asked: Options) -> Estimate:
         """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""
         from ntkbench.operators import linearise
 
-        p = self.problem
+        p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
+        if target.dtype.kind not in "fiub":
+            raise BadInput(f"the target of an alignment must be of real numbers, got {target.dtype}")
         if not np.isfinite(target).all() or not target.any():
             raise BadInput("the target of an alignment must be finite and not zero")
+        target = target.astype(np.float64)
+        target /= abs(target).max()  # its scale does not count, and must not overflow
+        target /= np.linalg.norm(target)
         if target.shape == p.output_shape or (target.size == p.n and target.shape[0] == p.N):
             norm = self._estimates(("norm",), asked)["norm"]
             with self._settings():
                 j = linearise(p, "theta_0", self._target)
-                y = asarray_like(target.reshape(1, -1).astype(self._target.dtype), j.basis(0, 1))
-                image = j.vjp(y)
-                inner = float((image**2).sum())
+                image = j.vjp(asarray_like(target.reshape(1, -1), j.basis(0, 1)))
+                inner = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
             if norm.value == 0:
                 raise Undefined("alignment is not defined where Theta is zero")
-            scale = norm.value * float((y**2).sum())
-            error = None if norm.standard_error is None else norm.standard_error / norm.value * inner / scale
+            value = inner / norm.value
+            error = None if norm.standard_error is None else norm.standard_error / norm.value * value
             passes = None if norm.passes is None else norm.passes + 1
-            return replace(norm, value=inner / scale, standard_error=error, passes=passes, metric="alignment")
+            return replace(norm, value=value, standard_error=error, passes=passes, metric="alignment")
         if target.shape not in ((p.n, p.n), (p.N, p.N)):
             raise BadInput(
                 f"a target must be like the outputs, {p.output_shape}, or a kernel ({p.n}, {p.n}) or ({p.N}, {p.N}); "
                 f"got shape {target.shape}"
             )
-        theta = np.asarray(self.ntk(), np.float64)
+        if replace(asked, seed=0, confidence=0.95) != Options():
+            raise BadInput("the alignment with a matrix is of all of Theta: leave method, passes and rtol out")
+        theta = to_numpy(self.ntk(), np.float64)
         if not theta.any():
             raise Undefined("alignment is not defined where Theta is zero")
         inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
-        size = float(np.linalg.norm(target)) * (1 if len(target) == p.n else p.O**0.5)
+        size = 1 if len(target) == p.n else p.O**0.5
         return Estimate(inner / (float(np.linalg.norm(theta)) * size), None, p.O, "ntk", (), "alignment")
 
     def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Any]]:
@@ -389,12 +428,6 @@ def _traced(problem: Problem, target: Target) -> TracedProblem:
 
 def _said(way: Callable[..., Any]) -> str:
     return way.__name__.strip("_").replace("_", " ")
-
-
-def _finite(kernel: Any) -> Any:
-    if not bool((abs(kernel) < float("inf")).all()):
-        raise BadInput("the kernel has entries that are nan or infinite: gradients are not finite, or overflow")
-    return kernel
 
 
 def _is_array(value: Any) -> bool:

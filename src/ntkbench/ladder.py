@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ntkbench import errors, methods, metrics
+import numpy as np
+
+from ntkbench import errors, methods, metrics, operators
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
-from ntkbench.operators import declares
+from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
@@ -47,6 +48,14 @@ STOCHASTIC = {
 """What ``method="auto"`` falls back on where samples are independent, and then or where not, on products over the whole
 batch."""
 
+FLOOR = "naive_jacobian"
+"""Tried last: row by row, a backward pass that is not linear in its cotangent is right as well."""
+
+
+class Underflow(BadInput):
+    """Gradients that are too small for a precision."""
+
+
 Prepare = Callable[[Method], Any]
 """What :meth:`Method.prepare` makes of a problem."""
 
@@ -68,7 +77,17 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
         Undefined: the kernel has no such metric.
     """
     chosen = None if options.method == "auto" else methods.get(options.method)
-    run = functools.partial(_by, problem, tuple(names), target, options, prepare)
+
+    def run(method: Method) -> dict[str, Estimate]:
+        try:
+            found = _by(problem, tuple(names), target, options, prepare, method)
+        except Undefined:
+            check_range(problem, names, target)
+            raise
+        if not _is_large(problem, target, found):
+            check_range(problem, names, target)
+        return found
+
     if chosen is not None:
         return Estimates(_named(run, chosen, names))
     reasons: list[str] = []
@@ -78,7 +97,7 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
         if set(names) <= set(step.metrics):
             try:
                 found = run(step)
-            except (Undefined, Unavailable):
+            except (Undefined, Unavailable, Underflow):
                 raise  # of the kernel or of the machine, and so of every method
             except Exception as error:  # whatever a method does to a network, the next one may work
                 reasons.append(f"{step.name}: {errors.reason(error)}")
@@ -114,7 +133,12 @@ def choices(
     independent, whole = STOCHASTIC[metric]
     if metric != "trace" and declares(problem.module):
         independent = (OF_RECURRENT, *independent)
-    return [*found, *whole] if problem.samples_interact else [*found, *independent, *whole]
+    found += whole if problem.samples_interact else (*independent, *whole)
+    if target.backend == "torch" and FLOOR not in found:
+        needed = methods.get(FLOOR).passes_needed(problem, metric, target)
+        if needed is not None and needed <= (TOLERANCE_PASSES if passes is None else passes):
+            found.append(FLOOR)
+    return found
 
 
 def check(names: Sequence[str], options: Options) -> None:
@@ -126,12 +150,73 @@ def check(names: Sequence[str], options: Options) -> None:
     if options.method == "auto":
         return
     method = methods.get(options.method)
+    if not set(names) <= set(method.metrics):
+        raise BadInput(f"{method.name} gives {', '.join(method.metrics)} only, not {' and '.join(names)}")
     if options.passes is not None and not method.takes_passes:
         raise BadInput(f"{method.name} is {method.kind} and takes no passes: it spends what it needs; leave passes out")
     if options.rtol is not None and not isinstance(method, Incremental):
         able = (name for name in methods.names() if isinstance(methods.get(name), Incremental))
         allowed = ", ".join(name for name in able if set(names) <= set(methods.get(name).metrics))
         raise BadInput(f"{method.name} takes no rtol: its probes cannot be added to; allowed: {allowed}")
+
+
+def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
+    """Refuse gradients that are so small that their squares, or those of the kernel, underflow.
+
+    Cost: one plain backward pass for each parameter set of a problem.
+
+    Raises:
+        Underflow: they do; says what helps.
+    """
+    smallest = _smallest(target)
+    limit = problem.P * smallest
+    if set(names) != {"trace"}:
+        limit = max(limit, math.sqrt(problem.n * smallest))
+    for weights in metrics.parameter_sets(names[-1]):
+        if weights not in problem._row_norms:
+            problem._row_norms[weights] = _row_norm(problem, weights, target)
+        norm = problem._row_norms[weights]
+        if 0 < norm < math.sqrt(limit):
+            help_ = "choose dtype='float64'" if target.dtype == "float32" else "scale the outputs"
+            raise Underflow(
+                f"gradients are so small, about {norm:.0e} for an output, that squares underflow in {target.dtype}: "
+                f"{help_}"
+            )
+
+
+def _is_large(problem: Problem, target: Target, found: Mapping[str, Estimate]) -> bool:
+    """Whether metrics say of themselves that they are too large for an underflow to matter; ratios do not."""
+    smallest = _smallest(target)
+    if "alignment" not in found and "norm" in found:
+        return abs(found["norm"].value) > problem.n * math.sqrt(smallest)
+    return set(found) == {"trace"} and is_large(problem, target, abs(found["trace"].value) / problem.n)
+
+
+def is_large(problem: Problem, target: Target, square: float) -> bool:
+    """Whether the squared norm of a row of J is too large for an underflow in it to matter."""
+    return square > problem.P * _smallest(target)
+
+
+def _smallest(target: Target) -> float:
+    """The smallest number that may be lost in a sum of terms without showing."""
+    limits = np.finfo(target.dtype)
+    return float(limits.tiny) / float(limits.eps)
+
+
+def _row_norm(problem: Problem, weights: str, target: Target) -> float:
+    """The root mean square norm of a row of J by one random probe; infinite where it cannot be had."""
+    problem, weights = problem.end(weights)
+    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), problem.n)
+    widest = (target.dtype,) if target.backend == "jax" else dict.fromkeys((target.dtype, "float64"))
+    for dtype in widest:
+        try:
+            gradient = operators.plain_gradient(problem, weights, replace(target, dtype=dtype), list(problem.theta_0))
+            found = arrays.to_numpy(gradient(signs), np.float64)
+        except Exception:  # a network that does not run in this precision; certificates say what else is wrong
+            return math.inf
+        if largest := float(abs(found).max()):
+            return largest * float(np.linalg.norm(found / largest)) / problem.n**0.5
+    return 0.0
 
 
 def _named(run: Callable[[Method], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
@@ -144,7 +229,7 @@ def _named(run: Callable[[Method], dict[str, Estimate]], method: Method, names: 
     except errors.NtkbenchError:
         raise
     except Exception as error:
-        kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
+        kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in errors.summary(error) else BadInput
         raise kind(f"{refused}: {errors.summary(error)}") from error
 
 

@@ -15,7 +15,10 @@ from ntkbench.errors import BadInput, summary
 
 
 def copied(module: nn.Module, role: str = "the model") -> nn.Module:
-    """A deep copy. Tensors that belong to a graph or to inference mode become ordinary ones.
+    """A deep copy, with the hooks on parameters, which tensors lose when they are copied.
+
+    Tensors that belong to a graph or to inference mode become ordinary ones; what belonged to a graph asks for
+    gradients as before.
 
     Raises:
         BadInput: an attribute cannot be copied; says which.
@@ -27,6 +30,8 @@ def copied(module: nn.Module, role: str = "the model") -> nn.Module:
             where = next(_uncopyable(module), "")
             raise BadInput(f"{role} cannot be copied{where}: {summary(error)}") from error
     for own, parameter in zip(made.parameters(), module.parameters(), strict=True):
+        for hook in (parameter._backward_hooks or {}).values():
+            own.requires_grad_(True).register_hook(hook)
         own.requires_grad_(parameter.requires_grad)
     return made
 
@@ -70,7 +75,7 @@ class _OrdinaryTensors(TorchFunctionMode):
                 memo[id(tensor)] = made = torch.empty(0)  # left behind by a transform, which took the value with it
                 return made
             if not tensor.is_leaf or tensor.is_inference():
-                made = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+                made = tensor.detach().clone().requires_grad_(tensor.requires_grad)
                 memo[id(tensor)] = made
                 return made
         return function(*args, **(kwargs or {}))

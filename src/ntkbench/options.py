@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
-from ntkbench.errors import BadInput, unknown
+from ntkbench.errors import BadInput, one_line, unknown
 
 BACKENDS = ("torch", "jax")
 DTYPES = ("float32", "float64")
@@ -82,12 +83,27 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise BadInput(f"method must be a name, got {one_line(repr(self.method))}")
         object.__setattr__(self, "seed", seed(self.seed))
         if self.passes is not None:
             object.__setattr__(self, "passes", positive("passes", self.passes))
         _check_share("confidence", self.confidence)
         if self.rtol is not None:
             _check_share("rtol", self.rtol)
+
+
+def asked(wishes: Mapping[str, Any]) -> Options:
+    """Options from keywords.
+
+    Raises:
+        BadInput: a keyword does not exist, or as for :class:`Options`.
+    """
+    allowed = tuple(field.name for field in fields(Options))
+    for key in wishes:
+        if key not in allowed:
+            raise unknown("keyword", key, allowed)
+    return Options(**wishes)
 
 
 def seed(value: object) -> int:

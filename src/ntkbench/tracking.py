@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ntkbench import metrics
+from ntkbench import ladder, metrics, options
 from ntkbench.api import SETUP, WISHES
 from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate
 from ntkbench.kernel import Kernel
+from ntkbench.modules import copied
 from ntkbench.options import positive
-from ntkbench.problems.base.adapter import own_name
 from ntkbench.problems.base.module import unwrapped
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor, nn
+    from torch import nn
 
     from ntkbench.api import Keywords
 
@@ -27,9 +28,10 @@ class Tracker:
     """Metrics every so many steps of a training loop, from one trace and with the same probes at all steps.
 
     Call it in the loop: ``tracker(step)``. The alignment is with the network at the first step that is measured. The
-    network is taken in the mode that it has when the tracker is made, whatever mode it is trained in: make the tracker
-    after ``model.eval()`` where there is Dropout. The state of the random generators is left alone, so that training
-    goes on as without it.
+    network is taken as it is when the tracker is made, but for the values of parameters and buffers: in the mode that
+    it has then, whatever mode it is trained in, and with the parameters that are trainable then. Make the tracker after
+    ``model.eval()`` where there is Dropout. The state of the random generators is left alone, so that training goes on
+    as without it.
 
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -39,8 +41,8 @@ class Tracker:
     >>> tracker.table()["step"].tolist()
     [0, 10, 20]
 
-    Cost: that of the metrics (see :func:`ntkbench.metrics_of`) at each step that is measured, and one plain backward
-    pass for the certificate.
+    Cost: that of the metrics (see :func:`ntkbench.metrics_of`) at each step that is measured, three forward passes of
+    checks, and one plain backward pass for the certificate.
 
     Args:
         model: the network that is trained; it is never changed.
@@ -54,7 +56,8 @@ class Tracker:
         history: steps, and the estimates by name of each.
 
     Raises:
-        BadInput: something about the arguments; says what is allowed.
+        BadInput: something about the arguments; says what is allowed. A call raises it where the network has become
+            another function than that of its parameters and buffers when the tracker was made.
     """
 
     def __init__(
@@ -70,20 +73,32 @@ class Tracker:
         for key in keywords:
             if key not in (*SETUP, *WISHES):
                 raise unknown("keyword", key, ("every", "metrics", "log", *SETUP, *WISHES))
+        if keywords.get("params") is not None:
+            raise BadInput(
+                "a tracker follows a torch.nn.Module; of a JAX function take Kernel(f, x, params=...).at(params)"
+            )
+        if log is not None and not callable(log):
+            raise BadInput(f"log must be a function of the step and the estimates, got {log!r}")
         self._every = positive("every", every)
         self._names = _checked(metrics)
         self._log = log
-        self._model = model
         self._wishes: Any = {key: value for key, value in keywords.items() if key in WISHES}
+        asked = options.asked(self._wishes)
+        ladder.check(self._names, asked)
         self._kernel = Kernel(model, inputs, **{key: value for key, value in keywords.items() if key in SETUP})  # type: ignore[arg-type]
+        self._model = unwrapped(model)
+        self._modes = {name: layer.training for name, layer in self._model.named_modules()}
+        self._trainable = {name: w.requires_grad for name, w in self._model.named_parameters()}
         self._first: Kernel | None = None
         self.history: list[tuple[int, dict[str, Estimate]]] = []
 
     def __call__(self, step: int) -> dict[str, Estimate] | None:
         """Measure if it is time; the estimates by name, ``None`` between two measurements."""
+        if not isinstance(step, numbers.Integral):
+            raise BadInput(f"step must be a whole number, got {step!r}")
         if self.history and step < self.history[-1][0] + self._every:
             return None
-        kernel = self._kernel.at(self._values())
+        kernel = self._kernel.at(self._present())
         self._first = self._first or kernel
         found: dict[str, Estimate] = {}
         if rest := [name for name in self._names if name != "alignment"]:
@@ -98,11 +113,14 @@ class Tracker:
             self._log(step, found)
         return found
 
-    def _values(self) -> dict[str, Tensor]:
-        """Parameters and buffers that the kernel's network has; one in train mode has no running statistics."""
-        network, model = self._kernel.problem.network, unwrapped(self._model)
-        known = {own_name(network, key) for key, _ in (*network.named_parameters(), *network.named_buffers())}
-        return {key: w for key, w in (*model.named_parameters(), *model.named_buffers()) if key in known}
+    def _present(self) -> nn.Module:
+        """A copy of the network, in the mode and with the trainable parameters that it had at first."""
+        model = copied(self._model)
+        for name, layer in model.named_modules():
+            layer.training = self._modes.get(name, layer.training)
+        for name, w in model.named_parameters():
+            w.requires_grad_(self._trainable.get(name, w.requires_grad))
+        return model
 
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
         """One row for each step that was measured: ``step``, and for each metric its value and its interval's ends."""
@@ -131,7 +149,7 @@ class Tracker:
 
 
 def _checked(names: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(names, str) or (names is not None and not names):
+    if names is not None and (isinstance(names, str) or not isinstance(names, Collection) or not names):
         raise BadInput(f"metrics must be one or more names in a sequence, got {names!r}")
     for name in names or ():
         metrics.check(name)

@@ -97,6 +97,6 @@ def get(name: str) -> SampleKernel:
     Raises:
         BadInput: there is none.
     """
-    if name not in KERNELS:
+    if not isinstance(name, str) or name not in KERNELS:
         raise unknown("kernel", name, KERNELS)
     return KERNELS[name]

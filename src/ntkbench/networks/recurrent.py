@@ -85,31 +85,50 @@ class Recurrent(nn.Module):
 
 
 class States(nn.Module):
-    """All states ``[N, T, H]`` of an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction.
+    """What a recurrent layer of torch gives at all steps: inputs ``[N, T, I]`` to ``[N, T, ...]``, whatever its layout.
 
-    Inputs are ``[N, T, I]`` whatever layout the layer itself takes.
-
-    Raises:
-        BadInput: the layer has more layers, reads backwards, projects its state, or is an ``nn.RNN`` of ReLUs.
+    It declares a ``recurrence`` for an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction that
+    is as torch made it. A layer of another kind, a class derived from one, and one with hooks or parametrisations
+    compute something else; they are called as they are.
     """
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
-        if layer.bidirectional:
-            raise BadInput("the network is not causal: a bidirectional layer's states depend on inputs yet to come")
-        if layer.num_layers > 1 or layer.proj_size or getattr(layer, "nonlinearity", "tanh") != "tanh":
-            raise BadInput(
-                f"allowed are nn.RNN (tanh), nn.GRU and nn.LSTM of one layer without projection; got {layer}"
-            )
-        self.layer = copy.deepcopy(layer)
-        self.layer.batch_first = True
-        names = {name.removesuffix("_l0") for name, _ in layer.named_parameters()}
-        kind = layer.mode.partition("_")[0].lower()
-        roles = Recurrence.of_layer(kind, "layer").names
-        self.recurrence = Recurrence(kind, {role: name for role, name in roles.items() if role in names})
+        self.training = layer.training
+        self.recurrence = _recurrence(layer)
+        self.layer = layer
+        if self.recurrence is not None:
+            self.layer = copy.deepcopy(layer)
+            self.layer.batch_first = True
+        self.time_first = not self.layer.batch_first
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.time_first:
+            return self.layer(x.transpose(0, 1))[0].transpose(0, 1)
         return self.layer(x)[0]
+
+
+CHANGING = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of modules with hooks that may change values or gradients."""
+
+
+def _recurrence(layer: nn.RNNBase) -> Recurrence | None:
+    """The recurrence that a layer computes; ``None`` where it may compute anything else."""
+    kind = layer.mode.partition("_")[0].lower()
+    roles = Recurrence.of_layer(kind, "layer").names
+    own = {f"layer.{name}" for name, _ in layer.named_parameters()}
+    as_made = (
+        type(layer) in (nn.RNN, nn.GRU, nn.LSTM)
+        and "forward" not in vars(layer)
+        and not any(vars(layer).get(hooks) for hooks in CHANGING)
+        and not any(w._backward_hooks for w in layer.parameters())
+    )
+    of_one_layer = layer.num_layers == 1 and not layer.bidirectional and not layer.proj_size
+    of_tanh = getattr(layer, "nonlinearity", "tanh") == "tanh"
+    complete = own == {name for name in roles.values() if layer.bias or "bias" not in name}
+    if not (as_made and of_one_layer and of_tanh and complete):
+        return None
+    return Recurrence(kind, {role: name for role, name in roles.items() if name in own})
 
 
 def initialised(

@@ -15,8 +15,13 @@ Array = Any
 
 
 def to_numpy(array: Any, dtype: DTypeLike | None = None) -> np.ndarray:
-    """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given."""
-    return np.asarray(array.cpu() if hasattr(array, "cpu") else array, dtype=dtype)
+    """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given.
+
+    NumPy has no bfloat16: a tensor of torch in it becomes float32.
+    """
+    if hasattr(array, "cpu"):
+        array = array.cpu().float() if str(array.dtype) == "torch.bfloat16" else array.cpu()
+    return np.asarray(array, dtype=dtype)
 
 
 def gather(blocks: Iterable[Any]) -> np.ndarray:

@@ -23,6 +23,10 @@ def tolerance(epsilon: float) -> float:
     return math.sqrt(epsilon)
 
 
+PLAIN = 1 / 32
+"""The same for products by plain autograd itself, whose own rounding may come to that in a network of bfloat16."""
+
+
 def check(difference: float, epsilon: float) -> None:
     """Refuse what is off by more than rounding.
 
@@ -34,6 +38,33 @@ def check(difference: float, epsilon: float) -> None:
             f"its gradient differs from that of plain autograd by {difference:.1e} of its norm"
             if math.isfinite(difference)
             else "its gradient is not finite"
+        )
+
+
+def check_plain(difference: float, reference: Reference, like: Array, n: int) -> None:
+    """Refuse products by plain autograd where its backward pass is no linear function of the cotangent.
+
+    Nothing else can contradict them but their own rounding. To double a cotangent and turn its sign rounds nothing.
+
+    Args:
+        difference: of a combination of products from the gradient of the combination.
+        reference: gives the gradients.
+        like: an array of the operator.
+        n: outputs of the whole batch.
+
+    Raises:
+        Uncertified: it is not linear, or a gradient is not finite.
+    """
+    epsilon = arrays.epsilon(like)
+    if difference <= tolerance(epsilon):
+        return
+    if not math.isfinite(difference):
+        check(difference, epsilon)
+    v, g = reference.cotangent(like, n)
+    if difference > PLAIN or not distance(reference.gradient(-2 * v), -2 * g) <= tolerance(epsilon):
+        raise Uncertified(
+            "its backward pass is not linear in the cotangent (are gradients clipped or normalised in it?), and a "
+            "gradient of combined outputs is not the combination of their gradients"
         )
 
 

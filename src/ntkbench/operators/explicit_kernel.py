@@ -9,6 +9,7 @@ import array_api_compat
 
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import JacobianOperator
+from ntkbench.operators.certificate import Uncertified
 
 
 def explicit_kernel(
@@ -94,4 +95,10 @@ def _rows(j: JacobianOperator, rows: slice, directions: Array, independent: bool
         by_sample = xp.broadcast_to(u[:, None], (len(u), samples.stop - samples.start, j.O))
         return xp.permute_dims(j.sample_vjp(samples, by_sample), (1, 0, 2)).reshape(-1, j.P)
     units = j._eye(j.N, samples.start, samples.stop)
-    return j.vjp((units[:, None, :, None] * u[None, :, None, :]).reshape(-1, j.n))
+    try:
+        return j.vjp((units[:, None, :, None] * u[None, :, None, :]).reshape(-1, j.n))
+    except Uncertified:  # a backward pass that is not linear still has a gradient of each output
+        if not bool(((u == 0) | (u == 1)).all()) or not bool((u.sum(1) == 1).all()):
+            raise
+        outputs = [int(xp.argmax(direction)) for direction in u]
+        return xp.stack([j.row(b * j.O + o) for b in range(samples.start, samples.stop) for o in outputs])

@@ -6,7 +6,7 @@ It is what training computes. Certificates compare with it, and products fall ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,7 @@ class PlainNetwork:
         """Bytes of the values that autograd saves of a forward pass, but for the parameters."""
         if self._saved is None:
             parameters = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
-            with saved_values() as kept:
-                self._module(x)
-            self._saved = sum(size for where, size in kept.items() if where not in parameters)
+            self._saved = saved_bytes(lambda: self._module(x), parameters) or 0
         return self._saved
 
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
@@ -105,6 +103,21 @@ class PlainNetwork:
             outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain)
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         return [g.to_dense() if g.is_sparse else g for g in found]
+
+
+def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) -> int | None:
+    """Bytes of the values that autograd saves of a forward pass; ``None`` where they cannot be counted.
+
+    Args:
+        forward: the forward pass.
+        without: where in memory values lie that do not count.
+    """
+    try:
+        with saved_values() as kept:
+            forward()
+    except Exception:  # transforms of torch.func inside a network refuse to be watched
+        return None
+    return sum(size for where, size in kept.items() if where not in without)
 
 
 @contextlib.contextmanager

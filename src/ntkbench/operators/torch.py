@@ -18,7 +18,7 @@ from ntkbench.errors import BadInput, Unavailable
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.memory import free_on_host
-from ntkbench.operators.plain import PlainNetwork, flat, saved_values
+from ntkbench.operators.plain import PlainNetwork, flat, saved_bytes
 from ntkbench.operators.plain_operations import plain_operations, without_shortcuts
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -268,12 +268,10 @@ class TorchJacobian(JacobianOperator):
         # Twice what autograd saves of a forward pass (values and cotangents), and three gradients (a sum, its next
         # term, and the flat copy).
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
-        with saved_values() as kept:
-            try:
-                self._forward(leaves, self._x)
-            except Exception:  # a network that takes no other parameters than its own
-                self._plain.pullback(self._x)
-        return 2 * sum(kept.values()) + 3 * self.P * self.itemsize
+        saved = saved_bytes(lambda: self._forward(leaves, self._x))
+        if saved is None:  # a network that takes no other parameters than its own
+            saved = saved_bytes(lambda: self._plain.pullback(self._x)) or 0
+        return 2 * saved + 3 * self.P * self.itemsize
 
     def _unflat(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([w.numel() for w in self._parameters.values()])

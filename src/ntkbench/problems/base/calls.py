@@ -6,18 +6,19 @@ The rest of the library knows ``module(x)`` with one tensor x ``[N, ...]`` alone
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from ntkbench.errors import BadInput, one_line
 from ntkbench.problem import Problem, Weights
@@ -37,7 +38,8 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
     Args:
         model: any module, which is not copied yet.
         inputs: a tensor; a tuple, list, dict, other mapping or registered pytree of tensors with one first axis, the
-            samples; or a ``DataLoader``, whose batches are joined on the host. Tensors without axes and what is no
+            samples; or a ``DataLoader``, whose batches are joined on the host; one that shuffles is read in the order
+            of its dataset. Tensors without axes and what is no
             tensor are constants. Mappings that are not registered as pytrees are handed on as dicts.
         call: ``(model, inputs) -> outputs``. It must use the model that it is given, which is a copy. If it is not
             given: ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping, else ``model(inputs)``.
@@ -54,7 +56,7 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
     if not isinstance(model, nn.Module):
         raise BadInput(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if call is not None and not callable(call):
-        raise BadInput(f"call must be a function (model, inputs) -> outputs, got {call!r}")
+        raise BadInput(f"call must be a function (model, inputs) -> outputs, got {one_line(repr(call))}")
     _check_output(output)
     inputs = _joined(model, inputs, call)
     if isinstance(inputs, Tensor) and call is None and output is None:
@@ -145,7 +147,11 @@ def groups(problem: Problem, patterns: Mapping[str, str | Sequence[str]]) -> dic
         BadInput: as there.
     """
     if not isinstance(patterns, Mapping) or not patterns:
-        raise BadInput(f"groups of parameters must be a dict from their names to patterns, got {patterns!r}")
+        raise BadInput(
+            f"groups of parameters must be a dict from their names to patterns, got {one_line(repr(patterns))}"
+        )
+    if len({str(name) for name in patterns}) < len(patterns):
+        raise BadInput(f"names of groups must differ as text, got {', '.join(map(repr, patterns))}")
     return {str(name): restricted(problem, chosen) for name, chosen in patterns.items()}
 
 
@@ -176,11 +182,42 @@ def _joined(model: nn.Module, inputs: Any, call: Call | None) -> Any:
             raise BadInput(
                 "batches of a DataLoader are joined along their first axis: the layer needs batch_first=True"
             )
-        with generators_restored():
-            inputs = _concatenated(inputs)
+        with generators_restored(), _own_generators_restored(inputs):
+            inputs = _concatenated(_in_order(inputs))
     inputs = _plain(inputs)
     alone = call is None and isinstance(inputs, tuple | list) and len(inputs) == 1 and isinstance(inputs[0], Tensor)
     return inputs[0] if alone else inputs
+
+
+def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader that gives the samples of one that shuffles them in the order of its dataset, always the same."""
+    sampler = loader.sampler
+    every = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    if not every or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+@contextlib.contextmanager
+def _own_generators_restored(loader: DataLoader[Any]) -> Iterator[None]:
+    """Leave the generators of a loader and of its sampler as they were."""
+    holders = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None), loader.batch_sampler)
+    own = (getattr(holder, "generator", None) for holder in holders)
+    found = [each for each in own if isinstance(each, torch.Generator)]
+    states = [generator.get_state() for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state)
 
 
 def _plain(inputs: Any) -> Any:
@@ -282,7 +319,9 @@ def _matching(problem: Problem, patterns: str | Sequence[str]) -> set[str]:
     """The trainable parameters that patterns name, as ``problem`` names them."""
     each = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(each, Sequence) or not each or not all(isinstance(pattern, str) for pattern in each):
-        raise BadInput(f"parameters must be a name or a pattern of names, or several of them, got {patterns!r}")
+        raise BadInput(
+            f"parameters must be a name or a pattern of names, or several of them, got {one_line(repr(patterns))}"
+        )
     names = {key: key for key in (*problem.theta_0, *problem.fixed_0)}
     if problem.module is not None:
         keys = {id(w): key for key, w in problem.module.named_parameters()}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import owner
 from ntkbench.modules import cast, copied, load
+from ntkbench.operators.arrays import to_numpy
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
@@ -40,10 +42,16 @@ NUDGE = 0.1
 CALLS = 8
 """Calls that a network in eval mode must survive unchanged where it draws random numbers."""
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 WRAP = (
     "wrap the model in a module that takes one tensor and returns one tensor, or say how it is called on a tuple or a "
     "dict of inputs, as in call=lambda model, inputs: model(**inputs).logits"
 )
+
+
+class OtherTheta(BadInput):
+    """A network of the same kind in which fewer parameters are trainable."""
 
 
 def from_module(
@@ -120,7 +128,7 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)
     elif isinstance(weights, Mapping):
-        values = {key: torch.as_tensor(w).detach().cpu() for key, w in weights.items()}
+        values = {str(key): _value(key, w) for key, w in weights.items()}
     else:
         raise BadInput(f"weights must be a torch.nn.Module or values by name, got {type(weights).__name__}")
     present = {**_on_host(_values(problem.network)), **problem.fixed_0, **problem.theta_0}
@@ -132,7 +140,9 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
             raise BadInput(f"{key!r} must be of shape {present[key].shape}, got {tuple(value.shape)}")
         if key in problem.theta_0 and not value.isfinite().all():
             raise BadInput(f"{role} has nan or infinite weights: {key!r}")
-        found[key] = value.numpy().astype(present[key].dtype)
+        if value.is_complex() and present[key].dtype.kind != "c":
+            raise BadInput(f"{key!r} must be real, got {value.dtype}")
+        found[key] = to_numpy(value).astype(present[key].dtype)
     theta_0 = {key: found.get(key, w) for key, w in problem.theta_0.items()}
     changed = {
         key: w
@@ -143,13 +153,23 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
     return dataclasses.replace(problem, theta_0=theta_0, fixed_0=fixed_0, theta_f=None, fixed_f={}, other=None)
 
 
+def _value(key: object, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value).detach().cpu()
+    except Exception:  # whatever a value of another kind leads to
+        raise BadInput(f"the value of {key!r} must be a tensor, got {type(value).__name__}") from None
+
+
 def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, Tensor]:
     """Parameters and buffers of a network, after a look at whether it is the problem's."""
     net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
     values = _values(net)
     _check_same(_values(problem.network), values)
     if frozen := problem.theta_0.keys() - _trainable(net).keys():
-        raise BadInput(f"{role} has requires_grad=False for {min(frozen)!r}, which is trainable in the first network")
+        raise OtherTheta(
+            f"{role} has requires_grad=False for {own_name(net, min(frozen))!r}, which is trainable in the first "
+            "network: give both the same trainable parameters, or name those that count, parameters=..."
+        )
     x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
     swapped = load(copied(problem.network).to(x.device), values)
     if not _close(_outputs(net, x, role, model), _Call(swapped, x, 0).outputs):
@@ -294,7 +314,8 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     own = model.model if isinstance(model, Calling) else model
     tensors = (*own.named_parameters(), *own.named_buffers())
     for key, w in tensors:
-        if wrong := unusual(w):
+        # A sparse constant, such as the adjacency of a graph, is part of the function.
+        if (wrong := unusual(w)) and (w.requires_grad or w.layout not in SPARSE):
             raise BadInput(f"{role} must be of ordinary dense tensors, and {key!r} is a {wrong} one")
     if len(devices := {str(w.device) for _, w in tensors}) > 1:
         raise BadInput(f"{role} is spread over {', '.join(sorted(devices))}; it must be on one device")
@@ -414,16 +435,18 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         OverMemory: the network does not fit in memory with these inputs.
     """
     _check_signature(net, role)
-    trial = copied(net)
+    trial, before = copied(net), x.clone()
     call = functools.partial(_Call, trial, x)
     try:
         first = call(0)
     except BadInput:
         raise
     except Exception as error:  # whatever a network raises
-        kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in str(error) else BadInput
+        kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in summary(error) else BadInput
         given = (isinstance(net, Calling) and net.given) or f"x, {tuple(x.shape)} of {x.dtype}"
         raise kind(f"{role} cannot be called on {given}, in {_precision(net)}: {summary(error)}") from error
+    if not _same(x, before):
+        raise BadInput(f"{role} writes into its input: let it write into a copy, x.clone()")
     outputs = first.outputs
     if not isinstance(outputs, Tensor):
         raise BadInput(f"{role} must return one tensor [N, ...outputs], got {type(outputs).__name__}: {WRAP}")
@@ -442,6 +465,12 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         raise BadInput(
             f"no output of {role} depends on a trainable parameter: are they detached, or made without gradients?"
         )
+    computed = {id(w): key for key, w in _computed(unwrapped(original), trial)}
+    if constant := [computed[id(w)] for w in first.leaves if id(w) in computed]:
+        raise BadInput(
+            f"{role} uses its attribute {own_name(net, constant[0])!r}, which was computed from parameters before and "
+            "is no longer a function of them: compute it in forward"
+        )
     outside = {id(w) for w in original.parameters()}
     if any(id(w) in outside for w in first.leaves):
         raise BadInput(f"call= or a function in {role} uses {role} itself, and must use what it is given, a copy")
@@ -451,7 +480,11 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         raise BadInput(
             f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once before"
         )
-    moved = [key for key, b in trial.named_buffers() if key in buffers and not _same(b.detach(), buffers[key])]
+    moved = [
+        key
+        for key, b in trial.named_buffers()
+        if key in buffers and b.layout not in SPARSE and not _same(b.detach(), buffers[key])
+    ]
     # A network that seeds a generator itself leaves it in one state, whatever it was before.
     states = zip(first.before, first.after, again.after, strict=True)
     drew = any(a != b and b != c for a, b, c in states)
@@ -466,6 +499,22 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         )
         raise BadInput(f"{role} {what} (Dropout or spectral normalisation in train mode?): call model.eval() first")
     return outputs
+
+
+def _computed(original: nn.Module, copy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a copy, with their names, that in the original belong to a graph: attributes and buffers."""
+    for (path, layer), own in zip(original.named_modules(), copy.modules(), strict=False):
+        for attribute, value in vars(layer).items():
+            if attribute not in ("_parameters", "_modules"):
+                names = value if attribute == "_buffers" else itertools.repeat(attribute)
+                others = _tensors(vars(own).get(attribute))
+                for name, one, other in zip(names, _tensors(value), others, strict=False):
+                    if isinstance(one, Tensor) and isinstance(other, Tensor) and one.grad_fn is not None:
+                        yield f"{path}.{name}".lstrip("."), other
+
+
+def _tensors(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else tree_leaves(value)
 
 
 def _check_signature(net: nn.Module, role: str) -> None:
@@ -577,9 +626,10 @@ def _check_same(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> N
 
 
 def _values(net: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers."""
-    return {key: w.detach() for key, w in (*net.named_parameters(), *net.named_buffers())}
+    """All parameters and buffers but for sparse ones, which are constants."""
+    found = (*net.named_parameters(), *net.named_buffers())
+    return {key: w.detach() for key, w in found if w.layout not in SPARSE}
 
 
 def _on_host(theta: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {key: w.cpu().numpy().copy() for key, w in theta.items()}
+    return {key: to_numpy(w).copy() for key, w in theta.items()}

@@ -21,9 +21,40 @@ from ntkbench.problems.base.module import from_module, same_samples
 
 
 def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
-    """:func:`from_recurrent` for torch's recurrent layers and what declares a recurrence, else ``from_module``."""
-    recurrent = isinstance(model, nn.RNNBase) or (isinstance(model, nn.Module) and declares(model))
-    return (from_recurrent if recurrent else from_module)(model, x, model_f, dtype=dtype)
+    """:func:`from_recurrent` for what declares a recurrence, all steps of torch's other recurrent layers, or else
+    ``from_module``.
+    """
+    network, network_f, sequences = by_trial(model, x, model_f)
+    if isinstance(network, nn.Module) and declares(network):
+        return from_recurrent(model, x, model_f, dtype=dtype)
+    name = type(model).__name__ if isinstance(model, nn.RNNBase) else None
+    return from_module(network, sequences, network_f, name=name, dtype=dtype)
+
+
+def by_trial(
+    model: nn.Module, x: Tensor, model_f: nn.Module | None = None
+) -> tuple[nn.Module, nn.Module | None, Tensor]:
+    """Recurrent layers of torch as networks ``[N, T, ...] -> [N, T, ...]``, and their inputs; all else as it is.
+
+    Raises:
+        BadInput: inputs of a layer are not sequences, or the two layers take them in different layouts.
+    """
+    if not isinstance(model, nn.RNNBase):
+        return model, model_f, x
+    _check_sequences(model, x)
+    if isinstance(model_f, nn.RNNBase) and model_f.batch_first != model.batch_first:
+        raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
+    network_f = States(model_f) if isinstance(model_f, nn.RNNBase) else model_f
+    return States(model), network_f, x if model.batch_first else x.transpose(0, 1)
+
+
+def _check_sequences(model: nn.Module, x: Tensor) -> None:
+    if isinstance(x, PackedSequence) or not isinstance(x, Tensor) or x.is_nested:
+        raise BadInput(f"sequences must be a tensor [N, T, ...] of one length T; got {_lengths(x)}")
+    time_first = isinstance(model, nn.RNNBase) and not model.batch_first
+    if x.ndim < 3 or x.shape[not time_first] == 0:
+        layout = "[T, N, ...], for batch_first is False," if time_first else "[N, T, ...]"
+        raise BadInput(f"sequences must be a tensor {layout} with T > 0; got shape {tuple(x.shape)}")
 
 
 def same_inputs(model: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
@@ -47,7 +78,7 @@ def from_recurrent(
 ) -> Problem:
     """Wrap a recurrent network and sequences; see :func:`ntkbench.problems.base.module.from_module` for the rest.
 
-    An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for all its states, and takes ``x`` in its own layout:
+    An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for what it gives at all steps, and takes ``x`` in its own layout:
     ``[T, N, inputs]`` unless it is ``batch_first``. The samples are the N trials in either layout, and outputs are
     ordered by trial. A module that declares a ``recurrence`` (see
     :class:`ntkbench.operators.recurrent.cells.Recurrence`) gets derivatives by hand, and its promise is checked on
@@ -66,17 +97,8 @@ def from_recurrent(
         BadInput: sequences are of different lengths; an output depends on inputs yet to come; no output depends on a
             trainable parameter; a declared recurrence is not what the module computes; or as there.
     """
-    if isinstance(x, PackedSequence) or not isinstance(x, Tensor) or x.is_nested:
-        raise BadInput(f"sequences must be a tensor [N, T, ...] of one length T; got {_lengths(x)}")
-    time_first = isinstance(model, nn.RNNBase) and not model.batch_first
-    if isinstance(model_f, nn.RNNBase) and model_f.batch_first == time_first:
-        raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
-    if x.ndim < 3 or x.shape[not time_first] == 0:
-        layout = "[T, N, ...], for batch_first is False," if time_first else "[N, T, ...]"
-        raise BadInput(f"sequences must be a tensor {layout} with T > 0; got shape {tuple(x.shape)}")
-    x = x.transpose(0, 1) if time_first else x
-    network = States(model) if isinstance(model, nn.RNNBase) else model
-    network_f = States(model_f) if isinstance(model_f, nn.RNNBase) else model_f
+    _check_sequences(model, x)
+    network, network_f, x = by_trial(model, x, model_f)
     problem = from_module(network, x, network_f, name=name or type(model).__name__, dtype=dtype)
     if len(problem.output_shape) < 3 or problem.output_shape[1] != x.shape[1]:
         raise BadInput(f"the model must give [N, T, ...] with T = {x.shape[1]}, got shape {problem.output_shape}")

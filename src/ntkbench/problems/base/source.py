@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ntkbench import ambient
-from ntkbench.errors import BadInput, Unavailable
+from ntkbench.errors import BadInput, Unavailable, unknown
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of names in networks that are wrapped."""
 
 
 class Source(ABC):
@@ -47,6 +51,14 @@ class Source(ABC):
     def of(self, model: Any) -> Problem | None:
         """Another network on the same inputs; ``None`` for what is not a network."""
         return None
+
+    @abstractmethod
+    def check_end(self, other: Any) -> None:
+        """Refuse what cannot be at the other end of an alignment, whatever its values.
+
+        Raises:
+            BadInput: says what is allowed.
+        """
 
     @abstractmethod
     def settings(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
@@ -84,16 +96,48 @@ class TorchSource(Source):
 
         from ntkbench.networks.recurrent import States
         from ntkbench.problems.base import calls, module
-        from ntkbench.problems.base.adapter import own_name
 
         if isinstance(weights, Mapping):
-            net = problem.network
-            keys = {own_name(net, key): key for key, _ in (*net.named_parameters(), *net.named_buffers())}
-            return module.at(problem, {keys.get(str(key), str(key)): w for key, w in weights.items()})
+            return module.at(problem, self._own(problem.network, weights))
         self._check_layout(weights)
         if isinstance(weights, nn.RNNBase) and isinstance(problem.module, States):
             weights = States(weights)
         return module.at(problem, calls.alike(self.problem.network, weights))
+
+    def _own(self, net: nn.Module, weights: Mapping[Any, Any]) -> dict[str, Any]:
+        """Values by the names of a problem's network, from values by the names that the user's network has.
+
+        A tensor that is tied under several names may be given under each. What the problem's network does not have,
+        the running statistics of BatchNorm in train mode, is left out.
+        """
+        import torch
+
+        from ntkbench.problems.base.adapter import Calling, own_name
+        from ntkbench.problems.base.module import unwrapped
+
+        model = unwrapped(self._module.model if isinstance(self._module, Calling) else self._module)
+        inputs = set(net._buffers) if isinstance(net, Calling) else set()
+        every = (
+            *net.named_parameters(remove_duplicate=False),
+            *((key, b) for key, b in net.named_buffers(remove_duplicate=False) if key not in inputs),
+        )
+        first: dict[int, str] = {}
+        keys = {own_name(net, key): first.setdefault(id(w), key) for key, w in every}
+        left_out = {key for key, _ in (*model.named_parameters(), *model.named_buffers())} - keys.keys()
+        found: dict[str, Any] = {}
+        for given, value in weights.items():
+            name = str(given)
+            while name not in keys and name.startswith(WRAPPERS):  # of a compiled network, or of one on several GPUs
+                name = name.partition(".")[2]
+            if name in left_out:
+                continue
+            if name not in keys:
+                raise unknown("parameter or buffer", name, keys)
+            key = keys[name]
+            if key in found and not torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)):
+                raise BadInput(f"{name!r} is tied to another parameter, and the two are given different values")
+            found[key] = value
+        return found
 
     def _check_layout(self, model: object) -> None:
         """Refuse a recurrent layer that would take these inputs for something else."""
@@ -102,6 +146,15 @@ class TorchSource(Source):
         layers = [layer for layer in (self._module, model) if isinstance(layer, nn.RNNBase)]
         if len({layer.batch_first for layer in layers}) > 1:
             raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
+
+    def check_end(self, other: Any) -> None:
+        from torch import nn
+
+        if not isinstance(other, nn.Module | Mapping):
+            raise BadInput(
+                "an alignment is with a Kernel, a torch.nn.Module, values of its parameters by name or a target "
+                f"tensor, got {type(other).__name__}"
+            )
 
     def of(self, model: Any) -> Problem | None:
         from torch import nn
@@ -148,6 +201,13 @@ class JaxSource(Source):
 
     def settings(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
         return ambient.own_jax_settings(target.dtype)
+
+    def check_end(self, other: Any) -> None:
+        if other is None or callable(other):
+            raise BadInput(
+                "an alignment of a JAX function is with a Kernel, a pytree of its parameters or a target array, got "
+                f"{type(other).__name__}: take ntkbench.Kernel(f, x, params=...) of another function"
+            )
 
     def at(self, problem: Problem, weights: Any) -> Problem:
         from ntkbench.problems.base import function

@@ -1,0 +1,273 @@
+"""What a kernel is brought to or compared with: other weights, networks, targets and loaders, as users have them."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ntkbench
+from ntkbench import Kernel
+from ntkbench.errors import BadInput
+
+O = 3  # noqa: E741 - the field's symbol
+X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(6, O, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def net(seed: int = 0, width: int = 5) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, O)).double()
+
+
+def normed(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, O)).double()
+
+
+class Tied(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b, self.readout = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, O)
+        self.b.weight = self.a.weight
+        self.double()
+
+    def forward(self, x):
+        return self.readout(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def theta(module: nn.Module, x: Tensor = X, names: str = "") -> Tensor:
+    chosen = [w for name, w in module.named_parameters() if name.startswith(names) and w.requires_grad]
+    rows = [torch.autograd.grad(y, chosen, retain_graph=True) for y in module(x).reshape(-1)]
+    j = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    return j @ j.T
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def test_parameters_that_count_also_count_in_another_network():
+    one, other = net(), net(1, width=7)
+    expected = cosine(theta(one, names="0."), theta(other, names="0."))
+    assert float(ntkbench.alignment(one, other, X, parameters="0.*")) == pytest.approx(expected)
+    assert float(ntkbench.alignment(one, other, X, parameters={"first": "0.*"})["first"]) == pytest.approx(expected)
+    assert float(Kernel(one, X).groups({"first": "0.*"})["first"].alignment(other)) == pytest.approx(expected)
+    with pytest.raises(BadInput, match="matches no parameter"):
+        ntkbench.alignment(one, nn.Sequential(nn.Identity(), net()), X, parameters="0.*")
+
+
+def test_two_networks_with_other_trainable_parameters_are_refused_or_symmetric():
+    one, other = net(), net(1)
+    one[0].bias.requires_grad_(False)
+    assert float(ntkbench.alignment(one, other, X)) == pytest.approx(cosine(theta(one), _without_bias(other)))
+    with pytest.raises(BadInput, match=r"requires_grad=False for '0.bias'.*parameters="):
+        ntkbench.alignment(other, one, X)
+
+
+def _without_bias(module: nn.Module) -> Tensor:
+    module = copy.deepcopy(module)
+    module[0].bias.requires_grad_(False)
+    return theta(module)
+
+
+@pytest.mark.parametrize("make", [net, normed, lambda seed=0: normed(seed).eval(), Tied], ids=lambda f: f.__name__)
+def test_a_network_takes_its_own_state_dict(make):
+    module, other = make(), make(1)
+    kernel = Kernel(module, X)
+    torch.testing.assert_close(kernel.at(module.state_dict()).ntk(), kernel.ntk())
+    torch.testing.assert_close(kernel.at(other.state_dict()).ntk(), Kernel(other, X).ntk())
+    prefixed = {f"module._orig_mod.{name}": w for name, w in other.state_dict().items()}
+    torch.testing.assert_close(kernel.at(prefixed).ntk(), Kernel(other, X).ntk())
+
+
+def test_a_wrapped_network_takes_its_own_state_dict():
+    module = nn.DataParallel(net())
+    torch.testing.assert_close(Kernel(module, X).at(module.state_dict()).ntk(), theta(net()))
+
+
+def test_a_tied_tensor_is_not_given_two_values():
+    module = Tied()
+    values = {"a.weight": torch.zeros(4, 4), "b.weight": torch.ones(4, 4)}
+    with pytest.raises(BadInput, match=r"'b.weight' is tied"):
+        Kernel(module, X).at(values)
+    same = Kernel(module, X).at({"b.weight": torch.ones(4, 4)}).ntk()
+    torch.testing.assert_close(same, Kernel(module, X).at({"a.weight": torch.ones(4, 4)}).ntk())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"0.weight": "zeros"}, r"value of '0.weight' must be a tensor, got str"),
+        ({"0.weight": None}, r"value of '0.weight' must be a tensor, got NoneType"),
+        ({"model": net().state_dict(), "epoch": 3}, "unknown parameter or buffer 'model'"),
+        ({"0.weight": torch.zeros(5, 4, dtype=torch.complex64)}, "'0.weight' must be real"),
+        ({"0.weight": torch.zeros(4, 5)}, "of shape"),
+        ({"0.weight": torch.full((5, 4), torch.nan)}, "nan or infinite"),
+    ],
+)
+def test_values_that_are_not_of_the_network_are_refused(values, said):
+    with pytest.raises(BadInput, match=said):
+        Kernel(net(), X).at(values)
+
+
+def test_names_of_our_own_are_not_names_of_the_user():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = net()
+
+        def forward(self, input):
+            return self.network(input)
+
+    kernel = Kernel(Named(), {"input": X})
+    for name in ("input_0", "model.network.0.weight"):
+        with pytest.raises(BadInput, match="unknown parameter or buffer") as caught:
+            kernel.at({name: torch.zeros(6, 4)})
+        assert "input_" not in str(caught.value).split("allowed")[1]
+    torch.testing.assert_close(kernel.at({"network.2.bias": torch.ones(O)}).ntk(), kernel.ntk())
+
+
+def test_bfloat16_weights_and_targets():
+    module = net().to(torch.bfloat16)
+    wide = copy.deepcopy(module).double()
+    kernel = Kernel(module, X.to(torch.bfloat16), dtype="float64")
+    torch.testing.assert_close(kernel.at(module.state_dict()).ntk(), theta(wide, X.to(torch.bfloat16).double()))
+    y = Y.to(torch.bfloat16)
+    assert float(kernel.alignment(y)) == pytest.approx(float(kernel.alignment(y.double())))
+    tracker = ntkbench.Tracker(module, X.to(torch.bfloat16), metrics=("trace",), dtype="float32")
+    assert float(tracker(0)["trace"]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-200, 1e200])
+def test_the_scale_of_a_target_does_not_count(scale, dtype):
+    kernel = Kernel(net().to(dtype), X.to(dtype))
+    expected = cosine(theta(net()), Y.reshape(-1, 1) @ Y.reshape(1, -1))
+    for target in (scale * Y, scale * Y.reshape(-1, 1) @ Y.reshape(1, -1)):
+        assert float(kernel.alignment(target)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_targets_that_are_none_are_refused():
+    kernel = Kernel(net(), X)
+    with pytest.raises(BadInput, match="real numbers"):
+        kernel.alignment(1j * Y)
+    for wrong in (None, "y", [1.0, 2.0]):
+        with pytest.raises(BadInput, match=r"with a Kernel, a torch.nn.Module"):
+            kernel.alignment(wrong)
+    with pytest.raises(BadInput, match="leave method, passes and rtol out"):
+        kernel.alignment(torch.eye(6), method="hutchinson", passes=8)
+
+
+def test_metrics_take_what_an_alignment_takes():
+    kernel = Kernel(net(), X)
+    for other in (Y, torch.eye(6), net(1), Kernel(net(1), X), net(1).state_dict()):
+        found = kernel.metrics(other)
+        assert list(found) == ["trace", "norm", "effective_rank", "alignment"]
+        assert float(found["alignment"]) == pytest.approx(float(kernel.alignment(other)))
+    assert float(ntkbench.metrics_of(net(), X, Y)["alignment"]) == pytest.approx(float(kernel.alignment(Y)))
+
+
+def test_functions_in_jax_have_targets_in_their_precision():
+    w = np.random.default_rng(0).standard_normal((4, O))
+    kernel = Kernel(lambda params, x: x @ params, X.numpy(), params=w, dtype="float64")
+    expected = cosine(torch.kron(X @ X.T, torch.eye(O, dtype=X.dtype)), Y.reshape(-1, 1) @ Y.reshape(1, -1))
+    assert float(kernel.alignment(Y.numpy())) == pytest.approx(expected, rel=1e-13)
+    with pytest.raises(BadInput, match="one backend"):
+        kernel.alignment(Kernel(net(), X))
+    for wrong in (None, lambda params, x: x):
+        with pytest.raises(BadInput, match="a pytree of its parameters"):
+            kernel.alignment(wrong)
+    with pytest.raises(BadInput, match=r"follows a torch.nn.Module"):
+        ntkbench.Tracker(lambda params, x: x @ params, X.numpy(), params=w)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"generator": True}])
+def test_a_loader_that_shuffles_is_read_in_order_and_left_as_it_was(options):
+    generator = torch.Generator().manual_seed(3)
+    options = {**options, "generator": generator} if options.get("generator") else options
+    loader = DataLoader(TensorDataset(X), batch_size=4, shuffle=True, **options)
+    x = X[:4] if options.get("drop_last") else X
+    before, ambient = generator.get_state(), torch.get_rng_state()
+    call = lambda module, batch: module(batch[0])  # noqa: E731
+    assert float(ntkbench.alignment(net(), Y[: len(x)], loader, call=call)) == pytest.approx(
+        cosine(theta(net(), x), Y[: len(x)].reshape(-1, 1) @ Y[: len(x)].reshape(1, -1))
+    )
+    torch.testing.assert_close(Kernel(net(), loader, call=call).ntk(), theta(net(), x))
+    assert torch.equal(generator.get_state(), before) and torch.equal(torch.get_rng_state(), ambient)
+
+
+def test_a_tracker_does_not_measure_another_function_than_the_present_one():
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.gain = net(), 1.0
+
+        def forward(self, x):
+            return self.gain * self.network(x)
+
+    module = Gained()
+    tracker = ntkbench.Tracker(module, X, every=1, metrics=("trace",))
+    assert float(tracker(0)["trace"]) == pytest.approx(float(theta(module).trace()))
+    module.gain = 3.0
+    with pytest.raises(BadInput, match="does not compute"):
+        tracker(1)
+
+
+def test_a_tracker_keeps_its_parameters_when_some_are_frozen():
+    module = net()
+    tracker = ntkbench.Tracker(module, X, every=1, metrics=("trace", "alignment"))
+    expected = float(theta(module).trace())
+    module[0].requires_grad_(False)
+    found = tracker(0)
+    assert float(found["trace"]) == pytest.approx(expected) and float(found["alignment"]) == pytest.approx(1)
+    assert not module[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"method": "nope"}, "unknown method"),
+        ({"rtol": -1}, "rtol must be"),
+        ({"passes": 0}, "passes must be"),
+        ({"log": 3}, "log must be"),
+        ({"method": "one_sided_reverse"}, "one_sided_reverse gives trace only"),
+        ({"metrics": 3}, "metrics must be"),
+        ({"method": ["hutchpp"]}, "method must be a name"),
+    ],
+)
+def test_a_tracker_refuses_before_training_starts(keywords, said):
+    with pytest.raises(BadInput, match=said):
+        ntkbench.Tracker(net(), X, **keywords)
+
+
+def test_a_tracker_counts_in_whole_steps():
+    with pytest.raises(BadInput, match="step must be a whole number"):
+        ntkbench.Tracker(net(), X, metrics=("trace",))("a")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda k: k.trace(foo=1), "unknown keyword 'foo'"),
+        (lambda k: k.alignment(net(1), foo=1), "unknown keyword 'foo'"),
+        (lambda k: k.ntk(kernel=["full"]), "unknown kernel"),
+        (lambda k: k.trace(method={}), "method must be a name"),
+        (lambda k: k.groups({0: "0.*", "0": "2.*"}), "names of groups must differ"),
+        (lambda k: Kernel(net(), X, parameters=list(net().parameters())), "parameters must be a name"),
+    ],
+)
+def test_one_line_says_what_is_wrong(call, said):
+    with pytest.raises(BadInput, match=said) as caught:
+        call(Kernel(net(), X))
+    assert "\n" not in str(caught.value)
+
+
+def test_eigenvalues_are_as_many_as_there_are():
+    assert len(Kernel(net(), X[:2]).eigenvalues().values) == 2 * O
+    assert len(Kernel(net(), X).eigenvalues().values) == 10
