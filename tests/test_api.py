@@ -432,7 +432,8 @@ class Raw(nn.Module):
             lambda: ntkbench.alignment(net(), None, X),
         ),
         bad(
-            "weights must be a torch.nn.Module or values by name, got str", lambda: ntkbench.alignment(net(), "net", X)
+            "values of its parameters by name or a target tensor, got str",
+            lambda: ntkbench.alignment(net(), "net", X),
         ),
         bad(
             "6 samples of 3 outputs and Sequential has 6 of 2: N and O must be equal",

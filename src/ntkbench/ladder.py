@@ -151,7 +151,8 @@ def check(names: Sequence[str], options: Options) -> None:
         return
     method = methods.get(options.method)
     if not set(names) <= set(method.metrics):
-        raise BadInput(f"{method.name} gives {', '.join(method.metrics)} only, not {' and '.join(names)}")
+        given = ", ".join(method.metrics)
+        raise BadInput(f"{method.name} cannot give the {' and '.join(names)} of this network: gives {given} only")
     if options.passes is not None and not method.takes_passes:
         raise BadInput(f"{method.name} is {method.kind} and takes no passes: it spends what it needs; leave passes out")
     if options.rtol is not None and not isinstance(method, Incremental):

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-import ntkbench
 from ntkbench import methods, operators, problems
+from ntkbench.api import ntk
+from ntkbench.kernel import Kernel
 from ntkbench.measure import timing
 from ntkbench.measure.schema import ProblemLabel, Strict
 from ntkbench.options import Target
@@ -108,8 +109,8 @@ def _ways(network: nn.Module, x: Tensor, target: Target) -> dict[str, Callable[[
     """Ways of computing Theta ``[n, n]`` of a network, by name."""
     from ntkbench.layerwise import reuse
 
-    kernel = ntkbench.Kernel(network, x, memory=target.memory)
-    later = functools.partial(ntkbench.ntk, network, x, memory=target.memory)
+    kernel = Kernel(network, x, memory=target.memory)
+    later = functools.partial(ntk, network, x, memory=target.memory)
 
     def first() -> Tensor:
         reuse.forget()

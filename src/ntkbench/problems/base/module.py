@@ -506,7 +506,7 @@ def _computed(original: nn.Module, copy: nn.Module) -> Iterator[tuple[str, Tenso
     for (path, layer), own in zip(original.named_modules(), copy.modules(), strict=False):
         for attribute, value in vars(layer).items():
             if attribute not in ("_parameters", "_modules"):
-                names = value if attribute == "_buffers" else itertools.repeat(attribute)
+                names = value if attribute == "_buffers" and isinstance(value, dict) else itertools.repeat(attribute)
                 others = _tensors(vars(own).get(attribute))
                 for name, one, other in zip(names, _tensors(value), others, strict=False):
                     if isinstance(one, Tensor) and isinstance(other, Tensor) and one.grad_fn is not None:
