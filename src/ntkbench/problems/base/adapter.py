@@ -85,7 +85,7 @@ class Calling(nn.Module):
         if not isinstance(outputs, Tensor):
             raise BadInput(
                 f"the model must give one tensor [N, ...outputs], got {_kind(outputs)}: say which part of it with "
-                "call=, as in call=lambda model, inputs: model(**inputs).logits"
+                "call=, as in call=lambda model, inputs: model(**inputs).logits, or wrap it in a module that does"
             )
         if self.output is None or callable(self.output):
             return outputs
