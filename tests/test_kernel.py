@@ -135,7 +135,7 @@ def test_values_that_are_not_given_stay_as_they_are():
         ("nan or infinite weights: '0.weight'", {"0.weight": torch.full((7, 4), torch.nan)}),
         ("weights must be a torch.nn.Module or values by name, got int", 3),
         ("'0.weight' is \\(7, 4\\) in the first and \\(8, 4\\) in the other", net(width=8)),
-        ("does not compute what the network computes", nn.Sequential(net()[0], nn.ReLU(), net()[2])),
+        ("does not compute what the other network computes", nn.Sequential(net()[0], nn.ReLU(), net()[2])),
         ("has requires_grad=False for '0.bias'", "frozen"),
     ],
 )

@@ -110,7 +110,7 @@ def from_module(
         return problem if model_f is None else paired(problem, at(problem, model_f, "model_f"))
 
 
-def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the network") -> Problem:
+def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the other network") -> Problem:
     """The same network and inputs at other weights; theta_f is dropped.
 
     Cost: two forward passes for a network, none for values by name.
