@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from ntkbench.problem import Problem
 # No deadlines: the first example of a test pays for imports and kernels. The same examples every time.
 settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("ntkbench")
+
+# A shell that starts the tests in the background has them, and the processes that they start, ignore an interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 written_out, metrics_of = testing.explicit_jacobian, testing.metrics_of
 

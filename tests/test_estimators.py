@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,7 +20,6 @@ from ntkbench.methods.base import Accumulating
 from ntkbench.methods.group_u_statistics import GroupUStatistics
 from ntkbench.operators import Rng
 from ntkbench.options import BACKENDS, Target
-from ntkbench.problem import Problem
 
 NEW = (
     "per_sample_trace",
@@ -367,7 +367,7 @@ def test_interacting_samples_are_left_to_whole_passes():
         with pytest.raises(ntkbench.BadInput, match="samples interact"):
             ntkbench.trace(model, x, method=name)
         tiny = loaded("tanh_net")
-        mixed = Problem(**{**vars(tiny), "samples_interact": True})
+        mixed = dataclasses.replace(tiny, samples_interact=True)
         assert "samples interact" in methods.get(name).unsupported_reason(mixed, "trace", Target())
 
 
