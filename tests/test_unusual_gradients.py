@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkbench
+from ntkbench import kernel as kernels
 from ntkbench.errors import BadInput, Undefined
 from ntkbench.modules import copied
 
@@ -86,26 +87,24 @@ def test_copies_keep_hooks_and_originals_do_not_get_more():
     assert not any(w.requires_grad for w in copied(frozen).parameters())
 
 
-class Normalised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
+def passing(back):
+    """The identity, with a backward function of its own."""
 
-    @staticmethod
-    def backward(ctx, g):
-        return g / (g.norm() + 1e-3)
+    class Passing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return back(g)
+
+    return Passing.apply
 
 
-class Largest(torch.autograd.Function):
-    """Keeps the larger half of a gradient: odd and homogeneous, but not linear."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * (g.abs() >= g.abs().median())
+normalised = passing(lambda g: g / (g.norm() + 1e-3))
+larger_half = passing(lambda g: g * (g.abs() >= g.abs().median()))
+"""Odd and homogeneous, but not linear."""
 
 
 class Through(nn.Module):
@@ -118,8 +117,8 @@ class Through(nn.Module):
 
 
 NONLINEAR = {
-    "normalised": lambda: Through(Normalised.apply),
-    "largest": lambda: Through(Largest.apply),
+    "normalised": lambda: Through(normalised),
+    "largest": lambda: Through(larger_half),
     "clipped": lambda: hooked(lambda g: g.clamp(-0.02, 0.02)),
     "one sign": lambda: hooked(lambda g: g.clamp(min=0)),
     "decayed": lambda: hooked(lambda g: g + 0.1),
@@ -148,7 +147,7 @@ def test_what_combines_cotangents_refuses_a_backward_pass_that_is_not_linear(kin
 
 def test_auto_ends_row_by_row_where_estimates_are_refused():
     torch.manual_seed(0)
-    module = Through(Normalised.apply, outputs=100)
+    module = Through(normalised, outputs=100)
     found = ntkbench.trace(module, X)
     assert found.method == "naive_jacobian" and found.standard_error is None
     assert float(found) == pytest.approx(float(theta(module).trace()))
@@ -275,6 +274,12 @@ def test_kernels_that_underflow_are_refused_or_right(scale):
         assert scale < 1e-15
         return
     torch.testing.assert_close(found.double() / scale**2, theta(Scaled(1.0)), rtol=1e-4, atol=1e-4)
+
+
+def test_eigenvalues_of_tiny_gradients_are_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    with pytest.raises(BadInput, match="underflow"):
+        ntkbench.Kernel(Scaled(1e-12).float(), X.float()).eigenvalues(2)
 
 
 def test_small_gradients_that_do_not_underflow_have_their_value():

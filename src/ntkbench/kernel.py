@@ -231,6 +231,7 @@ class Kernel:
             theta = np.asarray(self.ntk(), np.float64)
             return lanczos.of_matrix(theta, top, float(np.finfo(self._target.dtype).eps), float(self.problem.O))
         with self._settings():
+            ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
             return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=options.seed(seed))
 

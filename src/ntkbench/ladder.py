@@ -178,15 +178,15 @@ def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
             problem._row_norms[weights] = _row_norm(problem, weights, target)
         norm = problem._row_norms[weights]
         if 0 < norm < math.sqrt(limit):
-            help_ = "choose dtype='float64'" if target.dtype == "float32" else "scale the outputs"
+            remedy = "choose dtype='float64'" if target.dtype == "float32" else "scale the outputs"
             raise Underflow(
                 f"gradients are so small, about {norm:.0e} for an output, that squares underflow in {target.dtype}: "
-                f"{help_}"
+                f"{remedy}"
             )
 
 
 def _is_large(problem: Problem, target: Target, found: Mapping[str, Estimate]) -> bool:
-    """Whether metrics say of themselves that they are too large for an underflow to matter; ratios do not."""
+    """Whether the metrics are so large that no underflow can matter; ratios alone do not tell."""
     smallest = _smallest(target)
     if "alignment" not in found and "norm" in found:
         return abs(found["norm"].value) > problem.n * math.sqrt(smallest)
@@ -199,7 +199,7 @@ def is_large(problem: Problem, target: Target, square: float) -> bool:
 
 
 def _smallest(target: Target) -> float:
-    """The smallest number that may be lost in a sum of terms without showing."""
+    """The smallest sum that stays right to rounding when terms below the smallest normal number are lost."""
     limits = np.finfo(target.dtype)
     return float(limits.tiny) / float(limits.eps)
 

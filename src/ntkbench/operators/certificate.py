@@ -44,7 +44,8 @@ def check(difference: float, epsilon: float) -> None:
 def check_plain(difference: float, reference: Reference, like: Array, n: int) -> None:
     """Refuse products by plain autograd where its backward pass is no linear function of the cotangent.
 
-    Nothing else can contradict them but their own rounding. To double a cotangent and turn its sign rounds nothing.
+    Only rounding may come between a linear backward pass and its combinations. Multiplying a cotangent by -2 rounds
+    nothing, and must give exactly -2 times the gradient.
 
     Args:
         difference: of a combination of products from the gradient of the combination.

@@ -110,7 +110,7 @@ def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) ->
 
     Args:
         forward: the forward pass.
-        without: where in memory values lie that do not count.
+        without: addresses of storages that do not count.
     """
     try:
         with saved_values() as kept:

@@ -3,7 +3,7 @@
 A first call checks, copies and traces the network; a later call reuses the trace of an equal network; a prepared call
 is one of a :class:`ntkbench.Kernel`. The engine is what each of them ends in. The rivals are what a user would write
 instead: the contraction of per-sample Jacobians of torch.func's tutorial, and, for fully connected networks, products
-of what layers get with what comes back to them, taken by hooks.
+of the layers' inputs with the gradients of their outputs, both taken by hooks.
 """
 
 from __future__ import annotations
