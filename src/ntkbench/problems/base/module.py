@@ -128,7 +128,7 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)
     elif isinstance(weights, Mapping):
-        values = {str(key): _value(key, w) for key, w in weights.items()}
+        values = {str(key): as_value(key, w) for key, w in weights.items()}
     else:
         raise BadInput(f"weights must be a torch.nn.Module or values by name, got {type(weights).__name__}")
     present = {**_on_host(_values(problem.network)), **problem.fixed_0, **problem.theta_0}
@@ -153,7 +153,12 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
     return dataclasses.replace(problem, theta_0=theta_0, fixed_0=fixed_0, theta_f=None, fixed_f={}, other=None)
 
 
-def _value(key: object, value: Any) -> Tensor:
+def as_value(key: object, value: Any) -> Tensor:
+    """A value of a parameter or buffer, as a tensor on the host.
+
+    Raises:
+        BadInput: it is not one.
+    """
     try:
         return torch.as_tensor(value).detach().cpu()
     except Exception:  # whatever a value of another kind leads to

@@ -113,7 +113,7 @@ class TorchSource(Source):
         import torch
 
         from ntkbench.problems.base.adapter import Calling, own_name
-        from ntkbench.problems.base.module import unwrapped
+        from ntkbench.problems.base.module import as_value, unwrapped
 
         model = unwrapped(self._module.model if isinstance(self._module, Calling) else self._module)
         inputs = set(net._buffers) if isinstance(net, Calling) else set()
@@ -134,7 +134,8 @@ class TorchSource(Source):
             if name not in keys:
                 raise unknown("parameter or buffer", name, keys)
             key = keys[name]
-            if key in found and not torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)):
+            value = as_value(name, value)
+            if key in found and not torch.equal(found[key], value):
                 raise BadInput(f"{name!r} is tied to another parameter, and the two are given different values")
             found[key] = value
         return found
