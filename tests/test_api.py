@@ -293,47 +293,54 @@ def test_wrapping_says_what_it_wraps():
 @pytest.mark.parametrize(
     ("metric", "size", "memory", "passes", "chosen"),
     [
-        ("trace", (6, 64), 2**30, None, "structured_derivatives"),
-        ("trace", (6, 65), 2**30, None, "per_sample_trace"),
-        ("trace", (6, 65), 2**30, 65, "structured_derivatives"),
-        ("trace", (6, 64), 1, None, "structured_derivatives"),
-        ("trace", (6, 3), 2**30, 2, "per_sample_trace"),
-        ("norm", (6, 3), 2**30, None, "structured_derivatives"),
-        ("norm", (6, 3), 18 * 18 * 4, None, "structured_derivatives"),
-        ("norm", (6, 3), 18 * 18 * 4 - 1, None, "jacobian_contraction"),
-        ("norm", (6, 3), 18 * 15 * 4 - 1, None, "structured_block_u_statistics"),
-        ("effective_rank", (6, 65), 2**30, None, "structured_block_u_statistics"),
-        ("alignment", (6, 64), 2**30, None, "structured_derivatives"),
-        ("alignment", (6, 3), 2 * 18 * 15 * 4 - 1, None, "structured_block_u_statistics"),
-        ("alignment", (6, 3), 2**30, 5, "structured_block_u_statistics"),
-        ("alignment", (6, 3), 2**30, 6, "structured_derivatives"),
+        ("trace", (4, 256), 2**30, None, "structured_derivatives"),
+        ("trace", (4, 257), 2**30, None, "structured_block_u_statistics"),
+        ("trace", (4, 257), 2**30, 257, "structured_derivatives"),
+        ("trace", (4, 64), 1, None, "structured_derivatives"),
+        ("trace", (4, 3), 2**30, 2, "structured_block_u_statistics"),
+        ("norm", (4, 3), 2**30, None, "structured_derivatives"),
+        ("norm", (4, 3), 1, None, "structured_derivatives"),  # until it is known to be computed in many blocks
+        ("norm", (4, 257), 2**30, None, "structured_block_u_statistics"),
+        ("norm", (100, 16), 2**20, None, "structured_derivatives"),
+        ("norm", (100, 17), 2**20, None, "structured_block_u_statistics"),
+        ("norm", (6, 3), 2**30, None, "parameter_gram"),  # 15 parameters for 18 outputs
+        ("effective_rank", (4, 257), 2**30, None, "structured_block_u_statistics"),
+        ("alignment", (4, 128), 2**30, None, "structured_derivatives"),
+        ("alignment", (4, 129), 2**30, None, "structured_block_u_statistics"),
+        ("alignment", (4, 3), 2**30, 5, "structured_block_u_statistics"),
+        ("alignment", (4, 3), 2**30, 6, "structured_derivatives"),
     ],
 )
 def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
     N, O = size  # noqa: E741 - the field's symbol
-    x, model = torch.ones(N, 4), seeded(lambda: nn.Linear(4, O))
+    inputs = 200 if N == 100 else 4
+    x, model = torch.ones(N, inputs), seeded(lambda: nn.Linear(inputs, O))
     problem = ntkbench.from_module(model, x, model if metric == "alignment" else None)
     assert ladder.choices(problem, metric, Target(device="cpu", memory=memory), passes)[0] == chosen
 
 
 def test_auto_says_what_it_took_and_stays_in_its_budget():
     model, x = seeded(lambda: nn.Linear(4, 70)), X
-    estimate = ntkbench.trace(model, x)
-    assert (estimate.method, estimate.passes) == ("per_sample_trace", 256)
+    exact = ntkbench.trace(model, x)
+    assert (exact.method, exact.passes, exact.standard_error) == ("parameter_gram", 70, None)
+    estimate = ntkbench.trace(model, x, passes=69)
+    assert (estimate.method, estimate.passes) == ("structured_block_u_statistics", 69)
     # A linear model's blocks are diagonal, so sign probes have no variance and rounding is all that is left.
     assert estimate.value == pytest.approx(truth(model, x)["trace"], rel=1e-6)
     assert estimate.standard_error <= 1e-6 * estimate.value
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
-    assert ntkbench.trace(model, x, passes=69).passes == 69
     assert ntkbench.norm(model, x, passes=41).passes == 41
     assert ntkbench.norm(model, x, passes=10, memory=1).method == "hutchinson"  # gradients would be made 3.5 times
 
 
-def test_auto_takes_the_naive_jacobian_for_a_few_interacting_samples():
+def test_auto_writes_jacobians_out_for_few_interacting_samples():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
-    assert ntkbench.norm(model, X).method == "naive_jacobian"
-    assert ntkbench.norm(model, X.repeat(5, 1)).method == "hutchinson"
-    assert ntkbench.trace(model, X.repeat(5, 1)).method == "one_sided_reverse"
+    assert ntkbench.norm(model, X).method == "batched_jacobian"
+    assert ntkbench.norm(model, X.repeat(5, 1)).passes == 21  # by columns: fewer parameters than outputs
+    wide = seeded(lambda: nn.Sequential(nn.Linear(4, 90), nn.BatchNorm1d(90)))
+    assert ntkbench.norm(wide, X).method == "nystrom_loo"
+    assert ntkbench.norm(wide, X, rtol=0.1).method == "hutchinson"
+    assert ntkbench.trace(wide, X).method == "hutchpp_adaptive"
 
 
 def bad(says: str, call, id: str | None = None):

@@ -77,16 +77,19 @@ def ntk(
 def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr Theta of a network at its present weights, Theta = J J^T with J the Jacobian of all outputs.
 
-    ``method="auto"`` takes an exact method if that needs at most ``passes`` (64 when no ``passes`` are given; twice
-    that for alignment) and, for all metrics but the trace, Theta fits in ``memory``. That is ``structured_derivatives``
-    for independent samples with at most 64 outputs each; ``jacobian_contraction`` where such a network cannot be traced
-    and J fits; the naive Jacobian for interacting samples with at most 64 outputs in all and a J that fits. Otherwise
-    it estimates: where samples are independent by ``per_sample_trace`` or, for the other metrics, by block U-statistics
-    (``group_u_statistics`` where the network declares its recurrence, else ``structured_block_u_statistics`` where it
-    can be traced and ``block_u_statistics`` where not, if what they hold fits in ``memory``); by ``one_sided_reverse``
-    or, for the other metrics, ``hutchinson`` and ``gram_reverse`` otherwise. These are tried in turn: a method that
-    fails on the network for whatever reason is passed over. ``Estimate.method`` says which it was, ``Estimate.notes``
-    why not by another.
+    ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, in ``memory``, and
+    otherwise the estimate. The exact methods are ``recurrent_exact_trace`` where the network declares its recurrence,
+    ``structured_derivatives`` and ``jacobian_contraction`` for independent samples, which take O passes,
+    ``parameter_gram``, which comes first where there are fewer parameters than outputs, and ``batched_jacobian`` and
+    ``naive_jacobian`` for interacting samples, which take the smaller of n and P, or n. The estimators are, where
+    samples are independent, ``structured_block_u_statistics`` (``per_sample_trace`` where the network cannot be
+    traced) or, for the other metrics, block U-statistics (``group_u_statistics`` where the network declares its
+    recurrence, else ``structured_block_u_statistics`` where it can be traced and ``block_u_statistics`` where not, if
+    what they hold fits in ``memory``); otherwise ``hutchpp_adaptive`` or, for the other metrics, ``nystrom_loo``
+    (``hutchinson`` with ``rtol``, and where it does not fit), and ``gram_reverse``. Traces are estimated from the side
+    of fewer dimensions, outputs or parameters. With ``rtol`` an exact value is taken as soon as the probes that are
+    still needed would bring the total above its passes. Methods are tried in turn: one that fails on the network for
+    whatever reason is passed over. ``Estimate.method`` says which it was, ``Estimate.notes`` why not by another.
 
     Every method is certified by plain ``backward`` of the network as it is, over the whole batch: a method whose
     gradients differ by more than the root of the machine epsilon is passed over. ``Estimate.certificate`` is the
@@ -104,9 +107,9 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
         keywords: ``call``, ``output``, ``parameters``, ``params``, ``dtype``, ``device`` and ``memory``: see
             :class:`ntkbench.Kernel`; ``method``, ``passes``, ``rtol``, ``confidence`` and ``seed``: see
             :class:`ntkbench.options.Options`. Without ``passes`` the most is 256, or 4096 with ``rtol``. Block
-            U-statistics do not spend more than max(8, 1024 / N), those of groups not more than 1024 / min(N, 24),
-            unless asked for by name with ``passes``, or with ``rtol``. Exact and approximate methods asked for by name
-            take none. With ``rtol`` an exact method is taken only where it costs no more than by default. With a
+            U-statistics do not spend more than max(16, 1024 / N) at each set of weights, those of groups not more than
+            1024 / min(N, 24), unless asked for by name with ``passes``, or with ``rtol``. Exact and approximate methods
+            asked for by name take none. With a
             mapping of names to patterns as ``parameters`` the result is a dict with an estimate for each group.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,28 +19,45 @@ from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
 
-EXACT_PASSES = 64
-"""Passes for each set of weights that ``method="auto"`` spends on an exact value when no budget is given."""
-
 EXACT = {
-    "torch": ("structured_derivatives", "jacobian_contraction", "naive_jacobian"),
-    "jax": ("nt_structured_derivatives", "nt_jacobian_contraction"),
+    "torch": (
+        "recurrent_exact_trace",
+        "structured_derivatives",
+        "parameter_gram",
+        "jacobian_contraction",
+        "batched_jacobian",
+        "naive_jacobian",
+    ),
+    "jax": (
+        "recurrent_exact_trace",
+        "nt_structured_derivatives",
+        "parameter_gram",
+        "nt_jacobian_contraction",
+        "batched_jacobian",
+    ),
 }
-"""What ``method="auto"`` tries first, the cheapest first; Theta must fit in memory for the first, J for the others."""
+"""Exact methods in the order in which ``method="auto"`` tries them: the first that applies is the cheapest, except that
+the Gram matrix of parameters comes first where it is the smaller one."""
+
+BY_PARAMETERS = "parameter_gram"
+
+HOLDS_NO_ROWS = ("recurrent_exact_trace", "structured_derivatives", "parameter_gram", "nt_structured_derivatives")
+"""Exact methods that do not keep J; the others compute rows anew for every pair of blocks that do not fit in memory."""
 
 TOLERANCE_PASSES = 4096
 """The most passes on the way to a tolerance when no budget is given."""
 
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
-WHOLE = ("hutchinson", "gram_reverse")
-"""The second takes no JVPs, which not every network has."""
+WHOLE = ("nystrom_loo", "hutchinson", "gram_reverse")
+"""The first is the most accurate where the spectrum decays, and as good elsewhere, but its probes cannot be added to.
+The last takes no JVPs, which not every network has."""
 
 OF_RECURRENT = "group_u_statistics"
 """Tried before these where the network declares its recurrence: a trial's gradient would take more than its pass."""
 
-STOCHASTIC = {
-    "trace": (("per_sample_trace",), ("one_sided_reverse",)),
+STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "trace": (("structured_block_u_statistics", "per_sample_trace"), ("hutchpp_adaptive", "one_sided_reverse")),
     "norm": (PAIRS, WHOLE),
     "effective_rank": (PAIRS, WHOLE),
     "alignment": (PAIRS, WHOLE),
@@ -48,8 +65,27 @@ STOCHASTIC = {
 """What ``method="auto"`` falls back on where samples are independent, and then or where not, on products over the whole
 batch."""
 
+OTHER_SIDE = {"per_sample_trace": "per_sample_trace_forward", "one_sided_reverse": "one_sided_forward"}
+"""The forward side of trace estimators, for networks with fewer parameters than outputs (of a sample, or in all)."""
+
+SIDES = (*OTHER_SIDE, *OTHER_SIDE.values())
+
 FLOOR = "naive_jacobian"
 """Tried last: row by row, a backward pass that is not linear in its cotangent is right as well."""
+
+
+class Dearer(errors.NtkbenchError):
+    """An exact value that costs more than an estimate would, for want of memory.
+
+    Args:
+        passes: that it takes.
+        limit: that an estimate takes at most.
+        memory: bytes.
+    """
+
+    def __init__(self, passes: float, limit: float, memory: int) -> None:
+        super().__init__(f"{passes:g} passes in {memory} bytes of memory, where an estimate takes {limit:g}")
+        self.passes = passes
 
 
 class Underflow(BadInput):
@@ -76,35 +112,141 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
         Unavailable: the device is not there.
         Undefined: the kernel has no such metric.
     """
-    chosen = None if options.method == "auto" else methods.get(options.method)
+    metric = names[-1]  # one method for all: what the dearest takes is affordable for the others
+    if options.method != "auto":
+        chosen = methods.get(options.method)
+        return Estimates(_named(lambda: _by(problem, names, target, options, prepare, chosen), chosen, names))
+    search = _Search(problem, names, target, options, prepare)
+    for name, limit in _steps(problem, metric, target, options, search.exact):
+        if found := search.tried(name, limit):
+            return found
+    reasons = "; ".join(remark.removeprefix("not by ") for remark in search.remarks)
+    raise BadInput(f"no method gives the {' and '.join(names)} of this network: {reasons}")
 
-    def run(method: Method) -> dict[str, Estimate]:
+
+class _Search:
+    """What methods that were tried have cost and said.
+
+    Attributes:
+        exact: exact methods that are left, the cheapest first, with the passes that each takes.
+        remarks: why not by others, and what came first.
+    """
+
+    def __init__(
+        self, problem: Problem, names: Sequence[str], target: Target, options: Options, prepare: Prepare
+    ) -> None:
+        self._problem, self._names, self._target, self._options = problem, names, target, options
+        self._prepare = prepare
+        self._spent = 0.0
+        self.exact = exact_methods(problem, names[-1], target)
+        self.remarks: list[str] = []
+
+    def tried(self, name: str, limit: float) -> Estimates | None:
+        """Estimates by a method, or by an exact one where that costs less than a tolerance; ``None`` if it fails.
+
+        Args:
+            limit: passes that an exact method may take.
+        """
+        needed = self.exact.pop(name, math.inf)
+        step, options = methods.get(name), self._options
+        if not set(self._names) <= set(step.metrics) or (options.rtol is not None and not _takes_rtol(step)):
+            return None
+        left = _most(options) - self._spent
+        stop = min((passes for passes in self.exact.values() if passes <= left), default=math.inf)
         try:
-            found = _by(problem, tuple(names), target, options, prepare, method)
-        except Undefined:
-            check_range(problem, names, target)
-            raise
-        if not _is_large(problem, target, found):
-            check_range(problem, names, target)
-        return found
+            found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop)
+        except Dearer as error:
+            self.remarks.append(f"not by {name}: {error}")
+            self.exact[name] = max(needed, error.passes)
+            return None
+        except (Undefined, Unavailable, Underflow):
+            raise  # of the kernel or of the machine, and so of every method
+        except Exception as error:  # whatever a method does to a network, the next one may work
+            self.remarks.append(f"not by {name}: {errors.reason(error)}")
+            return None
+        if stop < math.inf and not _reached(found, options):
+            self._spent += next(iter(found.values())).passes or 0.0
+            said = f"{self._spent:g} passes of {name} came first: rtol={options.rtol:g} takes more than exact values"
+            self.remarks.append(said)
+            left = _most(options) - self._spent
+            for other in [other for other, passes in self.exact.items() if passes <= left]:
+                if exact := self.tried(other, left):
+                    return exact
+            return self.tried(name, limit)
+        if name in SIDES:
+            self.remarks.insert(0, _side(self._problem, name))
+        return Estimates({key: self._noted(each) for key, each in found.items()})
 
-    if chosen is not None:
-        return Estimates(_named(run, chosen, names))
-    reasons: list[str] = []
-    # One method for all: what the dearest takes is affordable for the others.
-    for name in choices(problem, names[-1], target, options.passes, options.rtol):
-        step = methods.get(name)
-        if set(names) <= set(step.metrics):
-            try:
-                found = run(step)
-            except (Undefined, Unavailable, Underflow):
-                raise  # of the kernel or of the machine, and so of every method
-            except Exception as error:  # whatever a method does to a network, the next one may work
-                reasons.append(f"{step.name}: {errors.reason(error)}")
-            else:
-                said = tuple(f"not by {reason}" for reason in reasons)
-                return Estimates({key: replace(e, notes=(*e.notes, *said)) for key, e in found.items()})
-    raise BadInput(f"no method gives the {' and '.join(names)} of this network: {'; '.join(reasons)}")
+    def _noted(self, estimate: Estimate) -> Estimate:
+        """An estimate with the passes that were spent before it, and what was learnt on the way."""
+        passes = None if estimate.passes is None else estimate.passes + self._spent
+        return replace(estimate, passes=passes, notes=(*estimate.notes, *self.remarks))
+
+
+def _steps(
+    problem: Problem, metric: str, target: Target, options: Options, exact: dict[str, float]
+) -> Iterator[tuple[str, float]]:
+    """Methods in the order in which they are tried, and the passes that each may take if it is exact.
+
+    Before each estimator come the exact methods that cost no more than it does, and in the end the others.
+
+    Args:
+        exact: exact methods that are left, with their passes. Who takes a method from the iterator takes it from these
+            as well, or puts it back with more passes.
+    """
+    for name in _estimators(problem, metric):
+        limit = _expected_passes(problem, metric, target, options, methods.stochastic(name))
+        while able := [other for other, needed in exact.items() if needed <= limit]:
+            yield able[0], limit
+        yield name, math.inf
+    most = _most(options)
+    while able := [other for other, needed in exact.items() if needed <= most]:
+        yield able[0], math.inf
+        exact.pop(able[0], None)
+    if target.backend == "torch" and metric in methods.get(FLOOR).metrics:
+        needed = methods.get(FLOOR).passes_needed(problem, metric, target)
+        if needed is not None and needed <= most:
+            yield FLOOR, math.inf
+
+
+def _expected_passes(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> float:
+    """Passes that a method takes before its error is looked at, for which an exact value may be had first.
+
+    They are 0 where it does not serve; all that are given, where they are.
+    """
+    if method.unsupported_reason(problem, metric, target) is not None:
+        return 0.0
+    if options.rtol is None:
+        return _default_passes(problem, metric, method) if options.passes is None else options.passes
+    if not isinstance(method, Incremental):
+        return 0.0
+    first = method.cost(metric, max(method.first_batch, method.fewest_probes))
+    return first if options.passes is None else min(first, options.passes)
+
+
+def _takes_rtol(method: Method) -> bool:
+    return not isinstance(method, Stochastic) or isinstance(method, Incremental)
+
+
+def _most(options: Options) -> float:
+    """The most passes to spend in all."""
+    return TOLERANCE_PASSES if options.passes is None else options.passes
+
+
+def _reached(found: Mapping[str, Estimate], options: Options) -> bool:
+    """Whether estimates are within the tolerance, if there is one."""
+    if options.rtol is None:
+        return True
+    return all(estimate.relative_width(options.confidence) <= options.rtol for estimate in found.values())
+
+
+def _side(problem: Problem, name: str) -> str:
+    """Why a trace is estimated on one side."""
+    outputs = problem.n if name.startswith("one_sided") else problem.O
+    said = f"{outputs} outputs" + ("" if name.startswith("one_sided") else " of a sample")
+    if name in OTHER_SIDE:
+        return f"reverse side: {said} are no more than {problem.P} parameters"
+    return f"forward side: {problem.P} parameters are fewer than {said}"
 
 
 def choices(
@@ -116,29 +258,60 @@ def choices(
         passes: the most passes to spend; ``None`` for the defaults.
         rtol: a tolerance, which random probes may reach for less than what exact methods cost.
     """
+    exact, found = exact_methods(problem, metric, target), []
+    for name, _ in _steps(problem, metric, target, Options(passes=passes, rtol=rtol), exact):
+        exact.pop(name, None)
+        found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
+    """The exact methods that serve, the cheapest first, with the passes that each takes where all fits in memory."""
     ends = len(metrics.parameter_sets(metric))
-    limit = EXACT_PASSES * ends if passes is None else passes
-    if rtol is not None:
-        limit = min(limit, EXACT_PASSES * ends)
-    found = []
-    for name in EXACT[target.backend]:
+    names = list(EXACT[target.backend])
+    if problem.n > problem.P:
+        names.sort(key=lambda name: name != BY_PARAMETERS)
+    found = {}
+    for name in names:
         method = methods.get(name)
-        width = problem.n if name.endswith("structured_derivatives") else problem.P
         # The trace takes every row once; the others would make rows anew for every pair of blocks that do not fit.
-        fits = metric == "trace" or ends * problem.n * width * target.itemsize <= target.memory
-        needed = method.passes_needed(problem, metric, target)
-        passes_taken = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
-        if fits and passes_taken <= limit and method.unsupported_reason(problem, metric, target) is None:
-            found.append(name)
-    independent, whole = STOCHASTIC[metric]
-    if metric != "trace" and declares(problem.module):
-        independent = (OF_RECURRENT, *independent)
-    found += whole if problem.samples_interact else (*independent, *whole)
-    if target.backend == "torch" and FLOOR not in found:
-        needed = methods.get(FLOOR).passes_needed(problem, metric, target)
-        if needed is not None and needed <= (TOLERANCE_PASSES if passes is None else passes):
-            found.append(FLOOR)
+        fits = (
+            metric == "trace"
+            or name in HOLDS_NO_ROWS
+            or (ends * problem.n * problem.P * target.itemsize <= target.memory)
+        )
+        if fits and method.unsupported_reason(problem, metric, target) is None:
+            needed = method.passes_needed(problem, metric, target)
+            found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
     return found
+
+
+def _estimators(problem: Problem, metric: str) -> list[str]:
+    """The methods with random probes, in the order in which they are tried."""
+    independent, whole = STOCHASTIC[metric]
+    if declares(problem.module):
+        # Traced layer by layer, a recurrence is unrolled.
+        independent = independent[1:] if metric == "trace" else (OF_RECURRENT, *independent)
+    if problem.P < problem.O:
+        independent = _forward_first(independent)
+    if problem.n > problem.P:
+        whole = _forward_first(whole)
+    return list(whole if problem.samples_interact else (*independent, *whole))
+
+
+def _forward_first(names: Sequence[str]) -> tuple[str, ...]:
+    return (*(OTHER_SIDE[name] for name in names if name in OTHER_SIDE), *names)
+
+
+def _default_passes(problem: Problem, metric: str, method: Stochastic) -> int:
+    """The budget of a method if the user gives none."""
+    return int(min(method.default_passes, _worth(problem, metric, method)))
+
+
+def _worth(problem: Problem, metric: str, method: Stochastic) -> float:
+    """Passes beyond which a method gains little for its time."""
+    most = method.default_max_passes(problem)
+    return math.inf if most is None else most * len(metrics.parameter_sets(metric))
 
 
 def check(names: Sequence[str], options: Options) -> None:
@@ -220,11 +393,11 @@ def _row_norm(problem: Problem, weights: str, target: Target) -> float:
     return 0.0
 
 
-def _named(run: Callable[[Method], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
+def _named(run: Callable[[], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
     """What a method that was asked for by name gives, or one line that says why it does not."""
     refused = f"{method.name} cannot give the {' and '.join(names)} of this network"
     try:
-        return run(method)
+        return run()
     except Uncertified as error:
         raise Uncertified(f"{refused}: {error}") from error
     except errors.NtkbenchError:
@@ -235,15 +408,51 @@ def _named(run: Callable[[Method], dict[str, Estimate]], method: Method, names: 
 
 
 def _by(
-    problem: Problem, names: tuple[str, ...], target: Target, options: Options, prepare: Prepare, method: Method
+    problem: Problem,
+    names: Sequence[str],
+    target: Target,
+    options: Options,
+    prepare: Prepare,
+    method: Method,
+    limit: float = math.inf,
+    stop: float = math.inf,
+) -> dict[str, Estimate]:
+    """Metrics by one method.
+
+    Args:
+        limit: passes that a deterministic method may take in the target's memory.
+        stop: passes of an exact value; a tolerance is given up once it takes more.
+
+    Raises:
+        Dearer: the method takes more passes than ``limit``.
+        BadInput: it does not serve, or what it gives is not finite.
+        OverMemory: it would need more than the target's memory at once.
+    """
+    found = _computed(problem, names, target, options, prepare, method, limit, stop)
+    if not _is_large(problem, target, found):
+        check_range(problem, names, target)
+    return found
+
+
+def _computed(
+    problem: Problem,
+    names: Sequence[str],
+    target: Target,
+    options: Options,
+    prepare: Prepare,
+    method: Method,
+    limit: float,
+    stop: float,
 ) -> dict[str, Estimate]:
     budget = None
     if isinstance(method, Stochastic):
-        default = method.default_passes if options.rtol is None else TOLERANCE_PASSES
-        budget = default if options.passes is None else options.passes
-        worth = method.default_max_passes(problem)
-        if worth is not None and options.rtol is None and (options.method == "auto" or options.passes is None):
-            budget = min(budget, worth)
+        budget = options.passes
+        if options.rtol is not None:
+            budget = TOLERANCE_PASSES if budget is None else budget
+        elif budget is None:
+            budget = _default_passes(problem, names[-1], method)
+        elif options.method == "auto":
+            budget = int(min(budget, _worth(problem, names[-1], method)))
     for metric in names:
         reason = method.unsupported_reason(problem, metric, target, budget)
         if reason:
@@ -252,10 +461,19 @@ def _by(
         if needed > target.memory:
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = prepare(method)
-    if budget is not None and isinstance(method, Incremental):
-        found = method.estimates(prepared, names, budget, options.seed, options.rtol, options.confidence)
-    else:
-        found = {metric: method.estimate(prepared, metric, budget, options.seed) for metric in names}
+    if limit < math.inf:
+        planned = max(method.planned_passes(prepared, metric) for metric in names)
+        if planned > limit:
+            raise Dearer(planned, limit, target.memory)
+    try:
+        if budget is not None and isinstance(method, Incremental):
+            wanted = (options.seed, options.rtol, options.confidence)
+            found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop)
+        else:
+            found = {metric: method.estimate(prepared, metric, budget, options.seed) for metric in names}
+    except Undefined:
+        check_range(problem, names, target)
+        raise
     for metric, estimate in found.items():
         if not math.isfinite(estimate.value):
             raise BadInput(f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow")

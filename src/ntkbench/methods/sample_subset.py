@@ -47,6 +47,7 @@ class SampleSubset(Incremental):
     prepares = "trace"
     fewest_probes = 1
     first_batch = 1
+    order = 1.0
     min_samples: ClassVar[int] = 8
 
     def passes_per_probe(self, metric: str) -> int:

@@ -44,11 +44,12 @@ class StructuredBlockUStatistics(Incremental):
     needs_independent_samples = True
     prepares = "trace"
     first_batch = 4
+    order = 1.0
     max_gradients: ClassVar[int] = 1024
     max_group: ClassVar[int] = 2048
 
     def default_max_passes(self, problem: Problem) -> int:
-        return max(8, self.max_gradients // problem.N)
+        return max(16, self.max_gradients // problem.N)
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1

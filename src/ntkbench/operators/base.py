@@ -231,6 +231,10 @@ class JacobianOperator(ABC):
         """Unit vectors ``start`` to ``stop - 1`` of output space, ``[stop - start, n]``."""
         return self._eye(self.n, start, stop)
 
+    def parameter_basis(self, start: int, stop: int) -> Array:
+        """Unit vectors ``start`` to ``stop - 1`` of parameter space, ``[stop - start, P]``."""
+        return self._eye(self.P, start, stop)
+
     def _certified(
         self,
         kind: str,

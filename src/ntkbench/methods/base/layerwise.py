@@ -43,6 +43,12 @@ class Layerwise(Method):
         whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
         return 3 * problem.n**2 * target.itemsize if whole else 0
 
+    def planned_passes(self, prepared: TracedProblem, metric: str) -> float:
+        ends = prepared.ends(metric)
+        if metric == "trace" or self.kernel != "full":
+            return 0.0
+        return sum(end.engine.passes([other.parameters for other in ends], end.x) for end in ends)
+
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """Move weights and inputs to the device and trace the network.
 

@@ -79,6 +79,11 @@ class Method(ABC):
         """Passes that a deterministic method takes; ``None`` if its cost is not a number of passes."""
         return None
 
+    def planned_passes(self, prepared: Any, metric: str) -> float:
+        """Passes that a deterministic method is known to take once prepared, where blocks that do not fit in memory are
+        computed again; 0 where that is not known."""
+        return 0.0
+
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Bytes that have to be in memory at once, whatever the block size; for a stochastic method, at this budget."""
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -108,9 +109,11 @@ class Incremental(Stochastic):
 
     Attributes:
         first_batch: probes before the first look at the standard error, if there is a tolerance.
+        order: power of the number of probes by which errors fall at best; a half for means, one for pairs.
     """
 
     first_batch: ClassVar[int] = 16
+    order: ClassVar[float] = 0.5
 
     @abstractmethod
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
@@ -127,6 +130,8 @@ class Incremental(Stochastic):
         seed: int = 0,
         rtol: float | None = None,
         confidence: float = 0.95,
+        *,
+        exact_passes: float = math.inf,
     ) -> dict[str, Estimate]:
         """Several metrics from the same probes. Each estimate has the cost of all of them together.
 
@@ -138,10 +143,12 @@ class Incremental(Stochastic):
             rtol: tolerance; probes are drawn until the interval of every metric reaches no further from its value than
                 ``rtol`` times the value, on either side.
             confidence: of the interval.
+            exact_passes: what exact values cost; a tolerance is given up as soon as what it still needs costs more.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
         most = passes // max(self.passes_per_probe(name) for name in names)
         fewest = max(self.fewest_probes, accumulator.least)
+        looks: list[tuple[int, float]] = []
         drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, fewest))
         while True:
             accumulator.extend(batch)
@@ -158,6 +165,10 @@ class Incremental(Stochastic):
             excess = max(widths.values()) / rtol
             if excess <= 1 or drawn == most:
                 break
+            looks.append((drawn, excess))
+            total = _probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order) * spent / drawn
+            if total > exact_passes and spent + exact_passes <= passes:
+                break
             # Errors fall at least as the square root of the number of probes. Small steps waste few passes. Large steps
             # mean few looks at the error, each of which is a chance to stop too early.
             wanted = drawn * (min(excess, 2.0) ** 2 - 1)
@@ -167,6 +178,21 @@ class Incremental(Stochastic):
                 note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
                 found[name] = replace(found[name], notes=(*found[name].notes, note))
         return found
+
+
+def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
+    """Probes to a tolerance, by the law that the errors so far follow.
+
+    Args:
+        looks: numbers of probes, and errors over the tolerance.
+        order: power of the number of probes by which errors fall at best; a half at worst.
+    """
+    (first, at_first), (drawn, excess) = looks[0], looks[-1]
+    if not math.isfinite(excess):
+        return 0.0
+    if drawn > first and math.isfinite(at_first):
+        order = min(max(math.log(at_first / excess) / math.log(drawn / first), 0.5), order)
+    return float(drawn * excess ** (1 / order))
 
 
 class Accumulating(Incremental):

@@ -33,6 +33,7 @@ class GramMatrix(Accumulating):
     source = "U-statistics of Hoeffding 1948; Kong and Valiant 2017 (arXiv 1602.00061) for spectral moments"
     backends = ("torch", "jax")
     fewest_probes = 4
+    order = 1.0
     side: ClassVar[Side]
 
     def passes_per_probe(self, metric: str) -> int:
@@ -113,6 +114,7 @@ class StratifiedUStatistics(Accumulating):
     source = "this suite; U-statistics of Hoeffding 1948"
     backends = ("torch", "jax")
     needs_independent_samples = True
+    order = 1.0
     max_gradients: ClassVar[int] = 1024
 
     @abstractmethod
@@ -124,7 +126,7 @@ class StratifiedUStatistics(Accumulating):
         """Gradients of adjacent groups, ``v [k, samples, O] -> [k, groups, P]``."""
 
     def default_max_passes(self, problem: Problem) -> int:
-        return max(8, self.max_gradients // self.groups(problem.N))
+        return max(16, self.max_gradients // self.groups(problem.N))
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1

@@ -1,0 +1,62 @@
+"""Batched Jacobian: J by products with all unit vectors, many at a time, then the smaller of its two Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import array_api_compat
+
+from ntkbench import metrics
+from ntkbench.estimators.rows import moments_from_rows
+from ntkbench.methods.base import Deterministic
+from ntkbench.metrics import Moments
+from ntkbench.operators import JacobianOperator, arrays
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class BatchedJacobian(Deterministic):
+    """J by batched products over the whole batch: min(n, P) passes for each parameter set if J fits in memory.
+
+    By VJPs of the n unit vectors of output space; by JVPs of the P unit vectors of parameter space, in forward mode,
+    where these are fewer and J fits in memory. Blocks of rows that do not fit are recomputed for every pair of blocks.
+    Samples may interact.
+    """
+
+    title = "batched Jacobian"
+    kind = "exact"
+    source = "folklore; torch.func.jacrev and jacfwd, jax.jacrev and jacfwd on the whole batch"
+    backends = ("torch", "jax")
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        ends = len(metrics.parameter_sets(metric))
+        held = ends * problem.n * problem.P * target.itemsize
+        by_columns = problem.other is None and _by_columns(problem.n, problem.P, held, target.memory)
+        return ends * (problem.P if by_columns else problem.n)
+
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
+        j = max(jacobians, key=lambda each: each.P)
+        held = sum(each.n * each.P * each.itemsize for each in jacobians)
+        if jacobians[-1].names == jacobians[0].names and _by_columns(j.n, j.P, held, j.memory):
+            return _moments_from_columns(metric, jacobians)
+        # A quarter of the memory for a block, as two blocks of each J are held at a time.
+        most = max(1, j.memory // (4 * j.P * j.itemsize))
+        blocks = arrays.chunks(j.n, max(len(j.blocks(j.n)), -(-j.n // most)))
+        return moments_from_rows(metric, jacobians, blocks, lambda each, b: each.vjp(each.basis(b.start, b.stop)))
+
+
+def _by_columns(n: int, P: int, held: int, memory: int) -> bool:
+    return n > P and held <= memory
+
+
+def _moments_from_columns(metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
+    """tr J^T J, ||J^T J||_F^2, and with J_f the inner product of the kernels, ||J_f^T J||_F^2."""
+    columns = []
+    for j in jacobians:
+        blocks = [j.jvp(j.parameter_basis(block.start, block.stop)) for block in arrays.slices(j.blocks(j.P))]
+        columns.append(array_api_compat.array_namespace(blocks[0]).concat(blocks))
+    trace = metrics.squared_norm(columns[0])
+    if metric == "trace":
+        return Moments(trace=float(trace))
+    pairs = [(0, 0)] if len(columns) == 1 else [(0, 0), (1, 1), (0, 1)]
+    return Moments(float(trace), *(float(metrics.squared_norm(columns[a] @ columns[b].T)) for a, b in pairs))

@@ -1,0 +1,140 @@
+"""``method="auto"`` against every other method: what it takes is never less accurate and dearer."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ntkbench
+from ntkbench import ladder, methods
+from ntkbench.errors import NtkbenchError
+from ntkbench.options import Target
+
+SEEDS = 5
+MARGIN = 1.5
+"""Ratio of root mean square errors over a few seeds that counts as a difference."""
+CHEAPER = 1.1
+"""Ratio of passes that counts as a difference; methods round budgets down."""
+ROUNDING = 1e-9
+
+
+def network(make, *shape, seed=0):
+    torch.manual_seed(seed)
+    return make().double(), torch.randn(*shape, dtype=torch.float64)
+
+
+def outlier(make, *shape):
+    model, x = network(make, *shape)
+    x[0] *= 100
+    return model, x
+
+
+NETWORKS = {
+    "many outputs": lambda: network(lambda: nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 70)), 10, 4),
+    "few outputs": lambda: network(lambda: nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)), 12, 4),
+    "interacting": lambda: network(lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)), 50, 5),
+    "few parameters": lambda: network(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 40)), 12, 2),
+    "recurrent": lambda: network(lambda: nn.RNN(3, 4, batch_first=True), 6, 12, 3),
+    "very many outputs": lambda: network(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 270)), 2, 4),
+    "outlier": lambda: outlier(lambda: nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 20)), 16, 4),
+}
+
+
+def moved(model):
+    """The network with other weights."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        return {
+            name: w + 0.3 * w.std(correction=0) * torch.randn(w.shape, generator=generator, dtype=w.dtype)
+            for name, w in model.named_parameters()
+        }
+
+
+def runs(kernel, metric, other, exact, **wishes):
+    """Root mean square relative error and mean passes over seeds."""
+    use = getattr(kernel, metric)
+    arguments = (other,) if metric == "alignment" else ()
+    found = [use(*arguments, seed=seed, **wishes) for seed in range(SEEDS)]
+    errors = np.array([float(each) / exact - 1 for each in found])
+    return errors, np.array([each.passes for each in found])
+
+
+def size(errors):
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_auto_is_never_less_accurate_and_dearer_than_another_method(name, metric):
+    model, x = NETWORKS[name]()
+    kernel, other = ntkbench.Kernel(model, x), moved(model)
+    arguments = (other,) if metric == "alignment" else ()
+    exact = float(getattr(kernel, metric)(*arguments, method="direct"))
+    rivals = [m for m in map(methods.get, methods.names()) if m.kind != "approximate" and "torch" in m.backends]
+    for wishes in ({}, {"rtol": 0.05}):
+        found, passes = runs(kernel, metric, other, exact, **wishes)
+        for method in rivals:
+            if metric not in method.metrics:
+                continue
+            with contextlib.suppress(NtkbenchError):  # it does not serve here
+                own = wishes if method.takes_passes else {}
+                errors, its_passes = runs(kernel, metric, other, exact, method=method.name, **own)
+                dearer = found[passes > CHEAPER * its_passes.mean()]
+                dominated = len(dearer) and size(dearer) > MARGIN * size(errors) + ROUNDING
+                assert not dominated, (wishes, method.name, size(dearer), size(errors), passes, its_passes)
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank"])
+@pytest.mark.parametrize("rtol", [0.3, 0.05, 0.001])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rtol, metric):
+    model, x = NETWORKS[name]()
+    kernel = ntkbench.Kernel(model, x)
+    cheapest = min(ladder.exact_methods(kernel.problem, metric, Target(dtype="float64", device="cpu")).values())
+    found = getattr(kernel, metric)(rtol=rtol)
+    assert found.relative_width() <= rtol
+    # A run that turns exact has spent less than the exact value costs before.
+    assert found.passes <= 2 * cheapest + 64
+    if not found.standard_error and found.passes > cheapest:
+        assert any("came first: rtol=" in note for note in found.notes)
+
+
+def test_ten_samples_with_seventy_outputs_are_exact():
+    model, x = NETWORKS["many outputs"]()
+    assert (ntkbench.trace(model, x).method, ntkbench.trace(model, x).passes) == ("structured_derivatives", 70)
+    turned = ntkbench.trace(model, x, rtol=0.005)
+    assert (turned.method, turned.standard_error) == ("structured_derivatives", None)
+    assert 70 < turned.passes <= 80
+
+
+def test_two_hundred_interacting_outputs_are_exact():
+    model, x = NETWORKS["interacting"]()
+    for metric in (ntkbench.trace, ntkbench.norm, ntkbench.effective_rank):
+        found = metric(model, x, rtol=0.01)
+        assert (found.method, found.standard_error) == ("batched_jacobian", None)
+        assert found.passes <= 240
+
+
+@pytest.mark.parametrize(("outputs", "side"), [(300, "one_sided_forward"), (2, "one_sided_reverse")])
+def test_the_side_of_a_trace_is_that_of_fewer_dimensions_and_the_notes_say_so(outputs, side):
+    # 2 * 3 + 3 + 6 + 3 * outputs + outputs parameters
+    model, x = network(lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, outputs)), 12, 2)
+    found = ntkbench.trace(model, x, passes=20)
+    assert found.method == side
+    assert any(note.startswith(side.removeprefix("one_sided_") + " side: ") for note in found.notes)
+
+
+def test_an_exact_value_that_memory_makes_dearer_than_an_estimate_is_left():
+    model, x = network(lambda: nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 10)), 100, 30)
+    roomy = ntkbench.norm(model, x)
+    assert (roomy.method, roomy.passes) == ("structured_derivatives", 10)
+    tight = ntkbench.norm(model, x, memory=2**21)
+    assert tight.standard_error is not None
+    assert tight.passes <= 16
+    assert any(note.startswith("not by structured_derivatives: ") for note in tight.notes)
+    assert abs(float(tight) / float(roomy) - 1) < 0.2
+    assert ntkbench.norm(model, x, memory=2**21, passes=1000).standard_error is None
