@@ -15,7 +15,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 import ntkbench
 from ntkbench.layerwise import contraction
-from ntkbench.layerwise.computed import Derivative, Gram
 from ntkbench.layerwise.factors import Products, Weighted
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.tuning import Tuning
@@ -64,7 +63,7 @@ def old_weight_norm(layer: nn.Module, dim: int | None) -> nn.Module:
 NORMS = {
     "weight_norm": lambda layer, dim: parametrizations.weight_norm(layer, dim=dim),
     "weight_norm, hooks": old_weight_norm,
-    "spectral_norm": lambda layer, dim: parametrizations.spectral_norm(layer),
+    "spectral_norm": lambda layer, dim: parametrizations.spectral_norm(layer).eval(),
 }
 
 
@@ -104,7 +103,8 @@ def normalised_layers(draw):
         groups = draw(st.sampled_from([1, 2]))
         inside = groups * draw(st.integers(1, 3))
         outside = inside if square else groups * draw(st.integers(1, 3))
-        layer = make(inside, outside, draw(st.sampled_from([1, 3])), padding="same" if square and d and "t" != kind[0] else 0, groups=groups, bias=bias)
+        kernel = draw(st.sampled_from([1, 3]))
+        layer = make(inside, outside, kernel, padding=kernel // 2, groups=groups, bias=bias)
         shape = (3, inside, *[4] * d)
     layer = NORMS[norm](layer, draw(st.sampled_from([0, 1, None])))
     calls = 2 if layer(torch.zeros(shape)).shape == shape and draw(st.booleans()) else 1
@@ -115,7 +115,7 @@ def normalised_layers(draw):
     return layer, shape, calls
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(drawn=normalised_layers(), memory=st.sampled_from([2**30, 30_000]), seed=st.integers(0, 2**16))
 def test_normalised_layers_of_all_options(drawn, memory, seed):
     torch.manual_seed(seed)
@@ -145,7 +145,7 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, w, self.bias)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     groups=st.sampled_from([1, 2]),
     channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -182,17 +182,18 @@ MADE = {
     "a gain for each input": (lambda g, v: g * v, (7,), (4, 7)),
     "a gain for all": (lambda g, v: g * v, (), (4, 7)),
     "a number times the weight": (lambda v: v * 7**-0.5, (4, 7)),
+    "a mask of inputs": (lambda v: v * (torch.arange(7) % 2), (8, 7)),
     "rows of norm one": (lambda v: F.normalize(v, dim=1), (4, 7)),
     "columns of norm one": (lambda v: F.normalize(v, dim=0), (8, 7)),
     "a norm that is no function": (lambda v: v / v.detach().norm(), (4, 7)),
     "a matrix that is transposed": (lambda v: F.normalize(v, dim=0).T, (7, 4)),
-    "a softmax of few": (lambda v: v.softmax(1), (6, 3)),
+    "a softmax of few": (lambda v: v.softmax(0), (4, 7)),
 }
 NOT_OF_THE_FORM = {
-    "cubes": (lambda v: v**3, (4, 7)),
+    "cubes": (lambda v: v**3, (8, 7)),
     "symmetric": (lambda v: (v + v.T) / 2, (7, 7)),
     "a product and a sum": (lambda w, a, b: w + a @ b, (4, 7), (4, 2), (2, 7)),
-    "a mask": (lambda v: v * (torch.arange(7) % 2), (4, 7)),
+    "a mask": (lambda v: v * ((torch.arange(7) + torch.arange(8)[:, None]) % 2), (8, 7)),
     "two uses of a parameter": (lambda v: F.normalize(v, dim=1) * v.sin(), (4, 7)),
 }
 
@@ -285,9 +286,9 @@ def test_values_for_which_the_weight_has_another_form_are_noticed():
     torch.manual_seed(0)
     whole, parts = masked(torch.ones(4, 7)), masked((torch.rand(4, 7) > 0.5).float())
     x = torch.randn(5, 7).double()
-    engine, values = engine_of(whole, x)
+    engine, _ = engine_of(whole, x)
     assert is_by_rule(engine)
-    with pytest.raises(Uncertified, match="parametrizations.weight.original have other inner products"):
+    with pytest.raises(Uncertified, match="original have other inner products"):
         other = LayerwiseKernel(parts, dict(parts.named_parameters()), x, 2**30, trace=engine.trace)
         other.kernel([w.detach() for w in parts.parameters()], x)
     kernel = ntkbench.Kernel(whole, x)

@@ -209,7 +209,6 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         if node.target is aten.as_strided.default and not _fills_its_storage(node.args[0].meta["val"]):
             raise BadInput("as_strided of a tensor that is itself a view cannot be traced")
     free_layout(graph)
-    _merge(graph)
     targets = [node.target for node in graph.nodes if node.op == "get_attr"]
     shapes = [(t.shape, t.dtype) for t in constants]
     return SampleGraph(graph, names, dict(zip(targets, shapes, strict=True)), prelude)
@@ -238,7 +237,7 @@ def free_layout(graph: fx.Graph) -> None:
 
 
 def _merge(graph: fx.Graph) -> None:
-    """Compute once what a layer that is called twice computes of its parameters at each call."""
+    """Compute once what a layer that is called twice computes without x at each call."""
     moving = downstream(next(node for node in reversed(graph.nodes) if node.op == "placeholder"))
     seen: dict[tuple[Any, str], fx.Node] = {}
     for node in list(graph.nodes):
@@ -264,6 +263,7 @@ def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tup
         if node.target in (aten.copy_.default, aten._linalg_check_errors.default):
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
+    _merge(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     names = dict(zip(placeholders[parameters:-1], fixed, strict=True))
     graph, before = fx.Graph(), fx.Graph()
