@@ -64,10 +64,10 @@ class Layer:
         weight, *others = self.parameters
         entries = self.uses[0].entries
         if isinstance(factors, Weighted):
-            derivative = factors.gram.derivative
-            whole = torch.zeros(derivative.shape, dtype=torch.float64, device=c.device)
+            assert self.computed is not None
+            whole = torch.zeros(self.computed.node.meta["val"].shape, dtype=torch.float64, device=c.device)
             _add_arranged(whole.view(-1), entries, factors.gradient(c).double())
-            for name, pulled in zip(self.parameters, derivative.pull(whole), strict=True):
+            for name, pulled in zip(self.parameters, factors.gram.pull(whole), strict=True):
                 gradients[name].add_(pulled.reshape(-1))
             return
         if isinstance(factors, Lookups):
