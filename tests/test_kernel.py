@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
+import pickle
 
 import numpy as np
 import pytest
@@ -411,6 +412,20 @@ def test_inputs_that_are_written_to_later_change_nothing(call):
     x.zero_()
     assert kernel.alignment(net(1, width=9)).value == pytest.approx(exact)
     torch.testing.assert_close(kernel.at(net(1)).ntk(), theta(net(1)))
+
+
+@pytest.mark.parametrize("inputs", [X, {"input": X}], ids=["a tensor", "a mapping"])
+def test_a_kernel_that_was_used_is_pickled_without_what_was_prepared(inputs):
+    kernel = ntkbench.Kernel(net(), inputs, output=[0, 2])
+    used = [kernel.ntk() for _ in range(2)], kernel.metrics(net(1)), kernel.eigenvalues(3).values
+    stored = pickle.dumps(kernel)
+    assert len(stored) < len(pickle.dumps(ntkbench.Kernel(net(), inputs, output=[0, 2]))) + 100
+    for same in (pickle.loads(stored), copy.copy(kernel), copy.deepcopy(kernel)):
+        for found, theta in zip([same.ntk() for _ in range(2)], used[0], strict=True):
+            assert torch.equal(found, theta)
+        assert same.metrics(net(1)) == used[1]
+        np.testing.assert_array_equal(same.eigenvalues(3).values, used[2])
+        torch.testing.assert_close(same.at(net(1)).ntk(), kernel.at(net(1)).ntk())
 
 
 def test_an_alignment_of_zero_with_a_target_is_undefined():

@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 from conftest import metrics_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ntkbench
 from ntkbench import modules
@@ -471,6 +472,38 @@ def test_wrapping_works_under_any_setting(ambient):
         assert ntkbench.from_recurrent(layer, x[None]).N == 1
 
 
+def test_hooks_on_saved_tensors_do_not_reach_kernels_and_are_left_as_they_were():
+    model, packed = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))).double(), []
+    x = X.double()
+    theta = explicit(model, x)
+    outer, inner = (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.double())
+        for pack in (lambda t: t.half(), lambda t: packed.append(t) or t.bfloat16())
+    )
+    with outer:
+        with inner:
+            kernel = ntkbench.Kernel(model, x)
+            for _ in range(2):  # written out, then layer by layer
+                torch.testing.assert_close(kernel.ntk(), theta, rtol=1e-12, atol=1e-12)
+            assert float(kernel.norm()) == pytest.approx(float(theta.norm()), rel=1e-12)
+            assert not packed
+            (g,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+            assert packed
+        count = len(packed)
+        (h,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    assert len(packed) == count and not torch.equal(g, h)
+    (exact,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    assert not torch.equal(h, exact)
+
+
+def test_fake_tensors_around_are_named():
+    model = seeded(lambda: nn.Linear(4, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for call in (ntkbench.trace, ntkbench.ntk, ntkbench.Kernel, ntkbench.from_module):
+            with pytest.raises(ntkbench.BadInput, match="inside a FakeTensorMode tensors have no values"):
+                call(model, X)
+
+
 # What cannot be wrapped
 
 
@@ -516,6 +549,17 @@ def generating() -> nn.Module:
     return model
 
 
+class Copied(nn.Linear):
+    """A linear layer whose copies are what a function makes of it."""
+
+    def __init__(self, copy):
+        super().__init__(4, 3)
+        self.copy = copy
+
+    def __deepcopy__(self, memo):
+        return self.copy(self)
+
+
 def starting(self, x):
     if not self.started:
         self.layer.weight.data *= 2
@@ -524,6 +568,9 @@ def starting(self, x):
 
 
 LAYER = nn.Linear(4, 3)
+FAKE = FakeTensorMode()
+with FAKE:
+    FAKE_LAYER = nn.Linear(4, 3)
 WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
 
 
@@ -538,9 +585,11 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (LAYER, torch.nested.nested_tensor([X, X[:2]]), "got a nested one"),
         (LAYER, X.to_sparse(), "got a sparse coo one"),
         (LAYER, X.to("meta"), "got a meta one"),
+        (LAYER, FAKE.from_tensor(X), "got a fake one"),
         (LAYER, torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "got a quantised one"),
         (LAYER, X.to(torch.complex64), "must be real or integer"),
         (nn.Linear(4, 3, device="meta"), X, "'weight' is a meta one"),
+        (FAKE_LAYER, X, "'weight' is a fake one"),
         (Two(), X, rf"takes 2 inputs, forward\(x, mask\), and x is one tensor: {WRAP}"),
         (Returns(lambda y: SimpleNamespace(logits=y)), X, f"got SimpleNamespace: {WRAP}"),
         (Returns(lambda y: (y, y)), X, f"got tuple: {WRAP}"),
@@ -559,6 +608,14 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (with_nan(), X, "has nan or infinite weights: 'weight'"),
         (locked(), X, "cannot be copied because of its attribute '0.lock': TypeError"),
         (generating(), X, "cannot be copied because of its attribute 'steps'"),
+        (nn.Sequential(Copied(lambda layer: 1 / 0)), X, "copied by the __deepcopy__ of Copied: ZeroDivisionError"),
+        (Copied(lambda layer: None), X, "copied by the __deepcopy__ of Copied: it gives NoneType"),
+        (
+            Copied(lambda layer: layer),
+            X,
+            "copied by the __deepcopy__ of Copied: the copy shares the parameter 'weight'",
+        ),
+        (Copied(lambda layer: nn.Linear(4, 2)), X, "by the __deepcopy__ of Copied: the copy has other parameters"),
         (nn.Linear(4, 3).half(), X, "choose the precision to compute in"),
     ],
 )

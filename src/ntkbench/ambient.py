@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ntkbench.errors import BadInput
+
 AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -15,15 +17,22 @@ def own_settings(dtype: str | None = None, device: str | None = None) -> Iterato
     """Switch off what changes derivatives or precision, and restore the caller's settings at the end.
 
     Gradients are recorded whatever ``torch.no_grad`` or ``torch.inference_mode`` says outside. Autocast, TF32 and
-    other float32 products of lower precision are off.
+    other float32 products of lower precision are off, and so are hooks on saved tensors.
 
     Args:
         dtype: ``"float32"`` or ``"float64"``: tensors that a network makes without a precision get this one.
         device: tensors that a network makes without a device are put there; ``None`` leaves the caller's default.
+
+    Raises:
+        BadInput: tensors are fake, because of a ``FakeTensorMode`` outside.
     """
     import torch
+    from torch._guards import active_fake_mode
 
+    if active_fake_mode() is not None:
+        raise BadInput("inside a FakeTensorMode tensors have no values: call ntkbench outside of it")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_saving_hooks())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.enter_context(_full_precision())
         stack.enter_context(torch.inference_mode(False))
@@ -36,6 +45,26 @@ def own_settings(dtype: str | None = None, device: str | None = None) -> Iterato
         if device is not None and torch.device(device) != torch.get_default_device():
             stack.enter_context(torch.device(device))
         yield
+
+
+@contextlib.contextmanager
+def _without_saving_hooks() -> Iterator[None]:
+    """Save tensors as they are, whatever ``torch.autograd.graph.saved_tensors_hooks`` do to them outside.
+
+    They are taken off: transforms of ``torch.func`` refuse to run under any hooks, those that do nothing included.
+    """
+    import torch
+
+    hooks: Any = torch._C._autograd
+    taken: list[Any] = []
+    while (pair := hooks._top_saved_tensors_default_hooks(False)) is not None:
+        taken.append(pair)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(taken):
+            hooks._push_saved_tensors_default_hooks(*pair)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,10 @@ class Kernel:
         self._prepared: dict[Any, Any] = {}
         self._used = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but what was prepared, which is prepared again at the next use."""
+        return {**vars(self), "_prepared": {}, "_used": False}
+
     def __repr__(self) -> str:
         p = self.problem
         return f"Kernel({p.name}: N = {p.N}, O = {p.O}, P = {p.P}, {self._target.dtype}, {self._target.backend})"
@@ -268,7 +272,7 @@ class Kernel:
     def _derived(self, problem: Problem) -> Kernel:
         """The same on another problem of the same inputs."""
         made = copy.copy(self)
-        made.problem, made._prepared, made._used = problem, {}, False
+        made.problem = problem
         return made
 
     def _beside(self, other: Any) -> Kernel:

@@ -21,14 +21,16 @@ def copied(module: nn.Module, role: str = "the model") -> nn.Module:
     gradients as before.
 
     Raises:
-        BadInput: an attribute cannot be copied; says which.
+        BadInput: an attribute cannot be copied, or a ``__deepcopy__`` makes no copy; says which.
     """
     with _OrdinaryTensors(), torch.no_grad():  # parameters of a copied scripted module would belong to a graph
         try:
             made = copy.deepcopy(module)
         except Exception as error:  # whatever the attributes' own code raises
-            where = next(_uncopyable(module), "")
+            where = next(_uncopyable(module), "") or _by_own_code(module)
             raise BadInput(f"{role} cannot be copied{where}: {summary(error)}") from error
+    if wrong := _no_copy(module, made):
+        raise BadInput(f"{role} cannot be copied{_by_own_code(module)}: {wrong}")
     for own, parameter in zip(made.parameters(), module.parameters(), strict=True):
         for hook in (parameter._backward_hooks or {}).values():
             own.requires_grad_(True).register_hook(hook)
@@ -79,6 +81,25 @@ class _OrdinaryTensors(TorchFunctionMode):
                 memo[id(tensor)] = made
                 return made
         return function(*args, **(kwargs or {}))
+
+
+def _no_copy(module: nn.Module, made: object) -> str:
+    """Why something is not a copy of a module; empty if it is one."""
+    if not isinstance(made, nn.Module):
+        return f"it gives {type(made).__name__}"
+    own, others = dict(module.named_parameters()), dict(made.named_parameters())
+    for key in (*own, *others):
+        if key not in own or key not in others or own[key].shape != others[key].shape:
+            return f"the copy has other parameters, such as {key!r}"
+        if own[key] is others[key]:
+            return f"the copy shares the parameter {key!r}"
+    return ""
+
+
+def _by_own_code(module: nn.Module) -> str:
+    """Whose ``__deepcopy__`` copies a module, as it stands in a message."""
+    names = dict.fromkeys(type(layer).__name__ for layer in module.modules() if hasattr(type(layer), "__deepcopy__"))
+    return f" by the __deepcopy__ of {', '.join(names)}" if names else ""
 
 
 def _uncopyable(module: nn.Module) -> Iterator[str]:

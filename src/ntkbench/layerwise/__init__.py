@@ -5,6 +5,7 @@ recording.py       recording it so that its derivative is what autograd computes
 replacements.py    operations whose derivatives are wrong or missing under vmap
 rules.py           the structure of gradients at the operations that use weights
 layers.py          where that graph uses its parameters
+computed.py        weights that are computed from parameters alone, such as normalised ones
 capture.py         inputs and cotangents of all layers, for all samples, layer by layer
 factors.py         per-sample gradients of a layer in factored form
 contraction.py     from factors to a layer's part of Theta, by the cheaper of two orders of summation

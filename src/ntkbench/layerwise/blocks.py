@@ -12,6 +12,7 @@ from torch import Tensor
 from ntkbench.layerwise import contraction
 from ntkbench.layerwise.capture import LayerInputs, ParameterValues, Program, Programs
 from ntkbench.layerwise.certificate import Certificate
+from ntkbench.layerwise.computed import Gram
 from ntkbench.layerwise.factors import GradientFactors
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
 from ntkbench.layerwise.tuning import Tuning
@@ -43,6 +44,7 @@ class Task:
         tuning: how contractions are computed.
         fold: whether to sum over directions.
         certificates: of the parameter sets and inputs that are not certified yet, by their identities.
+        grams: of weights that are computed from parameters, by the identity of a parameter set and the layer's number.
     """
 
     programs: Programs
@@ -53,6 +55,7 @@ class Task:
     tuning: Tuning
     fold: bool = False
     certificates: Mapping[tuple[int, int], Certificate] = field(default_factory=dict)
+    grams: dict[tuple[int, int], Gram] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -75,7 +78,7 @@ class Task:
         """The lower triangle of a diagonal block, from :meth:`collected`."""
         theta = self._zeros(parameters, block, block)
         for number, inputs in kept.items():
-            self._add(theta, self.layers[number].factors(*inputs))
+            self._add(theta, self._factors(number, inputs, parameters))
         return theta
 
     def between(
@@ -95,7 +98,7 @@ class Task:
         theta = self._zeros(parameters, row, column)
 
         def add(number: int, _: LayerInputs, factors: Callable[[], GradientFactors]) -> None:
-            self._add(theta, self.layers[number].factors(*kept[number]), factors())
+            self._add(theta, self._factors(number, kept[number], parameters), factors())
 
         self._run(parameters, x, column, add, again=again)
         return theta
@@ -133,13 +136,19 @@ class Task:
         certificate = None if again else self.certificates.get((id(parameters), id(x)))
 
         def sink(number: int, inputs: LayerInputs) -> None:
-            layer = self.layers[number]
-            factors = functools.cache(lambda: layer.factors(*inputs))
+            factors = functools.cache(lambda: self._factors(number, inputs, parameters))
             if certificate is not None:
-                certificate.add(block.samples, block.directions, layer, factors())
+                certificate.add(block.samples, block.directions, self.layers[number], factors())
             take(number, inputs, factors)
 
         self.programs.run(self.layers, parameters, x[block.samples], self._directions(parameters, block), sink)
+
+    def _factors(self, number: int, inputs: LayerInputs, parameters: ParameterValues) -> GradientFactors:
+        """The factors of a layer's gradients at a parameter set."""
+        layer, key = self.layers[number], (id(parameters), number)
+        if layer.computed is not None and key not in self.grams:
+            self.grams[key] = self.programs.gram(layer.computed, parameters, tested=self.tuning.certified)
+        return layer.factors(*inputs, self.grams.get(key))
 
     def _directions(self, parameters: ParameterValues, block: Block) -> Tensor:
         """``[N, K, O]`` of a block."""

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ntkbench.layerwise.computed import Computed, Gram
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
 from ntkbench.layerwise.trace import TRACING, SampleGraph, aten, free_layout, untraceable
 
@@ -149,6 +150,10 @@ class Programs:
         self.directions_run += directions.shape[:2].numel()
         self.get(layers, parameters, x, directions).run(parameters, self.constants, x, directions, sink)
 
+    def gram(self, weight: Computed, parameters: ParameterValues, *, tested: bool) -> Gram:
+        """Inner products of gradients by what a weight is computed from; see :meth:`Computed.gram`."""
+        return weight.gram(self._graph, parameters, self.constants, tested=tested)
+
 
 def _deliver(sink: Sink, number: int, operands: list[Tensor], cotangents: list[Tensor]) -> None:
     sink(number, (operands, cotangents))
@@ -227,7 +232,10 @@ def _footprint(graph: fx.Graph, layers: Sequence[Layer | ExplicitGradient], samp
             parts = {_storage(v): v for used in node.all_input_nodes for v in _tensors(used)}
             handed |= {storage: value.untyped_storage().nbytes() for storage, value in parts.items()}
             item = max((v.element_size() for v in parts.values()), default=4)
-            extra = item * samples * sum(use.inputs for use in layers[node.args[1]].uses)
+            layer = layers[node.args[1]]
+            extra = item * samples * sum(use.inputs for use in layer.uses)
+            if layer.computed is not None:  # scaled copies
+                extra += sum(value.nbytes for value in parts.values())
         peak = max(peak, sum(alive.values()) + extra)
         for storage in ending.get(i, ()):
             alive.pop(storage, None)

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, Weighted
 from ntkbench.layerwise.tuning import Tuning
 
 Pairs = TypeVar("Pairs", Products, Lookups)
@@ -50,6 +50,9 @@ def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, mem
                 _add_rows(theta, rows, columns, symmetric, tuning)
         case Tied() as one, Tied() as other:
             _add_tied(theta, one, other, symmetric, memory, tuning)
+        case Weighted() as one, Weighted() as other:
+            add(theta, one.scaled, None if symmetric else other.scaled, memory, tuning)
+            _add_rows(theta, one.rows * one.b, other.rows, symmetric, tuning)
         case _:
             raise TypeError(f"rows are {type(left).__name__}, columns are {type(right).__name__}")
 
@@ -90,6 +93,8 @@ def diagonal(factors: GradientFactors, memory: int, tuning: Tuning) -> Tensor:
         return torch.linalg.vecdot(factors.rows, factors.rows)
     if isinstance(factors, Tied):
         return _tied_diagonal(factors, memory, tuning)
+    if isinstance(factors, Weighted):
+        return diagonal(factors.scaled, memory, tuning) + factors.rows.square() @ factors.b
     N, K = factors.g.shape[:2]
     if isinstance(factors, Products):
         _, _, groups, C, D, S = factors.sizes

@@ -14,6 +14,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ntkbench.layerwise.computed import Gram
+
 
 @final
 @dataclass(frozen=True)
@@ -164,7 +166,51 @@ class Tied:
         return rows.flatten(1)[:, None] if self.summed else rows
 
 
-GradientFactors = Products | Lookups | Tied | Rows
+@final
+@dataclass(frozen=True)
+class Weighted:
+    """Gradients G of a linear map by a weight that is computed from parameters, with inner products <G, M G'>.
+
+    M is a multiple c of the identity and a few directions in each block of entries (see ``computed.py``).
+
+    Attributes:
+        own: G.
+        c: by rows ``[groups, C, 1]`` or by columns ``[groups, 1, D]``.
+        rows: inner products of G with the directions ``[N, K, size]``.
+        b: factors of the directions ``[size]``.
+        gram: M.
+    """
+
+    own: Products
+    c: Tensor
+    rows: Tensor
+    b: Tensor
+    gram: Gram
+
+    @property
+    def scaled(self) -> Products:
+        """sqrt(c) G."""
+        root = self.c.sqrt()
+        if root.shape[2] > 1:
+            return Products(self.own.a * root.mT, self.own.g)
+        return Products(self.own.a, self.own.g * root)
+
+    def folded(self) -> Weighted:
+        """See :meth:`Products.folded`."""
+        K = self.rows.shape[1]
+        c = self.c if self.c.shape[2] > 1 else self.c.repeat(1, K, 1)
+        return Weighted(self.own.folded(), c, self.rows.flatten(1)[:, None], self.b.repeat(K), self.gram)
+
+    def samples(self, chosen: slice) -> Weighted:
+        """The factors of a slice of samples."""
+        return dataclasses.replace(self, own=self.own.samples(chosen), rows=self.rows[chosen])
+
+    def gradient(self, c: Tensor) -> Tensor:
+        """See :meth:`Products.gradient`; by the weight itself."""
+        return self.own.gradient(c)
+
+
+GradientFactors = Products | Lookups | Tied | Rows | Weighted
 
 
 def concatenate(uses: list[Products | Lookups]) -> Products | Lookups:

@@ -47,13 +47,15 @@ class Trace:
             BadInput: the network cannot be traced.
         """
         graph = trace(module, parameters, x)
-        return cls(graph, find(graph))
+        constants = functools.cache(lambda: graph.bind(module, x.device))
+        return cls(graph, find(graph, list(parameters.values()), constants))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that it holds: literals of the forward pass, and unusual arrangements of weights."""
+        """Bytes of the tensors that it holds: literals of the forward pass, arrangements and blocks of weights."""
         entries = (use.entries for layer in self.layers for use in layer.uses)
-        return sum(t.nbytes for t in (*self.graph.prelude.literals.values(), *entries) if not t.is_meta)
+        blocks = (layer.computed.blocks for layer in self.layers if layer.computed)
+        return sum(t.nbytes for t in (*self.graph.prelude.literals.values(), *entries, *blocks) if not t.is_meta)
 
 
 class LayerwiseKernel:

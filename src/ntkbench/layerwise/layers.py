@@ -1,7 +1,8 @@
 """Where a graph uses its parameters, and the structure of the gradients there.
 
-Weights with a rule for all their uses (see ``rules.py``) become layers. For all other parameters (scales, shifts, and
-weights without a rule) the gradient of each output of each sample is computed by automatic differentiation.
+Weights with a rule for all their uses (see ``rules.py``) become layers, and so do normalised weights, which are
+computed from parameters (see ``computed.py``). For all other parameters (scales, shifts, and weights without a rule)
+the gradient of each output of each sample is computed by automatic differentiation.
 
 A parameter may be transposed, sliced and rearranged before it enters an operation. The position of each of its entries
 is found by applying the same operations to the entries' indices.
@@ -9,16 +10,17 @@ is found by applying the same operations to the entries' indices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, concatenate, with_ones
+from ntkbench.layerwise.computed import Computed, Gram, computed
+from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, Weighted, concatenate, with_ones
 from ntkbench.layerwise.rules import Use, rule_for
-from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten
+from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten, downstream, upstream
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,22 @@ class Layer:
     """A weight with all its uses, and the bias that is added at every one of them.
 
     Attributes:
-        parameters: name of the weight, and of the bias if there is one.
+        parameters: name of the weight, and of the bias if there is one; those that the weight is computed from.
         uses: operations, all with the weight's entries in the same arrangement, but for the last ones.
         transposed: how many of the last ones have them transposed.
+        computed: how the weight is computed from parameters, if it is.
     """
 
     parameters: tuple[str, ...]
     uses: tuple[Use, ...]
     transposed: int = 0
+    computed: Computed | None = None
 
-    def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
-        """The layer's gradients, from the operand and the cotangent of each use."""
+    def factors(self, operands: list[Tensor], cotangents: list[Tensor], gram: Gram | None = None) -> GradientFactors:
+        """The layer's gradients, from the operand and the cotangent of each use.
+
+        ``gram`` is of a weight that is computed from parameters, at their values.
+        """
         each = [u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)]
         straight = len(each) - self.transposed
         made = concatenate(each[:straight])
@@ -44,6 +51,9 @@ class Layer:
             other = concatenate(each[straight:])
             assert isinstance(other, Products)
             return Tied(made, other)
+        if self.computed is not None:
+            assert isinstance(made, Products) and gram is not None
+            return _weighted(made, self.computed, gram, _arranged(gram.q, self.uses[0].entries))
         if len(self.parameters) == 1:
             return made
         assert isinstance(made, Products)  # a table has no bias
@@ -51,21 +61,59 @@ class Layer:
 
     def add_gradient(self, gradients: Mapping[str, Tensor], factors: GradientFactors, c: Tensor) -> None:
         """Add sum_(b, k) c_bk (gradient of direction k of sample b) to the flat gradients of the layer's parameters."""
-        weight, *bias = self.parameters
+        weight, *others = self.parameters
         entries = self.uses[0].entries
+        if isinstance(factors, Weighted):
+            assert self.computed is not None
+            whole = torch.zeros(self.computed.node.meta["val"].shape, dtype=torch.float64, device=c.device)
+            _add_arranged(whole.view(-1), entries, factors.gradient(c).double())
+            for name, pulled in zip(self.parameters, factors.gram.pull(whole), strict=True):
+                gradients[name].add_(pulled.reshape(-1))
+            return
         if isinstance(factors, Lookups):
             made = factors.gradient(c, len(entries))
         else:
             assert isinstance(factors, Products | Tied)
             made = factors.gradient(c)
-        if bias:
-            gradients[bias[0]].add_(made[..., -1].reshape(-1))
+        if others:
+            gradients[others[0]].add_(made[..., -1].reshape(-1))
             made = made[..., :-1]
-        if entries.is_meta:
-            pattern = entries.shape, entries.stride(), entries.storage_offset()
-            gradients[weight].as_strided(*pattern).add_(made.reshape(entries.shape))
+        _add_arranged(gradients[weight], entries, made)
+
+
+def _pattern(entries: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    return entries.shape, entries.stride(), int(entries.storage_offset())
+
+
+def _arranged(flat: Tensor, entries: Tensor) -> Tensor:
+    """Rows of values of all entries of a weight ``[r, size]``, arranged as the entries are, ``[r, ...]``."""
+    if not entries.is_meta:
+        return flat[:, entries.to(flat.device)]
+    shape, stride, offset = _pattern(entries)
+    return flat.contiguous().as_strided((len(flat), *shape), (flat.shape[1], *stride), offset)
+
+
+def _add_arranged(flat: Tensor, entries: Tensor, values: Tensor) -> None:
+    """Add values, arranged as entries of a weight are, to those of all entries ``[size]``."""
+    if entries.is_meta:
+        flat.as_strided(*_pattern(entries)).add_(values.reshape(entries.shape))
+    else:
+        flat.index_add_(0, entries.reshape(-1).to(flat.device), values.reshape(-1))
+
+
+def _weighted(made: Products, weight: Computed, gram: Gram, q: Tensor) -> Weighted:
+    """Gradients by a weight that is computed from parameters, for directions ``[r, groups, C, D]``."""
+    blocks = weight.blocks.to(q.device)
+    found = []
+    for direction in q:
+        if blocks.shape[2] > 1:
+            each = torch.einsum("nkgds,ngds->nkgd", torch.einsum("gcd,nkgcs->nkgds", direction, made.g), made.a)
         else:
-            gradients[weight].index_add_(0, entries.reshape(-1).to(c.device), made.reshape(-1))
+            each = torch.einsum("nkgcs,ngcs->nkgc", made.g, torch.einsum("gcd,ngds->ngcs", direction, made.a))
+        rows = each.flatten(2)
+        found.append(rows.new_zeros(*rows.shape[:2], len(gram.c)).index_add_(2, blocks.reshape(-1), rows))
+    rows = torch.cat(found, 2) if found else made.g.new_zeros(*made.g.shape[:2], 0)
+    return Weighted(made, gram.c[blocks], rows, gram.b.mT.reshape(-1), gram)
 
 
 @dataclass(frozen=True)
@@ -81,8 +129,9 @@ class ExplicitGradient:
     fallback: str = ""
 
     uses = ()
+    computed = None
 
-    def factors(self, operands: list[Tensor], cotangents: list[Tensor]) -> GradientFactors:
+    def factors(self, operands: list[Tensor], cotangents: list[Tensor], gram: Gram | None = None) -> GradientFactors:
         """The gradient, ``[N, K, ...]``, is passed as the only cotangent."""
         return Rows(cotangents[0].reshape(*cotangents[0].shape[:2], -1))
 
@@ -114,8 +163,16 @@ SCALES_AND_SHIFTS = {
 """Operations whose scales and shifts have one entry per channel or output, so that a rule would save nothing."""
 
 
-def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
-    """All trainable parameters of a graph: weights with a rule first, then those with explicit gradients."""
+def find(
+    graph: SampleGraph, parameters: Sequence[Tensor], constants: Callable[[], Sequence[Tensor]]
+) -> list[Layer | ExplicitGradient]:
+    """All trainable parameters of a graph: weights with a rule first, then those with explicit gradients.
+
+    Args:
+        graph: the network on one sample.
+        parameters: any values of them, in the order of ``graph.parameters``.
+        constants: gives them in the order of ``graph.constants``.
+    """
     arrivals = {name: list(_arrivals(node)) for name, node in graph.placeholders().items()}
     weights: dict[str, list[tuple[Use, ...]]] = {}
     tied: dict[str, Layer] = {}
@@ -125,35 +182,63 @@ def find(graph: SampleGraph) -> list[Layer | ExplicitGradient]:
             groups = _arranged_alike(uses)
             if _different(torch.cat([group[0].entries.reshape(-1) for group in groups])):
                 weights[name] = groups
-            elif both := _transposed(groups):
-                straight, transposed = both
+            elif pair := _transposed(groups):
+                straight, transposed = pair
                 tied[name] = Layer((name,), _light(straight) + _light(transposed), len(transposed))
     found: list[Layer | ExplicitGradient] = list(tied.values())
     taken = set(weights) | set(tied)
     for name, groups in weights.items():
         for alike in groups:
             bias = _bias(alike, arrivals, taken)
-            parameters = (name, bias) if bias else (name,)
-            taken.update(parameters)
-            found.append(Layer(parameters, _light(alike)))
-    moving = _downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
+            both = (name, bias) if bias else (name,)
+            taken.update(both)
+            found.append(Layer(both, _light(alike)))
+    moving = downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
+    for node, names, alike in _computed(graph, moving, taken):
+        if weight := computed(graph, node, names, alike[0].entries, parameters, constants()):
+            taken.update(names)
+            found.append(Layer(names, _light(alike), computed=weight))
     explicit = [name for name in arrivals if name not in taken]
     return found + [ExplicitGradient((name,), _fallback(arrivals[name], moving)) for name in explicit]
 
 
-def _downstream(source: fx.Node) -> set[fx.Node]:
-    """All nodes that depend on a node, and the node itself."""
-    reached = {source}
-    for node in source.graph.nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return reached
+def _computed(
+    graph: SampleGraph, moving: set[fx.Node], taken: set[str]
+) -> Iterator[tuple[fx.Node, tuple[str, ...], tuple[Use, ...]]]:
+    """Weights with a rule that are computed from parameters, and these from nothing else and for nothing else.
+
+    Yields:
+        The weight, its parameters (all of one module), and its uses, with its entries in one arrangement.
+    """
+    used = (node for user in graph.graph.nodes if user in moving for node in user.all_input_nodes)
+    for node in dict.fromkeys(_origin(node) for node in used if node.op == "call_function" and node not in moving):
+        above = upstream(node)
+        names = tuple(name for name, placeholder in graph.placeholders().items() if placeholder in above)
+        closed = all(set(each.users) <= above for each in above - {node} if each.op != "get_attr")
+        if node.op != "call_function" or not closed or not taken.isdisjoint(names) or len({*map(owner, names)}) > 1:
+            continue
+        uses = [rule_for(*place) for place in _arrivals(node)]
+        known = [use for use in uses if use is not None and use.entries.ndim == 3]
+        if known and len(known) == len(uses):
+            alike, *others = _arranged_alike(known)
+            if not others and _different(alike[0].entries.reshape(-1)):
+                yield node, names, alike
 
 
-def _arrivals(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
-    """Operations with a gradient that use a parameter: the operation, the argument, its entries' indices."""
-    value = placeholder.meta["val"]
-    stack: list[tuple[fx.Node, Any]] = [(placeholder, torch.arange(value.numel()).reshape(value.shape))]
+def _origin(node: fx.Node) -> fx.Node:
+    """The value whose entries a node has, rearranged."""
+    while node.target in MOVEMENTS:
+        (before,) = node.all_input_nodes
+        if before.target not in MOVEMENTS and not isinstance(before.meta["val"], Tensor):
+            break  # one of several results
+        node = before
+    return node
+
+
+def _arrivals(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
+    """Operations with a gradient that use a parameter or another value: operation, argument, its entries' indices."""
+    value = source.meta["val"]
+    stack: list[tuple[fx.Node, Any]] = [(source, torch.arange(value.numel()).reshape(value.shape))]
     while stack:
         node, entries = stack.pop()
         for user in node.users:

@@ -121,10 +121,46 @@ class SampleGraph:
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], values.__getitem__), values
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                value = REPLACEMENTS.get(node.target, node.target)(*args, **kwargs)
+                value = _result(node, values)
             values[node] = value if tapped is None else tapped(node, value)
         raise AssertionError("a graph ends with its output")
+
+    def value(self, wanted: fx.Node, parameters: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
+        """The value of a node that depends on some parameters and constants alone, given by their names."""
+        placeholders = self.placeholders()
+        values: dict[fx.Node, Any] = {placeholders[name]: w for name, w in parameters.items()}
+        needed = upstream(wanted)
+        for node in self.graph.nodes:
+            if node in needed and node not in values:
+                values[node] = constants[node.target] if node.op == "get_attr" else _result(node, values)
+        found: Tensor = values[wanted]
+        return found
+
+
+def _result(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What an operation of a graph gives for the values of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    operation: Any = REPLACEMENTS.get(node.target, node.target)
+    return operation(*args, **kwargs)
+
+
+def upstream(node: fx.Node) -> set[fx.Node]:
+    """All nodes that a node depends on, and the node itself."""
+    found, left = {node}, [node]
+    while left:
+        new = set(left.pop().all_input_nodes) - found
+        found |= new
+        left.extend(new)
+    return found
+
+
+def downstream(source: fx.Node) -> set[fx.Node]:
+    """All nodes that depend on a node, and the node itself."""
+    reached = {source}
+    for node in source.graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
 def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> SampleGraph:
@@ -200,6 +236,18 @@ def free_layout(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
+def _merge(graph: fx.Graph) -> None:
+    """Compute once what a layer that is called twice computes without x at each call."""
+    moving = downstream(next(node for node in reversed(graph.nodes) if node.op == "placeholder"))
+    seen: dict[tuple[Any, str], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node not in moving:
+            first = seen.setdefault((node.target, repr((node.args, node.kwargs))), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
 def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tuple[fx.Graph, Prelude]:
     """The operations that depend on the parameters or x, and those that depend on neither.
 
@@ -215,6 +263,7 @@ def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tup
         if node.target in (aten.copy_.default, aten._linalg_check_errors.default):
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
+    _merge(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     names = dict(zip(placeholders[parameters:-1], fixed, strict=True))
     graph, before = fx.Graph(), fx.Graph()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -273,6 +274,8 @@ def _check_inputs(x: Tensor, name: str = "x") -> None:
 
 def unusual(x: Tensor) -> str:
     """What a tensor is that is not ordinary and dense, in a word; empty for one that is."""
+    if isinstance(x, FakeTensor):
+        return "fake"
     if x.is_nested:
         return "nested"
     if x.is_quantized:
