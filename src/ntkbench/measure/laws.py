@@ -93,8 +93,8 @@ def banded(draws: np.ndarray) -> tuple[float, float, float]:
     """The first of some numbers, and the 95 % band of the others; a rerun without a number lies above all of them."""
     tail = (1 - CONFIDENCE) / 2
     others = np.where(np.isnan(draws[1:]), np.inf, draws[1:])
-    low, high = np.quantile(others, [tail, 1 - tail], method="nearest")
-    return float(draws[0]), *(float(end) if math.isfinite(end) else math.nan for end in (low, high))
+    low, high = (float(end) for end in np.quantile(others, [tail, 1 - tail], method="nearest"))
+    return float(draws[0]), low if math.isfinite(low) else math.nan, high if math.isfinite(high) else math.nan
 
 
 def fit(points: pd.DataFrame, seed: int = 0) -> Law:
@@ -131,9 +131,7 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
 
 def fits(points: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[object, ...], Law]:
     """The laws of all methods in a table, by the values of the columns ``keys``."""
-    return {
-        case: fit(rows, zlib.crc32(repr(case).encode())) for case, rows in points.groupby(list(keys), sort=False)
-    }
+    return {case: fit(rows, zlib.crc32(repr(case).encode())) for case, rows in points.groupby(list(keys), sort=False)}
 
 
 def _logarithms(points: pd.DataFrame, name: str, floor: float) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,18 @@ TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
-COLUMNS = [*TASK, *SIZES, "effective_rank", "method", "backend", "title", "kind", "error", "seeds", *laws.Reached._fields]
+COLUMNS = [
+    *TASK,
+    *SIZES,
+    "effective_rank",
+    "method",
+    "backend",
+    "title",
+    "kind",
+    "error",
+    "seeds",
+    *laws.Reached._fields,
+]
 COLUMNS += ["fastest"]
 
 
@@ -33,7 +44,7 @@ def solutions(table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES)
     firsts = points.drop_duplicates(LINE).set_index(LINE, drop=False)
     seeds = points.groupby(LINE)["seeds"].sum()
     fitted = laws.fits(points, LINE)
-    made = []
+    made: list[dict[str, object]] = []
     for name, largest in tolerances.items():
         draws: dict[tuple[object, ...], dict[int, np.ndarray]] = {}
         for case, law in fitted.items():
