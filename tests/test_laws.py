@@ -18,7 +18,7 @@ def measured(rng: np.random.Generator, seeds: int, scale=0.1, power=0.5, budgets
     for passes in budgets:
         errors = np.abs(rng.standard_normal(seeds)) / 0.67449 * scale / passes**power
         times = cost * (5 + passes) * np.exp(0.05 * rng.standard_normal(seeds))
-        row = {"passes": passes, "seeds": seeds, "calls": seeds}
+        row = {"passes": passes, "seeds": seeds, "calls": seeds, "first_seed": passes * seeds}
         for name, values in (("error", errors), ("seconds", times)):
             row |= dict(zip((f"{name}_q25", name, f"{name}_q75"), np.quantile(values, (0.25, 0.5, 0.75)), strict=True))
         rows.append(row)
@@ -37,7 +37,7 @@ def test_a_law_without_noise_is_found_exactly():
     assert np.isnan(law.budgets(1e-4)[0]) and np.isnan(law.reached(1e-4)[3]), "no larger budget was measured"
 
 
-@pytest.mark.parametrize(("power", "scale"), [(0.5, 0.1), (0.5, 0.15), (1.0, 1.0), (1.5, 8.0)])
+@pytest.mark.parametrize(("power", "scale"), [(0.5, 0.1), (1.5, 8.0)])
 def test_bands_hold_the_budget_that_is_right(power, scale):
     """In 95 % of the tables, and of 200 tables in no fewer than 90 %."""
     rng, truth = np.random.default_rng(0), (scale / GOAL) ** (1 / power)
@@ -60,6 +60,18 @@ def test_the_luckiest_budget_is_biased_and_the_laws_is_not():
         fitted.append(np.log(laws.fit(table, seed=i).budgets(GOAL)[0] / truth))
     assert np.exp(np.mean(lucky)) < 0.5
     assert np.exp(np.mean(fitted)) == pytest.approx(1, abs=0.15)
+
+
+def test_bands_hold_the_budget_where_budgets_share_their_seeds():
+    """The same seeds at all budgets: what is low by luck is low at every budget."""
+    rng, held = np.random.default_rng(0), []
+    for i in range(200):
+        table = measured(rng, 20).drop(columns="first_seed")
+        luck = np.median(np.abs(rng.standard_normal(20))) / 0.67449
+        table[["error", "error_q25", "error_q75"]] = np.outer(luck * 0.1 / table["passes"] ** 0.5, [1, 0.47, 1.7])
+        _, low, high, *_ = laws.fit(table, seed=i).reached(GOAL)
+        held.append(low <= 100 and not high < 100)
+    assert np.mean(held) >= 0.9
 
 
 def test_the_fastest_of_equal_methods_is_not_too_fast():

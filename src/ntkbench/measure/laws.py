@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import isotonic_regression
+from scipy.stats import norm
 
 RATE = 0.5
 """Errors fall at least as passes to the power of its negative, as the mean of independent probes does."""
@@ -31,7 +32,8 @@ FLOOR = 1e-9
 HALF_NORMAL = math.log(1.1503 / 0.3186) / 1.3490
 """Standard deviation of the lognormal distribution with the quartiles' ratio of |x|, x normal."""
 COLUMNS = ("passes", "error", "error_q25", "error_q75", "seeds", "seconds", "seconds_q25", "seconds_q75")
-"""Columns of measured budgets that a law is fitted to; ``calls``, if there, are those behind the seconds."""
+"""Columns of measured budgets that a law is fitted to. ``calls``, if there, are those behind the seconds, and
+``first_seed`` says whether budgets had the same seeds."""
 
 
 class Reached(NamedTuple):
@@ -90,10 +92,18 @@ class Law:
 
 
 def banded(draws: np.ndarray) -> tuple[float, float, float]:
-    """The first of some numbers, and the 95 % band of the others; a rerun without a number lies above all of them."""
-    tail = (1 - CONFIDENCE) / 2
+    """The first of some numbers, and the 95 % band that the others give it; a rerun without a number is above all.
+
+    The band's ends are bias-corrected quantiles (Efron 1981): where more than half of the reruns are below the number,
+    it is taken to be as far below what is right.
+    """
+    if math.isnan(draws[0]):
+        return math.nan, math.nan, math.nan
     others = np.where(np.isnan(draws[1:]), np.inf, draws[1:])
-    low, high = (float(end) for end in np.quantile(others, [tail, 1 - tail], method="nearest"))
+    below = float((others < draws[0]).mean() + (others == draws[0]).mean() / 2)
+    bias = norm.ppf(np.clip(below, 0.5 / len(others), 1 - 0.5 / len(others)))
+    tails = norm.cdf(2 * bias + norm.ppf([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    low, high = (float(end) for end in np.quantile(others, tails, method="nearest"))
     return float(draws[0]), low if math.isfinite(low) else math.nan, high if math.isfinite(high) else math.nan
 
 
@@ -102,7 +112,8 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
 
     The bootstrap is parametric: the median of k errors varies as that of k lognormal numbers with their quartiles, or
     with those of |x|, x normal, if these are further apart. Without passes a method is deterministic: its error does
-    not vary. Seconds vary as medians of lognormal numbers with their quartiles.
+    not vary. Seconds vary as medians of lognormal numbers with their quartiles. Where budgets do not have seeds of
+    their own, by ``first_seed``, all their errors may be low together, and vary as one in the bootstrap.
 
     Args:
         points: a row for each measured budget (a single one without passes), with :data:`COLUMNS`.
@@ -122,6 +133,8 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
     of_seconds = functools.partial(_fitted, x, place, power=0.0)
     noise = rng.standard_normal((2, 1 + RERUNS, len(passes))) * math.sqrt(math.pi / 2)
     noise[:, 0] = 0
+    if "first_seed" not in points or points["first_seed"].duplicated().any():
+        noise[0] = noise[0, :, :1]
     return Law(
         np.exp(x),
         np.exp([of_errors(errors + row, seeds) for row in noise[0] * errors_spread / np.sqrt(seeds)]),

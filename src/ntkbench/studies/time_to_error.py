@@ -316,7 +316,10 @@ class Entrant:
         raise Unavailable(f"fresh seeds confirmed none of {ROUNDS} budgets, {passes} passes the last one")
 
     def _around(self, passes: int, least: int) -> list[tuple[int, Reruns]]:
-        """Errors with budgets of which the largest is enough and, unless that is the least, the smallest is not."""
+        """Errors with budgets that are not enough, and with twice the first that is.
+
+        Those of the first one itself are left out: it was chosen for them, and they may be low by luck.
+        """
         points: list[tuple[int, Reruns]] = []
         while True:
             found = self._tried(passes, self._settings.looks)
@@ -326,7 +329,12 @@ class Entrant:
                 self._check_patience(found, passes)
             enough = [tried for tried, each in points if _error(each) <= self._goal.error]
             if enough and (len(enough) < len(points) or min(enough) == least):
-                return sorted(points, key=lambda point: point[0])
+                short = [point for point in points if _error(point[1]) > self._goal.error]
+                slow = float(np.median(found.seconds[1:] or found.seconds)) > self._goal.patience_seconds
+                if not short or slow:
+                    return points
+                beyond = min(self._settings.most_passes, 2 * min(enough))
+                return [*short, (beyond, self._tried(beyond, self._settings.looks))]
             if enough:
                 passes = max(least, passes // 2)
             else:
@@ -343,7 +351,10 @@ class Entrant:
 
     def _law(self, points: Sequence[tuple[int, Reruns]]) -> laws.Law:
         return laws.fit(
-            pd.DataFrame([{"passes": passes, **each.columns(), **each.timed.columns()} for passes, each in points])
+            pd.DataFrame(
+                {"passes": passes, "first_seed": i, **each.columns(), **each.timed.columns()}
+                for i, (passes, each) in enumerate(points)  # each has seeds of its own
+            )
         )
 
     def _is_too_small(self, found: Reruns) -> bool:

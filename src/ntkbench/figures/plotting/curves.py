@@ -17,6 +17,7 @@ from ntkbench.figures.plotting import canvas, labels, styles
 from ntkbench.figures.plotting.sources import MARK
 
 PUBLISHED = (Line2D([], [], **(MARK | {"color": styles.GREY})), "published")
+BAND = (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "95 % band")
 QUARTILES = (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "quartiles")
 
 

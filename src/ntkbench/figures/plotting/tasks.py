@@ -12,6 +12,12 @@ from ntkbench.measure import laws
 
 TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
+RULE = (
+    "The time of a method is where a law fitted to all its measured budgets crosses the tolerance (errors fall at "
+    "least as the root of the passes, seconds grow), and no budget is extrapolated; its 95 % band and the number of "
+    "seeds behind it are in the CSV."
+)
+"""How a method's time comes about, in the words of captions."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
