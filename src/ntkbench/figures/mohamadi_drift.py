@@ -75,12 +75,21 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
         "layer alone."
     )
     once = plotted[plotted["kernel"] == "sum_of_logits"]
-    said = []
+    said, closer = [], []
     for loss, rows in once.groupby("loss", sort=False):
         first, last = rows.iloc[0], rows.iloc[-1]
-        said.append(
-            f"{titles[loss]}: the pNTK's difference from {first['difference']:.2f} to {last['difference']:.2f}, "
-            f"||1^T V|| / ||V|| from {first['sum_direction']:.2g} to {last['sum_direction']:.2g}, distance to the last "
-            f"layer's kernel from {first[TO_LAST]:.2g} to {last[TO_LAST]:.2g}"
-        )
-    return f"{text} {'; '.join(said)}."
+        parts = {"the pNTK's difference": "difference", "||1^T V|| / ||V||": "sum_direction"}
+        parts |= {"distance to the last layer's kernel": TO_LAST}
+        words = [f"{name} from {_quartiles(first, part)} to {_quartiles(last, part)}" for name, part in parts.items()]
+        said.append(f"{titles[loss]}: {', '.join(words)}")
+        if last[f"{TO_LAST}_q75"] < first[f"{TO_LAST}_q25"]:
+            closer.append(titles[loss])
+    return (
+        f"{text} Claim: weight decay takes the pNTK to the last layer's kernel. Measured, first to last step, medians "
+        f"with quartiles: {'; '.join(said)}. Conclusion: it comes closer, quartile below quartile, with "
+        f"{' and with '.join(closer) or 'none of them'}."
+    )
+
+
+def _quartiles(row: pd.Series, name: str) -> str:
+    return labels.interval_label(row[name], row[f"{name}_q25"], row[f"{name}_q75"])

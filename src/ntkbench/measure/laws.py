@@ -121,25 +121,39 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
     """
     points = points.sort_values("passes", kind="stable")
     passes = points["passes"].fillna(1.0).to_numpy(float)
-    errors, errors_spread = _logarithms(points, "error", FLOOR)
+    errors, deviations = median_errors(points)
     seconds, seconds_spread = _logarithms(points, "seconds", 1e-12)
     seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
     calls = points.get("calls", points["seeds"]).fillna(1).clip(lower=1).to_numpy(float)
-    errors_spread = np.where(points["passes"].isna(), 0.0, np.maximum(errors_spread, HALF_NORMAL))
 
     rng = np.random.default_rng(seed)
     x, place = np.unique(np.log(passes), return_inverse=True)
     of_errors = functools.partial(_fitted, x, place, power=-RATE)
     of_seconds = functools.partial(_fitted, x, place, power=0.0)
-    noise = rng.standard_normal((2, 1 + RERUNS, len(passes))) * math.sqrt(math.pi / 2)
+    noise = rng.standard_normal((2, 1 + RERUNS, len(passes)))
     noise[:, 0] = 0
     if "first_seed" not in points or points["first_seed"].duplicated().any():
         noise[0] = noise[0, :, :1]
     return Law(
         np.exp(x),
-        np.exp([of_errors(errors + row, seeds) for row in noise[0] * errors_spread / np.sqrt(seeds)]),
-        np.exp([of_seconds(seconds + row, calls) for row in noise[1] * seconds_spread / np.sqrt(calls)]),
+        np.exp([of_errors(errors + row, seeds) for row in noise[0] * deviations]),
+        np.exp([of_seconds(seconds + row, calls) for row in noise[1] * _of_median(seconds_spread, calls)]),
     )
+
+
+def median_errors(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of median errors, and their standard deviations over seeds: 0 for what takes no passes.
+
+    Args:
+        points: as for :func:`fit`.
+    """
+    middle, spread = _logarithms(points, "error", FLOOR)
+    seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
+    return middle, np.where(points["passes"].isna(), 0.0, _of_median(np.maximum(spread, HALF_NORMAL), seeds))
+
+
+def _of_median(spread: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return spread * np.sqrt(math.pi / 2 / count)
 
 
 def fits(points: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[object, ...], Law]:
