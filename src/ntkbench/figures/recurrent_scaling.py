@@ -92,8 +92,8 @@ def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float
         steeper = sum(slope - half > 1 for slope, half in linear)
         text += (
             f" Claim: linear in each size. Measured over {len(linear)} lines: a slope of "
-            f"{np.median(values):.2f} in the median, {min(values):.2f} to {max(values):.2f}. Conclusion: {steeper} of them "
-            "are steeper than 1 by their 95 % interval."
+            f"{np.median(values):.2f} in the median, {min(values):.2f} to {max(values):.2f}. Conclusion: {steeper} of "
+            "them are steeper than 1 by their 95 % interval."
         )
     exact = [
         f"{slope:.2f} ± {half:.2f} ({kind.upper()})"
