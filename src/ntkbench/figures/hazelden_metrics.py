@@ -80,8 +80,8 @@ def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
         rows = plotted[(plotted["metric"] == metric) & (plotted["baseline"] == "direct")]
         there = sources.values("hazelden_figures", figure="related_terms", series=series)
         rows = rows[rows["method"] == "hutchpp_paper"]
-        if len(rows):
-            mine = points[(points["metric"] == metric) & (points["method"] == "hutchpp_paper")]
+        mine = points[(points["metric"] == metric) & (points["method"] == "hutchpp_paper")]
+        if len(rows) and len(mine):
             errors[metric] = laws.fit(mine, len(errors)).error(mine["passes"].max())
             words = f"{series.replace('_', ' ')} {_interval(errors[metric])} at {rows['percent'].max():.2g} %"
             best.append(f"{words} (published {there['y'].min():.1g} at {there['x'].max():.2g} %)")

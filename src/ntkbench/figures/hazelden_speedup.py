@@ -53,10 +53,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             )
             for method, line in rows.groupby("method", sort=False):
                 curves.line(panel, line, "inaccuracy", "speedup", looks[method])
-                low, high = line["speedup_low"], line["speedup_high"]
-                panel.fill_between(line["inaccuracy"], low, high, color=looks[method].colour, alpha=0.15, linewidth=0)
             curves.published(panel, there, BLACK)
             curves.logarithmic(panel, ACCURACIES, [1.0, *rows["speedup"], *there["y"]])
+            for method, line in rows.dropna(subset="speedup").groupby("method", sort=False):
+                ends = line["speedup_low"].fillna(panel.get_ylim()[0]), line["speedup_high"]
+                panel.fill_between(line["inaccuracy"], *ends, color=looks[method].colour, alpha=0.15, linewidth=0)
             panel.axhline(1, color="black", linewidth=0.8, zorder=1)
             panel.set_xlim(1.4e-2, 0.7e-5)
             panel.set(xlabel="1 \N{MINUS SIGN} accuracy", ylabel="times faster")
@@ -107,10 +108,11 @@ def _caption(plotted: pd.DataFrame) -> str:
         "Time of an exact trace over that of an estimate whose median error is 1 - accuracy. The estimate's time is "
         "where a law fitted to all its measured numbers of samples crosses that error (errors fall at least as the "
         "root of the passes, seconds grow), with a 95 % bootstrap band over seeds and calls: the fastest of the "
-        "numbers of samples that happened to be accurate enough would be too fast. Nothing is extrapolated. The "
-        "baselines: Theta column by column, one product at a time as in the paper's script, or in blocks (where the "
-        "panel says so a share of the columns was timed and the rest extrapolated), and the exact trace by layers, "
-        "which is not in the paper. Crosses are the published values."
+        "numbers of samples that happened to be accurate enough would be too fast. Nothing is extrapolated: a band "
+        "down to the lower edge is not bounded by what was measured. The baselines: Theta column by column, one "
+        "product at a time as in the paper's script, or in blocks (where the panel says so a share of the columns was "
+        "timed and the rest extrapolated), and the exact trace by layers, which is not in the paper. Crosses are the "
+        "published values."
     )
     for network in dict.fromkeys(plotted["network"]):
         rows = plotted[(plotted["network"] == network) & (plotted["inaccuracy"] == ACCURACIES[0])]

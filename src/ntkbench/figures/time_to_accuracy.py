@@ -76,7 +76,8 @@ def _caption(front: pd.DataFrame, single: int) -> str:
     text = (
         "The least time of any method whose median relative error is what is allowed, from 30 % on the left to 1e-6 "
         f"on the right, with the colour and marker of the method; pale dots are all that was measured. {tasks.RULE} "
-        "Bars are 95 % bands. Where the front ends nothing measured is as accurate. Only methods that the "
+        "Bars are 95 % bands; one up to the edge is not bounded by what was measured. Where the front ends nothing "
+        "measured is as accurate. Only methods that the "
         f"configuration gives a problem take part. Share of the front: {most}. At {sure:.0%} of its points the method "
         "is the fastest in at least 95 % of the bootstrap's reruns."
     )

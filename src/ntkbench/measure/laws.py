@@ -82,7 +82,7 @@ class Law:
 
     def error(self, passes: float) -> np.ndarray:
         """Median error at a budget, ``[1 + RERUNS]``; that of the nearest one outside of what was measured."""
-        x, at = np.log(self.passes), math.log(passes)
+        x, at = np.log(self.passes), math.log(max(passes, self.passes[0]))
         return np.exp([np.interp(at, x, errors) for errors in np.log(self.errors)])
 
     def reached(self, error: float) -> Reached:
@@ -120,7 +120,7 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
         seed: of the bootstrap.
     """
     points = points.sort_values("passes", kind="stable")
-    passes = points["passes"].fillna(1.0).to_numpy(float)
+    passes = points["passes"].fillna(1.0).clip(lower=1.0).to_numpy(float)
     errors, deviations = median_errors(points)
     seconds, seconds_spread = _logarithms(points, "seconds", 1e-12)
     seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
