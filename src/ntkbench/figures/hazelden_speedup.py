@@ -116,8 +116,8 @@ def _caption(plotted: pd.DataFrame) -> str:
     )
     for network in dict.fromkeys(plotted["network"]):
         rows = plotted[(plotted["network"] == network) & (plotted["inaccuracy"] == ACCURACIES[0])]
-        rows = rows.dropna(subset="speedup").set_index("baseline")
-        fastest = rows[rows["speedup"] == rows.groupby("baseline")["speedup"].transform("max")]
+        rows = rows.dropna(subset="speedup")
+        fastest = rows.loc[rows.groupby("baseline", sort=False)["speedup"].idxmax()].set_index("baseline")
         there = sources.values("hazelden_figures", figure="speedup", problem=network)["y"].iloc[0]
         said = [f"{BASELINES[b]}: {_interval(fastest.loc[b])}" for b in BASELINES if b in fastest.index]
         if not said:

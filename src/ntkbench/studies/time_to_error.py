@@ -98,8 +98,8 @@ GOALS = [
     _goal("digits_mlp", "alignment", 0.01),
     _goal("digits_conv[N=64]", "trace", 0.01),
     _goal("digits_conv[N=64]", "norm", 0.01),
-    _goal("mlp_he", "alignment", 0.03, patience_seconds=1.0),
-    _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_seconds=1.0),
+    _goal("mlp_he", "alignment", 0.03, patience_seconds=0.5),
+    _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_seconds=0.5),
 ]
 
 
