@@ -94,7 +94,7 @@ def _goal(problem: str, metric: str, error: float, **more: Any) -> Goal:
 
 
 GOALS = [
-    _goal("gru_hazelden", "trace", 0.003),
+    _goal("gru_hazelden", "trace", 0.003, patience_seconds=0.6),
     _goal("digits_mlp", "alignment", 0.01),
     _goal("digits_conv[N=64]", "trace", 0.01),
     _goal("digits_conv[N=64]", "norm", 0.01),
