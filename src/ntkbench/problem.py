@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class Problem:
         theta_f: weights after training, for alignment; ``None`` where there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
+        outputs: what a sample's outputs are: ``logits``, those of a readout with a unit for each; or ``states``, hidden
+            units or outputs of many time steps.
         fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. Those that
             are not among them keep the module's values.
         recipe: how ``theta_f`` was trained; empty where that is not known.
@@ -51,6 +53,7 @@ class Problem:
     theta_f: Weights | None = None
     jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
     samples_interact: bool = False
+    outputs: Literal["logits", "states"] = "logits"
     fixed_0: Weights = field(default_factory=dict)
     fixed_f: Weights = field(default_factory=dict)
     recipe: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -12,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.figures.plotting.styles import Look, looks
+from ntkbench.measure import laws
 
 TABLE = "estimators_on_spectra"
 COLUMNS: tuple[str, ...] = ("spectrum", "n", "P", "outputs_per_parameter", "effective_rank", "metric", "method")
@@ -19,8 +21,8 @@ COLUMNS += ("title", "kind", "passes", "passes_spent", "error", "error_q25", "er
 
 FLOOR = 1e-5
 """Errors below are rounding in float32: methods that get there are equally good."""
-TIE = 1.25
-"""Median errors within this factor of the least are a tie: seeds do not tell them apart."""
+TIE = 1.96
+"""Standard deviations over seeds between two median errors, below which seeds do not tell them apart: a tie."""
 MOST = 3
 """Markers in one place of the map."""
 
@@ -75,12 +77,13 @@ def _winners(points: pd.DataFrame) -> pd.DataFrame:
     points = points.assign(drawn=points["error"].clip(lower=FLOOR))
     # Of what is exact to rounding, that which took the fewest passes comes first.
     points = points.sort_values([*place, "drawn", "passes_spent", "error", "method"])
+    middle, deviation = laws.median_errors(points)
+    points = points.assign(middle=np.where(points["drawn"] > FLOOR, middle, np.log(FLOOR)), deviation=deviation)
     groups = points.groupby(place, sort=False)
-    points["tied"] = (
-        (points["drawn"] <= TIE * groups["drawn"].transform("min"))
-        .groupby([points[column] for column in place])
-        .transform("sum")
-    )
+    first = groups[["middle", "deviation"]].transform("first")
+    far = TIE * np.hypot(points["deviation"], first["deviation"])
+    tie = (points["middle"] - first["middle"] <= far) & ((points["drawn"] <= FLOOR) | (first["middle"] > np.log(FLOOR)))
+    points["tied"] = tie.groupby([points[column] for column in place]).transform("sum")
     points["place"] = groups.cumcount() + 1
     best = (points["place"] <= points["tied"]) & (points["place"] <= MOST)
     return points.loc[best, KEPT].reset_index(drop=True)
@@ -125,7 +128,7 @@ def _reading() -> list[key.Entry]:
     small: dict[str, Any] = {"color": styles.GREY, "linestyle": "", "marker": "o"}
     return [
         (Line2D([], [], **small, markersize=6.5), "the least median error, written below it"),
-        (Line2D([], [], **small, markersize=4.4), f"as good: within a factor {TIE:g} of it"),
+        (Line2D([], [], **small, markersize=4.4), "not told apart from it by its seeds"),
         (Line2D([], [], color=canvas.SHADE, linestyle="", marker="s", markersize=9), "no method takes so few passes"),
     ]
 
@@ -134,10 +137,12 @@ def _caption(plotted: pd.DataFrame) -> str:
     wins = plotted[plotted["place"] == 1]
     counts = wins.groupby("title").size().sort_values(ascending=False, kind="stable")
     said = ", ".join(f"{title} {count}" for title, count in counts.items())
+    alone = int((wins["tied"] == 1).sum())
     return (
         "For Jacobians of prescribed spectra (rows, by the effective rank of Theta, on the right) and budgets "
         "of passes (columns): the method of the least median error |estimate - exact| / |exact| over seeds, and those "
-        f"within a factor {TIE:g} of it, at most {MOST} in all. Errors below {FLOOR:g} are taken for exact, and the "
-        "fewest passes spent then come first. Methods that need per-sample gradients do not take part: these Jacobians "
-        f"have no samples. Of {len(wins)} places the first goes to {said}."
+        f"that a test at 95 % does not tell apart from it, at most {MOST} in all. Errors below {FLOOR:g} are taken for "
+        "exact, and the fewest passes spent then come first. Methods that need per-sample gradients do not take part: "
+        f"these Jacobians have no samples. Of {len(wins)} places, with {labels.range_label(wins['seeds'])} seeds each, "
+        f"the first goes to {said}; in {alone} of them the first is told apart from all others."
     )

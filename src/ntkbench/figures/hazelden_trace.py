@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ntkbench.figures.plotting import base, canvas, curves, labels, sources
+from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sources
 from ntkbench.figures.plotting.sources import HAZELDEN
 
 TABLE = "hazelden_trace"
 QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q in ("", "_q25", "_q75"))
-COLUMNS = ("problem", "network", "method", "title", "grid", "m", "n", "P", "reference", *QUANTITIES)
+COLUMNS = ("problem", "network", "method", "title", "grid", "m", "n", "P", "reference", "seeds", *QUANTITIES)
 FLOOR = 1e-8
 
 
@@ -88,20 +88,30 @@ def _caption(points: pd.DataFrame) -> str:
             both = both[both["y"] > 1e-5]
             errors += list(both["error"] / both["y"])
             times += list(both["seconds"] / both["x"])
-    if errors:
-        one_sided = points[points["method"] != "hutchpp_paper"]
-        slopes = [curves.slope(rows["m"], rows["error"])[0] for _, rows in one_sided.groupby(["network", "method"])]
-        least = points.loc[points["method"] == "hutchpp_paper", "error"].min()
-        middle = float(np.median(errors))
+    if not errors:
+        return text
+    _, low, high = claims.median(errors)
+    words = "ours are smaller", "ours are larger", "they agree"
+    text += (
+        f" Claim: the published errors. Measured at equal m, ours over published: {claims.ratio(errors, 'points')}, of "
+        f"{labels.range_label(points['seeds'])} reruns each. Conclusion: {claims.compared(low, high, words)}."
+    )
+    one_sided = points[points["method"] != "hutchpp_paper"].groupby(["network", "title"], sort=False)
+    slopes = {case: curves.slope(rows["m"], rows["error"]) for case, rows in one_sided}
+    slopes = {case: fit for case, fit in slopes.items() if np.isfinite(fit[1])}
+    if slopes:
+        said = [f"{title}, {network.upper()} {at:.2f} ± {half:.2f}" for (network, title), (at, half) in slopes.items()]
+        held = sum(abs(at + 0.5) <= half for at, half in slopes.values())
         text += (
-            f" At equal m our errors over the published ones are {curves.ratio_words(errors)}: they "
-            f"{'agree' if 0.5 < middle < 2 else 'do not agree'}, with few reruns on either side. One-sided errors fall "
-            f"as m to the power {curves.ratio_words(slopes)}, Monte Carlo's is -1/2; the least error of Hutch++ is "
-            f"{least:.1g}, which is rounding once its sketch holds all that Theta's rank amounts to. Seconds, ours "
-            f"over published: {curves.ratio_words(times)}; they need not agree, as machines differ and we put probes "
-            "into blocks."
+            f" Claim: one-sided errors fall as m to the power -1/2. Measured, 95 % intervals: {'; '.join(said)}. "
+            f"Conclusion: -1/2 is inside {held} of {len(slopes)} intervals."
         )
-    return text
+    least = points.loc[points["method"] == "hutchpp_paper", "error"].min()
+    return text + (
+        f" The least error of Hutch++ is {least:.1g}; it is rounding once its sketch holds all that Theta's rank "
+        f"amounts to. Seconds, ours over published: {claims.ratio(times, 'points')}; machines differ, and we put "
+        "probes into blocks."
+    )
 
 
 def published_errors(network: str, size: str, series: str) -> pd.DataFrame:

@@ -9,6 +9,8 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 HEIGHT = 0.27
 """Inches of a line."""
+SURE = 0.95
+"""Share of bootstrap reruns in which the fastest method must be so, to be named without a question mark."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -46,7 +48,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.add_patch(Rectangle((x + 0.01, y + 0.06), 0.98, 0.88, color=look.colour, alpha=0.14, linewidth=0))
         panel.plot(x + 0.05, y + 0.5, **(look.line(row.backend) | {"linestyle": "", "markersize": 5}))
         lead = f", {row.lead:.2g}\N{MULTIPLICATION SIGN}" if row.lead == row.lead else ""
-        panel.text(x + 0.1, y + 0.52, f"{_seconds(row.seconds)}{lead}", fontsize=8.5, va="center")
+        mark = "" if row.fastest >= SURE else " ?"
+        panel.text(x + 0.1, y + 0.52, f"{_seconds(row.seconds)}{lead}{mark}", fontsize=8.5, va="center")
     for i in range(1, len(lines)):
         if lines[i][0] != lines[i - 1][0]:
             panel.axhline(i, color=canvas.PALE, linewidth=0.9)
@@ -86,9 +89,11 @@ def _seconds(seconds: float) -> str:
 
 def _caption(chosen: pd.DataFrame) -> str:
     return (
-        "For each metric and problem, from small to large n, the fastest measured method whose median relative error "
-        "is within the tolerance, its time, and by what factor the fastest other method there is slower. n is the size "
-        "of Theta, P the number of parameters, O that of outputs a sample, rank the effective rank where the table "
-        f"tells it. An empty field: nothing measured is as accurate. Exact: at most {tasks.TOLERANCES['exact']:g}, "
-        f"exact methods alone. {len(chosen)} tasks."
+        "For each metric and problem, from small to large n, the method that reaches the tolerance of the median "
+        "relative error in the least time, this time, and by what factor the fastest other method there is slower. "
+        f"{tasks.RULE} n is the size of Theta, P the number of parameters, O that of outputs a sample, rank the "
+        "effective rank where the table tells it. An empty field: nothing measured is as accurate. Exact: at most "
+        f"{tasks.TOLERANCES['exact']:g}, exact methods alone. Of {len(chosen)} tasks the fastest is so in at least "
+        f"{100 * SURE:g} % of the bootstrap's reruns for {int((chosen['fastest'] >= SURE).sum())}; the others have a "
+        "question mark, and the next method may be as fast."
     )

@@ -75,12 +75,27 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
         "layer alone."
     )
     once = plotted[plotted["kernel"] == "sum_of_logits"]
-    said = []
+    said, ends = [], {}
     for loss, rows in once.groupby("loss", sort=False):
         first, last = rows.iloc[0], rows.iloc[-1]
-        said.append(
-            f"{titles[loss]}: the pNTK's difference from {first['difference']:.2f} to {last['difference']:.2f}, "
-            f"||1^T V|| / ||V|| from {first['sum_direction']:.2g} to {last['sum_direction']:.2g}, distance to the last "
-            f"layer's kernel from {first[TO_LAST]:.2g} to {last[TO_LAST]:.2g}"
-        )
-    return f"{text} {'; '.join(said)}."
+        parts = {"the pNTK's difference": "difference", "||1^T V|| / ||V||": "sum_direction"}
+        parts |= {"distance to the last layer's kernel": TO_LAST}
+        words = [f"{name} from {_quartiles(first, part)} to {_quartiles(last, part)}" for name, part in parts.items()]
+        said.append(f"{titles[loss]}: {', '.join(words)}")
+        ends[titles[loss]] = last
+    if not said:
+        return text
+    text += (
+        " Claim: weight decay under the cross-entropy takes the pNTK to the last layer's kernel. Measured, first to "
+        f"last step, medians with quartiles: {'; '.join(said)}."
+    )
+    nearest = min(ends, key=lambda title: ends[title][TO_LAST])
+    others = [last[f"{TO_LAST}_q25"] for title, last in ends.items() if title != nearest]
+    apart = (
+        "its quartile below all others'" if ends[nearest][f"{TO_LAST}_q75"] < min(others, default=0) else "if at all"
+    )
+    return f"{text} Conclusion: at the last step it is nearest with {nearest}, {apart}."
+
+
+def _quartiles(row: pd.Series, name: str) -> str:
+    return labels.interval_label(row[name], row[f"{name}_q25"], row[f"{name}_q75"])

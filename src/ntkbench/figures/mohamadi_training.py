@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures.plotting import base, canvas, curves, labels, pntk
+from ntkbench.figures.plotting import base, canvas, claims, curves, labels, pntk
 from ntkbench.figures.plotting.pntk import PNTK, family_label
 
 TABLE = "mohamadi_quality"
@@ -140,16 +140,21 @@ def _caption(points: pd.DataFrame) -> str:
     grown = int((ends["last"] > ends["first"]).sum())
     text = f"{text[:-1]}. It grows for {grown} of {len(ends)} families and widths."
     text += _still_better(ours)
-    learned, kernel = _last(ours)[OWN], _last(points).groupby("kernel")["accuracy"].mean()
-    if learned.notna().any():
+    learned = _last(ours)[OWN].dropna()
+    if len(learned):
         text += (
             f" Networks end with an accuracy of {learned.min():.2f} to {learned.max():.2f}, {learned.mean():.2f} on "
-            "average."
+            f"average over {len(learned)}."
         )
-    if {"full", PNTK} <= set(kernel.dropna().index):
+    accuracy = _last(points).pivot_table(index=["family", "width", "init"], columns="kernel", values="accuracy")
+    if {"full", PNTK} <= set(accuracy):
+        lost = list((accuracy["full"] - accuracy[PNTK]).dropna())
+        middle, low, high = claims.median(lost)
+        words = "the pNTK does better", "the pNTK does worse", "the medians are not told apart"
         text += (
-            f" Kernel regression from there has an accuracy of {kernel['full']:.2f} with Theta and {kernel[PNTK]:.2f} "
-            "with the pNTK."
+            " Claim: kernel regression from there is as accurate with the pNTK as with Theta. Measured, "
+            f"{len(lost)} networks: medians {accuracy[PNTK].median():.2f} and {accuracy['full'].median():.2f}, median "
+            f"difference {middle:.3f} ({low:.3f} to {high:.3f}). Conclusion: {claims.compared(low, high, words, 0.0)}."
         )
     return text
 

@@ -84,9 +84,11 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
         there = sources.values("novak_notebooks", network="FC 3072-2048x3-8").set_index("method")["milliseconds"]
         known = there["nt_jacobian_contraction"] / there["nt_structured_derivatives"]
         text += (
-            f" Structured derivatives are {curves.ratio_words(gain)} times faster than Jacobian contraction "
-            f"(published: {known:.0f} times in neural-tangents' notebook: 3 layers of 2048, N = 16, "
-            "O = 8, a T4)."
+            f" Claim: structured derivatives are {known:.0f} times faster than Jacobian contraction (neural-tangents' "
+            "notebook: 3 layers of 2048, N = 16, O = 8, a T4). Measured, median and range over widths and O: "
+            f"{curves.ratio_words(gain)}. Conclusion: the published ratio is "
+            f"{labels.beside(known, gain.min(), gain.max())} the range, and structured derivatives are faster in "
+            f"{int((gain > 1).sum())} of {int(gain.notna().sum())} cases."
         )
     if theirs is not None and "structured_derivatives" in wide:
         ratio = wide["structured_derivatives"] / theirs

@@ -71,15 +71,20 @@ def highest(profiles: pd.DataFrame) -> np.ndarray:
 
 def _caption(profiles: pd.DataFrame) -> str:
     text = (
-        "A task is a metric of a problem within a tolerance of the median relative error, and a "
-        "method solves it by the least of its measured times that is within; on the left the share on which it is the "
-        "fastest, on the right the share that it solves at all. A task on which a method was not measured counts as "
+        "A task is a metric of a problem within a tolerance of the median relative error; on the left the share of "
+        "tasks on which a method is the fastest, on the right the share that it solves at all. "
+        f"{tasks.RULE} A task on which a method was not measured counts as "
         "not solved, so a line's height says as well how much of the grid the method was given. Exact: at most "
         f"{tasks.TOLERANCES['exact']:g}, exact methods alone."
     )
+    from scipy.stats import binomtest
+
     firsts = profiles[profiles["factor"] == profiles["factor"].min()]
     said = []
     for name, rows in firsts.groupby("tolerance", sort=False):
         top = rows.loc[rows["share"].idxmax()]
-        said.append(f"{name}: {top['title']} ({styles.TITLES.get(top['backend'], top['backend'])}), {top['share']:.0%}")
-    return f"{text} Most often the fastest: {'; '.join(said)}."
+        count = int(top["tasks"])
+        bounds = binomtest(round(top["share"] * count), count).proportion_ci(method="wilson")
+        share = f"{top['share']:.0%} ({bounds.low:.0%} to {bounds.high:.0%}) of {count}"
+        said.append(f"{name}: {top['title']} ({styles.TITLES.get(top['backend'], top['backend'])}), {share}")
+    return f"{text} Most often the fastest, with Wilson's 95 % interval over tasks: {'; '.join(said)}."

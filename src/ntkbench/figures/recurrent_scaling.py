@@ -85,16 +85,19 @@ def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float
         "but against steps 2 to 3 for the exact trace, which goes back from every step and takes products between "
         "steps, and less than 1 for the per-sample trace, whose tangents of each trial are no longer for more steps."
     )
-    known = {key: slope for key, (slope, _) in slopes.items() if math.isfinite(slope)}
-    values = [slope for (_, size, method), slope in known.items() if (method, size) not in NOT_LINEAR]
-    if values:
+    known = {key: pair for key, pair in slopes.items() if math.isfinite(pair[1])}
+    linear = [pair for (_, size, method), pair in known.items() if (method, size) not in NOT_LINEAR]
+    if linear:
+        values = [slope for slope, _ in linear]
+        steeper = sum(slope - half > 1 for slope, half in linear)
         text += (
-            f" Measured: {np.median(values):.2f} in the median of {len(values)} lines that should be linear, from "
-            f"{min(values):.2f} to {max(values):.2f}."
+            f" Claim: linear in each size. Measured over {len(linear)} lines: a slope of "
+            f"{np.median(values):.2f} in the median, {min(values):.2f} to {max(values):.2f}. Conclusion: {steeper} of "
+            "them are steeper than 1 by their 95 % interval."
         )
     exact = [
-        f"{slope:.2f} ({kind.upper()})"
-        for (kind, size, method), slope in known.items()
+        f"{slope:.2f} ± {half:.2f} ({kind.upper()})"
+        for (kind, size, method), (slope, half) in known.items()
         if (method, size) == ("recurrent_exact_trace", "T")
     ]
     if exact:

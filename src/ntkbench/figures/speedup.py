@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 from ntkbench.figures.plotting.speedups import BASELINES, TOLERANCES, speedups
 
 SHAPES = {"1 %": ("o", "#56B4E9"), "0.1 %": ("D", "#0072B2"), "exact": ("s", "#000000")}
@@ -203,9 +203,8 @@ def _reading(plotted: pd.DataFrame) -> key.Key:
 def _caption() -> str:
     return (
         "Speed-up over the naive Jacobian (lower axis) and over direct (upper axis, the same points), both baselines "
-        "in PyTorch on the same problem and metric; right of a baseline's line is faster. The time of a method at a "
-        "tolerance is the least of its measured median times whose median relative error is within the tolerance: "
-        "measured budgets only, nothing is interpolated. Exact: exact methods with a relative error of at most "
+        "in PyTorch on the same problem and metric; right of a baseline's line is faster. Tolerances are of the median "
+        f"relative error. {tasks.RULE} Exact: exact methods with a relative error of at most "
         f"{TOLERANCES['exact']:g}; their one time holds for the looser tolerances too. Tolerances that no measured "
         "budget reached are in the grey gutter on the left; a method without any measurement says how its cells ended "
         "(a dash: skipped)."

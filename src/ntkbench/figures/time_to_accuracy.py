@@ -51,6 +51,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             for (method, backend), part in line.groupby(["method", "backend"], sort=False):
                 drawn = style[method].line(backend) | {"linestyle": ""}
                 panel.plot(part["error_allowed"], part["seconds"], **drawn, zorder=3)
+                ends = part["seconds_low"], part["seconds_high"].fillna(y[1])
+                panel.vlines(part["error_allowed"], *ends, color=style[method].colour, linewidth=0.8, zorder=2.5)
             panel.set(xscale="log", yscale="log", xlim=(0.6, 0.6e-6), ylim=y, xlabel="relative error allowed")
             canvas.decades(panel.xaxis, 1e-6, 0.5)
             canvas.decades(panel.yaxis, *y)
@@ -70,10 +72,13 @@ def fronts(table: pd.DataFrame) -> pd.DataFrame:
 def _caption(front: pd.DataFrame, single: int) -> str:
     counts = front.groupby("title").size().sort_values(ascending=False)
     most = "; ".join(f"{title} {count / len(front):.0%}" for title, count in counts.head(4).items())
+    sure = (front["fastest"] >= 0.95).mean()
     text = (
-        "The least measured time of any method whose median relative error is within what is allowed, from 30 % on the "
-        "left to 1e-6 on the right, with the colour and marker of the method; pale dots are all that was measured. "
-        "Where the front ends nothing measured is as accurate. Only methods that the configuration gives a problem "
-        f"take part. Share of the front: {most}."
+        "The least time of any method whose median relative error is what is allowed, from 30 % on the left to 1e-6 "
+        f"on the right, with the colour and marker of the method; pale dots are all that was measured. {tasks.RULE} "
+        "Bars are 95 % bands; one up to the edge is not bounded by what was measured. Where the front ends nothing "
+        "measured is as accurate. Only methods that the "
+        f"configuration gives a problem take part. Share of the front: {most}. At {sure:.0%} of its points the method "
+        "is the fastest in at least 95 % of the bootstrap's reruns."
     )
     return text + (f" {single} fronts on which one method is the fastest throughout have no panel." if single else "")

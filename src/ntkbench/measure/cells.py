@@ -56,7 +56,8 @@ def cells(config: Config) -> list[Cell]:
 def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
     """Why a cell is left out, known before anything is run; ``None`` if it is to be measured."""
     method, target = methods.get(cell.method), config.target(cell.backend)
-    if reason := method.unsupported_reason(problem, cell.metric, target, cell.passes):
+    reason = method.unsupported_reason(problem, cell.metric, target, cell.passes) or method.unscored_reason(problem)
+    if reason:
         return reason
     try:
         config.limits.check_passes(cell.passes or method.passes_needed(problem, cell.metric, target))

@@ -109,6 +109,7 @@ def load(label: str) -> Problem:
         theta_f=theta_f,
         jax_forward=definition.jax_forward,
         samples_interact=definition.samples_interact,
+        outputs=definition.outputs,
         fixed_0=fixed_0,
         fixed_f=fixed_f,
         recipe=str(definition.training),

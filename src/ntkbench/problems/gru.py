@@ -30,7 +30,7 @@ def gru_hazelden(N: int = SAMPLES, T: int = STEPS) -> Definition:
         x = torch.randn(STEPS, SAMPLES, INPUTS).transpose(0, 1).contiguous()
         module = States(nn.GRU(INPUTS, HIDDEN, batch_first=True))
     recipe = training.Adam(x, x, held_input, lr=3e-3, batch=SAMPLES, epochs=40)
-    return Definition(module, x[:N, :T].numpy().copy(), recipe, jax_forward=jax_forward(module))
+    return Definition(module, x[:N, :T].numpy().copy(), recipe, jax_forward(module), outputs="states")
 
 
 def held_input(states: Tensor, inputs: Tensor) -> Tensor:

@@ -38,4 +38,4 @@ def _deep_relu(N: int, he: bool) -> Definition:
     targets = torch.relu(x.double() @ readout / INPUTS**0.5)
     recipe = training.Adam(x, targets, nn.functional.mse_loss, batch=SAMPLES, epochs=20)
     forward = functools.partial(fully_connected.forward, relu_at_end=True)
-    return Definition(module, x[:N].numpy(), recipe, jax_forward=forward)
+    return Definition(module, x[:N].numpy(), recipe, jax_forward=forward, outputs="states")

@@ -28,7 +28,9 @@ def _define(kind: str, task: str) -> Callable[..., Definition]:
         whole = recurrent.initialised(kind, tasks.channels(task), H)
         part = recurrent.part(whole, read, parameters)
         recipe = training.OnTask(task, training.curriculum(T))
-        return Definition(whole, tasks.trials(task, N, T).inputs, recipe, recurrent.jax_forward(part), part=part)
+        return Definition(
+            whole, tasks.trials(task, N, T).inputs, recipe, recurrent.jax_forward(part), outputs="states", part=part
+        )
 
     define.__name__ = define.__qualname__ = f"{kind}_{task}"
     define.__doc__ = f"{KINDS[kind]} on {first_line(tasks.TASKS[task][0])}"

@@ -52,6 +52,8 @@ def run(settings: Settings) -> pd.DataFrame:
         columns = {"network": network}
         rows += [estimates.baseline(settings, subject, "trace", name, **columns) for name in BASELINES]
         for name in METHODS:
+            first = 0
             for grid, samples in (("large", getattr(settings, network)), ("small", settings.small)):
-                rows += estimates.stochastic(settings, subject, "trace", name, samples, **columns, grid=grid)
+                rows += estimates.stochastic(settings, subject, "trace", name, samples, first, **columns, grid=grid)
+                first += len(samples) * settings.seeds
     return base.table(rows)

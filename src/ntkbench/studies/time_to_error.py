@@ -1,17 +1,20 @@
-"""Seconds to a given error: each method at the smallest budget that reaches it, all in turn.
+"""Seconds to a given error: each method on each backend at the smallest budget that reaches it, all in turn.
 
-The smallest budget is one whose median relative error over seeds, against the exact value (or what :class:`Goal` has
-stand for it), is within the goal. A budget is given up before all seeds are drawn where a sign test says that it is not
-enough. Deterministic methods take part if their own error is within it. A method that does
-not get there with the largest budget, or takes too long on the way, is a row with its reason.
+The smallest budget is where the law of :mod:`ntkbench.measure.laws`, fitted to the errors at all budgets that were
+tried, crosses the goal; errors are against the exact value (or what :class:`Goal` has stand for it). It counts once
+fresh seeds do not contradict it: a two-sided sign test at 95 % finds the median neither above the goal nor below it. So
+no method is credited with a lucky budget, nor charged for one that is larger than it needs. A method's other backends
+take the budget of its first one, if their own errors do not contradict it. Deterministic methods take part if their own
+error is within the goal. A method that does not get there with the largest budget, or takes too long on the way, is a
+row with its reason.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +24,7 @@ from scipy.stats import binom
 from ntkbench import methods, problems
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.estimate import Estimate
-from ntkbench.measure import outcomes, timing
+from ntkbench.measure import laws, outcomes, timing
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.measure.seeds import Reruns
 from ntkbench.methods.base import Incremental, Stochastic
@@ -43,16 +46,22 @@ AS_PUBLISHED = (
     "one_sided_paper_forward",
     "nystrompp",
     "shared_probe_alignment",
+    "sum_of_logits",
+    "nt_jacobian_contraction",
+    "nt_ntk_vector_products",
+    "nt_structured_derivatives",
 )
-"""Estimators in the form of their sources; ratios are to the fastest of them."""
-CLOSE = 1.3
-"""Ratio of a budget that is enough to one that is not, below which the former counts as the smallest."""
+"""Hazelden's estimators and their sources', Mohamadi's pNTK and Novak's programs; ratios are to the fastest of them."""
 TOO_LONG = 5
 """Multiple of a goal's patience after which a method is given up."""
 LOOK = 10
-"""Estimates between two looks at whether a budget can still be enough."""
+"""Estimates between two looks at whether a budget can still be close to the smallest one."""
 HOPELESS = 1e-3
-"""Probability of as many errors over the goal, if the median were within it, below which a budget is not enough."""
+"""Probability of so many errors on one side of the goal, if the median were the goal, below which no more are drawn."""
+CONTRADICTED = 0.025
+"""The same probability, to either side, below which fresh seeds contradict a budget."""
+ROUNDS = 6
+"""Budgets that are confirmed, or not, before a method is given up."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
 """The method whose estimates stand for exact values, its largest budget, and a seed that no other method gets."""
 NARROWER = 3
@@ -85,12 +94,12 @@ def _goal(problem: str, metric: str, error: float, **more: Any) -> Goal:
 
 
 GOALS = [
-    _goal("gru_hazelden", "trace", 0.003),
+    _goal("gru_hazelden", "trace", 0.003, patience_seconds=0.6),
     _goal("digits_mlp", "alignment", 0.01),
     _goal("digits_conv[N=64]", "trace", 0.01),
     _goal("digits_conv[N=64]", "norm", 0.01),
-    _goal("mlp_he", "alignment", 0.03, patience_seconds=1.0),
-    _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_seconds=1.0),
+    _goal("mlp_he", "alignment", 0.03, patience_seconds=0.5),
+    _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_seconds=0.5),
 ]
 
 
@@ -99,21 +108,26 @@ class Settings(base.Settings):
 
     Attributes:
         goals: metrics of problems with their errors.
-        seeds: over which errors are the median.
+        seeds: fresh ones that confirm a budget.
+        looks: estimates at most with any other budget, and on any other backend.
         calls: of each method at its budget, in turn.
         most_passes: the largest budget of a stochastic method.
     """
 
     seeds: int = Field(51, ge=2)
+    looks: int = Field(21, ge=2)
     calls: PositiveInt = 15
     goals: list[Goal] = Field(default=GOALS, min_length=1)
     most_passes: PositiveInt = 4096
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each goal and method that gives its metric in torch.
+    """One row for each goal, method that gives its metric, and backend.
 
-    ``ratio`` is to the seconds of the fastest estimator as published, the ``rival``, in the same round.
+    ``passes`` has the ends of its 95 % band, from ``law_seeds`` estimates; ``error`` is that of ``seeds`` fresh ones.
+    ``ratio`` is to the seconds of the fastest method as published, the ``rival``, in the same round: its quartiles are
+    over calls, and ``ratio_low`` to ``ratio_high`` is a 95 % interval over calls and over both budgets' bands, as if
+    seconds were proportional to passes there.
     """
     return base.table(row for goal in settings.goals for row in _rows(settings, goal))
 
@@ -123,10 +137,13 @@ def _rows(settings: Settings, goal: Goal) -> list[base.Row]:
     goal_columns = {"problem": goal.problem, "metric": goal.metric, "goal": goal.error}
     rows, turns = [], []
     for method in map(methods.get, methods.names()):
-        if "torch" in method.backends and goal.metric in method.metrics:
-            entrant = Entrant(settings, goal, truth, method.name)
-            case = {**goal_columns, "method": method.name, "title": method.title, "kind": method.kind}
-            rows.append(base.row(case | {"published": method.name in AS_PUBLISHED}, entrant.search))
+        known: Known | None = None
+        for backend in method.backends if goal.metric in method.metrics else ():
+            entrant = Entrant(settings, goal, truth, method.name, backend, known)
+            case = {**goal_columns, "method": method.name, "backend": backend, "title": method.title}
+            case |= {"kind": method.kind, "published": method.name in AS_PUBLISHED}
+            rows.append(base.row(case, entrant.search))
+            known = known or entrant.known(rows[-1])
             if rows[-1]["status"] == outcomes.OK:
                 turns.append(base.Turn(rows[-1], *entrant.calls(rows[-1]["passes"])))
     times = base.in_turn(goal_columns, turns, settings.calls)
@@ -135,14 +152,42 @@ def _rows(settings: Settings, goal: Goal) -> list[base.Row]:
 
 
 def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:
-    """Add the columns ``rival`` and ``ratio``, with quartiles, to rows that were timed in turn."""
+    """Add the rival and the columns of the ratio to it to rows that were timed in turn."""
     timed = [(row, own) for row, own in zip(rows, times, strict=True) if own]
     published = [(row, own) for row, own in timed if row["published"]]
     if published:
         rival, rival_times = min(published, key=lambda pair: pair[0]["seconds"])
         for row, own in timed:
             ratios = [a / b for a, b in zip(own, rival_times, strict=True)]
-            row.update({"rival": rival["method"], **timing.quartiles("ratio", ratios)})
+            row.update({"rival": rival["method"], "rival_backend": rival["backend"]})
+            row.update(timing.quartiles("ratio", ratios))
+            row["ratio_low"], row["ratio_high"] = (1.0, 1.0) if row is rival else _interval(row, rival, ratios)
+
+
+def _interval(row: base.Row, rival: base.Row, ratios: Sequence[float]) -> tuple[float | None, float | None]:
+    """The 95 % interval of a median ratio; an end is ``None`` where a budget's band has none."""
+    spread = float(np.std(np.log(ratios))) * math.sqrt(math.pi / 2 / len(ratios))
+    ends = []
+    for own, other, sign in (("passes_low", "passes_high", -1), ("passes_high", "passes_low", 1)):
+        parts = [1.96 * spread]
+        for side, end in ((row, own), (rival, other)):
+            if side["passes"] is not None:
+                parts.append(math.log(side[end] / side["passes"]) if side[end] else math.nan)
+        far = float(np.median(ratios)) * math.exp(sign * math.hypot(*parts))
+        ends.append(far if math.isfinite(far) else None)
+    return ends[0], ends[1]
+
+
+class Known(NamedTuple):
+    """What a method's first backend found.
+
+    Attributes:
+        passes: its budget, or the last one that was tried.
+        band: columns of the budget's band; empty where no budget was found.
+    """
+
+    passes: int
+    band: dict[str, Any]
 
 
 class Truth:
@@ -183,13 +228,31 @@ class Truth:
 
 
 class Entrant:
-    """A method on its way to a goal."""
+    """A method on one backend, on its way to a goal."""
 
-    def __init__(self, settings: Settings, goal: Goal, truth: Truth, name: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        goal: Goal,
+        truth: Truth,
+        name: str,
+        backend: str = "torch",
+        known: Known | None = None,
+    ) -> None:
         """Nothing is prepared yet."""
         self._settings, self._goal, self._truth, self._name = settings, goal, truth, name
-        self._prepared = base.Once(lambda: methods.get(name).prepare(truth.problem(), settings.target()))
-        self._called = False
+        self._target = settings.target(backend)
+        self._known = known
+        self._prepared = base.Once(lambda: methods.get(name).prepare(truth.problem(), self._target))
+        self._called, self._last = False, 0
+        self._seeds = itertools.count()  # no two budgets share one, so that their errors are independent
+
+    def known(self, row: base.Row) -> Known | None:
+        """What the method's other backends begin with, from the row that :meth:`search` made."""
+        if row["status"] == outcomes.OK:
+            band = {key: row.get(key) for key in ("passes_low", "passes_high", "law_seeds")}
+            return Known(row["passes"], band) if row["passes"] else None
+        return Known(self._last, {}) if self._last else None
 
     def search(self) -> dict[str, Any]:
         """Columns of the method at the smallest budget that is enough.
@@ -199,19 +262,19 @@ class Entrant:
             OverMemory: it would take more memory than the limits allow.
         """
         method, problem, goal = methods.get(self._name), self._truth.problem(), self._goal
-        if reason := method.unsupported_reason(problem, goal.metric, self._settings.target()):
+        reason = method.unsupported_reason(problem, goal.metric, self._target) or method.unscored_reason(problem)
+        if reason:
             raise Unavailable(reason)
         if isinstance(method, Stochastic):
-            passes, found = self._smallest_budget(method.least_passes(problem, goal.metric))
-            columns = found.columns()
+            columns = self._smallest_budget(method.least_passes(problem, goal.metric))
         else:
-            self._settings.limits.check_passes(method.passes_needed(problem, goal.metric, self._settings.target()))
-            passes, found = None, self._tried(None)
+            self._settings.limits.check_passes(method.passes_needed(problem, goal.metric, self._target))
+            found = self._tried(None, 1)
             self._check_patience(found, None)
             if _error(found) > goal.error:
                 raise Unavailable(f"error {_error(found):.2g}, over the goal")
-            columns = {**found.columns(), "seeds": 1}
-        return {**self._truth.columns(), "passes": passes, **columns}
+            columns = {"passes": None, **found.columns(), "seeds": 1}
+        return {**self._truth.columns(), **columns}
 
     def calls(self, passes: int | None) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
         """The call that is timed, with another seed each time, and one that warms up, where that is needed."""
@@ -221,61 +284,121 @@ class Entrant:
             lambda: None if self._called else self._estimate(passes, 0),
         )
 
-    def _smallest_budget(self, passes: int) -> tuple[int, Reruns]:
-        goal, most = self._goal, self._settings.most_passes
-        failed = 0
-        while True:  # upwards, until a budget is enough
-            found = self._tried(passes)
-            self._check_patience(found, passes)
-            error = _error(found)
-            if error <= goal.error:
-                break
-            if passes >= most:
-                raise Unavailable(f"error {error:.2g} with {passes} passes, and no more than {most} are tried")
-            # Errors fall at least as the root of the budget; large steps are for where there is a long way to go.
-            step = min(max((error / goal.error) ** 1.5, 2**0.5), 4.0)
-            failed, passes = passes, min(most, math.ceil(passes * step))
-        enough = passes, found
-        while failed and enough[0] > max(CLOSE * failed, failed + 1):  # between one that is not enough and one that is
-            passes = round(math.sqrt(failed * enough[0]))
-            found = self._tried(passes)
-            if _error(found) <= goal.error:
-                enough = passes, found
+    def _smallest_budget(self, least: int) -> dict[str, Any]:
+        """Columns of the smallest budget that is enough, no smaller than ``least``."""
+        if self._known and self._known.band:
+            passes = self._known.passes
+            found = self._tried(passes, self._settings.looks)
+            if not self._is_too_small(found) and (passes == least or not self._is_too_large(found)):
+                self._check_patience(found, passes)
+                return {"passes": passes, **self._known.band, **found.columns()}
+        points = self._around(self._known.passes if self._known else least, least)
+        enough: dict[int, Reruns] = {}
+        for _ in range(ROUNDS):
+            wanted = self._law(points).budgets(self._goal.error)[0]
+            largest = max(passes for passes, _ in points)
+            passes = max(least, math.ceil(wanted)) if math.isfinite(wanted) else self._more(largest, 2**0.5, points)
+            if passes in enough:
+                found = enough[passes]
             else:
-                failed = passes
-        return enough
+                found = self._tried(passes, self._settings.seeds)
+                points.append((passes, found))
+                if self._is_too_small(found):
+                    continue
+                if passes > least and self._is_too_large(found):
+                    enough[passes] = found  # the smallest for all that, if the law says so still: passes are whole
+                    continue
+            self._check_patience(found, passes)
+            _, low, high, *_ = self._law(points).reached(self._goal.error)
+            behind = sum(len(each.errors) for _, each in points)
+            band = {"passes_low": min(low, passes), "passes_high": max(high, passes), "law_seeds": behind}
+            return {"passes": passes, **band, **found.columns()}
+        raise Unavailable(f"fresh seeds confirmed none of {ROUNDS} budgets, {passes} passes the last one")
 
-    def _tried(self, passes: int | None) -> Reruns:
-        """Estimates over seeds with a budget.
+    def _around(self, passes: int, least: int) -> list[tuple[int, Reruns]]:
+        """Errors with budgets that are not enough, and with twice the first that is.
+
+        Those of the first one itself are left out: it was chosen for them, and they may be low by luck.
+        """
+        points: list[tuple[int, Reruns]] = []
+        while True:
+            found = self._tried(passes, self._settings.looks)
+            points.append((passes, found))
+            error = _error(found)
+            if error > self._goal.error:
+                self._check_patience(found, passes)
+            enough = [tried for tried, each in points if _error(each) <= self._goal.error]
+            if enough and (len(enough) < len(points) or min(enough) == least):
+                short = [point for point in points if _error(point[1]) > self._goal.error]
+                slow = float(np.median(found.seconds[1:] or found.seconds)) > self._goal.patience_seconds
+                if not short or slow:
+                    return points
+                beyond = min(self._settings.most_passes, 2 * min(enough))
+                return [*short, (beyond, self._tried(beyond, self._settings.looks))]
+            if enough:
+                passes = max(least, passes // 2)
+            else:
+                # Errors fall at least as the root of the budget; large steps are for where there is a long way to go.
+                passes = self._more(passes, min(max((error / self._goal.error) ** 1.5, 2**0.5), 4.0), points)
+
+    def _more(self, passes: int, step: float, points: Sequence[tuple[int, Reruns]]) -> int:
+        """A larger budget."""
+        most = self._settings.most_passes
+        if passes >= most:
+            error = _error(points[-1][1])
+            raise Unavailable(f"error {error:.2g} with {passes} passes, and no more than {most} are tried")
+        return min(most, math.ceil(passes * step))
+
+    def _law(self, points: Sequence[tuple[int, Reruns]]) -> laws.Law:
+        return laws.fit(
+            pd.DataFrame(
+                {"passes": passes, "first_seed": i, **each.columns(), **each.timed.columns()}
+                for i, (passes, each) in enumerate(points)  # each has seeds of its own
+            )
+        )
+
+    def _is_too_small(self, found: Reruns) -> bool:
+        return float(binom.sf(self._over(found) - 1, len(found.errors), 0.5)) < CONTRADICTED
+
+    def _is_too_large(self, found: Reruns) -> bool:
+        return float(binom.cdf(self._over(found), len(found.errors), 0.5)) < CONTRADICTED
+
+    def _over(self, found: Reruns) -> int:
+        return sum(error > self._goal.error for error in found.errors)
+
+    def _tried(self, passes: int | None, seeds: int) -> Reruns:
+        """Estimates over fresh seeds with a budget.
 
         Raises:
             Unavailable: the first calls take too long.
         """
         method, goal, settings = methods.get(self._name), self._goal, self._settings
-        problem, target = self._truth.problem(), settings.target()
-        settings.limits.check_memory(method.bytes_needed(problem, goal.metric, target, passes))
+        problem = self._truth.problem()
+        settings.limits.check_memory(method.bytes_needed(problem, goal.metric, self._target, passes))
         found = Reruns(self._truth.value, settings.dtype)
         self._prepared()
+        self._last = passes or 0
         # The very first call may trace and compile, so the second one has the last word.
         longest = TOO_LONG * goal.patience_seconds
-        for seed in range(2):
-            found.run(lambda seed: self._estimate(passes, seed), [seed])
+        for _ in range(2):
+            self._add(found, passes, 1)
             if found.seconds[-1] <= longest:
                 break
         else:
             spent = f"over {TOO_LONG} times the goal's patience ({goal.patience_seconds:g} s)"
             raise Unavailable(f"{_said(passes)} take {found.seconds[-1]:.2g} s, {spent}")
-        seeds = settings.seeds if isinstance(method, Stochastic) else 1
-        while len(found.seconds) < seeds and not self._is_hopeless(found):
-            batch = range(len(found.seconds), min(seeds, len(found.seconds) + LOOK))
-            found.run(lambda seed: self._estimate(passes, seed), batch)
+        while len(found.seconds) < seeds and (seeds == settings.seeds or not self._is_clear(found)):
+            self._add(found, passes, min(LOOK, seeds - len(found.seconds)))
         return found
 
-    def _is_hopeless(self, found: Reruns) -> bool:
-        """Whether the estimates so far say enough: that the median is over the goal, or that all take too long."""
-        over = sum(error > self._goal.error for error in found.errors)
-        too_long = len(found.seconds) >= LOOK and min(found.seconds[1:]) > self._goal.patience_seconds
-        return too_long or float(binom.sf(over - 1, len(found.errors), 0.5)) < HOPELESS
+    def _add(self, found: Reruns, passes: int | None, count: int) -> None:
+        found.run(lambda seed: self._estimate(passes, seed), [next(self._seeds) for _ in range(count)])
+
+    def _is_clear(self, found: Reruns) -> bool:
+        """Whether the estimates so far say enough: that the goal is far from the median, or that all take too long."""
+        over, count = self._over(found), len(found.errors)
+        too_long = count >= LOOK and min(found.seconds[1:]) > self._goal.patience_seconds
+        return too_long or float(binom.cdf(min(over, count - over), count, 0.5)) < HOPELESS
 
     def _check_patience(self, found: Reruns, passes: int | None) -> None:
         goal = self._goal

@@ -12,5 +12,6 @@ errors     error against cost, for the two figures of it
 tasks      the fastest time for each task and tolerance
 speedups   speed-ups at equal accuracy
 pntk       quantities and panels of the figures of the pNTK
+claims     what sources claim, beside what was measured, in the words of captions
 sources    values that the papers published
 """

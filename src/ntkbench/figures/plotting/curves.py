@@ -17,6 +17,7 @@ from ntkbench.figures.plotting import canvas, labels, styles
 from ntkbench.figures.plotting.sources import MARK
 
 PUBLISHED = (Line2D([], [], **(MARK | {"color": styles.GREY})), "published")
+BAND = (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "95 % band")
 QUARTILES = (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "quartiles")
 
 
@@ -93,9 +94,9 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio_words(ratios: Sequence[float]) -> str:
-    """A median ratio and its range: ``1.1 (0.9 to 1.3)``."""
+    """A median ratio, its range and count: ``1.1 (0.9 to 1.3, 6 cases)``."""
     finite = np.asarray([r for r in ratios if math.isfinite(r)])
     if not len(finite):
         return "nothing to compare"
     middle, low, high = map(labels.rounded, (np.median(finite), finite.min(), finite.max()))
-    return f"{middle} ({low} to {high})"
+    return f"{middle} ({low} to {high}, {len(finite)} case{'s' * (len(finite) > 1)})"

@@ -78,6 +78,17 @@ def rounded(value: float, digits: int = 2) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
+def interval_label(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A number with its interval: ``280 (190 to 420)``; what was measured does not bound an end that is ``?``."""
+    ends = [rounded(end, digits) if math.isfinite(end) else "?" for end in (low, high)]
+    return f"{rounded(value, digits)} ({ends[0]} to {ends[1]})"
+
+
+def beside(known: float, low: float, high: float) -> str:
+    """Where a number lies by an interval: ``below``, ``inside`` or ``above``; an unknown end bounds nothing."""
+    return "below" if known < low else "above" if known > high else "inside"
+
+
 def share_label(share: float) -> str:
     """A share in percent: 0.13 %."""
     return f"{rounded(100 * share)} %"

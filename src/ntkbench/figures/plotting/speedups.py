@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pandas as pd
 
 from ntkbench.figures.plotting import base, labels
+from ntkbench.measure import laws
 
 BASELINES = {"naive_jacobian": "naive Jacobian", "direct": "direct"}
 """Names and titles; both of them in PyTorch, on the same problem, metric and setting."""
@@ -13,16 +16,17 @@ TOLERANCES = {"1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
 
 COLUMNS = ["problem", "setting", "metric", "n", "P", "method", "title", "kind", "backend", "tolerance", "outcome"]
-COLUMNS += ["passes", "error", "seconds", *(f"{name}_seconds" for name in BASELINES)]
+COLUMNS += ["seeds", "error", *laws.Reached._fields, *(f"{name}_seconds" for name in BASELINES)]
 COLUMNS += [f"speedup_over_{name}" for name in BASELINES]
+NOT_REACHED = laws.Reached(*[np.nan] * 6)
 
 
 def speedups(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each problem, setting, metric, method, backend and tolerance.
 
-    A method's time is the least of its measured medians whose median error is within the tolerance; nothing is
-    interpolated between budgets. ``outcome`` is ``reached``, ``not reached``, or how the cells ended if none was
-    measured.
+    A method's time is where the law of its errors crosses the tolerance, with a 95 % band; see
+    :mod:`ntkbench.measure.laws`. ``seeds`` are the estimates behind the law. ``outcome`` is ``reached``, ``not
+    reached``, or how the cells ended if none was measured.
     """
     runs = table.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
     order = ["family", "n", "problem", "setting", "metric", "method", "backend", "passes"]
@@ -33,14 +37,15 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
         for (method, backend), rows in cells.groupby(["method", "backend"]):
             first = rows.iloc[0]
             points = base.measured(rows[rows["seconds"] > 0], "seconds", "error")
-            points = points.sort_values("seconds", kind="stable").to_dict("records")
+            law = laws.fit(points, zlib.crc32(f"{case} {method} {backend}".encode())) if len(points) else None
             for tolerance in TOLERANCES if first["kind"] == "exact" else list(TOLERANCES)[:2]:
-                best = next((p for p in points if p["error"] <= TOLERANCES[tolerance]), None)
+                reached = law.reached(TOLERANCES[tolerance]) if law else NOT_REACHED
+                there = reached.seconds == reached.seconds
                 row = dict(zip(("problem", "setting", "metric"), case, strict=True))
-                row |= first[["n", "P", "title", "kind"]].to_dict()
-                row |= {"method": method, "backend": backend, "tolerance": tolerance}
-                row["outcome"] = _outcome(rows) if best is None else "reached"
-                row |= {c: np.nan if best is None else best[c] for c in ("passes", "error", "seconds")}
+                row |= first[["n", "P", "title", "kind"]].to_dict() | reached._asdict()
+                row |= {"method": method, "backend": backend, "tolerance": tolerance, "seeds": points["seeds"].sum()}
+                row["outcome"] = "reached" if there else _outcome(rows)
+                row["error"] = law.error(reached.passes)[0] if law and there else np.nan
                 for name, seconds in baselines.items():
                     row[f"{name}_seconds"] = seconds
                     row[f"speedup_over_{name}"] = seconds / row["seconds"]

@@ -75,6 +75,12 @@ class Method(ABC):
             return "the problem is no recurrent network (its module declares no recurrence)"
         return None
 
+    def unscored_reason(self, problem: Problem) -> str | None:
+        """Why errors on a problem say nothing of the method; ``None`` if they do."""
+        if self.kind == "approximate" and problem.outputs != "logits":
+            return "stands for Theta where outputs are logits, and these are states"
+        return None
+
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
         """Passes that a deterministic method takes; ``None`` if its cost is not a number of passes."""
         return None

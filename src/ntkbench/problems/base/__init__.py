@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Definition:
             :class:`ntkbench.problems.base.training.Adam`.
         jax_forward: see :class:`Problem`.
         samples_interact: see :class:`Problem`.
+        outputs: see :class:`Problem`.
         part: the network whose NTK it is, where that is not all of what is trained: its parameters are some of those of
             ``module``, and it is not differentiated by those that do not require a gradient.
     """
@@ -38,6 +39,7 @@ class Definition:
     training: Training
     jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
     samples_interact: bool = False
+    outputs: Literal["logits", "states"] = "logits"
     part: nn.Module | None = None
 
     def __post_init__(self) -> None:

@@ -80,9 +80,15 @@ def _first_available(labels: Sequence[str]) -> Problem:
 
 
 def stochastic(
-    settings: Settings, subject: Subject, metric: str, name: str, samples: Sequence[int], **columns: Any
+    settings: Settings,
+    subject: Subject,
+    metric: str,
+    name: str,
+    samples: Sequence[int],
+    first_seed: int = 0,
+    **columns: Any,
 ) -> Iterator[base.Row]:
-    """A row for each number of samples: errors and seconds over seeds.
+    """A row for each number of samples: errors and seconds over seeds, which no two numbers of samples share.
 
     Args:
         settings: of the study.
@@ -90,21 +96,23 @@ def stochastic(
         metric: of it.
         name: of the stochastic method.
         samples: nominal numbers of samples.
+        first_seed: that of the first row.
         columns: further columns that say what the rows are of.
     """
     prepared = base.Once(lambda: methods.get(name).prepare(subject.problem(), settings.target()))
 
-    def measure(m: int) -> dict[str, Any]:
+    def measure(m: int, first: int) -> dict[str, Any]:
         method = methods.stochastic(name)
         passes = method.cost(metric, m)
         found = Reruns(subject.exact()[metric], settings.dtype, POWERS.get(metric, 1)).run(
-            lambda seed: method.estimate(prepared(), metric, passes, seed), range(settings.seeds)
+            lambda seed: method.estimate(prepared(), metric, passes, seed), range(first, first + settings.seeds)
         )
-        return {**subject.columns(), "passes": passes, **found.columns(), **found.timed.columns()}
+        cost = {"passes": passes, "first_seed": first}
+        return {**subject.columns(), **cost, **found.columns(), **found.timed.columns()}
 
-    for m in samples:
+    for i, m in enumerate(samples):
         case = {**_case(subject, metric, name, base.title(name), columns), "m": m}
-        yield base.row(case, functools.partial(measure, m))
+        yield base.row(case, functools.partial(measure, m, first_seed + i * settings.seeds))
 
 
 def baseline(settings: Settings, subject: Subject, metric: str, name: str, **columns: Any) -> base.Row:

@@ -1,0 +1,177 @@
+"""Passes and seconds at which a method reaches an error: a law fitted to all measured budgets, with a bootstrap band.
+
+The budget with the least time among those whose median error happens to be small enough is the luckiest one, and its
+time is too short. So medians over seeds are never compared with an error one by one. The law takes all budgets of a
+method: its median error falls with the passes, at least as their root, and its seconds grow with them. Both curves are
+isotonic regressions of logarithms (Barlow et al. 1972), straight lines between budgets, and are not continued beyond
+the largest budget.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import isotonic_regression
+from scipy.stats import norm
+
+RATE = 0.5
+"""Errors fall at least as passes to the power of its negative, as the mean of independent probes does."""
+RERUNS = 200
+"""Of the bootstrap."""
+CONFIDENCE = 0.95
+"""Of bands."""
+FLOOR = 1e-9
+"""Errors below count as this; float32 does not tell them apart."""
+HALF_NORMAL = math.log(1.1503 / 0.3186) / 1.3490
+"""Standard deviation of the lognormal distribution with the quartiles' ratio of |x|, x normal."""
+COLUMNS = ("passes", "error", "error_q25", "error_q75", "seeds", "seconds", "seconds_q25", "seconds_q75")
+"""Columns of measured budgets that a law is fitted to. ``calls``, if there, are those behind the seconds, and
+``first_seed`` says whether budgets had the same seeds."""
+
+
+class Reached(NamedTuple):
+    """Passes and seconds to an error, each with the ends of its 95 % band; ``nan`` where the budgets do not tell."""
+
+    passes: float
+    passes_low: float
+    passes_high: float
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+
+
+@dataclass(frozen=True)
+class Law:
+    """Median errors and seconds of one method against passes, and what reruns of the measurement might have given.
+
+    Attributes:
+        passes: measured budgets ``[K]``, growing.
+        errors: fitted median errors ``[1 + RERUNS, K]``; those of the measurement first.
+        times: fitted seconds, likewise.
+    """
+
+    passes: np.ndarray
+    errors: np.ndarray
+    times: np.ndarray
+
+    def budgets(self, error: float) -> np.ndarray:
+        """Passes at which the median error is ``error``, ``[1 + RERUNS]``; ``nan`` where no budget reaches it.
+
+        The smallest budget stands for all errors that it reaches.
+        """
+        within = self.errors <= error
+        after = within.argmax(1)
+        before, rows = np.maximum(after - 1, 0), np.arange(len(within))
+        high, low = np.log(self.errors[rows, before]), np.log(self.errors[rows, after])
+        share = np.where(after > 0, (high - math.log(error)) / np.where(after > 0, high - low, 1), 0)
+        x = np.log(self.passes)
+        return np.where(within[:, -1], np.exp(x[before] + share * (x[after] - x[before])), np.nan)
+
+    def seconds(self, budgets: np.ndarray) -> np.ndarray:
+        """Seconds at a budget of each rerun, ``[1 + RERUNS]``; ``nan`` where the budget is."""
+        x = np.log(self.passes)
+        pairs = zip(np.log(budgets), np.log(self.times), strict=True)
+        return np.exp([np.interp(at, x, times) if at == at else np.nan for at, times in pairs])
+
+    def error(self, passes: float) -> np.ndarray:
+        """Median error at a budget, ``[1 + RERUNS]``; that of the nearest one outside of what was measured."""
+        x, at = np.log(self.passes), math.log(max(passes, self.passes[0]))
+        return np.exp([np.interp(at, x, errors) for errors in np.log(self.errors)])
+
+    def reached(self, error: float) -> Reached:
+        """Passes and seconds to an error, with their bands."""
+        budgets = self.budgets(error)
+        return Reached(*banded(budgets), *banded(self.seconds(budgets)))
+
+
+def banded(draws: np.ndarray) -> tuple[float, float, float]:
+    """The first of some numbers, and the 95 % band that the others give it; a rerun without a number is above all.
+
+    The band's ends are bias-corrected quantiles (Efron 1981): where more than half of the reruns are below the number,
+    it is taken to be as far below what is right.
+    """
+    if math.isnan(draws[0]):
+        return math.nan, math.nan, math.nan
+    others = np.where(np.isnan(draws[1:]), np.inf, draws[1:])
+    below = float((others < draws[0]).mean() + (others == draws[0]).mean() / 2)
+    bias = norm.ppf(np.clip(below, 0.5 / len(others), 1 - 0.5 / len(others)))
+    tails = norm.cdf(2 * bias + norm.ppf([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    low, high = (float(end) for end in np.quantile(others, tails, method="nearest"))
+    return float(draws[0]), low if math.isfinite(low) else math.nan, high if math.isfinite(high) else math.nan
+
+
+def fit(points: pd.DataFrame, seed: int = 0) -> Law:
+    """The law of one method on one problem.
+
+    The bootstrap is parametric: the median of k errors varies as that of k lognormal numbers with their quartiles, or
+    with those of |x|, x normal, if these are further apart. Without passes a method is deterministic: its error does
+    not vary. Seconds vary as medians of lognormal numbers with their quartiles. Where budgets do not have seeds of
+    their own, by ``first_seed``, all their errors may be low together, and vary as one in the bootstrap.
+
+    Args:
+        points: a row for each measured budget (a single one without passes), with :data:`COLUMNS`.
+        seed: of the bootstrap.
+    """
+    points = points.sort_values("passes", kind="stable")
+    passes = points["passes"].fillna(1.0).clip(lower=1.0).to_numpy(float)
+    errors, deviations = median_errors(points)
+    seconds, seconds_spread = _logarithms(points, "seconds", 1e-12)
+    seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
+    calls = points.get("calls", points["seeds"]).fillna(1).clip(lower=1).to_numpy(float)
+
+    rng = np.random.default_rng(seed)
+    x, place = np.unique(np.log(passes), return_inverse=True)
+    of_errors = functools.partial(_fitted, x, place, power=-RATE)
+    of_seconds = functools.partial(_fitted, x, place, power=0.0)
+    noise = rng.standard_normal((2, 1 + RERUNS, len(passes)))
+    noise[:, 0] = 0
+    if "first_seed" not in points or points["first_seed"].duplicated().any():
+        noise[0] = noise[0, :, :1]
+    return Law(
+        np.exp(x),
+        np.exp([of_errors(errors + row, seeds) for row in noise[0] * deviations]),
+        np.exp([of_seconds(seconds + row, calls) for row in noise[1] * _of_median(seconds_spread, calls)]),
+    )
+
+
+def median_errors(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of median errors, and their standard deviations over seeds: 0 for what takes no passes.
+
+    Args:
+        points: as for :func:`fit`.
+    """
+    middle, spread = _logarithms(points, "error", FLOOR)
+    seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
+    return middle, np.where(points["passes"].isna(), 0.0, _of_median(np.maximum(spread, HALF_NORMAL), seeds))
+
+
+def _of_median(spread: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return spread * np.sqrt(math.pi / 2 / count)
+
+
+def fits(points: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[object, ...], Law]:
+    """The laws of all methods in a table, by the values of the columns ``keys``."""
+    return {case: fit(rows, zlib.crc32(repr(case).encode())) for case, rows in points.groupby(list(keys), sort=False)}
+
+
+def _logarithms(points: pd.DataFrame, name: str, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of a column, and the standard deviations of lognormal numbers with its quartiles."""
+    middle, low, high = (
+        np.log(points[column].fillna(points[name]).clip(lower=floor).to_numpy(float))
+        for column in (name, f"{name}_q25", f"{name}_q75")
+    )
+    return middle, (high - low) / 1.3490
+
+
+def _fitted(x: np.ndarray, place: np.ndarray, y: np.ndarray, weights: np.ndarray, *, power: float) -> np.ndarray:
+    """The curve ``y(x)`` of the least weighted squares that falls at least as ``x`` to ``power`` < 0, or grows (0)."""
+    total = np.bincount(place, weights)
+    mean = np.bincount(place, weights * y) / total - power * x
+    return isotonic_regression(mean, weights=total, increasing=power == 0).x + power * x

@@ -1,0 +1,107 @@
+"""Budgets at an error: fitted laws against laws that are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ntkbench.measure import laws
+
+BUDGETS = (8, 16, 32, 64, 128, 256, 512)
+GOAL = 0.01
+
+
+def measured(rng: np.random.Generator, seeds: int, scale=0.1, power=0.5, budgets=BUDGETS, cost=1e-3) -> pd.DataFrame:
+    """A table of a method whose median error is ``scale / passes^power``, and whose seconds are linear in passes."""
+    rows = []
+    for passes in budgets:
+        errors = np.abs(rng.standard_normal(seeds)) / 0.67449 * scale / passes**power
+        times = cost * (5 + passes) * np.exp(0.05 * rng.standard_normal(seeds))
+        row = {"passes": passes, "seeds": seeds, "calls": seeds, "first_seed": passes * seeds}
+        for name, values in (("error", errors), ("seconds", times)):
+            row |= dict(zip((f"{name}_q25", name, f"{name}_q75"), np.quantile(values, (0.25, 0.5, 0.75)), strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_a_law_without_noise_is_found_exactly():
+    rng = np.random.default_rng(0)
+    table = measured(rng, 5)
+    table = table.assign(error=0.3 / table["passes"], seconds=1e-3 * table["passes"])
+    law = laws.fit(table)
+    assert law.budgets(0.01)[0] == pytest.approx(30)
+    assert law.seconds(law.budgets(0.01))[0] == pytest.approx(0.03)
+    assert law.error(30)[0] == pytest.approx(0.01)
+    assert law.budgets(1.0)[0] == pytest.approx(8), "no smaller budget was measured"
+    assert np.isnan(law.budgets(1e-4)[0]) and np.isnan(law.reached(1e-4)[3]), "no larger budget was measured"
+
+
+@pytest.mark.parametrize(("power", "scale"), [(0.5, 0.1), (1.5, 8.0)])
+def test_bands_hold_the_budget_that_is_right(power, scale):
+    """In 95 % of the tables, and of 200 tables in no fewer than 90 %."""
+    rng, truth = np.random.default_rng(0), (scale / GOAL) ** (1 / power)
+    found = [laws.fit(measured(rng, 20, scale, power), seed=i).reached(GOAL) for i in range(200)]
+    for low, right, high in ((1, truth, 2), (4, 1e-3 * (5 + truth), 5)):
+        held = [each[low] <= right and not right > each[high] for each in found]
+        assert np.mean(held) >= 0.9
+    middle = np.exp(np.nanmean([np.log(each.passes) for each in found]))
+    assert middle == pytest.approx(truth, rel=0.12)
+
+
+def test_the_luckiest_budget_is_biased_and_the_laws_is_not():
+    """Of many noisy budgets, as in figure 1 of Hazelden's paper, the first that is within the goal is too small."""
+    rng, truth = np.random.default_rng(1), 100.0
+    budgets = np.unique(np.geomspace(6, 1200, 40).round())
+    lucky, fitted = [], []
+    for i in range(200):
+        table = measured(rng, 5, budgets=budgets)
+        lucky.append(np.log(table.loc[table["error"] <= GOAL, "passes"].min() / truth))
+        fitted.append(np.log(laws.fit(table, seed=i).budgets(GOAL)[0] / truth))
+    assert np.exp(np.mean(lucky)) < 0.5
+    assert np.exp(np.mean(fitted)) == pytest.approx(1, abs=0.15)
+
+
+def test_bands_hold_the_budget_where_budgets_share_their_seeds():
+    """The same seeds at all budgets: what is low by luck is low at every budget."""
+    rng, held = np.random.default_rng(0), []
+    for i in range(200):
+        table = measured(rng, 20).drop(columns="first_seed")
+        luck = np.median(np.abs(rng.standard_normal(20))) / 0.67449
+        table[["error", "error_q25", "error_q75"]] = np.outer(luck * 0.1 / table["passes"] ** 0.5, [1, 0.47, 1.7])
+        _, low, high, *_ = laws.fit(table, seed=i).reached(GOAL)
+        held.append(low <= 100 and not high < 100)
+    assert np.mean(held) >= 0.9
+
+
+def test_the_fastest_of_equal_methods_is_not_too_fast():
+    """The least of ten methods' times, which are equal, is within the noise of one."""
+    rng = np.random.default_rng(2)
+    least = [
+        min(laws.fit(measured(rng, 50), seed=i).reached(GOAL).seconds for i in range(10)) / 0.105 for _ in range(20)
+    ]
+    assert np.exp(np.mean(np.log(least))) > 0.6
+
+
+def test_errors_fall_at_least_as_the_root_and_seconds_grow():
+    rng = np.random.default_rng(3)
+    law = laws.fit(measured(rng, 3))
+    assert (np.diff(np.log(law.errors)) <= -0.5 * np.diff(np.log(law.passes)) + 1e-9).all()
+    assert (np.diff(np.log(law.times)) >= -1e-9).all()
+
+
+def test_budgets_with_more_seeds_weigh_more():
+    table = measured(np.random.default_rng(0), 5, budgets=(100, 101)).assign(error=[0.005, 0.02], seeds=[1, 1000])
+    assert laws.fit(table).error(100)[0] > 0.019
+
+
+def test_a_deterministic_method_has_one_error_and_its_seconds_vary():
+    row = measured(np.random.default_rng(0), 9, budgets=(1,)).assign(passes=np.nan, seeds=1, error=0.004)
+    found = laws.fit(row).reached(0.01)
+    assert found.seconds_low < found.seconds < found.seconds_high and found.seconds == pytest.approx(row["seconds"][0])
+    assert np.isnan(laws.fit(row).reached(0.003)).all()
+
+
+def test_a_budget_measured_twice_counts_with_both():
+    table = measured(np.random.default_rng(0), 5, budgets=(100, 100)).assign(error=[0.02, 0.005])
+    assert laws.fit(table).error(100)[0] == pytest.approx(0.01)
