@@ -561,7 +561,7 @@ def test_auto_does_without_a_graph_where_there_is_none():
 
 def test_fallbacks_are_in_the_record(caplog):
     torch.manual_seed(0)
-    model = Call(nn.Linear(8, 2, bias=False), lambda f, x: torch.cat([x, x.sin()], 1) @ (f.weight**3).T)
+    model = Call(nn.Linear(8, 6, bias=False), lambda f, x: torch.cat([x, x.sin()], 1) @ (f.weight**3).T)
     (note,) = ntkbench.norm(model, X).notes
     assert note == "layer.weight written out: no rule for its use in aten.pow.Tensor_Scalar"
     kernel = ntkbench.Kernel(model, X)
