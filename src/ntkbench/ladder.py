@@ -23,16 +23,16 @@ EXACT = {
     "torch": (
         "recurrent_exact_trace",
         "structured_derivatives",
-        "parameter_gram",
         "jacobian_contraction",
+        "parameter_gram",
         "batched_jacobian",
         "naive_jacobian",
     ),
     "jax": (
         "recurrent_exact_trace",
         "nt_structured_derivatives",
-        "parameter_gram",
         "nt_jacobian_contraction",
+        "parameter_gram",
         "batched_jacobian",
     ),
 }
