@@ -13,15 +13,17 @@ AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextlib.contextmanager
-def own_settings(dtype: str | None = None, device: str | None = None) -> Iterator[None]:
+def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: bool = False) -> Iterator[None]:
     """Switch off what changes derivatives or precision, and restore the caller's settings at the end.
 
-    Gradients are recorded whatever ``torch.no_grad`` or ``torch.inference_mode`` says outside. Autocast, TF32 and
-    other float32 products of lower precision are off, and so are hooks on saved tensors.
+    Gradients are recorded whatever ``torch.no_grad`` or ``torch.inference_mode`` says outside. Autocast and
+    float32 products of lower precision are off, TF32 among them unless it is asked for, and so are hooks on saved
+    tensors.
 
     Args:
         dtype: ``"float32"`` or ``"float64"``: tensors that a network makes without a precision get this one.
         device: tensors that a network makes without a device are put there; ``None`` leaves the caller's default.
+        tf32: whether float32 products on a GPU are in TF32.
 
     Raises:
         BadInput: tensors are fake, because of a ``FakeTensorMode`` outside.
@@ -34,7 +36,7 @@ def own_settings(dtype: str | None = None, device: str | None = None) -> Iterato
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_saving_hooks())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        stack.enter_context(_full_precision())
+        stack.enter_context(_precision(tf32))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in AUTOCAST:
@@ -68,8 +70,8 @@ def _without_saving_hooks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whichever of torch's two sets of flags the caller uses.
+def _precision(tf32: bool) -> Iterator[None]:
+    """float32 products in float32, or on a GPU in TF32, whichever of torch's two sets of flags the caller uses.
 
     torch keeps them consistent only where they are set; reading an old flag fails after a new one was set.
     """
@@ -86,9 +88,9 @@ def _full_precision() -> Iterator[None]:
     with contextlib.suppress(RuntimeError):
         old.append(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
     torch.set_float32_matmul_precision("highest")
-    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     for flags in new:
-        if flags.fp32_precision not in ("ieee", "none"):
+        if not (tf32 and flags.fp32_precision == "tf32") and flags.fp32_precision not in ("ieee", "none"):
             flags.fp32_precision = "ieee"
     try:
         yield

@@ -50,7 +50,8 @@ class Setup(TypedDict, total=False):
     params: Any
     dtype: str | torch.dtype | None
     device: str | torch.device | None
-    memory: int
+    memory: int | None
+    tf32: bool
 
 
 class Kernel:
@@ -78,7 +79,8 @@ class Kernel:
         params: the parameters of a JAX function, any pytree of arrays.
         dtype: ``"float32"`` or ``"float64"``; that of the parameters if not given.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; that of the parameters if not given.
-        memory: bytes that everything but a result may fill.
+        memory: bytes that everything but a result may fill; 1 GiB, or half of what is free on a GPU, if not given.
+        tf32: whether torch may use TF32 for float32 products on a GPU; see :class:`ntkbench.options.Target`.
 
     Raises:
         BadInput: an argument cannot be used; says what is allowed.
@@ -96,13 +98,18 @@ class Kernel:
         params: Any = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
-        memory: int = 2**30,
+        memory: int | None = None,
+        tf32: bool = False,
     ) -> None:
-        memory = options.positive("memory", memory, " of bytes")
+        from ntkbench import operators
+
+        if memory is not None:
+            memory = options.positive("memory", memory, " of bytes")
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with ambient.own_settings():
             self._source = source(model, inputs, call, output, params, name)
-            self._target, self._index = self._source.target(device, memory)
+            target, self._index = self._source.target(device)
+            self._target = replace(target, tf32=tf32, memory=memory or operators.working_memory(target))
             self.problem = self._source.problem
             if parameters is not None:
                 from ntkbench.problems.base.calls import restricted

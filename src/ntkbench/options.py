@@ -25,6 +25,8 @@ class Target:
         memory: bytes that blocks of passes and of rows may fill; what does not fit is done in further blocks.
         program_memory: bytes that one compiled program may take, where that is known before it runs; ``None`` for 80 %
             of what is free on the device.
+        tf32: whether torch may round the factors of float32 products to TF32 (10 bits) on a GPU, which is several times
+            as fast. Metrics are then right to about 1e-3, and certificates to that.
     """
 
     backend: str = "torch"
@@ -32,6 +34,7 @@ class Target:
     device: str = "auto"
     memory: int = 2**30
     program_memory: int | None = None
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         for kind, value, allowed in (
@@ -41,6 +44,8 @@ class Target:
         ):
             if value not in allowed:
                 raise unknown(kind, value, allowed)
+        if self.tf32 and (self.backend, self.dtype) != ("torch", "float32"):
+            raise BadInput(f"tf32 is of torch in float32, got {self.backend} in {self.dtype}: leave it out")
         if self.memory <= 0:
             raise BadInput(f"memory must be a positive number of bytes, got {self.memory}")
 

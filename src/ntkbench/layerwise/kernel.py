@@ -19,7 +19,7 @@ from ntkbench.layerwise.certificate import Certificate
 from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, owner
 from ntkbench.layerwise.trace import SampleGraph, trace
 from ntkbench.layerwise.tuning import Tuning
-from ntkbench.operators import certificate
+from ntkbench.operators import arrays, certificate
 from ntkbench.operators.plain import PlainNetwork, flat
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class LayerwiseKernel:
         parameters: trainable parameters by name; they fix precision and device.
         x: inputs ``[N, ...]``; the first sample is traced.
         memory: bytes that everything but the result may fill.
-        tuning: sizes and costs that affect speed alone; ``None`` for the defaults.
+        tuning: sizes and costs that affect speed alone; ``None`` for the device's defaults.
         trace: that of a network with the same operations; ``None`` to trace this one.
         retrace: traces this network, if the computation fails with ``trace`` or plain autograd contradicts it.
 
@@ -101,7 +101,7 @@ class LayerwiseKernel:
         retrace: Callable[[], Trace] | None = None,
     ) -> None:
         self.memory = memory
-        self._tuning = tuning or Tuning()
+        self._tuning = tuning or Tuning.on(x.device)
         self._module, self._device, self._retrace = module, x.device, retrace
         self._plain = functools.cache(lambda: PlainNetwork(module, parameters))
         self._certified: list[tuple[_Values, int, frozenset[str]]] = []
@@ -353,7 +353,7 @@ class LayerwiseKernel:
         for parameters, x in itertools.product(sets, inputs):
             if gathered := task.certificates.get((id(parameters), id(x))):
                 off = gathered.difference(self._plain(), self.memory)
-                certificate.check(off, torch.finfo(parameters[0].dtype).eps)
+                certificate.check(off, arrays.epsilon(parameters[0]))
                 self._certified = [entry for entry in self._certified if entry[0].alive()]
                 self._certified.append((_Values((*parameters, x)), task.count, _names(task.layers)))
                 self.certificate = max(off, self.certificate or 0.0)

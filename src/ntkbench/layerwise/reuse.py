@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ntkbench.layerwise.kernel import LayerwiseKernel, Trace
 from ntkbench.layerwise.trace import TRACING, fixed_tensors
-from ntkbench.operators import certificate
+from ntkbench.operators import arrays, certificate
 
 KEPT = 12
 """Traces that are kept; those used longest ago go first."""
@@ -60,7 +60,7 @@ def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memor
             _kept.pop(key, None)
             made = engine()
             with contextlib.suppress(Exception):  # a trace that does not run is not kept
-                _keep(key, made.trace, made.difference(*sample), torch.finfo(sample[0][0].dtype).eps)
+                _keep(key, made.trace, made.difference(*sample), arrays.epsilon(sample[0][0]))
             return made
 
     with TRACING:

@@ -26,6 +26,7 @@ __all__ = [
     "linearise",
     "plain_gradient",
     "torch_network",
+    "working_memory",
 ]
 
 
@@ -123,6 +124,15 @@ def device_memory(target: Target) -> int | None:
         Unavailable: the device is not present.
     """
     return _backend(target.backend).device_memory(target)
+
+
+def working_memory(target: Target) -> int:
+    """Bytes that intermediate results may fill unless a user says so: the target's, or half of what is free on a GPU.
+
+    Raises:
+        Unavailable: the device is not present.
+    """
+    return target.memory if device_memory(target) is None else _backend(target.backend).free_memory(target) // 2
 
 
 def _backend(name: str) -> ModuleType:

@@ -13,6 +13,9 @@ from numpy.typing import DTypeLike
 Array = Any
 """A tensor of an operator's backend (``torch.Tensor`` or ``jax.Array``)."""
 
+TF32 = 2.0**-10
+"""Machine epsilon of TF32."""
+
 
 def to_numpy(array: Any, dtype: DTypeLike | None = None) -> np.ndarray:
     """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given.
@@ -36,8 +39,16 @@ def asarray_like(array: np.ndarray, like: Any) -> Any:
 
 
 def epsilon(array: Any) -> float:
-    """Machine epsilon of the array's precision."""
+    """Machine epsilon of products in the array's precision: that of TF32 where torch uses it for them."""
+    if array_api_compat.is_torch_array(array) and array.is_cuda and _in_tf32(array):
+        return TF32
     return float(array_api_compat.array_namespace(array).finfo(array.dtype).eps)
+
+
+def _in_tf32(array: Any) -> bool:
+    import torch
+
+    return array.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def slices(sizes: Sequence[int]) -> list[slice]:

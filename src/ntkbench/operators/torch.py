@@ -61,7 +61,7 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
 
 
 def device(target: Target) -> torch.device:
-    """The device that a target stands for on this machine. TF32 is turned off on a GPU.
+    """The device that a target stands for on this machine. On a GPU TF32 is turned on or off, as the target says.
 
     Raises:
         Unavailable: ``cuda`` was asked for and torch sees none.
@@ -70,7 +70,7 @@ def device(target: Target) -> torch.device:
         raise Unavailable("device 'cuda' was asked for, but torch sees no CUDA device; allowed here: auto, cpu")
     name = "cuda" if target.device != "cpu" and torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = target.tf32
     return torch.device(name)
 
 

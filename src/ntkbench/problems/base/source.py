@@ -33,7 +33,7 @@ class Source(ABC):
     problem: Problem
 
     @abstractmethod
-    def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
+    def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         """Where to compute, and on which of several GPUs."""
 
     @abstractmethod
@@ -79,10 +79,10 @@ class TorchSource(Source):
         self._x = x.clone() if isinstance(x, torch.Tensor) else x  # the caller's may be written to
         self.problem = wrapped(self._module, self._x, dtype=dtype)
 
-    def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
+    def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         kind, index = _device(self._module, device)
         own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
-        return Target("torch", self._dtype or own, kind, memory), index
+        return Target("torch", self._dtype or own, kind), index
 
     def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Tensor]:
         from ntkbench.problems.base import calls
@@ -176,7 +176,7 @@ class TorchSource(Source):
 
         made_on = None if backend.device(target).type == "cpu" else f"cuda:{index or 0}"
         one_gpu = contextlib.nullcontext() if index is None else torch.cuda.device(index)
-        with one_gpu, ambient.own_settings(target.dtype, made_on):
+        with one_gpu, ambient.own_settings(target.dtype, made_on, tf32=target.tf32):
             yield
 
 
@@ -191,9 +191,9 @@ class JaxSource(Source):
         self._f, self._inputs, self._dtype = f, inputs, dtype
         self.problem = from_function(f, inputs, params, dtype=dtype)
 
-    def target(self, device: str | torch.device | None, memory: int) -> tuple[Target, int | None]:
+    def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
-        return Target("jax", self._dtype or own, "auto" if device is None else str(device), memory), None
+        return Target("jax", self._dtype or own, "auto" if device is None else str(device)), None
 
     def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Any]:
         from ntkbench.problems.base import function
