@@ -53,7 +53,7 @@ def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], f
         pullback = vjp(forward, weights)[1]
         return vmap(lambda probe: jvp(forward, (weights,), pullback(probe))[1])(u)
 
-    @torch.backends.cudnn.flags(enabled=False)  # which has no forward mode
+    @torch.backends.cudnn.flags(enabled=False, allow_tf32=False)  # which has no forward mode
     def run() -> float:
         generator = torch.Generator(x.device).manual_seed(0)
         drawn = torch.randn(problem.n, PROBES, generator=generator, dtype=x.dtype, device=x.device)
