@@ -1,15 +1,17 @@
 """All that needs a GPU, in one call: whether every path is correct on it, and what the suite measures on it.
 
-    python scripts/gpu.py                            both parts, in less than nine minutes on one H100
+    python scripts/gpu.py                            all parts, in less than nine minutes on one H100
     python scripts/gpu.py --parts correctness        one of them
     python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
 
 correctness   methods, the API and their limits against float64 on the CPU; a row a case in OUT/correctness.jsonl
+large         large networks as fractions of the device's limit, and rivals in turn; a row a case in OUT/large.jsonl, and
+              the operations that take longest in OUT/profiles.txt
 study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also those of a run that
               was stopped, in OUT/study.csv
 
-A part runs in processes of its own and is ended at its time limit; the other part runs whatever becomes of it. Rows are
-written as they are found. The device and the versions are in OUT/machine.json. The exit status is 0 if both parts were
+A part runs in processes of its own and is ended at its time limit; the other parts run whatever becomes of it. Rows are
+written as they are found. The device and the versions are in OUT/machine.json. The exit status is 0 if all parts were
 finished and nothing in them is wrong. What was skipped is counted and does not matter to it.
 """
 
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # this checkout, whether or not it is installed
 PINS = ("requirements.txt", "requirements-no-deps.txt")
 
-SECONDS = {"correctness": 240.0, "study": 480.0}
+SECONDS = {"correctness": 240.0, "large": 240.0, "study": 480.0}
 """Time limit of each part."""
 TOLERANCE = 1e-3
 """Of the relative error of an exact method in the study."""
@@ -72,6 +74,7 @@ def needs() -> dict[str, set[str]]:
     return {
         "correctness": library | {"scikit-learn"},
         "JAX": extras["jax"] | {"neural-tangents"},
+        "large": library | extras["jax"] | {"neural-tangents", "transformers"},
         "study": library | extras["jax"] | extras["pipeline"] | {"neural-tangents"},
     }
 
@@ -151,8 +154,20 @@ def correctness(out: Path, tiny: bool, seconds: float) -> bool:
     return done and all(row["status"] in ("ok", "skipped") for row in rows)
 
 
+def large(out: Path, tiny: bool, seconds: float) -> bool:
+    """The second part: whether all cases ran."""
+    file = out / "large.jsonl"
+    for old in (file, profiles := out / "profiles.txt"):
+        old.unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_large.py"), str(file.resolve())]
+    done = run([[*command, "--profile", str(profiles.resolve()), *(["--tiny"] if tiny else [])]], seconds)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    summary("large", done, (row["status"] for row in rows), file)
+    return done and all(row["status"] == "ok" for row in rows)
+
+
 def study(out: Path, tiny: bool, seconds: float) -> bool:
-    """The second part: whether every cell has a row, none has failed, and no exact method is wrong."""
+    """The third part: whether every cell has a row, none has failed, and no exact method is wrong."""
     profile = "smoke" if tiny else "gpu"
     file, target = ROOT / "config" / f"{profile}.yaml", f"results/{profile}/table.csv"
     command = [sys.executable, "-m", "snakemake", target, "--cores", "all", "--configfile", str(file)]
@@ -191,7 +206,7 @@ def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--parts", default="correctness,study", help="Names, with commas between them.")
+@click.option("--parts", default=",".join(SECONDS), help="Names, with commas between them.")
 @click.option("--tiny", is_flag=True, help="On the CPU, at sizes whose numbers mean nothing.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "results" / "gpu")
 @click.option("--time-limit", type=float, default=530.0, help="Seconds for all parts together.")
@@ -216,7 +231,7 @@ def main(parts: str, tiny: bool, out: Path, time_limit: float) -> None:
             continue
         seconds = min(SECONDS[part], time_limit - (time.monotonic() - begun))
         try:
-            good = {"correctness": correctness, "study": study}[part](out, tiny, seconds) and good
+            good = {"correctness": correctness, "large": large, "study": study}[part](out, tiny, seconds) and good
         except Exception as error:  # the other part is run all the same
             print(f"{part}: {type(error).__name__}: {error}", flush=True)
             good = False

@@ -5,7 +5,7 @@ python scripts/gpu_large.py rows.jsonl --cases GPT-2       those whose names con
 
 The limit of a case is its floating-point operations, as torch counts them in a call, over the peak rate of the device.
 A case that fails is a row with its reason, and the next one runs. With ``--profile`` the operations that take longest
-are written beside the rows, one file a case.
+are written to a file.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]
             reasons[name] = outcomes.of_exception(error).reason
     taken = dict(zip(calls, timing.in_turn(list(calls.values()), CALLS), strict=True))
     if profiles is not None:
-        _profile(call, profiles / f"{''.join(c if c.isalnum() else '-' for c in case.name)}-{case.dtype}.txt", on_gpu)
+        with profiles.open("a", encoding="utf-8") as file:
+            file.write(f"{case.name}, {case.dtype}\n{_profile(call, on_gpu)}\n\n")
     operations = _operations(call)
     seconds = min(taken[case.name])
     own = timing.quartiles("seconds", taken.pop(case.name))
@@ -264,7 +265,7 @@ def _operations(call: Call) -> float:
         return 0.0
 
 
-def _profile(call: Call, file: Path, on_gpu: bool) -> None:
+def _profile(call: Call, on_gpu: bool) -> str:
     """The operations that take longest, and how long the device is at work."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -272,20 +273,17 @@ def _profile(call: Call, file: Path, on_gpu: bool) -> None:
     with profile(activities=activities, acc_events=True) as profiler:
         call()
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=90)
-    file.write_text(table, encoding="utf-8")
+    return str(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=90))
 
 
 @click.command(help=__doc__)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--tiny", is_flag=True, help="On the CPU, at sizes whose numbers mean nothing.")
-@click.option("--profile", "profiles", type=click.Path(path_type=Path, file_okay=False), help="Folder of profiles.")
+@click.option("--profile", "profiles", type=click.Path(path_type=Path, dir_okay=False), help="File of profiles.")
 @click.option("--cases", "wanted", default="", help="Part of the names of the cases to run.")
 def main(file: Path, tiny: bool, profiles: Path | None, wanted: str) -> None:
     """Time the cases and write their rows."""
     sizes = TINY if tiny else FULL
-    if profiles is not None:
-        profiles.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as rows:
         for case in cases(sizes):
             if wanted not in case.name:

@@ -21,6 +21,7 @@ from ntkbench.measure.config import Config
 sys.path.insert(0, str(paths.ROOT / "scripts"))
 import gpu
 import gpu_correctness
+import gpu_large
 from gpu_correctness import Case
 
 
@@ -157,13 +158,37 @@ def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     result = CliRunner().invoke(gpu.main, ["--tiny", "--out", str(tmp_path)])
     assert result.exit_code == 1
-    missing, jax, ran, study = result.output.splitlines()
+    missing, jax, ran, large, study = result.output.splitlines()
     assert missing.startswith("missing here: ")
     assert {word.partition("==")[0] for word in missing.split()[2:]} == {"asv", "pyyaml", "frozendict"}
     assert jax.startswith("what needs frozendict is left out")
     assert ran == "it runs"
+    assert large == "large: not run, it needs frozendict"
     assert study == "study: not run, it needs asv, frozendict, pyyaml"
     assert "devices" in json.loads((tmp_path / "machine.json").read_text())
+
+
+def test_a_large_case_is_timed_beside_its_rivals_and_against_the_limit(tmp_path):
+    case = next(gpu_large.cases(gpu_large.TINY))
+    made = gpu_large.row(case, gpu_large.TINY, tmp_path / "profiles.txt")
+    assert made["status"] == "ok", made["reason"]
+    assert made["times_limit"] == pytest.approx(made["seconds"] * 67e12 / made["operations"], rel=1)
+    assert set(made["ratios"]) == set(made["rival_values"]) == set(gpu_large.NEURAL_TANGENTS)
+    for name, value in made["rival_values"].items():
+        assert value > 0, name
+    assert case.name in (tmp_path / "profiles.txt").read_text()
+
+
+def test_a_large_case_that_fails_is_a_row_and_a_rival_that_fails_a_reason():
+    def broken():
+        raise MemoryError("too large")
+
+    case = next(gpu_large.cases(gpu_large.TINY))
+    made = gpu_large.row(case._replace(make=broken), gpu_large.TINY, None)
+    assert (made["status"], made["reason"]) != ("ok", "")
+    made = gpu_large.row(case._replace(rivals={"broken": broken}), gpu_large.TINY, None)
+    assert made["status"] == "ok"
+    assert "too large" in made["rivals_left_out"]["broken"]
 
 
 def test_every_package_that_a_part_needs_is_pinned(monkeypatch):
@@ -174,7 +199,7 @@ def test_every_package_that_a_part_needs_is_pinned(monkeypatch):
 def test_unknown_parts_are_refused():
     result = CliRunner().invoke(gpu.main, ["--parts", "profiles"])
     assert result.exit_code == 2
-    assert "allowed: correctness, study" in result.output
+    assert "allowed: correctness, large, study" in result.output
 
 
 def test_the_configuration_is_valid_but_for_the_device():
