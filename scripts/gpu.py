@@ -5,8 +5,8 @@
     python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
 
 correctness   methods, the API and their limits against float64 on the CPU; a row a case in OUT/correctness.jsonl
-large         large networks as fractions of the device's limit, and rivals in turn; a row a case in OUT/large.jsonl, and
-              the operations that take longest in OUT/profiles.txt
+large         large networks as fractions of the device's limit, and rivals in turn; a row a case in OUT/large.jsonl,
+              and the operations that take longest in OUT/profiles.txt
 study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also those of a run that
               was stopped, in OUT/study.csv
 
