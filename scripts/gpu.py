@@ -145,7 +145,7 @@ def correctness(out: Path, tiny: bool, seconds: float) -> bool:
     file = out / "correctness.jsonl"
     file.unlink(missing_ok=True)
     # Compiling takes most of the time, and cores enough to do much of it at once.
-    shares = max(1, min(6, len(os.sched_getaffinity(0)) // 2))
+    shares = max(1, 3 * len(os.sched_getaffinity(0)) // 4)
     case = [sys.executable, str(ROOT / "scripts" / "gpu_correctness.py"), str(file.resolve())]
     options = ["--device", "cpu", "--few"] if tiny else []
     done = run([[*case, *options, "--share", str(share), str(shares)] for share in range(shares)], seconds)

@@ -306,6 +306,7 @@ def row(case: Case) -> dict[str, Any]:
 @click.option("--share", nargs=2, type=int, default=(0, 1), help="Of so many processes, the cases of one.")
 def main(file: Path, device: str, few: bool, share: tuple[int, int]) -> None:
     """Check the cases of one share and write their rows."""
+    torch.set_num_threads(1)  # other shares run beside this one
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     done = [{name: row[name] for name in Case._fields[:4]} for row in map(json.loads, lines)]
     chosen = list(cases(device, PROBLEMS[:1] if few else PROBLEMS))
