@@ -51,8 +51,8 @@ class PlainNetwork:
         if samples >= len(x):
             return self._backward(self._module(x), v, retain=False)
         v, total = v.reshape(len(x), -1), [torch.zeros_like(leaf) for leaf in self._leaves]
-        for part in torch.arange(len(x)).split(samples):
-            where = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(x), samples):
+            where = slice(start, start + samples)
             for sum_, g in zip(total, self._backward(self._module(x[where]), v[where], retain=False), strict=True):
                 sum_ += g
         return total
