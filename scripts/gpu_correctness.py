@@ -192,7 +192,7 @@ def _trace(problem: Problem, target: Target) -> float:
 
 
 TOO_MANY = 700_001
-"""Outputs whose Theta, of 1.8 TiB in float32, no device holds; odd, since JAX 0.11 dies of entries that count to 2^38."""
+"""Outputs whose Theta, of 1.8 TiB in float32, no device holds. A power of two makes XLA divide by zero and die."""
 
 
 def out_of_memory(target: Target) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from ntkbench.layerwise.kernel import Trace
 from ntkbench.measure import engine
 from ntkbench.measure.config import Config
 from ntkbench.operators import torch as backend
+from ntkbench.operators.plain import PlainNetwork
 from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class Positions(nn.Module):
@@ -111,3 +114,31 @@ def test_processes_of_a_run_find_what_the_caller_finds(monkeypatch, tmp_path):
     assert "/site" in given["PYTHONPATH"].split(os.pathsep)
     monkeypatch.delenv("PYTHONPATH")
     assert paths.python_path(tmp_path).split(os.pathsep) == expected[:2]
+
+
+class Watched(nn.Module):
+    """A recurrent layer that notes at each call, also of a copy, whether it may use cuDNN."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.enabled)
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_passes_of_recurrent_layers_in_eval_mode_do_without_cudnn(training):
+    Watched.seen.clear()
+    network = Watched().train(training)
+    parameters = {key: w.detach() for key, w in network.named_parameters()}
+    plain = PlainNetwork(network, parameters, owned=True)
+    for memory in (None, 1):
+        assert len(plain.gradient(X, torch.ones(3 * 5 * 3), memory)) == len(parameters)
+    plain.pullback(X)(torch.ones(3 * 5 * 3))
+    Problem("watched", network, X.numpy(), {key: w.numpy() for key, w in parameters.items()}).digest()
+    assert set(Watched.seen) == {training}
+    assert torch.backends.cudnn.enabled

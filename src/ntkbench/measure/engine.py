@@ -7,7 +7,6 @@ peak. Asked case by case, a cell is finished before the next one begins, and wha
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence

@@ -174,9 +174,9 @@ class TorchSource(Source):
 
         from ntkbench.operators import torch as backend
 
-        with contextlib.nullcontext() if index is None else torch.cuda.device(index):
-            with ambient.own_settings(target.dtype, str(backend.device(target))):
-                yield
+        one_gpu = contextlib.nullcontext() if index is None else torch.cuda.device(index)
+        with one_gpu, ambient.own_settings(target.dtype, str(backend.device(target))):
+            yield
 
 
 class JaxSource(Source):
