@@ -39,7 +39,7 @@ if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
 # They run in the Python that runs Snakemake, whether or not its environment is activated, unless rules have their own.
 # Backends share a GPU, and are only begun in the processes that measure.
 shell.prefix(
-    f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(f'{ROOT}:{ROOT}/src')} PYTHONUTF8=1 "
+    f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(paths.python_path(ROOT))} PYTHONUTF8=1 "
     f"{OWN_PATH}"
     "XLA_PYTHON_CLIENT_PREALLOCATE=false PYTORCH_NVML_BASED_CUDA_CHECK=1; "
 )

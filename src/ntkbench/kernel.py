@@ -239,7 +239,7 @@ class Kernel:
         if top > self.problem.n:
             raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
         if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
-            theta = np.asarray(self.ntk(), np.float64)
+            theta = to_numpy(self.ntk(), np.float64)
             return lanczos.of_matrix(theta, top, float(np.finfo(self._target.dtype).eps), float(self.problem.O))
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)

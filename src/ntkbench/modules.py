@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -47,6 +48,13 @@ def cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None = No
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     return module._apply(to)
+
+
+def called(module: nn.Module, x: Tensor) -> Any:
+    """``module(x)`` with a backward pass, which cuDNN refuses to recurrent layers in eval mode."""
+    refused = any(isinstance(layer, nn.RNNBase) and not layer.training for layer in module.modules())
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if refused else contextlib.nullcontext():
+        return module(x)
 
 
 @torch.no_grad()

@@ -25,6 +25,12 @@ def cache() -> Path:
     return Path(os.environ.get("NTKBENCH_CACHE") or ROOT / "results" / "cache")
 
 
+def python_path(root: Path = ROOT) -> str:
+    """``$PYTHONPATH`` for the processes of a checkout: its own folders, then those that this process was given."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(dict.fromkeys([str(root), str(root / "src"), *map(os.path.abspath, given)]))
+
+
 def check_folder(folder: Path) -> None:
     """That a folder is there or can be made, as far as that shows without writing.
 

@@ -164,7 +164,7 @@ class Problem:
     def _of_module(self, module: nn.Module, which: str, x: np.ndarray) -> str:
         import torch
 
-        from ntkbench.modules import cast, copied, load
+        from ntkbench.modules import called, cast, copied, load
 
         with own_settings("float64"):
             network = cast(copied(module), torch.float64)
@@ -172,7 +172,7 @@ class Problem:
             own = dict(network.named_parameters())
             theta = [own[key].requires_grad_() for key in self.weights(which)]
             inputs = torch.from_numpy(x).to(theta[0].device)
-            outputs = network(inputs.double() if inputs.is_floating_point() else inputs)
+            outputs = called(network, inputs.double() if inputs.is_floating_point() else inputs)
             return signature((_projection(outputs) * outputs).sum(), theta)
 
 

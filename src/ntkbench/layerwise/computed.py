@@ -198,7 +198,7 @@ def _random() -> torch.Generator:
 def _perturbed(w: Tensor, numbers: torch.Generator) -> Tensor:
     w = w.detach().double()
     size = float(w.square().mean().sqrt()) or 1.0
-    return w + NUDGE * size * torch.randn(w.shape, generator=numbers, dtype=w.dtype).to(w.device)
+    return w + NUDGE * size * torch.randn(w.shape, generator=numbers, dtype=w.dtype, device="cpu").to(w.device)
 
 
 def _partitions(shape: torch.Size, entries: Tensor) -> Iterator[tuple[int | None, Tensor]]:
@@ -249,8 +249,8 @@ def _gram(derivative: Derivative, axis: int | None, rank: int) -> Gram:
         basis = torch.eye(size, dtype=torch.float64, device=where)[:, None].expand(-1, B, -1)
         c, rank = basis.new_zeros(B), size
     else:
-        drawn = torch.linalg.qr(torch.randn(size, count, generator=_random(), dtype=torch.float64)).Q
-        subspace = drawn.T.to(where)[:, None].expand(-1, B, -1)
+        drawn = torch.randn(size, count, generator=_random(), dtype=torch.float64, device="cpu")
+        subspace = torch.linalg.qr(drawn).Q.T.to(where)[:, None].expand(-1, B, -1)
         image = product(subspace)
         c = torch.linalg.eigvalsh(_symmetric(_products(subspace, image)))[:, rank].clamp(min=0)
         orthogonal, triangular = torch.linalg.qr((image - c[:, None] * subspace).permute(1, 2, 0))
@@ -276,7 +276,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 def _test_vector(derivative: Derivative) -> Tensor:
     """A random z of the shape of w."""
     shape = derivative.shape
-    numbers = torch.randn(PERIOD, generator=_random().manual_seed(1), dtype=torch.float64)
+    numbers = torch.randn(PERIOD, generator=_random().manual_seed(1), dtype=torch.float64, device="cpu")
     return numbers.to(derivative.device).repeat(-(-shape.numel() // PERIOD))[: shape.numel()].view(shape)
 
 

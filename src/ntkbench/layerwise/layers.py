@@ -238,7 +238,7 @@ def _origin(node: fx.Node) -> fx.Node:
 def _arrivals(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
     """Operations with a gradient that use a parameter or another value: operation, argument, its entries' indices."""
     value = source.meta["val"]
-    stack: list[tuple[fx.Node, Any]] = [(source, torch.arange(value.numel()).reshape(value.shape))]
+    stack: list[tuple[fx.Node, Any]] = [(source, torch.arange(value.numel(), device="cpu").reshape(value.shape))]
     while stack:
         node, entries = stack.pop()
         for user in node.users:
@@ -253,7 +253,7 @@ def _light(alike: Sequence[Use]) -> tuple[Use, ...]:
     entries = alike[0].entries
     pattern = entries.shape, entries.stride(), entries.storage_offset()
     size = entries.untyped_storage().nbytes() // entries.element_size()
-    if torch.equal(torch.arange(size).as_strided(*pattern), entries):
+    if torch.equal(torch.arange(size, device="cpu").as_strided(*pattern), entries):
         entries = torch.empty(size, device="meta").as_strided(*pattern)
     return tuple(replace(use, entries=entries) for use in alike)
 
@@ -288,7 +288,7 @@ def _is_table(group: tuple[Use, ...]) -> bool:
 
 def _different(entries: Tensor) -> bool:
     """Whether indices are all different; much faster than sorting them."""
-    seen = torch.zeros(int(entries.max()) + 1, dtype=torch.bool)
+    seen = torch.zeros(int(entries.max()) + 1, dtype=torch.bool, device="cpu")
     seen[entries] = True
     return int(seen.sum()) == len(entries)
 
@@ -301,7 +301,7 @@ def _bias(uses: tuple[Use, ...], arrivals: dict[str, list[Any]], taken: set[str]
     size = uses[0].entries.shape[:2].numel()
     for name, places in arrivals.items():
         if name not in taken and len(places) == len(uses) and {place[:2] for place in places} == nodes:
-            whole = torch.arange(size)
+            whole = torch.arange(size, device="cpu")
             if all(entries.shape == whole.shape and torch.equal(entries, whole) for *_, entries in places):
                 return name
     return None

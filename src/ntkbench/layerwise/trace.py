@@ -191,7 +191,8 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         own = (t.clone() if key in buffers else t for key, t in fixed.items())
         return [*trained, *own, x[:1].detach().cpu()]
 
-    with TRACING, untraceable("its forward pass"), plain_operations(module):
+    # Tensors that the network makes without a device must not go to a GPU meanwhile.
+    with TRACING, untraceable("its forward pass"), plain_operations(module), torch.device("cpu"):
         # Twice: in-place changes inside a composite operation only show once it is decomposed.
         with torch.enable_grad():
             try:

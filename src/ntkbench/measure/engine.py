@@ -7,7 +7,6 @@ peak. Asked case by case, a cell is finished before the next one begins, and wha
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -144,7 +143,7 @@ class _Environment:
     """This interpreter, as asv's runner asks for one."""
 
     def __init__(self, plan_file: Path) -> None:
-        folders = os.pathsep.join(map(str, (paths.ROOT, paths.ROOT / "src")))
+        folders = paths.python_path()
         # asv takes the folders of PYTHONPATH off its path unless its own variable names them.
         self.env_vars = {
             plan.VARIABLE: str(plan_file),

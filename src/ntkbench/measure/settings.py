@@ -46,7 +46,7 @@ class Settings(Strict):
             from ntkbench import operators
 
             try:
-                operators.device_name(Target(device=device))
+                operators.check_device(Target(device=device))
             except Unavailable as error:
                 raise BadInput(str(error)) from None
         return device

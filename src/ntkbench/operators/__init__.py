@@ -19,6 +19,7 @@ __all__ = [
     "ChunkBytes",
     "JacobianOperator",
     "Rng",
+    "check_device",
     "check_result",
     "declares",
     "device_memory",
@@ -106,6 +107,15 @@ def check_result(rows: int, columns: int, target: Target) -> None:
             f"the result, {rows} x {columns} entries in {target.dtype}, takes {needed / 2**30:.3g} GiB, and "
             f"{free / 2**30:.3g} GiB are free"
         )
+
+
+def check_device(target: Target) -> None:
+    """Refuse a device that torch does not see. Nothing is started on it, so that this process can still be forked.
+
+    Raises:
+        Unavailable: the device is not present.
+    """
+    _backend("torch").check_device(target)
 
 
 def device_name(target: Target) -> str:

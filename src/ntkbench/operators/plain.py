@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ntkbench.modules import copied, frozen
+from ntkbench.modules import called, copied, frozen
 from ntkbench.operators.plain_operations import plain_operations
 
 
@@ -49,11 +49,13 @@ class PlainNetwork:
         """
         samples = len(x) if memory is None or len(x) < 3 else max(2, memory // max(1, self._saved_bytes(x[:1])))
         if samples >= len(x):
-            return self._backward(self._module(x), v, retain=False)
+            return self._backward(called(self._module, x), v, retain=False)
         v, total = v.reshape(len(x), -1), [torch.zeros_like(leaf) for leaf in self._leaves]
-        for part in torch.arange(len(x)).split(samples):
-            where = slice(int(part[0]), int(part[-1]) + 1)
-            for sum_, g in zip(total, self._backward(self._module(x[where]), v[where], retain=False), strict=True):
+        for start in range(0, len(x), samples):
+            where = slice(start, start + samples)
+            for sum_, g in zip(
+                total, self._backward(called(self._module, x[where]), v[where], retain=False), strict=True
+            ):
                 sum_ += g
         return total
 
@@ -61,13 +63,13 @@ class PlainNetwork:
         """Bytes of the values that autograd saves of a forward pass, but for the parameters."""
         if self._saved is None:
             parameters = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
-            self._saved = saved_bytes(lambda: self._module(x), parameters) or 0
+            self._saved = saved_bytes(lambda: called(self._module, x), parameters) or 0
         return self._saved
 
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
         """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass where its graph allows that."""
         with torch.enable_grad():
-            outputs = self._module(x)
+            outputs = called(self._module, x)
 
         @torch.enable_grad()
         def pull(v: Tensor) -> list[Tensor]:
@@ -75,7 +77,7 @@ class PlainNetwork:
             try:
                 return self._backward(outputs, v, retain=True)
             except RuntimeError:  # a graph that can be used once
-                outputs = self._module(x)
+                outputs = called(self._module, x)
                 return self._backward(outputs, v, retain=True)
 
         return pull
@@ -83,7 +85,7 @@ class PlainNetwork:
     def pushforward(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """w -> J w, ``[P] -> [N O]``, as the derivative of v -> <J^T v, w>, which is linear in v; 2 passes each."""
         with torch.enable_grad(), plain_operations(self._module):
-            outputs = self._module(x)
+            outputs = called(self._module, x)
             v = torch.zeros_like(outputs, requires_grad=True)
             gradients = torch.autograd.grad(
                 outputs, self._leaves, v, create_graph=True, allow_unused=True, materialize_grads=True

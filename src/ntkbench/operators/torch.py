@@ -61,17 +61,33 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
 
 
 def device(target: Target) -> torch.device:
-    """The device that a target stands for on this machine. On a GPU TF32 is turned on or off, as the target says.
+    """The device of :func:`place`. TF32 is turned on or off there, as the target says.
 
     Raises:
         Unavailable: ``cuda`` was asked for and torch sees none.
     """
+    where = place(target)
+    if where.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = target.tf32
+    return where
+
+
+def place(target: Target) -> torch.device:
+    """The device that a target stands for on this machine; of several GPUs the current one.
+
+    Raises:
+        Unavailable: ``cuda`` was asked for and torch sees none.
+    """
+    check_device(target)
+    if target.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_device(target: Target) -> None:
+    """See :func:`ntkbench.operators.check_device`."""
     if target.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("device 'cuda' was asked for, but torch sees no CUDA device; allowed here: auto, cpu")
-    name = "cuda" if target.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = target.tf32
-    return torch.device(name)
 
 
 def device_name(target: Target) -> str:
@@ -82,7 +98,8 @@ def device_name(target: Target) -> str:
 
 def device_memory(target: Target) -> int | None:
     """See :func:`ntkbench.operators.device_memory`."""
-    return torch.cuda.max_memory_allocated() if device(target).type == "cuda" else None
+    where = device(target)
+    return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None
 
 
 def free_memory(target: Target) -> int:

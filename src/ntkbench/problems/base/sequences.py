@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, summary
-from ntkbench.modules import copied, frozen
+from ntkbench.modules import called, copied, frozen
 from ntkbench.networks.recurrent import States
 from ntkbench.operators import declares
 from ntkbench.operators.recurrent.cells import declared
@@ -112,7 +112,7 @@ def _check(problem: Problem) -> None:
     net = frozen(copied(problem.module))
     theta = [w.requires_grad_(True) for key, w in net.named_parameters() if key in problem.theta_0]
     inputs = torch.from_numpy(problem.x).to(theta[0].device)
-    outputs = net(inputs)
+    outputs = called(net, inputs)
     _check_causal(net, inputs, outputs.detach())
     _check_comes_from(outputs, theta)
     if declares(net):

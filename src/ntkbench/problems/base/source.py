@@ -174,9 +174,8 @@ class TorchSource(Source):
 
         from ntkbench.operators import torch as backend
 
-        made_on = None if backend.device(target).type == "cpu" else f"cuda:{index or 0}"
         one_gpu = contextlib.nullcontext() if index is None else torch.cuda.device(index)
-        with one_gpu, ambient.own_settings(target.dtype, made_on, tf32=target.tf32):
+        with one_gpu, ambient.own_settings(target.dtype, str(backend.place(target)), tf32=target.tf32):
             yield
 
 

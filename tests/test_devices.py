@@ -1,0 +1,144 @@
+"""What goes wrong on a GPU alone, tried on a CPU: where tensors are made, what starts a device, which GPU it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import ntkbench
+from ntkbench import operators, paths
+from ntkbench.layerwise.kernel import Trace
+from ntkbench.measure import engine
+from ntkbench.measure.config import Config
+from ntkbench.operators import torch as backend
+from ntkbench.operators.plain import PlainNetwork
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class Positions(nn.Module):
+    """A network with a normalised weight that makes a tensor without saying where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(5, 4)
+        self.layer = parametrizations.weight_norm(nn.Linear(4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(x + self.positions(torch.arange(x.shape[1])))).mean(1)
+
+
+@pytest.fixture
+def model() -> Positions:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Positions()
+
+
+X = torch.linspace(-1, 1, 60).view(3, 5, 4)
+
+
+def test_a_network_is_traced_on_the_cpu_wherever_tensors_go_by_default(model):
+    parameters = {key: w.detach() for key, w in model.named_parameters()}
+    expected = Trace.of(model, parameters, X).layers
+    with torch.device("meta"):
+        found = Trace.of(model, parameters, X).layers
+    assert [(type(layer), layer.parameters) for layer in found] == [(type(e), e.parameters) for e in expected]
+    assert any(layer.computed is not None for layer in found)
+
+
+@pytest.mark.parametrize("method", ["structured_derivatives", "jacobian_contraction", "naive_jacobian"])
+def test_a_kernel_on_the_cpu_stays_there_wherever_tensors_go_by_default(model, method):
+    kernel = ntkbench.Kernel(model, X)
+    expected = ntkbench.Kernel(model, X, dtype="float64").trace(method="naive_jacobian").value
+    with torch.device("meta"):
+        assert kernel.trace(method=method).value == pytest.approx(expected, rel=1e-4)
+        assert kernel.ntk().device.type == "cpu"
+
+
+class Elsewhere(Tensor):
+    """A tensor that NumPy cannot read where it is."""
+
+    def __array__(self, dtype=None):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(Tensor)
+
+
+def test_eigenvalues_are_those_of_a_kernel_on_another_device(model, monkeypatch):
+    kernel = ntkbench.Kernel(model, X)
+    theta = kernel.ntk()
+    monkeypatch.setattr(kernel, "ntk", lambda: theta.as_subclass(Elsewhere))
+    expected = np.linalg.eigvalsh(theta.double().numpy())[::-1][:3]
+    assert kernel.eigenvalues(3).values == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that torch sees and that must not be started, since a process that has started one cannot be forked."""
+
+    def start():
+        raise AssertionError("the device was started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", start)
+
+
+def test_a_configuration_is_read_without_starting_the_device(gpu):
+    raw = yaml.safe_load((paths.ROOT / "config" / "smoke.yaml").read_text()) | {"device": "cuda"}
+    assert Config.check(raw, "smoke.yaml").device == "cuda"
+    operators.check_device(Target(device="cuda"))
+
+
+def test_a_target_stands_for_the_current_one_of_several_gpus(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert backend.device(Target(device="cuda")) == backend.device(Target()) == torch.device("cuda", 1)
+    assert backend.device(Target(device="cpu")) == torch.device("cpu")
+
+
+def test_processes_of_a_run_find_what_the_caller_finds(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/site", "", "here", str(tmp_path / "src")]))
+    expected = [str(tmp_path), str(tmp_path / "src"), "/site", os.path.abspath("here")]
+    assert paths.python_path(tmp_path).split(os.pathsep) == expected
+    given = engine._Environment(Path("plan.json")).env_vars
+    assert given["PYTHONPATH"] == given["ASV_PYTHONPATH"] == paths.python_path()
+    assert "/site" in given["PYTHONPATH"].split(os.pathsep)
+    monkeypatch.delenv("PYTHONPATH")
+    assert paths.python_path(tmp_path).split(os.pathsep) == expected[:2]
+
+
+class Watched(nn.Module):
+    """A recurrent layer that notes at each call, also of a copy, whether it may use cuDNN."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.enabled)
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_passes_of_recurrent_layers_in_eval_mode_do_without_cudnn(training):
+    Watched.seen.clear()
+    network = Watched().train(training)
+    parameters = {key: w.detach() for key, w in network.named_parameters()}
+    plain = PlainNetwork(network, parameters, owned=True)
+    for memory in (None, 1):
+        assert len(plain.gradient(X, torch.ones(3 * 5 * 3), memory)) == len(parameters)
+    plain.pullback(X)(torch.ones(3 * 5 * 3))
+    Problem("watched", network, X.numpy(), {key: w.numpy() for key, w in parameters.items()}).digest()
+    assert set(Watched.seen) == {training}
+    assert torch.backends.cudnn.enabled
