@@ -11,8 +11,8 @@ import pytest
 from conftest import loaded, metrics_of, written_out
 
 from ntkbench import methods, testing
-from ntkbench.errors import BadInput
-from ntkbench.methods.base import Method
+from ntkbench.errors import BadInput, OverMemory
+from ntkbench.methods.base import Incremental, Method
 from ntkbench.metrics import METRICS
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
@@ -87,6 +87,29 @@ def test_standard_errors_are_calibrated(method, metric):
     # A subset of samples is the more exact the more of them it has, and soon has all.
     passes = {"alignment": 6}.get(metric, 3) if method.name == "sample_subset" else None
     testing.check_calibration(method.name, metric, passes=passes, seeds=SEEDS_OF_ERRORS)
+
+
+@pytest.mark.parametrize("method", STOCHASTIC, ids=lambda m: m.name)
+def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(method):
+    """What does not fit is computed again, which counts; a budget that is too small for that is refused in one line."""
+    problem, served = loaded("wide"), 0
+    for metric in sorted({"norm", "alignment"} & set(method.metrics)) or method.metrics:
+        for memory in (2**10, 2**15, 2**17, 2**18, 2**19, 2**20):
+            target, probes = Target(method.backends[0], "float64", "cpu", memory), method.fewest_probes
+            ready = method.prepare(problem, target)
+            for passes in (method.least_passes(problem, metric), 15 * method.cost(metric, probes)):
+                if method.bytes_needed(problem, metric, target, passes) > memory:
+                    continue
+                try:
+                    found = [method.estimate(ready, metric, passes)]
+                    if isinstance(method, Incremental):  # in batches, to a tolerance that is out of reach
+                        found.append(method.estimates(ready, (metric,), passes, rtol=1e-12)[metric])
+                except OverMemory as error:
+                    assert len(str(error).splitlines()) == 1
+                    continue
+                assert all(each.passes <= passes for each in found), (metric, memory)
+                served += 1
+    assert served > 3
 
 
 def test_no_two_methods_have_one_title():

@@ -144,6 +144,11 @@ def test_the_figure_says_the_slopes_of_its_lines(table, tmp_path):
     made = figures.draw("recurrent_scaling", known, tmp_path)
     plotted = pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["slope"], plotted["varied"].map(powers), rtol=1e-9)
-    assert "Exact trace against steps: 2.00 (RNN)" in made[1].read_text()
+    three = plotted["varied"] == "T"  # two points have no interval
+    np.testing.assert_allclose(plotted.loc[three, "slope_interval"], 0, atol=1e-6)
+    assert plotted.loc[~three, "slope_interval"].isna().all()
+    said = made[1].read_text()
+    assert "Exact trace against steps: 2.00 ± 0.00 (RNN)" in said
+    assert "over 3 lines: a slope of 2.00 in the median, 2.00 to 2.00. Conclusion: 3 of them are steeper" in said
     failed = known.head(1).assign(status="failed", reason="why", seconds=np.nan)
     assert "Nothing to show" in figures.draw("recurrent_scaling", failed, tmp_path / "none")[1].read_text()

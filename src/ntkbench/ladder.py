@@ -65,7 +65,11 @@ STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """What ``method="auto"`` falls back on where samples are independent, and then or where not, on products over the whole
 batch."""
 
-OTHER_SIDE = {"per_sample_trace": "per_sample_trace_forward", "one_sided_reverse": "one_sided_forward"}
+OTHER_SIDE = {
+    "per_sample_trace": "per_sample_trace_forward",
+    "hutchpp_adaptive": "hutchpp_adaptive_forward",
+    "one_sided_reverse": "one_sided_forward",
+}
 """The forward side of trace estimators, for networks with fewer parameters than outputs (of a sample, or in all)."""
 
 SIDES = (*OTHER_SIDE, *OTHER_SIDE.values())
@@ -242,8 +246,7 @@ def _reached(found: Mapping[str, Estimate], options: Options) -> bool:
 
 def _side(problem: Problem, name: str) -> str:
     """Why a trace is estimated on one side."""
-    outputs = problem.n if name.startswith("one_sided") else problem.O
-    said = f"{outputs} outputs" + ("" if name.startswith("one_sided") else " of a sample")
+    said = f"{problem.O} outputs of a sample" if name.startswith("per_sample") else f"{problem.n} outputs"
     if name in OTHER_SIDE:
         return f"reverse side: {said} are no more than {problem.P} parameters"
     return f"forward side: {problem.P} parameters are fewer than {said}"

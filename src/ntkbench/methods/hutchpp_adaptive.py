@@ -2,108 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
-import array_api_compat
-import numpy as np
-
-from ntkbench.estimators import deflation, standard_errors
-from ntkbench.estimators.accumulators import Accumulator
-from ntkbench.estimators.standard_errors import PointEstimate
-from ntkbench.methods.base import Accumulating
-from ntkbench.operators import Array, JacobianOperator, Rng, arrays
-
-PASSES_PER_COLUMN = 4
-"""Two to sketch, Theta s = J J^T s, and two for Theta q = J J^T q of the column q that is added to the basis."""
+from ntkbench.methods.base.adaptive_sketch import AdaptiveSketch
 
 
-class HutchPPAdaptive(Accumulating):
+class HutchPPAdaptive(AdaptiveSketch):
     """tr Q^T Theta Q + mean of ||J^T (I - Q Q^T) g||^2, where Q grows while that lowers the variance.
 
-    Q is orthonormal.
-    A column takes 4 passes, a residual probe 1. The variance is 2 R / m for m residual probes, with R the squared norm
-    of (I - Q Q^T) Theta (I - Q Q^T), less its diagonal. The random signs s of a block of columns are independent of the
-    Q before them, so they estimate R without bias. Theta Q gives the decrease of R due to each block of columns. Once a
-    block's share of R is smaller than the share of its passes in all residual probes, no further block is added.
-    Residual probes are kept, and projected again when Q grows, so no pass is lost. They do not affect the decision, so
-    the estimate is unbiased for a given budget. On a flat spectrum it is ``one_sided_reverse`` less one block; on a
-    steep one, half of the passes and more go into the sketch. Holds 2 vectors of length n for each column and 1 for
-    each probe.
-
-    Attributes:
-        block: columns by which the sketch grows.
-        min_residual: residual probes that remain after the sketch, for the standard error.
+    The probes g are random signs in output space, and Q is an orthonormal basis of Theta s for other random signs s. A
+    column of Q takes 4 passes, a residual probe 1 VJP; the rule by which Q grows is in
+    :class:`ntkbench.methods.base.adaptive_sketch.AdaptiveSketch`. Unbiased. On a flat spectrum it is
+    ``one_sided_reverse`` less one block of columns. Holds 2 vectors of length n for each column and 1 for each probe.
     """
 
     title = "Hutch++ (adaptive)"
     source = "Persson, Cortinovis, Kressner 2022, section 2 (A-Hutch++), one-sided and with another rule of stopping"
-    backends = ("torch", "jax")
-    metrics = ("trace",)
-    first_batch = 40
-    block: ClassVar[int] = 4
-    min_residual: ClassVar[int] = 8
-
-    def passes_per_probe(self, metric: str) -> int:
-        return 1
-
-    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
-        (j,) = jacobians
-        return GrowingSketch(j, rng, self.block, self.min_residual)
-
-
-class GrowingSketch(Accumulator):
-    """A sketch and residual probes, both of which grow. The number of probes is that of passes.
-
-    Attributes:
-        q: basis of the sketch, rows.
-    """
-
-    def __init__(self, jacobian: JacobianOperator, rng: Rng, block: int, min_residual: int) -> None:
-        self._j, self._rng = jacobian, rng
-        self._block, self._min_residual = block, min_residual
-        self.q = self._image = jacobian.basis(0, 0)  # Q and Theta Q, rows
-        self._g = jacobian.basis(0, 0)
-        self._norms: list[Array] = []  # ||J^T g||^2
-        self._growing = True
-
-    def extend(self, probes: int) -> None:
-        left, cost = probes, PASSES_PER_COLUMN * self._block
-        while self._growing and left >= cost + self._min_residual and len(self.q) + self._block <= self._j.n:
-            self._grow(len(self._g) + left)
-            left -= cost
-        if left:
-            g = self._rng.sign(left, self._j.n)
-            self._norms.append(deflation.squared_norms(self._j, self._j.vjp, g))
-            self._g = array_api_compat.array_namespace(g).concat([self._g, g])
-
-    def _grow(self, probes: int) -> None:
-        """Add a block of columns; ``probes`` is the number of residual probes without it."""
-        s = self._rng.sign(self._block, self._j.n)
-        xp = array_api_compat.array_namespace(s)
-        theta_s = self._j.ntk(s)
-        before = self._remainder(s, theta_s)
-        q = deflation.orthonormal_complement(theta_s, self.q)
-        image = self._j.ntk(q)
-        across, own = (arrays.to_numpy(rows @ image.T, np.float64) for rows in (self.q, q))
-        decrease = 2 * float((arrays.to_numpy(image, np.float64) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
-        self.q, self._image = xp.concat([self.q, q]), xp.concat([self._image, image])
-        self._growing = decrease * probes > PASSES_PER_COLUMN * self._block * before
-
-    def _remainder(self, s: Array, theta_s: Array) -> float:
-        """Mean of ||(I - Q Q^T) Theta (I - Q Q^T) s||^2."""
-        residual = deflation.project_out(theta_s - (s @ self.q.T) @ self._image, self.q)
-        return float((residual**2).sum()) / len(s)
-
-    def estimate(self, metric: str) -> PointEstimate:
-        inside = float((self.q * self._image).sum())
-        if not self._norms:
-            return PointEstimate(inside, 0.0)
-        # ||J^T (g - Q c)||^2 with c = Q^T g
-        norms = arrays.gather(self._norms)
-        c, core, crossed = (
-            arrays.to_numpy(rows @ others.T, np.float64)
-            for rows, others in ((self._g, self.q), (self.q, self._image), (self._g, self._image))
-        )
-        residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
-        return deflation.add(inside, standard_errors.mean(residual))
+    side = "reverse"

@@ -30,7 +30,8 @@ class StructuredBlockUStatistics(Incremental):
     products of inputs and cotangents, so inner products of gradients follow from those of their factors. For a linear
     layer of I inputs and I' outputs they take I + I' multiplications instead of I I'. Probes are processed in groups,
     and pairs are taken within a group only. Probes that are added later form groups of their own. If the kernel of a
-    group does not fit in memory, the passes of its columns are repeated, and fewer probes are drawn.
+    group does not fit in memory, the passes of its columns are repeated, and fewer probes are drawn, or groups are
+    smaller. The budget is kept in any case.
 
     Attributes:
         max_gradients: gradients up to which a default budget goes; beyond about a thousand, their inner products, whose
@@ -117,8 +118,7 @@ class _GroupedUStatistics(Accumulator):
                 raise OverMemory("pairs take at least two probes")
             return []
         max_group = max(4, self._max_gradients // self._N)
-        count = -(-probes // max_group)
-        size = probes // count
+        size = -(-probes // -(-probes // max_group))
         cost = self._cost(size)
         while cost > probes:
             if size == 2:
@@ -129,8 +129,8 @@ class _GroupedUStatistics(Accumulator):
             size = max(4, size // 2) if size > 4 else size - 1  # the variance has an unbiased estimate from four on
             cost = self._cost(size)
         if cost > size:
-            count = int(probes / cost)
-            return [size] * count
+            return [size] * int(probes / cost)
+        count = -(-probes // size)
         return [probes // count + (i < probes % count) for i in range(count)]
 
     def _cost(self, probes: int) -> float:

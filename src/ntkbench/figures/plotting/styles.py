@@ -47,6 +47,7 @@ KNOWN = {
     "hutchpp_paper": (SKY, "D"),
     "hutchpp_one_sided": (BLUE, "<"),
     "hutchpp_adaptive": (BLUE, "o"),
+    "hutchpp_adaptive_forward": (BLUE, ">"),
     "nystrompp": (BLUE, "p"),
     "one_sided_paper_reverse": (ORANGE, "<"),
     "one_sided_reverse": (VERMILION, "<"),

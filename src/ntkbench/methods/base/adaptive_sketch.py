@@ -1,0 +1,113 @@
+"""Adaptive Hutch++, from either side of J."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import array_api_compat
+import numpy as np
+
+from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators.accumulators import Accumulator
+from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.methods.base.sides import Side, factor
+from ntkbench.methods.base.stochastic import Accumulating
+from ntkbench.operators import Array, JacobianOperator, Rng, arrays
+
+PASSES_PER_COLUMN = 4
+"""Two to sketch, G s = A^T A s, and two for G q = A^T A q of the column q that is added to the basis."""
+
+
+class AdaptiveSketch(Accumulating):
+    """tr Q^T G Q + mean of ||A (I - Q Q^T) g||^2 with G = A^T A, where Q grows while that lowers the variance.
+
+    A is J^T or J, and Q is orthonormal. A column takes 4 passes, a residual probe 1. The variance is 2 R / m for m
+    residual probes, with R the squared norm of (I - Q Q^T) G (I - Q Q^T), less its diagonal. The random signs s of a
+    block of columns are independent of the Q before them, so they estimate R without bias. G Q gives the decrease of R
+    due to each block of columns. Once a block's share of R is smaller than the share of its passes in all residual
+    probes, no further block is added. Residual probes are kept, and projected again when Q grows, so no pass is lost.
+    They do not affect the decision, so the estimate is unbiased for a given budget. On a flat spectrum it is a
+    one-sided estimate less one block; on a steep one, half of the passes and more go into the sketch. Holds 2 vectors
+    in the space of the probes for each column and 1 for each probe.
+
+    Attributes:
+        side: ``reverse`` for A = J^T, ``forward`` for A = J.
+        block: columns by which the sketch grows.
+        min_residual: residual probes that remain after the sketch, for the standard error.
+    """
+
+    backends = ("torch", "jax")
+    metrics = ("trace",)
+    first_batch = 40
+    side: ClassVar[Side]
+    block: ClassVar[int] = 4
+    min_residual: ClassVar[int] = 8
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 1
+
+    def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
+        (j,) = jacobians
+        return GrowingSketch(j, self.side, rng, self.block, self.min_residual)
+
+
+class GrowingSketch(Accumulator):
+    """A sketch and residual probes, both of which grow. The number of probes is that of passes.
+
+    Attributes:
+        q: basis of the sketch, rows.
+    """
+
+    def __init__(self, jacobian: JacobianOperator, side: Side, rng: Rng, block: int, min_residual: int) -> None:
+        self._j, self._A, self._rng = jacobian, factor(jacobian, side), rng
+        self._block, self._min_residual = block, min_residual
+        self.q = self._image = self._g = self._A.basis(0, 0)  # Q, G Q and g, rows
+        self._norms: list[Array] = []  # ||A g||^2
+        self._growing = True
+
+    def extend(self, probes: int) -> None:
+        left, cost = probes, PASSES_PER_COLUMN * self._block
+        while self._growing and left >= cost + self._min_residual and len(self.q) + self._block <= self._A.dim:
+            self._grow(len(self._g) + left)
+            left -= cost
+        if left:
+            g = self._rng.sign(left, self._A.dim)
+            self._norms.append(deflation.squared_norms(self._j, self._A.product, g))
+            self._g = array_api_compat.array_namespace(g).concat([self._g, g])
+
+    def _grow(self, probes: int) -> None:
+        """Add a block of columns; ``probes`` is the number of residual probes without it."""
+        s = self._rng.sign(self._block, self._A.dim)
+        xp = array_api_compat.array_namespace(s)
+        sketch = self._gram(s)
+        before = self._remainder(s, sketch)
+        q = deflation.orthonormal_complement(sketch, self.q)
+        image = self._gram(q)
+        across, own = (arrays.to_numpy(rows @ image.T, np.float64) for rows in (self.q, q))
+        decrease = 2 * float((arrays.to_numpy(image, np.float64) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
+        self.q, self._image = xp.concat([self.q, q]), xp.concat([self._image, image])
+        self._growing = decrease * probes > PASSES_PER_COLUMN * self._block * before
+
+    def _gram(self, u: Array) -> Array:
+        """G u = A^T A u for each row of ``u``; one block of products is held at a time."""
+        blocks = [self._A.adjoint(self._A.product(u[block])) for block in arrays.slices(self._j.blocks(len(u)))]
+        return array_api_compat.array_namespace(u).concat(blocks)
+
+    def _remainder(self, s: Array, sketch: Array) -> float:
+        """Mean of ||(I - Q Q^T) G (I - Q Q^T) s||^2, with ``sketch`` = G s."""
+        residual = deflation.project_out(sketch - (s @ self.q.T) @ self._image, self.q)
+        return float((residual**2).sum()) / len(s)
+
+    def estimate(self, metric: str) -> PointEstimate:
+        inside = float((self.q * self._image).sum())
+        if not self._norms:
+            return PointEstimate(inside, 0.0)
+        # ||A (g - Q c)||^2 with c = Q^T g
+        norms = arrays.gather(self._norms)
+        c, core, crossed = (
+            arrays.to_numpy(rows @ others.T, np.float64)
+            for rows, others in ((self._g, self.q), (self.q, self._image), (self._g, self._image))
+        )
+        residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
+        return deflation.add(inside, standard_errors.mean(residual))
