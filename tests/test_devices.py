@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import ntkbench
 from ntkbench import operators, paths
+from ntkbench.errors import OverMemory
 from ntkbench.layerwise.kernel import Trace
 from ntkbench.measure import engine
 from ntkbench.measure.config import Config
@@ -103,6 +104,16 @@ def test_a_target_stands_for_the_current_one_of_several_gpus(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert backend.device(Target(device="cuda")) == backend.device(Target()) == torch.device("cuda", 1)
     assert backend.device(Target(device="cpu")) == torch.device("cpu")
+
+
+def test_memory_that_torch_keeps_for_later_is_free(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, size in {"mem_get_info": (10 * 2**30, 80 * 2**30), "memory_reserved": 50 * 2**30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda where, size=size: size)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: 20 * 2**30)
+    operators.check_result(2**17, 78_000, Target(device="cuda"))
+    with pytest.raises(OverMemory, match=r"takes 40\.5 GiB, and 40 GiB are free"):
+        operators.check_result(2**17, 83_000, Target(device="cuda"))
 
 
 def test_processes_of_a_run_find_what_the_caller_finds(monkeypatch, tmp_path):

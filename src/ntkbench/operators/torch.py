@@ -106,7 +106,9 @@ def free_memory(target: Target) -> int:
     """Bytes that a tensor on the device may take."""
     where = device(target)
     if where.type == "cuda":
-        return int(torch.cuda.mem_get_info(where)[0])
+        # What torch keeps of tensors that are gone is free as well.
+        kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+        return int(torch.cuda.mem_get_info(where)[0]) + kept
     return free_on_host()
 
 
