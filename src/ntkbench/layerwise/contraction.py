@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, Weighted
 from ntkbench.layerwise.tuning import Tuning
+from ntkbench.operators import arrays
 
 Pairs = TypeVar("Pairs", Products, Lookups)
 """Factors whose inner products can be taken pairwise; rows and columns are of one kind."""
@@ -90,7 +91,7 @@ def diagonal(factors: GradientFactors, memory: int, tuning: Tuning) -> Tensor:
         tuning: costs that choose the order of summation.
     """
     if isinstance(factors, Rows):
-        return torch.linalg.vecdot(factors.rows, factors.rows)
+        return arrays.squared_norms(factors.rows)
     if isinstance(factors, Tied):
         return _tied_diagonal(factors, memory, tuning)
     if isinstance(factors, Weighted):
@@ -100,13 +101,13 @@ def diagonal(factors: GradientFactors, memory: int, tuning: Tuning) -> Tensor:
         _, _, groups, C, D, S = factors.sizes
         if S == 1:
             a, g = factors.a[..., 0], factors.g[..., 0]
-            return (torch.linalg.vecdot(a, a)[:, None] * torch.linalg.vecdot(g, g)).sum(-1)
+            return (arrays.squared_norms(a)[:, None] * arrays.squared_norms(g)).sum(-1)
         if K * C * (D + tuning.entry_cost) <= S * (D + K * C):
             pieces = _pieces(groups * C, N * K * D * factors.g.element_size(), memory)
             squares = factors.g.new_zeros(N, K)
             for some, channels in _channels(groups, C, pieces):
                 rows = factors.explicit(some, channels)
-                squares += torch.linalg.vecdot(rows, rows)
+                squares += arrays.squared_norms(rows)
             return squares
     size = factors.g[0].numel() * 2 + _positions(factors) ** 2
     found = []
@@ -204,21 +205,22 @@ def _add_positions(
     N1, K1, N2, K2 = theta.shape
     g, h = (t if isinstance(left, Lookups) else t[:, :, group] for t in (left.g, right.g))  # [N, K, C, S]
     C, S, T = h.shape[2], g.shape[-1], h.shape[-1]
-    g, h = g.reshape(N1, K1, C * S), h.reshape(N2, K2 * C, T)
+    g = g.mT.flatten(2)  # [N1, K1, S * C]
     if isinstance(left, Products):
         inputs = left.a[:, group].mT.reshape(N1 * S, -1)
         others = right.a[:, group].mT.reshape(N2 * T, -1)
     else:
         inputs, others = left.rows.reshape(-1), right.rows.reshape(-1)
-    size = N1 * S * (2 * K2 * C + T) * theta.element_size()
+    size = N1 * (S * (C + T) + K1) * theta.element_size()
     for columns in _triangle(N2, K2, symmetric, tuning, _pieces(N2, size, memory)):
         rows = slice(columns.start if symmetric else 0, N1)
         count = columns.stop - columns.start
         mine, theirs = inputs[rows.start * S :], others[columns.start * T : columns.stop * T]
         gram = theirs @ mine.T if isinstance(left, Products) else _same(theirs, mine).to(theta.dtype)
-        carried = h[columns] @ gram.view(count, T, -1)  # [columns, K2 * C, rows * S]
-        carried = carried.view(count, K2, C, -1, S).permute(3, 2, 4, 0, 1).reshape(N1 - rows.start, C * S, -1)
-        theta[rows, :, columns] += (g[rows] @ carried).view(-1, K1, count, K2)
+        gram = gram.view(count, T, -1)
+        for k in range(K2):  # one direction at a time, so that nothing has to be rearranged between the two products
+            carried = (gram.mT @ h[columns, k].mT).view(count, -1, S * C)  # at [columns, rows, S * C]
+            theta[rows, :, columns, k] += g[rows] @ carried.permute(1, 2, 0)
 
 
 def _add_tied(theta: Tensor, left: Tied, right: Tied, symmetric: bool, memory: int, tuning: Tuning) -> None:
@@ -265,7 +267,7 @@ def _tied_diagonal(factors: Tied, memory: int, tuning: Tuning) -> Tensor:
         squares = factors.other.g.new_zeros(N, K)
         for channels in _slices(C, min(C, _pieces(C, 3 * N * K * D * item, memory))):
             rows = factors.explicit(channels)
-            squares += torch.linalg.vecdot(rows, rows)
+            squares += arrays.squared_norms(rows)
         return squares
     found = [diagonal(part, memory, tuning) for part in factors.parts()]
     crossed = [factors.samples(slice(n, n + 1)) for n in range(N)]

@@ -38,6 +38,12 @@ def asarray_like(array: np.ndarray, like: Any) -> Any:
     return xp.asarray(array, dtype=like.dtype, device=array_api_compat.device(like))
 
 
+def squared_norms(rows: Array) -> Array:
+    """Squared norms along the last axis, without an array of the squares."""
+    norms: Array = array_api_compat.array_namespace(rows).linalg.vector_norm(rows, axis=-1)
+    return norms**2
+
+
 def epsilon(array: Any) -> float:
     """Machine epsilon of products in the array's precision: that of TF32 where torch uses it for them."""
     if array_api_compat.is_torch_array(array) and array.is_cuda and _in_tf32(array):

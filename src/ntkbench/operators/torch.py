@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.modules import cast, copied, frozen, load
+from ntkbench.operators import arrays
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.memory import free_on_host
 from ntkbench.operators.plain import PlainNetwork, flat, saved_bytes
@@ -308,8 +309,13 @@ class TorchRng(Rng):
         return torch.randn(k, dim, generator=self._generator, dtype=self._dtype, device=self._device)
 
     def sign(self, k: int, dim: int) -> Tensor:
-        # A generator takes as long for a bit as for a byte. Each row starts with a new byte, so that the rows do not
-        # depend on how they are split into blocks.
+        # Rows do not depend on how they are split into blocks, which is a matter of how much memory is free.
+        if self._device.type == "cuda":
+            signs = torch.empty(k, dim, dtype=self._dtype, device=self._device)
+            for row in signs:
+                row.random_(0, 2, generator=self._generator)
+            return signs.mul_(2).sub_(1)
+        # A generator takes as long for a bit as for a byte. Each row starts with a new byte.
         size = (k, -(-dim // 8))
         drawn = torch.randint(0, 256, size, generator=self._generator, dtype=torch.int32, device=self._device)
         signs = _signs_of_bytes(self._dtype, self._device).index_select(0, drawn.view(-1)).view(k, -1)
@@ -331,7 +337,7 @@ def _flat(blocks: Mapping[Any, Tensor]) -> Tensor:
 def _squares(blocks: Mapping[Any, Tensor]) -> Tensor:
     """Squared norms of gradients by parameter, each ``[k, ...]``: ``[k]``."""
     flat = (block.reshape(block.shape[0], -1) for block in blocks.values())
-    return sum(torch.linalg.vecdot(block, block) for block in flat)
+    return sum(map(arrays.squared_norms, flat))
 
 
 _COPIES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype], nn.Module]]
