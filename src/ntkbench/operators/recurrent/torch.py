@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkbench.operators.recurrent import graphs
 from ntkbench.operators.recurrent.base import RecurrentJacobian
 from ntkbench.operators.recurrent.cells import declared
 from ntkbench.operators.recurrent.injections import Injections
@@ -62,8 +63,9 @@ class TorchRecurrentJacobian(RecurrentJacobian, TorchJacobian):
         return False
 
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
+        run = functools.partial(product, TorchLoops, self.layout)
         with torch.no_grad():
-            return product(TorchLoops, self.layout, *arrays)
+            return graphs.call((product, self.layout), run, *arrays) if self._x.is_cuda else run(*arrays)
 
 
 class TorchLoops:
