@@ -5,8 +5,8 @@
     python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
 
 correctness   methods, the API and their limits against float64 on the CPU; a row a case in OUT/correctness.jsonl
-large         large networks as fractions of the device's limit, and rivals in turn; a row a case in OUT/large.jsonl,
-              and the operations that take longest in OUT/profiles.txt
+large         large networks as fractions of the device's limit, and rivals in turn; a row a case and rival in
+              OUT/large.csv, and the operations that take longest in OUT/profiles.txt
 study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also those of a run that
               was stopped, in OUT/study.csv
 
@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
         "devices": [dict(zip(asked, line.split(", "), strict=False)) for line in said.splitlines()],
         "versions": {name: importlib.metadata.version(name) for name in packages if _installed(name)},
         "python": sys.version.split()[0],
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
         "environment": {name: value for name, value in ENVIRONMENT.items() if "PATH" not in name},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -162,8 +162,29 @@ def large(out: Path, tiny: bool, seconds: float) -> bool:
     command = [sys.executable, str(ROOT / "scripts" / "gpu_large.py"), str(file.resolve())]
     done = run([[*command, "--profile", str(profiles.resolve()), *(["--tiny"] if tiny else [])]], seconds)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    summary("large", done, (row["status"] for row in rows), file)
+    table(rows, machine()).to_csv(out / "large.csv", index=False)
+    summary("large", done, (row["status"] for row in rows), out / "large.csv")
     return done and all(row["status"] == "ok" for row in rows)
+
+
+def table(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> Any:
+    """A row for each large case and rival, with where it was measured."""
+    import pandas as pd
+
+    where = {
+        "device_name": ", ".join(device["name"] for device in machine["devices"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        "git_sha": machine["commit"].removesuffix("-dirty"),
+        "git_dirty": machine["commit"].endswith("-dirty"),
+    }
+    found = []
+    for row in rows:
+        plain = {name: value for name, value in row.items() if not isinstance(value, dict)}
+        seconds = row.get("rival_seconds") or {"": None}
+        for rival, taken in seconds.items():
+            compared = {"rival": rival, "rival_seconds": taken, "ratio": row.get("ratios", {}).get(rival)}
+            found.append({**plain, **compared, **where})
+    return pd.DataFrame(found)
 
 
 def study(out: Path, tiny: bool, seconds: float) -> bool:

@@ -28,11 +28,11 @@ import ntkbench
 from ntkbench import methods, problems
 from ntkbench.layerwise import reuse, sample_kernels
 from ntkbench.measure import outcomes, timing
-from ntkbench.operators import linearise, torch_network
+from ntkbench.operators import torch_network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.studies.base import programs
-from ntkbench.studies.base.computations import COMPUTATIONS, PROBES
+from ntkbench.studies.base.computations import COMPUTATIONS
 
 PEAK = {"float32": 67e12, "tf32": 495e12}
 """Operations a second of an H100 (SXM) outside its matrix units, and in them in TF32; NVIDIA's data sheet."""
@@ -97,18 +97,14 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             functools.partial(COMPUTATIONS[f"alignment by 50 probes{way}"], problem, target)
             for way in ("", " by torch.func")
         )
-        rivals = {"torch.func": recipe}
-        if sizes.device == "cuda":
-            rivals["CUDA graph of the products alone"] = functools.partial(_replayed, problem, target)
-        yield Case(f"alignment of an RNN's state [{N}, {T}, {H}] ({name})", ours, rivals)
+        yield Case(f"alignment of an RNN's state [{N}, {T}, {H}] ({name})", ours, {"torch.func": recipe})
     label = f"resnet18[N={sizes.samples}]"
     for tf32 in (False, True):
         each, dtype = dataclasses.replace(target, tf32=tf32), "tf32" if tf32 else "float32"
         error = functools.partial(_error_of_tf32, f"resnet18[N={max(2, sizes.samples // 20)}]", target)
         trace = functools.partial(_method, "structured_derivatives", label, each, "trace")
-        tried = {} if tf32 else {"cudnn.benchmark": functools.partial(_benchmarked, trace)}
         yield Case(f"Theta of {label}", functools.partial(_theta, label, each), {}, dtype, error if tf32 else None)
-        yield Case(f"trace of {label}", trace, tried, dtype)
+        yield Case(f"trace of {label}", trace, {}, dtype)
         yield Case(f"pNTK of {label}", functools.partial(_theta, label, each, "sum_of_logits"), {}, dtype)
         yield Case(f"trace of GPT-2, {sizes.tokens} tokens", functools.partial(_gpt2, sizes, tf32), {}, dtype)
     for label in sizes.rivals:
@@ -139,17 +135,6 @@ def _theta(label: str, target: Target, kernel: str = "full") -> Call:
     return lambda: float(chosen.compute(engine, list(weights.values()), x)[-1, -1])
 
 
-def _benchmarked(make: Callable[[], Call]) -> Call:
-    """The same where cuDNN tries its algorithms, and takes the fastest."""
-    call = make()
-
-    def benchmarked() -> float:
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
-            return call()
-
-    return benchmarked
-
-
 def _error_of_tf32(label: str, target: Target) -> float:
     """||Theta in TF32 - Theta|| / ||Theta||, in the Frobenius norm."""
     found = []
@@ -169,33 +154,6 @@ def _recurrent(H: int, N: int, T: int) -> Problem:
         for w in moved.parameters():
             w.add_(0.1 * w.std() * torch.randn_like(w))
     return ntkbench.from_recurrent(layer, torch.randn(N, T, 3), moved)
-
-
-def _replayed(problem: Problem, target: Target) -> Call:
-    """The products of the alignment alone, replayed as one CUDA graph: what launches cost."""
-    jacobians = [linearise(problem, end, target) for end in ("theta_0", "theta_f")]
-    u = jacobians[0].rng(0).normal(PROBES, jacobians[0].n)
-
-    def products() -> torch.Tensor:
-        for j in jacobians:
-            j.__dict__.pop("linear", None)  # so that the forward pass is a part of it
-        one, other = (j.ntk(u) for j in jacobians)
-        return (one * other).sum()
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # certificates are made in the first
-            products()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = products()
-
-    def replay() -> float:
-        graph.replay()
-        return float(found)
-
-    return replay
 
 
 def _gpt2(sizes: Sizes, tf32: bool) -> Call:
@@ -234,6 +192,7 @@ def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]
         torch.cuda.reset_peak_memory_stats()
     first = timing.timed(call, 0)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    operations = _operations(call)  # before anything is recorded: what is replayed cannot be counted
     calls, reasons, values = {case.name: call}, {}, {}
     for name, make in case.rivals.items():
         try:
@@ -246,7 +205,6 @@ def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]
     if profiles is not None:
         with profiles.open("a", encoding="utf-8") as file:
             file.write(f"{case.name}, {case.dtype}\n{_profile(call, on_gpu)}\n\n")
-    operations = _operations(call)
     seconds = min(taken[case.name])
     own = timing.quartiles("seconds", taken.pop(case.name))
     rivals = {name: timing.quartiles("seconds", each)["seconds"] for name, each in taken.items()}
