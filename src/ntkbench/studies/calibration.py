@@ -22,6 +22,7 @@ from pydantic import Field, PositiveInt
 from ntkbench import ladder, methods, problems
 from ntkbench.errors import Unavailable
 from ntkbench.estimate import Estimate
+from ntkbench.measure import outcomes
 from ntkbench.measure.schema import MetricName, ProblemLabel
 from ntkbench.measure.seeds import Reruns
 from ntkbench.methods import Method
@@ -60,6 +61,7 @@ class Settings(base.Settings):
         ways: of asking, among :data:`WAYS`.
         passes: budget of the second one.
         rtol: tolerance of the third one.
+        most_passes: that it may spend.
     """
 
     seeds: int = Field(300, ge=2)
@@ -70,6 +72,7 @@ class Settings(base.Settings):
     ways: list[Literal[*WAYS]] = Field(default=list(WAYS), min_length=1)  # type: ignore[valid-type]
     passes: PositiveInt = 40
     rtol: float = Field(0.25, gt=0, lt=1)
+    most_passes: PositiveInt = 256
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -90,12 +93,12 @@ def _rows(settings: Settings, name: str) -> Iterator[base.Row]:
                 "method": method,
                 "title": _title(method),
             }
-            spent: float | None = None
+            stopped: base.Row | None = None
             for way in WAYS:
                 case = {**about, "kind": "stochastic", "way": way}
                 if way in settings.ways:
-                    row = base.row(case, functools.partial(_measure, settings, subject, metric, method, way, spent))
-                    spent = row.get("passes_spent") if way == "rtol" else None
+                    row = base.row(case, functools.partial(_measure, settings, subject, metric, method, way, stopped))
+                    stopped = row if way == "rtol" and row["status"] == outcomes.OK else None
                     yield row
 
 
@@ -104,27 +107,29 @@ def _title(method: str) -> str:
 
 
 def _measure(
-    settings: Settings, subject: Subject, metric: str, method: str, way: str, spent: float | None
+    settings: Settings, subject: Subject, metric: str, method: str, way: str, stopped: base.Row | None
 ) -> dict[str, Any]:
-    """Columns of a case; ``spent`` are the passes that the tolerance took on average."""
-    if way == "matched" and spent is None:
-        raise Unavailable("no passes to match: there are no estimates to the tolerance")
-    passes = {"passes": settings.passes, "matched": round(spent or 0)}.get(way)
-    rtol = settings.rtol if way == "rtol" else None
+    """Columns of a case; ``stopped`` is the row of the same case to the tolerance, where there are estimates."""
+    if way == "matched":
+        if stopped is None:
+            raise Unavailable("no passes to match: there are no estimates to the tolerance")
+        asked = Options(stopped["by"].split(", ")[0], round(stopped["passes_spent"]))
+    else:
+        passes = {"passes": settings.passes, "rtol": settings.most_passes}.get(way)
+        asked = Options(method, passes, settings.rtol if way == "rtol" else None)
     if method != AUTO:
         named = methods.get(method)
-        if rtol is not None and not isinstance(named, Incremental):
+        if asked.rtol is not None and not isinstance(named, Incremental):
             raise Unavailable("takes no rtol: its probes cannot be added to")
-        if reason := named.unsupported_reason(subject.problem(), metric, settings.target(), passes):
+        if reason := named.unsupported_reason(subject.problem(), metric, settings.target(), asked.passes):
             raise Unavailable(reason)
-    options = Options(method, passes, rtol)
     found = Reruns(subject.exact()[metric], settings.dtype)
-    found.run(lambda seed: subject.estimate(metric, replace(options, seed=seed)), range(settings.seeds))
-    within = None if rtol is None else _mean([error <= rtol for error in found.errors])
+    found.run(lambda seed: subject.estimate(metric, replace(asked, seed=seed)), range(settings.seeds))
+    within = None if asked.rtol is None else _mean([error <= asked.rtol for error in found.errors])
     return {
         **base.sizes(subject.problem()),
-        "passes": passes,
-        "rtol": rtol,
+        "passes": asked.passes,
+        "rtol": asked.rtol,
         "within": within,
         **columns(method, found),
     }
