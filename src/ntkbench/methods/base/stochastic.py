@@ -168,7 +168,7 @@ class Incremental(Stochastic):
         return found
 
 
-LEAST_DEGREES = 32
+LEAST_DEGREES = 60
 """Degrees of freedom of a standard error from which on it says whether a tolerance is reached."""
 FAR_WITHIN = 10
 """How many times narrower than the tolerance an interval is, at least, that says so with any degrees of freedom."""
