@@ -20,7 +20,7 @@ COLUMNS += ("covered_high", "target_low", "target_high", "ratio", "rmse", "noted
 AUTO = "auto"
 RATIOS, COVERED = (0.4, 2.5), (0.70, 1.0)
 """What the axes show; what lies beyond is drawn at their ends."""
-TICKS = {"ratio": [0.5, 1.0, 2.0], "covered": [0.7, 0.8, 0.9, 1.0]}
+TICKS = {"ratio": [0.5, 1.0, 2.0], "covered": [0.75, 0.85, 0.95]}
 MARKERS = {"default": "o", "passes": "s", "rtol": "^"}
 """By the way that an estimate is asked for."""
 WAYS = {"default": "by default", "passes": "with passes=", "rtol": "with rtol="}
@@ -57,7 +57,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         left=0.3 + canvas.text_width(titles, 9.5),
         gap=0.12,
     )
-    heads = {"ratio": ("measured error / stated error", *RATIOS), "covered": ("coverage of 95 % intervals", *COVERED)}
+    heads = {
+        "ratio": ("measured error / stated error", *RATIOS),
+        "covered": ("coverage of 95 % intervals [%]", *COVERED),
+    }
     for panels, (column, (head, low, high)) in zip(grid, heads.items(), strict=True):
         for panel, problem in zip(panels, problems, strict=True):
             panel.set(xlim=(low, high), ylim=(len(lines) - 0.45, -0.55))
@@ -92,7 +95,7 @@ def _ratio_axis(panel: Axes) -> None:
 def _coverage_axis(panel: Axes, targets: dict[bool, tuple[float, float]]) -> None:
     panel.set_xlim(COVERED[0] - 0.01, COVERED[1] + 0.01)
     panel.xaxis.set_major_locator(FixedLocator(TICKS["covered"]))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
     for auto, target in targets.items():
         panel.axvspan(*target, color=BANDS[auto][0], linewidth=0, zorder=0)
 
@@ -184,7 +187,7 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
         "share of 95 % intervals that hold the exact value (below), over seeds. A case is out of range where Wilson's "
         "95 % interval of its coverage has nothing in common with its target and its estimates have no note: "
         f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Answers without an error are left out; "
-        f"{exact} cases have no others, and are not drawn. {beyond} ratios and {under} coverages beyond an axis are "
+        f"cases without others, which are not drawn: {exact}. {beyond} ratios and {under} coverages beyond an axis are "
         f"drawn at its end.{_stopping(table)}"
     )
 
