@@ -382,7 +382,10 @@ def source(table):
     def of(name):
         study = figures.study_of(name)
         if study not in read:
-            rows = pd.read_csv(REFERENCE / "default" / "studies" / f"{study}.csv", low_memory=False)
+            committed = sorted(REFERENCE.glob(f"*/studies/{study}.csv"))
+            if not committed:
+                pytest.skip(f"no table of the study {study} is committed")
+            rows = pd.read_csv(committed[0], low_memory=False)
             read[study] = rows.iloc[:: 1 + len(rows) // 200].reset_index(drop=True)
         return read[study]
 

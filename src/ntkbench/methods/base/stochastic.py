@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
+
+from scipy.special import chdtri
 
 from ntkbench import metrics
 from ntkbench.errors import BadInput
@@ -141,7 +143,7 @@ class Incremental(Stochastic):
             passes: upper limit on the passes.
             seed: of the probes.
             rtol: tolerance; probes are drawn until the interval of every metric reaches no further from its value than
-                ``rtol`` times the value, on either side.
+                ``rtol`` times the value, on either side. There are few looks at the interval; see :func:`_growth`.
             confidence: of the interval.
             exact_passes: what exact values cost; a tolerance is given up as soon as what it still needs costs more.
         """
@@ -161,23 +163,23 @@ class Incremental(Stochastic):
             }
             if rtol is None:
                 return found
-            widths = {name: estimate.relative_width(confidence) for name, estimate in found.items()}
-            excess = max(widths.values()) / rtol
-            if excess <= 1 or drawn == most:
+            further = math.ceil(drawn * (_growth(found.values(), rtol, confidence, most / drawn) - 1))
+            if not further or drawn == most:
                 break
-            looks.append((drawn, excess))
-            total = _probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order) * spent / drawn
-            if total > exact_passes and spent + exact_passes <= passes:
+            looks.append((drawn, max(each.relative_width(confidence) for each in found.values()) / rtol))
+            needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
+            if needed * spent / drawn > exact_passes and spent + exact_passes <= passes:
                 break
-            # Errors fall at least as the square root of the number of probes. Small steps waste few passes. Large steps
-            # mean few looks at the error, each of which is a chance to stop too early.
-            wanted = drawn * (min(excess, 2.0) ** 2 - 1)
-            batch = min(most - drawn, max(fewest, drawn // 4, min(drawn, round(wanted))))
-        for name, width in widths.items():
-            if not width <= rtol:
+            batch = min(most - drawn, max(fewest, further))
+        for name, estimate in found.items():
+            if not (width := estimate.relative_width(confidence)) <= rtol:
                 note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
                 found[name] = replace(found[name], notes=(*found[name].notes, note))
         return found
+
+
+MOST_EXCESS = 1e100
+"""Errors over a tolerance beyond which it makes no difference by how much."""
 
 
 def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
@@ -192,7 +194,56 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
         return 0.0
     if drawn > first and math.isfinite(at_first):
         order = min(max(math.log(at_first / excess) / math.log(drawn / first), 0.5), order)
-    return float(drawn * excess ** (1 / order))
+    return float(drawn * min(excess, MOST_EXCESS) ** (1 / order))
+
+
+LEAST_DEGREES = 60
+"""Degrees of freedom of a standard error from which on it says whether a tolerance is reached."""
+FAR_WITHIN = 10
+"""How many times narrower than the tolerance an interval is, at least, that says so with any degrees of freedom."""
+SAFETY = 0.9
+"""Probability that a variance is no larger than is allowed for in the last step to a tolerance."""
+
+
+def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: float) -> float:
+    """By which factor to multiply the probes before the next look at the errors; 1 to stop.
+
+    Whoever stops as soon as the error looks small stops where it is underestimated, the more so the fewer its degrees
+    of freedom and the more skewed the probes. So there are few looks, as in triple sampling (Hall 1981): probes are
+    doubled until their error can be judged, without a stop; then go to half of those that are expected to be needed, if
+    these are more than four times as many; and then to a number that is enough even if the variance is at its upper
+    confidence limit. Errors fall at least as the square root of the number of probes.
+
+    Args:
+        found: estimates of all metrics, from the probes so far.
+        rtol, confidence: the tolerance, and of the interval that is to be within it.
+        most: the largest factor.
+    """
+
+    def reached(factor: float, safety: float | None) -> bool:
+        return all(_after(e, factor, safety).relative_width(confidence) <= rtol for e in found)
+
+    def needed(safety: float | None) -> float:
+        factor = 1.25
+        while factor < most and not reached(factor, safety):
+            factor *= 1.05
+        return factor
+
+    widest = max(e.relative_width(confidence) for e in found)
+    if min(e.degrees for e in found) < LEAST_DEGREES and not widest * FAR_WITHIN <= rtol:
+        return 2.0
+    if widest <= rtol:
+        return 1.0
+    expected = needed(None)
+    return max(4.0, expected / 2) if expected > 4 else needed(SAFETY)
+
+
+def _after(estimate: Estimate, factor: float, safety: float | None) -> Estimate:
+    """An estimate as it is expected to be with ``factor`` times the probes, and ``safety`` as :data:`SAFETY`."""
+    error, degrees = estimate.standard_error or 0.0, estimate.degrees
+    if safety is not None and math.isfinite(degrees):
+        error *= math.sqrt(degrees / chdtri(degrees, safety))
+    return replace(estimate, standard_error=error / math.sqrt(factor), degrees=degrees * factor)
 
 
 class Accumulating(Incremental):

@@ -1,0 +1,209 @@
+"""Measured over stated error, and coverage of 95 % intervals, of ``auto`` and every stochastic method by problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting.styles import looks
+
+TABLE = "calibration"
+COLUMNS: tuple[str, ...] = ("problem", "metric", "method", "title", "kind", "way", "covered", "covered_low", "verdict")
+COLUMNS += ("covered_high", "target_low", "target_high", "ratio", "rmse", "noted", "exact", "passes_spent", "seeds")
+
+AUTO = "auto"
+RATIOS, COVERED = (0.4, 2.5), (0.70, 1.0)
+"""What the axes show; what lies beyond is drawn at their ends."""
+TICKS = {"ratio": [0.5, 1.0, 2.0], "covered": [0.75, 0.85, 0.95]}
+MARKERS = {"default": "o", "passes": "s", "rtol": "^"}
+"""By the way that an estimate is asked for."""
+WAYS = {"default": "by default", "passes": "with passes=", "rtol": "with rtol="}
+COLOURS = {
+    "trace": styles.BLUE,
+    "norm": styles.VERMILION,
+    "effective_rank": styles.GREEN,
+    "alignment": styles.PINK,
+}
+BANDS = {False: ("#E3EFE8", "the others"), True: ("#C9DFD3", AUTO)}
+"""Colour of the target, and whose it is: of ``auto`` or not."""
+
+KEPT = ["problem", "metric", "method", "title", "way", "ratio", "covered", "covered_low", "covered_high", "noted"]
+KEPT += ["exact", "passes_spent", "rmse", "seeds", "target_low", "target_high", "verdict"]
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A line for each method, a panel for each problem: errors above, coverage below."""
+    points = base.measured(table, "covered", "ratio")
+    points = points[points["way"].isin(MARKERS)]
+    if not len(points):
+        return base.nothing(table, labels.why_not(table))
+    style = {m: look for m, look in looks(table).items() if m in set(points["method"])}
+    lines = {m: i for i, m in enumerate(sorted(style, key=lambda method: method != AUTO))}
+    problems = list(dict.fromkeys(points["problem"]))
+    titles = [style[method].title for method in lines]
+    height = 0.3 * len(lines) + 0.1
+    figure, grid = canvas.sheet(
+        [canvas.Row(height, above=0.65, below=0.3), canvas.Row(height, above=0.65, below=0.3)],
+        len(problems),
+        title=_finding(points),
+        subtitle=base.settings_line(table).replace("median over", "over"),
+        key=[("metric", _metrics(points)), ("asked for", _ways(points)), ("how to read", _reading(points))],
+        left=0.3 + canvas.text_width(titles, 9.5),
+        gap=0.12,
+    )
+    heads = {
+        "ratio": ("measured error / stated error", *RATIOS),
+        "covered": ("coverage of 95 % intervals [%]", *COVERED),
+    }
+    for panels, (column, (head, low, high)) in zip(grid, heads.items(), strict=True):
+        for panel, problem in zip(panels, problems, strict=True):
+            panel.set(xlim=(low, high), ylim=(len(lines) - 0.45, -0.55))
+            panel.set_yticks(range(len(lines)), titles if panel is panels[0] else [""] * len(lines))
+            panel.tick_params(axis="y", length=0)
+            if column == "ratio":
+                _ratio_axis(panel)
+            else:
+                _coverage_axis(panel, _targets(points))
+            panel.annotate(
+                labels.short(problem, 20), (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points"
+            )
+            _points(panel, points[points["problem"] == problem], column, lines)
+        canvas.heading(panels[0], head)
+    return base.Drawing(figure, points[KEPT].reset_index(drop=True), _caption(table, points))
+
+
+def _targets(points: pd.DataFrame) -> dict[bool, tuple[float, float]]:
+    """Targets of the coverage, that of ``auto`` last."""
+    first = points.groupby(points["method"] == AUTO)[["target_low", "target_high"]].first()
+    return {bool(auto): (low, high) for auto, low, high in first.itertuples(name=None)}
+
+
+def _ratio_axis(panel: Axes) -> None:
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(FixedLocator(TICKS["ratio"]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.axvline(1, color=canvas.PALE, linewidth=1.2, zorder=1)
+
+
+def _coverage_axis(panel: Axes, targets: dict[bool, tuple[float, float]]) -> None:
+    panel.set_xlim(COVERED[0] - 0.01, COVERED[1] + 0.01)
+    panel.xaxis.set_major_locator(FixedLocator(TICKS["covered"]))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+    for auto, target in targets.items():
+        panel.axvspan(*target, color=BANDS[auto][0], linewidth=0, zorder=0)
+
+
+def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int]) -> None:
+    """Metrics below each other within the line of a method; hollow where estimates have a note."""
+    metrics = base.metrics_in(here)
+    low, high = RATIOS if column == "ratio" else COVERED
+    for row in here.to_dict("records"):
+        y = lines[row["method"]] + 0.6 * ((metrics.index(row["metric"]) + 0.5) / len(metrics) - 0.5)
+        colour = COLOURS.get(row["metric"], styles.BLACK)
+        panel.plot(
+            min(max(row[column], low), high),
+            y,
+            color=colour,
+            marker=MARKERS[row["way"]],
+            markersize=4,
+            markeredgewidth=0.9,
+            markerfacecolor="white" if row["noted"] >= 0.5 else colour,
+            linestyle="",
+            zorder=3,
+            clip_on=False,
+        )
+
+
+def _counts(points: pd.DataFrame) -> dict[bool, tuple[int, int]]:
+    """Cases in range and all of them, for ``auto`` and for the others."""
+    good = points["verdict"] == "in range"
+    auto = points["method"] == AUTO
+    return {one: (int(good[auto == one].sum()), int((auto == one).sum())) for one in (True, False)}
+
+
+def _finding(points: pd.DataFrame) -> str:
+    counts = _counts(points)
+    said = [
+        f"{name} in {good} of {total} cases"
+        for name, (good, total) in (("auto", counts[True]), ("the other methods", counts[False]))
+        if total
+    ]
+    return f"95 % intervals keep their coverage: {', '.join(said)}"
+
+
+def _metrics(points: pd.DataFrame) -> list[key.Entry]:
+    return [
+        (
+            Line2D([], [], color=COLOURS.get(m, styles.BLACK), marker="o", markersize=5, linestyle=""),
+            labels.metric_label(m),
+        )
+        for m in base.metrics_in(points)
+    ]
+
+
+def _ways(points: pd.DataFrame) -> list[key.Entry]:
+    there = set(points["way"])
+    return [
+        (Line2D([], [], color=styles.GREY, marker=marker, markersize=5, linestyle=""), WAYS[way])
+        for way, marker in MARKERS.items()
+        if way in there
+    ]
+
+
+def _reading(points: pd.DataFrame) -> list[key.Entry]:
+    hollow: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 5, "markerfacecolor": "white"}
+    entries: list[key.Entry] = []
+    if (points["noted"] >= 0.5).any():
+        entries.append((Line2D([], [], **hollow, linestyle=""), "estimates have a note"))
+    return [
+        *entries,
+        (Line2D([], [], color=canvas.PALE, linewidth=1.2), "errors as stated"),
+        *(
+            (
+                Patch(color=BANDS[auto][0], linewidth=0),
+                f"target for {BANDS[auto][1]}, {100 * low:g} to {100 * high:g} %",
+            )
+            for auto, (low, high) in _targets(points).items()
+        ),
+    ]
+
+
+def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
+    beyond = int(((points["ratio"] < RATIOS[0]) | (points["ratio"] > RATIOS[1])).sum())
+    under = int((points["covered"] < COVERED[0]).sum())
+    exact = int((base.measured(table, "exact")["exact"] == 1).sum())
+    lost = points[points["verdict"].isin(["below", "above"])]
+    names = lost.groupby("title").size().sort_values(ascending=False, kind="stable")
+    said = ", ".join(f"{labels.plain(title)} {count}" for title, count in names.items())
+    return (
+        "Root mean square of the errors against the exact value over that of the standard errors stated (above), and "
+        "share of 95 % intervals that hold the exact value (below), over seeds. A case is out of range where Wilson's "
+        "95 % interval of its coverage has nothing in common with its target and its estimates have no note: "
+        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Answers without an error are left out; "
+        f"cases without others, which are not drawn: {exact}. {beyond} ratios and {under} coverages beyond an axis are "
+        f"drawn at its end.{_stopping(table)}"
+    )
+
+
+def _stopping(table: pd.DataFrame) -> str:
+    """What stopping at a tolerance costs, against a fixed budget of as many passes."""
+    rows = base.measured(table, "covered", "rmse", "passes_spent")
+    case = ["problem", "metric", "method"]
+    both = rows[rows["way"] == "rtol"].merge(rows[rows["way"] == "matched"], on=case, suffixes=("", "_fixed"))
+    both = both[(both["rmse"] > 0) & (both["rmse_fixed"] > 0)]
+    if not len(both):
+        return ""
+    cost = (both["rmse"] / both["rmse_fixed"]) ** 2 * both["passes_spent"] / both["passes_spent_fixed"]
+    held, fixed = (100 * both[column].mean() for column in ("covered", "covered_fixed"))
+    return (
+        f" Stopping at a tolerance takes {cost.median():.2f} times the passes of a fixed budget of the same error (the "
+        f"median of {len(both)} cases); {held:.1f} % of its intervals hold the value, and {fixed:.1f} % of those of "
+        "fixed budgets."
+    )

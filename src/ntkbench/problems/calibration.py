@@ -1,0 +1,83 @@
+"""Small networks on which intervals are compared with exact values: an MLP on skewed inputs, and a transformer.
+
+The MLP has 272 outputs a sample, more than ``method="auto"`` computes exactly when no budget is given.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Literal
+
+from ntkbench.problems.base import Definition, problem, training
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLES = 12
+INPUTS, HIDDEN, OUTPUTS = 8, 8, 272
+TOKENS, LENGTH, WIDTH, SEQUENCES = 8, 9, 8, 256
+
+
+@problem
+def small_mlp(
+    N: int = SAMPLES, inputs: Literal["ordinary", "imbalanced", "heavy_tailed", "one_outlier"] = "ordinary"
+) -> Definition:
+    """8-8-8-272 ReLU network on 12 inputs: normal ones; all but one nearly alike; Cauchy-scaled; one 100 times as large.
+
+    Trained by 10 full-batch steps towards fixed standard normal targets.
+    """
+    import torch
+    from torch import nn
+
+    from ntkbench.networks import fully_connected
+    from ntkbench.networks.initialisation import seeded
+
+    module = seeded(functools.partial(fully_connected.network, [INPUTS, HIDDEN, HIDDEN, OUTPUTS]), 0)
+    draw = torch.Generator().manual_seed(1)
+    x, centre = (torch.randn(shape, generator=draw) for shape in ((SAMPLES, INPUTS), (INPUTS,)))
+    quantiles = (torch.randperm(SAMPLES, generator=draw) + 0.5) / SAMPLES
+    targets = torch.randn((SAMPLES, OUTPUTS), generator=draw, dtype=torch.float64)
+    if inputs == "imbalanced":
+        alike = torch.arange(SAMPLES) != 4
+        x[alike] = centre + 0.05 * x[alike]
+    elif inputs == "heavy_tailed":
+        x *= torch.tan(quantiles * torch.pi / 2)[:, None]  # quantiles of the absolute value of a Cauchy variable
+    elif inputs == "one_outlier":
+        x[4] *= 100
+    recipe = training.Adam(x, targets, nn.functional.mse_loss, batch=SAMPLES, epochs=10, lr=1e-3)
+    return Definition(module, x[:N].numpy().copy(), recipe, jax_forward=fully_connected.forward)
+
+
+@problem
+def reversing_transformer(N: int = SAMPLES) -> Definition:
+    """One block of width 8, 2 heads, that gives sequences of 9 tokens out of 8 back to front: logits of all tokens.
+
+    Inputs are one-hot tokens beside one-hot positions. The bias of the keys is frozen, as no output depends on it.
+    Trained by 60 epochs of Adam on 256 sequences of its own.
+    """
+    import torch
+    from torch import nn
+
+    from ntkbench.networks import layers
+    from ntkbench.networks.initialisation import seeded
+    from ntkbench.networks.transformer import Block, Size
+
+    def make() -> nn.Module:
+        block = Block(Size(patch=1, width=WIDTH, layers=1, heads=2, hidden=2 * WIDTH))
+        block.attention.key.bias.requires_grad_(False)
+        return nn.Sequential(
+            nn.Linear(TOKENS + LENGTH, WIDTH), block, layers.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKENS)
+        )
+
+    tokens = torch.randint(TOKENS, (SAMPLES + SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+    positions = torch.eye(LENGTH).expand(len(tokens), -1, -1)
+    x = torch.cat([nn.functional.one_hot(tokens, TOKENS), positions], -1)
+    recipe = training.Adam(x[SAMPLES:], tokens[SAMPLES:].flip(1), of_tokens, batch=64, epochs=60, lr=1e-2)
+    return Definition(seeded(make, 0), x[:N].numpy().copy(), recipe)
+
+
+def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of the logits ``[N, T, V]`` of tokens ``[N, T]``."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())

@@ -1,0 +1,238 @@
+"""Whether 95 % intervals hold the exact value: ``auto`` and every stochastic method, on kernels of many kinds.
+
+Networks are taken as trained: Theta is the kernel at the weights after training, and the alignment is that with the
+kernel at initialisation. Each case is estimated with many seeds, in four ways: as by default, with a budget of passes,
+to a tolerance, and with a fixed budget of as many passes as the tolerance took on average. The last two tell what
+stopping at a tolerance costs, and what it does to the intervals.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, PositiveInt
+
+from ntkbench import ladder, methods, problems
+from ntkbench.errors import Unavailable
+from ntkbench.estimate import Estimate
+from ntkbench.measure import outcomes
+from ntkbench.measure.schema import MetricName, ProblemLabel
+from ntkbench.measure.seeds import Reruns
+from ntkbench.methods import Method
+from ntkbench.methods.base import Incremental
+from ntkbench.metrics import METRICS
+from ntkbench.options import Options
+from ntkbench.problem import Problem
+from ntkbench.problems.base import reference
+from ntkbench.studies import base
+
+TIMED = False
+AUTO = "auto"
+METHODS = (AUTO, *(name for name in methods.names() if methods.get(name).kind == "stochastic"))
+PROBLEMS = {
+    "ordinary": "small_mlp",
+    "imbalanced": "small_mlp[inputs=imbalanced]",
+    "heavy-tailed": "small_mlp[inputs=heavy_tailed]",
+    "one outlier": "small_mlp[inputs=one_outlier]",
+    "transformer": "reversing_transformer",
+    "recurrent": "gru_flipflop[H=12,N=12,T=6]",
+}
+WAYS = ("default", "passes", "rtol", "matched")
+"""How an estimate is asked for; ``matched``, for ``auto`` alone, takes as many passes as ``rtol`` did on average."""
+TARGET_OF_AUTO, TARGET = (0.93, 0.97), (0.90, 0.98)
+"""Where the coverage of a 95 % interval should lie: for ``auto``, and for a method that is asked for by name."""
+PLUGINS = tuple(methods.ROOM.module(name) for name in methods.ROOM.found())
+
+
+class Settings(base.Settings):
+    """What is estimated, how, and how often.
+
+    Attributes:
+        seeds: estimates of each case.
+        problems: labels by the names of the kinds that they stand for.
+        metrics, methods: of which all pairs are cases, if a method gives the metric.
+        ways: of asking, among :data:`WAYS`.
+        passes: budget of the second one.
+        rtol: tolerance of the third one.
+        most_passes: that it may spend.
+    """
+
+    seeds: int = Field(300, ge=2)
+    problems: dict[str, ProblemLabel] = Field(default=PROBLEMS, min_length=1)
+    metrics: list[MetricName] = Field(default=list(METRICS), min_length=1)
+    # The words are known when the class is made, which is when pydantic needs them.
+    methods: list[Literal[*METHODS]] = Field(default=list(METHODS), min_length=1)  # type: ignore[valid-type]
+    ways: list[Literal[*WAYS]] = Field(default=list(WAYS), min_length=1)  # type: ignore[valid-type]
+    passes: PositiveInt = 40
+    rtol: float = Field(0.25, gt=0, lt=1)
+    most_passes: PositiveInt = 128
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each problem, metric, method that gives it and way: coverage, errors, stated errors and passes."""
+    return base.table(row for name in settings.problems for row in _rows(settings, name))
+
+
+def _rows(settings: Settings, name: str) -> Iterator[base.Row]:
+    subject = Subject(settings, settings.problems[name])
+    for metric in settings.metrics:
+        for method in settings.methods:
+            if method != AUTO and metric not in methods.get(method).metrics:
+                continue
+            about = {
+                "problem": name,
+                "label": subject.label,
+                "metric": metric,
+                "method": method,
+                "title": _title(method),
+            }
+            stopped: base.Row | None = None
+            for way in WAYS:
+                case = {**about, "kind": "stochastic", "way": way}
+                if way in settings.ways and (way != "matched" or method == AUTO):
+                    row = base.row(case, functools.partial(_measure, settings, subject, metric, method, way, stopped))
+                    stopped = row if way == "rtol" and row["status"] == outcomes.OK else None
+                    yield row
+
+
+def _title(method: str) -> str:
+    return AUTO if method == AUTO else base.title(method)
+
+
+def _measure(
+    settings: Settings, subject: Subject, metric: str, method: str, way: str, stopped: base.Row | None
+) -> dict[str, Any]:
+    """Columns of a case; ``stopped`` is the row of the same case to the tolerance, where there are estimates."""
+    if way == "matched":
+        if stopped is None:
+            raise Unavailable("no passes to match: there are no estimates to the tolerance")
+        asked = Options(stopped["by"].split(", ")[0], round(stopped["passes_spent"]))
+    else:
+        passes = {"passes": settings.passes, "rtol": settings.most_passes}.get(way)
+        asked = Options(method, passes, settings.rtol if way == "rtol" else None)
+    if method != AUTO:
+        named = methods.get(method)
+        if asked.rtol is not None and not isinstance(named, Incremental):
+            raise Unavailable("takes no rtol: its probes cannot be added to")
+        budget = asked.passes or getattr(named, "default_passes", None)
+        if reason := named.unsupported_reason(subject.problem(), metric, settings.target(), budget):
+            raise Unavailable(reason)
+    found = Reruns(subject.exact()[metric], settings.dtype)
+    found.run(lambda seed: subject.estimate(metric, replace(asked, seed=seed)), range(settings.seeds))
+    within = None if asked.rtol is None else _mean([error <= asked.rtol for error in found.errors])
+    return {
+        **base.sizes(subject.problem()),
+        "passes": asked.passes,
+        "rtol": asked.rtol,
+        "within": within,
+        **columns(method, found),
+    }
+
+
+class Subject:
+    """The problem that rows are of, prepared once for all methods that share a preparation.
+
+    Attributes:
+        label: of the problem.
+        problem: loads it, as trained.
+        exact: its exact values by metric.
+    """
+
+    def __init__(self, settings: Settings, label: str) -> None:
+        """Load nothing yet."""
+        self.label, self._target = label, settings.target()
+        self.problem = base.Once(lambda: _trained(problems.load(label)))
+        self.exact = base.Once(lambda: reference.compute(self.problem())["metrics"])
+        self._prepared: dict[str, Any] = {}
+
+    def estimate(self, metric: str, options: Options) -> Estimate:
+        """What a user gets who asks for it."""
+        return ladder.estimates(self.problem(), (metric,), self._target, options, self._prepare)[metric]
+
+    def _prepare(self, method: Method) -> Any:
+        key = method.prepares or method.name
+        if key not in self._prepared:
+            self._prepared[key] = method.prepare(self.problem(), self._target)
+        return self._prepared[key]
+
+
+def _trained(problem: Problem) -> Problem:
+    """The same problem with its weights after training in the place of the initial ones, and the other way round."""
+    return replace(
+        problem,
+        name=f"{problem.name} trained",
+        theta_0=problem.weights("theta_f"),
+        theta_f=problem.theta_0,
+        fixed_0=problem.fixed_f,
+        fixed_f=problem.fixed_0,
+    )
+
+
+def columns(method: str, found: Reruns) -> dict[str, Any]:
+    """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
+
+    An answer is exact if it states no error and is right to rounding. ``covered`` is the share of the others whose
+    95 % interval holds the exact value, with Wilson's 95 % interval from ``covered_low`` to ``covered_high``. ``bias``
+    and ``rmse`` are mean and root mean square of their relative errors, ``stated`` is the root mean square of their
+    relative standard errors where they have one, and ``ratio`` is ``rmse / stated``. ``noted`` is the share of all
+    answers that have a note, and ``notes`` the most frequent one.
+
+    Args:
+        method: by which it was asked for.
+        found: the estimates.
+    """
+    from scipy.stats import binomtest
+
+    exact = [not e.standard_error and e.covers(found.exact, found.dtype) for e in found.estimates]
+    others = [e for e, known in zip(found.estimates, exact, strict=True) if not known]
+    notes = collections.Counter("; ".join(e.notes) for e in found.estimates if e.notes)
+    shared = {
+        **found.columns(),
+        "passes_spent": _mean([e.passes for e in found.estimates if e.passes is not None]),
+        "by": ", ".join(sorted({e.method for e in found.estimates})),
+        "exact": _mean(exact),
+        "noted": sum(notes.values()) / len(exact),
+        "notes": notes.most_common(1)[0][0] if notes else "",
+    }
+    least, most = TARGET_OF_AUTO if method == AUTO else TARGET
+    shared |= {"target_low": least, "target_high": most}
+    if not others:
+        return {**shared, "covered": None, "verdict": "exact"}
+    errors = np.array([e.value for e in others]) / found.exact - 1
+    stated = np.array([e.standard_error or 0.0 for e in others]) / abs(found.exact)
+    stated = stated[np.isfinite(stated)]
+    hits = sum(e.covers(found.exact, found.dtype) for e in others)
+    interval = binomtest(hits, len(others)).proportion_ci(method="wilson")
+    rmse = math.sqrt(_mean(errors**2))
+    size = math.sqrt(_mean(stated**2)) if len(stated) else None
+    return {
+        **shared,
+        "intervals": len(others),
+        "covered": hits / len(others),
+        "covered_low": interval.low,
+        "covered_high": interval.high,
+        "bias": _mean(errors),
+        "rmse": rmse,
+        "stated": size,
+        "ratio": rmse / size if size else None,
+        "width": float(np.median([e.relative_width() for e in others])),
+        "verdict": _verdict(interval.low, interval.high, least, most, method != AUTO and shared["noted"] >= 0.5),
+    }
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _verdict(low: float, high: float, least: float, most: float, excused: bool) -> str:
+    """``in range`` unless the interval ``[low, high]`` of the coverage has nothing in common with its target."""
+    if high >= least and low <= most:
+        return "in range"
+    return "noted" if excused else "below" if high < least else "above"

@@ -1,0 +1,88 @@
+"""Stopping at a tolerance: what intervals still cover, how often the error is looked at, and what it costs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ntkbench.estimators.accumulators import ProbeMeans, StratifiedTrace
+from ntkbench.methods.base import Incremental
+
+RTOL, SEEDS = 0.1, 1000
+
+
+class Drawn(Incremental):
+    """The mean of values of a known law around 1, as a method; counts its looks."""
+
+    title, source, backends, metrics, first_batch = "drawn", "", ("torch",), ("trace",), 4
+
+    def __init__(self, law, deviation: float, strata: int) -> None:
+        self.law, self.deviation, self.strata, self.looks = law, deviation, strata, 0
+
+    def passes_per_probe(self, metric):
+        return 1
+
+    def begin(self, prepared, names, seed):
+        rng, spent = np.random.default_rng(seed), []
+
+        def draw(k):
+            spent.append(k)
+            values = 1 / self.strata + self.deviation / math.sqrt(self.strata) * self.law(rng, (k, self.strata))
+            return values if self.strata > 1 else [values[:, 0]]
+
+        def ledger():
+            self.looks += 1
+            return float(sum(spent)), (), None
+
+        if self.strata > 1:
+            return StratifiedTrace(draw, lambda k: [k]), ledger
+        return ProbeMeans(("trace",), draw, lambda k: [k]), ledger
+
+
+LAWS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "chi-squared": lambda rng, shape: (rng.chisquare(1, shape) - 1) / math.sqrt(2),
+}
+
+
+def stopped(law: str, needed: int, strata: int = 1, passes: int = 10**5):
+    """Estimates to a tolerance that takes ``needed`` probes on average, and the method."""
+    method = Drawn(LAWS[law], math.log1p(RTOL) * math.sqrt(needed) / 1.96, strata)
+    found = [method.estimates(None, ("trace",), passes, seed, RTOL)["trace"] for seed in range(SEEDS)]
+    return found, method
+
+
+@pytest.mark.parametrize(("needed", "strata"), [(10, 1), (100, 1), (10, 12), (40, 12)])
+@pytest.mark.parametrize(("law", "least"), [("normal", 0.93), ("chi-squared", 0.90)])
+def test_intervals_keep_their_coverage_where_drawing_stops_at_a_tolerance(law, least, needed, strata):
+    """Chi-squared probes, as those of a kernel of rank one, are skewed: 64 of them cover 92.5 % without stopping."""
+    found, method = stopped(law, needed, strata)
+    assert all(e.relative_width() <= RTOL and not e.notes for e in found)
+    assert least <= np.mean([e.covers(1.0, "float64") for e in found]) <= 0.98
+    assert np.mean([abs(e.value - 1) <= RTOL for e in found]) >= 0.95
+    assert method.looks <= 8 * SEEDS
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("needed", [100, 400])
+def test_passes_are_about_those_of_a_fixed_budget(law, needed):
+    """The error is that of a fixed budget of as many passes, and these are at most half as many more than needed."""
+    found, method = stopped(law, needed)
+    passes = np.mean([e.passes for e in found])
+    assert passes <= 1.5 * needed
+    square = np.mean([(e.value - 1) ** 2 for e in found])
+    assert passes * square <= 1.3 * method.deviation**2
+
+
+def test_a_tolerance_that_is_not_reached_spends_all_passes_and_says_so():
+    found, _ = stopped("normal", 1000, passes=100)
+    assert {e.passes for e in found} == {100.0}
+    assert all("100 passes did not reach rtol=0.1" in e.notes[0] for e in found)
+
+
+def test_values_that_do_not_differ_are_looked_at_once():
+    method = Drawn(lambda rng, shape: np.zeros(shape), 1.0, 1)
+    (found,) = method.estimates(None, ("trace",), 1000, 0, RTOL).values()
+    assert (found.value, found.passes, method.looks) == (1.0, 4.0, 1)
