@@ -49,7 +49,7 @@ def test_inputs_are_skewed_as_they_say_at_both_ends_of_training(end):
     assert shares("small_mlp", end)[0] < 0.15
     assert shares("small_mlp[inputs=one_outlier]", end)[0] > 0.8
     heavy = shares("small_mlp[inputs=heavy_tailed]", end)
-    assert 0.2 < heavy[0] < 0.5 and heavy[0] > 8 * np.median(heavy)
+    assert 0.2 < heavy[0] < 0.5 and heavy[0] > 5 * np.median(heavy)
     x = problems.load("small_mlp[inputs=imbalanced]").x
     distances = np.linalg.norm(x - np.median(x, axis=0), axis=1)
     assert np.sort(distances)[-1] > 5 * np.sort(distances)[-2]

@@ -22,7 +22,7 @@ TOKENS, LENGTH, WIDTH, SEQUENCES = 8, 9, 8, 256
 def small_mlp(
     N: int = SAMPLES, inputs: Literal["ordinary", "imbalanced", "heavy_tailed", "one_outlier"] = "ordinary"
 ) -> Definition:
-    """8-8-8-272 ReLU network on 12 inputs: normal ones; all but one nearly alike; Cauchy-scaled; one 100 times as large.
+    """8-8-8-272 ReLU network on 12 inputs: normal; all but one nearly alike; Cauchy-scaled; one 100 times as large.
 
     Trained by 10 full-batch steps towards fixed standard normal targets.
     """
