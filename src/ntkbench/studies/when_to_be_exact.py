@@ -65,14 +65,14 @@ class Settings(base.Settings):
         passes: budgets; those over O are not tried, except the first one, since exact takes no more.
     """
 
-    seeds: int = Field(64, ge=2)
+    seeds: int = Field(50, ge=2)
     N: int = Field(32, ge=2)
     width: PositiveInt = 256
     depth: NonNegativeInt = 4
     outputs: list[PositiveInt] = Field(default=[4, 16, 64, 256], min_length=1)
     ranks: list[Annotated[float, Field(ge=1)]] = Field(default=[1.5, 6, 24, 96], min_length=1)
-    shares: list[NonNegativeFloat] = Field(default=[0, 0.5, 0.9], min_length=1)
-    passes: list[Annotated[int, Field(ge=2)]] = Field(default=[2, 4, 8, 16, 32, 64, 128, 256], min_length=1)
+    shares: list[NonNegativeFloat] = Field(default=[0, 0.8], min_length=1)
+    passes: list[Annotated[int, Field(ge=2)]] = Field(default=[2, 4, 16, 64, 256], min_length=1)
 
     @model_validator(mode="after")
     def _kernels_exist(self) -> Settings:
@@ -143,6 +143,6 @@ def _estimated(
     # Seeds of its own for each row: errors of two rows are then independent.
     first = zlib.crc32(f"{kernel}, {metric}, {name}, {passes}".encode())
     found.run(lambda seed: method.estimate(prepared(), metric, passes, first + seed), range(settings.seeds))
-    predicted = None if family == "deflated" else kernel.error(metric, family, passes)  # type: ignore[arg-type]
+    predicted = None if family == "deflated" else kernel.error(metric, family, passes)
     rms = float(np.sqrt(np.mean(np.square(found.errors))))
     return {"rms": rms, "predicted": predicted, "seeds": settings.seeds, **found.timed.columns()}
