@@ -157,7 +157,7 @@ def _map(panel: Axes, here: pd.DataFrame, metric: str, error: float, shares: lis
     low, high = min(outputs) / 2, max(outputs) * 2
     panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.95, max(max(ranks) * 2.0, 4.0)))
     N = int(here["N"].iloc[0])
-    outputs_drawn, ranks_drawn, errors = _errors_of_O_passes(N, metric, math.ceil(math.log2(high)), shares)
+    outputs_drawn, ranks_drawn, errors = _errors_at_outputs(N, metric, math.ceil(math.log2(high)), shares)
     where, level = (outputs_drawn, ranks_drawn), math.log(error)
     per_sample = errors["per-sample", shares[0]]
     panel.contourf(*where, per_sample, [level, math.inf], colors=[canvas.SHADE])
@@ -171,13 +171,13 @@ def _map(panel: Axes, here: pd.DataFrame, metric: str, error: float, shares: lis
             left, right = (FAMILIES[winner][0] for winner in (row.winner_in_passes, row.winner_in_seconds))
             panel.plot(row.O * 2**offset, row.rank, marker="o", markersize=8, fillstyle="left", markerfacecolor=left,
                        markerfacecoloralt=right, markeredgecolor="white", markeredgewidth=0.8, zorder=4)  # fmt: skip
-    panel.set_xticks(outputs, [f"{O:g}" for O in outputs])
+    panel.set_xticks(outputs, [f"{size:g}" for size in outputs])
     panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
     panel.minorticks_off()
     panel.set_xlabel("outputs O")
 
 
-def _errors_of_O_passes(  # noqa: N802
+def _errors_at_outputs(
     N: int, metric: str, octaves: int, shares: list[float]
 ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, float], np.ndarray]]:
     """Logarithms of theory's errors of estimates with the passes that exact takes.
@@ -197,8 +197,8 @@ def _errors_of_O_passes(  # noqa: N802
     made = {
         (family, share): np.array(
             [
-                [math.log(Kernel(N, int(O), float(rank), share).error(metric, family, O)) for O, rank in row]
-                for row in np.stack([outputs, ranks], -1)
+                [math.log(Kernel(N, int(size), rank, share).error(metric, family, size)) for size, rank in row]
+                for row in np.stack([outputs, ranks], -1).tolist()
             ]
         )
         for family in PREDICTED

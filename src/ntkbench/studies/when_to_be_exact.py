@@ -1,8 +1,8 @@
 """When an exact kernel is cheaper than an estimate: errors and seconds on kernels of prescribed structure.
 
 An exact method takes O passes, one an output. An estimate takes as many as its variance asks for. On the kernels of
-:mod:`ntkbench.studies.base.prescribed`, O, the effective rank of a sample's block and the share of ||Theta||_F^2 between
-samples are set one by one, and the module derives the variances. For the trace and a relative error eps,
+:mod:`ntkbench.studies.base.prescribed`, O, the effective rank of a sample's block and the share of ||Theta||_F^2
+between samples are set one by one, and the module derives the variances. For the trace and a relative error eps,
 
     per sample   K = 2 (1 / rank - 1 / O) / (N eps^2)
     pooled       K = 2 (1 / (rank (1 - share)) - 1 / O) / (N eps^2)
@@ -90,10 +90,10 @@ class Settings(base.Settings):
         """
         try:
             return [
-                Kernel(self.N, O, rank, share)
-                for O in self.outputs
+                Kernel(self.N, outputs, rank, share)
+                for outputs in self.outputs
                 for rank in self.ranks
-                if rank < O
+                if rank < outputs
                 for share in self.shares
             ]
         except BadInput as error:

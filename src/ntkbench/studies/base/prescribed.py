@@ -1,7 +1,8 @@
 """Networks whose NTK is Theta = G (x) S, with prescribed parts, and the variances of trace and norm estimators on it.
 
-G is between N samples, 1 on its diagonal and rho elsewhere, and S is every sample's block. The network is f(x) = A Q W x
-with trainable W, frozen A and frozen orthogonal Q, so that G = X X^T and S = A A^T. Three numbers are prescribed, each without the others:
+G is between N samples, 1 on its diagonal and rho elsewhere, and S is every sample's block. The network is
+f(x) = A Q W x with trainable W, frozen A and frozen orthogonal Q, so that G = X X^T and S = A A^T. Three numbers are
+prescribed, each without the others:
 
 - O, the outputs of a sample;
 - rank = (tr S)^2 / ||S||_F^2, the effective rank of a sample's block, by a geometric spectrum;
@@ -16,11 +17,11 @@ Variances for probes u of random signs, with M_b = (Theta^2)_bb, the part of The
 - Trace, pooled, ||J^T u||^2: 2 (||Theta||_F^2 - sum_i Theta_ii^2) / K after K passes (Hutchinson 1990).
 - Trace, per sample, sum_b ||J_b^T u_b||^2: 2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / K. Here both leave the
   mean as it is, so that the relative variance per sample is 2 (1 / rank - 1 / O) / (N K).
-- ||Theta||_F^2 by pairs of probes, Hoeffding's two terms (:class:`ntkbench.estimators.standard_errors.PairSums`). Single
-  probes: alpha_b(u) = u^T M_b u - tr M_b, so that Var(2 alpha_b) = 8 (||M_b||_F^2 - sum_i (M_b)_ii^2), summed over b and
-  divided by K. Pairs: y = (u^T B v)^2 for a block B = Theta_bc, less its means over u and over v, has variance gamma(B)
-  (:attr:`Sums.pair_variance`); 2 gamma / K^2 for b != c and 2 gamma / (K (K - 1)) for b = c. Pooled, all samples are
-  one stratum. The norm's relative error is half that of its square (delta method).
+- ||Theta||_F^2 by pairs of probes, Hoeffding's two terms (:class:`ntkbench.estimators.standard_errors.PairSums`).
+  Single probes: alpha_b(u) = u^T M_b u - tr M_b, so that Var(2 alpha_b) = 8 (||M_b||_F^2 - sum_i (M_b)_ii^2), summed
+  over b and divided by K. Pairs: y = (u^T B v)^2 for a block B = Theta_bc, less its means over u and over v, has the
+  variance gamma(B) of :attr:`Sums.pair_variance`; 2 gamma / K^2 for b != c and 2 gamma / (K (K - 1)) for b = c. Pooled,
+  all samples are one stratum. The norm's relative error is half that of its square (delta method).
 
 So the passes to a relative error eps fall as 1 / eps^2, and being exact takes O passes whatever eps. For the trace per
 sample, exact is the cheaper one if O < 2 (1 / rank - 1 / O) / (N eps^2): about where N O rank < 2 / eps^2. Pooled, the
