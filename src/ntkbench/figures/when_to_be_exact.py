@@ -26,7 +26,7 @@ FAMILIES = {
     "deflated": (styles.WINE, "pooled, deflated"),
 }
 """Colours and words, in the order in which ties go."""
-LINES = ("--", (0, (5, 1.5, 1, 1.5)), ":")
+LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
 """Of theory's boundaries for pooled estimates, by share."""
 PREDICTED = ("per-sample", "pooled")
 """Families whose errors theory gives."""

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from ntkbench.studies.base.pntk import Theta
 
 TIMED = False
-TITLES = {"mlp": "MLP", "convnet": "ConvNet", "resnet": "ResNet-18", "transformer": "Vision Transformer"}
+Network = Literal["mlp", "convnet", "resnet", "transformer"]
+TITLES: dict[Network, str] = {
+    "mlp": "MLP",
+    "convnet": "ConvNet",
+    "resnet": "ResNet-18",
+    "transformer": "Vision Transformer",
+}
 POOLED, PER_SAMPLE = "one_sided_reverse", "per_sample_trace"
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in (POOLED, PER_SAMPLE))
 
@@ -57,7 +63,7 @@ class Settings(base.Settings):
     """
 
     seeds: int = Field(400, ge=8)
-    networks: list[Literal["mlp", "convnet", "resnet", "transformer"]] = Field(default=list(TITLES), min_length=1)
+    networks: list[Network] = Field(default=["mlp", "convnet", "resnet", "transformer"], min_length=1)
     inits: PositiveInt = 3
     images: int = Field(default=64, ge=2, le=512)
     steps: list[NonNegativeInt] = Field(default=[0, 1, 3, 10, 30, 100, 300, 1000], min_length=2)
@@ -79,10 +85,10 @@ def run(settings: Settings) -> pd.DataFrame:
     return base.table(row for network in settings.networks for row in _of_network(settings, network))
 
 
-def _of_network(settings: Settings, network: str) -> Iterator[base.Row]:
+def _of_network(settings: Settings, network: Network) -> Iterator[base.Row]:
     theta = base.Once(lambda: _traced(settings, network))
     for init in range(settings.inits):
-        course = base.Once(lambda init=init: Course(settings, network, init, theta()))
+        course = base.Once(functools.partial(Course, settings, network, init, theta))
         for step in settings.steps:
             case = {"network": network, "title": TITLES[network], "init": init, "step": step}
             yield base.row(case, functools.partial(_look, course, step))
@@ -92,7 +98,7 @@ def _look(course: base.Once[Course], step: int) -> dict[str, Any]:
     return course().look(step)
 
 
-def _traced(settings: Settings, network: str) -> Theta:
+def _traced(settings: Settings, network: Network) -> Theta:
     """Theta of networks of one kind, traced once."""
     from ntkbench.networks import initialisation
     from ntkbench.studies.base import digit_networks, pntk
@@ -117,14 +123,14 @@ def _images(settings: Settings) -> Tensor:
 class Course:
     """One network along its training."""
 
-    def __init__(self, settings: Settings, network: str, init: int, theta: Theta) -> None:
+    def __init__(self, settings: Settings, network: Network, init: int, theta: base.Once[Theta]) -> None:
         """Nothing is trained yet."""
         import torch
 
         from ntkbench.networks import initialisation
         from ntkbench.studies.base import descent, digit_networks
 
-        self._settings, self._init, self._theta = settings, init, theta
+        self._settings, self._init, self._theta = settings, init, theta()
         self._network = initialisation.seeded(digit_networks.NETWORKS[network], init).to(_device(settings))
         self._descent = descent.Descent(
             self._network,
@@ -163,13 +169,13 @@ class Course:
         weights = {name: w.detach().cpu().numpy().copy() for name, w in self._network.named_parameters()}
         problem = Problem("digits", self._network, _images(settings).cpu().numpy(), weights)
         estimates = []
-        for name in (POOLED, PER_SAMPLE):
+        for part, name in enumerate((POOLED, PER_SAMPLE)):
             method = methods.stochastic(name)
             prepared = method.prepare(problem, settings.target())
-            seeds = range(settings.seeds)
+            seeds = range(part * settings.seeds, (part + 1) * settings.seeds)
             estimates.append([method.estimate(prepared, "trace", settings.passes, seed).value for seed in seeds])
         ratio, low, high = ratio_of_variances(*estimates)
-        return {"measured": ratio, "measured_low": low, "measured_high": high, "seeds": settings.seeds}
+        return {"measured": ratio, "measured_low": low, "measured_high": high, "estimates": settings.seeds}
 
 
 def shares(theta: Tensor) -> dict[str, float]:

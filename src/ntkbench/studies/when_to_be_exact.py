@@ -31,6 +31,7 @@ from ntkbench import methods
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure.seeds import Reruns
 from ntkbench.measure.timing import timed
+from ntkbench.problem import Problem
 from ntkbench.studies import base
 from ntkbench.studies.base.prescribed import Kernel
 
@@ -111,7 +112,7 @@ def _rows(settings: Settings, kernel: Kernel) -> Iterator[base.Row]:
     budgets = [passes for passes in settings.passes if passes <= max(kernel.O, settings.passes[0])]
     for metric, families in METHODS.items():
         for family, name in families.items():
-            prepared = base.Once(lambda name=name: methods.get(name).prepare(problem(), settings.target()))
+            prepared = base.Once(functools.partial(_prepared, settings, problem, name))
             case = {**sizes, "metric": metric, "family": family, "method": name, "title": base.title(name)}
             if family == "exact":
                 measure = functools.partial(_exact, settings, kernel, prepared, metric, name)
@@ -120,6 +121,10 @@ def _rows(settings: Settings, kernel: Kernel) -> Iterator[base.Row]:
             for passes in budgets:
                 measure = functools.partial(_estimated, settings, kernel, prepared, metric, family, name, passes)
                 yield base.row({**case, "passes": passes}, measure)
+
+
+def _prepared(settings: Settings, problem: base.Once[Problem], name: str) -> Any:
+    return methods.get(name).prepare(problem(), settings.target())
 
 
 def truth(kernel: Kernel, metric: str) -> float:
