@@ -66,10 +66,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         bottom=0.15,
     )
     for panels, metric in zip(grid, metrics, strict=False):
+        theory = _theory(int(plotted["N"].iloc[0]), metric, math.ceil(math.log2(plotted["O"].max())) + 1, shares)
         for panel, (error, words) in zip(panels, TOLERANCES.items(), strict=True):
             here = plotted[(plotted["metric"] == metric) & (plotted["error"] == error)]
             canvas.title(panel, f"{labels.metric_label(metric)}, to {words}", "")
-            _map(panel, here, metric, error, shares)
+            _map(panel, here, math.log(error), shares, theory)
             panel.tick_params(labelleft=panel is panels[0])
         panels[0].set_ylabel("effective rank of a sample's block")
     for panel, metric in zip(grid[-1], metrics, strict=False):
@@ -151,19 +152,45 @@ def _least(costs: dict[str, float]) -> str:
     return min(known, key=known.__getitem__)
 
 
-def _map(panel: Axes, here: pd.DataFrame, metric: str, error: float, shares: list[float]) -> None:
-    """Winners over O and rank, shares side by side, on theory's boundaries."""
+class Theory(NamedTuple):
+    """Errors of estimates with the passes that exact takes.
+
+    Attributes:
+        outputs, ranks: O and ranks of a block, ``[ranks, octaves]``.
+        logs: logarithms of the errors there, by family and share.
+    """
+
+    outputs: np.ndarray
+    ranks: np.ndarray
+    logs: dict[tuple[str, float], np.ndarray]
+
+
+def _theory(N: int, metric: str, octaves: int, shares: list[float]) -> Theory:
+    """The errors for all O from 2 to 2 to the power of ``octaves``, and for ranks from 1 to almost O."""
+    outputs = np.tile(2.0 ** np.arange(1, octaves + 1), (30, 1))
+    ranks = outputs ** np.linspace(0, 0.995, len(outputs))[:, None]
+    logs = {(family, share): np.empty_like(outputs) for family in PREDICTED for share in shares}
+    for place in np.ndindex(outputs.shape):
+        for share in shares:
+            kernel = Kernel(N, int(outputs[place]), float(ranks[place]), share)
+            for family in PREDICTED:
+                logs[family, share][place] = math.log(kernel.error(metric, family, kernel.O))
+    return Theory(outputs, ranks, logs)
+
+
+def _map(panel: Axes, here: pd.DataFrame, level: float, shares: list[float], theory: Theory) -> None:
+    """Winners over O and rank, shares side by side, and where theory has errors of the logarithm ``level``."""
     outputs, ranks = sorted(here["O"].unique()), sorted(here["rank"].unique())
     low, high = min(outputs) / 2, max(outputs) * 2
     panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.95, max(max(ranks) * 2.0, 4.0)))
-    N = int(here["N"].iloc[0])
-    outputs_drawn, ranks_drawn, errors = _errors_at_outputs(N, metric, math.ceil(math.log2(high)), shares)
-    where, level = (outputs_drawn, ranks_drawn), math.log(error)
-    per_sample = errors["per-sample", shares[0]]
-    panel.contourf(*where, per_sample, [level, math.inf], colors=[canvas.SHADE])
-    panel.contour(*where, per_sample, [level], colors=[FAMILIES["per-sample"][0]], linestyles="-")
-    for share, line in zip(shares, itertools.cycle(LINES), strict=False):
-        panel.contour(*where, errors["pooled", share], [level], colors=[FAMILIES["pooled"][0]], linestyles=[line])
+    exact = theory.logs["per-sample", shares[0]]
+    panel.contourf(theory.outputs, theory.ranks, exact, [level, math.inf], colors=[canvas.SHADE])
+    lines = [("per-sample", shares[0], "-"), *(("pooled", *pair) for pair in zip(shares, itertools.cycle(LINES)))]
+    for family, share, line in lines:
+        logs = theory.logs[family, share]
+        if logs.min() < level < logs.max():
+            style: dict[str, Any] = {"colors": [FAMILIES[family][0]], "linestyles": [line]}
+            panel.contour(theory.outputs, theory.ranks, logs, [level], **style)
     panel.plot([1, high], [1, high], color=canvas.PALE, linewidth=0.9)
     offsets = np.linspace(-1, 1, len(shares)) * (0.24 if len(shares) > 1 else 0)
     for offset, share in zip(offsets, shares, strict=True):
@@ -175,36 +202,6 @@ def _map(panel: Axes, here: pd.DataFrame, metric: str, error: float, shares: lis
     panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
     panel.minorticks_off()
     panel.set_xlabel("outputs O")
-
-
-def _errors_at_outputs(
-    N: int, metric: str, octaves: int, shares: list[float]
-) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, float], np.ndarray]]:
-    """Logarithms of theory's errors of estimates with the passes that exact takes.
-
-    Args:
-        N: samples.
-        metric: trace or norm.
-        octaves: O is 2 to the power of 1 up to this.
-        shares: of ||Theta||^2 between samples.
-
-    Returns:
-        O and ranks, ``[ranks, octaves]``, and the errors of each family and share there.
-    """
-    powers, parts = np.arange(1, octaves + 1), np.linspace(0, 0.995, 40)
-    outputs = np.tile(2.0**powers, (len(parts), 1))
-    ranks = outputs ** parts[:, None]
-    made = {
-        (family, share): np.array(
-            [
-                [math.log(Kernel(N, int(size), rank, share).error(metric, family, size)) for size, rank in row]
-                for row in np.stack([outputs, ranks], -1).tolist()
-            ]
-        )
-        for family in PREDICTED
-        for share in shares
-    }
-    return outputs, ranks, made
 
 
 def _against_theory(panel: Axes, here: pd.DataFrame) -> None:
@@ -245,7 +242,10 @@ def _reading(shares: list[float]) -> list[key.Entry]:
     small: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 4, "linestyle": ""}
     return [
         (Line2D([], [], linestyle=""), f"side by side: {said} of ‖Θ‖² between samples"),
-        (Patch(color=canvas.SHADE), "theory: exact takes fewer passes than per sample"),
+        (
+            Patch(color=canvas.SHADE),
+            f"theory: exact takes fewer passes than per sample, there with {100 * shares[0]:g} %",
+        ),
         (Line2D([], [], color=FAMILIES["per-sample"][0]), "theory: O passes per sample have this error"),
         *pooled,
         (Line2D([], [], **small), "below: passes over O"),
@@ -263,7 +263,16 @@ def _title(plotted: pd.DataFrame) -> str:
     wins = [(rows.loc[rows["error"] == error, "winner_in_passes"] == "exact").sum() for error in TOLERANCES]
     *first, last = map(str, wins)
     of = (rows["error"] == rows["error"].iloc[0]).sum()
-    return f"Exact wins {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %: while N O rank < 2 / error²"
+    return (
+        f"Exact wins {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %; "
+        f"N O rank < 2 / error² tells {100 * _by_rule(rows).mean():.0f} % of them"
+    )
+
+
+def _by_rule(rows: pd.DataFrame) -> pd.Series:
+    """Whether N O rank < 2 / error^2 where exact takes the fewest passes, and not elsewhere."""
+    below = rows["N"] * rows["O"] * rows["rank"] < 2 / rows["error"] ** 2
+    return below == (rows["winner_in_passes"] == "exact")
 
 
 def _caption(plotted: pd.DataFrame) -> str:
@@ -296,6 +305,8 @@ def _caption(plotted: pd.DataFrame) -> str:
             f" Whether exact wins is as theory says in {int(agreed.sum())} of {len(known)} cases where no deflating "
             "estimator wins."
         )
+    ruled = int(_by_rule(rows).sum())
+    text += f" N O rank < 2 / error^2, which knows neither metric nor share, tells {ruled} of {len(rows)}."
     if len(ratio):
         low, middle, high = np.quantile(ratio, (0.025, 0.5, 0.975))
         text += (

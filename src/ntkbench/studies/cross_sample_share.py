@@ -75,7 +75,7 @@ class Settings(base.Settings):
     @field_validator("steps")
     @classmethod
     def _steps_rise(cls, steps: list[int]) -> list[int]:
-        if steps[0] != 0 or steps != sorted(set(steps)):
+        if steps[0] != 0 or steps != sorted(steps):
             raise ValueError(f"must begin with 0 and rise; got {steps}")
         return steps
 
