@@ -213,7 +213,7 @@ def test_costs_follow_the_law_that_errors_follow():
         found = figure.cost(law, error)
         assert found.passes == pytest.approx((0.8 / error) ** 2) and found.tried == (error >= 0.1)
     assert figure.cost(law, 0.2).seconds == pytest.approx(2.0)
-    assert figure.cost(law, 0.05).seconds == pytest.approx(6 + 4 / 48 * (256 - 64))
+    assert figure.cost(law, 0.05).seconds == pytest.approx(6.0 * 256 / 64)
     assert figure.cost(rows([0.4, 0.5, 0.1], [1.0, 2.0, 6.0]), 0.2).passes == pytest.approx(32)
     one = figure.cost(rows([0.4], [2.0], passes=(4,)), 0.2)
     assert (one.passes, one.seconds) == pytest.approx((16, 8))

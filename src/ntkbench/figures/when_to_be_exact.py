@@ -85,7 +85,7 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
     """The passes and seconds of one method on one kernel to a relative error.
 
     Between budgets passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes go on
-    as 1 / error^2, except for deflating methods, whose errors fall faster, and seconds as between the last two budgets.
+    as 1 / error^2, except for deflating methods, whose errors fall faster, and seconds are proportional to passes.
 
     Args:
         rows: of one method and kernel, one for each budget.
@@ -95,7 +95,8 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
     passes, seconds = rows["passes"].to_numpy(float), rows["seconds"].to_numpy(float)
     if rows["family"].iloc[0] == "exact":
         return Cost(passes[0], seconds[0], True)
-    rms = np.minimum.accumulate(rows["rms"].to_numpy(float))  # errors do not rise with passes but by chance
+    # Errors do not rise with passes but by chance, and one of zero has no logarithm.
+    rms = np.minimum.accumulate(rows["rms"].to_numpy(float).clip(min=1e-15))
     if tried := rms[-1] <= error:
         enough = int(np.argmax(rms <= error))
         if not enough:
@@ -106,11 +107,8 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
         return Cost(math.nan, math.nan, False)
     else:
         wanted = passes[-1] * (rms[-1] / error) ** 2
-    if len(passes) == 1:
-        return Cost(wanted, seconds[0] * wanted / passes[0], bool(tried))
-    slope = max(0.0, seconds[-1] - seconds[-2]) / (passes[-1] - passes[-2])
-    beyond = slope * max(0.0, wanted - passes[-1])
-    return Cost(wanted, float(np.interp(wanted, passes, seconds)) + beyond, bool(tried))
+    within = float(np.interp(wanted, passes, seconds))
+    return Cost(wanted, within * max(1.0, wanted / passes[-1]), bool(tried))
 
 
 def predicted_passes(kernel: Kernel, metric: str, family: str, error: float) -> float:
