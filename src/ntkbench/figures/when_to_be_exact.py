@@ -225,7 +225,10 @@ def _against_theory(panel: Axes, here: pd.DataFrame) -> None:
 def _families(points: pd.DataFrame) -> list[key.Entry]:
     titles = points.groupby("family")["title"].unique()
     return [
-        (Line2D([], [], color=colour, marker="o", markersize=8, linestyle=""), f"{words}: {' / '.join(titles[family])}")
+        (
+            Line2D([], [], color=colour, marker="o", markersize=8, linestyle=""),
+            f"{words}: {' / '.join(map(labels.short, titles[family]))}",
+        )
         for family, (colour, words) in FAMILIES.items()
         if family in titles
     ]

@@ -67,7 +67,7 @@ class Settings(base.Settings):
     inits: PositiveInt = 3
     images: int = Field(default=64, ge=2, le=512)
     steps: list[NonNegativeInt] = Field(default=[0, 1, 3, 10, 30, 100, 300, 1000], min_length=2)
-    rate: PositiveFloat = 0.02
+    rate: PositiveFloat = 0.05
     momentum: float = Field(0.9, ge=0, lt=1)
     batch: int = Field(default=64, ge=2)
     passes: int = Field(default=4, ge=2)
