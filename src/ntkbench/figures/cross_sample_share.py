@@ -99,9 +99,9 @@ def _runs(rows: pd.DataFrame) -> str:
 
 
 def _ends(plotted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of the first step, and of the last one of each network."""
-    last = plotted.groupby("network")["step"].transform("max")
-    return plotted[plotted["step"] == plotted["step"].min()], plotted[plotted["step"] == last]
+    """The rows of each network's first step, and of its last one."""
+    steps = plotted.groupby("network")["step"]
+    return plotted[plotted["step"] == steps.transform("min")], plotted[plotted["step"] == steps.transform("max")]
 
 
 def _title(plotted: pd.DataFrame) -> str:

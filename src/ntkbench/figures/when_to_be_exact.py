@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.studies.base.prescribed import Kernel
 
@@ -48,6 +49,7 @@ class Cost(NamedTuple):
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row of maps for each metric, a column for each error; below, measured against predicted costs."""
     points = base.measured(table, "rms", "passes", "seconds", *SIZES)
+    points = points[(points["passes"] > 0) & [_exists(*sizes) for sizes in points[SIZES].itertuples(index=False)]]
     plotted = _costs(points)
     if not len(plotted):
         return base.nothing(table[[*COLUMNS, "status", "reason"]], labels.why_not(table))
@@ -122,13 +124,25 @@ def predicted_passes(kernel: Kernel, metric: str, family: str, error: float) -> 
     return 2.0 if excess(low) <= 0 else math.exp(brentq(excess, low, high))
 
 
+def _kernel(N: float, outputs: float, rank: float, share: float) -> Kernel:
+    return Kernel(int(N), int(outputs), float(rank), float(share))
+
+
+def _exists(*sizes: float) -> bool:
+    try:
+        _kernel(*sizes)
+    except BadInput:
+        return False
+    return True
+
+
 def _costs(points: pd.DataFrame) -> pd.DataFrame:
     """One row for each kernel, metric, error and family: what it costs, and which family wins."""
     made = []
     for (*sizes, metric), kernel_rows in points.groupby([*SIZES, "metric"]):
         if "exact" not in set(kernel_rows["family"]):
             continue
-        kernel = Kernel(int(sizes[0]), int(sizes[1]), float(sizes[2]), float(sizes[3]))
+        kernel = _kernel(*sizes)
         for error in TOLERANCES:
             costs = {f: cost(kernel_rows[kernel_rows["family"] == f], error) for f in FAMILIES
                      if f in set(kernel_rows["family"])}  # fmt: skip
