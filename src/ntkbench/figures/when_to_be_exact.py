@@ -49,7 +49,8 @@ class Cost(NamedTuple):
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row of maps for each metric, a column for each error; below, measured against predicted costs."""
     points = base.measured(table, "rms", "passes", "seconds", *SIZES)
-    points = points[(points["passes"] > 0) & [_exists(*sizes) for sizes in points[SIZES].itertuples(index=False)]]
+    there = np.array([_exists(*sizes) for sizes in points[SIZES].itertuples(index=False)], dtype=bool)
+    points = points[there & (points["passes"] > 0)]
     plotted = _costs(points)
     if not len(plotted):
         return base.nothing(table[[*COLUMNS, "status", "reason"]], labels.why_not(table))
