@@ -1,0 +1,332 @@
+"""When an exact kernel is cheaper than an estimate: measured winners in passes and seconds, and theory's boundary."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from ntkbench.errors import BadInput
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.studies.base.prescribed import Kernel
+
+TABLE = "when_to_be_exact"
+SIZES = ["N", "O", "rank", "share"]
+COLUMNS = (*SIZES, "metric", "family", "title", "passes", "rms", "predicted", "seconds", "seeds")
+TOLERANCES = {0.1: "10 %", 0.01: "1 %", 0.001: "0.1 %"}
+FAMILIES = {
+    "exact": (styles.PINK, "exact"),
+    "per-sample": (styles.BLUE, "per sample"),
+    "pooled": (styles.ORANGE, "pooled"),
+    "deflated": (styles.WINE, "pooled, deflated"),
+}
+"""Colours and words, in the order in which ties go."""
+LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
+"""Of theory's boundaries for pooled estimates, by share."""
+PREDICTED = ("per-sample", "pooled")
+"""Families whose errors theory gives."""
+
+
+class Cost(NamedTuple):
+    """What an estimate takes to a relative error.
+
+    Attributes:
+        passes, seconds: to a root-mean-square error; ``nan`` where that is not known.
+        tried: whether a budget that was measured has an error as small; otherwise the law of 1 / eps^2 is used.
+    """
+
+    passes: float
+    seconds: float
+    tried: bool
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A row of maps for each metric, a column for each error; below, measured against predicted costs."""
+    points = base.measured(table, "rms", "passes", "seconds", *SIZES)
+    there = np.array([_exists(*sizes) for sizes in points[SIZES].itertuples(index=False)], dtype=bool)
+    points = points[there & (points["passes"] > 0)]
+    plotted = _costs(points)
+    if not len(plotted):
+        return base.nothing(table[[*COLUMNS, "status", "reason"]], labels.why_not(table))
+    metrics, shares = base.metrics_in(plotted), sorted(plotted["share"].unique())
+    figure, grid = canvas.sheet(
+        [*(canvas.Row(2.5, above=0.55, below=0.4) for _ in metrics), canvas.Row(2.5, above=0.7, below=0.4)],
+        len(TOLERANCES),
+        title=_title(plotted),
+        subtitle=f"N = {labels.range_label(plotted['N'])} samples  ·  {base.settings_line(table)}",
+        key=[
+            ("fewest passes (left half), least seconds (right)", _families(points)),
+            ("how to read", _reading(shares)),
+        ],
+        left=0.75,
+        gap=0.45,
+        bottom=0.15,
+    )
+    for panels, metric in zip(grid, metrics, strict=False):
+        theory = _theory(int(plotted["N"].iloc[0]), metric, math.ceil(math.log2(plotted["O"].max())) + 1, shares)
+        for panel, (error, words) in zip(panels, TOLERANCES.items(), strict=True):
+            here = plotted[(plotted["metric"] == metric) & (plotted["error"] == error)]
+            canvas.title(panel, f"{labels.metric_label(metric)}, to {words}", "")
+            _map(panel, here, math.log(error), shares, theory)
+            panel.tick_params(labelleft=panel is panels[0])
+        panels[0].set_ylabel("effective rank of a sample's block")
+    for panel, metric in zip(grid[-1], metrics, strict=False):
+        _against_theory(panel, plotted[plotted["metric"] == metric])
+        canvas.title(panel, labels.metric_label(metric), "cost against predicted passes, over those of exact")
+    canvas.hide(grid[-1][len(metrics) :])
+    grid[-1][0].set_ylabel("cost over that of exact")
+    return base.Drawing(figure, plotted, _caption(plotted))
+
+
+def cost(rows: pd.DataFrame, error: float) -> Cost:
+    """The passes and seconds of one method on one kernel to a relative error.
+
+    Between budgets passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes go on
+    as 1 / error^2, except for deflating methods, whose errors fall faster, and seconds are proportional to passes.
+
+    Args:
+        rows: of one method and kernel, one for each budget.
+        error: that is wanted.
+    """
+    rows = rows.sort_values("passes")
+    passes, seconds = rows["passes"].to_numpy(float), rows["seconds"].to_numpy(float)
+    if rows["family"].iloc[0] == "exact":
+        return Cost(passes[0], seconds[0], True)
+    # Errors do not rise with passes but by chance, and one of zero has no logarithm.
+    rms = np.minimum.accumulate(rows["rms"].to_numpy(float).clip(min=1e-15))
+    if tried := rms[-1] <= error:
+        enough = int(np.argmax(rms <= error))
+        if not enough:
+            return Cost(passes[0], seconds[0], True)
+        step = slice(enough, enough - 2 if enough > 1 else None, -1)
+        wanted = math.exp(np.interp(math.log(error), np.log(rms[step]), np.log(passes[step])))
+    elif rows["family"].iloc[0] == "deflated":
+        return Cost(math.nan, math.nan, False)
+    else:
+        wanted = passes[-1] * (rms[-1] / error) ** 2
+    within = float(np.interp(wanted, passes, seconds))
+    return Cost(wanted, within * max(1.0, wanted / passes[-1]), bool(tried))
+
+
+def predicted_passes(kernel: Kernel, metric: str, family: str, error: float) -> float:
+    """The passes to a relative error in theory; as many as two at least."""
+    from scipy.optimize import brentq
+
+    def excess(log_passes: float) -> float:
+        return math.log(kernel.error(metric, family, math.exp(log_passes)) / error)
+
+    low, high = math.log(2), math.log(1e12)
+    return 2.0 if excess(low) <= 0 else math.exp(brentq(excess, low, high))
+
+
+def _kernel(N: float, outputs: float, rank: float, share: float) -> Kernel:
+    return Kernel(int(N), int(outputs), float(rank), float(share))
+
+
+def _exists(*sizes: float) -> bool:
+    try:
+        _kernel(*sizes)
+    except BadInput:
+        return False
+    return True
+
+
+def _costs(points: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kernel, metric, error and family: what it costs, and which family wins."""
+    made = []
+    for (*sizes, metric), kernel_rows in points.groupby([*SIZES, "metric"]):
+        if "exact" not in set(kernel_rows["family"]):
+            continue
+        kernel = _kernel(*sizes)
+        for error in TOLERANCES:
+            costs = {f: cost(kernel_rows[kernel_rows["family"] == f], error) for f in FAMILIES
+                     if f in set(kernel_rows["family"])}  # fmt: skip
+            theory = {f: predicted_passes(kernel, metric, f, error) for f in PREDICTED if f in costs}
+            theory["exact"] = kernel.O
+            winners = {by: _least({f: getattr(c, by) for f, c in costs.items()}) for by in ("passes", "seconds")}
+            for family, found in costs.items():
+                row = {**dict(zip(SIZES, sizes, strict=True)), "metric": metric, "error": error, "family": family}
+                row |= found._asdict() | {"predicted_passes": theory.get(family, math.nan)}
+                row |= {"exact_passes": kernel.O, "exact_seconds": costs["exact"].seconds}
+                row |= {f"winner_in_{by}": winner for by, winner in winners.items()}
+                made.append({**row, "winner_in_theory": _least(theory), "seeds": kernel_rows["seeds"].max()})
+    return pd.DataFrame(made)
+
+
+def _least(costs: dict[str, float]) -> str:
+    """The family of the least cost; of those that tie, the first one of :data:`FAMILIES`."""
+    known = {family: costs[family] for family in FAMILIES if math.isfinite(costs.get(family, math.nan))}
+    return min(known, key=known.__getitem__)
+
+
+class Theory(NamedTuple):
+    """Errors of estimates with the passes that exact takes.
+
+    Attributes:
+        outputs, ranks: O and ranks of a block, ``[ranks, octaves]``.
+        logs: logarithms of the errors there, by family and share.
+    """
+
+    outputs: np.ndarray
+    ranks: np.ndarray
+    logs: dict[tuple[str, float], np.ndarray]
+
+
+def _theory(N: int, metric: str, octaves: int, shares: list[float]) -> Theory:
+    """The errors for all O from 2 to 2 to the power of ``octaves``, and for ranks from 1 to almost O."""
+    outputs = np.tile(2.0 ** np.arange(1, octaves + 1), (30, 1))
+    ranks = outputs ** np.linspace(0, 0.995, len(outputs))[:, None]
+    logs = {(family, share): np.empty_like(outputs) for family in PREDICTED for share in shares}
+    for place in np.ndindex(outputs.shape):
+        for share in shares:
+            kernel = Kernel(N, int(outputs[place]), float(ranks[place]), share)
+            for family in PREDICTED:
+                logs[family, share][place] = math.log(kernel.error(metric, family, kernel.O))
+    return Theory(outputs, ranks, logs)
+
+
+def _map(panel: Axes, here: pd.DataFrame, level: float, shares: list[float], theory: Theory) -> None:
+    """Winners over O and rank, shares side by side, and where theory has errors of the logarithm ``level``."""
+    outputs, ranks = sorted(here["O"].unique()), sorted(here["rank"].unique())
+    low, high = min(outputs) / 2, max(outputs) * 2
+    panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.95, max(max(ranks) * 2.0, 4.0)))
+    exact = theory.logs["per-sample", shares[0]]
+    panel.contourf(theory.outputs, theory.ranks, exact, [level, math.inf], colors=[canvas.SHADE])
+    lines = [("per-sample", shares[0], "-"), *(("pooled", *pair) for pair in zip(shares, itertools.cycle(LINES)))]
+    for family, share, line in lines:
+        logs = theory.logs[family, share]
+        if logs.min() < level < logs.max():
+            style: dict[str, Any] = {"colors": [FAMILIES[family][0]], "linestyles": [line]}
+            panel.contour(theory.outputs, theory.ranks, logs, [level], **style)
+    panel.plot([1, high], [1, high], color=canvas.PALE, linewidth=0.9)
+    offsets = np.linspace(-1, 1, len(shares)) * (0.24 if len(shares) > 1 else 0)
+    for offset, share in zip(offsets, shares, strict=True):
+        for row in here[(here["share"] == share) & (here["family"] == "exact")].itertuples():
+            left, right = (FAMILIES[winner][0] for winner in (row.winner_in_passes, row.winner_in_seconds))
+            panel.plot(row.O * 2**offset, row.rank, marker="o", markersize=8, fillstyle="left", markerfacecolor=left,
+                       markerfacecoloralt=right, markeredgecolor="white", markeredgewidth=0.8, zorder=4)  # fmt: skip
+    panel.set_xticks(outputs, [f"{size:g}" for size in outputs])
+    panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
+    panel.minorticks_off()
+    panel.set_xlabel("outputs O")
+
+
+def _against_theory(panel: Axes, here: pd.DataFrame) -> None:
+    """Passes and seconds of estimates over those of exact, against predicted passes over O."""
+    here = here[here["predicted_passes"].notna() & (here["family"] != "exact")]
+    x = here["predicted_passes"] / here["exact_passes"]
+    measured = here["passes"] / here["exact_passes"], here["seconds"] / here["exact_seconds"]
+    both = (*x, *measured[0], *measured[1])
+    panel.set(xscale="log", yscale="log", xlim=canvas.limits(x), ylim=canvas.limits(both))
+    for family in PREDICTED:
+        own = here["family"] == family
+        style: dict[str, Any] = {"color": FAMILIES[family][0], "marker": "o", "linestyle": "", "markersize": 4}
+        panel.plot(x[own], measured[0][own], **style, zorder=3)
+        panel.plot(x[own], measured[1][own], **style, markerfacecolor="none", alpha=0.6)
+    ends = canvas.limits(x)
+    panel.plot(ends, ends, color=canvas.PALE, linewidth=1.2, zorder=1)
+    panel.axhline(1, color=styles.GREY, linewidth=0.8, linestyle=":")
+    for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
+        canvas.decades(axis, *limits)
+    panel.set_xlabel("predicted passes / O")
+
+
+def _families(points: pd.DataFrame) -> list[key.Entry]:
+    titles = points.groupby("family")["title"].unique()
+    return [
+        (
+            Line2D([], [], color=colour, marker="o", markersize=8, linestyle=""),
+            f"{words}: {' / '.join(map(labels.short, titles[family]))}",
+        )
+        for family, (colour, words) in FAMILIES.items()
+        if family in titles
+    ]
+
+
+def _reading(shares: list[float]) -> list[key.Entry]:
+    said = " / ".join(f"{100 * share:g} %" for share in shares)
+    pooled = [
+        (Line2D([], [], color=FAMILIES["pooled"][0], linestyle=line), f"the same, pooled, with {100 * share:g} %")
+        for share, line in zip(shares, itertools.cycle(LINES), strict=False)
+    ]
+    small: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 4, "linestyle": ""}
+    return [
+        (Line2D([], [], linestyle=""), f"side by side: {said} of ‖Θ‖² between samples"),
+        (
+            Patch(color=canvas.SHADE),
+            f"theory: exact takes fewer passes than per sample, there with {100 * shares[0]:g} %",
+        ),
+        (Line2D([], [], color=FAMILIES["per-sample"][0]), "theory: O passes per sample have this error"),
+        *pooled,
+        (Line2D([], [], **small), "below: passes over O"),
+        (Line2D([], [], **small, markerfacecolor="none"), "below: seconds over those of exact"),
+    ]
+
+
+def _kernels(plotted: pd.DataFrame) -> pd.DataFrame:
+    """One row for each kernel, metric and error."""
+    return plotted[plotted["family"] == "exact"]
+
+
+def _title(plotted: pd.DataFrame) -> str:
+    rows = _kernels(plotted)
+    wins = [(rows.loc[rows["error"] == error, "winner_in_passes"] == "exact").sum() for error in TOLERANCES]
+    *first, last = map(str, wins)
+    of = (rows["error"] == rows["error"].iloc[0]).sum()
+    return (
+        f"Exact wins {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %; "
+        f"N O rank < 2 / error² tells {100 * _by_rule(rows).mean():.0f} % of them"
+    )
+
+
+def _by_rule(rows: pd.DataFrame) -> pd.Series:
+    """Whether N O rank < 2 / error^2 where exact takes the fewest passes, and not elsewhere."""
+    below = rows["N"] * rows["O"] * rows["rank"] < 2 / rows["error"] ** 2
+    return below == (rows["winner_in_passes"] == "exact")
+
+
+def _caption(plotted: pd.DataFrame) -> str:
+    rows = _kernels(plotted)
+    estimated = plotted[plotted["family"].isin(PREDICTED) & plotted["tried"] & (plotted["passes"] > 4)]
+    ratio = (estimated["passes"] / estimated["predicted_passes"]).to_numpy()
+    exact = {by: rows[f"winner_in_{by}"] == "exact" for by in ("passes", "seconds", "theory")}
+    known = rows[rows["winner_in_passes"] != "deflated"]
+    agreed = (known["winner_in_passes"] == "exact") == (known["winner_in_theory"] == "exact")
+    text = (
+        "Which of an exact method, a per-sample and a pooled estimator takes the fewest passes (left half of a mark) "
+        "and the least seconds (right half) to a relative root-mean-square error, on kernels with a prescribed number "
+        "of outputs O, effective rank of a sample's block, and share of ||Theta||^2 between samples. Exact takes O "
+        "passes. For the trace theory asks for 2 (1 / rank - 1 / O) / (N error^2) passes per sample, and with "
+        "rank (1 - share) in place of the rank pooled; so exact is cheaper about where N O rank < 2 / error^2. "
+        "Lines: where O passes of an estimate have the error of the panel. Where samples share nothing, per-sample and "
+        "pooled traces have the same variance. Passes beyond the largest budget are "
+        f"extrapolated as 1 / error^2. Errors are over {labels.range_label(rows['seeds'])} seeds. "
+        f"Measured: exact takes the fewest passes in {exact['passes'].sum()} and the least seconds in "
+        f"{exact['seconds'].sum()} of {len(rows)} cases"
+    )
+    by_error = [
+        f"{words}: {(exact['passes'] & (rows['error'] == error)).sum()} and "
+        f"{(exact['seconds'] & (rows['error'] == error)).sum()} of {(rows['error'] == error).sum()}"
+        for error, words in TOLERANCES.items()
+    ]
+    text += f" ({'; '.join(by_error)})."
+    if len(known):
+        text += (
+            f" Whether exact wins is as theory says in {int(agreed.sum())} of {len(known)} cases where no deflating "
+            "estimator wins."
+        )
+    ruled = int(_by_rule(rows).sum())
+    text += f" N O rank < 2 / error^2, which knows neither metric nor share, tells {ruled} of {len(rows)}."
+    if len(ratio):
+        low, middle, high = np.quantile(ratio, (0.025, 0.5, 0.975))
+        text += (
+            f" Measured over predicted passes, where budgets were tried: {labels.rounded(middle)} "
+            f"({labels.rounded(low)} to {labels.rounded(high)} in 95 % of {len(ratio)} cases)."
+        )
+    return text

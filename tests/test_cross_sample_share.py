@@ -1,0 +1,145 @@
+"""Variance that leaves with cross-sample terms: what is read off Theta, the study along training, and its figure."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ntkbench import figures, studies
+from ntkbench.figures import cross_sample_share as figure
+from ntkbench.networks import initialisation
+from ntkbench.studies import cross_sample_share as study
+from ntkbench.studies.base import digit_networks, pntk
+
+NAME = "cross_sample_share"
+TINY = {"networks": ["mlp", "transformer"], "inits": 2, "images": 3, "steps": [0, 2, 8], "rate": 0.05, "seeds": 200}
+TINY |= {"passes": 2, "threads": 1, "device": "cpu"}
+PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789", "git_dirty": False}
+PROVENANCE |= {"machine": "a laptop"}
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return studies.run(NAME, studies.settings(NAME, TINY)).assign(**PROVENANCE)
+
+
+def test_samples_that_share_nothing_lose_nothing_and_equal_ones_lose_all_they_can():
+    block = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    apart = torch.einsum("ac,op->aocp", torch.eye(5).double(), block)
+    found = study.shares(apart)
+    assert (found["N"], found["O"], found["factor"], found["norm_ratio"]) == (5, 2, 1, 1)
+    assert found["effective_rank"] == pytest.approx(5 * 25 / 15) and found["block_rank"] == pytest.approx(25 / 15)
+    same = study.shares(torch.einsum("ac,op->aocp", torch.ones(5, 5).double(), block))
+    assert same["norm_ratio"] == pytest.approx(5) and same["factor"] == pytest.approx((25 * 15 - 65) / (5 * 15 - 65))
+    one = study.shares(torch.ones(5, 1, 5, 1).double())
+    assert one["factor"] == math.inf and one["norm_ratio"] == pytest.approx(5)
+
+
+def test_the_factor_is_the_ratio_of_variances_over_all_vectors_of_signs():
+    root = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = root @ root.T
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 6)
+    own = theta * torch.block_diag(*[torch.ones(2, 2)] * 3)
+    pooled, per_sample = (torch.einsum("si,ij,sj->s", signs, part, signs).var(correction=0) for part in (theta, own))
+    found = study.shares(theta.reshape(3, 2, 3, 2))
+    assert found["factor"] == pytest.approx(float(pooled / per_sample))
+    assert 1 < found["norm_ratio"] < found["factor"]
+
+
+def test_intervals_of_ratios_of_variances_cover_whatever_the_distribution():
+    rng = np.random.default_rng(0)
+    for draw, variance in ((rng.standard_normal, 1.0), (rng.standard_exponential, 1.0), (rng.random, 1 / 12)):
+        covered = 0
+        for _ in range(300):
+            _, low, high = study.ratio_of_variances(2 * draw(200), draw(200))
+            covered += low <= 4 <= high
+        assert 0.88 <= covered / 300 <= 0.99, variance
+    ratio, low, high = study.ratio_of_variances(rng.standard_normal(10**5), 3 * rng.standard_normal(10**5))
+    assert ratio == pytest.approx(1 / 9, rel=0.03) and high / low < 1.05
+
+
+@pytest.mark.parametrize("name", list(digit_networks.NETWORKS))
+def test_networks_take_digits_and_samples_do_not_interact(name):
+    network = initialisation.seeded(digit_networks.NETWORKS[name], 0)
+    x = pntk.held_out_digits()[0][:4]
+    with torch.no_grad():
+        together, alone = network(x), torch.cat([network(x[i : i + 1]) for i in range(4)])
+    assert together.shape == (4, 10)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_network_has_a_title():
+    assert list(study.TITLES) == list(digit_networks.NETWORKS) == study.Settings().networks
+
+
+def test_one_row_for_each_network_run_and_step(table):
+    assert (table["status"] == "ok").all(), table["reason"].unique()
+    for _, line in table.groupby(["network", "init"]):
+        assert line["step"].tolist() == [0, 2, 8]
+    assert not table.duplicated(["network", "init", "step"]).any()
+    assert (table["norm_ratio"] <= table["N"]).all() and (table["factor"] >= table["norm_ratio"]).all()
+    measured = table["measured"].notna()
+    assert set(table.loc[measured, ["init", "step"]].itertuples(index=False, name=None)) == {(0, 0), (0, 8)}
+    assert set(table.loc[measured, "estimates"]) == {200} and set(table["seeds"]) == {1}
+    for _, runs in table.groupby(["network", "step"]):
+        assert runs["factor"].nunique() == 2, "two initialisations are one"
+
+
+def test_the_start_is_that_of_theta_by_plain_autograd(table):
+    network = initialisation.seeded(digit_networks.NETWORKS["mlp"], 1).double()
+    rows = [
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(y, list(network.parameters()), retain_graph=True)])
+        for y in network(pntk.held_out_digits()[0][:3].double()).reshape(-1)
+    ]
+    theta = torch.stack(rows) @ torch.stack(rows).T
+    expected = study.shares(theta.reshape(3, 10, 3, 10))
+    row = table.set_index(["network", "init", "step"]).loc[("mlp", 1, 0)]
+    for column, value in expected.items():
+        assert row[column] == pytest.approx(value, rel=1e-6), column
+
+
+def test_measured_variances_have_the_ratio_that_theta_says(table):
+    seen = table[table["measured"].notna()]
+    assert len(seen) == 4
+    assert (seen["measured"] / seen["factor"]).between(0.5, 2).all()
+
+
+def test_a_network_that_diverges_is_a_row_that_says_so():
+    given = TINY | {"networks": ["mlp"], "inits": 1, "rate": 1e30, "seeds": 8}
+    rows = studies.run(NAME, studies.settings(NAME, given)).set_index("step")
+    assert list(rows["status"]) == ["ok", "failed", "failed"]
+    assert rows.loc[[2, 8], "reason"].str.contains("training diverged").all()
+
+
+@pytest.mark.parametrize("steps", [[1, 2], [0, 5, 3]])
+def test_steps_that_do_not_rise_from_zero_are_refused(steps):
+    with pytest.raises(ValidationError, match="must begin with 0 and rise"):
+        studies.settings(NAME, TINY | {"steps": steps})
+
+
+def test_the_figure_says_what_the_table_does(table, tmp_path):
+    known = table.assign(factor=np.where(table["step"] == 0, 20.0, np.where(table["step"] == 8, 5.0, 10.0)))
+    made = figures.draw(NAME, known, tmp_path)
+    caption = made[1].read_text()
+    assert "Training multiplies the factor by (geometric mean over runs): MLP 0.25, Vision Transformer 0.25" in caption
+    assert "It is 5 at least in all 12 cases" in caption and "2 runs" in caption and "nan" not in caption
+    plotted = pd.read_csv(made[0])
+    np.testing.assert_allclose(plotted["norm_ratio"], known["norm_ratio"])
+    from ntkbench.figures.plotting import base
+
+    with base.style():
+        drawing = figure.draw(base.checked_study(known, figure.COLUMNS))
+    assert any("20 times less variance before training, 5 after" in text.get_text() for text in drawing.figure.texts)
+
+
+def test_a_figure_without_measured_variances_or_of_nothing(table, tmp_path):
+    few = table[(table["network"] == "mlp") & (table["init"] == 1)].drop(columns=["measured", "measured_low"])
+    assert "ratio of variances is" not in figures.draw(NAME, few, tmp_path)[1].read_text()
+    lost = table.assign(status="failed", reason="$x$ broke", factor=np.nan)
+    for rows in (table.iloc[:0], lost):
+        assert "Nothing to show" in figures.draw(NAME, rows, tmp_path)[1].read_text()
