@@ -208,6 +208,26 @@ def _times(row: pd.Series) -> tuple[str, str]:
     return _ratio(row, bold=True), "" if pd.isna(row["ratio"]) else f"{row['calls']:g}"
 
 
+def large_networks(tables: Tables) -> str:
+    """Large cases on a GPU: seconds, as multiples of what the device's peak rate allows, and against a rival."""
+    table = tables.read("gpu/large")
+    rows = [
+        [
+            _cell(str(row["case"])),
+            {"float32": "float32", "tf32": "TF32"}[row["dtype"]],
+            _seconds(row["seconds"]),
+            f"{row['times_limit']:.2g}" if row["times_limit"] > 0 else "not counted",
+            "" if pd.isna(row["ratio"]) else f"{row['rival']}: **{row['ratio']:.2g}**",
+            "" if pd.isna(row["error"]) else f"{row['error']:.1g}",
+            f"{row['calls']:g}",
+        ]
+        for _, row in table.iterrows()
+    ]
+    columns = ["case", "products in", "time", "time / operations at the peak rate", "time, ours / theirs", "error", "calls"]
+    commits = ", ".join(sha[:10] for sha in table["git_sha"].unique())
+    return _markdown(columns, rows) + f"\n\n*{', '.join(table['device_name'].unique())}; commit {commits}.*"
+
+
 def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
     """Ours and theirs; where they were not measured the reason stands for theirs."""
     if pd.isna(row["ratio"]):
@@ -263,6 +283,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "certificates": certificates,
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
+    "large networks": large_networks,
     "prepared": prepared,
     "products": products,
 }
