@@ -45,8 +45,11 @@ class GramMatrix(Accumulating):
             return [A.product(u)[:, None] for A in factors]
 
         A, dim = factors[0], max(each.image_dim for each in factors)
-        kernel = shared_probe_kernel if self.side == "reverse" else crossed_network_kernel
         moments = required_moments(names)
+        kernel = shared_probe_kernel
+        if self.side == "forward":
+            kernel = crossed_network_kernel
+            moments = tuple(moment for moment in moments if "difference" not in moment)
         return UStatistics(moments, 1, dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
 
 
