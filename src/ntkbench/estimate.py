@@ -28,11 +28,14 @@ SCALES = {"trace": LOG, "norm": LOG, "effective_rank": LOG, "alignment": ATANH}
 ROUNDING = 100
 """Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
 
-STEPS = 16
-"""Machine epsilons in the rounding of a network's passes, and the factor of safety of what certificates show of it."""
+STEPS = 32
+"""Machine epsilons by which a network's passes may round where a certificate shows no more."""
+
+SAFETY = 16
+"""Certificates by which a network's passes may round."""
 
 STEEPEST = 2.0
-"""Half of a width on the scale atanh up to which the end of an interval away from an alignment of 1 is on this scale."""
+"""Half of a width on the scale atanh up to which both ends of an interval are on this scale."""
 
 NEAR_ONE = 0.99
 """Alignment from which on 1 - alignment is shown as well."""
@@ -51,10 +54,9 @@ def rounding_bound(metric: str, itemsize: int, terms: int, certificate: float | 
         terms: the most numbers that are added up in one sum, n or P.
         certificate: see :class:`Estimate`.
     """
-    ends = 2 if metric == "alignment" else 1
     moments = 3 if metric == "effective_rank" else 1
     epsilon = float(np.finfo(f"f{itemsize}").eps)
-    return ends * moments * (epsilon * (STEPS + math.sqrt(terms)) + STEPS * (certificate or 0.0))
+    return moments * (epsilon * (STEPS + math.sqrt(terms)) + SAFETY * (certificate or 0.0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

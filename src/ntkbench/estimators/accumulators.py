@@ -318,6 +318,16 @@ def crossed_network_kernel(one: Sequence[Array], other: Sequence[Array]) -> list
     return [*squares, ((one[0] @ other[1].T) ** 2 + (one[1] @ other[0].T) ** 2) / 2]
 
 
+def with_squared_trace(kernel: Kernel) -> Kernel:
+    """A kernel with one more product, ||w||^2 ||w'||^2 of the first network, for (tr Theta)^2; see :data:`Kernel`."""
+
+    def extended(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+        norms = [arrays.to_numpy(_squared_norms(vectors[0]), np.float64) for vectors in (one, other)]
+        return [*kernel(one, other), np.outer(*norms)]
+
+    return extended
+
+
 def moment_products(grams: Sequence[Array]) -> list[Array]:
     """Entrywise products for the moments of Theta^2, in the order of :data:`ntkbench.metrics.MOMENTS` for alignment.
 
