@@ -344,7 +344,7 @@ def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = Fa
     worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
     squared error about 0.8 of the variance for spectra like 0.7^i. Where few dimensions are left outside of the sketch,
     all k estimates are almost the same: the upper limit grows with n / (n - k + 1), and the degrees of freedom are at
-    most 2 (n - k).
+    most n - k.
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
@@ -360,4 +360,4 @@ def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = Fa
     most = (30 if cautious else 8) / (1 - (k - 1) / n)
     added = abs(covariance) if cautious else max(covariance, -0.5 * error**2)
     variance = error**2 + min(added, most * error**2)
-    return PointEstimate(value, math.sqrt(variance), min(degrees, max(1.0, 2 * (n - k))))
+    return PointEstimate(value, math.sqrt(variance), min(degrees, max(1.0, n - k)))
