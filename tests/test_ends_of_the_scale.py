@@ -271,7 +271,7 @@ def test_leave_one_out_alignments_of_few_probes_are_covered(spectrum, probes):
 @pytest.mark.parametrize("rtol", [0.03, 0.01])
 def test_the_adaptive_sketch_covers_at_a_tolerance(spectrum, rtol):
     prepared, exact = Ends(jacobian(spectrum)), truth("trace", spectrum)
-    assert 0.9 <= coverage("hutchpp_adaptive", "trace", prepared, exact, 4096, 300, rtol=rtol) <= 0.985
+    assert 0.88 <= coverage("hutchpp_adaptive", "trace", prepared, exact, 4096, 300, rtol=rtol) <= 0.985
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_all_moments_are_unbiased(name, probes, memory, monkeypatch):
         jacobians = ready.jacobians("alignment")
         accumulator = method.accumulator(("trace", "norm", "alignment"), jacobians, jacobians[0].rng(seed))
         accumulator.extend(int(probes * accumulator.recompute_factor))
-        found.append(accumulator.moments().means)
+        found.append(accumulator.moments().means[:4])
     found = np.array(found)
     z = (found.mean(0) - exact) / (found.std(0, ddof=1) / math.sqrt(SEEDS))
     assert np.abs(z).max() < 4

@@ -73,8 +73,11 @@ def gram(rows: Array, others: Array, *, columns: int = 2**16) -> np.ndarray:
         others: ``[r, n]``.
         columns: columns that are copied at a time.
     """
-    parts = (slice(start, start + columns) for start in range(0, rows.shape[1], columns))
-    return sum(to_numpy(metrics.double(rows[:, p]) @ metrics.double(others[:, p]).T, np.float64) for p in parts)
+    found = np.zeros((len(rows), len(others)))
+    for start in range(0, rows.shape[1], columns):
+        one, other = (metrics.double(vectors[:, start : start + columns]) for vectors in (rows, others))
+        found += to_numpy(one @ other.T, np.float64)
+    return found
 
 
 # --- a sketch, and Hutchinson on its complement

@@ -113,12 +113,13 @@ class GrowingSketch(Accumulator):
 def _skewed_mean(values: np.ndarray) -> PointEstimate:
     """Mean of k values whose variance has as many degrees of freedom as their kurtosis leaves it.
 
-    A variance s^2 of normal values has a relative variance of 2 / (k - 1), one of values with kurtosis K of about
+    A variance of normal values has a relative variance of 2 / (k - 1), one of values with kurtosis K of about
     (K - 1) / k. Squares of few large numbers, which is what a sketch leaves of a steep spectrum, have a kurtosis of up
-    to 15.
+    to 15. Half of these degrees of freedom are taken: such values are skewed, so that means and variances are too small
+    together, and sampling stops there first.
     """
     found = standard_errors.mean(values)
     centred = values - found.value
     squares, fourths = (centred**2).mean(), (centred**4).mean()
     excess = fourths - squares**2
-    return found._replace(degrees=min(found.degrees, 2 * len(values) * squares**2 / excess)) if excess > 0 else found
+    return found._replace(degrees=min(found.degrees, len(values) * squares**2 / excess)) if excess > 0 else found

@@ -98,8 +98,9 @@ class _GroupedUStatistics(Accumulator):
         return delta_method(metric, self._names, MomentEstimates.pooled(self._groups))
 
     def complement(self) -> float | None:
-        means = MomentEstimates.pooled(self._groups).means if self._groups else []
-        return complement(dict(zip(self._names, means, strict=False)))
+        if self._names == ("trace",):
+            return None
+        return complement(dict(zip(self._names, MomentEstimates.pooled(self._groups).means.tolist(), strict=True)))
 
     def _directions(self, k: int) -> Tensor:
         return self._rng.sign(k, self._N * self._O).reshape(k, self._N, self._O).transpose(0, 1).contiguous()

@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkbench.estimators.accumulators import (
     Accumulator,
+    Kernel,
     StratifiedTrace,
     UStatistics,
     crossed_network_kernel,
@@ -54,7 +55,7 @@ class GramMatrix(Accumulating):
 
         A, dim = factors[0], max(each.image_dim for each in factors)
         moments = required_moments(names)
-        kernel = shared_probe_kernel
+        kernel: Kernel = shared_probe_kernel
         if self.side == "forward":
             kernel = crossed_network_kernel
             moments = tuple(moment for moment in moments if "difference" not in moment)
@@ -70,6 +71,9 @@ class _GramStatistics(UStatistics):
     probes: its 95 % intervals cover 74 to 84 %. The jackknife of the logarithm, which corrects the bias as well, counts
     the variance due to pairs twice. Half of its estimate is taken off, and half of the variance at most.
     """
+
+    _groups: tuple[np.ndarray, ...] = ()
+    """Sums over the pairs of each probe of the groups that are complete; see :meth:`_row_sums`."""
 
     def estimate(self, metric: str) -> PointEstimate:
         moments = self.moments()
@@ -89,16 +93,14 @@ class _GramStatistics(UStatistics):
         return PointEstimate(value, value * math.sqrt(max(jackknife - pairs / 2, jackknife / 2)), K - 1)
 
     def _close(self) -> None:
-        if self._held:
-            self._groups = [*self._groups, self._row_sums()]
+        if self._held and "squared_trace" in self._names:
+            self._groups = (*self._groups, self._row_sums())
         super()._close()
-
-    _groups: Sequence[np.ndarray] = ()
 
     def _row_sums(self) -> np.ndarray:
         """Sums over the pairs of each probe of the open group, of the squared trace and the square: ``[2, K]``."""
-        names = self._names[self._names[0] == "trace" :]
-        tables = [self._table[names.index(name)][0, :, 0] for name in ("squared_trace", "square")]
+        of = dict(zip((name for name in self._names if name != "trace"), self._table, strict=True))
+        tables = [of[name][0, :, 0] for name in ("squared_trace", "square")]
         return np.array([table.sum(1) - table.diagonal() for table in tables])
 
     def _left_out(self) -> np.ndarray:
