@@ -87,8 +87,10 @@ class _GramStatistics(UStatistics):
         logs = np.log(left_out[0] / left_out[1])
         value = math.exp(K * math.log(plain.value) - (K - 1) * logs.mean())
         jackknife = (K - 1) / K * ((logs - logs.mean()) ** 2).sum()
-        found = dict(zip(self._names, moments.means, strict=True))
-        slopes = np.array([{"squared_trace": 1.0, "square": -1.0}.get(name, 0.0) / found[name] for name in self._names])
+        slopes = np.zeros(len(self._names))
+        for name, sign in (("squared_trace", 1), ("square", -1)):
+            position = self._names.index(name)
+            slopes[position] = sign / moments.means[position]
         pairs = float(slopes @ moments.double @ slopes)
         return PointEstimate(value, value * math.sqrt(max(jackknife - pairs / 2, jackknife / 2)), K - 1)
 
