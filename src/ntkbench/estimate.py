@@ -106,9 +106,11 @@ class Estimate:
         rounding: float | None = None,
     ) -> Self:
         """A metric without a standard error, from moments of Theta."""
-        complement = moments.complement if metric == "alignment" else math.nan
+        value, complement = moments.metric(metric), math.nan
+        if metric == "alignment":
+            value, complement = min(value, 1.0), moments.complement
         return cls(
-            moments.metric(metric),
+            value,
             None,
             passes,
             method,

@@ -87,7 +87,7 @@ class Moments:
         return Moments(*(factor * m for m in sums))
 
     def metric(self, name: str) -> float:
-        """The value of a metric; an alignment is at most 1.
+        """The value of a metric; an alignment is at most 1 where the difference of the kernels was computed.
 
         Raises:
             BadInput: no such metric.
@@ -104,7 +104,9 @@ class Moments:
             return (self.trace**2 if math.isnan(self.squared_trace) else self.squared_trace) / self.square
         if self._is_close:
             return 1 - self.complement
-        return min(self.cross / math.sqrt(self.square * self.square_f), 1.0)
+        value = self.cross / math.sqrt(self.square * self.square_f)
+        # Where the difference is of the same entries or probes, only rounding exceeds 1.
+        return value if math.isnan(self.difference) else min(value, 1.0)
 
     @property
     def complement(self) -> float:
