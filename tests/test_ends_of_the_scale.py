@@ -18,7 +18,7 @@ from test_deflation import Probes, ends, jacobian, truth
 from torch import nn
 
 import ntkbench
-from ntkbench import methods, testing
+from ntkbench import methods, problems, testing
 from ntkbench.estimate import Estimate
 from ntkbench.operators import JacobianOperator
 from ntkbench.operators.dense import DenseJacobian
@@ -298,3 +298,57 @@ def test_sketches_that_lack_a_few_directions_are_covered(name, short):
     passes = (40 - short) * method.passes_per_probe("trace")
     found = coverage(name, "trace", Ends(jacobian(eigenvalues)), truth("trace", eigenvalues), passes, 200)
     assert 0.87 <= found <= 1
+
+
+SINGLE = [(m.name, metric) for m in map(methods.get, methods.names()) if m.kind == "stochastic" for metric in m.metrics]
+"""Stochastic methods and their metrics."""
+SKETCHES = (
+    *("xtrace", "xnystrace", "xnystrace_forward", "nystrompp", "nystrom_loo"),
+    *("hutchpp", "hutchpp_paper", "hutchpp_one_sided", "hutchpp_adaptive", "hutchpp_adaptive_forward"),
+)
+"""Methods whose sketch reaches the rank of Theta, and beyond it is rounding."""
+
+
+def trusted(e: Estimate, exact: float) -> bool:
+    """Whether the error is within six standard errors, or within rounding in float32."""
+    return abs(e.value - exact) <= 6 * (e.standard_error or 0.0) + 1e-4 * abs(exact)
+
+
+@pytest.mark.parametrize("spectrum", ["rank 12", "rank 12 and a tail", "cliff"])
+@pytest.mark.parametrize(("name", "metric"), [(name, metric) for name, metric in SINGLE if name in SKETCHES])
+def test_sketches_at_and_beyond_a_low_rank_have_an_honest_error_in_float32(name, metric, spectrum):
+    """Directions that are rounding must not be dropped, nor the result then be called exact."""
+    i = np.arange(1, 41)
+    tail = {"rank 12": 0.0 * i, "rank 12 and a tail": 1e-7 / i, "cliff": 1e-3 + 0.0 * i}[spectrum]
+    eigenvalues = tuple(np.where(i <= 12, 1 / i, tail))
+    exact = truth(metric, eigenvalues)
+    prepared = Ends(*(J.astype(np.float32) for J in ends(metric, eigenvalues)))
+    method = methods.get(name)
+    for probes in (12, 13, 20, 39, 40, 41, 80):
+        passes = max(method.cost(metric, probes), method.cost(metric, method.fewest_probes))
+        for seed in range(3):
+            e = method.estimate(prepared, metric, passes, seed)
+            assert trusted(e, exact), (probes, seed, e.value, e.standard_error, exact)
+
+
+@functools.cache
+def convolutions(metric: str) -> float:
+    method = methods.get("naive_jacobian")
+    problem = problems.load("digits_conv[N=4]")
+    return method.estimate(method.prepare(problem, Target(dtype="float64", device="cpu")), metric).value
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize(("name", "metric"), SINGLE)
+def test_stochastic_methods_are_trusted_in_float32_with_as_many_probes_as_outputs(name, metric, backend):
+    """On a network, with 40 outputs; a standard error of 0 means that the value is exact."""
+    method, problem = methods.get(name), problems.load("digits_conv[N=4]")
+    target = Target(backend, "float32", "cpu")
+    budgets = {400, method.cost(metric, problem.n), method.cost(metric, problem.n + 1)}
+    budgets = {passes for passes in budgets if method.unsupported_reason(problem, metric, target, passes) is None}
+    if not budgets:
+        pytest.skip(f"{name} does not compute {metric} here")
+    prepared = method.prepare(problem, target)
+    for passes in budgets:
+        e = method.estimate(prepared, metric, passes, 0)
+        assert trusted(e, convolutions(metric)), (passes, e.value, e.standard_error, convolutions(metric))
