@@ -259,7 +259,9 @@ def xnystrace(product: LinearMap, adjoint: LinearMap, probes: Array) -> PointEst
     """
     sketch = Sketch(product(probes))
     b = adjoint(sketch.q)
-    return leave_one_out(nystrom_trace(sketch, Normalisation(probes), gram(b, b)), probes.shape[1])
+    return leave_one_out(
+        nystrom_trace(sketch, Normalisation(probes), gram(b, b)), min(probes.shape[1], sketch.q.shape[1])
+    )
 
 
 def nystrom_inner_product(
@@ -351,7 +353,7 @@ def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = Fa
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
-        n: dimension of the probes.
+        n: the largest rank that the matrix may have.
         cautious: whether the covariance counts with its absolute value, and up to 30 times the first term. For ratios
             of moments of steep spectra, whose errors have long tails, this raises the coverage with a few probes from
             0.82 to 0.90.
@@ -360,7 +362,7 @@ def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = Fa
     value, error, degrees = standard_errors.mean(table.diagonal())
     gained = table.diagonal()[:, None] - table
     covariance = (gained * gained.T).sum() / (k * (k - 1)) if k > 1 else math.nan
-    most = (30 if cautious else 8) / (1 - (k - 1) / n)
+    most = (30 if cautious else 8) / max(1 - (k - 1) / n, 1 / n)
     added = abs(covariance) if cautious else max(covariance, -0.5 * error**2)
     variance = error**2 + min(added, most * error**2)
     return PointEstimate(value, math.sqrt(variance), min(degrees, max(1.0, n - k)))
