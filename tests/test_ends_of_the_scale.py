@@ -317,23 +317,25 @@ def trusted(e: Estimate, exact: float) -> bool:
 
 
 LOW_RANK = [(name, metric) for name, metric in SINGLE if name in SKETCHES]
+LEAVE_ONE_OUT = [(name, metric) for name, metric in LOW_RANK if name.startswith("x") or name == "nystrom_loo"]
 
 
 @pytest.mark.parametrize("tail", ["none", "of rounding", "flat"])
 @pytest.mark.parametrize(("name", "metric"), LOW_RANK)
-def test_sketches_beyond_a_low_rank_have_an_honest_error_in_float32(name, metric, tail):
+def test_sketches_at_and_beyond_a_low_rank_have_an_honest_error_in_float32(name, metric, tail):
     """Directions that are rounding must not be dropped, nor the result then be called exact."""
     eigenvalues = low_rank(tail)
     exact = truth(metric, eigenvalues)
     prepared = Ends(*(J.astype(np.float32) for J in ends(metric, eigenvalues)))
-    for probes, seed in itertools.product((13, 14, 20, 39, 40, 41, 80), range(3)):
+    at_rank = () if (name, metric) in LEAVE_ONE_OUT else (12,)
+    for probes, seed in itertools.product((*at_rank, 13, 14, 20, 39, 40, 41, 80), range(3)):
         e = sketched(name, metric, prepared, probes, seed)
         assert trusted(e, exact), (probes, seed, e.value, e.standard_error, exact)
 
 
 @pytest.mark.parametrize("tail", ["none", "of rounding", "flat"])
-@pytest.mark.parametrize(("name", "metric"), LOW_RANK)
-def test_sketches_at_a_low_rank_are_those_of_float64(name, metric, tail):
+@pytest.mark.parametrize(("name", "metric"), LEAVE_ONE_OUT)
+def test_leave_one_out_estimates_at_a_low_rank_are_those_of_float64(name, metric, tail):
     """With as many probes as the rank, float32 loses no digits of the estimate or of its error.
 
     Leave-one-out estimates all lack nearly the same direction there, and their error is too small in either precision.
