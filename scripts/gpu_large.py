@@ -106,7 +106,9 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(f"Theta of {label}", functools.partial(_theta, label, each), {}, dtype, error if tf32 else None)
         yield Case(f"trace of {label}", trace, {}, dtype)
         yield Case(f"pNTK of {label}", functools.partial(_theta, label, each, "sum_of_logits"), {}, dtype)
-        yield Case(f"trace of GPT-2, {sizes.tokens} tokens, 20 passes", functools.partial(_gpt2, sizes, tf32), {}, dtype)
+        yield Case(
+            f"trace of GPT-2, {sizes.tokens} tokens, 20 passes", functools.partial(_gpt2, sizes, tf32), {}, dtype
+        )
     for label in sizes.rivals:
         rivals = {name: functools.partial(_method, name, label, target, "norm") for name in NEURAL_TANGENTS}
         yield Case(f"Theta of {label}", functools.partial(_theta, label, target), rivals)

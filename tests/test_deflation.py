@@ -337,7 +337,8 @@ def test_the_adaptive_sketch_grows_by_its_blocks_and_leaves_its_residual(block, 
     assert len(sketch.q) % block == 0
     assert block <= len(sketch.q) <= (72 - min_residual) / 4
     value, error, degrees = sketch.estimate("trace")
-    assert degrees == 72 - 4 * len(sketch.q) - 1 >= min_residual - 1
+    # As many as the residual probes have, or fewer where the residuals are heavy-tailed.
+    assert 1 < degrees <= 72 - 4 * len(sketch.q) - 1
     assert abs(value - truth("trace", "0.9^i")) < 5 * error
 
 

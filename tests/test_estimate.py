@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ntkbench.estimate import Estimate, Estimates
+from ntkbench.errors import BadInput
+from ntkbench.estimate import Estimate, Estimates, rounding_bound
+from ntkbench.metrics import Moments
 
 E = Estimate(12.5, 0.5, 64.0, "hutchinson", ("not by <a>: why",), "trace", certificate=1e-7)
 
@@ -93,3 +95,71 @@ def test_it_is_the_same_after_json(e):
         assert again.to_json() == e.to_json()
         assert again.interval() == e.interval() or math.isnan(e.value)
     json.loads(e.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def aligned(complement: float, error: float | None, **more: object) -> Estimate:
+    return Estimate(1 - complement, error, 8, "m", metric="alignment", complement=complement, **more)
+
+
+@pytest.mark.parametrize("complement", [1e-14, 1e-10, 1e-3, 0.3, 1.2])
+def test_an_interval_near_one_is_that_of_one_minus_alignment(complement):
+    e = aligned(complement, 0.1 * complement * (2 - complement))
+    low, high = e.complement_interval()
+    assert low < complement < high
+    # on the scale of atanh A = log((2 - c) / c) / 2
+    logit = [math.log((2 - c) / c) for c in (low, complement, high)]
+    assert logit[0] - logit[1] == pytest.approx(logit[1] - logit[2]) == pytest.approx(2 * 0.19600, rel=1e-4)
+    assert e.interval() == (1 - high, 1 - low)
+    if complement > 1e-3:
+        plain = dataclasses.replace(e, complement=None)
+        assert e.interval() == pytest.approx(plain.interval(), rel=1e-9)
+
+
+def test_an_interval_of_a_complement_far_below_its_error_stays_in_proportion_to_the_error():
+    for complement in (0.0, 1e-20, 1e-17):
+        low, high = aligned(complement, 1e-8).complement_interval()
+        assert 0 <= low <= complement and 1e-8 < high < 3e-6
+    assert aligned(0.0, 0.0).interval() == (1, 1)
+    assert aligned(0.1, math.nan).complement_interval() == (-math.inf, math.inf)
+    with pytest.raises(BadInput, match=r"m does not compute 1 - alignment by itself; take interval\(\)"):
+        Estimate(0.9, 0.1, 8, "m", metric="alignment").complement_interval()
+
+
+def test_rounding_widens_an_interval_and_turns_the_angle_of_an_alignment():
+    assert Estimate(5.0, None, 8, "m", metric="trace", rounding=1e-3).interval() == pytest.approx((4.995, 5.005))
+    low, high = Estimate(5.0, 0.1, 8, "m", metric="trace").interval()
+    wider = Estimate(5.0, 0.1, 8, "m", metric="trace", rounding=1e-3).interval()
+    assert wider == pytest.approx((low - 0.005, high + 0.005))
+    angle = 1e-4
+    for rounding in (1e-5, 1e-3):
+        low, high = aligned(2 * math.sin(angle / 2) ** 2, None, rounding=rounding).complement_interval()
+        assert high == pytest.approx(2 * math.sin((angle + rounding) / 2) ** 2)
+        assert low == pytest.approx(2 * math.sin(max(angle - rounding, 0) / 2) ** 2)
+    low, high = aligned(2.0, None, rounding=0.1).complement_interval()
+    assert low == pytest.approx(1 + math.cos(0.1)) and high == 2
+    assert Estimate(math.inf, None, 8, "m", metric="trace").interval() == (math.inf, math.inf)
+
+
+def test_one_minus_alignment_is_shown_near_one():
+    e = aligned(2.5e-10, 1e-11)
+    assert str(e) == "1, 95 % in [1, 1], 1 - alignment = 2.5e-10, 95 % in [2.31149e-10, 2.70388e-10] (m, 8 passes)"
+    assert repr(Estimates(alignment=e)).endswith("\n1 - alignment = 2.5e-10, 95 % in [2.31149e-10, 2.70388e-10]")
+    assert "1 - alignment" not in str(aligned(0.02, 1e-3))
+    assert Estimate.from_json(e.to_json()) == e
+
+
+def test_metrics_of_moments_are_estimates_without_a_standard_error():
+    moments = Moments(6.0, 4.0, 4.0, 3.9, 0.2, -0.1)
+    trace = Estimate.of_moments("trace", moments, 2, "m", ("note",), 1e-7, 1e-5)
+    assert trace == Estimate(6.0, None, 2, "m", ("note",), "trace", certificate=1e-7, rounding=1e-5)
+    found = Estimate.of_moments("alignment", moments, None, "m")
+    assert found.complement == pytest.approx(0.025) and found.value == pytest.approx(0.975)
+    assert Estimate.of_moments("alignment", Moments(6.0, 4.0, 4.0, 3.0), None, "m").complement is None
+
+
+def test_a_rounding_bound_grows_with_the_sums_and_the_certificate():
+    first = rounding_bound("trace", 8, 100, None)
+    assert 1e-15 < first < 1e-13
+    assert rounding_bound("trace", 4, 100, None) == pytest.approx(2**29 * first)
+    assert first < rounding_bound("trace", 8, 10_000, None) < rounding_bound("trace", 8, 10_000, 1e-12)
+    assert rounding_bound("effective_rank", 8, 100, 1e-12) == 3 * rounding_bound("norm", 8, 100, 1e-12)

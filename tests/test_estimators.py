@@ -111,7 +111,7 @@ def test_all_moments_are_unbiased(name, probes, memory, monkeypatch):
         jacobians = ready.jacobians("alignment")
         accumulator = method.accumulator(("trace", "norm", "alignment"), jacobians, jacobians[0].rng(seed))
         accumulator.extend(int(probes * accumulator.recompute_factor))
-        found.append(accumulator.moments().means)
+        found.append(accumulator.moments().means[:4])
     found = np.array(found)
     z = (found.mean(0) - exact) / (found.std(0, ddof=1) / math.sqrt(SEEDS))
     assert np.abs(z).max() < 4
@@ -234,7 +234,8 @@ def test_standard_errors_of_few_probes_are_calibrated(name, K):
 def test_as_many_groups_as_samples_are_block_u_statistics_and_one_is_a_gram_matrix(monkeypatch):
     for groups, name in ((40, "block_u_statistics"), (1, "gram_reverse")):
         monkeypatch.setattr(GroupUStatistics, "max_groups", groups)
-        for metric in ("norm", "effective_rank", "alignment"):
+        # Gram matrices have an effective rank of their own.
+        for metric in ("norm", "alignment") if name == "gram_reverse" else ("norm", "effective_rank", "alignment"):
             one, other = (
                 methods.get(each).estimate(prepared(each, "wide"), metric, 12, 3)
                 for each in ("group_u_statistics", name)

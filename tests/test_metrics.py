@@ -55,6 +55,51 @@ def test_ratios_of_a_vanishing_theta_are_nan():
     assert math.isnan(zero.metric("alignment"))
 
 
+def turned(angle: float, factor: float, n: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Two symmetric matrices at an angle, the second one times a factor."""
+    rng = np.random.default_rng(n)
+    one, other = ((m + m.T) / 2 for m in rng.standard_normal((2, n, n)))
+    one /= np.linalg.norm(one)
+    other -= (one * other).sum() * one
+    return one, factor * (math.cos(angle) * one + math.sin(angle) * other / np.linalg.norm(other))
+
+
+@given(
+    angle=st.floats(-7, 0).map(lambda x: 10**x),
+    factor=st.sampled_from([1.0, 1.001, 0.9, 1.3, 1e3, 1e-3]),
+    backend=st.sampled_from(["torch", "jax"]),
+)
+def test_the_complement_of_an_alignment_has_the_digits_of_the_difference(angle, factor, backend):
+    """cos is flat at 0: of angles below 1e-8 the alignment itself says nothing. A factor costs its own digits alone."""
+    theta, theta_f = (put(backend, m) for m in turned(angle, factor))
+    exact = 2 * math.sin(angle / 2) ** 2
+    parts = [slice(0, 2), slice(2, 6)]
+    blocks = [
+        (a == b, [m[parts[a], parts[b]] for m in (theta, theta_f)]) for a, b in itertools.product(range(2), repeat=2)
+    ]
+    rows = [(range(6)[part], [m[part] for m in (theta, theta_f)]) for part in parts]
+    for moments in (
+        metrics.from_gram(theta, theta_f),
+        metrics.from_rows_of_theta(rows),
+        metrics.from_blocks_of_theta([blocks[i] for i in (0, 2, 3)], tile=1),
+    ):
+        assert moments.complement == pytest.approx(exact, rel=1e-7, abs=1e-15 * min((factor - 1) ** 2, 1))
+        assert moments.metric("alignment") == pytest.approx(math.cos(angle), abs=1e-15)
+        assert moments.times(3).complement == pytest.approx(moments.complement, rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.1])
+def test_an_alignment_never_exceeds_one(factor):
+    for seed in range(200):
+        theta = np.random.default_rng(seed).standard_normal((7, 7)).astype(np.float32)
+        assert metrics.from_gram(theta, np.float32(factor) * theta).metric("alignment") <= 1
+
+
+def test_without_the_difference_there_is_no_complement():
+    assert math.isnan(Moments(square=1.0, square_f=1.0, cross=0.5).complement)
+    assert Moments(square=4.0, square_f=1.0, cross=0.5, difference=4.0, difference_cross=-3.5).complement == 0.75
+
+
 def test_unknown_metrics_are_refused():
     with pytest.raises(
         BadInput, match=r"unknown metric 'allignment' \(did you mean 'alignment'\?\); allowed: alignment"
@@ -121,10 +166,13 @@ def test_from_blocks_on_and_below_the_diagonal(n, cuts, tile, networks):
         assert moments.metric(metric) == pytest.approx(value, rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"squared_trace": 35.0}, {"difference": 0.5, "difference_cross": 0.3}], ids=["plain", "ranks", "close"]
+)
 @pytest.mark.parametrize("metric", METRICS)
-def test_gradients_are_the_derivatives_of_the_metrics(metric):
+def test_gradients_are_the_derivatives_of_the_metrics(metric, more):
     """Central differences, of each moment that the metric is a function of and of those that it is not."""
-    moments = {"trace": 6.0, "square": 4.0, "square_f": 9.0, "cross": 3.0}
+    moments = {"trace": 6.0, "square": 4.0, "square_f": 9.0, "cross": 3.0} | more
     gradient = Moments(**moments).gradient(metric)
     for name, value in moments.items():
         above, below = (Moments(**moments | {name: value + step}).metric(metric) for step in (1e-5, -1e-5))

@@ -13,6 +13,9 @@ from typing import Any, Self
 import numpy as np
 from scipy.special import stdtrit
 
+from ntkbench.errors import BadInput
+from ntkbench.metrics import Moments
+
 Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]
 """A monotone map, its derivative and its inverse."""
 
@@ -24,6 +27,36 @@ SCALES = {"trace": LOG, "norm": LOG, "effective_rank": LOG, "alignment": ATANH}
 
 ROUNDING = 100
 """Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
+
+STEPS = 32
+"""Machine epsilons by which a network's passes may round where a certificate shows no more."""
+
+SAFETY = 16
+"""Certificates by which a network's passes may round."""
+
+STEEPEST = 2.0
+"""Half of a width on the scale atanh up to which both ends of an interval are on this scale."""
+
+NEAR_ONE = 0.99
+"""Alignment from which on 1 - alignment is shown as well."""
+
+
+def rounding_bound(metric: str, itemsize: int, terms: int, certificate: float | None) -> float:
+    """The largest rounding error to expect of an exact metric: relative; of an alignment, in the angle of the kernels.
+
+    Rounding errors of sums of positive terms add up like random steps, to the root of their number of machine epsilons.
+    Those of the network's own passes are not known, but two ways of computing a gradient show their size. The bound is
+    10 to 1000 times the typical error. A network that amplifies rounding in all its passes alike may exceed it.
+
+    Args:
+        metric: the metric.
+        itemsize: bytes of a number.
+        terms: the most numbers that are added up in one sum, n or P.
+        certificate: see :class:`Estimate`.
+    """
+    moments = 3 if metric == "effective_rank" else 1
+    epsilon = float(np.finfo(f"f{itemsize}").eps)
+    return moments * (epsilon * (STEPS + math.sqrt(terms)) + SAFETY * (certificate or 0.0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +77,10 @@ class Estimate:
         degrees: degrees of freedom of the standard error.
         certificate: the largest relative difference between a gradient that the method used and that of plain autograd;
             ``None`` where there is no network to compare with.
+        complement: 1 - alignment with digits of its own, where it was computed from the difference of the kernels; its
+            standard error is that of the alignment.
+        rounding: the largest rounding error to expect (see :func:`rounding_bound`): relative to ``value``, and
+            for an alignment in the angle between the kernels, in radians; ``None`` where it is not known.
     """
 
     value: float
@@ -54,27 +91,90 @@ class Estimate:
     metric: str = ""
     degrees: float = math.inf
     certificate: float | None = None
+    complement: float | None = None
+    rounding: float | None = None
+
+    @classmethod
+    def of_moments(
+        cls,
+        metric: str,
+        moments: Moments,
+        passes: float | None,
+        method: str,
+        notes: tuple[str, ...] = (),
+        certificate: float | None = None,
+        rounding: float | None = None,
+    ) -> Self:
+        """A metric without a standard error, from moments of Theta."""
+        value, complement = moments.metric(metric), math.nan
+        if metric == "alignment":
+            value, complement = min(value, 1.0), moments.complement
+        return cls(
+            value,
+            None,
+            passes,
+            method,
+            notes,
+            metric,
+            certificate=certificate,
+            complement=None if math.isnan(complement) else complement,
+            rounding=rounding,
+        )
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Confidence interval for the exact value; a single point for a deterministic method.
+        """Confidence interval for the exact value, widened by ``rounding``; a point where that is all and not known.
 
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
         the scale on which the metric's errors are symmetric: log for trace, norm and effective rank, atanh for the
         alignment. The delta method transforms the standard error to that scale. With few probes on a steep spectrum
         this raises the coverage from 75 % to 90 %. The interval is unbounded if the standard error is not known.
         """
-        if not self.standard_error:
-            return self.value, self.value
-        if math.isnan(self.standard_error) or self.degrees <= 0:
+        if self.complement is not None:
+            low, high = self.complement_interval(confidence)
+            return 1 - high, 1 - low
+        spread = self._reach(confidence)
+        if math.isinf(spread):
             return -math.inf, math.inf
-        spread = float(stdtrit(self.degrees, 0.5 + confidence / 2)) * self.standard_error
+        reach = self.rounding * abs(self.value) if self.rounding else 0.0
         scale = SCALES.get(self.metric)
         in_domain = self.value > 0 if scale is LOG else abs(self.value) < 1
-        if scale is None or not in_domain:
-            return self.value - spread, self.value + spread
+        if spread == 0 or scale is None or not in_domain:
+            return self.value - spread - reach, self.value + spread + reach
         transform, derivative, inverse = scale
         centre, spread = transform(self.value), derivative(self.value) * spread
-        return inverse(centre - spread), inverse(centre + spread)
+        return inverse(centre - spread) - reach, inverse(centre + spread) + reach
+
+    def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Confidence interval for 1 - alignment: that of :meth:`interval`, with digits of its own near 0.
+
+        Near 0 the scale, atanh of the alignment, is that of the logarithm of 1 - alignment. Rounding turns the kernels
+        by an angle at most, so it widens the interval of their angle.
+
+        Raises:
+            BadInput: 1 - alignment was not computed by itself.
+        """
+        if self.complement is None:
+            raise BadInput(f"{self.method} does not compute 1 - alignment by itself; take interval()")
+        c, spread = self.complement, self._reach(confidence)
+        if math.isinf(spread):
+            return -math.inf, math.inf
+        if 0 < c < 2:
+            # 1 - tanh(x) = 2 / (1 + exp(2 x))
+            centre, spread = math.log((2 - c) / c) / 2, spread / (c * (2 - c))
+            # Where the standard error is much larger than 1 - A, the upper end grows in proportion to it.
+            upward = min(spread, STEEPEST) + math.log1p(2 * max(spread - STEEPEST, 0.0)) / 2
+            low, high = (2 / (1 + math.exp(min(2 * x, 700.0))) for x in (centre + spread, centre - upward))
+        else:
+            low, high = c, c + spread
+        return _turned(low, -(self.rounding or 0.0)), _turned(high, self.rounding or 0.0)
+
+    def _reach(self, confidence: float) -> float:
+        """Half of the width of the interval on the scale of the value; infinite if the standard error is not known."""
+        if not self.standard_error:
+            return 0.0
+        if math.isnan(self.standard_error) or self.degrees <= 0:
+            return math.inf
+        return float(stdtrit(self.degrees, 0.5 + confidence / 2)) * self.standard_error
 
     def covers(self, exact: float, dtype: str, confidence: float = 0.95) -> bool:
         """Whether the interval covers the exact value, up to rounding in ``dtype``."""
@@ -184,8 +284,8 @@ class Estimate:
 
     def __str__(self) -> str:
         cost = "" if self.passes is None else f", {self.passes:g} passes"
-        spread = self._spread()
-        return f"{self.value:.6g}{f', {spread}' if spread else ''} ({self.method}{cost})"
+        parts = [f"{self.value:.6g}", self._spread(), self._distance_to_one()]
+        return f"{', '.join(filter(None, parts))} ({self.method}{cost})"
 
     def __repr__(self) -> str:
         certified = "" if self.certificate is None else f", certified to {self.certificate:.1e}"
@@ -199,8 +299,24 @@ class Estimate:
         """The interval in words; empty for a deterministic method."""
         if self.standard_error is None:
             return ""
-        low, high = self.interval()
-        return "error unknown" if math.isinf(low) else f"95 % in [{low:.6g}, {high:.6g}]"
+        return _words(*self.interval())
+
+    def _distance_to_one(self) -> str:
+        """1 - alignment in words where the alignment is close to 1; empty elsewhere."""
+        if self.complement is None or self.value < NEAR_ONE:
+            return ""
+        return f"1 - alignment = {self.complement:.3g}, {_words(*self.complement_interval())}"
+
+
+def _words(low: float, high: float) -> str:
+    """An interval in words."""
+    return "error unknown" if math.isinf(low) else f"95 % in [{low:.6g}, {high:.6g}]"
+
+
+def _turned(complement: float, angle: float) -> float:
+    """1 - cos of an angle that is larger than that of 1 - cos = ``complement`` by ``angle``, and not negative."""
+    half = math.asin(math.sqrt(min(complement / 2, 1.0)))
+    return 2 * math.sin(min(max(half + angle / 2, 0.0), math.pi / 2)) ** 2
 
 
 class Estimates(dict[str, Estimate]):
@@ -231,7 +347,8 @@ def _cells(e: Estimate) -> tuple[str, ...]:
 
 
 def _all_notes(estimates: Iterable[Estimate]) -> list[str]:
-    return list(dict.fromkeys(note for e in estimates for note in e.notes))
+    """What the table has no column for: notes, and 1 - alignment near 1."""
+    return list(dict.fromkeys(note for e in estimates for note in (e._distance_to_one(), *e.notes) if note))
 
 
 def _html(estimates: Collection[Estimate]) -> str:

@@ -10,10 +10,9 @@ With Theta = J J^T at theta_0 and Theta_f at theta_f:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import array_api_compat
@@ -29,9 +28,12 @@ MOMENTS = {
     "trace": ("trace",),
     "norm": ("square",),
     "effective_rank": ("trace", "square"),
-    "alignment": ("square", "square_f", "cross"),
+    "alignment": ("square", "square_f", "cross", "difference", "difference_cross"),
 }
-"""Moments that each metric is a function of."""
+"""Moments that each metric is a function of; the last two of alignment are for 1 - alignment."""
+
+CLOSE = 0.5
+"""||Theta_f - Theta||_F^2 relative to ||Theta||_F^2 up to which 1 - alignment is computed from the difference."""
 SYMBOLS = {
     "trace": r"$\mathrm{tr}\,\Theta$",
     "norm": r"$\|\Theta\|_F$",
@@ -66,19 +68,26 @@ class Moments:
         square: ||Theta||_F^2.
         square_f: ||Theta_f||_F^2.
         cross: tr(Theta Theta_f).
+        difference: ||D||_F^2 of the difference D = Theta_f - Theta, from its entries.
+        difference_cross: tr(Theta D), from the entries of D.
+        squared_trace: (tr Theta)^2 where it is estimated by itself.
     """
 
     trace: float = math.nan
     square: float = math.nan
     square_f: float = math.nan
     cross: float = math.nan
+    difference: float = math.nan
+    difference_cross: float = math.nan
+    squared_trace: float = math.nan
 
     def times(self, factor: float) -> Moments:
-        """Moments of Theta (x) I, with the identity matrix of size ``factor``."""
-        return Moments(*(factor * m for m in (self.trace, self.square, self.square_f, self.cross)))
+        """Moments of Theta (x) I, with the identity matrix of size ``factor``; it has no ``squared_trace``."""
+        sums = (self.trace, self.square, self.square_f, self.cross, self.difference, self.difference_cross)
+        return Moments(*(factor * m for m in sums))
 
     def metric(self, name: str) -> float:
-        """The value of a metric.
+        """The value of a metric; an alignment is at most 1 where the difference of the kernels was computed.
 
         Raises:
             BadInput: no such metric.
@@ -92,26 +101,64 @@ class Moments:
         if self.square == 0 or (name == "alignment" and self.square_f == 0):
             raise Undefined(f"{name} is not defined where Theta is zero: no parameter that counts moves any output")
         if name == "effective_rank":
-            return self.trace**2 / self.square
-        return self.cross / math.sqrt(self.square * self.square_f)
+            return (self.trace**2 if math.isnan(self.squared_trace) else self.squared_trace) / self.square
+        if self._is_close:
+            return 1 - self.complement
+        value = self.cross / math.sqrt(self.square * self.square_f)
+        # Where the difference is of the same entries or probes, only rounding exceeds 1.
+        return value if math.isnan(self.difference) else min(value, 1.0)
+
+    @property
+    def complement(self) -> float:
+        """1 - alignment; ``nan`` where the difference of the kernels was not computed.
+
+        Where the kernels are close, it is computed from their difference D and has as many digits as D:
+        1 - A^2 = (||Theta||^2 ||D||^2 - tr(Theta D)^2) / (||Theta||^2 ||Theta_f||^2), and 1 - A = (1 - A^2) / (1 + A).
+
+        Raises:
+            Undefined: as for the alignment.
+        """
+        if not self._is_close:
+            return math.nan if math.isnan(self.difference) else 1 - self.metric("alignment")
+        square, d, e = self.square, self.difference, self.difference_cross
+        square_f = square + 2 * e + d
+        sine = max(0.0, d - e**2 / square) / square_f
+        return sine / (1 + (square + e) / math.sqrt(square * square_f))
+
+    @property
+    def _is_close(self) -> bool:
+        return 0 <= self.difference < CLOSE * self.square
 
     def gradient(self, name: str) -> Moments:
-        """Partial derivatives of a metric with respect to the four moments.
+        """Partial derivatives of a metric with respect to the moments that its value is computed from.
 
         Raises:
             BadInput: no such metric.
             Undefined: as for the metric itself.
         """
         value = self.metric(name)
+        zero = Moments(*[0.0] * len(fields(Moments)))
         if name == "trace":
-            return Moments(1.0, 0.0, 0.0, 0.0)
+            return replace(zero, trace=1.0)
         if name == "norm":
             # The estimate is zero only if Theta is, and then it has no error.
-            return Moments(0.0, 0.5 / value if value else 0.0, 0.0, 0.0)
+            return replace(zero, square=0.5 / value if value else 0.0)
         if name == "effective_rank":
-            return Moments(2 * value / self.trace, -value / self.square, 0.0, 0.0)
+            slope = -value / self.square
+            if not math.isnan(self.squared_trace):
+                return replace(zero, squared_trace=1 / self.square, square=slope)
+            return replace(zero, trace=2 * value / self.trace, square=slope)
+        if self._is_close:
+            square, d, e = self.square, self.difference, self.difference_cross
+            square_f = square + 2 * e + d
+            return replace(
+                zero,
+                square=(square * d - 2 * e**2 - e * d) / (2 * (square * square_f) ** 1.5),
+                difference=-value / (2 * square_f),
+                difference_cross=(d + e) / (square**0.5 * square_f**1.5),
+            )
         slope = 1 / math.sqrt(self.square * self.square_f)
-        return Moments(0.0, -0.5 * value / self.square, -0.5 * value / self.square_f, slope)
+        return replace(zero, square=-0.5 * value / self.square, square_f=-0.5 * value / self.square_f, cross=slope)
 
 
 def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Moments:
@@ -121,12 +168,9 @@ def from_rows_of_theta(blocks: Iterable[tuple[Array, Sequence[Array]]]) -> Momen
         blocks: for each block, the indices of its rows, ``[r]``, and the rows of Theta (and of Theta_f), ``[r, n]``.
     """
     sums = MomentSums()
-    for indices, (rows, *rows_of_f) in blocks:
-        sums.trace += rows[np.arange(len(rows)), np.asarray(indices)].sum()
-        sums.square += squared_norm(rows)
-        for rows_f in rows_of_f:
-            sums.square_f += squared_norm(rows_f)
-            sums.cross += (rows * rows_f).sum()
+    for indices, rows in blocks:
+        sums.trace += rows[0][np.arange(len(rows[0])), np.asarray(indices)].sum()
+        sums.add(*rows)
     return sums.moments()
 
 
@@ -136,35 +180,20 @@ def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]], *, tile
     Args:
         blocks: for each block, whether it is on the diagonal, and its entries in Theta (and in Theta_f),
             ``[rows, columns]``. Only the lower triangle of a block on the diagonal is read.
-        tile: rows of a block on the diagonal that are copied at a time.
+        tile: rows of a block that are copied at a time.
     """
     sums = MomentSums()
-    for on_diagonal, (block, *blocks_of_f) in blocks:
-        product = functools.partial(_of_symmetric, tile=tile) if on_diagonal else _of_pair
-        sums.square += product(block, block)
-        for block_f in blocks_of_f:
-            sums.square_f += product(block_f, block_f)
-            sums.cross += product(block, block_f)
+    for on_diagonal, parts in blocks:
         if on_diagonal:
-            sums.trace += block.diagonal().sum()
+            sums.trace += parts[0].diagonal().sum()
+        for start in range(0, len(parts[0]), tile):
+            rows = slice(start, start + tile)
+            sums.add(*(part[rows, : start if on_diagonal else None] for part in parts), copies=2)
+            if on_diagonal:
+                lower = [array_api_compat.array_namespace(part).tril(part[rows, rows]) for part in parts]
+                sums.add(*lower, copies=2)
+                sums.add(*(part.diagonal()[None] for part in lower), copies=-1)
     return sums.moments()
-
-
-def _of_pair(one: Array, other: Array) -> Array:
-    """Inner product of two blocks below the diagonal and of their mirror images above it."""
-    return 2 * inner_product(one, other)
-
-
-def _of_symmetric(one: Array, other: Array, tile: int) -> Array:
-    """Inner product of two symmetric matrices, from their lower triangles, ``tile`` rows at a time."""
-    xp = array_api_compat.array_namespace(one)
-    total = 0.0
-    for start in range(0, len(one), tile):
-        rows = slice(start, start + tile)
-        total = total + 2 * inner_product(one[rows, :start], other[rows, :start])
-        a, b = (xp.tril(m[rows, rows]) for m in (one, other))
-        total = total + 2 * inner_product(a, b) - (a.diagonal() * b.diagonal()).sum()
-    return total
 
 
 def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
@@ -191,6 +220,43 @@ class MomentSums:
         self.square: Any = 0.0
         self.square_f: Any = 0.0
         self.cross: Any = 0.0
+        self.difference: Any = 0.0
+        self.difference_cross: Any = 0.0
+        self._pairs = False
+
+    def add(self, theta: Array, theta_f: Array | None = None, *, copies: int = 1, tile: int = 512) -> None:
+        """Add the squares and products of some entries of Theta (and Theta_f), ``[rows, columns]``.
+
+        Those of two kernels are added up in float64, as far as the array library has it: 1 - alignment is a small
+        difference of the sums.
+
+        Args:
+            copies: how often each entry counts.
+            tile: rows that are copied at a time.
+        """
+        if theta_f is None:
+            self.square += copies * squared_norm(theta)
+            return
+        self._pairs = True
+        for start in range(0, len(theta), tile):
+            one, other = (double(part[start : start + tile]) for part in (theta, theta_f))
+            difference = other - one
+            self.square += copies * inner_product(one, one)
+            self.square_f += copies * inner_product(other, other)
+            self.cross += copies * inner_product(one, other)
+            self.difference += copies * inner_product(difference, difference)
+            self.difference_cross += copies * inner_product(one, difference)
 
     def moments(self) -> Moments:
-        return Moments(float(self.trace), float(self.square), float(self.square_f), float(self.cross))
+        """The moments so far; those of a second kernel are ``nan`` where there was none."""
+        own = float(self.trace), float(self.square)
+        both = self.square_f, self.cross, self.difference, self.difference_cross
+        return Moments(*own, *map(float, both)) if self._pairs else Moments(*own)
+
+
+def double(block: Array) -> Array:
+    """An array in float64; one of JAX as it is, since JAX has float64 only where the whole program does."""
+    if array_api_compat.is_jax_array(block):
+        return block
+    xp = array_api_compat.array_namespace(block)
+    return xp.astype(block, xp.float64, copy=False)

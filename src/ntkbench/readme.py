@@ -223,7 +223,8 @@ def large_networks(tables: Tables) -> str:
         ]
         for _, row in table.iterrows()
     ]
-    columns = ["case", "products in", "time", "time / operations at the peak rate", "time, ours / theirs", "error", "calls"]
+    columns = ["case", "products in", "time", "time / operations at the peak rate"]
+    columns += ["time, ours / theirs", "error", "calls"]
     commits = ", ".join(sha[:10] for sha in table["git_sha"].unique())
     return _markdown(columns, rows) + f"\n\n*{', '.join(table['device_name'].unique())}; commit {commits}.*"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import array_api_compat
 import numpy as np
@@ -39,6 +39,10 @@ class Accumulator(ABC):
     def estimate(self, metric: str) -> PointEstimate:
         """The metric, from all probes so far."""
 
+    def complement(self) -> float | None:
+        """1 - alignment with digits of its own; ``None`` where the difference of the kernels is not at hand."""
+        return None
+
 
 class ProbeMeans(Accumulator):
     """Means over independent probes, each of which estimates every moment; the jackknife over probes.
@@ -70,6 +74,9 @@ class ProbeMeans(Accumulator):
         return standard_errors.jackknife(
             lambda *means: Moments(**dict(zip(MOMENTS[metric], means, strict=True))).metric(metric), *columns
         )
+
+    def complement(self) -> float | None:
+        return complement({moment: float(arrays.gather(drawn).mean()) for moment, drawn in self._drawn.items()})
 
 
 class StratifiedTrace(Accumulator):
@@ -269,30 +276,41 @@ class UStatistics(Accumulator):
     def estimate(self, metric: str) -> PointEstimate:
         return delta_method(metric, self._names, self.moments())
 
+    def complement(self) -> float | None:
+        return complement(dict(zip(self._names, self.moments().means.tolist(), strict=True)))
+
+
+def complement(moments: Mapping[str, float]) -> float | None:
+    """1 - alignment from moments by name; ``None`` where the difference of the kernels is not among them."""
+    return Moments(**moments).complement if "difference" in moments else None
+
 
 def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
     """A metric from estimates of the moments of these names, with the standard error of the linearised metric."""
     found = Moments(**dict(zip(names, moments.means.tolist(), strict=True)))
-    gradient = found.gradient(metric)
-    error = moments.standard_error(np.array([getattr(gradient, name) for name in names]))
+    slopes = found.gradient(metric)
+    gradient = np.array([getattr(slopes, name) for name in names])
+    # The variance of a small difference of moments is known up to the rounding of their covariances.
+    rounding = np.finfo(np.float64).eps * (abs(gradient) @ (abs(moments.single) + moments.double) @ abs(gradient))
+    error = max(moments.standard_error(gradient), math.sqrt(rounding))
     return PointEstimate(found.metric(metric), error, moments.degrees)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
     """Kernel for probes in output space, which are shared by all networks; see :data:`Kernel`.
 
-    With m = <w, w'> it is m^2, and with a second network also m_f^2 and m m_f.
+    With m = <w, w'> it has the products of :func:`moment_products`, in float64 on the host.
     """
-    if one is other:
-        return moment_products([symmetric_gram(a) for a in one])
-    return moment_products([a @ b.T for a, b in zip(one, other, strict=True)])
+    pairs = zip(one, other, strict=True)
+    grams = [symmetric_gram(a) if one is other else a @ b.T for a, b in pairs]
+    return moment_products([arrays.to_numpy(m, np.float64) for m in grams])
 
 
 def crossed_network_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
     """Kernel for probes in parameter space; see :data:`Kernel`.
 
     It is <w, w'>^2, and with a second network also <w_f, w_f'>^2 and the mean of <w, w_f'>^2 and <w_f, w'>^2: here the
-    cross term is the norm of J^T J_f, an inner product between networks.
+    cross term is the norm of J^T J_f, an inner product between networks. The difference of the kernels is not at hand.
     """
     squares = [(a @ b.T) ** 2 for a, b in zip(one, other, strict=True)]
     if len(one) == 1:
@@ -300,10 +318,27 @@ def crossed_network_kernel(one: Sequence[Array], other: Sequence[Array]) -> list
     return [*squares, ((one[0] @ other[1].T) ** 2 + (one[1] @ other[0].T) ** 2) / 2]
 
 
+def with_squared_trace(kernel: Kernel) -> Kernel:
+    """A kernel with one more product, ||w||^2 ||w'||^2 of the first network, for (tr Theta)^2; see :data:`Kernel`."""
+
+    def extended(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+        norms = [arrays.to_numpy(_squared_norms(vectors[0]), np.float64) for vectors in (one, other)]
+        return [*kernel(one, other), np.outer(*norms)]
+
+    return extended
+
+
 def moment_products(grams: Sequence[Array]) -> list[Array]:
-    """Entrywise products for the moments of Theta^2: m^2, and with m_f of a second network also m_f^2 and m m_f."""
-    pairs = [(grams[0], grams[0])] + [pair for f in grams[1:] for pair in ((f, f), (grams[0], f))]
-    return [a * b for a, b in pairs]
+    """Entrywise products for the moments of Theta^2, in the order of :data:`ntkbench.metrics.MOMENTS` for alignment.
+
+    They are m^2, and with m_f of a second network also m_f^2, m m_f, d^2 and m d, where d = m_f - m.
+    """
+    m = grams[0]
+    products = [m * m]
+    for f in grams[1:]:
+        d = f - m
+        products += [f * f, m * f, d * d, m * d]
+    return products
 
 
 def symmetric_gram(a: Array, *, chunks: int = 4, min_rows: int = 32) -> Array:

@@ -54,9 +54,5 @@ def moments_from_rows(
         for k in range(i + 1):
             right = left if k == i else computed(k)
             grams = [a @ b.T for a, b in zip(left, right, strict=True)]
-            copies = 1 if k == i else 2
-            sums.square += copies * metrics.squared_norm(grams[0])
-            if len(grams) == 2:
-                sums.square_f += copies * metrics.squared_norm(grams[1])
-                sums.cross += copies * (grams[0] * grams[1]).sum()
+            sums.add(*grams, copies=1 if k == i else 2)
     return sums.moments()

@@ -84,5 +84,7 @@ def _moments_by_probe(metric: str, propagations: Sequence[BlockOperator], u: Arr
         "square": (images[0] ** 2).sum(1),
         "square_f": (images[-1] ** 2).sum(1),
         "cross": (images[0] * images[-1]).sum(1),
+        "difference": ((images[-1] - images[0]) ** 2).sum(1),
+        "difference_cross": (images[0] * (images[-1] - images[0])).sum(1),
     }
     return [moments[name] for name in MOMENTS[metric]]

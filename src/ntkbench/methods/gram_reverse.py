@@ -13,8 +13,8 @@ class GramReverse(GramMatrix):
     biased at order 1/k. The variance of the square is about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2. Hutchinson's
     estimate has 4 ||Theta^2||_F^2 / k at equal passes. So this method saves the forward mode, and half of the passes at
     equal numbers of probes, but no more. The standard error is that of
-    :class:`ntkbench.estimators.standard_errors.PairSums`. Memory is bounded as in
-    :class:`ntkbench.estimators.accumulators.UStatistics`.
+    :class:`ntkbench.estimators.standard_errors.PairSums`, and for the effective rank that of a jackknife over probes.
+    Memory is bounded as in :class:`ntkbench.estimators.accumulators.UStatistics`.
     """
 
     title = "reverse Gram matrix"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ntkbench import metrics
 from ntkbench.estimators.accumulators import ProbeMeans, required_moments
 from ntkbench.methods.base import Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng
@@ -28,10 +29,16 @@ class Hutchinson(Accumulating):
 
         def products(k: int) -> list[Array]:
             u = rng.sign(k, j.n)
-            theta_u, *theta_f_u = (j.ntk(u) for j in jacobians)
+            theta_u, *theta_f_u = (metrics.double(j.ntk(u)) for j in jacobians)
             pairs = {"trace": (u, theta_u), "square": (theta_u, theta_u)}
             for f in theta_f_u:
-                pairs |= {"square_f": (f, f), "cross": (theta_u, f)}
+                d = f - theta_u
+                pairs |= {
+                    "square_f": (f, f),
+                    "cross": (theta_u, f),
+                    "difference": (d, d),
+                    "difference_cross": (theta_u, d),
+                }
             return [(a * b).sum(1) for a, b in (pairs[moment] for moment in moments)]
 
         return ProbeMeans(moments, products, j.blocks)

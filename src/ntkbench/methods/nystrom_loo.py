@@ -10,7 +10,7 @@ from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, JacobianOperator, Rng, arrays
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class NystromLOO(FixedBudget):
@@ -46,24 +46,22 @@ class NystromLOO(FixedBudget):
         sketches = [deflation.Sketch(j.vjp(u)) for j in jacobians]
         images = [j.jvp(sketch.q) for j, sketch in zip(jacobians, sketches, strict=True)]
 
-        def gram(rows: Array, others: Array) -> np.ndarray:
-            return arrays.to_numpy(rows @ others.T, np.float64)
-
         def inner_product(one: int, other: int) -> np.ndarray:
             back = jacobians[other].vjp(images[one])
-            x = gram(back, back)
+            x = deflation.gram(back, back)
             if one != other:
                 back = jacobians[one].vjp(images[other])
-            y = gram(back, back)
-            z = gram(images[other], images[one])
+            y = deflation.gram(back, back)
+            z = deflation.gram(images[other], images[one])
             return deflation.nystrom_inner_product(sketches[one], sketches[other], normalisation, z, x, y)
 
         tables = {"square": inner_product(0, 0)}
         if metric == "effective_rank":
-            tables["trace"] = deflation.nystrom_trace(sketches[0], normalisation, gram(images[0], images[0]))
+            tables["trace"] = deflation.nystrom_trace(sketches[0], normalisation, deflation.gram(images[0], images[0]))
         if metric == "alignment":
             tables["square_f"], tables["cross"] = inner_product(1, 1), inner_product(0, 1)
         moments = Moments(**{name: float(table.diagonal().mean()) for name, table in tables.items()})
         gradient = moments.gradient(metric)
-        linear = deflation.leave_one_out(sum(getattr(gradient, name) * table for name, table in tables.items()))
+        table = sum(getattr(gradient, name) * table for name, table in tables.items())
+        linear = deflation.leave_one_out(table, min(n, jacobians[0].P), cautious=metric == "alignment")
         return linear._replace(value=moments.metric(metric))

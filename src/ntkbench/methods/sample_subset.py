@@ -120,16 +120,23 @@ class _Subset(Accumulator):
         return theta.reshape(len(rows), self._O, -1, self._O)
 
     def _sums(self, thetas: Sequence[Tensor]) -> list[np.ndarray]:
-        products = moment_products(thetas)[: len(self._moments)]
+        products = moment_products([theta.double() for theta in thetas])[: len(self._moments)]
         return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
-    def estimate(self, metric: str) -> PointEstimate:
+    def _estimated(self) -> Moments:
+        """Moments of all samples' kernel."""
         N, S = self._N, len(self._traces)
         pairs = N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
+        own = [table.diagonal().sum() for table in self._tables]
+        sums = [pairs * (table.sum() - d) + N / S * d for table, d in zip(self._tables, own, strict=True)]
+        return Moments(trace=N / S * self._traces.sum(), **dict(zip(self._moments, map(float, sums), strict=True)))
+
+    def complement(self) -> float | None:
+        return self._estimated().complement if "difference" in self._moments else None
+
+    def estimate(self, metric: str) -> PointEstimate:
+        N, S, moments = self._N, len(self._traces), self._estimated()
         own = [table.diagonal() for table in self._tables]
-        off = [pairs * (table.sum() - d.sum()) for table, d in zip(self._tables, own, strict=True)]
-        sums = [o + N / S * d.sum() for o, d in zip(off, own, strict=True)]
-        moments = Moments(trace=N / S * self._traces.sum(), **dict(zip(self._moments, sums, strict=True)))
         value = float(moments.metric(metric))
         if S == N:
             return PointEstimate(value, 0.0)

@@ -10,7 +10,7 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors
-from ntkbench.estimators.accumulators import Accumulator, delta_method, moment_products, required_moments
+from ntkbench.estimators.accumulators import Accumulator, complement, delta_method, moment_products, required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.operators import arrays
@@ -57,7 +57,7 @@ class StructuredBlockUStatistics(Incremental):
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         grams = (2 * problem.N) ** 2 * len(metrics.parameter_sets(metric))
-        return 0 if metric == "trace" else grams * (target.itemsize + 3 * 8)
+        return 0 if metric == "trace" else grams * (target.itemsize + 5 * 8)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
@@ -99,6 +99,11 @@ class _GroupedUStatistics(Accumulator):
             return standard_errors.stratified_mean(np.concatenate(self._traces))
         return delta_method(metric, self._names, MomentEstimates.pooled(self._groups))
 
+    def complement(self) -> float | None:
+        if self._names == ("trace",):
+            return None
+        return complement(dict(zip(self._names, MomentEstimates.pooled(self._groups).means.tolist(), strict=True)))
+
     def _directions(self, k: int) -> Tensor:
         return self._rng.sign(k, self._N * self._O).reshape(k, self._N, self._O).transpose(0, 1).contiguous()
 
@@ -107,7 +112,14 @@ class _GroupedUStatistics(Accumulator):
         grams = [end.engine.kernel(end.parameters, end.x, None, v).reshape(N, k, N, k) for end in self._ends]
         has_trace = self._names[0] == "trace"
         sums = PairSums(N, k, len(self._names) - has_trace)
-        sums.add(0, 0, [arrays.to_numpy(table) for table in moment_products(grams)[: len(sums)]])
+        sums.add(
+            0,
+            0,
+            [
+                arrays.to_numpy(table)
+                for table in moment_products([metrics.double(gram) for gram in grams])[: len(sums)]
+            ],
+        )
         traces = grams[0].reshape(N * k, N * k).diagonal().reshape(N, k)
         return sums.moments(arrays.to_numpy(traces) if has_trace else None)
 

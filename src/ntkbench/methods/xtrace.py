@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
-from ntkbench.operators import JacobianOperator, Rng, arrays
+from ntkbench.operators import JacobianOperator, Rng
 
 
 class XTrace(FixedBudget):
@@ -37,6 +35,8 @@ class XTrace(FixedBudget):
         b = j.vjp(u)
         sketch = deflation.Sketch(j.jvp(b))
         f = j.vjp(sketch.q)
-        grams = (f @ f.T, f @ b.T, (b * b).sum(1), sketch.q @ u.T, (u * u).sum(1))
-        table = deflation.xtrace_table(sketch, j.n, *(arrays.to_numpy(gram, np.float64) for gram in grams))
-        return deflation.leave_one_out(table)
+        b2, u2 = (deflation.gram(rows, rows).diagonal() for rows in (b, u))
+        table = deflation.xtrace_table(
+            sketch, j.n, deflation.gram(f, f), deflation.gram(f, b), b2, deflation.gram(sketch.q, u), u2
+        )
+        return deflation.leave_one_out(table, min(j.n, j.P))

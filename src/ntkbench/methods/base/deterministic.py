@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
@@ -25,6 +25,10 @@ class Deterministic(Method):
 
     def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians = prepared.jacobians(metric)
-        value = self.moments(metric, jacobians).metric(metric)
-        spent = sum(j.passes for j in jacobians)
-        return Estimate(value, None, spent, self.name, notes(jacobians), metric, certificate=certificate(jacobians))
+        moments = self.moments(metric, jacobians)
+        spent, found = sum(j.passes for j in jacobians), certificate(jacobians)
+        rounding = None
+        if self.kind == "exact":
+            terms = max(jacobians[0].n, *(j.P for j in jacobians))
+            rounding = rounding_bound(metric, jacobians[0].itemsize, terms, found)
+        return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), found, rounding)

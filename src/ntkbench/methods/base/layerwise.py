@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntkbench import metrics
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
 from ntkbench.operators import torch_network
@@ -66,7 +66,12 @@ class Layerwise(Method):
         ledger = ledger_of(ends)
         moments = _moments(sample_kernels.get(self.kernel), ends, metric)
         spent, notes, certificate = ledger()
-        return Estimate(moments.metric(metric), None, spent, self.name, notes, metric, certificate=certificate)
+        rounding = None
+        if self.kind == "exact":
+            sizes = [sum(w.numel() for w in end.parameters) for end in ends]
+            terms, itemsize = max(len(ends[0].x) * ends[0].engine.O, *sizes), ends[0].parameters[0].element_size()
+            rounding = rounding_bound(metric, itemsize, terms, certificate)
+        return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
 
 
 @dataclass(frozen=True)

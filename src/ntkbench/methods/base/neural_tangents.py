@@ -70,8 +70,8 @@ class NeuralTangents(Method):
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than it may use.
         """
-        value = prepared.moments(metric).metric(metric)
-        return Estimate(value, None, None, self.name, (), metric, certificate=prepared.certificate)
+        moments = prepared.moments(metric)
+        return Estimate.of_moments(metric, moments, None, self.name, certificate=prepared.certificate)
 
 
 class CompiledPrograms:

@@ -12,7 +12,7 @@ from scipy.special import chdtri
 
 from ntkbench import metrics
 from ntkbench.errors import BadInput
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
@@ -94,7 +94,19 @@ class FixedBudget(Stochastic):
         jacobians = prepared.jacobians(metric)
         value, error, degrees = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
         spent = sum(j.passes for j in jacobians)
-        return Estimate(value, error, spent, self.name, notes(jacobians), metric, degrees, certificate(jacobians))
+        found = certificate(jacobians)
+        terms = max(jacobians[0].n, *(j.P for j in jacobians))
+        return Estimate(
+            value,
+            error,
+            spent,
+            self.name,
+            notes(jacobians),
+            metric,
+            degrees,
+            found,
+            rounding=rounding_bound(metric, jacobians[0].itemsize, terms, found),
+        )
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         probes = self.probes(metric, self.default_passes if passes is None else passes)
@@ -158,7 +170,17 @@ class Incremental(Stochastic):
             points = {name: accumulator.estimate(name) for name in names}
             spent, remarks, certified = ledger()
             found = {
-                name: Estimate(value, error, spent, self.name, remarks, name, degrees, certified)
+                name: Estimate(
+                    value,
+                    error,
+                    spent,
+                    self.name,
+                    remarks,
+                    name,
+                    degrees,
+                    certified,
+                    complement=accumulator.complement() if name == "alignment" else None,
+                )
                 for name, (value, error, degrees) in points.items()
             }
             if rtol is None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+
 from ntkbench.estimators.accumulators import (
     Accumulator,
+    Kernel,
     StratifiedTrace,
     UStatistics,
     crossed_network_kernel,
+    delta_method,
     required_moments,
     shared_probe_kernel,
+    with_squared_trace,
 )
+from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
@@ -24,7 +31,9 @@ class GramMatrix(Accumulating):
     """The Gram matrix of A u over k random signs u, with A = J^T or J: 1 pass per probe, 2 for alignment.
 
     With y_i = A u_i: tr Theta = E mean_i ||y_i||^2 and ||Theta||_F^2 = E sum_(i != j) <y_i, y_j>^2 / (k (k - 1)). These
-    and the cross term are unbiased; the square root and the ratios are biased at order 1/k.
+    and the cross term are unbiased; the square root and the ratios are biased at order 1/k. The effective rank is the
+    ratio of sum_(i != j) ||y_i||^2 ||y_j||^2 to sum_(i != j) <y_i, y_j>^2: over the same pairs, so that the weight that
+    a pair gives to large eigenvalues cancels.
 
     Attributes:
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
@@ -46,9 +55,68 @@ class GramMatrix(Accumulating):
             return [A.product(u)[:, None] for A in factors]
 
         A, dim = factors[0], max(each.image_dim for each in factors)
-        kernel = shared_probe_kernel if self.side == "reverse" else crossed_network_kernel
         moments = required_moments(names)
-        return UStatistics(moments, 1, dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
+        kernel: Kernel = shared_probe_kernel
+        if self.side == "forward":
+            kernel = crossed_network_kernel
+            moments = tuple(moment for moment in moments if "difference" not in moment)
+        if "effective_rank" in names:
+            moments, kernel = (*moments, "squared_trace"), with_squared_trace(kernel)
+        return _GramStatistics(moments, 1, dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
+
+
+class _GramStatistics(UStatistics):
+    """U-statistics in one stratum, with the effective rank by the jackknife over probes.
+
+    On steep spectra few pairs make up the sums, and the delta method's standard error is too small with fewer than 50
+    probes: its 95 % intervals cover 74 to 84 %. The jackknife of the logarithm, which corrects the bias as well, counts
+    the variance due to pairs twice. It is taken off once, and half of the jackknife's estimate at most.
+    """
+
+    _groups: tuple[np.ndarray, ...] = ()
+    """Sums over the pairs of each probe of the groups that are complete; see :meth:`_row_sums`."""
+
+    def estimate(self, metric: str) -> PointEstimate:
+        moments = self.moments()
+        plain = delta_method(metric, self._names, moments)
+        if metric != "effective_rank":
+            return plain
+        left_out = self._left_out()
+        if not (left_out > 0).all():
+            return plain
+        K = left_out.shape[1]
+        logs = np.log(left_out[0] / left_out[1])
+        value = math.exp(K * math.log(plain.value) - (K - 1) * logs.mean())
+        jackknife = (K - 1) / K * ((logs - logs.mean()) ** 2).sum()
+        slopes = np.zeros(len(self._names))
+        for name, sign in (("squared_trace", 1), ("square", -1)):
+            position = self._names.index(name)
+            slopes[position] = sign / moments.means[position]
+        pairs = float(slopes @ moments.double @ slopes)
+        return PointEstimate(value, value * math.sqrt(max(jackknife - pairs, jackknife / 2)), K - 1)
+
+    def _close(self) -> None:
+        if self._held and "squared_trace" in self._names:
+            self._groups = (*self._groups, self._row_sums())
+        super()._close()
+
+    def _row_sums(self) -> np.ndarray:
+        """Sums over the pairs of each probe of the open group, of the squared trace and the square: ``[2, K]``."""
+        of = dict(zip((name for name in self._names if name != "trace"), self._table, strict=True))
+        tables = [of[name][0, :, 0] for name in ("squared_trace", "square")]
+        return np.array([table.sum(1) - table.diagonal() for table in tables])
+
+    def _left_out(self) -> np.ndarray:
+        """(tr Theta)^2 and ||Theta||_F^2 without each probe, ``[2, K]``."""
+        groups = [*self._groups, *([self._row_sums()] if self._held else [])]
+        sizes = [rows.shape[1] for rows in groups]
+        # The mean over the pairs of a group of K counts K times.
+        sums = [rows.sum(1, keepdims=True) / (size - 1) for rows, size in zip(groups, sizes, strict=True)]
+        without = [
+            (rows.sum(1, keepdims=True) - 2 * rows) / (size - 2) for rows, size in zip(groups, sizes, strict=True)
+        ]
+        total = sum(sums)
+        return np.concatenate([total - own + rest for own, rest in zip(sums, without, strict=True)], axis=1)
 
 
 class OneSidedPerSample(Accumulating):
