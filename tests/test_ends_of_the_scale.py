@@ -289,6 +289,17 @@ def test_a_complete_sketch_is_exact_in_float32(name, metric, spectrum):
         assert e.standard_error <= 1e-5 * e.value
 
 
+@pytest.mark.parametrize(("name", "metric"), [("xtrace", "trace"), ("xnystrace", "trace"), ("nystrom_loo", "norm")])
+@pytest.mark.parametrize("probes", [4, 8, 16])
+@pytest.mark.parametrize("decay", [0, 1])
+def test_a_rank_of_as_many_probes_is_covered(name, metric, probes, decay):
+    """All leave-one-out sketches lose almost the same direction there, and the estimates agree with each other."""
+    eigenvalues = tuple(np.append(1 / np.arange(1, probes + 1) ** decay, np.zeros(200 - probes)))
+    passes = probes * methods.get(name).passes_per_probe(metric)
+    found = coverage(name, metric, Ends(jacobian(eigenvalues)), truth(metric, eigenvalues), passes, 300)
+    assert 0.78 <= found <= 0.99
+
+
 @pytest.mark.parametrize("name", ["xtrace", "xnystrace"])
 @pytest.mark.parametrize("short", [1, 3, 8])
 def test_sketches_that_lack_a_few_directions_are_covered(name, short):

@@ -50,10 +50,10 @@ def test_passes_are_what_the_methods_say_that_probes_cost(table):
 
 
 def test_larger_sizes_are_left_out_once_a_method_is_slow():
-    table = run(patience_seconds=1e-9)
+    table = run(limits={"patience_s": 1e-9})
     for (varied, _), line in table.groupby(["varied", "method"]):
         assert line["status"].tolist() == ["ok"] + ["skipped"] * (len(TINY[varied]) - 1)
-        assert "patience_seconds (1e-09)" in line["reason"].iloc[-1]
+        assert "limits.patience_s (1e-09)" in line["reason"].iloc[-1]
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,13 @@ def from_separate_traces(
 
 # --- leave-one-out estimates
 
+COVARIANCE_DEGREES = 3
+"""Degrees of freedom of the covariance of leave-one-out estimates.
+
+With 3, 95 % intervals of 4 to 32 probes cover smooth and steep spectra and cliffs at any number of probes in at least
+91 % of runs, and a rank of just as many probes in 83 to 90 %.
+"""
+
 
 class Sketch:
     """A basis of k sketched vectors F, and the directions that it loses when one or two of them are left out.
@@ -171,6 +178,7 @@ class Sketch:
         q: the basis as orthonormal rows, ``[r, dim]``, on the device.
         r: coordinates of F in the basis, ``[r, k]``, on the host.
         s: unit vectors s_i as columns, ``[r, k]``.
+        overlap: mean of (s_i^T s_j)^2 over all pairs.
     """
 
     def __init__(self, rows: Array) -> None:
@@ -178,12 +186,13 @@ class Sketch:
         self.q, self.r = q.T, to_numpy(r, np.float64)
         rank, k = self.r.shape
         if rank < k:
-            self.s = np.zeros((rank, k))
+            self.s, self.overlap = np.zeros((rank, k)), 0.0
             return
         left, values, right = np.linalg.svd(self.r)
         floor = np.finfo(np.float64).eps * values[0] or 1.0
         inverse = (left / np.maximum(values, floor)) @ right
         self.s = inverse / np.linalg.norm(inverse, axis=0)
+        self.overlap = float((np.linalg.norm(self.s.T @ self.s) ** 2 - k) / (k * max(k - 1, 1)))
 
     def pair(self, i: int) -> LinearMap:
         """Orthonormalises every s_j against s_i.
@@ -259,9 +268,8 @@ def xnystrace(product: LinearMap, adjoint: LinearMap, probes: Array) -> PointEst
     """
     sketch = Sketch(product(probes))
     b = adjoint(sketch.q)
-    return leave_one_out(
-        nystrom_trace(sketch, Normalisation(probes), gram(b, b)), min(probes.shape[1], sketch.q.shape[1])
-    )
+    table = nystrom_trace(sketch, Normalisation(probes), gram(b, b))
+    return leave_one_out(table, min(probes.shape[1], sketch.q.shape[1]), sketch.overlap)
 
 
 def nystrom_inner_product(
@@ -337,7 +345,9 @@ def xtrace_table(
     return table
 
 
-def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = False) -> PointEstimate:
+def leave_one_out(
+    table: np.ndarray, n: float = math.inf, overlap: float = 0.0, *, cautious: bool = False
+) -> PointEstimate:
     """Mean of k leave-one-out estimates, with a standard error that includes their covariance.
 
     The k estimates on the diagonal share their sketches, so their scatter s^2 / k, the usual error estimate, misses
@@ -345,15 +355,18 @@ def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = Fa
     jackknife over probes is too large: 3 times the variance typically, 20 to 60 times for steep spectra.) Let
     d_ij = table[i, i] - table[i, j]. Each estimate is unbiased whatever the other probes are, and table[i, j] and
     table[j, i] are independent given the others. So the covariance is E d_ij d_ji, and s^2 / k + mean d_ij d_ji is an
-    unbiased estimate of the variance. Where the spectrum has a cliff just at k, a sketch of one probe fewer is much
+    unbiased estimate of the variance. Where the spectrum has a cliff just below k, a sketch of one probe fewer is much
     worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
-    squared error about 0.8 of the variance for spectra like 0.7^i. Where few dimensions are left outside of the sketch,
-    all k estimates are almost the same: the upper limit grows with n / (n - k + 1), and the degrees of freedom are at
-    most n - k.
+    squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger where the estimates are
+    almost the same: where few dimensions are left outside of the sketch it grows with n / (n - k + 1), and where all
+    sketches lose almost the same direction, as with a rank of k, with the covariance of estimates of that correlation.
+    The second term varies as much as a mean of few squares, and counts with :data:`COVARIANCE_DEGREES` degrees of
+    freedom.
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
-        n: the largest rank that the matrix may have.
+        n: the largest rank that the matrix may have. There are at most n - k degrees of freedom.
+        overlap: the mean squared cosine between the directions that two sketches lose (:attr:`Sketch.overlap`).
         cautious: whether the covariance counts with its absolute value, and up to 30 times the first term. For ratios
             of moments of steep spectra, whose errors have long tails, this raises the coverage with a few probes from
             0.82 to 0.90.
@@ -362,7 +375,7 @@ def leave_one_out(table: np.ndarray, n: float = math.inf, *, cautious: bool = Fa
     value, error, degrees = standard_errors.mean(table.diagonal())
     gained = table.diagonal()[:, None] - table
     covariance = (gained * gained.T).sum() / (k * (k - 1)) if k > 1 else math.nan
-    most = (30 if cautious else 8) / max(1 - (k - 1) / n, 1 / n)
-    added = abs(covariance) if cautious else max(covariance, -0.5 * error**2)
-    variance = error**2 + min(added, most * error**2)
-    return PointEstimate(value, math.sqrt(variance), min(degrees, max(1.0, n - k)))
+    most = max((30 if cautious else 8) / max(1 - (k - 1) / n, 1 / n), k * overlap / max(1 - overlap, 1e-9))
+    added = min(abs(covariance) if cautious else max(covariance, -0.5 * error**2), most * error**2)
+    together = standard_errors.satterthwaite([error**2, added], [degrees, COVARIANCE_DEGREES])
+    return PointEstimate(value, math.sqrt(error**2 + added), min(degrees, together, max(1.0, n - k)))

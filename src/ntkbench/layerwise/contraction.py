@@ -211,16 +211,37 @@ def _add_positions(
         others = right.a[:, group].mT.reshape(N2 * T, -1)
     else:
         inputs, others = left.rows.reshape(-1), right.rows.reshape(-1)
-    size = N1 * (S * (C + T) + K1) * theta.element_size()
-    for columns in _triangle(N2, K2, symmetric, tuning, _pieces(N2, size, memory)):
+    fixed, per_direction = (N1 * size * theta.element_size() for size in (S * T, S * C + K1))
+    for columns in _triangle(N2, K2, symmetric, tuning, _pieces(N2, fixed + per_direction, memory)):
         rows = slice(columns.start if symmetric else 0, N1)
         count = columns.stop - columns.start
         mine, theirs = inputs[rows.start * S :], others[columns.start * T : columns.stop * T]
         gram = theirs @ mine.T if isinstance(left, Products) else _same(theirs, mine).to(theta.dtype)
-        gram = gram.view(count, T, -1)
-        for k in range(K2):  # one direction at a time, so that nothing has to be rearranged between the two products
-            carried = (gram.mT @ h[columns, k].mT).view(count, -1, S * C)  # at [columns, rows, S * C]
-            theta[rows, :, columns, k] += g[rows] @ carried.permute(1, 2, 0)
+        gram = gram.view(count, T, -1).mT  # [columns, rows * S, T]
+        # So many directions at a time that the second product is no narrower than it need be.
+        fitting = (memory - count * fixed) // (count * per_direction)
+        wide = max(1, min(-(-tuning.block_rows // count), fitting))
+        for some in _slices(K2, -(-K2 // wide)):
+            carried = _carried(gram, h[columns, some].mT)  # [columns, directions, rows * S, C]
+            carried = carried.view(-1, rows.stop - rows.start, S * C).permute(1, 2, 0)
+            theta[rows, :, columns, some] += (g[rows] @ carried).unflatten(-1, (count, -1))
+
+
+def _carried(gram: Tensor, h: Tensor) -> Tensor:
+    """Products of ``gram`` ``[count, rows, T]`` with ``h`` ``[count, K, T, C]``, ``[count, K, rows, C]``.
+
+    They are written where they belong, in as few batches as this allows: rearranged afterwards, they would pass through
+    memory twice more.
+    """
+    count, K, T, C = h.shape
+    found = h.new_empty(count, K, gram.shape[1], C)
+    if count > K:
+        for k in range(K):
+            torch.bmm(gram, h[:, k], out=found[:, k])
+    else:
+        for n in range(count):
+            torch.bmm(gram[n].expand(K, -1, T), h[n], out=found[n])
+    return found
 
 
 def _add_tied(theta: Tensor, left: Tied, right: Tied, symmetric: bool, memory: int, tuning: Tuning) -> None:

@@ -26,6 +26,8 @@ class Limits(Strict):
         block_mb: MiB that one block of probes or of rows of J may fill; the rest is done in further blocks.
         passes: a deterministic method that is known to take more is skipped.
         gigaflop: floating-point operations, in 10^9, above which a case is skipped, where they are known beforehand.
+        patience_s: seconds of one call. A study that increases sizes or budgets step by step stops there with a method
+            whose call took longer.
     """
 
     time_s: Positive = 60
@@ -34,6 +36,7 @@ class Limits(Strict):
     block_mb: Mebibytes = 1024
     passes: PositiveInt = 20_000
     gigaflop: Positive = 1e9
+    patience_s: Positive = 30
 
     @property
     def memory_bytes(self) -> int:

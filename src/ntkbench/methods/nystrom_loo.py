@@ -63,5 +63,6 @@ class NystromLOO(FixedBudget):
         moments = Moments(**{name: float(table.diagonal().mean()) for name, table in tables.items()})
         gradient = moments.gradient(metric)
         table = sum(getattr(gradient, name) * table for name, table in tables.items())
-        linear = deflation.leave_one_out(table, min(n, jacobians[0].P), cautious=metric == "alignment")
+        overlap = max(sketch.overlap for sketch in sketches)
+        linear = deflation.leave_one_out(table, min(n, jacobians[0].P), overlap, cautious=metric == "alignment")
         return linear._replace(value=moments.metric(metric))

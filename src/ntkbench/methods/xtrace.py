@@ -39,4 +39,4 @@ class XTrace(FixedBudget):
         table = deflation.xtrace_table(
             sketch, j.n, deflation.gram(f, f), deflation.gram(f, b), b2, deflation.gram(sketch.q, u), u2
         )
-        return deflation.leave_one_out(table, min(j.n, j.P))
+        return deflation.leave_one_out(table, min(j.n, j.P), sketch.overlap)

@@ -1,7 +1,7 @@
 """Operations for an NTK entry of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, left).
 
 Nothing is run or allocated: neural-tangents' three implementations and the Jacobian alone are counted in lowered
-programs, our kernel by layers by the shapes of its matrix products, up to a width.
+programs, our kernel by layers by the shapes of its matrix products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from ntkbench.errors import Unavailable
 from ntkbench.problems.base import Definition
 from ntkbench.studies import base
 
@@ -26,13 +25,11 @@ class Settings(base.Settings):
 
     Attributes:
         widths, outputs, samples: every width with every O and every N.
-        largest_traced: width up to which our kernel is counted, since tracing it takes weights.
     """
 
     widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
     samples: list[PositiveInt] = Field(default=[1, 16], min_length=1)
-    largest_traced: PositiveInt = 1024
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -45,24 +42,22 @@ def run(settings: Settings) -> pd.DataFrame:
 def _rows(settings: Settings, width: int, outputs: int) -> Iterator[base.Row]:
     from ntkbench.studies.base import programs
 
-    network = base.Once(lambda: _network(1, outputs, width))
+    network = base.Once(lambda: _network(outputs, width))
     for samples in settings.samples:
         for name, title in programs.TITLES.items():
             case = {"N": samples, "O": outputs, "width": width, "method": name, "title": title}
-            yield base.row(case, functools.partial(_measure, settings, case, network))
+            yield base.row(case, functools.partial(_measure, case, network))
 
 
-def _network(N: int, O: int, width: int) -> Definition:  # noqa: E741 - the field's symbol
+def _network(outputs: int, width: int) -> Definition:
     from ntkbench.problems.novak import fc_relu
 
-    return fc_relu(N=N, O=O, width=width, depth=HIDDEN)
+    return fc_relu(N=1, O=outputs, width=width, depth=HIDDEN)
 
 
-def _measure(settings: Settings, case: dict[str, Any], network: Callable[[], Definition]) -> dict[str, float]:
-    ours = case["method"] == "structured_derivatives"
-    if ours and case["width"] > settings.largest_traced:
-        raise Unavailable(f"is traced with its weights, up to largest_traced ({settings.largest_traced})")
-    flops = _ours(case) if ours else _theirs(case, network())
+def _measure(case: dict[str, Any], network: Callable[[], Definition]) -> dict[str, float]:
+    count = _ours if case["method"] == "structured_derivatives" else _theirs
+    flops = count(case, network())
     parameters = sum(w.numel() for w in network().module.parameters())
     return {"P": parameters, "flops": flops, "flops_per_entry": flops / (case["N"] * case["O"]) ** 2}
 
@@ -76,8 +71,7 @@ def _theirs(case: dict[str, Any], network: Definition) -> float:
     return programs.flops(programs.lowered(case["method"], network.jax_forward, shapes, x))
 
 
-def _ours(case: dict[str, Any]) -> float:
+def _ours(case: dict[str, Any], network: Definition) -> float:
     from ntkbench.studies.base import programs
 
-    network = _network(case["N"], case["O"], case["width"])
-    return programs.engine_flops(network.module, network.x)
+    return programs.engine_flops(network.module, network.x.repeat(case["N"], 0))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from ntkbench import methods
 from ntkbench.data import tasks
@@ -47,7 +47,6 @@ class Settings(base.Settings):
         task, kinds, H: what the networks are, and their units.
         N, T, probes: trials, steps and probes that are tried, each with the others in the middle.
         middle: of each of these, one of those that are tried.
-        patience_seconds: a method whose estimate takes longer is not tried on larger sizes.
     """
 
     task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
@@ -57,7 +56,6 @@ class Settings(base.Settings):
     T: list[PositiveInt] = Field(default=[5, 10, 20, 40], min_length=1)
     probes: list[PositiveInt] = Field(default=[12, 25, 50, 100], min_length=1)
     middle: dict[Size, PositiveInt] = Field(default={"N": 100, "T": 10, "probes": 50})
-    patience_seconds: PositiveFloat = 30
 
     @field_validator("probes")
     @classmethod
@@ -128,8 +126,8 @@ def _line(
         rows.append(base.left_out(case, slow) if slow else base.row(case, point.columns))
         if rows[-1]["status"] == outcomes.OK:
             turns.append(base.Turn(rows[-1], point.call, point.first))
-            if rows[-1]["seconds"] > settings.patience_seconds:
-                slow = f"the size before took over patience_seconds ({settings.patience_seconds:g})"
+            if rows[-1]["seconds"] > settings.limits.patience_s:
+                slow = f"the size before took over limits.patience_s ({settings.limits.patience_s:g})"
     base.in_turn(common, turns, settings.calls)
     return rows
 
@@ -163,7 +161,7 @@ class Point:
         self._prepared()
         first = self.first()
         seconds = first.first_seconds
-        if seconds > self._settings.patience_seconds:  # a process's first calls also load libraries
+        if seconds > self._settings.limits.patience_s:  # a process's first calls also load libraries
             seconds = timed(self.call, 0).first_seconds
         return {
             "passes": checked(first.first).passes,

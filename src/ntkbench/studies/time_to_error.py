@@ -77,15 +77,16 @@ class Goal(Strict):
     Attributes:
         problem, metric, error: what is wanted, and to which relative error.
         exact: whether the exact value can be had.
-        patience_seconds: of one estimate. A method that takes longer is not tried with a larger budget, and does not
-            take part; one that takes five times as long at its first calls with a budget is given up at once.
+        patience_s: seconds of one estimate, in place of ``limits.patience_s``. A method that takes longer is not tried
+            with a larger budget, and does not take part; one that takes five times as long at its first calls with a
+            budget is given up at once.
     """
 
     problem: ProblemLabel
     metric: MetricName
     error: PositiveFloat
     exact: bool = True
-    patience_seconds: PositiveFloat = 0.3
+    patience_s: PositiveFloat | None = None
 
 
 def _goal(problem: str, metric: str, error: float, **more: Any) -> Goal:
@@ -94,12 +95,12 @@ def _goal(problem: str, metric: str, error: float, **more: Any) -> Goal:
 
 
 GOALS = [
-    _goal("gru_hazelden", "trace", 0.003, patience_seconds=0.6),
+    _goal("gru_hazelden", "trace", 0.003, patience_s=0.6),
     _goal("digits_mlp", "alignment", 0.01),
     _goal("digits_conv[N=64]", "trace", 0.01),
     _goal("digits_conv[N=64]", "norm", 0.01),
-    _goal("mlp_he", "alignment", 0.03, patience_seconds=0.5),
-    _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_seconds=0.5),
+    _goal("mlp_he", "alignment", 0.03, patience_s=0.5),
+    _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_s=0.5),
 ]
 
 
@@ -241,6 +242,7 @@ class Entrant:
     ) -> None:
         """Nothing is prepared yet."""
         self._settings, self._goal, self._truth, self._name = settings, goal, truth, name
+        self._patience = goal.patience_s or settings.limits.patience_s
         self._target = settings.target(backend)
         self._known = known
         self._prepared = base.Once(lambda: methods.get(name).prepare(truth.problem(), self._target))
@@ -330,7 +332,7 @@ class Entrant:
             enough = [tried for tried, each in points if _error(each) <= self._goal.error]
             if enough and (len(enough) < len(points) or min(enough) == least):
                 short = [point for point in points if _error(point[1]) > self._goal.error]
-                slow = float(np.median(found.seconds[1:] or found.seconds)) > self._goal.patience_seconds
+                slow = float(np.median(found.seconds[1:] or found.seconds)) > self._patience
                 if not short or slow:
                     return points
                 beyond = min(self._settings.most_passes, 2 * min(enough))
@@ -379,13 +381,13 @@ class Entrant:
         self._prepared()
         self._last = passes or 0
         # The very first call may trace and compile, so the second one has the last word.
-        longest = TOO_LONG * goal.patience_seconds
+        longest = TOO_LONG * self._patience
         for _ in range(2):
             self._add(found, passes, 1)
             if found.seconds[-1] <= longest:
                 break
         else:
-            spent = f"over {TOO_LONG} times the goal's patience ({goal.patience_seconds:g} s)"
+            spent = f"over {TOO_LONG} times patience_s ({self._patience:g})"
             raise Unavailable(f"{_said(passes)} take {found.seconds[-1]:.2g} s, {spent}")
         while len(found.seconds) < seeds and (seeds == settings.seeds or not self._is_clear(found)):
             self._add(found, passes, min(LOOK, seeds - len(found.seconds)))
@@ -397,14 +399,13 @@ class Entrant:
     def _is_clear(self, found: Reruns) -> bool:
         """Whether the estimates so far say enough: that the goal is far from the median, or that all take too long."""
         over, count = self._over(found), len(found.errors)
-        too_long = count >= LOOK and min(found.seconds[1:]) > self._goal.patience_seconds
+        too_long = count >= LOOK and min(found.seconds[1:]) > self._patience
         return too_long or float(binom.cdf(min(over, count - over), count, 0.5)) < HOPELESS
 
     def _check_patience(self, found: Reruns, passes: int | None) -> None:
-        goal = self._goal
         seconds = found.seconds[1:] or [self._again(passes)]
-        if (median := float(np.median(seconds))) > goal.patience_seconds:
-            spent = f"over the goal's patience ({goal.patience_seconds:g} s)"
+        if (median := float(np.median(seconds))) > self._patience:
+            spent = f"over patience_s ({self._patience:g})"
             raise Unavailable(f"error {_error(found):.2g} after {median:.2g} s with {_said(passes)}, {spent}")
 
     def _again(self, passes: int | None) -> float:
