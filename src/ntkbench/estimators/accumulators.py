@@ -31,6 +31,11 @@ class Accumulator(ABC):
 
     least: int = 1
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user on how the probes so far were drawn."""
+        return ()
+
     @abstractmethod
     def extend(self, probes: int) -> None:
         """Draw that many further probes."""

@@ -15,7 +15,7 @@ from ntkbench.estimators.accumulators import (
     shared_probe_kernel,
 )
 from ntkbench.methods.base.sides import Side, factor
-from ntkbench.methods.base.stochastic import Accumulating
+from ntkbench.methods.base.stochastic import Accumulating, Ledger
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 from ntkbench.problem import Problem
 
@@ -143,3 +143,13 @@ class StratifiedUStatistics(Accumulating):
 
         dim = max(each.P for each in jacobians)
         return UStatistics(required_moments(names), count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients)
+
+
+def with_notes(ledger: Ledger, accumulator: Accumulator) -> Ledger:
+    """A ledger whose notes are followed by those of an accumulator."""
+
+    def both() -> tuple[float, tuple[str, ...], float | None]:
+        spent, notes, certificate = ledger()
+        return spent, (*notes, *accumulator.notes), certificate
+
+    return both
