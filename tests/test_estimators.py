@@ -352,7 +352,8 @@ def test_many_statistics_from_one_block_of_probes():
         assert e.method == "structured_block_u_statistics"
         assert e.passes == 1024 // 12  # beyond which the inner products take over
         assert abs(e.value - exact[metric]) < 6 * e.standard_error
-    assert found["effective_rank"].value == pytest.approx(found["trace"].value ** 2 / found["norm"].value ** 2)
+    ratio = found["trace"].value ** 2 / found["norm"].value ** 2
+    assert found["effective_rank"].value == pytest.approx(ratio, rel=0.01)  # but for its bias
     assert all(e.standard_error is None for e in ntkbench.metrics_of(net(), data()).values())
     with_f = ntkbench.metrics_of(model, x, net(70), method="gram_reverse", passes=41)
     assert list(with_f) == ["trace", "norm", "effective_rank", "alignment"]

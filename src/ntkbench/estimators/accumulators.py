@@ -276,11 +276,23 @@ class UStatistics(Accumulator):
 
 
 def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
-    """A metric from estimates of the moments of these names, with the standard error of the linearised metric."""
-    found = Moments(**dict(zip(names, moments.means.tolist(), strict=True)))
+    """A metric from estimates of the moments of these names, with the standard error of the linearised metric.
+
+    The bias of second order of the effective rank is subtracted, at most half of its value: beyond that the expansion
+    says little. That of the norm and of the alignment is small beside their errors, and so is left.
+    """
+
+    def of(means: np.ndarray) -> Moments:
+        return Moments(**dict(zip(names, means.tolist(), strict=True)))
+
+    found = of(moments.means)
     gradient = found.gradient(metric)
     error = moments.standard_error(np.array([getattr(gradient, name) for name in names]))
-    return PointEstimate(found.metric(metric), error, moments.degrees)
+    value = found.metric(metric)
+    if metric == "effective_rank":
+        bias = moments.second_order_bias(lambda means: of(means).metric(metric))
+        value -= min(max(bias, -value / 2), value / 2)
+    return PointEstimate(value, error, moments.degrees)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

@@ -124,6 +124,19 @@ class MomentEstimates:
         # A small ``single`` is often estimated as negative. Clipping it at zero would bias the sum upwards.
         return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
 
+    def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
+        """Bias of a smooth function of the moments to second order, tr(H C) / 2 with its Hessian H and their covariance C.
+
+        Args:
+            function: of the moments, ``[m]``.
+            step: of the second differences along the eigenvectors of C, relative to the moments.
+        """
+        scale = np.where(self.means == 0, 1.0, np.abs(self.means))
+        variances, directions = np.linalg.eigh((self.single + self.double) / np.outer(scale, scale))
+        steps = step * scale * directions.T
+        around = [function(self.means + s) - 2 * function(self.means) + function(self.means - s) for s in steps]
+        return float(variances @ around) / (2 * step**2)
+
 
 class PairSums:
     """Sums over pairs of probes in N strata with K independent probes each, for :class:`MomentEstimates`.
