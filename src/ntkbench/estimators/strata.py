@@ -21,13 +21,15 @@ class Choice:
 
     Attributes:
         exact: their indices, in ascending order.
-        share: about the share of ||Theta||_F^2 in their rows.
-        uneven: whether few strata have most of ||Theta||_F^2.
+        share: about their share of the whole.
+        uneven: whether few strata have most of it.
+        of: what is shared.
     """
 
     exact: np.ndarray = field(default_factory=lambda: np.arange(0))
     share: float = 0.0
     uneven: bool = False
+    of: str = "||Theta||^2"
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -39,10 +41,10 @@ class Choice:
             stratum: what a stratum is, in the singular.
         """
         if count := len(self):
-            of_all = f"with about {100 * self.share:.0f} % of ||Theta||^2"
+            of_all = f"with about {100 * self.share:.0f} % of {self.of}"
             return (f"{count} {stratum}{'s' if count > 1 else ''} {of_all} taken exactly",)
         if self.uneven:
-            lead = f"few {stratum}s have most of ||Theta||^2, and the budget is too small to take them exactly"
+            lead = f"few {stratum}s have most of {self.of}, and the budget is too small to take them exactly"
             return (f"{lead}: the standard error is unreliable",)
         return ()
 
@@ -98,3 +100,28 @@ def choose(
                 best, count = left[number] / K, number
     exact = np.sort(order[:count])
     return Choice(exact, float(shares[exact].sum()), uneven)
+
+
+def choose_certain(shares: np.ndarray, size: int, least_drawn: int) -> Choice:
+    """The strata that every sample of strata has, so that the predicted variance is least.
+
+    With h of N strata certain, m of the others are drawn without replacement. The variance of an estimated total is
+    about proportional to (N - h)^2 (1 / m - 1 / (N - h)) V, with the variance V of the shares of those that are not
+    certain. Even strata are all drawn.
+
+    Args:
+        shares: of the strata, ``[N]``.
+        size: of the sample, certain strata included; less than N.
+        least_drawn: strata that are drawn, at least; half of the sample where that is smaller, and 4 in any case.
+    """
+    N = len(shares)
+    order = np.argsort(-shares, kind="stable")
+    uneven = effective_number(shares) < N / UNEVEN
+    most = size - max(4, min(least_drawn, -(-size // 2))) if uneven else 0
+
+    def predicted(h: int) -> float:
+        return float((N - h) ** 2 * (1 / (size - h) - 1 / (N - h)) * shares[order[h:]].var())
+
+    best = min(range(1, most + 1), key=predicted, default=0)
+    exact = np.sort(order[:best]) if best and predicted(best) * GAIN < predicted(0) else order[:0]
+    return Choice(exact, float(shares[exact].sum()), uneven, "the trace")
