@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import standard_errors, strata
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.metrics import MOMENTS, Moments
 from ntkbench.operators import Array, JacobianOperator, arrays
@@ -129,6 +129,7 @@ class UStatistics(Accumulator):
         kernel: see :data:`Kernel`.
         min_group: the fewest probes in a group; the variance has an unbiased estimate from 4 on.
         max_vectors: vectors in a group. The Gram matrix of more costs much more than the vectors do, and gains little.
+        stratum: what a stratum is, in the singular, for notes.
     """
 
     def __init__(
@@ -143,10 +144,11 @@ class UStatistics(Accumulator):
         *,
         min_group: int = 4,
         max_vectors: int = 2048,
+        stratum: str = "sample",
     ) -> None:
         self._names, self._strata, self._jacobians = tuple(moments), strata, jacobians
         self._sign, self._vectors, self._kernel = sign, vectors, kernel or shared_probe_kernel
-        self._min_group, self._max_vectors = min_group, max_vectors
+        self._min_group, self._max_vectors, self._stratum = min_group, max_vectors, stratum
         j = jacobians[0]
         self._bytes_per_probe = 2 * len(jacobians) * strata * dim * j.itemsize  # and the block that it is copied from
         fit = j.memory // self._bytes_per_probe
@@ -156,6 +158,12 @@ class UStatistics(Accumulator):
         self.least = math.ceil(min_group * self.recompute_factor) if len(self._chunks) > 1 else 1
         self._closed: list[tuple[int, MomentEstimates]] = []
         self._clear()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._table:
+            return ()
+        return strata.Choice(uneven=strata.are_uneven(strata.shares(self._table))).notes(self._stratum)
 
     @property
     def recompute_factor(self) -> float:

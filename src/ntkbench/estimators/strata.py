@@ -44,8 +44,9 @@ class Choice:
             of_all = f"with about {100 * self.share:.0f} % of {self.of}"
             return (f"{count} {stratum}{'s' if count > 1 else ''} {of_all} taken exactly",)
         if self.uneven:
-            lead = f"few {stratum}s have most of {self.of}, and the budget is too small to take them exactly"
-            return (f"{lead}: the standard error is unreliable",)
+            return (
+                f"few {stratum}s have most of {self.of}, and none is taken exactly: the error may be underestimated",
+            )
         return ()
 
 
@@ -69,9 +70,12 @@ def effective_number(shares: np.ndarray) -> float:
     return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
 
 
-def choose(
-    shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max_probes: int, max_exact: int
-) -> Choice:
+def are_uneven(shares: np.ndarray) -> bool:
+    """Whether few strata have most of what is shared."""
+    return effective_number(shares) < len(shares) / UNEVEN
+
+
+def choose(shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max_probes: int, max_exact: int) -> Choice:
     """The strata to take exactly, so that the predicted variance at equal passes is least.
 
     The variance of an estimate from K probes is about proportional to the sum of r_b^2 / K over the strata b that are
@@ -88,7 +92,7 @@ def choose(
     order = np.argsort(-shares, kind="stable")
     left = np.append(np.cumsum(shares[order[::-1]] ** 2)[::-1], 0.0)
     best, count = left[0] / GAIN, 0
-    uneven = effective_number(shares) < N / UNEVEN
+    uneven = are_uneven(shares)
     if uneven and passes > 0:
         of_group = passes / math.ceil(passes / max_probes)
         best /= of_group
@@ -116,7 +120,7 @@ def choose_certain(shares: np.ndarray, size: int, least_drawn: int) -> Choice:
     """
     N = len(shares)
     order = np.argsort(-shares, kind="stable")
-    uneven = effective_number(shares) < N / UNEVEN
+    uneven = are_uneven(shares)
     most = size - max(4, min(least_drawn, -(-size // 2))) if uneven else 0
 
     def predicted(h: int) -> float:

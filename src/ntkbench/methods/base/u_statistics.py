@@ -14,6 +14,7 @@ from ntkbench.estimators.accumulators import (
     required_moments,
     shared_probe_kernel,
 )
+from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, Ledger
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
@@ -141,8 +142,13 @@ class StratifiedUStatistics(Accumulating):
             v = u.reshape(-1, j.N, j.O)[:, some[0].start : some[-1].stop]
             return [self.gradients(jacobian, some, v) for jacobian in jacobians]
 
-        dim = max(each.P for each in jacobians)
-        return UStatistics(required_moments(names), count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients)
+        dim, stratum = max(each.P for each in jacobians), "sample" if count == j.N else "group"
+        moments = required_moments(names)
+        return UStatistics(moments, count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients, stratum=stratum)
+
+    def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
+        accumulator, ledger = super().begin(prepared, names, seed)
+        return accumulator, with_notes(ledger, accumulator)
 
 
 def with_notes(ledger: Ledger, accumulator: Accumulator) -> Ledger:
