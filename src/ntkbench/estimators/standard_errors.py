@@ -125,7 +125,7 @@ class MomentEstimates:
         return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
 
     def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
-        """Bias of a smooth function of the moments to second order, tr(H C) / 2 with its Hessian H and their covariance C.
+        """Second-order bias of a smooth function of the moments, tr(H C) / 2 with Hessian H and their covariance C.
 
         Args:
             function: of the moments, ``[m]``.

@@ -175,7 +175,7 @@ class _Subset(Accumulator):
 
 
 def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> tuple[float, float]:
-    """Standard error of mean_(b != c) H_bc + mean_b D_b over S samples of a population of N, and its degrees of freedom.
+    """Standard error of mean_(b != c) H_bc + mean_b D_b over S of a population of N, and its degrees of freedom.
 
     With Hoeffding's decomposition H_bc = mean + alpha_b + alpha_c + gamma_bc, a sample contributes
     L_b = 2 alpha_b + D_b, with the correction 1 - S / N, and a pair contributes gamma_bc, with the correction
