@@ -121,7 +121,7 @@ class _Subset(Accumulator):
             return
         if self._shares is None and self._affordable(0) < N and self._affordable(ends) >= max(self._min_samples, held):
             self._passes -= ends
-            self._shares = sum(self._shares_at(end) for end in self._ends) / ends
+            self._shares = np.mean([self._shares_at(end) for end in self._ends], axis=0)
         size = self._affordable(0)
         if size <= held:
             return
