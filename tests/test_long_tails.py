@@ -87,7 +87,7 @@ def test_samples_that_have_most_of_the_kernel_leave_no_error(method, batch, most
         off = errors(method, batch, metric)
         assert np.sqrt((off**2).mean()) < most
     for each in found(method, batch, 8, 200):
-        assert "taken exactly" in each["norm"].notes[0]
+        assert "% of" in each["norm"].notes[0]
 
 
 @pytest.mark.parametrize("method", [STRUCTURED, "block_u_statistics", "sample_subset"])
@@ -122,7 +122,7 @@ def test_exact_samples_in_a_budget_that_comes_in_parts(steps):
         accumulator.extend(passes)
         budget += passes
         assert ledger()[0] <= budget + 1e-9
-    assert "taken exactly" in ledger()[1][0]
+    assert "% of" in ledger()[1][0]
     assert accumulator.estimate("norm").value == pytest.approx(truth("one outlier")["norm"], rel=1e-3)
 
 

@@ -75,7 +75,9 @@ def are_uneven(shares: np.ndarray) -> bool:
     return effective_number(shares) < len(shares) / UNEVEN
 
 
-def choose(shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max_probes: int, max_exact: int) -> Choice:
+def choose(
+    shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max_probes: int, max_exact: int, drawn: int = 0
+) -> Choice:
     """The strata to take exactly, so that the predicted variance at equal passes is least.
 
     The variance of an estimate from K probes is about proportional to the sum of r_b^2 / K over the strata b that are
@@ -87,21 +89,23 @@ def choose(shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max
         rows: of a stratum that is taken exactly, beside K probes of the others; a probe has one row in each stratum.
         max_probes: probes in a group, each of which takes the exact strata again.
         max_exact: strata taken exactly, at most.
+        drawn: probes so far, which are lost to the estimate if any stratum is taken exactly.
     """
     N = len(shares)
     order = np.argsort(-shares, kind="stable")
     left = np.append(np.cumsum(shares[order[::-1]] ** 2)[::-1], 0.0)
-    best, count = left[0] / GAIN, 0
+    best, count = left[0] / (GAIN * max(passes + drawn, 1)), 0
     uneven = are_uneven(shares)
     if uneven and passes > 0:
-        of_group = passes / math.ceil(passes / max_probes)
-        best /= of_group
+        groups = math.ceil(passes / max_probes)
+        of_group = passes / groups
         for K in range(max(2, min(4, int(of_group))), int(of_group) + 1):  # fewer than 4 leave no unbiased variance
             more = rows(K) - K
             affordable = N if more <= 0 else int((of_group - K) * N / more + 1e-9)
             number = min(affordable, max_exact, N)
-            if left[number] / K < best:
-                best, count = left[number] / K, number
+            predicted = float(left[number]) / (K * groups)
+            if predicted < best:
+                best, count = predicted, number
     exact = np.sort(order[:count])
     return Choice(exact, float(shares[exact].sum()), uneven)
 

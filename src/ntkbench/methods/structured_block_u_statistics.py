@@ -152,6 +152,7 @@ class _GroupedUStatistics(Accumulator):
             lambda k: self._repeats(k) * k,
             max_probes=max(4, self._max_gradients // self._N),
             max_exact=self._max_gradients // (2 * self._O),
+            drawn=sum(k for k, _ in self._groups),
         )
         beside = self._sizes_beside(len(choice), passes) if choice else []
         if not beside:
