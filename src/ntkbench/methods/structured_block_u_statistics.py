@@ -37,15 +37,15 @@ class StructuredBlockUStatistics(Incremental):
 
     Where few samples have most of ||Theta||_F^2, as outliers do, they are taken exactly, in all O outputs, and the
     others by probes (see :mod:`ntkbench.estimators.strata`). An exact sample h takes O / N of a pass in each group of
-    probes. ||Theta_hh||_F^2 is then exact, and ||Theta_hc||_F^2 is the mean of ||J_h w_c^k||^2. The first group of
-    probes tells which samples these are, and is left out of the estimate if there are any. If the budget is one group,
-    of ``least_with_pilot`` probes or more, one of them is spent on that.
+    probes. ||Theta_hh||_F^2 is then exact, and ||Theta_hc||_F^2 is the mean of ||J_h w_c^k||^2. From
+    ``least_with_pilot`` probes on, one is spent on the choice of these samples. It does not count otherwise, so that
+    the choice makes no bias. Groups that were drawn before are left out if there are exact samples.
 
     Attributes:
         max_gradients: gradients up to which a default budget goes; beyond about a thousand, their inner products, whose
             cost is quadratic, take most of the time.
         max_group: gradients in a group.
-        least_with_pilot: probes of a single group from which on one is spent on the choice of exact samples.
+        least_with_pilot: probes from which on one is spent on the choice of exact samples.
     """
 
     title = "block U-statistics by layers"
@@ -132,18 +132,14 @@ class _GroupedUStatistics(Accumulator):
         return delta_method(metric, self._names, MomentEstimates.pooled(self._groups))
 
     def _plan(self, probes: int) -> tuple[list[int], float]:
-        """Choose the exact samples, by a first group if there is none yet; sizes of groups, and the passes for them."""
+        """Choose the exact samples if a probe for that is affordable; sizes of groups, and the passes for them."""
         sizes, passes = self._sizes(probes), float(probes)
-        if self._shares is None and sizes:
-            single = len(sizes) == 1 and sizes[0] >= self._least_with_pilot and self._N > strata.UNEVEN
-            k = 1 if single else sizes[0]
-            passes -= self._cost(k)
-            if single:
-                self._shares = strata.shares(self._tables(k)[0])
-                sizes = self._sizes(int(passes))
-            else:
-                self._groups.append((k, self._group(k)))
-                sizes = sizes[1:]
+        drawn = sum(k for k, _ in self._groups)
+        worth = self._N > strata.UNEVEN and drawn + probes >= self._least_with_pilot
+        if self._shares is None and worth and sizes and sizes[0] >= 4:
+            self._shares = strata.shares(self._tables(1)[0])
+            passes -= self._cost(1)
+            sizes = self._sizes(int(passes))
         if self._shares is None:
             return sizes, passes
         choice = strata.choose(
@@ -152,7 +148,7 @@ class _GroupedUStatistics(Accumulator):
             lambda k: self._repeats(k) * k,
             max_probes=max(4, self._max_gradients // self._N),
             max_exact=self._max_gradients // (2 * self._O),
-            drawn=sum(k for k, _ in self._groups),
+            drawn=drawn,
         )
         beside = self._sizes_beside(len(choice), passes) if choice else []
         if not beside:
@@ -164,8 +160,8 @@ class _GroupedUStatistics(Accumulator):
 
     def _group(self, k: int) -> MomentEstimates:
         tables, traces = self._tables(k)
-        if self._shares is None:
-            self._shares = strata.shares(tables)
+        if self._shares is None and not self._groups:
+            self._choice = Choice(uneven=strata.are_uneven(strata.shares(tables)))
         first = len(self._choice) * self._repeats(k)  # inputs that are exact samples
         sums = PairSums(self._N - len(self._choice), k, len(tables))
         sums.add(0, 0, [table[first:, :, first:] for table in tables])
