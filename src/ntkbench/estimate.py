@@ -70,8 +70,10 @@ class Estimate:
     certificate: float | None = None
 
     def __post_init__(self) -> None:
+        if not self.standard_error or not isinstance(self.value, numbers.Real):
+            return
         value = self._within_range(self.value)
-        if self.standard_error and not (value == self.value or math.isnan(value)):
+        if value != self.value and not math.isnan(value):
             if not math.isclose(value, self.value, rel_tol=VISIBLE):
                 note = f"{self.metric} of {self.value:.4g} replaced by {value:g}, the nearest possible value"
                 object.__setattr__(self, "notes", (*self.notes, note))
