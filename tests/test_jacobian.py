@@ -479,7 +479,7 @@ RECURRENT = CERTIFIED | {
     [
         ("torch", "tanh_net", CERTIFIED),
         ("jax", "tanh_net", CERTIFIED | {"jax"}),
-        ("torch", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"recurrent.torch"}),
+        ("torch", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"recurrent.torch", "recurrent.graphs"}),
         ("jax", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"jax", "recurrent.jax", "recurrent.jax_trajectory"}),
     ],
 )
