@@ -117,22 +117,18 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 NEURAL_TANGENTS = ("nt_jacobian_contraction", "nt_structured_derivatives")
 
 
-def _problem(label: str) -> Problem:
-    return problems.load(label)
-
-
 def _method(name: str, label: str, target: Target, metric: str) -> Call:
     method = methods.get(name)
     target = target if "torch" in method.backends else Target("jax", target.dtype, target.device, target.memory)
-    if reason := method.unsupported_reason(_problem(label), metric, target):
+    if reason := method.unsupported_reason(problems.load(label), metric, target):
         raise ntkbench.Unavailable(reason)
-    prepared = method.prepare(_problem(label), target)
+    prepared = method.prepare(problems.load(label), target)
     return lambda: float(method.estimate(prepared, metric))
 
 
 def _theta(label: str, target: Target, kernel: str = "full") -> Call:
     """A whole kernel that stays on the device, and one of its entries on the host."""
-    module, weights, x = torch_network(_problem(label), "theta_0", target)
+    module, weights, x = torch_network(problems.load(label), "theta_0", target)
     engine, chosen = reuse.traced(module, weights, x, target.memory), sample_kernels.get(kernel)
     return lambda: float(chosen.compute(engine, list(weights.values()), x)[-1, -1])
 
@@ -141,7 +137,7 @@ def _error_of_tf32(label: str, target: Target) -> float:
     """||Theta in TF32 - Theta|| / ||Theta||, in the Frobenius norm."""
     found = []
     for tf32 in (False, True):
-        module, weights, x = torch_network(_problem(label), "theta_0", dataclasses.replace(target, tf32=tf32))
+        module, weights, x = torch_network(problems.load(label), "theta_0", dataclasses.replace(target, tf32=tf32))
         found.append(reuse.traced(module, weights, x, target.memory).kernel(list(weights.values()), x))
     exact, rounded = found
     return float((rounded - exact).norm() / exact.norm())
@@ -207,7 +203,6 @@ def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]
     if profiles is not None:
         with profiles.open("a", encoding="utf-8") as file:
             file.write(f"{case.name}, {case.dtype}\n{_profile(call, on_gpu)}\n\n")
-    seconds = min(taken[case.name])
     own = timing.quartiles("seconds", taken.pop(case.name))
     rivals = {name: timing.quartiles("seconds", each)["seconds"] for name, each in taken.items()}
     return {
@@ -217,7 +212,7 @@ def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]
         "memory_bytes": peak,
         "operations": operations,
         "limit_seconds": operations / PEAK[case.dtype],
-        "times_limit": seconds * PEAK[case.dtype] / operations if operations else None,
+        "times_limit": own["seconds"] * PEAK[case.dtype] / operations if operations else None,
         "rival_seconds": rivals,
         "ratios": {name: own["seconds"] / each for name, each in rivals.items()},
         "value": first.first,

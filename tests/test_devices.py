@@ -19,6 +19,7 @@ from ntkbench.errors import OverMemory
 from ntkbench.layerwise.kernel import Trace
 from ntkbench.measure import engine
 from ntkbench.measure.config import Config
+from ntkbench.operators import arrays
 from ntkbench.operators import torch as backend
 from ntkbench.operators.plain import PlainNetwork
 from ntkbench.options import Target
@@ -153,3 +154,21 @@ def test_backward_passes_of_recurrent_layers_in_eval_mode_do_without_cudnn(train
     Problem("watched", network, X.numpy(), {key: w.numpy() for key, w in parameters.items()}).digest()
     assert set(Watched.seen) == {training}
     assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("method", ["structured_derivatives", "direct", "hutchpp"])
+def test_rounding_bounds_follow_the_precision_of_products(monkeypatch, method):
+    """As if products were in TF32, of which the CPU has none."""
+    model, x = nn.Linear(4, 3), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    passes = {"passes": 30} if method == "hutchpp" else {}
+    plain = ntkbench.trace(model, x, method=method, **passes)
+    monkeypatch.setattr(arrays, "epsilon", lambda array: arrays.TF32)
+    rounded = ntkbench.trace(model, x, method=method, **passes)
+    assert plain.rounding < 1e-4 < arrays.TF32 < rounded.rounding
+    assert rounded.interval()[1] - rounded.interval()[0] > plain.interval()[1] - plain.interval()[0]
+
+
+def test_eigenvalues_in_tf32_have_its_errors():
+    model, x = nn.Linear(4, 3), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    plain, rounded = (ntkbench.Kernel(model, x, tf32=tf32).eigenvalues(2).errors for tf32 in (False, True))
+    assert (rounded > 1000 * plain).all()

@@ -158,8 +158,8 @@ def test_metrics_of_moments_are_estimates_without_a_standard_error():
 
 
 def test_a_rounding_bound_grows_with_the_sums_and_the_certificate():
-    first = rounding_bound("trace", 8, 100, None)
+    first = rounding_bound("trace", 2**-52, 100, None)
     assert 1e-15 < first < 1e-13
-    assert rounding_bound("trace", 4, 100, None) == pytest.approx(2**29 * first)
-    assert first < rounding_bound("trace", 8, 10_000, None) < rounding_bound("trace", 8, 10_000, 1e-12)
-    assert rounding_bound("effective_rank", 8, 100, 1e-12) == 3 * rounding_bound("norm", 8, 100, 1e-12)
+    assert rounding_bound("trace", 2**-23, 100, None) == pytest.approx(2**29 * first)
+    assert first < rounding_bound("trace", 2**-52, 10_000, None) < rounding_bound("trace", 2**-52, 10_000, 1e-12)
+    assert rounding_bound("effective_rank", 2**-52, 100, 1e-12) == 3 * rounding_bound("norm", 2**-52, 100, 1e-12)

@@ -97,3 +97,30 @@ def test_large_arguments_are_never_recorded(recorder, monkeypatch):
     for _ in range(graphs.PLAIN + 2):
         graphs.call("f", function, *arguments(0))
     assert recorder.recorded == 0
+
+
+def test_calls_in_tf32_and_in_float32_are_recorded_apart(recorder):
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    try:
+        for tf32 in (True, False):
+            flags.allow_tf32 = tf32
+            for _ in range(graphs.PLAIN + 1):
+                graphs.call("f", function, *arguments(0))
+    finally:
+        flags.allow_tf32 = before
+    assert recorder.recorded == 2
+
+
+def test_a_call_that_cannot_be_recorded_runs_as_it_is(recorder, monkeypatch):
+    tried = []
+
+    def refuse(run):
+        tried.append(run)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "_record", refuse)
+    for seed in range(graphs.PLAIN + 3):
+        found = graphs.call("f", function, *arguments(seed))
+        torch.testing.assert_close(found, function(*arguments(seed)), rtol=0, atol=0)
+    assert len(tried) == 1

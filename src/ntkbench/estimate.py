@@ -52,7 +52,7 @@ NEAR_ONE = 0.99
 """Alignment from which on 1 - alignment is shown as well."""
 
 
-def rounding_bound(metric: str, itemsize: int, terms: int, certificate: float | None) -> float:
+def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float | None) -> float:
     """The largest rounding error to expect of an exact metric: relative; of an alignment, in the angle of the kernels.
 
     Rounding errors of sums of positive terms add up like random steps, to the root of their number of machine epsilons.
@@ -61,12 +61,11 @@ def rounding_bound(metric: str, itemsize: int, terms: int, certificate: float | 
 
     Args:
         metric: the metric.
-        itemsize: bytes of a number.
+        epsilon: machine epsilon of products.
         terms: the most numbers that are added up in one sum, n or P.
         certificate: see :class:`Estimate`.
     """
     moments = 3 if metric == "effective_rank" else 1
-    epsilon = float(np.finfo(f"f{itemsize}").eps)
     return moments * (epsilon * (STEPS + math.sqrt(terms)) + SAFETY * (certificate or 0.0))
 
 

@@ -17,7 +17,7 @@ from ntkbench import ambient, errors, ladder, metrics, options
 from ntkbench.errors import BadInput, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
-from ntkbench.operators.arrays import asarray_like, to_numpy
+from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
 from ntkbench.options import Options, Target, Wishes
 from ntkbench.problem import Problem
 from ntkbench.problems.base.source import source
@@ -240,7 +240,8 @@ class Kernel:
             raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
         if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
             theta = to_numpy(self.ntk(), np.float64)
-            return lanczos.of_matrix(theta, top, float(np.finfo(self._target.dtype).eps), float(self.problem.O))
+            epsilon = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
+            return lanczos.of_matrix(theta, top, epsilon, float(self.problem.O))
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)

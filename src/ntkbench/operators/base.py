@@ -80,6 +80,11 @@ class JacobianOperator(ABC):
         return self._sample_passes / self.N
 
     @property
+    def epsilon(self) -> float:
+        """Machine epsilon of products."""
+        return float(np.finfo(f"f{self.itemsize}").eps)
+
+    @property
     def names(self) -> list[str]:
         """Names of the parameters, in the order of their entries; empty where they have none."""
         return []

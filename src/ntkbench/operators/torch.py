@@ -152,6 +152,10 @@ class TorchJacobian(JacobianOperator):
         self._module, self._parameters, self._x = module, dict(parameters), x
         self._passed_over: dict[str, list[str]] = {}  # shared with copies, so that each way is tried once
 
+    @property
+    def epsilon(self) -> float:
+        return arrays.epsilon(next(iter(self._parameters.values())))
+
     def _forward(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         network = lambda: functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)  # noqa: E731
         with _differentiable_kernels(self._module):

@@ -30,5 +30,5 @@ class Deterministic(Method):
         rounding = None
         if self.kind == "exact":
             terms = max(jacobians[0].n, *(j.P for j in jacobians))
-            rounding = rounding_bound(metric, jacobians[0].itemsize, terms, found)
+            rounding = rounding_bound(metric, jacobians[0].epsilon, terms, found)
         return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), found, rounding)

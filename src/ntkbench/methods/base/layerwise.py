@@ -10,7 +10,7 @@ from ntkbench import metrics
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
-from ntkbench.operators import torch_network
+from ntkbench.operators import arrays, torch_network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -69,8 +69,8 @@ class Layerwise(Method):
         rounding = None
         if self.kind == "exact":
             sizes = [sum(w.numel() for w in end.parameters) for end in ends]
-            terms, itemsize = max(len(ends[0].x) * ends[0].engine.O, *sizes), ends[0].parameters[0].element_size()
-            rounding = rounding_bound(metric, itemsize, terms, certificate)
+            terms = max(len(ends[0].x) * ends[0].engine.O, *sizes)
+            rounding = rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
         return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
 
 

@@ -105,7 +105,7 @@ class FixedBudget(Stochastic):
             metric,
             degrees,
             found,
-            rounding=rounding_bound(metric, jacobians[0].itemsize, terms, found),
+            rounding=rounding_bound(metric, jacobians[0].epsilon, terms, found),
         )
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:

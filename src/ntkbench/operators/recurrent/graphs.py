@@ -19,6 +19,8 @@ LARGEST = 2**30
 """Bytes of arguments beyond which a call is never recorded: its kernels take longer than their launches."""
 PLAIN = 2
 """Calls before one is recorded."""
+NEVER = -(2**62)
+"""The number of calls of what could not be recorded; it stays below :data:`PLAIN`."""
 MOST = 1024
 """Kinds of calls that are remembered."""
 HELD = 2**32
@@ -58,13 +60,19 @@ def call(key: Hashable, function: Callable[..., Any], *arrays: Any) -> Any:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if sum(t.nbytes for t in tensors) > LARGEST:
         return function(*arrays)
-    whole = (key, str(structure), tuple(_description(leaf) for leaf in leaves))
+    # TF32 is a choice between kernels, and would otherwise be that of the recording.
+    precision = torch.backends.cuda.matmul.fp32_precision
+    whole = (key, precision, str(structure), tuple(_description(leaf) for leaf in leaves))
     with _LOCK:
         found = _seen.pop(whole, 0)
         if isinstance(found, int) and found < PLAIN:
             _seen[whole] = found + 1
             return function(*arrays)
-        recording = _recorded(function, leaves, structure) if isinstance(found, int) else found
+        try:
+            recording = _recorded(function, leaves, structure) if isinstance(found, int) else found
+        except Exception:  # too little memory for its copies, or something that no graph may hold
+            _seen[whole] = NEVER
+            return function(*arrays)
         _seen[whole] = recording
         _forget()
         for mine, given in zip(recording.arguments, tensors, strict=True):
