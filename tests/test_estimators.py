@@ -353,7 +353,8 @@ def test_many_statistics_from_one_block_of_probes():
         assert e.method == "structured_block_u_statistics"
         assert e.passes == 1024 // 12  # beyond which the inner products take over
         assert abs(e.value - exact[metric]) < 6 * e.standard_error
-    assert found["effective_rank"].value == pytest.approx(found["trace"].value ** 2 / found["norm"].value ** 2)
+    ratio = found["trace"].value ** 2 / found["norm"].value ** 2
+    assert found["effective_rank"].value == pytest.approx(ratio, rel=0.01)  # but for its bias
     assert all(e.standard_error is None for e in ntkbench.metrics_of(net(), data()).values())
     with_f = ntkbench.metrics_of(model, x, net(88, 20), method="gram_reverse", passes=41)
     assert list(with_f) == ["trace", "norm", "effective_rank", "alignment"]
@@ -379,7 +380,7 @@ def test_a_subset_of_samples_stands_for_all_of_them(metric):
     ready, method, exact = prepared("sample_subset", "wide"), methods.get("sample_subset"), truth("wide")[metric]
     ends = 2 if metric == "alignment" else 1
     found = [method.estimate(ready, metric, 5 * ends, seed) for seed in range(200)]
-    assert {e.passes for e in found} == {5 * ends}  # 25 of 40 samples in 8 outputs
+    assert {e.passes for e in found} == {5 * ends}  # 20 of 40 samples in 8 outputs, and a probe
     values, errors = np.array([(e.value, e.standard_error) for e in found]).T
     assert (errors**2).mean() == pytest.approx(values.var(ddof=1), rel=0.3)
     if metric == "norm":
@@ -390,14 +391,16 @@ def test_a_subset_of_samples_stands_for_all_of_them(metric):
     assert everything.standard_error == 0
 
 
-def test_a_subset_grows_by_samples_that_it_has_not_yet():
+def test_a_subset_grows_within_its_budget_until_it_is_exact():
     ready, method = prepared("sample_subset", "wide"), methods.get("sample_subset")
     subset, ledger = method.begin(ready, ["norm", "effective_rank", "alignment"], 3)
-    for passes in (6, 3, 7):
+    budget = 0
+    for passes in (6, 3, 13):
         subset.extend(passes)
+        budget += passes
+        assert ledger()[0] <= budget
     for metric in ("norm", "effective_rank", "alignment"):
         assert subset.estimate(metric) == pytest.approx((truth("wide")[metric], 0.0, math.inf), rel=1e-10)
-    assert ledger()[0] > 16  # samples are passed through again with those that come later
     assert "takes at least 4 passes" in method.unsupported_reason(loaded("wide"), "alignment", Target(), 3)
 
 
@@ -433,7 +436,7 @@ def test_a_subset_has_at_least_its_fewest_samples(min_samples, monkeypatch):
     assert method.least_passes(problem, "norm") == least
     estimate = method.estimate(prepared("sample_subset", "wide"), "norm", least, 0)
     assert estimate.passes <= least
-    assert estimate.degrees == (math.inf if least == problem.O else int(least * problem.N / problem.O) - 1)
+    assert estimate.degrees == math.inf if least == problem.O else 3 <= estimate.degrees < least * problem.N / problem.O
 
 
 def test_default_budgets_bound_the_number_of_gradients(monkeypatch):

@@ -25,6 +25,17 @@ ATANH: Scale = (math.atanh, lambda value: 1 / (1 - value**2), math.tanh)
 SCALES = {"trace": LOG, "norm": LOG, "effective_rank": LOG, "alignment": ATANH}
 """Scale on which the errors of each metric are symmetric: log for positive metrics, Fisher's z for a correlation."""
 
+RANGES = {
+    "trace": (0.0, math.inf),
+    "norm": (0.0, math.inf),
+    "effective_rank": (1.0, math.inf),
+    "alignment": (0.0, 1.0),
+}
+"""Values that each metric can have, as Theta and Theta_f are positive semidefinite."""
+
+VISIBLE = 1e-4
+"""Relative difference of two values that is more than rounding in any precision."""
+
 ROUNDING = 100
 """Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
 
@@ -61,6 +72,9 @@ def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float |
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """One metric of the NTK as one method computed it.
+
+    A random value outside the metric's range is replaced by the nearest one in it. A note says so if they differ by
+    more than rounding.
 
     It compares, formats and computes like its value; two estimates are equal if everything about them is.
 
@@ -120,13 +134,24 @@ class Estimate:
             rounding=rounding,
         )
 
+    def __post_init__(self) -> None:
+        if not self.standard_error or not isinstance(self.value, numbers.Real):
+            return
+        value = self._within_range(self.value)
+        if value != self.value and not math.isnan(value):
+            if not math.isclose(value, self.value, rel_tol=VISIBLE):
+                note = f"{self.metric} of {self.value:.4g} replaced by {value:g}, the nearest possible value"
+                object.__setattr__(self, "notes", (*self.notes, note))
+            object.__setattr__(self, "value", value)
+
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval for the exact value, widened by ``rounding``; a point where that is all and not known.
 
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
         the scale on which the metric's errors are symmetric: log for trace, norm and effective rank, atanh for the
         alignment. The delta method transforms the standard error to that scale. With few probes on a steep spectrum
-        this raises the coverage from 75 % to 90 %. The interval is unbounded if the standard error is not known.
+        this raises the coverage from 75 % to 90 %. The interval ends where the metric's range does. It is unbounded if
+        the standard error is not known.
         """
         if self.complement is not None:
             low, high = self.complement_interval(confidence)
@@ -138,10 +163,12 @@ class Estimate:
         scale = SCALES.get(self.metric)
         in_domain = self.value > 0 if scale is LOG else abs(self.value) < 1
         if spread == 0 or scale is None or not in_domain:
-            return self.value - spread - reach, self.value + spread + reach
-        transform, derivative, inverse = scale
-        centre, spread = transform(self.value), derivative(self.value) * spread
-        return inverse(centre - spread) - reach, inverse(centre + spread) + reach
+            low, high = self.value - spread, self.value + spread
+        else:
+            transform, derivative, inverse = scale
+            centre, spread = transform(self.value), derivative(self.value) * spread
+            low, high = inverse(centre - spread), inverse(centre + spread)
+        return self._within_range(low - reach), self._within_range(high + reach)
 
     def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval for 1 - alignment: that of :meth:`interval`, with digits of its own near 0.
@@ -293,6 +320,10 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         return _html([self])
+
+    def _within_range(self, value: float) -> float:
+        low, high = RANGES.get(self.metric, (-math.inf, math.inf))
+        return min(max(value, low), high)
 
     def _spread(self) -> str:
         """The interval in words; empty for a deterministic method."""

@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import standard_errors, strata
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.metrics import MOMENTS, Moments
 from ntkbench.operators import Array, JacobianOperator, arrays
@@ -30,6 +30,11 @@ class Accumulator(ABC):
     """
 
     least: int = 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user on how the probes so far were drawn."""
+        return ()
 
     @abstractmethod
     def extend(self, probes: int) -> None:
@@ -131,6 +136,7 @@ class UStatistics(Accumulator):
         kernel: see :data:`Kernel`.
         min_group: the fewest probes in a group; the variance has an unbiased estimate from 4 on.
         max_vectors: vectors in a group. The Gram matrix of more costs much more than the vectors do, and gains little.
+        stratum: what a stratum is, in the singular, for notes.
     """
 
     def __init__(
@@ -145,10 +151,11 @@ class UStatistics(Accumulator):
         *,
         min_group: int = 4,
         max_vectors: int = 2048,
+        stratum: str = "sample",
     ) -> None:
         self._names, self._strata, self._jacobians = tuple(moments), strata, jacobians
         self._sign, self._vectors, self._kernel = sign, vectors, kernel or shared_probe_kernel
-        self._min_group, self._max_vectors = min_group, max_vectors
+        self._min_group, self._max_vectors, self._stratum = min_group, max_vectors, stratum
         j = jacobians[0]
         self._bytes_per_probe = 2 * len(jacobians) * strata * dim * j.itemsize  # and the block that it is copied from
         fit = j.memory // self._bytes_per_probe
@@ -158,6 +165,12 @@ class UStatistics(Accumulator):
         self.least = math.ceil(min_group * self.recompute_factor) if len(self._chunks) > 1 else 1
         self._closed: list[tuple[int, MomentEstimates]] = []
         self._clear()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._table:
+            return ()
+        return strata.Choice(uneven=strata.are_uneven(strata.shares(self._table))).notes(self._stratum)
 
     @property
     def recompute_factor(self) -> float:
@@ -286,14 +299,26 @@ def complement(moments: Mapping[str, float]) -> float | None:
 
 
 def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
-    """A metric from estimates of the moments of these names, with the standard error of the linearised metric."""
-    found = Moments(**dict(zip(names, moments.means.tolist(), strict=True)))
+    """A metric from estimates of the moments of these names, with the standard error of the linearised metric.
+
+    The bias of second order of the effective rank is subtracted, at most half of its value: beyond that the expansion
+    says little. That of the norm and of the alignment is small beside their errors, and so is left.
+    """
+
+    def of(means: np.ndarray) -> Moments:
+        return Moments(**dict(zip(names, means.tolist(), strict=True)))
+
+    found = of(moments.means)
     slopes = found.gradient(metric)
     gradient = np.array([getattr(slopes, name) for name in names])
     # The variance of a small difference of moments is known up to the rounding of their covariances.
     rounding = np.finfo(np.float64).eps * (abs(gradient) @ (abs(moments.single) + moments.double) @ abs(gradient))
     error = max(moments.standard_error(gradient), math.sqrt(rounding))
-    return PointEstimate(found.metric(metric), error, moments.degrees)
+    value = found.metric(metric)
+    if metric == "effective_rank":
+        bias = moments.second_order_bias(lambda means: of(means).metric(metric))
+        value -= min(max(bias, -value / 2), value / 2)
+    return PointEstimate(value, error, moments.degrees)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -114,11 +114,28 @@ class MomentEstimates:
         single, double, bound = (weighted(part, shares**2) for part in ("single", "double", "bound"))
         return cls(weighted("means", shares), single, double, bound, sum(group.degrees for _, group in groups))
 
+    def plus(self, exact: ArrayLike) -> MomentEstimates:
+        """The estimates with known numbers ``[m]`` added."""
+        return replace(self, means=self.means + np.asarray(exact, dtype=np.float64))
+
     def standard_error(self, gradient: np.ndarray) -> float:
         """Standard error of a function of the moments with this gradient ``[m]``, by the delta method."""
         single, double, bound = (float(gradient @ part @ gradient) for part in (self.single, self.double, self.bound))
         # A small ``single`` is often estimated as negative. Clipping it at zero would bias the sum upwards.
         return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
+
+    def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
+        """Second-order bias of a smooth function of the moments, tr(H C) / 2 with Hessian H and their covariance C.
+
+        Args:
+            function: of the moments, ``[m]``.
+            step: of the second differences along the eigenvectors of C, relative to the moments.
+        """
+        scale = np.where(self.means == 0, 1.0, np.abs(self.means))
+        variances, directions = np.linalg.eigh((self.single + self.double) / np.outer(scale, scale))
+        steps = step * scale * directions.T
+        around = [function(self.means + s) - 2 * function(self.means) + function(self.means - s) for s in steps]
+        return float(variances @ around) / (2 * step**2)
 
 
 class PairSums:
@@ -143,6 +160,7 @@ class PairSums:
     def __init__(self, N: int, K: int, moments: int) -> None:
         self._rows = np.zeros((moments, N, K))
         self._diagonal = np.zeros((moments, N, K, K))
+        self._singles = np.zeros((moments, N, K))
         self._means = np.zeros(moments)
         self._squares = np.zeros((moments, moments))
 
@@ -169,8 +187,16 @@ class PairSums:
         # In the sum over the complete symmetric table, columns contribute as much as rows.
         self._squares += _outer(y) - 2 * K * _outer(rows) + K**2 * _outer(means)
 
+    def add_singles(self, values: ArrayLike) -> None:
+        """Add a term that depends on one probe of one stratum: its mean over probes, summed over strata, is estimated.
+
+        Args:
+            values: ``[moments, N, K]``.
+        """
+        self._singles += np.asarray(values, dtype=np.float64)
+
     def moments(self, traces: np.ndarray | None = None) -> MomentEstimates:
-        """The estimates from all pairs added.
+        """The estimates from all pairs and all terms of single probes added.
 
         Args:
             traces: each probe's estimate of the trace of each stratum's own block, ``[N, K]``. The trace is then the
@@ -181,7 +207,8 @@ class PairSums:
         pairs = self._diagonal[..., off].reshape(m, N, K, K - 1)
         row_means = pairs.mean(3)
         block_means = row_means.mean(2)
-        effects = 2 * (self._rows - self._rows.mean(2, keepdims=True))
+        effects = 2 * self._rows + self._singles
+        effects -= effects.mean(2, keepdims=True)
         double_off = self._squares / (K - 1) ** 2
         noise = 4 * double_off / K
         double = 2 * double_off / K**2
@@ -195,7 +222,7 @@ class PairSums:
             double = double + 2 * double_own / (K * (K - 1))
         else:
             bound = 2 / K * _outer(pairs) / (K * (K - 1))
-        means = self._means + block_means.sum(1)
+        means = self._means + block_means.sum(1) + self._singles.mean(2).sum(1)
         if traces is not None:
             traces = np.asarray(traces, dtype=np.float64)
             effects = np.concatenate([(traces - traces.mean(1, keepdims=True))[None], effects])

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ntkbench import metrics
+from ntkbench.estimators import strata
 from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
 from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
+from ntkbench.methods.base.u_statistics import with_notes
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays
 from ntkbench.options import Target
@@ -32,15 +35,21 @@ class SampleSubset(Incremental):
     samples alone. It is small where samples are alike, and smaller for ratios, which vary little between subsets. A few
     dozen samples often suffice for effective rank and alignment. Exact once S = N.
 
-    The standard error is that of the linearised metric, with the finite-population correction 1 - S / N. Holds
-    (S O)^2 numbers for each parameter set.
+    Where few samples have most of the trace, these are part of every subset, and the others are drawn: samples of
+    inclusion probability 1 in the estimator of Horvitz and Thompson 1952. One random probe of each sample's own block
+    tells which they are, for 1 pass at each parameter set, where that leaves ``min_samples``. With a subset that grows,
+    the kernel of the larger one is computed anew, within the budget.
+
+    The standard error is that of the linearised metric, with the finite-population correction 1 - S / N of the samples
+    drawn. Its degrees of freedom are those of a sample variance, fewer where the samples' effects have heavy tails.
+    Holds (S O)^2 numbers for each parameter set.
 
     Attributes:
         min_samples: S at least, or N if that is smaller; the variance between samples has an estimate from 4 on.
     """
 
     title = "sample subset"
-    source = "this suite; U-statistics of Hoeffding 1948; structured derivatives of Novak et al. 2022"
+    source = "this suite; U-statistics of Hoeffding 1948; Horvitz and Thompson 1952; Novak et al. 2022"
     backends = ("torch",)
     metrics = ("norm", "effective_rank", "alignment")
     needs_independent_samples = True
@@ -70,9 +79,9 @@ class SampleSubset(Incremental):
         from ntkbench.methods.base.layerwise import ledger_of
 
         ends = prepared.ends("alignment" if "alignment" in names else names[0])
-        subset = _Subset(ends, names, seed)
+        subset = _Subset(ends, names, seed, self.min_samples)
         subset.least = self._passes(len(prepared.x), prepared.engine.O, len(ends))
-        return subset, ledger_of(ends)
+        return subset, with_notes(ledger_of(ends), subset)
 
     def _passes(self, N: int, O: int, parameter_sets: int) -> int:  # noqa: E741 - the field's symbol
         """Passes of the smallest subset."""
@@ -85,75 +94,114 @@ def _samples(problem: Problem, metric: str, passes: int) -> int:
 
 
 class _Subset(Accumulator):
-    """Moments of the kernel between the samples so far. The number of probes is that of passes."""
+    """Moments of the kernel between some samples. The number of probes is that of passes."""
 
-    def __init__(self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int) -> None:
+    def __init__(self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int, min_samples: int) -> None:
+        from ntkbench.operators.torch import TorchRng
+
         self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
+        self._min_samples = min_samples
         self._order = np.random.default_rng(seed).permutation(self._N)
+        self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
         self._moments = [name for name in required_moments([*names, "norm"]) if name != "trace"]
         # Sums over the entries of each block, [S, S] for each moment, and traces of the blocks on the diagonal.
         self._tables = [np.zeros((0, 0)) for _ in self._moments]
         self._traces = np.zeros(0)
-        self._passes = 0
+        self._shares: np.ndarray | None = None
+        self._choice = Choice()
+        self._passes = 0.0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._choice.notes("sample") if len(self._traces) < self._N else ()
 
     def extend(self, probes: int) -> None:
         self._passes += probes
-        N, held = self._N, len(self._traces)
-        upto = min(N, int(self._passes * N / (self._O * len(self._ends))))
-        if upto == held:
+        N, held, ends = self._N, len(self._traces), len(self._ends)
+        if held == N:
             return
-        old, new = self._order[:held], self._order[held:upto]
-        own = [self._kernel(end, new, None) for end in self._ends]
-        traces = own[0].reshape(len(new) * self._O, -1).diagonal().reshape(len(new), -1).sum(1)
-        self._traces = np.concatenate([self._traces, arrays.to_numpy(traces, np.float64)])
-        corner = self._sums(own)
-        side = self._sums([self._kernel(end, old, new) for end in self._ends]) if held else None
-        self._tables = [
-            block if side is None else np.block([[table, side[i]], [side[i].T, block]])
-            for i, (table, block) in enumerate(zip(self._tables, corner, strict=True))
-        ]
-
-    def _kernel(self, end: TracedNetwork, rows: np.ndarray, columns: np.ndarray | None) -> Tensor:
-        """``[S, O, S', O]``."""
-        x2 = None if columns is None else end.x[columns]
-        theta = end.engine.kernel(end.parameters, end.x[rows], x2)
-        return theta.reshape(len(rows), self._O, -1, self._O)
-
-    def _sums(self, thetas: Sequence[Tensor]) -> list[np.ndarray]:
+        if self._shares is None and self._affordable(0) < N and self._affordable(ends) >= max(self._min_samples, held):
+            self._passes -= ends
+            self._shares = np.mean([self._shares_at(end) for end in self._ends], axis=0)
+        size = self._affordable(0)
+        if size <= held:
+            return
+        self._passes -= size * self._O * ends / N
+        if self._shares is not None:
+            self._choice = strata.choose_certain(self._shares, size, self._min_samples)
+        drawn = self._order[~np.isin(self._order, self._choice.exact)][: size - len(self._choice)]
+        samples = np.concatenate([self._choice.exact, drawn])
+        thetas = [self._kernel(end, samples) for end in self._ends]
+        traces = thetas[0].reshape(size * self._O, -1).diagonal().reshape(size, -1).sum(1)
+        self._traces = arrays.to_numpy(traces, np.float64)
         products = moment_products([theta.double() for theta in thetas])[: len(self._moments)]
-        return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
+        self._tables = [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
+
+    def _affordable(self, passes: int) -> int:
+        """Samples whose kernel the budget pays for, beside a number of passes."""
+        return min(self._N, int((self._passes - passes) * self._N / (self._O * len(self._ends)) + 1e-9))
+
+    def _shares_at(self, end: TracedNetwork) -> np.ndarray:
+        """Shares of the trace by one probe, ``[N]``."""
+        signs = self._rng.sign(1, self._N * self._O).reshape(self._N, 1, self._O)
+        traces = arrays.to_numpy(end.engine.diagonal(end.parameters, end.x, signs), np.float64).reshape(-1)
+        return traces / (traces.sum() or 1.0)
+
+    def _kernel(self, end: TracedNetwork, samples: np.ndarray) -> Tensor:
+        """``[S, O, S, O]``."""
+        return end.engine.kernel(end.parameters, end.x[samples]).reshape(len(samples), self._O, -1, self._O)
 
     def _estimated(self) -> Moments:
         """Moments of all samples' kernel."""
-        N, S = self._N, len(self._traces)
-        pairs = N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
-        own = [table.diagonal().sum() for table in self._tables]
-        sums = [pairs * (table.sum() - d) + N / S * d for table, d in zip(self._tables, own, strict=True)]
-        return Moments(trace=N / S * self._traces.sum(), **dict(zip(self._moments, map(float, sums), strict=True)))
+        count = len(self._choice)
+        one, pairs = self._weights()
+        sums = [
+            table[:count, :count].sum() + one * own.sum() + pairs * (rest.sum() - rest.trace())
+            for table, own, rest in zip(self._tables, *self._drawn(), strict=True)
+        ]
+        trace = self._traces[:count].sum() + one * self._traces[count:].sum()
+        return Moments(trace=float(trace), **dict(zip(self._moments, map(float, sums), strict=True)))
+
+    def _weights(self) -> tuple[float, float]:
+        """Samples, and pairs of them, that one that is drawn stands for."""
+        count = len(self._choice)
+        N, S = self._N - count, len(self._traces) - count
+        return N / max(S, 1), N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
+
+    def _drawn(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What each sample that is drawn adds by itself, ``[S]``, and the table of these, ``[S, S]``, by moment."""
+        count = len(self._choice)
+        # By itself: its own block, and those with the samples that are in every subset.
+        own = [table.diagonal()[count:] + 2 * table[:count, count:].sum(0) for table in self._tables]
+        return own, [table[count:, count:] for table in self._tables]
 
     def complement(self) -> float | None:
         return self._estimated().complement if "difference" in self._moments else None
 
     def estimate(self, metric: str) -> PointEstimate:
-        N, S, moments = self._N, len(self._traces), self._estimated()
-        own = [table.diagonal() for table in self._tables]
+        count, moments = len(self._choice), self._estimated()
+        N, S = self._N - count, len(self._traces) - count  # of which S are drawn
+        own, rest = self._drawn()
         value = float(moments.metric(metric))
         if S == N:
             return PointEstimate(value, 0.0)
         # To first order, the metric is a sum over pairs and a sum over samples.
         gradient = moments.gradient(metric)
         weights = [getattr(gradient, name) for name in self._moments]
-        by_pair = N * (N - 1) * sum(w * table for w, table in zip(weights, self._tables, strict=True))
-        by_sample = N * (sum(w * d for w, d in zip(weights, own, strict=True)) + gradient.trace * self._traces)
-        return PointEstimate(value, _standard_error(by_pair, by_sample, N), S - 1)
+        by_pair = N * (N - 1) * sum(w * r for w, r in zip(weights, rest, strict=True))
+        by_sample = N * (sum(w * o for w, o in zip(weights, own, strict=True)) + gradient.trace * self._traces[count:])
+        return PointEstimate(value, *_standard_error(by_pair, by_sample, N))
 
 
-def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> float:
-    """Standard error of mean_(b != c) H_bc + mean_b D_b over S samples of a population of N.
+def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> tuple[float, float]:
+    """Standard error of mean_(b != c) H_bc + mean_b D_b over S of a population of N, and its degrees of freedom.
 
     With Hoeffding's decomposition H_bc = mean + alpha_b + alpha_c + gamma_bc, a sample contributes
     L_b = 2 alpha_b + D_b, with the correction 1 - S / N, and a pair contributes gamma_bc, with the correction
     1 - S (S - 1) / (N (N - 1)). The scatter of the estimates of L includes the variance of gamma, which is subtracted.
+
+    A sample variance of S values with excess kurtosis e has the relative variance 2 / (S - 1) + e / S, and as many
+    degrees of freedom as a normal sample of the same relative variance.
 
     Args:
         by_pair: H, ``[S, S]``; the diagonal is ignored.
@@ -167,8 +215,12 @@ def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> float
     gamma = off - means.mean() - alpha[:, None] - alpha
     np.fill_diagonal(gamma, 0.0)
     of_pairs = (gamma**2).sum() / (S * (S - 3))
-    scatter = (2 * means + by_sample).var(ddof=1)
+    effects = 2 * means + by_sample
+    scatter = effects.var(ddof=1)
     of_samples = scatter - 4 * of_pairs / (S - 1)
     pairs, all_pairs, share = S * (S - 1), N * (N - 1), (1 - S / N) / S
     variance = share * of_samples + (1 - pairs / all_pairs) * 2 * of_pairs / pairs
-    return math.sqrt(max(variance, share * scatter / 4))  # the difference may be negative
+    deviations = (effects - effects.mean()) ** 2
+    kurtosis = (deviations**2).mean() / deviations.mean() ** 2 if deviations.any() else 3.0
+    degrees = 2 / (2 / (S - 1) + max(kurtosis - 3, 0.0) / S)
+    return math.sqrt(max(variance, share * scatter / 4)), degrees  # the difference may be negative

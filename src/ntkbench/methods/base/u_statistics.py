@@ -21,8 +21,9 @@ from ntkbench.estimators.accumulators import (
     with_squared_trace,
 )
 from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.methods.base.sides import Side, factor
-from ntkbench.methods.base.stochastic import Accumulating
+from ntkbench.methods.base.stochastic import Accumulating, Ledger
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 from ntkbench.problem import Problem
 
@@ -86,7 +87,8 @@ class _GramStatistics(UStatistics):
             return plain
         K = left_out.shape[1]
         logs = np.log(left_out[0] / left_out[1])
-        value = math.exp(K * math.log(plain.value) - (K - 1) * logs.mean())
+        means = dict(zip(self._names, moments.means.tolist(), strict=True))
+        value = math.exp(K * math.log(means["squared_trace"] / means["square"]) - (K - 1) * logs.mean())
         jackknife = (K - 1) / K * ((logs - logs.mean()) ** 2).sum()
         slopes = np.zeros(len(self._names))
         for name, sign in (("squared_trace", 1), ("square", -1)):
@@ -211,5 +213,20 @@ class StratifiedUStatistics(Accumulating):
             v = u.reshape(-1, j.N, j.O)[:, some[0].start : some[-1].stop]
             return [self.gradients(jacobian, some, v) for jacobian in jacobians]
 
-        dim = max(each.P for each in jacobians)
-        return UStatistics(required_moments(names), count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients)
+        dim, stratum = max(each.P for each in jacobians), "sample" if count == j.N else "group"
+        moments = required_moments(names)
+        return UStatistics(moments, count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients, stratum=stratum)
+
+    def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
+        accumulator, ledger = super().begin(prepared, names, seed)
+        return accumulator, with_notes(ledger, accumulator)
+
+
+def with_notes(ledger: Ledger, accumulator: Accumulator) -> Ledger:
+    """A ledger whose notes are followed by those of an accumulator."""
+
+    def both() -> tuple[float, tuple[str, ...], float | None]:
+        spent, notes, certificate = ledger()
+        return spent, (*notes, *accumulator.notes), certificate
+
+    return both

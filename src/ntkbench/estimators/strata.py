@@ -1,0 +1,135 @@
+"""Strata that are taken exactly: the few that have most of ||Theta||_F^2, where few do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+UNEVEN = 4
+"""Strata are uneven if their effective number is smaller than their number by more than this factor."""
+
+GAIN = 2
+"""Strata are taken exactly if that divides the predicted variance by more than this factor."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The strata that are taken exactly.
+
+    Attributes:
+        exact: their indices, in ascending order.
+        share: about their share of the whole.
+        uneven: whether few strata have most of it.
+        of: what is shared.
+    """
+
+    exact: np.ndarray = field(default_factory=lambda: np.arange(0))
+    share: float = 0.0
+    uneven: bool = False
+    of: str = "||Theta||^2"
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def notes(self, stratum: str) -> tuple[str, ...]:
+        """Remarks on the choice, empty where strata are even.
+
+        Args:
+            stratum: what a stratum is, in the singular.
+        """
+        if count := len(self):
+            of_all = f"with about {100 * self.share:.0f} % of {self.of}"
+            return (f"{count} {stratum}{'s' if count > 1 else ''} {of_all} taken exactly",)
+        if self.uneven:
+            return (
+                f"few {stratum}s have most of {self.of}, and none is taken exactly: the error may be underestimated",
+            )
+        return ()
+
+
+def shares(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Each stratum's share of the moments, ``[N]``; they add up to 1.
+
+    A pair of equal probes of one stratum counts as well, although it overestimates the stratum's own block: pairs of
+    different probes alone may be almost zero by chance where the block has low rank.
+
+    Args:
+        tables: the pairs' values for each moment, ``[N, K, N, K]``, as in
+            :class:`ntkbench.estimators.standard_errors.PairSums`.
+    """
+    rows = [np.abs(table).sum((1, 2, 3), dtype=np.float64) for table in tables]
+    return sum((row / row.sum() for row in rows if row.sum() > 0), np.zeros(tables[0].shape[0])) / len(rows)
+
+
+def effective_number(shares: np.ndarray) -> float:
+    """(sum_b r_b)^2 / sum_b r_b^2 for shares r ``[N]``: N if they are equal, 1 if one stratum has all."""
+    squares = float((shares**2).sum())
+    return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
+
+
+def are_uneven(shares: np.ndarray) -> bool:
+    """Whether few strata have most of what is shared."""
+    return effective_number(shares) < len(shares) / UNEVEN
+
+
+def choose(
+    shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max_probes: int, max_exact: int, drawn: int = 0
+) -> Choice:
+    """The strata to take exactly, so that the predicted variance at equal passes is least.
+
+    The variance of an estimate from K probes is about proportional to the sum of r_b^2 / K over the strata b that are
+    not exact, with shares r. Even strata are left to the probes, all of them.
+
+    Args:
+        shares: of the strata, ``[N]``; see :func:`shares`.
+        passes: that are left; K probes of all strata take K.
+        rows: of a stratum that is taken exactly, beside K probes of the others; a probe has one row in each stratum.
+        max_probes: probes in a group, each of which takes the exact strata again.
+        max_exact: strata taken exactly, at most.
+        drawn: probes so far, which are lost to the estimate if any stratum is taken exactly.
+    """
+    N = len(shares)
+    order = np.argsort(-shares, kind="stable")
+    left = np.append(np.cumsum(shares[order[::-1]] ** 2)[::-1], 0.0)
+    best, count = left[0] / (GAIN * max(passes + drawn, 1)), 0
+    uneven = are_uneven(shares)
+    if uneven and passes > 0:
+        groups = math.ceil(passes / max_probes)
+        of_group = passes / groups
+        for K in range(max(2, min(4, int(of_group))), int(of_group) + 1):  # fewer than 4 leave no unbiased variance
+            more = rows(K) - K
+            affordable = N if more <= 0 else int((of_group - K) * N / more + 1e-9)
+            number = min(affordable, max_exact, N)
+            predicted = float(left[number]) / (K * groups)
+            if predicted < best:
+                best, count = predicted, number
+    exact = np.sort(order[:count])
+    return Choice(exact, float(shares[exact].sum()), uneven)
+
+
+def choose_certain(shares: np.ndarray, size: int, least_drawn: int) -> Choice:
+    """The strata that every sample of strata has, so that the predicted variance is least.
+
+    With h of N strata certain, m of the others are drawn without replacement. The variance of an estimated total is
+    about proportional to (N - h)^2 (1 / m - 1 / (N - h)) V, with the variance V of the shares of those that are not
+    certain. Even strata are all drawn.
+
+    Args:
+        shares: of the strata, ``[N]``.
+        size: of the sample, certain strata included; less than N.
+        least_drawn: strata that are drawn, at least; half of the sample where that is smaller, and 4 in any case.
+    """
+    N = len(shares)
+    order = np.argsort(-shares, kind="stable")
+    uneven = are_uneven(shares)
+    most = size - max(4, min(least_drawn, -(-size // 2))) if uneven else 0
+
+    def predicted(h: int) -> float:
+        return float((N - h) ** 2 * (1 / (size - h) - 1 / (N - h)) * shares[order[h:]].var())
+
+    best = min(range(1, most + 1), key=predicted, default=0)
+    exact = np.sort(order[:best]) if best and predicted(best) * GAIN < predicted(0) else order[:0]
+    return Choice(exact, float(shares[exact].sum()), uneven, "the trace")

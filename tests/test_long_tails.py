@@ -1,0 +1,187 @@
+"""Batches in which few samples have most of the kernel: what is taken exactly, what errors say, and what notes say."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import metrics_of, written_out
+from torch import nn
+
+from ntkbench import methods
+from ntkbench.estimate import Estimate
+from ntkbench.estimators import accumulators, strata
+from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+N, OUTPUTS = 32, 16
+BATCHES = ("even", "one outlier", "heavy-tailed", "imbalanced")
+METRICS = ("norm", "effective_rank", "alignment")
+STRUCTURED = "structured_block_u_statistics"
+
+
+@functools.cache
+def problem(batch: str) -> Problem:
+    """An MLP at two sets of weights, on inputs of one of the kinds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = (8, 24, OUTPUTS)
+        first, second = (
+            nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2])) for _ in range(2)
+        )
+        x = torch.randn(N, sizes[0])
+        alike = torch.randn(sizes[0]) + 0.05 * torch.randn(28, sizes[0])
+    if batch == "one outlier":
+        x[3] *= 100
+    elif batch == "heavy-tailed":
+        x *= torch.from_numpy(np.random.default_rng(1).standard_cauchy((N, 1))).float()
+    elif batch == "imbalanced":
+        x[:28] = alike
+    weights = [{key: w.detach().numpy().copy() for key, w in net.named_parameters()} for net in (first, second)]
+    theta_f = {key: w + weights[1][key] / 2 for key, w in weights[0].items()}
+    return Problem(batch, first, x.numpy(), weights[0], theta_f)
+
+
+@functools.cache
+def truth(batch: str) -> dict[str, float]:
+    J, J_f = written_out(problem(batch)), written_out(problem(batch), "theta_f")
+    return metrics_of(J @ J.T, J_f @ J_f.T)
+
+
+@functools.cache
+def found(method: str, batch: str, passes: int, seeds: int) -> list[dict[str, Estimate]]:
+    """Estimates of all metrics from the same probes, by seed; passes for each parameter set."""
+    chosen = methods.get(method)
+    ready = chosen.prepare(problem(batch), Target("torch", "float64", "cpu", 2**30))
+    return [chosen.estimates(ready, METRICS, 2 * passes, seed) for seed in range(seeds)]
+
+
+def errors(method: str, batch: str, metric: str, passes: int = 8, seeds: int = 200) -> np.ndarray:
+    """Relative errors by seed."""
+    exact = truth(batch)[metric]
+    return np.array([each[metric].value / exact - 1 for each in found(method, batch, passes, seeds)])
+
+
+def coverage(method: str, batch: str, metric: str, passes: int = 8, seeds: int = 200) -> float:
+    exact = truth(batch)[metric]
+    return float(np.mean([each[metric].covers(exact, "float64") for each in found(method, batch, passes, seeds)]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_block_estimates_cover_whatever_the_batch_and_are_unbiased(batch, metric):
+    off = errors(STRUCTURED, batch, metric)
+    assert abs(off.mean()) < 4 * off.std() / len(off) ** 0.5 + off.std() ** 2
+    assert 0.90 <= coverage(STRUCTURED, batch, metric) <= 0.995
+    for each in found(STRUCTURED, batch, 8, 200):
+        assert each[metric].passes <= 16 + 1e-9
+
+
+@pytest.mark.parametrize(("batch", "most"), [("one outlier", 0.002), ("heavy-tailed", 0.03)])
+@pytest.mark.parametrize("method", [STRUCTURED, "sample_subset"])
+def test_samples_that_have_most_of_the_kernel_leave_no_error(method, batch, most):
+    for metric in METRICS:
+        off = errors(method, batch, metric)
+        assert np.sqrt((off**2).mean()) < most
+    for each in found(method, batch, 8, 200):
+        assert "% of" in each["norm"].notes[0]
+
+
+@pytest.mark.parametrize("method", [STRUCTURED, "block_u_statistics", "sample_subset"])
+@pytest.mark.parametrize("batch", ["even", "imbalanced"])
+def test_even_samples_are_left_to_chance(method, batch):
+    for each in found(method, batch, 8, 20):
+        assert not each["norm"].notes
+
+
+@pytest.mark.parametrize(("method", "passes"), [("block_u_statistics", 8), ("group_u_statistics", 8), (STRUCTURED, 2)])
+def test_uneven_samples_that_are_left_to_chance_are_said(method, passes):
+    for each in found(method, "one outlier", passes, 3):
+        assert "have most of ||Theta||^2, and none is taken exactly" in each["norm"].notes[0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_subsets_keep_their_budget_and_state_their_error(batch, metric):
+    off = errors("sample_subset", batch, metric)
+    stated = np.array([each[metric].standard_error for each in found("sample_subset", batch, 8, 200)])
+    assert 0.7 < np.sqrt((stated**2).mean()) / (off.std() * truth(batch)[metric]) < 1.5
+    assert all(each[metric].passes <= 16 + 1e-9 for each in found("sample_subset", batch, 8, 200))
+
+
+@pytest.mark.parametrize("steps", [(4, 4, 8), (16,), (5, 11)])
+def test_exact_samples_in_a_budget_that_comes_in_parts(steps):
+    method = methods.get(STRUCTURED)
+    ready = method.prepare(problem("one outlier"), Target("torch", "float64", "cpu", 2**30))
+    accumulator, ledger = method.begin(ready, ("norm",), 0)
+    budget = 0
+    for passes in steps:
+        accumulator.extend(passes)
+        budget += passes
+        assert ledger()[0] <= budget + 1e-9
+    assert "% of" in ledger()[1][0]
+    assert accumulator.estimate("norm").value == pytest.approx(truth("one outlier")["norm"], rel=1e-3)
+
+
+def test_uneven_samples_that_can_all_be_taken_exactly_are():
+    estimate = found(STRUCTURED, "heavy-tailed", OUTPUTS + 1, 1)[0]
+    for metric in METRICS:
+        assert estimate[metric].value == pytest.approx(truth("heavy-tailed")[metric], rel=1e-9)
+        assert estimate[metric].standard_error == 0
+        assert estimate[metric].passes <= 2 * (OUTPUTS + 1)
+
+
+def test_strata_are_exact_where_that_divides_the_predicted_variance():
+    shares = np.array([1.0, 100.0, 1.0, 50.0, *[1.0] * 16])
+    choice = strata.choose(shares, 8, lambda k: 16, max_probes=16, max_exact=20)
+    assert {1, 3} <= set(choice.exact.tolist()) and choice.uneven
+    K = (8 * 20 - 16 * len(choice)) / (20 - len(choice))
+    assert K >= 4
+    assert choice.share == pytest.approx(shares[choice.exact].sum())
+    assert len(strata.choose(np.ones(20), 8, lambda k: 16, max_probes=16, max_exact=20)) == 0
+    assert len(strata.choose(shares, 1, lambda k: 16, max_probes=16, max_exact=20)) == 0
+    assert len(strata.choose(shares, 8, lambda k: 16, max_probes=16, max_exact=1)) == 1
+    assert len(strata.choose(shares, 17, lambda k: max(k, 16), max_probes=32, max_exact=20)) == 20
+
+
+def test_terms_of_single_probes_count_as_effects():
+    """Singles alone make a stratified mean, with its variance."""
+    values = np.random.default_rng(0).standard_normal((1, 3, 6))
+    sums = PairSums(3, 6, 1)
+    sums.add_singles(values)
+    found = sums.moments().plus([5.0])
+    assert found.means == pytest.approx([5 + values.mean(2).sum()])
+    assert found.single == pytest.approx(values[0].var(axis=1, ddof=1).sum() / 6)
+
+
+def test_the_bias_of_second_order_is_that_of_the_hessian():
+    """Of T^2 / S: T^2 / S (R_TT - 2 R_TS + R_SS) with the relative covariance R."""
+    covariance = np.array([[0.3, 0.2], [0.2, 0.9]])
+    estimates = MomentEstimates(np.array([3.0, 2.0]), covariance / 3, covariance * 2 / 3, np.zeros((2, 2)), 5)
+    relative = covariance / np.outer([3, 2], [3, 2])
+    expected = 9 / 2 * (relative[0, 0] - 2 * relative[0, 1] + relative[1, 1])
+    assert estimates.second_order_bias(lambda m: m[0] ** 2 / m[1]) == pytest.approx(expected, rel=1e-4)
+    corrected = accumulators.delta_method("effective_rank", ("trace", "square"), estimates)
+    assert corrected.value == pytest.approx(9 / 2 - expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "kept"),
+    [("alignment", 1.2, 1.0), ("alignment", -0.3, 0.0), ("effective_rank", 0.5, 1.0), ("trace", -2.0, 0.0)],
+)
+def test_random_values_stay_in_the_range_of_the_metric(metric, value, kept):
+    estimate = Estimate(value, 0.4, 8.0, "m", metric=metric)
+    assert estimate.value == kept
+    assert estimate.notes == (f"{metric} of {value:.4g} replaced by {kept:g}, the nearest possible value",)
+    assert Estimate.from_json(estimate.to_json()) == estimate
+    assert Estimate(value, None, 8.0, "m", metric=metric).value == value
+
+
+@pytest.mark.parametrize(("metric", "value"), [("alignment", 0.9), ("alignment", 0.0), ("effective_rank", 1.1)])
+def test_intervals_end_where_the_metric_does(metric, value):
+    low, high = Estimate(value, 0.5, 8.0, "m", metric=metric, degrees=3).interval()
+    assert (0 if metric == "alignment" else 1) <= low <= value <= high
+    assert high <= 1 or metric != "alignment"
