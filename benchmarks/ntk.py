@@ -6,28 +6,20 @@ refactoring does not cut the history; raise one by hand when a number's meaning 
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 
 from ntkbench.errors import Unavailable
-from ntkbench.measure import execution, watchdog
+from ntkbench.measure import execution, timing, watchdog
 from ntkbench.measure.execution import Execution
 from ntkbench.measure.plan import Plan
 
 PLAN = Plan.current()
 
 if "run_server" in sys.argv:
-    # asv's fork server: what is imported here is paid for once and not once a case. Nothing may start a backend.
+    # asv's fork server: what is imported here is paid for once and not once a case.
     watchdog.end_with_parent()
-    import sklearn.datasets  # noqa: F401
-    import torch._decomp.decompositions_for_jvp  # torch.func pulls these two in at its first use
-    import torch._dynamo  # noqa: F401
-
-    if any(cell.backend == "jax" for cell in PLAN.cells):
-        import jax.numpy  # noqa: F401
-
-    gc.freeze()  # collections in the cases' processes leave what was imported alone
+    timing.import_early(with_jax=any(cell.backend == "jax" for cell in PLAN.cells))
 
 
 class _Case:

@@ -135,10 +135,10 @@ class Estimate:
         )
 
     def __post_init__(self) -> None:
-        if not self.standard_error or not isinstance(self.value, numbers.Real):
+        if not self.standard_error or not isinstance(self.value, numbers.Real) or not math.isfinite(self.value):
             return
         value = self._within_range(self.value)
-        if value != self.value and not math.isnan(value):
+        if value != self.value:
             if not math.isclose(value, self.value, rel_tol=VISIBLE):
                 note = f"{self.metric} of {self.value:.4g} replaced by {value:g}, the nearest possible value"
                 object.__setattr__(self, "notes", (*self.notes, note))

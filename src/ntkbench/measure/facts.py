@@ -31,8 +31,7 @@ def make(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts
     Problems that are ready and unchanged are not made again.
     """
     found: dict[str, Facts] = {}
-    import torch  # noqa: F401  # forked processes find it imported
-
+    timing.import_early(with_jax=False)
     kept = output.with_suffix(".journal")
     with watchdog.step() as mark, Journal(kept) as rows, Progress(output.parent, "problems", len(labels)) as progress:
         for label in labels:

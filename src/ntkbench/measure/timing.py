@@ -29,6 +29,23 @@ def use_threads(threads: int, *, pinned: bool = True) -> None:
     torch.set_num_threads(threads)
 
 
+def import_early(*, with_jax: bool) -> None:
+    """Import what problems and backends import at their first use, so that forked processes need not.
+
+    Nothing here starts a backend, which would not survive a fork. Collections of garbage leave what is imported alone.
+
+    Args:
+        with_jax: whether JAX is of use.
+    """
+    import sklearn.datasets  # noqa: F401
+    import torch._decomp.decompositions_for_jvp  # torch.func imports these two at its first use
+    import torch._dynamo  # noqa: F401
+
+    if with_jax:
+        import jax.numpy  # noqa: F401
+    gc.freeze()
+
+
 class Timed(NamedTuple):
     """What calls took.
 
