@@ -274,6 +274,7 @@ def tunings(draw) -> Tuning:
     return Tuning(
         triangle_blocks=draw(st.integers(1, 9)),
         block_rows=draw(st.integers(1, 5)),
+        columns=draw(st.integers(1, 9)),
         cache_bytes=draw(st.integers(1, 2000)),
         entry_cost=draw(st.sampled_from([-1e9, 8, 1e9])),
         group_cost=draw(st.sampled_from([-math.inf, math.inf])),

@@ -218,9 +218,9 @@ def _add_positions(
         mine, theirs = inputs[rows.start * S :], others[columns.start * T : columns.stop * T]
         gram = theirs @ mine.T if isinstance(left, Products) else _same(theirs, mine).to(theta.dtype)
         gram = gram.view(count, T, -1).mT  # [columns, rows * S, T]
-        # So many directions at a time that the second product is no narrower than it need be.
+        # With few columns the second product would read the cotangents of the rows for little work.
         fitting = (memory - count * fixed) // (count * per_direction)
-        wide = max(1, min(-(-tuning.block_rows // count), fitting))
+        wide = max(1, min(-(-tuning.columns // count), fitting))
         for some in _slices(K2, -(-K2 // wide)):
             carried = _carried(gram, h[columns, some].mT)  # [columns, directions, rows * S, C]
             carried = carried.view(-1, rows.stop - rows.start, S * C).permute(1, 2, 0)

@@ -15,6 +15,8 @@ class Tuning:
         triangle_blocks: row blocks into which a symmetric kernel is split at most. Only blocks on and below the
             diagonal are computed: 9/16 of all for 8 row blocks.
         block_rows: fewest rows of such a block; smaller matrix products lose more than the triangle saves.
+        columns: columns that a product of carried cotangents has, where memory allows; with fewer it waits for memory,
+            and more do not stay in the cache.
         cache_bytes: bytes of intermediate results that a processor's cache holds.
         entry_cost: cost of moving one entry through memory, in multiplications of a matrix product.
         group_cost: overhead of one group of a grouped layer, in the same unit.
@@ -24,6 +26,7 @@ class Tuning:
 
     triangle_blocks: int = 8
     block_rows: int = 96
+    columns: int = 16
     cache_bytes: int = 2**22
     entry_cost: float = 8
     group_cost: float = 1e5
@@ -38,5 +41,5 @@ class Tuning:
         entry moves), launches are dearer, and the cache is larger.
         """
         if device.type == "cuda":
-            return Tuning(block_rows=1024, cache_bytes=2**25, entry_cost=40, group_cost=1e9, tile=4096)
+            return Tuning(block_rows=1024, columns=256, cache_bytes=2**25, entry_cost=40, group_cost=1e9, tile=4096)
         return Tuning()
