@@ -67,7 +67,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
                     if method in looks:
                         curves.published(panel, known, looks[method].colour, "O", "seconds")
                 curves.logarithmic(panel, [*table["O"], *there["O"]], [*points[quantity], *shown["seconds"]])
-                curves.counts(panel, table["O"])
+                curves.counts(panel, [*table["O"], *there["O"]])
                 panel.tick_params(labelleft=panel is panels[0], labelbottom=panels is below)
         for top, bottom, network in zip(above, below, row, strict=False):
             of_it = table[table["network"] == network]
