@@ -72,6 +72,12 @@ for name in figures.names():
         file = TABLES / (f"studies/{study}.csv" if study else "table.csv")
         if RUN.source == "measured" or file.exists():
             FIGURES[name] = file
+# What each measurement depends on; of committed tables nothing is measured.
+OF_CELL, OF_TABLE = {}, {}
+if RUN.source == "measured":
+    OF_CELL = {cell: fingerprints.cell(RUN, cell) for cell in CELLS}
+    OF_TABLE = {"table": fingerprints.combined(OF_CELL.values())}
+    OF_TABLE |= {study: fingerprints.study(RUN, study) for study in RUN.studies}
 PAGES = {"gallery": FIGURES, "paper_figures": {n: f for n, f in FIGURES.items() if f.name != "table.csv"}}
 CONFIG = RESULTS / "config.yaml"
 LOCK = FileLock(RESULTS / ".lock")
@@ -141,6 +147,8 @@ rule problems:
         timer=1,
     params:
         config=CONFIG,
+        retry=RUN.retry,
+        limits=[RUN.limits.problem_s, RUN.limits.memory_mb],
         fingerprint=fingerprints.combined(map(fingerprints.problem, PROBLEMS)),
     shell:
         "python -m ntkbench problems --config {params.config:q} --output {output:q} > {log:q} 2>&1"
@@ -164,7 +172,7 @@ rule measure:
         config=CONFIG,
         retry=RUN.retry,
         fingerprint=lambda wildcards: fingerprints.combined(
-            fingerprints.cell(RUN, cell) for cell in cells.of_shard(RUN, int(wildcards.number))
+            OF_CELL[cell] for cell in cells.of_shard(RUN, int(wildcards.number))
         ),
     shell:
         "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
@@ -183,6 +191,8 @@ rule table:
     params:
         config=CONFIG,
         cells=[cell.label for cell in CELLS],
+        retry=RUN.retry,
+        fingerprint=OF_TABLE.get("table"),
     shell:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
@@ -201,7 +211,7 @@ rule study:
     params:
         config=CONFIG,
         retry=RUN.retry,
-        fingerprint=lambda wildcards: fingerprints.study(RUN, wildcards.study),
+        fingerprint=lambda wildcards: OF_TABLE[wildcards.study],
     shell:
         "python -m ntkbench study {wildcards.study} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
@@ -223,6 +233,7 @@ rule draw:
         names=lambda wildcards: sorted(PAGES[wildcards.page]),
         tables=TABLES,
         title=f"ntkbench: figures of the {RUN.profile} configuration",
+        measured=lambda wildcards: [OF_TABLE.get(file.stem) for file in PAGES[wildcards.page].values()],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, PAGES[wildcards.page])),
     shell:
         "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} --output {output:q} "

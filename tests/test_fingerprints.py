@@ -228,6 +228,8 @@ EDITS = {
     "studies/training.py": (["study training"], ["cell", "problem", "figure", "study mohamadi", "study hazelden"]),
     "studies/base/estimates.py": (["study hazelden_blog"], ["cell", "problem", "figure", "study training"]),
     "figures/plotting/base.py": (["figure"], ["cell", "problem", "study"]),
+    "figures/plotting/gallery.py": (["figure"], ["cell", "problem", "study"]),
+    "figures/plotting/gallery.html": (["figure"], ["cell", "problem", "study"]),
     "figures/hazelden_trace.py": (["figure hazelden_trace"], ["figure error", "cell", "problem", "study"]),
     "paths.py": (["cell", "problem", "study", "figure"], []),
     "cli.py": ([], ["cell", "problem", "study", "figure"]),
@@ -286,7 +288,9 @@ def test_settings_count_and_what_does_not_concern_a_cell_does_not():
     cell, *_ = cells(config())
     before = fingerprints.cell(config(), cell)
     assert fingerprints.cell(config(profile="other", shards=3, studies={"training": {}}), cell) == before
-    for change in ({"dtype": "float64"}, {"limits": {"time_s": 7}}):
+    for limit in ("problem_s", "gigaflop", "patience_s"):
+        assert fingerprints.cell(config(limits={limit: 7}), cell) == before
+    for change in ({"dtype": "float64"}, *({"limits": {limit: 7}} for limit in ("time_s", "memory_mb", "passes"))):
         assert fingerprints.cell(config(**change), cell) != before
     for change in ({"seeds": 9}, {"calls": 9}, {"metric": "norm"}):
         assert fingerprints.cell(config(), replace(cell, **change)) != before

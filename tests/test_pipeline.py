@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from filelock import FileLock
 from ntkbench import figures, paths
 from ntkbench.measure import cells, rows
 from ntkbench.measure.config import Config
+from ntkbench.measure.journal import Journal, rows_of
 
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
 RUN = Config.read(CONFIG)
@@ -159,19 +161,41 @@ def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
     assert smoke(finished[0]) == {"gallery.html"}
 
 
+@pytest.mark.parametrize(
+    ("source", "step", "target"),
+    [
+        ("methods/hutchpp.py", "shards/shard-0.csv", "all"),
+        ("problems/classifiers.py", "problems.json", "all"),
+        ("studies/mohamadi_drift.py", "studies/mohamadi_drift.csv", "figures"),
+    ],
+)
+def test_a_step_that_failed_is_done_though_what_was_made_of_it_is_there(
+    finished, results, edited, source, step, target
+):
+    """A step that fails leaves nothing behind, and what was made of its output before is older than the sources."""
+    whole = (results / step).read_bytes()
+    edited(f"src/ntkbench/{source}", lambda text: f"{text}# changed\n")
+    (results / step).unlink()
+    try:
+        assert Path(step).name in smoke(finished[0], target)
+    finally:
+        (results / step).write_bytes(whole)
+
+
 def test_what_failed_is_measured_again_on_request(finished, results):
     root, journal = finished[0], results / "shards" / "shard-0.journal"
-    before = journal.read_text(encoding="utf-8")
     label = next(cell.label for cell in cells.cells(RUN) if cell.method == "jacobian_contraction")
-    made = next(line for line in before.splitlines() if f'"key": "{label}"' in line and '"row": {' in line)
-    journal.write_text(before + made.replace('"status": "ok"', '"status": "timeout"') + "\n", encoding="utf-8")
+    with Journal(journal) as kept:
+        made_for = next(made_for for key, made_for in rows_of([journal]) if key == label)
+        kept.finish(label, made_for, kept.row(label, made_for) | {"status": "timeout"})
+    before = journal.read_text(encoding="utf-8")
     assert smoke(root, "--config", "retry=failed") >= {"shard-0.csv"}
     code, _, err = run_snakemake(
         root, "table", "--configfile", "config/smoke.yaml", "--config", "retry=failed", root=root
     )
     assert code == 0, err[-3000:]
     added = journal.read_text(encoding="utf-8")[len(before) :]
-    assert added.count('"row": {') == 2 and '"status": "ok"' in added and label in added
+    assert added.count('"row": {') == 1 and '"status": "ok"' in added and label in added
     code, _, err = run_snakemake(root, "--configfile", str(root / "config/smoke.yaml"), root=root)
     assert code == 0, err[-3000:]
     assert set(rows.read(results / "table.csv")["status"]) <= {"ok", "skipped"}

@@ -1,6 +1,7 @@
 """Errors over seeds: the one loop, and what counts as an estimate."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,11 +41,23 @@ def test_notes_are_single_lines():
         (estimate(error=math.inf), "standard_error is inf"),
         (estimate(error="x"), "standard_error is a str"),
         (estimate(degrees=math.nan), "degrees is nan"),
+        (estimate(-5.0, None), "value is -5; possible for trace: 0 to inf"),
+        (estimate(error=-1.0), "standard_error is -1; possible: at least 0"),
+        (estimate(degrees=0.0), "degrees is 0; possible: more than 0"),
+        (estimate(error=math.nan, degrees=-3.0), "degrees is -3; possible: at least 0"),
+        (estimate(passes=-7), "passes is -7; possible: at least 0"),
+        (replace(estimate(), certificate="x"), "certificate is a str"),
     ],
 )
 def test_what_is_no_estimate_is_refused(found, said):
     with pytest.raises(BadEstimate, match=said):
         seeds.checked(found)
+
+
+def test_an_estimate_of_another_metric_is_refused():
+    assert seeds.checked(estimate(), "trace").value == 1.0
+    with pytest.raises(BadEstimate, match="the estimate is of 'trace', not of 'norm'"):
+        seeds.checked(estimate(), "norm")
 
 
 def test_an_unknown_standard_error_is_allowed():

@@ -63,7 +63,7 @@ class Execution:
         """The first estimate, which traces and compiles; its seconds with those of preparing are of interest."""
         with self.recorded():
             start = time.perf_counter()
-            self._first = seeds.checked(self.estimate())
+            self._first = seeds.checked(self.estimate(), self._cell.metric)
             self.first_call_seconds = self._prepare_seconds + time.perf_counter() - start
             self._keep(first_call_seconds=self.first_call_seconds)
 

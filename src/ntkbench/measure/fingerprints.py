@@ -29,12 +29,15 @@ PACKAGE = Path(__file__).parents[1]
 SUITE = paths.ROOT / "benchmarks" / "ntk.py"
 """What a cell's process starts from; it is no part of the package."""
 CELL_ROWS = "ntkbench.measure.rows"
+GALLERY = "ntkbench.figures.plotting.gallery"
 REFERENCE = "ntkbench.problems.base.reference"
 AROUND = {
     "cell": ("measure/shard.py", "measure/engine.py"),
     "study": ("studies/base/runner.py",),
 }
 """Files that turn what a process found into a row, but not what they import to run processes and to keep rows."""
+LIMITS_OF_CELLS = {"time_s", "memory_mb", "block_mb", "passes"}
+"""The limits that cells are measured within; the others are for problems and studies."""
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
@@ -45,8 +48,9 @@ def cell(config: Config, cell: Cell) -> str:
     """What a cell's row depends on: its method, its problem, its backend, the measuring core, and its settings."""
     files = sources(*cell_roots(cell), backend=cell.backend) | _data_of_problem(cell.problem)
     files |= {SUITE, *(PACKAGE / name for name in AROUND["cell"])}
-    settings = config.model_dump(mode="json", include={"device", "dtype", "threads", "limits"})
-    return _hash(files, asdict(cell), settings)
+    settings = config.model_dump(mode="json", include={"device", "dtype", "threads"})
+    limits = config.limits.model_dump(mode="json", include=LIMITS_OF_CELLS)
+    return _hash(files, asdict(cell), settings, limits)
 
 
 def cell_roots(cell: Cell) -> list[str]:
@@ -87,10 +91,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def figure(name: str) -> str:
-    """What a figure's looks depend on, published values among it."""
-    files = sources(registry.room("figure").module(name))
+    """What a figure's looks, and those of the page that shows it, depend on; published values are among it."""
+    files = sources(registry.room("figure").module(name), GALLERY)
     plotting = PACKAGE / "figures" / "plotting"
-    files |= set(plotting.glob("*.mplstyle"))
+    files |= {*plotting.glob("*.mplstyle"), *plotting.glob("*.html")}
     if plotting / "sources.py" in files:
         files |= set(paths.PUBLISHED.glob("*.csv"))
     return _hash(files, name)
@@ -171,15 +175,16 @@ def _file(module: str) -> Path | None:
 
 def imports(module: str, file: Path) -> frozenset[str]:
     """Names of this package that a module's file imports, of modules and of what is in them; not those for checkers."""
-    try:
-        return _imports(module, Source.read(file))
-    except Fault:  # a process that comes to this file ends there
-        return frozenset()
+    return _imports(module, file, *_stamp(file))
 
 
 @functools.cache
-def _imports(module: str, source: Source) -> frozenset[str]:
-    package = module if source.file.name == "__init__.py" else module.rpartition(".")[0]
+def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str]:
+    try:
+        source = Source.read(file)
+    except Fault:  # a process that comes to this file ends there
+        return frozenset()
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
     for node in _executed(source.tree):
         if isinstance(node, ast.Import):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """Lines of JSON: one when a row is begun, and one with the row when it is done.
+    """Lines of a checksum and JSON: one when a row is begun, and one with the row when it is done.
 
     A row is known by its key, and counts only for the fingerprint that it was made with. It is not measured again
     while that stands. One process writes at a time.
     """
 
     def __init__(self, path: Path, others: list[Path] | None = None) -> None:
-        """Read what is there; a line that is not whole, or is no entry, is left out.
+        """Read what is there; a line that is not as it was written is left out.
 
         Args:
             path: of the journal.
@@ -90,7 +91,8 @@ class Journal:
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(entry, default=plain) + "\n")
+            text = json.dumps(entry, default=plain)
+            self._file.write(f"{_checksum(text)} {text}\n")
             self._file.flush()
         except OSError as error:
             raise NtkbenchError(f"{self.path} cannot be written: {os.strerror(error.errno or 0)}") from None
@@ -123,6 +125,7 @@ class Rows:
     ) -> None:
         self._journal, self._made_for, self.whence, self._say = journal, made_for, dict(whence or {}), say
         self._count: dict[str, int] = {}
+        self._own: list[tuple[str, Row]] = []
         self.made: list[Row] = []
         self.seconds = 0.0
 
@@ -147,8 +150,15 @@ class Rows:
     def finish(self, key: str, row: Row, seconds: float) -> None:
         """Keep a row, which took some seconds."""
         self.made.append(row)
+        self._own.append((key, row))
         self.seconds += seconds
         self._journal.finish(key, self._made_for, row)
+
+    def take_back(self, columns: Mapping[str, Any]) -> None:
+        """Change the rows that were made now, and not before, to how they ended after all."""
+        for key, row in self._own:
+            row |= columns
+            self._journal.finish(key, self._made_for, row)
 
 
 @contextlib.contextmanager
@@ -178,10 +188,13 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and {"key", "made_for"} <= entry.keys():
-                yield entry
+        checksum, _, text = line.partition(" ")
+        if checksum == _checksum(text):
+            yield json.loads(text)
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

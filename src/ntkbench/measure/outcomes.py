@@ -24,6 +24,9 @@ class Outcome(NamedTuple):
         return self._asdict()
 
 
+EDITED = Outcome(FAILED, "a file that this depends on was edited while it was measured")
+
+
 def of_exception(error: BaseException) -> Outcome:
     """The outcome of what ended with an exception, whatever that exception is like."""
     reason = summary(error)

@@ -17,6 +17,10 @@ EVERY = 20.0
 """Seconds between lines where standard error is no terminal."""
 
 
+KEYS = {"what", "done", "total", "start", "end", "measured"}
+"""Of what a step says."""
+
+
 class Progress:
     """What one step of a run is at.
 
@@ -110,7 +114,9 @@ def read(results: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
     for file in sorted((results / FOLDER).glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
             if file.stat().st_mtime >= since:
-                found[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+                said = json.loads(file.read_text(encoding="utf-8"))
+                if isinstance(said, dict) and said.keys() >= KEYS:
+                    found[file.stem] = said
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ntkbench.errors import NtkbenchError
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import RANGES, VISIBLE, Estimate
 from ntkbench.measure.timing import Timed, quartiles
 
 
@@ -20,29 +20,44 @@ class BadEstimate(NtkbenchError):
     """A method gave something that is no estimate."""
 
 
-def checked(found: object) -> Estimate:
+def checked(found: object, metric: str | None = None) -> Estimate:
     """What a method gave, as an estimate of plain floats.
 
+    Args:
+        found: what it gave.
+        metric: of which it should be an estimate; any if not given.
+
     Raises:
-        BadEstimate: it is no :class:`Estimate`, or a number in it is not real and finite (a standard error may be
-            ``nan``, which says that the budget was too small to tell).
+        BadEstimate: it is no :class:`Estimate`, of another metric, or a number in it is not real and finite, or cannot
+            be (a standard error may be ``nan``, which says that the budget was too small to tell).
     """
     if not isinstance(found, Estimate):
         raise BadEstimate(f"the method returned {_described(found)}, not an Estimate")
+    if metric and found.metric != metric:
+        raise BadEstimate(f"the estimate is of {found.metric!r}, not of {metric!r}")
     value = _real("value", found.value)
-    passes = None if found.passes is None else _real("passes", found.passes)
-    error = None if found.standard_error is None else _real("standard_error", found.standard_error, nan=True)
-    degrees = _real("degrees", found.degrees, infinite=True)
+    low, high = RANGES.get(found.metric, (-math.inf, math.inf))
+    if not low - VISIBLE <= value <= high + VISIBLE:
+        raise BadEstimate(f"the estimate's value is {value:g}; possible for {found.metric}: {low:g} to {high:g}")
+    passes = None if found.passes is None else _real("passes", found.passes, least=0)
+    error = None if found.standard_error is None else _real("standard_error", found.standard_error, nan=True, least=0)
+    # None are left where the error is not known.
+    least = 0 if error is None or math.isnan(error) else math.ulp(0)
+    degrees = _real("degrees", found.degrees, infinite=True, least=least)
+    if found.certificate is not None:
+        _real("certificate", found.certificate, infinite=True, least=0)
     notes = tuple(" ".join(str(note).split()) for note in found.notes)
     return replace(found, value=value, passes=passes, standard_error=error, degrees=degrees, notes=notes)
 
 
-def _real(name: str, value: object, *, nan: bool = False, infinite: bool = False) -> float:
+def _real(name: str, value: object, *, nan: bool = False, infinite: bool = False, least: float = -math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadEstimate(f"the estimate's {name} is {_described(value)}, not a number")
     number = float(value)
     if (math.isnan(number) and not nan) or (math.isinf(number) and not infinite):
         raise BadEstimate(f"the estimate's {name} is {number}")
+    if number < least:
+        raise BadEstimate(f"the estimate's {name} is {number:g}; possible: {'more than' if least else 'at least'} 0")
     return number
 
 

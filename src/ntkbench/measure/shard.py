@@ -37,7 +37,8 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
         output: the shard's table.
         log: what asv and the cases print.
     """
-    known, shard = facts.read(problems), of_shard(config, number)
+    shard = of_shard(config, number)
+    known = facts.read(config, sorted({cell.problem for cell in cells(config)}), problems)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("", encoding="utf-8")
     others = [file for file in output.parent.glob("*.journal") if file != output.with_suffix(".journal")]
@@ -62,6 +63,8 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
                     kept.begin(cell.label, made_for[cell])
                     start = time.perf_counter()
                     outcome, measured = _measure(asv, cell, index, work)
+                    if fingerprints.cell(config, cell) != made_for[cell]:
+                        outcome, measured = outcomes.EDITED, {}
                     measured["wall_seconds"] = time.perf_counter() - start
                     progress.measured += measured.get("measured_seconds") or 0.0
                     row = rows.row(cell, config, made_for[cell], outcome, known[cell.problem], measured)

@@ -29,7 +29,7 @@ def of_run(results: Path) -> pd.DataFrame:
     for file in sorted((results / FOLDER).glob("*.tsv")):
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             one = pd.read_csv(file, sep="\t").iloc[-1]
-            measured = float(said.get(file.stem, {}).get("measured", 0.0))
+            measured = float(said[file.stem]["measured"]) if file.stem in said else 0.0
             found.append((file.stem, float(one["s"]), float(one["cpu_time"]), measured))
     return pd.DataFrame(found, columns=["step", "seconds", "cpu_seconds", "measured_seconds"])
 

@@ -121,7 +121,8 @@ class _Reader:
             self._check_tag(key_node)
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
-                raise self._bad(key_node, f"the key {key_node.value!r:.80} is not text")
+                said = f"{key_node.value!r:.80}" if isinstance(key_node, yaml.ScalarNode) else "of several values"
+                raise self._bad(key_node, f"the key {said} is not text")
             if key in first:
                 raise self._bad(key_node, f"the key {key!r} is given twice, first in line {first[key]}")
             first[key] = self.lines[*place, key] = key_node.start_mark.line + 1

@@ -89,6 +89,9 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
                 table = studies.run(name, chosen).to_dict("records")
             except Exception as error:
                 table = [*rows.made, outcomes.of_exception(error).columns()]
+        if fingerprints.study(config, name) != made_for:
+            rows.take_back(outcomes.EDITED.columns())
+            table = [row | outcomes.EDITED.columns() for row in table]
     if not table:
         table = [Outcome(outcomes.FAILED, "its settings leave nothing to measure").columns()]
     _write(config, name, output, table)
