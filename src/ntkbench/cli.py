@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,25 @@ CONFIG = click.option("--config", "config_file", type=FILE, required=True, help=
 OUTPUT = click.option("--output", type=NEW, required=True, help="The file to write.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class OneLine(click.Group):
+    """Commands whose usage errors are one line, as those of all other input are."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run a command, and end with its exit status."""
+        try:
+            sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            click.echo(f"ntkbench: {error.format_message()}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("ntkbench: interrupted", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ntkbench")
 def main() -> None:
     """Metrics of the finite-width Neural Tangent Kernel: benchmark, figures and facts."""
