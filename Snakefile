@@ -72,12 +72,7 @@ for name in figures.names():
         file = TABLES / (f"studies/{study}.csv" if study else "table.csv")
         if RUN.source == "measured" or file.exists():
             FIGURES[name] = file
-# What each measurement depends on; of committed tables nothing is measured.
-OF_CELL, OF_TABLE = {}, {}
-if RUN.source == "measured":
-    OF_CELL = {cell: fingerprints.cell(RUN, cell) for cell in CELLS}
-    OF_TABLE = {"table": fingerprints.combined(OF_CELL.values())}
-    OF_TABLE |= {study: fingerprints.study(RUN, study) for study in RUN.studies}
+MADE_FOR = fingerprints.Run(RUN, CELLS)
 PAGES = {"gallery": FIGURES, "paper_figures": {n: f for n, f in FIGURES.items() if f.name != "table.csv"}}
 CONFIG = RESULTS / "config.yaml"
 LOCK = FileLock(RESULTS / ".lock")
@@ -171,9 +166,7 @@ rule measure:
     params:
         config=CONFIG,
         retry=RUN.retry,
-        fingerprint=lambda wildcards: fingerprints.combined(
-            OF_CELL[cell] for cell in cells.of_shard(RUN, int(wildcards.number))
-        ),
+        fingerprint=lambda wildcards: MADE_FOR.cells(cells.of_shard(RUN, int(wildcards.number))),
     shell:
         "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
         "--output {output:q} --log {log.cases:q} > {log[0]:q} 2>&1"
@@ -192,7 +185,7 @@ rule table:
         config=CONFIG,
         cells=[cell.label for cell in CELLS],
         retry=RUN.retry,
-        fingerprint=OF_TABLE.get("table"),
+        fingerprint=lambda wildcards: MADE_FOR.table("table"),
     shell:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
@@ -211,7 +204,7 @@ rule study:
     params:
         config=CONFIG,
         retry=RUN.retry,
-        fingerprint=lambda wildcards: OF_TABLE[wildcards.study],
+        fingerprint=lambda wildcards: MADE_FOR.table(wildcards.study),
     shell:
         "python -m ntkbench study {wildcards.study} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
@@ -233,7 +226,7 @@ rule draw:
         names=lambda wildcards: sorted(PAGES[wildcards.page]),
         tables=TABLES,
         title=f"ntkbench: figures of the {RUN.profile} configuration",
-        measured=lambda wildcards: [OF_TABLE.get(file.stem) for file in PAGES[wildcards.page].values()],
+        measured=lambda wildcards: [MADE_FOR.table(file.stem) for file in PAGES[wildcards.page].values()],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, PAGES[wildcards.page])),
     shell:
         "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} --output {output:q} "

@@ -100,6 +100,31 @@ def figure(name: str) -> str:
     return _hash(files, name)
 
 
+class Run:
+    """Fingerprints of what a run measures, each made when it is first asked for, and once."""
+
+    def __init__(self, config: Config, cells: Iterable[Cell]) -> None:
+        """Nothing is made yet.
+
+        Args:
+            config: the settings. Where tables are committed ones, nothing is measured, and fingerprints are empty.
+            cells: of the grid.
+        """
+        self._config, self._cells = config, tuple(cells)
+        self._cell = functools.cache(functools.partial(cell, config))
+        self._study = functools.cache(functools.partial(study, config))
+
+    def cells(self, some: Iterable[Cell]) -> str:
+        """Of some cells."""
+        return combined(map(self._cell, some)) if self._config.source == "measured" else ""
+
+    def table(self, name: str) -> str:
+        """Of a study, or of the grid's ``table``."""
+        if name == "table":
+            return self.cells(self._cells)
+        return self._study(name) if self._config.source == "measured" else ""
+
+
 def combined(fingerprints: Iterable[str]) -> str:
     """One hash for several."""
     return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
