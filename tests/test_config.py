@@ -277,6 +277,7 @@ HEAD = "profile: x\nthreads: 1\n"
         (HEAD + "studies: {training: {H: 3, 'H': 3}}\n", ":3: the key 'H' is given twice, first in line 3"),
         (HEAD + "1: 2\n", ":3: the key '1' is not text"),
         (HEAD + "true: 2\n", ":3: the key 'true' is not text"),
+        (HEAD + "? {a: b}\n: 2\n", ":3: the key of several values is not text"),
         (HEAD + "? [a]\n: 2\n", ":3: the key"),
         (HEAD + "<<: {a: 1}\n", ":3: '<<' means merge in YAML"),
         (HEAD + "limits: {time_s: .inf}\n", ":3: '.inf' means float in YAML"),

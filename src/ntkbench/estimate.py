@@ -73,8 +73,8 @@ def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float |
 class Estimate:
     """One metric of the NTK as one method computed it.
 
-    A random value outside the metric's range is replaced by the nearest one in it. A note says so if they differ by
-    more than rounding.
+    A stochastic estimate outside the metric's range is replaced by the nearest possible value. A note says so if they
+    differ by more than rounding.
 
     It compares, formats and computes like its value; two estimates are equal if everything about them is.
 

@@ -159,8 +159,8 @@ def from_separate_traces(
 COVARIANCE_DEGREES = 3
 """Degrees of freedom of the covariance of leave-one-out estimates.
 
-With 3, 95 % intervals of 4 to 32 probes cover smooth and steep spectra and cliffs at any number of probes in at least
-91 % of runs, and a rank of just as many probes in 83 to 90 %.
+With 3, the 95 % intervals of XNysTrace with 4 to 32 probes have a coverage of at least 91 % on smooth and steep spectra
+and around cliffs, and of 83 to 90 % where the rank equals the number of probes (250 runs each, 200 eigenvalues).
 """
 
 

@@ -1,0 +1,23 @@
+"""What steps say of themselves while they run: only what they can have said counts."""
+
+import json
+
+import pytest
+
+from ntkbench.measure import progress
+from ntkbench.measure.progress import Progress
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "3", "null", "{}", '{"what": "x"}', "\x00"])
+def test_a_file_that_no_step_wrote_is_left_out(tmp_path, text):
+    with Progress(tmp_path, "one", 2.0) as one:
+        one.begin("a")
+    (tmp_path / progress.FOLDER / "two.json").write_text(text)
+    assert list(progress.read(tmp_path)) == ["one"]
+    assert progress.Line(tmp_path, dict).text().startswith("ntkbench:")
+
+
+def test_a_step_says_all_that_is_read_of_it(tmp_path):
+    with Progress(tmp_path, "one", 2.0):
+        said = json.loads((tmp_path / progress.FOLDER / "one.json").read_text())
+    assert said.keys() == progress.KEYS
