@@ -56,7 +56,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         block * math.ceil(len(families) / columns),
         columns,
         title=f"Cost of exact methods for the {labels.metric_label(metric)}",
-        subtitle=base.settings_line(table),
+        subtitle=base.settings_line(exact),
         key=[*key.method_entries(style.values(), used), ("how to read", _reading(plotted, bool(lost)))],
         left=1.15,
         bottom=0.05,
