@@ -148,12 +148,18 @@ def test_several_inputs_give_the_kernel_of_the_call_on_them(kind):
     check(seeded(Mixed), inputs, function)
 
 
-@pytest.mark.parametrize("kind", ["user dict", "nested", "registered", "call of a list"])
+@pytest.mark.parametrize("kind", ["user dict", "attributes", "nested", "registered", "call of a list"])
 def test_pytrees_are_handed_on_as_they_are_to_a_call(kind):
     model = seeded(Mixed)
     if kind == "user dict":  # as batches of tokenizers are
         problem = from_module(*as_module(model, UserDict(BATCH)), dtype="float64")
         agree(layer_by_layer(problem), jacobian(model, lambda m: m(**double(BATCH))))
+    elif kind == "attributes":
+        call = lambda m, b: m(b.tokens, b.features, mask=b["mask"])  # noqa: E731
+        problem = from_module(*as_module(model, UserDict(BATCH), call), dtype="float64")
+        agree(layer_by_layer(problem), jacobian(model, lambda m: m(**double(BATCH))))
+        with pytest.raises(BadInput, match="no 'token': there are tokens, features, mask"):
+            from_module(*as_module(model, BATCH, lambda m, b: m(b.token)))
     elif kind == "nested":
         inputs = {"text": (TOKENS, {"mask": UserDict(at=MASK)}), "features": [FEATURES, None], "scale": 2}
         call = lambda m, b: m(b["text"][0], b["features"][0], b["text"][1]["mask"]["at"], b["scale"])  # noqa: E731

@@ -357,6 +357,10 @@ def test_a_function_in_jax_has_all_of_a_kernel():
     assert float(kernel.alignment(params_f)) == pytest.approx(aligned)
     assert float(ntkbench.alignment(function, params_f, x, params=params)) == pytest.approx(aligned)
     assert float(kernel.alignment(kernel.at(params_f))) == pytest.approx(aligned)
+    same = kernel.alignment(ntkbench.Kernel(function, x.copy(), params=params_f))
+    assert float(same) == pytest.approx(aligned) and same.standard_error is None
+    elsewhere = kernel.alignment(ntkbench.Kernel(function, x + 1, params=params_f), passes=16)
+    assert elsewhere.standard_error > 0, "kernels on other inputs are not those of one function on the same ones"
     np.testing.assert_allclose(kernel.at(params_f).ntk(), exact_f, rtol=1e-9)
     np.testing.assert_allclose(kernel.eigenvalues(3).values, np.linalg.eigvalsh(exact)[::-1][:3], rtol=1e-9)
     parts = kernel.groups({"first": "layers.0", "second": "layers.1"})

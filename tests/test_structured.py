@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ntkbench
 from ntkbench.errors import BadInput
@@ -414,6 +416,33 @@ def test_a_tied_weight_is_the_sum_of_both_its_uses(N, K, C, D, S, table, symmetr
     if not folded:
         squares = contraction.diagonal(left[0], memory, tuning)
         torch.testing.assert_close(squares, rows[0].square().sum(-1), rtol=1e-10, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made, views of what was there before aside."""
+
+    def __init__(self, before: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.before = {t.untyped_storage().data_ptr() for t in before}
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        storages = [t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+        self.nbytes = max(self.nbytes, *(s.nbytes() for s in storages if s.data_ptr() not in self.before), 0)
+        return made
+
+
+@pytest.mark.parametrize("sums", [contraction.SUMMED, contraction.BETWEEN, contraction.OWN])
+@pytest.mark.parametrize("table", [False, True])
+def test_cross_terms_of_tied_weights_stay_within_the_memory(table, sums):
+    N, K, S, D, memory = 1, 5, 40, 6, 2**13
+    straight, transposed = factors(N, K, 1, 3, D, S), factors(N, K, 1, D, 3, S)
+    looked_up = Lookups(torch.randint(-1, D, (N, S)), straight.g[:, :, 0])
+    tied = Tied(looked_up if table else straight, transposed)
+    with Largest([t for part in (tied.one, tied.other) for t in vars(part).values()]) as largest:
+        contraction._crossed(tied, tied, sums, memory)
+    assert largest.nbytes <= memory < S * S * K * 8
 
 
 def test_the_cheaper_order_is_taken_by_counting():

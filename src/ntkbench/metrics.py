@@ -224,7 +224,7 @@ class MomentSums:
         self.difference_cross: Any = 0.0
         self._pairs = False
 
-    def add(self, theta: Array, theta_f: Array | None = None, *, copies: int = 1, tile: int = 512) -> None:
+    def add(self, theta: Array, theta_f: Array | None = None, *, copies: int = 1, entries: int = 2**20) -> None:
         """Add the squares and products of some entries of Theta (and Theta_f), ``[rows, columns]``.
 
         Those of two kernels are added up in float64, as far as the array library has it: 1 - alignment is a small
@@ -232,14 +232,15 @@ class MomentSums:
 
         Args:
             copies: how often each entry counts.
-            tile: rows that are copied at a time.
+            entries: that are copied at a time; a row of them at least.
         """
         if theta_f is None:
             self.square += copies * squared_norm(theta)
             return
         self._pairs = True
-        for start in range(0, len(theta), tile):
-            one, other = (double(part[start : start + tile]) for part in (theta, theta_f))
+        rows = max(1, entries // max(1, theta.shape[1]))
+        for start in range(0, len(theta), rows):
+            one, other = (double(part[start : start + rows]) for part in (theta, theta_f))
             difference = other - one
             self.square += copies * inner_product(one, one)
             self.square_f += copies * inner_product(other, other)

@@ -65,15 +65,16 @@ def squared_norms(j: JacobianOperator, product: LinearMap, rows: Array) -> np.nd
     return arrays.gather((product(block) ** 2).sum(1) for block in blocks)
 
 
-def gram(rows: Array, others: Array, *, columns: int = 2**16) -> np.ndarray:
+def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
     """``rows others^T`` in float64, on the host; small differences of inner products keep the digits of the vectors.
 
     Args:
         rows: ``[k, n]``.
         others: ``[r, n]``.
-        columns: columns that are copied at a time.
+        entries: of each that are copied at a time; a column of them at least.
     """
     found = np.zeros((len(rows), len(others)))
+    columns = max(1, entries // max(len(rows), len(others), 1))
     for start in range(0, rows.shape[1], columns):
         one, other = (metrics.double(vectors[:, start : start + columns]) for vectors in (rows, others))
         found += to_numpy(one @ other.T, np.float64)

@@ -259,25 +259,46 @@ def _add_tied(theta: Tensor, left: Tied, right: Tied, symmetric: bool, memory: i
         return
     for part, against in zip(left.parts(), right.parts(), strict=True):
         add(theta, part, None if symmetric else against, memory, tuning)
+    sums = SUMMED if left.summed else BETWEEN
     pairs = max(1, memory // (2 * max(S * T2, S2 * T) * (K1 + K2) * theta.element_size()))
     for row in _slices(N1, _pieces(N1, N2, pairs)):
         for column in _slices(row.stop if symmetric else N2, _pieces(N2, row.stop - row.start, pairs)):
             mine, theirs = left.samples(row), right.samples(column)
-            theta[row, :, column] += _crossed(mine, theirs) + _crossed(theirs, mine).permute(2, 3, 0, 1)
+            own = _crossed(mine, theirs, sums, memory)
+            theta[row, :, column] += own + _crossed(theirs, mine, sums, memory).permute(2, 3, 0, 1)
 
 
-def _crossed(left: Tied, right: Tied) -> Tensor:
-    """Inner products of the gradients of one kind at ``left`` with those of the other kind at ``right``."""
-    one, h, b = left.one, right.other.g[:, :, 0], right.other.a[:, 0]  # h [N, K, D, T], b [N, C, T]
+BETWEEN = "msnlt,mksnt->mknl"
+SUMMED = "msnkt,mksnt->mn"
+OWN = "msnkt,mksnt->mk"
+"""Sums of cross terms over positions: for every pair of directions, over them, and of each direction with itself."""
+
+
+def _crossed(left: Tied, right: Tied, sums: str, memory: int) -> Tensor:
+    """Inner products of the gradients of one kind at ``left`` with those of the other kind at ``right``.
+
+    As many positions at a time as fit in memory.
+    """
+    one, other = left.one, right.other
+    S, T = one.g.shape[-1], other.g.shape[-1]
+    pair = 2 * len(one.g) * len(other.g) * (one.g.shape[1] + other.g.shape[1]) * other.g.element_size()
+    copied = other.g[..., 0].numel() * other.g.element_size()
+    found: Tensor | float = 0.0
+    for t in _slices(T, _pieces(T, copied + pair, memory // 2)):
+        for s in _slices(S, _pieces(S, (t.stop - t.start) * pair, memory // 2)):
+            found = found + _crossed_at(one.positions(s), other.positions(t), sums)
+    assert isinstance(found, Tensor)  # there is one position at least
+    return found[:, None, :, None] if sums == SUMMED else found
+
+
+def _crossed_at(one: Products | Lookups, other: Products, sums: str) -> Tensor:
+    h, b = other.g[:, :, 0], other.a[:, 0]  # [N, K, D, T], [N, C, T]
     if isinstance(one, Lookups):
         inputs = h[:, :, one.rows.clamp(min=0)] * (one.rows >= 0)[..., None]
         inputs, g = inputs.permute(2, 3, 0, 1, 4), one.g
     else:
         inputs, g = torch.einsum("mds,nldt->msnlt", one.a[:, 0], h), one.g[:, :, 0]
-    outputs = torch.einsum("mkcs,nct->mksnt", g, b)
-    if left.summed:
-        return torch.einsum("msnkt,mksnt->mn", inputs, outputs)[:, None, :, None]
-    return torch.einsum("msnlt,mksnt->mknl", inputs, outputs)
+    return torch.einsum(sums, inputs, torch.einsum("mkcs,nct->mksnt", g, b))
 
 
 def _tied_diagonal(factors: Tied, memory: int, tuning: Tuning) -> Tensor:
@@ -292,9 +313,7 @@ def _tied_diagonal(factors: Tied, memory: int, tuning: Tuning) -> Tensor:
         return squares
     found = [diagonal(part, memory, tuning) for part in factors.parts()]
     crossed = [factors.samples(slice(n, n + 1)) for n in range(N)]
-    return (
-        found[0] + found[1] + 2 * torch.cat([_crossed(one, one)[:, :, 0].diagonal(dim1=1, dim2=2) for one in crossed])
-    )
+    return found[0] + found[1] + 2 * torch.cat([_crossed(one, one, OWN, memory) for one in crossed])
 
 
 def _triangle(N: int, K: int, symmetric: bool, tuning: Tuning, pieces: int = 1) -> Iterator[slice]:

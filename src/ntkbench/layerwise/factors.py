@@ -44,6 +44,10 @@ class Products:
         """The factors of a slice of samples."""
         return Products(self.a[chosen], self.g[chosen])
 
+    def positions(self, chosen: slice) -> Products:
+        """The terms of a slice of positions."""
+        return Products(self.a[..., chosen], self.g[..., chosen])
+
     def gradient(self, c: Tensor) -> Tensor:
         """sum_(b, k) c_bk (gradient of direction k of sample b), ``[groups, C, D]``, for ``c [N, K]``."""
         mixed = (c[:, None] @ self.g.flatten(2)).view(len(c), *self.g.shape[2:])
@@ -85,6 +89,10 @@ class Lookups:
     def samples(self, chosen: slice) -> Lookups:
         """The factors of a slice of samples."""
         return Lookups(self.rows[chosen], self.g[chosen])
+
+    def positions(self, chosen: slice) -> Lookups:
+        """The terms of a slice of positions."""
+        return Lookups(self.rows[..., chosen], self.g[..., chosen])
 
 
 @dataclass(frozen=True)

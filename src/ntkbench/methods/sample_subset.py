@@ -46,6 +46,7 @@ class SampleSubset(Incremental):
 
     Attributes:
         min_samples: S at least, or N if that is smaller; the variance between samples has an estimate from 4 on.
+        max_entries: of the kernel that are copied in float64 at a time; the rows of a sample at least.
     """
 
     title = "sample subset"
@@ -58,6 +59,7 @@ class SampleSubset(Incremental):
     first_batch = 1
     order = 1.0
     min_samples: ClassVar[int] = 8
+    max_entries: ClassVar[int] = 2**20
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
@@ -79,7 +81,7 @@ class SampleSubset(Incremental):
         from ntkbench.methods.base.layerwise import ledger_of
 
         ends = prepared.ends("alignment" if "alignment" in names else names[0])
-        subset = _Subset(ends, names, seed, self.min_samples)
+        subset = _Subset(ends, names, seed, self.min_samples, self.max_entries)
         subset.least = self._passes(len(prepared.x), prepared.engine.O, len(ends))
         return subset, with_notes(ledger_of(ends), subset)
 
@@ -96,11 +98,13 @@ def _samples(problem: Problem, metric: str, passes: int) -> int:
 class _Subset(Accumulator):
     """Moments of the kernel between some samples. The number of probes is that of passes."""
 
-    def __init__(self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int, min_samples: int) -> None:
+    def __init__(
+        self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int, min_samples: int, max_entries: int
+    ) -> None:
         from ntkbench.operators.torch import TorchRng
 
         self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
-        self._min_samples = min_samples
+        self._min_samples, self._max_entries = min_samples, max_entries
         self._order = np.random.default_rng(seed).permutation(self._N)
         self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
         self._moments = [name for name in required_moments([*names, "norm"]) if name != "trace"]
@@ -134,8 +138,14 @@ class _Subset(Accumulator):
         thetas = [self._kernel(end, samples) for end in self._ends]
         traces = thetas[0].reshape(size * self._O, -1).diagonal().reshape(size, -1).sum(1)
         self._traces = arrays.to_numpy(traces, np.float64)
+        step = max(1, self._max_entries // (size * self._O**2))
+        tables = [self._sums([theta[i : i + step] for theta in thetas]) for i in range(0, size, step)]
+        self._tables = [np.concatenate(rows) for rows in zip(*tables, strict=True)]
+
+    def _sums(self, thetas: Sequence[Tensor]) -> list[np.ndarray]:
+        """Sums over the entries of each block of some rows, ``[rows, S]`` for each moment."""
         products = moment_products([theta.double() for theta in thetas])[: len(self._moments)]
-        self._tables = [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
+        return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
     def _affordable(self, passes: int) -> int:
         """Samples whose kernel the budget pays for, beside a number of passes."""

@@ -24,6 +24,16 @@ class Structure:
         return self
 
 
+class Named(dict[str, Any]):
+    """Inputs by name, each an item and an attribute, as in the batches of Hugging Face's tokenizers."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the inputs have no {name!r}: there are {', '.join(map(str, self))}") from None
+
+
 class Calling(nn.Module):
     """A model with the way in which it is called, as a module ``x -> [N, ...outputs]``.
 
@@ -73,6 +83,7 @@ class Calling(nn.Module):
         if self.structure is not None:
             rows = [leaf[x] if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in self.leaves]
             inputs = tree_unflatten(rows, self.structure.spec)
+            inputs = Named(inputs) if type(inputs) is dict else inputs
         return self._chosen(self._called(inputs) if self.call is None else self.call(self.model, inputs))
 
     def _called(self, inputs: Any) -> Any:

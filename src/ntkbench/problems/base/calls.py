@@ -39,8 +39,8 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
         model: any module, which is not copied yet.
         inputs: a tensor; a tuple, list, dict, other mapping or registered pytree of tensors with one first axis, the
             samples; or a ``DataLoader``, whose batches are joined on the host; one that shuffles is read in the order
-            of its dataset. Tensors without axes and what is no
-            tensor are constants. Mappings that are not registered as pytrees are handed on as dicts.
+            of its dataset. Tensors without axes and what is no tensor are constants. Mappings that are not registered
+            as pytrees are handed on as dicts, whose items are attributes as well.
         call: ``(model, inputs) -> outputs``. It must use the model that it is given, which is a copy. If it is not
             given: ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping, else ``model(inputs)``.
         output: which of the outputs ``[N, ...]`` count: an index into the axes after the first, as in ``output=3`` for

@@ -192,12 +192,22 @@ def paired(problem: Problem, other: Problem) -> Problem:
     Raises:
         BadInput: the two have other numbers of samples or outputs.
     """
-    if problem.module is not other.module or problem.x is not other.x or list(problem.theta_0) != list(other.theta_0):
+    if not _are_one_network(problem, other) or list(problem.theta_0) != list(other.theta_0):
         return dataclasses.replace(problem, other=other)
     present = {} if problem.module is None else _on_host(_values(problem.module))
     names = dict.fromkeys((*problem.fixed_0, *other.fixed_0))
     fixed_0, fixed_f = ({key: {**present, **each.fixed_0}[key] for key in names} for each in (problem, other))
-    return dataclasses.replace(problem, theta_f=other.theta_0, fixed_0=fixed_0, fixed_f=fixed_f)
+    interact = problem.samples_interact or other.samples_interact
+    return dataclasses.replace(
+        problem, theta_f=other.theta_0, fixed_0=fixed_0, fixed_f=fixed_f, samples_interact=interact
+    )
+
+
+def _are_one_network(problem: Problem, other: Problem) -> bool:
+    """Whether two problems are of one network, or one function in JAX, on the same inputs."""
+    if problem.module is None:
+        return other.jax_forward == problem.jax_forward and np.array_equal(problem.x, other.x)
+    return problem.module is other.module and problem.x is other.x
 
 
 def same_samples(x1: Tensor, x2: Tensor) -> Tensor:
