@@ -1,0 +1,57 @@
+"""A shard's cells: what becomes of a row whose sources change while it is measured. No asv runs here."""
+
+import contextlib
+
+import pytest
+
+from ntkbench.measure import shard
+from ntkbench.measure.config import Config
+from ntkbench.measure.outcomes import Outcome
+from ntkbench.measure.rows import read
+
+LABEL = "fc_relu[N=2,O=1,width=4,depth=1]"
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Measures two cells of one problem by an engine that is not there, and returns their rows."""
+    grid = [{"problems": [LABEL], "methods": ["hutchinson"], "metrics": ["trace", "norm"], "passes": [12]}]
+    config = Config.model_validate({"profile": "shard", "threads": 1, "grid": grid, "studies": {}})
+    problem = {"status": "ok", "reason": "", "exact": {"trace": 1.0, "norm": 1.0}, "N": 2, "O": 1, "P": 9, "n": 2}
+    monkeypatch.setattr(shard.facts, "read", lambda config, labels, file: dict.fromkeys(labels, problem))
+    monkeypatch.setattr(shard.engine, "started", lambda *_: contextlib.nullcontext())
+
+    def measure(during):
+        calls = []
+
+        def one(asv, cell, index, work):
+            calls.append(cell.metric)
+            during(cell)
+            return Outcome("ok"), {"value": 3.0, "seeds": 1, "calls": 1}
+
+        monkeypatch.setattr(shard, "_measure", one)
+        output = tmp_path / "shards" / "shard-0.csv"
+        shard.measure(config, 0, tmp_path / "problems.json", output, tmp_path / "logs" / "cases.log")
+        return calls, read(output).set_index("metric")
+
+    return measure
+
+
+def test_rows_are_measured_once(measured):
+    calls, rows = measured(lambda cell: None)
+    assert calls == ["trace", "norm"] and (rows["status"] == "ok").all() and (rows["value"] == 3).all()
+    again, same = measured(lambda cell: None)
+    assert not again and same.equals(rows)
+
+
+def test_a_row_whose_sources_are_edited_while_it_is_measured_has_failed_and_is_measured_again(measured, monkeypatch):
+    made_for = shard.fingerprints.cell
+    edits = []
+    monkeypatch.setattr(shard.fingerprints, "cell", lambda *a: made_for(*a) + "edited" * len(edits))
+    _, rows = measured(lambda cell: edits.append(cell) if cell.metric == "norm" else None)
+    assert rows["status"].to_dict() == {"trace": "ok", "norm": "failed"}
+    assert rows["value"].isna().to_dict() == {"trace": False, "norm": True}
+    assert "edited while" in rows.loc["norm", "reason"]
+    # What was measured before the edit is measured again as well, for it is of other sources now.
+    calls, rows = measured(lambda cell: None)
+    assert calls == ["trace", "norm"] and (rows["status"] == "ok").all()
