@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import torch
 
+import ntkbench
 from ntkbench import paths, problems, testing
 from ntkbench.data import images, tasks
 from ntkbench.errors import BadInput, Corrupt, DidNotTrain, Unavailable
@@ -19,6 +21,7 @@ from ntkbench.networks import recurrent
 from ntkbench.problem import Problem
 from ntkbench.problems import base
 from ntkbench.problems.base import Definition, reference, storage, training, weights
+from ntkbench.problems.base.calls import as_module
 
 SIZES = {  # N, O, P
     "mlp_hazelden": (50, 64, 64_704),
@@ -278,6 +281,50 @@ def _Doubled(layer):
     return layer
 
 
+def test_a_problem_of_several_inputs(toy, monkeypatch):
+    """It is trained and cut down by sample numbers, and every entry of its inputs is part of its identity."""
+    numbers = torch.Generator().manual_seed(0)
+    tokens, features = torch.randint(0, 5, (6, 3), generator=numbers), torch.randn(6, 4, generator=numbers)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.layer = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, tokens, features):
+            return {"logits": self.layer(self.table(tokens).mean(1) * features)}
+
+    def several(N: int = 6) -> Definition:
+        """Tokens and features."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = Both()
+        batch = {"tokens": tokens, "features": features}
+        module, x = as_module(model, batch, lambda m, b: m(**b)["logits"])
+        recipe = training.Adam(x, torch.ones(6, 2).double(), torch.nn.functional.mse_loss, batch=4, epochs=2)
+        return Definition(module, x[:N].numpy(), recipe)
+
+    monkeypatch.setitem(base.REGISTRY, "toy", several)
+    first = toy.load("toy[N=5]")
+    assert (first.N, first.O) == (5, 2)
+    for which in ("theta_0", "theta_f"):
+        model = Both().double()
+        weights_of = {key.removeprefix("model."): torch.from_numpy(w).double() for key, w in first.weights(which).items()}
+        model.load_state_dict(weights_of)
+        outputs = model(tokens, features.double())["logits"][:5].flatten()
+        rows = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True) for f in outputs]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        kernel = ntkbench.Kernel(model, (tokens[:5], features[:5]), call=lambda m, b: m(*b)["logits"], dtype="float64")
+        torch.testing.assert_close(kernel.ntk(), J @ J.T)
+        exact = reference.exact(dataclasses.replace(first, theta_0=first.weights(which), theta_f=None))
+        assert exact["trace"] == pytest.approx(float(J.square().sum()), rel=1e-9)
+    origins = {first.digest(), weights.origin("toy", several())}
+    features[5, 3] += 1  # of a sample that neither a probe of two samples nor a problem of five looks at
+    tokens[4, 0] = (tokens[4, 0] + 1) % 5
+    changed = toy.load("toy[N=5]")
+    assert origins.isdisjoint({changed.digest(), weights.origin("toy", several())})
+
+
 def test_only_weights_of_the_default_sizes_are_committed(toy, monkeypatch):
     def any_size(N: int = 4, T: int = 3) -> Definition:
         """A toy whose training depends on a size that its initial weights do not show."""
@@ -352,7 +399,6 @@ def test_a_recipe_that_cannot_be_recorded_is_refused(toy):
 
 def test_recipes_print_all_that_they_use():
     """Every field of a recipe shows in print or in its arrays."""
-    import torch
 
     x = torch.ones(4, 2)
     adam = training.Adam(x, x[:, :1], torch.nn.functional.mse_loss, batch=2, epochs=3)
@@ -375,7 +421,6 @@ def test_recipes_print_all_that_they_use():
 @pytest.mark.parametrize("change", [{"lr": 2e-3}, {"batch": 3}, {"epochs": 2}, {"seed": 1}])
 def test_every_setting_of_adam_is_used(change):
     """What is recorded is what is run: a setting that is changed changes both."""
-    import torch
 
     def trained(**settings):
         with torch.random.fork_rng(devices=[]):
@@ -394,7 +439,6 @@ def test_every_setting_of_adam_is_used(change):
 
 @pytest.mark.parametrize("change", [{"loss": 0.2}, {"learning_rate": 1e-2}, {"clip": 1e-3}, {"seed": 2}, {"trials": 9}])
 def test_every_setting_of_training_on_a_task_is_used(change):
-    import torch
 
     def trained(**settings):
         module = recurrent.initialised("rnn", tasks.channels("match_to_sample"), 12)
@@ -461,7 +505,6 @@ def test_digest_is_of_what_a_network_computes_and_not_of_how_it_is_written(tiny)
 
 
 def test_digest_changes_neither_the_module_nor_torchs_randomness(tiny):
-    import torch
 
     weights = {key: w.clone() for key, w in tiny.module.state_dict().items()}
     state = torch.get_rng_state()

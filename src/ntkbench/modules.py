@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,20 @@ def load(module: nn.Module, values: Mapping[str, Tensor | np.ndarray]) -> nn.Mod
     for name, value in values.items():
         own[name].copy_(torch.as_tensor(value))
     return module
+
+
+def values(module: nn.Module, but: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Parameters and buffers by name, on the host and to the bit, ``but`` for some; buffers that no state_dict has too."""
+    each = (*module.named_parameters(), *module.named_buffers())
+    return {name: _on_host(t.detach()) for name, t in each if name not in but}
+
+
+def _on_host(t: Tensor) -> np.ndarray:
+    t = (t.to_dense() if t.layout != torch.strided else t).cpu()
+    try:
+        return t.numpy()
+    except TypeError:  # a type that NumPy does not have
+        return t.contiguous().view(torch.uint8).numpy()
 
 
 def frozen(module: nn.Module) -> nn.Module:

@@ -138,7 +138,7 @@ class Problem:
     def digest(self) -> str:
         """Hash of the problem's identity: network, training recipe, inputs and weights.
 
-        Inputs and weights are hashed exactly. The network is hashed by its behaviour in float64: a projection of its
+        Inputs, weights and all other tensors of the network are hashed exactly. The network is hashed by its behaviour in float64: a projection of its
         outputs and one of their gradient, at each set of weights, rounded to 7 digits. A change of code that changes
         the NTK therefore changes the digest. A new version of PyTorch or another machine does not.
 
@@ -152,10 +152,19 @@ class Problem:
                 problem, name = self.end(which)
                 hash_arrays(digest, weights)
                 hash_arrays(digest, self.fixed(which))
+                hash_arrays(digest, problem._others(name))
                 digest.update(problem._behaviour(name).encode())
         if self.other is not None:
             hash_arrays(digest, {"x": self.other.x})
         return digest.hexdigest()[:16]
+
+    def _others(self, which: str) -> Weights:
+        """What the network holds beside the values of a parameter set: tables, masks, inputs of several kinds."""
+        if self.module is None:
+            return {}
+        from ntkbench.modules import values
+
+        return values(self.module, set(self.weights(which)) | set(self.fixed(which)))
 
     def _behaviour(self, which: str) -> str:
         x = self.x if self.samples_interact else self.x[:PROBED]

@@ -23,7 +23,8 @@ class Definition:
     """What a problem file returns: network, data and training recipe.
 
     Attributes:
-        module: the network with its weights at initialisation.
+        module: the network with its weights at initialisation. One that takes several inputs, or is called in another
+            way than ``module(x)``, comes with its x from :func:`ntkbench.problems.base.calls.as_module`.
         x: inputs ``[N, ...]``.
         training: how the network gets from theta_0 to theta_f, such as a
             :class:`ntkbench.problems.base.training.Adam`.

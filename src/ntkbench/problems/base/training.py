@@ -66,7 +66,7 @@ class Adam(Training):
     Runs in float64, so that rounding differences between machines stay far below the float32 the weights are kept in.
 
     Attributes:
-        x: inputs ``[N, ...]``, brought to float64 batch by batch.
+        x: inputs ``[N, ...]``, those of real numbers brought to float64 batch by batch.
         y: what the loss compares outputs with, ``[N, ...]``.
         loss: a named function of a batch's outputs and its ``y``.
         batch: samples a batch.
@@ -92,7 +92,7 @@ class Adam(Training):
         for _ in range(self.epochs):
             for chosen in torch.randperm(len(self.x), generator=shuffle).split(self.batch):
                 optimizer.zero_grad()
-                self.loss(module(self.x[chosen].double()), self.y[chosen]).backward()
+                self.loss(module(_wide(self.x[chosen])), self.y[chosen]).backward()
                 optimizer.step()
         module.float()
 
@@ -100,7 +100,7 @@ class Adam(Training):
         return {"x": self.x.numpy(), "y": self.y.numpy()}
 
     def objective(self, module: nn.Module) -> Tensor:
-        return self.loss(module(self.x[:PROBED].double()), self.y[:PROBED])
+        return self.loss(module(_wide(self.x[:PROBED])), self.y[:PROBED])
 
 
 @dataclass(frozen=True)

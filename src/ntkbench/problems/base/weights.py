@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkbench import paths
 from ntkbench.errors import DidNotTrain, NtkbenchError, summary
+from ntkbench.modules import values
 from ntkbench.problem import Weights, hash_arrays, signature
 from ntkbench.problems.base import Definition, storage
 
@@ -72,7 +73,9 @@ def origin(name: str, definition: Definition) -> str:
         DidNotTrain: the loss cannot be computed.
     """
     digest = hashlib.sha256(str(definition.training).encode())
-    hash_arrays(digest, {key: w.detach().numpy() for key, w in definition.module.state_dict().items()})
+    stored = definition.module.state_dict()
+    hash_arrays(digest, {key: w.detach().numpy() for key, w in stored.items()})
+    hash_arrays(digest, values(definition.module, stored))  # buffers that no state_dict has
     hash_arrays(digest, definition.training.arrays())
     network = copy.deepcopy(definition.module).double()
     try:
