@@ -309,7 +309,9 @@ def test_a_problem_of_several_inputs(toy, monkeypatch):
     assert (first.N, first.O) == (5, 2)
     for which in ("theta_0", "theta_f"):
         model = Both().double()
-        weights_of = {key.removeprefix("model."): torch.from_numpy(w).double() for key, w in first.weights(which).items()}
+        weights_of = {
+            key.removeprefix("model."): torch.from_numpy(w).double() for key, w in first.weights(which).items()
+        }
         model.load_state_dict(weights_of)
         outputs = model(tokens, features.double())["logits"][:5].flatten()
         rows = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True) for f in outputs]
