@@ -138,9 +138,10 @@ class Problem:
     def digest(self) -> str:
         """Hash of the problem's identity: network, training recipe, inputs and weights.
 
-        Inputs, weights and all other tensors of the network are hashed exactly. The network is hashed by its behaviour in float64: a projection of its
-        outputs and one of their gradient, at each set of weights, rounded to 7 digits. A change of code that changes
-        the NTK therefore changes the digest. A new version of PyTorch or another machine does not.
+        Inputs, weights and all other tensors of the network are hashed exactly. The network is hashed by its behaviour
+        in float64: a projection of its outputs and one of their gradient, at each set of weights, rounded to 7 digits.
+        A change of code that changes the NTK therefore changes the digest. A new version of PyTorch or another machine
+        does not.
 
         Cost: one forward and one backward pass per set of weights, on two samples if samples do not interact.
         """

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class WideHead(Method):
     """Theta of a network that ends with a linear layer from d to V > d outputs, at T positions of each sample.
 
-    T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`. That
-    the layer's results are the outputs is seen by running the network, and certified by plain autograd: a gradient of
-    the network is compared with that of what stands for it, in 2 passes at each set of weights. For language models,
+    T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
+    That the layer's results are the outputs is seen by running the network, and certified by plain autograd: a gradient
+    of the network is compared with that of what stands for it, in 2 passes at each set of weights. For language models,
     whose vocabulary is far wider than their hidden states, where the head's weight is not tied to the embedding.
     """
 

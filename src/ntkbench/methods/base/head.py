@@ -12,8 +12,8 @@ that of the layer. So all moments of Theta follow from Theta_g and G:
     tr Theta = tr Theta_g + V tr G
     ||Theta||^2 = ||Theta_g||^2 + V ||G||^2 + 2 sum_ts G_ts tr Theta_g,ts
 
-and tr(Theta Theta_f) = tr(Theta_g Theta_e) + V sum G G_f + sum_ts (G_ts tr Theta_gf,ts + G_f,ts tr Theta_g,ts), where e_t
-is U^T W_f h_t at the other weights.
+and tr(Theta Theta_f) = tr(Theta_g Theta_e) + V sum G G_f + sum_ts (G_ts tr Theta_gf,ts + G_f,ts tr Theta_g,ts), where
+e_t is U^T W_f h_t at the other weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np

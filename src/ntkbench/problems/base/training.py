@@ -103,6 +103,10 @@ class Adam(Training):
         return self.loss(module(_wide(self.x[:PROBED])), self.y[:PROBED])
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 @dataclass(frozen=True)
 class OnTask(Training):
     """Full-batch Adam with clipped gradients on trials of a task, of one length after another, each down to a loss.
