@@ -309,15 +309,8 @@ def test_a_problem_of_several_inputs(toy, monkeypatch):
     assert (first.N, first.O) == (5, 2)
     for which in ("theta_0", "theta_f"):
         model = Both().double()
-<<<<<<< HEAD
-        weights_of = {
-            key.removeprefix("model."): torch.from_numpy(w).double() for key, w in first.weights(which).items()
-        }
-        model.load_state_dict(weights_of)
-=======
         found = {key.removeprefix("model."): torch.from_numpy(w) for key, w in first.weights(which).items()}
         model.load_state_dict(found)
->>>>>>> next24
         outputs = model(tokens, features.double())["logits"][:5].flatten()
         rows = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True) for f in outputs]
         J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])

@@ -67,7 +67,7 @@ def load(module: nn.Module, values: Mapping[str, Tensor | np.ndarray]) -> nn.Mod
 
 
 def values(module: nn.Module, but: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Parameters and buffers by name, ``but`` for some, on the host and to the bit; those outside of a state_dict too."""
+    """Parameters and buffers by name, on the host and to the bit; those that no state_dict has too."""
     each = (*module.named_parameters(), *module.named_buffers())
     return {name: _on_host(t.detach()) for name, t in each if name not in but}
 
