@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class HeadedNetwork:
         self._problem, self._which, self._target = problem, which, target
         module, self._parameters, self._x = torch_network(problem, which, target)
         self._module = load(copied(module), self._parameters)
-        self._name, layer = _head(self._module, self._x)
+        self._name, layer, self._positions = _head(self._module, self._x)
         self._weight, self._bias = f"{self._name}.weight", f"{self._name}.bias"
         self.V, self.d = layer.out_features, layer.in_features
         self.T = problem.O // self.V
@@ -171,48 +171,62 @@ class HeadedNetwork:
         module.get_submodule(self._name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with torch.no_grad():
             module(x)
-        return seen[-1].reshape(-1, self.d).double()
+        return seen[-1].reshape(len(x), -1, self.d)[:, self._positions].reshape(-1, self.d).double()
 
     def _gram(self) -> Tensor:
         H = self._hidden * (self._weight in self._parameters)
         return H @ H.T + (self._bias in self._parameters)
 
 
-def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear]:
-    """The linear layer whose results are the outputs of a network, and its name.
+def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
+    """The linear layer whose results are the outputs of a network: its name, itself, and the positions that count.
 
-    It is the one that is called last. Whether its results are the outputs is seen on two samples; the certificate
-    covers the gradients of all.
+    It is the one that is called last. Which of its results the outputs are is seen on two samples, by results that are
+    numbers of positions and of outputs; the certificate covers the gradients of all samples.
     """
     import torch
     from torch import nn
 
+    x, calls = x[:2], []
     layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    calls: list[tuple[str, Tensor]] = []
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: calls.append((name, output)))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            outputs = module(x[:2])
-    finally:
-        for handle in handles:
-            handle.remove()
+    note = lambda name: lambda _, __, made: calls.append((name, made.shape))  # noqa: E731
+    _outputs(module, x, {layer: note(name) for name, layer in layers.items()})
     if not calls:
         raise BadInput("the network has no linear layer")
-    name, made = calls[-1]
-    layer = layers[name]
+    name, shape = calls[-1]
+    layer, V = layers[name], shape[-1]
     used = collections.Counter(id(w) for _, w in module.named_parameters(remove_duplicate=False))
-    if layer.in_features >= layer.out_features:
+    if layer.in_features >= V:
         raise BadInput(f"its last linear layer, {name}, is no wider than its inputs")
     if [each for each, _ in calls].count(name) > 1 or any(used[id(w)] > 1 for w in layer.parameters()):
         raise BadInput(f"its last linear layer, {name}, is used more than once")
-    if not isinstance(outputs, torch.Tensor) or made.numel() != outputs.numel():
-        raise BadInput(f"its outputs are not those of its last linear layer, {name}")
-    if not torch.equal(made.reshape(-1), outputs.reshape(-1)):
-        raise BadInput(f"its outputs are computed from those of its last linear layer, {name}")
-    return name, layer
+    numbers = torch.arange(shape[:-1].numel(), device=x.device).reshape(*shape[:-1], 1)
+    give = lambda values: lambda _, __, made: values.expand(shape).to(made)  # noqa: E731
+    positions = _outputs(module, x, {layer: give(numbers)})
+    units = _outputs(module, x, {layer: give(torch.arange(V, device=x.device))})
+    of_sample = len(numbers.reshape(-1)) // len(x)
+    fits = positions.numel() % (len(x) * V) == 0 and bool((units.reshape(-1, V) == torch.arange(V).to(units)).all())
+    if fits:
+        rows = positions.reshape(len(x), -1, V) - of_sample * torch.arange(len(x)).to(positions)[:, None, None]
+        found = rows[0, :, 0].long()
+        fits = bool((rows == found[:, None]).all()) and bool((found >= 0).all()) and bool((found < of_sample).all())
+    if not fits:
+        raise BadInput(f"its outputs are not those of its last linear layer, {name}, as they are")
+    return name, layer, found
+
+
+def _outputs(module: nn.Module, x: Tensor, hooks: Mapping[nn.Module, Callable[..., Any]]) -> Tensor:
+    """The outputs of a network some of whose layers have hooks."""
+    import torch
+
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
+    try:
+        with torch.no_grad():
+            made: Tensor = module(x)
+            return made
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class HeadedProblem:
