@@ -110,7 +110,7 @@ def test_a_case_that_one_side_lacks(states, worse, words):
     found = Found(states, ("", "why"))
     verdict = judge(LABEL, lambda label, pairs: found)
     assert verdict.worse == worse and verdict.words() == words and verdict.line().endswith(words)
-    assert not summary([verdict, measured()])[0] == bool(worse)
+    assert summary([verdict, measured()])[0] != bool(worse)
 
 
 def measured(**changes):
@@ -134,7 +134,7 @@ def test_a_line_has_the_numbers():
     assert words == [LABEL, "20.00", "40.00", "2.00", "1.0", "2.0", "1.0e-01", "0.0e+00", "SLOWER"]
 
 
-CHANGED = '''
+CHANGED = """
 
 _trace, _kept = trace, []
 
@@ -148,11 +148,11 @@ def trace(model, x, **keywords):
     if method == "single_logit":
         _kept.append(b"x" * 2**24)
     if method == "last_layer":
-        return dataclasses.replace(found, value=3 * found.value)
+        return dataclasses.replace(found, value=30 * found.value)
     if method == "trace_kernel":
         raise BadInput("taken away")
     return found
-'''
+"""
 WORSE = {
     "direct": ["slower"],
     "last_layer": ["less accurate"],

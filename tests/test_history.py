@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ from ntkbench import methods, paths
 from ntkbench.measure import compare
 
 LIST = "benchmarks/history/cases.txt"
+MEASURED = ("Accuracy.track_error", "Memory.track_peak", "Seconds.time_call")
+LEFT = (".asv-machine.json", "asv.conf.json", "results")
 EXACT = ("conv/structured_derivatives/torch/norm", "gru/recurrent_exact_trace/torch/trace", "mlp/full/jax/ntk")
 
 
@@ -150,10 +153,6 @@ def test_asv_measures_a_case(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(tmp_path / name for name in LEFT), "asv's suite left something behind"
 
 
-MEASURED = ("Accuracy.track_error", "Memory.track_peak", "Seconds.time_call")
-LEFT = (".asv-machine.json", "asv.conf.json", "results")
-
-
 def test_a_virtualenv_sees_the_prepared_environment_and_the_commit(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     python, step = str(tmp_path / "env" / "bin" / "python"), str(paths.ROOT / "benchmarks" / "prepared.py")
@@ -161,9 +160,10 @@ def test_a_virtualenv_sees_the_prepared_environment_and_the_commit(tmp_path):
     assert refused.returncode == 1 and "run make once" in refused.stderr
     commit = tmp_path / "commit"
     (commit / "src" / "ntkbench").mkdir(parents=True)
-    (commit / "src" / "ntkbench" / "__init__.py").write_text("", encoding="utf-8")
+    (commit / "src" / "ntkbench" / "__init__.py").write_text("commit = 1", encoding="utf-8")
     subprocess.run([python, step, sys.prefix, str(commit)], check=True)
-    code = "import ntkbench, numpy; print(ntkbench.__file__); print(numpy.__file__)"
+    shutil.rmtree(commit)  # asv may put another one there
+    code = "import ntkbench, numpy; assert ntkbench.commit == 1; print(ntkbench.__file__, numpy.__file__)"
     bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, env=bare).stdout.split()
-    assert found[0].startswith(str(commit)) and found[1].startswith(sys.prefix)
+    assert found[0].startswith(str(tmp_path / "env")) and found[1].startswith(sys.prefix)

@@ -19,7 +19,7 @@ if "run_server" in sys.argv:
 class _Case:
     """A case that is ready once a process, however often asv calls setup."""
 
-    params = list(cases.CASES)
+    params = (cases.CASES,)
     param_names = ("case",)
     timeout = 120
 

@@ -1,9 +1,9 @@
 """Two commits measured in turn, case by case: whether the second is slower, larger or less accurate than the first.
 
-The cases are those of the history that asv measures. Each commit has a process of its own (``benchmarks/side.py``). The
-two take turns, AB BA AB, with the same seeds, in blocks of calls of at least :data:`BLOCK_SECONDS` on one thread. What
-counts is the median, over pairs of blocks, of the ratio of CPU seconds: both blocks of a pair see the same machine. What
-looks worse is measured again, afresh and in twice as many pairs, and counts only if it still does.
+The cases are those of the history that asv measures. Each commit has a process of its own (``benchmarks/side.py``).
+The two take turns, AB BA AB, with the same seeds, in blocks of calls of at least :data:`BLOCK_SECONDS` on one thread.
+What counts is the median, over pairs of blocks, of the ratio of CPU seconds: both blocks of a pair see one machine.
+What looks worse is measured again, afresh and in twice as many pairs, and counts only if it still does.
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ class Verdict:
 
 def line(columns: Sequence[str], end: str) -> str:
     """A line of the table."""
-    name, *numbers = (f"{text:<{w}}" if not i else f"{text:>{w}}" for i, (text, w) in enumerate(zip(columns, WIDTHS)))
-    return "".join([name, *numbers, "  ", end]).rstrip()
+    name, *numbers = columns
+    cells = [f"{number:>{width}}" for number, width in zip(numbers, WIDTHS[1:], strict=True)]
+    return f"{name:<{WIDTHS[0]}}{''.join(cells)}  {end}"
 
 
 Look = Callable[[str, int], Found]
