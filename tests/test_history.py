@@ -38,9 +38,11 @@ def test_every_case_is_there_once_and_known_to_the_comparison():
     assert compare.chosen("") == list(CASES)
 
 
-def test_every_method_has_a_case_or_a_reason():
-    tried = {label.split("/")[1] for label in CASES}
-    assert set(methods.names()) <= tried | set(cases.LEFT_OUT)
+def test_every_method_that_is_shipped_has_a_case_or_a_reason():
+    tried = {label.split("/")[1] for label in CASES if not label.endswith("/ntk")}
+    files = paths.git("ls-files", "src/ntkbench/methods")
+    shipped = [name for name in methods.names() if files is None or f"/{name}.py" in files]
+    assert len(shipped) > 40 and set(shipped) <= tried | set(cases.LEFT_OUT)
     assert not tried & set(cases.LEFT_OUT) and all(cases.LEFT_OUT.values())
 
 
