@@ -57,7 +57,7 @@ LIMIT_SECONDS = 300.0
 OK, ABSENT, FAILED = "ok", "absent", "failed"
 """How a case is with a side."""
 
-WIDTHS = 46, 9, 9, 7, 8, 8, 9, 9
+WIDTHS = 53, 9, 9, 7, 8, 8, 9, 9
 """Of the columns of the table, before the verdict."""
 
 
