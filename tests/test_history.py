@@ -54,7 +54,7 @@ def test_the_error_of_an_exact_value_is_rounding(label):
 def test_the_error_of_an_estimate_is_that_of_its_values_and_the_same_every_time():
     label = "gru/one_sided_reverse/torch/trace/72"
     case = Case(label)
-    exact = networks.kernels("gru")[0].trace()
+    exact = networks.theta("gru").trace()
     errors = sorted(abs(case.call(seed).value - exact) / exact for seed in range(cases.SEEDS))
     middle = cases.SEEDS // 2
     assert case.error() == Case(label).error() == pytest.approx(sum(errors[middle - 1 : middle + 1]) / 2)
@@ -119,7 +119,7 @@ def test_a_peak_of_memory_is_seen_after_it_is_gone():
     before = cases.settled_bytes()
     held = b"x" * 2**26
     del held
-    assert 2**26 <= cases.peak_bytes() - before < 2**27
+    assert 0.9 * 2**26 < cases.peak_bytes() - before < 1.5 * 2**26
 
 
 @pytest.fixture(params=["asv.conf.json", "asv.isolated.json"])

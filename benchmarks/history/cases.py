@@ -126,7 +126,7 @@ class Case:
     def _exact(self) -> np.ndarray:
         from . import networks
 
-        first, second = networks.kernels(self._network)
+        first = networks.theta(self._network)
         trace, norm = np.trace(first), np.linalg.norm(first)
         match self._metric:
             case "trace":
@@ -136,6 +136,7 @@ class Case:
             case "effective_rank":
                 return trace**2 / norm**2
             case "alignment":
+                second = networks.theta(self._network, "model_f")
                 return np.vdot(first, second) / (norm * np.linalg.norm(second))
         return first
 

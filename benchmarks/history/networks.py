@@ -96,8 +96,8 @@ def jacobian(model: nn.Module, x: Tensor) -> np.ndarray:
 
 
 @functools.cache
-def kernels(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Theta of a network at either set of weights, in float64."""
+def theta(name: str, weights: str = "model") -> np.ndarray:
+    """Theta of a network at one set of weights, an attribute of :class:`Network`, in float64."""
     network = NETWORKS[name]()
-    first, second = (jacobian(model, network.x) for model in (network.model, network.model_f))
-    return first @ first.T, second @ second.T
+    j = jacobian(getattr(network, weights), network.x)
+    return j @ j.T
