@@ -275,7 +275,8 @@ def test_paths_with_spaces_and_another_folder(tmp_path):
 
     run("--cores", "1")
     results = folder / "results" / "one_cell"
-    assert list(rows.read(results / "table.csv")["status"]) == ["ok"] and (results / "figures" / "coverage.png").exists()
+    assert list(rows.read(results / "table.csv")["status"]) == ["ok"]
+    assert (results / "figures" / "coverage.png").exists()
     measured = (results / "shards" / "shard-0.journal").read_bytes()
     run("--cores", "1", "--forcerun", "measure")
     assert (results / "shards" / "shard-0.journal").read_bytes() == measured, "a row that holds was measured again"

@@ -1,4 +1,4 @@
-"""The pipeline on a real Slurm cluster of one node, which is this machine: a job is killed, and a second start ends well.
+"""The pipeline on a real Slurm cluster of one node, which is this machine: a job is killed, a second start ends well.
 
 It needs root, Debian's packages and Snakemake's executor plug-in, and is skipped where one of them is missing. With
 ``NTKBENCH_TEST_SLURM=install`` it installs the packages first.

@@ -136,9 +136,7 @@ class Config(Settings):
         return cls.of_files([file], here=here)
 
     @classmethod
-    def of_files(
-        cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None, here: bool = True
-    ) -> Self:
+    def of_files(cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None, here: bool = True) -> Self:
         """The configuration in some files and on the command line.
 
         Mappings are merged key by key, and all other values replaced, by those of later files and at last by
@@ -164,9 +162,7 @@ class Config(Settings):
         return cls.check(raw, ", ".join(map(str, files)), where, here)
 
     @classmethod
-    def check(
-        cls, raw: object, source: str, where: Mapping[Place, str] | None = None, here: bool = True
-    ) -> Self:
+    def check(cls, raw: object, source: str, where: Mapping[Place, str] | None = None, here: bool = True) -> Self:
         """Validate what was read.
 
         Args:
