@@ -314,7 +314,9 @@ rule gallery:
         tables=lambda wildcards: run_of(wildcards).tables,
         captions=lambda wildcards: run_of(wildcards).results / "figures",
         title=lambda wildcards: f"ntkbench: figures of the {run_of(wildcards).config.profile} configuration",
-        measured=lambda wildcards: [run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).figures.values()],
+        measured=lambda wildcards: [
+            run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).figures.values()
+        ],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, run_of(wildcards).figures)),
     shell:
         "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} "
@@ -334,5 +336,7 @@ use rule gallery as paper_gallery with:
     params:
         names=lambda wildcards: sorted(run_of(wildcards).of_papers),
         captions=lambda wildcards: run_of(wildcards).results / "paper_figures",
-        measured=lambda wildcards: [run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).of_papers.values()],
+        measured=lambda wildcards: [
+            run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).of_papers.values()
+        ],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, run_of(wildcards).of_papers)),
