@@ -242,8 +242,8 @@ def test_a_job_step_of_an_executor_has_the_papers_configuration(tmp_path):
 
 
 def test_a_profile_that_is_not_chosen_is_refused(tmp_path):
-    code, _, err = run_snakemake(tmp_path, "results/other/table.csv", "--config", "threads=1", "--dry-run")
-    assert code != 0 and "no configuration of the profile other is chosen" in err
+    code, out, err = run_snakemake(tmp_path, "results/other/table.csv", "--config", "threads=1", "--dry-run")
+    assert code != 0 and "no configuration of the profile other is chosen" in out + err
 
 
 def test_the_report_has_figures_with_captions_tables_and_the_text(finished, results, tmp_path):
