@@ -1,7 +1,7 @@
 """The pipeline on a real Slurm cluster of one node, which is this machine: a job is killed, a second start ends well.
 
-It takes four minutes and needs root, Debian's packages and Snakemake's executor plug-in; it is skipped where one of them is
-missing. With ``NTKBENCH_TEST_SLURM=install`` it installs the packages first.
+It takes four minutes and needs root, Debian's packages and Snakemake's executor plug-in; it is skipped where one of
+them is missing. With ``NTKBENCH_TEST_SLURM=install`` it installs the packages first.
 """
 
 from __future__ import annotations
