@@ -155,7 +155,7 @@ def test_a_wrong_block_of_the_grid_is_named(changes, said):
     refused("grid[0]", *said, grid=[BLOCK | changes])
 
 
-TAKEN = ["reference", "cache", "asv", "asv-html", "x_reference"]
+TAKEN = ["reference", "cache", "asv", "asv-html", "asv-isolated", "x_reference"]
 MALFORMED = ["Reference", "CACHE", "Smoke", "", " ", ".", "..", ".hidden", "-x", "_x", "a b", "a\n", "a/b", "../a"]
 MALFORMED += ["/tmp/x", "a\\b", "a.b", "é", "x\0", "~", "$HOME", "a" * 65]
 

@@ -235,5 +235,21 @@ def timings(results: Path) -> None:
         click.echo(spent.report(results))
 
 
+@main.command()
+@click.argument("base")
+@click.argument("head", default="HEAD")
+@click.option("--cases", default="", metavar="REGEX", help="Only the cases in whose names it is found.")
+def compare(base: str, head: str, cases: str) -> None:
+    """Measure two commits in turn; exit status 1 where HEAD is slower, larger or less accurate than BASE."""
+    from ntkbench.measure import compare as comparison
+
+    with _one_line():
+        try:
+            passed = comparison.run(base, head, cases)
+        except errors.BadInput as error:
+            raise click.UsageError(str(error)) from None
+    sys.exit(not passed)
+
+
 if __name__ == "__main__":
     sys.exit(main(prog_name="ntkbench"))

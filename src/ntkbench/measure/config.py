@@ -31,7 +31,7 @@ from ntkbench.metrics import METRICS
 
 COMMAND_LINE = "--config"
 """Stands in messages where a file and a line would, for a value from the command line."""
-OCCUPIED = ("reference", "cache", "asv", "asv-html")
+OCCUPIED = ("reference", "cache", "asv", "asv-html", "asv-isolated")
 """Folders below ``results`` that belong to no profile."""
 
 
