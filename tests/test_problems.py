@@ -270,6 +270,15 @@ def test_weights_of_another_recipe_data_loss_start_or_network_are_not_used(toy, 
     assert toy.runs == 0
 
 
+def test_last_bits_of_data_do_not_make_another_origin(toy):
+    """They differ from machine to machine where data are computed."""
+    origins = []
+    for data in (1.0, 1.0 + 2e-15, 1.0 + 1e-6):
+        toy.training = Shift(data=data)
+        origins.append(weights.origin("toy", toy.define()))
+    assert origins[0] == origins[1] != origins[2]
+
+
 def _Doubled(layer):
     from torch import nn
 

@@ -67,7 +67,8 @@ def origin(name: str, definition: Definition) -> str:
     """Hash of all that theta_f comes from: the network, its initial weights, the training recipe and its data.
 
     The network and the loss count by what they compute, as in :meth:`ntkbench.problem.Problem.digest`; the recipe by
-    its printed fields; data and weights to the bit.
+    its printed fields; weights to the bit, and so data, but for those in float64, which count in float32: what is
+    computed in float64 differs from machine to machine in its last bits.
 
     Raises:
         DidNotTrain: the loss cannot be computed.
@@ -76,7 +77,8 @@ def origin(name: str, definition: Definition) -> str:
     stored = definition.module.state_dict()
     hash_arrays(digest, {key: w.detach().numpy() for key, w in stored.items()})
     hash_arrays(digest, values(definition.module, stored))  # buffers that no state_dict has
-    hash_arrays(digest, definition.training.arrays())
+    data = definition.training.arrays()
+    hash_arrays(digest, {key: a.astype("float32") if a.dtype == "float64" else a for key, a in data.items()})
     network = copy.deepcopy(definition.module).double()
     try:
         loss = definition.training.objective(network)
