@@ -15,6 +15,7 @@ for path in sorted(REFERENCE.rglob("*.csv")):
     if path.parent != PUBLISHED and path.name != COMMITTED:  # where the time of that run went
         PROFILES.setdefault(path.relative_to(REFERENCE).parts[0], []).append(path)
 
+
 def violations(profile: str) -> set[str]:
     tables = (pd.read_csv(path, low_memory=False) for path in PROFILES[profile])
     rows = pd.concat([table[["git_sha", "git_dirty"]] for table in tables])
