@@ -22,7 +22,6 @@ from ntkbench.problem import Problem
 EXACT = {
     "torch": (
         "recurrent_exact_trace",
-        "wide_head",
         "structured_derivatives",
         "jacobian_contraction",
         "parameter_gram",
@@ -42,13 +41,7 @@ the Gram matrix of parameters comes first where it is the smaller one."""
 
 BY_PARAMETERS = "parameter_gram"
 
-HOLDS_NO_ROWS = (
-    "recurrent_exact_trace",
-    "wide_head",
-    "structured_derivatives",
-    "parameter_gram",
-    "nt_structured_derivatives",
-)
+HOLDS_NO_ROWS = ("recurrent_exact_trace", "structured_derivatives", "parameter_gram", "nt_structured_derivatives")
 """Exact methods that do not keep J; the others compute rows anew for every pair of blocks that do not fit in memory."""
 
 TOLERANCE_PASSES = 4096
