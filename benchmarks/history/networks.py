@@ -49,14 +49,7 @@ def gru() -> Network:
     return _drawn(nn.GRU(4, 12, batch_first=True), (6, 8, 4))
 
 
-def language() -> Network:
-    """Logits of 4 sequences of 6 tokens, of which there are 32: n = 768, P = 944."""
-    layers = nn.Embedding(32, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 32)
-    tokens = np.random.default_rng(1).integers(0, 32, (4, 6))
-    return _drawn(nn.Sequential(*layers), tokens.shape)._replace(x=torch.from_numpy(tokens))
-
-
-NETWORKS = {"mlp": mlp, "conv": conv, "gru": gru, "language": language}
+NETWORKS = {"mlp": mlp, "conv": conv, "gru": gru}
 
 
 def _drawn(model: nn.Module, shape: tuple[int, ...]) -> Network:
@@ -96,7 +89,7 @@ def jacobian(model: nn.Module, x: Tensor) -> np.ndarray:
     """J ``[n, P]`` in float64: a backward pass for each output."""
     model = copy.deepcopy(model).double()
     parameters = list(model.parameters())
-    outputs = model(x.double() if x.is_floating_point() else x)
+    outputs = model(x.double())
     outputs = (outputs[0] if isinstance(outputs, tuple) else outputs).reshape(-1)
     rows = (torch.autograd.grad(output, parameters, retain_graph=True) for output in outputs)
     return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows]).numpy()

@@ -79,9 +79,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
     ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, in ``memory``, and
     otherwise the estimate. The exact methods are ``recurrent_exact_trace`` where the network declares its recurrence,
-    ``wide_head`` where it ends with a linear layer that is wider than its inputs, ``structured_derivatives`` and
-    ``jacobian_contraction`` for independent samples, which take O passes, ``parameter_gram``, which comes first where
-    there are fewer parameters than outputs, and ``batched_jacobian`` and
+    ``structured_derivatives`` and ``jacobian_contraction`` for independent samples, which take O passes,
+    ``parameter_gram``, which comes first where there are fewer parameters than outputs, and ``batched_jacobian`` and
     ``naive_jacobian`` for interacting samples, which take the smaller of n and P, or n. The estimators are, where
     samples are independent, ``structured_block_u_statistics`` (``per_sample_trace`` where the network cannot be
     traced) or, for the other metrics, block U-statistics (``group_u_statistics`` where the network declares its
