@@ -624,3 +624,27 @@ def test_what_cannot_be_wrapped_is_said_in_one_line(model, x, says):
         with pytest.raises(ntkbench.BadInput, match=says) as caught:
             call(model, x)
         assert "\n" not in str(caught.value)
+
+
+def recurring(frozen: bool) -> nn.Module:
+    """A layer that is called at three places, under three names."""
+    layer = nn.Linear(4, 4).requires_grad_(not frozen)
+    return nn.Sequential(layer, nn.Linear(4, 4), nn.Tanh(), layer, nn.Tanh(), layer)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "method", ["naive_jacobian", "batched_jacobian", "jacobian_contraction", "structured_derivatives"]
+)
+def test_a_layer_with_several_names_keeps_its_values(frozen, method):
+    model, other = (seeded(lambda: recurring(frozen), seed) for seed in range(2))
+    check(model, X)
+    with own_settings("float64"):
+        theta, theta_f = explicit(model, X), explicit(other, X)
+    kernel = ntkbench.Kernel(model, X, dtype="float64")
+    for _ in range(2):  # the copies of the network that are kept are used again
+        assert float(kernel.norm(method=method)) == pytest.approx(float(theta.norm()), rel=1e-9)
+        assert float(kernel.at(other).norm(method=method)) == pytest.approx(float(theta_f.norm()), rel=1e-9)
+    found = kernel.norm(method="hutchinson", passes=400)
+    assert found.interval(0.9999)[0] < float(theta.norm()) < found.interval(0.9999)[1]
+    assert type(kernel.problem.module[0].weight) is nn.Parameter and not kernel.problem.module[0].weight.is_meta

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import BadInput, summary
@@ -55,6 +56,20 @@ def called(module: nn.Module, x: Tensor) -> Any:
     refused = any(isinstance(layer, nn.RNNBase) and not layer.training for layer in module.modules())
     with torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if refused else contextlib.nullcontext():
         return module(x)
+
+
+def with_values(module: nn.Module, values: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Any:
+    """``torch.func.functional_call``, which alone would leave the values in a submodule that has several names."""
+    names: dict[nn.Module, int] = {}
+    for _, layer in module.named_modules(remove_duplicate=False):
+        names[layer] = names.get(layer, 0) + 1
+    kept = [(layer, dict(layer._parameters), dict(layer._buffers)) for layer, count in names.items() if count > 1]
+    try:
+        return functional_call(module, dict(values), inputs)
+    finally:
+        for layer, parameters, buffers in kept:
+            layer._parameters.update(parameters)
+            layer._buffers.update(buffers)
 
 
 @torch.no_grad()

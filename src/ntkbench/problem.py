@@ -248,14 +248,15 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
         assert problem.jax_forward is not None
         return tuple(jax.eval_shape(problem.jax_forward, {**problem.fixed_0, **weights}, x).shape)
     import torch
-    from torch.func import functional_call
+
+    from ntkbench.modules import with_values
 
     arrays = {key: torch.empty(w.shape, device="meta") for key, w in weights.items()}
     fixed = (*module.named_buffers(), *((key, w) for key, w in module.named_parameters() if key not in arrays))
     arrays |= {key: torch.empty_like(b, device="meta") for key, b in fixed}
     inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
     inputs = inputs.float() if inputs.is_floating_point() else inputs
-    return tuple(functional_call(module, arrays, (inputs,)).shape)
+    return tuple(with_values(module, arrays, (inputs,)).shape)
 
 
 def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:

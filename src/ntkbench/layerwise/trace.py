@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call, functionalize
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ntkbench.errors import BadInput
 from ntkbench.layerwise.recording import SHAPED, DataDependent, as_autograd_sees_it
 from ntkbench.layerwise.replacements import DECOMPOSITIONS, REPLACEMENTS
+from ntkbench.modules import with_values
 from ntkbench.operators.plain_operations import plain_operations, without_shortcuts
 
 aten = torch.ops.aten
@@ -184,7 +185,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
 
     def forward(*tensors: Tensor) -> Tensor:
         *_, x = tensors
-        network = lambda: functional_call(module, dict(zip(keys, tensors, strict=False)), (x,)).reshape(-1)  # noqa: E731
+        network = lambda: with_values(module, dict(zip(keys, tensors, strict=False)), (x,)).reshape(-1)  # noqa: E731
         return as_autograd_sees_it(network, (*tensors[: len(names)], x))
 
     def inputs() -> list[Tensor]:  # buffers may be written to

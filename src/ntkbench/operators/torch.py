@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.modules import cast, copied, frozen, load
+from ntkbench.modules import cast, copied, frozen, load, with_values
 from ntkbench.operators import arrays
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.memory import free_on_host
@@ -157,7 +157,7 @@ class TorchJacobian(JacobianOperator):
         return arrays.epsilon(next(iter(self._parameters.values())))
 
     def _forward(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        network = lambda: functional_call(self._module, parameters, (x,)).reshape(x.shape[0], -1)  # noqa: E731
+        network = lambda: with_values(self._module, parameters, (x,)).reshape(x.shape[0], -1)  # noqa: E731
         with _differentiable_kernels(self._module):
             try:
                 return network()
