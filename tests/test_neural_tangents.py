@@ -16,6 +16,7 @@ from ntkbench import methods, problems
 from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.metrics import METRICS
 from ntkbench.operators import programs
+from ntkbench.operators.certificate import Uncertified
 from ntkbench.operators.jax import network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -109,6 +110,23 @@ def test_trace_has_a_program_of_its_own(dtype, name):
     estimate = method.estimate(method.prepare(problem, target(dtype)), "trace")
     assert estimate.value == pytest.approx(reference.exact(problem)["trace"], rel=1e-9 if dtype == "float64" else 1e-4)
     assert (type(estimate.value), estimate.standard_error, estimate.passes) == (float, None, None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("outputs", [3, 64, 70])
+def test_traces_are_certified_however_many_outputs_there_are(name, outputs, monkeypatch):
+    problem = problems.load(f"fc_relu[N=3,O={outputs},width=8,depth=1]")
+    prepared = methods.get(name).prepare(problem, target())
+    assert methods.get(name).estimate(prepared, "trace").certificate < 1e-12
+    made = programs.kernel_function
+
+    def wrong(forward, implementation, trace_axes=(), diagonal_axes=()):
+        kernel = made(forward, implementation, trace_axes, diagonal_axes)
+        return (lambda *a: 1.001 * kernel(*a)) if trace_axes else kernel
+
+    monkeypatch.setattr(programs, "kernel_function", wrong)
+    with pytest.raises(Uncertified):
+        methods.get(name).estimate(methods.get(name).prepare(problem, target()), "trace")
 
 
 def test_float32_sums_lose_nothing():

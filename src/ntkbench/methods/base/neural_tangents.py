@@ -79,10 +79,11 @@ class CompiledPrograms:
 
     A program is certified at its first use by plain autograd. Of a kernel Theta, c^T Theta c for random signs c is
     compared with ||J^T c||^2. Of the trace, the part of the first samples is compared with the squared norms of their
-    rows of J, :data:`CERTIFIED_ROWS` at most; where a sample has more outputs, the trace is not certified.
+    rows of J, :data:`CERTIFIED_ROWS` at most. Where a sample has more outputs, the part of the first one is compared
+    with a kernel of that sample alone, which is certified as kernels are.
 
     Attributes:
-        certificate: the largest relative difference found; ``None`` where there was nothing to compare.
+        certificate: the largest relative difference found; ``None`` before the first metric.
 
     Raises:
         BadInput: the problem has no JAX network.
@@ -116,7 +117,7 @@ class CompiledPrograms:
             self._programs[metric] = self._compiled(metric)
         sums, forms = jax.device_get(self._programs[metric](self._parameter_sets(metric), self._x))
         if first:
-            for name, form in zip(metrics.parameter_sets(metric), forms, strict=False):
+            for name, form in zip(metrics.parameter_sets(metric), forms, strict=True):
                 self._certify(float(form), self._trace_of_rows() if metric == "trace" else self._form(name))
         return Moments(**{name: float(value) for name, value in sums.items()})
 
@@ -133,14 +134,34 @@ class CompiledPrograms:
 
     def _trace_of_rows(self) -> float:
         """The sum of the squared norms of the first samples' rows of J."""
+        if self._problem.O > CERTIFIED_ROWS:
+            return self._trace_of_block()
         few = self._problem.with_inputs(self._problem.x[: self._certified_samples])
         gradient = plain_gradient(few, "theta_0", self._target, list(few.theta_0))
         rows = map(gradient, np.eye(few.n, dtype=self._target.dtype))
         return sum(float(row @ row) for row in rows)
 
+    def _trace_of_block(self) -> float:
+        """The trace of the first sample's block, by a kernel of that sample alone, which plain autograd certifies."""
+        import jax
+        import jax.numpy as jnp
+
+        kernel = programs.kernel_function(self._networks["theta_0"][0], self._implementation)
+        c, weights, x = self._signs()[:1], self._parameter_sets("trace"), self._x[:1]
+
+        def block(weights: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+            theta = kernel(weights[0], x)
+            return jnp.einsum("abij,ai,bj->", theta, c, c), jnp.einsum("aaii->", theta)
+
+        form, trace = jax.device_get(self._within_memory(programs.lower(block, weights, x))(weights, x))
+        few = self._problem.with_inputs(self._problem.x[:1])
+        g = plain_gradient(few, "theta_0", self._target, list(few.theta_0))(c.reshape(-1))
+        self._certify(float(form), float(g @ g))
+        return float(trace)
+
     @property
     def _certified_samples(self) -> int:
-        return min(self._problem.N, CERTIFIED_ROWS // self._problem.O)
+        return max(1, min(self._problem.N, CERTIFIED_ROWS // self._problem.O))
 
     def _signs(self) -> np.ndarray:
         """The fixed random signs c, ``[N, O]``."""
@@ -158,6 +179,9 @@ class CompiledPrograms:
         lowered = programs.lower(
             self._trace() if metric == "trace" else self._sums(names), self._parameter_sets(metric), self._x
         )
+        return self._within_memory(lowered)
+
+    def _within_memory(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         limit = programs.memory_limit(self._x.device, self._target)
         return programs.compile_within(
             limit, lowered, f"neural-tangents' {self._implementation} for {self._problem.name}"
@@ -170,7 +194,7 @@ class CompiledPrograms:
 
         def trace(weights: Any, x: Any) -> Any:
             by_sample = outputs * mean(weights[0], x)
-            return {"trace": by_sample.sum()}, [by_sample[:few].sum()] if few else []
+            return {"trace": by_sample.sum()}, [by_sample[:few].sum()]
 
         return trace
 
