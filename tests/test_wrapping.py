@@ -648,3 +648,23 @@ def test_a_layer_with_several_names_keeps_its_values(frozen, method):
     found = kernel.norm(method="hutchinson", passes=400)
     assert found.interval(0.9999)[0] < float(theta.norm()) < found.interval(0.9999)[1]
     assert type(kernel.problem.module[0].weight) is nn.Parameter and not kernel.problem.module[0].weight.is_meta
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = seeded(lambda: nn.Linear(4, 3))
+
+    def forward(self, x):
+        x = x.requires_grad_() if x.is_leaf else x
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True).tanh()
+
+
+def test_a_network_may_ask_for_gradients_by_its_input_in_place():
+    """As reentrant checkpointing and physics-informed networks do."""
+    model, x = Asking(), X.clone()
+    with own_settings("float64"):
+        theta = explicit(nn.Sequential(model.layer, nn.Tanh()), x)
+    torch.testing.assert_close(ntkbench.ntk(model, x, dtype="float64"), theta)
+    assert float(ntkbench.trace(model, x, dtype="float64")) == pytest.approx(float(theta.trace()), rel=1e-9)
+    assert not x.requires_grad

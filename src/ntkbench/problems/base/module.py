@@ -102,7 +102,7 @@ def from_module(
         problem = Problem(
             name=name or type(model.model if isinstance(model, Calling) else model).__name__,
             module=net,
-            x=x.cpu().numpy().copy(),
+            x=x.detach().cpu().numpy().copy(),
             theta_0=_on_host(theta_0),
             samples_interact=interact,
             # Known by now; the usual way, meta tensors, is not for networks that make tensors of their own on a device.
