@@ -44,7 +44,8 @@ def finished(tmp_path_factory):
                 "passes": [12],
             },
         ],
-        "studies": {"giving_up": {}},
+        # The first row of a study is begun while its process still imports, which takes some of these seconds.
+        "studies": {"giving_up": {"limits": {"time_s": 60}}},
     }
     file = root / "config" / "misbehaving.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
