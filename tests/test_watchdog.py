@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ntkbench.measure import watchdog
-from ntkbench.measure.watchdog import Watch
+from ntkbench.measure.watchdog import Watch, Watched
 
 HOG = "import sys, time; held = bytearray(int(sys.argv[1])); time.sleep(float(sys.argv[2]))"
 GUARDED = (
@@ -37,8 +37,8 @@ def hog(memory, seconds):
 
 
 def watched(process, seconds, memory):
-    since = time.monotonic()
-    with Watch(lambda: [(process, since)], seconds, memory) as watch:
+    limited = Watched(process, time.monotonic(), seconds)
+    with Watch(lambda: [limited], memory) as watch:
         code = process.wait(timeout=60)
     return code, watch.verdict
 

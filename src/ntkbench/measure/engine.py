@@ -70,15 +70,16 @@ class Engine:
         server = self._started()
         first_seen: dict[int, float] = {}
 
-        def watched() -> list[tuple[psutil.Process, float]]:
+        def watched() -> list[watchdog.Watched]:
             found = []
             for pid in watchdog.children(server.server_proc.pid):
                 with contextlib.suppress(psutil.Error):
-                    found.append((psutil.Process(pid), first_seen.setdefault(pid, time.monotonic())))
+                    since = first_seen.setdefault(pid, time.monotonic())
+                    found.append(watchdog.Watched(psutil.Process(pid), since, self._limits.time_s))
             return found
 
         try:
-            with watchdog.Watch(watched, self._limits.time_s, self._limits.memory_bytes) as watch:
+            with watchdog.Watch(watched, self._limits.memory_bytes) as watch:
                 found = asv.runner.run_benchmark(benchmark, server, profile=False, selected_idx={index})
         except (asv.util.UserError, OSError, RuntimeError, ValueError) as error:
             self.close()

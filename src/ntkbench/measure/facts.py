@@ -69,8 +69,8 @@ def _once(label: str, config: Config, part: Path) -> tuple[Facts, bool]:
     part.unlink(missing_ok=True)
     child = multiprocessing.get_context("fork").Process(target=_make, args=(label, config.threads, part))
     child.start()
-    process, since = psutil.Process(child.pid), time.monotonic()
-    with watchdog.Watch(lambda: [(process, since)], limits.problem_s, limits.memory_bytes) as watch:
+    watched = watchdog.Watched(psutil.Process(child.pid), time.monotonic(), limits.problem_s)
+    with watchdog.Watch(lambda: [watched], limits.memory_bytes) as watch:
         child.join()
     if watch.verdict:
         return Outcome(*watch.verdict).columns(), False

@@ -44,9 +44,7 @@ class Journal:
         except Timeout:
             raise NtkbenchError(f"another process is measuring into {path}; wait for it") from None
         self._rows = rows_of([*(others or []), path])
-        self.begun: str | None = None
-        for entry in _entries(path):
-            self.begun = None if "row" in entry else entry["key"]
+        self.begun = begun(path)
         self._file = path.open("a", encoding="utf-8")
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._file.write("\n")
@@ -169,6 +167,14 @@ def kept(rows: Rows | None) -> Iterator[None]:
         yield
     finally:
         CURRENT.reset(token)
+
+
+def begun(file: Path) -> str | None:
+    """The key of the row that is under way by a journal, if one is."""
+    key = None
+    for entry in _entries(file):
+        key = None if "row" in entry else entry["key"]
+    return key
 
 
 def rows_of(files: Iterable[Path]) -> dict[tuple[str, str], Row]:

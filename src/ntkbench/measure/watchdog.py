@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -29,6 +30,20 @@ RUN = "NTKBENCH_RUN"
 """Environment variable with the id of the process whose end is the run's end: Snakemake's."""
 
 
+class Watched(NamedTuple):
+    """A process under limits.
+
+    Attributes:
+        process: that is ended once it is over a limit.
+        since: the moment (``time.monotonic``) since which its time runs.
+        seconds: that it may take.
+    """
+
+    process: psutil.Process
+    since: float
+    seconds: float
+
+
 class Watch(threading.Thread):
     """Ends processes that go over their time or their memory.
 
@@ -36,17 +51,14 @@ class Watch(threading.Thread):
         verdict: status and reason once a process was ended; ``None`` before.
 
     Args:
-        watched: the processes that count now, with the moment (``time.monotonic``) since which their time runs.
-        seconds: that each may take.
+        watched: the processes that count now.
         memory: bytes that each may hold.
     """
 
-    def __init__(
-        self, watched: Callable[[], list[tuple[psutil.Process, float]]], seconds: float, memory: float
-    ) -> None:
+    def __init__(self, watched: Callable[[], list[Watched]], memory: float) -> None:
         super().__init__(daemon=True)
         self.verdict: tuple[str, str] | None = None
-        self._watched, self._seconds, self._memory = watched, seconds, memory
+        self._watched, self._memory = watched, memory
         self._done = threading.Event()
 
     def __enter__(self) -> Watch:
@@ -59,17 +71,17 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._done.wait(POLL_SECONDS):
-            for process, since in self._watched():
+            for watched in self._watched():
                 with contextlib.suppress(psutil.Error):
-                    self._look(process, since)
+                    self._look(*watched)
 
-    def _look(self, process: psutil.Process, since: float) -> None:
+    def _look(self, process: psutil.Process, since: float, seconds: float) -> None:
         held = process.memory_info().rss
         if held > self._memory:
             held_gib, allowed = held / 2**30, self._memory / 2**30
             self._end(process, "out_of_memory", f"held {held_gib:.3g} GiB, over the limit of {allowed:.3g} GiB")
-        elif time.monotonic() - since > self._seconds:
-            self._end(process, "timeout", f"not done after the limit of {self._seconds:g} s")
+        elif time.monotonic() - since > seconds:
+            self._end(process, "timeout", f"not done after the limit of {seconds:g} s")
 
     def _end(self, process: psutil.Process, status: str, reason: str) -> None:
         self.verdict = self.verdict or (status, reason)
@@ -177,7 +189,7 @@ def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
 def _guard(pid: int, seconds: float, memory: float) -> None:
     with contextlib.suppress(psutil.Error):
         process, since = psutil.Process(pid), time.monotonic()
-        with Watch(lambda: [(process, since)], seconds, memory):
+        with Watch(lambda: [Watched(process, since, seconds)], memory):
             process.wait()
 
 

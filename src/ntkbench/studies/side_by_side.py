@@ -183,8 +183,9 @@ def _peak_memory(settings: Settings, name: str, label: str) -> int | None:
     child = context.Process(target=_send_peak_memory, args=(there, settings, name, label))
     child.start()
     there.close()
-    process, since, limits = psutil.Process(child.pid), time.monotonic(), settings.limits
-    with watchdog.Watch(lambda: [(process, since)], limits.time_s, limits.memory_bytes) as watch:
+    limits = settings.limits
+    watched = watchdog.Watched(psutil.Process(child.pid), time.monotonic(), limits.time_s)
+    with watchdog.Watch(lambda: [watched], limits.memory_bytes) as watch:
         try:
             found = here.recv()
         except EOFError:  # it was killed

@@ -11,7 +11,6 @@ import numpy as np
 
 from ntkbench import paths
 from ntkbench.errors import DidNotTrain, NtkbenchError, summary
-from ntkbench.modules import values
 from ntkbench.problem import Weights, hash_arrays, signature
 from ntkbench.problems.base import Definition, storage
 
@@ -73,6 +72,8 @@ def origin(name: str, definition: Definition) -> str:
     Raises:
         DidNotTrain: the loss cannot be computed.
     """
+    from ntkbench.modules import values  # imports torch
+
     digest = hashlib.sha256(str(definition.training).encode())
     stored = definition.module.state_dict()
     hash_arrays(digest, {key: w.detach().numpy() for key, w in stored.items()})

@@ -16,6 +16,7 @@ from ntkbench.measure import fingerprints, journal, outcomes, timing, watchdog
 from ntkbench.measure.config import Config
 from ntkbench.measure.engine import KILLED
 from ntkbench.measure.journal import Journal, Rows
+from ntkbench.measure.limits import Limits
 from ntkbench.measure.outcomes import Outcome
 from ntkbench.measure.progress import Progress
 from ntkbench.measure.provenance import provenance
@@ -45,13 +46,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
         progress.begin("measuring")
         while True:
             child = psutil.Popen(command)
-
-            def watched(child: psutil.Popen = child, start: float = time.monotonic()) -> list[Any]:
-                with contextlib.suppress(OSError):
-                    start = max(start, time.monotonic() - (time.time() - kept.stat().st_mtime))
-                return [(child, start)]
-
-            with watchdog.Watch(watched, limits.time_s, limits.memory_bytes) as watch:
+            with watchdog.Watch(_Clock(child, kept, limits), limits.memory_bytes) as watch:
                 code = child.wait()
             watchdog.end_marked(mark)
             if code == 0 and output.exists():
@@ -69,6 +64,32 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
                 rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns()})
         with contextlib.suppress(OSError, ValueError):
             progress.measured = float(_measured(output).read_text(encoding="utf-8"))
+
+
+class _Clock:
+    """The time of a study's process: ``limits.time_s`` for a row, from where it is begun.
+
+    Before its first row and between rows, where it imports and makes problems, it has ``limits.problem_s``.
+    """
+
+    def __init__(self, child: psutil.Popen, journal: Path, limits: Limits) -> None:
+        self._journal, self._limits = journal, limits
+        self._written = self._modified()
+        self._now = watchdog.Watched(child, time.monotonic(), limits.problem_s)
+
+    def __call__(self) -> list[watchdog.Watched]:
+        if (written := self._modified()) != self._written:
+            self._written = written
+            begun = journal.begun(self._journal) is not None
+            seconds = self._limits.time_s if begun else self._limits.problem_s
+            self._now = self._now._replace(since=time.monotonic(), seconds=seconds)
+        return [self._now]
+
+    def _modified(self) -> int:
+        try:
+            return self._journal.stat().st_mtime_ns
+        except OSError:
+            return 0
 
 
 def measure_rows(config: Config, name: str, output: Path) -> None:
