@@ -11,7 +11,6 @@ import numpy as np
 
 from ntkbench import paths
 from ntkbench.errors import DidNotTrain, NtkbenchError, summary
-from ntkbench.modules import values
 from ntkbench.problem import Weights, hash_arrays, signature
 from ntkbench.problems.base import Definition, storage
 
