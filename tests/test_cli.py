@@ -11,7 +11,7 @@ from ntkbench.cli import main
     [
         (["check", "nowhere.yaml"], "File 'nowhere.yaml' does not exist"),
         (["check", "."], "File '.' is a directory"),
-        (["chek", "x"], "Did you mean 'check'"),
+        (["chek", "x"], "No such command 'chek'. (Did you mean"),
         (["table"], "Missing argument 'SHARDS...'"),
         (["timings", "nowhere"], "Directory 'nowhere' does not exist"),
         (["measure", "--shard", "-1"], "-1 is not in the range x>=0"),

@@ -1,10 +1,8 @@
 """Configurations: what is refused, with file, line, key, value and what is allowed, and nothing else than that."""
 
 import copy
-import itertools
 import json
 import math
-import re
 
 import jsonschema
 import pytest
@@ -464,16 +462,6 @@ def test_any_bytes_are_accepted_or_named(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "bytes.yaml"
     file.write_bytes(data)
     accepted_or_one_line_each(lambda: Config.read(file), str(file))
-
-
-def test_text_is_read_and_written_as_utf_8_everywhere():
-    calls = re.compile(r"\.(read_text|write_text)\((.*)|(?<![\w.])open\((.*)|\.open\((?!\"rb\")(.*)")
-    found = []
-    for file in itertools.chain(*((paths.ROOT / folder).rglob("*.py") for folder in ("src", "benchmarks"))):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if calls.search(line) and "encoding=" not in line and "Image.open" not in line:
-                found.append(f"{file.relative_to(paths.ROOT)}:{number}: {line.strip()}")
-    assert found == []
 
 
 def test_a_message_is_all_that_a_command_prints(write, capsys):

@@ -42,7 +42,6 @@ def one_thread() -> None:
 
 def import_early() -> None:
     """Import what cases use, so that processes forked from this one need not; no backend is started."""
-    import torch._decomp.decompositions_for_jvp
     import torch._dynamo  # noqa: F401 (torch.func imports these two at its first use)
 
     try:
