@@ -23,6 +23,9 @@ from ntkbench.problem import Problem
 settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("ntkbench")
 
+# Most of a JAX test is compilation; what is optimised there matters to speed alone.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # A shell that starts the tests in the background has them, and the processes that they start, ignore an interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

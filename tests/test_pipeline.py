@@ -205,7 +205,7 @@ def test_what_failed_is_measured_again_on_request(finished, results):
     assert code == 0, err[-3000:]
     added = journal.read_text(encoding="utf-8")[len(before) :]
     assert added.count('"row": {') == 1 and '"status": "ok"' in added and label in added
-    code, _, err = run_snakemake(root, "--configfile", str(root / "config/smoke.yaml"), root=root)
+    code, _, err = run_snakemake(root, *table, root=root)
     assert code == 0, err[-3000:]
     assert set(rows.read(results / "table.csv")["status"]) <= {"ok", "skipped"}
 
@@ -268,21 +268,21 @@ def test_paths_with_spaces_and_another_folder(tmp_path):
     config.write_text(yaml.safe_dump(ONE_CELL), encoding="utf-8")
 
     def run(*arguments):
-        code, out, err = run_snakemake(folder, "figures", *arguments, "--configfile", str(config), root=root)
+        code, out, err = run_snakemake(folder, *arguments, "--configfile", str(config), root=root)
         assert code == 0, err[-3000:]
         return out + err
 
-    run("--cores", "1")
+    run("figures", "--cores", "1")
     results = folder / "results" / "one_cell"
     assert list(rows.read(results / "table.csv")["status"]) == ["ok"]
     assert (results / "figures" / "coverage.png").exists()
     measured = (results / "shards" / "shard-0.journal").read_bytes()
-    run("--cores", "1", "--forcerun", "measure")
+    run("results/one_cell/table.csv", "--cores", "1", "--forcerun", "measure")
     assert (results / "shards" / "shard-0.journal").read_bytes() == measured, "a row that holds was measured again"
     method = root / "src/ntkbench/methods/one_sided_reverse.py"
     method.write_text(method.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
-    run("--touch", "--cores", "1")
-    assert "Nothing to be done" in run("--dry-run")
+    run("figures", "--touch", "--cores", "1")
+    assert "Nothing to be done" in run("figures", "--dry-run")
     assert ntkbench(root, "pending", config, "--results", results).stdout.startswith("1 of 1 cells")
 
 
