@@ -41,8 +41,9 @@ SLOWER, SLOWER_AGAIN = 1.20, 1.25
 BLOCK_SECONDS = 0.1
 """CPU seconds that a block takes at least."""
 
-LARGER, SLACK_BYTES = 1.2, 2**22
-"""Ratio of peaks of memory over which a case is larger, if the difference is over these bytes as well."""
+LARGER, SLACK_BYTES, LOOKS = 1.2, 2**22, 5
+"""Ratio of memory over which a case is larger, if the difference is over these bytes as well; and the calls of whose
+peaks the least counts."""
 
 SEEDS, MORE_SEEDS = 5, 40
 """Seeds whose values are compared, and over which errors are where these differ."""
@@ -69,7 +70,7 @@ class Found:
         states: how the case is with each.
         reasons: why it is absent, or how it failed.
         seconds: CPU seconds of a call, in each pair of blocks.
-        bytes: the most memory that the calls took; ``None`` where that is not known.
+        bytes: memory that a call takes, and what calls leave behind; ``None`` where that is not known.
         same: whether the same seeds give the same values.
         errors: root mean square errors, relative to exact values.
     """
@@ -412,12 +413,18 @@ def _measured(sides: Sequence[Side], pairs: int) -> Found:
     for pair in range(pairs):
         took = {side: side.ask(["block", calls, pair * calls]) / calls for side in sides[:: 1 if pair % 2 == 0 else -1]}
         seconds.append((took[first], took[second]))
-    held = [side.ask(["peak"]) for side in sides]
-    known = None not in before
-    taken = [max(0, peak - start) for peak, start in zip(held, before, strict=True)] if known else []
-    return Found(
-        seconds=seconds,
-        bytes=(taken[0], taken[1]) if known else None,
-        same=same,
-        errors=(errors[0], errors[1]),
-    )
+    taken = None if None in before else (_bytes(first, before[0]), _bytes(second, before[1]))
+    return Found(seconds=seconds, bytes=taken, same=same, errors=(errors[0], errors[1]))
+
+
+def _bytes(side: Side, before: int) -> int:
+    """What the calls of a side have left behind, and the least of a few peaks of one call.
+
+    Peaks of equal calls differ by up to a factor of two, by when memory is given back. The least one hardly does.
+    """
+    left, peaks = max(0, side.ask(["settle"]) - before), []
+    for seed in range(LOOKS):
+        start = side.ask(["settle"])
+        side.ask(["block", 1, seed])
+        peaks.append(side.ask(["peak"]) - start)
+    return left + max(0, min(peaks))
