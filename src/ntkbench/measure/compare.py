@@ -296,7 +296,7 @@ class Side:
         """
         if self._process:
             return
-        # What the caller has on his path comes after the checkout.
+        # The caller's own PYTHONPATH comes after the checkout.
         environment = {"PYTHONPATH": paths.python_path(self._checkout), "NTKBENCH_CACHE": str(self._checkout / "cache")}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
