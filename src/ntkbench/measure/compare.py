@@ -18,9 +18,9 @@ import signal
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,11 +248,11 @@ def check_out(repository: Path, sha: str, folder: Path) -> None:
     Raises:
         NtkbenchError: the commit has none.
     """
-    done = _git(repository, "archive", "--format=tar", sha, "src/ntkbench")
+    done = _git(repository, "archive", "--format=zip", sha, "src/ntkbench")
     if done.returncode:
         raise NtkbenchError(f"{sha[:10]} has no package: {one_line(done.stderr.decode())}")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder)
 
 
 def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
