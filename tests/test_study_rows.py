@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from ntkbench.errors import Unavailable
 from ntkbench.measure import journal as journals
 from ntkbench.measure.journal import Journal, Rows
+from ntkbench.measure.limits import Limits
 from ntkbench.studies import base
+from ntkbench.studies.base import runner
 
 
 def raising(error):
@@ -138,3 +142,23 @@ def test_turns_that_were_ended_from_outside_are_a_reason_in_each_row(tmp_path):
 def test_a_table_of_nothing_has_its_counts():
     assert list(base.table([])) == ["seeds", "calls"]
     assert base.table([{"seeds": 2}])["seeds"].dtype == pd.Int64Dtype()
+
+
+def test_a_row_has_its_own_limit_of_time_and_what_lies_between_rows_that_of_a_problem(tmp_path):
+    """Entries that are written at one moment are told apart as well."""
+    file, limits = tmp_path / "study.journal", Limits(time_s=5, problem_s=50)
+    with Journal(file) as journal:
+        clock = runner._Clock(psutil.Process(), file, limits)
+        (before,) = clock()
+        assert before.seconds == 50
+        moment = file.stat().st_mtime_ns
+        for write, seconds in (
+            (lambda: journal.begin("row", "this"), 5),
+            (lambda: journal.finish("row", "this", {"status": "ok"}), 50),
+            (lambda: journal.begin("another", "this"), 5),
+        ):
+            write()
+            os.utime(file, ns=(moment, moment))
+            (now,) = clock()
+            assert now.seconds == seconds and now.since > before.since and clock() == [now]
+            before = now

@@ -72,22 +72,22 @@ class _Clock:
     Before its first row and between rows, where it imports and makes problems, it has ``limits.problem_s``.
     """
 
-    def __init__(self, child: psutil.Popen, journal: Path, limits: Limits) -> None:
-        self._journal, self._limits = journal, limits
-        self._written = self._modified()
+    def __init__(self, child: psutil.Process, file: Path, limits: Limits) -> None:
+        self._file, self._limits = file, limits
+        self._size = self._bytes()
         self._now = watchdog.Watched(child, time.monotonic(), limits.problem_s)
 
     def __call__(self) -> list[watchdog.Watched]:
-        if (written := self._modified()) != self._written:
-            self._written = written
-            begun = journal.begun(self._journal) is not None
-            seconds = self._limits.time_s if begun else self._limits.problem_s
+        if (size := self._bytes()) != self._size:
+            self._size = size
+            seconds = self._limits.time_s if journal.begun(self._file) else self._limits.problem_s
             self._now = self._now._replace(since=time.monotonic(), seconds=seconds)
         return [self._now]
 
-    def _modified(self) -> int:
+    def _bytes(self) -> int:
+        """The journal's size, which every entry adds to; two entries may well have one modification time."""
         try:
-            return self._journal.stat().st_mtime_ns
+            return self._file.stat().st_size
         except OSError:
             return 0
 
