@@ -3,12 +3,17 @@
 
 PYTHON ?= python3
 CONFIG ?= config/default.yaml
+BASE ?=
+HEAD ?= HEAD
+CASES ?=
+COMMITS ?= 485f51b~120..HEAD
+STEPS ?= 12
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke gpu test mutants lint format clean
+.PHONY: results smoke gpu test mutants compare history lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -26,6 +31,18 @@ test: $(READY)
 
 mutants: $(READY)
 	python tests/mutants.py
+
+# Whether HEAD is slower, larger or less accurate than BASE: make compare BASE=<commit> [HEAD=<commit>] [CASES=<regex>].
+compare: $(READY)
+	python -m ntkbench compare $(if $(BASE),'$(BASE)' '$(HEAD)') --cases '$(CASES)'
+
+# asv's suite over some of the COMMITS, those that were measured before left as they are, and its page.
+history: $(READY)
+	asv machine --yes
+	asv run --skip-existing-commits --steps $(STEPS) '$(COMMITS)'
+	asv publish
+	python -m pip install --quiet asv-tachyon==0.5.8 # needs nothing else, and nothing else needs it
+	asv-tachyon install results/asv-html
 
 lint: $(READY)
 	ruff check
@@ -48,4 +65,4 @@ $(READY): requirements.txt requirements-no-deps.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .snakemake results/smoke results/default results/asv results/cache
+	rm -rf .venv .snakemake .asv results/smoke results/default results/asv* results/cache

@@ -5,10 +5,13 @@ snakemake --cores all --configfile config/smoke.yaml      another one
 snakemake paper_figures --cores all                       the papers' figures and their studies alone: config/paper.yaml
 snakemake figures --cores all --config source=reference   a configuration's figures from committed tables alone
 snakemake --cores all --config retry=failed               measure again what failed, took too long or too much memory
+snakemake --report report.html                            what a finished run has made, in one file
+snakemake --workflow-profile profiles/slurm               on a cluster
 
 Targets come before --configfile, which takes all that follows it as files.
 """
 
+import functools
 import os
 import shlex
 import sys
@@ -19,14 +22,20 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
-from ntkbench import errors, figures, paths, studies
-from ntkbench.measure import cells, config as configuration, fingerprints, progress, timings
+from ntkbench import errors, paths, studies
+from ntkbench.figures.plotting import gallery
+from ntkbench.measure import cells, config as configuration, fingerprints, progress
+from ntkbench.run import Run
 
 min_version("9.0")
 
+
+report: "report/workflow.rst"
+
+
 # The run's own line says how far it is. What Snakemake says, but for errors, goes to its log alone (.snakemake/log).
 said = workflow.logger_manager.settings
-if not (said.dryrun or said.verbose):
+if not (said.dryrun or said.verbose or workflow.remote_exec):
     for handler in logger.handlers:
         if handler.name == "DefaultStreamHandler":
             handler.setLevel("ERROR")
@@ -44,129 +53,182 @@ shell.prefix(
     "XLA_PYTHON_CLIENT_PREALLOCATE=false PYTORCH_NVML_BASED_CUDA_CHECK=1; "
 )
 
-if "grid" not in config:
-    # Who asks for the papers' figures wants the papers' sizes. Targets are no part of `workflow` while it is read.
-    paper = "paper_figures" in sys.argv
+GIVEN = list(workflow.overwrite_configfiles)
+WHOLE = "grid" in config
+if not WHOLE:
 
-    configfile: ROOT / "config" / ("paper.yaml" if paper else "default.yaml")
+    configfile: ROOT / "config" / "default.yaml"
 
 
-with errors.as_one_line():
-    # Read again, since Snakemake's own reading loses what is given twice, and lines.
-    chosen = workflow.overwrite_configfiles
-    files = [file for file in workflow.configfiles if file not in chosen] + list(chosen)
-    RUN = configuration.Config.of_files(files, workflow.config_settings.config)
-    CELLS = cells.cells(RUN)
-    paths.check_folder(Path("results") / RUN.folder)
-    TABLES = RUN.tables(Path("results") / RUN.folder)
+def read(name):
+    """The run of the configuration on the command line; of one in config/ where that is none or only changes it."""
+    with errors.as_one_line():
+        # Read again, since Snakemake's own reading loses what is given twice, and lines.
+        files = GIVEN if WHOLE else [ROOT / "config" / name, *GIVEN]
+        # A run on a cluster is begun on another machine than those that measure.
+        here = workflow.resource_settings.nodes is None and not workflow.remote_exec
+        return Run(configuration.Config.of_files(files, workflow.config_settings.config, here))
 
-RESULTS = Path("results") / RUN.folder
-PROBLEMS = sorted({cell.problem for cell in CELLS})
-SHARDS = [number for number in range(RUN.shards) if cells.of_shard(RUN, number)]
-TABLE = [TABLES / "table.csv"] if CELLS else []
-# What each figure is drawn from: the grid's table, or that of a study; of committed tables only those that are kept.
-FIGURES = {}
-for name in figures.names():
-    study = figures.study_of(name)
-    if study in RUN.studies if study else CELLS:
-        file = TABLES / (f"studies/{study}.csv" if study else "table.csv")
-        if RUN.source == "measured" or file.exists():
-            FIGURES[name] = file
-MADE_FOR = fingerprints.Run(RUN, CELLS)
-PAGES = {"gallery": FIGURES, "paper_figures": {n: f for n, f in FIGURES.items() if f.name != "table.csv"}}
-CONFIG = RESULTS / "config.yaml"
-LOCK = FileLock(RESULTS / ".lock")
-# Steps whose outputs are there count only once they begin.
-STEPS = {"problems": RESULTS / "problems.json", "gallery": RESULTS / "gallery.html"}
-STEPS |= {f"shard-{number}": RESULTS / "shards" / f"shard-{number}.csv" for number in SHARDS}
-STEPS |= {f"study-{study}": RESULTS / "studies" / f"{study}.csv" for study in RUN.studies}
-LINE = progress.Line(
-    RESULTS,
-    lambda: timings.expected(RESULTS, RUN.profile, [step for step, output in STEPS.items() if not output.exists()]),
-)
+
+RUN = read("default.yaml")
+
+
+@functools.cache
+def paper():
+    """The run of the papers' figures: at the papers' sizes, unless a configuration is chosen."""
+    return RUN if WHOLE else read("paper.yaml")
+
+
+def run_of(wildcards):
+    """The run that a job belongs to."""
+    made = RUN if wildcards.profile == RUN.config.folder else paper()
+    if wildcards.profile != made.config.folder:
+        raise errors.BadInput(f"no configuration of the profile {wildcards.profile} is chosen")
+    return made
+
+
+def needs(resource):
+    """A resource of a job, from the limits of the configuration."""
+
+    def needed(wildcards):
+        step = {name: value for name, value in wildcards.items() if name != "profile"}
+        return getattr(run_of(wildcards).needs(**step), resource)
+
+    return needed
+
+
+LOCKS, LINES = [], []
+
+
+def writing():
+    """The runs that write something now."""
+    folders = {job.wildcards.profile: job.wildcards for job in workflow.dag.jobs if "profile" in job.wildcards.keys()}
+    return [run_of(wildcards) for wildcards in folders.values()]
 
 
 onstart:
     # Not before, since a dry run writes nothing.
     with errors.as_one_line():
-        paths.writable(RESULTS)
-        try:
-            LOCK.acquire(timeout=0)
-        except Timeout:
-            raise errors.BadInput(f"another run is writing to {RESULTS}; wait for it, or choose another profile")
-        configuration.write(RUN, CONFIG)
-    LINE.start()
+        for each in writing():
+            paths.writable(each.results)
+            LOCKS.append(FileLock(each.results / ".lock"))
+            try:
+                LOCKS[-1].acquire(timeout=0)
+            except Timeout:
+                raise errors.BadInput(
+                    f"another run is writing to {each.results}; wait for it, or choose another profile"
+                )
+            configuration.write(each.config, each.results / "config.yaml")
+            LINES.append(progress.Line(each.results, each.expected))
+    LINES[0].start()
 
 
 onsuccess:
-    LINE.stop(f"ntkbench: done; look at {RESULTS}")
+    LINES[0].stop(f"ntkbench: done; look at {' and '.join(str(each.results) for each in writing())}")
 
 
 onerror:
-    LINE.stop(f"ntkbench: some steps failed, see {RESULTS}/logs; what could be done is in {RESULTS}")
+    folders = " and ".join(str(each.results) for each in writing())
+    LINES[0].stop(f"ntkbench: some steps failed, see logs/ in {folders}; what could be done is there")
+
+
+TIMED = "|".join(filter(studies.is_timed, studies.ROOM.found()))
+# How a report shows the files of a folder of figures.
+SHOWN = {
+    "patterns": ["{figure}.{form,png|csv}"],
+    "caption": "report/figure.rst",
+    "category": lambda wildcards: gallery.group(wildcards.figure).partition(":")[0],
+    "labels": lambda wildcards: {
+        "figure": wildcards.figure.replace("_", " "),
+        "as": {"png": "picture", "csv": "numbers"}[wildcards.form],
+    },
+}
 
 
 wildcard_constraints:
+    profile=r"[a-z0-9_-]+",
     number=r"\d+",
-    study=r"\w+",
-    page="gallery|paper_figures",
+    study=rf"(?!({TIMED})\.csv)\w+",
+
+
+# Steps that take times have their machine to themselves: see `timer` in the profiles. On a cluster each node is one.
+resource_scopes:
+    timer="local",
+
+
+localrules:
+    all,
+    figures,
+    paper_figures,
+    table,
+    gallery,
+    paper_gallery,
 
 
 rule all:
     input:
-        TABLE,
-        [TABLES / "studies" / f"{study}.csv" for study in RUN.studies if RUN.source == "measured"],
-        RESULTS / "gallery.html",
+        RUN.measured,
+        RUN.results / "gallery.html",
 
 
 rule figures:
     input:
-        RESULTS / "gallery.html",
+        RUN.results / "gallery.html",
 
 
 rule paper_figures:
     input:
-        RESULTS / "paper_figures.html",
+        lambda wildcards: paper().results / "paper_figures.html",
 
 
 rule problems:
     output:
-        RESULTS / "problems.json",
+        "results/{profile}/problems.json",
     log:
-        RESULTS / "logs" / "problems.log",
+        "results/{profile}/logs/problems.log",
     benchmark:
-        RESULTS / "timings" / "problems.tsv"
+        "results/{profile}/timings/problems.tsv"
     conda:
         "environment.yml"
+    threads: needs("threads")
     resources:
-        timer=1,
+        timer=needs("timer"),
+        mem_mb=needs("mem_mb"),
+        runtime=needs("runtime"),
+        gpu=needs("gpu"),
     params:
-        config=CONFIG,
-        retry=RUN.retry,
-        limits=[RUN.limits.problem_s, RUN.limits.memory_mb],
-        fingerprint=fingerprints.combined(map(fingerprints.problem, PROBLEMS)),
+        config="results/{profile}/config.yaml",
+        retry=lambda wildcards: run_of(wildcards).config.retry,
+        limits=lambda wildcards: [run_of(wildcards).config.limits.problem_s, run_of(wildcards).config.limits.memory_mb],
+        fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.problem, run_of(wildcards).problems)),
     shell:
         "python -m ntkbench problems --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule measure:
     input:
-        RESULTS / "problems.json",
+        "results/{profile}/problems.json",
     output:
-        RESULTS / "shards" / "shard-{number}.csv",
+        "results/{profile}/shards/shard-{number}.csv",
     log:
-        RESULTS / "logs" / "shard-{number}.log",
-        cases=RESULTS / "logs" / "shard-{number}-cases.log",
+        "results/{profile}/logs/shard-{number}.log",
+        cases="results/{profile}/logs/shard-{number}-cases.log",
     benchmark:
-        RESULTS / "timings" / "shard-{number}.tsv"
+        "results/{profile}/timings/shard-{number}.tsv"
     conda:
         "environment.yml"
+    threads: needs("threads")
     resources:
-        timer=2,
+        timer=needs("timer"),
+        mem_mb=needs("mem_mb"),
+        runtime=needs("runtime"),
+        gpu=needs("gpu"),
     params:
-        config=CONFIG,
-        retry=RUN.retry,
-        fingerprint=lambda wildcards: MADE_FOR.cells(cells.of_shard(RUN, int(wildcards.number))),
+        config="results/{profile}/config.yaml",
+        retry=lambda wildcards: run_of(wildcards).config.retry,
+        fingerprint=lambda wildcards: run_of(wildcards).made_for.cells(
+            cells.of_shard(run_of(wildcards).config, int(wildcards.number))
+        ),
     shell:
         "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
         "--output {output:q} --log {log.cases:q} > {log[0]:q} 2>&1"
@@ -174,60 +236,107 @@ rule measure:
 
 rule table:
     input:
-        expand(RESULTS / "shards" / "shard-{number}.csv", number=SHARDS),
+        lambda wildcards: [
+            f"results/{wildcards.profile}/shards/shard-{number}.csv" for number in run_of(wildcards).shards
+        ],
     output:
-        RESULTS / "table.csv",
+        report(
+            "results/{profile}/table.csv",
+            caption="report/table.rst",
+            category="Tables",
+            labels={"table": "cells of the grid"},
+        ),
     log:
-        RESULTS / "logs" / "table.log",
+        "results/{profile}/logs/table.log",
+    benchmark:
+        "results/{profile}/timings/table.tsv"
     conda:
         "environment.yml"
     params:
-        config=CONFIG,
-        cells=[cell.label for cell in CELLS],
-        retry=RUN.retry,
-        fingerprint=lambda wildcards: MADE_FOR.table("table"),
+        config="results/{profile}/config.yaml",
+        cells=lambda wildcards: [cell.label for cell in run_of(wildcards).cells],
+        retry=lambda wildcards: run_of(wildcards).config.retry,
+        fingerprint=lambda wildcards: run_of(wildcards).made_for.table("table"),
     shell:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
+# A study without times; they may run beside one another.
 rule study:
     output:
-        RESULTS / "studies" / "{study}.csv",
+        report(
+            "results/{profile}/studies/{study}.csv",
+            caption="report/table.rst",
+            category="Tables",
+            labels={"table": "study {study}"},
+        ),
     log:
-        RESULTS / "logs" / "study-{study}.log",
+        "results/{profile}/logs/study-{study}.log",
     benchmark:
-        RESULTS / "timings" / "study-{study}.tsv"
+        "results/{profile}/timings/study-{study}.tsv"
     conda:
         "environment.yml"
+    threads: needs("threads")
     resources:
-        timer=lambda wildcards: 2 if studies.is_timed(wildcards.study) else 1,
+        timer=needs("timer"),
+        mem_mb=needs("mem_mb"),
+        runtime=needs("runtime"),
+        gpu=needs("gpu"),
     params:
-        config=CONFIG,
-        retry=RUN.retry,
-        fingerprint=lambda wildcards: MADE_FOR.table(wildcards.study),
+        config="results/{profile}/config.yaml",
+        retry=lambda wildcards: run_of(wildcards).config.retry,
+        fingerprint=lambda wildcards: run_of(wildcards).made_for.table(wildcards.study),
     shell:
         "python -m ntkbench study {wildcards.study} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
-rule draw:
+use rule study as timed_study with:
+    wildcard_constraints:
+        study=TIMED,
+
+
+rule gallery:
     input:
-        lambda wildcards: sorted(set(PAGES[wildcards.page].values())),
+        lambda wildcards: sorted(set(run_of(wildcards).figures.values())),
     output:
-        RESULTS / "{page}.html",
+        page="results/{profile}/gallery.html",
+        figures=report(directory("results/{profile}/figures"), **SHOWN),
     log:
-        RESULTS / "logs" / "{page}.log",
+        "results/{profile}/logs/gallery.log",
     benchmark:
-        RESULTS / "timings" / "{page}.tsv"
+        "results/{profile}/timings/gallery.tsv"
     conda:
         "environment.yml"
     resources:
         timer=2,
     params:
-        names=lambda wildcards: sorted(PAGES[wildcards.page]),
-        tables=TABLES,
-        title=f"ntkbench: figures of the {RUN.profile} configuration",
-        measured=lambda wildcards: [MADE_FOR.table(file.stem) for file in PAGES[wildcards.page].values()],
-        fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, PAGES[wildcards.page])),
+        names=lambda wildcards: sorted(run_of(wildcards).figures),
+        tables=lambda wildcards: run_of(wildcards).tables,
+        captions=lambda wildcards: run_of(wildcards).results / "figures",
+        title=lambda wildcards: f"ntkbench: figures of the {run_of(wildcards).config.profile} configuration",
+        measured=lambda wildcards: [
+            run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).figures.values()
+        ],
+        fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, run_of(wildcards).figures)),
     shell:
-        "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} --output {output:q} "
-        "> {log:q} 2>&1"
+        "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} "
+        "--figures {output.figures:q} --output {output.page:q} > {log:q} 2>&1"
+
+
+use rule gallery as paper_gallery with:
+    input:
+        lambda wildcards: sorted(set(run_of(wildcards).of_papers.values())),
+    output:
+        page="results/{profile}/paper_figures.html",
+        figures=report(directory("results/{profile}/paper_figures"), **SHOWN),
+    log:
+        "results/{profile}/logs/paper_figures.log",
+    benchmark:
+        "results/{profile}/timings/paper_figures.tsv"
+    params:
+        names=lambda wildcards: sorted(run_of(wildcards).of_papers),
+        captions=lambda wildcards: run_of(wildcards).results / "paper_figures",
+        measured=lambda wildcards: [
+            run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).of_papers.values()
+        ],
+        fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, run_of(wildcards).of_papers)),

@@ -23,6 +23,9 @@ from ntkbench.problem import Problem
 settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("ntkbench")
 
+# Most of a JAX test is compilation; what is optimised there matters to speed alone.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # A shell that starts the tests in the background has them, and the processes that they start, ignore an interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -111,9 +114,9 @@ def dense() -> Callable[[str, str], np.ndarray]:
 
 def checkout(folder: Path) -> Path:
     """A copy of what a run needs, whose files a test may change; the reference is the original one."""
-    for name in ("src", "benchmarks", "config", "profiles"):
+    for name in ("src", "benchmarks", "config", "profiles", "report"):
         shutil.copytree(paths.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("Snakefile", "environment.yml"):
+    for name in ("Snakefile", "environment.yml", "environment.post-deploy.sh"):
         shutil.copy(paths.ROOT / name, folder)
     (folder / "results").mkdir()
     (folder / "results" / "reference").symlink_to(paths.ROOT / "results" / "reference")
@@ -124,8 +127,9 @@ def snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT, **options:
     """The pipeline of a checkout, begun in a folder of its own, by a program whose environment is not activated."""
     tools = Path(sys.executable).parent
     path = os.pathsep.join(each for each in os.environ["PATH"].split(os.pathsep) if Path(each) != tools)
-    environment = os.environ | {"PATH": path, "PYTHONPATH": f"{root}:{root / 'src'}"}
-    command = [str(tools / "snakemake"), *arguments, "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
+    environment = os.environ | {"PATH": path, "PYTHONPATH": paths.python_path(root)}
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    command += ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
     environment |= options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **(pipes | options))

@@ -11,10 +11,14 @@ from ntkbench.cli import main
     [
         (["check", "nowhere.yaml"], "File 'nowhere.yaml' does not exist"),
         (["check", "."], "File '.' is a directory"),
-        (["chek", "x"], "Did you mean 'check'"),
+        (["chek", "x"], "No such command 'chek'. (Did you mean"),
         (["table"], "Missing argument 'SHARDS...'"),
         (["timings", "nowhere"], "Directory 'nowhere' does not exist"),
         (["measure", "--shard", "-1"], "-1 is not in the range x>=0"),
+        (["compare"], "Missing argument 'BASE'"),
+        (["compare", "no_such_commit"], "'no_such_commit' is no commit of"),
+        (["compare", "HEAD", "--cases", "("], "'(' is no regular expression"),
+        (["compare", "HEAD", "--cases", "no_such_case"], "found in the name of no case"),
     ],
 )
 def test_bad_usage_is_one_line(arguments, said):

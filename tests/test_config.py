@@ -1,10 +1,10 @@
 """Configurations: what is refused, with file, line, key, value and what is allowed, and nothing else than that."""
 
 import copy
-import itertools
+import json
 import math
-import re
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given
@@ -155,7 +155,7 @@ def test_a_wrong_block_of_the_grid_is_named(changes, said):
     refused("grid[0]", *said, grid=[BLOCK | changes])
 
 
-TAKEN = ["reference", "cache", "asv", "asv-html", "x_reference"]
+TAKEN = ["reference", "cache", "asv", "asv-html", "asv-isolated", "x_reference"]
 MALFORMED = ["Reference", "CACHE", "Smoke", "", " ", ".", "..", ".hidden", "-x", "_x", "a b", "a\n", "a/b", "../a"]
 MALFORMED += ["/tmp/x", "a\\b", "a.b", "é", "x\0", "~", "$HOME", "a" * 65]
 
@@ -252,7 +252,7 @@ def test_cuda_without_a_gpu_is_refused_for_the_run_and_for_a_study(monkeypatch):
 
 
 def test_a_study_whose_own_check_fails_is_one_line(monkeypatch):
-    def validate(given):
+    def validate(given, **_):
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(training.Settings, "model_validate", validate)
@@ -464,17 +464,28 @@ def test_any_bytes_are_accepted_or_named(tmp_path_factory, data):
     accepted_or_one_line_each(lambda: Config.read(file), str(file))
 
 
-def test_text_is_read_and_written_as_utf_8_everywhere():
-    calls = re.compile(r"\.(read_text|write_text)\((.*)|(?<![\w.])open\((.*)|\.open\((?!\"rb\")(.*)")
-    found = []
-    for file in itertools.chain(*((paths.ROOT / folder).rglob("*.py") for folder in ("src", "benchmarks"))):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if calls.search(line) and "encoding=" not in line and "Image.open" not in line:
-                found.append(f"{file.relative_to(paths.ROOT)}:{number}: {line.strip()}")
-    assert found == []
-
-
 def test_a_message_is_all_that_a_command_prints(write, capsys):
     with pytest.raises(SystemExit) as ended, errors.as_one_line():
         Config.read(write("grid: ["))
     assert str(ended.value).startswith("ntkbench: ") and "\n" not in str(ended.value)
+
+
+SCHEMA = paths.ROOT / "config" / "schema.json"
+
+
+def test_the_committed_schema_is_current():
+    assert SCHEMA.read_text(encoding="utf-8") == configuration.schema(), "`ntkbench schema --output config/schema.json`"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_schema_takes_the_committed_configurations(file):
+    jsonschema.validate(yaml.safe_load(file.read_text(encoding="utf-8")), json.loads(configuration.schema()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seedz": 1}, {"device": "gpu"}, {"seeds": 0}, {"grid": [BLOCK | {"methods": "some"}]}, {"limits": {"time": 1}}],
+)
+def test_the_schema_refuses_what_is_wrong_by_its_looks(changes):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"profile": "x", "grid": [BLOCK]} | changes, json.loads(configuration.schema()))

@@ -40,13 +40,12 @@ def failing(monkeypatch, fail):
 def test_errors_are_over_the_cells_seeds_with_the_first_call_among_them(config, record):
     made = Execution(CELL, config, record)
     made.first_call()
-    error = made.errors()
+    made.errors()
     kept = execution.read(record)
-    assert kept["seeds"] == 7 and kept["error"] == error and kept["passes_spent"] == made.passes == 8
-    assert kept["first_call_seconds"] == made.first_call_seconds > 0
+    assert kept["seeds"] == 7 and kept["passes_spent"] == 8 and kept["first_call_seconds"] > 0
     values = [made.estimate(seed).value for seed in range(7)]
     assert kept["value"] == sorted(values)[3]
-    assert error == sorted(abs(v - kept["reference"]) / kept["reference"] for v in values)[3]
+    assert kept["error"] == sorted(abs(v - kept["reference"]) / kept["reference"] for v in values)[3]
 
 
 def test_given_exact_values_are_used(config, record):

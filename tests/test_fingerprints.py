@@ -31,7 +31,7 @@ import torch, torch.func, jax, pandas, scipy.special, sklearn.datasets, matplotl
 
 def cell(plan, label):
     os.environ["NTKBENCH_PLAN"] = plan
-    from benchmarks import ntk
+    from benchmarks.pipeline import ntk
     case = ntk.Seconds()
     case.setup(label)
     case.time_estimate(label)

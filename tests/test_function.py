@@ -19,10 +19,11 @@ from ntkbench.ambient import own_jax_settings
 from ntkbench.errors import BadInput
 from ntkbench.layerwise import sample_kernels
 from ntkbench.metrics import METRICS
-from ntkbench.operators import check_result, jax_kernel, linearise, neural_tangents
+from ntkbench.operators import check_result, jax_kernel, linearise, neural_tangents, programs
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.problems.base import function
 from ntkbench.problems.base.function import from_function, with_columns
 
 jax = pytest.importorskip("jax")
@@ -521,6 +522,34 @@ def test_equal_functions_share_what_was_compiled_unless_they_have_changed():
             assert close(way(problem, None, None, False, TARGET), J @ J.T)
     unhashable = {"w": rng().standard_normal((3, 2)), "on": [jax.random.key(0)]}
     assert from_function(lambda p, x: x @ p["w"], x, unhashable).jax_forward is not None
+
+
+def test_a_second_call_compiles_nothing(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(programs, "lower", lambda *a, lower=programs.lower: compiled.append(a) or lower(*a))
+    x = rows(3)(4)
+    f = lambda params, x: 3 * mlp(params, x)  # noqa: E731
+    for seed in (0, 1):
+        params = mlp_params(seed)
+        for metric in (ntkbench.trace, ntkbench.norm):
+            assert metric(f, x, params=params).method == "nt_structured_derivatives"
+        if seed == 0:
+            first, traced = len(compiled), function._gradient.cache_info().misses
+    assert len(compiled) == first > 0 and function._gradient.cache_info().misses == traced
+
+
+def test_a_function_whose_gradients_alone_have_changed_is_not_taken_for_what_was_compiled():
+    stopped, params, x = {}, mlp_params(), rows(3)(4)
+
+    def f(params, x):
+        last = jax.lax.stop_gradient(params["last"]) if stopped["on"] else params["last"]
+        return mlp({**params, "last": last}, x)
+
+    for stopped["on"] in (False, True, False):
+        J = jacobian(f, x, params)
+        for metric in ("trace", "norm"):
+            found = getattr(ntkbench, metric)(f, x, params=params)
+            assert float(found) == pytest.approx(metrics_of(J @ J.T)[metric], rel=1e-4), (stopped, found)
 
 
 def test_the_digest_follows_function_parameters_inputs_and_constants():

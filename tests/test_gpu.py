@@ -144,7 +144,7 @@ def test_processes_are_run_again_failed_and_killed(tmp_path):
 def _running(pid: int) -> bool:
     for _ in range(100):
         try:
-            if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+            if "Z" in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]:
                 return False
         except OSError:
             return False

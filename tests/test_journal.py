@@ -137,6 +137,6 @@ def test_rows_of_other_journals_count(tmp_path):
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with Journal(tmp_path / "study.journal") as journal:
-        monkeypatch.setattr(journal, "_file", open("/dev/full", "w"))  # noqa: SIM115
+        monkeypatch.setattr(journal, "_file", open("/dev/full", "w", encoding="utf-8"))  # noqa: SIM115
         with pytest.raises(NtkbenchError, match=r"study\.journal cannot be written: No space left on device"):
             journal.finish("a", "this", OK)

@@ -19,6 +19,16 @@ from ntkbench.measure.journal import Journal, rows_of
 
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
 RUN = Config.read(CONFIG)
+ONE_CELL = {
+    "profile": "one_cell",
+    "device": "cpu",
+    "threads": 1,
+    "seeds": 2,
+    "calls": 1,
+    "grid": [
+        {"problems": ["digits_conv[N=3]"], "methods": ["one_sided_reverse"], "metrics": ["trace"], "passes": [12]}
+    ],
+}
 
 
 def ntkbench(root, *arguments):
@@ -46,8 +56,8 @@ def planned(root, *arguments):
     """Output files that a dry run would make."""
     code, out, err = run_snakemake(root, *arguments, "--dry-run", root=root)
     assert code == 0, err[-4000:]
-    lines = (out + err).splitlines()
-    return {line.split("/")[-1].rstrip(",") for line in lines if line.strip().startswith("output:")}
+    outputs = re.findall(r"^ *output: (.*)$", out + err, re.MULTILINE)
+    return {Path(file).name for line in outputs for file in line.split(", ")}
 
 
 def smoke(root, *arguments):
@@ -153,12 +163,12 @@ def test_a_broken_method_is_said_and_the_others_are_measured(finished, edited):
 
 def test_a_changed_study_runs_that_study_and_its_figures_alone(finished, edited):
     edited("config/smoke.yaml", lambda text: text.replace("steps: 40", "steps: 41"))
-    assert smoke(finished[0]) == {"mohamadi_drift.csv", "gallery.html"}
+    assert smoke(finished[0]) == {"mohamadi_drift.csv", "gallery.html", "figures"}
 
 
 def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
     edited("src/ntkbench/figures/coverage.py", lambda text: f"{text}# changed\n")
-    assert smoke(finished[0]) == {"gallery.html"}
+    assert smoke(finished[0]) == {"gallery.html", "figures"}
 
 
 @pytest.mark.parametrize(
@@ -190,13 +200,12 @@ def test_what_failed_is_measured_again_on_request(finished, results):
         kept.finish(label, made_for, kept.row(label, made_for) | {"status": "timeout"})
     before = journal.read_text(encoding="utf-8")
     assert smoke(root, "--config", "retry=failed") >= {"shard-0.csv"}
-    code, _, err = run_snakemake(
-        root, "table", "--configfile", "config/smoke.yaml", "--config", "retry=failed", root=root
-    )
+    table = ("results/smoke/table.csv", "--configfile", "config/smoke.yaml")
+    code, _, err = run_snakemake(root, *table, "--config", "retry=failed", root=root)
     assert code == 0, err[-3000:]
     added = journal.read_text(encoding="utf-8")[len(before) :]
     assert added.count('"row": {') == 1 and '"status": "ok"' in added and label in added
-    code, _, err = run_snakemake(root, "--configfile", str(root / "config/smoke.yaml"), root=root)
+    code, _, err = run_snakemake(root, *table, root=root)
     assert code == 0, err[-3000:]
     assert set(rows.read(results / "table.csv")["status"]) <= {"ok", "skipped"}
 
@@ -221,6 +230,60 @@ def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_pa
     assert set(re.findall(r"results/(\w+)/", out + err)) == {profile}
     assert re.search(rf"output: results/{profile}/studies/novak_flops.csv", out + err)
     assert not re.search(r"^(local)?rule (measure|table):", out + err, re.MULTILINE)
+
+
+def test_a_job_step_of_an_executor_has_the_papers_configuration(tmp_path):
+    """It is told its job, and neither the target nor a configuration file."""
+    step = ("--target-jobs", "study:profile=paper,study=novak_flops", "--allowed-rules", "study", "--mode", "remote")
+    code, out, err = run_snakemake(tmp_path, *step, "--config", "threads=1", "--cores", "1", "--dry-run", "--verbose")
+    assert code == 0, err[-3000:]
+    assert set(re.findall(r"output: (.*)", out + err)) == {"results/paper/studies/novak_flops.csv"}
+
+
+def test_a_profile_that_is_not_chosen_is_refused(tmp_path):
+    code, out, err = run_snakemake(tmp_path, "results/other/table.csv", "--config", "threads=1", "--dry-run")
+    assert code != 0 and "no configuration of the profile other is chosen" in out + err
+
+
+def test_the_report_has_figures_with_captions_tables_and_the_text(finished, results, tmp_path):
+    root, page = finished[0], tmp_path / "report.html"
+    code, _, err = run_snakemake(root, "--report", str(page), "--configfile", "config/smoke.yaml", root=root)
+    assert code == 0, err[-3000:]
+    text = page.read_text(encoding="utf-8")
+    names = {name for name in figures.names() if figures.study_of(name) in {None, *RUN.studies}}
+    for file in [*(f"{name}.{form}" for name in names for form in ("png", "csv")), "table.csv", "mohamadi_drift.csv"]:
+        assert file in text, file
+    for said in ("Tables", "The comparison", "Hazelden", "a problem, a method, a backend, a metric"):
+        assert said in text, said
+    caption = (results / "figures" / "coverage.txt").read_text(encoding="utf-8").splitlines()[-1]
+    assert caption in text
+
+
+def test_paths_with_spaces_and_another_folder(tmp_path):
+    """A checkout and a working folder with spaces in their paths; what is touched is as if it were just made."""
+    root, folder = tmp_path / "a checkout", tmp_path / "a folder"
+    root.mkdir()
+    checkout(root)
+    config = root / "config" / "one cell.yaml"
+    config.write_text(yaml.safe_dump(ONE_CELL), encoding="utf-8")
+
+    def run(*arguments):
+        code, out, err = run_snakemake(folder, *arguments, "--configfile", str(config), root=root)
+        assert code == 0, err[-3000:]
+        return out + err
+
+    run("figures", "--cores", "1")
+    results = folder / "results" / "one_cell"
+    assert list(rows.read(results / "table.csv")["status"]) == ["ok"]
+    assert (results / "figures" / "coverage.png").exists()
+    measured = (results / "shards" / "shard-0.journal").read_bytes()
+    run("results/one_cell/table.csv", "--cores", "1", "--forcerun", "measure")
+    assert (results / "shards" / "shard-0.journal").read_bytes() == measured, "a row that holds was measured again"
+    method = root / "src/ntkbench/methods/one_sided_reverse.py"
+    method.write_text(method.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    run("figures", "--touch", "--cores", "1")
+    assert "Nothing to be done" in run("figures", "--dry-run")
+    assert ntkbench(root, "pending", config, "--results", results).stdout.startswith("1 of 1 cells")
 
 
 def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):

@@ -27,7 +27,7 @@ FLOORS = (
     ("measure",),
     ("studies",),
     ("figures",),
-    ("readme",),
+    ("readme", "run"),
     ("cli", "__main__"),
     ("",),  # ntkbench/__init__.py, which offers what is below it
 )

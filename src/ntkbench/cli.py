@@ -116,13 +116,15 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
     """Put shards together as one table with one row a cell."""
     from ntkbench import paths
-    from ntkbench.measure import cells, rows
+    from ntkbench.measure import cells, provenance, rows
 
     with _one_line():
-        config = Config.read(config_file)
+        config = Config.read(config_file, here=False)
         combined = rows.combine(map(rows.read, shards), cells.cells(config))
         paths.write_atomically(output, combined.to_csv(index=False, lineterminator="\n"))
     click.echo(f"{len(combined)} cells: {combined['status'].value_counts().to_dict()}")
+    if said := provenance.several_machines(combined):
+        click.echo(said)
 
 
 @main.command()
@@ -131,10 +133,11 @@ def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
 @OUTPUT
 def study(name: str, config_file: Path, output: Path) -> None:
     """Measure a study as the configuration has it."""
+    from ntkbench import studies
     from ntkbench.studies.base import runner
 
     with _one_line():
-        runner.measure(Config.read(config_file), config_file, name, output)
+        runner.measure(Config.read(config_file, here=studies.is_timed(name)), config_file, name, output)
 
 
 @main.command(hidden=True)
@@ -143,26 +146,28 @@ def study(name: str, config_file: Path, output: Path) -> None:
 @OUTPUT
 def study_rows(name: str, config_file: Path, output: Path) -> None:
     """Measure the rows of a study that are not in its journal, in this process."""
+    from ntkbench import studies
     from ntkbench.studies.base import runner
 
     with _one_line():
-        runner.measure_rows(Config.read(config_file), name, output)
+        # Without times a study takes one thread, whatever the configuration says.
+        runner.measure_rows(Config.read(config_file, here=studies.is_timed(name)), name, output)
 
 
 @main.command()
 @click.argument("names", nargs=-1)
 @click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--title", required=True, help="Of the page.")
+@click.option("--figures", "folder", type=NEW, required=True, help="The folder to draw into.")
 @OUTPUT
-def draw(names: tuple[str, ...], tables: Path, title: str, output: Path) -> None:
-    """Draw figures from the tables of a folder, beside the page that shows them all.
+def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
+    """Draw figures from the tables of a folder, and write a page that shows them all.
 
     A figure that cannot be drawn says why in its place.
     """
     from ntkbench import figures, paths
     from ntkbench.figures.plotting import gallery
 
-    folder = output.parent / "figures"
     with _one_line():
         studies = {name: figures.study_of(name) for name in names}
         files = {name: tables / (f"studies/{study}.csv" if study else "table.csv") for name, study in studies.items()}
@@ -170,6 +175,17 @@ def draw(names: tuple[str, ...], tables: Path, title: str, output: Path) -> None
         paths.write_atomically(output, gallery.page([folder / f"{name}.png" for name in names], title))
     for name, outcome in made.items():
         click.echo(f"{name}: {outcome.status} {outcome.reason}")
+
+
+@main.command()
+@OUTPUT
+def schema(output: Path) -> None:
+    """Write the JSON schema of configurations, by which editors complete and check them."""
+    from ntkbench import paths
+    from ntkbench.measure import config
+
+    with _one_line():
+        paths.write_atomically(output, config.schema())
 
 
 @main.command("list")
@@ -233,6 +249,22 @@ def timings(results: Path) -> None:
 
     with _one_line():
         click.echo(spent.report(results))
+
+
+@main.command()
+@click.argument("base")
+@click.argument("head", default="HEAD")
+@click.option("--cases", default="", metavar="REGEX", help="Only the cases in whose names it is found.")
+def compare(base: str, head: str, cases: str) -> None:
+    """Measure two commits in turn; exit status 1 where HEAD is slower, larger or less accurate than BASE."""
+    from ntkbench.measure import compare as comparison
+
+    with _one_line():
+        try:
+            passed = comparison.run(base, head, cases)
+        except errors.BadInput as error:
+            raise click.UsageError(str(error)) from None
+    sys.exit(not passed)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
 
 
 def of_shard(config: Config, number: int) -> list[Cell]:
-    """The cells of one of the configuration's shards, by methods, which are dealt out in turn."""
+    """The cells of one of the configuration's shards: pairs of a problem and a method are dealt out in turn."""
     every = cells(config)
-    names = sorted({cell.method for cell in every})
-    mine = set(names[number :: config.shards])
-    return [cell for cell in every if cell.method in mine]
+    pairs = sorted({(cell.problem, cell.method) for cell in every})
+    mine = set(pairs[number :: config.shards])
+    return [cell for cell in every if (cell.problem, cell.method) in mine]

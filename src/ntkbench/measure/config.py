@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import (
     AfterValidator,
     Field,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -31,7 +33,7 @@ from ntkbench.metrics import METRICS
 
 COMMAND_LINE = "--config"
 """Stands in messages where a file and a line would, for a value from the command line."""
-OCCUPIED = ("reference", "cache", "asv", "asv-html")
+OCCUPIED = ("reference", "cache", "asv", "asv-html", "asv-isolated")
 """Folders below ``results`` that belong to no profile."""
 
 
@@ -56,7 +58,7 @@ class Block(Strict):
     calls: PositiveInt | None = None
     backends: Literal["plain", "all"] = "plain"
 
-    @field_validator("methods", "metrics", mode="before")
+    @field_validator("methods", "metrics", mode="before", json_schema_input_type=Literal["all"] | list[str])
     @classmethod
     def _all_means_all(cls, names: Any, field: ValidationInfo) -> Any:
         if names == "all":
@@ -105,7 +107,8 @@ class Config(Settings):
 
     Attributes:
         profile: results go to ``results/<profile>``.
-        shards: runs of asv that the grid's cells are dealt out to.
+        shards: runs of asv that the grid's cells are dealt out to, by problem and method.
+        job_h: hours that a scheduler is asked for, at most, for one job of a cluster.
         retry: ``failed`` measures again what failed for a reason that may pass.
         grid: may be empty where there are studies.
         studies: settings of each study, by its name; where it gives none, those of the configuration hold.
@@ -114,10 +117,12 @@ class Config(Settings):
 
     profile: Profile
     shards: int = Field(default=1, ge=1, le=1000)
+    job_h: float = Field(default=24, gt=0, le=10_000)
     retry: Literal["none", "failed"] = "none"
     grid: list[Block]
     studies: dict[StudyName, dict[str, Any]] = Field(default={})
     source: Literal["measured", "reference"] = "measured"
+    _here: bool = PrivateAttr(default=True)
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> Self:
@@ -126,12 +131,12 @@ class Config(Settings):
         return self
 
     @classmethod
-    def read(cls, file: Path) -> Self:
+    def read(cls, file: Path, here: bool = True) -> Self:
         """The configuration in one file; see :meth:`of_files`."""
-        return cls.of_files([file])
+        return cls.of_files([file], here=here)
 
     @classmethod
-    def of_files(cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> Self:
+    def of_files(cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None, here: bool = True) -> Self:
         """The configuration in some files and on the command line.
 
         Mappings are merged key by key, and all other values replaced, by those of later files and at last by
@@ -140,6 +145,7 @@ class Config(Settings):
         Args:
             files: YAML files.
             overrides: values from the command line, as Snakemake parses them.
+            here: whether this machine measures, so that it must have the cores and the device.
 
         Raises:
             BadInput: one line for each thing that is wrong; it names file and line, key, value and what is allowed.
@@ -153,16 +159,17 @@ class Config(Settings):
         given = _parsed(overrides or {})
         _merge(raw, given, where)
         where |= dict.fromkeys(_places(given), COMMAND_LINE)
-        return cls.check(raw, ", ".join(map(str, files)), where)
+        return cls.check(raw, ", ".join(map(str, files)), where, here)
 
     @classmethod
-    def check(cls, raw: object, source: str, where: Mapping[Place, str] | None = None) -> Self:
+    def check(cls, raw: object, source: str, where: Mapping[Place, str] | None = None, here: bool = True) -> Self:
         """Validate what was read.
 
         Args:
             raw: keys and values.
             source: where they come from, for messages.
             where: where single values come from, by their places.
+            here: as in :meth:`of_files`.
 
         Raises:
             BadInput: as :meth:`of_files`.
@@ -170,7 +177,8 @@ class Config(Settings):
         where = where or {}
         wrong: list[str] = []
         try:
-            config = cls.model_validate(raw)
+            config = cls.model_validate(raw, context={"here": here})
+            config._here = here
         except ValidationError as error:
             raise BadInput("\n".join(_explained(error, (), source, where))) from None
         for name in config.studies:
@@ -212,7 +220,7 @@ class Config(Settings):
         common = {key: getattr(self, key) for key in Settings.model_fields}
         if isinstance(given := own.get("limits"), dict):
             own["limits"] = self.limits.model_dump() | given
-        return _settings_of(name).model_validate(common | own)
+        return _settings_of(name).model_validate(common | own, context={"here": self._here})
 
 
 def write(config: Config, file: Path) -> Path:
@@ -221,6 +229,15 @@ def write(config: Config, file: Path) -> Path:
     if not file.exists() or file.read_bytes() != text.encode("utf-8"):
         paths.write_atomically(file, text)
     return file
+
+
+def schema() -> str:
+    """The JSON schema of configurations, with a final newline.
+
+    It knows keys, types and ranges. Names of plug-ins and settings of studies are for :meth:`Config.check`.
+    """
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any], where: dict[Place, str], top: Place = ()) -> None:

@@ -24,7 +24,7 @@ from ntkbench.measure import outcomes, plan, watchdog
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.outcomes import Outcome
 
-SUITE = paths.ROOT / "benchmarks"
+SUITE = paths.ROOT / "benchmarks" / "pipeline"
 BENCHMARKS = {"memory": "ntk.Memory.peakmem_estimate", "seconds": "ntk.Seconds.time_estimate"}
 """The benchmark of each aspect."""
 KILLED = -9

@@ -30,13 +30,13 @@ ASPECTS = ("memory", "seconds")
 class Execution:
     """A cell in this process, ready to be estimated."""
 
-    def __init__(self, cell: Cell, config: Config, record: Path | None) -> None:
+    def __init__(self, cell: Cell, config: Config, record: Path) -> None:
         """Load the problem and prepare the method; nothing is estimated yet.
 
         Args:
             cell: what is measured.
             config: the settings.
-            record: where what is found out goes; ``None`` keeps nothing.
+            record: where what is found out goes.
 
         Raises:
             Unavailable: the cell is left out.
@@ -64,16 +64,10 @@ class Execution:
         with self.recorded():
             start = time.perf_counter()
             self._first = seeds.checked(self.estimate(), self._cell.metric)
-            self.first_call_seconds = self._prepare_seconds + time.perf_counter() - start
-            self._keep(first_call_seconds=self.first_call_seconds)
+            self._keep(first_call_seconds=self._prepare_seconds + time.perf_counter() - start)
 
-    @property
-    def passes(self) -> float | None:
-        """Passes that the first call spent."""
-        return self._first.passes
-
-    def errors(self, exact: dict[str, float] | None = None) -> float:
-        """Median relative error over the cell's seeds, after :meth:`first_call`, which is the first of them.
+    def errors(self, exact: dict[str, float] | None = None) -> None:
+        """Errors over the cell's seeds, after :meth:`first_call`, which is the first of them.
 
         Args:
             exact: exact values by metric; looked up if not given.
@@ -91,7 +85,6 @@ class Execution:
                 effective_rank=exact.get("effective_rank"),
                 error_seconds=time.perf_counter() - start,
             )
-            return columns["error"]
 
     def settle(self) -> None:
         """Take note of the bytes held before the call whose peak is taken."""
@@ -122,8 +115,7 @@ class Execution:
 
     def _keep(self, **found: Any) -> None:
         self._found |= found
-        if self._record:
-            paths.write_atomically(self._record, json.dumps(self._found))
+        paths.write_atomically(self._record, json.dumps(self._found))
 
 
 def record_file(records: Path, index: int, aspect: str) -> Path:

@@ -26,7 +26,7 @@ from ntkbench.registry import Fault, Source
 PACKAGE = Path(__file__).parents[1]
 """The folder of the package whose files are looked at."""
 
-SUITE = paths.ROOT / "benchmarks" / "ntk.py"
+SUITE = paths.ROOT / "benchmarks" / "pipeline" / "ntk.py"
 """What a cell's process starts from; it is no part of the package."""
 CELL_ROWS = "ntkbench.measure.rows"
 GALLERY = "ntkbench.figures.plotting.gallery"

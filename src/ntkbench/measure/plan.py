@@ -1,19 +1,17 @@
-"""What the asv suite measures: the cells of one shard of the pipeline, or the small fixed grid of asv's own history."""
+"""What the pipeline's suite measures: the cells of one shard of a run."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ntkbench import paths
-from ntkbench.measure import cells
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.limits import Limits
 
-HISTORY = paths.ROOT / "config" / "history.yaml"
 VARIABLE = "NTKBENCH_PLAN"
 
 
@@ -25,26 +23,23 @@ class Plan:
         config: the configuration.
         cells: in the order of asv's cases.
         exact: exact values of each problem's metrics; a problem that is not there has its values looked up.
-        records: folder of a run's records; ``None`` where asv alone is asked, which keeps what it measures.
+        records: folder of the run's records.
     """
 
     config: Config
     cells: list[Cell]
-    exact: dict[str, dict[str, float]] = field(default_factory=dict)
-    records: Path | None = None
+    exact: dict[str, dict[str, float]]
+    records: Path
 
     @classmethod
     def current(cls) -> Plan:
-        """The plan that ``$NTKBENCH_PLAN`` points to, else the history's."""
-        if file := os.environ.get(VARIABLE):
-            written = json.loads(Path(file).read_text(encoding="utf-8"))
-            # Settings alone, checked before: checking a grid again would import every plug-in that it names.
-            limits = Limits(**written["settings"].pop("limits"))
-            config = Config.model_construct(**written["settings"], limits=limits)
-            made = [Cell(**cell) for cell in written["cells"]]
-            return cls(config, made, written["exact"], Path(written["records"]))
-        config = Config.read(HISTORY)
-        return cls(config, cells.cells(config))
+        """The plan that ``$NTKBENCH_PLAN`` points to."""
+        written = json.loads(Path(os.environ[VARIABLE]).read_text(encoding="utf-8"))
+        # Settings alone, checked before: checking a grid again would import every plug-in that it names.
+        limits = Limits(**written["settings"].pop("limits"))
+        config = Config.model_construct(**written["settings"], limits=limits)
+        made = [Cell(**cell) for cell in written["cells"]]
+        return cls(config, made, written["exact"], Path(written["records"]))
 
     @property
     def labels(self) -> list[str]:

@@ -8,8 +8,12 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ntkbench import paths
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
 
@@ -48,6 +52,23 @@ def provenance() -> Provenance:
         versions=", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
         python=platform.python_version(),
     )
+
+
+def several_machines(table: pd.DataFrame) -> str:
+    """A sentence where rows come from more than one kind of machine; empty where they do not.
+
+    Kinds are processors and GPUs: their seconds are not to be compared.
+
+    Args:
+        table: with the columns ``status``, ``machine`` and ``device``.
+    """
+    done = table[table["status"] == "ok"]
+    places = done[["machine", "device"]].fillna("").astype(str).agg(", ".join, axis=1).value_counts().sort_index()
+    gpus = set(done["device"].dropna()) - {"cpu", ""}
+    if max(done["machine"].nunique(), len(gpus)) < 2:
+        return ""
+    rows = "; ".join(f"{place}: {count}" for place, count in places.items())
+    return f"Rows come from several kinds of machines, whose seconds are not to be compared (rows of each: {rows})."
 
 
 def _version(package: str) -> str | None:

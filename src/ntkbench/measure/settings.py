@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure.limits import Limits
@@ -15,6 +15,8 @@ from ntkbench.options import Target
 
 class Settings(Strict):
     """Settings of a run; those of a study are the configuration's, where the study gives none.
+
+    This machine must have the cores and the device, unless the validation context says ``{"here": False}``.
 
     Attributes:
         device: auto, cpu or cuda.
@@ -34,15 +36,15 @@ class Settings(Strict):
 
     @field_validator("threads")
     @classmethod
-    def _threads_exist(cls, threads: int) -> int:
-        if threads > (cores := len(os.sched_getaffinity(0))):
+    def _threads_exist(cls, threads: int, info: ValidationInfo) -> int:
+        if _here(info) and threads > (cores := len(os.sched_getaffinity(0))):
             raise BadInput(f"more threads than cores; allowed: 1 to {cores}")
         return threads
 
     @field_validator("device")
     @classmethod
-    def _device_exists(cls, device: str) -> str:
-        if device == "cuda":
+    def _device_exists(cls, device: str, info: ValidationInfo) -> str:
+        if device == "cuda" and _here(info):
             from ntkbench import operators
 
             try:
@@ -54,3 +56,8 @@ class Settings(Strict):
     def target(self, backend: str = "torch", dtype: str | None = None) -> Target:
         """Where these settings run a backend."""
         return Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
+
+
+def _here(info: ValidationInfo) -> bool:
+    """Whether this machine is the one that measures."""
+    return bool((info.context or {}).get("here", True))

@@ -38,7 +38,6 @@ def import_early(*, with_jax: bool) -> None:
         with_jax: whether JAX is of use.
     """
     import sklearn.datasets  # noqa: F401
-    import torch._decomp.decompositions_for_jvp  # torch.func imports these two at its first use
     import torch._dynamo  # noqa: F401
 
     if with_jax:

@@ -3,7 +3,7 @@
 A watched process may sit in a call that never comes back to Python, stop itself, or take all memory; what watches it
 is another process. :class:`Watch` is a thread of the process that has the others measure. ``python watchdog.py`` is a
 small process of its own: the *guardian* of a step of the pipeline, which ends all that the step started once the step
-or the run it belongs to is gone, however that happened; or the guard of one process that nobody else watches.
+or the run it belongs to is gone, however that happened.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def step() -> Iterator[str]:
     mark = f"{os.getpid()}-{time.time_ns()}"
     before = os.environ.get(STEP)
     os.environ[STEP] = mark
-    _start("guardian", str(os.getpid()), os.environ.get(RUN, "0"), mark)
+    _start_guardian(str(os.getpid()), os.environ.get(RUN, "0"), mark)
     try:
         yield mark
     finally:
@@ -151,13 +151,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def guard(seconds: float, memory: float) -> None:
-    """Have this process killed when it goes over its time or its resident memory, or when its parent is gone."""
-    end_with_parent()
-    _start("guard", str(os.getpid()), str(seconds), str(memory))
-
-
-def _start(*arguments: str) -> None:
+def _start_guardian(*arguments: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != STEP}
     subprocess.Popen(
         [sys.executable, "-P", __file__, *arguments],
@@ -186,16 +180,5 @@ def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
     end_marked(mark)
 
 
-def _guard(pid: int, seconds: float, memory: float) -> None:
-    with contextlib.suppress(psutil.Error):
-        process, since = psutil.Process(pid), time.monotonic()
-        with Watch(lambda: [Watched(process, since, seconds)], memory):
-            process.wait()
-
-
 if __name__ == "__main__":
-    kind, *given = sys.argv[1:]
-    if kind == "guardian":
-        _guardian(int(given[0]), int(given[1]), given[2])
-    else:
-        _guard(int(given[0]), float(given[1]), float(given[2]))
+    _guardian(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import labels
+from ntkbench.measure.provenance import several_machines
 from ntkbench.metrics import METRICS
 
 STYLE = Path(__file__).with_name("ntkbench.mplstyle")
@@ -126,7 +127,10 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
 
 
 def settings_line(table: pd.DataFrame) -> str:
-    """Device, precision, threads, seeds and code on one line, for under a figure's title."""
+    """Device, precision, threads, seeds and code on one line, for under a figure's title.
+
+    It warns of rows from several kinds of machines.
+    """
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
     stochastic = table[table["kind"] == "stochastic"] if "kind" in table else table
     seeds = stochastic.loc[stochastic["seeds"] > 1, "seeds"] if "seeds" in table else stochastic["threads"].iloc[:0]
@@ -134,6 +138,7 @@ def settings_line(table: pd.DataFrame) -> str:
         *(" / ".join(sorted(set(table[column]) - {""})) for column in ("device", "dtype")),
         threads and f"{threads} thread" + "s" * (threads != "1"),
         f"median over {labels.range_label(seeds)} seeds" if len(seeds) else "",
+        "several kinds of machines: seconds do not compare" if several_machines(table) else "",
         _code(table),
     ]
     return labels.plain("  ·  ".join(part for part in parts if part))
@@ -159,6 +164,7 @@ def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None 
         f"{labels.name_label(name)}. {drawing.caption}",
         f"Settings: {settings_line(table) or 'none recorded'}.",
         f"Machine: {'; '.join(sorted(set(table['machine']) - {''})) or 'not recorded'}.",
+        *filter(None, [several_machines(table)]),
         f"{f'Rows of the study {study}' if study else 'Cells of the grid'}: {cells or 'none'}.",
     ]
     return "\n".join(lines).replace(r"\$", "$") + "\n"

@@ -23,6 +23,11 @@ GROUPS = {
 OWN = "The comparison"
 
 
+def group(name: str) -> str:
+    """The group that a figure is shown in, by its name."""
+    return GROUPS.get(name.split("_")[0], OWN)
+
+
 def page(pictures: Sequence[Path], title: str) -> str:
     """The page.
 
@@ -42,7 +47,7 @@ def page(pictures: Sequence[Path], title: str) -> str:
         name, _, text = first.partition(". ")
         with Image.open(picture) as image:
             width, height = image.size  # so that links arrive where they should while pictures load
-        groups[GROUPS.get(picture.stem.split("_")[0], OWN)].append(
+        groups[group(picture.stem)].append(
             {
                 "id": picture.stem,
                 "name": name or labels.name_label(picture.stem),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import jax
 
 
-CERTIFIED_ROWS = 64
-"""Rows of J that the certificate of a trace takes at most."""
+FEW_ROWS, CERTIFIED_ROWS = 16, 64
+"""Rows of J that the certificate of a trace takes: of samples that have no more than the first number together, or of
+one sample that has no more than the second."""
 
 
 class NeuralTangents(Method):
@@ -80,7 +82,8 @@ class CompiledPrograms:
     A program is certified at its first use by plain autograd. Of a kernel Theta, c^T Theta c for random signs c is
     compared with ||J^T c||^2. Of the trace, the part of the first samples is compared with the squared norms of their
     rows of J, :data:`CERTIFIED_ROWS` at most. Where a sample has more outputs, the part of the first one is compared
-    with a kernel of that sample alone, which is certified as kernels are.
+    with a kernel of that sample alone, which is certified as kernels are. Programs are shared by problems of the same
+    function and shapes; certificates are not.
 
     Attributes:
         certificate: the largest relative difference found; ``None`` before the first metric.
@@ -114,7 +117,7 @@ class CompiledPrograms:
 
         first = metric not in self._programs
         if first:
-            self._programs[metric] = self._compiled(metric)
+            self._programs[metric] = self._compiled(metric, self._x)
         sums, forms = jax.device_get(self._programs[metric](self._parameter_sets(metric), self._x))
         if first:
             for name, form in zip(metrics.parameter_sets(metric), forms, strict=True):
@@ -129,86 +132,120 @@ class CompiledPrograms:
     def _form(self, name: str) -> float:
         """||J^T c||^2 at one parameter set."""
         parameters = list(self._problem.weights(name))
-        g = plain_gradient(self._problem, name, self._target, parameters)(self._signs().reshape(-1))
+        c = _signs(self._problem.N, self._problem.O, self._target.dtype)
+        g = plain_gradient(self._problem, name, self._target, parameters)(c.reshape(-1))
         return float(g @ g)
 
     def _trace_of_rows(self) -> float:
         """The sum of the squared norms of the first samples' rows of J."""
         if self._problem.O > CERTIFIED_ROWS:
             return self._trace_of_block()
+        from ntkbench.operators.jax import plain_pullback
+
         few = self._problem.with_inputs(self._problem.x[: self._certified_samples])
-        gradient = plain_gradient(few, "theta_0", self._target, list(few.theta_0))
-        rows = map(gradient, np.eye(few.n, dtype=self._target.dtype))
+        pull = plain_pullback(few, "theta_0", self._target, list(few.theta_0))
+        rows = map(pull, np.eye(few.n, dtype=self._target.dtype))
         return sum(float(row @ row) for row in rows)
 
     def _trace_of_block(self) -> float:
         """The trace of the first sample's block, by a kernel of that sample alone, which plain autograd certifies."""
         import jax
-        import jax.numpy as jnp
 
-        kernel = programs.kernel_function(self._networks["theta_0"][0], self._implementation)
-        c, weights, x = self._signs()[:1], self._parameter_sets("trace"), self._x[:1]
-
-        def block(weights: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-            theta = kernel(weights[0], x)
-            return jnp.einsum("abij,ai,bj->", theta, c, c), jnp.einsum("aaii->", theta)
-
-        form, trace = jax.device_get(self._within_memory(programs.lower(block, weights, x))(weights, x))
         few = self._problem.with_inputs(self._problem.x[:1])
+        weights, x = self._parameter_sets("norm"), self._x[:1]
+        sums, (form,) = jax.device_get(self._compiled("norm", x)(weights, x))
+        c = _signs(1, self._problem.O, self._target.dtype)
         g = plain_gradient(few, "theta_0", self._target, list(few.theta_0))(c.reshape(-1))
         self._certify(float(form), float(g @ g))
-        return float(trace)
+        return float(sums["trace"])
 
     @property
     def _certified_samples(self) -> int:
-        return max(1, min(self._problem.N, CERTIFIED_ROWS // self._problem.O))
-
-    def _signs(self) -> np.ndarray:
-        """The fixed random signs c, ``[N, O]``."""
-        like = np.empty(0, self._target.dtype)
-        return np.asarray(certificate.random_signs(self._problem.n, like)).reshape(self._problem.N, -1)
+        return max(1, min(self._problem.N, FEW_ROWS // self._problem.O))
 
     def _parameter_sets(self, metric: str) -> list[Any]:
         return [self._networks[name][1] for name in metrics.parameter_sets(metric)]
 
-    def _compiled(self, metric: str) -> jax.stages.Compiled:
+    def _compiled(self, metric: str, x: jax.Array) -> jax.stages.Compiled:
+        import jax
+
         metrics.check(metric)
         names = metrics.parameter_sets(metric)
         for name in names:
             self._problem.weights(name)  # raises where there are none
-        lowered = programs.lower(
-            self._trace() if metric == "trace" else self._sums(names), self._parameter_sets(metric), self._x
+        leaves, structure = jax.tree.flatten((self._parameter_sets(metric), x))
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
+        return _compiled(
+            tuple(self._networks[name][0] for name in names),
+            self._implementation,
+            metric == "trace",
+            (self._problem.O, self._certified_samples),
+            (shapes, structure),
+            self._target,
+            self._problem.name,
         )
-        return self._within_memory(lowered)
 
-    def _within_memory(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        limit = programs.memory_limit(self._x.device, self._target)
-        return programs.compile_within(
-            limit, lowered, f"neural-tangents' {self._implementation} for {self._problem.name}"
-        )
 
-    def _trace(self) -> Callable[..., Any]:
-        outputs = self._problem.O
-        mean = programs.kernel_function(self._networks["theta_0"][0], self._implementation, (1,), (0,))
-        few = self._certified_samples
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    forwards: tuple[Callable[[Any, Any], Any], ...],
+    implementation: str,
+    of_trace: bool,
+    sizes: tuple[int, int],
+    arguments: tuple[tuple[jax.ShapeDtypeStruct, ...], Any],
+    target: Target,
+    name: str,
+) -> jax.stages.Compiled:
+    """The program (parameter sets, x) -> (moments, what certificates are compared with) for some shapes.
 
-        def trace(weights: Any, x: Any) -> Any:
-            by_sample = outputs * mean(weights[0], x)
-            return {"trace": by_sample.sum()}, [by_sample[:few].sum()]
+    Args:
+        forwards: the network at each parameter set.
+        implementation: of neural-tangents.
+        of_trace: whether the trace alone is wanted, without the kernel.
+        sizes: outputs of a sample, and samples whose part of the trace is certified.
+        arguments: shapes of the arguments' arrays, and their structure.
+        target: where it runs.
+        name: of the problem.
+    """
+    import jax
 
-        return trace
+    from ntkbench.operators.jax import device
 
-    def _sums(self, names: Sequence[str]) -> Callable[..., Any]:
-        import jax.numpy as jnp
+    shapes, structure = arguments
+    weights, x = jax.tree.unflatten(structure, shapes)
+    made = _trace(forwards[0], implementation, *sizes) if of_trace else _sums(forwards, implementation, sizes[0])
+    limit = programs.memory_limit(device(target), target)
+    return programs.compile_within(
+        limit, programs.lower(made, weights, x), f"neural-tangents' {implementation} for {name}"
+    )
 
-        kernels = [programs.kernel_function(self._networks[name][0], self._implementation) for name in names]
-        c = self._signs()
 
-        def sums(weights: Any, x: Any) -> Any:
-            thetas = [theta(w, x) for theta, w in zip(kernels, weights, strict=True)]
-            return moments(thetas), [jnp.einsum("abij,ai,bj->", theta, c, c) for theta in thetas]
+def _trace(forward: Callable[[Any, Any], Any], implementation: str, outputs: int, certified: int) -> Callable[..., Any]:
+    mean = programs.kernel_function(forward, implementation, (1,), (0,))
 
-        return sums
+    def trace(weights: Any, x: Any) -> Any:
+        by_sample = outputs * mean(weights[0], x)
+        return {"trace": by_sample.sum()}, [by_sample[:certified].sum()]
+
+    return trace
+
+
+def _sums(forwards: Sequence[Callable[[Any, Any], Any]], implementation: str, outputs: int) -> Callable[..., Any]:
+    import jax.numpy as jnp
+
+    kernels = [programs.kernel_function(forward, implementation) for forward in forwards]
+
+    def sums(weights: Any, x: Any) -> Any:
+        thetas = [theta(w, x) for theta, w in zip(kernels, weights, strict=True)]
+        c = _signs(len(x), outputs, thetas[0].dtype)
+        return moments(thetas), [jnp.einsum("abij,ai,bj->", theta, c, c) for theta in thetas]
+
+    return sums
+
+
+def _signs(samples: int, outputs: int, dtype: Any) -> np.ndarray:
+    """The fixed random signs c, ``[samples, outputs]``."""
+    return np.asarray(certificate.random_signs(samples * outputs, np.empty(0, dtype))).reshape(samples, outputs)
 
 
 def moments(kernels: Sequence[jax.Array]) -> dict[str, jax.Array]:

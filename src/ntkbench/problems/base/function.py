@@ -489,6 +489,18 @@ def _compiled(forward: FlatFunction) -> Callable[[Any, Any], Any]:
     return jax.jit(forward)
 
 
+@functools.lru_cache(maxsize=16)
+def _gradient(forward: FlatFunction) -> Callable[[Any, Any, Any, Any], Any]:
+    """(fixed arrays, parameters, x, cotangents of the outputs) -> the gradient ``[P]``, compiled for each shape."""
+    import jax
+
+    def gradient(fixed: Any, theta: Any, x: Any, v: Any) -> Any:
+        (g,) = jax.vjp(lambda theta: forward({**fixed, **theta}, x).reshape(-1), theta)[1](v.reshape(-1))
+        return jax.numpy.concatenate([part.reshape(-1) for part in g.values()])
+
+    return jax.jit(gradient)
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory", "RESOURCE_EXHAUSTED"))
 
@@ -540,15 +552,7 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
 
 
 def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, outputs: int) -> bool:
-    import jax
-
-    constants = _on_device(fixed)
-
-    @jax.jit
-    def gradient(theta: Any, x: Any, v: Any) -> Any:
-        (g,) = jax.vjp(lambda theta: forward({**constants, **theta}, x).reshape(-1), theta)[1](v.reshape(-1))
-        return jax.numpy.concatenate([part.reshape(-1) for part in g.values()])
-
+    gradient = functools.partial(_gradient(forward), _on_device(fixed))
     dtype = next(iter(theta.values())).dtype
     rng = np.random.default_rng(0)
     chosen = _spread(len(x), ALONE)

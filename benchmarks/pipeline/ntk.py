@@ -1,7 +1,7 @@
-"""The asv suite: every case is a cell (problem, method, backend, metric, passes), measured in three aspects.
+"""The pipeline's suite: every case is a cell (problem, method, backend, metric, passes) of one shard of a run.
 
-Thin on purpose: what an execution is stands in ``ntkbench.measure.execution``. Versions are fixed, so that a
-refactoring does not cut the history; raise one by hand when a number's meaning changes.
+Thin on purpose: what an execution is stands in ``ntkbench.measure.execution``. Only the pipeline runs it, by
+``ntkbench.measure.engine``; the suite that asv runs over commits is ``benchmarks/history/``.
 """
 
 from __future__ import annotations
@@ -36,42 +36,16 @@ class _Case:
             return
         watchdog.end_with_parent()
         index = PLAN.labels.index(label)
-        cell, limits = PLAN.cells[index], PLAN.config.limits
-        record = execution.record_file(PLAN.records, index, self.aspect) if PLAN.records else None
-        if record is None:
-            watchdog.guard(limits.time_s, limits.memory_bytes)
+        cell = PLAN.cells[index]
         try:
-            self.execution = Execution(cell, PLAN.config, record)
+            self.execution = Execution(cell, PLAN.config, execution.record_file(PLAN.records, index, self.aspect))
         except Unavailable as error:
             raise NotImplementedError(str(error)) from None  # asv's way of saying n/a
         self.prepare(cell.problem)
 
     def prepare(self, problem: str) -> None:
         """What comes before the aspect is measured."""
-        self.execution.first_call()
-
-
-class Accuracy(_Case):
-    aspect = "accuracy"
-
-    def track_error(self, label: str) -> float:
-        return self.execution.errors()
-
-    track_error.version = "2"
-    track_error.unit = "median relative error"
-
-    def track_passes(self, label: str) -> float:
-        passes = self.execution.passes
-        return math.nan if passes is None else passes  # n/a where a method is not made of passes
-
-    track_passes.version = "1"
-    track_passes.unit = "passes"
-
-    def track_first_call_seconds(self, label: str) -> float:
-        return self.execution.first_call_seconds
-
-    track_first_call_seconds.version = "1"
-    track_first_call_seconds.unit = "seconds"
+        raise NotImplementedError
 
 
 class Memory(_Case):
@@ -82,8 +56,6 @@ class Memory(_Case):
 
     def peakmem_estimate(self, label: str) -> None:
         self.execution.call_for_peak()
-
-    peakmem_estimate.version = "1"
 
 
 class Seconds(_Case):
@@ -97,12 +69,9 @@ class Seconds(_Case):
         self.repeat = (calls, calls, math.inf)
 
     def prepare(self, problem: str) -> None:
-        super().prepare(problem)
-        if PLAN.records:  # the pipeline takes errors from the same process
-            self.execution.errors(PLAN.exact.get(problem))
+        self.execution.first_call()
+        self.execution.errors(PLAN.exact.get(problem))
 
     def time_estimate(self, label: str) -> None:
         with self.execution.recorded():
             self.execution.estimate()
-
-    time_estimate.version = "2"

@@ -1,0 +1,168 @@
+"""The history's cases: how each is called, what it gives, how wrong that is, and the memory it takes.
+
+A case is a line of ``cases.txt``, ``network/method/backend/function[/passes]``. asv knows a case by its place in that
+list, so it is only ever added to, at its end. What a commit does not have is n/a there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CASES = tuple(Path(__file__).with_name("cases.txt").read_text(encoding="utf-8").split())
+
+LEFT_OUT: dict[str, str] = {}
+"""Methods without a case, and why."""
+
+SEEDS = 20
+"""Over which the error of a random method is the median; others have one."""
+
+ALONE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+"""Environment of a process that measures, before it imports a backend."""
+
+
+class Absent(NotImplementedError):
+    """The commit does not have what a case calls; asv takes it for n/a."""
+
+
+def one_thread() -> None:
+    """Keep this process to one thread: torch is told, and XLA goes by the processors that the process may use."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+
+
+def import_early() -> None:
+    """Import what cases use, so that processes forked from this one need not; no backend is started."""
+    import torch._dynamo  # noqa: F401 (torch.func imports these two at its first use)
+
+    try:
+        import jax.numpy  # noqa: F401
+
+        import ntkbench
+
+        ntkbench.trace  # noqa: B018 (imported when it is first named)
+    except Exception as error:
+        print(f"not imported early: {error!r}")  # whoever needs it meets the error again
+    gc.freeze()
+
+
+class Case:
+    """A case in this process, called once."""
+
+    def __init__(self, label: str) -> None:
+        """Make the network and call the function, which is then traced and compiled.
+
+        Args:
+            label: of the case.
+
+        Raises:
+            Absent: the commit lacks the function, an argument of it, or the method.
+        """
+        import ntkbench
+
+        from . import networks
+
+        self._network, method, backend, function, *passes = label.split("/")
+        self._metric = function
+        self.random = bool(passes)
+        network = networks.NETWORKS[self._network]()
+        model, model_f, x = network
+        keywords: dict[str, Any] = {"kernel" if function == "ntk" else "method": method}
+        if passes:
+            keywords["passes"] = int(passes[0])
+        if backend == "jax":
+            model, keywords["params"] = networks.in_jax(network.model)
+            model_f, x = networks.in_jax(network.model_f)[1], x.numpy()
+        inputs = (model, model_f, x) if function == "alignment" else (model, x)
+        called = getattr(ntkbench, function, None)
+        if called is None:
+            raise Absent(f"there is no ntkbench.{function}")
+        try:
+            inspect.signature(called).bind(*inputs, seed=0, **keywords)
+        except TypeError as error:
+            raise Absent(f"ntkbench.{function}: {error}") from None
+        self.call: Callable[[int], Any] = lambda seed: called(*inputs, seed=seed, **keywords)
+        try:
+            first = self.call(0)
+        except ntkbench.BadInput as error:
+            raise Absent(str(error)) from None
+        by = getattr(first, "method", method)
+        if method not in ("auto", by):
+            raise Absent(f"{by} answers for {method}")
+
+    def values(self, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
+        """What calls give, one number each, and their errors relative to exact values."""
+        found = [np.asarray(self._number(self.call(seed)), np.float64) for seed in seeds]
+        exact = self._exact()
+        errors = [np.linalg.norm(self._comparable(value) - exact) / np.linalg.norm(exact) for value in found]
+        return [self._summary(value) for value in found], [float(error) for error in errors]
+
+    def error(self) -> float:
+        """The median error over the seeds."""
+        return float(np.median(self.values(range(SEEDS if self.random else 1))[1]))
+
+    @staticmethod
+    def _number(found: Any) -> Any:
+        return getattr(found, "value", found)
+
+    @staticmethod
+    def _summary(value: np.ndarray) -> float:
+        """A number that changes when an entry of a kernel does."""
+        if value.ndim == 0:
+            return float(value)
+        v = np.random.default_rng(0).standard_normal(len(value))
+        return float(v @ value @ v)
+
+    def _exact(self) -> np.ndarray:
+        from . import networks
+
+        first = networks.theta(self._network)
+        trace, norm = np.trace(first), np.linalg.norm(first)
+        match self._metric:
+            case "trace":
+                return trace
+            case "norm":
+                return norm
+            case "effective_rank":
+                return trace**2 / norm**2
+            case "alignment":
+                second = networks.theta(self._network, "model_f")
+                return np.vdot(first, second) / (norm * np.linalg.norm(second))
+        return first
+
+    def _comparable(self, value: np.ndarray) -> np.ndarray:
+        """A kernel ``[N, N]`` stands for Theta as A (x) I_O."""
+        if value.ndim == 0:
+            return value
+        outputs = len(self._exact()) // len(value)
+        return np.kron(value, np.eye(outputs))
+
+
+def settled_bytes() -> int | None:
+    """Give freed memory back and forget the process's peak; resident bytes, ``None`` where Linux does not tell."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except (AttributeError, OSError):
+        return None
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most resident bytes since :func:`settled_bytes`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
