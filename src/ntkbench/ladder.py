@@ -22,6 +22,7 @@ from ntkbench.problem import Problem
 EXACT = {
     "torch": (
         "recurrent_exact_trace",
+        "wide_head",
         "structured_derivatives",
         "jacobian_contraction",
         "parameter_gram",
@@ -41,7 +42,10 @@ the Gram matrix of parameters comes first where it is the smaller one."""
 
 BY_PARAMETERS = "parameter_gram"
 
-HOLDS_NO_ROWS = ("recurrent_exact_trace", "structured_derivatives", "parameter_gram", "nt_structured_derivatives")
+HEAD, NARROW = "wide_head", 0.5
+"""Taken where it needs at most this share of the passes of the whole network: it is certified and set up by itself."""
+
+HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
 """Exact methods that do not keep J; the others compute rows anew for every pair of blocks that do not fit in memory."""
 
 TOLERANCE_PASSES = 4096
@@ -285,6 +289,8 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
         )
         if fits and method.unsupported_reason(problem, metric, target) is None:
             needed = method.passes_needed(problem, metric, target)
+            if name == HEAD and needed is not None and needed > NARROW * ends * problem.O:
+                continue
             found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
     return found
 

@@ -1,0 +1,372 @@
+"""Networks that end with a wide linear layer: their kernel by the network in front of it.
+
+The layer gives f_t = W h_t + b at T positions of a sample, with V outputs each, from hidden vectors h_t of length
+d < V. With W = U R, where U has d orthonormal columns, the network g_t = R h_t with a fixed R has T d outputs in place
+of T V, and
+
+    Theta = (I (x) U) Theta_g (I (x) U^T) + G (x) I_V,    G_ts = h_t . h_s (+ 1 with a bias),
+
+with t and s the positions of all samples: the first term is that of the parameters in front of the layer, the second
+that of the layer. So all moments of Theta follow from Theta_g and G:
+
+    tr Theta = tr Theta_g + V tr G
+    ||Theta||^2 = ||Theta_g||^2 + V ||G||^2 + 2 sum_ts G_ts tr Theta_g,ts
+
+and tr(Theta Theta_f) = tr(Theta_g Theta_e) + V sum G G_f + sum_ts (G_ts tr Theta_gf,ts + G_f,ts tr Theta_g,ts), where
+e_t is U^T W_f h_t at the other weights.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkbench import metrics
+from ntkbench.errors import BadInput
+from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
+from ntkbench.metrics import Moments
+from ntkbench.operators import arrays, certificate, torch_network
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ntkbench.layerwise.blocks import Block
+
+CERTIFICATE_PASSES = 2
+"""Plain backward passes at each set of weights, of the network and of the one that stands for it."""
+
+
+def candidates(problem: Problem) -> list[nn.Linear]:
+    """Layers of a network that may be its wide head, by their sizes."""
+    from torch import nn
+
+    if problem.module is None:
+        return []
+    layers = [layer for layer in problem.module.modules() if type(layer) is nn.Linear]
+    return [layer for layer in layers if layer.in_features < layer.out_features and problem.O % layer.out_features == 0]
+
+
+class HeadedNetwork:
+    """A network at one set of weights, taken apart in front of its wide head.
+
+    Attributes:
+        inner: the network g, traced.
+        T, d, V: positions of a sample, inputs of the head, and its outputs.
+        W, U: the head's weight and its orthonormal factor, ``[V, d]`` in float64.
+        G: ``[N T, N T]`` in float64.
+
+    Args:
+        problem: whose network it is.
+        which: ``"theta_0"`` or ``"theta_f"``.
+        target: where to compute.
+
+    Raises:
+        BadInput: the network does not end with a linear layer that is wider than its inputs and used once, or nothing
+            in front of it counts.
+        Unavailable: the device is not present.
+    """
+
+    def __init__(self, problem: Problem, which: str, target: Target) -> None:
+        import torch
+
+        from ntkbench.modules import copied, load
+
+        self._problem, self._which, self._target = problem, which, target
+        module, self._parameters, self._x = torch_network(problem, which, target)
+        self._module = load(copied(module), self._parameters)
+        self._name, layer, self._positions = _head(self._module, self._x)
+        self._weight, self._bias = f"{self._name}.weight", f"{self._name}.bias"
+        self.V, self.d = layer.out_features, layer.in_features
+        self.T = problem.O // self.V
+        self.W = layer.weight.detach().double()
+        self.U, R = torch.linalg.qr(self.W)
+        self._g = self._with_head(R)
+        self._traced = [TracedProblem(self._g, target)]
+        (self.inner,) = self._traced[0].ends("trace")
+        self._hidden = self._inputs_of_head()
+        self.G = self._gram()
+
+    def replaced(self, matrix: Tensor) -> TracedNetwork:
+        """The network with a fixed matrix ``[d, d]`` in place of its head, traced."""
+        self._traced.append(TracedProblem(self._with_head(matrix), self._target))
+        (network,) = self._traced[-1].ends("trace")
+        return network
+
+    def certify(self) -> float:
+        """Compare a gradient of the network with that of g and the head's; 2 plain backward passes.
+
+        With a cotangent c at the outputs, parameters in front of the head have the gradient that g has with U^T c, and
+        the head's weight has c h^T.
+
+        Returns:
+            The relative difference.
+
+        Raises:
+            Uncertified: they differ.
+        """
+        import torch
+
+        from ntkbench.operators.plain import PlainNetwork
+
+        names, memory = list(self._parameters), self._target.memory
+        like = self._parameters[names[0]]
+        c = certificate.random_signs(len(self._hidden) * self.V, like).reshape(-1, self.V)
+        v = c @ self.U.to(c.dtype)
+        plain = PlainNetwork(self._module, self._parameters, owned=True).gradient(self._x, c, memory)
+        module, parameters, x = torch_network(self._g, "theta_0", self._target)
+        inner = PlainNetwork(module, parameters).gradient(x, v, memory)
+        found = dict(zip(parameters, inner, strict=True))
+        found |= {self._weight: c.T @ self._hidden.to(c.dtype), self._bias: c.sum(0)}
+        flat = [torch.cat([t.reshape(-1) for t in each]) for each in ([found[name] for name in names], plain)]
+        off = certificate.distance(*flat)
+        certificate.check(off, arrays.epsilon(like))
+        return off
+
+    def forget(self) -> None:
+        """Certify the next kernels of g, whatever was certified before."""
+        for traced in self._traced:
+            traced.certify_again()
+
+    def _with_head(self, matrix: Tensor) -> Problem:
+        """The problem at this set of weights alone, with a fixed matrix ``[d, d]`` in place of the head."""
+        from torch import nn
+
+        from ntkbench.modules import copied
+
+        owner, _ = self._problem.end(self._which)
+        module = copied(owner.network)
+        parent, _, leaf = self._name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, nn.Linear(self.d, self.d, bias=False).requires_grad_(False))
+        of_head = (self._weight, self._bias)
+        theta = {key: w for key, w in self._problem.weights(self._which).items() if key not in of_head}
+        if not theta:
+            raise BadInput("no parameter in front of its last linear layer counts")
+        fixed = {key: w for key, w in self._problem.fixed(self._which).items() if key not in of_head}
+        return dataclasses.replace(
+            owner,
+            module=module,
+            theta_0=theta,
+            theta_f=None,
+            fixed_0={**fixed, self._weight: matrix.cpu().numpy()},
+            fixed_f={},
+            other=None,
+            jax_forward=None,
+            _shape=[(self._problem.N, self.T * self.d)],
+        )
+
+    def _inputs_of_head(self) -> Tensor:
+        """``[N T, d]`` in float64; the network itself may have more outputs than fit in memory."""
+        import torch
+
+        from ntkbench.modules import copied, load
+
+        module, parameters, x = torch_network(self._g, "theta_0", self._target)
+        module = load(copied(module), parameters)
+        seen: list[Tensor] = []
+        module.get_submodule(self._name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.no_grad():
+            module(x)
+        return seen[-1].reshape(len(x), -1, self.d)[:, self._positions].reshape(-1, self.d).double()
+
+    def _gram(self) -> Tensor:
+        H = self._hidden * (self._weight in self._parameters)
+        return H @ H.T + (self._bias in self._parameters)
+
+
+def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
+    """The linear layer whose results are the outputs of a network: its name, itself, and the positions that count.
+
+    It is the one that is called last. Which of its results the outputs are is seen on two samples, by results that are
+    numbers of positions and of outputs; the certificate covers the gradients of all samples.
+    """
+    import torch
+    from torch import nn
+
+    x, calls = x[:2], []
+    layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    note = lambda name: lambda _, __, made: calls.append((name, made.shape))  # noqa: E731
+    _outputs(module, x, {layer: note(name) for name, layer in layers.items()})
+    if not calls:
+        raise BadInput("the network has no linear layer")
+    name, shape = calls[-1]
+    layer, V = layers[name], shape[-1]
+    used = collections.Counter(id(w) for _, w in module.named_parameters(remove_duplicate=False))
+    if layer.in_features >= V:
+        raise BadInput(f"its last linear layer, {name}, is no wider than its inputs")
+    if [each for each, _ in calls].count(name) > 1 or any(used[id(w)] > 1 for w in layer.parameters()):
+        raise BadInput(f"its last linear layer, {name}, is used more than once")
+    numbers = torch.arange(shape[:-1].numel(), device=x.device).reshape(*shape[:-1], 1)
+    give = lambda values: lambda _, __, made: values.expand(shape).to(made)  # noqa: E731
+    positions = _outputs(module, x, {layer: give(numbers)})
+    units = _outputs(module, x, {layer: give(torch.arange(V, device=x.device))})
+    of_sample = len(numbers.reshape(-1)) // len(x)
+    fits = positions.numel() % (len(x) * V) == 0 and bool((units.reshape(-1, V) == torch.arange(V).to(units)).all())
+    if fits:
+        rows = positions.reshape(len(x), -1, V) - of_sample * torch.arange(len(x)).to(positions)[:, None, None]
+        found = rows[0, :, 0].long()
+        fits = bool((rows == found[:, None]).all()) and bool((found >= 0).all()) and bool((found < of_sample).all())
+    if not fits:
+        raise BadInput(f"its outputs are not those of its last linear layer, {name}, as they are")
+    return name, layer, found
+
+
+def _outputs(module: nn.Module, x: Tensor, hooks: Mapping[nn.Module, Callable[..., Any]]) -> Tensor:
+    """The outputs of a network some of whose layers have hooks."""
+    import torch
+
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
+    try:
+        with torch.no_grad():
+            made: Tensor = module(x)
+            return made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class HeadedProblem:
+    """A problem on the device, its networks taken apart in front of their heads.
+
+    Raises:
+        BadInput: see :class:`HeadedNetwork`.
+        Unavailable: the device is not present.
+    """
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        self._problem, self._target = problem, target
+        self._ends: dict[str, HeadedNetwork] = {"theta_0": HeadedNetwork(problem, "theta_0", target)}
+        self._between: TracedNetwork | None = None
+        self._certified: dict[str, float] = {}
+
+    def ends(self, metric: str) -> list[HeadedNetwork]:
+        """The networks of a metric.
+
+        Raises:
+            BadInput: there are no such weights, or a network has no head, or another one.
+        """
+        names = metrics.parameter_sets(metric)
+        for name in names:
+            if name not in self._ends:
+                self._ends[name] = HeadedNetwork(self._problem, name, self._target)
+        found = [self._ends[name] for name in names]
+        if len({(end.T, end.d, end.V) for end in found}) > 1:
+            raise BadInput("the two networks have heads of different sizes")
+        return found
+
+    def networks(self, metric: str) -> list[TracedNetwork]:
+        """What kernels are computed of: g at each set of weights, and for alignment e at theta_f."""
+        ends = self.ends(metric)
+        found = [end.inner for end in ends]
+        if metric == "alignment":
+            if self._between is None:
+                self._between = ends[1].replaced(ends[0].U.T @ ends[1].W)
+            found.append(self._between)
+        return found
+
+    def certificate(self, metric: str) -> float:
+        """The largest relative difference from plain autograd; see :meth:`HeadedNetwork.certify`."""
+        for name, end in zip(metrics.parameter_sets(metric), self.ends(metric), strict=True):
+            if name not in self._certified:
+                self._certified[name] = end.certify()
+        return max(self._certified[name] for name in metrics.parameter_sets(metric))
+
+    def certify_again(self) -> None:
+        """Compare with plain autograd again, whatever was compared before."""
+        self._certified.clear()
+        for end in self._ends.values():
+            end.forget()
+
+
+def moments(prepared: HeadedProblem, metric: str) -> Moments:
+    """The moments that a metric is a function of."""
+    ends = prepared.ends(metric)
+    if metric == "trace":
+        (end,) = ends
+        inner = end.inner
+        own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
+        return Moments(trace=float(own) + end.V * float(end.G.diagonal().sum()))
+    V, grams = ends[0].V, [end.G for end in ends]
+    sums = _Sums(grams, ends[0].T, ends[0].d)
+    for left, right, parts in _blocks(prepared.networks(metric)):
+        sums.add(left, right, parts)
+    trace = sums.trace + V * float(grams[0].diagonal().sum())
+    square = sums.squares[0] + V * float((grams[0] ** 2).sum()) + 2 * sums.crossed[0, 0]
+    if metric != "alignment":
+        return Moments(trace, square)
+    square_f = sums.squares[1] + V * float((grams[1] ** 2).sum()) + 2 * sums.crossed[1, 1]
+    cross = sums.cross + V * float((grams[0] * grams[1]).sum()) + sums.crossed[0, 1] + sums.crossed[1, 0]
+    return Moments(trace, square, square_f, cross)
+
+
+def _blocks(networks: Sequence[TracedNetwork]) -> Iterator[tuple[Block, Block, list[Tensor]]]:
+    """The kernels of some networks in blocks, the same for all, complete on the diagonal."""
+    from ntkbench.layerwise.kernel import mirror
+
+    each = (network.engine.blocks([network.parameters], network.x) for network in networks)
+    for found in zip(*each, strict=True):
+        left, right, _ = found[0]
+        if any((left, right) != (one, other) for one, other, _ in found):
+            raise BadInput("the blocks of the two networks' kernels differ")
+        parts = [part for *_, (part,) in found]
+        if left == right:
+            for part in parts:
+                mirror(part, TILE)
+        yield left, right, parts
+
+
+TILE = 512
+"""Rows and columns that are mirrored at a time."""
+
+
+class _Sums:
+    """Sums over the entries of Theta_g at one or two sets of weights.
+
+    Attributes:
+        trace: tr Theta_g of the first.
+        squares: ||Theta_g||^2 of each.
+        cross: tr(Theta_g Theta_e).
+        crossed: by the numbers of a G and of a Theta_g, sum_ts G_ts tr Theta_g,ts.
+    """
+
+    def __init__(self, grams: Sequence[Tensor], T: int, d: int) -> None:
+        self._grams, self._T, self._d = grams, T, d
+        self.trace, self.squares, self.cross = 0.0, [0.0] * len(grams), 0.0
+        self.crossed = {(i, j): 0.0 for i in range(len(grams)) for j in range(len(grams))}
+
+    def add(self, left: Block, right: Block, parts: list[Tensor]) -> None:
+        """Add a block ``[N1, K1, N2, K2]`` of each kernel; one that is not on the diagonal counts twice."""
+        copies = 1 if left == right else 2
+        if left == right:
+            self.trace += float(parts[0].flatten(2).flatten(0, 1).diagonal().double().sum())
+        for i, part in enumerate(parts[: len(self._grams)]):
+            self.squares[i] += copies * float(metrics.squared_norm(part.flatten(1)).double())
+            for j, gram in enumerate(self._grams):
+                self.crossed[j, i] += copies * self._with_gram(gram, left, right, part)
+        if len(parts) > len(self._grams):
+            self.cross += copies * float(metrics.inner_product(parts[0].flatten(1), parts[-1].flatten(1)).double())
+
+    def _with_gram(self, gram: Tensor, left: Block, right: Block, part: Tensor) -> float:
+        """sum over the entries of a block whose hidden units are equal, times G at their positions."""
+        found = 0.0
+        rows = np.arange(left.samples.start, left.samples.stop) * self._T
+        columns = np.arange(right.samples.start, right.samples.stop) * self._T
+        for k in range(part.shape[1]):
+            t, unit = divmod(left.directions.start + k, self._d)
+            first = (unit - right.directions.start) % self._d
+            numbers = np.arange(right.directions.start + first, right.directions.stop, self._d)
+            at = (columns[:, None] + numbers // self._d).reshape(-1)
+            weights = gram[rows + t][:, at].reshape(len(rows), len(columns), len(numbers))
+            found += float((part[:, k, :, first :: self._d].double() * weights).sum())
+        return found
+
+
+def passes(problem: Problem, metric: str) -> float:
+    """Passes that the moments take by the narrowest candidate: T d of g at each set of weights, and those of e."""
+    narrowest = min(layer.in_features / layer.out_features for layer in candidates(problem))
+    return problem.O * narrowest * (3 if metric == "alignment" else 1)
