@@ -49,7 +49,12 @@ def gru() -> Network:
     return _drawn(nn.GRU(4, 12, batch_first=True), (6, 8, 4))
 
 
-NETWORKS = {"mlp": mlp, "conv": conv, "gru": gru}
+def wide() -> Network:
+    """More outputs than inputs of the last layer: n = 768, P = 2,160."""
+    return _drawn(nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 96)), (8, 32))
+
+
+NETWORKS = {"mlp": mlp, "conv": conv, "gru": gru, "wide": wide}
 
 
 def _drawn(model: nn.Module, shape: tuple[int, ...]) -> Network:
