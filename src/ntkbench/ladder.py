@@ -292,7 +292,7 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
             if name == HEAD and needed is not None and needed > NARROW * ends * problem.O:
                 continue
             found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _estimators(problem: Problem, metric: str) -> list[str]:
