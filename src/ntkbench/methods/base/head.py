@@ -43,13 +43,18 @@ CERTIFICATE_PASSES = 2
 
 
 def candidates(problem: Problem) -> list[nn.Linear]:
-    """Layers of a network that may be its wide head, by their sizes."""
+    """Layers of a network that may be its wide head, by their sizes; there are other parameters that count."""
     from torch import nn
 
     if problem.module is None:
         return []
-    layers = [layer for layer in problem.module.modules() if type(layer) is nn.Linear]
-    return [layer for layer in layers if layer.in_features < layer.out_features and problem.O % layer.out_features == 0]
+    found = []
+    for name, layer in problem.module.named_modules():
+        own = {f"{name}.{key}".lstrip(".") for key in ("weight", "bias")}
+        wide = type(layer) is nn.Linear and layer.in_features < layer.out_features
+        if wide and problem.O % layer.out_features == 0 and set(problem.theta_0) - own:
+            found.append(layer)
+    return found
 
 
 class HeadedNetwork:
