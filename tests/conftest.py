@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Problems this small gain nothing from threads, and lose a lot where other processes want the cores: idle threads of
+# OpenMP spin. It is read when numpy and torch are first imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -69,14 +73,6 @@ def offline() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sklearn.datasets, "fetch_openml", refused)
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Problems this small gain nothing from threads, and lose a lot where other processes want the cores."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 NETWORKS = {"tanh_net": (3, 3, 4, 2), "wide": (40, 6, 10, 8)}

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import run_snakemake, snakemake
 
-KILLS = 20
+KILLS = 8
 TARGETS = ("results/small/table.csv", "results/small/studies/estimators_on_spectra.csv")
 TEST = "NTKBENCH_TEST"
 """Environment variable that all processes of a test's runs have."""

@@ -211,21 +211,24 @@ def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str
         return frozenset()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
-    for node in _executed(source.tree):
+    for node in _imported(source.tree.body):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return frozenset(name for name in found if name.split(".")[0] == "ntkbench")
 
 
-def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """A syntax tree's nodes, without the bodies of ``if TYPE_CHECKING``."""
-    yield node
-    checking = isinstance(node, ast.If) and "TYPE_CHECKING" in (
-        getattr(node.test, "id", None),
-        getattr(node.test, "attr", None),
-    )
-    for child in node.orelse if checking else ast.iter_child_nodes(node):  # type: ignore[attr-defined]
-        yield from _executed(child)
+def _imported(statements: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements in some statements and in those within them, but for the bodies of ``if TYPE_CHECKING``."""
+    for node in statements:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        test = getattr(node, "test", None)
+        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in (
+            getattr(test, "id", None),
+            getattr(test, "attr", None),
+        )
+        for part in ("orelse", "handlers", "finalbody", "cases", *(() if checking else ("body",))):
+            yield from _imported(getattr(node, part, ()))
