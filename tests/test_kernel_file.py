@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def test_ranges_are_whole_samples_or_directions_of_one(N, K, most, data):
         assert [i for part in parts for i in range(part.start, part.stop)] == rows
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     N=st.integers(1, 7),
     O=st.integers(1, 4),
@@ -157,16 +156,13 @@ class Bomb:
         return counted
 
 
-def crash_points(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    yield from ((k, tmp_path / f"{k}.npy") for k in range(1, 1000))
-
-
-@pytest.mark.parametrize("x2", [None, inputs(3, 2)], ids=["symmetric", "two inputs"])
-def test_resumes_after_every_call_of_the_system(tmp_path, computed, x2):
+@pytest.mark.parametrize(("x2", "step"), [(None, 1), (inputs(3, 2), 4)], ids=["symmetric", "two inputs"])
+def test_resumes_after_every_call_of_the_system(tmp_path, computed, x2, step):
     expected = Kernel(net(), inputs(4)).ntk(x2).numpy()
     kernel = Kernel(net(), inputs(4), memory=8 * 8 * 36)
     ends, parts = 0, 0
-    for k, file in crash_points(tmp_path):
+    for k in range(1, 1000, step):
+        file = tmp_path / f"{k}.npy"
         computed.clear()
         with pytest.MonkeyPatch.context() as patch:
             Bomb(patch, k)
@@ -340,6 +336,14 @@ DAMAGES = {
 }
 
 
+def impossible_note(file: Path) -> None:
+    note = file.with_name(f"{file.name}.progress")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"done": 99}))
+
+
+DAMAGES["impossible note"] = impossible_note, "cannot be read"
+
+
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_file_is_refused(tmp_path, case):
     damage, says = DAMAGES[case]
@@ -482,7 +486,7 @@ def test_functions_in_jax(tmp_path, name, computed):
 
     x, x2 = inputs(4).numpy(), inputs(2, 2).numpy()
     # Two samples and their outputs fit in a rectangle, or one of the two outputs, which neural-tangents cannot take.
-    for i, (other, rows) in enumerate([(None, 4), (x2, 4)] + [(None, 1)] * (name == "full")):
+    for i, (other, rows) in enumerate([(None, 4), (None, 1)] if name == "full" else [(None, 4), (x2, 1)]):
         expected = np.asarray(ntkbench.ntk(f, x, other, kernel=name, params=params))
         computed.clear()
         file, memory = tmp_path / f"{i}.npy", 8 * 8 * rows**2
@@ -503,7 +507,14 @@ def test_samples_that_interact_in_jax(tmp_path):
 
     x = inputs(5).numpy()
     found = ntkbench.ntk(f, x, params=params, file=tmp_path / "theta.npy", memory=8 * 8 * 16)
-    np.testing.assert_allclose(found, np.asarray(ntkbench.ntk(f, x, params=params)), rtol=1e-9, atol=1e-12)
+    w = torch.from_numpy(params["w"])
+
+    def same(w: torch.Tensor) -> torch.Tensor:
+        h = torch.from_numpy(x) @ w
+        return torch.tanh(h - h.mean(0)).reshape(-1)
+
+    J = torch.autograd.functional.jacobian(same, w).flatten(1)
+    np.testing.assert_allclose(found, (J @ J.T).numpy(), rtol=1e-9, atol=1e-12)
 
 
 def test_the_identity_of_a_problem_names_what_differs():
@@ -524,7 +535,7 @@ from ntkbench.kernel import Kernel
 from torch import nn
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 10))
-x, memory = torch.randn(800, 16), 2**25
+x, memory = torch.randn(500, 16), 2**24
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def run(x, file, memory):
     kernel = Kernel(net, x, memory=memory)
@@ -540,7 +551,7 @@ print(peak() - before, theta.nbytes, memory)
 def test_memory_is_bounded(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True)
     taken, size, memory = map(int, done.stdout.split())
-    assert size == 4 * 8000**2 and taken < memory + 2**24
+    assert size == 4 * 5000**2 and taken < memory + 2**24
     theta = np.load(tmp_path / "large.npy", mmap_mode="r")
-    some = np.random.default_rng(0).integers(0, 8000, 50)
+    some = np.random.default_rng(0).integers(0, 5000, 50)
     np.testing.assert_array_equal(theta[some][:, some], theta[some][:, some].T)

@@ -74,21 +74,24 @@ class KernelFile:
         self._identity: dict[str, object] = json.loads(json.dumps(identity))
         self._shape, self._dtype = (samples[0] * K, samples[1] * K), np.dtype(dtype)
         self._most = max(1, math.isqrt(memory // SHARE // self._dtype.itemsize))
-        self._symmetric, self._done = symmetric, 0
+        self._samples, self._K, self._symmetric = samples, K, symmetric
+        self._done, self._parts = 0, self._rectangles()
         self._descriptor: int | None = None
         if self.path.exists() or self.path.is_symlink():
             self._resume(memory)
-            self._parts = self._rectangles(samples, K)
             if self._done < len(self._parts):
                 self._descriptor = self._opened()
-                self._resume(memory)  # as the process left it that wrote to it before
+                try:
+                    self._resume(memory)  # as the process left it that wrote to it before
+                except BaseException:
+                    self.__exit__()
+                    raise
         else:
             paths.writable(self.path.parent, f"the folder of file={str(file)!r},")
             self._check_space()
-            self._parts = self._rectangles(samples, K)
 
-    def _rectangles(self, samples: tuple[int, int], K: int) -> list[Rectangle]:
-        rows, columns = (row_ranges(N, K, self._most) for N in samples)
+    def _rectangles(self) -> list[Rectangle]:
+        rows, columns = (row_ranges(N, self._K, self._most) for N in self._samples)
         return [(r, c) for i, r in enumerate(rows) for c in (rows[: i + 1] if self._symmetric else columns)]
 
     def __enter__(self) -> KernelFile:
@@ -155,6 +158,9 @@ class KernelFile:
         if memory < needed:
             raise BadInput(f"{self.path} was begun with more memory: give memory={needed} at least, or {new}")
         self._most, self._done = most, done
+        self._parts = self._rectangles()
+        if not 0 <= done <= len(self._parts):
+            raise BadInput(f"{self._progress} cannot be read ({done} of {len(self._parts)} parts): {new}")
 
     def _is_whole(self) -> bool:
         try:
