@@ -22,7 +22,7 @@ FLOORS = (
     ("networks", "data"),
     ("problems",),
     ("methods",),
-    ("ladder", "kernel", "testing", "doctor"),
+    ("ladder", "kernel", "kernel_file", "testing", "doctor"),
     ("api", "tracking"),
     ("measure",),
     ("studies",),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from ntkbench import ladder, metrics
 from ntkbench.errors import BadInput, unknown
@@ -20,7 +20,10 @@ from ntkbench.kernel import Kernel, Setup
 from ntkbench.options import Options, Wishes
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from ntkbench.kernel_file import File
 
 __all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"]
 
@@ -29,9 +32,24 @@ class Keywords(Setup, Wishes, total=False):
     """What the functions of this module take as keywords: how a kernel is set up, and what is asked of an estimate."""
 
 
+@overload
 def ntk(
-    model: Any, x1: Any, x2: Any = None, *, kernel: str = "full", seed: int = 0, **setup: Unpack[Setup]
-) -> torch.Tensor:
+    model: Any, x1: Any, x2: Any = ..., *, kernel: str = ..., seed: int = ..., file: None = ..., **setup: Unpack[Setup]
+) -> torch.Tensor: ...
+@overload
+def ntk(
+    model: Any, x1: Any, x2: Any = ..., *, kernel: str = ..., seed: int = ..., file: File, **setup: Unpack[Setup]
+) -> np.memmap[Any, Any]: ...
+def ntk(
+    model: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    kernel: str = "full",
+    seed: int = 0,
+    file: File | None = None,
+    **setup: Unpack[Setup],
+) -> torch.Tensor | np.memmap[Any, Any]:
     """The NTK between two sets of inputs, exact and without a Jacobian, or a kernel between samples that stands for it.
 
     ``kernel="full"`` is Theta itself, ``[N1 * O, N2 * O]`` with rows sample-major. The others are ``[N1, N2]`` matrices
@@ -49,6 +67,14 @@ def ntk(
     blocks: sample by sample, or else by products over the whole batch. Networks whose samples interact take the last
     way, and then there is no ``x2``. A JAX function's kernel is by neural-tangents, or else by rows of its Jacobian.
 
+    With ``file`` a kernel may be larger than memory: it is written to the disk in rectangles, which take ``memory`` at
+    most together with what they are computed from. The file has its full size from the start, so that the disk cannot
+    become full on the way. An interrupted computation, in whatever way, goes on where it was when it is called again;
+    what it is of and how far it is stands in ``<file>.progress``, which stays there. A file that is complete is opened
+    at once, and one of another kernel is refused. All rows are certified in each run before the first of its
+    rectangles, which takes O + 1 passes; every rectangle takes a run of its columns, and every row of rectangles one of
+    its rows. To compute less often, give more ``memory``.
+
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
     >>> ntkbench.ntk(model, x).shape
@@ -59,18 +85,28 @@ def ntk(
         x2: inputs of the columns, of the same structure; those of the rows if not given.
         kernel: one of the names above.
         seed: of ``random_vector``.
+        file: a path, for a kernel in NumPy's npy format instead of memory.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a
             dict with a kernel for each group.
 
     Returns:
-        The kernel, on the device and in the precision that were asked for; an array of JAX for a JAX function.
+        The kernel, on the device and in the precision that were asked for; an array of JAX for a JAX function. With
+        ``file`` it is a read-only ``numpy.memmap`` of the file.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works, says why.
+        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works, says why;
+            or the file holds something else, is damaged, cannot be written, or does not fit on the disk.
+        NtkbenchError: writing the file failed on the way.
         OverMemory: the result itself would not fit in memory.
         Unavailable: the device is not there.
     """
-    found: torch.Tensor = _use(model, x1, {"seed": seed, **setup}, (), lambda k, _: k.ntk(x2, kernel=kernel, seed=seed))
+    if file is not None and isinstance(setup.get("parameters"), Mapping):
+        raise BadInput(
+            "a file holds one kernel: with groups of parameters take ntkbench.Kernel(...).groups(...), and of each of "
+            "these ntk(file=...) with a file of its own"
+        )
+    keywords = {"seed": seed, **setup}
+    found: torch.Tensor = _use(model, x1, keywords, (), lambda k, _: k.ntk(x2, kernel=kernel, seed=seed, file=file))
     return found
 
 
@@ -178,7 +214,7 @@ def _use(
     Args:
         names: metrics that are wanted, none for a kernel; options that do not serve are refused before work starts.
     """
-    allowed = (*SETUP, *(WISHES if names else ("kernel", "seed")))
+    allowed = (*SETUP, *(WISHES if names else ("kernel", "seed", "file")))
     for key in keywords:
         if key not in allowed:
             raise unknown("keyword", key, allowed)

@@ -19,7 +19,7 @@ from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
 from ntkbench.options import Options, Target, Wishes
-from ntkbench.problem import Problem
+from ntkbench.problem import Problem, hashed
 from ntkbench.problems.base.source import source
 
 if TYPE_CHECKING:
@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkbench.estimators.lanczos import Eigenvalues
+    from ntkbench.kernel_file import File
     from ntkbench.layerwise.sample_kernels import SampleKernel
     from ntkbench.methods.base.layerwise import TracedProblem
 
 Call = Callable[[Any, Any], Any]
 Output = Any
 Patterns = str | Sequence[str]
+Part = Callable[..., Any]
+"""A kernel as a function of rows and columns (see :mod:`ntkbench.operators.ranges`); without them all of it."""
 
 WRITTEN_OUT = 2**22
 """Entries of J up to which writing it out takes less time than tracing the network, for the first use of a kernel."""
@@ -172,13 +175,15 @@ class Kernel:
             return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(other, asked)})
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
-    def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0) -> Any:
+    def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.
 
         Args:
             inputs: of the columns, like those of the rows; those of the rows if not given.
             kernel: ``"full"``, or the name of a kernel between samples.
             seed: of ``random_vector``.
+            file: where to write the kernel, rectangle by rectangle within ``memory``; an interrupted computation goes
+                on where it was.
         """
         from ntkbench import operators
         from ntkbench.layerwise import sample_kernels
@@ -193,16 +198,57 @@ class Kernel:
             problem, columns = (self.problem, None) if inputs is None else self._source.columns(self.problem, inputs)
             rows = 1 if chosen.between_samples else problem.O
             N2 = problem.N if columns is None else len(columns)
+            part = self._in_parts(problem, columns, chosen, seed)
+            if file is not None:
+                drawn = seed if kernel == "random_vector" else 0
+                return self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
             operators.check_result(problem.N * rows, N2 * rows, self._target)
-            reasons = []
-            for way in self._ways(problem, columns):
+            return part()
+
+    def _in_file(
+        self, file: File, problem: Problem, columns: Any, rows: int, part: Part, asked: Mapping[str, object]
+    ) -> np.memmap[Any, Any]:
+        """A kernel with so many rows of a sample, written to a file as far as it is not there yet."""
+        from ntkbench.kernel_file import KernelFile
+
+        target, samples = self._target, (problem.N, problem.N if columns is None else len(columns))
+        identity = {
+            **asked,
+            "dtype": target.dtype,
+            "tf32": target.tf32,
+            "samples": samples,
+            "outputs": problem.O,
+            **problem.identity(),
+            "second inputs": None if columns is None else hashed({"x": to_numpy(columns)}),
+        }
+        symmetric = columns is None
+        with KernelFile(
+            file, identity, samples, rows, target.dtype, symmetric=symmetric, memory=target.memory
+        ) as stored:
+            for where in stored.missing():
+                stored.write(*where, to_numpy(part(*where)))
+            return stored.result()
+
+    def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> Part:
+        """A kernel as a function of rows and columns, by the fastest way that works; without them all of it."""
+        ways = self._ways(problem, columns)
+        prepared: list[Part] = []
+        reasons: list[str] = []
+
+        def part(*where: slice) -> Any:
+            while ways:
                 try:
-                    return self._checked(way(problem, columns, chosen, self._target, seed))
+                    if not prepared:
+                        prepared.append(ways[0](problem, columns, chosen, self._target, seed))
+                    return self._checked(prepared[0](*where))
                 except (Unavailable, ladder.Underflow):
                     raise
                 except Exception as error:  # whatever a way does to a network, the next one may work
-                    reasons.append(f"{_said(way)}: {errors.reason(error)}")
-        raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
+                    reasons.append(f"{_said(ways.pop(0))}: {errors.reason(error)}")
+                    prepared.clear()
+            raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
+
+        return part
 
     def _checked(self, kernel: Any) -> Any:
         """A kernel, if its entries are neither too large nor too small for the precision."""
@@ -359,11 +405,11 @@ class Kernel:
         size = 1 if len(target) == p.n else p.O**0.5
         return Estimate(inner / (float(np.linalg.norm(theta)) * size), None, p.O, "ntk", (), "alignment")
 
-    def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Any]]:
-        """Functions that compute a kernel, the fastest first."""
+    def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Part]]:
+        """Functions that prepare a kernel, the fastest first."""
         if self._target.backend == "jax":
             return _in_jax(problem, columns)
-        ways: list[Callable[..., Any]] = []
+        ways: list[Callable[..., Part]] = []
         if not problem.samples_interact:
             ways = [self._layer_by_layer, _sample_by_sample]
             if not self._used and problem.n * problem.P <= WRITTEN_OUT:
@@ -373,12 +419,14 @@ class Kernel:
 
     def _layer_by_layer(
         self, problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int
-    ) -> torch.Tensor:
+    ) -> Part:
         traced = self._traced() if problem is self.problem else _traced(problem, target)
         for name, why in traced.engine.fallbacks().items():
             logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
         (end,) = traced.ends("trace")
-        return kernel.compute(end.engine, end.parameters, end.x, None if x2 is None else x2.to(end.x), seed)
+        arguments = end.engine, end.parameters, end.x, None if x2 is None else x2.to(end.x), seed
+        in_parts = kernel.parts(*arguments)
+        return lambda *where: in_parts(*where) if where else kernel.compute(*arguments)
 
     def _traced(self) -> TracedProblem:
         from ntkbench import methods
@@ -390,18 +438,20 @@ class Kernel:
         return self._source.settings(self._target, self._index)
 
 
-def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Any]]:
+def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Part]]:
     from ntkbench.operators import jax_kernel
 
-    def adapted(way: jax_kernel.Way) -> Callable[..., Any]:
+    def adapted(way: jax_kernel.Way) -> Callable[..., Part]:
         @functools.wraps(way)
-        def compute(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> Any:
+        def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> Part:
             if kernel.last_layer:
                 raise BadInput("a function in JAX has no last layer: name its parameters, parameters='...'")
             directions = None if kernel.directions is None else kernel.directions(problem.O, seed)
-            return way(problem, x2, directions, kernel.averaged, target)
+            arguments = problem, x2, directions, kernel.averaged, target
+            in_parts = functools.cache(lambda: jax_kernel.in_parts(way, *arguments))
+            return lambda *where: in_parts()(*where) if where else way(*arguments)
 
-        return compute
+        return prepare
 
     return [adapted(way) for way in jax_kernel.ways(problem, columns)]
 
@@ -414,7 +464,7 @@ def _sample_by_sample(
     seed: int,
     *,
     independent: bool = True,
-) -> torch.Tensor:
+) -> Part:
     from ntkbench.operators import linearise
     from ntkbench.operators.explicit_kernel import explicit_kernel
     from ntkbench.problems.base.module import last_layer, on_inputs
@@ -423,12 +473,12 @@ def _sample_by_sample(
     left = linearise(problem, "theta_0", target)
     right = None if x2 is None else linearise(on_inputs(problem, x2), "theta_0", target)
     directions = kernel.drawn(problem.O, seed, left.basis(0, 1))
-    return explicit_kernel(left, right, directions, averaged=kernel.averaged, independent=independent)
+    return functools.partial(
+        explicit_kernel, left, right, directions, averaged=kernel.averaged, independent=independent
+    )
 
 
-def _row_by_row(
-    problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int
-) -> torch.Tensor:
+def _row_by_row(problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int) -> Part:
     """By products over the whole batch, whatever its samples do to each other."""
     return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
 

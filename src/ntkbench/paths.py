@@ -42,18 +42,18 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"the results folder {folder} cannot be written to: {there} is no folder")
 
 
-def writable(folder: Path) -> Path:
+def writable(folder: Path, name: str = "the results folder") -> Path:
     """The folder, made if need be.
 
     Raises:
-        BadInput: nothing can be written there.
+        BadInput: nothing can be written there; calls it by ``name``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(f"the results folder {folder} cannot be written to: {error.strerror}") from None
+        raise BadInput(f"{name} {folder} cannot be written to: {error.strerror}") from None
     return folder
 
 
@@ -66,8 +66,10 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | str, *, synced: bool = False) -> None:
     """Write ``path`` so that it is there whole or not at all, whatever interrupts.
+
+    With ``synced`` it is on the disk at the return, so that a power failure leaves it there as well.
 
     Raises:
         NtkbenchError: it cannot be written, as on a full disk; names the path and the reason.
@@ -76,9 +78,22 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         half.write_bytes(data.encode() if isinstance(data, str) else data)
+        if synced:
+            sync(half)
         os.replace(half, path)
+        if synced:
+            sync(path.parent)
     except OSError as error:
         raise NtkbenchError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

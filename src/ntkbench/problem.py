@@ -139,9 +139,9 @@ class Problem:
         """Hash of the problem's identity: network, training recipe, inputs and weights.
 
         Inputs, weights and all other tensors of the network are hashed exactly. The network is hashed by its behaviour
-        in float64: a projection of its outputs and one of their gradient, at each set of weights, rounded to 7 digits.
-        A change of code that changes the NTK therefore changes the digest. A new version of PyTorch or another machine
-        does not.
+        in float64, or in its own precision if it runs in that alone: a projection of its outputs and one of their
+        gradient, at each set of weights, rounded to 7 digits. A change of code that changes the NTK therefore changes
+        the digest. A new version of PyTorch or another machine does not.
 
         Cost: one forward and one backward pass per set of weights, on two samples if samples do not interact.
         """
@@ -159,6 +159,20 @@ class Problem:
             hash_arrays(digest, {"x": self.other.x})
         return digest.hexdigest()[:16]
 
+    def identity(self) -> dict[str, str]:
+        """What the kernel at theta_0 depends on: hashes by name, as :meth:`digest` puts them together. Cost as there.
+
+        Names say what it is that two problems may differ in: inputs, which parameters there are, their values, those
+        that are not trained (inputs of several kinds among them), and what the network computes with all of them.
+        """
+        return {
+            "inputs": hashed({"x": self.x}),
+            "parameters": hashlib.sha256(repr(sorted(self.theta_0)).encode()).hexdigest()[:16],
+            "weights": hashed(self.theta_0),
+            "frozen parameters, buffers or inputs": hashed({**self.fixed_0, **self._others("theta_0")}),
+            "network": hashlib.sha256(self._behaviour("theta_0").encode()).hexdigest()[:16],
+        }
+
     def _others(self, which: str) -> Weights:
         """What the network holds beside the values of a parameter set: tables, masks, inputs of several kinds."""
         if self.module is None:
@@ -169,20 +183,32 @@ class Problem:
 
     def _behaviour(self, which: str) -> str:
         x = self.x if self.samples_interact else self.x[:PROBED]
-        return _behaviour_in_jax(self, which, x) if self.module is None else self._of_module(self.module, which, x)
+        own = str(next(iter(self.weights(which).values())).dtype)
+        try:
+            return self._behaviour_in("float64", which, x)
+        except Exception:  # a network that runs in its own precision alone
+            if own == "float64":
+                raise
+        return self._behaviour_in(own, which, x)
 
-    def _of_module(self, module: nn.Module, which: str, x: np.ndarray) -> str:
+    def _behaviour_in(self, dtype: str, which: str, x: np.ndarray) -> str:
+        if self.module is None:
+            return _behaviour_in_jax(self, which, x, dtype)
+        return self._of_module(self.module, which, x, dtype)
+
+    def _of_module(self, module: nn.Module, which: str, x: np.ndarray, dtype: str) -> str:
         import torch
 
         from ntkbench.modules import called, cast, copied, load
 
-        with own_settings("float64"):
-            network = cast(copied(module), torch.float64)
+        real = getattr(torch, dtype)
+        with own_settings(dtype):
+            network = cast(copied(module), real)
             load(network, {**self.fixed(which), **self.weights(which)})
             own = dict(network.named_parameters())
             theta = [own[key].requires_grad_() for key in self.weights(which)]
             inputs = torch.from_numpy(x).to(theta[0].device)
-            outputs = called(network, inputs.double() if inputs.is_floating_point() else inputs)
+            outputs = called(network, inputs.to(real) if inputs.is_floating_point() else inputs)
             return signature((_projection(outputs) * outputs).sum(), theta)
 
 
@@ -199,18 +225,18 @@ def signature(value: Tensor, parameters: Sequence[Tensor]) -> str:
     return _to_seven_digits(float(value.detach()), along)
 
 
-def _behaviour_in_jax(problem: Problem, which: str, x: np.ndarray) -> str:
+def _behaviour_in_jax(problem: Problem, which: str, x: np.ndarray, dtype: str) -> str:
     import jax
     import jax.numpy as jnp
 
     assert problem.jax_forward is not None
     forward = problem.jax_forward
-    with own_jax_settings("float64"):
-        theta = {key: jnp.asarray(_double(w)) for key, w in problem.weights(which).items()}
-        fixed = {key: jnp.asarray(_double(w)) for key, w in problem.fixed(which).items()}
+    with own_jax_settings(dtype):
+        theta = {key: jnp.asarray(_in(dtype, w)) for key, w in problem.weights(which).items()}
+        fixed = {key: jnp.asarray(_in(dtype, w)) for key, w in problem.fixed(which).items()}
 
         def value(theta: Mapping[str, Any]) -> Any:
-            outputs = forward({**fixed, **theta}, jnp.asarray(_double(x))).reshape(-1)
+            outputs = forward({**fixed, **theta}, jnp.asarray(_in(dtype, x))).reshape(-1)
             return (jnp.cos(jnp.arange(1, outputs.size + 1)) * outputs).sum()
 
         found, gradients = jax.value_and_grad(value)(theta)
@@ -218,8 +244,8 @@ def _behaviour_in_jax(problem: Problem, which: str, x: np.ndarray) -> str:
         return _to_seven_digits(float(found), along)
 
 
-def _double(array: np.ndarray) -> np.ndarray:
-    return array.astype("float64") if np.issubdtype(array.dtype, np.floating) else array
+def _in(dtype: str, array: np.ndarray) -> np.ndarray:
+    return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
 def _to_seven_digits(*numbers: float) -> str:
@@ -233,11 +259,18 @@ def _projection(like: Tensor) -> Tensor:
     return torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device).cos().reshape(like.shape)
 
 
+def hashed(arrays: Weights) -> str:
+    """A hash of arrays, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    hash_arrays(digest, arrays)
+    return digest.hexdigest()[:16]
+
+
 def hash_arrays(digest: Any, arrays: Weights) -> None:
     """Put arrays into a hash, with their names, types and shapes."""
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _output_shape(problem: Problem) -> tuple[int, ...]:

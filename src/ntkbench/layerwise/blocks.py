@@ -64,7 +64,7 @@ class Task:
 
     def symmetric(self, parameters: ParameterValues, x: Tensor, block: Block) -> Tensor:
         """The lower triangle of a diagonal block; each layer is released as soon as it is added."""
-        theta = self._zeros(parameters, block, block)
+        theta = self.zeros(parameters, block, block)
         self._run(parameters, x, block, lambda number, _, factors: self._add(theta, factors()))
         return theta
 
@@ -76,7 +76,7 @@ class Task:
 
     def own(self, kept: dict[int, LayerInputs], parameters: ParameterValues, block: Block) -> Tensor:
         """The lower triangle of a diagonal block, from :meth:`collected`."""
-        theta = self._zeros(parameters, block, block)
+        theta = self.zeros(parameters, block, block)
         for number, inputs in kept.items():
             self._add(theta, self._factors(number, inputs, parameters))
         return theta
@@ -95,13 +95,17 @@ class Task:
 
         ``again`` says that the columns were visited before.
         """
-        theta = self._zeros(parameters, row, column)
+        theta = self.zeros(parameters, row, column)
 
         def add(number: int, _: LayerInputs, factors: Callable[[], GradientFactors]) -> None:
             self._add(theta, self._factors(number, kept[number], parameters), factors())
 
         self._run(parameters, x, column, add, again=again)
         return theta
+
+    def visit(self, parameters: ParameterValues, x: Tensor, block: Block) -> None:
+        """Run a block for its certificate alone."""
+        self._run(parameters, x, block, lambda number, inputs, factors: None)
 
     def add_diagonal(self, found: Tensor, parameters: ParameterValues, x: Tensor, block: Block) -> None:
         """Add the diagonal entries of a block to ``found [N, K]``."""
@@ -166,7 +170,8 @@ class Task:
             left, right = left.folded(), None if right is None else right.folded()
         contraction.add(theta, left, right, self.memory, self.tuning)
 
-    def _zeros(self, parameters: ParameterValues, row: Block, column: Block) -> Tensor:
+    def zeros(self, parameters: ParameterValues, row: Block, column: Block) -> Tensor:
+        """A rectangle of the kernel to add to, ``[N1, K1, N2, K2]``; one direction each with ``fold``."""
         sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]
         return parameters[0].new_zeros(sizes)
 

@@ -301,6 +301,30 @@ class LayerwiseKernel:
         self._certify(task, [parameters], [x])
         return found
 
+    def certify(
+        self,
+        parameters: ParameterValues,
+        inputs: Sequence[Tensor],
+        directions: Tensor | None = None,
+        *,
+        last_layer: bool = False,
+    ) -> None:
+        """Certify all rows of kernels at a parameter set without computing any; K + 1 passes over inputs that are new.
+
+        Args:
+            parameters, directions, last_layer: see :meth:`kernel`.
+            inputs: of the rows, and of the columns where these are others.
+
+        Raises:
+            Uncertified: plain autograd gives other gradients.
+        """
+        task = self._task(directions, last_layer, certified=[(parameters, x) for x in inputs])
+        for x in inputs:
+            if (id(parameters), id(x)) in task.certificates:
+                for block in self._blocks(task, [], x, whole=True, parameters=parameters):
+                    task.visit(parameters, x, block)
+        self._certify(task, [parameters], inputs)
+
     def forget_certificates(self) -> None:
         """Certify the next kernel, whatever was certified before."""
         self._certified.clear()
@@ -366,6 +390,7 @@ class LayerwiseKernel:
         *,
         whole: bool,
         parameters: ParameterValues | None = None,
+        within: Block | None = None,
     ) -> list[Block]:
         """Blocks of rows that fit in memory, each of at least one sample in one direction.
 
@@ -378,10 +403,13 @@ class LayerwiseKernel:
             x: inputs of all rows.
             whole: whether all rows may form one block, of which nothing is collected.
             parameters: any parameter set, if ``sets`` is empty.
+            within: the rows; all if not given.
         """
-        N, K = len(x), task.count
+        everything = within or Block(slice(0, len(x)), slice(0, task.count))
+        (N, first_sample), (K, first_direction) = (
+            (part.stop - part.start, part.start) for part in (everything.samples, everything.directions)
+        )
         item = (parameters or sets[0])[0].element_size()
-        everything = Block(slice(0, N), slice(0, K))
         program = task.program(parameters or sets[0], x, everything)
         units = K * self.O * item if task.directions is None else 0  # made for each block
         if whole and 2 * program.peak + 8 * units <= self.memory:
@@ -395,7 +423,9 @@ class LayerwiseKernel:
             rows = max(1, int((self.memory / 4 / (len(sets) * item)) ** 0.5))
             samples, some = max(1, min(samples, rows // some)), min(some, rows)
         return [
-            Block(slice(start, stop), slice(first, last))
+            Block(
+                slice(first_sample + start, first_sample + stop), slice(first_direction + first, first_direction + last)
+            )
             for start, stop in even(N, samples)
             for first, last in even(K, some)
         ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ntkbench.errors import unknown
 from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.layerwise.parts import KernelParts
 from ntkbench.operators import arrays
 from ntkbench.operators.arrays import Array
 
@@ -54,6 +55,19 @@ class SampleKernel:
             fold=self.averaged,
         )
         return made.div_(engine.O) if self.averaged else made
+
+    def parts(
+        self,
+        engine: LayerwiseKernel,
+        parameters: Sequence[Tensor],
+        x1: Tensor,
+        x2: Tensor | None = None,
+        seed: int = 0,
+    ) -> Callable[[slice, slice], Tensor]:
+        """Rectangles of the kernel by their rows and columns; see :class:`ntkbench.layerwise.parts.KernelParts`."""
+        directions = self.drawn(engine.O, seed, parameters[0])
+        part = KernelParts(engine, parameters, x1, x2, directions, last_layer=self.last_layer, fold=self.averaged)
+        return lambda rows, columns: part(rows, columns).div_(engine.O if self.averaged else 1)
 
     def diagonal(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], x: Tensor, seed: int = 0) -> Tensor:
         """The kernel's diagonal, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import array_api_compat
 
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import JacobianOperator
 from ntkbench.operators.certificate import Uncertified
+from ntkbench.operators.ranges import rectangle, within
 
 
 def explicit_kernel(
     left: JacobianOperator,
     right: JacobianOperator | None,
     directions: Array | None,
+    rows: slice | None = None,
+    columns: slice | None = None,
     *,
     averaged: bool,
     independent: bool,
 ) -> Array:
     """The kernel between the samples of two operators of one network, ``[N1 * K, N2 * K]`` with rows sample-major.
+
+    With ``rows`` and ``columns`` it is that rectangle of it.
 
     Cost: K N1 N2 K P multiplications, and K passes if all rows fit in a quarter of ``memory`` and independent samples
     have their gradients taken together; otherwise rows are taken again for each block of columns. Rows of samples that
@@ -30,6 +32,8 @@ def explicit_kernel(
         left: of the rows.
         right: of the columns; ``None`` for those of the rows.
         directions: output directions ``[K, O]``, arrays of the operators; ``None`` for the O unit vectors.
+        rows, columns: whole samples or some directions of one sample (see :mod:`ntkbench.operators.ranges`); ``None``
+            for all.
         averaged: whether to take the mean over directions, ``[N1, N2]``, instead of all pairs.
         independent: whether samples are independent, so that gradients may be taken by sample.
 
@@ -37,9 +41,12 @@ def explicit_kernel(
         Uncertified: no way of taking rows agrees with plain autograd.
     """
     directions = left._eye(left.O, 0, left.O) if directions is None else directions
+    K = 1 if averaged else len(directions)
+    rows = slice(0, left.N * K) if rows is None else rows
+    columns = slice(0, (right or left).N * K) if columns is None else columns
     if not averaged:
-        return _kernel(left, right, directions, independent)
-    parts = (_kernel(left, right, u[None], independent) for u in directions)
+        return _kernel(left, right, directions, rows, columns, independent)
+    parts = (_kernel(left, right, u[None], rows, columns, independent) for u in directions)
     total = next(parts)
     for part in parts:
         total += part
@@ -47,22 +54,36 @@ def explicit_kernel(
     return total
 
 
-def _kernel(left: JacobianOperator, right: JacobianOperator | None, directions: Array, independent: bool) -> Array:
+def _kernel(
+    left: JacobianOperator,
+    right: JacobianOperator | None,
+    directions: Array,
+    rows: slice,
+    columns: slice,
+    independent: bool,
+) -> Array:
     K, columns_of = len(directions), right or left
+    symmetric = right is None and rows == columns
     xp, device = array_api_compat.array_namespace(directions), array_api_compat.device(directions)
-    theta = xp.empty((left.N * K, columns_of.N * K), dtype=directions.dtype, device=device)
-    for rows in _blocks(left, K):
-        one = _rows(left, rows, directions, independent)
-        for columns in _blocks(columns_of, K):
-            if right is None and columns.start > rows.start:
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    theta = xp.empty(size, dtype=directions.dtype, device=device)
+    for row in _blocks(left, rows, K):
+        one = _rows(left, row, directions, independent)
+        for column in _blocks(columns_of, columns, K):
+            if symmetric and column.start > row.start:
                 break
-            same = right is None and columns == rows
-            other = one if same else _rows(columns_of, columns, directions, independent)
+            same = symmetric and column == row
+            other = one if same else _rows(columns_of, column, directions, independent)
             block = one @ other.T
-            theta = _written(theta, rows, columns, block)
-            if right is None and not same:
-                theta = _written(theta, columns, rows, block.T)
+            above, before = _moved(row, -rows.start), _moved(column, -columns.start)
+            theta = _written(theta, above, before, block)
+            if symmetric and not same:
+                theta = _written(theta, before, above, block.T)
     return theta
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
 def _written(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
@@ -73,24 +94,17 @@ def _written(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
     return theta
 
 
-def _blocks(j: JacobianOperator, K: int) -> Iterator[slice]:
+def _blocks(j: JacobianOperator, rows: slice, K: int) -> list[slice]:
     """Rows of the kernel in blocks of a quarter of the memory: whole samples, or some directions of one."""
-    most = max(1, j.memory // (4 * j.P * j.itemsize))
-    if most >= K:
-        step = most // K * K
-        yield from (slice(start, min(start + step, j.N * K)) for start in range(0, j.N * K, step))
-    else:
-        for b, first in itertools.product(range(j.N), range(0, K, most)):
-            yield slice(b * K + first, b * K + min(first + most, K))
+    return within(rows, K, max(1, j.memory // (4 * j.P * j.itemsize)))
 
 
 def _rows(j: JacobianOperator, rows: slice, directions: Array, independent: bool) -> Array:
     """Gradients ``[rows, P]`` of some rows, which are whole samples or directions of one."""
     K = len(directions)
     xp = array_api_compat.array_namespace(directions)
-    samples = slice(rows.start // K, -(-rows.stop // K))
-    first = rows.start - samples.start * K
-    u = directions[first : first + min(K, rows.stop - rows.start)]
+    samples, some = rectangle(rows, K)
+    u = directions[some]
     if independent:
         by_sample = xp.broadcast_to(u[:, None], (len(u), samples.stop - samples.start, j.O))
         return xp.permute_dims(j.sample_vjp(samples, by_sample), (1, 0, 2)).reshape(-1, j.P)

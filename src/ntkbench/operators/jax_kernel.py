@@ -73,14 +73,46 @@ def sample_by_sample(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
     """From rows of J, sample by sample; see :func:`ntkbench.operators.explicit_kernel.explicit_kernel`."""
-    return _by_rows(problem, x2, directions, averaged, target, independent=True)
+    found: jax.Array = _by_rows(problem, x2, directions, averaged, target, independent=True)()
+    return found
 
 
 def row_by_row(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
     """From rows of J by products over the whole batch, whatever its samples do to each other."""
-    return _by_rows(problem, x2, directions, averaged, target, independent=False)
+    found: jax.Array = _by_rows(problem, x2, directions, averaged, target, independent=False)()
+    return found
+
+
+def in_parts(
+    way: Way, problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
+) -> Callable[[slice, slice], jax.Array]:
+    """A way's kernel in rectangles: a function of their rows and columns, ranges of :mod:`ntkbench.operators.ranges`.
+
+    Ways by neural-tangents compile a program for each shape of a rectangle and certify each rectangle by itself. The
+    others are certified once.
+
+    Args:
+        way: one of :func:`ways`; the other arguments are as for it.
+
+    Raises:
+        BadInput: of neural-tangents, in the function: a rectangle has some outputs of a sample only.
+    """
+    if way in (sample_by_sample, row_by_row):
+        return _by_rows(problem, x2, directions, averaged, target, independent=way is sample_by_sample)
+    K = 1 if averaged else problem.O if directions is None else len(directions)
+
+    def part(rows: slice, columns: slice) -> jax.Array:
+        if any(bound % K for each in (rows, columns) for bound in (each.start, each.stop)):
+            raise BadInput(
+                "neural-tangents takes all outputs of a sample together, for which there is too little memory"
+            )
+        left, right = (slice(each.start // K, each.stop // K) for each in (rows, columns))
+        others = None if x2 is None and rows == columns else (problem.x if x2 is None else x2)[right]
+        return way(problem.with_inputs(problem.x[left]), others, directions, averaged, target)
+
+    return part
 
 
 def _by_rows(
@@ -91,11 +123,12 @@ def _by_rows(
     target: Target,
     *,
     independent: bool,
-) -> jax.Array:
+) -> Callable[..., jax.Array]:
+    """Rectangles of the kernel by their rows and columns; all of it without them."""
     left = linearise(problem, "theta_0", target)
     right = None if x2 is None else linearise(problem.with_inputs(x2), "theta_0", target)
     u = None if directions is None else arrays.asarray_like(directions, left.basis(0, 1))
-    return explicit_kernel(left, right, u, averaged=averaged, independent=independent)
+    return functools.partial(explicit_kernel, left, right, u, averaged=averaged, independent=independent)
 
 
 def _by_neural_tangents(

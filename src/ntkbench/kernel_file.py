@@ -1,0 +1,264 @@
+"""A kernel in a file, written rectangle by rectangle, so that an interrupted computation resumes where it was.
+
+The file is in NumPy's npy format and has its full size from the start. Beside it, ``<name>.progress`` says what kernel
+it is of and how many rectangles are complete. It is replaced as a whole, after the data that it speaks of are on the
+disk. Whatever ends the process, at most the rectangle that was being written is computed again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkbench import paths
+from ntkbench.errors import BadInput, NtkbenchError, one_line
+from ntkbench.operators.ranges import row_ranges
+
+FORMAT = 1
+"""Of the file that says how far a computation has come."""
+
+SHARE = 8
+"""A rectangle fills at most this fraction of the memory; the rest is for computing it."""
+
+STRIP = 64
+"""Rows of a rectangle that are brought into the order of the file at a time."""
+
+File = str | os.PathLike[str]
+Rectangle = tuple[slice, slice]
+
+
+class KernelFile:
+    """A kernel ``[N1 * K, N2 * K]`` in a file, and what of it is missing.
+
+    Nothing is written before the first rectangle. The file has its full size then, so that the disk cannot become full
+    later on. Only one process at a time can write to it.
+
+    Args:
+        file: the path.
+        identity: what the kernel is of, by name; a file of another kernel is refused.
+        samples: N1 and N2.
+        K: rows of a sample.
+        dtype: of the entries.
+        symmetric: whether columns are rows, so that rectangles above the diagonal are those below it.
+        memory: bytes, of which a rectangle takes a share.
+
+    Raises:
+        BadInput: the path cannot be used: it holds something else or is damaged, its folder cannot be written to, or
+            the kernel does not fit on its disk.
+    """
+
+    def __init__(
+        self,
+        file: File,
+        identity: Mapping[str, object],
+        samples: tuple[int, int],
+        K: int,
+        dtype: str,
+        *,
+        symmetric: bool,
+        memory: int,
+    ) -> None:
+        if not isinstance(file, str | os.PathLike) or not str(file):
+            raise BadInput(f"file must be a path, got {one_line(repr(file))}")
+        self.path = Path(file).absolute()
+        self._progress = self.path.with_name(f"{self.path.name}.progress")
+        self._identity: dict[str, object] = json.loads(json.dumps(identity))
+        self._shape, self._dtype = (samples[0] * K, samples[1] * K), np.dtype(dtype)
+        self._most = max(1, math.isqrt(memory // SHARE // self._dtype.itemsize))
+        self._samples, self._K, self._symmetric = samples, K, symmetric
+        self._done, self._parts = 0, self._rectangles()
+        self._descriptor: int | None = None
+        if self.path.exists() or self.path.is_symlink():
+            self._resume(memory)
+            if self._done < len(self._parts):
+                self._descriptor = self._opened()
+                try:
+                    self._resume(memory)  # as the process left it that wrote to it before
+                except BaseException:
+                    self.__exit__()
+                    raise
+        else:
+            paths.writable(self.path.parent, f"the folder of file={str(file)!r},")
+            self._check_space()
+
+    def _rectangles(self) -> list[Rectangle]:
+        rows, columns = (row_ranges(N, self._K, self._most) for N in self._samples)
+        return [(r, c) for i, r in enumerate(rows) for c in (rows[: i + 1] if self._symmetric else columns)]
+
+    def __enter__(self) -> KernelFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other processes write to the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def missing(self) -> Iterator[Rectangle]:
+        """Rows and columns of the rectangles that are to be written, in this order."""
+        yield from self._parts[self._done :]
+
+    def write(self, rows: slice, columns: slice, part: np.ndarray) -> None:
+        """Write the next rectangle of :meth:`missing`; it is on the disk at the return.
+
+        Raises:
+            BadInput: another process writes to the file.
+            NtkbenchError: it cannot be written, as on a full disk.
+        """
+        assert (rows, columns) == self._parts[self._done]
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._created()
+            self._put(self._descriptor, rows, columns, part)
+            if self._symmetric and rows != columns:
+                self._put(self._descriptor, columns, rows, part.T)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise NtkbenchError(
+                f"{self.path} cannot be written: {error.strerror or error}; the same call goes on where this stopped"
+            ) from error
+        self._note(self._done + 1)
+
+    def result(self) -> np.memmap[Any, Any]:
+        """The kernel, mapped and read-only."""
+        return np.lib.format.open_memmap(self.path, mode="r")
+
+    def _resume(self, memory: int) -> None:
+        """Find out how far the file is.
+
+        Raises:
+            BadInput: it is not a whole file of this kernel.
+        """
+        new = "name another file, or remove this one"
+        try:
+            noted = json.loads(self._progress.read_text(encoding="utf-8"))
+            form, of, most, done = noted["format"], dict(noted["of"]), int(noted["most"]), int(noted["done"])
+        except FileNotFoundError:
+            raise BadInput(f"{self.path} is there already, and no {self._progress.name} says of what: {new}") from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{self._progress} cannot be read ({type(error).__name__}): {new}") from None
+        if form != FORMAT:
+            raise BadInput(f"{self.path} was begun by another version of ntkbench: {new}")
+        if of != self._identity:
+            key = next(key for key in {**self._identity, **of} if of.get(key) != self._identity.get(key))
+            what = f"{key} {of.get(key)}, not {self._identity.get(key)}" if key in READABLE else f"other {key}"
+            raise BadInput(f"{self.path} holds another kernel ({what}): {new}")
+        if not self._is_whole():
+            raise BadInput(f"{self.path} is damaged, it is not the whole npy file that was begun: {new}")
+        needed = most**2 * self._dtype.itemsize * SHARE // 2
+        if memory < needed:
+            raise BadInput(f"{self.path} was begun with more memory: give memory={needed} at least, or {new}")
+        self._most, self._done = most, done
+        self._parts = self._rectangles()
+        if not 0 <= done <= len(self._parts):
+            raise BadInput(f"{self._progress} cannot be read ({done} of {len(self._parts)} parts): {new}")
+
+    def _is_whole(self) -> bool:
+        try:
+            mapped = np.lib.format.open_memmap(self.path, mode="r")
+        except (OSError, ValueError):
+            return False
+        size = mapped.offset + mapped.nbytes
+        found = mapped.shape, mapped.dtype, mapped.flags.c_contiguous, self.path.stat().st_size
+        return found == (self._shape, self._dtype, True, size)
+
+    def _check_space(self) -> None:
+        needed, free = self._shape[0] * self._shape[1] * self._dtype.itemsize, shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise BadInput(
+                f"the kernel, {self._shape[0]} x {self._shape[1]} entries in {self._dtype}, takes "
+                f"{needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free in {self.path.parent}: name a file on "
+                "another disk"
+            )
+
+    def _created(self) -> int:
+        """The file in its full size, which has its name only when it is complete."""
+        half = self.path.with_name(f".{self.path.name}.half")
+        descriptor = os.open(half, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._lock(descriptor)
+            if self.path.exists():
+                raise BadInput(f"{self.path} was made by another process meanwhile: name another file")
+            try:
+                os.ftruncate(descriptor, 0)
+                header = {"descr": self._dtype.str, "fortran_order": False, "shape": self._shape}
+                with open(os.dup(descriptor), "wb") as stream:
+                    np.lib.format.write_array_header_1_0(stream, header)
+                _reserve(descriptor, os.fstat(descriptor).st_size + math.prod(self._shape) * self._dtype.itemsize)
+                os.fsync(descriptor)
+                self._note(0)
+                os.rename(half, self.path)
+            except BaseException:
+                half.unlink(missing_ok=True)
+                raise
+            paths.sync(self.path.parent)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _opened(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDWR)
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written to: {error.strerror}") from None
+        try:
+            self._lock(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _lock(self, descriptor: int) -> None:
+        """Keep other processes from writing; the lock ends with the process, whatever ends that."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"{self.path} is being written by another process: wait for it, or name another file"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def _put(self, descriptor: int, rows: slice, columns: slice, part: np.ndarray) -> None:
+        item, width = self._dtype.itemsize, self._shape[1]
+        header = os.fstat(descriptor).st_size - math.prod(self._shape) * item
+        for first in range(0, len(part), STRIP):
+            strip = np.ascontiguousarray(part[first : first + STRIP], self._dtype)
+            for i, row in enumerate(strip, rows.start + first):
+                _write_at(descriptor, memoryview(row).cast("B"), header + (i * width + columns.start) * item)
+
+    def _note(self, done: int) -> None:
+        record = {"format": FORMAT, "of": self._identity, "most": self._most, "done": done, "parts": len(self._parts)}
+        paths.write_atomically(self._progress, json.dumps(record, indent=1) + "\n", synced=True)
+        self._done = done
+
+
+READABLE = ("kernel", "dtype", "samples", "outputs", "seed", "tf32")
+"""What of an identity is said in a message as it is; the rest are hashes."""
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size, and room on the disk where the system can do that."""
+    os.ftruncate(descriptor, size)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
