@@ -111,6 +111,12 @@ class Task:
 
         self._run(parameters, x, block, add)
 
+    def visit(
+        self, parameters: ParameterValues, x: Tensor, block: Block, take: Callable[[int, GradientFactors], None]
+    ) -> None:
+        """Deliver the factors of each layer's gradients in a block to ``take``, with the layer's number."""
+        self._run(parameters, x, block, lambda number, _, factors: take(number, factors()))
+
     def program(self, parameters: ParameterValues, x: Tensor, block: Block) -> Program:
         """The program that runs a block."""
         some = parameters[0].new_empty(_length(block.directions), self.O)  # laid out as at run time, and never read
