@@ -7,18 +7,22 @@ import functools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import methods
+from ntkbench import figures, methods, studies, testing
 from ntkbench.errors import BadInput
 from ntkbench.estimators import projections
+from ntkbench.figures import projections as figure
+from ntkbench.figures.plotting import labels
 from ntkbench.methods import count_sketch
 from ntkbench.methods.base import projected
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.studies import projections as study
 from ntkbench.testing import explicit_jacobian, metrics_of, smooth_problem
 
 TARGET = Target("torch", "float64", "cpu")
@@ -307,3 +311,44 @@ def test_scales_shifts_tables_and_convolutions_are_projected_unbiased():
     np.testing.assert_allclose(
         projections.gram(method.features(ready, "norm", 5 * 8 * 100**2, 0)[0][0]), J @ J.T, rtol=1e-9
     )
+
+
+# --- the study and its figure
+
+
+@pytest.fixture(scope="module")
+def table():
+    given = {"problems": ["digits_conv[N=2]"], "k": [16, 32, 128], "passes": [8, 16], "seeds": 3, "calls": 1}
+    made = studies.run("projections", studies.settings("projections", given | {"threads": 1, "device": "cpu"}))
+    return made.assign(
+        device="cpu", dtype="float32", threads=1, git_sha="0123456789", git_dirty=False, machine="a laptop"
+    )
+
+
+def test_the_study_has_a_row_for_each_method_and_size(table):
+    refused = table[table["status"] != "ok"]
+    assert list(zip(refused["method"], refused["passes"], refused["status"], strict=True)) == [
+        ("sample_subset", 8, "skipped")
+    ], refused["reason"]
+    assert set(table["method"]) == set(study.ALL)
+    of = table.set_index(["method", "k"])
+    for method in (*study.PROJECTIONS, study.SKETCH):
+        assert of.loc[(method, 16), "gram_error"] > of.loc[(method, 128), "gram_error"] > 0
+        assert of.loc[(method, 128), "bytes"] <= 20 * 128 * 4
+    by = table.set_index("method")
+    assert by.loc["structured_derivatives", "norm_plug_in"] < 1e-5
+    assert by.loc["structured_sum_of_logits", "pntk_error"] < 1e-5 < by.loc["structured_sum_of_logits", "gram_error"]
+    assert by.loc["trace_kernel", "gram_error"] <= by.loc["structured_sum_of_logits", "gram_error"]
+    assert (by.loc["gram_forward", "norm_unbiased"] > 0).all()
+
+
+def test_the_figure_says_what_it_shows(table, tmp_path):
+    figures.draw("projections", table, tmp_path)
+    said = (tmp_path / "projections.txt").read_text()
+    row = table[(table["method"] == "dense_jl") & (table["k"] == 128)].iloc[0]
+    assert f"by {labels.share_label(row['gram_error'])} at 128" in said
+    assert "K-FAC misses the norm by" in said and "an exact kernel takes" in said
+    assert len(pd.read_csv(tmp_path / "projections.csv")) == len(table) - 1  # a budget is refused
+    slopes = figure.slopes(table.assign(gram_error=table["kept"] ** -0.5))
+    assert list(slopes) == pytest.approx([-0.5] * len(slopes)) and len(slopes) == 4
+    testing.check_figure("projections", table)

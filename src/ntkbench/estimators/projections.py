@@ -1,9 +1,10 @@
 """Moments of Theta from random projections of the rows of J.
 
-A projection gives features Phi_i = J S_i, ``[n, w]``, with E S_i S_i^T = I, so that Phi_i Phi_i^T is unbiased for Theta.
-R of them with independent S_i are replicates. What is published is their mean, the Gram matrix (1/R) sum_i Phi_i
-Phi_i^T of k = R w features, and its norm, the *plug-in* value. The square of that is biased: the pairs i = j have the
-variance of one replicate in it. Pairs i != j alone are unbiased, ||Phi_i^T Phi_j||_F^2 for ||Theta||_F^2.
+A projection gives features Phi_i = J S_i, ``[n, w]``, with E S_i S_i^T = I, so that Phi_i Phi_i^T is unbiased for
+Theta. R of them with independent S_i are replicates. What is published is their mean, the Gram matrix
+(1/R) sum_i Phi_i Phi_i^T of k = R w features, and its norm, the *plug-in* value. The square of that is biased: the
+pairs i = j have the variance of one replicate in it. Pairs i != j alone are unbiased, ||Phi_i^T Phi_j||_F^2 for
+||Theta||_F^2.
 """
 
 from __future__ import annotations

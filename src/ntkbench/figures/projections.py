@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(table, labels.why_not(table))
     shown = list(dict.fromkeys(points["problem"]))
     style = looks(points.assign(kind=points["kind"].replace({"projection": "stochastic", "estimator": "stochastic"})))
-    rows = [canvas.Row(1.9, above=0.75, below=0.5), canvas.Row(1.9, above=0.3, below=0.5)] * len(shown)
+    rows = [canvas.Row(1.9, above=0.8, below=0.45), canvas.Row(1.9, above=0.2, below=0.55)] * len(shown)
     figure, grid = canvas.sheet(
         rows,
         len(AGAINST_K),
@@ -59,19 +60,22 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     for i, problem in enumerate(shown):
         here = points[points["problem"] == problem]
         above, below = grid[2 * i], grid[2 * i + 1]
-        limits = _limits(here)
+        projections = here[here["kind"] == "projection"]
         for panel, (error, what) in zip(above, AGAINST_K.items(), strict=True):
-            _panel(panel, here[here["kind"] == "projection"], "k", error, style, limits)
-            canvas.title(panel, f"{what}", "")
+            _panel(panel, projections, "k", error, style, _limits(projections))
+            canvas.title(panel, what, "")
             panel.set_xlabel(FEATURES)
         for panel, (error, cost, what) in zip(below, AGAINST_COST, strict=True):
-            _panel(panel, here, cost, error, style, limits)
+            _panel(panel, here, cost, error, style, _limits(here))
             panel.set_xlabel(f"{what}: {COSTS[cost]}")
         for panels in (above, below):
             panels[0].set_ylabel("relative error")
             for panel in panels[1:]:
                 panel.tick_params(labelleft=False)
-        canvas.heading(above[0], f"{labels.name_label(problem)}:  {labels.sizes_label(here, 'n', 'P', 'O')}")
+        said = f"{labels.name_label(problem)}:  {labels.sizes_label(here, 'n', 'P', 'O')}"
+        above[0].annotate(
+            said, (0, 1), (0, 30), "axes fraction", "offset points", fontsize=11, fontweight="bold", color=styles.GREY
+        )
     kept = points[[column for column in COLUMNS if column in points]].reset_index(drop=True)
     return base.Drawing(figure, kept, _caption(points))
 
@@ -88,10 +92,11 @@ def _panel(
     for method, rows in here.groupby("method", sort=False):
         rows = rows[rows[against].notna()].sort_values(against)
         look = style[str(method)].line("torch")
-        for column, published in _columns(error):
+        for column, plug_in in _columns(error):
             own = rows[rows[column].notna()]
             if not len(own):
                 continue
+            published = plug_in and own["kind"].iloc[0] == "projection"
             drawn = look | ({"linestyle": (0, (3.2, 1.6)), "markerfacecolor": "white"} if published else {})
             panel.plot(own[against], own[column].clip(lower=FLOOR), **{**drawn, "linewidth": 1.2, "clip_on": False})
     panel.set(xscale="log", yscale="log", ylim=limits)
@@ -104,7 +109,7 @@ def _panel(
 
 
 def _columns(error: str) -> list[tuple[str, bool]]:
-    """Columns of an error, and whether each is drawn as a published value beside an unbiased one."""
+    """Columns of an error, and whether each is of the published value beside an unbiased one."""
     if error in ("norm", "alignment"):
         return [(f"{error}_unbiased", False), (f"{error}_plug_in", True)]
     return [(error, False)]
@@ -124,7 +129,7 @@ def _methods(points: pd.DataFrame, style: dict[str, Look]) -> key.Key:
 
 
 def _reading() -> list[tuple[Line2D, str]]:
-    sample = {"color": styles.GREY, "marker": "o", "markersize": 5}
+    sample: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 5}
     return [
         (Line2D([], [], **sample), "error; norm, alignment: unbiased"),
         (Line2D([], [], **sample, markerfacecolor="white", linestyle=(0, (3.2, 1.6))), "of the published Gram matrix"),
@@ -135,10 +140,9 @@ def _reading() -> list[tuple[Line2D, str]]:
 
 
 def slopes(points: pd.DataFrame) -> pd.Series:
-    """Slope of the Gram matrix's error against kept features, in logarithms, by problem and method.
+    """Power of the kept features by which the error of the Gram matrix falls, by problem and method.
 
-    Only up to the features from which on it falls no more than by a quarter for twice as many would bend it: a method
-    with fewer than three numbers of features has none.
+    It is a fit in logarithms; a method with fewer than three numbers of features has none.
     """
     found = {}
     for names, rows in points[points["kind"] == "projection"].groupby(["problem", "method"], sort=False):
@@ -164,16 +168,16 @@ def _title(points: pd.DataFrame) -> str:
         return "Projected gradients: errors against features, seconds and bytes"
     if not any(len(rows) for rows in said):
         return "No projection is faster than the exact kernel on these problems"
-    least = min(float(rows["gram_error"].iloc[0]) for rows in said if len(rows))
-    return f"Of projections that are faster than the exact kernel, the best Gram matrix is off by {labels.share_label(least)}"
+    least = labels.share_label(min(float(rows["gram_error"].iloc[0]) for rows in said if len(rows)))
+    return f"Of projections that are faster than the exact kernel, the best Gram matrix is off by {least}"
 
 
 def _caption(points: pd.DataFrame) -> str:
     titles = points.drop_duplicates("method").set_index("method")["title"]
     text = (
         "Relative errors, as root mean squares over seeds, of what k random features of each row of J give: the Gram "
-        "matrix (Frobenius norm), its pNTK, norm and alignment. Dashed: from the Gram matrix, as published; solid: from "
-        "pairs of independent parts of the projection, which is unbiased before the root or ratio is taken. Estimators, "
+        "matrix (Frobenius norm), its pNTK, norm and alignment. Dashed: from the Gram matrix, as published; solid: "
+        "from pairs of independent parts of the projection, unbiased before the root or ratio is taken. Estimators, "
         "approximations and exact kernels are beside them against seconds; errors below "
         f"{FLOOR:g} are drawn there. Approximations by a kernel A between samples stand for Theta as A (x) I_O. Bytes "
         "are those of the features or the kernel, not the peak."
@@ -211,12 +215,10 @@ def _found(here: pd.DataFrame, titles: pd.Series) -> str:
 def _instead(best: pd.DataFrame, titles: pd.Series) -> str:
     """What is to be had in less time than an exact kernel takes."""
     if not len(best):
-        return ", less than any of these projections, so that none is to be preferred here"
+        return ", less than any of these projections"
     row = best.iloc[0]
-    return (
-        f"; in less time the best of these projections, {titles[row['method']]} with k = {row['kept']:g}, gives the Gram "
-        f"matrix to {labels.share_label(row['gram_error'])}"
-    )
+    error = labels.share_label(row["gram_error"])
+    return f"; in less time {titles[row['method']]} with k = {row['kept']:g} gives the Gram matrix to {error} at best"
 
 
 def _signed(share: float) -> str:
