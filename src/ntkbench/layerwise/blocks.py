@@ -103,10 +103,6 @@ class Task:
         self._run(parameters, x, column, add, again=again)
         return theta
 
-    def visit(self, parameters: ParameterValues, x: Tensor, block: Block) -> None:
-        """Run a block for its certificate alone."""
-        self._run(parameters, x, block, lambda number, inputs, factors: None)
-
     def add_diagonal(self, found: Tensor, parameters: ParameterValues, x: Tensor, block: Block) -> None:
         """Add the diagonal entries of a block to ``found [N, K]``."""
 
@@ -114,6 +110,19 @@ class Task:
             found.add_(contraction.diagonal(factors(), self.memory, self.tuning))
 
         self._run(parameters, x, block, add)
+
+    def visit(
+        self,
+        parameters: ParameterValues,
+        x: Tensor,
+        block: Block,
+        take: Callable[[int, GradientFactors], None] | None = None,
+    ) -> None:
+        """Deliver the factors of each layer's gradients in a block to ``take``, with the layer's number.
+
+        Without ``take`` the block is run for its certificate alone.
+        """
+        self._run(parameters, x, block, lambda number, _, factors: take(number, factors()) if take else None)
 
     def program(self, parameters: ParameterValues, x: Tensor, block: Block) -> Program:
         """The program that runs a block."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ntkbench.layerwise.blocks import Block, Task, even
 from ntkbench.layerwise.capture import ParameterValues, Program, Programs
 from ntkbench.layerwise.certificate import Certificate
+from ntkbench.layerwise.factors import GradientFactors
 from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, owner
 from ntkbench.layerwise.trace import SampleGraph, trace
 from ntkbench.layerwise.tuning import Tuning
@@ -324,6 +325,23 @@ class LayerwiseKernel:
                 for block in self._blocks(task, [], x, whole=True, parameters=parameters):
                     task.visit(parameters, x, block)
         self._certify(task, [parameters], inputs)
+
+    def visit(
+        self, parameters: ParameterValues, x: Tensor, take: Callable[[Block, int, GradientFactors], None]
+    ) -> None:
+        """Deliver the gradients of all outputs in factored form, layer by layer, within :meth:`certain`; O passes.
+
+        Args:
+            parameters, x: see :meth:`kernel`.
+            take: gets some rows, the number of a layer in ``layers``, and the factors of that layer's part of the rows.
+
+        Raises:
+            Uncertified: plain autograd gives other gradients.
+        """
+        task = self._task(None, certified=[(parameters, x)])
+        for block in self._blocks(task, [], x, whole=True, parameters=parameters):
+            task.visit(parameters, x, block, functools.partial(take, block))
+        self._certify(task, [parameters], [x])
 
     def forget_certificates(self) -> None:
         """Certify the next kernel, whatever was certified before."""

@@ -40,6 +40,8 @@ KNOWN = {
     "random_vector": (SKY, "*"),
     "trace_kernel": (BLACK, "H"),
     "last_layer": (WINE, "H"),
+    "count_sketch": (VERMILION, "H"),
+    "kfac": (BLUE, "*"),
     # Estimators: a family shares a hue, "<" works by VJPs and ">" by JVPs, and the paper's variants are the pale ones.
     "hutchinson": (ORANGE, "o"),
     "shared_probe_alignment": (PINK, "p"),
@@ -66,6 +68,9 @@ KNOWN = {
     "group_u_statistics": (BLACK, "<"),
     "sample_subset": (GREEN, "p"),
     "structured_block_u_statistics": (BLACK, "p"),
+    "dense_jl": (SKY, "o"),
+    "sparse_jl": (PINK, "D"),
+    "kronecker_projection": (GREEN, "o"),
 }
 """Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""
 

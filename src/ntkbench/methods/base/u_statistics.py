@@ -20,7 +20,7 @@ from ntkbench.estimators.accumulators import (
     shared_probe_kernel,
     with_squared_trace,
 )
-from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.estimators.standard_errors import MomentEstimates, PointEstimate
 from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, Ledger
@@ -82,20 +82,7 @@ class _GramStatistics(UStatistics):
         plain = delta_method(metric, self._names, moments)
         if metric != "effective_rank":
             return plain
-        left_out = self._left_out()
-        if not (left_out > 0).all():
-            return plain
-        K = left_out.shape[1]
-        logs = np.log(left_out[0] / left_out[1])
-        means = dict(zip(self._names, moments.means.tolist(), strict=True))
-        value = math.exp(K * math.log(means["squared_trace"] / means["square"]) - (K - 1) * logs.mean())
-        jackknife = (K - 1) / K * ((logs - logs.mean()) ** 2).sum()
-        slopes = np.zeros(len(self._names))
-        for name, sign in (("squared_trace", 1), ("square", -1)):
-            position = self._names.index(name)
-            slopes[position] = sign / moments.means[position]
-        pairs = float(slopes @ moments.double @ slopes)
-        return PointEstimate(value, value * math.sqrt(max(jackknife - pairs, jackknife / 2)), K - 1)
+        return jackknifed_rank(self._names, moments, self._left_out()) or plain
 
     def _close(self) -> None:
         if self._held and "squared_trace" in self._names:
@@ -119,6 +106,29 @@ class _GramStatistics(UStatistics):
         ]
         total = sum(sums)
         return np.concatenate([total - own + rest for own, rest in zip(sums, without, strict=True)], axis=1)
+
+
+def jackknifed_rank(names: Sequence[str], moments: MomentEstimates, left_out: np.ndarray) -> PointEstimate | None:
+    """The effective rank with the jackknife of its logarithm; ``None`` where an estimate without a probe is negative.
+
+    Args:
+        names: of the moments, ``squared_trace`` and ``square`` among them.
+        moments: from all K probes.
+        left_out: the squared trace and the square without each probe, ``[2, K]``.
+    """
+    if not (left_out > 0).all():
+        return None
+    K = left_out.shape[1]
+    logs = np.log(left_out[0] / left_out[1])
+    means = dict(zip(names, moments.means.tolist(), strict=True))
+    value = math.exp(K * math.log(means["squared_trace"] / means["square"]) - (K - 1) * logs.mean())
+    jackknife = (K - 1) / K * ((logs - logs.mean()) ** 2).sum()
+    slopes = np.zeros(len(names))
+    for name, sign in (("squared_trace", 1), ("square", -1)):
+        position = names.index(name)
+        slopes[position] = sign / moments.means[position]
+    pairs = float(slopes @ moments.double @ slopes)
+    return PointEstimate(value, value * math.sqrt(max(jackknife - pairs, jackknife / 2)), K - 1)
 
 
 class OneSidedPerSample(Accumulating):

@@ -1,0 +1,85 @@
+"""Moments of Theta from random projections of the rows of J.
+
+A projection gives features Phi_i = J S_i, ``[n, w]``, with E S_i S_i^T = I, so that Phi_i Phi_i^T is unbiased for
+Theta. R of them with independent S_i are replicates. What is published is their mean, the Gram matrix
+(1/R) sum_i Phi_i Phi_i^T of k = R w features, and its norm, the *plug-in* value. The square of that is biased: the
+pairs i = j have the variance of one replicate in it. Pairs i != j alone are unbiased, ||Phi_i^T Phi_j||_F^2 for
+||Theta||_F^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ntkbench.estimators.accumulators import required_moments
+from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
+from ntkbench.metrics import Moments
+
+Features = np.ndarray
+"""Features of R replicates at one parameter set, ``[R, n, w]`` in float64."""
+
+
+def gram(features: Features) -> np.ndarray:
+    """The Gram matrix that stands for Theta, ``[n, n]``: the mean over replicates."""
+    flat = np.concatenate(list(features), axis=1)
+    found: np.ndarray = flat @ flat.T / len(features)
+    return found
+
+
+def pair_tables(metric: str, features: Sequence[Features]) -> tuple[tuple[str, ...], dict[str, np.ndarray], np.ndarray]:
+    """What each pair of replicates says of the moments of Theta^2 that a metric is a function of.
+
+    Takes R^2 w^2 n multiplications for each pair of parameter sets.
+
+    Args:
+        metric: the metric.
+        features: at theta_0 (and, by the same projections, at theta_f).
+
+    Returns:
+        Names of the moments, the tables ``[R, R]`` of all but the trace, and the traces ``[R]``.
+    """
+    traces = np.einsum("inw,inw->i", features[0], features[0])
+    names = required_moments([metric])
+    tables: dict[str, np.ndarray] = {}
+    if "square" in names:
+        square = _products(features[0], features[0])
+        tables["square"] = square
+        if len(features) > 1:
+            square_f, cross = _products(features[1], features[1]), _products(features[0], features[1])
+            cross = (cross + cross.T) / 2
+            tables |= {"square_f": square_f, "cross": cross}
+            tables |= {"difference": square_f - 2 * cross + square, "difference_cross": cross - square}
+    if metric == "effective_rank":
+        names, tables["squared_trace"] = (*names, "squared_trace"), np.outer(traces, traces)
+    return names, tables, traces
+
+
+def moments(names: Sequence[str], tables: dict[str, np.ndarray], traces: np.ndarray) -> MomentEstimates:
+    """The unbiased moments with their covariances, from :func:`pair_tables`."""
+    R = len(traces)
+    sums = PairSums(1, R, len(tables))
+    sums.add(0, 0, [tables[name][None, :, None, :] for name in names if name != "trace"])
+    return sums.moments(traces[None] if "trace" in names else None)
+
+
+def left_out(table: np.ndarray) -> np.ndarray:
+    """The mean over pairs of different replicates without each of them, ``[R]``."""
+    R = len(table)
+    rows = table.sum(1) - table.diagonal()
+    found: np.ndarray = (rows.sum() - 2 * rows) / ((R - 1) * (R - 2))
+    return found
+
+
+def plug_in(names: Sequence[str], tables: dict[str, np.ndarray], traces: np.ndarray) -> Moments:
+    """The moments of the published Gram matrix, over all pairs of replicates; biased but for the trace."""
+    means = {name: float(tables[name].mean()) for name in names if name in tables}
+    return Moments(trace=float(traces.mean()), **means)
+
+
+def _products(one: Features, other: Features) -> np.ndarray:
+    """||A_i^T B_j||_F^2 for all replicates, ``[R, R]``; one row of blocks is held at a time."""
+    flat = other.transpose(1, 0, 2).reshape(other.shape[1], -1)
+    rows = ((each.T @ flat) ** 2 for each in one)
+    return np.array([row.reshape(len(row), len(other), -1).sum((0, 2)) for row in rows])

@@ -1,0 +1,165 @@
+"""Base classes of projected gradients: features J S with a random S, and what their inner products estimate."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ntkbench import metrics
+from ntkbench.errors import BadInput
+from ntkbench.estimate import Estimate
+from ntkbench.estimators import accumulators, projections
+from ntkbench.estimators.projections import Features
+from ntkbench.estimators.standard_errors import PointEstimate, mean
+from ntkbench.methods.base.method import PreparedProblem, certificate, notes
+from ntkbench.methods.base.stochastic import Ledger, Stochastic
+from ntkbench.methods.base.u_statistics import jackknifed_rank
+from ntkbench.operators import Array, JacobianOperator, arrays
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class Projected(Stochastic):
+    """Metrics from k random features of each row of J, ``Phi = J S``, by the same S at all parameter sets.
+
+    The budget is k for each parameter set. The features themselves take the O passes of the rows of J, whatever k is,
+    so that fewer passes are spent than the budget has where k > O. In multiplications, bytes and seconds they cost what
+    the method says.
+
+    S has R independent parts; see :mod:`ntkbench.estimators.projections`. tr Theta = E mean_i ||Phi_i||_F^2,
+    ||Theta||_F^2 = E sum_(i != j) ||Phi_i^T Phi_j||_F^2 / (R (R - 1)), and the cross term likewise. All are unbiased;
+    the square root and the ratios are biased at order 1/k. The standard error is that of
+    :class:`ntkbench.estimators.standard_errors.PairSums`, for the effective rank that of a jackknife over the parts.
+    The published value is the norm of the Gram matrix, which also has the pairs i = j: its square is larger by the
+    variance of the matrix, for dense signs by about (tr Theta)^2 / k.
+    """
+
+    needs_one_network = True
+    fewest_probes = 4
+
+    @abstractmethod
+    def features(
+        self, prepared: Any, metric: str, k: int, seed: int, *, replicates: int | None = None
+    ) -> tuple[list[Features], Ledger]:
+        """Features at each parameter set of a metric, ``[R, n, w]`` with R w <= k, in the order of the rows of J.
+
+        Args:
+            prepared: the result of :meth:`prepare`.
+            metric: gives the parameter sets.
+            k: features of a row.
+            seed: of S.
+            replicates: R; the method's own choice by default, and 1 for a projection as it is published.
+
+        Returns:
+            The features, and a ledger of their cost.
+        """
+
+    def passes_per_probe(self, metric: str) -> int:
+        return len(metrics.parameter_sets(metric))
+
+    def least_passes(self, problem: Problem, metric: str) -> int:
+        return self.cost(metric, max(self.fewest_probes, problem.O))
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The features, in their own precision and in float64."""
+        k = self.probes(metric, self.default_passes if passes is None else passes)
+        return len(metrics.parameter_sets(metric)) * problem.n * k * (target.itemsize + 8)
+
+    def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
+        features, ledger = self.features(prepared, metric, self.probes(metric, passes), seed)
+        (value, error, degrees), complement = estimated(metric, features)
+        spent, remarks, found = ledger()
+        return Estimate(
+            value, error, spent, self.name, remarks, metric, degrees, certificate=found, complement=complement
+        )
+
+
+def estimated(metric: str, features: Sequence[Features]) -> tuple[PointEstimate, float | None]:
+    """A metric from the features at each of its parameter sets, and 1 - alignment for an alignment."""
+    names, tables, traces = projections.pair_tables(metric, features)
+    if metric == "trace":
+        return mean(traces), None
+    found = projections.moments(names, tables, traces)
+    plain = accumulators.delta_method(metric, names, found)
+    if metric == "effective_rank":
+        without = np.array([projections.left_out(tables[name]) for name in ("squared_trace", "square")])
+        return jackknifed_rank(names, found, without) or plain, None
+    means = dict(zip(names, found.means.tolist(), strict=True))
+    return plain, accumulators.complement(means) if metric == "alignment" else None
+
+
+Sketch = Callable[[Array], Array]
+"""Rows of J, ``[r, P]`` -> their features, ``[r, R, w]``."""
+
+
+class ProjectedRows(Projected):
+    """Features of the rows of J one by one: the rows are computed in blocks, projected and forgotten."""
+
+    needs_independent_samples = True
+
+    @abstractmethod
+    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
+        """A projection of rows of length ``j.P``; equal arguments give the same one at all parameter sets."""
+
+    def features(
+        self, prepared: PreparedProblem, metric: str, k: int, seed: int, *, replicates: int | None = None
+    ) -> tuple[list[Features], Ledger]:
+        jacobians = prepared.jacobians(metric)
+        if k < jacobians[0].O:
+            raise BadInput(f"{self.name}: rows of J take {jacobians[0].O} passes for each set of weights; got {k}")
+        found = [_project_rows(j, self.sketch(j, k, seed, replicates)) for j in jacobians]
+        return found, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
+
+
+def _project_rows(j: JacobianOperator, sketch: Sketch) -> Features:
+    blocks, order = [], []
+    for samples, outputs in j.rectangles(0.5):
+        blocks.append(sketch(j.sample_rows(samples, outputs)))
+        order.append(j.row_numbers(samples, outputs))
+    rows = arrays.gather(blocks)
+    features = np.empty_like(rows)
+    features[np.concatenate(order)] = rows
+    return features.transpose(1, 0, 2)
+
+
+def signs(j: JacobianOperator, k: int, seed: int) -> Sketch:
+    """A dense projection by k columns of random signs, each a replicate; they are drawn anew for each block of rows."""
+    size = max(1, j.memory // (4 * j.P * j.itemsize))
+
+    def sketch(rows: Array) -> Array:
+        rng, xp = j.rng(seed), array_api_compat.array_namespace(rows)
+        sizes = [min(size, k - start) for start in range(0, k, size)]
+        return xp.concat([rows @ rng.sign(each, j.P).T for each in sizes], axis=1)[:, :, None]
+
+    return sketch
+
+
+def hashed(j: JacobianOperator, replicates: int, width: int, seed: int) -> Sketch:
+    """CountSketches: each of the P entries goes with a random sign to one of ``width`` features of each replicate."""
+    import torch
+
+    like = j.basis(0, 1)
+    device, size = like.device, (replicates, j.P)
+    generator = torch.Generator(device).manual_seed(seed)
+    signed = torch.randint(2, size, generator=generator, device=device) * 2 - 1
+    buckets = torch.randint(width, size, generator=generator, device=device)
+    buckets += width * torch.arange(replicates, device=device)[:, None]
+    # A matrix [R w, P] by its rows: the entries sorted by where they go.
+    order = buckets.reshape(-1).argsort(stable=True)
+    ends = torch.bincount(buckets.reshape(-1), minlength=replicates * width).cumsum(0)
+    values = signed.reshape(-1)[order].to(like.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that such matrices are new in torch
+        matrix = torch.sparse_csr_tensor(
+            torch.nn.functional.pad(ends, (1, 0)),
+            order % j.P,
+            values,
+            (replicates * width, j.P),
+            check_invariants=False,
+        )
+    return lambda block: (matrix @ block.T.contiguous()).T.reshape(len(block), replicates, width)

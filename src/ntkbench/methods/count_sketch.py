@@ -1,0 +1,84 @@
+"""CountSketch of the gradients of a few random combinations of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import array_api_compat
+import numpy as np
+
+from ntkbench import metrics
+from ntkbench.estimators.projections import Features
+from ntkbench.methods.base import Deterministic
+from ntkbench.methods.base.projected import hashed
+from ntkbench.metrics import Moments
+from ntkbench.operators import JacobianOperator, arrays
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class CountSketch(Deterministic):
+    """The N x N kernel K of CountSketches of J_b^T v_r, standing for Theta as (K / O) (x) I_O.
+
+    K = (1/R) sum_r Phi_r Phi_r^T for R random sign vectors v_r over the outputs, which all samples share, and E K =
+    tr_O Theta, O times the trace kernel. Probes and hashes are drawn once and for all, so that there is one value. It
+    differs from Theta as the trace kernel does, which leaves out what outputs have in common, and by the noise of the
+    probes, at most about sqrt(2 / R), and of the hash, about sqrt(effective rank / width). Over draws the trace is
+    unbiased. The square of the norm is too large by the variance of K, and so the effective rank, of an N x N kernel,
+    is too small.
+
+    ``probes`` passes for each parameter set, N P ``probes`` additions.
+
+    Attributes:
+        probes: R.
+        width: features of a probe.
+    """
+
+    title = "CountSketch, output probes"
+    kind = "approximate"
+    source = "Shukla 2025 (arXiv 2512.00860), output probes and a CountSketch; Charikar, Chen, Farach-Colton 2002"
+    backends = ("torch",)
+    needs_independent_samples = True
+    needs_one_network = True
+    probes: ClassVar[int] = 8
+    width: ClassVar[int] = 1024
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return self.probes * len(metrics.parameter_sets(metric))
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        sets = len(metrics.parameter_sets(metric))
+        return sets * problem.N * (self.probes * self.width * (target.itemsize + 8) + 8 * problem.N)
+
+    def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
+        O = jacobians[0].O  # noqa: E741 - the field's symbol
+        kernels = [kernel(probed(j, self.probes, self.width)) / O for j in jacobians]
+        return metrics.from_gram(*kernels).times(O)
+
+
+def probed(j: JacobianOperator, probes: int, width: int, seed: int = 0) -> Features:
+    """Features of each output probe, ``[R, N, width]``; R passes.
+
+    Args:
+        j: the operator.
+        probes: R.
+        width: features of a probe.
+        seed: of the probes and of the hash, the same at all parameter sets.
+    """
+    v, sketch = j.rng(seed).sign(probes, j.O), hashed(j, 1, width, seed)
+    xp = array_api_compat.array_namespace(v)
+    size = max(1, j.memory // (4 * (j.bytes_per_probe() // j.N + 2 * j.P * j.itemsize)))
+    found = []
+    for one in v:
+        starts = range(0, j.N, size)
+        chunks = [slice(start, min(start + size, j.N)) for start in starts]
+        each = [j.sample_vjp(c, xp.broadcast_to(one, (1, c.stop - c.start, j.O)))[0] for c in chunks]
+        found.append(arrays.gather(sketch(rows)[:, 0] for rows in each))
+    return np.stack(found)
+
+
+def kernel(features: Features) -> np.ndarray:
+    """K of the features of all probes, ``[N, N]``."""
+    found: np.ndarray = np.einsum("rnw,rmw->nm", features, features, optimize=True) / len(features)
+    return found

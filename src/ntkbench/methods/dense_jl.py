@@ -1,0 +1,23 @@
+"""Dense Johnson-Lindenstrauss projection of the rows of J, as for TRAK."""
+
+from __future__ import annotations
+
+from ntkbench.methods.base.projected import ProjectedRows, Sketch, signs
+from ntkbench.operators import JacobianOperator
+
+
+class DenseJL(ProjectedRows):
+    """Phi = J S with k columns of random signs, and (1/k) Phi Phi^T for Theta: every row of J times S.
+
+    O passes for each parameter set and n P k multiplications; S is never held as a whole. ``gram_forward`` has the same
+    features from k JVPs, which is less work where O > 2. So use this one where k is much larger than the passes that
+    time allows and O is small, as for one scalar output. The relative error of the Gram matrix is about
+    sqrt((1 + effective rank) / k).
+    """
+
+    title = "dense projection (JL)"
+    source = "Johnson and Lindenstrauss 1984; Park et al. 2023 (TRAK, arXiv 2303.14186)"
+    backends = ("torch", "jax")
+
+    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
+        return signs(j, k, seed)

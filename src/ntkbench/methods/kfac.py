@@ -1,0 +1,129 @@
+"""K-FAC: J^T J by one Kronecker product for each layer, through curvlinops."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from ntkbench import metrics
+from ntkbench.errors import Unavailable
+from ntkbench.estimate import Estimate
+from ntkbench.methods.base import Method
+from ntkbench.metrics import Moments
+from ntkbench.modules import copied, load
+from ntkbench.operators import torch_network
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class KFAC(Method):
+    """The metrics of (+)_l A_l (x) B_l, which stands for J^T J, whose trace and norm are those of Theta.
+
+    A_l = (1 / (N S)) sum a a^T is the mean over samples and the S positions of a layer's inputs (with a one for the
+    bias), and B_l = sum g g^T the sum over them and all outputs of the cotangents: the type-2 Fisher matrix of half the
+    squared error, K-FAC-expand. It takes the two as independent, and different layers as orthogonal, so every metric is
+    biased, the trace as well where the norms of inputs and of cotangents go together. The alignment is that of the two
+    matrices. Linear and Conv2d layers alone.
+
+    O passes for each parameter set.
+    """
+
+    title = "K-FAC"
+    kind = "approximate"
+    source = "Martens and Grosse 2015; Grosse and Martens 2016; curvlinops 3 (Dangel et al. 2025)"
+    backends = ("torch",)
+    needs_independent_samples = True
+    needs_one_network = True
+    prepares = ""
+
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        reason = super().unsupported_reason(problem, metric, target, passes)
+        if reason is None and importlib.util.find_spec("curvlinops") is None:
+            return "curvlinops is not installed"
+        return reason or _not_covered(problem)
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return problem.output_shape[-1] * len(metrics.parameter_sets(metric))
+
+    def prepare(self, problem: Problem, target: Target) -> dict[str, Any]:
+        """The network at each set of weights with its inputs.
+
+        Raises:
+            Unavailable: curvlinops is not installed, or the device is not there.
+        """
+        if importlib.util.find_spec("curvlinops") is None:
+            raise Unavailable(
+                "curvlinops is not installed; it comes with: pip install --no-deps curvlinops-for-pytorch"
+            )
+        names = ("theta_0",) if problem.theta_f is None else ("theta_0", "theta_f")
+        return {name: _network(problem, name, target) for name in names}
+
+    def estimate(self, prepared: dict[str, Any], metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+        names = metrics.parameter_sets(metric)
+        factors = [_factors(*prepared[name]) for name in names]
+        first, last = factors[0], factors[-1]
+        moments = Moments(
+            trace=sum(float(a.trace() * b.trace()) for a, b in first),
+            square=_products(first, first),
+            square_f=_products(last, last),
+            cross=_products(first, last),
+        )
+        outputs = prepared["theta_0"][2]
+        return Estimate.of_moments(metric, moments, float(outputs * len(names)), self.name)
+
+
+def _not_covered(problem: Problem) -> str | None:
+    """Why K-FAC has no rule for a problem's network."""
+    from torch import nn
+
+    if len(problem.output_shape) != 2:
+        return f"takes one vector of outputs a sample, and these are {list(problem.output_shape[1:])}"
+    for name, module in problem.network.named_modules():
+        own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
+        trained = [key for key in own if key in problem.theta_0]
+        grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+        if trained and (grouped or type(module) not in (nn.Linear, nn.Conv2d)):
+            return f"has rules for Linear and ungrouped Conv2d alone, and {trained[0]} is of {type(module).__name__}"
+    return None
+
+
+def _network(problem: Problem, weights: str, target: Target) -> tuple[Any, Any, int]:
+    """The module with its values, its inputs and O."""
+    module, values, x = torch_network(problem, weights, target)
+    module = load(copied(module), values).requires_grad_(False)
+    for name, w in module.named_parameters():
+        w.requires_grad_(name in values)
+    return module, x, problem.output_shape[-1]
+
+
+def _factors(module: Any, x: Any, outputs: int) -> list[tuple[Any, Any]]:
+    """A_l and B_l of each layer, in float64."""
+    import torch
+    from curvlinops import FisherType, KFACLinearOperator
+
+    parameters = [w for w in module.parameters() if w.requires_grad]
+    operator = KFACLinearOperator(
+        module,
+        torch.nn.MSELoss(reduction="sum"),
+        parameters,
+        [(x, x.new_zeros(len(x), outputs))],
+        check_deterministic=False,
+        fisher_type=FisherType.TYPE2,
+        num_per_example_loss_terms=1,
+        separate_weight_and_bias=False,
+        num_data=len(x),
+    )
+    operator.compute_kronecker_factors()
+    state = operator.state_dict()
+    inputs, cotangents = state["input_covariances"], state["gradient_covariances"]
+    one = x.new_ones(1, 1, dtype=torch.float64)  # the input of a bias by itself
+    # The Hessian of the squared error is 2.
+    return [(inputs.get(name, one).double(), cotangents[name].double() / 2) for name in sorted(cotangents)]
+
+
+def _products(one: list[tuple[Any, Any]], other: list[tuple[Any, Any]]) -> float:
+    """tr of the product of two such matrices."""
+    pairs = zip(one, other, strict=True)
+    return sum(float((a * a_f).sum() * (b * b_f).sum()) for (a, b), (a_f, b_f) in pairs)

@@ -1,0 +1,151 @@
+"""Two-sided projections of each layer's gradients by their factors, as for LoGra."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from ntkbench.errors import BadInput, Unavailable
+from ntkbench.estimators.projections import Features
+from ntkbench.methods.base.projected import Ledger, Projected
+from ntkbench.operators import arrays
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ntkbench.layerwise.blocks import Block
+    from ntkbench.layerwise.factors import GradientFactors
+    from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
+
+
+class KroneckerProjection(Projected):
+    """Features B G A^T of the gradient G = sum_s g_s a_s^T of each layer, with normal A and B.
+
+    A layer's inputs a_s and cotangents g_s are projected to d numbers each, so that G is never formed: d (C + D + d)
+    multiplications a position for a layer of D inputs and C outputs, O passes for each parameter set. Unbiased, as A
+    and B are independent and E A^T A = E B^T B = I. The features are d^2 for each layer and replicate, but a feature
+    more on one side alone helps that side alone: the relative error of the Gram matrix falls as 1 / sqrt(d), the fourth
+    root of k, where that of an unstructured projection falls as 1 / sqrt(k). So use this one for large layers, where it
+    saves most of the time, and not for small errors.
+
+    A side that has no more than d entries is left as it is. The bias is an input that is always one. Scales, shifts and
+    other parameters that no linear map has are projected to d^2 numbers densely. ``replicates`` pairs of A and B for
+    each layer leave degrees of freedom to the standard error; LoGra has one pair.
+
+    Attributes:
+        replicates: R.
+    """
+
+    title = "two-sided projection (LoGra)"
+    source = "Choe et al. 2024 (LoGra, arXiv 2405.13954)"
+    backends = ("torch",)
+    needs_independent_samples = True
+    prepares = "trace"
+    replicates: ClassVar[int] = 8
+    fewest_probes = replicates
+
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        reason = super().unsupported_reason(problem, metric, target, passes)
+        return reason or _not_covered(problem)
+
+    def least_passes(self, problem: Problem, metric: str) -> int:
+        """One feature for each parameter, as there are no fewer layers, and replicate at least."""
+        tensors = max(len(problem.theta_0), 1)
+        return self.cost(metric, max(problem.O, self.replicates * tensors))
+
+    def prepare(self, problem: Problem, target: Target) -> TracedProblem:
+        """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
+        from ntkbench.methods.base.layerwise import TracedProblem
+
+        return TracedProblem(problem, target)
+
+    def features(
+        self, prepared: TracedProblem, metric: str, k: int, seed: int, *, replicates: int | None = None
+    ) -> tuple[list[Features], Ledger]:
+        from ntkbench.methods.base.layerwise import ledger_of
+
+        ends, R = prepared.ends(metric), replicates or self.replicates
+        d = math.isqrt(k // (R * len(ends[0].engine.layers)))
+        if k < ends[0].engine.O or d == 0:
+            least = max(ends[0].engine.O, R * len(ends[0].engine.layers))
+            raise BadInput(f"{self.name}: k must be at least {least} for this network; got {k}")
+        ledger = ledger_of(ends)
+        return [_Projections(end, R, d, seed).features() for end in ends], ledger
+
+
+def _not_covered(problem: Problem) -> str | None:
+    """Why the factors of some layer are not those of a linear map, as far as the module says so."""
+    names: dict[int, str] = {}
+    for name, w in problem.network.named_parameters(remove_duplicate=False):
+        if ".parametrizations." in name or name.startswith("parametrizations."):
+            return f"projects layers by their weights, and that of {name} is computed from parameters"
+        if names.setdefault(id(w), name) != name:
+            return f"projects layers one by one, and {names[id(w)]} is {name} as well"
+    return None
+
+
+class _Projections:
+    """The projections of all layers of one network, and the features of its rows of J."""
+
+    def __init__(self, end: TracedNetwork, replicates: int, d: int, seed: int) -> None:
+        self._end, self._replicates, self._d, self._seed = end, replicates, d, seed
+
+    def features(self) -> Features:
+        """``[R, n, w]``."""
+        return self._end.engine.certain(self._collected)
+
+    def _collected(self) -> Features:
+        end, found = self._end, dict[int, np.ndarray]()
+        N, O = len(end.x), end.engine.O  # noqa: E741 - the field's symbol
+
+        def take(block: Block, number: int, factors: GradientFactors) -> None:
+            made = arrays.to_numpy(self._project(number, factors), np.float64)  # [R, N, K, w]
+            whole = found.setdefault(number, np.empty((made.shape[0], N, O, made.shape[3])))
+            whole[:, block.samples, block.directions] = made
+
+        end.engine.visit(end.parameters, end.x, take)
+        parts = [found[number].reshape(self._replicates, N * O, -1) for number in sorted(found)]
+        return np.concatenate(parts, axis=2)
+
+    def _project(self, number: int, factors: GradientFactors) -> Tensor:
+        import torch
+
+        from ntkbench.layerwise.factors import Lookups, Products, Rows
+
+        if isinstance(factors, Products):
+            a = self._side(number, 0, factors.a.shape[1:3], self._d, factors.a)
+            b = self._side(number, 1, factors.g.shape[2:4], self._d, factors.g)
+            inputs = torch.einsum("rgid,ngds->rngis", a, factors.a)
+            cotangents = torch.einsum("rgjc,nkgcs->rnkgjs", b, factors.g)
+            return torch.einsum("rnkgjs,rngis->rnkgji", cotangents, inputs).flatten(3)
+        if isinstance(factors, Lookups):
+            (layer,) = (layer for i, layer in enumerate(self._end.engine.layers) if i == number)
+            entries = int(layer.uses[0].entries.shape[0])
+            a = self._side(number, 0, (1, entries), self._d, factors.g)[:, 0]
+            b = self._side(number, 1, (1, factors.g.shape[2]), self._d, factors.g)[:, 0]
+            inputs = a[:, :, factors.rows.clamp(min=0)] * (factors.rows >= 0)  # [R, d, N, S]
+            cotangents = torch.einsum("rjc,nkcs->rnkjs", b, factors.g)
+            return torch.einsum("rnkjs,rins->rnkji", cotangents, inputs).flatten(3)
+        if isinstance(factors, Rows):
+            p = self._side(number, 0, (1, factors.rows.shape[2]), self._d**2, factors.rows)[:, 0]
+            return torch.einsum("rip,nkp->rnki", p, factors.rows)
+        names = ", ".join(self._end.engine.layers[number].parameters)
+        raise Unavailable(f"projects linear maps alone, and the gradient of {names} is not that of one")
+
+    def _side(self, number: int, side: int, sizes: tuple[int, ...], d: int, like: Tensor) -> Tensor:
+        """Projections of one side of a layer, ``[R, groups, d, entries]``; those with few entries are left alone."""
+        import torch
+
+        groups, entries = sizes
+        if entries <= d:
+            return torch.eye(entries).to(like).expand(self._replicates, groups, -1, -1)
+        seeds = np.random.SeedSequence((self._seed, number, side)).generate_state(1, np.uint64)
+        generator = torch.Generator(like.device).manual_seed(int(seeds[0] >> 1))
+        shape = (self._replicates, groups, d, entries)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device) / math.sqrt(d)

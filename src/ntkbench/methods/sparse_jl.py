@@ -1,0 +1,31 @@
+"""Sparse Johnson-Lindenstrauss projection of the rows of J, as for GraSS."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ntkbench.methods.base.projected import ProjectedRows, Sketch, hashed
+from ntkbench.operators import JacobianOperator
+
+
+class SparseJL(ProjectedRows):
+    """Phi = J S, where each parameter has ``nonzeros`` random signs in S, one in each of as many blocks of k features.
+
+    O passes for each parameter set and n P ``nonzeros`` additions, whatever k is. A block is a CountSketch, and blocks
+    are independent, so they are the replicates that the unbiased estimates and their standard errors come from. The
+    relative error of the Gram matrix is that of a dense projection with as many features. GraSS also leaves out random
+    parameters first, which saves time and adds variance; that is not done here.
+
+    Attributes:
+        nonzeros: of each parameter; 8 leave 7 degrees of freedom to the standard error.
+    """
+
+    title = "sparse projection (SJLT)"
+    source = "Kane and Nelson 2014, the block construction; Hu et al. 2025 (GraSS, arXiv 2505.18976)"
+    backends = ("torch",)
+    nonzeros: ClassVar[int] = 8
+    fewest_probes = nonzeros
+
+    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
+        blocks = replicates or self.nonzeros
+        return hashed(j, blocks, k // blocks, seed)

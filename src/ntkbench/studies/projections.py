@@ -1,0 +1,268 @@
+"""Projected gradients beside estimators, approximations and exact kernels: errors against k, seconds and bytes.
+
+A projection gives k features of each row of J, and their Gram matrix stands for Theta. Its relative error in the
+Frobenius norm is compared at equal k, at equal seconds and at equal bytes, and so are the norm and the alignment that
+it gives, and its pNTK. The norm and the alignment are taken in two ways from the same features: from the Gram matrix,
+as is published (``plug_in``), and from pairs of independent parts of the projection (``unbiased``). Other methods give
+only what they estimate. Approximations by an N x N kernel A stand for Theta as A (x) I_O.
+
+Seconds are those of the norm, from weights to a number. Bytes are those of what is kept: n k features, or the kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from ntkbench import methods, problems
+from ntkbench.errors import Unavailable
+from ntkbench.estimators import projections
+from ntkbench.measure.timing import timed
+from ntkbench.methods import count_sketch
+from ntkbench.methods.base import projected
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+from ntkbench.studies import base
+
+TIMED = True
+PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "kronecker_projection": 1}
+"""Replicates of each as it is published; ``None`` for as many as its estimates have."""
+SKETCH = "count_sketch"
+ESTIMATORS = ("gram_forward", "structured_block_u_statistics", "sample_subset")
+FIXED = ("structured_sum_of_logits", "trace_kernel", "kfac", "structured_derivatives", "jacobian_contraction")
+"""Methods with one value, approximate and exact."""
+KERNELS = {"structured_sum_of_logits": "sum_of_logits", "trace_kernel": "trace"}
+"""Approximations by a kernel between samples, and its name in the layerwise engine."""
+ALL = (*PROJECTIONS, SKETCH, *ESTIMATORS, *FIXED)
+PLUGINS = tuple(f"ntkbench.methods.{name}" for name in ALL)
+
+
+class Settings(base.Settings):
+    """Problems and numbers of features.
+
+    Attributes:
+        seeds: projections, or estimates, behind each error.
+        problems: labels; with trained weights, and with an n for which Theta can be written out.
+        k: features of a row of J.
+        passes: budgets of the estimators.
+    """
+
+    seeds: int = Field(10, ge=2)
+    problems: list[str] = Field(default=["digits_mlp[N=16]", "digits_conv[N=16]"], min_length=1)
+    k: list[Annotated[int, Field(ge=16)]] = Field(default=[16, 64, 256, 1024], min_length=2)
+    passes: list[Annotated[int, Field(ge=8)]] = Field(default=[8, 32, 128], min_length=1)
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each problem, method and number of features or passes."""
+    return base.table(row for label in settings.problems for row in _of_problem(settings, label))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A problem, and its Theta in float64.
+
+    Attributes:
+        problem: with trained weights.
+        thetas: Theta at theta_0 and at theta_f, ``[n, n]``, rows in the order of those of J.
+    """
+
+    problem: Problem
+    thetas: tuple[np.ndarray, np.ndarray]
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """||Theta||_F."""
+        return float(np.linalg.norm(self.thetas[0]))
+
+    @functools.cached_property
+    def alignment(self) -> float:
+        """The alignment of both."""
+        return alignment(*self.thetas)
+
+    @functools.cached_property
+    def pntk(self) -> np.ndarray:
+        """``[N, N]``."""
+        return pooled(self.thetas[0], self.problem.O)
+
+    def gram_error(self, theta: np.ndarray) -> float:
+        """Relative error of what stands for Theta."""
+        return float(np.linalg.norm(theta - self.thetas[0])) / self.norm
+
+    def pntk_error(self, theta: np.ndarray) -> float:
+        """Relative error of its pNTK."""
+        found = pooled(theta, self.problem.O)
+        return float(np.linalg.norm(found - self.pntk) / np.linalg.norm(self.pntk))
+
+
+def alignment(theta: np.ndarray, theta_f: np.ndarray) -> float:
+    """tr(Theta Theta_f) / (||Theta||_F ||Theta_f||_F)."""
+    return float((theta * theta_f).sum() / (np.linalg.norm(theta) * np.linalg.norm(theta_f)))
+
+
+def pooled(theta: np.ndarray, outputs: int) -> np.ndarray:
+    """The pNTK of a kernel between all outputs of all samples, ``[N, N]``."""
+    blocks = theta.reshape(len(theta) // outputs, outputs, -1, outputs)
+    return blocks.sum((1, 3)) / outputs
+
+
+def truth(label: str) -> Truth:
+    """The exact kernels of a problem."""
+    problem = problems.load(label)
+    prepared = methods.get("structured_derivatives").prepare(problem, Target("torch", "float64", "cpu"))
+    ends = prepared.ends("alignment")
+    first, last = (np.array(end.engine.kernel(end.parameters, end.x)) for end in ends)
+    return Truth(problem, (first, last))
+
+
+def _of_problem(settings: Settings, label: str) -> Iterator[base.Row]:
+    exact = base.Once(lambda: truth(label))
+    for name in ALL:
+        prepared = base.Once(functools.partial(_prepared, settings, exact, name))
+        case = {"problem": label, "method": name, "title": base.title(name), "kind": _kind(name)}
+        measures: Mapping[str, Any] = {
+            **dict.fromkeys(PROJECTIONS, _projection),
+            SKETCH: _sketch,
+            **dict.fromkeys(ESTIMATORS, _estimator),
+        }
+        if name not in measures:
+            yield base.row(
+                {**case, "k": None, "passes": None}, functools.partial(_fixed, settings, exact, prepared, name)
+            )
+            continue
+        for size in settings.passes if name in ESTIMATORS else settings.k:
+            numbers = {"k": None, "passes": size} if name in ESTIMATORS else {"k": size, "passes": None}
+            first = zlib.crc32(f"{label}, {name}, {size}".encode()) // 2
+            measure = functools.partial(measures[name], settings, exact, prepared, name, size, first)
+            yield base.row({**case, **numbers}, measure)
+
+
+def _kind(name: str) -> str:
+    if name in PROJECTIONS or name == SKETCH:
+        return "projection"
+    return "estimator" if name in ESTIMATORS else methods.get(name).kind
+
+
+def _prepared(settings: Settings, exact: base.Once[Truth], name: str) -> Any:
+    return methods.get(name).prepare(exact().problem, settings.target())
+
+
+def _rms(values: list[float]) -> float:
+    return math.sqrt(float(np.mean(np.square(values))))
+
+
+def _errors(exact: Truth, found: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Columns of the Gram matrices at both parameter sets that each seed gave."""
+    norms = [float(np.linalg.norm(theta)) / exact.norm - 1 for theta, _ in found]
+    return {
+        "gram_error": _rms([exact.gram_error(theta) for theta, _ in found]),
+        "pntk_error": _rms([exact.pntk_error(theta) for theta, _ in found]),
+        "norm_plug_in": _rms(norms),
+        "norm_bias": float(np.mean(norms)),
+        "alignment_plug_in": _rms([alignment(*both) / exact.alignment - 1 for both in found]),
+    }
+
+
+def _projection(
+    settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str, k: int, first: int
+) -> dict[str, Any]:
+    method: Any = methods.get(name)
+    replicates = PROJECTIONS[name]
+
+    def features(metric: str, seed: int, published: bool = True) -> list[projections.Features]:
+        found, _ = method.features(prepared(), metric, k, seed, replicates=replicates if published else None)
+        made: list[projections.Features] = found
+        return made
+
+    grams, norms, alignments, kept = [], [], [], 0
+    unsupported = method.unsupported_reason(
+        exact().problem, "alignment", settings.target(), method.cost("alignment", k)
+    )
+    for seed in range(first, first + settings.seeds):
+        both = features("alignment", seed)
+        kept = both[0].shape[0] * both[0].shape[2]
+        grams.append((projections.gram(both[0]), projections.gram(both[1])))
+        if not unsupported:
+            both = features("alignment", seed, published=False) if replicates else both
+            norms.append(projected.estimated("norm", both[:1])[0].value / exact().norm - 1)
+            alignments.append(projected.estimated("alignment", both)[0].value / exact().alignment - 1)
+    call = timed(lambda: float(np.linalg.norm(projections.gram(features("norm", first)[0]))), settings.calls)
+    unbiased = {"norm_unbiased": _rms(norms), "alignment_unbiased": _rms(alignments)} if norms else {}
+    size = {"bytes": exact().problem.n * kept * settings.target().itemsize, "kept": kept}
+    return {**base.sizes(exact().problem), **_errors(exact(), grams), **unbiased, **size, **_columns(settings, call)}
+
+
+def _sketch(
+    settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str, k: int, first: int
+) -> dict[str, Any]:
+    probes = count_sketch.CountSketch.probes
+    problem, width = exact().problem, k // probes
+
+    def kernels(metric: str, seed: int) -> list[np.ndarray]:
+        jacobians = prepared().jacobians(metric)
+        return [count_sketch.kernel(count_sketch.probed(j, probes, width, seed)) for j in jacobians]
+
+    grams = [
+        tuple(np.kron(kernel / problem.O, np.eye(problem.O)) for kernel in kernels("alignment", seed))
+        for seed in range(first, first + settings.seeds)
+    ]
+    call = timed(lambda: float(np.linalg.norm(kernels("norm", first)[0])), settings.calls)
+    size = {"bytes": problem.N * probes * width * settings.target().itemsize, "kept": probes * width}
+    errors = _errors(exact(), [(theta, theta_f) for theta, theta_f in grams])
+    return {**base.sizes(problem), **errors, **size, **_columns(settings, call)}
+
+
+def _estimator(
+    settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str, passes: int, first: int
+) -> dict[str, Any]:
+    method = methods.get(name)
+
+    def errors(metric: str, value: float, budget: int) -> list[float]:
+        seeds = range(first, first + settings.seeds)
+        return [method.estimate(prepared(), metric, budget, seed).value / value - 1 for seed in seeds]
+
+    for metric, budget in (("norm", passes), ("alignment", 2 * passes)):
+        if why := method.unsupported_reason(exact().problem, metric, settings.target(), budget):
+            raise Unavailable(why)
+    found = {"norm_unbiased": _rms(errors("norm", exact().norm, passes))}
+    found["alignment_unbiased"] = _rms(errors("alignment", exact().alignment, 2 * passes))
+    call = timed(lambda: method.estimate(prepared(), "norm", passes, first), settings.calls)
+    return {**base.sizes(exact().problem), **found, **_columns(settings, call)}
+
+
+def _fixed(settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str) -> dict[str, Any]:
+    method, problem = methods.get(name), exact().problem
+    if why := method.unsupported_reason(problem, "alignment", settings.target()):
+        raise Unavailable(why)
+    call = timed(lambda: method.estimate(prepared(), "norm"), settings.calls)
+    off = call.first.value / exact().norm - 1
+    found = {"norm_plug_in": abs(off), "norm_bias": off}
+    found["alignment_plug_in"] = abs(method.estimate(prepared(), "alignment").value / exact().alignment - 1)
+    if method.kind == "exact":
+        found |= {"gram_error": 0.0, "pntk_error": 0.0, "bytes": problem.n**2 * settings.target().itemsize}
+    elif name in KERNELS:
+        theta = np.kron(_between_samples(prepared(), KERNELS[name]), np.eye(problem.O))
+        found |= {"gram_error": exact().gram_error(theta), "pntk_error": exact().pntk_error(theta)}
+        found["bytes"] = problem.N**2 * settings.target().itemsize
+    return {**base.sizes(problem), **found, **_columns(settings, call), "seeds": 1}
+
+
+def _between_samples(prepared: Any, kernel: str) -> np.ndarray:
+    from ntkbench.layerwise import sample_kernels
+    from ntkbench.operators import arrays
+
+    (end,) = prepared.ends("norm")
+    made = sample_kernels.get(kernel).compute(end.engine, end.parameters, end.x)
+    return arrays.to_numpy(made, np.float64)
+
+
+def _columns(settings: Settings, call: Any) -> dict[str, Any]:
+    return {**call.columns(), "seeds": settings.seeds}

@@ -1,0 +1,354 @@
+"""Projected gradients are J S, unbiased, and as accurate as is published; what stands for Theta says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import ntkbench
+from ntkbench import figures, methods, studies, testing
+from ntkbench.errors import BadInput
+from ntkbench.estimators import projections
+from ntkbench.figures import projections as figure
+from ntkbench.figures.plotting import labels
+from ntkbench.methods import count_sketch
+from ntkbench.methods.base import projected
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+from ntkbench.studies import projections as study
+from ntkbench.testing import explicit_jacobian, metrics_of, smooth_problem
+
+TARGET = Target("torch", "float64", "cpu")
+UNBIASED = ("dense_jl", "sparse_jl", "kronecker_projection")
+SEEDS = 300
+
+
+@functools.cache
+def wide() -> Problem:
+    return smooth_problem("wide_projected", 12, 24, 24, 3)
+
+
+@functools.cache
+def prepared(name, problem=smooth_problem):
+    return methods.get(name).prepare(problem(), TARGET)
+
+
+@functools.cache
+def jacobians(problem=smooth_problem):
+    return [explicit_jacobian(problem(), end) for end in ("theta_0", "theta_f")]
+
+
+def features(name, k, seed, problem=smooth_problem, metric="alignment", replicates=None):
+    return methods.get(name).features(prepared(name, problem), metric, k, seed, replicates=replicates)[0]
+
+
+def z_of(values, expected):
+    """How many standard errors the means over seeds are off, entry by entry."""
+    values = np.array(values)
+    return (values.mean(0) - expected) / (values.std(0, ddof=1) / math.sqrt(len(values)))
+
+
+# --- the features are J S
+
+
+def test_dense_features_are_the_products_of_all_rows_with_signs():
+    (j, _) = prepared("dense_jl").jacobians("alignment")
+    S = j.rng(3).sign(40, j.P).numpy()
+    for J, found in zip(jacobians(), features("dense_jl", 40, 3), strict=True):
+        assert found.shape == (40, 6, 1)
+        np.testing.assert_allclose(found[:, :, 0].T, J @ S.T, rtol=1e-10)
+
+
+def test_dense_features_do_not_depend_on_memory_and_have_the_law_of_jvps():
+    problem, small = smooth_problem(), dataclasses.replace(TARGET, memory=2**12)
+    method = methods.get("dense_jl")
+    (found,), _ = method.features(method.prepare(problem, small), "norm", 40, 3)
+    np.testing.assert_allclose(found, features("dense_jl", 40, 3, metric="norm")[0], rtol=1e-12)
+    forward = methods.get("gram_forward")
+    ready = forward.prepare(problem, TARGET)
+    for attribute in ("value", "standard_error"):
+        ours = [getattr(method.estimate(prepared("dense_jl"), "norm", 32, s), attribute) for s in range(100)]
+        theirs = [getattr(forward.estimate(ready, "norm", 32, s), attribute) for s in range(100)]
+        assert abs(np.mean(ours) - np.mean(theirs)) < 4 * math.hypot(np.std(ours), np.std(theirs)) / 10
+
+
+def test_sparse_features_have_one_sign_of_each_parameter_in_each_block():
+    (j, _) = prepared("sparse_jl").jacobians("alignment")
+    S = methods.get("sparse_jl").sketch(j, 40, 7, None)(j.parameter_basis(0, j.P)).numpy()
+    assert S.shape == (j.P, 8, 5) and set(np.unique(S)) == {-1.0, 0.0, 1.0}
+    assert (abs(S).sum(2) == 1).all()
+    for J, found in zip(jacobians(), features("sparse_jl", 40, 7), strict=True):
+        np.testing.assert_allclose(found, np.einsum("np,prw->rnw", J, S), atol=1e-12)
+
+
+def test_two_sided_features_are_those_of_the_layers_gradients():
+    """B G A^T of G = [dW, db] for both layers, with the projections read off unit factors."""
+    (found,) = features("kronecker_projection", 2 * 8 * 4, 1, metric="norm")
+    (end,) = prepared("kronecker_projection").ends("norm")
+    made = projected_by(end, 2, 1)
+    J = jacobians()[0]
+    layers = {"0": (J[:, :12].reshape(6, 4, 3), J[:, 12:16]), "2": (J[:, 16:24].reshape(6, 2, 4), J[:, 24:])}
+    parts = []
+    for number, layer in enumerate(end.engine.layers):
+        dW, db = layers[layer.parameters[0].partition(".")[0]]
+        G = np.concatenate([dW, db[:, :, None]], axis=2)
+        A, B = made[number]
+        parts.append(np.einsum("rjc,ncd,rid->rnji", B, G, A).reshape(8, 6, -1))
+    np.testing.assert_allclose(found, np.concatenate(parts, axis=2), atol=1e-12)
+
+
+def projected_by(end, d, seed):
+    """A and B of each layer, ``[R, d, D]`` and ``[R, d, C]``."""
+    from ntkbench.methods.kronecker_projection import _Projections
+
+    sides = _Projections(end, 8, d, seed)
+    like = end.parameters[0]
+    sizes = [((1, 5), (1, 2)), ((1, 4), (1, 4))]  # inputs with the bias, and outputs
+    by_layer = [sizes["0." in layer.parameters[0]] for layer in end.engine.layers]
+    return [
+        tuple(sides._side(number, side, size, d, like)[:, 0].numpy() for side, size in enumerate(both))
+        for number, both in enumerate(by_layer)
+    ]
+
+
+def test_sides_that_are_not_larger_than_the_projection_are_exact():
+    J, J_f = jacobians()
+    (found, found_f) = features("kronecker_projection", 2 * 8 * 36, 0)
+    np.testing.assert_allclose(projections.gram(found), J @ J.T, rtol=1e-10)
+    np.testing.assert_allclose(projections.gram(found_f), J_f @ J_f.T, rtol=1e-10)
+    estimate = methods.get("kronecker_projection").estimate(prepared("kronecker_projection"), "norm", 2 * 8 * 36)
+    assert estimate.value == pytest.approx(metrics_of(J @ J.T)["norm"]) and estimate.standard_error < 1e-9
+
+
+# --- unbiased, with the published scaling
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_gram_matrix_and_moments_are_unbiased_over_seeds(name):
+    J, J_f = jacobians()
+    thetas = J @ J.T, J_f @ J_f.T
+    grams, found, published = [], [], []
+    for seed in range(SEEDS):
+        both = features(name, 32, seed)
+        grams.append(projections.gram(both[0]))
+        tables = projections.pair_tables("alignment", both)
+        found.append(projections.moments(*tables).means)
+        published.append(projections.plug_in(*tables).square)
+    assert abs(z_of(grams, thetas[0])).max() < 4.5
+    exact = [
+        (thetas[0] ** 2).sum(),
+        (thetas[1] ** 2).sum(),
+        (thetas[0] * thetas[1]).sum(),
+        ((thetas[1] - thetas[0]) ** 2).sum(),
+        (thetas[0] * (thetas[1] - thetas[0])).sum(),
+    ]
+    assert abs(z_of(found, exact)).max() < 4.5
+    assert z_of(published, exact[0]) > 5, "the published value has the variance of the Gram matrix in it"
+    assert np.mean(published) == pytest.approx(np.mean([(gram**2).sum() for gram in grams]))
+
+
+@pytest.mark.parametrize(("name", "replicates", "slope"), [
+    ("dense_jl", None, -0.5), ("sparse_jl", None, -0.5), ("sparse_jl", 1, -0.5), ("kronecker_projection", 1, -0.25),
+])  # fmt: skip
+def test_the_error_of_the_gram_matrix_falls_as_published(name, replicates, slope):
+    J = jacobians(wide)[0]
+    theta = J @ J.T
+    sizes = (32, 128, 512)
+    errors = [
+        math.sqrt(np.mean([
+            ((projections.gram(features(name, k, seed, wide, "norm", replicates)[0]) - theta) ** 2).sum()
+            for seed in range(40)
+        ]))
+        / np.linalg.norm(theta)
+        for k in sizes
+    ]  # fmt: skip
+    assert np.polyfit(np.log(sizes), np.log(errors), 1)[0] == pytest.approx(slope, abs=0.08)
+    if slope == -0.5:
+        rank = metrics_of(theta)["effective_rank"]
+        assert errors == pytest.approx([math.sqrt((1 + rank) / k) for k in sizes], rel=0.25)
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_equal_weights_have_alignment_one(name):
+    problem = smooth_problem()
+    same = dataclasses.replace(problem, theta_f=problem.theta_0)
+    method = methods.get(name)
+    found = method.estimate(method.prepare(same, TARGET), "alignment", 128)
+    assert found.value == pytest.approx(1) and found.complement == pytest.approx(0, abs=1e-9)
+
+
+def test_features_take_the_passes_of_the_rows_whatever_their_number():
+    for name in UNBIASED:
+        found = methods.get(name).estimate(prepared(name), "norm", 200)
+        assert found.passes == 2
+        assert found.certificate < 1e-9
+
+
+# --- what stands for Theta
+
+
+def test_count_sketches_have_the_mean_of_the_trace_kernel():
+    J = jacobians()[0]
+    summed = np.einsum("aop,bop->ab", J.reshape(3, 2, -1), J.reshape(3, 2, -1))
+    (j,) = prepared("count_sketch").jacobians("norm")
+    found = [count_sketch.kernel(count_sketch.probed(j, 2, 8, seed)) for seed in range(SEEDS)]
+    assert abs(z_of(found, summed)).max() < 4.5
+
+
+def test_count_sketch_is_that_of_the_gradients_of_the_probes():
+    J = jacobians()[0].reshape(3, 2, -1)
+    (j,) = prepared("count_sketch").jacobians("norm")
+    v, S = j.rng(0).sign(3, 2).numpy(), projected.hashed(j, 1, 16, 0)(j.parameter_basis(0, j.P))[:, 0].numpy()
+    np.testing.assert_allclose(count_sketch.probed(j, 3, 16), np.einsum("ro,nop,pw->rnw", v, J, S), atol=1e-12)
+
+
+def kfac_by_hand(module, x):
+    """A (x) B of each layer of an MLP of Linear and Tanh, by autograd row by row."""
+    layers = [layer for layer in module if isinstance(layer, nn.Linear)]
+    inputs, outputs, value = [], [], x
+    for layer in module:
+        if isinstance(layer, nn.Linear):
+            inputs.append(torch.cat([value, torch.ones(len(x), 1, dtype=x.dtype)], 1).detach())
+            value = layer(value)
+            value.retain_grad()
+            outputs.append(value)
+        else:
+            value = layer(value)
+    found = [torch.zeros(out.shape[1], out.shape[1], dtype=x.dtype) for out in outputs]
+    for o in range(value.shape[1]):
+        grads = torch.autograd.grad(value[:, o].sum(), outputs, retain_graph=True)
+        found = [b + g.T @ g for b, g in zip(found, grads, strict=True)]
+    return [torch.kron(b, a.T @ a / len(x)) for a, b in zip(inputs, found, strict=True)], layers
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
+def test_kfac_is_the_kronecker_product_of_each_layer(metric):
+    problem = smooth_problem()
+    blocks = []
+    for weights in (problem.theta_0, problem.theta_f):
+        module = ntkbench.modules.copied(problem.module).double()
+        ntkbench.modules.load(module, weights).requires_grad_()
+        made, _ = kfac_by_hand(module, torch.from_numpy(problem.x).double())
+        blocks.append(torch.block_diag(*made).detach().numpy())
+    found = methods.get("kfac").estimate(prepared("kfac"), metric)
+    assert found.value == pytest.approx(metrics_of(*blocks)[metric], rel=1e-9)
+
+
+def test_kfac_is_exact_for_one_sample_and_one_layer_and_biased_elsewhere():
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 2)
+    weights = {name: w.detach().numpy() for name, w in linear.named_parameters()}
+    one = Problem("one_layer", linear, torch.randn(1, 3).numpy(), weights)
+    method = methods.get("kfac")
+    exact = metrics_of((J := explicit_jacobian(one)) @ J.T)
+    for metric in ("trace", "norm", "effective_rank"):
+        assert method.estimate(method.prepare(one, TARGET), metric).value == pytest.approx(exact[metric])
+    J = jacobians()[0]
+    biased = method.estimate(prepared("kfac"), "norm").value
+    assert biased != pytest.approx(metrics_of(J @ J.T)["norm"], rel=0.01)
+
+
+# --- what is refused
+
+
+def refusal(name, module, x, passes=4096):
+    weights = {key: w.detach().numpy() for key, w in module.named_parameters()}
+    return methods.get(name).unsupported_reason(Problem("given", module, x.numpy(), weights), "norm", TARGET, passes)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.other(torch.tanh(self.one(x)))
+
+
+def test_layers_that_are_not_covered_are_refused_by_name():
+    x = torch.zeros(2, 3)
+    assert refusal("kronecker_projection", Tied(), x) == (
+        "projects layers one by one, and one.weight is other.weight as well"
+    )
+    normalised = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    assert "computed from parameters" in refusal("kronecker_projection", normalised, x)
+    scaled = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    assert refusal("kronecker_projection", scaled, x) is None
+    assert refusal("kfac", scaled, x) == (
+        "has rules for Linear and ungrouped Conv2d alone, and 1.weight is of LayerNorm"
+    )
+    assert "one vector of outputs" in refusal("kfac", nn.Linear(3, 2), torch.zeros(2, 4, 3))
+
+
+def test_too_few_features_are_refused_in_one_line():
+    for name in UNBIASED:
+        assert refusal(name, nn.Linear(3, 2), torch.zeros(2, 3), 3) is not None
+        with pytest.raises(BadInput, match=f"{name}: "):
+            methods.get(name).features(prepared(name), "norm", 1, 0)
+
+
+def test_scales_shifts_tables_and_convolutions_are_projected_unbiased():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Embedding(9, 8), nn.LayerNorm(8), nn.Unflatten(1, (1, 6)), nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(),
+        nn.Linear(96, 2),
+    )  # fmt: skip
+    weights = {key: w.detach().numpy() for key, w in module.named_parameters()}
+    problem = Problem("mixed", module, torch.randint(9, (4, 6)).numpy(), weights)
+    J = explicit_jacobian(problem)
+    method = methods.get("kronecker_projection")
+    ready = method.prepare(problem, TARGET)
+    grams = [projections.gram(method.features(ready, "norm", 5 * 8 * 4, seed)[0][0]) for seed in range(SEEDS)]
+    assert abs(z_of(grams, J @ J.T)).max() < 4.5
+    np.testing.assert_allclose(
+        projections.gram(method.features(ready, "norm", 5 * 8 * 100**2, 0)[0][0]), J @ J.T, rtol=1e-9
+    )
+
+
+# --- the study and its figure
+
+
+@pytest.fixture(scope="module")
+def table():
+    given = {"problems": ["digits_conv[N=2]"], "k": [16, 32, 128], "passes": [8, 16], "seeds": 3, "calls": 1}
+    made = studies.run("projections", studies.settings("projections", given | {"threads": 1, "device": "cpu"}))
+    return made.assign(
+        device="cpu", dtype="float32", threads=1, git_sha="0123456789", git_dirty=False, machine="a laptop"
+    )
+
+
+def test_the_study_has_a_row_for_each_method_and_size(table):
+    refused = table[table["status"] != "ok"]
+    assert list(zip(refused["method"], refused["passes"], refused["status"], strict=True)) == [
+        ("sample_subset", 8, "skipped")
+    ], refused["reason"]
+    assert set(table["method"]) == set(study.ALL)
+    of = table.set_index(["method", "k"])
+    for method in (*study.PROJECTIONS, study.SKETCH):
+        assert of.loc[(method, 16), "gram_error"] > of.loc[(method, 128), "gram_error"] > 0
+        assert of.loc[(method, 128), "bytes"] <= 20 * 128 * 4
+    by = table.set_index("method")
+    assert by.loc["structured_derivatives", "norm_plug_in"] < 1e-5
+    assert by.loc["structured_sum_of_logits", "pntk_error"] < 1e-5 < by.loc["structured_sum_of_logits", "gram_error"]
+    assert by.loc["trace_kernel", "gram_error"] <= by.loc["structured_sum_of_logits", "gram_error"]
+    assert (by.loc["gram_forward", "norm_unbiased"] > 0).all()
+
+
+def test_the_figure_says_what_it_shows(table, tmp_path):
+    figures.draw("projections", table, tmp_path)
+    said = (tmp_path / "projections.txt").read_text()
+    row = table[(table["method"] == "dense_jl") & (table["k"] == 128)].iloc[0]
+    assert f"by {labels.share_label(row['gram_error'])} at 128" in said
+    assert "K-FAC misses the norm by" in said and "an exact kernel takes" in said
+    assert len(pd.read_csv(tmp_path / "projections.csv")) == len(table) - 1  # a budget is refused
+    slopes = figure.slopes(table.assign(gram_error=table["kept"] ** -0.5))
+    assert list(slopes) == pytest.approx([-0.5] * len(slopes)) and len(slopes) == 4
+    testing.check_figure("projections", table)
