@@ -1,6 +1,7 @@
 """Small networks on which intervals are compared with exact values: an MLP on skewed inputs, and a transformer.
 
-The MLP has 272 outputs a sample, more than ``method="auto"`` computes exactly when no budget is given.
+The MLP has 272 outputs a sample, more than ``method="auto"`` computes exactly when no budget is given. A ReLU
+follows its last layer, so that it has no wide head.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ TOKENS, LENGTH, WIDTH, SEQUENCES = 8, 9, 8, 256
 def small_mlp(
     N: int = SAMPLES, inputs: Literal["ordinary", "imbalanced", "heavy_tailed", "one_outlier"] = "ordinary"
 ) -> Definition:
-    """8-8-8-272 ReLU network on 12 inputs: normal; all but one nearly alike; Cauchy-scaled; one 100 times as large.
+    """8-8-8-272 ReLU MLP on 12 inputs: normal; all but one nearly alike; Cauchy-scaled; one 100 times as large.
 
-    Trained by 10 full-batch steps towards fixed standard normal targets.
+    A ReLU follows each layer, the last one too. Trained by 10 full-batch steps towards fixed standard normal targets.
     """
     import torch
     from torch import nn
@@ -32,7 +33,7 @@ def small_mlp(
     from ntkbench.networks import fully_connected
     from ntkbench.networks.initialisation import seeded
 
-    module = seeded(functools.partial(fully_connected.network, [INPUTS, HIDDEN, HIDDEN, OUTPUTS]), 0)
+    module = seeded(functools.partial(fully_connected.network, [INPUTS, HIDDEN, HIDDEN, OUTPUTS], relu_at_end=True), 0)
     draw = torch.Generator().manual_seed(1)
     x, centre = (torch.randn(shape, generator=draw) for shape in ((SAMPLES, INPUTS), (INPUTS,)))
     quantiles = (torch.randperm(SAMPLES, generator=draw) + 0.5) / SAMPLES
@@ -45,7 +46,8 @@ def small_mlp(
     elif inputs == "one_outlier":
         x[4] *= 100
     recipe = training.Adam(x, targets, nn.functional.mse_loss, batch=SAMPLES, epochs=10, lr=1e-3)
-    return Definition(module, x[:N].numpy().copy(), recipe, jax_forward=fully_connected.forward)
+    forward = functools.partial(fully_connected.forward, relu_at_end=True)
+    return Definition(module, x[:N].numpy().copy(), recipe, jax_forward=forward)
 
 
 @problem
