@@ -140,7 +140,7 @@ def _fetch_cifar10(folder: Path) -> None:
     """The first images of each class, from the files that torchvision fetches."""
     from torchvision.datasets import CIFAR10 as Original  # noqa: N811
 
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part, each in CIFAR_SIZES.items():
         data = Original(str(folder / "cifar10" / "original"), train=part == "train", download=True)
         labels = np.array(data.targets)

@@ -126,5 +126,4 @@ def _transformer(
     whole = seeded(functools.partial(language.Transformer, size, head), 0)
     part = None if read == "logits" else language.part(whole, size, head, read)
     forward = language.jax_forward(size, read)
-    outputs = "states" if read == "states" else "logits"
-    return Definition(whole, tokens, recipe, forward, outputs=outputs, part=part)
+    return Definition(whole, tokens, recipe, forward, outputs="states" if read == "states" else "logits", part=part)
