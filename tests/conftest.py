@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,17 @@ def processors() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def offline() -> Iterator[None]:
-    """No test may fetch MNIST."""
+    """No test may fetch data: MNIST by scikit-learn, CIFAR-10 by torchvision, text by torch.hub."""
     import sklearn.datasets
+    import torch.hub
 
     def refused(*args: object, **kwargs: object) -> None:
         raise OSError("there is no network in the tests")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sklearn.datasets, "fetch_openml", refused)
+        patch.setattr(torch.hub, "download_url_to_file", refused)
+        patch.setattr(urllib.request, "urlopen", refused)
         yield
 
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import subprocess
 import sys
-import types
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 import ntkbench
 from ntkbench import paths, problems, testing
-from ntkbench.data import images, tasks
+from ntkbench.data import tasks
 from ntkbench.errors import BadInput, Corrupt, DidNotTrain, Unavailable
 from ntkbench.networks import recurrent
 from ntkbench.problem import Problem
@@ -32,26 +31,14 @@ SIZES = {  # N, O, P
 }
 
 
-@pytest.fixture
-def mnist(monkeypatch):
-    """A loader that returns 520 images of noise with MNIST's shapes and types."""
-    rng = np.random.default_rng(0)
-    data = types.SimpleNamespace(
-        data=rng.integers(0, 256, (520, 784)).astype(np.float64),
-        target=rng.integers(0, 10, 520).astype(str).astype("O"),
-    )
-    asked = []
-    monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *args, **kwargs: asked.append((args, kwargs)) or data)
-    images.mnist.cache_clear()
-    yield asked
-    images.mnist.cache_clear()
-    problems.load.cache_clear()
+REDUCED = {name: f"{name}[N=4,T=8,V=50,d=128,L=2]" for name in ("gpt2_small", "gpt2_410m")}
+"""Problems that are too large for the tests, at sizes that are not."""
 
 
 @pytest.mark.parametrize("name", problems.names())
 def test_problems_keep_their_contract(name):
     try:
-        testing.check_problem(name)
+        testing.check_problem(REDUCED.get(name, name))
     except Unavailable as reason:
         pytest.skip(str(reason))
 
@@ -70,34 +57,6 @@ def test_described_before_anything_else_was_asked():
     code = "from ntkbench import problems; print(problems.describe('digits_mlp'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_mnist_is_unavailable_where_it_cannot_be_fetched():
-    problems.load.cache_clear()
-    with pytest.raises(Unavailable, match=r"MNIST.*OSError: there is no network in the tests"):
-        problems.load("mnist_mlp")
-
-
-def test_why_mnist_is_unavailable_is_one_line(monkeypatch):
-    def refused(*_, **__):
-        raise ValueError("the page says\n\n<html>")
-
-    monkeypatch.setattr("sklearn.datasets.fetch_openml", refused)
-    with pytest.raises(Unavailable, match=r"could not be fetched from OpenML \(ValueError: the page says\)$"):
-        images.mnist()
-
-
-def test_mnist_from_a_loader_that_has_it(mnist):
-    problem = problems.load("mnist_mlp[N=5]")
-    ((name,), options) = mnist[0]
-    assert name == "mnist_784"
-    assert options["version"] == 1
-    assert options["as_frame"] is False
-    assert problem.x.shape == (5, 784)
-    assert 0 <= problem.x.min() < problem.x.max() <= 1
-    assert (problem.N, problem.O, problem.P) == (5, 10, 269_322)
-    torch, jax = (f(problem, "theta_f", "float64") for f in (testing.outputs_in_torch, testing.outputs_in_jax))
-    np.testing.assert_allclose(torch, jax, rtol=0, atol=1e-11 * np.abs(torch).max())
 
 
 @pytest.mark.parametrize(
@@ -169,7 +128,10 @@ def test_committed_weights_are_those_that_training_gives():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (paths.REFERENCE / "weights").glob("*.npz")))
 def test_committed_weights_are_of_todays_networks_data_and_recipes(name):
     stored = storage.read(weights.committed_file(name))
-    definition = problems.define(name)
+    try:
+        definition = problems.define(name)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
     assert str(stored["recipe"]) == str(definition.training)
     assert str(stored["origin"]) == weights.origin(name, definition)
 
@@ -422,6 +384,8 @@ def test_recipes_print_all_that_they_use():
         "inputs[T=4]": (3, 4, 3),
         "inputs[T=12]": (3, 12, 3),
     }
+    given = training.Given("somebody", {"weight": np.ones((1, 2), np.float32)})
+    assert str(given) == f"Given(source='somebody', digest='{given.digest}')" and list(given.arrays()) == ["weight"]
     for recipe in (adam, task):
         shown = {f.name for f in dataclasses.fields(recipe) if f.repr}
         assert {f.name for f in dataclasses.fields(recipe)} == shown | ({"x", "y"} if recipe is adam else set())

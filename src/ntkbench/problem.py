@@ -293,6 +293,7 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
 
 
 def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:
-    """A network's weights, split into those with ``requires_grad`` and the frozen ones."""
-    by = {key: w.requires_grad for key, w in network.named_parameters() if key in weights}
+    """A network's weights, split into those with ``requires_grad`` and the others: frozen ones, and buffers."""
+    own = (*network.named_parameters(), *network.named_buffers())
+    by = {key: w.requires_grad for key, w in own if key in weights}
     return {key: weights[key] for key in by if by[key]}, {key: weights[key] for key in by if not by[key]}

@@ -32,6 +32,7 @@ from ntkbench.methods.base import Method
 from ntkbench.metrics import METRICS
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
+from ntkbench.problems.base import parse_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +102,7 @@ def explicit_jacobian(problem: Problem, end: str = "theta_0") -> np.ndarray:
     module = _own_module(problem).double()
     weights = problem.weights(end)
     with torch.no_grad():
+        module.load_state_dict({k: torch.from_numpy(w) for k, w in problem.fixed(end).items()}, strict=False)
         for key, w in module.named_parameters():
             if key in weights:
                 w.copy_(torch.from_numpy(weights[key]))
@@ -367,16 +369,19 @@ def _estimators(method: Method, problem: Problem, metric: str, backend: str) -> 
 # --- problems
 
 
-def check_problem(name: str) -> None:
+def check_problem(label: str) -> None:
     """The contract of a problem.
 
     - It is the same to the bit at every load, and leaves torch's random state alone.
     - With fewer samples it has the first of its inputs and the same weights.
     - Both backends compute the same network, at both ends of training.
     - Samples interact if it says so, and only then.
-    - Training moves every weight, to finite numbers in float32.
+    - Training moves every weight, to finite numbers in float32, if the network is trained at all.
 
-    Cost: the problem is loaded at its default sizes (and trained, where no trained weights are kept) twice.
+    Cost: the problem is loaded (and trained, where no trained weights are kept) twice.
+
+    Args:
+        label: of the problem, with smaller sizes than its own where that is large.
 
     Raises:
         BadInput: there is no such problem, or it is broken.
@@ -385,28 +390,32 @@ def check_problem(name: str) -> None:
     """
     import torch
 
-    with _said(f"problem {name!r}"):
+    with _said(f"problem {label!r}"):
+        name, options = parse_label(problems.check(label))
         _require(problems.describe(name).strip(), "has no first line in its docstring")
         problems.load.cache_clear()
-        whole = problems.load(name)
+        whole = problems.load(label)
         problems.load.cache_clear()
         state = torch.get_rng_state()
-        again = problems.load(name)
+        again = problems.load(label)
         _require(torch.equal(torch.get_rng_state(), state), "changes torch's random state")
         _require(again.digest() == whole.digest(), "is not the same at every load")
+        ends = ("theta_0",) if whole.theta_f is None else ("theta_0", "theta_f")
         for key, w in whole.theta_0.items():
-            trained = whole.weights("theta_f")[key]
+            trained = whole.weights(ends[-1])[key]
             _require(w.dtype == trained.dtype == np.float32, f"{key} is not kept in float32")
             _require(w.shape == trained.shape and np.isfinite(trained).all(), f"training spoils {key}")
-            _require(not np.array_equal(w, trained), f"training leaves {key} where it was")
-        few = problems.load(f"{name}[N=3]")
-        _require(few.name == f"{name}[N=3]", f"calls itself {few.name!r} with N=3")
+            moved = whole.theta_f is None or not np.array_equal(w, trained)
+            _require(moved, f"training leaves {key} where it was")
+        chosen = ",".join(f"{key}={value}" for key, value in {**options, "N": 3}.items())
+        few = problems.load(f"{name}[{chosen}]")
+        _require(few.name == problems.check(f"{name}[{chosen}]"), f"calls itself {few.name!r} with N=3")
         _require(few.N == 3 and np.array_equal(few.x, whole.x[:3]), "with N=3 has not its first three inputs")
-        for end in ("theta_0", "theta_f"):
+        for end in ends:
             same = all(np.array_equal(few.weights(end)[key], w) for key, w in whole.weights(end).items())
             _require(same and list(few.weights(end)) == list(whole.weights(end)), f"with N=3 has another {end}")
         if few.jax_forward:
-            for end in ("theta_0", "theta_f"):
+            for end in ends:
                 for dtype, tolerance in (("float32", 1e-5), ("float64", 1e-11)):
                     _check_twins(few, end, dtype, tolerance)
         _check_interaction(few)
@@ -417,7 +426,8 @@ def outputs_in_torch(problem: Problem, end: str, dtype: str) -> np.ndarray:
     import torch
 
     module = _own_module(problem).to(getattr(torch, dtype))
-    module.load_state_dict({key: torch.from_numpy(w) for key, w in problem.weights(end).items()}, strict=False)
+    values = {**problem.fixed(end), **problem.weights(end)}
+    module.load_state_dict({key: torch.from_numpy(w) for key, w in values.items()}, strict=False)
     x = torch.from_numpy(problem.x)
     with torch.no_grad():
         return module(x.to(getattr(torch, dtype)) if x.is_floating_point() else x).numpy()

@@ -19,6 +19,7 @@ import asv.util
 import psutil
 
 from ntkbench import paths
+from ntkbench.data import files
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import outcomes, plan, watchdog
 from ntkbench.measure.limits import Limits
@@ -152,6 +153,8 @@ class _Environment:
             "PYTHONPATH": folders,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
+        if data := files.folder():  # cases run in folders of their own
+            self.env_vars[files.VARIABLE] = str(data)
 
     def run(self, arguments: Sequence[str], **options: Any) -> Any:
         return asv.util.check_output([sys.executable, *arguments], **options)

@@ -21,7 +21,7 @@ from ntkbench import methods, paths, problems, registry
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.problems.base import parse_label, reference, weights
-from ntkbench.registry import Fault, Source
+from ntkbench.registry import BrokenPlugin, Fault, Source
 
 PACKAGE = Path(__file__).parents[1]
 """The folder of the package whose files are looked at."""
@@ -65,10 +65,11 @@ def problem(label: str) -> str:
 
 
 def study(config: Config, name: str) -> str:
-    """What a study's table depends on: its file, the plug-ins that it names, and its settings."""
+    """What a study's table depends on: its file, the plug-ins that it names, their data, and its settings."""
     settings = config.study(name).model_dump(mode="json")
     files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
-    return _hash(files, name, settings)
+    named = {text.partition("[")[0] for text in _strings(settings)} & set(problems.ROOM.found())
+    return _hash(files.union(*map(_data_files, named)), name, settings)
 
 
 def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:
@@ -147,9 +148,19 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
 
 
 def _data_of_problem(label: str) -> set[Path]:
-    """Committed weights and exact values."""
-    files = (weights.committed_file(parse_label(label)[0]), reference.file_of(label, paths.REFERENCE))
-    return {file for file in files if file.exists()}
+    """Committed weights and exact values, and files of data."""
+    name = parse_label(label)[0]
+    files = (weights.committed_file(name), reference.file_of(label, paths.REFERENCE))
+    return {file for file in files if file.exists()} | _data_files(name)
+
+
+def _data_files(name: str) -> set[Path]:
+    """Files of data that a problem says it is made of, those that are here."""
+    try:
+        declared = getattr(problems.get(name), "data", ())
+    except BrokenPlugin:  # whoever loads it is told
+        return set()
+    return {found for file in declared if (found := file.here())}
 
 
 def _hash(files: Iterable[Path], *settings: object) -> str:

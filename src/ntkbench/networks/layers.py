@@ -38,31 +38,35 @@ def patches(weights: Weights, name: str, x: Any) -> Any:
 class LayerNorm(nn.LayerNorm):
     """Over the last axis."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, EPS)
+    def __init__(self, width: int, eps: float = EPS) -> None:
+        super().__init__(width, eps)
 
 
-def layer_norm(weights: Weights, name: str, x: Any) -> Any:
+def layer_norm(weights: Weights, name: str, x: Any, eps: float = EPS) -> Any:
     """:class:`LayerNorm` in JAX."""
     import jax
 
     centred = x - x.mean(-1, keepdims=True)
-    scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPS)
+    scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     return centred * scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 class Perceptron(nn.Sequential):
-    """Two linear layers with a GELU between them, on the last axis, which keeps its size."""
+    """Two linear layers with a GELU between them, on the last axis, which keeps its size.
 
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    The GELU is exact, or with ``approximate`` that by tanh of BERT's and GPT-2's code.
+    """
+
+    def __init__(self, width: int, hidden: int, approximate: bool = False) -> None:
+        gelu = nn.GELU("tanh" if approximate else "none")
+        super().__init__(nn.Linear(width, hidden), gelu, nn.Linear(hidden, width))
 
 
-def perceptron(weights: Weights, name: str, x: Any) -> Any:
+def perceptron(weights: Weights, name: str, x: Any, approximate: bool = False) -> Any:
     """:class:`Perceptron` in JAX."""
     import jax
 
-    hidden = jax.nn.gelu(linear(weights, f"{name}.0", x), approximate=False)
+    hidden = jax.nn.gelu(linear(weights, f"{name}.0", x), approximate=approximate)
     return linear(weights, f"{name}.2", hidden)
 
 
@@ -70,12 +74,14 @@ def linear(weights: Weights, name: str, x: Any) -> Any:
     """``nn.Linear`` in JAX: ``x W^T + b`` on the last axis.
 
     One contraction and no transpose: neural-tangents' structured derivatives look for a product whose operand is the
-    parameter itself, and a transposed one would hide it from them.
+    parameter itself, and a transposed one would hide it from them. There may be no bias.
     """
     import jax
 
     contracted = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weights[f"{name}.weight"], contracted) + weights[f"{name}.bias"]
+    x = jax.lax.dot_general(x, weights[f"{name}.weight"], contracted)
+    bias = weights.get(f"{name}.bias")
+    return x if bias is None else x + bias
 
 
 def convolution(weights: Weights, name: str, x: Any, stride: int = 1) -> Any:
@@ -90,6 +96,8 @@ def convolution(weights: Weights, name: str, x: Any, stride: int = 1) -> Any:
 
 
 def batch_norm(weights: Weights, name: str, x: Any) -> Any:
-    """``nn.BatchNorm2d`` in JAX, in eval mode with its initial statistics (mean 0, variance 1)."""
-    scale = weights[f"{name}.weight"] / (1 + 1e-5) ** 0.5
+    """``nn.BatchNorm2d`` in JAX, in eval mode: with statistics that are among the weights, or mean 0 and variance 1."""
+    mean, variance = weights.get(f"{name}.running_mean"), weights.get(f"{name}.running_var", 1)
+    x = x if mean is None else x - mean[:, None, None]
+    scale = weights[f"{name}.weight"] / (variance + 1e-5) ** 0.5
     return x * scale[:, None, None] + weights[f"{name}.bias"][:, None, None]

@@ -53,11 +53,11 @@ def of_size(title: str, size: Size, side: int) -> Architecture:
 
 
 class Attention(nn.Module):
-    """Self-attention by plain matrix products."""
+    """Self-attention by plain matrix products; where it is causal, no token looks at later ones."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,6 +65,9 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if self.causal:
+            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -float("inf"))
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
@@ -111,19 +114,24 @@ def _forward(size: Size, weights: Weights, x: Any) -> Any:
     token = jnp.broadcast_to(weights["token"], (len(x), 1, size.width))
     x = jax.lax.concatenate([token, x], 1) + weights["position"]
     for i in range(size.layers):
-        x = x + _attention(size, weights, f"blocks.{i}.attention", layers.layer_norm(weights, f"blocks.{i}.norm1", x))
+        normed = layers.layer_norm(weights, f"blocks.{i}.norm1", x)
+        x = x + attention(size.heads, weights, f"blocks.{i}.attention", normed)
         x = x + layers.perceptron(weights, f"blocks.{i}.mlp", layers.layer_norm(weights, f"blocks.{i}.norm2", x))
     return layers.linear(weights, "head", layers.layer_norm(weights, "norm", x[:, 0]))
 
 
-def _attention(size: Size, weights: Weights, name: str, x: Any) -> Any:
+def attention(heads: int, weights: Weights, name: str, x: Any, causal: bool = False) -> Any:
+    """:class:`Attention` in JAX."""
     import jax
+    import jax.numpy as jnp
 
     q, k, v = (
-        layers.linear(weights, f"{name}.{part}", x).reshape(*x.shape[:2], size.heads, -1).swapaxes(1, 2)
+        layers.linear(weights, f"{name}.{part}", x).reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
         for part in ("query", "key", "value")
     )
     batch = ((0, 1), (0, 1))  # samples and heads
     scores = jax.lax.dot_general(q, k, (((3,), (3,)), batch)) / q.shape[-1] ** 0.5
+    if causal:
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, -jnp.inf)
     mixed = jax.lax.dot_general(jax.nn.softmax(scores, -1), v, (((3,), (2,)), batch))
     return layers.linear(weights, f"{name}.out", mixed.swapaxes(1, 2).reshape(x.shape))

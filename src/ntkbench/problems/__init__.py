@@ -99,8 +99,9 @@ def load(label: str) -> Problem:
     """
     full_name, definition = check(label), define(label)
     network = definition.part or definition.module
-    ends = weights.initial_and_trained(base.parse_label(label)[0], definition)
-    (theta_0, fixed_0), (theta_f, fixed_f) = (split(network, stored) for stored in ends)
+    initial, trained = weights.initial_and_trained(base.parse_label(label)[0], definition)
+    theta_0, fixed_0 = split(network, initial)
+    theta_f, fixed_f = (None, {}) if trained is None else split(network, trained)
     return Problem(
         name=full_name,
         module=network,
@@ -112,7 +113,7 @@ def load(label: str) -> Problem:
         outputs=definition.outputs,
         fixed_0=fixed_0,
         fixed_f=fixed_f,
-        recipe=str(definition.training),
+        recipe=str(definition.training or ""),
     )
 
 

@@ -21,10 +21,10 @@ def digits_mlp(N: int = 512) -> Definition:
     return _relu_network(*images.digits(), N)
 
 
-@problem
+@problem(data=images.MNIST)
 def mnist_mlp(N: int = 512) -> Definition:
-    """784-256-256-10 ReLU network on MNIST (the paper's trained network), only where MNIST can be had."""
-    return _relu_network(*images.mnist(), N)
+    """784-256-256-10 ReLU network (the paper's) on MNIST's test file: trained on 9,000 images, N of the other 1,000."""
+    return _relu_network(*images.mnist()[:3], N)
 
 
 @problem

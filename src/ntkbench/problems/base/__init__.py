@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
+from ntkbench.data.files import DataFile
 from ntkbench.errors import BadInput
 from ntkbench.problems.base.training import Training
 
@@ -27,7 +28,8 @@ class Definition:
             way than ``module(x)``, comes with its x from :func:`ntkbench.problems.base.calls.as_module`.
         x: inputs ``[N, ...]``.
         training: how the network gets from theta_0 to theta_f, such as a
-            :class:`ntkbench.problems.base.training.Adam`.
+            :class:`ntkbench.problems.base.training.Adam`; ``None`` for a network that stays untrained, and has no
+            alignment.
         jax_forward: see :class:`Problem`.
         samples_interact: see :class:`Problem`.
         outputs: see :class:`Problem`.
@@ -37,14 +39,14 @@ class Definition:
 
     module: nn.Module
     x: np.ndarray
-    training: Training
+    training: Training | None
     jax_forward: Callable[[Mapping[str, Any], Any], Any] | None = None
     samples_interact: bool = False
     outputs: Literal["logits", "states"] = "logits"
     part: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.training, Training):
+        if not (self.training is None or isinstance(self.training, Training)):
             raise BadInput(
                 "training must be a recipe that can be recorded, such as ntkbench.problems.base.training.Adam(...); "
                 f"got {self.training!r}"
@@ -55,19 +57,22 @@ REGISTRY: dict[str, Callable[..., Definition]] = {}
 """Problems by name, those that :func:`ntkbench.problems.get` has loaded so far."""
 
 
-def problem(define: Callable[..., Definition] | None = None, *, any_size: bool = False) -> Any:
+def problem(
+    define: Callable[..., Definition] | None = None, *, any_size: bool = False, data: Sequence[DataFile] = ()
+) -> Any:
     """Declare a function to be a problem, under its own name.
 
     Its integer keywords (``N=50``) are the sizes one may ask for. Their defaults are the largest, and smaller ones only
     cut the inputs down; with ``any_size`` they are where one starts from, and may change the network. A keyword with a
     word as its default is a choice among the words of its type, as in ``read: Literal["state", "outputs"] = "state"``.
+    ``data`` are the files that it is made of beside its code: its rows are measured anew when these change.
 
     Problems are found without importing their file. One that is made by a call, and not by ``@problem`` above a
     function of its name, must be assigned to that name and listed in the file's ``NAMES = ("first", "second")``.
     """
     if define is None:
-        return functools.partial(problem, any_size=any_size)
-    define.any_size = any_size  # type: ignore[attr-defined]
+        return functools.partial(problem, any_size=any_size, data=data)
+    define.any_size, define.data = any_size, tuple(data)  # type: ignore[attr-defined]
     return define
 
 

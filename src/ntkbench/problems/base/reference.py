@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import paths, problems
-from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, summary
+from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, Unavailable, summary
 from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.metrics import METRICS, Moments, squared_norm
 from ntkbench.operators.certificate import Uncertified
@@ -31,6 +31,8 @@ from ntkbench.problems.base import storage, weights
 
 MEMORY = 2**32
 """Bytes that a block of rows of J may take."""
+OPERATIONS = 1e16
+"""Floating-point operations that exact values may take: some days on two cores, some minutes on a large GPU."""
 
 
 def exact(problem: Problem) -> dict[str, float]:
@@ -38,10 +40,12 @@ def exact(problem: Problem) -> dict[str, float]:
 
     Raises:
         NoExactValue: it cannot be computed.
+        Unavailable: it would take more than :data:`OPERATIONS`.
         OverMemory: it takes more memory than there is.
         Corrupt: the committed file is damaged.
         NtkbenchError: the cache cannot be written.
     """
+    _check_operations(problem)
     with _explained(problem):
         digest = problem.digest()
     for folder in (paths.REFERENCE, paths.cache()):
@@ -67,10 +71,11 @@ def commit(labels: Iterable[str]) -> list[dict[str, Any]]:
     for label in labels:
         problem, definition = problems.load(label), problems.define(label)
         name, _ = base.parse_label(label)
-        origin = weights.origin(name, definition)
-        if origin == weights.origin(name, problems.define(name)):
+        if definition.training is not None and definition.training.kept:
+            origin = weights.origin(name, definition)
             _, theta_f = weights.initial_and_trained(name, definition)
-            storage.write(weights.committed_file(name), weights.packed(definition, origin, theta_f))
+            if theta_f is not None and origin == weights.origin(name, problems.define(name)):
+                storage.write(weights.committed_file(name), weights.packed(definition, origin, theta_f))
         records.append(compute(problem))
         storage.write(file_of(problem.name, paths.REFERENCE), records[-1])
     return records
@@ -90,8 +95,10 @@ def compute(problem: Problem) -> dict[str, Any]:
 
     Raises:
         NoExactValue: it cannot be computed, or is not finite.
+        Unavailable: it would take more than :data:`OPERATIONS`.
         OverMemory: J^T J takes more memory than the machine has.
     """
+    _check_operations(problem)
     start = time.perf_counter()
     outputs_side = problem.n <= problem.P or problem.other is not None
     metrics = METRICS if problem.theta_f is not None else METRICS[:-1]
@@ -113,6 +120,22 @@ def compute(problem: Problem) -> dict[str, Any]:
         "command": f"ntkbench reference '{problem.name}'",
         "versions": _versions(),
     }
+
+
+def _check_operations(problem: Problem) -> None:
+    """That exact values are within reach, before anything is computed.
+
+    Raises:
+        Unavailable: they are not.
+    """
+    with _explained(problem):
+        n, P = problem.n, problem.P
+    needed = 2.0 * min(n * n * P, 1.5 * n * P * P) * (2 if problem.theta_f is not None else 1)
+    if needed > OPERATIONS:
+        raise Unavailable(
+            f"exact values of {problem.name} (n = {n:,}, P = {P:,}) would take {needed:.1g} floating-point operations, "
+            f"and {OPERATIONS:.0g} are within reach: without them no error can be measured"
+        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Training recipes: seeded gradient descent as data, so that what is run is what is recorded.
 
-A problem is trained by an :class:`Adam` or :class:`OnTask`. Studies that look at weights on the way use :func:`course`
-and :func:`checkpoints`.
+A problem is trained by an :class:`Adam` or :class:`OnTask`, or its trained weights are :class:`Given`. Studies that
+look at weights on the way use :func:`course` and :func:`checkpoints`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ntkbench.data import tasks
 from ntkbench.errors import DidNotTrain
-from ntkbench.problem import PROBED, Weights
+from ntkbench.problem import PROBED, Weights, hash_arrays
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +36,13 @@ class Training(abc.ABC):
 
     Its printed form, with all fields but those of ``repr=False``, is part of a problem's identity, and so are
     :meth:`arrays` and what :meth:`objective` computes.
+
+    Attributes:
+        kept: whether trained weights are cached, and committed with exact values. They are not where making them again
+            takes no time.
     """
+
+    kept: ClassVar[bool] = True
 
     @abc.abstractmethod
     def train(self, module: nn.Module) -> None:
@@ -103,8 +110,61 @@ class Adam(Training):
         return self.loss(module(_wide(self.x[:PROBED])), self.y[:PROBED])
 
 
+def next_token(logits: Tensor, following: Tensor) -> Tensor:
+    """Cross-entropy of logits ``[N, T, V]`` for the tokens that follow, ``[N, T]``, in nats a token."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Training):
+    """Weights that others have trained: they are put in place of the initial ones, buffers included.
+
+    Attributes:
+        source: whose they are.
+        weights: parameters and buffers by their names in the state_dict, but for BatchNorm's counts of batches.
+        digest: of the weights, which nobody gives.
+    """
+
+    kept: ClassVar[bool] = False
+
+    source: str
+    weights: Weights = field(repr=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256()
+        hash_arrays(digest, self.weights)
+        object.__setattr__(self, "digest", digest.hexdigest()[:16])
+
+    def train(self, module: nn.Module) -> None:
+        import torch
+
+        own = {key: tuple(w.shape) for key, w in module.state_dict().items() if w.is_floating_point()}
+        given = {key: w.shape for key, w in self.weights.items()}
+        if wrong := sorted(key for key in own.keys() | given.keys() if own.get(key) != given.get(key)):
+            key = wrong[0]
+            raise DidNotTrain(
+                f"the weights of {self.source} are not this network's: {key!r} is {given.get(key, 'missing')} there "
+                f"and {own.get(key, 'missing')} here"
+            )
+        module.load_state_dict({key: torch.from_numpy(w) for key, w in self.weights.items()}, strict=False)
+        module.float()
+
+    def arrays(self) -> Weights:
+        return self.weights
+
+    def objective(self, module: nn.Module) -> Tensor:
+        """The squared distance of the parameters from the given ones."""
+        import torch
+
+        own = module.named_parameters()
+        return torch.stack([(w - torch.from_numpy(self.weights[key]).to(w)).square().sum() for key, w in own]).sum()
 
 
 @dataclass(frozen=True)

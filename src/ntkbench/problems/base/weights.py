@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Weights]:
+def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Weights | None]:
     """theta_0 and theta_f of a problem, in float32: its parameters with ``requires_grad``, the others stay as they are.
 
-    theta_f is looked up in ``results/reference/weights`` and in the cache. It is trained, and cached, where neither has
-    one of this :func:`origin`. Committed weights keep exact values valid on machines whose kernels round differently.
+    Buffers that training changes, such as BatchNorm's statistics, are among both. theta_f is ``None`` for a network
+    that stays untrained. Otherwise it is looked up in ``results/reference/weights`` and in the cache. It is trained,
+    and cached, where neither has one of this :func:`origin`. Committed weights keep exact values valid on machines
+    whose kernels round differently.
 
     Args:
         name: of the problem, without sizes.
@@ -33,22 +35,30 @@ def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Wei
         Corrupt: the committed file is damaged.
         NtkbenchError: the cache cannot be written.
     """
-    theta_0, of = _trainable(definition.module), origin(name, definition)
+    if definition.training is None:
+        return _trainable(definition.module), None
+    theta_f = _found_or_trained(name, definition) if definition.training.kept else train(name, definition)
+    return _initial(definition, theta_f), theta_f
+
+
+def _found_or_trained(name: str, definition: Definition) -> Weights:
+    of = origin(name, definition)
     for path in (committed_file(name), _cached_file(name, of)):
         stored = storage.read(path)
         if stored is not None and str(stored.get("origin")) == of:
-            return theta_0, {key: stored[f"theta_f/{key}"] for key in theta_0}
+            return {key.removeprefix("theta_f/"): w for key, w in stored.items() if key.startswith("theta_f/")}
     theta_f = train(name, definition)
     storage.write(_cached_file(name, of), packed(definition, of, theta_f))
-    return theta_0, theta_f
+    return theta_f
 
 
 def train(name: str, definition: Definition) -> Weights:
-    """theta_f, by training a copy of the network.
+    """theta_f, by training a copy of the network, and the buffers that training changed.
 
     Raises:
         DidNotTrain: training failed, or gave weights that are not finite.
     """
+    assert definition.training is not None
     trained = copy.deepcopy(definition.module)
     try:
         definition.training.train(trained)
@@ -56,7 +66,9 @@ def train(name: str, definition: Definition) -> Weights:
         raise type(error)(f"{name}: {error}") from None
     except Exception as error:
         raise DidNotTrain(f"{name}: training failed: {summary(error)}") from error
-    theta_f = _trainable(trained)
+    before = _buffers(definition.module)
+    changed = {key: b for key, b in _buffers(trained).items() if not np.array_equal(b, before[key])}
+    theta_f = {**_trainable(trained), **changed}
     if broken := [key for key, w in theta_f.items() if not np.isfinite(w).all()]:
         raise DidNotTrain(f"{name}: training gave weights that are not finite ({', '.join(broken)})")
     return theta_f
@@ -74,6 +86,7 @@ def origin(name: str, definition: Definition) -> str:
     """
     from ntkbench.modules import values  # imports torch
 
+    assert definition.training is not None
     digest = hashlib.sha256(str(definition.training).encode())
     stored = definition.module.state_dict()
     hash_arrays(digest, {key: w.detach().numpy() for key, w in stored.items()})
@@ -96,13 +109,26 @@ def committed_file(name: str) -> Path:
 
 def packed(definition: Definition, origin: str, theta_f: Weights) -> dict[str, np.ndarray]:
     """The members of a weights file: both sets of weights, the recipe, and the :func:`origin` of theta_f."""
-    ends = {"theta_0": _trainable(definition.module), "theta_f": theta_f}
+    ends = {"theta_0": _initial(definition, theta_f), "theta_f": theta_f}
     arrays = {f"{end}/{key}": w for end, weights in ends.items() for key, w in weights.items()}
     return {**arrays, "recipe": np.array(str(definition.training)), "origin": np.array(origin)}
 
 
 def _cached_file(name: str, origin: str) -> Path:
     return paths.cache() / "weights" / f"{name}-{origin}.npz"
+
+
+def _initial(definition: Definition, theta_f: Weights) -> Weights:
+    """What the network begins with, of all that theta_f has."""
+    start = {**_trainable(definition.module), **_buffers(definition.module)}
+    return {key: start[key] for key in theta_f}
+
+
+def _buffers(module: nn.Module) -> Weights:
+    """Buffers of real numbers that belong to the state of a module."""
+    kept = module.state_dict()
+    real = {key: b for key, b in module.named_buffers() if key in kept and b.is_floating_point()}
+    return {key: b.detach().numpy().copy() for key, b in real.items()}
 
 
 def _trainable(module: nn.Module) -> Weights:
