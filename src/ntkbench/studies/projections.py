@@ -28,6 +28,7 @@ from ntkbench.estimators import projections
 from ntkbench.measure.timing import timed
 from ntkbench.methods import count_sketch
 from ntkbench.methods.base import projected
+from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.studies import base
@@ -119,7 +120,7 @@ def truth(label: str) -> Truth:
     problem = problems.load(label)
     prepared = methods.get("structured_derivatives").prepare(problem, Target("torch", "float64", "cpu"))
     ends = prepared.ends("alignment")
-    first, last = (np.array(end.engine.kernel(end.parameters, end.x)) for end in ends)
+    first, last = (arrays.to_numpy(end.engine.kernel(end.parameters, end.x)) for end in ends)
     return Truth(problem, (first, last))
 
 
@@ -257,7 +258,6 @@ def _fixed(settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any]
 
 def _between_samples(prepared: Any, kernel: str) -> np.ndarray:
     from ntkbench.layerwise import sample_kernels
-    from ntkbench.operators import arrays
 
     (end,) = prepared.ends("norm")
     made = sample_kernels.get(kernel).compute(end.engine, end.parameters, end.x)
