@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
             },
         ],
         # Less than the imports of a study's process: they are no part of any row's time.
-        "studies": {"giving_up": {"limits": {"time_s": 2}}},
+        "studies": {"giving_up": {"limits": {"time_s": 3}}},
     }
     file = root / "config" / "misbehaving.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
