@@ -8,6 +8,7 @@ HEAD ?= HEAD
 CASES ?=
 COMMITS ?= 485f51b~120..HEAD
 STEPS ?= 12
+MACHINE ?=
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
@@ -36,10 +37,11 @@ mutants: $(READY)
 compare: $(READY)
 	python -m ntkbench compare $(if $(BASE),'$(BASE)' '$(HEAD)') --cases '$(CASES)'
 
-# asv's suite over some of the COMMITS, those that were measured before left as they are, and its page.
+# asv's suite over some of the COMMITS, those that were measured before left as they are, and its page. MACHINE is what
+# the page calls this machine, its host name unless it is given.
 history: $(READY)
-	asv machine --yes
-	asv run --skip-existing-commits --steps $(STEPS) '$(COMMITS)'
+	asv machine --yes $(if $(MACHINE),--machine '$(MACHINE)')
+	asv run --skip-existing-commits --steps $(STEPS) $(if $(MACHINE),--machine '$(MACHINE)') '$(COMMITS)'
 	asv publish
 	python -m pip install --quiet asv-tachyon==0.5.8 # needs nothing else, and nothing else needs it
 	asv-tachyon install results/asv-html
