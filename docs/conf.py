@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",
 ]
+mathjax3_config = {"options": {"enableMenu": False}}  # its parts for speech would be loaded from elsewhere
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 

@@ -11,10 +11,11 @@ from ntkbench.methods.base import Method, Stochastic
 HEAD = """# All methods
 
 This page is written from the classes in `src/ntkbench/methods/` when the documentation is built.
-[Estimators](estimators.md) explains the families. The name is what `method=` takes. *Passes* are those of a probe,
-for stochastic methods: one number, or one for each metric where they differ. Exact and approximate methods say what
-they cost in their text. *Bias* is that of the trace and of the squared norm, as a method's own text states it; square
-roots and ratios of unbiased estimates have a bias that vanishes with the number of probes.
+[Estimators](estimators.md) explains the families. The name is what `method=` takes. *Passes* are those by which a
+stochastic method divides a budget into probes: one number, or one for each metric if they differ. What a method
+spends in all, and what an exact or approximate method costs, is in its text. *Bias* is that of the trace and of the
+squared norm; for a stochastic method the cell is empty if its text does not state it. Square roots and ratios of
+unbiased estimates have a bias that vanishes with the number of probes.
 
 """
 

@@ -11,7 +11,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def blocks(page: Path) -> list[str]:
-    """The blocks of a page that are marked ``python``. Other blocks are shown and not run."""
+    """The blocks of a page that are marked ``python``. Those marked ``py`` are shown and not run."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
