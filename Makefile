@@ -14,7 +14,7 @@ READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke gpu test mutants compare history lint format clean
+.PHONY: results smoke gpu test mutants compare history docs lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -46,6 +46,10 @@ history: $(READY)
 	python -m pip install --quiet asv-tachyon==0.5.8 # needs nothing else, and nothing else needs it
 	asv-tachyon install results/asv-html
 
+# The documentation as web pages in site/, which load nothing from elsewhere. Warnings are errors.
+docs: $(READY) $(VENV)/docs-ready
+	python -m sphinx -b html --fail-on-warning --keep-going docs site
+
 lint: $(READY)
 	ruff check
 	ruff format --check
@@ -66,5 +70,9 @@ $(READY): requirements.txt requirements-no-deps.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.txt -e .
 	touch $@
 
+$(VENV)/docs-ready: $(READY) requirements-docs.txt
+	$(VENV)/bin/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv .snakemake .asv results/smoke results/default results/asv* results/cache
+	rm -rf .venv .snakemake .asv site docs/methods.md results/smoke results/default results/asv* results/cache

@@ -8,6 +8,7 @@ import re
 import shutil
 import types
 
+import pages
 import pandas as pd
 import pytest
 import torch
@@ -135,8 +136,7 @@ def test_values_do_not_begin_a_line():
 
 def test_the_method_of_the_readme_is_one():
     """The example as it stands estimates a trace."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = (block for block in blocks if "class " in block)
+    (code,) = (block for block in pages.blocks(README) if "class " in block)
     namespace = {}
     exec(code, namespace)
     method = namespace["OneSidedReverse"]()
@@ -169,8 +169,7 @@ def test_the_recipes_of_the_readme_run():
     """Each block and each line of it, on small networks."""
     import jax.numpy as jnp
 
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    recipes = [block for block in blocks if "class " not in block and "ntkbench." in block]
+    recipes = [block for block in pages.blocks(README) if "class " not in block and "ntkbench." in block]
     assert len(recipes) == 5
     torch.manual_seed(0)
     model, trained = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in range(2))
@@ -202,7 +201,7 @@ def test_the_recipes_of_the_readme_run():
 
 def test_what_the_readme_names_exists():
     text = README.read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    code = "\n".join(pages.blocks(README))
     imported = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
     assert imported
     for node in imported:
