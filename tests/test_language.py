@@ -43,8 +43,12 @@ def test_values_and_gradients_are_the_same_in_jax(head, read):
     gradients = torch.autograd.grad((v * outputs).sum(), list(theta.values()))
     with jax.enable_x64(True):
         weights = {name: jnp.asarray(w.detach().numpy()) for name, w in theta.items()}
-        found, pull = jax.vjp(lambda w: forward(w, jnp.asarray(TOKENS.numpy())), weights)
-        (pulled,) = pull(jnp.asarray(v.numpy()))
+
+        def projected(w):
+            outputs = forward(w, jnp.asarray(TOKENS.numpy()))
+            return (jnp.asarray(v.numpy()) * outputs).sum(), outputs
+
+        (_, found), pulled = jax.jit(jax.value_and_grad(projected, has_aux=True))(weights)
     np.testing.assert_allclose(found, outputs.detach(), rtol=0, atol=1e-12)
     for name, gradient in zip(theta, gradients, strict=True):
         np.testing.assert_allclose(pulled[name], gradient, rtol=0, atol=1e-11 * float(gradient.abs().max() + 1))

@@ -44,8 +44,13 @@ def test_values_and_gradients_are_the_same_in_jax():
     gradients = torch.autograd.grad((v * outputs).sum(), list(theta.values()))
     with jax.enable_x64(True):
         values = {key: jnp.asarray(w) for key, w in arrays(network).items()}
-        found, pull = jax.vjp(lambda w: forward({**values, **w}, jnp.asarray(x.numpy())), {k: values[k] for k in theta})
-        (pulled,) = pull(jnp.asarray(v.numpy()))
+
+        def projected(w):
+            outputs = forward({**values, **w}, jnp.asarray(x.numpy()))
+            return (jnp.asarray(v.numpy()) * outputs).sum(), outputs
+
+        twin = jax.jit(jax.value_and_grad(projected, has_aux=True))
+        (_, found), pulled = twin({key: values[key] for key in theta})
     np.testing.assert_allclose(found, outputs.detach(), rtol=0, atol=1e-11 * float(outputs.abs().max()))
     for name, gradient in zip(theta, gradients, strict=True):
         np.testing.assert_allclose(pulled[name], gradient, rtol=0, atol=1e-11 * float(gradient.abs().max()))

@@ -12,7 +12,7 @@ import pytest
 from conftest import metrics_of, written_out
 
 from ntkbench import paths, problems
-from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory
+from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, Unavailable
 from ntkbench.metrics import METRICS
 from ntkbench.problems import base
 from ntkbench.problems.base import reference, storage, weights
@@ -116,7 +116,10 @@ def test_computed_once_and_kept(own_cache, tiny, monkeypatch):
 @pytest.mark.parametrize("label", COMMITTED)
 def test_committed_references_are_of_todays_problems(label):
     record = COMMITTED[label]
-    problem = problems.load(label)
+    try:
+        problem = problems.load(label)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
     assert record["problem"] == problem.name == label
     assert record["digest"] == problem.digest()
     assert (record["n"], record["P"]) == (problem.n, problem.P)

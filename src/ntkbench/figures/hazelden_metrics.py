@@ -64,7 +64,8 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 
 def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
     share = plotted["baseline_share"].min()
-    data = "MNIST" if "mnist" in plotted["problem"].iloc[0] else "scikit-learn's digits (MNIST was not to be had)"
+    on_mnist = "mnist" in plotted["problem"].iloc[0]
+    data = "9,000 images of MNIST's test file" if on_mnist else "scikit-learn's digits (MNIST was not to be had)"
     timed = f"timed on {labels.share_label(share)} of its columns and extrapolated" if share < 1 else "timed in full"
     text = (
         "Relative errors of ||Theta||_F^2, alignment and effective rank of a ReLU network with two hidden layers of "
