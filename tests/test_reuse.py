@@ -585,8 +585,9 @@ def test_kernels_between_samples_are_aligned_with_other_buffers(name):
     assert found.value == pytest.approx(expected, rel=1e-10)
 
 
-def two_networks() -> Problem:
-    return replace(testing.smooth_problem("one", 4, 3, 4, 2), other=testing.smooth_problem("other", 4, 5, 6, 2))
+def two_networks(hidden: tuple[int, int] = (4, 6), outputs: int = 2) -> Problem:
+    one = testing.smooth_problem("one", 4, 3, hidden[0], outputs)
+    return replace(one, other=testing.smooth_problem("other", 4, 5, hidden[1], outputs))
 
 
 ALIGNING = [
@@ -595,15 +596,14 @@ ALIGNING = [
     if "alignment" in methods.get(name).metrics
     for backend in methods.get(name).backends
 ]
-OF_ONE_NETWORK = {"gram_forward", "parameter_gram"}
 
 
 @pytest.mark.parametrize(("name", "backend"), ALIGNING)
 def test_different_networks_are_aligned(name, backend):
-    problem, method = two_networks(), methods.get(name)
+    problem, method = two_networks((2, 2), 5) if name == "wide_head" else two_networks(), methods.get(name)
     target = Target(backend, "float64", "cpu")
     reason = method.unsupported_reason(problem, "alignment", target, 10**6)
-    if name in OF_ONE_NETWORK or name.startswith("nt_"):
+    if method.needs_one_network:
         assert "two networks" in reason
         return
     if method.needs_recurrence:

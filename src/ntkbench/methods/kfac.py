@@ -10,7 +10,6 @@ from ntkbench.errors import Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
 from ntkbench.metrics import Moments
-from ntkbench.modules import copied, load
 from ntkbench.operators import torch_network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -91,6 +90,8 @@ def _not_covered(problem: Problem) -> str | None:
 
 def _network(problem: Problem, weights: str, target: Target) -> tuple[Any, Any, int]:
     """The module with its values, its inputs and O."""
+    from ntkbench.modules import copied, load  # imports torch
+
     module, values, x = torch_network(problem, weights, target)
     module = load(copied(module), values).requires_grad_(False)
     for name, w in module.named_parameters():
