@@ -36,6 +36,7 @@ REDUCED = {name: f"{name}[N=4,T=8,V=50,d=128,L=2]" for name in ("gpt2_small", "g
 
 
 @pytest.mark.parametrize("name", problems.names())
+@pytest.mark.slow
 def test_problems_keep_their_contract(name):
     try:
         testing.check_problem(REDUCED.get(name, name))
