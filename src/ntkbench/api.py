@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ntkbench.estimators.solve import Solution
     from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
 
-__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "spectrum", "trace"]
+__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "solve", "spectrum", "trace"]
 
 
 class Keywords(Setup, Wishes, total=False):
@@ -248,6 +249,60 @@ def spectrum(
         Unavailable: the device is not there.
     """
     found: Spectrum = _use(model, x, setup, (), lambda k, _: k.spectrum(top, rtol=rtol, passes=passes, seed=seed), ())
+    return found
+
+
+def solve(
+    model: Any,
+    x: Any,
+    y: Any,
+    *,
+    ridge: float,
+    rtol: float = 1e-5,
+    passes: int = 4096,
+    seed: int = 0,
+    **setup: Unpack[Setup],
+) -> Solution:
+    """(Theta + ridge I)^-1 y, as in kernel regression, uncertainties and natural gradients.
+
+    Where Theta fits in ``memory`` as three matrices, up to 7000 outputs or so in 1 GiB, it is factored by Cholesky, and
+    refined by products. Where it does not, conjugate gradients on products with J J^T solve for y, preconditioned by a
+    Nystrom approximation. Either way ``residual`` is that of products with J and J^T, not one that an iteration
+    believes in; ``notes`` say so where it is larger than ``rtol``. A residual can not be smaller than the rounding of
+    products, about machine epsilon times (lambda_max + ridge) / (lambda_min + ridge): take ``dtype="float64"`` for
+    small ridges. Predictions of other inputs are by :meth:`ntkbench.Kernel.regress`.
+
+    Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 10 passes; by products up to 64 passes for the
+    preconditioner, and 2 for each iteration. Their number grows with the root of the condition number.
+
+    Source: Hestenes, Stiefel 1952; the preconditioner: Frangella, Tropp, Udell 2023.
+
+    >>> import torch, ntkbench
+    >>> found = ntkbench.solve(torch.nn.Linear(3, 1), torch.eye(3), torch.tensor([3.0, 0.0, 0.0]), ridge=1.0)
+    >>> found.values.round(4).tolist()
+    [1.2, -0.3, -0.3]
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        y: the right-hand side, like the outputs ``[N, ...outputs]``, or ``[N O]`` with outputs sample-major.
+        ridge: what is added to the eigenvalues of Theta, in their units; 0 or more.
+        rtol: ||(Theta + ridge I) x - y|| / ||y|| at which the iteration stops.
+        passes: the most that products may spend.
+        seed: of the preconditioner.
+        setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
+            with a solution for each group.
+
+    Returns:
+        ``values``, in the shape of y and in float64 on the host, ``residual``, ``iterations``, ``passes``, ``method``.
+
+    Raises:
+        BadInput: an argument cannot be used, says what is allowed; or the ridge is too small for a Cholesky factor in
+            the precision of Theta, says which would do.
+        Unavailable: the device is not there.
+    """
+    found: Solution = _use(
+        model, x, setup, (), lambda k, _: k.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed), ()
+    )
     return found
 
 
