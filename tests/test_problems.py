@@ -31,8 +31,11 @@ SIZES = {  # N, O, P
 }
 
 
-REDUCED = {name: f"{name}[N=4,T=8,V=50,d=128,L=2]" for name in ("gpt2_small", "gpt2_410m")}
-"""Problems that are too large for the tests, at sizes that are not."""
+REDUCED = {
+    **{name: f"{name}[N=4,T=8,V=50,d=128,L=2]" for name in ("gpt2_small", "gpt2_410m")},
+    "transformer_small": "transformer_small[N=4]",
+}
+"""Sizes for the tests, of problems that are too large for them or have fewer than three samples."""
 
 
 @pytest.mark.parametrize("name", problems.names())
