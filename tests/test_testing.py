@@ -229,7 +229,6 @@ def problem_with(monkeypatch, **changes):
 
     load.cache_clear = lambda: None
     monkeypatch.setattr(problems, "load", load)
-    monkeypatch.setattr(problems, "check", lambda label: label)
     monkeypatch.setattr(problems, "describe", lambda name: "A problem.")
     testing.check_problem("mine")
 

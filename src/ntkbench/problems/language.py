@@ -18,6 +18,9 @@ from ntkbench.problems.base import Definition, problem, training
 if TYPE_CHECKING:
     from ntkbench.networks.language import Size
 
+Head = Literal["untied", "tied"]
+Read = Literal["logits", "last", "states"]
+
 POSITIONS, GPT2_POSITIONS = 64, 1024
 HEAD_WIDTH = 64
 """Numbers a head, in all sizes of GPT-2."""
@@ -31,8 +34,8 @@ def transformer_tiny(
     T: int = 6,
     V: int = 11,
     d: int = 8,
-    head: Literal["untied", "tied"] = "untied",
-    read: Literal["logits", "last", "states"] = "logits",
+    head: Head = "untied",
+    read: Read = "logits",
 ) -> Definition:
     """Transformer of 2 blocks and 2 heads on random tokens, trained for 4 steps to predict the next one."""
     import torch
@@ -50,8 +53,8 @@ def transformer_tiny(
 def transformer_small(
     N: int = 1,
     T: int = POSITIONS,
-    head: Literal["untied", "tied"] = "untied",
-    read: Literal["logits", "last", "states"] = "logits",
+    head: Head = "untied",
+    read: Read = "logits",
 ) -> Definition:
     """Transformer of 2 blocks, d = 128 and 4 heads on T characters of N held-out pieces of tinyshakespeare.
 
@@ -79,8 +82,8 @@ def gpt2_small(
     V: int = 50_257,
     d: int = 768,
     L: int = 12,
-    head: Literal["tied", "untied"] = "tied",
-    read: Literal["logits", "last", "states"] = "logits",
+    head: Head = "tied",
+    read: Read = "logits",
 ) -> Definition:
     """GPT-2 small (124 million parameters) at its published initialisation on random tokens; for estimators."""
     return _gpt2(N, T, V, d, L, head, read)
@@ -93,16 +96,14 @@ def gpt2_410m(
     V: int = 50_257,
     d: int = 1024,
     L: int = 24,
-    head: Literal["untied", "tied"] = "untied",
-    read: Literal["logits", "last", "states"] = "logits",
+    head: Head = "untied",
+    read: Read = "logits",
 ) -> Definition:
     """Transformer of 24 blocks and 16 heads (406 million parameters, GPT-2's kind) on random tokens; for estimators."""
     return _gpt2(N, T, V, d, L, head, read)
 
 
-def _gpt2(
-    N: int, T: int, V: int, d: int, L: int, head: Literal["tied", "untied"], read: Literal["logits", "last", "states"]
-) -> Definition:
+def _gpt2(N: int, T: int, V: int, d: int, L: int, head: Head, read: Read) -> Definition:
     from ntkbench.networks.language import Size
 
     if T > GPT2_POSITIONS:
@@ -117,8 +118,8 @@ def _transformer(
     size: Size,
     tokens: np.ndarray,
     recipe: training.Training | None,
-    head: Literal["tied", "untied"],
-    read: Literal["logits", "last", "states"],
+    head: Head,
+    read: Read,
 ) -> Definition:
     from ntkbench.networks import language
     from ntkbench.networks.initialisation import seeded
