@@ -225,12 +225,37 @@ def test_samples_that_do_not_interact_are_seen_too(kind, dtype):
     assert not ntkbench.from_module(model, X, dtype=dtype).samples_interact
 
 
-def test_checks_of_interaction_take_few_samples():
-    sizes = []
-    model = seeded(lambda: Lambda(lambda self, x: sizes.append(len(x)) or self.layer(x)))
-    ntkbench.from_module(model, torch.randn(1000, 4))
-    assert sizes.count(1000) == 2
-    assert sum(sizes) - 2000 <= 3 * 64 + 16
+def test_checks_take_few_samples_at_a_time():
+    calls = []
+    model = seeded(lambda: Lambda(lambda self, x: calls.append((len(x), torch.is_grad_enabled())) or self.layer(x)))
+    kernel = ntkbench.Kernel(model, torch.randn(1000, 4))
+    assert max(size for size, _ in calls) <= 64
+    assert sum(size for size, graph in calls if not graph) == 1000
+    assert sum(size for size, graph in calls if graph) <= 5 * 64 + 16
+    assert kernel.problem.n == 3000
+    calls.clear()
+    kernel.at(model)
+    assert max(size for size, _ in calls) <= 64
+
+
+def test_checks_of_a_network_of_one_size_of_batch_take_that():
+    model = seeded(lambda: Lambda(lambda self, x: self.layer(x) + x.view(100, 4)[:, :1]))
+    assert ntkbench.from_module(model, torch.randn(100, 4)).N == 100
+
+
+@pytest.mark.parametrize("last", [1000, 999])
+def test_outputs_that_are_not_finite_are_seen_wherever_they_are(last):
+    model, x = seeded(lambda: Lambda(lambda self, x: self.layer(x).log1p().abs())), torch.randn(last, 4).abs()
+    with torch.no_grad():
+        model.layer.weight.abs_(), model.layer.bias.zero_()
+    kernel = ntkbench.Kernel(model, x)
+    x[-2] = -100.0
+    with pytest.raises(ntkbench.errors.BadInput, match="the model returns nan or infinite outputs"):
+        ntkbench.from_module(model, x)
+    with torch.no_grad():
+        model.layer.weight.neg_()
+    with pytest.raises(ntkbench.errors.BadInput, match="the other network returns nan or infinite outputs"):
+        kernel.at(model)
 
 
 # Networks of all sorts

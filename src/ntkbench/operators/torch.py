@@ -51,8 +51,11 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
 
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Any], Tensor]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
-    module, parameters, x = network(problem, weights, target)
-    plain = PlainNetwork(module, {name: parameters[name] for name in names})
+    _, parameters, x = network(problem, weights, target)
+    # Not a copy of the module that products call: a transform may leave its own tensors in that one's attributes.
+    module = cast(copied(problem.network), getattr(torch, target.dtype), x.device)
+    values = {name: parameters[name] for name in names}
+    plain = PlainNetwork(load(module, problem.fixed(weights)), values, owned=True)
 
     def gradient(v: Any) -> Tensor:
         v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(x.device)

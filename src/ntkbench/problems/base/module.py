@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import owner
-from ntkbench.modules import cast, copied, load
+from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.arrays import to_numpy
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.options import DTYPES
@@ -75,8 +75,10 @@ def from_module(
     network runs in it, at the given weights and at perturbed ones, at which a readout that starts at zero shows what is
     behind it. Train-mode BatchNorm counts as interacting, and so does a network that cannot take one sample alone.
 
-    Cost: two forward passes; two passes over 64 samples and as many over 8 samples alone. As much again for
-    ``model_f``. Eight forward passes for a network that draws random numbers in eval mode.
+    Cost: two forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
+    pass over all samples, 64 at a time. Where samples interact, or the network takes no other number of them, forward
+    passes are over all samples at once. As much again for ``model_f``. Eight forward passes in place of two for a
+    network that draws random numbers in eval mode.
 
     Args:
         model: ``x -> [N, ...outputs]`` with its weights theta_0, in the mode (``train`` or ``eval``) that is meant.
@@ -97,8 +99,7 @@ def from_module(
         net = _snapshot(model, "model", dtype)
         theta_0 = _trainable(net)
         x = _inputs(x, net, dtype)
-        outputs = _outputs(net, x, "the model", model)
-        interact = _interact(net, x)
+        shape, interact = _behaviour(net, x, model)
         problem = Problem(
             name=name or type(model.model if isinstance(model, Calling) else model).__name__,
             module=net,
@@ -106,7 +107,7 @@ def from_module(
             theta_0=_on_host(theta_0),
             samples_interact=interact,
             # Known by now; the usual way, meta tensors, is not for networks that make tensors of their own on a device.
-            _shape=[tuple(outputs.shape)],
+            _shape=[shape],
         )
         return problem if model_f is None else paired(problem, at(problem, model_f, "model_f"))
 
@@ -114,7 +115,8 @@ def from_module(
 def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the other network") -> Problem:
     """The same network and inputs at other weights; theta_f is dropped.
 
-    Cost: two forward passes for a network, none for values by name.
+    Cost: for a network two forward passes, of 64 samples where they do not interact, and a forward pass of the others;
+    none for values by name.
 
     Args:
         problem: of a module.
@@ -178,7 +180,11 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
         )
     x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
     swapped = load(copied(problem.network).to(x.device), values)
-    if not _close(_outputs(net, x, role, model), _Call(swapped, x, 0).outputs):
+    some, outputs = (
+        (x, _outputs(net, x, role, model)) if problem.samples_interact else _some_outputs(net, x, role, model)
+    )
+    _check_finite(net, x, some, outputs, role, model)
+    if not _close(outputs, _Call(swapped, some, 0).outputs):
         raise BadInput(
             f"the first network with the values of {role} does not compute what {role} computes: they must be one "
             "network, in one mode (train or eval)"
@@ -517,6 +523,55 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         )
         raise BadInput(f"{role} {what} (Dropout or spectral normalisation in train mode?): call model.eval() first")
     return outputs
+
+
+def _behaviour(net: nn.Module, x: Tensor, original: nn.Module) -> tuple[tuple[int, ...], bool]:
+    """The shape of f(x), after the checks of :func:`_outputs`, and whether samples interact.
+
+    Raises:
+        BadInput, OverMemory: as :func:`_outputs`; or the network cannot be differentiated.
+    """
+    some, outputs = _some_outputs(net, x, "the model", original)
+    interact = _interact(net, x)
+    if interact and len(some) < len(x):
+        outputs = _outputs(net, x, "the model", original)
+    elif not interact:
+        _check_finite(net, x, some, outputs, "the model", original)
+    return (len(x), *outputs.shape[1:]), interact
+
+
+def _some_outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> tuple[Tensor, Tensor]:
+    """Some of the samples and f of them, checked by :func:`_outputs`; all where the network takes no fewer.
+
+    Checks of a few bound the memory that they take.
+    """
+    few = x[_spread(len(x), TOGETHER)]
+    if len(few) < len(x):
+        with contextlib.suppress(BadInput):
+            return few, _outputs(net, few, role, original)
+    return x, _outputs(net, x, role, original)
+
+
+def _check_finite(net: nn.Module, x: Tensor, some: Tensor, outputs: Tensor, role: str, original: nn.Module) -> None:
+    """Look at the outputs of all samples, which do not interact, after those of ``some``.
+
+    Raises:
+        BadInput: they are not finite, or differ in their shape.
+    """
+    if len(some) == len(x):
+        return
+    trial = frozen(copied(net))
+    for part in x.split(len(some)):
+        try:
+            with _seeded(0, x), torch.no_grad():
+                found = trial(part.clone())
+        except Exception:  # it does not take this number of samples
+            found = None
+        if not isinstance(found, Tensor) or found.shape != (len(part), *outputs.shape[1:]):
+            _outputs(net, x, role, original)
+            return
+        if not found.isfinite().all():
+            raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
 
 
 def _computed(original: nn.Module, copy: nn.Module) -> Iterator[tuple[str, Tensor]]:
