@@ -157,6 +157,27 @@ def test_networks_without_a_wide_head_are_refused_in_one_line_and_computed_other
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
 
 
+BEHIND = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.Softplus(), nn.Hardswish(), nn.Threshold(0.5, 0.0), nn.Tanh()]
+
+
+@pytest.mark.parametrize("behind", [*BEHIND, abs, torch.sort, torch.flip], ids=str)
+def test_what_stands_behind_the_last_layer_is_seen(behind):
+    function = {torch.sort: lambda x: x.sort(-1).values, torch.flip: lambda x: x.flip(-1)}.get(behind, behind)
+    model = seeded(lambda: nn.Sequential(Language(), Function(function))).eval()
+    problem = from_module(model, TOKENS, dtype="float64")
+    with pytest.raises(BadInput, match="not those of its last linear layer"):
+        methods.get("wide_head").prepare(problem, Target("torch", "float64", "cpu"))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Detached(Language):
     """Its outputs are those of the head, and their gradient is not."""
 

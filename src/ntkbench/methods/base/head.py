@@ -209,9 +209,11 @@ def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
     numbers = torch.arange(shape[:-1].numel(), device=x.device).reshape(*shape[:-1], 1)
     give = lambda values: lambda _, __, made: values.expand(shape).to(made)  # noqa: E731
     positions = _outputs(module, x, {layer: give(numbers)})
-    units = _outputs(module, x, {layer: give(torch.arange(V, device=x.device))})
+    # Of both signs and in no order: a ReLU or a sort behind the layer shows.
+    expected = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(x.device) - V // 2
+    units = _outputs(module, x, {layer: give(expected)})
     of_sample = len(numbers.reshape(-1)) // len(x)
-    fits = positions.numel() % (len(x) * V) == 0 and bool((units.reshape(-1, V) == torch.arange(V).to(units)).all())
+    fits = positions.numel() % (len(x) * V) == 0 and bool((units.reshape(-1, V) == expected.to(units)).all())
     if fits:
         rows = positions.reshape(len(x), -1, V) - of_sample * torch.arange(len(x)).to(positions)[:, None, None]
         found = rows[0, :, 0].long()
