@@ -23,6 +23,7 @@ FLOORS = (
     ("problems",),
     ("methods",),
     ("ladder", "kernel", "kernel_file", "testing", "doctor"),
+    ("stream",),
     ("api", "tracking"),
     ("measure",),
     ("studies",),

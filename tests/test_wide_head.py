@@ -157,7 +157,16 @@ def test_networks_without_a_wide_head_are_refused_in_one_line_and_computed_other
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
 
 
-BEHIND = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.Softplus(), nn.Hardswish(), nn.Threshold(0.5, 0.0), nn.Tanh()]
+BEHIND = [
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.LeakyReLU(),
+    nn.ELU(),
+    nn.Softplus(),
+    nn.Hardswish(),
+    nn.Threshold(0.5, 0.0),
+    nn.Tanh(),
+]
 
 
 @pytest.mark.parametrize("behind", [*BEHIND, abs, torch.sort, torch.flip], ids=str)

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from ntkbench import ladder, metrics
+from ntkbench import ladder, metrics, stream
 from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.kernel import Kernel, Setup
@@ -132,6 +132,10 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     gradients differ by more than the root of the machine epsilon is passed over. ``Estimate.certificate`` is the
     relative difference.
 
+    The batches of a ``DataLoader`` are read one after another where samples do not interact, joined to 64 samples at
+    least, and dropped. Each such part is estimated with probes of its own, and with ``rtol`` to that tolerance. Other
+    metrics join all batches on the host.
+
     Cost: that of the method, after a few forward passes of checks, and one backward pass for the certificate of each
     parameter set.
 
@@ -155,7 +159,7 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not there.
     """
-    found: Estimate = _use(model, x, keywords, ("trace",), lambda k, wishes: k.trace(**wishes))
+    found: Estimate = _use(model, x, keywords, ("trace",), lambda k, wishes: k.trace(**wishes), streamed=True)
     return found
 
 
@@ -208,11 +212,14 @@ def _use(
     keywords: Mapping[str, Any],
     names: tuple[str, ...],
     use: Callable[[Kernel, Wishes], Any],
+    *,
+    streamed: bool = False,
 ) -> Any:
     """What a use of a kernel gives; with groups of parameters, what it gives for each.
 
     Args:
         names: metrics that are wanted, none for a kernel; options that do not serve are refused before work starts.
+        streamed: whether to take the batches of a loader one at a time, where samples do not interact.
     """
     allowed = (*SETUP, *(WISHES if names else ("kernel", "seed", "file")))
     for key in keywords:
@@ -223,7 +230,12 @@ def _use(
     asked = Options(**wishes)
     if names:
         ladder.check(names, asked)
-    parameters = setup.pop("parameters", None)
+    parameters = setup.get("parameters")
+    if streamed and stream.applies(model, inputs):
+        groups = parameters if isinstance(parameters, Mapping) else None
+        own: Any = {key: value for key, value in setup.items() if groups is None or key != "parameters"}
+        return stream.trace(model, inputs, own, groups, asked)
+    setup.pop("parameters", None)
     if isinstance(parameters, Mapping):
         groups = Kernel(model, inputs, **setup).groups(parameters)
         return {name: use(kernel, wishes) for name, kernel in groups.items()}

@@ -71,8 +71,8 @@ class Kernel:
     Args:
         model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It gives ``[N, ...outputs]``;
             everything after the first axis counts as the O outputs of a sample.
-        inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``;
-            one that shuffles is read in the order of its dataset.
+        inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``,
+            whose batches are joined on the host; one that shuffles is read in the order of its dataset.
         call: ``call(model, inputs)`` gives the outputs; by default ``model(inputs)``, ``model(*inputs)`` of a tuple or
             list, ``model(**inputs)`` of a mapping. Functions given here and as ``output`` are not copied: what they
             use besides their arguments must not change.
@@ -306,6 +306,17 @@ class Kernel:
         """
         with self._settings():
             return self._derived(self._source.at(self.problem, weights))
+
+    def _on(self, inputs: Any) -> Kernel:
+        """The kernel of the same module on other inputs, for its trace: the checks of the network are not repeated.
+
+        Raises:
+            BadInput: the inputs are not like those of this kernel.
+        """
+        from ntkbench.problems.base.module import on_inputs
+
+        with self._settings():
+            return self._derived(on_inputs(*self._source.columns(self.problem, inputs)))
 
     def groups(self, patterns: Mapping[str, Patterns]) -> dict[str, Kernel]:
         """A kernel for each group of parameters; those of groups that share nothing add up.

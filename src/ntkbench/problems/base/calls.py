@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from ntkbench.errors import BadInput, one_line
@@ -25,6 +33,8 @@ from ntkbench.problem import Problem, Weights
 from ntkbench.problems.base.adapter import Calling, Structure, own_name
 from ntkbench.problems.base.module import generators_restored, same_samples, unusual, unwrapped
 from ntkbench.problems.base.sequences import same_inputs
+
+NO_BATCH = "the DataLoader gives no batch"
 
 Call = Callable[[nn.Module, Any], Any]
 """``(model, inputs) -> outputs``, with the inputs of some samples."""
@@ -182,11 +192,16 @@ def _joined(model: nn.Module, inputs: Any, call: Call | None) -> Any:
             raise BadInput(
                 "batches of a DataLoader are joined along their first axis: the layer needs batch_first=True"
             )
-        with generators_restored(), _own_generators_restored(inputs):
-            inputs = _concatenated(_in_order(inputs))
+        inputs = concatenated(batches(inputs))
     inputs = _plain(inputs)
     alone = call is None and isinstance(inputs, tuple | list) and len(inputs) == 1 and isinstance(inputs[0], Tensor)
     return inputs[0] if alone else inputs
+
+
+def batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader in the order of its dataset; random generators are left as they were."""
+    with generators_restored(), _own_generators_restored(loader):
+        yield from _in_order(loader)
 
 
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -225,11 +240,26 @@ def _plain(inputs: Any) -> Any:
     return tree_map(lambda leaf: {k: _plain(v) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf, inputs)
 
 
-def _concatenated(batches: Iterable[Any]) -> Any:
-    """One pytree of all batches, on the host."""
+def grouped(loader: DataLoader[Any], least: int) -> Iterator[Any]:
+    """The batches of a loader in the order of its dataset, joined to so many samples at least, save for the end."""
+    kept: list[Any] = []
+    rows = done = 0
+    for batch in batches(loader):
+        kept.append(batch)
+        rows += next((len(leaf) for leaf in tree_leaves(_plain(batch)) if _has_rows(leaf)), 0)
+        if rows >= least:
+            yield concatenated(kept, done)
+            done += len(kept)
+            kept, rows = [], 0
+    if kept:
+        yield concatenated(kept, done)
+
+
+def concatenated(parts: Iterable[Any], start: int = 0) -> Any:
+    """One pytree of all batches, on the host; they are numbered from ``start`` in messages."""
     kept: list[list[Any]] = []
     structure: TreeSpec | None = None
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(parts, start):
         batch = _plain(batch)
         names, leaves, spec = _flattened(_arranged(batch, structure) if structure else batch, f"batch {i}")
         structure = structure or spec
@@ -243,7 +273,7 @@ def _concatenated(batches: Iterable[Any]) -> Any:
                     f"{name} of the DataLoader must be like the first one: {difference}; pad it, or collate it"
                 )
     if structure is None:
-        raise BadInput("the DataLoader gives no batch")
+        raise BadInput(NO_BATCH)
     columns = zip(*kept, strict=True)
     return tree_unflatten([torch.cat(column) if _has_rows(column[0]) else column[0] for column in columns], structure)
 

@@ -1,0 +1,104 @@
+"""The trace over the batches of a loader, read one after another: it is the sum over Theta's diagonal blocks.
+
+No other metric can be streamed: norm, effective rank, alignment and Theta itself have terms between all pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ntkbench.errors import BadInput
+from ntkbench.estimate import Estimate
+from ntkbench.kernel import Kernel, Setup
+from ntkbench.options import Options, Wishes
+
+
+def applies(model: Any, inputs: Any) -> bool:
+    """Whether inputs are a loader of batches whose samples are along the first axis, for a module."""
+    if "torch" not in sys.modules:
+        return False
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    layers_of_time = isinstance(model, nn.RNNBase) and not model.batch_first
+    return isinstance(model, nn.Module) and isinstance(inputs, DataLoader) and not layers_of_time
+
+
+def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | None, options: Options) -> Any:
+    """tr Theta as the sum over parts, each with probes of its own; of all batches joined where samples interact.
+
+    A part is a batch, or as many as have 64 samples. The network is checked on the first one, and certified on each.
+    With ``rtol`` each part is within it, and so is their sum. The loader is read once. Memory: two parts, and what an
+    estimate of one takes.
+
+    Args:
+        model, loader: an ``nn.Module`` and a ``DataLoader`` whose batches are its inputs.
+        setup: of a :class:`ntkbench.Kernel`.
+        groups: of parameters, whose traces are a dict by name.
+        options: of the estimate of each part.
+
+    Returns:
+        The estimate, or a dict of them.
+
+    Raises:
+        BadInput: a batch differs from the first in more than the number of its samples, or there is none; or as for
+            :func:`ntkbench.trace`.
+    """
+    from ntkbench.problems.base.calls import NO_BATCH, concatenated, grouped
+    from ntkbench.problems.base.module import TOGETHER
+
+    batches = grouped(loader, TOGETHER)
+    head = next(batches, None)
+    if head is None:
+        raise BadInput(NO_BATCH)
+    first = Kernel(model, head, **setup)
+    if first.problem.samples_interact:
+        first, batches = Kernel(model, concatenated(itertools.chain([head], batches)), **setup), iter(())
+    kernels = {"": first} if groups is None else first.groups(groups)
+    asked: Wishes = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
+    asked |= {"confidence": options.confidence, "seed": options.seed}
+    parts = {name: [kernel.trace(**asked)] for name, kernel in kernels.items()}
+    sizes = [first.problem.N]
+    for i, batch in enumerate(batches, 1):
+        asked["seed"] = int(np.random.SeedSequence((options.seed, i)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        for name, kernel in kernels.items():
+            try:
+                own = kernel._on(batch)
+                parts[name].append(own.trace(**asked))
+            except BadInput as error:
+                raise BadInput(f"samples from {sum(sizes)} on of the DataLoader: {error}") from error
+        sizes.append(own.problem.N)
+    totals = {name: total(found, sizes) for name, found in parts.items()}
+    return totals[""] if groups is None else totals
+
+
+def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:
+    """The sum of independent estimates of parts of so many samples.
+
+    Degrees of freedom are by Welch and Satterthwaite. Passes are over all samples.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    squares = [(e.standard_error or 0.0) ** 2 for e in parts]
+    error, spread = math.fsum(squares), math.fsum(s**2 / e.degrees for s, e in zip(squares, parts, strict=True) if s)
+    passes = [e.passes for e in parts]
+    known = [p for p in passes if p is not None]
+    weighted = math.fsum(p * size for p, size in zip(known, sizes, strict=False)) / sum(sizes)
+    return replace(
+        parts[0],
+        value=math.fsum(e.value for e in parts),
+        standard_error=None if all(e.standard_error is None for e in parts) else math.sqrt(error),
+        passes=weighted if len(known) == len(parts) else None,
+        method=", ".join(dict.fromkeys(e.method for e in parts)),
+        notes=(*dict.fromkeys(note for e in parts for note in e.notes), f"the sum over {len(parts)} parts"),
+        degrees=error**2 / spread if spread else math.inf,
+        certificate=max((e.certificate for e in parts if e.certificate is not None), default=None),
+        rounding=max((e.rounding for e in parts if e.rounding is not None), default=None),
+    )

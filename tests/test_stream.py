@@ -1,0 +1,168 @@
+"""The trace over the batches of a loader: that it is that of all samples, and that batches are dropped."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import ntkbench
+from ntkbench.errors import BadInput
+from ntkbench.estimate import Estimate
+from ntkbench.stream import total
+
+N, INPUTS = 200, 5
+
+
+def seeded(make, seed: int = 0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def network(outputs: int = 3) -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), nn.Linear(8, outputs)).double())
+
+
+X = seeded(lambda: torch.randn(N, INPUTS, dtype=torch.float64))
+
+
+class Once(IterableDataset):
+    """Samples that can be read once, as from a stream."""
+
+    def __init__(self, samples):
+        self._left = iter(samples)
+
+    def __iter__(self):
+        return self._left
+
+
+LOADERS = {
+    "tensors": lambda: (DataLoader(X, batch_size=40), None),
+    "with labels": lambda: (DataLoader(TensorDataset(X, torch.arange(N)), batch_size=40), lambda m, b: m(b[0])),
+    "shuffled": lambda: (DataLoader(X, batch_size=40, shuffle=True), None),
+    "dicts": lambda: (DataLoader([{"x": x} for x in X], batch_size=40), lambda m, b: m(b["x"])),
+    "batches": lambda: (DataLoader([X[:150], X[150:]], batch_size=None), None),
+    "one batch": lambda: (DataLoader(X, batch_size=N), None),
+    "one sample at a time": lambda: (DataLoader(X, batch_size=1), None),
+    "read once": lambda: (DataLoader(Once(X), batch_size=40), None),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_trace_is_that_of_all_samples(kind):
+    loader, call = LOADERS[kind]()
+    found, joined = ntkbench.trace(network(), loader, call=call), ntkbench.trace(network(), X)
+    assert found.value == pytest.approx(joined.value, rel=1e-12)
+    assert found.standard_error is None and found.certificate < 1e-7
+    assert found.passes == pytest.approx(joined.passes)
+
+
+def test_groups_of_parameters():
+    groups = {"first": "0.*", "last": "2.*"}
+    found = ntkbench.trace(network(), DataLoader(X, batch_size=40), parameters=groups)
+    joined = ntkbench.trace(network(), X, parameters=groups)
+    assert {name: e.value for name, e in found.items()} == pytest.approx({name: e.value for name, e in joined.items()})
+
+
+def less_the_mean() -> nn.Module:
+    """Its samples interact, and one sample alone is none the wiser."""
+
+    class LessTheMean(nn.Module):
+        def forward(self, x):
+            return x - (x.mean(0) if len(x) > 1 else 0)
+
+    return nn.Sequential(network(), LessTheMean())
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(network(), nn.BatchNorm1d(3, dtype=torch.float64)).train()
+
+
+@pytest.mark.parametrize("make", [normalised, less_the_mean])
+@pytest.mark.parametrize("kind", ["batches", "read once", "one sample at a time"])
+def test_samples_that_interact_are_joined(kind, make):
+    loader, call = LOADERS[kind]()
+    assert ntkbench.trace(make(), loader, call=call).value == pytest.approx(ntkbench.trace(make(), X).value, rel=1e-10)
+
+
+def test_estimates_of_batches_are_independent_and_their_errors_add_up():
+    exact, loader = ntkbench.trace(network(), X).value, DataLoader(X, batch_size=40)
+    found = [ntkbench.trace(network(), loader, method="hutchinson", passes=20, seed=s) for s in range(60)]
+    off = np.array([e.value - exact for e in found])
+    stated = np.sqrt(np.mean([e.standard_error**2 for e in found]))
+    assert 0.7 < off.std() / stated < 1.4
+    assert sum(e.covers(exact, "float64") for e in found) >= 50
+    assert all(e.passes == 20 for e in found)
+    again = ntkbench.trace(network(), loader, method="hutchinson", passes=20, seed=7)
+    assert again == found[7]
+
+
+def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
+    parts = [
+        Estimate(1.0, 0.3, 4, "a", metric="trace", degrees=3),
+        Estimate(2.0, 0.1, 8, "b", metric="trace", degrees=9),
+    ]
+    found = total(parts, [1, 3])
+    assert (found.value, found.passes, found.method) == (3.0, 7.0, "a, b")
+    assert found.standard_error == pytest.approx(0.1**0.5)
+    assert found.degrees == pytest.approx(0.1**2 / (0.09**2 / 3 + 0.01**2 / 9))
+    assert np.isnan(total([*parts, Estimate(1.0, float("nan"), 1, "a", metric="trace")], [1, 3, 1]).standard_error)
+
+
+def test_a_tolerance_holds_for_the_sum():
+    found = ntkbench.trace(network(50), DataLoader(X, batch_size=40), method="per_sample_trace", rtol=0.1)
+    assert found.relative_width() <= 0.1
+
+
+class Watched(Dataset):
+    """Batches that know which of them are still there."""
+
+    def __init__(self):
+        self.made: list[weakref.ref] = []
+        self.most = 0
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        gc.collect()
+        batch = X[i : i + 70].clone()
+        self.made.append(weakref.ref(batch))
+        self.most = max(self.most, sum(made() is not None for made in self.made))
+        return batch
+
+
+def test_batches_are_dropped():
+    data = Watched()
+    ntkbench.trace(network(), DataLoader(data, batch_size=None))
+    assert len(data.made) >= 12 and data.most <= 3
+
+
+def test_random_generators_are_left_as_they_were():
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(X, batch_size=40, shuffle=True, generator=generator)
+    before = torch.get_rng_state(), generator.get_state()
+    ntkbench.trace(network(), loader)
+    assert all(torch.equal(*each) for each in zip(before, (torch.get_rng_state(), generator.get_state()), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        ([], "gives no batch"),
+        ([X[:90], X[:90, :3]], "samples from 90 on of the DataLoader: .*got shape"),
+        ([X[:90], X[:4], X[:4, :3]], "batch 2 of the DataLoader must be like the first one"),
+        ([X[:90], {"x": X[:90]}], "samples from 90 on of the DataLoader"),
+        ([X[:90], X[:90].long()], "samples from 90 on of the DataLoader: .*int64"),
+        ([X[:90], X[:90] * float("nan")], "samples from 90 on of the DataLoader: .*its gradient is not finite"),
+    ],
+)
+def test_batches_that_do_not_fit_are_named(batches, says):
+    with pytest.raises(BadInput, match=says):
+        ntkbench.trace(network(), DataLoader(batches, batch_size=None))
