@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
 
-__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"]
+__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "spectrum", "trace"]
 
 
 class Keywords(Setup, Wishes, total=False):
@@ -198,6 +199,58 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
     return found
 
 
+def spectrum(
+    model: Any,
+    x: Any,
+    top: int | None = None,
+    *,
+    rtol: float = 1e-3,
+    passes: int = 4096,
+    seed: int = 0,
+    **setup: Unpack[Setup],
+) -> Spectrum:
+    """The spectrum of Theta = J J^T of a network at its present weights, with bounds on what it says.
+
+    It has the largest eigenvalues and their eigenvectors, the condition number, the entropy effective rank
+    exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, and the spectral density. Take it for trainability (the
+    largest learning rate is 2 / lambda_max, the slowest mode decays with lambda_min) and for feature learning (a few
+    eigenvalues that grow out of the rest). The effective rank of :func:`effective_rank` needs no eigenvalues.
+
+    Where Theta fits in ``memory`` as five matrices, up to 5000 outputs or so in 1 GiB, it is decomposed: all is exact
+    up to rounding, and ``errors`` bound that. Where it does not, products do. Block Lanczos has the top eigenvalues,
+    each within its residual of an eigenvalue. Stochastic Lanczos quadrature has the density and the entropy. Ritz
+    values bound the smallest eigenvalue from above, so that the condition number is *at least* what is said. With fewer
+    parameters than outputs Theta is singular, and the condition number infinite.
+
+    Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes; by products 2 (top + 4) passes for each step
+    of block Lanczos, after at most 400 for the density.
+
+    Source: block Lanczos: Golub, Underwood 1977; quadrature: Ubaru, Chen, Saad 2017, algorithm 1; entropy effective
+    rank: Roy, Vetterli 2007, definition 1.
+
+    >>> import torch, ntkbench
+    >>> found = ntkbench.spectrum(torch.nn.Linear(3, 2), torch.eye(3), top=1)
+    >>> round(found.largest, 4), round(found.condition_number, 4), round(float(found.entropy_effective_rank), 2)
+    (4.0, 4.0, 4.76)
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        top: how many eigenvalues; 10, or all that there are, if not given.
+        rtol: residual, relative to each of the largest eigenvalues, at which the iteration stops. What is decomposed
+            does not need it.
+        passes: the most that products may spend.
+        seed: of the random vectors of products.
+        setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
+            with a spectrum for each group.
+
+    Raises:
+        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works.
+        Unavailable: the device is not there.
+    """
+    found: Spectrum = _use(model, x, setup, (), lambda k, _: k.spectrum(top, rtol=rtol, passes=passes, seed=seed), ())
+    return found
+
+
 SETUP = tuple(Setup.__annotations__)
 WISHES = tuple(field.name for field in dataclasses.fields(Options))
 
@@ -208,13 +261,15 @@ def _use(
     keywords: Mapping[str, Any],
     names: tuple[str, ...],
     use: Callable[[Kernel, Wishes], Any],
+    own: tuple[str, ...] = ("kernel", "seed", "file"),
 ) -> Any:
     """What a use of a kernel gives; with groups of parameters, what it gives for each.
 
     Args:
         names: metrics that are wanted, none for a kernel; options that do not serve are refused before work starts.
+        own: keywords of the function itself where no metrics are wanted.
     """
-    allowed = (*SETUP, *(WISHES if names else ("kernel", "seed", "file")))
+    allowed = (*SETUP, *(WISHES if names else own))
     for key in keywords:
         if key not in allowed:
             raise unknown("keyword", key, allowed)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkbench.estimators.lanczos import Eigenvalues
+    from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
     from ntkbench.layerwise.sample_kernels import SampleKernel
     from ntkbench.methods.base.layerwise import TracedProblem
@@ -42,6 +43,11 @@ WRITTEN_OUT = 2**22
 
 SMALL = 1024
 """Outputs up to which the eigenvalues of Theta are those of the whole matrix."""
+
+
+DECOMPOSED = 4
+"""Matrices in float64 that the eigenvalue decomposition of Theta holds, that itself included."""
+
 
 
 class Setup(TypedDict, total=False):
@@ -189,11 +195,8 @@ class Kernel:
         from ntkbench.layerwise import sample_kernels
 
         chosen, seed = sample_kernels.get(kernel), options.seed(seed)
-        if self.problem.samples_interact and inputs is not None:
-            raise BadInput(
-                "samples interact in this network, so a kernel between two batches is not defined: leave the second "
-                "inputs out, or call model.eval() where it has BatchNorm in train mode"
-            )
+        if inputs is not None:
+            self._check_columns()
         with self._settings():
             problem, columns = (self.problem, None) if inputs is None else self._source.columns(self.problem, inputs)
             rows = 1 if chosen.between_samples else problem.O
@@ -279,11 +282,7 @@ class Kernel:
         from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
 
-        top = min(10, self.problem.n) if top is None else options.positive("top", top)
-        passes = options.positive("passes", passes)
-        Options(rtol=rtol)
-        if top > self.problem.n:
-            raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
+        top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
         if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
             theta = to_numpy(self.ntk(), np.float64)
             epsilon = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
@@ -291,7 +290,48 @@ class Kernel:
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
-            return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=options.seed(seed))
+            return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=seed)
+
+    def spectrum(self, top: int | None = None, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
+        """Eigenvalues and eigenvectors, condition number, entropy effective rank and density of Theta, with bounds.
+
+        See :func:`ntkbench.spectrum`. For the largest eigenvalues alone, :meth:`eigenvalues` costs less.
+        """
+        from ntkbench.estimators import spectrum
+        from ntkbench.operators import linearise
+
+        top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
+        theta = self._whole(DECOMPOSED)
+        with self._settings():
+            if theta is None:
+                ladder.check_range(self.problem, ("norm",), self._target)
+            j = linearise(self.problem, "theta_0", self._target)
+            if theta is not None:
+                return spectrum.of_matrix(theta, j, top, float(self.problem.O))
+            return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
+
+    def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
+        """How many eigenvalues, passes and the seed, if they can be had."""
+        top = min(10, self.problem.n) if top is None else options.positive("top", top)
+        passes, seed = options.positive("passes", passes), options.seed(seed)
+        Options(rtol=rtol)
+        if top > self.problem.n:
+            raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
+        return top, passes, seed
+
+    def _whole(self, matrices: int) -> np.ndarray | None:
+        """All of Theta in float64 on the host, if so many of it fit in memory beside the kernel; else ``None``."""
+        if self.problem.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
+            return None
+        return to_numpy(self.ntk(), np.float64)
+
+    def _check_columns(self) -> None:
+        """Refuse a kernel between two batches where samples interact."""
+        if self.problem.samples_interact:
+            raise BadInput(
+                "samples interact in this network, so a kernel between two batches is not defined: leave the second "
+                "inputs out, or call model.eval() where it has BatchNorm in train mode"
+            )
 
     def at(self, weights: Any) -> Kernel:
         """The kernel of the same network at other weights, which shares the trace; the same seed draws the same probes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -22,12 +23,17 @@ class Density:
         weights: their weights, ``[probes, steps]``; those of one probe add up to 1 / probes.
         n: size of Theta.
         passes: passes spent.
+        smallest: the smallest Ritz value: up to rounding, lambda_min is at most that.
+        entropy_excess: the most by which steps that are missing lower each probe's part of tr(Theta log Theta),
+            ``[probes]``.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
     n: int
     passes: float
+    smallest: float
+    entropy_excess: np.ndarray
 
     @property
     def largest(self) -> float:
@@ -41,12 +47,40 @@ class Density:
 
     @property
     def entropy_effective_rank(self) -> float:
-        """exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta (Roy, Vetterli 2007)."""
-        positive = self.nodes > 0
-        nodes, weights = self.nodes[positive], self.weights[positive]
-        trace = self.n * float((weights * nodes).sum())
-        moment = self.n * float((weights * nodes * np.log(nodes)).sum())
-        return math.exp(math.log(trace) - moment / trace)
+        """exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta (Roy, Vetterli 2007); ``nan`` where Theta is zero.
+
+        More steps lower it, to :attr:`entropy_lower_bound` at most.
+        """
+        trace, moment = self._moments().sum(1)
+        return math.exp(math.log(trace) - moment / trace) if trace > 0 else math.nan
+
+    @property
+    def entropy_lower_bound(self) -> float:
+        """The least entropy effective rank that the same probes could have after any number of steps.
+
+        Gauss quadrature is below the integral of x log x, and Gauss-Radau quadrature with a node at 0 above it, by the
+        signs of the derivatives (Golub, Meurant 1994, theorems 3.1 and 3.2).
+        """
+        trace, moment = self._moments().sum(1)
+        moment += float(self.entropy_excess.sum())
+        return max(math.exp(math.log(trace) - moment / trace), 1.0) if trace > 0 else math.nan
+
+    @property
+    def entropy_standard_error(self) -> float:
+        """Standard error of :attr:`entropy_effective_rank` by the delta method over probes; ``nan`` for one probe."""
+        probes = len(self.nodes)
+        trace, moment = of_probes = self._moments() * probes
+        (mean_trace, mean_moment), value = of_probes.mean(1), self.entropy_effective_rank
+        if probes < 2 or math.isnan(value):
+            return math.nan
+        change = (trace * (1 + mean_moment / mean_trace) - moment) / mean_trace
+        return value * float(change.std(ddof=1)) / math.sqrt(probes)
+
+    def _moments(self) -> np.ndarray:
+        """Every probe's part of tr Theta and of tr(Theta log Theta), ``[2, probes]``."""
+        logarithms = np.log(np.where(self.nodes > 0, self.nodes, 1.0))
+        parts: np.ndarray = self.n * (self.weights * np.stack([self.nodes, self.nodes * logarithms])).sum(2)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -66,20 +100,55 @@ class Eigenvalues:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Ritz:
+    """The largest eigenvalues of Theta and their eigenvectors, by products.
+
+    Attributes:
+        values: in descending order, ``[top]``.
+        residuals: ||Theta v - lambda v|| of each, ``[top]``: there is an eigenvalue within that distance.
+        vectors: orthonormal rows, ``[top, n]``.
+        following: the next smaller Ritz value and its residual; ``None`` where there is no other.
+        smallest: the smallest Ritz value on the way: up to rounding, lambda_min is at most that.
+        passes: passes spent.
+        notes: whether the tolerance was not reached.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    vectors: np.ndarray
+    following: tuple[float, float] | None
+    smallest: float
+    passes: float
+    notes: tuple[str, ...]
+
+
 EXTRA = 4
 """Vectors of a block beyond the eigenvalues that are wanted, which separate these from the rest of the spectrum."""
 
+HELD = 4
+"""Host vectors in float64 for each of the Krylov space: its own, its image, and both once more while they are moved."""
+
 
 def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
-    """The largest eigenvalues of Theta = J J^T by block Lanczos with full reorthogonalisation.
+    """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which has their eigenvectors as well."""
+    found = ritz_pairs(j, top, rtol=rtol, passes=passes, seed=seed)
+    return Eigenvalues(found.values, found.residuals, found.passes, found.notes)
+
+
+def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Ritz:
+    """The largest eigenvalues of Theta = J J^T and their eigenvectors by block Lanczos with full reorthogonalisation.
 
     The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. Ritz values are taken until the
     residual of each of the ``top`` largest is below ``rtol`` times its value. By the residual r = Theta v - lambda v
     there is an eigenvalue within ||r|| of lambda.
 
-    Costs 2 (top + 4) passes a step, and holds two vectors of length n for each vector of the Krylov space.
+    Costs 2 (top + 4) passes a step. The Krylov space and its image are held in float64 on the host. Where they would
+    take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; three blocks are held
+    at least.
 
-    Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1.
+    Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1; the restart:
+    Wu, Simon 2000.
 
     Args:
         j: J.
@@ -88,27 +157,34 @@ def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 
         passes: the most to spend.
         seed: of the first block.
     """
-    before = j.passes
-    new = to_numpy(j.rng(seed).normal(min(top + EXTRA, j.n), j.n), np.float64)
+    before, block, smallest = j.passes, min(top + EXTRA, j.n), math.inf
+    most = max(3 * block, j.memory // (HELD * 8 * j.n))
+    new = to_numpy(j.rng(seed).normal(block, j.n), np.float64)
     like = j.basis(0, 1)
-    basis, images = np.empty((0, j.n)), np.empty((0, j.n))
+    basis, images, vectors = np.empty((0, j.n)), np.empty((0, j.n)), np.empty((0, 0))
     while True:
         new = _orthonormal(new, basis, epsilon(like))
         if len(new) == 0:  # the Krylov space is exhausted
             break
+        if len(basis) + len(new) > most:
+            basis, images = vectors[:, :block].T @ basis, vectors[:, :block].T @ images
         image = to_numpy(j.ntk(asarray_like(new, like)), np.float64)
         basis, images = np.concatenate([basis, new]), np.concatenate([images, image])
         projected = basis @ images.T
         values, vectors = np.linalg.eigh((projected + projected.T) / 2)
-        values, vectors = values[::-1][:top], vectors[:, ::-1][:, :top]
-        residuals = np.linalg.norm(vectors.T @ images - values[:, None] * (vectors.T @ basis), axis=1)
-        reached = len(values) == top and bool((residuals <= rtol * values).all())
+        values, vectors = values[::-1], vectors[:, ::-1]
+        smallest = min(smallest, float(values[-1]))
+        chosen = vectors[:, : top + 1]
+        residuals = np.linalg.norm(chosen.T @ images - values[: top + 1, None] * (chosen.T @ basis), axis=1)
+        reached = len(values) >= top and bool((residuals[:top] <= rtol * values[:top]).all())
         if reached or len(basis) == j.n or j.passes - before + 2 * len(new) > passes:
             break
         new = image
+    following = (float(values[top]), float(residuals[top])) if len(values) > top else None
+    values, residuals = values[:top].copy(), residuals[:top]
     short = [f"{v:.3g} within {r:.1g}" for v, r in zip(values, residuals, strict=True) if r > rtol * v]
     notes = (f"rtol={rtol:g} was not reached in {passes} passes: {', '.join(short)}",) if short else ()
-    return Eigenvalues(values, residuals, j.passes - before, notes)
+    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, j.passes - before, notes)
 
 
 def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:
@@ -193,5 +269,27 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
         matrices[:, at[:-1], at[1:]] = matrices[:, at[1:], at[:-1]] = off
     nodes, vectors = np.linalg.eigh(matrices)
     noise = size * epsilon(u) * nodes.max(axis=1, keepdims=True)
+    # Zero vectors that stand for what is exhausted have no part in a probe's Krylov space.
+    own = [1 + int(np.argmin([*column, 0.0])) for column in np.array(off_diagonal[: size - 1]).reshape(-1, probes).T]
+    smallest = min(float(np.linalg.eigvalsh(m[:k, :k])[0]) for m, k in zip(matrices, own, strict=True))
+    # What is exhausted has no excess: Gauss quadrature is exact.
+    excess = [_entropy_excess(m) if k == size < j.n else 0.0 for m, k in zip(matrices, own, strict=True)]
     nodes = np.where(nodes > noise, nodes, 0.0)
-    return Density(nodes, vectors[:, 0, :] ** 2 / probes, j.n, j.passes - before)
+    weights = vectors[:, 0, :] ** 2 / probes
+    return Density(nodes, weights, j.n, j.passes - before, smallest, np.array(excess) * j.n / probes)
+
+
+def _entropy_excess(matrix: np.ndarray) -> float:
+    """Gauss-Radau quadrature of x log x with a node at 0, less Gauss quadrature, of a Lanczos matrix ``[k, k]``."""
+    if len(matrix) == 1:
+        return math.inf
+    moved, column = matrix.copy(), matrix[:-1, -1]
+    # The last entry that makes the matrix singular; in exact arithmetic it is not larger than before.
+    with contextlib.suppress(np.linalg.LinAlgError):
+        moved[-1, -1] = np.clip(column @ np.linalg.solve(matrix[:-1, :-1], column), 0.0, matrix[-1, -1])
+
+    def quadrature(matrix: np.ndarray) -> float:
+        nodes, vectors = np.linalg.eigh(matrix)
+        return float(vectors[0] ** 2 @ (nodes * np.log(np.where(nodes > 0, nodes, 1.0))))
+
+    return max(quadrature(moved) - quadrature(matrix), 0.0)
