@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_deflation import Dense, jacobian
-from test_kernel import X, net, theta
+from test_deflation import SPECTRA, Dense, jacobian
+from test_kernel import X, net, normed, theta
 from torch import nn
 
 import ntkbench
@@ -98,14 +100,142 @@ def test_missing_steps_are_within_the_bounds_of_the_entropy():
         assert low < high * (1 - 1e-6)
 
 
-def test_intervals_of_the_entropy_cover_it():
-    exact = entropy_rank(1 / np.arange(1, 201))
-    j = Dense(jacobian("1/i"))
+@pytest.mark.parametrize("name", ["1/i", "linear", "0.7^i", "spike"])
+def test_intervals_of_the_entropy_cover_it(name):
+    exact = entropy_rank(SPECTRA[name])
+    j = Dense(jacobian(name))
     low, high = np.array(
         [of_products(j, 1, seed=seed, passes=500).entropy_effective_rank.interval() for seed in range(30)]
     ).T
     assert ((low <= exact) & (exact <= high)).mean() >= 0.8
-    assert np.median(high - low) < exact
+    assert np.median(high - low) < 2 * exact
+
+
+def intervals(name: str, of: Callable[[lanczos.Density], object], steps: int) -> np.ndarray:
+    """Values and the two ends of their intervals for 30 seeds, ``[30, 3, ...]``."""
+    j = Dense(jacobian(name))
+    return np.array([of(lanczos.density(j, probes=8, steps=steps, seed=seed)) for seed in range(30)])
+
+
+@pytest.mark.parametrize("name", ["1/i", "linear", "0.7^i", "spike"])
+def test_intervals_of_the_density_cover_it(name):
+    edges = np.array([0, 1e-6, 0.021, 0.11, 1.5, 2.2, 40])
+    exact = np.histogram(SPECTRA[name], edges)[0] / 200
+    value, low, high = intervals(name, lambda density: density.shares(edges), 12).transpose(1, 0, 2)
+    np.testing.assert_allclose(value.sum(1), 1)
+    assert ((low <= value) & (value <= high)).all()
+    assert ((low <= exact) & (exact <= high)).mean() >= 0.95
+    assert (high - low).mean() < 0.5
+
+
+def test_without_bounds_of_missing_steps_the_density_would_not_be_covered():
+    """A few Ritz values stand for all eigenvalues of a flat spectrum, for every probe alike."""
+    edges = np.array([0, 1.15, 4])
+    exact = np.histogram(SPECTRA["linear"], edges)[0] / 200
+    value, low, high = intervals("linear", lambda density: density.shares(edges), 3).transpose(1, 0, 2)
+    assert (abs(value - exact) > 0.05).mean() > 0.5
+    assert ((low <= exact) & (exact <= high)).all()
+
+
+@pytest.mark.parametrize("name", ["1/i", "linear", "0.7^i", "spike"])
+@pytest.mark.parametrize("ridge", [1e-4, 0.1])
+def test_intervals_of_the_determinant_cover_it(name, ridge):
+    exact = float(np.log(SPECTRA[name] + ridge).sum())
+    for steps in (3, 12):
+        value, low, high = intervals(name, lambda density: density.log_determinant(ridge), steps).T
+        assert ((low <= value) & (value <= high)).all()
+        assert ((low <= exact) & (exact <= high)).mean() >= 0.8
+    assert (high - low).mean() < 200
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_density_and_determinant_of_a_whole_theta(dtype):
+    exact = theta(wide(), MANY).numpy()
+    found = ntkbench.spectrum(wide(), MANY, dtype=dtype)
+    values = np.linalg.eigvalsh(exact)
+    edges = np.array([0, 0.3, 3, 1000])
+    share, low, high = found.density.shares(edges)
+    np.testing.assert_allclose(share, np.histogram(values, edges)[0] / 60)
+    assert (low <= share).all() and (share <= high).all()
+    for ridge in (0.0, 1e-3, 1.0):
+        value, low, high = found.log_determinant(ridge)
+        assert low <= np.log(values + ridge).sum() <= high and low <= value <= high
+    assert high - low < (1e-8 if dtype == "float64" else 1)
+    assert found.log_determinant(1e300)[0] == pytest.approx(60 * math.log(1e300))
+    with pytest.raises(ntkbench.BadInput, match="ridge must be"):
+        found.log_determinant(-1.0)
+    for edges in ([1], [1, 1], [2, 1], [[1, 2]]):
+        with pytest.raises(ntkbench.BadInput, match="edges must be"):
+            found.density.shares(edges)
+
+
+def test_products_do_not_bound_the_determinant_without_a_ridge():
+    found = ntkbench.spectrum(wide(), MANY, 2, memory=LITTLE)
+    value, low, high = found.log_determinant()
+    assert low == -math.inf and value < high < math.inf
+
+
+class Scaled(nn.Module):
+    """A network with its outputs multiplied."""
+
+    def __init__(self, scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.scale = wide(dtype), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.net(x)
+
+
+SCALES = [(2.0**-100, "float64"), (2.0**100, "float64"), (2.0**-20, "float32"), (2.0**40, "float32")]
+"""Powers of two, which round nothing."""
+
+
+@pytest.mark.parametrize("memory", [None, LITTLE])
+@pytest.mark.parametrize(("scale", "dtype"), SCALES)
+def test_scales_do_not_matter(scale, dtype, memory):
+    own = getattr(torch, dtype)
+    one, found = (ntkbench.spectrum(Scaled(s, own), MANY.to(own), 3, memory=memory) for s in (1.0, scale))
+    np.testing.assert_allclose(found.values / scale**2, one.values, rtol=1e-5)
+    np.testing.assert_allclose(found.errors / scale**2, one.errors, rtol=0.1)
+    assert found.entropy_effective_rank.value == pytest.approx(one.entropy_effective_rank.value, rel=1e-4)
+    assert found.condition_bounds[0] == pytest.approx(one.condition_bounds[0], rel=0.1)
+    of_one, shift = one.log_determinant(1.0), 120 * math.log(scale)
+    np.testing.assert_allclose(np.subtract(found.log_determinant(scale**2), shift), of_one, atol=1e-2)
+    edges = np.array([0, 0.1, 1.0, 10, math.inf])
+    np.testing.assert_allclose(found.density.shares(edges * scale**2), one.density.shares(edges), atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("memory", [None, LITTLE])
+def test_what_float32_cannot_hold_is_refused(scale, memory):
+    for use in (ntkbench.spectrum, lambda *a, **k: ntkbench.solve(*a, torch.ones(20, 3), ridge=1.0, **k)):
+        with pytest.raises(ntkbench.BadInput) as caught:
+            use(Scaled(scale, torch.float32), MANY.float(), memory=memory)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory", [None, 2000])
+def test_samples_that_interact(memory):
+    found = ntkbench.spectrum(normed().train(), X, 3, rtol=1e-6, memory=memory)
+    assert found.method == ("eigh" if memory is None else "block_lanczos")
+    check(found, theta(normed().train(), X).numpy(), 3)
+
+
+def test_eigenvalues_of_zero_are_no_remark():
+    """Rank 5 of 20, and 10 eigenvalues are wanted: their residuals are rounding, and so are they."""
+    model = nn.Linear(4, 1).double()
+    found = ntkbench.spectrum(model, MANY, 10, memory=4000)
+    assert found.method == "block_lanczos" and found.notes == ()
+    assert (abs(found.values - np.linalg.eigvalsh(theta(model, MANY).numpy())[::-1][:10]) <= found.errors).all()
+    whole = ntkbench.spectrum(model, MANY, 20)
+    assert not whole.values[5:].any() and not whole.errors[5:].any() and whole.log_determinant()[0] == -math.inf
+
+
+def test_products_that_overflow_are_refused():
+    J = jacobian("1/i") * 1e200
+    for use in (lanczos.density, functools.partial(lanczos.ritz_pairs, top=2)):
+        with np.errstate(all="ignore"), pytest.raises(ntkbench.BadInput, match="nan or infinite"):
+            use(Dense(J))
 
 
 def test_the_krylov_space_restarts_in_little_memory():
@@ -136,7 +266,8 @@ def test_a_kernel_of_zero_and_a_kernel_of_one(memory):
     assert math.isnan(found.entropy_effective_rank.value) and "nan" in repr(found)
     one = ntkbench.spectrum(nn.Linear(4, 1).double(), X[:1], memory=None if memory is None else 20)
     assert one.largest == pytest.approx(1 + float((X[0] ** 2).sum()))
-    assert one.condition_number == pytest.approx(1) and one.entropy_effective_rank.value == pytest.approx(1)
+    assert one.condition_bounds[0] == pytest.approx(1) and one.entropy_effective_rank.value == pytest.approx(1)
+    assert memory is not None or one.condition_number == pytest.approx(1)
 
 
 def test_what_a_spectrum_prints_and_its_groups():
@@ -152,6 +283,7 @@ def test_what_a_spectrum_prints_and_its_groups():
     groups = ntkbench.spectrum(net(), X, 2, parameters={"first": "0.*", "last": "2.*"})
     assert list(groups) == ["first", "last"] and groups["first"].largest != groups["last"].largest
     short = ntkbench.spectrum(wide(), MANY, 3, rtol=1e-9, passes=60, memory=LITTLE)
+    assert "at least" in repr(short) and math.isnan(short.condition_number)
     assert "rtol=1e-09 was not reached" in short.notes[0] and short.notes[0] in repr(short)
     exact = np.linalg.eigvalsh(theta(wide(), MANY).numpy())
     assert (abs(short.values[:, None] - exact).min(1) <= short.errors).all()  # of some eigenvalue

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, spectrum, trace
+    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, solve, spectrum, trace
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
+    from ntkbench.estimators.solve import Regression, Solution
     from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel import Kernel
     from ntkbench.problems.base.function import from_function
@@ -28,6 +29,8 @@ __all__ = [
     "Kernel",
     "NtkbenchError",
     "OverMemory",
+    "Regression",
+    "Solution",
     "Spectrum",
     "Tracker",
     "Unavailable",
@@ -40,14 +43,16 @@ __all__ = [
     "metrics_of",
     "norm",
     "ntk",
+    "solve",
     "spectrum",
     "trace",
 ]
 
 _HOMES = {
-    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "spectrum", "trace"),
+    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "solve", "spectrum", "trace"),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
+    "estimators.solve": ("Regression", "Solution"),
     "estimators.spectrum": ("Spectrum",),
     "kernel": ("Kernel",),
     "problems.base.function": ("from_function",),

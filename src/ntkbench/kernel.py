@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkbench.estimators.lanczos import Eigenvalues
+    from ntkbench.estimators.solve import Regression, Solution
     from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
     from ntkbench.layerwise.sample_kernels import SampleKernel
@@ -48,6 +49,8 @@ SMALL = 1024
 DECOMPOSED = 4
 """Matrices in float64 that the eigenvalue decomposition of Theta holds, that itself included."""
 
+FACTORED = 2
+"""The same of its Cholesky factorisation."""
 
 
 class Setup(TypedDict, total=False):
@@ -325,6 +328,75 @@ class Kernel:
             return None
         return to_numpy(self.ntk(), np.float64)
 
+    def solve(self, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0) -> Solution:
+        """(Theta + ridge I)^-1 y with its residual; see :func:`ntkbench.solve`."""
+        from ntkbench.estimators import solve
+        from ntkbench.operators import linearise
+
+        passes, seed = options.positive("passes", passes), options.seed(seed)
+        Options(rtol=rtol)
+        ridge = options.not_negative("ridge", ridge)
+        right = self._like_outputs(y)
+        if ridge == 0 and self.problem.n > self.problem.P:
+            raise BadInput(
+                f"Theta is singular, as {self.problem.P} parameters are fewer than {self.problem.n} outputs: take a "
+                "ridge above 0"
+            )
+        size = float(np.linalg.norm(right)) or 1.0
+        unit = right.reshape(-1) / size
+        theta = self._whole(FACTORED)
+        with self._settings():
+            if theta is None:
+                ladder.check_range(self.problem, ("norm",), self._target)
+            j = linearise(self.problem, "theta_0", self._target)
+            if theta is not None:
+                found = solve.of_matrix(theta, j, unit, ridge, rtol=rtol, passes=float(self.problem.O))
+            else:
+                found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
+        return replace(found, values=(found.values * size).reshape(right.shape), error=found.error * size)
+
+    def regress(
+        self, inputs: Any, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0
+    ) -> Regression:
+        """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y of other inputs x', for targets y at the kernel's own.
+
+        It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network that is linearised
+        at its weights and trained on y to convergence predicts ``f(x') + regress(x', y - f(x))``.
+
+        Cost: that of :meth:`solve`, and one pass over each set of inputs. No kernel between the two is formed.
+
+        Source: Jacot, Gabriel, Hongler 2018; Lee et al. 2019, equation 11.
+
+        Args:
+            inputs: x', like the kernel's own.
+            y: targets ``[N, ...outputs]`` of the kernel's own inputs.
+            ridge, rtol, passes, seed: see :func:`ntkbench.solve`.
+
+        Returns:
+            ``values [N', ...outputs]``, ``solution``, ``passes`` and ``certificate``.
+
+        Raises:
+            BadInput: samples interact, so that no kernel between two batches exists; or as for :func:`ntkbench.solve`.
+        """
+        from ntkbench.estimators.solve import Regression
+        from ntkbench.operators import linearise
+        from ntkbench.problems.base.module import on_inputs
+
+        self._check_columns()
+        with self._settings():
+            problem, columns = self._source.columns(self.problem, inputs)
+        solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
+        size = float(np.linalg.norm(solution.values)) or 1.0
+        with self._settings():
+            own = linearise(self.problem, "theta_0", self._target)
+            others = problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
+            j = linearise(others, "theta_0", self._target)
+            weights = own.vjp(asarray_like(solution.values.reshape(1, -1) / size, own.basis(0, 1)))
+            predicted = to_numpy(j.jvp(weights), np.float64)[0] * size
+        spent = solution.passes + own.passes + j.passes
+        certificate = max((c for c in (own.certificate, j.certificate) if c is not None), default=None)
+        return Regression(predicted.reshape(others.output_shape), solution, spent, certificate)
+
     def _check_columns(self) -> None:
         """Refuse a kernel between two batches where samples interact."""
         if self.problem.samples_interact:
@@ -332,6 +404,25 @@ class Kernel:
                 "samples interact in this network, so a kernel between two batches is not defined: leave the second "
                 "inputs out, or call model.eval() where it has BatchNorm in train mode"
             )
+
+    def _like_outputs(self, y: Any) -> np.ndarray:
+        """Numbers y like the outputs, in float64.
+
+        Raises:
+            BadInput: they are not.
+        """
+        p = self.problem
+        try:
+            given = to_numpy(y.detach() if hasattr(y, "detach") else y)
+        except ValueError as error:  # a list of lists of several lengths
+            raise BadInput(f"y must be an array: {errors.reason(error)}") from None
+        if given.dtype.kind not in "fiub":
+            raise BadInput(f"y must be of real numbers, got {given.dtype}")
+        if given.ndim == 0 or given.size != p.n or given.shape[0] not in (p.N, p.n):
+            raise BadInput(f"y must be like the outputs, {p.output_shape}, got shape {given.shape}")
+        if not np.isfinite(given).all():
+            raise BadInput("y must be finite")
+        return given.astype(np.float64)
 
     def at(self, weights: Any) -> Kernel:
         """The kernel of the same network at other weights, which shares the trace; the same seed draws the same probes.

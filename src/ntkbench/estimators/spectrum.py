@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntkbench.estimate import Estimate, rounding_bound
+from ntkbench import options
+from ntkbench.estimate import Estimate
 from ntkbench.estimators import lanczos
 from ntkbench.operators import JacobianOperator
-from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
+from ntkbench.operators.arrays import asarray_like, to_numpy
 
 PROBES, STEPS = 8, 25
 """Of the density where Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
@@ -40,8 +41,9 @@ class Spectrum:
         smallest_bounds: the smallest eigenvalue is between these two.
         entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` where
             Theta is zero. By products the interval covers the choice of probes and what steps are missing.
-        density: the spectral density as weighted nodes; a histogram is ``numpy.histogram(density.nodes,
-            weights=density.weights)``. Where all of Theta was there the nodes are all n eigenvalues.
+        density: the spectral density as weighted nodes, see :class:`ntkbench.estimators.lanczos.Density`; its
+            ``shares(edges)`` are a histogram with error bars. Where all of Theta was there the nodes are all n
+            eigenvalues.
         n: size of Theta.
         passes: passes spent.
         method: ``"eigh"`` of all of Theta, or ``"block_lanczos"`` by products.
@@ -82,9 +84,29 @@ class Spectrum:
 
     @property
     def condition_number(self) -> float:
-        """lambda_max / lambda_min where it has an upper bound; else the lower bound, so that it is at least that."""
+        """lambda_max / lambda_min; ``nan`` where :attr:`condition_bounds` have no upper end, as by products."""
         low, high = self.condition_bounds
-        return low if math.isinf(high) or math.isnan(high) else self.largest / self.smallest
+        if math.isinf(low):
+            return math.inf
+        return self.largest / self.smallest if math.isfinite(high) else math.nan
+
+    def log_determinant(self, ridge: float = 0.0, confidence: float = 0.95) -> tuple[float, float, float]:
+        """log det(Theta + ridge I) and the two ends of its interval, for the evidence of a Gaussian process.
+
+        ``-inf``, for certain, where there are fewer parameters than outputs and no ridge. See
+        :meth:`ntkbench.estimators.lanczos.Density.log_determinant`. Costs no passes.
+
+        Args:
+            ridge: what is added to each eigenvalue, in their units; 0 or more.
+            confidence: of the interval.
+
+        Raises:
+            BadInput: the ridge is negative.
+        """
+        ridge = options.not_negative("ridge", ridge)
+        if ridge == 0 and self.smallest_bounds[1] == 0:
+            return -math.inf, -math.inf, -math.inf
+        return self.density.log_determinant(ridge, confidence)
 
     def __repr__(self) -> str:
         more = [f"... ({len(self.values)} values)"] if len(self.values) > SHOWN else []
@@ -93,6 +115,8 @@ class Spectrum:
         condition = f"{self.condition_number:.6g}, in [{low:.6g}, {high:.6g}]"
         if math.isinf(high):
             condition = "infinite" if math.isinf(low) else f"at least {low:.3g}"
+        elif math.isnan(high):
+            condition = "not defined, as Theta is zero"
         certified = "" if self.certificate is None else f", certified to {self.certificate:.1e}"
         rows = (
             ("largest eigenvalues", ", ".join([f"{v:.6g} +- {e:.1g}" for v, e in pairs] + more)),
@@ -117,19 +141,18 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
         top: how many eigenvalues are wanted.
         passes: what the matrix took.
     """
-    before = j.passes
+    before, singular = j.passes, j.n > j.P
     values, columns = np.linalg.eigh(theta)
     values, vectors = values[::-1], columns[:, ::-1][:, :top].T.copy()
     image = to_numpy(j.ntk(asarray_like(vectors[:1], j.basis(0, 1))), np.float64)[0]
     trace = float(abs(values).sum())
-    error = max(_rounding(j) * trace, float(np.linalg.norm(image - values[0] * vectors[0])))
-    values, errors = np.maximum(values, 0.0), np.full(len(values), error)
-    density = lanczos.Density(values[None], np.full((1, j.n), 1 / j.n), j.n, passes, float(values[-1]), np.zeros(1))
-    singular = j.n > j.P
-    low = 0.0 if singular else max(float(values[-1]) - error, 0.0)
-    high = 0.0 if singular else float(values[-1]) + error
-    spent = passes + j.passes - before
-    share = min(error / trace, 1.0) if trace else 0.0
+    error = max(lanczos.rounding(j) * trace, float(np.linalg.norm(image - values[0] * vectors[0])))
+    angles = _angles(values, np.full(j.n, error), top)
+    values, errors = np.maximum(values, 0.0), np.full(j.n, error)
+    values[j.P :], errors[j.P :] = 0.0, 0.0  # the rank is at most P
+    smallest, spent = float(values[-1]), passes + j.passes - before
+    nodes, weights = values[None, ::-1], np.full((1, j.n), 1 / j.n)
+    density = lanczos.Density(nodes, weights, nodes, weights, np.array([True]), j.n, spent, smallest, error, whole=True)
     rank = Estimate(
         density.entropy_effective_rank,
         None,
@@ -137,15 +160,15 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
         "eigh",
         metric="entropy_effective_rank",
         certificate=j.certificate,
-        rounding=_entropy_rounding(j, share),
+        rounding=_entropy_rounding(j, min(error / trace, 1.0) if trace else 0.0),
     )
     return Spectrum(
         values[:top].copy(),
         errors[:top],
         vectors,
-        _angles(values, errors, top),
-        0.0 if singular else float(values[-1]),
-        (low, high),
+        angles,
+        smallest,
+        (0.0, 0.0) if singular else (max(smallest - error, 0.0), smallest + error),
         rank,
         density,
         j.n,
@@ -166,7 +189,7 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
         j: J.
         top: how many eigenvalues are wanted; at most n.
         rtol: largest residual, relative to each value.
-        passes: the most to spend; the first step of either is always taken.
+        passes: the most to spend; two steps of the density and one of block Lanczos are always taken.
         seed: of all random vectors.
     """
     before = j.passes
@@ -175,7 +198,7 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
     density = lanczos.density(j, probes=PROBES, steps=steps, seed=seed)
     left = max(1, passes - int(j.passes - before))
     found = lanczos.ritz_pairs(j, top, rtol=rtol, passes=left, seed=seed)
-    error = _rounding(j) * density.trace
+    error = lanczos.rounding(j) * max(density.trace, float(found.values.sum()))
     ritz, errors = found.values, found.residuals + error
     if found.following is not None:
         value, residual = found.following
@@ -192,7 +215,7 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
         metric="entropy_effective_rank",
         degrees=PROBES - 1,
         certificate=j.certificate,
-        rounding=density.entropy_effective_rank / middle - 1 + _entropy_rounding(j, _rounding(j)),
+        rounding=density.entropy_effective_rank / middle - 1 + _entropy_rounding(j, lanczos.rounding(j)),
     )
     return Spectrum(
         np.maximum(found.values, 0.0),
@@ -209,14 +232,6 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
         (*found.notes, *j.notes),
         j.certificate,
     )
-
-
-def _rounding(j: JacobianOperator) -> float:
-    """The error to expect of Theta in the Frobenius norm, relative to its trace.
-
-    An entry <g, g'> is right to that share of ||g|| ||g'||, and the squares of these add up to (tr Theta)^2.
-    """
-    return rounding_bound("norm", epsilon(j.basis(0, 1)), max(j.n, j.P), j.certificate)
 
 
 def _angles(values: np.ndarray, errors: np.ndarray, top: int) -> np.ndarray:
