@@ -16,6 +16,8 @@ from torch import nn
 import ntkbench
 from ntkbench.estimators import solve
 
+EPS = float(np.finfo(np.float64).eps)
+
 LITTLE = 8 * 60**2
 """Bytes that Theta [60, 60] does not fit in twice."""
 
@@ -59,7 +61,7 @@ def test_solutions_for_any_spectrum(spectrum, zeros, ridge, seed):
     matrix = j._matrix @ j._matrix.T
     expected = np.linalg.solve(matrix + ridge * np.eye(j.n), y)
     for found in (
-        solve.of_matrix(matrix.copy(), j, y, ridge, rtol=1e-10, passes=0),
+        solve.of_matrix(matrix.copy(), EPS, j, y, ridge, rtol=1e-10, passes=0),
         solve.of_operator(j, y, ridge, rtol=1e-10, seed=seed),
     ):
         assert found.residual <= 1e-10 and found.notes == ()
@@ -118,9 +120,9 @@ def test_a_factor_of_rounding_is_none_of_theta():
         theta = np.asarray(j.ntk(j.basis(0, 2)), np.float64)
         if singular:
             with pytest.raises(ntkbench.BadInput, match=r"not positive definite .* with ridge=0"):
-                solve.of_matrix(theta, j, y, 0.0, rtol=1e-5, passes=0)
+                solve.of_matrix(theta, EPS, j, y, 0.0, rtol=1e-5, passes=0)
         else:
-            np.testing.assert_array_equal(solve.of_matrix(theta, j, y, 0.0, rtol=1e-5, passes=0).values, y)
+            np.testing.assert_array_equal(solve.of_matrix(theta, EPS, j, y, 0.0, rtol=1e-5, passes=0).values, y)
 
 
 def test_products_find_that_there_is_no_solution():
@@ -140,9 +142,36 @@ def test_a_kernel_of_zero_has_no_solution_without_a_ridge(memory):
 
 
 def test_a_tolerance_beyond_the_precision_is_refused():
-    for memory in (None, LITTLE):
-        with pytest.raises(ntkbench.BadInput, match=r"above rtol=1e-12: take .* a larger rtol, or dtype='float64'"):
-            ntkbench.solve(wide(), MANY, Y, ridge=1e-2, rtol=1e-12, dtype="float32", memory=memory, passes=300)
+    with pytest.raises(ntkbench.BadInput, match=r"above rtol=1e-12: take .* a larger rtol, or dtype='float64'"):
+        ntkbench.solve(wide(), MANY, Y, ridge=1e-2, rtol=1e-12, dtype="float32", memory=LITTLE, passes=300)
+
+
+def test_a_factor_in_float32_is_refined_in_float64():
+    single = wide().float()
+    found = ntkbench.solve(single, MANY.float(), Y, ridge=1e-2, rtol=1e-10)
+    assert found.residual <= 1e-10 and found.iterations >= 1 and found.certificate < 1e-12
+    expected = exact(wide().float().double(), MANY.float().double(), Y, 1e-2)
+    np.testing.assert_allclose(found.values.reshape(-1), expected, atol=1e-7 * abs(expected).max())
+
+
+def test_a_network_that_runs_in_float32_alone_is_refined_in_that():
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = wide(torch.float32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == torch.float32
+            return self.net(x)
+
+    kernel = ntkbench.Kernel(Single(), MANY.float())
+    found = kernel.solve(Y, ridge=1.0, rtol=1e-3)
+    assert 1e-9 < found.residual <= 1e-3 and kernel.regress(MANY[:2].float(), Y, ridge=1.0, rtol=1e-3).values.shape == (
+        2,
+        3,
+    )
+    with pytest.raises(ntkbench.BadInput, match="above rtol=1e-12"):
+        kernel.solve(Y, ridge=1.0, rtol=1e-12)
 
 
 @pytest.mark.parametrize("memory", [None, LITTLE])

@@ -267,14 +267,15 @@ def solve(
     """(Theta + ridge I)^-1 y, as in kernel regression, uncertainties and natural gradients.
 
     Where Theta fits in ``memory`` as three matrices, up to 7000 outputs or so in 1 GiB, it is factored by Cholesky, and
-    refined by products. Where it does not, conjugate gradients on products with J J^T solve for y, preconditioned by a
-    Nystrom approximation. Either way ``residual`` is that of products with J and J^T, not one that an iteration
-    believes in, and a solution whose residual stays above ``rtol`` is refused. A residual cannot be smaller than the
-    rounding of products, about machine epsilon times (lambda_max + ridge) / (lambda_min + ridge): take
+    the solution refined by products, in float64 where the network runs in it. Where it does not fit, conjugate
+    gradients on products with J J^T solve for y, preconditioned by a Nystrom approximation. Either way ``residual`` is
+    that of products with J and J^T, not one that an iteration believes in, and a solution whose residual stays above
+    ``rtol`` is refused. By conjugate gradients a residual cannot be smaller than the rounding of products, about
+    machine epsilon times (lambda_max + ridge) / (lambda_min + ridge); for a factor that product must be below 1. Take
     ``dtype="float64"`` for small ridges. A ridge of 0 is refused where Theta is known to be singular. Predictions of
     other inputs are by :meth:`ntkbench.Kernel.regress`.
 
-    Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 10 passes; by products up to 64 passes for the
+    Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 20 passes; by products up to 64 passes for the
     preconditioner, and 2 for each iteration. Their number grows with the root of the condition number.
 
     Source: Hestenes, Stiefel 1952; the preconditioner: Frangella, Tropp, Udell 2023.

@@ -345,13 +345,16 @@ class Kernel:
         size = float(np.linalg.norm(right)) or 1.0
         unit = right.reshape(-1) / size
         theta = self._whole(FACTORED)
-        with self._settings():
-            if theta is None:
+        if theta is not None:
+            target = self._precise()
+            with self._source.settings(target, self._index):
+                j = linearise(self.problem, "theta_0", target)
+                eps = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
+                found = solve.of_matrix(theta, eps, j, unit, ridge, rtol=rtol, passes=float(self.problem.O))
+        else:
+            with self._settings():
                 ladder.check_range(self.problem, ("norm",), self._target)
-            j = linearise(self.problem, "theta_0", self._target)
-            if theta is not None:
-                found = solve.of_matrix(theta, j, unit, ridge, rtol=rtol, passes=float(self.problem.O))
-            else:
+                j = linearise(self.problem, "theta_0", self._target)
                 found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
         return replace(found, values=(found.values * size).reshape(right.shape), error=found.error * size)
 
@@ -363,7 +366,8 @@ class Kernel:
         It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network that is linearised
         at its weights and trained on y to convergence predicts ``f(x') + regress(x', y - f(x))``.
 
-        Cost: that of :meth:`solve`, and one pass over each set of inputs. No kernel between the two is formed.
+        Cost: that of :meth:`solve`, and one pass over each set of inputs, in float64 where the network runs in it. No
+        kernel between the two is formed.
 
         Source: Jacot, Gabriel, Hongler 2018; Lee et al. 2019, equation 11.
 
@@ -387,15 +391,34 @@ class Kernel:
             problem, columns = self._source.columns(self.problem, inputs)
         solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
         size = float(np.linalg.norm(solution.values)) or 1.0
-        with self._settings():
-            own = linearise(self.problem, "theta_0", self._target)
+        target = self._precise()
+        with self._source.settings(target, self._index):
+            own = linearise(self.problem, "theta_0", target)
             others = problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
-            j = linearise(others, "theta_0", self._target)
+            j = linearise(others, "theta_0", target)
             weights = own.vjp(asarray_like(solution.values.reshape(1, -1) / size, own.basis(0, 1)))
             predicted = to_numpy(j.jvp(weights), np.float64)[0] * size
         spent = solution.passes + own.passes + j.passes
         certificate = max((c for c in (own.certificate, j.certificate) if c is not None), default=None)
         return Regression(predicted.reshape(others.output_shape), solution, spent, certificate)
+
+    def _precise(self) -> Target:
+        """Where products are as precise as can be: in float64 if the network runs in it, at two passes to find out."""
+        from ntkbench.operators import linearise
+
+        if self._target.dtype == "float64":
+            return self._target
+        if "float64" not in self._prepared:
+            target = replace(self._target, dtype="float64", tf32=False)
+            try:
+                with self._source.settings(target, self._index):
+                    j = linearise(self.problem, "theta_0", target)
+                    j.ntk(j.basis(0, 1))
+            except Exception:  # a network that runs in its own precision alone
+                target = self._target
+            self._prepared["float64"] = target
+        found: Target = self._prepared["float64"]
+        return found
 
     def _check_columns(self) -> None:
         """Refuse a kernel between two batches where samples interact."""
