@@ -183,6 +183,7 @@ def test_the_recipes_of_the_readme_run():
         "x": x,
         "x1": x,
         "x2": x[:2],
+        "y": torch.randn(6, 5),
         "language_model": LanguageModel(),
         "batch": {"input_ids": torch.arange(8).reshape(2, 4) % 7, "attention_mask": torch.ones(2, 4)},
         "two_inputs": TwoInputs(),

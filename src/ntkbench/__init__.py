@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, trace
+    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, solve, spectrum, trace
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
+    from ntkbench.estimators.solve import Regression, Solution
+    from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel import Kernel
     from ntkbench.problems.base.function import from_function
     from ntkbench.problems.base.module import from_module
@@ -27,6 +29,9 @@ __all__ = [
     "Kernel",
     "NtkbenchError",
     "OverMemory",
+    "Regression",
+    "Solution",
+    "Spectrum",
     "Tracker",
     "Unavailable",
     "__version__",
@@ -38,13 +43,17 @@ __all__ = [
     "metrics_of",
     "norm",
     "ntk",
+    "solve",
+    "spectrum",
     "trace",
 ]
 
 _HOMES = {
-    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"),
+    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "solve", "spectrum", "trace"),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
+    "estimators.solve": ("Regression", "Solution"),
+    "estimators.spectrum": ("Spectrum",),
     "kernel": ("Kernel",),
     "problems.base.function": ("from_function",),
     "problems.base.module": ("from_module",),

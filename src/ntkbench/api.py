@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ntkbench.estimators.solve import Solution
+    from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
 
-__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "trace"]
+__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "solve", "spectrum", "trace"]
 
 
 class Keywords(Setup, Wishes, total=False):
@@ -202,6 +204,116 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
     return found
 
 
+def spectrum(
+    model: Any,
+    x: Any,
+    top: int | None = None,
+    *,
+    rtol: float = 1e-3,
+    passes: int = 4096,
+    seed: int = 0,
+    **setup: Unpack[Setup],
+) -> Spectrum:
+    """The spectrum of Theta = J J^T of a network at its present weights, with bounds on what it says.
+
+    It has the largest eigenvalues and their eigenvectors, the condition number, the entropy effective rank
+    exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, the spectral density with error bars
+    (``density.shares(edges)``) and log det(Theta + ridge I) (``log_determinant(ridge)``). Take it for trainability (the
+    largest learning rate is 2 / lambda_max, the slowest mode decays with lambda_min) and for feature learning (a few
+    eigenvalues that grow out of the rest). The effective rank of :func:`effective_rank` needs no eigenvalues.
+
+    Where Theta fits in ``memory`` as five matrices, up to 5000 outputs or so in 1 GiB, it is decomposed: all is exact
+    up to rounding, and ``errors`` bound that. Where it does not, products do. Block Lanczos has the top eigenvalues,
+    each within its residual of an eigenvalue. Stochastic Lanczos quadrature has the density, the entropy and the
+    determinant. Ritz values bound the smallest eigenvalue from above, so that ``condition_bounds`` have a lower end
+    alone. With fewer parameters than outputs Theta is singular, and the condition number infinite.
+
+    Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes; by products 2 (top + 4) passes for each step
+    of block Lanczos, after at most 400 for the density.
+
+    Source: block Lanczos: Golub, Underwood 1977; quadrature: Ubaru, Chen, Saad 2017, algorithm 1; entropy effective
+    rank: Roy, Vetterli 2007, definition 1.
+
+    >>> import torch, ntkbench
+    >>> found = ntkbench.spectrum(torch.nn.Linear(3, 2), torch.eye(3), top=1)
+    >>> round(found.largest, 4), round(found.condition_number, 4), round(float(found.entropy_effective_rank), 2)
+    (4.0, 4.0, 4.76)
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        top: how many eigenvalues; 10, or all that there are, if not given.
+        rtol: residual, relative to each of the largest eigenvalues, at which the iteration stops. What is decomposed
+            does not need it.
+        passes: the most that products may spend.
+        seed: of the random vectors of products.
+        setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
+            with a spectrum for each group.
+
+    Raises:
+        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works.
+        Unavailable: the device is not there.
+    """
+    found: Spectrum = _use(model, x, setup, (), lambda k, _: k.spectrum(top, rtol=rtol, passes=passes, seed=seed), ())
+    return found
+
+
+def solve(
+    model: Any,
+    x: Any,
+    y: Any,
+    *,
+    ridge: float,
+    rtol: float = 1e-5,
+    passes: int = 4096,
+    seed: int = 0,
+    **setup: Unpack[Setup],
+) -> Solution:
+    """(Theta + ridge I)^-1 y, as in kernel regression, uncertainties and natural gradients.
+
+    Where Theta fits in ``memory`` as three matrices, up to 7000 outputs or so in 1 GiB, it is factored by Cholesky, and
+    the solution refined by products, in float64 where the network runs in it. Where it does not fit, conjugate
+    gradients on products with J J^T solve for y, preconditioned by a Nystrom approximation. Either way ``residual`` is
+    that of products with J and J^T, not one that an iteration believes in, and a solution whose residual stays above
+    ``rtol`` is refused. By conjugate gradients a residual cannot be smaller than the rounding of products, about
+    machine epsilon times (lambda_max + ridge) / (lambda_min + ridge); for a factor that product must be below 1. Take
+    ``dtype="float64"`` for small ridges. A ridge of 0 is refused where Theta is known to be singular. Predictions of
+    other inputs are by :meth:`ntkbench.Kernel.regress`.
+
+    Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 20 passes; by products up to 64 passes for the
+    preconditioner, and 2 for each iteration. Their number grows with the root of the condition number.
+
+    Source: Hestenes, Stiefel 1952; the preconditioner: Frangella, Tropp, Udell 2023.
+
+    >>> import torch, ntkbench
+    >>> found = ntkbench.solve(torch.nn.Linear(3, 1), torch.eye(3), torch.tensor([3.0, 0.0, 0.0]), ridge=1.0)
+    >>> found.values.round(4).tolist()
+    [1.2, -0.3, -0.3]
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        y: the right-hand side, like the outputs ``[N, ...outputs]``, or ``[N O]`` with outputs sample-major.
+        ridge: what is added to the eigenvalues of Theta, in their units; 0 or more.
+        rtol: ||(Theta + ridge I) x - y|| / ||y|| at which the iteration stops.
+        passes: the most that products may spend.
+        seed: of the preconditioner.
+        setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
+            with a solution for each group.
+
+    Returns:
+        ``values``, in the shape of y and in float64 on the host, ``residual``, ``error``, ``iterations``, ``passes``,
+        ``method``.
+
+    Raises:
+        BadInput: an argument cannot be used, says what is allowed; or Theta + ridge I is singular up to rounding, says
+            which ridge would do; or the residual stays above ``rtol``, says what helps.
+        Unavailable: the device is not there.
+    """
+    found: Solution = _use(
+        model, x, setup, (), lambda k, _: k.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed), ()
+    )
+    return found
+
+
 SETUP = tuple(Setup.__annotations__)
 WISHES = tuple(field.name for field in dataclasses.fields(Options))
 
@@ -212,6 +324,7 @@ def _use(
     keywords: Mapping[str, Any],
     names: tuple[str, ...],
     use: Callable[[Kernel, Wishes], Any],
+    own: tuple[str, ...] = ("kernel", "seed", "file"),
     *,
     streamed: bool = False,
 ) -> Any:
@@ -219,9 +332,10 @@ def _use(
 
     Args:
         names: metrics that are wanted, none for a kernel; options that do not serve are refused before work starts.
+        own: keywords of the function itself where no metrics are wanted.
         streamed: whether to take the batches of a loader one at a time, where samples do not interact.
     """
-    allowed = (*SETUP, *(WISHES if names else ("kernel", "seed", "file")))
+    allowed = (*SETUP, *(WISHES if names else own))
     for key in keywords:
         if key not in allowed:
             raise unknown("keyword", key, allowed)
@@ -233,8 +347,8 @@ def _use(
     parameters = setup.get("parameters")
     if streamed and stream.applies(model, inputs):
         groups = parameters if isinstance(parameters, Mapping) else None
-        own: Any = {key: value for key, value in setup.items() if groups is None or key != "parameters"}
-        return stream.trace(model, inputs, own, groups, asked)
+        kept: Any = {key: value for key, value in setup.items() if groups is None or key != "parameters"}
+        return stream.trace(model, inputs, kept, groups, asked)
     setup.pop("parameters", None)
     if isinstance(parameters, Mapping):
         groups = Kernel(model, inputs, **setup).groups(parameters)

@@ -22,13 +22,20 @@ Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[floa
 LOG: Scale = (math.log, lambda value: 1 / value, lambda x: math.exp(min(x, 700.0)))
 ATANH: Scale = (math.atanh, lambda value: 1 / (1 - value**2), math.tanh)
 
-SCALES = {"trace": LOG, "norm": LOG, "effective_rank": LOG, "alignment": ATANH}
+SCALES = {
+    "trace": LOG,
+    "norm": LOG,
+    "effective_rank": LOG,
+    "entropy_effective_rank": LOG,
+    "alignment": ATANH,
+}
 """Scale on which the errors of each metric are symmetric: log for positive metrics, Fisher's z for a correlation."""
 
 RANGES = {
     "trace": (0.0, math.inf),
     "norm": (0.0, math.inf),
     "effective_rank": (1.0, math.inf),
+    "entropy_effective_rank": (1.0, math.inf),
     "alignment": (0.0, 1.0),
 }
 """Values that each metric can have, as Theta and Theta_f are positive semidefinite."""

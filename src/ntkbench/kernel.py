@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkbench.estimators.lanczos import Eigenvalues
+    from ntkbench.estimators.solve import Regression, Solution
+    from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
     from ntkbench.layerwise.sample_kernels import SampleKernel
     from ntkbench.methods.base.layerwise import TracedProblem
@@ -42,6 +44,13 @@ WRITTEN_OUT = 2**22
 
 SMALL = 1024
 """Outputs up to which the eigenvalues of Theta are those of the whole matrix."""
+
+
+DECOMPOSED = 4
+"""Matrices in float64 that the eigenvalue decomposition of Theta holds, that itself included."""
+
+FACTORED = 2
+"""The same of its Cholesky factorisation."""
 
 
 class Setup(TypedDict, total=False):
@@ -189,11 +198,8 @@ class Kernel:
         from ntkbench.layerwise import sample_kernels
 
         chosen, seed = sample_kernels.get(kernel), options.seed(seed)
-        if self.problem.samples_interact and inputs is not None:
-            raise BadInput(
-                "samples interact in this network, so a kernel between two batches is not defined: leave the second "
-                "inputs out, or call model.eval() where it has BatchNorm in train mode"
-            )
+        if inputs is not None:
+            self._check_columns()
         with self._settings():
             problem, columns = (self.problem, None) if inputs is None else self._source.columns(self.problem, inputs)
             rows = 1 if chosen.between_samples else problem.O
@@ -279,11 +285,7 @@ class Kernel:
         from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
 
-        top = min(10, self.problem.n) if top is None else options.positive("top", top)
-        passes = options.positive("passes", passes)
-        Options(rtol=rtol)
-        if top > self.problem.n:
-            raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
+        top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
         if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
             theta = to_numpy(self.ntk(), np.float64)
             epsilon = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
@@ -291,7 +293,159 @@ class Kernel:
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
-            return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=options.seed(seed))
+            return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=seed)
+
+    def spectrum(self, top: int | None = None, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
+        """Eigenvalues and eigenvectors, condition number, entropy effective rank and density of Theta, with bounds.
+
+        See :func:`ntkbench.spectrum`. For the largest eigenvalues alone, :meth:`eigenvalues` costs less.
+        """
+        from ntkbench.estimators import spectrum
+        from ntkbench.operators import linearise
+
+        top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
+        theta = self._whole(DECOMPOSED)
+        with self._settings():
+            if theta is None:
+                ladder.check_range(self.problem, ("norm",), self._target)
+            j = linearise(self.problem, "theta_0", self._target)
+            if theta is not None:
+                return spectrum.of_matrix(theta, j, top, float(self.problem.O))
+            return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
+
+    def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
+        """How many eigenvalues, passes and the seed, if they can be had."""
+        top = min(10, self.problem.n) if top is None else options.positive("top", top)
+        passes, seed = options.positive("passes", passes), options.seed(seed)
+        Options(rtol=rtol)
+        if top > self.problem.n:
+            raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
+        return top, passes, seed
+
+    def _whole(self, matrices: int) -> np.ndarray | None:
+        """All of Theta in float64 on the host, if so many of it fit in memory beside the kernel; else ``None``."""
+        if self.problem.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
+            return None
+        return to_numpy(self.ntk(), np.float64)
+
+    def solve(self, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0) -> Solution:
+        """(Theta + ridge I)^-1 y with its residual; see :func:`ntkbench.solve`."""
+        from ntkbench.estimators import solve
+        from ntkbench.operators import linearise
+
+        passes, seed = options.positive("passes", passes), options.seed(seed)
+        Options(rtol=rtol)
+        ridge = options.not_negative("ridge", ridge)
+        right = self._like_outputs(y)
+        if ridge == 0 and self.problem.n > self.problem.P:
+            raise BadInput(
+                f"Theta is singular, as {self.problem.P} parameters are fewer than {self.problem.n} outputs: take a "
+                "ridge above 0"
+            )
+        size = float(np.linalg.norm(right)) or 1.0
+        unit = right.reshape(-1) / size
+        theta = self._whole(FACTORED)
+        if theta is not None:
+            target = self._precise()
+            with self._source.settings(target, self._index):
+                j = linearise(self.problem, "theta_0", target)
+                eps = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
+                found = solve.of_matrix(theta, eps, j, unit, ridge, rtol=rtol, passes=float(self.problem.O))
+        else:
+            with self._settings():
+                ladder.check_range(self.problem, ("norm",), self._target)
+                j = linearise(self.problem, "theta_0", self._target)
+                found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
+        return replace(found, values=(found.values * size).reshape(right.shape), error=found.error * size)
+
+    def regress(
+        self, inputs: Any, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0
+    ) -> Regression:
+        """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y of other inputs x', for targets y at the kernel's own.
+
+        It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network that is linearised
+        at its weights and trained on y to convergence predicts ``f(x') + regress(x', y - f(x))``.
+
+        Cost: that of :meth:`solve`, and one pass over each set of inputs, in float64 where the network runs in it. No
+        kernel between the two is formed.
+
+        Source: Jacot, Gabriel, Hongler 2018; Lee et al. 2019, equation 11.
+
+        Args:
+            inputs: x', like the kernel's own.
+            y: targets ``[N, ...outputs]`` of the kernel's own inputs.
+            ridge, rtol, passes, seed: see :func:`ntkbench.solve`.
+
+        Returns:
+            ``values [N', ...outputs]``, ``solution``, ``passes`` and ``certificate``.
+
+        Raises:
+            BadInput: samples interact, so that no kernel between two batches exists; or as for :func:`ntkbench.solve`.
+        """
+        from ntkbench.estimators.solve import Regression
+        from ntkbench.operators import linearise
+        from ntkbench.problems.base.module import on_inputs
+
+        self._check_columns()
+        with self._settings():
+            problem, columns = self._source.columns(self.problem, inputs)
+        solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
+        size = float(np.linalg.norm(solution.values)) or 1.0
+        target = self._precise()
+        with self._source.settings(target, self._index):
+            own = linearise(self.problem, "theta_0", target)
+            others = problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
+            j = linearise(others, "theta_0", target)
+            weights = own.vjp(asarray_like(solution.values.reshape(1, -1) / size, own.basis(0, 1)))
+            predicted = to_numpy(j.jvp(weights), np.float64)[0] * size
+        spent = solution.passes + own.passes + j.passes
+        certificate = max((c for c in (own.certificate, j.certificate) if c is not None), default=None)
+        return Regression(predicted.reshape(others.output_shape), solution, spent, certificate)
+
+    def _precise(self) -> Target:
+        """Where products are as precise as can be: in float64 if the network runs in it, at two passes to find out."""
+        from ntkbench.operators import linearise
+
+        if self._target.dtype == "float64":
+            return self._target
+        if "float64" not in self._prepared:
+            target = replace(self._target, dtype="float64", tf32=False)
+            try:
+                with self._source.settings(target, self._index):
+                    j = linearise(self.problem, "theta_0", target)
+                    j.ntk(j.basis(0, 1))
+            except Exception:  # a network that runs in its own precision alone
+                target = self._target
+            self._prepared["float64"] = target
+        found: Target = self._prepared["float64"]
+        return found
+
+    def _check_columns(self) -> None:
+        """Refuse a kernel between two batches where samples interact."""
+        if self.problem.samples_interact:
+            raise BadInput(
+                "samples interact in this network, so a kernel between two batches is not defined: leave the second "
+                "inputs out, or call model.eval() where it has BatchNorm in train mode"
+            )
+
+    def _like_outputs(self, y: Any) -> np.ndarray:
+        """Numbers y like the outputs, in float64.
+
+        Raises:
+            BadInput: they are not.
+        """
+        p = self.problem
+        try:
+            given = to_numpy(y.detach() if hasattr(y, "detach") else y)
+        except ValueError as error:  # a list of lists of several lengths
+            raise BadInput(f"y must be an array: {errors.reason(error)}") from None
+        if given.dtype.kind not in "fiub":
+            raise BadInput(f"y must be of real numbers, got {given.dtype}")
+        if given.ndim == 0 or given.size != p.n or given.shape[0] not in (p.N, p.n):
+            raise BadInput(f"y must be like the outputs, {p.output_shape}, got shape {given.shape}")
+        if not np.isfinite(given).all():
+            raise BadInput("y must be finite")
+        return given.astype(np.float64)
 
     def at(self, weights: Any) -> Kernel:
         """The kernel of the same network at other weights, which shares the trace; the same seed draws the same probes.

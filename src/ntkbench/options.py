@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -144,3 +145,14 @@ def _whole(what: str, value: object) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise BadInput(f"{what} must be a whole number, got {value!r}")
     return int(value)
+
+
+def not_negative(what: str, value: object) -> float:
+    """A finite number that is not negative.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+        raise BadInput(f"{what} must be a finite number that is not negative, got {value!r}")
+    return float(value)

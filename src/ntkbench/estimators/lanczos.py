@@ -5,29 +5,45 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import array_api_compat
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from ntkbench.errors import BadInput
-from ntkbench.operators import JacobianOperator
+from ntkbench.estimate import rounding_bound
+from ntkbench.operators import Array, JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Density:
-    """A quadrature rule for the spectrum of Theta: sum_i f(lambda_i) is about n sum_j weight_j f(node_j).
+    """The spectral density of Theta as a quadrature rule: sum_i f(lambda_i) is about n sum_j weight_j f(node_j).
+
+    A histogram is ``numpy.histogram(density.nodes, weights=density.weights)``; :meth:`shares` has error bars.
 
     Attributes:
-        nodes: Ritz values of each probe, ``[probes, steps]``; those below round-off are 0.
+        nodes: Ritz values of each probe in ascending order, ``[probes, steps]``; those below round-off are 0.
         weights: their weights, ``[probes, steps]``; those of one probe add up to 1 / probes.
+        radau_nodes: nodes of Gauss-Radau quadrature with one of them at 0, ``[probes, steps]``. Where Gauss quadrature
+            is too large for a logarithm this one is too small, and the other way round.
+        radau_weights: their weights, ``[probes, steps]``.
+        exhausted: of each probe, whether both rules are exact for it, as its Krylov space is exhausted, ``[probes]``.
         n: size of Theta.
         passes: passes spent.
+        smallest: the smallest Ritz value: up to rounding, lambda_min is at most that.
+        rounding: rounding may move nodes by that much.
+        whole: whether the nodes are all n eigenvalues, and not what random probes see of them.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
+    radau_nodes: np.ndarray
+    radau_weights: np.ndarray
+    exhausted: np.ndarray
     n: int
     passes: float
+    smallest: float
+    rounding: float
+    whole: bool = False
 
     @property
     def largest(self) -> float:
@@ -41,12 +57,137 @@ class Density:
 
     @property
     def entropy_effective_rank(self) -> float:
-        """exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta (Roy, Vetterli 2007)."""
-        positive = self.nodes > 0
-        nodes, weights = self.nodes[positive], self.weights[positive]
-        trace = self.n * float((weights * nodes).sum())
-        moment = self.n * float((weights * nodes * np.log(nodes)).sum())
-        return math.exp(math.log(trace) - moment / trace)
+        """exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta (Roy, Vetterli 2007); ``nan`` where Theta is zero.
+
+        More steps lower it, to :attr:`entropy_lower_bound` at most.
+        """
+        trace, moment = self._moments(self.nodes, self.weights).sum(1)
+        return math.exp(math.log(trace) - moment / trace) if trace > 0 else math.nan
+
+    @property
+    def entropy_lower_bound(self) -> float:
+        """The least entropy effective rank that the same probes could have after any number of steps.
+
+        Gauss quadrature is below the integral of x log x, and Gauss-Radau quadrature with a node at 0 above it, by the
+        signs of the derivatives (Golub, Meurant 1994, theorems 3.1 and 3.2).
+        """
+        trace, moment = self._moments(self.nodes, self.weights)
+        if not trace.sum() > 0:
+            return math.nan
+        if self.nodes.shape[1] == 1 and not self.exhausted.all():  # one node at 0 says nothing
+            return 1.0
+        above = np.maximum(self._moments(self.radau_nodes, self.radau_weights)[1], moment)
+        return max(math.exp(math.log(trace.sum()) - float(above.sum() / trace.sum())), 1.0)
+
+    @property
+    def entropy_standard_error(self) -> float:
+        """Standard error of :attr:`entropy_effective_rank` by the delta method over probes; ``nan`` for one probe."""
+        probes = len(self.nodes)
+        trace, moment = of_probes = self._moments(self.nodes, self.weights) * probes
+        (mean_trace, mean_moment), value = of_probes.mean(1), self.entropy_effective_rank
+        if probes < 2 or math.isnan(value):
+            return math.nan
+        change = (trace * (1 + mean_moment / mean_trace) - moment) / mean_trace
+        return value * float(change.std(ddof=1)) / math.sqrt(probes)
+
+    def shares(self, edges: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The share of eigenvalues in each of the bins ``edges[i] <= lambda < edges[i + 1]``, with an interval.
+
+        Up to 1 in all where the bins cover all eigenvalues. Take ``edges = [0, x]`` for the share of those below x. The
+        interval of a bin covers the missing steps, the choice of probes and rounding. By Chebyshev's inequalities the
+        weight that a probe has below a node is right up to the weight of that node. For k of n eigenvalues the share
+        that a random vector has in their eigenspace is distributed as Beta(k / 2, (n - k) / 2), so that Wilson's
+        interval for a binomial share in probes * (n + 2) / 2 trials has its variance.
+
+        Source: Szego 1939, section 3.41; Wilson 1927.
+
+        Args:
+            edges: of the bins, ascending, ``[bins + 1]``; infinite ones may be among them.
+            confidence: of the interval of each bin by itself.
+
+        Returns:
+            Shares and the lower and upper ends of their intervals, each ``[bins]``.
+
+        Raises:
+            BadInput: fewer than two edges, or they do not ascend.
+        """
+        edges = np.asarray(edges, np.float64)
+        if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+            raise BadInput("edges must be two numbers or more in ascending order")
+        rows = np.array([self._below(probe, edges) for probe in range(len(self.nodes))])
+        middle, least, most = rows.transpose(1, 0, 2)
+        share = np.diff(middle, axis=1).mean(0)
+        low = np.maximum(least[:, 1:] - most[:, :-1], 0.0).mean(0)
+        high = np.minimum(most[:, 1:] - least[:, :-1], 1.0).mean(0)
+        if not self.whole:
+            trials, z = len(self.nodes) * (self.n + 2) / 2, float(ndtri(0.5 + confidence / 2))
+            low, high = np.minimum(low, _wilson(low, trials, -z)), np.maximum(high, _wilson(high, trials, z))
+        return share, low, high
+
+    def log_determinant(self, ridge: float, confidence: float = 0.95) -> tuple[float, float, float]:
+        """log det(Theta + ridge I) = sum_i log(lambda_i + ridge), with an interval.
+
+        The interval covers rounding, and by products the missing steps and the choice of probes: for a logarithm Gauss
+        quadrature is above the integral and Gauss-Radau quadrature with a node at 0 below it (Golub, Meurant 1994,
+        theorems 3.1 and 3.2). What probes differ by makes a Student interval. Without a ridge there is no lower end by
+        products.
+
+        Args:
+            ridge: what is added to each eigenvalue; 0 or more.
+            confidence: of the interval.
+
+        Returns:
+            The value, and the lower and upper ends of its interval; ``-inf`` is among them where an eigenvalue plus
+            ridge may be 0.
+        """
+
+        gauss, radau = (self.nodes, self.weights), (self.radau_nodes, self.radau_weights)
+        value, below = (float(self._log_determinants(*rule, ridge, 0).mean()) for rule in (gauss, radau))
+        least, most = self._log_determinants(*radau, ridge, -1), self._log_determinants(*gauss, ridge, 1)
+        if self.whole:
+            return value, float(least[0]), float(most[0])
+        probes, low, high = len(self.nodes), -math.inf, math.inf
+        if probes > 1:
+            reach = float(stdtrit(probes - 1, 0.5 + confidence / 2)) / math.sqrt(probes)
+            low = float(least.mean() - reach * least.std(ddof=1)) if np.isfinite(least).all() else low
+            high = float(most.mean() + reach * most.std(ddof=1)) if np.isfinite(most).all() else high
+        return (value + below) / 2 if math.isfinite(below) else value, low, high
+
+    def _log_determinants(self, nodes: np.ndarray, weights: np.ndarray, ridge: float, sign: int) -> np.ndarray:
+        """log det(Theta + ridge I) by each probe, ``[probes]``; with a sign, how far rounding may move it to that side.
+
+        No eigenvalue moves further than ``rounding``. Of all eigenvalues the root of the sum of squares of the moves is
+        within it too (Hoffman, Wielandt 1953), which is closer for many: a logarithm is below its tangents.
+        """
+        seen = weights > np.finfo(np.float64).eps ** 2  # others are of zero vectors
+
+        def integral(values: np.ndarray) -> np.ndarray:
+            found: np.ndarray = self.n * len(nodes) * np.where(seen, weights * values, 0.0).sum(1)
+            return found
+
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            moved = np.maximum(nodes + sign * self.rounding, 0.0) + ridge
+            found = integral(np.log(moved))
+            if sign == 0 or not self.whole:
+                return found
+            slopes = 1 / (moved if sign < 0 else nodes + ridge)
+            tangent = integral(np.log(nodes + ridge)) + sign * self.rounding * np.sqrt(integral(slopes**2))
+        return np.fmax(found, tangent) if sign < 0 else np.fmin(found, tangent)
+
+    def _below(self, probe: int, x: np.ndarray) -> np.ndarray:
+        """The weight of one probe below each x, and its bounds, ``[3, len(x)]``."""
+        nodes, total = self.nodes[probe], np.concatenate([[0.0], np.cumsum(self.weights[probe])]) * len(self.nodes)
+        unsure = 0 if self.exhausted[probe] else 1
+        least = np.searchsorted(nodes, x - self.rounding) - unsure
+        most = np.searchsorted(nodes, x + self.rounding) + unsure
+        at = np.array([np.searchsorted(nodes, x), np.maximum(least, 0), np.minimum(most, len(nodes))])
+        return np.where(x > 0, total[at], 0.0)  # no eigenvalue is negative
+
+    def _moments(self, nodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Every probe's part of tr Theta and of tr(Theta log Theta) by a rule, ``[2, probes]``."""
+        logarithms = np.log(np.where(nodes > 0, nodes, 1.0))
+        parts: np.ndarray = self.n * (weights * np.stack([nodes, nodes * logarithms])).sum(2)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -66,49 +207,99 @@ class Eigenvalues:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Ritz:
+    """The largest eigenvalues of Theta and their eigenvectors, by products.
+
+    Attributes:
+        values: in descending order, ``[top]``.
+        residuals: ||Theta v - lambda v|| of each, ``[top]``: there is an eigenvalue within that distance.
+        vectors: orthonormal rows, ``[top, n]``.
+        following: the next smaller Ritz value and its residual; ``None`` where there is no other.
+        smallest: the smallest Ritz value on the way: up to rounding, lambda_min is at most that.
+        passes: passes spent.
+        notes: whether the tolerance was not reached.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    vectors: np.ndarray
+    following: tuple[float, float] | None
+    smallest: float
+    passes: float
+    notes: tuple[str, ...]
+
+
 EXTRA = 4
 """Vectors of a block beyond the eigenvalues that are wanted, which separate these from the rest of the spectrum."""
 
+NOISE = 100
+"""Machine epsilons of the largest eigenvalue, or of a vector's length, up to which all is rounding."""
+
+HELD = 4
+"""Host vectors in float64 for each of the Krylov space: its own, its image, and both once more while they are moved."""
+
 
 def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
-    """The largest eigenvalues of Theta = J J^T by block Lanczos with full reorthogonalisation.
+    """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which has their eigenvectors as well."""
+    found = ritz_pairs(j, top, rtol=rtol, passes=passes, seed=seed)
+    return Eigenvalues(found.values, found.residuals, found.passes, found.notes)
+
+
+def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Ritz:
+    """The largest eigenvalues of Theta = J J^T and their eigenvectors by block Lanczos with full reorthogonalisation.
 
     The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. Ritz values are taken until the
-    residual of each of the ``top`` largest is below ``rtol`` times its value. By the residual r = Theta v - lambda v
-    there is an eigenvalue within ||r|| of lambda.
+    residual of each of the ``top`` largest is below ``rtol`` times its value, or both are rounding of the largest. By
+    the residual r = Theta v - lambda v there is an eigenvalue within ||r|| of lambda.
 
-    Costs 2 (top + 4) passes a step, and holds two vectors of length n for each vector of the Krylov space.
+    Costs 2 (top + 4) passes a step. The Krylov space and its image are held in float64 on the host. Where they would
+    take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; three blocks are held
+    at least.
 
-    Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1.
+    Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1; the restart:
+    Wu, Simon 2000.
 
     Args:
         j: J.
         top: how many; at most n.
         rtol: largest residual, relative to each value.
-        passes: the most to spend.
+        passes: the most to spend; the first step is always taken.
         seed: of the first block.
+
+    Raises:
+        BadInput: products are not finite.
     """
-    before = j.passes
-    new = to_numpy(j.rng(seed).normal(min(top + EXTRA, j.n), j.n), np.float64)
+    before, block, smallest = j.passes, min(top + EXTRA, j.n), math.inf
+    most = max(3 * block, j.memory // (HELD * 8 * j.n))
+    new = to_numpy(j.rng(seed).normal(block, j.n), np.float64)
     like = j.basis(0, 1)
-    basis, images = np.empty((0, j.n)), np.empty((0, j.n))
+    basis, images, vectors = np.empty((0, j.n)), np.empty((0, j.n)), np.empty((0, 0))
     while True:
         new = _orthonormal(new, basis, epsilon(like))
         if len(new) == 0:  # the Krylov space is exhausted
             break
-        image = to_numpy(j.ntk(asarray_like(new, like)), np.float64)
+        if len(basis) + len(new) > most:
+            basis, images = vectors[:, :block].T @ basis, vectors[:, :block].T @ images
+        image = _finite(to_numpy(j.ntk(asarray_like(new, like)), np.float64))
         basis, images = np.concatenate([basis, new]), np.concatenate([images, image])
         projected = basis @ images.T
         values, vectors = np.linalg.eigh((projected + projected.T) / 2)
-        values, vectors = values[::-1][:top], vectors[:, ::-1][:, :top]
-        residuals = np.linalg.norm(vectors.T @ images - values[:, None] * (vectors.T @ basis), axis=1)
-        reached = len(values) == top and bool((residuals <= rtol * values).all())
+        values, vectors = values[::-1], vectors[:, ::-1]
+        smallest = min(smallest, float(values[-1]))
+        chosen = vectors[:, : top + 1]
+        residuals = np.linalg.norm(chosen.T @ images - values[: top + 1, None] * (chosen.T @ basis), axis=1)
+        noise = NOISE * epsilon(like) * values[0]
+        good = (residuals <= rtol * values[: top + 1]) | (np.maximum(residuals, values[: top + 1]) <= noise)
+        reached = bool(good[:top].all())
         if reached or len(basis) == j.n or j.passes - before + 2 * len(new) > passes:
             break
         new = image
-    short = [f"{v:.3g} within {r:.1g}" for v, r in zip(values, residuals, strict=True) if r > rtol * v]
-    notes = (f"rtol={rtol:g} was not reached in {passes} passes: {', '.join(short)}",) if short else ()
-    return Eigenvalues(values, residuals, j.passes - before, notes)
+    following = (float(values[top]), float(residuals[top])) if len(values) > top else None
+    values, residuals, spent = values[:top].copy(), residuals[:top], j.passes - before
+    short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(values, residuals, good[:top], strict=True) if not fine]
+    notes = (f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}",) if short else ()
+    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, spent, notes)
 
 
 def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:
@@ -131,7 +322,7 @@ def _orthonormal(rows: np.ndarray, basis: np.ndarray, eps: float) -> np.ndarray:
     for _ in range(2):
         rows = rows - (rows @ basis.T) @ basis
     _, scale, made = np.linalg.svd(rows, full_matrices=False)
-    made = made[scale > 100 * eps * len(made)]
+    made = made[scale > NOISE * eps * len(made)]
     for _ in range(2):
         made = made - (made @ basis.T) @ basis
         made = np.linalg.qr(made.T)[0].T
@@ -157,33 +348,32 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
         seed: of the probes.
 
     Raises:
-        BadInput: no probes or no steps.
+        BadInput: no probes or no steps, or products are not finite.
     """
     if probes < 1 or steps < 1:
         raise BadInput(f"probes and steps must be positive, got {probes} and {steps}")
     before = j.passes
     steps = min(steps, j.n)
     u = j.rng(seed).normal(probes, j.n)
-    xp = array_api_compat.array_namespace(u)
-    u = u / xp.sqrt((u**2).sum(1))[:, None]
+    u = u * asarray_like(1 / _lengths(u), u)[:, None]
     basis, diagonal, off_diagonal = [u], [], []
     alive = np.ones(probes, bool)
     for step in range(steps):
         w = j.ntk(basis[-1])
-        diagonal.append(to_numpy((w * basis[-1]).sum(1), np.float64))
+        diagonal.append(_finite(to_numpy((w * basis[-1]).sum(1), np.float64)))
         if step + 1 == steps:
             break
         # The three-term recurrence loses orthogonality as soon as a Ritz value converges; two full passes restore it.
         for _ in range(2):
             for q in basis:
                 w = w - (w * q).sum(1)[:, None] * q
-        length = to_numpy(xp.sqrt((w**2).sum(1)), np.float64)
-        scale = np.max(diagonal, axis=0)
-        alive = alive & (length > 100 * epsilon(u) * scale)
+        length = _finite(_lengths(w))
+        alive = alive & (length > NOISE * epsilon(u) * np.max(diagonal, axis=0))
         off_diagonal.append(np.where(alive, length, 0.0))
         if not alive.any():
             break
-        basis.append(w * asarray_like(np.where(alive, 1 / np.where(alive, length, 1.0), 0.0), u)[:, None])
+        w = w * asarray_like(np.where(alive, 1 / np.where(alive, length, 1.0), 0.0), u)[:, None]
+        basis.append(w)
     size = len(diagonal)
     matrices = np.zeros((probes, size, size))
     at = np.arange(size)
@@ -191,7 +381,64 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
     if size > 1:
         off = np.array(off_diagonal[: size - 1]).T
         matrices[:, at[:-1], at[1:]] = matrices[:, at[1:], at[:-1]] = off
+    exhausted = ~alive | (size == j.n)
+    noise = size * epsilon(u) * np.linalg.eigvalsh(matrices)[:, -1:]
+    nodes, weights = _quadrature(matrices, noise)
+    radau = np.array([m if done else _singular(m) for m, done in zip(matrices, exhausted, strict=True)])
+    # Zero vectors that stand for what is exhausted have no part in a probe's Krylov space.
+    own = [1 + int(np.argmin([*column, 0.0])) for column in np.array(off_diagonal[: size - 1]).reshape(-1, probes).T]
+    smallest = min(float(np.linalg.eigvalsh(m[:k, :k])[0]) for m, k in zip(matrices, own, strict=True))
+    return Density(
+        nodes,
+        weights,
+        *_quadrature(radau, noise),
+        exhausted,
+        j.n,
+        j.passes - before,
+        smallest,
+        rounding(j) * j.n * float((weights * nodes).sum()),
+    )
+
+
+def rounding(j: JacobianOperator) -> float:
+    """The rounding error to expect of Theta in the Frobenius norm, relative to its trace.
+
+    An entry <g, g'> is right to that share of ||g|| ||g'||, and the squares of these add up to (tr Theta)^2.
+    """
+    return rounding_bound("norm", epsilon(j.basis(0, 1)), max(j.n, j.P), j.certificate)
+
+
+def _quadrature(matrices: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Lanczos matrices ``[probes, k, k]``; nodes up to ``noise [probes, 1]`` are 0."""
     nodes, vectors = np.linalg.eigh(matrices)
-    noise = size * epsilon(u) * nodes.max(axis=1, keepdims=True)
-    nodes = np.where(nodes > noise, nodes, 0.0)
-    return Density(nodes, vectors[:, 0, :] ** 2 / probes, j.n, j.passes - before)
+    return np.where(nodes > noise, nodes, 0.0), vectors[:, 0, :] ** 2 / len(matrices)
+
+
+def _singular(matrix: np.ndarray) -> np.ndarray:
+    """A Lanczos matrix ``[k, k]`` with the last entry that makes it singular: that of Gauss-Radau with a node at 0.
+
+    In exact arithmetic that entry is not larger than before.
+
+    Source: Golub 1973, section 7.
+    """
+    moved, column = matrix.copy(), matrix[:-1, -1]
+    solved = np.linalg.lstsq(matrix[:-1, :-1], column, rcond=None)[0] if len(column) else column
+    moved[-1, -1] = np.clip(column @ solved, 0.0, matrix[-1, -1])
+    return moved
+
+
+def _lengths(rows: Array) -> np.ndarray:
+    """Euclidean lengths in float64, in which squares neither overflow nor underflow."""
+    return np.linalg.norm(to_numpy(rows, np.float64), axis=1)
+
+
+def _finite(found: np.ndarray) -> np.ndarray:
+    if not np.isfinite(found).all():
+        raise BadInput("products with Theta are nan or infinite: gradients are not finite, or overflow")
+    return found
+
+
+def _wilson(share: np.ndarray, trials: float, z: float) -> np.ndarray:
+    """An end of Wilson's interval for a binomial share: the lower one for negative z, the upper one for positive z."""
+    spread = z * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return np.clip((share + z**2 / (2 * trials) + spread) / (1 + z**2 / trials), 0.0, 1.0)

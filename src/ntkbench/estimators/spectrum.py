@@ -1,0 +1,260 @@
+"""The spectrum of Theta as a result: eigenvalues with bounds, condition number, entropy effective rank, density."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ntkbench import options
+from ntkbench.estimate import Estimate
+from ntkbench.estimators import lanczos
+from ntkbench.operators import JacobianOperator
+from ntkbench.operators.arrays import asarray_like, to_numpy
+
+PROBES, STEPS = 8, 25
+"""Of the density where Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
+
+SHARE = 4
+"""The density takes at most one in so many passes."""
+
+SHOWN = 5
+"""Eigenvalues that a printed spectrum has."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum:
+    """The spectrum of Theta = J J^T.
+
+    A bound holds up to the rounding that is expected of the network's own passes (see
+    :func:`ntkbench.estimate.rounding_bound`), which it allows for.
+
+    Attributes:
+        values: the largest eigenvalues in descending order, ``[top]``.
+        errors: each value is within that distance of an eigenvalue, ``[top]``; of the one with its number where all of
+            Theta was there.
+        vectors: their eigenvectors of length 1, ``[top, n]`` with outputs sample-major. Signs are arbitrary.
+        vector_errors: the sine of each one's angle to an eigenvector is at most that, ``[top]``; 1 where the eigenvalue
+            is multiple up to its error. By products it takes for granted that no eigenvalue was missed.
+        smallest: the smallest eigenvalue; by products the smallest Ritz value, which it does not exceed.
+        smallest_bounds: the smallest eigenvalue is between these two.
+        entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` where
+            Theta is zero. By products the interval covers the choice of probes and what steps are missing.
+        density: the spectral density as weighted nodes, see :class:`ntkbench.estimators.lanczos.Density`; its
+            ``shares(edges)`` are a histogram with error bars. Where all of Theta was there the nodes are all n
+            eigenvalues.
+        n: size of Theta.
+        passes: passes spent.
+        method: ``"eigh"`` of all of Theta, or ``"block_lanczos"`` by products.
+        notes: remarks, such as a tolerance that was not reached.
+        certificate: the largest relative difference between a gradient that was used and that of plain autograd.
+    """
+
+    values: np.ndarray
+    errors: np.ndarray
+    vectors: np.ndarray
+    vector_errors: np.ndarray
+    smallest: float
+    smallest_bounds: tuple[float, float]
+    entropy_effective_rank: Estimate
+    density: lanczos.Density
+    n: int
+    passes: float
+    method: str
+    notes: tuple[str, ...] = ()
+    certificate: float | None = None
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue."""
+        return float(self.values[0])
+
+    @property
+    def condition_bounds(self) -> tuple[float, float]:
+        """The condition number lambda_max / lambda_min is between these two; infinite where lambda_min may be zero.
+
+        It is not defined, ``nan``, where Theta is zero.
+        """
+        low, high = self.smallest_bounds
+        top, error = self.largest, float(self.errors[0])
+        if top <= 0:
+            return math.nan, math.nan
+        return max(_ratio(max(top - error, 0.0), high), 1.0), _ratio(top + error, low)
+
+    @property
+    def condition_number(self) -> float:
+        """lambda_max / lambda_min; ``nan`` where :attr:`condition_bounds` have no upper end, as by products."""
+        low, high = self.condition_bounds
+        if math.isinf(low):
+            return math.inf
+        return self.largest / self.smallest if math.isfinite(high) else math.nan
+
+    def log_determinant(self, ridge: float = 0.0, confidence: float = 0.95) -> tuple[float, float, float]:
+        """log det(Theta + ridge I) and the two ends of its interval, for the evidence of a Gaussian process.
+
+        ``-inf``, for certain, where there are fewer parameters than outputs and no ridge. See
+        :meth:`ntkbench.estimators.lanczos.Density.log_determinant`. Costs no passes.
+
+        Args:
+            ridge: what is added to each eigenvalue, in their units; 0 or more.
+            confidence: of the interval.
+
+        Raises:
+            BadInput: the ridge is negative.
+        """
+        ridge = options.not_negative("ridge", ridge)
+        if ridge == 0 and self.smallest_bounds[1] == 0:
+            return -math.inf, -math.inf, -math.inf
+        return self.density.log_determinant(ridge, confidence)
+
+    def __repr__(self) -> str:
+        more = [f"... ({len(self.values)} values)"] if len(self.values) > SHOWN else []
+        pairs = list(zip(self.values, self.errors, strict=True))[:SHOWN]
+        low, high = self.condition_bounds
+        condition = f"{self.condition_number:.6g}, in [{low:.6g}, {high:.6g}]"
+        if math.isinf(high):
+            condition = "infinite" if math.isinf(low) else f"at least {low:.3g}"
+        elif math.isnan(high):
+            condition = "not defined, as Theta is zero"
+        certified = "" if self.certificate is None else f", certified to {self.certificate:.1e}"
+        rows = (
+            ("largest eigenvalues", ", ".join([f"{v:.6g} +- {e:.1g}" for v, e in pairs] + more)),
+            ("smallest eigenvalue", "in [{:.3g}, {:.3g}]".format(*self.smallest_bounds)),
+            ("condition number", condition),
+            ("entropy effective rank", str(self.entropy_effective_rank)),
+        )
+        head = f"spectrum of Theta, {self.n} x {self.n} ({self.method}, {self.passes:g} passes){certified}"
+        return "\n".join([head, *(f"  {name:<24}{said}" for name, said in rows), *(f"  {note}" for note in self.notes)])
+
+
+def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -> Spectrum:
+    """The spectrum of a whole Theta ``[n, n]`` by its eigenvalue decomposition in float64 on the host.
+
+    Costs O(n^3) operations and four matrices of Theta's size in float64. Two passes more compare Theta with J J^T at
+    the first eigenvector. By Weyl's inequality no eigenvalue is further off than the norm of what rounding and that
+    comparison allow for; eigenvectors follow by Davis and Kahan 1970, the entropy by Audenaert 2007, equation 4.
+
+    Args:
+        theta: the matrix.
+        j: J, for the comparison.
+        top: how many eigenvalues are wanted.
+        passes: what the matrix took.
+    """
+    before, singular = j.passes, j.n > j.P
+    values, columns = np.linalg.eigh(theta)
+    values, vectors = values[::-1], columns[:, ::-1][:, :top].T.copy()
+    image = to_numpy(j.ntk(asarray_like(vectors[:1], j.basis(0, 1))), np.float64)[0]
+    trace = float(abs(values).sum())
+    error = max(lanczos.rounding(j) * trace, float(np.linalg.norm(image - values[0] * vectors[0])))
+    angles = _angles(values, np.full(j.n, error), top)
+    values, errors = np.maximum(values, 0.0), np.full(j.n, error)
+    values[j.P :], errors[j.P :] = 0.0, 0.0  # the rank is at most P
+    smallest, spent = float(values[-1]), passes + j.passes - before
+    nodes, weights = values[None, ::-1], np.full((1, j.n), 1 / j.n)
+    density = lanczos.Density(nodes, weights, nodes, weights, np.array([True]), j.n, spent, smallest, error, whole=True)
+    rank = Estimate(
+        density.entropy_effective_rank,
+        None,
+        spent,
+        "eigh",
+        metric="entropy_effective_rank",
+        certificate=j.certificate,
+        rounding=_entropy_rounding(j, min(error / trace, 1.0) if trace else 0.0),
+    )
+    return Spectrum(
+        values[:top].copy(),
+        errors[:top],
+        vectors,
+        angles,
+        smallest,
+        (0.0, 0.0) if singular else (max(smallest - error, 0.0), smallest + error),
+        rank,
+        density,
+        j.n,
+        spent,
+        "eigh",
+        j.notes,
+        j.certificate,
+    )
+
+
+def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
+    """The spectrum of Theta by products alone: block Lanczos for its top, stochastic Lanczos quadrature for the rest.
+
+    The density has 8 probes of 25 steps, or fewer steps where that were more than a quarter of ``passes`` or of
+    ``j.memory``. See :func:`ntkbench.estimators.lanczos.ritz_pairs` and :func:`ntkbench.estimators.lanczos.density`.
+
+    Args:
+        j: J.
+        top: how many eigenvalues are wanted; at most n.
+        rtol: largest residual, relative to each value.
+        passes: the most to spend; two steps of the density and one of block Lanczos are always taken.
+        seed: of all random vectors.
+    """
+    before = j.passes
+    fit = j.memory // (SHARE * PROBES * j.n * j.itemsize)
+    steps = max(2, min(STEPS, passes // (SHARE * 2 * PROBES), fit))
+    density = lanczos.density(j, probes=PROBES, steps=steps, seed=seed)
+    left = max(1, passes - int(j.passes - before))
+    found = lanczos.ritz_pairs(j, top, rtol=rtol, passes=left, seed=seed)
+    error = lanczos.rounding(j) * max(density.trace, float(found.values.sum()))
+    ritz, errors = found.values, found.residuals + error
+    if found.following is not None:
+        value, residual = found.following
+        ritz, errors = np.append(ritz, value), np.append(errors, residual + error)
+    singular = j.n > j.P
+    smallest = 0.0 if singular else max(min(found.smallest, density.smallest), 0.0)
+    spent = j.passes - before
+    middle = math.sqrt(density.entropy_lower_bound * density.entropy_effective_rank)
+    rank = Estimate(
+        middle,
+        density.entropy_standard_error,
+        spent,
+        "block_lanczos",
+        metric="entropy_effective_rank",
+        degrees=PROBES - 1,
+        certificate=j.certificate,
+        rounding=density.entropy_effective_rank / middle - 1 + _entropy_rounding(j, lanczos.rounding(j)),
+    )
+    return Spectrum(
+        np.maximum(found.values, 0.0),
+        errors[:top],
+        found.vectors,
+        _angles(ritz, errors, top),
+        smallest,
+        (0.0, 0.0 if singular else smallest + error),
+        rank,
+        density,
+        j.n,
+        spent,
+        "block_lanczos",
+        (*found.notes, *j.notes),
+        j.certificate,
+    )
+
+
+def _angles(values: np.ndarray, errors: np.ndarray, top: int) -> np.ndarray:
+    """Bounds on the sines of angles to eigenvectors: an eigenvalue's error over its distance to the others."""
+    bounds = np.ones(top)
+    for i in range(top):
+        gap = np.delete(abs(values - values[i]) - errors, i).min(initial=math.inf)
+        if gap > errors[i]:
+            bounds[i] = errors[i] / gap
+    return bounds
+
+
+def _entropy_rounding(j: JacobianOperator, share: float) -> float:
+    """The relative change of the entropy effective rank, if Theta changes by this share of its trace (Frobenius)."""
+    return math.expm1(min(_entropy_change(math.sqrt(j.n) * share, j.n), 700.0))
+
+
+def _entropy_change(distance: float, n: int) -> float:
+    """The most by which entropies of two distributions over n differ, whose trace distance is at most ``distance``."""
+    t = min(distance, 1 - 1 / n)
+    mixing = -sum(p * math.log(p) for p in (t, 1 - t) if p > 0)
+    return t * math.log(max(n - 1, 1)) + mixing
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.inf
