@@ -152,6 +152,26 @@ def test_random_generators_are_left_as_they_were():
     assert all(torch.equal(*each) for each in zip(before, (torch.get_rng_state(), generator.get_state()), strict=True))
 
 
+@pytest.mark.parametrize("metric", ["trace", "norm"])
+def test_random_generators_are_not_set_back_after_a_failure(metric):
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    with pytest.raises(BadInput) as caught:
+        getattr(ntkbench, metric)(network(), DataLoader([X[:90], X[:90, :3], X[:90]], batch_size=None))
+    first = torch.rand(1)
+    del caught
+    gc.collect()
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers(layer):
+    model, x = seeded(lambda: layer(INPUTS, 3, batch_first=True)), torch.randn(90, 4, INPUTS)
+    found = ntkbench.trace(model, DataLoader(x, batch_size=30))
+    assert found.value == pytest.approx(ntkbench.trace(model, x).value, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("batches", "says"),
     [

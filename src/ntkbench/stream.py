@@ -51,32 +51,38 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
         BadInput: a batch differs from the first in more than the number of its samples, or there is none; or as for
             :func:`ntkbench.trace`.
     """
-    from ntkbench.problems.base.calls import NO_BATCH, concatenated, grouped
+    from ntkbench.problems.base.calls import NO_BATCH, concatenated, grouped, reading
     from ntkbench.problems.base.module import TOGETHER
 
-    batches = grouped(loader, TOGETHER)
-    head = next(batches, None)
-    if head is None:
-        raise BadInput(NO_BATCH)
-    first = Kernel(model, head, **setup)
-    if first.problem.samples_interact:
-        first, batches = Kernel(model, concatenated(itertools.chain([head], batches)), **setup), iter(())
-    kernels = {"": first} if groups is None else first.groups(groups)
-    asked: Wishes = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
-    asked |= {"confidence": options.confidence, "seed": options.seed}
-    parts = {name: [kernel.trace(**asked)] for name, kernel in kernels.items()}
-    sizes = [first.problem.N]
-    for i, batch in enumerate(batches, 1):
-        asked["seed"] = int(np.random.SeedSequence((options.seed, i)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        for name, kernel in kernels.items():
-            try:
-                own = kernel._on(batch)
-                parts[name].append(own.trace(**asked))
-            except BadInput as error:
-                raise BadInput(f"samples from {sum(sizes)} on of the DataLoader: {error}") from error
-        sizes.append(own.problem.N)
+    with reading(loader) as batches:
+        joined = grouped(batches, TOGETHER)
+        head = next(joined, None)
+        if head is None:
+            raise BadInput(NO_BATCH)
+        first = Kernel(model, head, **setup)
+        if first.problem.samples_interact:
+            first = Kernel(model, concatenated(itertools.chain([head], joined)), **setup)
+        kernels = {"": first} if groups is None else first.groups(groups)
+        asked: Wishes = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
+        asked |= {"confidence": options.confidence, "seed": options.seed}
+        parts = {name: [kernel.trace(**asked)] for name, kernel in kernels.items()}
+        sizes = [first.problem.N]
+        for i, batch in enumerate(joined, 1):
+            asked["seed"] = _seed(options.seed, i)
+            for name, kernel in kernels.items():
+                try:
+                    own = kernel._on(batch)
+                    parts[name].append(own.trace(**asked))
+                except BadInput as error:
+                    raise BadInput(f"samples from {sum(sizes)} on of the DataLoader: {error}") from error
+            sizes.append(own.problem.N)
     totals = {name: total(found, sizes) for name, found in parts.items()}
     return totals[""] if groups is None else totals
+
+
+def _seed(seed: int, part: int) -> int:
+    """A seed of a part's own, from 0 to 2^63 - 1."""
+    return int(np.random.SeedSequence((seed, part)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:

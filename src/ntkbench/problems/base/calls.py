@@ -192,16 +192,18 @@ def _joined(model: nn.Module, inputs: Any, call: Call | None) -> Any:
             raise BadInput(
                 "batches of a DataLoader are joined along their first axis: the layer needs batch_first=True"
             )
-        inputs = concatenated(batches(inputs))
+        with reading(inputs) as batches:
+            inputs = concatenated(batches)
     inputs = _plain(inputs)
     alone = call is None and isinstance(inputs, tuple | list) and len(inputs) == 1 and isinstance(inputs[0], Tensor)
     return inputs[0] if alone else inputs
 
 
-def batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader in the order of its dataset; random generators are left as they were."""
+@contextlib.contextmanager
+def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The batches of a loader in the order of its dataset; afterwards random generators are as they were."""
     with generators_restored(), _own_generators_restored(loader):
-        yield from _in_order(loader)
+        yield iter(_in_order(loader))
 
 
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -240,11 +242,11 @@ def _plain(inputs: Any) -> Any:
     return tree_map(lambda leaf: {k: _plain(v) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf, inputs)
 
 
-def grouped(loader: DataLoader[Any], least: int) -> Iterator[Any]:
-    """The batches of a loader in the order of its dataset, joined to so many samples at least, save for the end."""
+def grouped(batches: Iterable[Any], least: int) -> Iterator[Any]:
+    """Batches joined to so many samples at least; the last ones may have fewer."""
     kept: list[Any] = []
     rows = done = 0
-    for batch in batches(loader):
+    for batch in batches:
         kept.append(batch)
         rows += next((len(leaf) for leaf in tree_leaves(_plain(batch)) if _has_rows(leaf)), 0)
         if rows >= least:
