@@ -157,22 +157,24 @@ def test_networks_without_a_wide_head_are_refused_in_one_line_and_computed_other
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
 
 
-BEHIND = [
-    nn.ReLU(),
-    nn.ReLU6(),
-    nn.LeakyReLU(),
-    nn.ELU(),
-    nn.Softplus(),
-    nn.Hardswish(),
-    nn.Threshold(0.5, 0.0),
-    nn.Tanh(),
-]
+BEHIND = {
+    "ReLU": nn.ReLU(),
+    "ReLU6": nn.ReLU6(),
+    "LeakyReLU": nn.LeakyReLU(),
+    "ELU": nn.ELU(),
+    "Softplus": nn.Softplus(),
+    "Hardswish": nn.Hardswish(),
+    "Threshold": nn.Threshold(0.5, 0.0),
+    "Tanh": nn.Tanh(),
+    "abs": abs,
+    "sort": lambda x: x.sort(-1).values,
+    "flip": lambda x: x.flip(-1),
+}
 
 
-@pytest.mark.parametrize("behind", [*BEHIND, abs, torch.sort, torch.flip], ids=str)
+@pytest.mark.parametrize("behind", BEHIND)
 def test_what_stands_behind_the_last_layer_is_seen(behind):
-    function = {torch.sort: lambda x: x.sort(-1).values, torch.flip: lambda x: x.flip(-1)}.get(behind, behind)
-    model = seeded(lambda: nn.Sequential(Language(), Function(function))).eval()
+    model = seeded(lambda: nn.Sequential(Language(), Function(BEHIND[behind]))).eval()
     problem = from_module(model, TOKENS, dtype="float64")
     with pytest.raises(BadInput, match="not those of its last linear layer"):
         methods.get("wide_head").prepare(problem, Target("torch", "float64", "cpu"))
