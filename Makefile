@@ -14,7 +14,7 @@ READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke gpu test mutants compare history docs lint format clean
+.PHONY: results smoke gpu test test-quick package mutants compare history docs lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -29,6 +29,18 @@ gpu:
 
 test: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Without the tests that take longest.
+test-quick: $(READY)
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not zoo and not slurm'
+
+# What pip installs, with its declared dependencies alone, in an environment of its own and outside of the checkout.
+package:
+	rm -rf .package
+	$(PYTHON) -m venv .package
+	.package/bin/python -m pip install --quiet --constraint requirements.txt .
+	cp scripts/quickstart.py .package
+	cd .package && env -u PYTHONPATH bin/python quickstart.py
 
 mutants: $(READY)
 	python tests/mutants.py
@@ -54,6 +66,7 @@ lint: $(READY)
 	ruff check
 	ruff format --check
 	mypy
+	codespell
 	snakefmt --check Snakefile
 	snakemake --lint
 	asv check --python=same
@@ -65,6 +78,7 @@ format: $(READY)
 
 $(READY): requirements.txt requirements-no-deps.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ntkbench needs Python 3.11 or newer; name one with make PYTHON=...')"
+	@echo "setting up .venv with the packages of requirements.txt: a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.txt -e .
@@ -75,4 +89,4 @@ $(VENV)/docs-ready: $(READY) requirements-docs.txt
 	touch $@
 
 clean:
-	rm -rf .venv .snakemake .asv site docs/methods.md results/smoke results/default results/asv* results/cache
+	rm -rf .venv .package build .snakemake .asv site docs/methods.md results/smoke results/default results/asv* results/cache

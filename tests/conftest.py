@@ -58,6 +58,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module", autouse=True)
 def processors() -> Iterator[None]:
     """Those that the process had: a study with one thread keeps it to one, and other files need two."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        yield
+        return
     had = os.sched_getaffinity(0)
     yield
     os.sched_setaffinity(0, had)

@@ -84,6 +84,15 @@ def test_eigenvalues_are_those_of_a_kernel_on_another_device(model, monkeypatch)
     assert kernel.eigenvalues(3).values == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["structured_derivatives", "jacobian_contraction", "naive_jacobian"])
+def test_a_kernel_on_a_gpu_is_that_on_the_cpu(model, method):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    expected = ntkbench.Kernel(model, X, dtype="float64", device="cpu").norm(method="naive_jacobian").value
+    assert ntkbench.norm(model, X, device="cuda", method=method).value == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that torch sees and that must not be started, since a process that has started one cannot be forked."""

@@ -27,7 +27,7 @@ DRAWN_FROM = paths.REFERENCE / "default"
 # None of these imports starts a thread, which would not survive a fork.
 PROCESS = """
 import json, os, sys, traceback
-import torch, torch.func, jax, pandas, scipy.special, sklearn.datasets, matplotlib.figure, seaborn
+import torch, torch.func, jax, pandas, scipy.special, sklearn.datasets, matplotlib.figure
 
 def cell(plan, label):
     os.environ["NTKBENCH_PLAN"] = plan

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,7 +202,9 @@ def test_a_value_that_cannot_be_computed_is_one_line(own_cache, tiny):
 
 def test_matrices_beyond_the_machines_memory_are_refused_before_they_are_made(own_cache, monkeypatch):
     problem = smooth_problem("net", 20, 2, 3, 4)
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 3 * 8 * problem.P**2 - 1}[name])
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(total=3 * 8 * problem.P**2 - 1, available=2**40)
+    )
     with pytest.raises(OverMemory, match=r"exact values of net: 3 matrices of P x P with P = 25 take .* GiB, and this"):
         reference.exact(problem)
 

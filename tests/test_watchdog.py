@@ -129,3 +129,14 @@ def test_without_the_kernels_list_children_are_found_too(monkeypatch):
     assert child.pid in watchdog.children(os.getpid())
     child.kill()
     child.wait()
+
+
+def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    assert not watchdog._is_gone(process.pid)
+    process.kill()
+    assert watchdog._first_gone([os.getpid(), process.pid]) == {process.pid}
+    process.communicate()
+    assert watchdog._is_gone(process.pid)

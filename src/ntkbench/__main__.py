@@ -1,5 +1,19 @@
 """``python -m ntkbench`` is the ``ntkbench`` command."""
 
-from ntkbench.cli import main
+from __future__ import annotations
 
-main(prog_name="ntkbench")
+from ntkbench import errors
+
+
+def main() -> None:
+    """The command, whose packages the library does without."""
+    with errors.as_one_line():
+        for module in ("click", "pandas", "pydantic", "yaml"):
+            errors.need(module, "the ntkbench command", "'ntkbench[pipeline]'")
+    from ntkbench import cli
+
+    cli.main(prog_name="ntkbench")
+
+
+if __name__ == "__main__":
+    main()

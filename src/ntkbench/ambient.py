@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ntkbench.errors import BadInput
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def cores() -> int:
+    """Processors that this process may use; all of them where the system does not tell, as on macOS and Windows."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -234,7 +234,8 @@ def readme(check: bool) -> None:
     from ntkbench import readme as page
 
     with _one_line():
-        stale = page.update(paths.ROOT / "README.md", paths.ROOT, check=check)
+        root = paths.checkout("ntkbench readme")
+        stale = page.update(root / "README.md", root, check=check)
     for line in stale:
         click.echo(line)
     if check and stale:

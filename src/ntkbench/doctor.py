@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ntkbench import operators, paths, registry
+from ntkbench import ambient, operators, paths, registry
 from ntkbench.errors import NtkbenchError, summary
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problems.base import storage
@@ -141,7 +141,7 @@ def diagnose() -> Diagnosis:
         commit=paths.git("rev-parse", "HEAD"),
         changed=tuple(line.split(maxsplit=1)[1] for line in changes.splitlines()),
         python=platform.python_version(),
-        cores=(len(os.sched_getaffinity(0)), os.cpu_count() or 1),
+        cores=(ambient.cores(), os.cpu_count() or 1),
         threads=os.environ.get("OMP_NUM_THREADS"),
         devices={backend: _device(backend) for backend in BACKENDS},
         packages=tuple(_packages()),

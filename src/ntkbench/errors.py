@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -47,6 +48,31 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
 
+
+def missing(module: str, what: str, install: str) -> Unavailable:
+    """The error for a module that is not installed.
+
+    Args:
+        module: its import name.
+        what: needs it, as the message begins.
+        install: what pip is to install.
+    """
+    return Unavailable(f"{what} needs {module}, which is not installed; it comes with: pip install {install}")
+
+
+def need(module: str, what: str, install: str) -> None:
+    """That a module is installed which most of ntkbench does without; arguments as of :func:`missing`.
+
+    Raises:
+        Unavailable: it is not.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise missing(module, what, install)
+
+
+JAX = "'ntkbench[jax]'"
+NEURAL_TANGENTS = f"{JAX} && pip install --no-deps neural-tangents==0.6.5"
+"""Without its declared dependencies, among which is TensorFlow."""
 
 LONGEST = 500
 """Characters of a line that :func:`one_line` keeps."""

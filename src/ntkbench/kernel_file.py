@@ -8,7 +8,6 @@ disk. Whatever ends the process, at most the rectangle that was being written is
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -23,6 +22,11 @@ from ntkbench import paths
 from ntkbench.errors import BadInput, NtkbenchError, one_line
 from ntkbench.operators.ranges import row_ranges
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
 """Of the file that says how far a computation has come."""
 
@@ -32,6 +36,9 @@ SHARE = 8
 STRIP = 64
 """Rows of a rectangle that are brought into the order of the file at a time."""
 
+BINARY = getattr(os, "O_BINARY", 0)
+"""Windows writes a line feed as two bytes without it."""
+
 File = str | os.PathLike[str]
 Rectangle = tuple[slice, slice]
 
@@ -40,7 +47,8 @@ class KernelFile:
     """A kernel ``[N1 * K, N2 * K]`` in a file, and what of it is missing.
 
     Nothing is written before the first rectangle. The file has its full size then, so that the disk cannot become full
-    later on. Only one process at a time can write to it.
+    later on. Only one process at a time can write to it, except on systems without ``flock``, such as Windows, where
+    nothing checks that.
 
     Args:
         file: the path.
@@ -183,7 +191,7 @@ class KernelFile:
     def _created(self) -> int:
         """The file in its full size, which has its name only when it is complete."""
         half = self.path.with_name(f".{self.path.name}.half")
-        descriptor = os.open(half, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(half, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
         try:
             self._lock(descriptor)
             if self.path.exists():
@@ -196,19 +204,25 @@ class KernelFile:
                 _reserve(descriptor, os.fstat(descriptor).st_size + math.prod(self._shape) * self._dtype.itemsize)
                 os.fsync(descriptor)
                 self._note(0)
+                if fcntl is None:  # Windows renames no file that is open
+                    os.close(descriptor)
+                    descriptor = -1
                 os.rename(half, self.path)
+                if fcntl is None:
+                    descriptor = self._opened()
             except BaseException:
                 half.unlink(missing_ok=True)
                 raise
             paths.sync(self.path.parent)
         except BaseException:
-            os.close(descriptor)
+            if descriptor != -1:
+                os.close(descriptor)
             raise
         return descriptor
 
     def _opened(self) -> int:
         try:
-            descriptor = os.open(self.path, os.O_RDWR)
+            descriptor = os.open(self.path, os.O_RDWR | BINARY)
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written to: {error.strerror}") from None
         try:
@@ -220,6 +234,8 @@ class KernelFile:
 
     def _lock(self, descriptor: int) -> None:
         """Keep other processes from writing; the lock ends with the process, whatever ends that."""
+        if fcntl is None:
+            return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -260,5 +276,9 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        count = os.pwrite(descriptor, data, offset)
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, data, offset)
+        else:  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            count = os.write(descriptor, data)
         data, offset = data[count:], offset + count

@@ -1,4 +1,4 @@
-"""Where things lie in a checkout."""
+"""Where things lie: in a checkout, or in the user's folders where the package is installed from a wheel."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ntkbench.errors import BadInput, NtkbenchError
+import platformdirs
+
+from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout that this package is installed from (editable)."""
+"""The checkout that this package is imported from. Means nothing where it is not: see :func:`checkout`."""
+
+IN_CHECKOUT = Path(__file__).resolve().parents[1].name == "src"
+"""Whether this package lies in a checkout, and not among installed packages."""
 
 REFERENCE = ROOT / "results" / "reference"
 """Committed: exact values, trained weights, published values, measured tables."""
@@ -20,9 +25,29 @@ PUBLISHED = REFERENCE / "published"
 """Values read off the papers' figures, with source and accuracy."""
 
 
+def checkout(what: str) -> Path:
+    """The checkout.
+
+    Args:
+        what: needs it, as the message begins.
+
+    Raises:
+        Unavailable: the package is installed without one.
+    """
+    if not IN_CHECKOUT:
+        folder = Path(__file__).resolve().parent
+        raise Unavailable(f"{what} needs a checkout of ntkbench's repository, and {folder} is not in one; run it there")
+    return ROOT
+
+
 def cache() -> Path:
-    """Folder for what can be made again: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout."""
-    return Path(os.environ.get("NTKBENCH_CACHE") or ROOT / "results" / "cache")
+    """Folder for what can be made again: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout.
+
+    Without a checkout it is ``ntkbench`` in the user's cache folder, such as ``~/.cache`` or ``~/Library/Caches``.
+    """
+    if given := os.environ.get("NTKBENCH_CACHE"):
+        return Path(given)
+    return ROOT / "results" / "cache" if IN_CHECKOUT else platformdirs.user_cache_path("ntkbench", appauthor=False)
 
 
 def python_path(root: Path = ROOT) -> str:
@@ -58,7 +83,9 @@ def writable(folder: Path, name: str = "the results folder") -> Path:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints about the checkout; ``None`` where there is no git, no repository or no commit."""
+    """What git prints about the checkout; ``None`` where there is no checkout, no git, no repository or no commit."""
+    if not IN_CHECKOUT:  # an environment may lie in a repository of something else
+        return None
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -91,8 +118,13 @@ def write_atomically(path: Path, data: bytes | str, *, synced: bool = False) -> 
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk. Windows has no such wait for folders."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

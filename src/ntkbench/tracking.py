@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ntkbench import ladder, metrics, options
+from ntkbench import errors, ladder, metrics, options
 from ntkbench.api import SETUP, WISHES
 from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate
@@ -123,7 +123,12 @@ class Tracker:
         return model
 
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row for each step that was measured: ``step``, and for each metric its value and its interval's ends."""
+        """One row for each step that was measured: ``step``, and for each metric its value and its interval's ends.
+
+        Raises:
+            Unavailable: pandas is not installed.
+        """
+        errors.need("pandas", "Tracker.table", "pandas")
         import pandas as pd
 
         rows = []
@@ -136,7 +141,12 @@ class Tracker:
         return pd.DataFrame(rows)
 
     def trainer_callback(self) -> Any:
-        """A callback for the ``Trainer`` of Hugging Face, which calls this tracker at the end of every step."""
+        """A callback for the ``Trainer`` of Hugging Face, which calls this tracker at the end of every step.
+
+        Raises:
+            Unavailable: transformers is not installed.
+        """
+        errors.need("transformers", "Tracker.trainer_callback", "transformers")
         from transformers import TrainerCallback
 
         tracker = self

@@ -14,13 +14,12 @@ import concurrent.futures
 import functools
 import inspect
 import multiprocessing
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ntkbench import registry
+from ntkbench import ambient, registry
 from ntkbench.errors import unknown
 from ntkbench.measure import outcomes
 from ntkbench.registry import PACKAGES, Fault, Source
@@ -71,7 +70,7 @@ def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Out
     """
     from ntkbench.figures.plotting import files  # noqa: F401  # forked processes find it imported
 
-    count = len(os.sched_getaffinity(0))
+    count = ambient.cores()
     shares = [dict(list(tables.items())[start::count]) for start in range(min(count, len(tables)))]
     apart = functools.partial(_draw_apart, folder=Path(folder))
     with concurrent.futures.ThreadPoolExecutor(count) as threads:

@@ -193,8 +193,10 @@ def run(first: str, second: str, pattern: str = "", repository: Path = paths.ROO
 
     Raises:
         BadInput: there is no such commit, or no such case.
+        Unavailable: ntkbench is not in a checkout.
         NtkbenchError: a commit cannot be measured at all.
     """
+    paths.checkout("ntkbench compare")
     labels = chosen(pattern)
     commits = [commit(repository, name) for name in (first, second)]
     with contextlib.ExitStack() as stack:

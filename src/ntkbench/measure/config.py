@@ -202,9 +202,11 @@ class Config(Settings):
 
         Raises:
             BadInput: no tables of this profile are committed.
+            Unavailable: committed tables are asked for, and ntkbench is not in a checkout.
         """
         if self.source == "measured":
             return results
+        paths.checkout("source: 'reference'")
         kept = {file.parent.name for file in paths.REFERENCE.glob("*/table.csv")}
         kept |= {file.parent.parent.name for file in paths.REFERENCE.glob("*/studies/*.csv")}
         if self.profile not in kept:

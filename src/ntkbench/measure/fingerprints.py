@@ -45,7 +45,12 @@ DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 
 
 def cell(config: Config, cell: Cell) -> str:
-    """What a cell's row depends on: its method, its problem, its backend, the measuring core, and its settings."""
+    """What a cell's row depends on: its method, its problem, its backend, the measuring core, and its settings.
+
+    Raises:
+        Unavailable: ntkbench is not in a checkout, where the suite is that measures cells.
+    """
+    paths.checkout("measuring cells")
     files = sources(*cell_roots(cell), backend=cell.backend) | _data_of_problem(cell.problem)
     files |= {SUITE, *(PACKAGE / name for name in AROUND["cell"])}
     settings = config.model_dump(mode="json", include={"device", "dtype", "threads"})

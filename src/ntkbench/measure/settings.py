@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
+from ntkbench import ambient
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.schema import Strict
@@ -37,7 +37,7 @@ class Settings(Strict):
     @field_validator("threads")
     @classmethod
     def _threads_exist(cls, threads: int, info: ValidationInfo) -> int:
-        if _here(info) and threads > (cores := len(os.sched_getaffinity(0))):
+        if _here(info) and threads > (cores := ambient.cores()):
             raise BadInput(f"more threads than cores; allowed: 1 to {cores}")
         return threads
 

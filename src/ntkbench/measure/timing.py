@@ -20,11 +20,11 @@ def use_threads(threads: int, *, pinned: bool = True) -> None:
     Args:
         threads: of each backend.
         pinned: whether to keep the process to as many processors; what is not timed may run beside others, and go
-            where there is room.
+            where there is room. macOS and Windows keep no process to processors.
     """
     import torch
 
-    if pinned:
+    if pinned and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
 

@@ -17,13 +17,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 POLL_SECONDS = 0.05
+LOOK_SECONDS = 0.5
+"""Between looks at processes, where the system does not tell that one is gone."""
 STEP = "NTKBENCH_STEP"
 """Environment variable that marks all processes of one step of the pipeline, whatever starts them."""
 RUN = "NTKBENCH_RUN"
@@ -163,17 +165,32 @@ def _start_guardian(*arguments: str) -> None:
     )
 
 
-def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
-    """Wait until the step or the run is gone; then end what the step started."""
+def _first_gone(pids: Sequence[int]) -> set[int]:
+    """Wait until one or more of some processes are gone; which. Linux tells that; on other systems they are looked at."""
+    if not hasattr(os, "pidfd_open"):
+        while not (gone := {pid for pid in pids if _is_gone(pid)}):
+            time.sleep(LOOK_SECONDS)
+        return gone
     poll, watched, gone = select.poll(), {}, set()
-    for pid in filter(None, (step_pid, run_pid)):
+    for pid in pids:
         try:
             watched[end := os.pidfd_open(pid)] = pid
             poll.register(end, select.POLLIN)
         except ProcessLookupError:
             gone.add(pid)  # before we came
-    if not gone:
-        gone = {watched[end] for end, _ in poll.poll()}
+    return gone or {watched[end] for end, _ in poll.poll()}
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
+    """Wait until the step or the run is gone; then end what the step started."""
+    gone = _first_gone([pid for pid in (step_pid, run_pid) if pid])
     if step_pid not in gone:
         with contextlib.suppress(ProcessLookupError):
             os.kill(step_pid, signal.SIGKILL)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from ntkbench import metrics
-from ntkbench.errors import Unavailable
+from ntkbench import errors, metrics
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
 from ntkbench.metrics import Moments
 from ntkbench.operators import torch_network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+
+INSTALL = "einconv einops linear_operator opt-einsum && pip install --no-deps curvlinops-for-pytorch"
+"""Without BackPACK, which curvlinops' experimental module alone uses and which drags in torchvision."""
 
 
 class KFAC(Method):
@@ -52,10 +54,7 @@ class KFAC(Method):
         Raises:
             Unavailable: curvlinops is not installed, or the device is not there.
         """
-        if importlib.util.find_spec("curvlinops") is None:
-            raise Unavailable(
-                "curvlinops is not installed; it comes with: pip install --no-deps curvlinops-for-pytorch"
-            )
+        errors.need("curvlinops", "kfac", INSTALL)
         names = ("theta_0",) if problem.theta_f is None else ("theta_0", "theta_f")
         return {name: _network(problem, name, target) for name in names}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from ntkbench import errors
 from ntkbench.errors import OverMemory
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
@@ -146,4 +147,11 @@ def working_memory(target: Target) -> int:
 
 
 def _backend(name: str) -> ModuleType:
+    """The module of a backend's operators.
+
+    Raises:
+        Unavailable: the backend's library is not installed.
+    """
+    if name.endswith("jax"):
+        errors.need("jax", "the JAX backend", errors.JAX)
     return importlib.import_module(f"ntkbench.operators.{name}")

@@ -21,7 +21,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ntkbench.errors import Unavailable
+from ntkbench import errors
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def load() -> types.ModuleType:
         Unavailable: neural-tangents is not installed.
     """
     if not is_installed():
-        raise Unavailable("neural-tangents is not installed; it comes with: pip install neural-tangents==0.6.5")
+        raise errors.missing("neural_tangents", "this method", errors.NEURAL_TANGENTS)
     with _core_names(), _zeros_like_primitive(), _module(_jax_util()), _module(_no_tensorflow()):
         neural_tangents = importlib.import_module("neural_tangents")
     empirical = neural_tangents._src.empirical

@@ -31,7 +31,9 @@ def values(file: str, **chosen: Any) -> pd.DataFrame:
 
     Raises:
         BadInput: the file is not there.
+        Unavailable: ntkbench is not in a checkout, where these files are.
     """
+    paths.checkout("a figure with published values")
     path = paths.PUBLISHED / f"{file}.csv"
     if not path.exists():
         there = ", ".join(sorted(other.stem for other in paths.PUBLISHED.glob("*.csv")))

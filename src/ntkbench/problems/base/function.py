@@ -6,7 +6,6 @@ Only the functions import JAX.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ntkbench import errors
 from ntkbench.ambient import own_jax_settings
-from ntkbench.errors import BadInput, OverMemory, Unavailable, summary, unknown
+from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _spread
@@ -61,8 +61,7 @@ def from_function(
             real outputs with N rows that depend on the parameters.
         Unavailable: JAX is not installed.
     """
-    if importlib.util.find_spec("jax") is None:
-        raise Unavailable("functions with params need JAX, which is not installed; it comes with: pip install jax")
+    errors.need("jax", "a function with params", errors.JAX)
     if not callable(f):
         raise BadInput(f"f must be a function (params, x) -> [N, ...outputs], got {type(f).__name__}")
     tree, theta_0, fixed_0 = _parameters(params, "params")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -65,8 +64,10 @@ def commit(labels: Iterable[str]) -> list[dict[str, Any]]:
 
     Raises:
         BadInput, Unavailable, DidNotTrain, Corrupt: see :func:`ntkbench.problems.load`.
+        Unavailable: ntkbench is not in a checkout.
         NoExactValue, OverMemory, NtkbenchError: see :func:`exact`.
     """
+    paths.checkout("ntkbench reference")
     records = []
     for label in labels:
         problem, definition = problems.load(label), problems.define(label)
@@ -180,13 +181,14 @@ def by_parameters(problem: Problem) -> Moments:
     Raises:
         OverMemory: the matrices take more memory than the machine has.
     """
+    import psutil
     import torch
     from tqdm import tqdm
 
     jacobians = _jacobians(problem)
     # J^T J, J_f^T J_f and J^T J_f; float64 accumulators on the operator's device.
     pairs = [(0, 0), (1, 1), (0, 1)][: 3 if len(jacobians) == 2 else 1]
-    needed, there = len(pairs) * problem.P**2 * 8, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = len(pairs) * problem.P**2 * 8, psutil.virtual_memory().total
     if needed > there:
         raise OverMemory(
             f"{len(pairs)} matrices of P x P with P = {problem.P} take {needed / 2**30:.1f} GiB, and this machine has "

@@ -1,0 +1,268 @@
+"""The package as it is installed: what it declares, where it writes, and what it does without."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import grimp
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import ntkbench
+from ntkbench import paths
+from ntkbench.registry import PACKAGES
+
+PACKAGE = paths.ROOT / "src" / "ntkbench"
+PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+OUTSIDE = {"neural_tangents": "neural-tangents", "curvlinops": "curvlinops-for-pytorch", "transformers": "transformers"}
+"""Modules that a message says how to install, and in no requirement of the library or its extra ``jax``."""
+BY_NAME = {
+    "operators": ("torch", "jax", "neural_tangents"),
+    "operators.recurrent": ("torch", "jax", "jax_trajectory"),
+}
+"""Modules of the library that are imported by their names alone."""
+RUN = {"snakemake"}
+"""Packages of the pipeline that are run, and imported by no module."""
+CARRIED = {"frozendict"}
+"""Packages that neural-tangents needs, which is installed without its declared dependencies."""
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    """Imports inside functions are in it, those for type checkers are not; other packages are one node each."""
+    return grimp.build_graph(
+        "ntkbench", cache_dir=None, exclude_type_checking_imports=True, include_external_packages=True
+    )
+
+
+OWNERS = functools.cache(importlib.metadata.packages_distributions)
+
+
+def third_party(modules: set[str]) -> set[str]:
+    """Distributions of modules that are neither ntkbench's nor Python's."""
+    tops = {module.partition(".")[0] for module in modules} - {"ntkbench"} - set(sys.stdlib_module_names)
+    return {canonicalize_name(OUTSIDE.get(top) or OWNERS()[top][0]) for top in tops}
+
+
+def library(graph: grimp.ImportGraph) -> set[str]:
+    """All modules that public names reach, with the methods and backends that are loaded by name."""
+    new = {f"ntkbench.{home}" for home in ntkbench._HOMES} | {"ntkbench.operators"}
+    new |= {f"ntkbench.{room}.{name}" for room, loaded in BY_NAME.items() for name in loaded}
+    new |= graph.find_children(PACKAGES["method"])
+    found: set[str] = set()
+    while new:
+        module = new.pop()
+        found.add(module)
+        more = {module.rpartition(".")[0]} if module.startswith("ntkbench.") else set()
+        new |= (graph.find_modules_directly_imported_by(module) | more) - found if module in graph.modules else set()
+    return found
+
+
+def test_the_library_imports_what_it_declares_and_declares_what_it_imports(graph):
+    reached = library(graph)
+    assert {"ntkbench.ladder", "ntkbench.layerwise.rules", "ntkbench.problems.base.weights", "scipy"} <= reached
+    assert not {module for module in reached if module.split(".")[1:2] in (["measure"], ["studies"], ["figures"])}
+    optional = names(EXTRAS["jax"]) | {canonicalize_name(name) for name in OUTSIDE.values()} | {"pandas"}
+    assert third_party(reached) - optional == names(PROJECT["dependencies"])
+    assert third_party(reached) & names(EXTRAS["jax"]) == names(EXTRAS["jax"]) - CARRIED
+
+
+def test_no_module_of_an_extra_is_imported_with_the_library(graph):
+    """Inside functions alone, except in the modules of the JAX backend, which are imported inside functions."""
+    backend = {f"ntkbench.operators.{name}" for name in ("jax", "jax_kernel", "programs")}
+    backend |= {f"ntkbench.operators.recurrent.{name}" for name in ("jax", "jax_trajectory")}
+    own = graph.find_descendants("ntkbench") | {"ntkbench"}
+    early = []
+    for module in library(graph) & own - backend:
+        for other in graph.find_modules_directly_imported_by(module) - own:
+            if third_party({other}) - names(PROJECT["dependencies"]):
+                found = graph.get_import_details(importer=module, imported=other)
+                early += [
+                    f"{module}:{one['line_number']}" for one in found if not _indented(module, one["line_number"])
+                ]
+    assert early == []
+
+
+def _indented(module: str, line: int) -> bool:
+    parts = PACKAGE.joinpath(*module.split(".")[1:])
+    file = parts / "__init__.py" if parts.is_dir() else parts.with_suffix(".py")
+    return file.read_text(encoding="utf-8").splitlines()[line - 1].startswith(" ")
+
+
+def test_the_pipeline_imports_what_its_extra_declares(graph):
+    everything = third_party(graph.modules) - {canonicalize_name(name) for name in OUTSIDE.values()}
+    declared = names(PROJECT["dependencies"]) | names(EXTRAS["jax"]) | names(EXTRAS["pipeline"])
+    assert everything - names(EXTRAS["zoo"]) == declared - RUN - CARRIED
+
+
+def test_every_requirement_is_pinned_for_the_tests():
+    pins = names(_lines("requirements.txt") + _lines("requirements-no-deps.txt"))
+    extras = {name for extra, lines in EXTRAS.items() if extra != "slurm" for name in names(lines)}
+    assert names(PROJECT["dependencies"]) | extras <= pins
+
+
+def _lines(file: str) -> list[str]:
+    lines = (paths.ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_citation_is_of_this_version():
+    citation = (paths.ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == PROJECT["version"]
+    assert ntkbench.__version__ == importlib.metadata.version("ntkbench")
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Distributions that pip installs for requirements, as far as they are here."""
+    found: set[str] = set()
+    left = [Requirement(line) for line in requirements]
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        applies = requirement.marker is None or requirement.marker.evaluate(default_environment() | {"extra": ""})
+        if name in found or not applies:
+            continue
+        try:
+            left += map(Requirement, importlib.metadata.requires(name) or [])
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A folder of installed packages: ntkbench and what its metadata ask for, as a wheel would have them."""
+    folder = tmp_path_factory.mktemp("bare") / "site-packages"
+    shutil.copytree(PACKAGE, folder / "ntkbench", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in closure(PROJECT["dependencies"]):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    return folder
+
+
+def python(bare: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python with the packages of a folder and no others, in its parent folder."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("NTKBENCH", "XDG", "PYTHON"))}
+    home = bare.parent / "home"
+    kept |= {
+        "PYTHONPATH": str(bare),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "c"),
+    }
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=bare.parent, env=kept | environment, capture_output=True, text=True)
+
+
+LIBRARY = """
+import os, pathlib, signal, sys
+import numpy as np, psutil, scipy.special, torch
+
+for name in ("sched_getaffinity", "fork", "forkpty", "killpg", "pwrite", "posix_fallocate", "sysconf", "O_DIRECTORY"):
+    delattr(os, name)
+for name in ("SIGKILL", "SIGALRM", "SIGHUP", "setitimer", "alarm"):
+    delattr(signal, name)
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+
+import ntkbench
+from ntkbench import ambient, methods, paths
+from ntkbench.problems.base import reference
+
+here = pathlib.Path(ntkbench.__file__).parent
+assert here.parent.name == "site-packages", here
+assert ambient.cores() == os.cpu_count()
+before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+
+opened, rename = os.open, os.rename
+
+def no_folders(path, *arguments, **more):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)  # as Windows does
+    return opened(path, *arguments, **more)
+
+def closed_alone(old, new):
+    assert os.path.abspath(old) not in [file.path for file in psutil.Process().open_files()]
+    rename(old, new)
+
+os.open, os.rename = no_folders, closed_alone
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+x = torch.randn(6, 3, dtype=torch.float64)
+theta = ntkbench.ntk(net, x)
+J = torch.stack([torch.cat([g.reshape(-1) for g in torch.autograd.grad(net(x).reshape(-1)[i], net.parameters())])
+                 for i in range(12)])
+torch.testing.assert_close(theta, J @ J.T)
+np.testing.assert_allclose(ntkbench.trace(net, x).value, float(theta.trace()))
+np.testing.assert_allclose(ntkbench.metrics_of(net, x)["norm"].value, float(theta.norm()))
+assert 0 < ntkbench.norm(net, x, method="hutchinson", passes=40).value
+kept = ntkbench.ntk(net, x, file="theta.npy", memory=2000)
+np.testing.assert_allclose(kept, theta.numpy(), rtol=1e-9, atol=1e-12)
+gru = ntkbench.from_recurrent(torch.nn.GRU(3, 4), torch.nn.Linear(4, 2), torch.randn(5, 4, 3))
+for name in methods.names():
+    assert methods.get(name).title
+assert methods.ROOM.broken() == []
+
+tracker = ntkbench.Tracker(net, x, metrics=["trace"])
+tracker(0)
+asked = {
+    "pandas": tracker.table,
+    "transformers": tracker.trainer_callback,
+    "jax": lambda: ntkbench.ntk(lambda p, x: x @ p, np.ones((3, 2)), params=np.ones((2, 2))),
+    "jax backend": lambda: ntkbench.trace(net, x, backend="jax"),
+    "neural_tangents": lambda: methods.get("nt_structured_derivatives").prepare(None, None),
+    "checkout": lambda: reference.commit(["mlp"]),
+}
+for name, call in asked.items():
+    try:
+        call()
+    except ntkbench.NtkbenchError as error:
+        print(name, "|", error)
+
+assert paths.git("rev-parse", "HEAD") is None
+print("cache |", paths.cache())
+assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+"""
+
+
+def test_the_library_works_with_its_requirements_alone_and_without_what_only_some_systems_have(bare):
+    """A missing extra is one line that names it, and nothing is written beside the package."""
+    done = python(bare, "-c", LIBRARY)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
+    assert said.pop("cache") == str(bare.parent / "home" / "c" / "ntkbench")
+    for name, install in (
+        ("pandas", "pandas"),
+        ("transformers", "transformers"),
+        ("jax", "'ntkbench[jax]'"),
+        ("neural_tangents", "'ntkbench[jax]' && pip install --no-deps neural-tangents==0.6.5"),
+    ):
+        assert said.pop(name).endswith(f" needs {name}, which is not installed; it comes with: pip install {install}")
+    assert said.pop("checkout").startswith("ntkbench reference needs a checkout of ntkbench's repository, and ")
+    assert said == {}
+
+
+def test_the_command_without_its_extra_is_one_line(bare):
+    done = python(bare, "-m", "ntkbench", "methods")
+    said = "ntkbench: the ntkbench command needs click, which is not installed; it comes with: pip install"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{said} 'ntkbench[pipeline]'\n")
