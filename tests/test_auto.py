@@ -98,6 +98,7 @@ def dominated(ours, rival, ratio):
 
 @pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_auto_is_never_less_accurate_and_dearer_than_another_method(name, metric):
     rivals = [m for m in map(methods.get, methods.names()) if m.kind != "approximate" and "torch" in m.backends]
     for rtol, ratio in ((None, CHEAPER), (0.05, STEPS)):

@@ -70,6 +70,7 @@ def test_the_transformer_gives_sequences_back_to_front_once_trained():
 # --- rows
 
 
+@pytest.mark.slow
 def test_every_case_is_a_row_with_its_coverage_or_a_reason(table):
     cases = {(m, name, way) for m in METRICS for name in TRIED for way in study.WAYS}
     cases -= {("trace", "sample_subset", way) for way in study.WAYS}
@@ -215,6 +216,7 @@ KNOWN = {("heavy-tailed", "effective_rank", "passes")}
 
 
 @pytest.mark.parametrize("problem", ["ordinary", "heavy-tailed"])
+@pytest.mark.slow
 def test_intervals_of_auto_keep_their_coverage(problem):
     chosen = settings(
         problems={problem: study.PROBLEMS[problem]},

@@ -117,6 +117,7 @@ def normalised_layers(draw):
 
 @settings(max_examples=20)
 @given(drawn=normalised_layers(), memory=st.sampled_from([2**30, 30_000]), seed=st.integers(0, 2**16))
+@pytest.mark.slow
 def test_normalised_layers_of_all_options(drawn, memory, seed):
     torch.manual_seed(seed)
     layer, shape, calls = drawn

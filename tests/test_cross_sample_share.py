@@ -77,6 +77,7 @@ def test_every_network_has_a_title():
     assert list(study.TITLES) == list(digit_networks.NETWORKS) == study.Settings().networks
 
 
+@pytest.mark.slow
 def test_one_row_for_each_network_run_and_step(table):
     assert (table["status"] == "ok").all(), table["reason"].unique()
     for _, line in table.groupby(["network", "init"]):

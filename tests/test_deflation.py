@@ -176,6 +176,7 @@ def test_leave_one_out_is_an_unbiased_estimate_of_the_variance(interaction):
     ("name", "spectrum"),
     [(name, s) for name in TRACES for s in (SPECTRA if name in LEAVE_ONE_OUT else ("square", "deep cliff", "spike"))],
 )
+@pytest.mark.slow
 def test_traces_are_unbiased(name, spectrum):
     probes = max(6, methods.get(name).fewest_probes)
     values = np.array([estimate(name, "trace", spectrum, probes, seed)[0] for seed in range(400)])
@@ -283,6 +284,7 @@ def left_over(name: str, J: np.ndarray, probes: int, seed: int) -> tuple[np.ndar
 @pytest.mark.parametrize(
     "name", ["hutchpp_one_sided", "hutchpp_paper", "nystrompp", "one_sided_paper_forward", "one_sided_paper_reverse"]
 )
+@pytest.mark.slow
 def test_variance_is_that_of_the_formula(name, spectrum):
     """2 (||A||_F^2 - sum of its squared diagonal) a residual probe with signs, 2 ||A||_F^2 with Gaussians."""
     probes = 24
@@ -344,6 +346,7 @@ def test_the_adaptive_sketch_grows_by_its_blocks_and_leaves_its_residual(block, 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(("name", "metric"), [*((name, "trace") for name in LEAVE_ONE_OUT), ("nystrom_loo", "norm")])
+@pytest.mark.slow
 def test_standard_errors_of_leave_one_out_are_honest(name, metric, spectrum):
     """Right to within noise; too large for a sketch that reaches just over a cliff, and for the norm of steep spectra
     somewhat too small, as there a few seeds make up most of the variance."""

@@ -292,6 +292,7 @@ def test_a_complete_sketch_is_exact_in_float32(name, metric, spectrum):
 @pytest.mark.parametrize(("name", "metric"), [("xtrace", "trace"), ("xnystrace", "trace"), ("nystrom_loo", "norm")])
 @pytest.mark.parametrize("probes", [4, 8, 16])
 @pytest.mark.parametrize("decay", [0, 1])
+@pytest.mark.slow
 def test_a_rank_of_as_many_probes_is_covered(name, metric, probes, decay):
     """All leave-one-out sketches lose almost the same direction there, and the estimates agree with each other."""
     eigenvalues = tuple(np.append(1 / np.arange(1, probes + 1) ** decay, np.zeros(200 - probes)))
@@ -382,6 +383,7 @@ def convolutions(metric: str) -> float:
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.parametrize(("name", "metric"), SINGLE)
+@pytest.mark.slow
 def test_stochastic_methods_are_trusted_in_float32_with_as_many_probes_as_outputs(name, metric, backend):
     """On a network, with 40 outputs; a standard error of 0 means that the value is exact."""
     method, problem = methods.get(name), problems.load("digits_conv[N=4]")

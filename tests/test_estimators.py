@@ -100,6 +100,7 @@ def accumulated(
         ("gram_forward", 5, 2**30),
     ],
 )
+@pytest.mark.slow
 def test_all_moments_are_unbiased(name, probes, memory, monkeypatch):
     """The square of the norm and the cross term, as the accumulator has them."""
     monkeypatch.setattr(GroupUStatistics, "max_groups", 2)  # of three samples
@@ -131,6 +132,7 @@ def test_variance_of_the_per_sample_trace_is_that_of_the_formula(name):
     assert (errors**2).mean() == pytest.approx(expected * 10_000, rel=0.15)
 
 
+@pytest.mark.slow
 def test_orthonormal_probes_are_a_finite_population():
     J = written_out(loaded("tanh_net"))
     theta, n = J @ J.T, 6
@@ -224,6 +226,7 @@ def test_pairs_by_hand():
 
 @pytest.mark.parametrize("name", ["block_u_statistics", "group_u_statistics"])
 @pytest.mark.parametrize("K", [2, 3, 4, 6])
+@pytest.mark.slow
 def test_standard_errors_of_few_probes_are_calibrated(name, K):
     """Unbiased from four probes on; with two or three an upper bound that is not absurd."""
     values, errors = estimates(name, "norm", K, 200, "wide")
@@ -245,6 +248,7 @@ def test_as_many_groups_as_samples_are_block_u_statistics_and_one_is_a_gram_matr
             assert one.passes == pytest.approx(other.passes) == 12
 
 
+@pytest.mark.slow
 def test_more_groups_mean_less_variance_at_the_same_passes(monkeypatch):
     spread = []
     for groups in (1, 8, 40):

@@ -111,6 +111,7 @@ def drawn(table, tmp_path_factory):
     return {name: figures.draw(name, table, folder) for name in FIGURES}
 
 
+@pytest.mark.slow
 def test_every_figure_gives_four_files(drawn):
     assert {"error_against_seconds", "exact_cost", "speedup"} <= set(drawn)
     for name, paths in drawn.items():
@@ -339,6 +340,7 @@ def test_the_highest_profiles_of_each_tolerance_are_told_apart():
     assert set(apart.query("tolerance == '1 %'")["backend"]) == {"torch", "jax"} and len(apart) == 16
 
 
+@pytest.mark.slow
 def test_same_table_same_bytes(drawn, table, tmp_path):
     """Also when the table has been through a file, and in another process with other hashes."""
     table.to_csv(tmp_path / "table.csv", index=False)
@@ -431,6 +433,7 @@ def degenerate(table):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*identical", "ignore:Attempt to set non-positive")
+@pytest.mark.slow
 def test_every_figure_draws_degenerate_tables(name, source):
     """What cannot be drawn may be refused in one line, and nothing else may be raised."""
     refused = []
@@ -460,6 +463,7 @@ def test_tables_without_a_measured_row_say_why(name, source, tmp_path):
 @given(data=st.data())
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*identical", "ignore:Attempt to set non-positive")
+@pytest.mark.slow
 def test_every_figure_draws_any_part_of_its_table(name, source, data):
     table = source(name)
     seed, count = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from([1, 2, 5, 20, 100]))

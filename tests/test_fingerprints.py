@@ -161,6 +161,7 @@ def _run(jobs, **environment):
 
 
 @pytest.mark.parametrize("key", CELLS)
+@pytest.mark.slow
 def test_a_cell_covers_what_its_process_imports_and_nothing_else(imported, key):
     more = named(files_of_cell(*CELLS[key])) - imported["cell", key]
     assert more == MORE.get(CELLS[key][0], set())

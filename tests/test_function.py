@@ -197,6 +197,7 @@ def close(found, expected, tolerance: float = 1e-10) -> bool:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_every_way_gives_the_kernel_of_the_jacobian_written_out(name):
     problem, J, _ = case(name)
     assert not problem.samples_interact
@@ -231,6 +232,7 @@ def test_kernels_between_samples(kind):
 
 @given(N=st.integers(1, 4), N2=st.integers(1, 4), K=st.integers(1, 3), memory=st.sampled_from([1, 1000, 2**30]))
 @settings(max_examples=6)
+@pytest.mark.slow
 def test_rows_of_any_sizes(N, N2, K, memory):
     f, params, inputs = linear, lambda: W, rows(3)
     x, x2, u = inputs(N), inputs(N2, seed=5), rng(K).standard_normal((K, 2))
@@ -256,6 +258,7 @@ def test_precision_and_settings_are_the_problems_whatever_the_callers_are(dtype)
     assert jax.config.read("jax_enable_x64") == before
 
 
+@pytest.mark.slow
 def test_arrays_that_a_function_makes_in_float64_do_not_change_the_precision():
     jax.config.update("jax_enable_x64", True)
     f = lambda params, x: mlp(params, x) + jnp.zeros(2)  # noqa: E731
@@ -283,6 +286,7 @@ ESTIMATED = tuple(
 
 @pytest.mark.parametrize("name", ["dicts", "several inputs", "constants"])
 @pytest.mark.parametrize("method", EXACT)
+@pytest.mark.slow
 def test_exact_metrics(name, method):
     problem, *ends = case(name)
     truth = metrics_of(*(J @ J.T for J in ends))
@@ -295,6 +299,7 @@ def test_exact_metrics(name, method):
 
 
 @pytest.mark.parametrize("method", ESTIMATED)
+@pytest.mark.slow
 def test_estimated_metrics(method):
     problem, *ends = case("several inputs")
     truth = metrics_of(*(J @ J.T for J in ends))
@@ -440,6 +445,7 @@ def attending(params, x):
 
 
 @pytest.mark.parametrize("f", [normed, attending])
+@pytest.mark.slow
 def test_samples_that_interact_are_found_and_go_by_rows(f):
     params = {"w": rng().standard_normal((3, 2)), "v": rng(1).standard_normal((2, 2)), "gate": np.zeros(2)}
     x = rows(3)(5)
@@ -510,6 +516,7 @@ def test_precision_is_that_of_the_parameters_unless_it_is_given():
     assert from_function(mlp, rows(3)(4), half, dtype="float32").theta_0["last.w"].dtype == "float32"
 
 
+@pytest.mark.slow
 def test_equal_functions_share_what_was_compiled_unless_they_have_changed():
     params, x = mlp_params(), rows(3)(4)
     first, second = (from_function(mlp, x, mlp_params(seed)).jax_forward for seed in (0, 1))
@@ -524,6 +531,7 @@ def test_equal_functions_share_what_was_compiled_unless_they_have_changed():
     assert from_function(lambda p, x: x @ p["w"], x, unhashable).jax_forward is not None
 
 
+@pytest.mark.slow
 def test_a_second_call_compiles_nothing(monkeypatch):
     compiled = []
     monkeypatch.setattr(programs, "lower", lambda *a, lower=programs.lower: compiled.append(a) or lower(*a))
@@ -538,6 +546,7 @@ def test_a_second_call_compiles_nothing(monkeypatch):
     assert len(compiled) == first > 0 and function._gradient.cache_info().misses == traced
 
 
+@pytest.mark.slow
 def test_a_function_whose_gradients_alone_have_changed_is_not_taken_for_what_was_compiled():
     stopped, params, x = {}, mlp_params(), rows(3)(4)
 
@@ -552,6 +561,7 @@ def test_a_function_whose_gradients_alone_have_changed_is_not_taken_for_what_was
             assert float(found) == pytest.approx(metrics_of(J @ J.T)[metric], rel=1e-4), (stopped, found)
 
 
+@pytest.mark.slow
 def test_the_digest_follows_function_parameters_inputs_and_constants():
     f, params, inputs = CASES["several inputs"]
     other = lambda p, x: 2 * f(p, x)  # noqa: E731

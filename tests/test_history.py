@@ -47,10 +47,12 @@ def test_every_method_that_is_shipped_has_a_case_or_a_reason():
 
 
 @pytest.mark.parametrize("label", EXACT)
+@pytest.mark.slow
 def test_the_error_of_an_exact_value_is_rounding(label):
     assert Case(label).error() < 1e-5
 
 
+@pytest.mark.slow
 def test_the_error_of_an_estimate_is_that_of_its_values_and_the_same_every_time():
     label = "gru/one_sided_reverse/torch/trace/72"
     case = Case(label)
@@ -134,6 +136,7 @@ def test_asv_runs_the_version_that_is_pinned(configuration):
     assert f"asv_runner=={configuration['matrix']['req']['pip+asv_runner']}" in pins
 
 
+@pytest.mark.slow
 def test_asv_measures_a_case(tmp_path):
     if not paths.git("rev-parse", "HEAD"):
         pytest.skip("asv keeps the results of commits alone")

@@ -79,6 +79,7 @@ def test_every_size_can_be_asked_for(setting, family):
 
 
 @pytest.mark.parametrize("architecture", RESIDUAL + PATCHES, ids=lambda architecture: architecture.title)
+@pytest.mark.slow
 def test_networks_are_the_same_in_jax(architecture):
     import jax
 
@@ -172,6 +173,7 @@ def test_structured_derivatives_of_neural_tangents_give_the_kernel(architecture)
 
 
 @title
+@pytest.mark.slow
 def test_operations_of_every_program_are_counted(architecture):
     settings = novak_images.Settings(threads=1, samples=2, side=SIDE, limits={"gigaflop": 1e-6})
     rows = novak_images.Case(settings, architecture, OUTPUTS).rows()

@@ -163,6 +163,7 @@ def test_one_sided_estimates_are_the_squared_norms_of_curvlinops():
 
 
 @pytest.mark.parametrize("name", ["1/i", "0.9^i", "spike"])
+@pytest.mark.slow
 def test_leave_one_out_traces_have_the_mean_of_curvlinops(name):
     """Its XTrace does not put probes on the sphere, so that only means agree; our XTrace is not the noisier."""
     J = torch.from_numpy(jacobian(name))
@@ -196,6 +197,7 @@ def jax_operators(label: str) -> tuple[JacobianOperator, Any, Any]:
 
 
 @pytest.mark.parametrize("label", PROBLEMS[1:])
+@pytest.mark.slow
 def test_estimators_are_those_of_matfree_on_the_same_probes(label):
     j, vjp, jvp = jax_operators(label)
     stochtrace = matfree.stochtrace
@@ -224,6 +226,7 @@ def test_estimators_are_those_of_matfree_on_the_same_probes(label):
 
 
 @pytest.mark.parametrize("label", PROBLEMS[:1])
+@pytest.mark.slow
 def test_leave_one_out_traces_are_those_of_matfree_on_the_same_probes(label):
     """Those of the paper's algorithms with normalisation; ours get there through a QR of J^T U or of J W."""
     j, vjp, jvp = jax_operators(label)
@@ -255,6 +258,7 @@ def test_leave_one_out_traces_on_all_spectra_are_those_of_matfree(name):
 
 
 @pytest.mark.parametrize("name", ["1/i", "cliff"])
+@pytest.mark.slow
 def test_lanczos_quadrature_is_that_of_matfree(name):
     """tr f(Theta) by Lanczos on Theta, and by Golub and Kahan's bidiagonalisation of J^T, which never squares J."""
     jax.config.update("jax_enable_x64", True)

@@ -56,6 +56,7 @@ def columns(problem: Problem, j: JacobianOperator) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("backend", "label"), CASES)
+@pytest.mark.slow
 def test_products_are_those_of_the_jacobian_written_out(backend, label, load, dense):
     problem = load(label)
     rng = np.random.default_rng(0)
@@ -483,6 +484,7 @@ RECURRENT = CERTIFIED | {
         ("jax", "rnn_flipflop[N=2,T=2,H=2]", RECURRENT | {"jax", "recurrent.jax", "recurrent.jax_trajectory"}),
     ],
 )
+@pytest.mark.slow
 def test_a_process_imports_the_operators_that_it_uses_and_no_others(backend, label, expected):
     command, folder = [sys.executable, "-c", IMPORTS, backend, label], Path(__file__).parent
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)

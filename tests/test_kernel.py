@@ -336,6 +336,7 @@ def explicit_in_jax(params, x, x2=None) -> np.ndarray:
         return rows(x) @ rows(x if x2 is None else x2).T
 
 
+@pytest.mark.slow
 def test_a_function_in_jax_has_all_of_a_kernel():
     import jax
 

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from conftest import run_snakemake, snakemake
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
 KILLS = 8
 TARGETS = ("results/small/table.csv", "results/small/studies/estimators_on_spectra.csv")
 TEST = "NTKBENCH_TEST"

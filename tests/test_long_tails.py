@@ -72,6 +72,7 @@ def coverage(method: str, batch: str, metric: str, passes: int = 8, seeds: int =
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.slow
 def test_block_estimates_cover_whatever_the_batch_and_are_unbiased(batch, metric):
     off = errors(STRUCTURED, batch, metric)
     assert abs(off.mean()) < 4 * off.std() / len(off) ** 0.5 + off.std() ** 2
@@ -82,6 +83,7 @@ def test_block_estimates_cover_whatever_the_batch_and_are_unbiased(batch, metric
 
 @pytest.mark.parametrize(("batch", "most"), [("one outlier", 0.002), ("heavy-tailed", 0.03)])
 @pytest.mark.parametrize("method", [STRUCTURED, "sample_subset"])
+@pytest.mark.slow
 def test_samples_that_have_most_of_the_kernel_leave_no_error(method, batch, most):
     for metric in METRICS:
         off = errors(method, batch, metric)
@@ -105,6 +107,7 @@ def test_uneven_samples_that_are_left_to_chance_are_said(method, passes):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.slow
 def test_subsets_keep_their_budget_and_state_their_error(batch, metric):
     off = errors("sample_subset", batch, metric)
     stated = np.array([each[metric].standard_error for each in found("sample_subset", batch, 8, 200)])

@@ -78,11 +78,13 @@ def truth(label: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("method", "backend", "metric"), triples(ALL))
+@pytest.mark.slow
 def test_methods_keep_their_contract(method, backend, metric):
     testing.check_method(method.name, backend, metric)
 
 
 @pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
+@pytest.mark.slow
 def test_standard_errors_are_calibrated(method, metric):
     # A subset of samples is the more exact the more of them it has, and soon has all.
     passes = {"alignment": 6}.get(metric, 3) if method.name == "sample_subset" else None
@@ -90,6 +92,7 @@ def test_standard_errors_are_calibrated(method, metric):
 
 
 @pytest.mark.parametrize("method", STOCHASTIC, ids=lambda m: m.name)
+@pytest.mark.slow
 def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(method):
     """What does not fit is computed again, which counts; a budget that is too small for that is refused in one line."""
     problem, served = loaded("wide"), 0
@@ -133,6 +136,7 @@ def test_methods_of_the_design_are_there():
 
 @pytest.mark.parametrize(("label", "metric", "dtype"), CHECKS)
 @pytest.mark.parametrize(("method", "backend"), pairs([m for m in DETERMINISTIC if m.kind == "exact"]))
+@pytest.mark.slow
 def test_exact_methods_are_exact(method, backend, label, metric, dtype):
     skip_refused(method, label, metric, backend)
     ready = prepared(method, label, backend, dtype)
@@ -148,6 +152,7 @@ def test_exact_methods_are_exact(method, backend, label, metric, dtype):
 
 
 @pytest.mark.parametrize(("method", "backend"), pairs([m for m in STOCHASTIC if "trace" in m.metrics]))
+@pytest.mark.slow
 def test_traces_are_unbiased(method, backend):
     ready = prepared(method, "tanh_net", backend)
     budget = least(method, "trace")

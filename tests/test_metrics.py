@@ -69,6 +69,7 @@ def turned(angle: float, factor: float, n: int = 6) -> tuple[np.ndarray, np.ndar
     factor=st.sampled_from([1.0, 1.001, 0.9, 1.3, 1e3, 1e-3]),
     backend=st.sampled_from(["torch", "jax"]),
 )
+@pytest.mark.slow
 def test_the_complement_of_an_alignment_has_the_digits_of_the_difference(angle, factor, backend):
     """cos is flat at 0: of angles below 1e-8 the alignment itself says nothing. A factor costs its own digits alone."""
     theta, theta_f = (put(backend, m) for m in turned(angle, factor))

@@ -14,6 +14,8 @@ from plugins.misbehaving import FIRST, WAYS
 
 from ntkbench import paths
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
 PROBLEM = "mlp_hazelden[N=2]"
 BUDGETS = list(range(FIRST, FIRST + len(WAYS)))
 

@@ -62,6 +62,7 @@ def jacrev_of(label: str) -> np.ndarray:
 
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_theta_is_the_jacobians(label, name):
     forward, weights, x = network(loaded(label), "theta_0", target())
     theta = theta_of(forward, weights, x, methods.get(name).implementation)
@@ -70,6 +71,7 @@ def test_theta_is_the_jacobians(label, name):
     np.testing.assert_allclose(theta, exact, rtol=0, atol=1e-10 * abs(exact).max())
 
 
+@pytest.mark.slow
 def test_auto_chooses_an_implementation_by_its_operations(tiny, capsys):
     forward, weights, x = network(tiny, "theta_0", target())
     kernel = np.asarray(programs.kernel_function(forward, "AUTO")(weights, x))
@@ -81,6 +83,7 @@ def test_auto_chooses_an_implementation_by_its_operations(tiny, capsys):
 
 
 @pytest.mark.parametrize("label", [*LABELS, "conv_relu[N=2,O=3,width=4]", "resnet18[N=2,O=2,width=2]"])
+@pytest.mark.slow
 def test_theta_by_layers_in_torch_is_theta_in_jax(label):
     prepared = methods.get("structured_derivatives").prepare(problems.load(label), Target("torch", "float64", "cpu"))
     (end,) = prepared.ends("norm")
@@ -95,6 +98,7 @@ def test_theta_by_layers_in_torch_is_theta_in_jax(label):
 
 @pytest.mark.parametrize(("label", "dtype"), [*((label, "float64") for label in LABELS), (LABELS[2], "float32")])
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_moments_are_those_of_the_reference(label, dtype, name):
     """The program for alignment gives all moments at once, from which all metrics follow."""
     moments = methods.get(name).prepare(loaded(label), target(dtype)).moments("alignment")

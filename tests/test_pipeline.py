@@ -17,6 +17,8 @@ from ntkbench.measure import cells, rows
 from ntkbench.measure.config import Config
 from ntkbench.measure.journal import Journal, rows_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
 CONFIG = paths.ROOT / "config" / "smoke.yaml"
 RUN = Config.read(CONFIG)
 ONE_CELL = {

@@ -48,6 +48,7 @@ def test_rivals_compute_the_kernel(bias):
         torch.testing.assert_close(rival(network, x), j @ j.T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_only_a_first_call_traces(monkeypatch):
     network = fully_connected.network([40, 300, 300, 10]).double()  # too large for J to be written out
     x = torch.randn(64, 40, dtype=torch.float64)

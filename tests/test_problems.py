@@ -39,6 +39,7 @@ REDUCED = {
 
 
 @pytest.mark.parametrize("name", problems.names())
+@pytest.mark.slow
 def test_problems_keep_their_contract(name):
     try:
         testing.check_problem(REDUCED.get(name, name))

@@ -165,6 +165,7 @@ class LanguageModel(nn.Module):
         return types.SimpleNamespace(logits=self.head(hidden.cumsum(1)))
 
 
+@pytest.mark.slow
 def test_the_recipes_of_the_readme_run():
     """Each block and each line of it, on small networks."""
     import jax.numpy as jnp

@@ -103,6 +103,7 @@ def test_products_are_those_of_autograd(kind, **sizes):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=2)  # each has to be compiled
 @given(**SIZES)
+@pytest.mark.slow
 def test_products_in_jax_are_those_of_autograd(kind, **sizes):
     check_products(kind, "jax", **sizes)
 
@@ -117,6 +118,7 @@ def check_products(kind, backend, N, T, inputs, hidden, outputs, part):
 
 
 @pytest.mark.parametrize(("kind", "backend"), [*((kind, "torch") for kind in KINDS), ("gru", "jax")])
+@pytest.mark.slow
 def test_trials_by_themselves(kind, backend):
     p = problem(kind, N=3, T=3, outputs=2)
     J = written_out(p)[:, columns(p, backend)].reshape(3, 6, -1)
@@ -253,6 +255,7 @@ def written_states(p: Problem) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("rnn", "torch"), ("gru", "torch"), ("lstm", "torch"), ("ctrnn", "jax")])
+@pytest.mark.slow
 def test_metrics_of_the_factors(kind, backend):
     p = problem(kind, outputs=2)
     target = Target(backend, "float64", "cpu")

@@ -69,6 +69,7 @@ def test_short_trials_come_before_long_ones(T):
     assert len(lengths) == 1 or lengths[0] >= training.SHORTEST
 
 
+@pytest.mark.slow
 def test_a_vanilla_network_learns_long_trials_from_short_ones():
     """At 90 steps it takes them; 45 are enough to see the lengths in turn."""
     import torch

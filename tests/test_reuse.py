@@ -387,6 +387,7 @@ def tensor_bytes() -> int:
     return total
 
 
+@pytest.mark.slow
 def test_no_module_class_weight_buffer_or_input_is_held():
     def use() -> list[weakref.ref]:
         class Net(nn.Sequential):
@@ -410,6 +411,7 @@ def test_no_module_class_weight_buffer_or_input_is_held():
     assert trace.programs and trace.nbytes < 10_000
 
 
+@pytest.mark.slow
 def test_counting_what_autograd_saves_holds_nothing_afterwards():
     """A saved output that is kept as it is would hold the node that saves it."""
 
@@ -599,6 +601,7 @@ ALIGNING = [
 
 
 @pytest.mark.parametrize(("name", "backend"), ALIGNING)
+@pytest.mark.slow
 def test_different_networks_are_aligned(name, backend):
     problem, method = two_networks((2, 2), 5) if name == "wide_head" else two_networks(), methods.get(name)
     target = Target(backend, "float64", "cpu")

@@ -38,6 +38,7 @@ def table() -> pd.DataFrame:
     return made.set_index(["subject", "rival"])
 
 
+@pytest.mark.slow
 def test_a_row_has_ratio_memory_and_agreement(table):
     row = table.loc["structured_derivatives", "jacobian_contraction"]
     assert (row["N"], row["O"], row["n"], row["status"], row["reason"]) == (3, 2, 6, "ok", "")

@@ -27,6 +27,8 @@ from ntkbench.measure.config import Config
 from ntkbench.measure.journal import rows_of
 from ntkbench.run import BESIDE_MB
 
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
+
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("mungekey", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue", "scancel")
 PLUGIN = "snakemake_executor_plugin_slurm"

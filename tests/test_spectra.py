@@ -53,6 +53,7 @@ def estimates(name: str, spectrum: str, passes: int, seeds: int) -> np.ndarray:
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_traces_are_unbiased(name, spectrum):
     values = estimates(name, spectrum, 24, SEEDS)[:, 0]
     exact = SPECTRA[spectrum](np.arange(1, N + 1)).sum()

@@ -194,6 +194,7 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_every_kind_of_layer_against_explicit_jacobians(kind):
     torch.manual_seed(0)
     make, shape = KINDS[kind]
@@ -239,6 +240,7 @@ def convolutions(draw):
 
 
 @given(drawn=convolutions(), seed=st.integers(0, 2**16))
+@pytest.mark.slow
 def test_convolutions_of_all_options(drawn, seed):
     torch.manual_seed(seed)
     layer, x = drawn
@@ -256,6 +258,7 @@ def test_convolutions_of_all_options(drawn, seed):
     bias=st.booleans(),
     memory=st.integers(1, 40_000),
 )
+@pytest.mark.slow
 def test_linear_networks_of_all_shapes_in_any_memory(sizes, N, positions, bias, memory):
     torch.manual_seed(0)
     layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b, bias), nn.Tanh())]
@@ -264,6 +267,7 @@ def test_linear_networks_of_all_shapes_in_any_memory(sizes, N, positions, bias, 
 
 @settings(max_examples=15)
 @given(memory=st.integers(1, 300_000))
+@pytest.mark.slow
 def test_the_memory_changes_nothing_but_the_blocks(memory):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
@@ -292,6 +296,7 @@ def tunings(draw) -> Tuning:
     memory=st.sampled_from([20_000, 2**30]),
     tuning=tunings(),
 )
+@pytest.mark.slow
 def test_kernels_do_not_depend_on_the_tuning(N, K, positions, memory, tuning):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, K))

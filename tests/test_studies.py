@@ -82,6 +82,7 @@ def test_every_study_is_tried_here():
     assert {name for name in studies.names() if name.split("_")[0] in ("hazelden", "mohamadi", "novak")} == set(TINY)
 
 
+@pytest.mark.slow
 def test_estimates_have_their_errors_against_exact_values_and_the_script_s_samples(tables):
     table = ok(tables["hazelden_trace"])
     exact = reference.exact(problems.load("mlp_hazelden[N=2]"))["trace"]
@@ -168,6 +169,7 @@ def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
 
 
 @pytest.mark.parametrize("family", list(classifiers.FAMILIES))
+@pytest.mark.slow
 def test_kernels_read_off_theta_are_those_of_the_library(family):
     network = initialisation.seeded(lambda: classifiers.network(family, 2, 3), 0)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -229,6 +231,7 @@ def test_residual_networks_get_their_share_of_images_and_steps():
 
 
 @pytest.mark.parametrize("family", ["fc", "resnet18"])
+@pytest.mark.slow
 def test_theta_traced_once_is_that_of_other_weights_too(family):
     first, other = (initialisation.seeded(lambda: classifiers.network(family, 2, 3), seed) for seed in (0, 1))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -330,6 +333,7 @@ def test_costs_of_resnets_are_there_or_say_why_not(tables):
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("over limits.gigaflop").all()
 
 
+@pytest.mark.slow
 def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
     settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
     left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
@@ -500,6 +504,7 @@ def test_a_studys_fingerprint_follows_its_settings():
     assert fingerprints.study(one, "novak_flops") == fingerprints.study(other, "novak_flops")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_with_its_provenance(tmp_path):
     file = tmp_path / "config.yaml"
     raw = {"profile": "test", "threads": 1, "grid": [BLOCK], "studies": {"mohamadi_drift": TINY["mohamadi_drift"]}}
@@ -532,6 +537,7 @@ def of_studies():
     return [(name, figures.study_of(name)) for name in figures.names() if figures.study_of(name) in TINY]
 
 
+@pytest.mark.slow
 def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path):
     for name, study in of_studies():
         first = {path.name: path.read_bytes() for path in figures.draw(name, tables[study], tmp_path)}

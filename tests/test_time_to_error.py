@@ -37,6 +37,7 @@ def table() -> pd.DataFrame:
         return run(goal, limits={"passes": 127}).set_index(["method", "backend"])
 
 
+@pytest.mark.slow
 def test_every_method_and_backend_is_a_row_with_a_budget_or_a_reason(table):
     able = [methods.get(name) for name in NAMES if "trace" in methods.get(name).metrics]
     assert list(table.index) == [(method.name, backend) for method in able for backend in method.backends]

@@ -188,6 +188,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.slow
 def test_operations_against_explicit_jacobians(name, x):
     holds(Two(OPERATIONS[name]), x)
 

@@ -359,6 +359,7 @@ LAYERS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.slow
 def test_recurrent_layers_that_are_not_as_torch_makes_them(kind):
     torch.manual_seed(0)
     layer = LAYERS[kind]().double()

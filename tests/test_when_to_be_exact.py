@@ -142,6 +142,7 @@ def test_errors_of_the_norm_are_those_over_all_pairs_of_probes(family, share):
 # --- the study
 
 
+@pytest.mark.slow
 def test_measured_errors_are_those_of_theory(table):
     """The chi-squared distribution of 120 squared errors is within 30 % of its mean; kernels of low rank are wider."""
     found = table[(table["status"] == "ok") & table["predicted"].gt(0) & table["passes"].ge(4)]
