@@ -185,7 +185,8 @@ for name in ("fcntl", "resource"):
     sys.modules[name] = None
 
 import ntkbench
-from ntkbench import ambient, methods, paths
+from ntkbench import ambient, methods, operators, paths
+from ntkbench.options import Target
 from ntkbench.problems.base import reference
 
 here = pathlib.Path(ntkbench.__file__).parent
@@ -229,7 +230,7 @@ asked = {
     "pandas": tracker.table,
     "transformers": tracker.trainer_callback,
     "jax": lambda: ntkbench.ntk(lambda p, x: x @ p, np.ones((3, 2)), params=np.ones((2, 2))),
-    "jax backend": lambda: ntkbench.trace(net, x, backend="jax"),
+    "jax backend": lambda: operators.device_name(Target(backend="jax")),
     "neural_tangents": lambda: methods.get("nt_structured_derivatives").prepare(None, None),
     "checkout": lambda: reference.commit(["mlp"]),
 }
@@ -251,13 +252,14 @@ def test_the_library_works_with_its_requirements_alone_and_without_what_only_som
     assert done.returncode == 0, done.stderr
     said = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
     assert said.pop("cache") == str(bare.parent / "home" / "c" / "ntkbench")
-    for name, install in (
-        ("pandas", "pandas"),
-        ("transformers", "transformers"),
-        ("jax", "'ntkbench[jax]'"),
-        ("neural_tangents", "'ntkbench[jax]' && pip install --no-deps neural-tangents==0.6.5"),
+    for asked, name, install in (
+        ("pandas", "pandas", "pandas"),
+        ("transformers", "transformers", "transformers"),
+        ("jax", "jax", "'ntkbench[jax]'"),
+        ("jax backend", "jax", "'ntkbench[jax]'"),
+        ("neural_tangents", "neural_tangents", "'ntkbench[jax]' && pip install --no-deps neural-tangents==0.6.5"),
     ):
-        assert said.pop(name).endswith(f" needs {name}, which is not installed; it comes with: pip install {install}")
+        assert said.pop(asked).endswith(f" needs {name}, which is not installed; it comes with: pip install {install}")
     assert said.pop("checkout").startswith("ntkbench reference needs a checkout of ntkbench's repository, and ")
     assert said == {}
 

@@ -29,10 +29,11 @@ def load() -> types.ModuleType:
     """The repaired module ``neural_tangents``. The first call imports it, and jax; later calls return the same module.
 
     Raises:
-        Unavailable: neural-tangents is not installed.
+        Unavailable: neural-tangents or JAX is not installed.
     """
     if not is_installed():
         raise errors.missing("neural_tangents", "this method", errors.NEURAL_TANGENTS)
+    errors.need("jax", "this method", errors.JAX)
     with _core_names(), _zeros_like_primitive(), _module(_jax_util()), _module(_no_tensorflow()):
         neural_tangents = importlib.import_module("neural_tangents")
     empirical = neural_tangents._src.empirical

@@ -94,9 +94,9 @@ class CompiledPrograms:
     """
 
     def __init__(self, implementation: str, problem: Problem, target: Target) -> None:
+        load()
         from ntkbench.operators.jax import network
 
-        load()
         self._implementation, self._problem, self._target = implementation, problem, target
         self._networks = {"theta_0": network(problem, "theta_0", target)}
         if problem.theta_f is not None:
