@@ -219,7 +219,7 @@ np.testing.assert_allclose(ntkbench.metrics_of(net, x)["norm"].value, float(thet
 assert 0 < ntkbench.norm(net, x, method="hutchinson", passes=40).value
 kept = ntkbench.ntk(net, x, file="theta.npy", memory=2000)
 np.testing.assert_allclose(kept, theta.numpy(), rtol=1e-9, atol=1e-12)
-gru = ntkbench.from_recurrent(torch.nn.GRU(3, 4), torch.nn.Linear(4, 2), torch.randn(5, 4, 3))
+assert ntkbench.from_recurrent(torch.nn.GRU(3, 4), torch.randn(5, 4, 3)).N == 4
 for name in methods.names():
     assert methods.get(name).title
 assert methods.ROOM.broken() == []

@@ -166,7 +166,7 @@ def _start_guardian(*arguments: str) -> None:
 
 
 def _first_gone(pids: Sequence[int]) -> set[int]:
-    """Wait until one or more of some processes are gone; which. Linux tells that; on other systems they are looked at."""
+    """Wait until some of the processes are gone; those. Linux tells that, on other systems they are looked at."""
     if not hasattr(os, "pidfd_open"):
         while not (gone := {pid for pid in pids if _is_gone(pid)}):
             time.sleep(LOOK_SECONDS)
