@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
@@ -94,7 +95,7 @@ def _frame(panel: Axes, budgets: list[float], names: list[str]) -> None:
     panel.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
+    sns.despine(ax=panel, left=True, bottom=True)
     panel.grid(False)
 
 

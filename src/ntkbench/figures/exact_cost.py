@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -170,7 +171,7 @@ def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Lo
     panel.set(ylim=(len(lost) - 0.5, -0.5), yticks=range(len(lost)), facecolor=canvas.SHADE)
     panel.set_yticklabels([labels.status_label(status) for status in lost])
     panel.tick_params(axis="both", length=0)
-    panel.spines[:].set_visible(False)
+    sns.despine(ax=panel, left=True, bottom=True)
     panel.grid(False, axis="y")
     left, right = np.log(panel.get_xlim())
     # Side by side around their n, closer where there are many, and never outside the strip.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+import seaborn as sns
 from matplotlib.patches import Rectangle
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
@@ -40,8 +41,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     words = ["exact" if name == "exact" else f"within {name}" for name in tolerances]
     panel.set_xticks([i + 0.5 for i in range(len(tolerances))], labels=words)
     panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    for spine in panel.spines.values():
-        spine.set_visible(False)
+    sns.despine(ax=panel, left=True, bottom=True)
     for row in chosen.itertuples():
         y, x = lines.index((row.metric, row.problem, row.setting)), tolerances.index(row.tolerance)
         look = style[row.method]
