@@ -70,6 +70,24 @@ def test_gather_brings_blocks_of_any_backend_to_float64_on_the_host():
         np.testing.assert_array_equal(column, [1.5, 2.5, 3.5])
 
 
+def test_a_variance_has_as_many_degrees_as_its_scatter_over_samples_tells():
+    """A variance with d degrees of freedom has the relative variance 2 / d: normal, Laplace (excess 3), uniform."""
+    draw, k = np.random.default_rng(0), 40
+    for values, excess in (
+        (draw.standard_normal((4000, k)), 0.0),
+        (draw.laplace(size=(4000, k)), 3.0),
+        (draw.uniform(size=(4000, k)), 0.0),  # lighter tails count as normal
+    ):
+        assert np.median(standard_errors.degrees_of_variance(values)) == pytest.approx(
+            2 / (2 / (k - 1) + excess / k), rel=0.35
+        )
+    one = np.zeros(k)
+    one[0] = 1.0
+    assert standard_errors.degrees_of_variance(one) < 2.5
+    assert standard_errors.degrees_of_variance(np.ones(k)) == pytest.approx(k - 1)
+    assert standard_errors.degrees_of_variance(np.ones((2, 1))).tolist() == [1, 1]
+
+
 def test_degrees_of_a_sum_of_equal_variances_add_up_and_a_single_variance_keeps_its_own():
     assert standard_errors.satterthwaite([2.0] * 5, 3) == pytest.approx(15)
     assert standard_errors.satterthwaite([2.0, 0.0, 0.0], 3) == pytest.approx(3)

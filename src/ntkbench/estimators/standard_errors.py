@@ -45,6 +45,19 @@ def stratified_mean(table: np.ndarray) -> PointEstimate:
     return PointEstimate(float(table.sum() / k), math.sqrt(variances.sum() / k), satterthwaite(variances, k - 1))
 
 
+def degrees_of_variance(values: np.ndarray) -> np.ndarray:
+    """Degrees of freedom of the sample variance of k values ``[..., k]``: fewer than k - 1 where their tails are heavy.
+
+    A sample variance of k values with excess kurtosis e has the relative variance 2 / (k - 1) + e / k, and as many
+    degrees of freedom as a normal sample of the same relative variance. The excess of k values is at most about k.
+    """
+    k = values.shape[-1]
+    squares = (values - values.mean(-1, keepdims=True)) ** 2
+    second, fourth = squares.mean(-1), (squares**2).mean(-1)
+    excess = np.divide(fourth, second**2, out=np.full_like(second, 3.0), where=second > 0) - 3
+    return 2 / (2 / max(k - 1, 1) + np.maximum(excess, 0.0) / k)
+
+
 def satterthwaite(variances: ArrayLike, degrees: ArrayLike) -> float:
     """Degrees of freedom of a sum of independent variance estimates (Satterthwaite 1946).
 
@@ -228,8 +241,7 @@ class PairSums:
             effects = np.concatenate([(traces - traces.mean(1, keepdims=True))[None], effects])
             means = np.concatenate([[traces.mean(1).sum()], means])
             noise, double, bound = (np.pad(part, ((1, 0), (1, 0))) for part in (noise, double, bound))
-        variances = (effects**2).sum(2)
-        degrees = min(satterthwaite(of_strata, max(K - 1, 1)) for of_strata in variances)
+        degrees = min(map(satterthwaite, (effects**2).sum(2), degrees_of_variance(effects)))
         return MomentEstimates(means, (_outer(effects) / (K - 1) - noise) / K, double, bound, degrees)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.estimators import strata
 from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
-from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.estimators.standard_errors import PointEstimate, degrees_of_variance
 from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.methods.base.u_statistics import with_notes
@@ -117,7 +117,11 @@ class _Subset(Accumulator):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self._choice.notes("sample") if len(self._traces) < self._N else ()
+        left_out = self._N - len(self._traces)
+        if not left_out:
+            return ()
+        few = f"only {left_out} of {self._N} samples left out: the interval takes their effects for normal"
+        return (*self._choice.notes("sample"), *([few] if left_out < self._min_samples else []))
 
     def extend(self, probes: int) -> None:
         self._passes += probes
@@ -210,9 +214,6 @@ def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> tuple
     L_b = 2 alpha_b + D_b, with the correction 1 - S / N, and a pair contributes gamma_bc, with the correction
     1 - S (S - 1) / (N (N - 1)). The scatter of the estimates of L includes the variance of gamma, which is subtracted.
 
-    A sample variance of S values with excess kurtosis e has the relative variance 2 / (S - 1) + e / S, and as many
-    degrees of freedom as a normal sample of the same relative variance.
-
     Args:
         by_pair: H, ``[S, S]``; the diagonal is ignored.
         by_sample: D, ``[S]``.
@@ -230,7 +231,5 @@ def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> tuple
     of_samples = scatter - 4 * of_pairs / (S - 1)
     pairs, all_pairs, share = S * (S - 1), N * (N - 1), (1 - S / N) / S
     variance = share * of_samples + (1 - pairs / all_pairs) * 2 * of_pairs / pairs
-    deviations = (effects - effects.mean()) ** 2
-    kurtosis = (deviations**2).mean() / deviations.mean() ** 2 if deviations.any() else 3.0
-    degrees = 2 / (2 / (S - 1) + max(kurtosis - 3, 0.0) / S)
-    return math.sqrt(max(variance, share * scatter / 4)), degrees  # the difference may be negative
+    # The difference may be negative.
+    return math.sqrt(max(variance, share * scatter / 4)), float(degrees_of_variance(effects))
