@@ -15,8 +15,9 @@ from ntkbench.paths import ROOT
 DOCS = ROOT / "docs"
 GENERATED = DOCS / "methods.md"
 WRITTEN = sorted(page for page in DOCS.glob("*.md") if page != GENERATED)
-RUNNABLE = [page for page in WRITTEN if pages.blocks(page)]
-LINKED = [*WRITTEN, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "config/README.md"))]
+README = ROOT / "README.md"
+RUNNABLE = [page for page in (README, *WRITTEN) if pages.blocks(page)]
+LINKED = [README, *WRITTEN, *(ROOT / name for name in ("CONTRIBUTING.md", "config/README.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_wrong_example_is_noticed(tmp_path):
 
 
 def test_most_pages_have_examples():
-    assert {"quickstart", "choosing", "exact", "recurrent", "large", "training", "extending", "faq", "api"} <= {
+    assert {"README", "quickstart", "choosing", "exact", "recurrent", "large", "training", "extending", "faq", "api"} <= {
         page.stem for page in RUNNABLE
     }
     for page in RUNNABLE:

@@ -107,6 +107,21 @@ def test_a_network_is_traced_once_for_all_uses(monkeypatch):
     assert len(traced) == 1
 
 
+def test_a_method_that_refuses_the_network_is_asked_once(monkeypatch):
+    """A ReLU follows the wide layer, which only taking the network apart shows."""
+    from ntkbench.methods.wide_head import WideHead
+
+    asked = []
+    prepare = WideHead.prepare
+    monkeypatch.setattr(WideHead, "prepare", lambda self, *given: asked.append(self.name) or prepare(self, *given))
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 8), nn.ReLU())
+    kernel = ntkbench.Kernel(net, torch.randn(4, 3))
+    for _ in range(3):
+        with pytest.raises(BadInput, match="wide|layer"):
+            kernel.trace(method="wide_head")
+    assert asked == ["wide_head"]
+
+
 @pytest.mark.parametrize("make", [net, normed])
 def test_other_weights_are_those_of_a_network_or_of_its_state_dict(make):
     kernel, trained = ntkbench.Kernel(make(), X), make(1)

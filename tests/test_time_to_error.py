@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from ntkbench import methods, problems, studies
 from ntkbench.errors import DidNotTrain
 from ntkbench.estimate import Estimate
+from ntkbench.figures import time_to_error as figure
+from ntkbench.figures.plotting import base as sheets
 from ntkbench.measure.seeds import Reruns
 from ntkbench.problems.base import reference
 from ntkbench.studies import base, time_to_error
@@ -265,3 +267,67 @@ def test_every_goal_can_be_asked_for_in_a_configuration():
 def test_goals_that_cannot_be_are_refused(wrong, says):
     with pytest.raises(ValidationError, match=says):
         run(wrong)
+
+
+def figure_rows(**changes: object) -> pd.DataFrame:
+    """A goal with methods of all kinds, among them two published ones."""
+    kinds = {
+        "hutchpp": ("stochastic", True, 0.1),
+        "nystrompp": ("stochastic", True, 0.2),
+        "sample_subset": ("stochastic", False, 0.02),
+        "xtrace": ("stochastic", False, 0.05),
+        "structured_derivatives": ("exact", False, 0.04),
+        "sum_of_logits": ("approximate", True, 0.01),
+        "direct": ("exact", False, float("nan")),
+    }
+    shared = {"problem": "digits_mlp", "metric": "norm", "goal": 0.01, "backend": "torch", "seeds": 51, "calls": 15}
+    shared |= {"passes": 9, "rival": "hutchpp", "device": "cpu", "dtype": "float32", "threads": 2}
+    shared |= {"machine": "a laptop", "git_sha": "0123456789abcdef", "git_dirty": False}
+    rows = [
+        {
+            **shared,
+            "method": name,
+            "title": methods.get(name).title,
+            "kind": kind,
+            "published": published,
+            "seconds": seconds,
+            "ratio": seconds / 0.1,
+            "ratio_low": seconds / 0.12,
+            "ratio_high": seconds / 0.08,
+            "status": "ok" if seconds == seconds else "skipped",
+            "reason": "" if seconds == seconds else "too many passes",
+        }
+        for name, (kind, published, seconds) in kinds.items()
+    ]
+    return pd.DataFrame(rows).assign(**changes)
+
+
+def drawn(rows: pd.DataFrame) -> sheets.Drawing:
+    with sheets.style():
+        return figure.draw(sheets.checked_study(rows, figure.COLUMNS))
+
+
+def test_the_figure_names_the_fastest_of_each_kind():
+    drawing = drawn(figure_rows())
+    plotted = drawing.plotted.set_index("method")["role"].to_dict()
+    assert plotted == {
+        "hutchpp": "published",
+        "nystrompp": "",
+        "sample_subset": "estimated",
+        "xtrace": "",
+        "structured_derivatives": "exact",
+        "sum_of_logits": "biased",
+    }
+    said = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert "sample subset, 20 ms" in said and "Hutch++, 100 ms" in said and "5×" in said
+    assert "5 (4 to 6)" in drawing.caption
+    title = drawing.figure.texts[0].get_text()
+    assert title == "To the same error, the best method here is 5 times as fast as the best published one"
+
+
+def test_the_figure_says_where_no_published_method_gets_there():
+    rows = figure_rows()
+    drawing = drawn(rows[~rows["published"]])
+    assert "and no published method" in drawing.caption and "No published method" in drawing.figure.texts[0].get_text()
+    none = drawn(rows[rows["status"] != "ok"])
+    assert "too many passes" in none.caption

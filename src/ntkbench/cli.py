@@ -227,15 +227,15 @@ def reference(labels: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.option("--check", is_flag=True, help="Only say whether it is up to date.")
+@click.option("--check", is_flag=True, help="Only say which are out of date.")
 def readme(check: bool) -> None:
-    """Write the tables of README.md from the committed tables."""
+    """Write the measured numbers of README.md and docs/measured.md from the committed tables."""
     from ntkbench import paths
-    from ntkbench import readme as page
+    from ntkbench import readme as pages
 
     with _one_line():
         root = paths.checkout("ntkbench readme")
-        stale = page.update(root / "README.md", root, check=check)
+        stale = pages.update(root, check=check)
     for line in stale:
         click.echo(line)
     if check and stale:

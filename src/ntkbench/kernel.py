@@ -526,11 +526,16 @@ class Kernel:
             return ladder.estimates(self.problem, names, self._target, asked, self._prepare)
 
     def _prepare(self, method: Method) -> Any:
-        """A method ready for this kernel; methods that prepare the same thing share it."""
+        """A method ready for this kernel; methods that prepare the same thing share it, and its refusal of the network."""
         key = method.prepares or method.name
         if key not in self._prepared:
-            self._prepared[key] = method.prepare(self.problem, self._target)
-        return self._prepared[key]
+            try:
+                self._prepared[key] = method.prepare(self.problem, self._target)
+            except BadInput as refusal:
+                self._prepared[key] = refusal
+        if isinstance(found := self._prepared[key], BadInput):
+            raise found.with_traceback(None)
+        return found
 
     def _alignment_with(self, given: Any, asked: Options) -> Estimate:
         """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""

@@ -1,6 +1,6 @@
-"""The measured numbers of the README, written from the committed tables.
+"""The measured numbers of the README and of the documentation, written from the committed tables.
 
-A block of the README between ``<!-- table: NAME -->`` and ``<!-- end -->`` is what the function NAME in :data:`TABLES`
+A block of a page between ``<!-- table: NAME -->`` and ``<!-- end -->`` is what the function NAME in :data:`TABLES`
 makes of the tables in ``results/reference/``. A number in a sentence stands between ``<!-- value: NAME -->`` and
 ``<!-- end -->``, and comes from :data:`VALUES`.
 """
@@ -26,31 +26,34 @@ TITLES = {
     "nt_structured_derivatives": "neural-tangents, structured derivatives",
     "sum_of_logits": "pNTK by vmap and one product",
 }
-"""How the README calls what a method is compared with."""
+"""What the pages call what a method is compared with."""
 PNTK = "structured_sum_of_logits"
+PAGES = ("README.md", "docs/measured.md")
+"""The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:table|value):")
 
 
-def update(readme: Path, root: Path, *, check: bool = False) -> list[str]:
-    """Write the measured numbers of a README from the committed tables.
+def update(root: Path, *, check: bool = False) -> list[str]:
+    """Write the measured numbers of the pages from the committed tables.
 
     Args:
-        readme: the file; it is written only where a block changes.
-        root: the checkout, whose ``results/reference/`` holds the tables.
+        root: the checkout, whose ``results/reference/`` holds the tables. A page is written only where a block changes.
         check: write nothing.
 
     Returns:
         the names of the blocks that were out of date, in their order.
 
     Raises:
-        BadInput: a block has an unknown name or no end, or a table is not there.
+        BadInput: a block has an unknown name or no end, or a table is not there; no page is then written.
     """
-    text = readme.read_text(encoding="utf-8")
-    written, stale = _written(text, Tables(root / "results" / "reference"))
-    if stale and not check:
-        write_atomically(readme, written)
-    return stale
+    tables = Tables(root / "results" / "reference")
+    pages = [root / page for page in PAGES]
+    written = [_written(page.read_text(encoding="utf-8"), tables) for page in pages]
+    for page, (text, stale) in zip(pages, written, strict=True):
+        if stale and not check:
+            write_atomically(page, text)
+    return [name for _, stale in written for name in stale]
 
 
 class Tables:
@@ -65,7 +68,7 @@ class Tables:
         try:
             return pd.read_csv(path, low_memory=False, encoding="utf-8")
         except OSError as error:
-            raise BadInput(f"the README needs the table {path}: {error.strerror}") from None
+            raise BadInput(f"the pages need the table {path}: {error.strerror}") from None
 
 
 def _written(text: str, tables: Tables) -> tuple[str, list[str]]:
@@ -76,14 +79,14 @@ def _written(text: str, tables: Tables) -> tuple[str, list[str]]:
         kind, name, old = found.groups()
         known = TABLES if kind == "table" else VALUES
         if name not in known:
-            raise unknown(f"{kind} of the README", name, known)
+            raise unknown(f"{kind} of a page", name, known)
         new = f"\n{known[name](tables)}\n" if kind == "table" else known[name](tables)
         stale.extend([name] if new != old else [])
         return f"<!-- {kind}: {name} -->{new}<!-- end -->"
 
     written, blocks = _BLOCK.subn(block, text)
     if any(_MARK.search(inside[2]) for inside in _BLOCK.finditer(text)) or blocks != len(_MARK.findall(text)):
-        raise BadInput("a table or value of the README has no <!-- end -->")
+        raise BadInput("a table or value of a page has no <!-- end -->")
     return written, stale
 
 
@@ -178,7 +181,7 @@ def certificates(tables: Tables) -> str:
 
 def calibration(tables: Tables) -> str:
     """Coverage of 95 % intervals by batch and way of asking: of ``auto`` by metric, and of the other methods counted."""
-    table = tables.read("calibration/studies/calibration")
+    table = tables.read(CALIBRATION)
     measured = table[(table["status"] == "ok") & (table["way"] != "matched")]
     metrics = list(dict.fromkeys(measured["metric"]))
     rows = []
@@ -301,6 +304,8 @@ HEAD_TO_HEAD = {
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
 }
 """Where the tables of comparisons in turn lie in ``results/reference/``."""
+
+CALIBRATION = "calibration/studies/calibration"
 
 TABLES: dict[str, Callable[[Tables], str]] = {
     "calibration": calibration,

@@ -1,0 +1,187 @@
+"""Seconds until a metric is right to a given error: the fastest method of each kind, and all others behind them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from ntkbench.figures.plotting import base, canvas, labels, styles
+
+TABLE = "time_to_error"
+COLUMNS: tuple[str, ...] = ("problem", "metric", "goal", "method", "title", "backend", "kind", "published")
+COLUMNS += ("seconds", "passes", "ratio", "ratio_low", "ratio_high", "rival", "seeds", "calls")
+
+ROLES = {
+    "published": (styles.BLACK, "o", "fastest as published"),
+    "estimated": (styles.VERMILION, "o", "fastest estimator of this suite"),
+    "exact": (styles.BLUE, "s", "fastest exact method of this suite"),
+    "biased": (styles.GREY, "D", "fastest biased kernel that is within the error here"),
+}
+"""Colour, marker and meaning of the methods that are named."""
+ABOVE = ("published", "estimated")
+"""Roles whose labels stand above the line; the others' stand below."""
+CLOSE = 1.2
+"""Ratio of two seconds under which their labels go to either side."""
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A line for each goal: seconds of the fastest method of each kind, named, and of all others."""
+    timed = base.measured(table, "seconds", "goal")
+    if not len(timed):
+        return base.nothing(table, labels.why_not(table))
+    plotted = pd.concat([_with_roles(rows) for _, rows in timed.groupby(["problem", "metric", "goal"], sort=False)])
+    plotted = plotted[[*COLUMNS, "role"]]
+    goals = list(plotted.groupby(["problem", "metric", "goal"], sort=False))
+    names = [f"{labels.name_label(problem)}\n{_wanted(metric, goal)}" for (problem, metric, goal), _ in goals]
+    figure, ((panel,),) = canvas.sheet(
+        [canvas.Row(0.72 * len(goals), above=0.3, below=0.3)],
+        1,
+        title=_title(goals),
+        subtitle=base.settings_line(table),
+        key=[("fastest", _entries(plotted))],
+        left=0.3 + canvas.text_width(names, 10),
+        widest=8.0,
+        bottom=0.35,
+    )
+    _frame(panel, plotted["seconds"], names)
+    for line, (_, rows) in enumerate(goals):
+        _line(panel, line, rows)
+    return base.Drawing(figure, plotted, _caption(goals))
+
+
+def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a goal, the fastest of each kind with its role; the others' is empty."""
+    published = rows["published"].astype(str).str.lower() == "true"
+    exact, biased = rows["kind"] == "exact", rows["kind"] == "approximate"
+    groups = {
+        "published": published & ~biased,
+        "exact": exact & ~published,
+        "estimated": ~exact & ~biased & ~published,
+        "biased": biased,
+    }
+    roles = pd.Series("", index=rows.index)
+    for role, members in groups.items():
+        if members.any():
+            roles[rows.loc[members, "seconds"].idxmin()] = role
+    return rows.assign(role=roles)
+
+
+def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
+    low, high = seconds.min(), seconds.max()
+    span = math.log10(high / low) or 1.0
+    panel.set(xscale="log", xlim=(low / 10 ** (0.45 * span), high * 10 ** (0.3 * span)), ylim=(len(names) - 0.4, -0.7))
+    canvas.decades(panel.xaxis, *panel.get_xlim())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
+    panel.set_yticks(range(len(names)), names)
+    panel.tick_params(axis="y", length=0)
+    panel.set_xlabel("time until the median error is within the goal")
+    panel.grid(False)
+    panel.text(1.0, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
+               fontsize=9, color=styles.GREY)  # fmt: skip
+
+
+def _line(panel: Axes, line: int, rows: pd.DataFrame) -> None:
+    """All methods of a goal on its line, the named ones in front."""
+    panel.axhline(line, color=canvas.SHADE, linewidth=2.5, zorder=0)
+    others = rows[rows["role"] == ""]
+    panel.plot(others["seconds"], [line] * len(others), "o", color=canvas.PALE, markersize=4, alpha=0.7, zorder=1)
+    named = {row["role"]: row for _, row in rows[rows["role"] != ""].iterrows()}
+    for role, row in named.items():
+        colour, marker, _ = ROLES[role]
+        panel.plot([row["seconds"]], [line], marker, color=colour, markersize=8, zorder=3)
+    for above in (True, False):
+        side = sorted((row["seconds"], role) for role, row in named.items() if (role in ABOVE) == above)
+        for place, (seconds, role) in enumerate(side):
+            ha = "center" if len(side) == 1 else ("right", "left")[place]
+            _label(panel, line, above, ha, seconds, named[role], ROLES[role][0])
+    best = _best(named)
+    if best is not None and "published" in named:
+        _ratio(panel, line, best)
+        arrow = {"arrowstyle": "-|>", "color": ROLES[best["role"]][0], "linewidth": 2.0, "shrinkA": 6, "shrinkB": 6}
+        if abs(math.log(best["seconds"] / named["published"]["seconds"])) > math.log(CLOSE):
+            ends = {"xy": (best["seconds"], line), "xytext": (named["published"]["seconds"], line)}
+            panel.annotate("", **ends, arrowprops=arrow, zorder=2)
+
+
+def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd.Series, colour: str) -> None:
+    jax = " (JAX)" if row["backend"] == "jax" else ""
+    # Text that grows to the left ends a little right of its dot, and the other way round.
+    panel.annotate(
+        f"{labels.short(row['title'], 34)}{jax}, {_seconds(seconds)}",
+        (seconds, line),
+        xytext=({"right": 5, "left": -5}.get(ha, 0), 7 if above else -7),
+        textcoords="offset points",
+        ha=ha,
+        va="bottom" if above else "top",
+        fontsize=9,
+        color=colour,
+    )
+
+
+def _ratio(panel: Axes, line: int, best: pd.Series) -> None:
+    """How many times as long the published method takes, at the right end of the line."""
+    said = f"{labels.rounded(1 / best['ratio'])}×"
+    panel.text(1.0, line, said, transform=panel.get_yaxis_transform(), ha="right", va="center", fontweight="bold",
+               fontsize=11, color=ROLES[best["role"]][0])  # fmt: skip
+
+
+def _best(named: dict[str, pd.Series]) -> pd.Series | None:
+    """The fastest method of this suite that is exact or unbiased."""
+    ours = [row for role, row in named.items() if role in {"estimated", "exact"}]
+    return min(ours, key=lambda row: row["seconds"], default=None)
+
+
+def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, pd.Series | None]]:
+    """For each goal its name, our fastest method, and the fastest as published."""
+    found = []
+    for name, rows in goals:
+        named = {row["role"]: row for _, row in rows[rows["role"] != ""].iterrows()}
+        if (best := _best(named)) is not None:
+            found.append((name, best, named.get("published")))
+    return found
+
+
+def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
+    times = sorted(1 / best["ratio"] for _, best, rival in _bests(goals) if rival is not None)
+    if not times:
+        return "No published method reaches any of these errors"
+    span = labels.rounded(times[0]) if len(times) == 1 else f"{labels.rounded(times[0])} to {labels.rounded(times[-1])}"
+    return f"To the same error, the best method here is {span} times as fast as the best published one"
+
+
+def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
+    said = []
+    for (problem, metric, goal), best, rival in _bests(goals):
+        case = f"{labels.name_label(problem)}, {_wanted(metric, goal)}"
+        if rival is None:
+            said.append(f"{case}: {best['title']}, and no published method")
+            continue
+        low, high = (1 / best[end] if best[end] > 0 else math.nan for end in ("ratio_high", "ratio_low"))
+        said.append(f"{case}: {labels.interval_label(1 / best['ratio'], low, high)}")
+    return (
+        "Seconds at the smallest budget whose median error is within the goal, all methods in turn. Time of the fastest "
+        f"published method over that of the fastest exact or unbiased one here, with 95 % intervals: {'; '.join(said)}."
+    )
+
+
+def _entries(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
+    there = [role for role in ROLES if (plotted["role"] == role).any()]
+    entries = [
+        (Line2D([], [], color=ROLES[role][0], marker=ROLES[role][1], markersize=8, linestyle=""), ROLES[role][2])
+        for role in there
+    ]
+    rest = Line2D([], [], color=canvas.PALE, marker="o", markersize=4, linestyle="")
+    return [*entries, *([(rest, "all other methods that get there")] if (plotted["role"] == "").any() else [])]
+
+
+def _wanted(metric: str, goal: float) -> str:
+    return f"{metric.replace('_', ' ')} to {labels.rounded(100 * goal)} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:.2g} ms" if value < 0.0995 else f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.2g} s"
