@@ -17,7 +17,7 @@ from torch import nn
 import ntkbench
 from ntkbench import kernel as kernels
 from ntkbench import metrics
-from ntkbench.errors import Undefined
+from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimators import lanczos
 from ntkbench.layerwise import kernel as layerwise
 from ntkbench.operators.dense import DenseJacobian
