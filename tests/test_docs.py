@@ -41,9 +41,18 @@ def test_a_wrong_example_is_noticed(tmp_path):
 
 
 def test_most_pages_have_examples():
-    assert {"README", "quickstart", "choosing", "exact", "recurrent", "large", "training", "extending", "faq", "api"} <= {
-        page.stem for page in RUNNABLE
-    }
+    assert {
+        "README",
+        "quickstart",
+        "choosing",
+        "exact",
+        "recurrent",
+        "large",
+        "training",
+        "extending",
+        "faq",
+        "api",
+    } <= {page.stem for page in RUNNABLE}
     for page in RUNNABLE:
         bare = [block for block in pages.blocks(page) if ">>>" not in block]
         assert not bare, f"{page.name}: a block that nothing runs is marked py, not python"

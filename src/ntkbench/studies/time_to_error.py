@@ -268,7 +268,9 @@ class Entrant:
         if reason:
             raise Unavailable(reason)
         if isinstance(method, Stochastic):
-            columns = self._smallest_budget(method.least_passes(problem, goal.metric))
+            least = method.least_passes(problem, goal.metric)
+            self._settings.limits.check_passes(least)
+            columns = self._smallest_budget(least)
         else:
             self._settings.limits.check_passes(method.passes_needed(problem, goal.metric, self._target))
             found = self._tried(None, 1)

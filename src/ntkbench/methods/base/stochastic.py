@@ -186,6 +186,8 @@ class Incremental(Stochastic):
             if rtol is None:
                 return found
             further = math.ceil(drawn * (_growth(found.values(), rtol, confidence, most / drawn) - 1))
+            if not further:
+                found = {name: _widened(estimate) for name, estimate in found.items()}
             if not further or drawn == most:
                 break
             looks.append((drawn, max(each.relative_width(confidence) for each in found.values()) / rtol))
@@ -258,6 +260,18 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
         return 1.0
     expected = needed(None)
     return max(4.0, expected / 2) if expected > 4 else needed(SAFETY)
+
+
+def _widened(estimate: Estimate) -> Estimate:
+    """An estimate at which a run stops, with the upper limit of an error that has few degrees of freedom.
+
+    A run stops early where its error is underestimated. Seen with ``gram_forward``: of those that stopped after 16
+    probes, 62 % of the 95 % intervals held the exact value, and 91 % do with the upper limit.
+    """
+    if estimate.degrees >= LEAST_DEGREES or not estimate.standard_error:
+        return estimate
+    note = f"far within the tolerance after few probes: the interval is that of the error's upper {SAFETY:.0%} limit"
+    return replace(_after(estimate, 1.0, SAFETY), notes=(*estimate.notes, note))
 
 
 def _after(estimate: Estimate, factor: float, safety: float | None) -> Estimate:
