@@ -526,7 +526,7 @@ class Kernel:
             return ladder.estimates(self.problem, names, self._target, asked, self._prepare)
 
     def _prepare(self, method: Method) -> Any:
-        """A method ready for this kernel; methods that prepare the same thing share it, and its refusal of the network."""
+        """A method ready for this kernel; methods that prepare the same thing share it, or its refusal."""
         key = method.prepares or method.name
         if key not in self._prepared:
             try:

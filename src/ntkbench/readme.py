@@ -180,7 +180,7 @@ def certificates(tables: Tables) -> str:
 
 
 def calibration(tables: Tables) -> str:
-    """Coverage of 95 % intervals by batch and way of asking: of ``auto`` by metric, and of the other methods counted."""
+    """Coverage of 95 % intervals by batch and way of asking: of ``auto`` by metric, of the other methods counted."""
     table = tables.read(CALIBRATION)
     measured = table[(table["status"] == "ok") & (table["way"] != "matched")]
     metrics = list(dict.fromkeys(measured["metric"]))

@@ -164,8 +164,9 @@ def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
         low, high = (1 / best[end] if best[end] > 0 else math.nan for end in ("ratio_high", "ratio_low"))
         said.append(f"{case}: {labels.interval_label(1 / best['ratio'], low, high)}")
     return (
-        "Seconds at the smallest budget whose median error is within the goal, all methods in turn. Time of the fastest "
-        f"published method over that of the fastest exact or unbiased one here, with 95 % intervals: {'; '.join(said)}."
+        "Seconds at the smallest budget whose median error is within the goal, all methods in turn. Time of the "
+        "fastest published method over that of the fastest exact or unbiased one here, with 95 % intervals: "
+        f"{'; '.join(said)}."
     )
 
 
