@@ -117,7 +117,7 @@ def test_a_method_that_refuses_the_network_is_asked_once(monkeypatch):
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 8), nn.ReLU())
     kernel = ntkbench.Kernel(net, torch.randn(4, 3))
     for _ in range(3):
-        with pytest.raises(BadInput, match="wide|layer"):
+        with pytest.raises(BadInput, match=r"wide|layer"):
             kernel.trace(method="wide_head")
     assert asked == ["wide_head"]
 
