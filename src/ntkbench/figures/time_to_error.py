@@ -17,10 +17,10 @@ COLUMNS: tuple[str, ...] = ("problem", "metric", "goal", "method", "title", "bac
 COLUMNS += ("seconds", "passes", "ratio", "ratio_low", "ratio_high", "rival", "seeds", "calls")
 
 ROLES = {
-    "published": (styles.BLACK, "o", "fastest as published"),
-    "estimated": (styles.VERMILION, "o", "fastest estimator of this suite"),
-    "exact": (styles.BLUE, "s", "fastest exact method of this suite"),
-    "biased": (styles.GREY, "D", "fastest biased kernel that is within the error here"),
+    "published": (styles.BLACK, "o", "published"),
+    "estimated": (styles.VERMILION, "o", "estimator of this suite"),
+    "exact": (styles.BLUE, "s", "exact, of this suite"),
+    "biased": (styles.GREY, "D", "biased kernel, within the error here"),
 }
 """Colour, marker and meaning of the methods that are named."""
 ABOVE = ("published", "estimated")
@@ -38,14 +38,15 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     plotted = plotted[[*COLUMNS, "role"]]
     goals = list(plotted.groupby(["problem", "metric", "goal"], sort=False))
     names = [f"{labels.name_label(problem)}\n{_wanted(metric, goal)}" for (problem, metric, goal), _ in goals]
+    named = _named(plotted)
     figure, ((panel,),) = canvas.sheet(
         [canvas.Row(0.72 * len(goals), above=0.3, below=0.3)],
         1,
         title=_title(goals),
         subtitle=base.settings_line(table),
-        key=[("fastest", _entries(plotted))],
+        key=[("fastest of its kind", named[:2]), (" ", named[2:]), ("others", _others(plotted))],
         left=0.3 + canvas.text_width(names, 10),
-        widest=8.0,
+        widest=7.6,
         bottom=0.35,
     )
     _frame(panel, plotted["seconds"], names)
@@ -74,14 +75,14 @@ def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
 def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     low, high = seconds.min(), seconds.max()
     span = math.log10(high / low) or 1.0
-    panel.set(xscale="log", xlim=(low / 10 ** (0.45 * span), high * 10 ** (0.3 * span)), ylim=(len(names) - 0.4, -0.7))
+    panel.set(xscale="log", xlim=(low / 10 ** (0.55 * span), high * 10 ** (0.15 * span)), ylim=(len(names) - 0.4, -0.7))
     canvas.decades(panel.xaxis, *panel.get_xlim())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel("time until the median error is within the goal")
     panel.grid(False)
-    panel.text(1.0, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
+    panel.text(1.1, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
                fontsize=9, color=styles.GREY)  # fmt: skip
 
 
@@ -110,11 +111,10 @@ def _line(panel: Axes, line: int, rows: pd.DataFrame) -> None:
 
 def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd.Series, colour: str) -> None:
     jax = " (JAX)" if row["backend"] == "jax" else ""
-    # Text that grows to the left ends a little right of its dot, and the other way round.
     panel.annotate(
         f"{labels.short(row['title'], 34)}{jax}, {_seconds(seconds)}",
         (seconds, line),
-        xytext=({"right": 5, "left": -5}.get(ha, 0), 7 if above else -7),
+        xytext=({"right": -2, "left": 2}.get(ha, 0), 7 if above else -7),
         textcoords="offset points",
         ha=ha,
         va="bottom" if above else "top",
@@ -126,7 +126,7 @@ def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd
 def _ratio(panel: Axes, line: int, best: pd.Series) -> None:
     """How many times as long the published method takes, at the right end of the line."""
     said = f"{labels.rounded(1 / best['ratio'])}×"
-    panel.text(1.0, line, said, transform=panel.get_yaxis_transform(), ha="right", va="center", fontweight="bold",
+    panel.text(1.1, line, said, transform=panel.get_yaxis_transform(), ha="right", va="center", fontweight="bold",
                fontsize=11, color=ROLES[best["role"]][0])  # fmt: skip
 
 
@@ -162,7 +162,9 @@ def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
             said.append(f"{case}: {best['title']}, and no published method")
             continue
         low, high = (1 / best[end] if best[end] > 0 else math.nan for end in ("ratio_high", "ratio_low"))
-        said.append(f"{case}: {labels.interval_label(1 / best['ratio'], low, high)}")
+        times = 1 / best["ratio"]
+        known = math.isfinite(low) or math.isfinite(high)
+        said.append(f"{case}: {labels.interval_label(times, low, high) if known else labels.rounded(times)}")
     return (
         "Seconds at the smallest budget whose median error is within the goal, all methods in turn. Time of the "
         "fastest published method over that of the fastest exact or unbiased one here, with 95 % intervals: "
@@ -170,14 +172,17 @@ def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     )
 
 
-def _entries(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
-    there = [role for role in ROLES if (plotted["role"] == role).any()]
-    entries = [
-        (Line2D([], [], color=ROLES[role][0], marker=ROLES[role][1], markersize=8, linestyle=""), ROLES[role][2])
-        for role in there
+def _named(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
+    return [
+        (Line2D([], [], color=colour, marker=marker, markersize=8, linestyle=""), meaning)
+        for role, (colour, marker, meaning) in ROLES.items()
+        if (plotted["role"] == role).any()
     ]
-    rest = Line2D([], [], color=canvas.PALE, marker="o", markersize=4, linestyle="")
-    return [*entries, *([(rest, "all other methods that get there")] if (plotted["role"] == "").any() else [])]
+
+
+def _others(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
+    dot = Line2D([], [], color=canvas.PALE, marker="o", markersize=4, linestyle="")
+    return [(dot, "all other methods that get there")] if (plotted["role"] == "").any() else []
 
 
 def _wanted(metric: str, goal: float) -> str:
