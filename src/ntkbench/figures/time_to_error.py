@@ -26,7 +26,7 @@ ROLES = {
 ABOVE = ("published", "estimated")
 """Roles whose labels stand above the line; the others' stand below."""
 CLOSE = 1.2
-"""Ratio of two seconds under which their labels go to either side."""
+"""Ratio of two seconds under which no arrow goes from one to the other."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -103,10 +103,10 @@ def _line(panel: Axes, line: int, rows: pd.DataFrame) -> None:
     best = _best(named)
     if best is not None and "published" in named:
         _ratio(panel, line, best)
-        arrow = {"arrowstyle": "-|>", "color": ROLES[best["role"]][0], "linewidth": 2.0, "shrinkA": 6, "shrinkB": 6}
-        if abs(math.log(best["seconds"] / named["published"]["seconds"])) > math.log(CLOSE):
-            ends = {"xy": (best["seconds"], line), "xytext": (named["published"]["seconds"], line)}
-            panel.annotate("", **ends, arrowprops=arrow, zorder=2)
+        rival = named["published"]["seconds"]
+        if abs(math.log(best["seconds"] / rival)) > math.log(CLOSE):
+            arrow = {"arrowstyle": "-|>", "color": ROLES[best["role"]][0], "linewidth": 2.0, "shrinkA": 6, "shrinkB": 6}
+            panel.annotate("", (best["seconds"], line), xytext=(rival, line), arrowprops=arrow, zorder=2)
 
 
 def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd.Series, colour: str) -> None:
