@@ -179,28 +179,6 @@ def certificates(tables: Tables) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
-def calibration(tables: Tables) -> str:
-    """Coverage of 95 % intervals by batch and way of asking: of ``auto`` by metric, of the other methods counted."""
-    table = tables.read(CALIBRATION)
-    measured = table[(table["status"] == "ok") & (table["way"] != "matched")]
-    metrics = list(dict.fromkeys(measured["metric"]))
-    rows = []
-    for (problem, way), cases in measured.groupby(["problem", "way"], sort=False):
-        auto, others = (cases[(cases["method"] == "auto") == own] for own in (True, False))
-        covered = auto.set_index("metric")["covered"]
-        said = ["exact" if pd.isna(covered[name]) else f"{100 * covered[name]:.0f} %" for name in metrics]
-        verdicts = others["verdict"].value_counts()
-        counts = [str(verdicts.get(verdict, 0)) for verdict in ("in range", "exact", "noted")]
-        outside = others[others["verdict"].isin(["below", "above"])]
-        named = [
-            f"`{row.method}`, {row.metric.replace('_', ' ')}: {100 * row.covered:.0f} %" for row in outside.itertuples()
-        ]
-        rows.append([problem, way, *said, *counts, "; ".join(named)])
-    columns = ["batch", "asked for by", *(f"`auto`, {name.replace('_', ' ')}" for name in metrics)]
-    columns += ["others in 90 to 98 %", "exact", "outside, and say why", "outside, and do not say"]
-    return _markdown(columns, rows) + _provenance(measured)
-
-
 def prepared(tables: Tables) -> str:
     """Seconds of first, later and prepared calls, and their ratios to what a user would write."""
     table = tables.read(HEAD_TO_HEAD["prepared_kernel"])
@@ -305,10 +283,7 @@ HEAD_TO_HEAD = {
 }
 """Where the tables of comparisons in turn lie in ``results/reference/``."""
 
-CALIBRATION = "calibration/studies/calibration"
-
 TABLES: dict[str, Callable[[Tables], str]] = {
-    "calibration": calibration,
     "certificates": certificates,
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
