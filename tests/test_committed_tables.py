@@ -1,8 +1,6 @@
-"""Committed tables: the numbers of one profile are of one commit, without uncommitted changes."""
+"""Committed tables: the numbers of one table are of one commit, without uncommitted changes."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,15 +8,15 @@ import pytest
 from ntkbench.measure.timings import COMMITTED
 from ntkbench.paths import PUBLISHED, REFERENCE
 
-PROFILES: dict[str, list[Path]] = {}
-for path in sorted(REFERENCE.rglob("*.csv")):
-    if path.parent != PUBLISHED and path.name != COMMITTED:  # where the time of that run went
-        PROFILES.setdefault(path.relative_to(REFERENCE).parts[0], []).append(path)
+TABLES = {
+    str(path.relative_to(REFERENCE)): path
+    for path in sorted(REFERENCE.rglob("*.csv"))
+    if path.parent != PUBLISHED and path.name != COMMITTED  # where the time of a run went
+}
 
 
-def violations(profile: str) -> set[str]:
-    tables = (pd.read_csv(path, low_memory=False) for path in PROFILES[profile])
-    rows = pd.concat([table[["git_sha", "git_dirty"]] for table in tables])
+def violations(rows: pd.DataFrame) -> set[str]:
+    rows = rows[["git_sha", "git_dirty"]]
     found = {
         "rows without a commit": rows.isna().to_numpy().any(),
         "more than one commit": rows["git_sha"].nunique() > 1,
@@ -28,9 +26,15 @@ def violations(profile: str) -> set[str]:
 
 
 def test_there_are_committed_tables():
-    assert len(PROFILES["default"]) > 10
+    assert len(TABLES) > 20
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_tables_of_a_profile_are_of_one_clean_commit(profile):
-    assert violations(profile) == set()
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_of_one_clean_commit(name):
+    assert violations(pd.read_csv(TABLES[name], low_memory=False)) == set()
+
+
+def test_rows_of_two_commits_or_of_none_are_noticed():
+    rows = pd.DataFrame({"git_sha": ["a", "b"], "git_dirty": [False, True]})
+    assert violations(rows) == {"more than one commit", "uncommitted changes"}
+    assert violations(rows.assign(git_sha=None, git_dirty=False)) == {"rows without a commit"}
