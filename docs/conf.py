@@ -37,3 +37,4 @@ toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_title = "ntkbench"
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
