@@ -10,6 +10,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import BadInput, methods
+from ntkbench.methods.base import tied_head
 from ntkbench.metrics import METRICS
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
@@ -71,11 +72,11 @@ HEADED = {
 TOKENS = seeded(lambda: torch.randint(0, V, (N, T)))
 
 
-def explicit(model: nn.Module) -> torch.Tensor:
+def explicit(model: nn.Module, x: torch.Tensor = TOKENS) -> torch.Tensor:
     """Theta by plain autograd in float64."""
     model = copy.deepcopy(model).double()
     theta = [w for w in model.parameters() if w.requires_grad]
-    outputs = model(TOKENS).reshape(-1)
+    outputs = model(x).reshape(-1)
     rows = [torch.autograd.grad(f, theta, retain_graph=True, materialize_grads=True) for f in outputs]
     J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
     return J @ J.T
@@ -131,9 +132,9 @@ def twice() -> nn.Module:
 
 REFUSED = {
     "as they are": softmax,
-    "used more than once": lambda: Language(tied=True),
     "no wider": lambda: vectors(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)),
     "not those of": lambda: nn.Sequential(Language(), Sliced()),
+    "used more than once": twice,
 }
 
 
@@ -222,3 +223,216 @@ def test_gradients_that_are_not_those_of_the_head_are_noticed():
     found = ntkbench.norm(model, TOKENS, dtype="float64")
     assert found.method != "wide_head"
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
+
+
+# --- tied to the embedding
+
+
+WIDE = 40
+M = len(TOKENS.unique())
+
+
+class Tied(nn.Module):
+    """Tokens to logits, with W as the embedding and as the head."""
+
+    def __init__(self, *, bias: bool = False, head_first: bool = False, padding: int | None = None) -> None:
+        super().__init__()
+        head = nn.Linear(D, WIDE, bias=bias)
+        if head_first:
+            self.lm_head = head
+        self.table = nn.Embedding(WIDE, D, padding_idx=padding)
+        self.block = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, D))  # 8 divides the outputs as well
+        self.lm_head = head
+        self.lm_head.weight = self.table.weight
+        self.register_buffer("scale", torch.ones(()))
+        with torch.no_grad():
+            self.table.weight.normal_()
+
+    def hidden(self, tokens):
+        x = self.scale * self.table(tokens)
+        return self.block(x + x.mean(1, keepdim=True)).tanh()
+
+    def forward(self, tokens):
+        return self.lm_head(self.hidden(tokens))
+
+
+class Functional(Tied):
+    """The head is a product alone, as the last hidden vectors' with the table."""
+
+    def forward(self, tokens):
+        return self.hidden(tokens)[:, [-1, 0]] @ self.table.weight.T
+
+
+class LastOf(Tied):
+    def forward(self, tokens):
+        return super().forward(tokens)[:, -1]
+
+
+class ThirdUse(Tied):
+    def forward(self, tokens):
+        return super().forward(tokens) + self.table.weight.mean()
+
+
+class ReadTwice(Tied):
+    def forward(self, tokens):
+        return self.lm_head(self.hidden(tokens) + self.table(tokens.flip(1)))
+
+
+class OfVectors(Tied):
+    def forward(self, vectors):
+        return self.lm_head(self.block(vectors).tanh())
+
+
+class Scaled(Tied):
+    def forward(self, tokens):
+        return 0.5 * super().forward(tokens)
+
+
+class LyingTied(Tied):
+    """The head's results with the gradient of twice as much."""
+
+    def forward(self, tokens):
+        hidden = self.hidden(tokens)
+        return self.lm_head(2 * hidden - hidden.detach())
+
+
+def tied_frozen(padding: int) -> nn.Module:
+    made = Tied(bias=True, padding=padding)
+    made.lm_head.bias.requires_grad_(False)
+    return made
+
+
+def gpt2() -> nn.Module:
+    from ntkbench.networks import language
+
+    made = language.Transformer(language.Size(WIDE, T, D, layers=1, heads=1), "tied")
+    with torch.no_grad():
+        for w in made.parameters():
+            w.add_(0.3 * torch.randn(w.shape))
+    return made
+
+
+TIED = {
+    "tied": Tied,
+    "with a bias": lambda: Tied(bias=True, head_first=True),
+    "frozen bias": lambda: tied_frozen(padding=WIDE - 1),
+    "functional": Functional,
+    "last position": lambda: LastOf(padding=int(TOKENS[0, 0])),
+    "transformer": gpt2,
+}
+
+
+def two(make):
+    """A network at two sets of weights, with other buffers at the second one."""
+    model, other = seeded(make).eval(), seeded(make, 1).eval()
+    with torch.no_grad():
+        for buffer in other.buffers():
+            buffer.add_(0.5)
+    return model, other
+
+
+@pytest.mark.parametrize(("kind", "memory"), [(kind, 2**30) for kind in TIED] + [("with a bias", 2**17)])
+def test_all_metrics_of_tied_heads(kind, memory):
+    model, other = two(TIED[kind])
+    problem = from_module(model, TOKENS, model_f=other, dtype="float64")
+    target = Target("torch", "float64", "cpu", memory=memory)
+    method = methods.get("wide_head")
+    prepared = method.prepare(problem, target)
+    thetas, positions = (explicit(model), explicit(other)), problem.O // WIDE
+    for metric in METRICS:
+        assert method.unsupported_reason(problem, metric, target) is None
+        found = method.estimate(prepared, metric)
+        assert found.value == pytest.approx(exact(metric, *thetas), rel=1e-12), metric
+        assert found.certificate < 1e-12
+        ends = 2 if metric == "alignment" else 1
+        needed = ends * positions * (M + ends * D)
+        assert method.passes_needed(problem, metric, target) == needed
+        if memory == 2**30:
+            assert found.passes == needed
+
+
+def test_kernels_that_are_close_have_digits_of_their_difference():
+    model, other = seeded(Tied).eval(), seeded(Tied).eval()
+    with torch.no_grad():
+        for w in other.parameters():
+            w.mul_(1 + 1e-5)
+    found = ntkbench.alignment(model, other, TOKENS, dtype="float64", method="wide_head")
+    first, second = (theta / theta.norm() for theta in (explicit(model), explicit(other)))
+    assert found.complement == pytest.approx(float((first - second).norm() ** 2) / 2, rel=1e-6)
+
+
+def test_auto_takes_tied_heads_and_the_other_end_may_be_another_network():
+    model, other = seeded(Tied).eval(), seeded(gpt2, 1).eval()
+    found = ntkbench.norm(model, TOKENS, dtype="float64")
+    assert found.method == "wide_head" and found.passes == T * (M + D)
+    assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-12)
+    kernel = ntkbench.Kernel(model, TOKENS, dtype="float64")
+    moved = kernel.at(two(Tied)[1])
+    assert moved.trace(method="wide_head").value == pytest.approx(float(explicit(two(Tied)[1]).trace()), rel=1e-12)
+    found = kernel.alignment(other, method="wide_head")
+    assert found.value == pytest.approx(exact("alignment", explicit(model), explicit(other)), rel=1e-12)
+
+
+def test_inputs_of_several_kinds():
+    model = seeded(Tied).eval()
+    found = ntkbench.norm(
+        model, {"tokens": TOKENS, "mask": torch.ones(N, T)}, call=lambda m, x: m(x["tokens"]), dtype="float64"
+    )
+    assert found.method == "wide_head"
+    assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-12)
+
+
+REFUSED_TIED = {
+    "is not used once there and once as the head": (ThirdUse, ReadTwice),
+    "as they are": (Scaled,),
+    "no tokens are looked up": (OfVectors,),
+    "are no more than the": (lambda: Language(tied=True),),
+    "does not count": (lambda: partly_frozen("table"),),
+}
+
+
+def partly_frozen(name: str) -> nn.Module:
+    made = Tied()
+    made.get_submodule(name).requires_grad_(False)
+    return made
+
+
+@pytest.mark.parametrize(("says", "make"), [(says, make) for says, makers in REFUSED_TIED.items() for make in makers])
+def test_tied_weights_that_are_something_else_are_refused_and_computed_otherwise(says, make):
+    model = seeded(make).eval()
+    x = torch.randn(N, T, D, dtype=torch.float64) if make is OfVectors else TOKENS
+    with pytest.raises(BadInput, match=says):
+        methods.get("wide_head").prepare(from_module(model, x, dtype="float64"), Target("torch", "float64", "cpu"))
+    found = ntkbench.norm(model, x, dtype="float64")
+    assert found.method != "wide_head"
+    assert found.value == pytest.approx(float(explicit(model, x).norm()), rel=1e-10)
+
+
+def test_gradients_in_front_of_a_tied_head_are_followed():
+    model = seeded(LyingTied).eval()
+    found = ntkbench.norm(model, TOKENS, dtype="float64", method="wide_head")
+    assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-12)
+
+
+def test_a_wrong_vocabulary_is_noticed(monkeypatch):
+    """The tokens' rows in another order: the hidden vectors are not those of the network."""
+    right = tied_head.Basis.down
+    monkeypatch.setattr(tied_head.Basis, "down", lambda self, t: right(self, t)[torch.arange(self.shape[1]).roll(1)])
+    with pytest.raises(Uncertified):
+        ntkbench.norm(seeded(Tied).eval(), TOKENS, dtype="float64", method="wide_head")
+
+
+def test_no_matrix_is_as_large_as_the_outputs():
+    """20,000 outputs at 8 positions: Theta would have 2.6e10 entries."""
+    V, d = 20_000, 6
+
+    def make():
+        model = nn.Sequential(nn.Embedding(V, d), nn.Linear(d, d), nn.Tanh(), nn.Linear(d, V, bias=False))
+        model[3].weight = model[0].weight
+        return model
+
+    model, x = seeded(make).eval(), torch.arange(8).reshape(2, 4) * 7
+    found = ntkbench.norm(model, x, dtype="float64", memory=2**24)
+    assert found.method == "wide_head" and found.passes == 4 * (8 + d)
+    h = model[:3].double()(x).reshape(-1, d).detach()
+    assert found.value > V**0.5 * float((h @ h.T).norm())  # the head's own part

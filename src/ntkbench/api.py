@@ -117,7 +117,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
     ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, in ``memory``, and
     otherwise the estimate. The exact methods are ``recurrent_exact_trace`` where the network declares its recurrence,
-    ``wide_head`` for independent samples and a last linear layer of at least twice as many outputs as inputs,
+    ``wide_head`` for independent samples and a last linear layer of at least twice as many outputs as inputs (and
+    different tokens, where it is the embedding as well),
     ``structured_derivatives`` and ``jacobian_contraction`` for independent samples, which take O passes,
     ``parameter_gram``, which comes first where there are fewer parameters than outputs, and ``batched_jacobian`` and
     ``naive_jacobian`` for interacting samples, which take the smaller of n and P, or n. The estimators are, where

@@ -86,6 +86,10 @@ class Moments:
         sums = (self.trace, self.square, self.square_f, self.cross, self.difference, self.difference_cross)
         return Moments(*(factor * m for m in sums))
 
+    def plus(self, other: Moments) -> Moments:
+        """Moments of the sum of two kernels that act on orthogonal spaces."""
+        return Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Moments)))
+
     def metric(self, name: str) -> float:
         """The value of a metric; an alignment is at most 1 where the difference of the kernels was computed.
 

@@ -18,6 +18,7 @@ from ntkbench.layerwise.capture import ParameterValues, Program, Programs
 from ntkbench.layerwise.certificate import Certificate
 from ntkbench.layerwise.factors import GradientFactors
 from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, owner
+from ntkbench.layerwise.rules import Use
 from ntkbench.layerwise.trace import SampleGraph, trace
 from ntkbench.layerwise.tuning import Tuning
 from ntkbench.operators import arrays, certificate
@@ -342,6 +343,17 @@ class LayerwiseKernel:
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.visit(parameters, x, block, functools.partial(take, block))
         self._certify(task, [parameters], [x])
+
+    def operands(self, use: Use, parameters: ParameterValues, x: Tensor) -> Tensor:
+        """What meets a weight at one of its uses, for each sample: ``[N, ...]``; one forward pass.
+
+        Args:
+            use: of a layer in ``layers``.
+            parameters, x: see :meth:`kernel`.
+        """
+        with torch.no_grad():
+            runs = (self.trace.graph.run(parameters, self._programs.constants, sample) for sample in x)
+            return torch.stack([values[use.operand] for _, values in runs])
 
     def forget_certificates(self) -> None:
         """Certify the next kernel, whatever was certified before."""

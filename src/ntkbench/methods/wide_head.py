@@ -1,9 +1,10 @@
-"""Wide linear head: all moments of Theta from the hidden vectors in front of the last layer."""
+"""Wide linear head, tied to the embedding or not: all moments of Theta without a pass for each output."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Method
 from ntkbench.operators import arrays
@@ -12,15 +13,20 @@ from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
     from ntkbench.methods.base.head import HeadedProblem
+    from ntkbench.methods.base.tied_head import TiedProblem
+
+NO_HEAD = "no linear layer or embedding of the network has more outputs than inputs and divides the outputs of a sample"
 
 
 class WideHead(Method):
     """Theta of a network that ends with a linear layer from d to V > d outputs, at T positions of each sample.
 
     T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
-    That the layer's results are the outputs is seen by running the network, and certified by plain autograd: a gradient
-    of the network is compared with that of what stands for it, in 2 passes at each set of weights. For language models,
-    whose vocabulary is far wider than their hidden states, where the head's weight is not tied to the embedding.
+    Where the head's weight is that of the embedding as well, and m different tokens occur, these are T (m + d) passes
+    and N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. It must be used as
+    the one and the other once. That the layer's results are the outputs is seen by running the network, or from its
+    graph, and certified by plain autograd: a gradient of the network is compared with that of what stands for it, in 2
+    passes at each set of weights. For language models, whose vocabulary is far wider than their hidden states.
     """
 
     title = "wide head"
@@ -33,42 +39,54 @@ class WideHead(Method):
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
-        from ntkbench.methods.base import head
+        from ntkbench.methods.base import head, tied_head
 
         if reason := super().unsupported_reason(problem, metric, target, passes):
             return reason
-        if not head.candidates(problem):
-            return "no linear layer of the network has more outputs than inputs and divides the outputs of a sample"
-        return None
+        return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        from ntkbench.methods.base import head
+        from ntkbench.methods.base import head, tied_head
 
-        return head.passes(problem, metric)
+        by_width = tied_head.passes(problem, metric) | head.passes(problem, metric)
+        # Other layers may divide the outputs by chance.
+        return by_width.get(problem.output_shape[-1], min(by_width.values()))
 
-    def planned_passes(self, prepared: HeadedProblem, metric: str) -> float:
+    def planned_passes(self, prepared: HeadedProblem | TiedProblem, metric: str) -> float:
         if metric == "trace":
             return 0.0
         return sum(each.engine.passes([each.parameters], each.x) for each in prepared.networks(metric))
 
-    def prepare(self, problem: Problem, target: Target) -> HeadedProblem:
-        """Take the networks apart, and trace what is in front of their heads.
+    def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
+        """Take the networks apart, and trace what is in front of their heads or has a shorter vocabulary.
 
         Raises:
             BadInput: a network does not end with a wide linear layer, or cannot be traced.
             Unavailable: the device is not present.
         """
-        from ntkbench.methods.base.head import HeadedProblem
+        from ntkbench.methods.base import head, tied_head
 
-        return HeadedProblem(problem, target)
+        reasons = []
+        if head.candidates(problem):
+            try:
+                return head.HeadedProblem(problem, target)
+            except BadInput as error:
+                reasons.append(str(error))
+        if tied_head.tables(problem):
+            try:
+                return tied_head.TiedProblem(problem, target)
+            except BadInput as error:
+                reasons.append(str(error))
+        raise BadInput("; ".join(reasons) or NO_HEAD)
 
-    def estimate(self, prepared: HeadedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
-        from ntkbench.methods.base import head
+    def estimate(
+        self, prepared: HeadedProblem | TiedProblem, metric: str, passes: int | None = None, seed: int = 0
+    ) -> Estimate:
         from ntkbench.methods.base.layerwise import ledger_of
 
         networks = prepared.networks(metric)
         ledger = ledger_of(networks)
-        moments = head.moments(prepared, metric)
+        moments = prepared.moments(metric)
         spent, notes, found = ledger()
         largest = max(prepared.certificate(metric), found or 0.0)
         like, P = networks[0].parameters[0], max(sum(w.numel() for w in each.parameters) for each in networks)

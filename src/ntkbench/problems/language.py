@@ -1,4 +1,4 @@
-"""Decoder-only transformers for language: tiny and small ones that are trained, and shapes of GPT-2 that are not.
+"""Decoder-only transformers for language: small ones that are trained, and shapes of GPT-2 that are not.
 
 Outputs are the logits of all tokens ``[N, T, V]``, those of the last token ``[N, V]``, or the hidden states behind all
 blocks ``[N, L, T, d]``. The head is tied to the embedding or has weights of its own.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ntkbench.data import text
+from ntkbench.data import tasks, text
 from ntkbench.errors import BadInput
 from ntkbench.problems.base import Definition, problem, training
 
@@ -26,6 +26,8 @@ HEAD_WIDTH = 64
 """Numbers a head, in all sizes of GPT-2."""
 PIECES = 12_000
 """Pieces of text that the small transformer is trained on, each once."""
+FLIPFLOPS = 3200
+"""Trials of the flip-flop to train on."""
 
 
 @problem(any_size=True)
@@ -73,6 +75,33 @@ def transformer_small(
     recipe = training.Adam(before, after, training.next_token, batch=8, epochs=1, lr=2e-3)
     size = Size(len(alphabet), POSITIONS, 128, layers=2, heads=4)
     return _transformer(size, pieces[:N, :T].copy(), recipe, head, read)
+
+
+@problem(any_size=True)
+def transformer_flipflop(
+    N: int = 4,
+    T: int = 16,
+    head: Head = "untied",
+    read: Read = "logits",
+) -> Definition:
+    """Transformer of 2 blocks, d = 32 and 4 heads that says the bits of a 3-bit flip-flop; it needs no text.
+
+    A token is a step's pulses, one of 27, and what is to be said are the bits that they have set so far, one of 27 as
+    well. Trained by Adam for 400 steps of 32 trials.
+    """
+    import torch
+
+    from ntkbench.networks.language import Size
+
+    known, seen = tasks.trials("flipflop", FLIPFLOPS, T, seed=1), tasks.trials("flipflop", N, T)
+    pulses, bits = (torch.from_numpy(_as_tokens(array)) for array in (known.inputs, known.targets))
+    recipe = training.Adam(pulses, bits, training.next_token, batch=32, epochs=4, lr=3e-3)
+    return _transformer(Size(27, T, 32, layers=2, heads=4), _as_tokens(seen.inputs), recipe, head, read)
+
+
+def _as_tokens(bits: np.ndarray) -> np.ndarray:
+    """Numbers below 27, ``[N, T]``, for three channels of -1, 0 or 1, ``[N, T, 3]``."""
+    return (bits.astype(np.int64) + 1) @ np.array([9, 3, 1])
 
 
 @problem(any_size=True)

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ntkbench import metrics
 from ntkbench.errors import BadInput
-from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
+from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays, certificate, torch_network
 from ntkbench.options import Target
@@ -43,16 +43,21 @@ CERTIFICATE_PASSES = 2
 
 
 def candidates(problem: Problem) -> list[nn.Linear]:
-    """Layers of a network that may be its wide head, by their sizes; there are other parameters that count."""
+    """Layers of a network that may be its wide head, by their sizes; there are other parameters that count.
+
+    A layer whose weight is another layer's as well is none; see :mod:`ntkbench.methods.base.tied_head`.
+    """
     from torch import nn
 
     if problem.module is None:
         return []
     found = []
+    used = collections.Counter(id(w) for _, w in problem.module.named_parameters(remove_duplicate=False))
     for name, layer in problem.module.named_modules():
         own = {f"{name}.{key}".lstrip(".") for key in ("weight", "bias")}
         wide = type(layer) is nn.Linear and layer.in_features < layer.out_features
-        if wide and problem.O % layer.out_features == 0 and set(problem.theta_0) - own:
+        alone = wide and used[id(layer.weight)] == 1
+        if alone and problem.O % layer.out_features == 0 and set(problem.theta_0) - own:
             found.append(layer)
     return found
 
@@ -289,42 +294,30 @@ class HeadedProblem:
         for end in self._ends.values():
             end.forget()
 
+    def moments(self, metric: str) -> Moments:
+        """The moments that a metric is a function of."""
+        from ntkbench.layerwise.kernel import mirror
 
-def moments(prepared: HeadedProblem, metric: str) -> Moments:
-    """The moments that a metric is a function of."""
-    ends = prepared.ends(metric)
-    if metric == "trace":
-        (end,) = ends
-        inner = end.inner
-        own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
-        return Moments(trace=float(own) + end.V * float(end.G.diagonal().sum()))
-    V, grams = ends[0].V, [end.G for end in ends]
-    sums = _Sums(grams, ends[0].T, ends[0].d)
-    for left, right, parts in _blocks(prepared.networks(metric)):
-        sums.add(left, right, parts)
-    trace = sums.trace + V * float(grams[0].diagonal().sum())
-    square = sums.squares[0] + V * float((grams[0] ** 2).sum()) + 2 * sums.crossed[0, 0]
-    if metric != "alignment":
-        return Moments(trace, square)
-    square_f = sums.squares[1] + V * float((grams[1] ** 2).sum()) + 2 * sums.crossed[1, 1]
-    cross = sums.cross + V * float((grams[0] * grams[1]).sum()) + sums.crossed[0, 1] + sums.crossed[1, 0]
-    return Moments(trace, square, square_f, cross)
-
-
-def _blocks(networks: Sequence[TracedNetwork]) -> Iterator[tuple[Block, Block, list[Tensor]]]:
-    """The kernels of some networks in blocks, the same for all, complete on the diagonal."""
-    from ntkbench.layerwise.kernel import mirror
-
-    each = (network.engine.blocks([network.parameters], network.x) for network in networks)
-    for found in zip(*each, strict=True):
-        left, right, _ = found[0]
-        if any((left, right) != (one, other) for one, other, _ in found):
-            raise BadInput("the blocks of the two networks' kernels differ")
-        parts = [part for *_, (part,) in found]
-        if left == right:
-            for part in parts:
-                mirror(part, TILE)
-        yield left, right, parts
+        ends = self.ends(metric)
+        if metric == "trace":
+            (end,) = ends
+            inner = end.inner
+            own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
+            return Moments(trace=float(own) + end.V * float(end.G.diagonal().sum()))
+        V, grams = ends[0].V, [end.G for end in ends]
+        sums = _Sums(grams, ends[0].T, ends[0].d)
+        for left, right, parts in blocks_of(self.networks(metric)):
+            if left == right:
+                for part in parts:
+                    mirror(part, TILE)
+            sums.add(left, right, parts)
+        trace = sums.trace + V * float(grams[0].diagonal().sum())
+        square = sums.squares[0] + V * float((grams[0] ** 2).sum()) + 2 * sums.crossed[0, 0]
+        if metric != "alignment":
+            return Moments(trace, square)
+        square_f = sums.squares[1] + V * float((grams[1] ** 2).sum()) + 2 * sums.crossed[1, 1]
+        cross = sums.cross + V * float((grams[0] * grams[1]).sum()) + sums.crossed[0, 1] + sums.crossed[1, 0]
+        return Moments(trace, square, square_f, cross)
 
 
 TILE = 512
@@ -373,7 +366,10 @@ class _Sums:
         return found
 
 
-def passes(problem: Problem, metric: str) -> float:
-    """Passes that the moments take by the narrowest candidate: T d of g at each set of weights, and those of e."""
-    narrowest = min(layer.in_features / layer.out_features for layer in candidates(problem))
-    return problem.O * narrowest * (3 if metric == "alignment" else 1)
+def passes(problem: Problem, metric: str) -> dict[int, float]:
+    """Passes that the moments take, by a candidate's V: T d of g at each set of weights, and those of e."""
+    found: dict[int, float] = {}
+    for layer in candidates(problem):
+        needed = problem.O / layer.out_features * layer.in_features * (3 if metric == "alignment" else 1)
+        found[layer.out_features] = min(needed, found.get(layer.out_features, needed))
+    return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntkbench import metrics
+from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
@@ -17,6 +18,7 @@ from ntkbench.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ntkbench.layerwise.blocks import Block
     from ntkbench.layerwise.kernel import LayerwiseKernel
 
 
@@ -136,6 +138,20 @@ class TracedProblem:
 def _two_networks(problem: Problem) -> bool:
     """Whether the ends of an alignment differ in more than the values of theta."""
     return problem.other is not None or bool(problem.fixed_f)
+
+
+def blocks_of(networks: Sequence[TracedNetwork]) -> Iterator[tuple[Block, Block, list[Tensor]]]:
+    """The kernels of some networks of one size in the same blocks; see :meth:`LayerwiseKernel.blocks`.
+
+    Raises:
+        BadInput: blocks that fit in memory have other sizes for one network than for another.
+    """
+    each = (network.engine.blocks([network.parameters], network.x) for network in networks)
+    for found in zip(*each, strict=True):
+        left, right, _ = found[0]
+        if any((left, right) != (one, other) for one, other, _ in found):
+            raise BadInput("the blocks of the two networks' kernels differ")
+        yield left, right, [part for *_, (part,) in found]
 
 
 def ledger_of(ends: Sequence[TracedNetwork]) -> Ledger:

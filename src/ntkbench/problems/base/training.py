@@ -91,17 +91,27 @@ class Adam(Training):
     seed: int = 0
 
     def train(self, module: nn.Module) -> None:
+        for _ in self.course(module):
+            pass
+        module.float()
+
+    def course(self, module: nn.Module) -> Iterator[tuple[int, float]]:
+        """Train in place, in float64: steps taken and the loss of the next batch, before each step.
+
+        The caller may look at the weights in between.
+        """
         import torch
 
         module.double()
         optimizer = torch.optim.Adam(module.parameters(), lr=self.lr)
         shuffle = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.epochs):
-            for chosen in torch.randperm(len(self.x), generator=shuffle).split(self.batch):
-                optimizer.zero_grad()
-                self.loss(module(_wide(self.x[chosen])), self.y[chosen]).backward()
-                optimizer.step()
-        module.float()
+        batches = (torch.randperm(len(self.x), generator=shuffle).split(self.batch) for _ in range(self.epochs))
+        for step, chosen in enumerate(itertools.chain.from_iterable(batches)):
+            optimizer.zero_grad()
+            value = self.loss(module(_wide(self.x[chosen])), self.y[chosen])
+            yield step, float(value.detach())
+            value.backward()
+            optimizer.step()
 
     def arrays(self) -> Weights:
         return {"x": self.x.numpy(), "y": self.y.numpy()}

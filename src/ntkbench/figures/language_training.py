@@ -1,0 +1,119 @@
+"""Alignment, effective rank, trace and norm of a transformer's NTK along its training, as a whole and by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ntkbench.figures.plotting import base, canvas, labels, styles
+from ntkbench.figures.plotting.key import Key
+
+TABLE = "language_training"
+COLUMNS: tuple[str, ...] = ("problem", "N", "O", "P", "step", "loss", "part", "parameters", "metric", "value", "low")
+COLUMNS += ("high", "ratio", "ratio_standard_error", "probes")
+
+METRICS = {
+    "alignment": "alignment with step 0",
+    "effective_rank": "effective rank",
+    "trace": "trace",
+    "norm": "Frobenius norm",
+}
+WHOLE = "all parameters"
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A panel for each metric, a line for each part of the parameters, bars for 95 % intervals."""
+    shown = base.measured(table, "value", "step", "low", "high")
+    shown = shown[shown["metric"].isin(METRICS)]
+    if not len(shown):
+        return base.nothing(table[list(COLUMNS)], labels.why_not(table))
+    parts = list(dict.fromkeys(shown["part"]))
+    others = [part for part in parts if part != WHOLE]
+    colours = {part: styles.COLOURS[i % len(styles.COLOURS)] for i, part in enumerate(others)} | {WHOLE: styles.BLACK}
+    figure, grid = canvas.sheet(
+        [canvas.Row(2.4, above=0.35, below=0.3)] * 2,
+        2,
+        title=_title(shown),
+        subtitle=f"{_sizes(shown)}  ·  {base.settings_line(table)}",
+        key=_key(parts, colours),
+        left=0.85,
+        gap=0.8,
+        bottom=0.3,
+    )
+    last = shown["step"].max()
+    for (metric, label), panel in zip(METRICS.items(), [panel for row in grid for panel in row], strict=True):
+        lines = shown[shown["metric"] == metric]
+        for part, line in lines.groupby("part", sort=False):
+            line = line.sort_values("step")
+            bars = [line["value"] - line["low"], line["high"] - line["value"]]
+            width = 1.8 if part == WHOLE else 1.1
+            panel.errorbar(line["step"], line["value"], bars, color=colours[part], linewidth=width, elinewidth=0.9)
+        _axes(panel, lines, last, metric)
+        panel.set_ylabel(label)
+    for panel in grid[1]:
+        panel.set_xlabel("training step")
+    return base.Drawing(figure, shown[list(COLUMNS)], _caption(shown))
+
+
+def _key(parts: Sequence[str], colours: Mapping[str, str]) -> Key:
+    """A heading for each block, and one for what is outside of them."""
+    found: dict[str, list[tuple[Line2D, str]]] = {}
+    for part in parts:
+        block, _, inside = part.partition(", ")
+        entry = Line2D([], [], color=colours[part]), labels.short(inside or part)
+        found.setdefault(labels.short(block) if inside else "parameters", []).append(entry)
+    return list(found.items())
+
+
+def _axes(panel: Axes, lines: pd.DataFrame, last: float, metric: str) -> None:
+    panel.set_xscale("symlog", linthresh=1, linscale=0.4)
+    panel.xaxis.set_major_locator(FixedLocator([0, *(10**k for k in range(7) if 10**k <= last)]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.set_xlim(-0.1, max(last, 1) * 1.3)
+    if metric == "alignment":
+        panel.set_ylim(0, 1.03)
+        return
+    low, high = canvas.limits(lines["value"], pad=1.4, ratio=12)
+    panel.set(yscale="log", ylim=(low, high))
+    canvas.decades(panel.yaxis, low, high)
+
+
+def _sizes(shown: pd.DataFrame) -> str:
+    one = shown.iloc[0]
+    return f"{one['problem']}: N = {one['N']:g}, O = {one['O']:g}, P = {labels.count_label(one['P'])}"
+
+
+def _ends(shown: pd.DataFrame, metric: str, part: str) -> tuple[float, float, pd.Series]:
+    """The first and the last value of a line, and its last row."""
+    line = shown[(shown["metric"] == metric) & (shown["part"] == part)].sort_values("step")
+    return line["value"].iloc[0], line["value"].iloc[-1], line.iloc[-1]
+
+
+def _title(shown: pd.DataFrame) -> str:
+    _, aligned, row = _ends(shown, "alignment", WHOLE)
+    first, last, _ = _ends(shown, "effective_rank", WHOLE)
+    return (
+        f"After {row['step']:g} steps the NTK's alignment with step 0 is {labels.rounded(aligned)}, its effective rank "
+        f"{labels.rounded(last / first)} times that at first"
+    )
+
+
+def _caption(shown: pd.DataFrame) -> str:
+    losses = shown.sort_values("step")["loss"]
+    said = []
+    for part in dict.fromkeys(shown["part"]):
+        *_, row = _ends(shown, "alignment", part)
+        said.append(f"{part} {labels.interval_label(row['value'], row['low'], row['high'])}")
+    return (
+        f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, by all parameters "
+        "and by parts of them, whose kernels add up to the whole. The loss of a batch, in nats a token, goes from "
+        f"{labels.rounded(losses.iloc[0], 3)} to {labels.rounded(losses.iloc[-1], 3)}. Bars are 95 % intervals "
+        f"from {shown['probes'].max():g} probes, the same for all parts and steps. They are of this network alone: "
+        "what another start would do is not seen. Alignment with the kernel at step 0 at the end: "
+        f"{'; '.join(said)}."
+    )

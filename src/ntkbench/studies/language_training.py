@@ -1,0 +1,174 @@
+"""The NTK of a small decoder-only transformer along its training: as a whole, and by layer.
+
+Trace, norm, effective rank, and alignment with the kernel before training, at some steps of the recipe that the problem
+is trained by. Parts of the parameters are the embeddings, the attention and the perceptron of each block, each with its
+norm, and the readout; their kernels add up to the whole. All kernels are seen by the same probes at all steps, so that
+ratios to the first step have standard errors from pairs. A step takes one VJP of a probe, and one JVP of it for each
+part.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from pydantic import Field, NonNegativeInt, field_validator
+
+from ntkbench import problems
+from ntkbench.errors import BadInput, Unavailable
+from ntkbench.estimate import Estimate
+from ntkbench.estimators import paired
+from ntkbench.operators import linearise
+from ntkbench.problem import Problem, split
+from ntkbench.problems.base import Definition, training
+from ntkbench.studies import base
+
+TIMED = False
+PLUGINS = ("ntkbench.problems.language",)
+WHOLE = "all parameters"
+LAYERS = {"embedding": "embedding", "position": "embedding", "norm": "readout", "head": "readout"}
+"""Modules outside of the blocks, and the parts that they belong to; others are parts of their own."""
+SUBLAYERS = {"norm1": "attention", "attention": "attention", "norm2": "MLP", "mlp": "MLP"}
+"""The same inside of a block."""
+
+
+class Settings(base.Settings):
+    """What is trained, and when it is looked at.
+
+    Attributes:
+        problems: labels of problems that are trained by Adam; the first one is taken whose data can be had.
+        steps: of training after which the network is looked at, from 0 on.
+        probes: that all kernels are seen by.
+    """
+
+    problems: list[str] = Field(default=["transformer_small[N=4,T=16]", "transformer_flipflop[N=16]"], min_length=1)
+    steps: list[NonNegativeInt] = Field(default=[0, 1, 3, 10, 30, 100, 300], min_length=2)
+    probes: int = Field(default=100, ge=2)
+
+    @field_validator("problems")
+    @classmethod
+    def _problems_exist(cls, labels: list[str]) -> list[str]:
+        return [problems.check(label) for label in labels]
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_rise(cls, steps: list[int]) -> list[int]:
+        if steps[0] != 0 or steps != sorted(steps):
+            raise ValueError(f"must begin with 0 and rise; got {steps}")
+        return steps
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each step, part of the parameters and metric; one with the reason for a step that cannot be had."""
+    course = base.Once(lambda: Course(settings))
+    named = " or ".join(settings.problems)
+    return base.table(
+        row
+        for step in settings.steps
+        for row in base.rows({"problems": named, "step": step}, functools.partial(_look, course, step))
+    )
+
+
+def _look(course: base.Once[Course], step: int) -> list[dict[str, Any]]:
+    return course().look(step)
+
+
+class Course:
+    """One network along its training."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Nothing is trained yet.
+
+        Raises:
+            BadInput: the problem is not trained by Adam.
+            Unavailable: the data of no problem can be had.
+        """
+        self._settings = settings
+        self._label, definition = _first_available(settings.problems)
+        if not isinstance(definition.training, training.Adam):
+            raise BadInput(f"{self._label} is not trained by Adam")
+        self._trained, self._x = definition.module, definition.x
+        self._network = definition.part or definition.module
+        self._parts = parts(name for name, _ in self._network.named_parameters())
+        self._course = definition.training.course(self._trained)
+        self._at = next(self._course)
+        j = linearise(self._problem(), "theta_0", settings.target())
+        self._probes = j.rng(0).sign(settings.probes, j.n)
+        self._seen = {part: paired.SharedProbes(self._probes) for part in (WHOLE, *self._parts)}
+        self._metrics()
+
+    def look(self, step: int) -> list[dict[str, Any]]:
+        """Rows after so many steps, no fewer than before.
+
+        Raises:
+            BadInput: the recipe has fewer steps.
+        """
+        while self._at[0] < step:
+            after = next(self._course, None)
+            if after is None:
+                raise BadInput(f"{self._label} is trained for fewer than {step} steps")
+            self._at = after
+        return self._metrics()
+
+    def _problem(self) -> Problem:
+        """The network at its present weights."""
+        own = dict(self._network.named_parameters())
+        weights = {
+            name: w.detach().double().numpy().copy() for name, w in self._trained.named_parameters() if name in own
+        }
+        theta, fixed = split(self._network, weights)
+        return Problem(self._label, self._network, self._x, theta, fixed_0=fixed)
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Rows of all parts at the present weights."""
+        problem = self._problem()
+        j = linearise(problem, "theta_0", self._settings.target())
+        g = j.vjp(self._probes)
+        ends = list(itertools.accumulate((problem.theta_0[name].size for name in j.names), initial=0))
+        columns = {name: slice(*pair) for name, pair in zip(j.names, itertools.pairwise(ends), strict=True)}
+        images, sizes = {}, {WHOLE: problem.P}
+        for part, names in self._parts.items():
+            w = g * 0
+            for name in names:
+                w[:, columns[name]] = g[:, columns[name]]
+            images[part], sizes[part] = j.jvp(w), sum(problem.theta_0[name].size for name in names)
+        images = {WHOLE: sum(images.values()), **images}
+        shared = {"problem": self._label, **base.sizes(problem), "loss": self._at[1], "probes": len(self._probes)}
+        return [
+            shared | {"part": part, "parameters": sizes[part]} | _columns(one, len(self._probes))
+            for part, image in images.items()
+            for one in self._seen[part].compare(image)
+        ]
+
+
+def _columns(one: paired.Comparison, probes: int) -> dict[str, Any]:
+    """A metric with its 95 % interval, and its ratio to that at step 0."""
+    found = Estimate(one.value, one.standard_error, None, "", metric=one.quantity, degrees=probes - 1)
+    low, high = found.interval()
+    ratio = {"ratio": one.ratio, "ratio_standard_error": one.ratio_standard_error}
+    return {"metric": one.quantity, "value": one.value, "low": low, "high": high, **ratio}
+
+
+def _first_available(labels: Sequence[str]) -> tuple[str, Definition]:
+    """The first problem whose data can be had, before it is trained."""
+    for label in labels[:-1]:
+        try:
+            return label, problems.define(label)
+        except Unavailable:
+            continue
+    return labels[-1], problems.define(labels[-1])
+
+
+def parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of parameters by the parts of a transformer that they belong to, in the order of the network."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        module, *inside = name.split(".")
+        part = LAYERS.get(module, module)
+        if module == "blocks":
+            part = f"block {int(inside[0]) + 1}, {SUBLAYERS.get(inside[1], inside[1])}"
+        found.setdefault(part, []).append(name)
+    return found

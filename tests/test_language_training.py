@@ -1,0 +1,155 @@
+"""The NTK of a transformer along its training and by layer: the study on a tiny network, its problem and its figure."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ntkbench import figures, problems, studies
+from ntkbench.data import tasks
+from ntkbench.errors import Unavailable
+from ntkbench.estimators import paired
+from ntkbench.metrics import from_gram
+from ntkbench.operators import torch as autodiff
+from ntkbench.options import Target
+from ntkbench.problem import Problem, split
+from ntkbench.problems.base import training
+from ntkbench.studies import language_training as study
+
+NAME = "language_training"
+TINY = {"problems": ["transformer_tiny[N=2,T=3,read=last]"], "steps": [0, 1, 3], "probes": 40}
+TINY |= {"threads": 1, "device": "cpu", "dtype": "float64"}
+PROVENANCE = {"device": "cpu", "dtype": "float64", "threads": 1, "git_sha": "0123456789", "git_dirty": False}
+PROVENANCE |= {"machine": "a laptop"}
+PARTS = ["embedding", "block 1, attention", "block 1, MLP", "block 2, attention", "block 2, MLP", "readout"]
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return studies.run(NAME, studies.settings(NAME, TINY)).assign(**PROVENANCE)
+
+
+def jacobian(module: torch.nn.Module, x: np.ndarray) -> dict[str, torch.Tensor]:
+    """Columns of J by parameter, in float64."""
+    theta = dict(module.double().named_parameters())
+    rows = [
+        torch.autograd.grad(f, list(theta.values()), retain_graph=True, materialize_grads=True, allow_unused=True)
+        for f in module(torch.from_numpy(x)).reshape(-1)
+    ]
+    return {name: torch.stack([row[i].flatten() for row in rows]) for i, name in enumerate(theta)}
+
+
+def test_every_step_and_part_is_right(table):
+    """Against Theta written out at the weights that the recipe gives, after as many steps."""
+    assert (table["status"] == "ok").all(), table["reason"].unique()
+    assert list(dict.fromkeys(table["part"])) == [study.WHOLE, *PARTS]
+    assert len(table) == 3 * 7 * 4 and not table.duplicated(["step", "part", "metric"]).any()
+    definition = problems.define(TINY["problems"][0])
+    at, part = {}, definition.part
+    for step, loss in definition.training.course(definition.module):
+        if step in TINY["steps"]:
+            with torch.no_grad():
+                for name, w in part.double().named_parameters():
+                    w.copy_(definition.module.get_parameter(name))
+            at[step] = loss, jacobian(part, definition.x)
+    u = autodiff.linearise(problem_of(definition), "theta_0", Target("torch", "float64", "cpu")).rng(0).sign(40, 22)
+    for name in dict.fromkeys(table["part"]):
+        names = list(at[0][1]) if name == study.WHOLE else study.parts(at[0][1])[name]
+        probes = paired.SharedProbes(u)
+        for step, (loss, J) in at.items():
+            rows = table[(table["step"] == step) & (table["part"] == name)].set_index("metric")
+            assert set(rows["loss"]) == {loss} and set(rows["parameters"]) == {sum(J[key].shape[1] for key in names)}
+            theta, first = (torch.cat([each[key] for key in names], 1) for each in (J, at[0][1]))
+            theta, first = theta @ theta.T, first @ first.T
+            for one in probes.compare(u @ theta):
+                row = rows.loc[one.quantity]
+                assert (row["value"], row["ratio"]) == pytest.approx((one.value, one.ratio), rel=1e-9)
+                assert row["ratio_standard_error"] == pytest.approx(one.ratio_standard_error, rel=1e-6, abs=1e-9)
+                exact = (from_gram(theta, first) if one.quantity == "alignment" else from_gram(theta)).metric(
+                    one.quantity
+                )
+                assert abs(one.value - exact) < 5 * one.standard_error + 1e-9
+                assert row["low"] <= row["value"] <= row["high"]
+
+
+def problem_of(definition) -> Problem:
+    network = definition.part
+    weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
+    return Problem("tiny", network, definition.x, split(network, weights)[0])
+
+
+def test_parts_add_up_and_cover_all_parameters(table):
+    traces = table[table["metric"] == "trace"].pivot(index="step", columns="part", values="value")
+    np.testing.assert_allclose(traces[PARTS].sum(axis=1), traces[study.WHOLE], rtol=1e-10)
+    names = [name for name, _ in problems.define("transformer_tiny").module.named_parameters()]
+    assert sorted(itertools.chain(*study.parts(names).values())) == sorted(names)
+    assert study.parts(["other.0.weight", "norm.bias"]) == {"other": ["other.0.weight"], "readout": ["norm.bias"]}
+
+
+def test_steps_behind_the_end_of_the_recipe_are_rows_that_say_so():
+    given = TINY | {"steps": [0, 99], "problems": ["transformer_tiny[N=1,T=2,read=last]"]}
+    rows = studies.run(NAME, studies.settings(NAME, given)).set_index("step")
+    assert set(rows.loc[[0], "status"]) == {"ok"}
+    assert rows.loc[99, "status"] == "failed" and "trained for fewer than 99 steps" in rows.loc[99, "reason"]
+
+
+def test_the_first_problem_is_taken_whose_data_is_there(monkeypatch):
+    def define(label):
+        if label.startswith("transformer_small"):
+            raise Unavailable("no text")
+        return label
+
+    monkeypatch.setattr(problems, "define", define)
+    assert study._first_available(study.Settings().problems) == ("transformer_flipflop[N=16]",) * 2
+    with pytest.raises(Unavailable, match="no text"):
+        study._first_available(["transformer_small"])
+
+
+@pytest.mark.parametrize("steps", [[1, 2], [0, 5, 3]])
+def test_steps_that_do_not_rise_from_zero_are_refused(steps):
+    with pytest.raises(ValidationError, match="must begin with 0 and rise"):
+        studies.settings(NAME, TINY | {"steps": steps})
+
+
+def test_a_problem_that_does_not_exist_is_refused():
+    with pytest.raises(ValidationError, match="transformer_tinny"):
+        studies.settings(NAME, TINY | {"problems": ["transformer_tinny"]})
+
+
+def test_tokens_of_the_flipflop_are_its_pulses_and_bits():
+    from ntkbench.problems import language
+
+    definition = problems.define("transformer_flipflop[N=2,T=5]")
+    trials = tasks.trials("flipflop", 2, 5)
+    bits = np.stack([definition.x // 9, definition.x // 3 % 3, definition.x % 3], 2) - 1
+    np.testing.assert_array_equal(bits, trials.inputs)
+    assert language._as_tokens(trials.targets).max() < 27
+    assert definition.module(torch.from_numpy(definition.x)).shape == (2, 5, 27)
+
+
+def test_the_course_of_a_recipe_is_its_training():
+    trained, other = (torch.nn.Linear(2, 1) for _ in range(2))
+    other.load_state_dict(trained.state_dict())
+    x, y = torch.randn(6, 2), torch.randn(6, 1).double()
+    recipe = training.Adam(x, y, torch.nn.functional.mse_loss, batch=2, epochs=2)
+    recipe.train(trained)
+    seen = list(recipe.course(other))
+    assert [step for step, _ in seen] == list(range(6)) and torch.equal(trained.weight, other.float().weight)
+    assert seen[0][1] != seen[1][1]
+
+
+def test_the_figure_says_what_the_table_does(table, tmp_path):
+    made = figures.draw(NAME, table, tmp_path)
+    caption, plotted = made[1].read_text(), pd.read_csv(made[0])
+    np.testing.assert_allclose(plotted["value"], table["value"])
+    last = table[(table["step"] == 3) & (table["metric"] == "alignment")].set_index("part")["value"]
+    assert f"all parameters {float(f'{last[study.WHOLE]:.2g}'):g}" in caption and "nan" not in caption
+    assert "from 40 probes" in caption
+    lost = table.assign(status="failed", reason="$x$ broke", value=np.nan)
+    for rows in (table.iloc[:0], lost):
+        assert "Nothing to show" in figures.draw(NAME, rows, tmp_path)[1].read_text()
