@@ -147,7 +147,14 @@ def of_matrix(
 
 
 def of_operator(
-    j: JacobianOperator, y: np.ndarray, ridge: float, *, rtol: float, passes: int = 4096, seed: int = 0
+    j: JacobianOperator,
+    y: np.ndarray,
+    ridge: float,
+    *,
+    rtol: float,
+    passes: int = 4096,
+    seed: int = 0,
+    rank: int = RANK,
 ) -> Solution:
     """By SciPy's conjugate gradients on products with J J^T, preconditioned by a Nystrom approximation of Theta.
 
@@ -167,12 +174,13 @@ def of_operator(
         rtol: of the residual, at which the iteration stops.
         passes: the most to spend; one iteration is always made.
         seed: of the preconditioner.
+        rank: of the preconditioner, at most; 0 for none.
 
     Raises:
         BadInput: the residual stays above ``rtol``.
     """
     before, iterations = j.passes, 0
-    rank = min(RANK, j.n, passes // (2 * SHARE), j.memory // (SHARE * 8 * j.n))
+    rank = min(rank, j.n, passes // (2 * SHARE), j.memory // (SHARE * 8 * j.n))
     preconditioner = _nystrom(j, rank, ridge, seed) if rank else None
     apply = _shifted(j, ridge)
 

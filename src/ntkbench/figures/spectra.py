@@ -1,0 +1,186 @@
+"""Spectral quantities by products: errors and seconds against passes, beside the decomposition of all of Theta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting.styles import Look
+
+TABLE = "spectra"
+COLUMNS: tuple[str, ...] = ("problem", "method", "title", "kind", "quantity", "passes", "tolerance", "passes_spent")
+COLUMNS += ("error", "error_q25", "error_q75", "holds", "stated", "seconds", "seeds", "calls", "n", "P", "O")
+
+QUANTITIES = {
+    "largest": ("largest eigenvalue", "relative error"),
+    "top": ("largest eigenvalues", "worst relative error"),
+    "condition": ("condition number of Θ + ridge", "relative error"),
+    "entropy_effective_rank": ("entropy effective rank", "relative error"),
+    "log_determinant": ("log det(I + Θ / ridge)", "relative error"),
+    "density": ("spectral density", "decades"),
+}
+"""Panels from above, and what their errors are."""
+LOOKS = {
+    "eigh": (styles.PINK, "P"),
+    "spectrum": (styles.BLUE, "o"),
+    "block_lanczos": (styles.SKY, "D"),
+    "stochastic_lanczos": (styles.GREEN, "<"),
+    "arpack": (styles.ORANGE, "p"),
+    "lobpcg": (styles.VERMILION, ">"),
+    "matfree": (styles.BLACK, "d"),
+}
+EXACT, WHOLE = "eigh", "spectrum"
+FLOOR = 1e-8
+"""Errors below are drawn at it."""
+ROUNDING = 1e-6
+"""Errors below are called rounding, of float32."""
+RIGHT = 0.9
+"""Share of seeds in which a statement must be true for a filled marker."""
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A row of panels for each quantity and one for seconds, a column for each problem."""
+    points = base.measured(table, "error", "passes_spent", "seconds", "n")
+    points = points[points["method"].isin(LOOKS) & points["quantity"].isin(QUANTITIES) & (points["passes_spent"] > 0)]
+    if not len(points):
+        return base.nothing(table, labels.why_not(table))
+    problems = list(dict.fromkeys(points["problem"]))
+    shown = [quantity for quantity in QUANTITIES if quantity in set(points["quantity"])]
+    look = {m: Look(m, "", "", *LOOKS[m]) for m in LOOKS if m in set(points["method"])}
+    rows = [canvas.Row(1.35, above=0.62 if i == 0 else 0.34, below=0.2) for i in range(len(shown) + 1)]
+    figure, grid = canvas.sheet(
+        rows,
+        len(problems),
+        title=_title(points),
+        subtitle=base.settings_line(table),
+        key=[*_methods(points, look), ("how to read", _reading())],
+        left=1.0,
+        gap=0.3,
+        bottom=0.45,
+    )
+    low, high = canvas.limits(points["passes_spent"], pad=1.3)
+    for panels, quantity in zip(grid, [*shown, "seconds"], strict=True):
+        here = points[points["quantity"] == quantity] if quantity != "seconds" else points
+        column = "seconds" if quantity == "seconds" else "error"
+        ends = canvas.limits(np.clip(here[column], FLOOR if column == "error" else 0, None), pad=2)
+        for panel, problem in zip(panels, problems, strict=True):
+            _panel(panel, here[here["problem"] == problem], column, look)
+            panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=ends)
+            canvas.decades(panel.xaxis, low, high)
+            canvas.decades(panel.yaxis, *ends, most=5)
+            panel.tick_params(labelleft=panel is panels[0], labelbottom=quantity == "seconds")
+        name, words = QUANTITIES.get(quantity, ("seconds of a call", "seconds"))
+        panels[0].set_ylabel(words)
+        panels[0].annotate(name, (0, 1), (0, 4), "axes fraction", "offset points", fontweight="bold")
+    for panel, problem in zip(grid[0], problems, strict=True):
+        sizes = labels.sizes_label(points[points["problem"] == problem], "n")
+        where: Any = ((0, 1), (0, 21), "axes fraction", "offset points")
+        said = f"{labels.short(labels.name_label(problem), 28)}:  {sizes}"
+        panel.annotate(said, *where, color=styles.GREY, fontweight="bold")
+    for panel in grid[-1]:
+        panel.set_xlabel("passes")
+    kept = points[[column for column in COLUMNS if column in points]].reset_index(drop=True)
+    return base.Drawing(figure, kept, _caption(points, shown))
+
+
+def _panel(panel: Axes, here: pd.DataFrame, column: str, look: dict[str, Look]) -> None:
+    for method, rows in here.groupby("method", sort=False):
+        if column == "seconds":  # the same for all quantities of a call
+            rows = rows.drop_duplicates(["passes", "tolerance"])
+        rows = rows.sort_values("passes_spent")
+        drawn = look[str(method)].line("torch") | {"linewidth": 1.1, "clip_on": False, "markersize": 5.0}
+        at = rows["passes_spent"].to_numpy(float)
+        values = rows[column].clip(lower=FLOOR).to_numpy(float)
+        panel.plot(at, values, **(drawn | {"marker": ""}))
+        wrong = (rows["holds"] < RIGHT).to_numpy() if column == "error" else np.zeros(len(rows), bool)
+        for chosen, face in ((~wrong, drawn["color"]), (wrong, "white")):
+            panel.plot(at[chosen], values[chosen], **(drawn | {"linestyle": "", "markerfacecolor": face, "zorder": 3}))
+
+
+def _methods(points: pd.DataFrame, look: dict[str, Look]) -> key.Key:
+    titles = points.drop_duplicates("method").set_index("method")["title"]
+    entries = {m: (Line2D([], [], **look[m].line("torch")), labels.short(str(titles[m]))) for m in look}
+    exact = [(Line2D([], [], **look[EXACT].line("torch") | {"linestyle": ""}), entries[EXACT][1])]
+    return [
+        ("exact", exact if EXACT in entries else []),
+        ("by products", [entry for method, entry in entries.items() if method != EXACT]),
+    ]
+
+
+def _reading() -> list[tuple[Line2D, str]]:
+    sample: dict[str, Any] = {"color": styles.GREY, "marker": "o", "linestyle": "", "markersize": 5}
+    return [
+        (Line2D([], [], **sample), "what is stated holds, or nothing is"),
+        (Line2D([], [], **sample, markerfacecolor="white"), f"it holds in less than {100 * RIGHT:g} % of the seeds"),
+    ]
+
+
+# --- words from the data
+
+
+def at_most(points: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The rows of a method with its most passes, on each problem and of each quantity."""
+    own = points[points["method"] == method]
+    return own.loc[own.groupby(["problem", "quantity"], sort=False)["passes_spent"].idxmax()]
+
+
+def _title(points: pd.DataFrame) -> str:
+    rows = at_most(points, WHOLE)
+    worst = rows.groupby("quantity")["error"].max()
+    if not {"top", "log_determinant"} <= set(worst.index):
+        return "Spectral quantities by products: errors against passes"
+    top, volume = (_error(quantity, float(worst[quantity])) for quantity in ("top", "log_determinant"))
+    said = f"Products give the top eigenvalues to {top}, log det to {volume}"
+    exact = at_most(points, EXACT).groupby("problem")["seconds"].max()
+    products = rows.groupby("problem")["seconds"].max()
+    if len(exact) == len(products) and (exact < products).all():
+        return f"{said}; all of Θ takes less time"
+    return said
+
+
+def _caption(points: pd.DataFrame, shown: list[str]) -> str:
+    text = (
+        "Median errors over seeds against the passes that were spent, relative to float64 eigenvalues; that of the "
+        "density is the Wasserstein-1 distance of log10(eigenvalue + ridge), in decades. Of several eigenvalues the "
+        "worst counts. ntkbench.spectrum shares its passes between block Lanczos, which stops at its tolerance, and "
+        "stochastic Lanczos, which takes a quarter and 400 at most. What is stated are bounds on eigenvalues (there "
+        "is one within them), and 95 % intervals. matfree's passes are those of the network in JAX. "
+        f"Errors below {FLOOR:g} are drawn there."
+    )
+    for problem, here in points.groupby("problem", sort=False):
+        text += f" {labels.name_label(str(problem))}: {_found(here, shown)}"
+    return text
+
+
+def _found(here: pd.DataFrame, shown: list[str]) -> str:
+    said = []
+    exact, whole = at_most(here, EXACT), at_most(here, WHOLE).set_index("quantity")
+    if len(exact):
+        row = exact.iloc[0]
+        said.append(f"all of Theta takes {labels.rounded(row['seconds'])} s and {row['passes_spent']:g} passes")
+    if len(whole):
+        row = whole.iloc[0]
+        errors = [
+            f"{QUANTITIES[name][0]} {_error(name, float(whole.loc[name, 'error']))}"
+            for name in shown
+            if name in whole.index
+        ]
+        cost = f"{labels.rounded(row['seconds'])} s and {row['passes_spent']:g} passes at most"
+        said.append(f"ntkbench.spectrum takes {cost}, with errors of {', '.join(errors)}")
+    stated = here[here["holds"].notna()]
+    for method, rows in stated.groupby("title", sort=False):
+        worst = rows.loc[rows["holds"].idxmin()]
+        where = f" ({QUANTITIES[worst['quantity']][0]}, {worst['passes_spent']:g} passes)" if worst["holds"] < 1 else ""
+        said.append(f"what {method} states holds in {labels.share_label(float(worst['holds']))} at least{where}")
+    return "; ".join(said) + "."
+
+
+def _error(quantity: str, error: float) -> str:
+    if error < ROUNDING:
+        return "rounding"
+    return f"{labels.rounded(error)} decades" if quantity == "density" else labels.share_label(error)

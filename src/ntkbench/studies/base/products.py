@@ -1,0 +1,32 @@
+"""Products with Theta on the host, for what other libraries compute from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ntkbench.operators import JacobianOperator, arrays
+
+
+def apply(j: JacobianOperator, columns: np.ndarray) -> np.ndarray:
+    """Theta times vectors ``[n]`` or ``[n, k]`` in the precision of J; 2 passes for each.
+
+    The products are of vectors of length 1, whatever the scale of the columns.
+    """
+    rows = columns.reshape(j.n, -1).T
+    sizes = np.linalg.norm(rows, axis=1, keepdims=True)
+    sizes = np.where(sizes > 0, sizes, 1.0)
+    image = arrays.to_numpy(j.ntk(arrays.asarray_like(rows / sizes, j.basis(0, 1)))) * sizes
+    found: np.ndarray = image.T.reshape(columns.shape)
+    return found
+
+
+def linear(j: JacobianOperator, ridge: float = 0.0) -> Any:
+    """Theta + ridge I as SciPy's linear operator, in the precision of J."""
+    from scipy.sparse.linalg import LinearOperator
+
+    def product(columns: np.ndarray) -> np.ndarray:
+        return apply(j, columns) + ridge * columns
+
+    return LinearOperator((j.n, j.n), matvec=product, matmat=product, dtype=np.dtype(f"f{j.itemsize}"))

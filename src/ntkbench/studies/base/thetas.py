@@ -1,0 +1,41 @@
+"""Theta of a problem written out on the host: what studies of spectra and solutions compare with, and time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ntkbench import methods
+from ntkbench.operators import arrays
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+METHOD = "structured_derivatives"
+
+
+class Theta:
+    """Theta of a problem, layer by layer; traced once, and computed anew at each call.
+
+    Attributes:
+        eps: machine epsilon of its entries.
+    """
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        """Trace the network.
+
+        Args:
+            problem: at its initial weights, whose Theta fits in memory.
+            target: where it is computed, and in which precision.
+
+        Raises:
+            BadInput: the network has no kernel layer by layer.
+        """
+        prepared: Any = methods.get(METHOD).prepare(problem, target)
+        (self._end,) = prepared.ends("norm")
+        self.eps = float(np.finfo(target.dtype).eps)
+
+    def __call__(self) -> np.ndarray:
+        """``[n, n]`` in float64, rows sample-major; O passes."""
+        made = self._end.engine.kernel(self._end.parameters, self._end.x)
+        return np.array(arrays.to_numpy(made, np.float64))

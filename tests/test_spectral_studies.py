@@ -1,0 +1,239 @@
+"""The studies of spectra, solutions and effective ranks: what they measure is what numpy says, and figures say it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from ntkbench import figures, operators, studies, testing
+from ntkbench.errors import Unavailable
+from ntkbench.estimators import lanczos
+from ntkbench.figures import solves as solves_figure
+from ntkbench.figures.plotting import labels
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+from ntkbench.studies import effective_ranks, solves, spectra
+from ntkbench.studies.base import products, thetas
+from ntkbench.testing import explicit_jacobian, smooth_problem
+
+QUICK = {"threads": 1, "device": "cpu", "calls": 1}
+PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789", "git_dirty": False}
+PROVENANCE |= {"machine": "a laptop"}
+TARGET = Target("torch", "float64", "cpu")
+
+
+def measured(name, **given):
+    return studies.run(name, studies.settings(name, QUICK | given)).assign(**PROVENANCE)
+
+
+def theta_of(problem):
+    J = explicit_jacobian(problem)
+    return J @ J.T
+
+
+# --- what they share
+
+
+def test_theta_and_products_are_those_of_the_jacobian():
+    problem = smooth_problem()
+    theta = theta_of(problem)
+    np.testing.assert_allclose(thetas.Theta(problem, TARGET)(), theta, rtol=1e-10)
+    j = operators.linearise(problem, "theta_0", TARGET)
+    columns = np.array([[1e-12], [0.0], [3.0], [-1.0], [2.0], [1e12]]) * np.array([1.0, -2.0, 0.0])
+    np.testing.assert_allclose(products.apply(j, columns), theta @ columns, rtol=1e-9)
+    assert j.passes == 6
+    np.testing.assert_allclose(products.linear(j, 0.5) @ columns[:, 0], (theta + 0.5 * np.eye(6)) @ columns[:, 0])
+
+
+# --- spectra
+
+
+@pytest.fixture(scope="module")
+def spectral():
+    given = {"problems": ["digits_mlp[N=4]"], "passes": [128], "tolerances": [1e-2], "top": 3, "seeds": 3}
+    return measured("spectra", **given)
+
+
+def test_the_study_of_spectra_has_a_row_for_each_method_budget_and_quantity(spectral):
+    assert set(spectral["status"]) == {"ok"}, spectral["reason"].unique()
+    found = {m: set(rows["quantity"]) for m, rows in spectral.groupby("method")}
+    assert found == {method: set(gives) for method, gives in spectra.GIVES.items()}
+    assert (spectral.loc[spectral["method"] != "eigh", "seeds"] == 3).all()
+    exact = spectral[spectral["method"] == "eigh"].set_index("quantity")
+    assert (exact["error"] < 1e-3).all() and (exact["holds"] == 1).all()
+    spent = spectral[spectral["method"].isin(["spectrum", "block_lanczos", "stochastic_lanczos", "matfree"])]
+    assert (spent["passes_spent"] <= spent["passes"]).all()
+
+
+def test_errors_are_those_of_the_quantities():
+    values = np.sort(np.random.default_rng(0).exponential(size=30) ** 3)
+    known = spectra.Truth(smooth_problem(), values, 1e-2, 4)
+    ones = np.full((1, 30), 1 / 30)
+    whole = lanczos.Density(values[None], ones, values[None], ones, np.array([True]), 30, 0, 0.0, 1e-12, whole=True)
+    assert known.exact("log_determinant") == pytest.approx(np.log1p(values / 1e-2).sum())
+    assert known.exact("condition") == pytest.approx((values[-1] + 1e-2) / (values[0] + 1e-2))
+    shares = values / values.sum()
+    assert known.exact("entropy_effective_rank") == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert max(answer.error for answer in known.spread(whole).values()) < 1e-9
+    assert {answer.holds for answer in known.spread(whole).values()} == {None, 1.0}
+    more = values[None] * 10 + 9e-2  # a decade more of lambda + ridge
+    shifted = dataclasses.replace(whole, nodes=more, radau_nodes=more)
+    assert known.spread(shifted)["density"].error == pytest.approx(1.0)
+    assert known.spread(shifted)["density"].holds < 1 and known.spread(shifted)["log_determinant"].holds == 0
+    largest = values[::-1][:4] * np.array([1, 1, 0.9, 1])
+    off = np.array([0, 0, 0.2, 0]) * values[::-1][:4]
+    said = known.largest_ones(largest, off + 1e-12)
+    assert (said["largest"].error, said["largest"].holds) == (0, 1) and said["top"].error == pytest.approx(0.1)
+    assert said["top"].holds == 1 and known.largest_ones(largest, 0 * off)["top"].holds == 0
+
+
+def test_rivals_are_right_where_they_have_enough_passes():
+    problem = smooth_problem("wide", 10, 6, 10, 2)
+    values = np.linalg.eigvalsh(theta_of(problem))
+    j = operators.linearise(problem, "theta_0", TARGET)
+    np.testing.assert_allclose(spectra.arpack(j, 3, 1e-10, 0), values[::-1][:3], rtol=1e-8)
+    assert j.passes > 0
+    before = j.passes
+    np.testing.assert_allclose(spectra.lobpcg(j, 3, 400, 1e-10, 0), values[::-1][:3], rtol=1e-5)
+    assert j.passes - before <= 400 + 6
+    with pytest.raises(Unavailable, match="at least 18 passes for 3 eigenvalues"):
+        spectra.lobpcg(j, 3, 12, 1e-10, 0)
+    found = spectra.Matfree(problem, "float64", 20)(0)
+    np.testing.assert_allclose(found.nodes, np.tile(values, (spectra.PROBES, 1)), atol=1e-8 * values[-1])
+    assert found.weights.sum() == pytest.approx(1)
+    with pytest.raises(Unavailable, match="no network in JAX"):
+        spectra.Matfree(dataclasses.replace(problem, jax_forward=None), "float64", 20)
+
+
+def test_the_figure_of_spectra_says_what_it_shows(spectral, tmp_path):
+    figures.draw("spectra", spectral, tmp_path)
+    said = (tmp_path / "spectra.txt").read_text()
+    rows = spectral[(spectral["method"] == "spectrum") & (spectral["passes"] == 128)].set_index("quantity")
+    assert f"log det(I + Θ / ridge) {labels.share_label(rows.loc['log_determinant', 'error'])}" in said
+    assert f"density {labels.rounded(rows.loc['density', 'error'])} decades" in said
+    assert len(pd.read_csv(tmp_path / "spectra.csv")) == len(spectral)
+    testing.check_figure("spectra", spectral)
+
+
+# --- solves
+
+
+@pytest.fixture(scope="module")
+def solved():
+    given = {"problems": ["digits_mlp[N=4]"], "ridges": [1e-1, 1e-3], "rtols": [1e-2, 1e-6], "seeds": 2}
+    return measured("solves", dtype="float64", **given)
+
+
+def test_the_study_of_solutions_has_checked_residuals(solved):
+    assert set(solved["status"]) == {"ok"}, solved["reason"].unique()
+    assert set(solved["method"]) == set(solves.TITLES) and len(solved) == 16
+    assert (solved["residual"] <= 1.01 * solved["rtol"]).all()
+    by = solved.set_index(["method", "share", "rtol"])
+    assert by.loc[("nystrom", 1e-3, 1e-6), "iterations"] < by.loc[("plain", 1e-3, 1e-6), "iterations"]
+    assert (by.loc["cholesky", "residual"] < 1e-10).all() and (by.loc["scipy", "residual"] > 1e-10).all()
+    assert (by["condition"] <= 1 + 1 / by.index.get_level_values("share")).all()
+
+
+def test_what_does_not_converge_is_a_row_with_its_reason():
+    given = {"problems": ["digits_mlp[N=4]"], "ridges": [1e-4], "rtols": [1e-8], "seeds": 2, "passes": 30}
+    table = measured("solves", dtype="float64", **given).set_index("method")
+    assert table.loc[["nystrom", "plain"], "reason"].str.contains("above rtol=1e-08: take more passes").all()
+    assert table.loc["scipy", "residual"] > 1e-8, "SciPy's solution is measured as it is"
+
+
+def test_the_figure_of_solutions_says_who_wins(solved, tmp_path):
+    testing.check_figure("solves", solved)
+    seconds = {"cholesky": 1.0, "nystrom": 0.5, "plain": 2.0, "scipy": 4.0}
+    slow = solved.assign(seconds=solved["method"].map(seconds))
+    slow.loc[slow["share"] == 1e-3, "seconds"] *= slow["method"].map({"cholesky": 1}).fillna(4)
+    found = solves_figure.fastest(slow)
+    assert sorted(found["ratio"]) == [0.5, 0.5, 2, 2] and set(found["method"]) == {"nystrom"}
+    figures.draw("solves", slow, tmp_path)
+    said = (tmp_path / "solves.txt").read_text()
+    assert "products are faster in 2 of 4 cases, at best 2 times as fast (CG, Nystrom preconditioner" in said
+    unreached = slow.assign(residual=slow["residual"].where(slow["method"] == "cholesky", 1.0))
+    assert not len(solves_figure.fastest(unreached))
+
+
+# --- effective ranks
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.norm(self.one(x))))
+
+
+def normalised(**statistics):
+    torch.manual_seed(0)
+    module = Normalised().eval()
+    weights = {name: w.detach().numpy().copy() for name, w in module.named_parameters()}
+    return Problem("normalised", module, torch.randn(6, 4).numpy() + 2, weights, fixed_0=statistics)
+
+
+def test_statistics_are_those_that_are_asked_for():
+    given = {"norm.running_mean": np.full(5, 0.5, np.float32), "norm.running_var": np.full(5, 2.0, np.float32)}
+    problem = normalised(**given)
+    x = torch.from_numpy(problem.x)
+    of_layer = problem.module.one(x).detach()
+    expected = {
+        "stored": (given["norm.running_mean"], given["norm.running_var"]),
+        "calibrated": (of_layer.mean(0), of_layer.var(0)),
+        "uncalibrated": (np.zeros(5), np.ones(5)),
+    }
+    for statistics, (mean, variance) in expected.items():
+        chosen = effective_ranks.with_statistics(problem, "theta_0", statistics)
+        np.testing.assert_allclose(chosen.fixed_0["norm.running_mean"], mean, rtol=1e-5)
+        np.testing.assert_allclose(chosen.fixed_0["norm.running_var"], variance, rtol=1e-5)
+        np.testing.assert_allclose(thetas.Theta(chosen, TARGET)(), theta_of(chosen), rtol=1e-9)
+    assert not problem.module.norm.training and not problem.module.norm.running_mean.any()
+    with pytest.raises(Unavailable, match="means of 0 and variances of 1"):
+        effective_ranks.with_statistics(normalised(), "theta_0", "stored")
+
+
+def test_kernels_between_samples_are_those_of_the_outputs():
+    problem = smooth_problem()
+    J = explicit_jacobian(problem).reshape(3, 2, -1)
+    made = effective_ranks.kernels(theta_of(problem), 2)
+    pooled = J.sum(1) / np.sqrt(2)
+    np.testing.assert_allclose(made["sum_of_logits"][0], pooled @ pooled.T)
+    np.testing.assert_allclose(made["single_logit"][1], J[:, 1] @ J[:, 1].T)
+    np.testing.assert_allclose(2 * made["trace"][0], sum(J[:, o] @ J[:, o].T for o in range(2)))
+    rank, entropy, share = effective_ranks.effective_ranks(np.diag([2.0, 1.0, 1.0, 0.0]))
+    assert (rank, share) == (pytest.approx(16 / 6), 0.5) and entropy == pytest.approx(2**1.5)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return measured("effective_ranks", problems=["resnet18[N=4,O=3,width=2]", "digits_mlp[N=4]"])
+
+
+def test_the_study_of_effective_ranks_says_of_which_kernel(ranks):
+    reasons = ranks.groupby("problem")["reason"].unique()
+    assert set(reasons["digits_mlp[N=4]"]) == {"digits_mlp[N=4] has no BatchNorm with statistics"}
+    good = ranks[ranks["status"] == "ok"].set_index(["weights", "statistics", "kernel"])
+    assert set(good.index.get_level_values("statistics")) == {"calibrated", "uncalibrated"}
+    assert set(good["size"]) == {4, 12} and (good["effective_rank"] >= 1).all()
+    rows = good["effective_rank"]
+    assert rows["initial", "calibrated", "theta"] > rows["initial", "calibrated", "sum_of_logits"]
+    for case in ("initial", "trained"):
+        assert rows[case, "calibrated", "theta"] != pytest.approx(rows[case, "uncalibrated", "theta"], rel=0.1)
+
+
+def test_the_figure_of_effective_ranks_says_what_it_shows(ranks, tmp_path):
+    figures.draw("effective_ranks", ranks, tmp_path)
+    good = ranks[ranks["status"] == "ok"]
+    said = (tmp_path / "effective_ranks.txt").read_text()
+    row = good[(good["weights"] == "initial") & (good["statistics"] == "calibrated")].set_index("kernel").loc["theta"]
+    words = f"initial weights, statistics of these images: Θ, all outputs {labels.rounded(row['effective_rank'])}"
+    assert words in said
+    assert len(pd.read_csv(tmp_path / "effective_ranks.csv")) == len(good)
+    testing.check_figure("effective_ranks", ranks)
