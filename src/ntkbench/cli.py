@@ -98,12 +98,12 @@ def recommend(factory: str, other: str | None, metric: str, rtol: float, **setup
     MODULE:FUNCTION is a function without arguments that returns (model, inputs) or (model, inputs, call), as
     ntkbench.Kernel takes them. Errors and budgets are rough; see ntkbench.recommend.
     """
-    import ntkbench
+    from ntkbench import api
 
     with _one_line():
         networks, given = _networks(factory, other, metric, setup)
         model, inputs = networks[0], networks[-1]
-        costs = ntkbench.recommend(model, inputs, *networks[1:-1], metric=metric, rtol=rtol, **given)
+        costs = api.recommend(model, inputs, *networks[1:-1], metric=metric, rtol=rtol, **given)
     click.echo(costs)
     more = ["call=call" if key == "call" else f"{key}={value!r}" for key, value in given.items()]
     click.echo(f"\n{costs.code(*more)}" if costs.best else f"\nno method is within rtol={rtol:g}")
@@ -128,12 +128,12 @@ def estimate(factory: str, other: str | None, metric: str, **more: Any) -> None:
 
     MODULE:FUNCTION is as for `ntkbench recommend`.
     """
-    import ntkbench
+    from ntkbench import api
 
     with _one_line():
         setup = {key: more.pop(key) for key in ("device", "dtype", "memory")}
         networks, given = _networks(factory, other, metric, setup)
-        found = getattr(ntkbench, metric)(*networks, **given, **more)
+        found = getattr(api, metric)(*networks, **given, **more)
     click.echo(repr(found))
 
 
@@ -189,7 +189,7 @@ def pending(config_file: Path, results: Path | None) -> None:
         click.echo(f"{method:32} {count}")
 
 
-@main.command()
+@main.command(hidden=True)
 @CONFIG
 @OUTPUT
 def problems(config_file: Path, output: Path) -> None:
@@ -204,7 +204,7 @@ def problems(config_file: Path, output: Path) -> None:
         click.echo(f"{label}: {found['status']} {found['reason']}")
 
 
-@main.command()
+@main.command(hidden=True)
 @CONFIG
 @click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--problems", "problems_file", type=FILE, required=True, help="What `ntkbench problems` wrote.")
@@ -218,7 +218,7 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
         measuring.measure(Config.read(config_file), shard, problems_file, output, log)
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("shards", nargs=-1, type=FILE, required=True)
 @CONFIG
 @OUTPUT
@@ -236,7 +236,7 @@ def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
         click.echo(said)
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("name")
 @CONFIG
 @OUTPUT
@@ -263,7 +263,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
         runner.measure_rows(Config.read(config_file, here=studies.is_timed(name)), name, output)
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("names", nargs=-1)
 @click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--title", required=True, help="Of the page.")

@@ -197,9 +197,7 @@ class Kernel:
         metrics.check(metric)
         Options(rtol=rtol, confidence=confidence)
         if (other is None) == (metric == "alignment"):
-            said = (
-                "is with other weights: give them as other=" if other is None else "is of one kernel: leave other out"
-            )
+            said = "is with another network: give other" if other is None else "is of one network: leave other out"
             raise BadInput(f"the {metric} {said}")
         if _is_array(other):
             raise BadInput("methods are recommended for the alignment of two networks, got a target array")

@@ -11,30 +11,36 @@ from dataclasses import dataclass, replace
 
 from ntkbench import errors, methods, metrics
 from ntkbench.cost import samples
-from ntkbench.cost.costs import Cost, Costs
+from ntkbench.cost.costs import Cost, Costs, bytes_label
 from ntkbench.cost.pilot import pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.cost.stand_in import PreparedStandIn
 from ntkbench.errors import OverMemory
 from ntkbench.ladder import TOLERANCE_PASSES
-from ntkbench.methods.base import Incremental, Method, PreparedProblem, Stochastic
+from ntkbench.methods.base import FixedBudget, Incremental, Method, PreparedProblem, Stochastic
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
 
 MOST_ROWS, MOST_COLUMNS = 1024, 512
 """Rows and columns of a stand-in."""
-FEWEST_SAMPLES = 4
+WIDE, OPERATIONS = 2**14, 1e9
+"""Columns of another one, which tells what P takes, and the operations of products with it."""
+FEWEST_SAMPLES = 16
 """Samples that it keeps while the outputs of each are cut."""
 FIRST = 16
 """Passes that stochastic methods are first tried with."""
-STEPS = 6
+STEPS = 5
 """Budgets that are tried."""
 SEEDS = 3
 """Estimates with each."""
-LONG = 1.0
+LONG = 0.3
 """Seconds of such estimates; larger budgets are extrapolated."""
-CLOSE = 1.5
+STEEPEST = 3.0
+"""Power of the budget by which seconds grow at most."""
+CLOSE = 2.0
 """Ratio of a budget that is enough to one that is not, at which no other is tried between them."""
+LESS = 0.9
+"""Share of a budget below which a method is taken to spend passes that do not depend on it."""
 EXACT = 1e-3
 """Share of the tolerance below which an interval says that a stand-in was too small, and not how wide it is."""
 
@@ -100,13 +106,20 @@ class _Trial:
     seconds: float
     took: float
 
-    def times(self, factor: float) -> _Trial:
-        """The same with so many times the budget, as errors of means fall; passes that do not depend on it stay."""
-        budget = math.ceil(factor * (self.budget or 0))
-        more = factor if self.passes > (self.budget or 0) / 2 else 1.0
+    def times(self, factor: float, before: _Trial | None) -> _Trial:
+        """The same with so many times the budget, as errors of means fall.
+
+        Args:
+            factor: one or more.
+            before: with a smaller budget; passes and seconds grow as they did since then, or else in proportion.
+        """
+        budget, more, power = math.ceil(factor * (self.budget or 0)), factor, 1.0
+        if before is not None and before.budget and self.budget:
+            more = 1.0 if before.passes == self.passes else factor
+            power = _power(self.seconds, before.seconds, self.budget / before.budget, most=STEEPEST)
         products = {(kind, more * size): count for (kind, size), count in self.products.items()}
         width, error = self.width / factor**0.5, self.error / factor**0.5
-        return _Trial(budget, more * self.passes, width, error, products, factor * self.seconds, self.took)
+        return _Trial(budget, more * self.passes, width, error, products, factor**power * self.seconds, self.took)
 
 
 class _Work:
@@ -137,22 +150,22 @@ class _Work:
     def _stood_in_for(self, method: Method) -> Cost:
         """A method that needs products alone."""
         problem, metric = self._problem, self._metric
-        budget: int | None = None
         if not isinstance(method, Stochastic):
             self._check_memory(method, None)
-            trial = self._trial(method, None, self._shape)
+            trial = tried = self._trial(method, None, self._shape)
             needed = method.passes_needed(problem, metric, self._target)
             passes = trial.passes * problem.n / (self._shape[0] * self._shape[1]) if needed is None else needed
         else:
-            budget, trial = self._search(method)
-            passes = trial.passes
+            tried, trial = self._search(method)
+            self._check_memory(method, trial.budget)
+            passes = trial.passes if trial.passes == tried.passes else self._spent(method, trial.budget)
         share = passes / trial.passes if trial.passes else 1.0
         products = share * sum(self._rates.seconds(*each) * count for each, count in trial.products.items())
         forward = self._ends * self._rates.forward() if {kind for kind, _ in trial.products} & {"vjp", "row"} else 0.0
         return self._found(
             method,
             passes,
-            products + forward + self._host(method, budget, trial),
+            products + forward + self._host(method, tried, trial),
             self._block_bytes(trial.products),
             trial.error,
             trial.width,
@@ -163,7 +176,7 @@ class _Work:
         """A method that has to see the network."""
         problem, metric = self._problem, self._metric
         budget = samples.budget(method, problem, metric)
-        for _ in range(2):
+        for again in (True, False):
             self._check_memory(method, budget)
             passes = method.passes_needed(problem, metric, self._target) if budget is None else budget
             slow = 0.0 if passes is None else self._rates.seconds("vjp", passes)
@@ -171,10 +184,10 @@ class _Work:
             # Samples add up like independent ones.
             fewer = (found.samples / problem.N) ** 0.5
             width = fewer * found.estimate.relative_width(self._confidence)
-            if not isinstance(method, Stochastic) or budget is None or not math.isfinite(width):
+            if not (again and isinstance(method, Stochastic) and budget is not None and math.isfinite(width)):
                 break
             wanted = self._next(method, budget, width)
-            if width <= self._rtol and budget < 2 * wanted:
+            if width <= self._rtol and budget < CLOSE * wanted:
                 break
             budget = wanted
         error, value, more = found.estimate.standard_error, found.estimate.value, 1.0
@@ -183,8 +196,11 @@ class _Work:
             relative = width = abs(value / found.exact - 1) if found.exact else math.nan
         elif passes and self._rtol < width < math.inf:
             more = min((width / self._rtol) ** 2, max(TOLERANCE_PASSES / passes, 1.0))
-            passes, width, relative = more * passes, width / more**0.5, relative / more**0.5
-        budget = None if budget is None or passes is None else math.ceil(passes)
+            width, relative = width / more**0.5, relative / more**0.5
+        if isinstance(method, Stochastic) and budget is not None:
+            of_samples = found.estimate.passes or 0.0
+            fixed, budget = of_samples < LESS * budget, math.ceil(more * budget)
+            passes = of_samples if fixed else self._spent(method, budget)
         return self._found(method, passes, more * found.seconds, found.bytes, relative, width, budget)
 
     def _found(
@@ -216,39 +232,44 @@ class _Work:
     def _check_memory(self, method: Method, passes: int | None) -> None:
         needed, memory = method.bytes_needed(self._problem, self._metric, self._target, passes), self._target.memory
         if needed > memory:
-            raise OverMemory(f"needs {needed / 2**30:.2g} GiB at once; memory is {memory / 2**30:.2g} GiB")
+            raise OverMemory(f"needs {bytes_label(needed)} at once; memory is {bytes_label(memory)}")
 
-    def _search(self, method: Stochastic) -> tuple[int, _Trial]:
-        """The budget that was tried last, and about the smallest that is enough, or the largest there is."""
+    def _search(self, method: Stochastic) -> tuple[_Trial, _Trial]:
+        """A trial, and the same with about the smallest budget that is enough, or with the largest there is."""
         least = method.least_passes(self._problem, self._metric)
         most, begun = max(TOLERANCE_PASSES, least), time.perf_counter()
-        short, enough, budget = 0, 0, max(least, FIRST)
-        best: _Trial | None = None
+        before: _Trial | None = None
+        enough: _Trial | None = None
+        short, budget = 0, max(least, FIRST)
         for _ in range(STEPS):
             self._check_memory(method, budget)
             trial = self._trial(method, budget, self._shape)
             if trial.width <= self._rtol:
-                enough, best = budget, trial
+                enough = trial
             else:
                 short = budget
-            if enough and (enough <= max(least, FIRST) or enough < CLOSE * short):
+            largest = math.inf if enough is None else enough.budget or 0
+            if budget == most or largest <= max(least, FIRST, CLOSE * short):
                 break
-            if enough:
-                budget = math.ceil(math.sqrt(max(short, least) * enough))
-            elif budget == most:
-                break
-            else:
-                wanted = self._next(method, budget, trial.width)
-                spent = time.perf_counter() - begun
-                if spent + trial.took * wanted / budget > LONG and math.isfinite(trial.width):
-                    factor = min((trial.width / self._rtol) ** 2, most / budget)
-                    self._check_memory(method, math.ceil(factor * budget))
-                    return budget, trial.times(max(factor, 1.0))
-                budget = wanted
-        trial = best or trial
+            if enough is not None:
+                budget = math.ceil(math.sqrt(short * largest))
+                continue
+            wanted = self._next(method, budget, trial.width)
+            spent = time.perf_counter() - begun
+            if spent + trial.took * wanted / budget > LONG and math.isfinite(trial.width):
+                return trial, trial.times(max(min((trial.width / self._rtol) ** 2, most / budget), 1.0), before)
+            before, budget = trial, wanted
+        trial = enough or trial
         if trial.width < EXACT * self._rtol and self._is_reduced:
             trial = replace(trial, width=math.nan, error=math.nan)
-        return trial.budget or budget, trial
+        return trial, trial
+
+    def _spent(self, method: Stochastic, budget: int | None) -> float:
+        """Passes that a method spends of a budget; a sketch has no more columns than there are outputs."""
+        probes = method.probes(self._metric, budget or 0)
+        if isinstance(method, FixedBudget):
+            probes = min(probes, self._problem.n)
+        return float(method.cost(self._metric, probes))
 
     def _next(self, method: Stochastic, budget: int, width: float) -> int:
         """A budget that is expected to be enough."""
@@ -289,41 +310,41 @@ class _Work:
             self._stand_ins[shape] = PreparedStandIn(self._j, shape, self.known, self._ends, dtype, device)
         return self._stand_ins[shape]
 
-    def _host(self, method: Method, budget: int | None, trial: _Trial) -> float:
-        """Seconds besides those of products, extrapolated from smaller stand-ins where this one is reduced.
+    def _host(self, method: Method, trial: _Trial, larger: _Trial) -> float:
+        """Seconds of a trial besides those of products, extrapolated from other stand-ins where this one is reduced.
 
         In P they are a line, or a power where that grows faster, and a power of the number of rows.
         """
         N, O, P = self._shape  # noqa: E741 - the field's symbol
-        if not self._is_reduced or not trial.seconds:
-            return trial.seconds
-        whole = self._trial(method, budget, self._shape, 1).seconds
-        found = trial.seconds / whole if whole else 1.0
+        found = trial.seconds
         if self._problem.P > P:
-            narrow = self._trial(method, budget, (N, O, P // 4), 1).seconds
-            line = whole + max(0.0, whole - narrow) * (self._problem.P - P) / (P - P // 4)
-            found *= max(line, whole * (self._problem.P / P) ** _power(whole, narrow, 4))
-        else:
-            found *= whole
+            most = int(OPERATIONS / (2 * N * O * max(trial.passes, 1)))
+            wide = min(self._problem.P, max(2 * P, min(WIDE, most)))
+            more = self._trial(method, trial.budget, (N, O, wide), 1).seconds
+            line = found + max(0.0, more - found) * (self._problem.P - P) / (wide - P)
+            found = max(line, found * (self._problem.P / P) ** _power(more, found, wide / P))
         if self._problem.n > N * O:
             half = (N // 2, O, P) if N > 1 else (N, O // 2, P)
-            fewer = self._trial(method, budget, half, 1).seconds
-            found *= (self._problem.n / (N * O)) ** _power(whole, fewer, 2)
-        return found
+            fewer = self._trial(method, trial.budget, half, 1).seconds
+            found *= (self._problem.n / (N * O)) ** _power(trial.seconds, fewer, 2)
+        return found * larger.seconds / trial.seconds if trial.seconds else found
 
     def _block_bytes(self, products: Mapping[tuple[str, float], float]) -> int:
-        """Bytes of the largest block of a product."""
+        """Bytes of the largest block of a product; of products that are taken one by one, which are kept, all."""
         j, held = self._j, 0
-        for kind, size in products:
-            of_samples = kind in ("sample_vjp", "sample_jvp")
-            each = j.N * (j.bytes_per_probe() // j.N + 2 * j.P * j.itemsize) if of_samples else j.bytes_per_probe()
+        for (kind, size), count in products.items():
+            each = j.bytes_per_probe()
+            if kind in ("sample_vjp", "sample_jvp"):
+                each += 2 * j.N * j.P * j.itemsize
+            elif kind == "row":
+                size, each = count, 2 * j.P * j.itemsize
             held = max(held, min(math.ceil(size * each), j.memory))
         return held
 
 
-def _power(seconds: float, fewer: float, factor: float) -> float:
-    """Power of a size by which seconds grow, from those of a size that is smaller by a factor; from 0 to 2."""
-    return min(max(math.log(seconds / fewer) / math.log(factor), 0.0), 2.0) if min(seconds, fewer) > 0 else 1.0
+def _power(seconds: float, fewer: float, factor: float, most: float = 2.0) -> float:
+    """Power of a size by which seconds grow, from those of a size that is smaller by a factor; from 0 to the most."""
+    return min(max(math.log(seconds / fewer) / math.log(factor), 0.0), most) if min(seconds, fewer) > 0 else 1.0
 
 
 def _reduced(problem: Problem) -> tuple[int, int, int]:

@@ -20,10 +20,10 @@ from ntkbench.problem import Problem
 SIZES = (2, 8, 32, 128)
 """Samples, all of them at the most."""
 
-LONG = 0.2
+LONG = 0.1
 """Seconds of an estimate from which on no more samples are taken, once there are two sizes."""
 
-PATIENCE = 5.0
+PATIENCE = 2.0
 """Seconds with a method after which no more samples are taken."""
 
 

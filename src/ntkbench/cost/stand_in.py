@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 STEEPEST = 12.0
 """Power at which the spectrum of a stand-in decays at most."""
+TURNED = 512
+"""Columns up to which they are turned into a random basis; wider ones serve for times alone."""
 ALIKE = 0.98
 """Largest share that the rows of one sample have in common."""
 
@@ -147,33 +149,53 @@ def matrices(
 ) -> list[torch.Tensor]:
     """Random Jacobians ``[N, O, P]`` with given effective ranks and, of two, about a given alignment.
 
-    A row is normal, with variances w_p that fall with a power of p and add up to 1, and shares a part rho of them with
-    the rows of its sample. Then E Theta_ij^2 is sum_p w_p^2 =: w2 for rows of different samples, about
-    rho^2 (1 + w2) + w2 for those of one sample, and 1 + 2 w2 on the diagonal. The two ranks give w2 and rho.
+    The rows of J are of unit norm and normal, with variances that fall with a power of the column's number. The two
+    ranks give the mean squares c of Theta between samples and v within a sample, off its diagonal. Where v is the
+    larger one, rows of a sample have a part in common. Where it is the smaller one, as in wide networks, whose outputs
+    have almost orthogonal gradients, a share of each row is in columns that only the rows of the same output have.
     """
     import torch
 
     N, O, P = shape  # noqa: E741 - the field's symbol
-    if N == 1 or known.block_rank is None:
-        n = N * O
-        w2, shared = (n / known.effective_rank - 1) / (n + 1), 0.0
-    else:
-        w2 = (1 / known.effective_rank - 1 / (N * known.block_rank)) * N / (N - 1)
-        w2 = min(max(w2, 1 / P), 1.0)
-        squares = ((O / known.block_rank - 1 - 2 * w2) / (O - 1) - w2) / (1 + w2) if O > 1 else 0.0
-        shared = min(max(squares, 0.0), 1.0) ** 0.5 * ALIKE
-    weights = torch.from_numpy(decaying(P, w2) ** 0.5).to(dtype)
     generator = torch.Generator().manual_seed(0)
 
-    def rows() -> torch.Tensor:
-        own = torch.randn(N, 1, P, generator=generator, dtype=dtype)
-        each = torch.randn(N, O, P, generator=generator, dtype=dtype)
-        return (shared**0.5 * own + (1 - shared) ** 0.5 * each) * weights
+    def normal(*sizes: int, squares: float) -> torch.Tensor:
+        weights = torch.from_numpy(decaying(sizes[-1], squares) ** 0.5).to(dtype)
+        return torch.randn(*sizes, generator=generator, dtype=dtype) * weights
 
-    found = [rows()]
+    if N == 1 or known.block_rank is None:
+        between = within = (N * O / known.effective_rank - 1) / (N * O + 1)
+    else:
+        between = (1 / known.effective_rank - 1 / (N * known.block_rank)) * N / (N - 1)
+        between = max(between, 0.0)
+        within = max((O / known.block_rank - 1) / (O - 1), 0.0) if O > 1 else between
+    own = P // (2 * O)  # columns of each output
+    apart = within < between and own > 0 and N > 1
+    ratio = (within / (O * (between - within))) ** 0.5 if apart else 0.0
+    together = ratio / (1 + ratio)  # share of a row in columns that all outputs have
+    level = O * (between - within) / (1 - together) ** 2 if apart else between
+    shared = 0.0 if apart else min(max(within - between, 0.0) ** 0.5, ALIKE)
+
+    def rows() -> torch.Tensor:
+        if not apart:
+            return shared**0.5 * normal(N, 1, P, squares=level) + (1 - shared) ** 0.5 * normal(N, O, P, squares=level)
+        found = torch.zeros(N, O, P, dtype=dtype)
+        found[..., O * own :] = together**0.5 * normal(N, O, P - O * own, squares=level)
+        alone = (1 - together) ** 0.5 * normal(N, own, squares=level)
+        for o in range(O):
+            found[:, o, o * own : (o + 1) * own] = alone
+        return found
+
+    made = [rows()]
     if ends == 2:
-        found.append(known.alignment**0.5 * found[0] + (1 - known.alignment) ** 0.5 * rows())
-    return [matrix.to(device) for matrix in found]
+        # J_f = x^(1/2) J + (1 - x)^(1/2) J' with an unrelated J' has the alignment x / (x^2 + (1 - x)^2)^(1/2).
+        x = known.alignment / (known.alignment + (1 - known.alignment**2) ** 0.5)
+        unrelated = rows()[..., torch.randperm(P, generator=generator)]
+        made.append(x**0.5 * made[0] + (1 - x) ** 0.5 * unrelated)
+    if P <= TURNED:  # no column stands out, as no parameter does: signs would see nothing of a diagonal J^T J
+        basis = torch.linalg.qr(torch.randn(P, P, generator=generator, dtype=dtype))[0]
+        made = [matrix @ basis for matrix in made]
+    return [matrix.to(device) for matrix in made]
 
 
 def decaying(size: int, squares: float) -> np.ndarray:
