@@ -348,7 +348,11 @@ def _power(seconds: float, fewer: float, factor: float, most: float = 2.0) -> fl
 
 
 def _reduced(problem: Problem) -> tuple[int, int, int]:
-    """Sizes of the stand-in for a problem; where samples interact, they are all outputs of one."""
+    """Sizes of the stand-in for a problem; where samples interact, they are all outputs of one.
+
+    Rows are not more than columns where they are not, as some methods go by which there are fewer of.
+    """
+    most = MOST_ROWS if problem.n > problem.P else min(problem.P, MOST_COLUMNS)
     N, O = (1, problem.n) if problem.samples_interact else (problem.N, problem.O)  # noqa: E741
-    N = min(N, max(FEWEST_SAMPLES, MOST_ROWS // O))
-    return N, min(O, max(1, MOST_ROWS // N)), min(problem.P, MOST_COLUMNS)
+    N = min(N, max(FEWEST_SAMPLES, most // O))
+    return N, min(O, max(1, most // N)), min(problem.P, MOST_COLUMNS)
