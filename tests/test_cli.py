@@ -1,5 +1,6 @@
 """The ``ntkbench`` command: bad usage is one line."""
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -19,6 +20,10 @@ from ntkbench.cli import main
         (["compare", "no_such_commit"], "'no_such_commit' is no commit of"),
         (["compare", "HEAD", "--cases", "("], "'(' is no regular expression"),
         (["compare", "HEAD", "--cases", "no_such_case"], "found in the name of no case"),
+        (["recommend"], "Missing argument 'MODULE:FUNCTION'"),
+        (["recommend", "a:b", "--metric", "rank"], "'rank' is not one of 'trace', 'norm'"),
+        (["recommend", "a:b", "--memory", "0"], "0 is not in the range x>=1"),
+        (["estimate", "a:b", "--passes", "many"], "'many' is not a valid integer"),
     ],
 )
 def test_bad_usage_is_one_line(arguments, said):
@@ -30,3 +35,111 @@ def test_bad_usage_is_one_line(arguments, said):
 def test_help_is_no_error():
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
     assert "Commands:" in CliRunner().invoke(main, []).stderr
+
+
+NETWORKS = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+x = torch.randn(6, 3)
+before, after = nn.Linear(3, 2), nn.Linear(3, 2)
+def make(): return before, x
+def trained(): return after, x
+def called(): return before, {"x": x}, lambda model, batch: model(batch["x"])
+def fails(): raise ZeroDivisionError("of a test")
+def leaves(): raise SystemExit(3)
+def alone(): return before
+def four(): return before, x, None, None
+def no_call(): return before, x, "call"
+def no_model(): return "model", x
+value = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a user's networks."""
+    made = tmp_path_factory.mktemp("networks")
+    (made / "their_networks.py").write_text(NETWORKS)
+    (made / "broken_networks.py").write_text("import no_such_package_of_a_test\n")
+    (made / "failing_networks.py").write_text("1 / 0\n")
+    return made
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["their_networks"], "a factory is named module:function, such as my_networks:make; got 'their_networks'"),
+        (["their networks:make"], "a factory is named module:function"),
+        (["nowhere_at_all:make"], "there is no module 'nowhere_at_all' in "),
+        (["broken_networks:make"], "cannot be imported: ModuleNotFoundError: No module named 'no_such_package_of_a_"),
+        (["failing_networks:make"], "failing_networks cannot be imported: ZeroDivisionError: division by zero"),
+        (["their_networks:mak"], "unknown function of their_networks 'mak'"),
+        (["their_networks:value"], "their_networks:value is no function, but int"),
+        (["their_networks:fails"], "their_networks:fails failed: ZeroDivisionError: of a test"),
+        (["their_networks:leaves"], "their_networks:leaves failed: SystemExit: 3"),
+        (["their_networks:alone"], "must return (model, inputs) or (model, inputs, call), got Linear"),
+        (["their_networks:four"], "must return (model, inputs) or (model, inputs, call), got tuple of 4"),
+        (["their_networks:no_call"], "and its call is str"),
+        (["their_networks:no_model"], "model must be a torch.nn.Module"),
+        (["their_networks:make", "--metric", "alignment"], "name its function by --other"),
+        (["their_networks:make", "--other", "their_networks:trained"], "name its function by --other"),
+        (["their_networks:make", "--rtol", "2"], "rtol must be a number between 0 and 1"),
+        (["their_networks:make", "--device", "cuda:77"], "cuda:77"),
+        (["their_networks:make", "--dtype", "float8"], "float8"),
+    ],
+)
+@pytest.mark.parametrize("command", ["recommend", "estimate"])
+def test_a_bad_factory_is_one_line(here, command, arguments, said):
+    found = CliRunner().invoke(main, [command, *arguments])
+    assert found.exit_code == 1, found.output
+    assert found.output.startswith("ntkbench: ") and said in found.output and found.output.count("\n") == 1
+
+
+def test_estimate_prints_the_estimate_with_its_interval_and_notes(here):
+    def run(*arguments):
+        found = CliRunner().invoke(main, ["estimate", *arguments])
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    exact = run("their_networks:make", "--metric", "norm")
+    assert exact.startswith("norm = ") and "certified to" in exact
+    assert run("their_networks:called", "--metric", "norm", "--memory", "64").startswith(exact.partition(" (")[0])
+    drawn = run("their_networks:make", "--method", "one_sided_reverse", "--passes", "40", "--seed", "1")
+    assert "95 % in [" in drawn and "one_sided_reverse, 40 passes" in drawn
+    noted = run("their_networks:make", "--method", "hutchinson", "--passes", "20", "--rtol", "0.0001")
+    assert "20 passes did not reach rtol=0.0001" in noted
+    other = ("--metric", "alignment", "--other", "their_networks:trained", "--dtype", "float64")
+    assert run("their_networks:make", *other).startswith("alignment = ")
+
+
+def test_recommend_prints_a_table_and_the_line_to_run(here):
+    import their_networks
+
+    import ntkbench
+
+    more = ["--rtol", "0.2", "--dtype", "float64"]
+    found = CliRunner().invoke(main, ["recommend", "their_networks:called", *more])
+    assert found.exit_code == 0, found.output
+    table, _, line = found.stdout.strip().rpartition("\n")
+    assert table.startswith("method ") and "effective rank" in table
+    assert "hutchinson" in table and "the problem is no recurrent network" in table
+    model, inputs, call = their_networks.called()
+    value = eval(line, {"ntkbench": ntkbench, "model": model, "inputs": inputs, "call": call})
+    assert abs(value - ntkbench.trace(model, inputs, call=call, dtype="float64")) < 0.4 * value
+
+
+def test_every_option_has_a_help_text_and_networks_have_examples():
+    for name in ("recommend", "estimate"):
+        command = main.commands[name]
+        assert all(option.help for option in command.params if isinstance(option, click.Option))
+        assert f"ntkbench {name} my_networks:make" in CliRunner().invoke(main, [name, "--help"]).stdout
+    shown = CliRunner().invoke(main, ["--help"]).stdout
+    assert "ntkbench recommend my_networks:make" in shown and "study-rows" not in shown

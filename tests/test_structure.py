@@ -22,13 +22,13 @@ FLOORS = (
     ("networks", "data"),
     ("problems",),
     ("methods",),
-    ("ladder", "kernel", "kernel_file", "testing", "doctor"),
+    ("ladder", "cost", "kernel", "kernel_file", "testing", "doctor"),
     ("stream",),
     ("api", "tracking"),
     ("measure",),
     ("studies",),
     ("figures",),
-    ("readme", "run"),
+    ("readme", "run", "factory"),
     ("cli", "__main__"),
     ("",),  # ntkbench/__init__.py, which offers what is below it
 )

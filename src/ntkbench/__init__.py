@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, solve, spectrum, trace
+    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, recommend, solve, spectrum, trace
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
     from ntkbench.estimators.solve import Regression, Solution
@@ -43,13 +43,14 @@ __all__ = [
     "metrics_of",
     "norm",
     "ntk",
+    "recommend",
     "solve",
     "spectrum",
     "trace",
 ]
 
 _HOMES = {
-    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "solve", "spectrum", "trace"),
+    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "recommend", "solve", "spectrum", "trace"),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
     "estimators.solve": ("Regression", "Solution"),

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ntkbench.cost import Costs
     from ntkbench.estimators.solve import Solution
     from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
 
-__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "solve", "spectrum", "trace"]
+__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "recommend", "solve", "spectrum", "trace"]
 
 
 class Keywords(Setup, Wishes, total=False):
@@ -311,6 +312,67 @@ def solve(
     """
     found: Solution = _use(
         model, x, setup, (), lambda k, _: k.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed), ()
+    )
+    return found
+
+
+def recommend(
+    model: Any,
+    inputs: Any,
+    other: Any = None,
+    *,
+    metric: str = "trace",
+    rtol: float = 0.01,
+    confidence: float = 0.95,
+    **setup: Unpack[Setup],
+) -> Costs:
+    """What each method is predicted to take for a metric of a network: passes, seconds, bytes and error.
+
+    Take it before a long computation, or to see what the choice of ``method="auto"`` leaves out. Prints as a table,
+    with those methods first that reach ``rtol``, the fastest of them on top, and with the reason where a method does
+    not serve.
+
+    Seconds are those of an estimate once the network is checked, traced and certified. They are put together of
+    products with the Jacobian of this network, which are timed in a few sizes on this machine, and of all else that a
+    method does, which is timed on a random Jacobian of the same sizes, or of smaller ones and extrapolated. Methods
+    that trace or compile the network are timed on some of the samples. Bytes are those of the largest block of
+    products, or what the method says that it holds.
+
+    Errors of estimators are those on that random Jacobian. Its effective rank, that of a sample's own block, and the
+    alignment are estimated by a pilot of 8 probes; its spectrum is a power law. So errors, and the passes that a
+    tolerance takes, are rough. Where a spectrum has a cliff, methods that deflate it need fewer passes than predicted.
+    Errors of approximate methods are their biases on some of the samples.
+
+    Cost: a few seconds for small networks; the time of some dozens of passes and of a trace for large ones.
+
+    >>> import torch, ntkbench
+    >>> costs = ntkbench.recommend(torch.nn.Linear(3, 2), torch.ones(4, 3))
+    >>> costs.best.kind, costs.best.error
+    ('exact', 0.0)
+
+    Args:
+        model, inputs: see :class:`ntkbench.Kernel`.
+        other: the other network or weights of an alignment; see :meth:`ntkbench.Kernel.alignment`.
+        metric: trace, norm, effective_rank or alignment.
+        rtol: how far the ends of the interval may be from the value, relative to it; for approximate methods the bias.
+        confidence: of the interval.
+        setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
+            with a table for each group.
+
+    Returns:
+        A list of :class:`ntkbench.cost.Cost`, with ``best`` and, as a line of Python, ``code()``.
+
+    Raises:
+        BadInput: an argument cannot be used, says what is allowed; or products with the Jacobian are not right.
+        Unavailable: the device is not there.
+    """
+    found: Costs = _use(
+        model,
+        inputs,
+        setup,
+        (),
+        lambda k, _: k.recommend(other, metric=metric, rtol=rtol, confidence=confidence),
+        (),
     )
     return found
 

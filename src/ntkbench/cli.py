@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,30 @@ import click
 
 from ntkbench import errors
 from ntkbench.measure.config import Config
+from ntkbench.metrics import METRICS
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 NEW = click.Path(path_type=Path)
+FACTORY = "MODULE:FUNCTION"
+
+
+def _of_a_network(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and options of commands on a user's own network."""
+    options = (
+        click.argument("factory", metavar=FACTORY),
+        click.option(
+            "--metric", type=click.Choice(METRICS), default="trace", show_default=True, help="What is wanted."
+        ),
+        click.option("--other", metavar=FACTORY, help="For an alignment: what returns the other network."),
+        click.option("--device", help="cpu, cuda, cuda:1 or auto.  [default: that of the parameters]"),
+        click.option("--dtype", help="float32 or float64.  [default: that of the parameters]"),
+        click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="MiB that blocks may fill."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 CONFIG = click.option("--config", "config_file", type=FILE, required=True, help="The run's configuration.")
 OUTPUT = click.option("--output", type=NEW, required=True, help="The file to write.")
 
@@ -37,10 +58,21 @@ class OneLine(click.Group):
             sys.exit(1)
 
 
-@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]})
+EXAMPLES = """\b
+Examples:
+  ntkbench recommend my_networks:make --metric norm --rtol 0.01
+  ntkbench estimate my_networks:make --metric norm --rtol 0.01
+  ntkbench list
+  ntkbench check config/default.yaml
+
+my_networks.py is in the current folder, and make() in it returns (model, inputs).
+"""
+
+
+@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(package_name="ntkbench")
 def main() -> None:
-    """Metrics of the finite-width Neural Tangent Kernel: benchmark, figures and facts."""
+    """Metrics of the finite-width Neural Tangent Kernel: your own network's, benchmark, figures and facts."""
 
 
 @contextmanager
@@ -48,6 +80,83 @@ def _one_line() -> Iterator[None]:
     """Errors that a user can act on as one line; a full disk is one of them."""
     with errors.as_one_line():
         yield
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  ntkbench recommend my_networks:make
+  ntkbench recommend my_networks:make --metric effective_rank --rtol 0.05 --device cuda
+  ntkbench recommend my_networks:before --metric alignment --other my_networks:after
+"""
+)
+@_of_a_network
+@click.option("--rtol", type=float, default=0.01, show_default=True, help="Relative error that the metric may have.")
+def recommend(factory: str, other: str | None, metric: str, rtol: float, **setup: Any) -> None:
+    """Say which method to take for a network: predicted passes, seconds, memory and error of each.
+
+    MODULE:FUNCTION is a function without arguments that returns (model, inputs) or (model, inputs, call), as
+    ntkbench.Kernel takes them. Errors and budgets are rough; see ntkbench.recommend.
+    """
+    from ntkbench import api
+
+    with _one_line():
+        networks, given = _networks(factory, other, metric, setup)
+        model, inputs = networks[0], networks[-1]
+        costs = api.recommend(model, inputs, *networks[1:-1], metric=metric, rtol=rtol, **given)
+    click.echo(costs)
+    more = ["call=call" if key == "call" else f"{key}={value!r}" for key, value in given.items()]
+    click.echo(f"\n{costs.code(*more)}" if costs.best else f"\nno method is within rtol={rtol:g}")
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  ntkbench estimate my_networks:make
+  ntkbench estimate my_networks:make --metric norm --method hutchpp --passes 240
+  ntkbench estimate my_networks:before --metric alignment --other my_networks:after --rtol 0.05
+"""
+)
+@_of_a_network
+@click.option("--method", default="auto", show_default=True, help="Name of a method, as `ntkbench list` has it.")
+@click.option("--passes", type=int, help="The most passes to spend.")
+@click.option("--rtol", type=float, help="Draw probes until the interval is within this share of the value.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of that interval.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the probes.")
+def estimate(factory: str, other: str | None, metric: str, **more: Any) -> None:
+    """Compute a metric of a network, with its interval, its cost, and what there is to say about it.
+
+    MODULE:FUNCTION is as for `ntkbench recommend`.
+    """
+    from ntkbench import api
+
+    with _one_line():
+        setup = {key: more.pop(key) for key in ("device", "dtype", "memory")}
+        networks, given = _networks(factory, other, metric, setup)
+        found = getattr(api, metric)(*networks, **given, **more)
+    click.echo(repr(found))
+
+
+def _networks(
+    factory: str, other: str | None, metric: str, setup: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the functions of the library take: a network, the other one of an alignment, and inputs; and keywords.
+
+    Raises:
+        BadInput: a factory cannot be used, or an alignment lacks its other network.
+    """
+    from ntkbench import factory as factories
+
+    if (other is None) == (metric == "alignment"):
+        raise errors.BadInput("an alignment, and nothing else, is with another network: name its function by --other")
+    made = factories.make(factory)
+    given = {key: value for key, value in setup.items() if value is not None}
+    if "memory" in given:
+        given["memory"] *= 2**20
+    if made.call is not None:
+        given["call"] = made.call
+    others = [] if other is None else [factories.make(other).model]
+    return (made.model, *others, made.inputs), given
 
 
 @main.command()
@@ -80,7 +189,7 @@ def pending(config_file: Path, results: Path | None) -> None:
         click.echo(f"{method:32} {count}")
 
 
-@main.command()
+@main.command(hidden=True)
 @CONFIG
 @OUTPUT
 def problems(config_file: Path, output: Path) -> None:
@@ -95,7 +204,7 @@ def problems(config_file: Path, output: Path) -> None:
         click.echo(f"{label}: {found['status']} {found['reason']}")
 
 
-@main.command()
+@main.command(hidden=True)
 @CONFIG
 @click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--problems", "problems_file", type=FILE, required=True, help="What `ntkbench problems` wrote.")
@@ -109,7 +218,7 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
         measuring.measure(Config.read(config_file), shard, problems_file, output, log)
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("shards", nargs=-1, type=FILE, required=True)
 @CONFIG
 @OUTPUT
@@ -127,7 +236,7 @@ def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
         click.echo(said)
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("name")
 @CONFIG
 @OUTPUT
@@ -154,7 +263,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
         runner.measure_rows(Config.read(config_file, here=studies.is_timed(name)), name, output)
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("names", nargs=-1)
 @click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--title", required=True, help="Of the page.")

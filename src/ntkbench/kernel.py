@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ntkbench.cost import Costs
     from ntkbench.estimators.lanczos import Eigenvalues
     from ntkbench.estimators.solve import Regression, Solution
     from ntkbench.estimators.spectrum import Spectrum
@@ -183,6 +184,26 @@ class Kernel:
         if _is_array(other):
             return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(other, asked)})
         return self._beside(other)._estimates(metrics.METRICS, asked)
+
+    def recommend(
+        self, other: Any = None, *, metric: str = "trace", rtol: float = 0.01, confidence: float = 0.95
+    ) -> Costs:
+        """What each method is predicted to take for a metric to a tolerance; see :func:`ntkbench.recommend`.
+
+        ``other`` is as for :meth:`alignment`, where it is another kernel or set of weights.
+        """
+        from ntkbench import cost
+
+        metrics.check(metric)
+        Options(rtol=rtol, confidence=confidence)
+        if (other is None) == (metric == "alignment"):
+            said = "is with another network: give other" if other is None else "is of one network: leave other out"
+            raise BadInput(f"the {metric} {said}")
+        if _is_array(other):
+            raise BadInput("methods are recommended for the alignment of two networks, got a target array")
+        kernel = self if other is None else self._beside(other)
+        with self._settings():
+            return cost.predict(kernel.problem, metric, self._target, rtol=rtol, confidence=confidence)
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.

@@ -225,7 +225,7 @@ def _expected_passes(problem: Problem, metric: str, target: Target, options: Opt
     if method.unsupported_reason(problem, metric, target) is not None:
         return 0.0
     if options.rtol is None:
-        return _default_passes(problem, metric, method) if options.passes is None else options.passes
+        return default_passes(problem, metric, method) if options.passes is None else options.passes
     if not isinstance(method, Incremental):
         return 0.0
     first = method.cost(metric, max(method.first_batch, method.fewest_probes))
@@ -312,8 +312,8 @@ def _forward_first(names: Sequence[str]) -> tuple[str, ...]:
     return (*(OTHER_SIDE[name] for name in names if name in OTHER_SIDE), *names)
 
 
-def _default_passes(problem: Problem, metric: str, method: Stochastic) -> int:
-    """The budget of a method if the user gives none."""
+def default_passes(problem: Problem, metric: str, method: Stochastic) -> int:
+    """The budget of a stochastic method if the user gives none."""
     return int(min(method.default_passes, _worth(problem, metric, method)))
 
 
@@ -459,7 +459,7 @@ def _computed(
         if options.rtol is not None:
             budget = TOLERANCE_PASSES if budget is None else budget
         elif budget is None:
-            budget = _default_passes(problem, names[-1], method)
+            budget = default_passes(problem, names[-1], method)
         elif options.method == "auto":
             budget = int(min(budget, _worth(problem, names[-1], method)))
     for metric in names:

@@ -1,0 +1,117 @@
+"""Predicted costs of methods as a table, and the line of Python that uses the best one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one method is predicted to take for one metric.
+
+    Attributes:
+        method: its name.
+        kind: ``exact``, ``approximate`` or ``stochastic``.
+        passes: that it is expected to spend; ``None`` where its cost is not a number of passes.
+        seconds: of one estimate, once the network is checked and traced.
+        bytes: that it holds at its peak, besides the network.
+        error: relative: the bias of an approximate method, the standard error of a stochastic one, 0 of an exact one;
+            ``None`` where it is not known.
+        within: the relative half-width of its interval, or its bias; ``None`` where it is not known.
+        budget: passes to give to a stochastic method; ``None`` for the others.
+        accepts_rtol: whether the method takes a tolerance itself.
+        reason: why it does not serve; empty where it does.
+    """
+
+    method: str
+    kind: str
+    passes: float | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+    error: float | None = None
+    within: float | None = None
+    budget: int | None = None
+    accepts_rtol: bool = False
+    reason: str = ""
+
+
+HEADER = ("method", "kind", "passes", "seconds", "memory", "error", "")
+
+
+class Costs(list[Cost]):
+    """Predicted costs of all methods for one metric: those within the tolerance first, the fastest of them on top.
+
+    Attributes:
+        metric: what is wanted.
+        rtol: to which tolerance.
+        notes: where the numbers come from.
+    """
+
+    def __init__(self, costs: Iterable[Cost], metric: str, rtol: float, notes: tuple[str, ...] = ()) -> None:
+        self.metric, self.rtol, self.notes = metric, rtol, notes
+        super().__init__(sorted(costs, key=self._order))
+
+    @property
+    def best(self) -> Cost | None:
+        """The fastest method within the tolerance; ``None`` if there is none."""
+        return self[0] if self and self.meets(self[0]) else None
+
+    def meets(self, cost: Cost) -> bool:
+        """Whether a method is within the tolerance; one with a bias never is, whatever it is on a few samples."""
+        return cost.kind != "approximate" and cost.within is not None and cost.within <= self.rtol
+
+    def code(self, *more: str) -> str:
+        """The line of Python that uses the best method; empty if there is none.
+
+        Args:
+            more: further arguments, as they are written.
+        """
+        if (best := self.best) is None:
+            return ""
+        given = [f'method="{best.method}"']
+        if best.kind == "stochastic":
+            given.append(f"rtol={self.rtol:g}" if best.accepts_rtol else f"passes={best.budget}")
+        networks = "model, other, inputs" if self.metric == "alignment" else "model, inputs"
+        return f"ntkbench.{self.metric}({', '.join((networks, *given, *more))})"
+
+    def __repr__(self) -> str:
+        rows = [HEADER, *map(self._cells, self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *self.notes])
+
+    def _order(self, cost: Cost) -> tuple[bool, bool, float, str]:
+        seconds = math.inf if cost.seconds is None else cost.seconds
+        return bool(cost.reason), not self.meets(cost), seconds, cost.method
+
+    def _cells(self, cost: Cost) -> tuple[str, ...]:
+        if cost.reason:
+            return cost.method, cost.kind, "", "", "", "", cost.reason
+        error = "unknown" if cost.error is None else "exact" if cost.kind == "exact" else f"{100 * cost.error:.2g} %"
+        return (
+            cost.method,
+            cost.kind,
+            "" if cost.passes is None else f"{cost.passes:.4g}",
+            "" if cost.seconds is None else seconds_label(cost.seconds),
+            "" if cost.bytes is None else bytes_label(cost.bytes),
+            error,
+            "" if self.meets(cost) else "has a bias" if cost.kind == "approximate" else f"over rtol={self.rtol:g}",
+        )
+
+
+def seconds_label(seconds: float) -> str:
+    """Seconds with two digits, in a unit that is easy to read."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{seconds * 1e6:.2g} us"
+
+
+def bytes_label(count: float) -> str:
+    """Bytes with two digits, in a unit that is easy to read."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= size:
+            return f"{float(f'{count / size:.2g}'):g} {unit}"
+    return f"{float(f'{count / 2**10:.2g}'):g} KiB"

@@ -1,0 +1,76 @@
+"""What the errors of estimators depend on: effective ranks and alignment of a kernel, from a few probes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ntkbench.operators import Array, JacobianOperator, arrays
+
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Properties of Theta, rough ones.
+
+    Attributes:
+        effective_rank: of Theta, from 1 to the smaller of n and P.
+        block_rank: effective rank of a sample's own block, from 1 to O; ``None`` where samples interact.
+        alignment: with Theta_f; 1 without one.
+        passes: that it took.
+    """
+
+    effective_rank: float
+    block_rank: float | None
+    alignment: float
+    passes: float
+
+    def __str__(self) -> str:
+        of_blocks = "" if self.block_rank is None else f", {self.block_rank:.3g} of a sample's block"
+        return f"errors by {self.passes:g} pilot passes: effective rank {self.effective_rank:.3g}{of_blocks}"
+
+
+def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int = 0) -> Pilot:
+    """Effective ranks and alignment by :data:`PROBES` probes at each parameter set, or as many as fit in memory.
+
+    With y_i = J^T u_i over random signs u_i: tr Theta = E ||y_i||^2 and ||Theta||_F^2 = E <y_i, y_j>^2. The variance
+    over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal), whose diagonal is taken as
+    even.
+
+    Args:
+        jacobians: J at theta_0, and at theta_f for alignment.
+        independent: whether samples do not interact.
+        seed: of the probes.
+    """
+    j = jacobians[0]
+    probes = max(2, min(PROBES, j.memory // j.bytes_per_probe()))
+    u = j.rng(seed).sign(probes, j.n)
+    grams = [_gram(each.vjp(u)) for each in jacobians]
+    trace, square = float(grams[0].diagonal().mean()), _pairs(grams[0], grams[0])
+    most = min(j.n, j.P)
+    rank = min(max(trace**2 / square, 1.0), most) if square > 0 else float(most)
+    block_rank = None
+    if independent and j.N > 1:
+        with contextlib.suppress(Exception):  # what takes gradients of samples will say why not
+            squares = arrays.to_numpy(j.sample_squares(u.reshape(probes, j.N, j.O)), np.float64)
+            means = (squares.mean(0) ** 2).sum()
+            blocks = squares.var(0, ddof=1).sum() / 2 + means / j.O
+            block_rank = float(min(max(means / blocks, 1.0), j.O)) if blocks > 0 else None
+    scale = square * _pairs(grams[-1], grams[-1])
+    alignment = _pairs(grams[0], grams[-1]) / scale**0.5 if scale > 0 else 1.0
+    return Pilot(rank, block_rank, min(max(alignment, 0.0), 1.0), sum(each.passes for each in jacobians))
+
+
+def _gram(rows: Array) -> np.ndarray:
+    return arrays.to_numpy(rows @ rows.T, np.float64)
+
+
+def _pairs(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean over pairs of different probes of the products of two Gram matrices."""
+    k = len(one)
+    products = one * other
+    return float(products.sum() - products.trace()) / (k * (k - 1))

@@ -1,0 +1,358 @@
+"""Predictions for all methods, from rates, a pilot, stand-ins and rehearsals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from ntkbench import errors, methods, metrics
+from ntkbench.cost import samples
+from ntkbench.cost.costs import Cost, Costs, bytes_label
+from ntkbench.cost.pilot import pilot
+from ntkbench.cost.rates import Rates
+from ntkbench.cost.stand_in import PreparedStandIn
+from ntkbench.errors import OverMemory
+from ntkbench.ladder import TOLERANCE_PASSES
+from ntkbench.methods.base import FixedBudget, Incremental, Method, PreparedProblem, Stochastic
+from ntkbench.options import Options, Target
+from ntkbench.problem import Problem
+
+MOST_ROWS, MOST_COLUMNS = 1024, 512
+"""Rows and columns of a stand-in."""
+WIDE, OPERATIONS = 2**14, 1e9
+"""Columns of another one, which tells what P takes, and the operations of products with it."""
+FEWEST_SAMPLES = 16
+"""Samples that it keeps while the outputs of each are cut."""
+FIRST = 16
+"""Passes that stochastic methods are first tried with."""
+STEPS = 5
+"""Budgets that are tried."""
+SEEDS = 3
+"""Estimates with each."""
+LONG = 0.3
+"""Seconds of such estimates; larger budgets are extrapolated."""
+STEEPEST = 3.0
+"""Power of the budget by which seconds grow at most."""
+CLOSE = 2.0
+"""Ratio of a budget that is enough to one that is not, at which no other is tried between them."""
+LESS = 0.9
+"""Share of a budget below which a method is taken to spend passes that do not depend on it."""
+EXACT = 1e-3
+"""Share of the tolerance below which an interval says that a stand-in was too small, and not how wide it is."""
+
+
+def predict(
+    problem: Problem,
+    metric: str,
+    target: Target,
+    *,
+    rtol: float = 0.01,
+    confidence: float = 0.95,
+    names: Collection[str] | None = None,
+) -> Costs:
+    """What each method is predicted to take to a tolerance.
+
+    Seconds are those of one estimate after the first one, which also checks, traces and certifies the network. Errors
+    of stochastic methods are those on a random J with the effective ranks of the network, and with the spectrum of a
+    power law; those of approximate methods are their biases on a few samples. So errors are rough, as are budgets that
+    follow from them.
+
+    Cost: some products of each kind, :data:`ntkbench.cost.pilot.PROBES` passes of a pilot, and for each method that
+    traces the network some estimates on a few samples. A few seconds for small networks; the time of some dozens of
+    passes for large ones.
+
+    Args:
+        problem: network and inputs.
+        metric: what is wanted.
+        target: where it is computed.
+        rtol: relative half-width of the interval; the bias of an approximate method.
+        confidence: of the interval.
+        names: methods; all if not given.
+
+    Raises:
+        BadInput: there is no such metric or method, or the tolerance is none; or the network has no VJPs.
+        Unavailable: the device is not there.
+    """
+    metrics.check(metric)
+    Options(rtol=rtol, confidence=confidence)
+    chosen = [methods.get(name) for name in (methods.names() if names is None else names)]
+    work = _Work(problem, metric, target, rtol, confidence)
+    return Costs(map(work.cost, chosen), metric, rtol, (str(work.known),))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Estimates with one budget on a stand-in.
+
+    Attributes:
+        budget: passes that were given; ``None`` for a method that takes none.
+        passes: spent by one of them.
+        width: relative half-width of the interval.
+        error: relative standard error.
+        products: that one of them asked for, how many of each kind and size.
+        seconds: of one of them, less those of the products.
+        took: seconds of all of them.
+    """
+
+    budget: int | None
+    passes: float
+    width: float
+    error: float
+    products: Mapping[tuple[str, float], float]
+    seconds: float
+    took: float
+
+    def times(self, factor: float, before: _Trial | None) -> _Trial:
+        """The same with so many times the budget, as errors of means fall.
+
+        Args:
+            factor: one or more.
+            before: with a smaller budget; passes and seconds grow as they did since then, or else in proportion.
+        """
+        budget, more, power = math.ceil(factor * (self.budget or 0)), factor, 1.0
+        if before is not None and before.budget and self.budget:
+            more = 1.0 if before.passes == self.passes else factor
+            power = _power(self.seconds, before.seconds, self.budget / before.budget, most=STEEPEST)
+        products = {(kind, more * size): count for (kind, size), count in self.products.items()}
+        width, error = self.width / factor**0.5, self.error / factor**0.5
+        return _Trial(budget, more * self.passes, width, error, products, factor**power * self.seconds, self.took)
+
+
+class _Work:
+    """All that is measured for the methods of one problem."""
+
+    def __init__(self, problem: Problem, metric: str, target: Target, rtol: float, confidence: float) -> None:
+        self._problem, self._metric, self._target = problem, metric, target
+        self._rtol, self._confidence = rtol, confidence
+        self._ends = len(metrics.parameter_sets(metric))
+        operators = PreparedProblem(problem, target).jacobians(metric)
+        self._j = operators[0]
+        self.known = pilot(operators, independent=not problem.samples_interact)
+        self._rates = Rates(self._j)
+        self._rehearsals = samples.Rehearsals(problem, metric, target)
+        self._shape = _reduced(problem)
+        self._is_reduced = math.prod(self._shape) < problem.n * problem.P
+        self._stand_ins: dict[tuple[int, int, int], PreparedStandIn] = {}
+
+    def cost(self, method: Method) -> Cost:
+        """What a method takes, or why it does not serve."""
+        try:
+            if reason := method.unsupported_reason(self._problem, self._metric, self._target):
+                return Cost(method.name, method.kind, reason=reason)
+            return self._rehearsed(method) if samples.is_estimate_of_samples(method) else self._stood_in_for(method)
+        except Exception as error:  # whatever a method does to the network
+            return Cost(method.name, method.kind, reason=errors.reason(error))
+
+    def _stood_in_for(self, method: Method) -> Cost:
+        """A method that needs products alone."""
+        problem, metric = self._problem, self._metric
+        if not isinstance(method, Stochastic):
+            self._check_memory(method, None)
+            trial = tried = self._trial(method, None, self._shape)
+            needed = method.passes_needed(problem, metric, self._target)
+            passes = trial.passes * problem.n / (self._shape[0] * self._shape[1]) if needed is None else needed
+        else:
+            tried, trial = self._search(method)
+            self._check_memory(method, trial.budget)
+            passes = trial.passes if trial.passes == tried.passes else self._spent(method, trial.budget)
+        share = passes / trial.passes if trial.passes else 1.0
+        products = share * sum(self._rates.seconds(*each) * count for each, count in trial.products.items())
+        forward = self._ends * self._rates.forward() if {kind for kind, _ in trial.products} & {"vjp", "row"} else 0.0
+        return self._found(
+            method,
+            passes,
+            products + forward + self._host(method, tried, trial),
+            self._block_bytes(trial.products),
+            trial.error,
+            trial.width,
+            trial.budget,
+        )
+
+    def _rehearsed(self, method: Method) -> Cost:
+        """A method that has to see the network."""
+        problem, metric = self._problem, self._metric
+        budget = samples.budget(method, problem, metric)
+        for again in (True, False):
+            self._check_memory(method, budget)
+            passes = method.passes_needed(problem, metric, self._target) if budget is None else budget
+            slow = 0.0 if passes is None else self._rates.seconds("vjp", passes)
+            found = self._rehearsals.run(method, budget, slow)
+            # Samples add up like independent ones.
+            fewer = (found.samples / problem.N) ** 0.5
+            width = fewer * found.estimate.relative_width(self._confidence)
+            if not (again and isinstance(method, Stochastic) and budget is not None and math.isfinite(width)):
+                break
+            wanted = self._next(method, budget, width)
+            if width <= self._rtol and budget < CLOSE * wanted:
+                break
+            budget = wanted
+        error, value, more = found.estimate.standard_error, found.estimate.value, 1.0
+        relative = fewer * error / abs(value) if error and value else 0.0
+        if method.kind == "approximate":
+            relative = width = abs(value / found.exact - 1) if found.exact else math.nan
+        elif passes and self._rtol < width < math.inf:
+            more = min((width / self._rtol) ** 2, max(TOLERANCE_PASSES / passes, 1.0))
+            width, relative = width / more**0.5, relative / more**0.5
+        if isinstance(method, Stochastic) and budget is not None:
+            of_samples = found.estimate.passes or 0.0
+            fixed, budget = of_samples < LESS * budget, math.ceil(more * budget)
+            passes = of_samples if fixed else self._spent(method, budget)
+        return self._found(method, passes, more * found.seconds, found.bytes, relative, width, budget)
+
+    def _found(
+        self,
+        method: Method,
+        passes: float | None,
+        seconds: float,
+        held: int,
+        error: float,
+        width: float,
+        budget: int | None,
+    ) -> Cost:
+        problem, target, exact = self._problem, self._target, method.kind == "exact"
+        needed = method.bytes_needed(problem, self._metric, target, budget)
+        if exact and self._metric != "trace":
+            held += min(problem.n**2 * target.itemsize, target.memory // 4)
+        return Cost(
+            method.name,
+            method.kind,
+            passes,
+            seconds,
+            int(max(needed, min(held, target.memory))) or None,
+            0.0 if exact else error if math.isfinite(error) else None,
+            0.0 if exact else width if math.isfinite(width) else None,
+            budget,
+            isinstance(method, Incremental),
+        )
+
+    def _check_memory(self, method: Method, passes: int | None) -> None:
+        needed, memory = method.bytes_needed(self._problem, self._metric, self._target, passes), self._target.memory
+        if needed > memory:
+            raise OverMemory(f"needs {bytes_label(needed)} at once; memory is {bytes_label(memory)}")
+
+    def _search(self, method: Stochastic) -> tuple[_Trial, _Trial]:
+        """A trial, and the same with about the smallest budget that is enough, or with the largest there is."""
+        least = method.least_passes(self._problem, self._metric)
+        most, begun = max(TOLERANCE_PASSES, least), time.perf_counter()
+        before: _Trial | None = None
+        enough: _Trial | None = None
+        short, budget = 0, max(least, FIRST)
+        for _ in range(STEPS):
+            self._check_memory(method, budget)
+            trial = self._trial(method, budget, self._shape)
+            if trial.width <= self._rtol:
+                enough = trial
+            else:
+                short = budget
+            largest = math.inf if enough is None else enough.budget or 0
+            if budget == most or largest <= max(least, FIRST, CLOSE * short):
+                break
+            if enough is not None:
+                budget = math.ceil(math.sqrt(short * largest))
+                continue
+            wanted = self._next(method, budget, trial.width)
+            spent = time.perf_counter() - begun
+            if spent + trial.took * wanted / budget > LONG and math.isfinite(trial.width):
+                return trial, trial.times(max(min((trial.width / self._rtol) ** 2, most / budget), 1.0), before)
+            before, budget = trial, wanted
+        trial = enough or trial
+        if trial.width < EXACT * self._rtol and self._is_reduced:
+            trial = replace(trial, width=math.nan, error=math.nan)
+        return trial, trial
+
+    def _spent(self, method: Stochastic, budget: int | None) -> float:
+        """Passes that a method spends of a budget; a sketch has no more columns than there are outputs."""
+        probes = method.probes(self._metric, budget or 0)
+        if isinstance(method, FixedBudget):
+            probes = min(probes, self._problem.n)
+        return float(method.cost(self._metric, probes))
+
+    def _next(self, method: Stochastic, budget: int, width: float) -> int:
+        """A budget that is expected to be enough."""
+        order = method.order if isinstance(method, Incremental) and self._metric != "trace" else 0.5
+        factor = (width / self._rtol) ** (1 / order) if math.isfinite(width) else 2.0
+        least = method.least_passes(self._problem, self._metric)
+        return int(min(max(math.ceil(1.05 * factor * budget), least), max(TOLERANCE_PASSES, least)))
+
+    def _trial(self, method: Method, budget: int | None, shape: tuple[int, int, int], seeds: int = SEEDS) -> _Trial:
+        stand_in = self._stand_in(shape)
+        found, times, begun = [], [], time.perf_counter()
+        for seed in range(seeds if budget is not None else 1):
+            stand_in.asked.clear()
+            start = time.perf_counter()
+            found.append(method.estimate(stand_in, self._metric, budget, seed))
+            times.append(time.perf_counter() - start - stand_in.asked.seconds)
+        widths = [each.relative_width(self._confidence) for each in found]
+        relative = [(each.standard_error or 0.0) / abs(each.value) for each in found if each.value]
+        return _Trial(
+            budget,
+            found[-1].passes or 0.0,
+            statistics.median(widths),
+            statistics.median(relative) if relative else math.nan,
+            Counter(stand_in.asked.products),
+            max(0.0, statistics.median(times)),
+            time.perf_counter() - begun,
+        )
+
+    def _stand_in(self, shape: tuple[int, int, int]) -> PreparedStandIn:
+        if shape not in self._stand_ins:
+            import torch
+
+            from ntkbench.operators.torch import place
+
+            on_gpu = self._target.backend == "torch"
+            device = place(self._target) if on_gpu else torch.device("cpu")
+            dtype = getattr(torch, self._target.dtype)
+            self._stand_ins[shape] = PreparedStandIn(self._j, shape, self.known, self._ends, dtype, device)
+        return self._stand_ins[shape]
+
+    def _host(self, method: Method, trial: _Trial, larger: _Trial) -> float:
+        """Seconds of a trial besides those of products, extrapolated from other stand-ins where this one is reduced.
+
+        In P they are a line, or a power where that grows faster, and a power of the number of rows.
+        """
+        N, O, P = self._shape  # noqa: E741 - the field's symbol
+        found = trial.seconds
+        if self._problem.P > P:
+            most = int(OPERATIONS / (2 * N * O * max(trial.passes, 1)))
+            wide = min(self._problem.P, max(2 * P, min(WIDE, most)))
+            more = self._trial(method, trial.budget, (N, O, wide), 1).seconds
+            line = found + max(0.0, more - found) * (self._problem.P - P) / (wide - P)
+            found = max(line, found * (self._problem.P / P) ** _power(more, found, wide / P))
+        if self._problem.n > N * O:
+            half = (N // 2, O, P) if N > 1 else (N, O // 2, P)
+            fewer = self._trial(method, trial.budget, half, 1).seconds
+            found *= (self._problem.n / (N * O)) ** _power(trial.seconds, fewer, 2)
+        return found * larger.seconds / trial.seconds if trial.seconds else found
+
+    def _block_bytes(self, products: Mapping[tuple[str, float], float]) -> int:
+        """Bytes of the largest block of a product; of products that are taken one by one, which are kept, all."""
+        j, held = self._j, 0
+        for (kind, size), count in products.items():
+            each = j.bytes_per_probe()
+            if kind in ("sample_vjp", "sample_jvp"):
+                each += 2 * j.N * j.P * j.itemsize
+            elif kind == "row":
+                size, each = count, 2 * j.P * j.itemsize
+            held = max(held, min(math.ceil(size * each), j.memory))
+        return held
+
+
+def _power(seconds: float, fewer: float, factor: float, most: float = 2.0) -> float:
+    """Power of a size by which seconds grow, from those of a size that is smaller by a factor; from 0 to the most."""
+    return min(max(math.log(seconds / fewer) / math.log(factor), 0.0), most) if min(seconds, fewer) > 0 else 1.0
+
+
+def _reduced(problem: Problem) -> tuple[int, int, int]:
+    """Sizes of the stand-in for a problem; where samples interact, they are all outputs of one.
+
+    Rows are not more than columns where they are not, as some methods go by which there are fewer of.
+    """
+    most = MOST_ROWS if problem.n > problem.P else min(problem.P, MOST_COLUMNS)
+    N, O = (1, problem.n) if problem.samples_interact else (problem.N, problem.O)  # noqa: E741
+    N = min(N, max(FEWEST_SAMPLES, most // O))
+    return N, min(O, max(1, most // N)), min(problem.P, MOST_COLUMNS)

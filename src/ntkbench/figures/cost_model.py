@@ -1,0 +1,107 @@
+"""Predicted against measured seconds and memory of methods."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from ntkbench.figures.plotting import base, canvas, key, labels, styles
+
+TABLE = "cost_model"
+COLUMNS: tuple[str, ...] = ("problem", "metric", "method", "title", "kind", "predicted_seconds", "seconds", "calls")
+COLUMNS += ("predicted_bytes", "memory_bytes", "predicted_passes", "passes_spent")
+
+PANELS = {
+    "seconds": ("predicted_seconds", "seconds", 1.0, "seconds"),
+    "memory": ("predicted_bytes", "memory_bytes", 2.0**20, "peak memory [MiB]"),
+}
+"""By heading: columns of what is predicted and measured, the size of the unit, and the label of both axes."""
+COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
+FACTOR = 2.0
+FLOOR = 0.5
+"""MiB; less is lost in what the process holds besides."""
+
+
+def draw(table: pd.DataFrame) -> base.Drawing:
+    """A point for each problem, metric and method; on the diagonal predictions are right."""
+    points = base.measured(table, "predicted_seconds", "seconds").copy()
+    if not len(points):
+        return base.nothing(table, labels.why_not(table))
+    points["seconds_ratio"] = points["predicted_seconds"] / points["seconds"]
+    with_memory = (points["memory_bytes"] >= FLOOR * 2**20) & (points["predicted_bytes"] > 0)
+    points["memory_ratio"] = (points["predicted_bytes"] / points["memory_bytes"]).where(with_memory)
+    kinds = [kind for kind in COLOURS if kind in set(points["kind"])]
+    handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", markersize=5) for kind in kinds]
+    band = Patch(color=canvas.SHADE, linewidth=0)
+    figure, (panels,) = canvas.sheet(
+        [canvas.Row(3.6, above=0.4, below=0.5)],
+        len(PANELS),
+        title=_finding(points),
+        subtitle=base.settings_line(table),
+        key=[("kind", list(zip(handles, kinds, strict=True))), ("how to read", _reading(band))],
+        left=0.9,
+        gap=0.9,
+    )
+    for panel, (heading, (predicted, measured, unit, label)) in zip(panels, PANELS.items(), strict=True):
+        drawn = points[points[f"{heading}_ratio"].notna()]
+        _panel(panel, drawn, predicted, measured, unit, label)
+        canvas.heading(panel, heading, offset=6)
+    kept = [*COLUMNS, "seconds_ratio", "memory_ratio"]
+    return base.Drawing(figure, points[kept].reset_index(drop=True), _caption(points))
+
+
+def _panel(panel: Axes, points: pd.DataFrame, predicted: str, measured: str, unit: float, label: str) -> None:
+    x, y = points[measured] / unit, points[predicted] / unit
+    if not len(points):
+        canvas.note(panel, "not measured")
+        return
+    low, high = canvas.limits([*x, *y])
+    panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel=f"measured {label}")
+    panel.set_ylabel(f"predicted {label}")
+    for axis in (panel.xaxis, panel.yaxis):
+        canvas.decades(axis, low, high)
+    ends = np.array([low, high])
+    panel.fill_between(ends, ends / FACTOR, ends * FACTOR, color=canvas.SHADE, linewidth=0, zorder=0)
+    panel.plot(ends, ends, color=canvas.PALE, linewidth=1.1, zorder=1)
+    panel.scatter(x, y, c=points["kind"].map(COLOURS), s=20, linewidths=0, alpha=0.8, zorder=3)
+
+
+def _reading(band: Patch) -> list[key.Entry]:
+    line = Line2D([], [], color=canvas.PALE, linewidth=1.1)
+    return [(line, "predicted as measured"), (band, f"within a factor of {FACTOR:g}")]
+
+
+def _within(ratios: pd.Series) -> float:
+    """Share of ratios within the factor."""
+    return float(((ratios <= FACTOR) & (ratios >= 1 / FACTOR)).mean())
+
+
+def _median(ratios: pd.Series) -> float:
+    """Median relative error."""
+    return float(abs(ratios.dropna() - 1).median())
+
+
+def _finding(points: pd.DataFrame) -> str:
+    ratios = points["seconds_ratio"]
+    return (
+        f"Predicted seconds: {labels.share_label(_within(ratios))} within a factor of {FACTOR:g}, "
+        f"median error {labels.share_label(_median(ratios))}"
+    )
+
+
+def _caption(points: pd.DataFrame) -> str:
+    memory = points["memory_ratio"].dropna()
+    text = (
+        f"Predicted against measured seconds of an estimate, for {len(points)} methods on problems; "
+        f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
+        f"relative error is {labels.share_label(_median(points['seconds_ratio']))}."
+    )
+    if len(memory):
+        text += (
+            f" Peaks of memory over {FLOOR:g} MiB, of {len(memory)} of them: {labels.share_label(_within(memory))} "
+            f"within a factor of {FACTOR:g}."
+        )
+    return f"{text} Budgets of stochastic methods are those that were predicted to reach the tolerance."

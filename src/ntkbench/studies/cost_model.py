@@ -1,0 +1,139 @@
+"""How right predicted costs are: seconds, bytes and passes of methods as predicted and as measured.
+
+Predictions are made once for each problem and metric, before anything of it is measured. What is measured is an
+estimate with the budget that was predicted, after a first one. A method that is predicted to take longer than
+``limits.patience_s`` is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from pydantic import Field, PositiveFloat, model_validator
+
+from ntkbench import cost, methods, problems
+from ntkbench.errors import Unavailable
+from ntkbench.measure import timing
+from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
+from ntkbench.studies import base
+
+TIMED = True
+PLUGINS = tuple(
+    sorted(
+        {methods.ROOM.module(name) for name in methods.ROOM.found()}
+        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
+    )
+)
+
+
+class Case(Strict):
+    """Methods on a problem.
+
+    Attributes:
+        problem: its label.
+        metric: what they compute.
+        rtol: to which tolerance.
+        methods: their names; all that run on torch if not given.
+    """
+
+    problem: ProblemLabel
+    metric: MetricName = "trace"
+    rtol: PositiveFloat = Field(default=0.03, lt=1)
+    methods: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _there_are_such_methods(self) -> Case:
+        for name in self.methods or ():
+            methods.get(name)
+        return self
+
+
+def _case(problem: str, metric: str, rtol: float = 0.03) -> Case:
+    # Not validated while this file is imported: that would import all problems.
+    return Case.model_construct(problem=problem, metric=metric, rtol=rtol, methods=None)
+
+
+CASES = [
+    _case("digits_mlp[N=64]", "trace"),
+    _case("digits_mlp[N=64]", "alignment"),
+    _case("digits_conv[N=64]", "trace"),
+    _case("digits_conv[N=64]", "norm"),
+    _case("mlp_hazelden", "trace"),
+    _case("mlp_hazelden", "norm"),
+    _case("gru_hazelden", "trace"),
+    _case("gru_hazelden[N=4,T=5]", "effective_rank"),
+    _case("resnet18", "trace"),
+]
+
+
+class Settings(base.Settings):
+    """What is predicted and measured.
+
+    Attributes:
+        cases: problems with metrics and tolerances.
+        calls: timed ones of each method, after a first one.
+    """
+
+    calls: int = Field(5, ge=1)
+    cases: list[Case] = Field(default=CASES, min_length=1)
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each problem, metric and method: ``predicted_seconds`` beside ``seconds``, and so on."""
+    return base.table(row for case in settings.cases for row in _rows(settings, case))
+
+
+def _rows(settings: Settings, case: Case) -> Iterator[base.Row]:
+    names = methods.names() if case.methods is None else case.methods
+    chosen = [name for name in names if "torch" in methods.get(name).backends]
+    problem = base.Once(lambda: problems.load(case.problem))
+    predicted = base.Once(
+        lambda: {
+            each.method: each
+            for each in cost.predict(problem(), case.metric, settings.target(), rtol=case.rtol, names=chosen)
+        }
+    )
+    for name in chosen:
+        method = methods.get(name)
+        if case.metric not in method.metrics:
+            continue
+        columns = {"problem": case.problem, "metric": case.metric, "rtol": case.rtol, "method": name}
+        columns |= {"title": method.title, "kind": method.kind}
+        yield base.row(columns, functools.partial(_measure, settings, case, problem, predicted, name))
+
+
+def _measure(settings: Settings, case: Case, problem: Any, predicted: Any, name: str) -> dict[str, Any]:
+    found: cost.Cost = predicted()[name]
+    if found.reason or found.seconds is None:
+        raise Unavailable(found.reason)
+    patience = settings.limits.patience_s
+    if found.seconds > patience:
+        raise Unavailable(f"is predicted to take {found.seconds:.2g} s, over patience_s ({patience:g})")
+    method, target, budget = methods.get(name), settings.target(), found.budget
+    prepared = method.prepare(problem(), target)
+    times = timing.timed(lambda: method.estimate(prepared, case.metric, budget), settings.calls)
+    peak = timing.peak_bytes(lambda: method.estimate(prepared, case.metric, budget)) if _on_host(settings) else None
+    seconds, first = times.columns()["seconds"], times.first
+    return {
+        **base.sizes(problem()),
+        "predicted_passes": found.passes,
+        "passes_spent": first.passes,
+        "predicted_seconds": found.seconds,
+        **times.columns(),
+        "seconds_ratio": found.seconds / seconds,
+        "predicted_bytes": found.bytes,
+        "memory_bytes": peak,
+        "predicted_error": found.error,
+        "standard_error": None
+        if times.first.standard_error is None
+        else times.first.standard_error / times.first.value,
+    }
+
+
+def _on_host(settings: Settings) -> bool:
+    from ntkbench import operators
+
+    return operators.device_memory(settings.target()) is None

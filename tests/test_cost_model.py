@@ -1,0 +1,79 @@
+"""Predicted costs against measured ones: passes and bytes, never seconds; and the figure of both."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from ntkbench import figures, studies
+from ntkbench.figures.plotting import base
+from ntkbench.studies import cost_model
+
+SMALL = "fc_relu[N=8,O=10,width=128,depth=2]"
+NAMES = ["direct", "structured_derivatives", "hutchinson", "gram_reverse", "jacobian_contraction", "xtrace"]
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    cases = [{"problem": SMALL, "metric": "norm", "rtol": 0.2, "methods": NAMES}]
+    given = {"threads": 1, "device": "cpu", "calls": 1, "cases": cases}
+    return studies.run("cost_model", studies.settings("cost_model", given))
+
+
+def test_a_row_has_what_was_predicted_beside_what_was_measured(table):
+    assert set(table["method"]) == set(NAMES) - {"xtrace"}, "xtrace gives no norm"
+    assert set(table["status"]) == {"ok"}, table["reason"].tolist()
+    assert table["predicted_passes"].tolist() == pytest.approx(table["passes_spent"].tolist())
+    assert (table["seconds_ratio"] * table["seconds"]).tolist() == pytest.approx(table["predicted_seconds"].tolist())
+
+
+def test_bytes_are_those_of_the_process_where_they_are_many(table):
+    """Over a MiB, which the process takes or has besides: within a factor of 4."""
+    large = table[table["memory_bytes"] > 4 * 2**20]
+    assert (large["predicted_bytes"] / large["memory_bytes"]).between(1 / 4, 4).all(), large.to_string()
+
+
+def test_what_would_take_too_long_is_left_out():
+    cases = [{"problem": SMALL, "metric": "trace", "methods": ["direct"]}]
+    given = {"threads": 1, "device": "cpu", "calls": 1, "cases": cases, "limits": {"patience_s": 1e-9}}
+    (row,) = studies.run("cost_model", studies.settings("cost_model", given)).to_dict("records")
+    assert row["status"] == "skipped" and "over patience_s (1e-09)" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"methods": ["x"]}, "unknown method 'x'"), ({"rtol": 1}, "less than 1"), ({"metric": "rank"}, "rank")],
+)
+def test_bad_cases_are_refused(given, said):
+    with pytest.raises((ValidationError, Exception), match=said):
+        studies.settings("cost_model", {"threads": 1, "cases": [{"problem": SMALL} | given]})
+
+
+def test_the_default_cases_are_valid():
+    for case in cost_model.CASES:
+        cost_model.Case.model_validate(case.model_dump())
+
+
+def test_the_title_of_the_figure_is_what_was_found(tmp_path):
+    rows = [
+        {"problem": "p", "metric": "trace", "method": f"m{i}", "title": f"m{i}", "kind": kind, "status": "ok"}
+        | {"reason": "", "predicted_seconds": ratio * 0.1, "seconds": 0.1, "calls": 3, "predicted_bytes": ratio * 4e6}
+        | {"memory_bytes": 4e6 if i else 10.0, "predicted_passes": 10, "passes_spent": 10, "device": "cpu"}
+        | {"dtype": "float32", "threads": 1, "machine": "a laptop", "git_sha": "0123456789", "git_dirty": False}
+        for i, (kind, ratio) in enumerate(
+            zip(("exact", "stochastic", "approximate", "exact"), (1.2, 1.9, 0.9, 4.0), strict=True)
+        )
+    ]
+    files = figures.draw("cost_model", pd.DataFrame(rows), tmp_path)
+    drawing = figures.ROOM.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
+    texts = [text.get_text() for text in drawing.figure.texts]
+    assert "Predicted seconds: 75 % within a factor of 2, median error 55 %" in texts
+    plotted = pd.read_csv(files[0])
+    assert plotted["seconds_ratio"].tolist() == pytest.approx([1.2, 1.9, 0.9, 4.0])
+    assert plotted["memory_ratio"].isna().tolist() == [True, False, False, False], "less than the process takes"
+    assert "of 3 of them: 67 % within a factor of 2" in files[1].read_text()
+
+
+def cost_model_columns() -> tuple[str, ...]:
+    return figures.ROOM.get("cost_model").COLUMNS
