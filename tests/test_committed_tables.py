@@ -12,7 +12,7 @@ from ntkbench.paths import PUBLISHED, REFERENCE
 
 PROFILES: dict[str, list[Path]] = {}
 for path in sorted(REFERENCE.rglob("*.csv")):
-    if path.parent != PUBLISHED and path.name != COMMITTED:  # where the time of that run went
+    if path.parent not in (PUBLISHED, REFERENCE) and path.name != COMMITTED:  # where the time of that run went
         PROFILES.setdefault(path.relative_to(REFERENCE).parts[0], []).append(path)
 
 
