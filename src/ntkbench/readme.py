@@ -49,7 +49,7 @@ def update(root: Path, *, check: bool = False) -> list[str]:
     """
     tables = Tables(root / "results" / "reference")
     pages = [root / page for page in PAGES]
-    written = [_written(page.read_text(encoding="utf-8"), tables) for page in pages]
+    written = [written(page.read_text(encoding="utf-8"), tables) for page in pages]
     for page, (text, stale) in zip(pages, written, strict=True):
         if stale and not check:
             write_atomically(page, text)
@@ -71,7 +71,7 @@ class Tables:
             raise BadInput(f"the pages need the table {path}: {error.strerror}") from None
 
 
-def _written(text: str, tables: Tables) -> tuple[str, list[str]]:
+def written(text: str, tables: Tables) -> tuple[str, list[str]]:
     """The text with every block written anew, and the names of those that this changes."""
     stale: list[str] = []
 

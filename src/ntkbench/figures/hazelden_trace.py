@@ -161,10 +161,10 @@ def _rate(rows: pd.DataFrame, network: str, method: str) -> claims.Claim | None:
     slope, half = curves.slope(rows["m"], rows["error"])
     if not np.isfinite(half):
         return None
-    name = f"{network.upper()}, {rows['title'].iloc[0]}"
+    name = f"{network.upper()}, {rows['title'].iloc[0].partition(' (')[0]}"
     return claims.Claim(
         source="Hazelden 2025, figures 2 and 3",
-        name=f"{name}: power of m",
+        name=f"power of m, {name}",
         statement=f"errors fall as m to the power {RATE:g} ({name})",
         published=RATE,
         accuracy="theory",

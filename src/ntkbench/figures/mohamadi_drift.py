@@ -69,9 +69,8 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     """What is drawn, and which loss takes the pNTK nearest to the last layer's kernel."""
     text = (
         "How far kernels between samples are from Theta along training on scikit-learn's digits (above), and how far "
-        "the pNTK is from the last layer's kernel (below); medians over initialisations with quartiles. Gradients of "
-        "the cross-entropy sum to zero over logits, so weight decay shrinks the readout V along their sum, and the "
-        "sum of logits keeps gradients in the last layer alone."
+        "the pNTK is from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, so "
+        "weight decay shrinks the readout V along their sum, and the pNTK keeps gradients in the last layer alone."
     )
     once = plotted[plotted["kernel"] == "sum_of_logits"]
     ends = {titles[loss]: rows.iloc[-1] for loss, rows in once.groupby("loss", sort=False)}

@@ -95,7 +95,7 @@ def _rate(rows: pd.DataFrame, family: str) -> claims.Claim | None:
     title = family_label(family)
     return claims.Claim(
         source="Mohamadi et al. 2023, convergence theorem",
-        name=f"{title}: power of width",
+        name=f"power of width, {title}",
         statement=f"the pNTK's relative difference from the NTK falls as width to the power {RATE:g} ({title})",
         published=RATE,
         accuracy="theory",

@@ -119,22 +119,20 @@ def _along(panel: Axes, steps: Sequence[float]) -> None:
 def _caption(points: pd.DataFrame) -> str:
     one = points.iloc[0]
     text = (
-        "The pNTK as it stands for Theta as pNTK (x) I_O against steps of training by the cross-entropy "
-        f"({one['batch']:g} images of scikit-learn's digits a step, momentum {one['momentum']:g}, rate "
-        f"{one['rate']:g} N / lambda_max); medians over initialisations with quartiles, darker for wider networks. "
-        "The trace kernel is the best in the Frobenius norm. Kernel regression begins with the network as it is at a "
-        "step; with Theta it is dashed."
+        "The pNTK (x) I_O for Theta along training by the cross-entropy on scikit-learn's digits "
+        f"({one['batch']:g} images a step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); lines "
+        "are darker for wider networks."
     )
     ours = points[points["kernel"] == PNTK]
     ends = _ends(ours)
     grown = int((ends["last"] > ends["first"]).sum())
-    text += f" The pNTK's relative difference from Theta grows for {grown} of {len(ends)} families and widths."
+    text += f" Its relative difference grows for {grown} of {len(ends)} families and widths."
     text += _still_better(ours)
     accuracy = _last(points).pivot_table(index=["family", "width", "init"], columns="kernel", values="accuracy")
     if {"full", PNTK} <= set(accuracy):
-        lost = claims.median(list((accuracy["full"] - accuracy[PNTK]).dropna()))
-        if np.isfinite(lost[0]):
-            text += f" At the last step kernel regression with it loses {labels.interval_label(*lost)} of the accuracy."
+        gained = claims.median(list((accuracy[PNTK] - accuracy["full"]).dropna()))
+        if np.isfinite(gained[0]):
+            text += f" Its accuracy in kernel regression less that of Theta: {labels.interval_label(*gained)}."
     return text
 
 

@@ -28,8 +28,11 @@ SAID = {REPRODUCED: "reproduced", PARTLY: "partly reproduced", NOT: "not reprodu
 ABOUT, ABOVE, BELOW = "about", "above", "below"
 """What a source says of a value: that it is a number, or that it is more or less than one."""
 
-FACTOR, EXPONENT, SHARE, DIGITS = 2.0, 1.25, 1.05, 1.01
-"""Factors within which magnitudes, exponents, accuracies and values of three digits are reproduced."""
+FACTOR, EXPONENT, SHARE, DIGITS = 2.0, math.sqrt(2), 1.05, 1.01
+"""Factors within which magnitudes, exponents, accuracies and values of three digits are reproduced.
+
+An exponent is nearer to the published one, as a ratio, than to its half or its double.
+"""
 
 Interval = tuple[float, float, float]
 """A value and the ends of its interval; an end that is ``nan`` is not known."""
@@ -131,9 +134,9 @@ class Claim:
             return "measured once, so that its interval is not known" if known else ""
         if self.relation == ABOUT:
             times = f"{labels.rounded(value)} times the published value"
-            part = f"the interval is in part within a factor of {self.within:g}"
+            part = f"the interval is in part within a factor of {self.within:.3g}"
             return {
-                REPRODUCED: f"within a factor of {self.within:g} of the published value",
+                REPRODUCED: f"within a factor of {self.within:.3g} of the published value",
                 NOT: times,
                 PARTLY: f"{times}, and {'an end of the interval is not known' if unknown else part}",
             }[verdict]
@@ -153,7 +156,9 @@ class Claim:
         if not math.isnan(self.measured[0]):
             unit = f" {self.unit}" if self.unit else ""
             value, ends = labels.interval_label(*self.measured, digits=3).split(" ", 1)
-            measured = f"; measured {value}{unit} {ends.removesuffix(')')}; {self.spread}, {self.runs} {self.of})"
+            measured = (
+                f"; measured {value}{unit} {ends.removesuffix(')')}; {self.spread}, {_counted(self.runs, self.of)})"
+            )
         if not math.isnan(self.best[0]):
             measured += f", and {labels.interval_label(*self.best, digits=3)} over {self.best_title}"
         reason = f" ({self.reason})" if self.reason else ""
@@ -163,7 +168,7 @@ class Claim:
         """Columns of ``claims.csv``, see :data:`COLUMNS`."""
         row = {"source": self.source, "name": self.name, "statement": self.statement, "relation": self.relation}
         row |= {"published": self.published, "accuracy": self.accuracy, "setting_published": self.there}
-        row |= {"setting_here": self.here, "same_setting": "yes" if self.same else "no"}
+        row |= {"setting_here": " ".join(self.here.split()), "same_setting": "yes" if self.same else "no"}
         row |= dict(zip(("measured", "measured_low", "measured_high"), self.measured, strict=True))
         row |= {
             "unit": self.unit,
@@ -203,8 +208,8 @@ def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
 
 
 def to_csv(made: pd.DataFrame) -> str:
-    """The text of ``claims.csv``; four digits, so that it is the same where last bits are not."""
-    return made.to_csv(index=False, lineterminator="\n", float_format="%.4g")
+    """The text of ``claims.csv``; six digits, so that it is the same where last bits are not."""
+    return made.to_csv(index=False, lineterminator="\n", float_format="%.6g")
 
 
 def readable(made: pd.DataFrame) -> list[dict[str, str]]:
@@ -217,7 +222,7 @@ def readable(made: pd.DataFrame) -> list[dict[str, str]]:
         if measured:
             ends = [number(f"measured_{end}") or "?" for end in ("low", "high")]
             unit = f" {row['unit']}" if row["unit"] else ""
-            measured += f"{unit} ({' to '.join(ends)}; {row['interval']}, {row['runs']} {row['runs_of']})"
+            measured += f"{unit} ({' to '.join(ends)}; {row['interval']}, {_counted(row['runs'], row['runs_of'])})"
         shown.append(
             {name: str(row[name]) for name in ("source", "statement", "verdict", "reason", "figure")}
             | {"published": published if number("published") else "", "measured": measured, "name": row["name"]}
@@ -225,6 +230,10 @@ def readable(made: pd.DataFrame) -> list[dict[str, str]]:
             | {"same": row["same_setting"]}
         )
     return shown
+
+
+def _counted(runs: int, of: str) -> str:
+    return f"{runs} {of.removesuffix('s') if runs == 1 else of}"
 
 
 def _number(row: Mapping[str, Any], name: str) -> str:

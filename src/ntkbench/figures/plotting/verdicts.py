@@ -17,12 +17,10 @@ from ntkbench.figures.plotting.claims import ABOUT, REPRODUCED, UNADDRESSED, VER
 
 COLOURS = {"Hazelden": styles.VERMILION, "Mohamadi, Bae, Sutherland": styles.INDIGO}
 COLOURS |= {"Novak, Sohl-Dickstein, Schoenholz": styles.BLUE}
-"""By how a group's title begins."""
+"""Of a paper, as the gallery calls it."""
 BAND = "#D9EEE7"
-ROW, HEADING = 0.3, 0.42
-"""Inches of a claim and of a group's heading."""
-BELOW = 0.3
-"""Of a row, from a claim's dot down to that over the best exact method."""
+ROW, HEADING = 0.25, 0.38
+"""Inches of a dot and of a group's heading."""
 ENDS = ("ratio", "ratio_low", "ratio_high")
 
 
@@ -32,15 +30,19 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     Args:
         table: ``claims.csv``.
     """
-    numbers = table[(table["relation"] == ABOUT) & (table["verdict"] != UNADDRESSED)]
+    numbers = table[(table["relation"] == ABOUT) & (table["verdict"] != UNADDRESSED)].sort_values(
+        "source", kind="stable"
+    )
     if not len(numbers):
         return base.Drawing(base.words("Nothing to show", "No claim has a number here."), table, _caption(table))
-    groups = dict(list(numbers.groupby(numbers["figure"].map(gallery.group), sort=False)))
-    heights = [HEADING + sum(_height(row) for row in rows.to_dict("records")) for rows in groups.values()]
+    papers = numbers["figure"].map(gallery.group).str.partition(":")[0]
+    groups = {paper: numbers[papers == paper].to_dict("records") for paper in sorted(set(papers))}
+    lines = len(numbers) + int(numbers["best_ratio"].notna().sum())
+    height = ROW * lines + HEADING * len(groups)
     names = [_label(row) for row in numbers.to_dict("records")]
     reproduced = int((numbers["verdict"] == REPRODUCED).sum())
     figure, ((panel,),) = canvas.sheet(
-        [canvas.Row(sum(heights), above=0.1, below=0.3)],
+        [canvas.Row(height, above=0.1, below=0.3)],
         1,
         title=f"{reproduced} of {len(numbers)} published numbers reproduce within a factor of two",
         subtitle=_others(table),
@@ -48,27 +50,34 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         left=canvas.text_width(names, 9.5) + 0.3,
         widest=canvas.WIDTH,
     )
-    panel.set(xscale="log", xlim=_limits(numbers), ylim=(sum(heights), 0))
+    panel.set(xscale="log", xlim=_limits(numbers), ylim=(height, 0))
     canvas.decades(panel.xaxis, *panel.get_xlim())
     panel.xaxis.set_major_formatter("{x:g}")
     panel.axvline(1, color="black", linewidth=0.9, zorder=1)
     panel.grid(visible=False, axis="y")
     panel.set_xlabel("measured here over published")
     ticks, at = {}, 0.0
-    for title, rows in groups.items():
-        colour = next((colour for name, colour in COLOURS.items() if title.startswith(name)), "black")
+    for paper, rows in groups.items():
         panel.annotate(
-            title, (0, at + 0.62 * HEADING), xycoords=("axes fraction", "data"), xytext=(-6, 0), ha="right",
+            paper, (0, at + 0.62 * HEADING), xycoords=("axes fraction", "data"), xytext=(-6, 0), ha="right",
             textcoords="offset points", fontweight="bold", va="center", annotation_clip=False,
         )  # fmt: skip
         at += HEADING
-        for row in rows.to_dict("records"):
+        for row in rows:
+            same = row["same_setting"] == "yes"
+            ends = [at + 0.1 * ROW, at + 0.9 * ROW], 1 / row["within"], row["within"]
+            panel.fill_betweenx(*ends, color=BAND, linewidth=0, zorder=0)
             ticks[at + ROW / 2] = _label(row)
-            _row(panel, row, at + ROW / 2, colour)
-            at += _height(row)
+            _dot(panel, [row[end] for end in ENDS], at + ROW / 2, COLOURS.get(paper, "black"), "o", filled=same)
+            at += ROW
+            if not math.isnan(row["best_ratio"]):
+                ticks[at + ROW / 2] = labels.plain(f"over {row['best_exact']}")
+                _dot(panel, [row[f"best_{end}"] for end in ENDS], at + ROW / 2, styles.GREY, "D", filled=same)
+                at += ROW
     panel.yaxis.set_major_locator(FixedLocator([*ticks]))
     panel.yaxis.set_minor_locator(NullLocator())
-    panel.set_yticklabels([*ticks.values()])
+    for text, said in zip(panel.set_yticklabels([*ticks.values()]), ticks.values(), strict=True):
+        text.set_color(styles.GREY if said.startswith("over ") else "black")
     panel.tick_params(axis="y", length=0)
     return base.Drawing(figure, table, _caption(table))
 
@@ -82,16 +91,11 @@ def settings(table: pd.DataFrame) -> str:
     return f"Code: git {', '.join(sha[:10] for sha in found['git_sha'])}.\nMachines: {'; '.join(found['machine'])}."
 
 
-def _height(row: Mapping[str, Any]) -> float:
-    return ROW + (BELOW if _has_best(row) else 0.0)
-
-
-def _has_best(row: Mapping[str, Any]) -> bool:
-    return not math.isnan(row["best_ratio"])
-
-
 def _label(row: Mapping[str, Any]) -> str:
-    return labels.plain(str(row["name"]))
+    """Where a claim stands in its paper, and what it is of."""
+    source = str(row["source"])
+    where = source.partition(", ")[2] or source.partition("'s ")[2] or source
+    return labels.plain(f"{where}: {row['name']}")
 
 
 def _limits(numbers: pd.DataFrame) -> tuple[float, float]:
@@ -99,17 +103,6 @@ def _limits(numbers: pd.DataFrame) -> tuple[float, float]:
     columns = [*ENDS, *(f"best_{end}" for end in ENDS)]
     low, high = canvas.limits([*numbers[columns].stack(), 0.4, 2.5], pad=1.5)
     return low, high * (high / low) ** 0.1
-
-
-def _row(panel: Axes, row: Mapping[str, Any], y: float, colour: str) -> None:
-    """The band in which a claim is reproduced, its dot and interval, and below it that over the best exact method."""
-    panel.fill_betweenx(
-        [y - 0.4 * ROW, y + 0.4 * ROW], 1 / row["within"], row["within"], color=BAND, linewidth=0, zorder=0
-    )
-    same = row["same_setting"] == "yes"
-    _dot(panel, [row[end] for end in ENDS], y, colour, "o", filled=same)
-    if _has_best(row):
-        _dot(panel, [row[f"best_{end}"] for end in ENDS], y + BELOW * 0.9, styles.GREY, "D", filled=same)
 
 
 def _dot(panel: Axes, interval: list[float], y: float, colour: str, marker: str, *, filled: bool) -> None:
@@ -132,7 +125,7 @@ def _key() -> list[tuple[str, list[tuple[Any, str]]]]:
         return Line2D([], [], color=styles.GREY, marker=marker, markerfacecolor=face, linewidth=2.2)
 
     dots = [(dot("o", True), "the published setting"), (dot("o", False), "another setting")]
-    best = (dot("D", True), "speed-up over the best exact method")
+    best = (dot("D", True), "the speed-up over the best exact method")
     band = (Patch(color=BAND, linewidth=0), "reproduced, if all of the line is within")
     return [("measured over published, with its interval", dots), ("how to read", [best, band])]
 
