@@ -11,7 +11,7 @@ from ntkbench.paths import PUBLISHED, REFERENCE
 TABLES = {
     str(path.relative_to(REFERENCE)): path
     for path in sorted(REFERENCE.rglob("*.csv"))
-    if path.parent != PUBLISHED and path.name != COMMITTED  # where the time of a run went
+    if path.parent not in (PUBLISHED, REFERENCE) and path.name != COMMITTED  # where the time of a run went
 }
 
 

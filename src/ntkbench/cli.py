@@ -270,7 +270,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 @click.option("--figures", "folder", type=NEW, required=True, help="The folder to draw into.")
 @OUTPUT
 def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
-    """Draw figures from the tables of a folder, and write a page that shows them all.
+    """Draw figures from the tables of a folder, and write a page that shows them all and what they claim.
 
     A figure that cannot be drawn says why in its place.
     """
@@ -281,7 +281,9 @@ def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output:
         studies = {name: figures.study_of(name) for name in names}
         files = {name: tables / (f"studies/{study}.csv" if study else "table.csv") for name, study in studies.items()}
         made = figures.draw_all(files, folder)
-        paths.write_atomically(output, gallery.page([folder / f"{name}.png" for name in names], title))
+        claims = folder / f"{gallery.CLAIMS}.png"
+        pictures = [folder / f"{name}.png" for name in names] + [claims] * claims.exists()
+        paths.write_atomically(output, gallery.page(pictures, title))
     for name, outcome in made.items():
         click.echo(f"{name}: {outcome.status} {outcome.reason}")
 
@@ -348,6 +350,27 @@ def readme(check: bool) -> None:
     for line in stale:
         click.echo(line)
     if check and stale:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Only say whether claims.csv is out of date.")
+def claims(check: bool) -> None:
+    """Judge the papers' claims by the committed tables: results/reference/claims.csv with its picture."""
+    from ntkbench import figures, paths
+    from ntkbench.figures.plotting import claims as claimed
+    from ntkbench.figures.plotting import files
+
+    with _one_line():
+        table = figures.claims()
+        file = paths.REFERENCE / "claims.csv"
+        stale = not file.exists() or file.read_text(encoding="utf-8") != claimed.to_csv(table)
+        if not check:
+            files.write_claims(table, paths.REFERENCE, forms=("png",))
+    for verdict, count in table["verdict"].value_counts().items():
+        click.echo(f"{count:3} {verdict}")
+    if check and stale:
+        click.echo(f"ntkbench: {file} is out of date; `ntkbench claims` writes it anew", err=True)
         sys.exit(1)
 
 

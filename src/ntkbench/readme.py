@@ -28,7 +28,7 @@ TITLES = {
 }
 """What the pages call what a method is compared with."""
 PNTK = "structured_sum_of_logits"
-PAGES = ("README.md", "docs/measured.md")
+PAGES = ("README.md", "docs/measured.md", "docs/papers.md")
 """The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:table|value):")
@@ -49,7 +49,7 @@ def update(root: Path, *, check: bool = False) -> list[str]:
     """
     tables = Tables(root / "results" / "reference")
     pages = [root / page for page in PAGES]
-    written = [_written(page.read_text(encoding="utf-8"), tables) for page in pages]
+    written = [written(page.read_text(encoding="utf-8"), tables) for page in pages]
     for page, (text, stale) in zip(pages, written, strict=True):
         if stale and not check:
             write_atomically(page, text)
@@ -71,7 +71,7 @@ class Tables:
             raise BadInput(f"the pages need the table {path}: {error.strerror}") from None
 
 
-def _written(text: str, tables: Tables) -> tuple[str, list[str]]:
+def written(text: str, tables: Tables) -> tuple[str, list[str]]:
     """The text with every block written anew, and the names of those that this changes."""
     stale: list[str] = []
 
@@ -179,6 +179,19 @@ def certificates(tables: Tables) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
+def claims(tables: Tables) -> str:
+    """How many claims of each source are reproduced, partly, not, or not addressed."""
+    table = tables.read("claims")
+    verdicts = ("reproduced", "partly", "not", "not addressed")
+    counts = table.groupby([table["source"].str.split(",").str[0], "verdict"], sort=False).size().unstack(fill_value=0)
+    rows = [
+        [source, *(str(row.get(verdict, 0)) for verdict in verdicts), str(row.sum())]
+        for source, row in counts.iterrows()
+    ]
+    rows.append(["all", *(str((table["verdict"] == verdict).sum()) for verdict in verdicts), str(len(table))])
+    return _markdown(["source", *verdicts, "claims"], rows)
+
+
 def prepared(tables: Tables) -> str:
     """Seconds of first, later and prepared calls, and their ratios to what a user would write."""
     table = tables.read(HEAD_TO_HEAD["prepared_kernel"])
@@ -273,6 +286,12 @@ def _provenance(table: pd.DataFrame) -> str:
     return f"\n\n*{', '.join(said)}; commit {code}.*"
 
 
+def _reproduced(table: pd.DataFrame) -> str:
+    """How many of the published numbers that were measured are reproduced."""
+    numbers = table.loc[(table["relation"] == "about") & (table["verdict"] != "not addressed"), "verdict"]
+    return f"{(numbers == 'reproduced').sum()} of {len(numbers)}"
+
+
 def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
@@ -285,6 +304,7 @@ HEAD_TO_HEAD = {
 
 TABLES: dict[str, Callable[[Tables], str]] = {
     "certificates": certificates,
+    "claims": claims,
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
     "large networks": large_networks,
@@ -292,6 +312,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "products": products,
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
+    "claims reproduced": lambda tables: _reproduced(tables.read("claims")),
     "default cells": lambda tables: str(len(tables.read("default/table"))),
     "default machine": lambda tables: ", ".join(tables.read("default/table")["machine"].unique()),
     "default threads": lambda tables: _listed(tables.read("default/table")["threads"].unique()),

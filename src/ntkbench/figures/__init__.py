@@ -1,4 +1,4 @@
-"""Figures: a table in; PDF, PNG, the plotted numbers as CSV and a caption out.
+"""Figures: a table in; PDF, PNG, the plotted numbers as CSV and a caption out; and the claims of papers with a verdict.
 
 One file is one figure, drawn under the file's name. It has one function, ``draw(table) -> Drawing``. The table has at
 least one row that is ok. It is the results table, as :func:`ntkbench.figures.plotting.base.checked` returns it, or the
@@ -14,12 +14,12 @@ import concurrent.futures
 import functools
 import inspect
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ntkbench import ambient, registry
+from ntkbench import ambient, paths, registry
 from ntkbench.errors import unknown
 from ntkbench.measure import outcomes
 from ntkbench.registry import PACKAGES, Fault, Source
@@ -27,7 +27,13 @@ from ntkbench.registry import PACKAGES, Fault, Source
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ROOM", "draw", "draw_all", "names", "study_of"]
+__all__ = ["CLAIMED_FROM", "ROOM", "claims", "draw", "draw_all", "names", "study_of"]
+
+CLAIMED_FROM = ("paper_cpu", "default")
+"""Committed tables that the papers' claims are judged by: for each study the first of these profiles that has it."""
+
+Drawn = tuple[outcomes.Outcome, list[dict[str, Any]]]
+"""How a figure ended, and a row for each of its claims."""
 
 
 def names() -> list[str]:
@@ -57,28 +63,54 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
     """
     from ntkbench.figures.plotting import files
 
-    return files.write(name, ROOM.get(name), table, Path(folder))
+    return files.write(name, ROOM.get(name), table, Path(folder))[0]
+
+
+def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
+    """What figures say of the papers' claims: ``claims.csv``, see :data:`ntkbench.figures.plotting.claims.COLUMNS`.
+
+    Args:
+        folders: with ``studies/<study>.csv``; a table is taken from the first folder that has it. By default those of
+            the committed tables, :data:`CLAIMED_FROM`.
+
+    Raises:
+        BadInput: a table lacks columns.
+        Unavailable: ntkbench is not in a checkout.
+    """
+    from ntkbench.figures.plotting import claims as claimed
+    from ntkbench.figures.plotting import files
+
+    paths.checkout("judging the papers' claims")
+    folders = [paths.REFERENCE / profile for profile in CLAIMED_FROM] if folders is None else list(folders)
+    rows: list[dict[str, Any]] = []
+    for name in names():
+        tables = [folder / "studies" / f"{study_of(name)}.csv" for folder in folders]
+        if table := next(filter(Path.exists, tables), None):
+            rows += files.claimed(name, ROOM.get(name), files.read(table))
+    return claimed.table(rows)
 
 
 def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
     """Draw figures into ``folder``, each from the CSV file that ``tables`` has for it, on all processors.
 
-    A figure that cannot be drawn, for whatever reason, gets files that say so, and the others are drawn.
+    A figure that cannot be drawn, for whatever reason, gets files that say so, and the others are drawn. Where figures
+    claim something, ``claims.csv`` has all of it, and ``claims.png``, ``.pdf`` and ``.txt`` show it.
 
     Returns:
         an outcome for each figure: ``ok``, or a status and a reason in one line.
     """
-    from ntkbench.figures.plotting import files  # noqa: F401  # forked processes find it imported
+    from ntkbench.figures.plotting import files  # forked processes find it imported
 
     count = ambient.cores()
     shares = [dict(list(tables.items())[start::count]) for start in range(min(count, len(tables)))]
     apart = functools.partial(_draw_apart, folder=Path(folder))
     with concurrent.futures.ThreadPoolExecutor(count) as threads:
-        made = {name: outcome for part in threads.map(apart, shares) for name, outcome in part.items()}
-    return {name: made[name] for name in tables}
+        made = {name: drawn for part in threads.map(apart, shares) for name, drawn in part.items()}
+    files.write_claims([row for name in sorted(tables) for row in made[name][1]], Path(folder))
+    return {name: made[name][0] for name in tables}
 
 
-def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
+def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
     """Draw figures in a process of their own; where one of them ends it, each in its own."""
     from ntkbench.figures.plotting import files
 
@@ -91,24 +123,24 @@ def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.
     outcome = outcomes.Outcome(outcomes.FAILED, "it ended the process that was to draw it")
     for name in tables:
         files.write_failed(name, outcome, folder)
-    return dict.fromkeys(tables, outcome)
+    return dict.fromkeys(tables, (outcome, []))
 
 
-def _draw_some(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
+def _draw_some(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
     """Draw figures one after another; a table is read once."""
     from ntkbench.figures.plotting import files
 
     read = functools.cache(files.read)
-    made = {}
+    made: dict[str, Drawn] = {}
     for name, table in tables.items():
         try:
-            draw(name, read(Path(table)), folder)
-            made[name] = outcomes.Outcome(outcomes.OK)
+            _, claimed = files.write(name, ROOM.get(name), read(Path(table)), folder)
+            made[name] = outcomes.Outcome(outcomes.OK), claimed
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a figure is a plug-in: it may even exit
-            made[name] = outcomes.of_exception(error)
-            files.write_failed(name, made[name], folder)
+            made[name] = outcomes.of_exception(error), []
+            files.write_failed(name, made[name][0], folder)
     return made
 
 

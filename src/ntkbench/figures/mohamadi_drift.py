@@ -66,36 +66,22 @@ def _summary(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
+    """What is drawn, and which loss takes the pNTK nearest to the last layer's kernel."""
     text = (
-        "A fully connected network trained on scikit-learn's digits by gradient descent; above how far each kernel "
-        "between samples is from Theta on held-out images, below the readout's part along the sum of logits and how "
-        f"far the pNTK is from the last layer's kernel; medians over {plotted['inits'].max()} initialisations with "
-        "quartiles. The softmax's gradients sum to zero over logits, so gradient descent on the cross-entropy leaves "
-        "1^T V as it is (||V|| grows), and weight decay shrinks it; the sum of logits then has gradients in the last "
-        "layer alone."
+        "How far kernels between samples are from Theta along training on scikit-learn's digits (above), and how far "
+        "the pNTK is from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, so "
+        "weight decay shrinks the readout V along their sum, and the pNTK keeps gradients in the last layer alone."
     )
     once = plotted[plotted["kernel"] == "sum_of_logits"]
-    said, ends = [], {}
-    for loss, rows in once.groupby("loss", sort=False):
-        first, last = rows.iloc[0], rows.iloc[-1]
-        parts = {"the pNTK's difference": "difference", "||1^T V|| / ||V||": "sum_direction"}
-        parts |= {"distance to the last layer's kernel": TO_LAST}
-        words = [f"{name} from {_quartiles(first, part)} to {_quartiles(last, part)}" for name, part in parts.items()]
-        said.append(f"{titles[loss]}: {', '.join(words)}")
-        ends[titles[loss]] = last
-    if not said:
+    ends = {titles[loss]: rows.iloc[-1] for loss, rows in once.groupby("loss", sort=False)}
+    if not ends:
         return text
-    text += (
-        " Claim: weight decay under the cross-entropy takes the pNTK to the last layer's kernel. Measured, first to "
-        f"last step, medians with quartiles: {'; '.join(said)}."
-    )
     nearest = min(ends, key=lambda title: ends[title][TO_LAST])
     others = [last[f"{TO_LAST}_q25"] for title, last in ends.items() if title != nearest]
     apart = (
-        "its quartile below all others'" if ends[nearest][f"{TO_LAST}_q75"] < min(others, default=0) else "if at all"
+        "its quartile is below all others'"
+        if ends[nearest][f"{TO_LAST}_q75"] < min(others, default=0)
+        else "quartiles do not tell it from the others"
     )
-    return f"{text} Conclusion: at the last step it is nearest with {nearest}, {apart}."
-
-
-def _quartiles(row: pd.Series, name: str) -> str:
-    return labels.interval_label(row[name], row[f"{name}_q25"], row[f"{name}_q75"])
+    near = labels.interval_label(*(ends[nearest][f"{TO_LAST}{end}"] for end in ("", "_q25", "_q75")))
+    return f"{text} At the last step the pNTK is nearest to that kernel with {nearest}, at {near}: {apart}."

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ntkbench.figures.plotting import base, canvas, curves, labels, sources, styles
+from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sources, styles
 
 TABLE = "novak_images"
 COLUMNS: tuple[str, ...] = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops")
@@ -75,8 +75,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             detail = f"{side:g} × {side:g}, N = {samples:g}, P = {labels.count_label(parameters)}"
             canvas.title(top, labels.short(network), detail)
             bottom.set_xlabel("outputs O")
-    caption = _caption(table, counted, timed, there)
-    return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], caption)
+    drawn = table[[*COLUMNS, "status", "reason"]]
+    return base.Drawing(figure, drawn, _caption(table, counted), _claims(table))
 
 
 def published(table: pd.DataFrame) -> pd.DataFrame:
@@ -94,31 +94,17 @@ def _fill(panel: Axes, points: pd.DataFrame, quantity: str, looks: dict[str, sty
         canvas.note(panel, "nothing timed")
 
 
-def _caption(table: pd.DataFrame, counted: pd.DataFrame, timed: pd.DataFrame, there: pd.DataFrame) -> str:
+def _caption(table: pd.DataFrame, counted: pd.DataFrame) -> str:
     families = [said for name, said in FAMILIES.items() if table["network"].str.startswith(name).any()]
     text = (
-        "Above: floating-point operations of the whole NTK over its N^2 O^2 entries, nothing being run and memory no "
-        "object: of neural-tangents' programs and the Jacobian alone by the cost analysis of the lowered program; of "
-        "our kernel by layers by the shapes of its matrix products and convolutions, without element-wise work. Below: "
-        f"seconds for the whole kernel, without compiling and tracing. {'; '.join(families)}."
+        "Above: operations of the whole NTK over its N^2 O^2 entries, nothing being run. Below: seconds for the whole "
+        f"kernel, without compiling. {'; '.join(families)}."
     )
-    operations = _wide(counted, "flops")
-    text += f" Operations in units of neural-tangents' structured derivatives: {_ratios(operations)}."
-    text += _fewest(operations)
-    if len(timed):
-        text += f" Seconds in the same unit: {_ratios(_wide(timed, 'seconds'))}."
-    text += _left_out(table, "flops", "counted") + _left_out(table, "seconds", "timed")
-    return text + _beside(operations, _wide(timed, "seconds"), there)
+    return text + _fewest(_wide(counted, "flops")) + _left_out(table)
 
 
 def _wide(points: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return points.pivot_table(index=["network", "N", "O"], columns="method", values=quantity, sort=False)
-
-
-def _ratios(wide: pd.DataFrame) -> str:
-    others = [name for name in NAMES if name in wide and name != THEIRS and THEIRS in wide]
-    said = [f"{NAMES[name]} {curves.ratio_words(wide[name] / wide[THEIRS])}" for name in others]
-    return "; ".join(said) or "nothing to compare"
 
 
 def _fewest(operations: pd.DataFrame) -> str:
@@ -128,58 +114,85 @@ def _fewest(operations: pd.DataFrame) -> str:
         return ""
     most = theirs.index.get_level_values("O").max()
     last = theirs.xs(most, level="O")
-    best: dict[str, list[str]] = {}
-    for (network, _), name in last.idxmin(axis=1).items():
-        best.setdefault(NAMES[name], []).append(network)
-    said = "; ".join(f"{name} for {', '.join(networks)}" for name, networks in best.items())
+    fewest = last.idxmin(axis=1).map(NAMES).value_counts()
+    said = ", ".join(f"{name} for {count} of {len(last)} networks" for name, count in fewest.items())
     return f" With O = {most:g}, neural-tangents takes the fewest by {said}."
 
 
-def _left_out(table: pd.DataFrame, quantity: str, done: str) -> str:
-    """What was not measured, and why."""
-    rows = table[table["quantity"] == quantity]
-    everything, lost = set(rows["title"]), rows[rows["status"] != "ok"]
-    reasons = lost["reason"].str.replace("about .*, over", "over", regex=True)  # each O has its own number
-    alike: dict[tuple[str, str], list[str]] = {}
-    for (network, reason), cases in lost.groupby(["network", reasons], sort=False):
-        titles = list(dict.fromkeys(cases["title"]))
-        by = "" if set(titles) == everything else f" by {', '.join(titles)}"
-        outputs = ", ".join(f"{output:g}" for output in sorted(cases["O"].unique()))
-        alike.setdefault((f"O = {outputs}{by}", reason), []).append(network)
-    said = [f"{', '.join(networks)} with {case}: {reason}" for (case, reason), networks in alike.items()]
-    return f" Not {done}: {'; '.join(said)}." if said else ""
-
-
-def _beside(operations: pd.DataFrame, seconds: pd.DataFrame, there: pd.DataFrame) -> str:
-    """Published seconds beside operations, and beside seconds where they are of the same case."""
-    said = []
-    for at, rows in there.dropna(subset="seconds").groupby(["network", "N", "O"]):
-        known = rows.set_index("method")["seconds"]
-        if len(known) < 2 or at not in operations.index:
-            continue
-        said.append(f" With N = {at[1]:g}, O = {at[2]:g}: published {_over_theirs(known)}")
-        for what, wide in (("operations", operations), ("seconds here", seconds)):
-            values = wide.reindex(columns=known.index).loc[at] if at in wide.index else known.iloc[:0]
-            if len(values) and values.notna().all():
-                said[-1] += f"; {what} {_over_theirs(values)}, {_verdict(values, known)}"
-    if not said:
+def _left_out(table: pd.DataFrame) -> str:
+    """How much was not measured, and why most of it was not; the plotted numbers say it of each."""
+    lost = table[table["status"] != "ok"]
+    if not len(lost):
         return ""
-    text = f" Published seconds of ResNet18 on a V100, in the same unit.{'.'.join(said)}."
-    if len(lost := there[there["seconds"].isna()]):
-        names = " and ".join(NAMES[name] for name in lost["method"])
-        text += f" With O = {lost['O'].iloc[0]:g} {names} did not fit there."
-    return (
-        f"{text} Operations are not seconds: contraction writes all of the Jacobian, O P numbers a sample, and reads "
-        "it again."
+    reasons = lost["reason"].str.replace("about .*, over", "over", regex=True)  # each O has its own number
+    most = labels.short(reasons.mode().iloc[0], 120)
+    return f" Not measured: {len(lost)} of {len(table)} cases, mostly: {most}."
+
+
+def _claims(table: pd.DataFrame) -> tuple[claims.Claim, ...]:
+    """The notebook's seconds over those of structured derivatives, where the table has the same network."""
+    same = table[(table[list(SAME)] == pd.Series(SAME)).all(axis=1)]
+    if not len(same):
+        return ()
+    known = sources.values("novak_notebooks", network=NOTEBOOK).dropna(subset="milliseconds")
+    return tuple(
+        _claim(same, rows.set_index("method"), method)
+        for _, rows in known.groupby(["N", "O"], sort=False)
+        for method in rows["method"]
+        if method != THEIRS and THEIRS in set(rows["method"])
     )
 
 
-def _over_theirs(values: pd.Series) -> str:
-    return " and ".join(f"{NAMES[name]} {values[name] / values[THEIRS]:.2g}" for name in values.index if name != THEIRS)
+def _claim(same: pd.DataFrame, known: pd.DataFrame, method: str) -> claims.Claim:
+    """One implementation over structured derivatives, at the sizes of the rows that are known of it.
+
+    Args:
+        same: rows of the notebook's network.
+        known: the notebook's, by method, of one case.
+        method: the implementation.
+    """
+    samples, outputs, hardware = known[["N", "O", "hardware"]].iloc[0]
+    ratio = float(known["milliseconds"][method] / known["milliseconds"][THEIRS])
+    case = same[(same["N"] == samples) & (same["O"] == outputs)]
+    seconds, operations = (_pair(case, quantity, method) for quantity in ("seconds", "flops"))
+    measured: claims.Interval = claims.UNKNOWN
+    notes: list[str] = []
+    if operations:
+        notes.append(f"in operations the ratio is {labels.rounded(operations[0]['flops'] / operations[1]['flops'])}")
+    if seconds:
+        one, other = seconds
+        low, high = one["seconds_q25"] / other["seconds_q75"], one["seconds_q75"] / other["seconds_q25"]
+        measured = float(one["seconds"] / other["seconds"]), float(low), float(high)
+    else:
+        notes.append(_why(case, samples, outputs))
+    name = f"ResNet18, N = {samples:g}, O = {outputs:g}"
+    return claims.Claim(
+        source="neural-tangents' notebook",
+        name=f"{name}, seconds of {NAMES[method]}",
+        statement=f"structured derivatives are {labels.rounded(ratio, 3)} times faster than {NAMES[method]} ({name})",
+        published=ratio,
+        accuracy="printed in a notebook",
+        there=f"{NOTEBOOK}, {hardware}",
+        here=f"the same network, {same['device'].iloc[0]}",
+        same=bool(same["device"].iloc[0] == "cuda"),
+        measured=measured,
+        spread="quartiles of calls",
+        runs=claims.count(min(row.get("calls", 1) for row in seconds)) if seconds else 0,
+        of="calls",
+        unit="times",
+        note="; ".join(notes),
+    )
 
 
-def _verdict(values: pd.Series, known: pd.Series) -> str:
-    if list(values.sort_values().index) == list(known.sort_values().index):
-        return "in the same order"
-    cheapest = "agreeing" if values.idxmin() == known.idxmin() else "not agreeing"
-    return f"in another order, {cheapest} on the cheapest"
+def _pair(case: pd.DataFrame, quantity: str, method: str) -> list[pd.Series]:
+    """The rows of a quantity by a method and by structured derivatives; none where one of them is not there."""
+    rows = base.measured(case[case["quantity"] == quantity], quantity)
+    rows = rows[rows[quantity] > 0].drop_duplicates("method").set_index("method")
+    return [rows.loc[name] for name in (method, THEIRS)] if {method, THEIRS} <= set(rows.index) else []
+
+
+def _why(case: pd.DataFrame, samples: float, outputs: float) -> str:
+    """Why a case was not timed."""
+    lost = case[(case["quantity"] == "seconds") & (case["status"] != "ok")]
+    reason = lost["reason"].iloc[0] if len(lost) else f"the study has no N = {samples:g} with O = {outputs:g}"
+    return f"not timed here: {reason}"

@@ -12,6 +12,7 @@ errors     error against cost, for the two figures of it
 tasks      the fastest time for each task and tolerance
 speedups   speed-ups at equal accuracy
 pntk       quantities and panels of the figures of the pNTK
-claims     what sources claim, beside what was measured, in the words of captions
-sources    values that the papers published
+claims     what papers claim, what was measured here, and the verdict
+verdicts   the figure of all claims of a set of figures
+sources    values that the papers published, and claims that nothing here speaks to
 """

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import labels
+from ntkbench.figures.plotting.claims import Claim
 from ntkbench.measure.provenance import several_machines
 from ntkbench.metrics import METRICS
 
@@ -55,12 +56,15 @@ class Drawing:
     Attributes:
         figure: the drawing itself.
         plotted: the numbers in it, and nothing else; goes into the CSV.
-        caption: what is shown and by which rules; the settings are added to it.
+        caption: what is shown and by which rules, in about 60 words; a sentence for each claim and the settings are
+            added to it.
+        claims: of papers, that the figure speaks to.
     """
 
     figure: Figure
     plotted: pd.DataFrame
     caption: str
+    claims: tuple[Claim, ...] = ()
 
 
 def checked(table: pd.DataFrame) -> pd.DataFrame:
@@ -161,7 +165,7 @@ def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None 
     cells = table.groupby("status").size()
     cells = ", ".join(f"{cells[s]} {labels.status_label(s)}" for s in sorted(cells.index, key=lambda s: (s != "ok", s)))
     lines = [
-        f"{labels.name_label(name)}. {drawing.caption}",
+        " ".join([f"{labels.name_label(name)}. {drawing.caption}", *(claim.sentence() for claim in drawing.claims)]),
         f"Settings: {settings_line(table) or 'none recorded'}.",
         f"Machine: {'; '.join(sorted(set(table['machine']) - {''})) or 'not recorded'}.",
         *filter(None, [several_machines(table)]),

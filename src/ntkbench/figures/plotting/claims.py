@@ -1,8 +1,16 @@
-"""What a source claims, what was measured, and what follows: sentences for captions, worded by intervals alone."""
+"""Claims of the papers as data: what a source says, what was measured here, and a verdict by the numbers alone.
+
+A figure returns its claims in :class:`ntkbench.figures.plotting.base.Drawing`. Sentences of captions, rows of
+``claims.csv``, the table of the gallery and the figure of all claims are made from them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,29 +20,254 @@ from ntkbench.measure import laws
 
 SHARED = "shared_probe_alignment"
 
+REPRODUCED, PARTLY, NOT, UNADDRESSED = VERDICTS = ("reproduced", "partly", "not", "not addressed")
+"""Whether a claim is reproduced; see :attr:`Claim.verdict`."""
+SAID = {REPRODUCED: "reproduced", PARTLY: "partly reproduced", NOT: "not reproduced", UNADDRESSED: "not addressed"}
+"""Verdicts in a sentence."""
 
-def median(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The median of positive numbers with its 95 % bootstrap interval; ``nan`` where there is none."""
+ABOUT, ABOVE, BELOW = "about", "above", "below"
+"""What a source says of a value: that it is a number, or that it is more or less than one."""
+
+FACTOR, EXPONENT, SHARE, DIGITS = 2.0, math.sqrt(2), 1.05, 1.01
+"""Factors within which magnitudes, exponents, accuracies and values of three digits are reproduced.
+
+An exponent is nearer to the published one, as a ratio, than to its half or its double.
+"""
+
+Interval = tuple[float, float, float]
+"""A value and the ends of its interval; an end that is ``nan`` is not known."""
+UNKNOWN: Interval = (math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a paper claims, beside what was measured here.
+
+    Attributes:
+        source: the paper, and the figure or sentence in it.
+        name: what the claim is of, in a few words.
+        statement: the claim as a clause, with the published number in it.
+        published: the number; 1 where the statement is of a ratio that is to be 1, or above or below it.
+        accuracy: how well the published number is known.
+        there: the published setting.
+        here: the setting of what was measured.
+        same: whether both are the same but for the machine; times of other hardware are another setting.
+        relation: :data:`ABOUT`, :data:`ABOVE` or :data:`BELOW` the published number.
+        within: the factor within which a number is reproduced; means nothing for the other relations.
+        measured: the value and its interval; ``UNKNOWN`` where nothing was measured.
+        spread: what the interval is.
+        runs: how many runs are behind the value.
+        of: what runs are: estimates, networks, cases.
+        unit: of the value, as a sentence has it: seconds, times.
+        best: the same with the best exact method in place of the published baseline, where it is a speed-up.
+        best_title: what that method is called.
+        addressed: whether what was measured speaks to the claim; ``note`` says why it does not.
+        note: what a reader must know beside the numbers.
+    """
+
+    source: str
+    name: str
+    statement: str
+    published: float = math.nan
+    accuracy: str = ""
+    there: str = ""
+    here: str = ""
+    same: bool = False
+    relation: str = ABOUT
+    within: float = FACTOR
+    measured: Interval = UNKNOWN
+    spread: str = "95 % interval"
+    runs: int = 0
+    of: str = "runs"
+    unit: str = ""
+    best: Interval = UNKNOWN
+    best_title: str = ""
+    addressed: bool = True
+    note: str = ""
+
+    @property
+    def ratio(self) -> Interval:
+        """Measured over published, with the ends in order; ``nan`` where the published number is none or 0."""
+        return self._over(self.measured)
+
+    @property
+    def best_ratio(self) -> Interval:
+        """The same of :attr:`best`."""
+        return self._over(self.best)
+
+    def _over(self, interval: Interval) -> Interval:
+        if not self.published:
+            return UNKNOWN
+        value, low, high = (number / self.published for number in interval)
+        return (value, low, high) if self.published > 0 else (value, high, low)
+
+    @property
+    def verdict(self) -> str:
+        """One of :data:`VERDICTS`, by the interval.
+
+        A number is reproduced where the whole interval is within the factor of it, and not where none of it is. More or
+        less than a number is reproduced where the whole interval is, and not where none of it is. Between these it is
+        partly reproduced: in some cases, or these runs do not tell. An end that is not known bounds nothing. Without a
+        published number, a value or any end of its interval, the claim is not addressed.
+        """
+        value, low, high = self.ratio
+        if not self.addressed or math.isnan(value) or (math.isnan(low) and math.isnan(high)):
+            return UNADDRESSED
+        if self.relation == ABOUT:
+            inside = low >= 1 / self.within and high <= self.within
+            outside = high < 1 / self.within or low > self.within
+        else:
+            above, below = low > 1, high < 1
+            inside, outside = (above, below) if self.relation == ABOVE else (below, above)
+        return REPRODUCED if inside else NOT if outside else PARTLY
+
+    @property
+    def reason(self) -> str:
+        """Why the verdict is what it is, and the note."""
+        return "; ".join(filter(None, [self._why(), self.note]))
+
+    def _why(self) -> str:
+        value, *ends = self.ratio
+        verdict, unknown = self.verdict, any(math.isnan(end) for end in ends)
+        if verdict == UNADDRESSED:
+            known = self.addressed and not math.isnan(value)
+            return "measured once, so that its interval is not known" if known else ""
+        if self.relation == ABOUT:
+            times = f"{labels.rounded(value)} times the published value"
+            part = f"the interval is in part within a factor of {self.within:.3g}"
+            return {
+                REPRODUCED: f"within a factor of {self.within:.3g} of the published value",
+                NOT: times,
+                PARTLY: f"{times}, and {'an end of the interval is not known' if unknown else part}",
+            }[verdict]
+        other = BELOW if self.relation == ABOVE else ABOVE
+        number = labels.rounded(self.published, 3)
+        return {
+            REPRODUCED: f"the interval is {self.relation} {number}",
+            NOT: f"the interval is {other} {number}",
+            PARTLY: f"an end of the interval is not known, the other is {other} {number}"
+            if unknown
+            else f"the interval has {number} inside",
+        }[verdict]
+
+    def sentence(self) -> str:
+        """The claim, what was measured, and the verdict with its reason, in one sentence."""
+        measured = "; nothing was measured"
+        if not math.isnan(self.measured[0]):
+            unit = f" {self.unit}" if self.unit else ""
+            value, ends = labels.interval_label(*self.measured, digits=3).split(" ", 1)
+            measured = (
+                f"; measured {value}{unit} {ends.removesuffix(')')}; {self.spread}, {_counted(self.runs, self.of)})"
+            )
+        if not math.isnan(self.best[0]):
+            measured += f", and {labels.interval_label(*self.best, digits=3)} over {self.best_title}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"Claim ({self.source}): {self.statement}{measured}: {SAID[self.verdict]}{reason}."
+
+    def row(self) -> dict[str, Any]:
+        """Columns of ``claims.csv``, see :data:`COLUMNS`."""
+        row = {"source": self.source, "name": self.name, "statement": self.statement, "relation": self.relation}
+        row |= {"published": self.published, "accuracy": self.accuracy, "setting_published": self.there}
+        row |= {"setting_here": " ".join(self.here.split()), "same_setting": "yes" if self.same else "no"}
+        row |= dict(zip(("measured", "measured_low", "measured_high"), self.measured, strict=True))
+        row |= {
+            "unit": self.unit,
+            "interval": self.spread,
+            "runs": self.runs,
+            "runs_of": self.of,
+            "within": self.within,
+        }
+        row |= dict(zip(("ratio", "ratio_low", "ratio_high"), self.ratio, strict=True))
+        row |= dict(zip(("best_ratio", "best_ratio_low", "best_ratio_high"), self.best_ratio, strict=True))
+        return row | {"best_exact": self.best_title, "verdict": self.verdict, "reason": self.reason}
+
+
+COLUMNS = ("figure", *Claim(source="", name="", statement="").row(), "git_sha", "machine")
+"""Of ``claims.csv``: the figure that states a claim, the claim, and the commit and machine of what was measured."""
+
+
+def rows(figure: str, claims: Iterable[Claim], table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row of ``claims.csv`` for each claim of a figure.
+
+    Args:
+        figure: its name.
+        claims: what it states.
+        table: that it is drawn from, for the provenance.
+    """
+    made = {
+        name: "; ".join(sorted(set(table[name].dropna().astype(str)) - {""})) if name in table else ""
+        for name in ("git_sha", "machine")
+    }
+    nothing = dict.fromkeys(made, "")
+    return [{"figure": figure} | claim.row() | (nothing if math.isnan(claim.measured[0]) else made) for claim in claims]
+
+
+def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
+    """``claims.csv`` of its rows, in the order of figures' names."""
+    return pd.DataFrame(rows, columns=[*COLUMNS]).sort_values("figure", kind="stable", ignore_index=True)
+
+
+def to_csv(made: pd.DataFrame) -> str:
+    """The text of ``claims.csv``; six digits, so that it is the same where last bits are not."""
+    return made.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+
+
+def readable(made: pd.DataFrame) -> list[dict[str, str]]:
+    """What a page shows of each claim: words for the cells of a table."""
+    shown = []
+    for row in made.astype(object).where(made.notna(), "").to_dict("records"):
+        number = functools.partial(_number, row)
+        published = {ABOVE: "> ", BELOW: "< "}.get(row["relation"], "") + number("published")
+        measured = number("measured")
+        if measured:
+            ends = [number(f"measured_{end}") or "?" for end in ("low", "high")]
+            unit = f" {row['unit']}" if row["unit"] else ""
+            measured += f"{unit} ({' to '.join(ends)}; {row['interval']}, {_counted(row['runs'], row['runs_of'])})"
+        shown.append(
+            {name: str(row[name]) for name in ("source", "statement", "verdict", "reason", "figure")}
+            | {"published": published if number("published") else "", "measured": measured, "name": row["name"]}
+            | {"accuracy": row["accuracy"], "there": row["setting_published"], "here": row["setting_here"]}
+            | {"same": row["same_setting"]}
+        )
+    return shown
+
+
+def _counted(runs: int, of: str) -> str:
+    return f"{runs} {of.removesuffix('s') if runs == 1 else of}"
+
+
+def _number(row: Mapping[str, Any], name: str) -> str:
+    return "" if row[name] == "" else labels.rounded(row[name], 3)
+
+
+def median(values: Sequence[float], seed: int = 0) -> Interval:
+    """The median of numbers with its 95 % bootstrap interval; ``nan`` where there is none."""
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if not len(finite):
-        return (np.nan,) * 3
+        return UNKNOWN
     draws = np.random.default_rng(seed).choice(finite, (2000, len(finite)))
     low, high = np.quantile(np.median(draws, 1), (0.025, 0.975))
     return float(np.median(finite)), float(low), float(high)
 
 
-def ratio(values: Sequence[float], what: str = "cases") -> str:
-    """A median ratio with its interval and count: ``1.1 (0.9 to 1.3; 12 cases)``."""
-    return f"{labels.interval_label(*median(values), 3).removesuffix(')')}; {len(values)} {what})"
+def ranged(values: Iterable[float]) -> Interval:
+    """The median of numbers with the least and the largest of them; ``nan`` where there is none."""
+    finite = np.asarray([value for value in values if np.isfinite(value)])
+    return (float(np.median(finite)), float(finite.min()), float(finite.max())) if len(finite) else UNKNOWN
 
 
-def compared(low: float, high: float, words: tuple[str, str, str], known: float = 1.0) -> str:
-    """A conclusion: the first of the words if the interval is below a number, the second if above, else the third."""
-    return {"above": words[0], "below": words[1], "inside": words[2]}[labels.beside(known, low, high)]
+def count(number: float) -> int:
+    """A number of runs from a table, in which it may be missing."""
+    return 0 if math.isnan(number) else int(number)
 
 
-def shared_probes(points: pd.DataFrame, hutchpp: str) -> str:
-    """Shared probes against three Hutch++ traces for the alignment, at the budgets that both were given.
+def exponent(slope: float, half: float) -> Interval:
+    """A slope with the ends of its interval, from half of its width."""
+    return slope, slope - half, slope + half
+
+
+def shared_probes(points: pd.DataFrame, hutchpp: str) -> tuple[Claim, ...]:
+    """Shared probes against three Hutch++ traces for the alignment, at the least and most passes that both were given.
 
     Args:
         points: measured rows of one problem.
@@ -43,21 +276,23 @@ def shared_probes(points: pd.DataFrame, hutchpp: str) -> str:
     rows = points[points["metric"] == "alignment"]
     both = [rows[rows["method"] == name] for name in (SHARED, hutchpp)]
     if not all(map(len, both)):
-        return ""
+        return ()
     least, most = max(each["passes"].min() for each in both), min(each["passes"].max() for each in both)
     fitted = [laws.fit(each, seed) for seed, each in enumerate(both)]
-    said, verdicts = [], []
-    for passes in sorted({least, most}) if least <= most else ():
-        ours, theirs = (law.error(passes) for law in fitted)
-        times, low, high = laws.banded(theirs / ours)
-        said.append(f"{labels.interval_label(times, low, high)} at {passes:g} passes")
-        verdict = compared(low, high, ("it does not hold", "it holds", "these seeds do not tell"))
-        verdicts.append(f"{verdict} at {passes:g} passes")
-    if not said:
-        return ""
-    estimates = sum(each["seeds"].sum() for each in both)
-    return (
-        " Claim of the blog post: at equal passes shared probes are more accurate than three Hutch++ traces. Measured "
-        f"on {labels.name_label(rows['problem'].iloc[0])}, the traces' error over that of shared probes (95 % bands, "
-        f"{estimates:g} estimates): {', '.join(said)}. Conclusion: {', '.join(verdicts)}."
+    return tuple(
+        Claim(
+            source="Hazelden's blog post",
+            name=f"shared probes against three Hutch++ traces, {passes:g} passes",
+            statement=f"at equal passes ({passes:g}) three Hutch++ traces have a larger error than shared probes",
+            published=1.0,
+            accuracy="a sentence",
+            there="two recurrent networks of 128 units, 100 trials of 10 steps",
+            here=labels.name_label(rows["problem"].iloc[0]),
+            relation=ABOVE,
+            measured=laws.banded(fitted[1].error(passes) / fitted[0].error(passes)),
+            runs=int(sum(each["seeds"].sum() for each in both)),
+            of="estimates",
+            unit="times as large",
+        )
+        for passes in (sorted({least, most}) if least <= most else ())
     )

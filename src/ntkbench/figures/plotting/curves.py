@@ -91,12 +91,3 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     if len(x) < 3:
         return float(fit.slope), math.nan
     return float(fit.slope), float(fit.stderr * stats.t.ppf(0.975, len(x) - 2))
-
-
-def ratio_words(ratios: Sequence[float]) -> str:
-    """A median ratio, its range and count: ``1.1 (0.9 to 1.3, 6 cases)``."""
-    finite = np.asarray([r for r in ratios if math.isfinite(r)])
-    if not len(finite):
-        return "nothing to compare"
-    middle, low, high = map(labels.rounded, (np.median(finite), finite.min(), finite.max()))
-    return f"{middle} ({low} to {high}, {len(finite)} case{'s' * (len(finite) > 1)})"

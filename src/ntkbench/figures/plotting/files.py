@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas as pd
 
 from ntkbench.errors import BadInput
-from ntkbench.figures.plotting import base, labels
+from ntkbench.figures.plotting import base, claims, labels, sources, verdicts
+from ntkbench.figures.plotting.gallery import CLAIMS
 from ntkbench.measure.outcomes import Outcome
 from ntkbench.paths import write_atomically
 
@@ -31,22 +34,69 @@ def read(table: Path) -> pd.DataFrame:
         raise BadInput(f"{table} cannot be read as a table: {error}") from None
 
 
-def write(name: str, figure: ModuleType, table: pd.DataFrame, folder: Path) -> list[Path]:
+def write(name: str, figure: ModuleType, table: pd.DataFrame, folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
     """Draw a figure from its table and write ``name.csv``, ``.txt``, ``.png`` and ``.pdf``.
 
     Where no row is ok, no figure is asked to draw: the picture has the reasons.
 
+    Returns:
+        the paths of the files, and a row of ``claims.csv`` for each claim.
+
     Raises:
         BadInput: the table lacks columns.
     """
-    study = getattr(figure, "TABLE", None)
     with base.style():
-        if why := base.nothing_measured(table):
-            drawing = base.nothing(table, why)
-        else:
-            table = base.checked(table) if study is None else base.checked_study(table, figure.COLUMNS)
-            drawing = figure.draw(table)
-        return _write(name, drawing, base.caption(name, drawing, table, study), folder)
+        drawing, read = _drawn(figure, table)
+        caption = base.caption(name, drawing, read, getattr(figure, "TABLE", None))
+        return _write(name, drawing, caption, folder), _claimed(name, drawing, read)
+
+
+def claimed(name: str, figure: ModuleType, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row of ``claims.csv`` for each claim of a figure; nothing is written.
+
+    Raises:
+        BadInput: the table lacks columns.
+    """
+    with base.style():
+        return _claimed(name, *_drawn(figure, table))
+
+
+def write_claims(
+    rows: Sequence[Mapping[str, Any]] | pd.DataFrame, folder: Path, forms: Sequence[str] = ("txt", *METADATA)
+) -> None:
+    """Write ``claims.csv`` with the claims of a set of figures, and its caption and picture; or remove older ones.
+
+    Args:
+        rows: of the claims; where there are none, nothing is written.
+        folder: of the figures.
+        forms: endings of the files beside the table.
+    """
+    table = claims.table(rows)
+    if not len(table):
+        for form in ("csv", *forms):
+            (folder / f"{CLAIMS}.{form}").unlink(missing_ok=True)
+        return
+    write_atomically(folder / f"{CLAIMS}.csv", claims.to_csv(table))
+    table = read(folder / f"{CLAIMS}.csv")  # what is drawn is what is written
+    with base.style():
+        drawing = verdicts.draw(table)
+        caption = f"{labels.name_label(CLAIMS)}. {drawing.caption}\n{verdicts.settings(table)}\n"
+        for form in forms:
+            data = caption if form == "txt" else _rendered(drawing, form)
+            write_atomically(folder / f"{CLAIMS}.{form}", data)
+
+
+def _drawn(figure: ModuleType, table: pd.DataFrame) -> tuple[base.Drawing, pd.DataFrame]:
+    """What a figure makes of a table, and the table as it got it."""
+    study = getattr(figure, "TABLE", None)
+    if why := base.nothing_measured(table):
+        return base.nothing(table, why), table
+    table = base.checked(table) if study is None else base.checked_study(table, figure.COLUMNS)
+    return figure.draw(table), table
+
+
+def _claimed(name: str, drawing: base.Drawing, table: pd.DataFrame) -> list[dict[str, Any]]:
+    return claims.rows(name, [*drawing.claims, *sources.not_addressed(name)], table)
 
 
 def write_failed(name: str, outcome: Outcome, folder: Path) -> list[Path]:

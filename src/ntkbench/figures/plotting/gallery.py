@@ -1,19 +1,25 @@
-"""All figures with their captions on one page of HTML that needs no other file; failed ones are marked."""
+"""All figures with their captions on one page of HTML that needs no other file; failed ones are marked.
+
+The picture of all claims has their table below it.
+"""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ntkbench.errors import BadInput
-from ntkbench.figures.plotting import labels
+from ntkbench.figures.plotting import claims, labels
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 GROUPS = {
+    "claims": "What of the papers reproduces",
     "hazelden": "Hazelden: trace estimation",
     "mohamadi": "Mohamadi, Bae, Sutherland: the pNTK",
     "novak": "Novak, Sohl-Dickstein, Schoenholz: fast finite-width kernels",
@@ -21,6 +27,8 @@ GROUPS = {
 }
 """First words of figures' names, in the order of the page; the others come first."""
 OWN = "The comparison"
+CLAIMS = "claims"
+"""Name of the files of all claims of a set of figures."""
 
 
 def group(name: str) -> str:
@@ -32,13 +40,14 @@ def page(pictures: Sequence[Path], title: str) -> str:
     """The page.
 
     Args:
-        pictures: PNG files, each with its caption beside it as ``.txt``.
+        pictures: PNG files, each with its caption beside it as ``.txt``; that of all claims is ``claims.png``, with
+            ``claims.csv``.
         title: heading of the page.
 
     Raises:
         BadInput: a picture has no caption.
     """
-    groups: dict[str, list[dict[str, str | int | bool]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
+    groups: dict[str, list[dict[str, Any]]] = {OWN: [], **{group: [] for group in GROUPS.values()}}
     for picture in sorted(pictures, key=lambda path: path.stem):
         caption = picture.with_suffix(".txt")
         if not caption.exists():
@@ -56,6 +65,7 @@ def page(pictures: Sequence[Path], title: str) -> str:
                 "failed": text.startswith(labels.NOT_DRAWN),
                 "width": width,
                 "height": height,
+                "claims": claims.readable(pd.read_csv(picture.with_suffix(".csv"))) if picture.stem == CLAIMS else [],
                 "data": base64.b64encode(picture.read_bytes()).decode(),
             }
         )

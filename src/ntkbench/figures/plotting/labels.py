@@ -84,11 +84,6 @@ def interval_label(value: float, low: float, high: float, digits: int = 2) -> st
     return f"{rounded(value, digits)} ({ends[0]} to {ends[1]})"
 
 
-def beside(known: float, low: float, high: float) -> str:
-    """Where a number lies by an interval: ``below``, ``inside`` or ``above``; an unknown end bounds nothing."""
-    return "below" if known < low else "above" if known > high else "inside"
-
-
 def share_label(share: float) -> str:
     """A share in percent: 0.13 %."""
     return f"{rounded(100 * share)} %"

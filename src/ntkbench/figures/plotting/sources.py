@@ -8,6 +8,7 @@ import pandas as pd
 
 from ntkbench import paths
 from ntkbench.errors import BadInput
+from ntkbench.figures.plotting.claims import Claim
 
 MARK: dict[str, Any] = {
     "marker": "x",
@@ -42,3 +43,24 @@ def values(file: str, **chosen: Any) -> pd.DataFrame:
     for column, value in chosen.items():
         table = table[table[column] == value]
     return table.reset_index(drop=True)
+
+
+def not_addressed(figure: str) -> list[Claim]:
+    """Claims that belong to a figure and that nothing here speaks to; none where the file of them is not there."""
+    if not paths.IN_CHECKOUT or not (paths.PUBLISHED / "not_addressed.csv").exists():
+        return []
+    return [
+        Claim(
+            source=row.source,
+            name=row.name,
+            statement=row.statement,
+            published=row.published,
+            accuracy=row.accuracy,
+            there=row.setting,
+            addressed=False,
+            note=row.reason,
+        )
+        for row in values("not_addressed", figure=figure)
+        .fillna({"accuracy": "", "setting": ""})
+        .itertuples(index=False)
+    ]
