@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(table, labels.why_not(table))
     problems, rtols = list(dict.fromkeys(points["problem"])), sorted(points["rtol"].unique(), reverse=True)
     look = {m: Look(m, "", "", *LOOKS[m]) for m in LOOKS if m in set(points["method"])}
-    rows = [canvas.Row(1.45, above=0.62 if i == 0 else 0.34, below=0.2) for i in range(len(rtols) + 1)]
+    rows = [canvas.Row(1.45, above=0.62 if i == 0 else 0.34, below=0.08) for i in range(len(rtols) + 1)]
     figure, grid = canvas.sheet(
         rows,
         len(problems),

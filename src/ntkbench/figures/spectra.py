@@ -35,8 +35,9 @@ LOOKS = {
     "matfree": (styles.BLACK, "d"),
 }
 EXACT, WHOLE = "eigh", "spectrum"
-FLOOR = 1e-8
-"""Errors below are drawn at it."""
+FLOORS = {"largest": 1e-8, "top": 1e-8}
+FLOOR = 1e-4
+"""Errors below are drawn at it; of the largest eigenvalues, at a floor of their own."""
 ROUNDING = 1e-6
 """Errors below are called rounding, of float32."""
 RIGHT = 0.9
@@ -52,7 +53,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     problems = list(dict.fromkeys(points["problem"]))
     shown = [quantity for quantity in QUANTITIES if quantity in set(points["quantity"])]
     look = {m: Look(m, "", "", *LOOKS[m]) for m in LOOKS if m in set(points["method"])}
-    rows = [canvas.Row(1.35, above=0.62 if i == 0 else 0.34, below=0.2) for i in range(len(shown) + 1)]
+    rows = [canvas.Row(1.35, above=0.62 if i == 0 else 0.34, below=0.08) for i in range(len(shown) + 1)]
     figure, grid = canvas.sheet(
         rows,
         len(problems),
@@ -67,9 +68,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     for panels, quantity in zip(grid, [*shown, "seconds"], strict=True):
         here = points[points["quantity"] == quantity] if quantity != "seconds" else points
         column = "seconds" if quantity == "seconds" else "error"
-        ends = canvas.limits(np.clip(here[column], FLOOR if column == "error" else 0, None), pad=2)
+        floor = FLOORS.get(quantity, FLOOR) if column == "error" else 0.0
+        ends = canvas.limits(here[column].clip(lower=floor), pad=2)
         for panel, problem in zip(panels, problems, strict=True):
-            _panel(panel, here[here["problem"] == problem], column, look)
+            _panel(panel, here[here["problem"] == problem], column, look, floor)
             panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=ends)
             canvas.decades(panel.xaxis, low, high)
             canvas.decades(panel.yaxis, *ends, most=5)
@@ -88,14 +90,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     return base.Drawing(figure, kept, _caption(points, shown))
 
 
-def _panel(panel: Axes, here: pd.DataFrame, column: str, look: dict[str, Look]) -> None:
+def _panel(panel: Axes, here: pd.DataFrame, column: str, look: dict[str, Look], floor: float) -> None:
     for method, rows in here.groupby("method", sort=False):
         if column == "seconds":  # the same for all quantities of a call
             rows = rows.drop_duplicates(["passes", "tolerance"])
         rows = rows.sort_values("passes_spent")
         drawn = look[str(method)].line("torch") | {"linewidth": 1.1, "clip_on": False, "markersize": 5.0}
         at = rows["passes_spent"].to_numpy(float)
-        values = rows[column].clip(lower=FLOOR).to_numpy(float)
+        values = rows[column].clip(lower=floor).to_numpy(float)
         panel.plot(at, values, **(drawn | {"marker": ""}))
         wrong = (rows["holds"] < RIGHT).to_numpy() if column == "error" else np.zeros(len(rows), bool)
         for chosen, face in ((~wrong, drawn["color"]), (wrong, "white")):
@@ -150,7 +152,7 @@ def _caption(points: pd.DataFrame, shown: list[str]) -> str:
         "worst counts. ntkbench.spectrum shares its passes between block Lanczos, which stops at its tolerance, and "
         "stochastic Lanczos, which takes a quarter and 400 at most. What is stated are bounds on eigenvalues (there "
         "is one within them), and 95 % intervals. matfree's passes are those of the network in JAX. "
-        f"Errors below {FLOOR:g} are drawn there."
+        f"Errors below {FLOOR:g}, of the largest eigenvalues below {FLOORS['top']:g}, are drawn there."
     )
     for problem, here in points.groupby("problem", sort=False):
         text += f" {labels.name_label(str(problem))}: {_found(here, shown)}"

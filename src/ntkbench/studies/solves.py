@@ -3,8 +3,9 @@
 The ridge is a share of the largest eigenvalue of Theta, so that the condition number of Theta + ridge I is at most one
 over that share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with a seed of its
 own. ``cholesky`` and ``nystrom`` are what :func:`ntkbench.solve` does where Theta fits and where it does not;
-``plain`` is the latter without its preconditioner, and ``scipy`` SciPy's ``cg`` on the same products, which stops where
-it believes its own recursion. The residual of every solution is that of products in float64, whatever it was solved in.
+``plain`` is the latter without its preconditioner. Both aim at half the tolerance. ``scipy`` is SciPy's ``cg`` on the
+same products, which stops as soon as its own recursion is within the tolerance. The residual of every solution is that
+of products in float64, whatever it was solved in.
 """
 
 from __future__ import annotations
