@@ -290,9 +290,7 @@ def speedup_table(scale: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize(
-    ("scale", "verdict"), [(0.1, claims.NOT), (0.33, claims.REPRODUCED), (0.5, claims.PARTLY)]
-)
+@pytest.mark.parametrize(("scale", "verdict"), [(0.1, claims.NOT), (0.33, claims.REPRODUCED), (0.5, claims.PARTLY)])
 def test_the_claim_of_the_speed_up_has_the_tables_numbers_and_a_verdict_by_the_interval(scale, verdict):
     table = base.checked_study(speedup_table(scale), hazelden_speedup.COLUMNS)
     with base.style():
