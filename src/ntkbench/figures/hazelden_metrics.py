@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -130,6 +132,6 @@ def _hardest(points: pd.DataFrame) -> claims.Claim | None:
     )
 
 
-def _settings(rows: pd.DataFrame) -> dict[str, str]:
+def _settings(rows: pd.DataFrame) -> dict[str, Any]:
     there = "two hidden layers of 256, trained on MNIST, an unnamed CPU"
     return {"there": there, "here": labels.name_label(rows["problem"].iloc[0])}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -84,7 +86,7 @@ def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
     return tuple(filter(None, [*families, _accuracy(points)]))
 
 
-def _settings(points: pd.DataFrame) -> dict[str, str]:
+def _settings(points: pd.DataFrame) -> dict[str, Any]:
     return {"there": "CIFAR-10", "here": f"scikit-learn's digits, {pntk.images(points)}"}
 
 

@@ -120,8 +120,7 @@ def _caption(points: pd.DataFrame) -> str:
     one = points.iloc[0]
     text = (
         "The pNTK (x) I_O for Theta along training by the cross-entropy on scikit-learn's digits "
-        f"({one['batch']:g} images a step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); lines "
-        "are darker for wider networks."
+        f"({one['batch']:g} images a step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max)."
     )
     ours = points[points["kernel"] == PNTK]
     ends = _ends(ours)

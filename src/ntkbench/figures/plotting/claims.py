@@ -166,7 +166,12 @@ class Claim:
 
     def row(self) -> dict[str, Any]:
         """Columns of ``claims.csv``, see :data:`COLUMNS`."""
-        row = {"source": self.source, "name": self.name, "statement": self.statement, "relation": self.relation}
+        row: dict[str, Any] = {
+            "source": self.source,
+            "name": self.name,
+            "statement": self.statement,
+            "relation": self.relation,
+        }
         row |= {"published": self.published, "accuracy": self.accuracy, "setting_published": self.there}
         row |= {"setting_here": " ".join(self.here.split()), "same_setting": "yes" if self.same else "no"}
         row |= dict(zip(("measured", "measured_low", "measured_high"), self.measured, strict=True))
