@@ -49,11 +49,11 @@ def update(root: Path, *, check: bool = False) -> list[str]:
     """
     tables = Tables(root / "results" / "reference")
     pages = [root / page for page in PAGES]
-    written = [written(page.read_text(encoding="utf-8"), tables) for page in pages]
-    for page, (text, stale) in zip(pages, written, strict=True):
+    found = [written(page.read_text(encoding="utf-8"), tables) for page in pages]
+    for page, (text, stale) in zip(pages, found, strict=True):
         if stale and not check:
             write_atomically(page, text)
-    return [name for _, stale in written for name in stale]
+    return [name for _, stale in found for name in stale]
 
 
 class Tables:
