@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from test_deflation import SPECTRA, Dense, jacobian, n
 
+from ntkbench import problems, testing
 from ntkbench.errors import BadInput
 from ntkbench.estimators import lanczos
+from ntkbench.operators import linearise
+from ntkbench.options import Target
 
 
 def entropy_rank(eigenvalues: np.ndarray) -> float:
@@ -65,3 +68,15 @@ def test_backends_give_numpys_quadrature_in_float32(backend):
     here, there = (lanczos.density(Dense(matrix), probes=2, steps=8) for matrix in (J, library(J)))
     assert there.largest == pytest.approx(here.largest, rel=1e-5)
     assert there.entropy_effective_rank == pytest.approx(here.entropy_effective_rank, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_eigenvalues_by_products_in_float32_are_within_their_errors(seed):
+    """Residuals alone are smaller than the error, once they are down to rounding."""
+    problem = problems.load("transformer_tiny")
+    J = testing.explicit_jacobian(problem)
+    exact = np.linalg.eigvalsh(J @ J.T)[::-1][:5]
+    j = linearise(problem, "theta_0", Target("torch", "float32", memory=2**30))
+    found = lanczos.largest(j, 5, rtol=1e-9, passes=400, seed=seed)
+    assert (abs(found.values - exact) <= found.errors).all()
+    assert (found.errors < 0.02 * exact[0]).all()

@@ -217,6 +217,7 @@ class Ritz:
         vectors: orthonormal rows, ``[top, n]``.
         following: the next smaller Ritz value and its residual; ``None`` where there is no other.
         smallest: the smallest Ritz value on the way: up to rounding, lambda_min is at most that.
+        trace: the sum of all Ritz values, the part of the trace of Theta that the Krylov space holds.
         passes: passes spent.
         notes: whether the tolerance was not reached.
     """
@@ -226,6 +227,7 @@ class Ritz:
     vectors: np.ndarray
     following: tuple[float, float] | None
     smallest: float
+    trace: float
     passes: float
     notes: tuple[str, ...]
 
@@ -241,9 +243,12 @@ HELD = 4
 
 
 def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
-    """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which has their eigenvectors as well."""
+    """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which has their eigenvectors as well.
+
+    The errors are the residuals and what rounding of the products adds to them.
+    """
     found = ritz_pairs(j, top, rtol=rtol, passes=passes, seed=seed)
-    return Eigenvalues(found.values, found.residuals, found.passes, found.notes)
+    return Eigenvalues(found.values, found.residuals + rounding(j) * found.trace, found.passes, found.notes)
 
 
 def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Ritz:
@@ -295,11 +300,12 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
         if reached or len(basis) == j.n or j.passes - before + 2 * len(new) > passes:
             break
         new = image
+    trace = float(values.sum())
     following = (float(values[top]), float(residuals[top])) if len(values) > top else None
     values, residuals, spent = values[:top].copy(), residuals[:top], j.passes - before
     short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(values, residuals, good[:top], strict=True) if not fine]
     notes = (f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}",) if short else ()
-    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, spent, notes)
+    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, trace, spent, notes)
 
 
 def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:
