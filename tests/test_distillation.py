@@ -70,7 +70,7 @@ def test_the_study_compares_the_same_students_with_and_without():
     assert list(zip(table["weight"], table["quantity"], strict=True)) == [(w, q) for w in (0, 2) for q in study.BETTER]
     assert set(table["seeds"]) == {3}
     first, second = (table[table["weight"] == w].set_index("quantity") for w in (0, 2))
-    assert (first["difference"] == 0).all() and set(first["verdict"]) == {"no difference seen"}
+    assert (first["difference"] == 0).all() and set(first["verdict"]) == {"reference"}
     np.testing.assert_allclose(second["value"] - first["value"], second["difference"], atol=1e-12)
     assert second.loc["alignment", "difference"] > 0, "the regulariser does what it is made for"
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()

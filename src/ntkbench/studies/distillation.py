@@ -4,8 +4,9 @@ A wide network is trained on scikit-learn's digits, and a narrow one on the outp
 loss of the latter is the cross-entropy with the teacher's probabilities, plus ``weight`` times 1 - alignment of the two
 kernels on the batch, by a differentiable estimate from shared probes. The same seeds, and so the same initial weights
 and batches, are used with each weight; each row has the mean over them with its 95 % interval, and the mean difference
-from no regulariser, in pairs. ``verdict`` is ``better`` or ``worse`` only where the interval of the difference does not
-hold 0. That the alignment rises is what the regulariser is made for; that anything else does is what is asked.
+from no regulariser, the ``reference``, in pairs. ``verdict`` is ``better`` or ``worse`` only where the interval of the
+difference does not hold 0. That the alignment rises is what the regulariser is made for; that anything else does is what
+is asked.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def compared(found: Sequence[dict[str, float]], first: Sequence[dict[str, float]
         change, least, most = interval(values - before)
         row = {"quantity": quantity, "value": mean, "low": low, "high": high, "spread": float(values.std(ddof=1))}
         row |= {"difference": change, "difference_low": least, "difference_high": most}
-        rows.append(row | {"verdict": verdict(sign, least, most), "seeds": len(values)})
+        said = "reference" if found is first else verdict(sign, least, most)
+        rows.append(row | {"verdict": said, "seeds": len(values)})
     return rows
 
 
