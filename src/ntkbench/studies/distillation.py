@@ -5,7 +5,7 @@ loss of the latter is the cross-entropy with the teacher's probabilities, plus `
 kernels on the batch, by a differentiable estimate from shared probes. The same seeds, and so the same initial weights
 and batches, are used with each weight; each row has the mean over them with its 95 % interval, and the mean difference
 from no regulariser, the ``reference``, in pairs. ``verdict`` is ``better`` or ``worse`` only where the interval of the
-difference does not hold 0. The regulariser is made to raise the alignment; the question is whether anything else improves.
+difference does not hold 0. The regulariser is made to raise the alignment; the question is whether the rest improves.
 """
 
 from __future__ import annotations
