@@ -538,6 +538,27 @@ def test_single_precision_is_close_and_torch_is_left_as_it_was(network):
     assert torch.equal(before[2], torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("memory", [2**18, 2**20])
+def test_unit_vectors_of_many_outputs_are_never_all_made(monkeypatch, memory):
+    """O x O numbers would be 68 GB for a vocabulary of 4,096 at 32 positions."""
+    made, empty, zeros = [], torch.Tensor.new_empty, torch.Tensor.new_zeros
+
+    def noted(make):
+        return lambda self, *size, **more: made.append(torch.Size(size[0] if len(size) == 1 else size)) or make(
+            self, *size, **more
+        )
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1024)).float()
+    x = torch.randn(2, 3)
+    exact = ntkbench.trace(net, x, method="structured_derivatives")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", noted(empty))
+        patch.setattr(torch.Tensor, "new_zeros", noted(zeros))
+        found = ntkbench.trace(net, x, method="structured_derivatives", memory=memory)
+    assert float(found) == pytest.approx(float(exact), rel=1e-5)
+    assert made and max(4 * size.numel() for size in made) <= memory
+
+
 def test_what_is_held_is_never_the_jacobian():
     """Ten layers as wide as they are hold little more than one, and less than the Jacobian of one."""
     peaks = {}

@@ -440,13 +440,16 @@ class LayerwiseKernel:
             (part.stop - part.start, part.start) for part in (everything.samples, everything.directions)
         )
         item = (parameters or sets[0])[0].element_size()
-        program = task.program(parameters or sets[0], x, everything)
+        # As many unit vectors as fit in memory tell what a direction takes; all of them are O x O.
+        tried = K if task.directions is not None else min(K, max(1, self.memory // (self.O * item)))
+        trial = Block(everything.samples, slice(first_direction, first_direction + tried))
+        program = task.program(parameters or sets[0], x, trial)
         units = K * self.O * item if task.directions is None else 0  # made for each block
-        if whole and 2 * program.peak + 8 * units <= self.memory:
+        if whole and tried == K and 2 * program.peak + 8 * units <= self.memory:
             return [everything]
         needed = program.peak + len(sets) * program.held
-        fits = self.memory // 2 / needed * N  # samples, in all directions
-        samples, some = max(1, min(N, int(fits))), K if fits >= 1 else max(1, int(fits * K))
+        fits = self.memory // 2 / needed * N  # samples, in all the directions that were tried
+        samples, some = max(1, min(N, int(fits))), tried if fits >= 1 else max(1, int(fits * tried))
         if units:
             some = max(1, min(some, self.memory // (8 * self.O * item)))
         if sets:
