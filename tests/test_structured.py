@@ -544,8 +544,8 @@ def test_unit_vectors_of_many_outputs_are_never_all_made(monkeypatch, memory):
     made, empty, zeros = [], torch.Tensor.new_empty, torch.Tensor.new_zeros
 
     def noted(make):
-        return lambda self, *size, **more: made.append(torch.Size(size[0] if len(size) == 1 else size)) or make(
-            self, *size, **more
+        return lambda self, *size, **more: (
+            made.append(torch.Size(size[0] if len(size) == 1 else size)) or make(self, *size, **more)
         )
 
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1024)).float()
