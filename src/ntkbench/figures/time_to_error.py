@@ -13,8 +13,10 @@ from matplotlib.ticker import FuncFormatter
 from ntkbench.figures.plotting import base, canvas, labels, styles
 
 TABLE = "time_to_error"
-COLUMNS: tuple[str, ...] = ("problem", "metric", "goal", "method", "title", "backend", "kind", "published")
-COLUMNS += ("seconds", "passes", "ratio", "ratio_low", "ratio_high", "rival", "seeds", "calls")
+COLUMNS: tuple[str, ...] = ("problem", "metric", "goal", "method", "title", "kind", "published")
+COLUMNS += ("seconds", "passes", "ratio", "rival", "seeds", "calls")
+LATER = ["backend", "ratio_low", "ratio_high"]
+"""Columns that older tables do not have."""
 
 ROLES = {
     "published": (styles.BLACK, "o", "published"),
@@ -31,11 +33,13 @@ CLOSE = 1.2
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A line for each goal: seconds of the fastest method of each kind, named, and of all others."""
+    table = table.reindex(columns=[*dict.fromkeys([*table.columns, *LATER])])
     timed = base.measured(table, "seconds", "goal")
+    timed = timed[timed["seconds"].between(0, math.inf, inclusive="neither")]
     if not len(timed):
         return base.nothing(table, labels.why_not(table))
     plotted = pd.concat([_with_roles(rows) for _, rows in timed.groupby(["problem", "metric", "goal"], sort=False)])
-    plotted = plotted[[*COLUMNS, "role"]]
+    plotted = plotted[[*COLUMNS, *LATER, "role"]]
     goals = list(plotted.groupby(["problem", "metric", "goal"], sort=False))
     names = [f"{labels.name_label(problem)}\n{_wanted(metric, goal)}" for (problem, metric, goal), _ in goals]
     named = _named(plotted)
@@ -101,7 +105,7 @@ def _line(panel: Axes, line: int, rows: pd.DataFrame) -> None:
             ha = "center" if len(side) == 1 else ("right", "left")[place]
             _label(panel, line, above, ha, seconds, named[role], ROLES[role][0])
     best = _best(named)
-    if best is not None and "published" in named:
+    if best is not None and "published" in named and math.isfinite(_times(best)):
         _ratio(panel, line, best)
         rival = named["published"]["seconds"]
         if abs(math.log(best["seconds"] / rival)) > math.log(CLOSE):
@@ -125,7 +129,7 @@ def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd
 
 def _ratio(panel: Axes, line: int, best: pd.Series) -> None:
     """How many times as long the published method takes, at the right end of the line."""
-    said = f"{labels.rounded(1 / best['ratio'])}×"
+    said = f"{labels.rounded(_times(best))}×"
     panel.text(1.1, line, said, transform=panel.get_yaxis_transform(), ha="right", va="center", fontweight="bold",
                fontsize=11, color=ROLES[best["role"]][0])  # fmt: skip
 
@@ -134,6 +138,11 @@ def _best(named: dict[str, pd.Series]) -> pd.Series | None:
     """The fastest method of this suite that is exact or unbiased."""
     ours = [row for role, row in named.items() if role in {"estimated", "exact"}]
     return min(ours, key=lambda row: row["seconds"], default=None)
+
+
+def _times(best: pd.Series) -> float:
+    """How many times as long the fastest published method takes; ``nan`` where that is not known."""
+    return 1 / best["ratio"] if 0 < best["ratio"] < math.inf else math.nan
 
 
 def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, pd.Series | None]]:
@@ -147,7 +156,8 @@ def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, 
 
 
 def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
-    times = sorted(1 / best["ratio"] for _, best, rival in _bests(goals) if rival is not None)
+    times = sorted(_times(best) for _, best, rival in _bests(goals) if rival is not None)
+    times = [each for each in times if math.isfinite(each)]
     if not times:
         return "No published method reaches any of these errors"
     span = labels.rounded(times[0]) if len(times) == 1 else f"{labels.rounded(times[0])} to {labels.rounded(times[-1])}"
@@ -158,11 +168,11 @@ def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     said = []
     for (problem, metric, goal), best, rival in _bests(goals):
         case = f"{labels.name_label(problem)}, {_wanted(metric, goal)}"
-        if rival is None:
+        if rival is None or not math.isfinite(_times(best)):
             said.append(f"{case}: {best['title']}, and no published method")
             continue
         low, high = (1 / best[end] if best[end] > 0 else math.nan for end in ("ratio_high", "ratio_low"))
-        times = 1 / best["ratio"]
+        times = _times(best)
         known = math.isfinite(low) or math.isfinite(high)
         said.append(f"{case}: {labels.interval_label(times, low, high) if known else labels.rounded(times)}")
     return (

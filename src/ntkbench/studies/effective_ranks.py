@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from ntkbench import modules, problems
+from ntkbench import problems
 from ntkbench.errors import Unavailable
 from ntkbench.problem import Problem, Weights
 from ntkbench.studies import base
@@ -85,6 +85,8 @@ def with_statistics(problem: Problem, end: str, statistics: str) -> Problem:
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
+
+    from ntkbench import modules
 
     weights, fixed = problem.weights(end), dict(problem.fixed(end))
     network = modules.copied(problem.network)
