@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,7 @@ def test_intervals_and_verdicts():
         "worse",
     ]
     assert study.verdict(-1, -0.2, -0.1) == "better"
+    assert study.verdict(1, math.nan, math.nan) == "not known", "a student that diverged"
     with_, without = ([dict.fromkeys(study.BETTER, v) for v in some] for some in ((1.0, 2.1, 3.0), (0.0, 1.0, 2.0)))
     said = {row["quantity"]: row["verdict"] for row in study.compared(with_, without)}
     assert said == {"loss": "worse", "accuracy": "better", "agreement": "better", "alignment": "better"}

@@ -690,7 +690,7 @@ importlib.util.find_spec = lambda name, package=None: None
 try:
     ntkbench.from_function(lambda params, x: x, 1, 2)
 except ntkbench.Unavailable as error:
-    assert "needs jax, which is not installed; it comes with: pip install 'ntkbench[jax]'" in str(error)
+    assert "needs jax, which is not installed; install it with: pip install '.[jax]'" in str(error)
 else:
     raise AssertionError
 """

@@ -14,6 +14,8 @@ from ntkbench import figures, problems, studies
 from ntkbench.data import tasks
 from ntkbench.errors import Unavailable
 from ntkbench.estimators import paired
+from ntkbench.figures import language_training as figure
+from ntkbench.figures.plotting import base, labels
 from ntkbench.metrics import from_gram
 from ntkbench.operators import torch as autodiff
 from ntkbench.options import Target
@@ -92,10 +94,14 @@ def test_parts_add_up_and_cover_all_parameters(table):
 
 
 def test_steps_behind_the_end_of_the_recipe_are_rows_that_say_so():
-    given = TINY | {"steps": [0, 99], "problems": ["transformer_tiny[N=1,T=2,read=last]"]}
+    given = TINY | {"problems": ["transformer_tiny[N=1,T=2,read=last]"]}
+    recipe = problems.define(given["problems"][0]).training
+    length = recipe.epochs * -(-len(recipe.x) // recipe.batch)
+    given["steps"] = [0, length, length + 1]
     rows = studies.run(NAME, studies.settings(NAME, given)).set_index("step")
-    assert set(rows.loc[[0], "status"]) == {"ok"}
-    assert rows.loc[99, "status"] == "failed" and "trained for fewer than 99 steps" in rows.loc[99, "reason"]
+    assert set(rows.loc[[0, length], "status"]) == {"ok"}
+    assert rows.loc[length + 1, "status"] == "failed"
+    assert f"trained for fewer than {length + 1} steps" in rows.loc[length + 1, "reason"]
 
 
 def test_the_first_problem_is_taken_whose_data_is_there(monkeypatch):
@@ -132,6 +138,10 @@ def test_tokens_of_the_flipflop_are_its_pulses_and_bits():
     assert definition.module(torch.from_numpy(definition.x)).shape == (2, 5, 27)
 
 
+def pairs(count):
+    return [list(each) for each in itertools.combinations(range(count), 2)]
+
+
 def test_the_course_of_a_recipe_is_its_training():
     trained, other = (torch.nn.Linear(2, 1) for _ in range(2))
     other.load_state_dict(trained.state_dict())
@@ -139,8 +149,11 @@ def test_the_course_of_a_recipe_is_its_training():
     recipe = training.Adam(x, y, torch.nn.functional.mse_loss, batch=2, epochs=2)
     recipe.train(trained)
     seen = list(recipe.course(other))
-    assert [step for step, _ in seen] == list(range(6)) and torch.equal(trained.weight, other.float().weight)
+    assert [step for step, _ in seen] == list(range(7)) and torch.equal(trained.weight, other.float().weight)
     assert seen[0][1] != seen[1][1]
+    with torch.no_grad():
+        losses = [float(torch.nn.functional.mse_loss(other.double()(x.double()[i]), y[i])) for i in pairs(6)]
+    assert any(abs(seen[-1][1] - loss) < 1e-6 for loss in losses), "of the last batch, after the last step"
 
 
 def test_the_figure_says_what_the_table_does(table, tmp_path):
@@ -150,6 +163,11 @@ def test_the_figure_says_what_the_table_does(table, tmp_path):
     last = table[(table["step"] == 3) & (table["metric"] == "alignment")].set_index("part")["value"]
     assert f"all parameters {float(f'{last[study.WHOLE]:.2g}'):g}" in caption and "nan" not in caption
     assert "from 40 probes" in caption
+    with base.style():
+        drawing = figure.draw(base.checked_study(table, figure.COLUMNS))
+    rank = table[(table["step"] == 3) & (table["metric"] == "effective_rank")].set_index("part").loc[study.WHOLE]
+    ends = [rank["ratio"] + sign * 1.96 * rank["ratio_standard_error"] for sign in (0, -1, 1)]
+    assert drawing.figure.texts[0].get_text().endswith(f"rank {labels.interval_label(*ends)} times as large")
     lost = table.assign(status="failed", reason="$x$ broke", value=np.nan)
     for rows in (table.iloc[:0], lost):
         assert "Nothing to show" in figures.draw(NAME, rows, tmp_path)[1].read_text()

@@ -9,7 +9,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from ntkbench import readme
+from ntkbench import figures, readme
 from ntkbench.errors import BadInput
 from ntkbench.paths import ROOT
 
@@ -140,3 +140,10 @@ def test_what_a_page_names_exists(page):
         assert hasattr(importlib.import_module(".".join(["ntkbench", *modules])), attribute), name
     files = re.findall(r"`((?:src|config|profiles|benchmarks|scripts|results/reference)/[\w./]+)`", text)
     assert files and all((ROOT / file).exists() for file in files)
+
+
+def test_the_page_of_the_study_names_every_figure_and_configuration():
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert set(figures.names()) <= set(re.findall(r"`(\w+)`", text))
+    named = set(re.findall(r"`config/(\w+\.yaml)`", text))
+    assert named == {path.name for path in (ROOT / "config").glob("*.yaml")}

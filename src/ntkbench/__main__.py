@@ -9,7 +9,7 @@ def main() -> None:
     """The command, whose packages the library does without."""
     with errors.as_one_line():
         for module in ("click", "pandas", "pydantic", "yaml"):
-            errors.need(module, "the ntkbench command", "'ntkbench[pipeline]'")
+            errors.need(module, "the ntkbench command", "'.[pipeline]' (in ntkbench's checkout)")
     from ntkbench import cli
 
     cli.main(prog_name="ntkbench")

@@ -278,9 +278,7 @@ def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output:
     from ntkbench.figures.plotting import gallery
 
     with _one_line():
-        studies = {name: figures.study_of(name) for name in names}
-        files = {name: tables / (f"studies/{study}.csv" if study else "table.csv") for name, study in studies.items()}
-        made = figures.draw_all(files, folder)
+        made = figures.draw_all({name: figures.table_of(name, tables) for name in names}, folder)
         claims = folder / f"{gallery.CLAIMS}.png"
         pictures = [folder / f"{name}.png" for name in names] + [claims] * claims.exists()
         paths.write_atomically(output, gallery.page(pictures, title))

@@ -57,7 +57,7 @@ def missing(module: str, what: str, install: str) -> Unavailable:
         what: needs it, as the message begins.
         install: what pip is to install.
     """
-    return Unavailable(f"{what} needs {module}, which is not installed; it comes with: pip install {install}")
+    return Unavailable(f"{what} needs {module}, which is not installed; install it with: pip install {install}")
 
 
 def need(module: str, what: str, install: str) -> None:
@@ -70,8 +70,8 @@ def need(module: str, what: str, install: str) -> None:
         raise missing(module, what, install)
 
 
-JAX = "'ntkbench[jax]'"
-NEURAL_TANGENTS = f"{JAX} && pip install --no-deps neural-tangents==0.6.5"
+JAX = "'.[jax]' (in ntkbench's checkout)"
+NEURAL_TANGENTS = f"--no-deps neural-tangents==0.6.5, after {JAX}"
 """Without its declared dependencies, among which is TensorFlow."""
 
 LONGEST = 500

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ntkbench.errors import BadInput, unknown
+from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
 
 TITLES = {
@@ -182,14 +183,13 @@ def certificates(tables: Tables) -> str:
 def claims(tables: Tables) -> str:
     """How many claims of each source are reproduced, partly, not, or not addressed."""
     table = tables.read("claims")
-    verdicts = ("reproduced", "partly", "not", "not addressed")
     counts = table.groupby([table["source"].str.split(",").str[0], "verdict"], sort=False).size().unstack(fill_value=0)
     rows = [
-        [source, *(str(row.get(verdict, 0)) for verdict in verdicts), str(row.sum())]
+        [source, *(str(row.get(verdict, 0)) for verdict in VERDICTS), str(row.sum())]
         for source, row in counts.iterrows()
     ]
-    rows.append(["all", *(str((table["verdict"] == verdict).sum()) for verdict in verdicts), str(len(table))])
-    return _markdown(["source", *verdicts, "claims"], rows)
+    rows.append(["all", *(str((table["verdict"] == verdict).sum()) for verdict in VERDICTS), str(len(table))])
+    return _markdown(["source", *VERDICTS, "claims"], rows)
 
 
 def prepared(tables: Tables) -> str:

@@ -66,12 +66,18 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
     return files.write(name, ROOM.get(name), table, Path(folder))[0]
 
 
+def table_of(name: str, folder: Path) -> Path:
+    """The file of the table that a figure is drawn from, of the run whose results are in ``folder``."""
+    study = study_of(name)
+    return folder / "studies" / f"{study}.csv" if study else folder / "table.csv"
+
+
 def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
     """What figures say of the papers' claims: ``claims.csv``, see :data:`ntkbench.figures.plotting.claims.COLUMNS`.
 
     Args:
-        folders: with ``studies/<study>.csv``; a table is taken from the first folder that has it. By default those of
-            the committed tables, :data:`CLAIMED_FROM`.
+        folders: of results; a table is taken from the first folder that has it. By default those of the committed
+            tables, :data:`CLAIMED_FROM`.
 
     Raises:
         BadInput: a table lacks columns.
@@ -84,8 +90,7 @@ def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
     folders = [paths.REFERENCE / profile for profile in CLAIMED_FROM] if folders is None else list(folders)
     rows: list[dict[str, Any]] = []
     for name in names():
-        tables = [folder / "studies" / f"{study_of(name)}.csv" for folder in folders]
-        if table := next(filter(Path.exists, tables), None):
+        if table := next((path for path in (table_of(name, folder) for folder in folders) if path.exists()), None):
             rows += files.claimed(name, ROOM.get(name), files.read(table))
     return claimed.table(rows)
 

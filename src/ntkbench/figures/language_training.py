@@ -88,26 +88,25 @@ def _sizes(shown: pd.DataFrame) -> str:
     return f"{one['problem']}: N = {one['N']:g}, O = {one['O']:g}, P = {labels.count_label(one['P'])}"
 
 
-def _ends(shown: pd.DataFrame, metric: str, part: str) -> tuple[float, float, pd.Series]:
-    """The first and the last value of a line, and its last row."""
-    line = shown[(shown["metric"] == metric) & (shown["part"] == part)].sort_values("step")
-    return line["value"].iloc[0], line["value"].iloc[-1], line.iloc[-1]
+def _last(shown: pd.DataFrame, metric: str, part: str) -> pd.Series:
+    """The row of a metric of a part at its last step."""
+    line = shown[(shown["metric"] == metric) & (shown["part"] == part)]
+    return line.loc[line["step"].idxmax()]
 
 
 def _title(shown: pd.DataFrame) -> str:
-    _, aligned, row = _ends(shown, "alignment", WHOLE)
-    first, last, _ = _ends(shown, "effective_rank", WHOLE)
-    return (
-        f"After {row['step']:g} steps the NTK's alignment with step 0 is {labels.rounded(aligned)}, its effective rank "
-        f"{labels.rounded(last / first)} times that at first"
-    )
+    aligned, rank = _last(shown, "alignment", WHOLE), _last(shown, "effective_rank", WHOLE)
+    half = 1.96 * rank["ratio_standard_error"]
+    times = labels.interval_label(rank["ratio"], rank["ratio"] - half, rank["ratio"] + half)
+    alignment = labels.interval_label(aligned["value"], aligned["low"], aligned["high"])
+    return f"After {rank['step']:g} steps: alignment with step 0 {alignment}, effective rank {times} times as large"
 
 
 def _caption(shown: pd.DataFrame) -> str:
     losses = shown.sort_values("step")["loss"]
     said = []
     for part in dict.fromkeys(shown["part"]):
-        *_, row = _ends(shown, "alignment", part)
+        row = _last(shown, "alignment", part)
         said.append(f"{part} {labels.interval_label(row['value'], row['low'], row['high'])}")
     return (
         f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, by all parameters "

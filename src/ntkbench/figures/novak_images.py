@@ -174,7 +174,6 @@ def _claim(same: pd.DataFrame, known: pd.DataFrame, method: str) -> claims.Claim
         accuracy="printed in a notebook",
         there=f"{NOTEBOOK}, {hardware}",
         here=f"the same network, {same['device'].iloc[0]}",
-        same=bool(same["device"].iloc[0] == "cuda"),
         measured=measured,
         spread="quartiles of calls",
         runs=claims.count(min(row.get("calls", 1) for row in seconds)) if seconds else 0,

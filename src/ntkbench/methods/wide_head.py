@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.head import HeadedProblem
     from ntkbench.methods.base.tied_head import TiedProblem
 
-NO_HEAD = "no linear layer or embedding of the network has more outputs than inputs and divides the outputs of a sample"
+NO_HEAD = (
+    "no linear layer or embedding of the network is wider than its input and has a width that divides the outputs of "
+    "a sample"
+)
 
 
 class WideHead(Method):
@@ -23,10 +26,11 @@ class WideHead(Method):
 
     T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
     Where the head's weight is that of the embedding as well, and m different tokens occur, these are T (m + d) passes
-    and N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. It must be used as
-    the one and the other once. That the layer's results are the outputs is seen by running the network, or from its
-    graph, and certified by plain autograd: a gradient of the network is compared with that of what stands for it, in 2
-    passes at each set of weights. For language models, whose vocabulary is far wider than their hidden states.
+    and N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. The weight must be
+    used exactly twice, as embedding and as head. That the layer's results are the outputs is seen by running the
+    network, or from its graph, and certified by plain autograd: a gradient of the network is compared with that of what
+    stands for it, in 2 passes at each set of weights. For language models, whose vocabulary is far wider than their
+    hidden states.
     """
 
     title = "wide head"

@@ -5,7 +5,8 @@ loss of the latter is the cross-entropy with the teacher's probabilities, plus `
 kernels on the batch, by a differentiable estimate from shared probes. The same seeds, and so the same initial weights
 and batches, are used with each weight; each row has the mean over them with its 95 % interval, and the mean difference
 from no regulariser, the ``reference``, in pairs. ``verdict`` is ``better`` or ``worse`` only where the interval of the
-difference does not hold 0. The regulariser is made to raise the alignment; the question is whether the rest improves.
+difference does not contain 0. Intervals are over students of one teacher, and not corrected for several comparisons.
+The regulariser is made to raise the alignment; the question is whether the rest improves.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def verdict(sign: int, low: float, high: float) -> str:
     """What an interval of differences says where a change of this sign is for the better."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "not known"
     if low <= 0 <= high:
         return "no difference seen"
     return "better" if low * sign > 0 else "worse"

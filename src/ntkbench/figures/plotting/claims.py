@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import bootstrap
 
 from ntkbench.figures.plotting import labels
 from ntkbench.measure import laws
@@ -37,6 +38,10 @@ An exponent is nearer to the published one, as a ratio, than to its half or its 
 Interval = tuple[float, float, float]
 """A value and the ends of its interval; an end that is ``nan`` is not known."""
 UNKNOWN: Interval = (math.nan, math.nan, math.nan)
+MEASURED = ("measured", "measured_low", "measured_high")
+"""Columns of a value and its interval."""
+FEWEST = 6
+"""Numbers of which the median has a bootstrap interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +110,20 @@ class Claim:
     def verdict(self) -> str:
         """One of :data:`VERDICTS`, by the interval.
 
-        A number is reproduced where the whole interval is within the factor of it, and not where none of it is. More or
-        less than a number is reproduced where the whole interval is, and not where none of it is. Between these it is
-        partly reproduced: in some cases, or these runs do not tell. An end that is not known bounds nothing. Without a
-        published number, a value or any end of its interval, the claim is not addressed.
+        A number is reproduced where the whole interval is within the factor of it, and not where none of it is. That a
+        value is above or below a number is reproduced where the whole interval is, and not where none of it is. Between
+        these it is partly reproduced: in some cases, or these runs do not tell. An end that is not known bounds
+        nothing. Without a published number, a value or any end of its interval, the claim is not addressed.
         """
-        value, low, high = self.ratio
-        if not self.addressed or math.isnan(value) or (math.isnan(low) and math.isnan(high)):
+        value, low, high = self.ratio if self.relation == ABOUT else self.measured
+        known = not any(map(math.isnan, (self.published, value)))
+        if not self.addressed or not known or (math.isnan(low) and math.isnan(high)):
             return UNADDRESSED
         if self.relation == ABOUT:
             inside = low >= 1 / self.within and high <= self.within
             outside = high < 1 / self.within or low > self.within
         else:
-            above, below = low > 1, high < 1
+            above, below = low > self.published, high < self.published
             inside, outside = (above, below) if self.relation == ABOVE else (below, above)
         return REPRODUCED if inside else NOT if outside else PARTLY
 
@@ -127,13 +133,14 @@ class Claim:
         return "; ".join(filter(None, [self._why(), self.note]))
 
     def _why(self) -> str:
-        value, *ends = self.ratio
+        value, *ends = self.ratio if self.relation == ABOUT else self.measured
         verdict, unknown = self.verdict, any(math.isnan(end) for end in ends)
         if verdict == UNADDRESSED:
             known = self.addressed and not math.isnan(value)
             return "measured once, so that its interval is not known" if known else ""
         if self.relation == ABOUT:
-            times = f"{labels.rounded(value)} times the published value"
+            times = labels.rounded(value)
+            times = "equal to the published value" if times == "1" else f"{times} times the published value"
             part = f"the interval is in part within a factor of {self.within:.3g}"
             return {
                 REPRODUCED: f"within a factor of {self.within:.3g} of the published value",
@@ -147,18 +154,14 @@ class Claim:
             NOT: f"the interval is {other} {number}",
             PARTLY: f"an end of the interval is not known, the other is {other} {number}"
             if unknown
-            else f"the interval has {number} inside",
+            else f"the interval contains {number}",
         }[verdict]
 
     def sentence(self) -> str:
         """The claim, what was measured, and the verdict with its reason, in one sentence."""
         measured = "; nothing was measured"
         if not math.isnan(self.measured[0]):
-            unit = f" {self.unit}" if self.unit else ""
-            value, ends = labels.interval_label(*self.measured, digits=3).split(" ", 1)
-            measured = (
-                f"; measured {value}{unit} {ends.removesuffix(')')}; {self.spread}, {_counted(self.runs, self.of)})"
-            )
+            measured = f"; measured {_measured(self.measured, self.unit, self.spread, self.runs, self.of)}"
         if not math.isnan(self.best[0]):
             measured += f", and {labels.interval_label(*self.best, digits=3)} over {self.best_title}"
         reason = f" ({self.reason})" if self.reason else ""
@@ -174,7 +177,7 @@ class Claim:
         }
         row |= {"published": self.published, "accuracy": self.accuracy, "setting_published": self.there}
         row |= {"setting_here": " ".join(self.here.split()), "same_setting": "yes" if self.same else "no"}
-        row |= dict(zip(("measured", "measured_low", "measured_high"), self.measured, strict=True))
+        row |= dict(zip(MEASURED, self.measured, strict=True))
         row |= {
             "unit": self.unit,
             "interval": self.spread,
@@ -223,11 +226,9 @@ def readable(made: pd.DataFrame) -> list[dict[str, str]]:
     for row in made.astype(object).where(made.notna(), "").to_dict("records"):
         number = functools.partial(_number, row)
         published = {ABOVE: "> ", BELOW: "< "}.get(row["relation"], "") + number("published")
-        measured = number("measured")
-        if measured:
-            ends = [number(f"measured_{end}") or "?" for end in ("low", "high")]
-            unit = f" {row['unit']}" if row["unit"] else ""
-            measured += f"{unit} ({' to '.join(ends)}; {row['interval']}, {_counted(row['runs'], row['runs_of'])})"
+        interval = [math.nan if row[name] == "" else float(row[name]) for name in MEASURED]
+        words = (row["unit"], row["interval"], row["runs"], row["runs_of"])
+        measured = "" if math.isnan(interval[0]) else _measured(interval, *words)
         shown.append(
             {name: str(row[name]) for name in ("source", "statement", "verdict", "reason", "figure")}
             | {"published": published if number("published") else "", "measured": measured, "name": row["name"]}
@@ -237,8 +238,11 @@ def readable(made: pd.DataFrame) -> list[dict[str, str]]:
     return shown
 
 
-def _counted(runs: int, of: str) -> str:
-    return f"{runs} {of.removesuffix('s') if runs == 1 else of}"
+def _measured(interval: Sequence[float], unit: str, spread: str, runs: int, of: str) -> str:
+    """``12 times (11 to ?; 95 % interval, 5 seeds)``."""
+    value, *ends = (labels.rounded(number, 3) if math.isfinite(number) else "?" for number in interval)
+    counted = f"{runs} {of.removesuffix('s') if runs == 1 else of}"
+    return f"{value}{f' {unit}' if unit else ''} ({' to '.join(ends)}; {spread}, {counted})"
 
 
 def _number(row: Mapping[str, Any], name: str) -> str:
@@ -246,19 +250,20 @@ def _number(row: Mapping[str, Any], name: str) -> str:
 
 
 def median(values: Sequence[float], seed: int = 0) -> Interval:
-    """The median of numbers with its 95 % bootstrap interval; ``nan`` where there is none."""
+    """The median of numbers with its 95 % bootstrap interval, whose ends are ``nan`` for fewer than :data:`FEWEST`."""
     finite = np.asarray([value for value in values if np.isfinite(value)])
-    if not len(finite):
-        return UNKNOWN
-    draws = np.random.default_rng(seed).choice(finite, (2000, len(finite)))
-    low, high = np.quantile(np.median(draws, 1), (0.025, 0.975))
-    return float(np.median(finite)), float(low), float(high)
+    if len(finite) < FEWEST:
+        return (float(np.median(finite)), math.nan, math.nan) if len(finite) else UNKNOWN
+    found = bootstrap((finite,), np.median, n_resamples=2000, method="percentile", rng=seed, vectorized=True)
+    return float(np.median(finite)), *map(float, found.confidence_interval)
 
 
 def ranged(values: Iterable[float]) -> Interval:
-    """The median of numbers with the least and the largest of them; ``nan`` where there is none."""
+    """The median of numbers with the least and the largest of them, which are ``nan`` where there is but one."""
     finite = np.asarray([value for value in values if np.isfinite(value)])
-    return (float(np.median(finite)), float(finite.min()), float(finite.max())) if len(finite) else UNKNOWN
+    if len(finite) < 2:
+        return (float(finite[0]), math.nan, math.nan) if len(finite) else UNKNOWN
+    return float(np.median(finite)), float(finite.min()), float(finite.max())
 
 
 def count(number: float) -> int:
@@ -272,7 +277,7 @@ def exponent(slope: float, half: float) -> Interval:
 
 
 def shared_probes(points: pd.DataFrame, hutchpp: str) -> tuple[Claim, ...]:
-    """Shared probes against three Hutch++ traces for the alignment, at the least and most passes that both were given.
+    """Shared probes against three Hutch++ traces for the alignment, at the most passes that both were given.
 
     Args:
         points: measured rows of one problem.
@@ -282,22 +287,24 @@ def shared_probes(points: pd.DataFrame, hutchpp: str) -> tuple[Claim, ...]:
     both = [rows[rows["method"] == name] for name in (SHARED, hutchpp)]
     if not all(map(len, both)):
         return ()
-    least, most = max(each["passes"].min() for each in both), min(each["passes"].max() for each in both)
+    passes = min(each["passes"].max() for each in both)
+    if passes < max(each["passes"].min() for each in both):
+        return ()
     fitted = [laws.fit(each, seed) for seed, each in enumerate(both)]
-    return tuple(
+    problem = labels.name_label(rows["problem"].iloc[0])
+    return (
         Claim(
             source="Hazelden's blog post",
-            name=f"shared probes against three Hutch++ traces, {passes:g} passes",
+            name=f"shared probes against three Hutch++ traces, {problem}",
             statement=f"at equal passes ({passes:g}) three Hutch++ traces have a larger error than shared probes",
             published=1.0,
             accuracy="a sentence",
             there="two recurrent networks of 128 units, 100 trials of 10 steps",
-            here=labels.name_label(rows["problem"].iloc[0]),
+            here=problem,
             relation=ABOVE,
             measured=laws.banded(fitted[1].error(passes) / fitted[0].error(passes)),
             runs=int(sum(each["seeds"].sum() for each in both)),
             of="estimates",
             unit="times as large",
-        )
-        for passes in (sorted({least, most}) if least <= most else ())
+        ),
     )

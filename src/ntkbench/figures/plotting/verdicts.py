@@ -44,7 +44,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, ((panel,),) = canvas.sheet(
         [canvas.Row(height, above=0.1, below=0.3)],
         1,
-        title=f"{reproduced} of {len(numbers)} published numbers reproduce within a factor of two",
+        title=f"{reproduced} of {len(numbers)} published numbers and exponents reproduce, each within its band",
         subtitle=_others(table),
         key=_key(),
         left=canvas.text_width(names, 9.5) + 0.3,
@@ -133,7 +133,10 @@ def _key() -> list[tuple[str, list[tuple[Any, str]]]]:
 def _others(table: pd.DataFrame) -> str:
     """What there is beside the numbers: claims of an order, and those that nothing here speaks to."""
     orders = table.loc[(table["relation"] != ABOUT) & (table["verdict"] != UNADDRESSED), "verdict"]
-    parts = [f"{(orders == REPRODUCED).sum()} of {len(orders)} claims of more or less reproduce"] if len(orders) else []
+    reproduced = (orders == REPRODUCED).sum()
+    parts = [f"{reproduced} of {len(orders)} claims that a value is above or below a number reproduce"] * bool(
+        len(orders)
+    )
     left = int((table["verdict"] == UNADDRESSED).sum())
     return "  ·  ".join([*parts, *([f"{left} claims are not addressed"] if left else [])])
 
@@ -142,8 +145,9 @@ def _caption(table: pd.DataFrame) -> str:
     counts = table["verdict"].value_counts()
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
     return (
-        "Each dot is a number that a paper publishes: what was measured here over it, with the 95 % interval, or the "
-        "range over cases where the table says so. A number is reproduced if the whole interval is in the band: a "
-        "factor of 2 for magnitudes, less for exponents, accuracies and traces. Open dots are of another network, "
+        "Each dot is a number that a paper publishes, or an exponent of its theory: what was measured here over it, with "
+        "its interval (95 %, quartiles, or the range over cases, as the table says). A number is reproduced if the "
+        "whole interval is in the band: a factor of 2 for magnitudes, less for exponents, accuracies and traces. The "
+        "factor for exponents was chosen after the data were seen. Open dots are of another network, "
         f"data set or hardware. Verdicts of all {len(table)} claims: {said}."
     )

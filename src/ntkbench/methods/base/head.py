@@ -120,9 +120,7 @@ class HeadedNetwork:
         Raises:
             Uncertified: they differ.
         """
-        import torch
-
-        from ntkbench.operators.plain import PlainNetwork
+        from ntkbench.operators.plain import PlainNetwork, flat
 
         names, memory = list(self._parameters), self._target.memory
         like = self._parameters[names[0]]
@@ -133,8 +131,7 @@ class HeadedNetwork:
         inner = PlainNetwork(module, parameters).gradient(x, v, memory)
         found = dict(zip(parameters, inner, strict=True))
         found |= {self._weight: c.T @ self._hidden.to(c.dtype), self._bias: c.sum(0)}
-        flat = [torch.cat([t.reshape(-1) for t in each]) for each in ([found[name] for name in names], plain)]
-        off = certificate.distance(*flat)
+        off = certificate.distance(flat([found[name] for name in names]), flat(plain))
         certificate.check(off, arrays.epsilon(like))
         return off
 

@@ -70,7 +70,8 @@ def passes(problem: Problem, metric: str) -> dict[int, float]:
         assert isinstance(layer, nn.Embedding)
         V, T = layer.num_embeddings, problem.O // layer.num_embeddings
         tokens = len(np.unique(problem.x)) if problem.x.dtype.kind in "iu" and problem.x.ndim > 1 else problem.N * T
-        found[V] = float(ends * T * (min(tokens, V) + ends * layer.embedding_dim))
+        needed = float(ends * T * (min(tokens, V) + ends * layer.embedding_dim))
+        found[V] = min(needed, found.get(V, needed))
     return found
 
 
@@ -97,8 +98,8 @@ class Basis:
         V, wide = len(weights[0]), sum(w.shape[1] for w in weights)
         if len(tokens) + wide >= V:
             raise BadInput(
-                f"its outputs, {V} at a position, are no more than the {len(tokens)} different tokens and "
-                f"{wide} hidden units"
+                f"its vocabulary of {V} is not larger than its {len(tokens)} different tokens and {wide} hidden units "
+                "together"
             )
         is_other = torch.ones(V, dtype=torch.bool, device=tokens.device)
         is_other[tokens] = False
@@ -163,7 +164,7 @@ class Whole:
         tokens: numbers of the tokens that occur, ascending.
 
     Raises:
-        BadInput: no tokens are looked up in the embedding, or its weight does not count.
+        BadInput: no tokens are looked up in the embedding, or its weight is frozen or not selected.
         Unavailable: the device is not present.
     """
 
@@ -178,7 +179,7 @@ class Whole:
             if type(other) is nn.Linear and other.weight is layer.weight and other.bias is not None:
                 self.bias = _name(self.module, other.bias)
         if self.weight not in self.parameters:
-            raise BadInput(f"the weight of its embedding, {table}, does not count")
+            raise BadInput(f"the weight of its embedding, {table}, is frozen or not selected")
         if layer.max_norm is not None or layer.scale_grad_by_freq:
             raise BadInput(f"its embedding, {table}, changes its weight or its gradient")
         self.tokens = self._looked_up(layer)
@@ -306,7 +307,9 @@ class TiedNetwork:
         uses = [use for layer in layers for use in layer.uses]
         operations = tuple(use.node.target for use in uses)
         if operations not in {(aten.embedding.default, product) for product in PRODUCTS}:
-            raise BadInput(f"the weight of its embedding, {whole.table}, is not used once there and once as the head")
+            raise BadInput(
+                f"the weight of its embedding, {whole.table}, must be used exactly twice, there and as the head"
+            )
         return uses[1]
 
 
@@ -347,7 +350,8 @@ class TiedProblem:
         self._ends: dict[tuple[str, ...], list[TiedNetwork]] = {}
         self._certified: dict[tuple[str, ...], float] = {}
         refused: list[BadInput] = []
-        for self._table in tables(problem):
+        for table in tables(problem):
+            self._table = table
             try:
                 self.ends("trace")
                 return

@@ -96,9 +96,9 @@ class Adam(Training):
         module.float()
 
     def course(self, module: nn.Module) -> Iterator[tuple[int, float]]:
-        """Train in place, in float64: steps taken and the loss of the next batch, before each step.
+        """Train in place, in float64: steps taken and the loss of the next batch, before each step and after the last.
 
-        The caller may look at the weights in between.
+        After the last step the loss is that of the last batch. The caller may look at the weights in between.
         """
         import torch
 
@@ -106,12 +106,16 @@ class Adam(Training):
         optimizer = torch.optim.Adam(module.parameters(), lr=self.lr)
         shuffle = torch.Generator().manual_seed(self.seed)
         batches = (torch.randperm(len(self.x), generator=shuffle).split(self.batch) for _ in range(self.epochs))
-        for step, chosen in enumerate(itertools.chain.from_iterable(batches)):
+        steps, loss = 0, lambda chosen: self.loss(module(_wide(self.x[chosen])), self.y[chosen])
+        for chosen in itertools.chain.from_iterable(batches):
             optimizer.zero_grad()
-            value = self.loss(module(_wide(self.x[chosen])), self.y[chosen])
-            yield step, float(value.detach())
+            value = loss(chosen)
+            yield steps, float(value.detach())
             value.backward()
             optimizer.step()
+            steps += 1
+        with torch.no_grad():
+            yield steps, float(loss(chosen))
 
     def arrays(self) -> Weights:
         return {"x": self.x.numpy(), "y": self.y.numpy()}
