@@ -208,7 +208,7 @@ def test_rates_grow_with_the_size(problem):
     rates = Rates(j)
     for kind in ("vjp", "jvp", "row", "sample_vjp", "sample_jvp", "sample_squares", "group_gradients"):
         small, large = rates.seconds(kind, 1), rates.seconds(kind, 640)
-        assert 0 < small < large < math.inf and rates.seconds(kind, 1280) == pytest.approx(2 * large)
+        assert 0 < small < large < math.inf
 
 
 def test_a_quadratic_is_extrapolated():
@@ -236,6 +236,8 @@ def test_a_table_has_the_best_first_and_its_code():
     assert lines[1].split() == ["fast", "stochastic", "640", "1", "s", "2", "GiB", "0.4", "%"]
     assert lines[3].endswith("has a bias") and lines[4].endswith("over rtol=0.01")
     assert lines[5].endswith("samples interact") and lines[6] == "a note"
+    surer = Costs([*costs], "norm", 0.01, confidence=0.99)
+    assert surer.code() == 'ntkbench.norm(model, inputs, method="fast", rtol=0.01, confidence=0.99)'
     fixed = Costs([Cost("hutchpp", "stochastic", 240, 1.0, 1, 0.0, 0.0, 246)], "trace", 0.01)
     assert fixed.code() == 'ntkbench.trace(model, inputs, method="hutchpp", passes=246)'
 

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from ntkbench import figures, studies
+from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base
 from ntkbench.studies import cost_model
 
@@ -25,12 +26,12 @@ def test_a_row_has_what_was_predicted_beside_what_was_measured(table):
     assert set(table["method"]) == set(NAMES) - {"xtrace"}, "xtrace gives no norm"
     assert set(table["status"]) == {"ok"}, table["reason"].tolist()
     assert table["predicted_passes"].tolist() == pytest.approx(table["passes_spent"].tolist())
-    assert (table["seconds_ratio"] * table["seconds"]).tolist() == pytest.approx(table["predicted_seconds"].tolist())
 
 
 def test_bytes_are_those_of_the_process_where_they_are_many(table):
-    """Over a MiB, which the process takes or has besides: within a factor of 4."""
+    """Over 4 MiB, which the process takes or has besides: within a factor of 4."""
     large = table[table["memory_bytes"] > 4 * 2**20]
+    assert len(large), table[["method", "memory_bytes"]].to_string()
     assert (large["predicted_bytes"] / large["memory_bytes"]).between(1 / 4, 4).all(), large.to_string()
 
 
@@ -46,7 +47,7 @@ def test_what_would_take_too_long_is_left_out():
     [({"methods": ["x"]}, "unknown method 'x'"), ({"rtol": 1}, "less than 1"), ({"metric": "rank"}, "rank")],
 )
 def test_bad_cases_are_refused(given, said):
-    with pytest.raises((ValidationError, Exception), match=said):
+    with pytest.raises((ValidationError, BadInput), match=said):
         studies.settings("cost_model", {"threads": 1, "cases": [{"problem": SMALL} | given]})
 
 
@@ -68,11 +69,11 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
     files = figures.draw("cost_model", pd.DataFrame(rows), tmp_path)
     drawing = figures.ROOM.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
     texts = [text.get_text() for text in drawing.figure.texts]
-    assert "Predicted seconds: 75 % within a factor of 2, median error 55 %" in texts
+    assert "Predicted seconds: 75 % within a factor of 2, off by a factor of 1.5 in the median" in texts
     plotted = pd.read_csv(files[0])
     assert plotted["seconds_ratio"].tolist() == pytest.approx([1.2, 1.9, 0.9, 4.0])
-    assert plotted["memory_ratio"].isna().tolist() == [True, False, False, False], "less than the process takes"
-    assert "of 3 of them: 67 % within a factor of 2" in files[1].read_text()
+    assert plotted["memory_ratio"].tolist() == pytest.approx([1.2 * 4e6 / 2**19, 1.9, 0.9, 4.0]), "at least half a MiB"
+    assert "less than 0.5 MiB counts as that: 50 % of 4 within a factor of 2" in files[1].read_text()
 
 
 def cost_model_columns() -> tuple[str, ...]:

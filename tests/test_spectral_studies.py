@@ -157,7 +157,11 @@ def test_the_figure_of_solutions_says_who_wins(solved, tmp_path):
     said = (tmp_path / "solves.txt").read_text()
     assert "products are faster in 2 of 4 cases, at best 2 times as fast (CG, Nystrom preconditioner" in said
     unreached = slow.assign(residual=slow["residual"].where(slow["method"] == "cholesky", 1.0))
-    assert not len(solves_figure.fastest(unreached))
+    assert (solves_figure.fastest(unreached)["ratio"] == 0).all() and len(solves_figure.fastest(unreached)) == 4
+    figures.draw("solves", unreached, tmp_path)
+    assert "faster in 0 of 4 cases, and do not reach the residual in 4" in (tmp_path / "solves.txt").read_text()
+    both = slow.assign(residual=1.0)
+    assert not len(solves_figure.fastest(both)), "no case that any of them reached"
 
 
 # --- effective ranks

@@ -332,11 +332,10 @@ def recommend(
     with those methods first that reach ``rtol``, the fastest of them on top, and with the reason where a method does
     not serve.
 
-    Seconds are those of an estimate once the network is checked, traced and certified. They are put together of
-    products with the Jacobian of this network, which are timed in a few sizes on this machine, and of all else that a
-    method does, which is timed on a random Jacobian of the same sizes, or of smaller ones and extrapolated. Methods
-    that trace or compile the network are timed on some of the samples. Bytes are those of the largest block of
-    products, or what the method says that it holds.
+    Seconds are those of an estimate once the network is checked, traced and certified. They add up the products with
+    the Jacobian of this network, timed in a few sizes on this machine, and the method's other work, timed on a random
+    Jacobian of the same sizes, or of smaller ones and extrapolated. Methods that trace or compile the network are timed
+    on some of the samples. Bytes are those of the largest block of products, or what the method says that it holds.
 
     Errors of estimators are those on that random Jacobian. Its effective rank, that of a sample's own block, and the
     alignment are estimated by a pilot of 8 probes; its spectrum is a power law. So errors, and the passes that a

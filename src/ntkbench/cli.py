@@ -26,7 +26,11 @@ def _of_a_network(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--metric", type=click.Choice(METRICS), default="trace", show_default=True, help="What is wanted."
         ),
-        click.option("--other", metavar=FACTORY, help="For an alignment: what returns the other network."),
+        click.option(
+            "--other",
+            metavar=FACTORY,
+            help="For an alignment: what returns the other network; its inputs and call are not used.",
+        ),
         click.option("--device", help="cpu, cuda, cuda:1 or auto.  [default: that of the parameters]"),
         click.option("--dtype", help="float32 or float64.  [default: that of the parameters]"),
         click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="MiB that blocks may fill."),
@@ -148,7 +152,8 @@ def _networks(
     from ntkbench import factory as factories
 
     if (other is None) == (metric == "alignment"):
-        raise errors.BadInput("an alignment, and nothing else, is with another network: name its function by --other")
+        said = "is with another network: name its function by --other" if other is None else "is of one network: leave"
+        raise errors.BadInput(f"the {metric} {said}{'' if other is None else ' --other out'}")
     made = factories.make(factory)
     given = {key: value for key, value in setup.items() if value is not None}
     if "memory" in given:

@@ -1,4 +1,4 @@
-"""Functions of a user's that the command line is told by name, and that return a network with its inputs."""
+"""User functions that are named on the command line, and that return a network with its inputs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make(name: str) -> Made:
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"function of {module_name}", function_name, functions)
     if not callable(function):
-        raise BadInput(f"{name} is no function, but {type(function).__name__}")
+        raise BadInput(f"{name} is of type {type(function).__name__}, not a function")
     try:
         made = function()
     except (Exception, SystemExit) as error:

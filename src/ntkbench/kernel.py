@@ -195,7 +195,6 @@ class Kernel:
         from ntkbench import cost
 
         metrics.check(metric)
-        Options(rtol=rtol, confidence=confidence)
         if (other is None) == (metric == "alignment"):
             said = "is with another network: give other" if other is None else "is of one network: leave other out"
             raise BadInput(f"the {metric} {said}")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ntkbench.units import bytes_label, seconds_label
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -14,7 +16,7 @@ class Cost:
     Attributes:
         method: its name.
         kind: ``exact``, ``approximate`` or ``stochastic``.
-        passes: that it is expected to spend; ``None`` where its cost is not a number of passes.
+        passes: the number it is expected to spend; ``None`` where its cost is not a number of passes.
         seconds: of one estimate, once the network is checked and traced.
         bytes: that it holds at its peak, besides the network.
         error: relative: the bias of an approximate method, the standard error of a stochastic one, 0 of an exact one;
@@ -47,10 +49,13 @@ class Costs(list[Cost]):
         metric: what is wanted.
         rtol: to which tolerance.
         notes: where the numbers come from.
+        confidence: of the intervals.
     """
 
-    def __init__(self, costs: Iterable[Cost], metric: str, rtol: float, notes: tuple[str, ...] = ()) -> None:
-        self.metric, self.rtol, self.notes = metric, rtol, notes
+    def __init__(
+        self, costs: Iterable[Cost], metric: str, rtol: float, notes: tuple[str, ...] = (), confidence: float = 0.95
+    ) -> None:
+        self.metric, self.rtol, self.notes, self.confidence = metric, rtol, notes, confidence
         super().__init__(sorted(costs, key=self._order))
 
     @property
@@ -66,13 +71,14 @@ class Costs(list[Cost]):
         """The line of Python that uses the best method; empty if there is none.
 
         Args:
-            more: further arguments, as they are written.
+            more: further arguments, as they are written; those of the set-up, such as ``call=call``, are not known here.
         """
         if (best := self.best) is None:
             return ""
         given = [f'method="{best.method}"']
         if best.kind == "stochastic":
             given.append(f"rtol={self.rtol:g}" if best.accepts_rtol else f"passes={best.budget}")
+            given += [f"confidence={self.confidence:g}"] * (best.accepts_rtol and self.confidence != 0.95)
         networks = "model, other, inputs" if self.metric == "alignment" else "model, inputs"
         return f"ntkbench.{self.metric}({', '.join((networks, *given, *more))})"
 
@@ -89,29 +95,19 @@ class Costs(list[Cost]):
     def _cells(self, cost: Cost) -> tuple[str, ...]:
         if cost.reason:
             return cost.method, cost.kind, "", "", "", "", cost.reason
-        error = "unknown" if cost.error is None else "exact" if cost.kind == "exact" else f"{100 * cost.error:.2g} %"
+        error = (
+            "unknown"
+            if cost.error is None
+            else "exact"
+            if cost.kind == "exact"
+            else f"{float(f'{100 * cost.error:.2g}'):g} %"
+        )
         return (
             cost.method,
             cost.kind,
-            "" if cost.passes is None else f"{cost.passes:.4g}",
+            "" if cost.passes is None else f"{cost.passes:.0f}",
             "" if cost.seconds is None else seconds_label(cost.seconds),
             "" if cost.bytes is None else bytes_label(cost.bytes),
             error,
             "" if self.meets(cost) else "has a bias" if cost.kind == "approximate" else f"over rtol={self.rtol:g}",
         )
-
-
-def seconds_label(seconds: float) -> str:
-    """Seconds with two digits, in a unit that is easy to read."""
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
-    return f"{seconds * 1e6:.2g} us"
-
-
-def bytes_label(count: float) -> str:
-    """Bytes with two digits, in a unit that is easy to read."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if count >= size:
-            return f"{float(f'{count / size:.2g}'):g} {unit}"
-    return f"{float(f'{count / 2**10:.2g}'):g} KiB"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ntkbench.errors import NtkbenchError
 from ntkbench.operators import Array, JacobianOperator, arrays
 
 PROBES = 8
@@ -30,8 +31,8 @@ class Pilot:
     passes: float
 
     def __str__(self) -> str:
-        of_blocks = "" if self.block_rank is None else f", {self.block_rank:.3g} of a sample's block"
-        return f"errors by {self.passes:g} pilot passes: effective rank {self.effective_rank:.3g}{of_blocks}"
+        of_blocks = "unknown" if self.block_rank is None else f"{self.block_rank:.3g}"
+        return f"errors by {self.passes:g} pilot passes: effective rank {self.effective_rank:.3g}, of a sample's block {of_blocks}"
 
 
 def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int = 0) -> Pilot:
@@ -55,7 +56,7 @@ def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int
     rank = min(max(trace**2 / square, 1.0), most) if square > 0 else float(most)
     block_rank = None
     if independent and j.N > 1:
-        with contextlib.suppress(Exception):  # what takes gradients of samples will say why not
+        with contextlib.suppress(NtkbenchError):  # what takes gradients of samples will say why not
             squares = arrays.to_numpy(j.sample_squares(u.reshape(probes, j.N, j.O)), np.float64)
             means = (squares.mean(0) ** 2).sum()
             blocks = squares.var(0, ddof=1).sum() / 2 + means / j.O

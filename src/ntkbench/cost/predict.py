@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ntkbench import errors, methods, metrics
 from ntkbench.cost import samples
-from ntkbench.cost.costs import Cost, Costs, bytes_label
+from ntkbench.cost.costs import Cost, Costs
 from ntkbench.cost.pilot import pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.cost.stand_in import PreparedStandIn
@@ -20,6 +20,7 @@ from ntkbench.ladder import TOLERANCE_PASSES
 from ntkbench.methods.base import FixedBudget, Incremental, Method, PreparedProblem, Stochastic
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
+from ntkbench.units import bytes_label
 
 MOST_ROWS, MOST_COLUMNS = 1024, 512
 """Rows and columns of a stand-in."""
@@ -74,14 +75,14 @@ def predict(
         names: methods; all if not given.
 
     Raises:
-        BadInput: there is no such metric or method, or the tolerance is none; or the network has no VJPs.
+        BadInput: there is no such metric or method, or the tolerance is invalid; or the network has no VJPs.
         Unavailable: the device is not there.
     """
     metrics.check(metric)
     Options(rtol=rtol, confidence=confidence)
     chosen = [methods.get(name) for name in (methods.names() if names is None else names)]
     work = _Work(problem, metric, target, rtol, confidence)
-    return Costs(map(work.cost, chosen), metric, rtol, (str(work.known),))
+    return Costs(map(work.cost, chosen), metric, rtol, (str(work.known),), confidence)
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,12 @@ class _Trial:
     seconds: float
     took: float
 
-    def times(self, factor: float, before: _Trial | None) -> _Trial:
-        """The same with so many times the budget, as errors of means fall.
+    def times(self, factor: float, before: _Trial | None, order: float) -> _Trial:
+        """The same with so many times the budget.
 
         Args:
             factor: one or more.
+            order: power of the budget by which errors fall.
             before: with a smaller budget; passes and seconds grow as they did since then, or else in proportion.
         """
         budget, more, power = math.ceil(factor * (self.budget or 0)), factor, 1.0
@@ -118,7 +120,7 @@ class _Trial:
             more = 1.0 if before.passes == self.passes else factor
             power = _power(self.seconds, before.seconds, self.budget / before.budget, most=STEEPEST)
         products = {(kind, more * size): count for (kind, size), count in self.products.items()}
-        width, error = self.width / factor**0.5, self.error / factor**0.5
+        width, error = self.width / factor**order, self.error / factor**order
         return _Trial(budget, more * self.passes, width, error, products, factor**power * self.seconds, self.took)
 
 
@@ -143,7 +145,7 @@ class _Work:
         try:
             if reason := method.unsupported_reason(self._problem, self._metric, self._target):
                 return Cost(method.name, method.kind, reason=reason)
-            return self._rehearsed(method) if samples.is_estimate_of_samples(method) else self._stood_in_for(method)
+            return self._rehearsed(method) if samples.needs_network(method) else self._stood_in_for(method)
         except Exception as error:  # whatever a method does to the network
             return Cost(method.name, method.kind, reason=errors.reason(error))
 
@@ -195,8 +197,8 @@ class _Work:
         if method.kind == "approximate":
             relative = width = abs(value / found.exact - 1) if found.exact else math.nan
         elif passes and self._rtol < width < math.inf:
-            more = min((width / self._rtol) ** 2, max(TOLERANCE_PASSES / passes, 1.0))
-            width, relative = width / more**0.5, relative / more**0.5
+            more = min(self._factor(method, width), max(TOLERANCE_PASSES / passes, 1.0))
+            width, relative = width / more ** self._order(method), relative / more ** self._order(method)
         if isinstance(method, Stochastic) and budget is not None:
             of_samples = found.estimate.passes or 0.0
             fixed, budget = of_samples < LESS * budget, math.ceil(more * budget)
@@ -257,7 +259,8 @@ class _Work:
             wanted = self._next(method, budget, trial.width)
             spent = time.perf_counter() - begun
             if spent + trial.took * wanted / budget > LONG and math.isfinite(trial.width):
-                return trial, trial.times(max(min((trial.width / self._rtol) ** 2, most / budget), 1.0), before)
+                factor = max(min(self._factor(method, trial.width), most / budget), 1.0)
+                return trial, trial.times(factor, before, self._order(method))
             before, budget = trial, wanted
         trial = enough or trial
         if trial.width < EXACT * self._rtol and self._is_reduced:
@@ -273,10 +276,17 @@ class _Work:
 
     def _next(self, method: Stochastic, budget: int, width: float) -> int:
         """A budget that is expected to be enough."""
-        order = method.order if isinstance(method, Incremental) and self._metric != "trace" else 0.5
-        factor = (width / self._rtol) ** (1 / order) if math.isfinite(width) else 2.0
+        factor = self._factor(method, width) if math.isfinite(width) else 2.0
         least = method.least_passes(self._problem, self._metric)
         return int(min(max(math.ceil(1.05 * factor * budget), least), max(TOLERANCE_PASSES, least)))
+
+    def _order(self, method: Method) -> float:
+        """The power of the budget by which a method's errors fall."""
+        return method.order if isinstance(method, Incremental) and self._metric != "trace" else 0.5
+
+    def _factor(self, method: Method, width: float) -> float:
+        """How many times the budget the tolerance takes, for an interval of this relative half-width."""
+        return float((width / self._rtol) ** (1 / self._order(method)))
 
     def _trial(self, method: Method, budget: int | None, shape: tuple[int, int, int], seeds: int = SEEDS) -> _Trial:
         stand_in = self._stand_in(shape)
@@ -304,8 +314,8 @@ class _Work:
 
             from ntkbench.operators.torch import place
 
-            on_gpu = self._target.backend == "torch"
-            device = place(self._target) if on_gpu else torch.device("cpu")
+            of_torch = self._target.backend == "torch"  # for JAX the rest of a method is timed on the host
+            device = place(self._target) if of_torch else torch.device("cpu")
             dtype = getattr(torch, self._target.dtype)
             self._stand_ins[shape] = PreparedStandIn(self._j, shape, self.known, self._ends, dtype, device)
         return self._stand_ins[shape]

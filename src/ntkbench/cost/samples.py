@@ -154,7 +154,7 @@ def extrapolated(points: list[tuple[int, float]], at: int) -> float:
     return float(max(found @ [1.0, at, at**2], times[-1]))
 
 
-def is_estimate_of_samples(method: Method) -> bool:
+def needs_network(method: Method) -> bool:
     """Whether a method has to be run on the network itself.
 
     Those that prepare something of their own, those that need more of a recurrence than products, and those with a

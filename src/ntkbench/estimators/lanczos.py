@@ -217,7 +217,7 @@ class Ritz:
         vectors: orthonormal rows, ``[top, n]``.
         following: the next smaller Ritz value and its residual; ``None`` where there is no other.
         smallest: the smallest Ritz value on the way: up to rounding, lambda_min is at most that.
-        trace: the sum of all Ritz values, the part of the trace of Theta that the Krylov space holds.
+        rounding: what rounding of the products may add to a residual.
         passes: passes spent.
         notes: whether the tolerance was not reached.
     """
@@ -227,7 +227,7 @@ class Ritz:
     vectors: np.ndarray
     following: tuple[float, float] | None
     smallest: float
-    trace: float
+    rounding: float
     passes: float
     notes: tuple[str, ...]
 
@@ -248,7 +248,7 @@ def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 
     The errors are the residuals and what rounding of the products adds to them.
     """
     found = ritz_pairs(j, top, rtol=rtol, passes=passes, seed=seed)
-    return Eigenvalues(found.values, found.residuals + rounding(j) * found.trace, found.passes, found.notes)
+    return Eigenvalues(found.values, found.residuals + found.rounding, found.passes, found.notes)
 
 
 def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Ritz:
@@ -275,7 +275,7 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     Raises:
         BadInput: products are not finite.
     """
-    before, block, smallest = j.passes, min(top + EXTRA, j.n), math.inf
+    before, block, smallest, trace = j.passes, min(top + EXTRA, j.n), math.inf, 0.0
     most = max(3 * block, j.memory // (HELD * 8 * j.n))
     new = to_numpy(j.rng(seed).normal(block, j.n), np.float64)
     like = j.basis(0, 1)
@@ -287,10 +287,13 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
         if len(basis) + len(new) > most:
             basis, images = vectors[:, :block].T @ basis, vectors[:, :block].T @ images
         image = _finite(to_numpy(j.ntk(asarray_like(new, like)), np.float64))
+        if not len(basis):  # random directions: the mean of v^T Theta v is tr Theta / n
+            trace = float((new * image).sum()) * j.n / len(new)
         basis, images = np.concatenate([basis, new]), np.concatenate([images, image])
         projected = basis @ images.T
         values, vectors = np.linalg.eigh((projected + projected.T) / 2)
         values, vectors = values[::-1], vectors[:, ::-1]
+        trace = max(trace, float(values.sum()))
         smallest = min(smallest, float(values[-1]))
         chosen = vectors[:, : top + 1]
         residuals = np.linalg.norm(chosen.T @ images - values[: top + 1, None] * (chosen.T @ basis), axis=1)
@@ -300,12 +303,11 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
         if reached or len(basis) == j.n or j.passes - before + 2 * len(new) > passes:
             break
         new = image
-    trace = float(values.sum())
     following = (float(values[top]), float(residuals[top])) if len(values) > top else None
     values, residuals, spent = values[:top].copy(), residuals[:top], j.passes - before
     short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(values, residuals, good[:top], strict=True) if not fine]
     notes = (f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}",) if short else ()
-    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, trace, spent, notes)
+    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, rounding(j) * trace, spent, notes)
 
 
 def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:

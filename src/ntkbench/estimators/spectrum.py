@@ -198,7 +198,7 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
     density = lanczos.density(j, probes=PROBES, steps=steps, seed=seed)
     left = max(1, passes - int(j.passes - before))
     found = lanczos.ritz_pairs(j, top, rtol=rtol, passes=left, seed=seed)
-    error = lanczos.rounding(j) * max(density.trace, float(found.values.sum()))
+    error = max(lanczos.rounding(j) * density.trace, found.rounding)
     ritz, errors = found.values, found.residuals + error
     if found.following is not None:
         value, residual = found.following

@@ -22,7 +22,7 @@ PANELS = {
 COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
 FACTOR = 2.0
 FLOOR = 0.5
-"""MiB; less is lost in what the process holds besides."""
+"""MiB, for which less counts: it is lost in what the process holds besides."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -31,8 +31,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(points):
         return base.nothing(table, labels.why_not(table))
     points["seconds_ratio"] = points["predicted_seconds"] / points["seconds"]
-    with_memory = (points["memory_bytes"] >= FLOOR * 2**20) & (points["predicted_bytes"] > 0)
-    points["memory_ratio"] = (points["predicted_bytes"] / points["memory_bytes"]).where(with_memory)
+    floor = FLOOR * 2**20
+    predicted = points["predicted_bytes"].fillna(0.0).clip(lower=floor)
+    points["memory_ratio"] = predicted / points["memory_bytes"].clip(lower=floor)
+    skipped = table["reason"].astype(str).str.contains("is predicted to take").sum() if "reason" in table else 0
     kinds = [kind for kind in COLOURS if kind in set(points["kind"])]
     handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", markersize=5) for kind in kinds]
     band = Patch(color=canvas.SHADE, linewidth=0)
@@ -50,11 +52,12 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _panel(panel, drawn, predicted, measured, unit, label)
         canvas.heading(panel, heading, offset=6)
     kept = [*COLUMNS, "seconds_ratio", "memory_ratio"]
-    return base.Drawing(figure, points[kept].reset_index(drop=True), _caption(points))
+    return base.Drawing(figure, points[kept].reset_index(drop=True), _caption(points, int(skipped)))
 
 
 def _panel(panel: Axes, points: pd.DataFrame, predicted: str, measured: str, unit: float, label: str) -> None:
-    x, y = points[measured] / unit, points[predicted] / unit
+    low = FLOOR if unit > 1 else 0.0
+    x, y = ((points[column].fillna(0.0) / unit).clip(lower=low) for column in (measured, predicted))
     if not len(points):
         canvas.note(panel, "not measured")
         return
@@ -80,28 +83,30 @@ def _within(ratios: pd.Series) -> float:
 
 
 def _median(ratios: pd.Series) -> float:
-    """Median relative error."""
-    return float(abs(ratios.dropna() - 1).median())
+    """The factor by which predictions are off, in the median, to either side."""
+    return float(np.exp(np.log(ratios.dropna()).abs().median()))
 
 
 def _finding(points: pd.DataFrame) -> str:
     ratios = points["seconds_ratio"]
     return (
         f"Predicted seconds: {labels.share_label(_within(ratios))} within a factor of {FACTOR:g}, "
-        f"median error {labels.share_label(_median(ratios))}"
+        f"off by a factor of {labels.rounded(_median(ratios))} in the median"
     )
 
 
-def _caption(points: pd.DataFrame) -> str:
+def _caption(points: pd.DataFrame, skipped: int) -> str:
     memory = points["memory_ratio"].dropna()
     text = (
         f"Predicted against measured seconds of an estimate, for {len(points)} methods on problems; "
-        f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
-        f"relative error is {labels.share_label(_median(points['seconds_ratio']))}."
+        f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and predictions are "
+        f"off by a factor of {labels.rounded(_median(points['seconds_ratio']))} in the median."
     )
+    if skipped:
+        text += f" {skipped} others were predicted to take too long, and were not measured."
     if len(memory):
         text += (
-            f" Peaks of memory over {FLOOR:g} MiB, of {len(memory)} of them: {labels.share_label(_within(memory))} "
-            f"within a factor of {FACTOR:g}."
+            f" Peaks of memory, of which less than {FLOOR:g} MiB counts as that: "
+            f"{labels.share_label(_within(memory))} of {len(memory)} within a factor of {FACTOR:g}."
         )
     return f"{text} Budgets of stochastic methods are those that were predicted to reach the tolerance."

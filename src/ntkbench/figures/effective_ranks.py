@@ -106,7 +106,7 @@ def _title(points: pd.DataFrame) -> str:
     low, high = points["effective_rank_low"].min(), points["effective_rank_high"].max()
     ends = f"from {labels.rounded(low)} to {labels.rounded(high)}"
     many = "the same networks" if points["problem"].nunique() > 1 else "one network"
-    return f"Effective ranks {ends} of {many}: it matters of which kernel, and by which statistics"
+    return f"Effective ranks {ends} of {many}, by kernel, weights and statistics of BatchNorm"
 
 
 def _caption(points: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ import seaborn as sns
 from matplotlib.patches import Rectangle
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
+from ntkbench.units import seconds_label
 
 HEIGHT = 0.27
 """Inches of a line."""
@@ -49,7 +50,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.plot(x + 0.05, y + 0.5, **(look.line(row.backend) | {"linestyle": "", "markersize": 5}))
         lead = f", {row.lead:.2g}\N{MULTIPLICATION SIGN}" if row.lead == row.lead else ""
         mark = "" if row.fastest >= SURE else " ?"
-        panel.text(x + 0.1, y + 0.52, f"{_seconds(row.seconds)}{lead}{mark}", fontsize=8.5, va="center")
+        panel.text(x + 0.1, y + 0.52, f"{seconds_label(row.seconds)}{lead}{mark}", fontsize=8.5, va="center")
     for i in range(1, len(lines)):
         if lines[i][0] != lines[i - 1][0]:
             panel.axhline(i, color=canvas.PALE, linewidth=0.9)
@@ -81,10 +82,6 @@ def _name(chosen: pd.DataFrame, metric: str, problem: str, setting: str) -> str:
         f"n {labels.count_label(row['n'])}, P {labels.count_label(row['P'])}, O {labels.count_label(row['O'])}{rank}"
     )
     return f"{metric.replace('_', ' ')}: {labels.case_label(problem, setting)} ({sizes})"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.2g} s"
 
 
 def _caption(chosen: pd.DataFrame) -> str:

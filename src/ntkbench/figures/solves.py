@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -101,9 +102,10 @@ def _reading() -> list[tuple[Line2D, str]]:
 
 
 def fastest(points: pd.DataFrame) -> pd.DataFrame:
-    """The fastest way by products that reached its residual, and the factor, for each problem, ridge and tolerance.
+    """The fastest way by products against the factor, for each problem, ridge and tolerance that one of them reached.
 
-    ``ratio`` is the seconds of the factor over those of products: above 1 products win.
+    ``ratio`` is the seconds of the factor over those of products: above 1 products win. It is 0 where no products
+    reached the residual, which have no ``method`` then, and infinite where the factor did not.
     """
     good = points[points["residual"] <= SLACK * points["rtol"]]
     cases = ["problem", "n", "share", "rtol"]
@@ -111,7 +113,11 @@ def fastest(points: pd.DataFrame) -> pd.DataFrame:
     products = good[good["method"] != EXACT]
     products = products.loc[products.groupby(cases, sort=False)["seconds"].idxmin()].set_index(cases)
     found = products[["method", "title", "condition", "seconds", "passes_spent"]]
-    return found.assign(ratio=exact["seconds"].reindex(found.index) / found["seconds"]).dropna().reset_index()
+    ratio = (exact["seconds"] / found["seconds"]).where(exact["seconds"].notna(), np.inf)
+    found = found.reindex(found.index.union(exact.index, sort=False))
+    both = found.assign(ratio=ratio.reindex(found.index))
+    lost = both["method"].isna()
+    return both.assign(ratio=both["ratio"].where(~lost, 0.0)).reset_index()
 
 
 def _title(points: pd.DataFrame) -> str:
@@ -123,8 +129,7 @@ def _title(points: pd.DataFrame) -> str:
         return f"Where all of Θ fits, its Cholesky factor is the fastest in all {len(found)} cases"
     if len(won) == len(found):
         return f"Conjugate gradients are faster than a Cholesky factor in all {len(found)} cases"
-    most = labels.rounded(float(won["condition"].max()))
-    return f"Products beat a Cholesky factor in {len(won)} of {len(found)} cases, up to a condition number of {most}"
+    return f"Products beat a Cholesky factor in {len(won)} of {len(found)} cases"
 
 
 def _caption(points: pd.DataFrame, problems: list[str]) -> str:
@@ -138,13 +143,14 @@ def _caption(points: pd.DataFrame, problems: list[str]) -> str:
         here = found[found["problem"] == problem]
         if not len(here):
             continue
-        won = here[here["ratio"] > 1]
+        won, lost = here[here["ratio"] > 1], here["method"].isna().sum()
         text += f" {labels.name_label(problem)}: products are faster in {len(won)} of {len(here)} cases"
-        for rows, words in (
-            (here.loc[[here["ratio"].idxmax()]], "at best"),
-            (here.loc[[here["ratio"].idxmin()]], "at worst"),
+        text += f", and do not reach the residual in {lost}" if lost else ""
+        here = here[here["method"].notna() & np.isfinite(here["ratio"])]
+        for place, words in (
+            ((here["ratio"].idxmax(), "at best"), (here["ratio"].idxmin(), "at worst")) if len(here) else ()
         ):
-            row = rows.iloc[0]
+            row = here.loc[place]
             text += (
                 f", {words} {labels.rounded(row['ratio'])} times as fast ({row['title']}, condition number "
                 f"{labels.rounded(row['condition'])}, residual {row['rtol']:g}, {row['passes_spent']:g} passes)"

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from ntkbench.figures.plotting import base, canvas, labels, styles
+from ntkbench.units import seconds_label
 
 TABLE = "time_to_error"
 COLUMNS: tuple[str, ...] = ("problem", "metric", "goal", "method", "title", "kind", "published")
@@ -22,7 +23,7 @@ ROLES = {
     "published": (styles.BLACK, "o", "published"),
     "estimated": (styles.VERMILION, "o", "estimator of this suite"),
     "exact": (styles.BLUE, "s", "exact, of this suite"),
-    "biased": (styles.GREY, "D", "biased kernel, within the error here"),
+    "biased": (styles.GREY, "D", "biased kernel of this suite, within the error here"),
 }
 """Colour, marker and meaning of the methods that are named."""
 ABOVE = ("published", "estimated")
@@ -64,10 +65,10 @@ def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
     published = rows["published"].astype(str).str.lower() == "true"
     exact, biased = rows["kind"] == "exact", rows["kind"] == "approximate"
     groups = {
-        "published": published & ~biased,
+        "published": published,
         "exact": exact & ~published,
         "estimated": ~exact & ~biased & ~published,
-        "biased": biased,
+        "biased": biased & ~published,
     }
     roles = pd.Series("", index=rows.index)
     for role, members in groups.items():
@@ -81,7 +82,7 @@ def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     span = math.log10(high / low) or 1.0
     panel.set(xscale="log", xlim=(low / 10 ** (0.55 * span), high * 10 ** (0.15 * span)), ylim=(len(names) - 0.4, -0.7))
     canvas.decades(panel.xaxis, *panel.get_xlim())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel("time until the median error is within the goal")
@@ -116,7 +117,7 @@ def _line(panel: Axes, line: int, rows: pd.DataFrame) -> None:
 def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd.Series, colour: str) -> None:
     jax = " (JAX)" if row["backend"] == "jax" else ""
     panel.annotate(
-        f"{labels.short(row['title'], 34)}{jax}, {_seconds(seconds)}",
+        f"{labels.short(row['title'], 34)}{jax}, {seconds_label(seconds)}",
         (seconds, line),
         xytext=({"right": -2, "left": 2}.get(ha, 0), 7 if above else -7),
         textcoords="offset points",
@@ -158,8 +159,10 @@ def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, 
 def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     times = sorted(_times(best) for _, best, rival in _bests(goals) if rival is not None)
     times = [each for each in times if math.isfinite(each)]
-    if not times:
+    if not any((rows["role"] == "published").any() for _, rows in goals):
         return "No published method reaches any of these errors"
+    if not times:
+        return "Seconds until a metric is right to a given error"
     span = labels.rounded(times[0]) if len(times) == 1 else f"{labels.rounded(times[0])} to {labels.rounded(times[-1])}"
     return f"To the same error, the best method here is {span} times as fast as the best published one"
 
@@ -197,7 +200,3 @@ def _others(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
 
 def _wanted(metric: str, goal: float) -> str:
     return f"{metric.replace('_', ' ')} to {labels.rounded(100 * goal)} %"
-
-
-def _seconds(value: float) -> str:
-    return f"{1e3 * value:.2g} ms" if value < 0.0995 else f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.2g} s"

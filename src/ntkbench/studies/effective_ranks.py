@@ -27,13 +27,7 @@ from ntkbench.studies.base import thetas
 TIMED = False
 PLUGINS = (f"ntkbench.methods.{thetas.METHOD}", "ntkbench.operators.torch")
 
-KERNELS = {
-    "theta": "Theta",
-    "trace": "trace kernel",
-    "sum_of_logits": "pNTK (sum of logits)",
-    "single_logit": "single logits",
-}
-"""Titles by name."""
+KERNELS = ("theta", "trace", "sum_of_logits", "single_logit")
 WEIGHTS = {"theta_0": "initial", "theta_f": "trained"}
 STATISTICS = ("stored", "calibrated", "uncalibrated")
 """Those that come with the weights, those of the images, and means of 0 with variances of 1."""
@@ -143,8 +137,14 @@ def _columns(found: list[np.ndarray]) -> dict[str, Any]:
 
 
 def effective_ranks(kernel: np.ndarray) -> tuple[float, float, float]:
-    """Effective rank, entropy effective rank, and the share of the trace that the largest eigenvalue has."""
+    """Effective rank, entropy effective rank, and the share of the trace that the largest eigenvalue has.
+
+    Raises:
+        Unavailable: the kernel is zero, and has none.
+    """
     values = np.maximum(np.linalg.eigvalsh(kernel), 0.0)
+    if not values.any():
+        raise Unavailable("a kernel of this network is zero, and has no effective rank")
     shares = values / values.sum()
     known = shares[shares > 0]
     return float(1 / (shares**2).sum()), float(np.exp(-(known * np.log(known)).sum())), float(shares.max())

@@ -57,7 +57,6 @@ TITLES = {
     "lobpcg": "LOBPCG (SciPy)",
     "matfree": "stochastic Lanczos (matfree)",
 }
-PROBLEMS = ("digits_mlp[N=64]", "transformer_tiny[N=8]", "digits_conv[N=64]")
 PROBES = spectrum.PROBES
 """Of stochastic Lanczos, ours and matfree's."""
 ROUNDING = 1e-9
@@ -93,7 +92,7 @@ class Answer(NamedTuple):
 
     Attributes:
         error: relative to the exact value; decades for the density.
-        holds: whether what is stated of it is true, or the share of statements that are; ``None`` without any.
+        holds: whether all that is stated of it is true; ``None`` where nothing is.
         stated: half the width of its interval, relative to the value.
     """
 
@@ -182,7 +181,7 @@ class Truth:
         _, low, high = density.shares(edges)
         shares = np.histogram(np.maximum(self.values, 0.0), edges)[0] / len(self.values)
         within = (low <= shares + ROUNDING) & (shares <= high + ROUNDING)
-        return given | {"density": Answer(off, float(within.mean()), float(np.median(high - low) / 2))}
+        return given | {"density": Answer(off, float(within.all()), float(np.median(high - low) / 2))}
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -295,9 +294,10 @@ def _answers(known: Truth, method: str, given: Any) -> dict[str, Answer]:
     if isinstance(given, np.ndarray):
         return known.largest_ones(given)
     if isinstance(given, lanczos.Ritz):
-        top, off, smallest = float(given.values[0]), float(given.residuals[0]), max(given.smallest, 0.0)
+        errors = given.residuals + given.rounding
+        top, off, smallest = float(given.values[0]), float(errors[0]), max(given.smallest, 0.0)
         return {
-            **known.largest_ones(given.values, given.residuals),
+            **known.largest_ones(given.values, errors),
             "condition": known.condition(top, off, smallest, (0.0, smallest)),
         }
     if isinstance(given, lanczos.Density):

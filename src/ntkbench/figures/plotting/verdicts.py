@@ -133,10 +133,8 @@ def _key() -> list[tuple[str, list[tuple[Any, str]]]]:
 def _others(table: pd.DataFrame) -> str:
     """What there is beside the numbers: claims of an order, and those that nothing here speaks to."""
     orders = table.loc[(table["relation"] != ABOUT) & (table["verdict"] != UNADDRESSED), "verdict"]
-    reproduced = (orders == REPRODUCED).sum()
-    parts = [f"{reproduced} of {len(orders)} claims that a value is above or below a number reproduce"] * bool(
-        len(orders)
-    )
+    said = f"{(orders == REPRODUCED).sum()} of {len(orders)} claims that a value is above or below a number reproduce"
+    parts = [said] if len(orders) else []
     left = int((table["verdict"] == UNADDRESSED).sum())
     return "  ·  ".join([*parts, *([f"{left} claims are not addressed"] if left else [])])
 
@@ -145,8 +143,8 @@ def _caption(table: pd.DataFrame) -> str:
     counts = table["verdict"].value_counts()
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
     return (
-        "Each dot is a number that a paper publishes, or an exponent of its theory: what was measured here over it, with "
-        "its interval (95 %, quartiles, or the range over cases, as the table says). A number is reproduced if the "
+        "Each dot is a number that a paper publishes, or an exponent of its theory: what was measured here over it, "
+        "with its interval (95 %, quartiles, or the range over cases, as the table says). A number is reproduced if the "
         "whole interval is in the band: a factor of 2 for magnitudes, less for exponents, accuracies and traces. The "
         "factor for exponents was chosen after the data were seen. Open dots are of another network, "
         f"data set or hardware. Verdicts of all {len(table)} claims: {said}."

@@ -1,0 +1,24 @@
+"""Seconds and bytes as one reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def seconds_label(seconds: float) -> str:
+    """Seconds with two digits, in a unit that is easy to read: 340 ms, 2.5 min."""
+    return _label(seconds, ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "us")))
+
+
+def bytes_label(count: float) -> str:
+    """Bytes with two digits, in a unit that is easy to read."""
+    return _label(count, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")))
+
+
+def _label(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """A number with two digits in the largest unit of which it is one at least, once rounded; in the last one else."""
+    for size, unit in units:
+        number = float(f"{value / size:.2g}")
+        if number >= 1:
+            break
+    return f"{number:g} {unit}"
