@@ -13,7 +13,7 @@ from torch import nn
 import ntkbench
 from ntkbench import cost, errors, methods
 from ntkbench.cost import samples, stand_in
-from ntkbench.cost.costs import Cost, Costs, bytes_label, seconds_label
+from ntkbench.cost.costs import Cost, Costs
 from ntkbench.cost.pilot import Pilot, pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.methods.base import PreparedProblem
@@ -240,14 +240,3 @@ def test_a_table_has_the_best_first_and_its_code():
     assert surer.code() == 'ntkbench.norm(model, inputs, method="fast", rtol=0.01, confidence=0.99)'
     fixed = Costs([Cost("hutchpp", "stochastic", 240, 1.0, 1, 0.0, 0.0, 246)], "trace", 0.01)
     assert fixed.code() == 'ntkbench.trace(model, inputs, method="hutchpp", passes=246)'
-
-
-def test_units():
-    assert [seconds_label(s) for s in (4e-5, 0.0123, 3.14, 100, 11160)] == [
-        "40 us",
-        "12 ms",
-        "3.1 s",
-        "1.7 min",
-        "3.1 h",
-    ]
-    assert [bytes_label(b) for b in (512, 3 * 2**20, 2.8 * 2**30)] == ["0.5 KiB", "3 MiB", "2.8 GiB"]

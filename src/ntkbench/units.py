@@ -17,8 +17,6 @@ def bytes_label(count: float) -> str:
 
 def _label(value: float, units: Sequence[tuple[float, str]]) -> str:
     """A number with two digits in the largest unit of which it is one at least, once rounded; in the last one else."""
-    for size, unit in units:
-        number = float(f"{value / size:.2g}")
-        if number >= 1:
-            break
+    scaled = [(float(f"{value / size:.2g}"), unit) for size, unit in units]
+    number, unit = next((each for each in scaled if each[0] >= 1), scaled[-1])
     return f"{number:g} {unit}"

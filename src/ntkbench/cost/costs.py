@@ -71,7 +71,7 @@ class Costs(list[Cost]):
         """The line of Python that uses the best method; empty if there is none.
 
         Args:
-            more: further arguments, as they are written; those of the set-up, such as ``call=call``, are not known here.
+            more: further arguments, as they are written; those of the set-up, as ``call=call``, are not known here.
         """
         if (best := self.best) is None:
             return ""
@@ -95,13 +95,9 @@ class Costs(list[Cost]):
     def _cells(self, cost: Cost) -> tuple[str, ...]:
         if cost.reason:
             return cost.method, cost.kind, "", "", "", "", cost.reason
-        error = (
-            "unknown"
-            if cost.error is None
-            else "exact"
-            if cost.kind == "exact"
-            else f"{float(f'{100 * cost.error:.2g}'):g} %"
-        )
+        error = "exact" if cost.kind == "exact" else "unknown"
+        if error == "unknown" and cost.error is not None:
+            error = f"{float(f'{100 * cost.error:.2g}'):g} %"
         return (
             cost.method,
             cost.kind,

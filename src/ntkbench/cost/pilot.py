@@ -32,7 +32,8 @@ class Pilot:
 
     def __str__(self) -> str:
         of_blocks = "unknown" if self.block_rank is None else f"{self.block_rank:.3g}"
-        return f"errors by {self.passes:g} pilot passes: effective rank {self.effective_rank:.3g}, of a sample's block {of_blocks}"
+        ranks = f"effective rank {self.effective_rank:.3g}, of a sample's block {of_blocks}"
+        return f"errors by {self.passes:g} pilot passes: {ranks}"
 
 
 def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int = 0) -> Pilot:

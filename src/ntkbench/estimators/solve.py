@@ -280,6 +280,11 @@ def _shifted(j: JacobianOperator, ridge: float) -> Map:
     return apply
 
 
+def operator(j: JacobianOperator, ridge: float) -> scipy.sparse.linalg.LinearOperator:
+    """Theta + ridge I as SciPy's linear operator on the host, ``[n, n]``; two passes a product."""
+    return _linear(_shifted(j, ridge), j.n)
+
+
 def _linear(apply: Map, n: int) -> scipy.sparse.linalg.LinearOperator:
     return scipy.sparse.linalg.LinearOperator((n, n), matvec=apply, dtype=np.float64)
 

@@ -99,8 +99,8 @@ def _caption(points: pd.DataFrame, skipped: int) -> str:
     memory = points["memory_ratio"].dropna()
     text = (
         f"Predicted against measured seconds of an estimate, for {len(points)} methods on problems; "
-        f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and predictions are "
-        f"off by a factor of {labels.rounded(_median(points['seconds_ratio']))} in the median."
+        f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
+        f"prediction is off by a factor of {labels.rounded(_median(points['seconds_ratio']))}."
     )
     if skipped:
         text += f" {skipped} others were predicted to take too long, and were not measured."

@@ -26,7 +26,7 @@ from ntkbench.measure import timing
 from ntkbench.operators import JacobianOperator
 from ntkbench.problem import Problem
 from ntkbench.studies import base
-from ntkbench.studies.base import products, thetas
+from ntkbench.studies.base import thetas
 
 TIMED = True
 PLUGINS = (f"ntkbench.methods.{thetas.METHOD}", "ntkbench.operators.torch")
@@ -78,7 +78,7 @@ class Truth:
 
     def residual(self, x: np.ndarray, y: np.ndarray, ridge: float) -> float:
         """||(Theta + ridge I) x - y|| / ||y|| by products in float64."""
-        rest = products.apply(self.precise, x) + ridge * x - y
+        rest = solve.operator(self.precise, ridge) @ x - y
         return float(np.linalg.norm(rest) / np.linalg.norm(y))
 
 
@@ -194,6 +194,7 @@ def conjugate_gradients(j: JacobianOperator, y: np.ndarray, ridge: float, rtol: 
         nonlocal iterations
         iterations += 1
 
-    shifted = products.linear(j, ridge)
-    x, _ = cg(shifted, y, rtol=rtol, atol=0.0, maxiter=max(1, math.floor(passes / 2) - 1), callback=count)
+    x, _ = cg(
+        solve.operator(j, ridge), y, rtol=rtol, atol=0.0, maxiter=max(1, math.floor(passes / 2) - 1), callback=count
+    )
     return Found(x, iterations, j.passes - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,9 @@ def apply(j: JacobianOperator, columns: np.ndarray) -> np.ndarray:
     return found
 
 
-def linear(j: JacobianOperator, ridge: float = 0.0) -> Any:
-    """Theta + ridge I as SciPy's linear operator, in the precision of J."""
+def linear(j: JacobianOperator) -> Any:
+    """Theta as SciPy's linear operator on blocks of vectors, in the precision of J."""
     from scipy.sparse.linalg import LinearOperator
 
-    def product(columns: np.ndarray) -> np.ndarray:
-        return apply(j, columns) + ridge * columns
-
+    product = functools.partial(apply, j)
     return LinearOperator((j.n, j.n), matvec=product, matmat=product, dtype=np.dtype(f"f{j.itemsize}"))

@@ -1,0 +1,31 @@
+"""Seconds and bytes as one reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ntkbench.units import bytes_label, seconds_label
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (4e-7, "0.4 us"),
+        (4e-5, "40 us"),
+        (4e-4, "400 us"),
+        (0.0123, "12 ms"),
+        (0.9999, "1 s"),
+        (3.14, "3.1 s"),
+        (45, "45 s"),
+        (100, "1.7 min"),
+        (3599, "1 h"),
+        (11160, "3.1 h"),
+        (1e6, "280 h"),
+    ],
+)
+def test_seconds_have_two_digits_and_no_powers_of_ten(seconds, said):
+    assert seconds_label(seconds) == said
+
+
+def test_bytes_are_in_binary_units():
+    assert [bytes_label(b) for b in (512, 3 * 2**20, 2.8 * 2**30, 1e12)] == ["0.5 KiB", "3 MiB", "2.8 GiB", "930 GiB"]
