@@ -12,7 +12,7 @@ from torch import nn
 
 from ntkbench import figures, operators, studies, testing
 from ntkbench.errors import Unavailable
-from ntkbench.estimators import lanczos
+from ntkbench.estimators import lanczos, solve
 from ntkbench.figures import solves as solves_figure
 from ntkbench.figures.plotting import labels
 from ntkbench.options import Target
@@ -47,7 +47,8 @@ def test_theta_and_products_are_those_of_the_jacobian():
     columns = np.array([[1e-12], [0.0], [3.0], [-1.0], [2.0], [1e12]]) * np.array([1.0, -2.0, 0.0])
     np.testing.assert_allclose(products.apply(j, columns), theta @ columns, rtol=1e-9)
     assert j.passes == 6
-    np.testing.assert_allclose(products.linear(j, 0.5) @ columns[:, 0], (theta + 0.5 * np.eye(6)) @ columns[:, 0])
+    np.testing.assert_allclose(products.linear(j) @ columns, theta @ columns)
+    np.testing.assert_allclose(solve.operator(j, 0.5) @ columns[:, 0], (theta + 0.5 * np.eye(6)) @ columns[:, 0])
 
 
 # --- spectra
