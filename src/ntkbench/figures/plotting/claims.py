@@ -255,7 +255,8 @@ def median(values: Sequence[float], seed: int = 0) -> Interval:
     if len(finite) < FEWEST:
         return (float(np.median(finite)), math.nan, math.nan) if len(finite) else UNKNOWN
     found = bootstrap((finite,), np.median, n_resamples=2000, method="percentile", rng=seed, vectorized=True)
-    return float(np.median(finite)), *map(float, found.confidence_interval)
+    low, high = map(float, found.confidence_interval)
+    return float(np.median(finite)), low, high
 
 
 def ranged(values: Iterable[float]) -> Interval:

@@ -64,7 +64,8 @@ def tables(problem: Problem) -> list[str]:
 def passes(problem: Problem, metric: str) -> dict[int, float]:
     """Passes that the moments take, by a candidate's V; where x is no tokens, all of them may differ."""
     assert problem.module is not None
-    ends, found = len(metrics.parameter_sets(metric)), {}
+    ends = len(metrics.parameter_sets(metric))
+    found: dict[int, float] = {}
     for name in tables(problem):
         layer = problem.module.get_submodule(name)
         assert isinstance(layer, nn.Embedding)
