@@ -262,10 +262,9 @@ def blog_points(factor: float, seeds: int = 100) -> pd.DataFrame:
 @pytest.mark.parametrize(("factor", "verdict"), [(8.0, claims.REPRODUCED), (0.1, claims.NOT), (1.0, claims.PARTLY)])
 def test_what_the_blog_claims_of_shared_probes_is_judged_at_equal_passes(factor, verdict):
     made = claims.shared_probes(blog_points(factor), "hutchpp")
-    assert [claim.verdict for claim in made] == [verdict, verdict]
-    for claim, passes in zip(made, (72, 400), strict=True):
-        assert f"at equal passes ({passes})" in claim.sentence() and claim.runs == 600 and claim.here == "net, N = 2"
-        assert claim.measured[0] == pytest.approx(factor)
+    (claim,) = made
+    assert claim.verdict == verdict and claim.measured[0] == pytest.approx(factor)
+    assert "at equal passes (400)" in claim.sentence() and claim.runs == 600 and claim.here == "net, N = 2"
     apart = blog_points(factor).query("method == 'hutchpp' or passes < 50")
     assert claims.shared_probes(apart, "hutchpp") == (), "no budget was given to both"
 
@@ -281,9 +280,16 @@ def speedup_table(scale: float) -> pd.DataFrame:
         "git_sha": "a" * 12,
         "git_dirty": False,
     }
-    rows = [common | {"method": "direct_one_by_one", "title": "direct", "seconds": 100.0, "share": 1.0}]
+    rows = [common | {"method": "direct_one_by_one", "title": "direct", "seconds": 100.0, "share": 1.0, "calls": 1}]
     for m in (8, 32, 128, 512, 2048, 8192):
-        row = common | {"method": "one_sided_paper_reverse", "title": "one-sided", "m": m, "passes": m, "seeds": 60}
+        row = common | {
+            "method": "one_sided_paper_reverse",
+            "title": "one-sided",
+            "m": m,
+            "passes": m,
+            "seeds": 60,
+            "calls": 1,
+        }
         quantiles = zip(("_q25", "", "_q75"), (0.47, 1.0, 1.7), strict=True)
         row |= {f"error{end}": factor * scale / m**0.5 for end, factor in quantiles}
         rows.append(row | dict.fromkeys(("seconds", "seconds_q25", "seconds_q75"), 1e-3 * m) | {"first_seed": 60 * m})
@@ -300,7 +306,7 @@ def test_the_claim_of_the_speed_up_has_the_tables_numbers_and_a_verdict_by_the_i
     assert row["speedup_low"] < row["speedup"] < row["speedup_high"] and row["seeds"] == 360
     first, last = drawing.claims
     assert first.measured == (row["speedup"], row["speedup_low"], row["speedup_high"]) and first.runs == 360
-    assert (first.published, first.same, first.verdict) == (93.3, True, verdict)
+    assert (first.published, first.same, first.verdict) == (93.3, False, verdict)
     assert "to 99 % is estimated 93.3 times faster" in first.sentence() and "360 estimates" in first.sentence()
     assert last.verdict == claims.UNADDRESSED and "99.999 %" in last.sentence(), "no budget reached it"
 
