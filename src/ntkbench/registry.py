@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -175,11 +176,26 @@ def _bindings(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.stmt]]:
 
 def files(package: str) -> list[Path]:
     """The plug-in files of a package, sorted by name; neither they nor the package are imported."""
+    found = (file for folder in _folders(package) for file in sorted(Path(folder).glob("*.py")) if not file.is_dir())
+    return [file for file in found if not file.name.startswith((".", "__"))]
+
+
+def _folders(package: str) -> list[str]:
     module = sys.modules.get(package)
     spec = None if module else importlib.util.find_spec(package)
-    folders = module.__path__ if module else (spec and spec.submodule_search_locations) or ()
-    found = (file for folder in folders for file in sorted(Path(folder).glob("*.py")) if not file.is_dir())
-    return [file for file in found if not file.name.startswith((".", "__"))]
+    return list(module.__path__ if module else (spec and spec.submodule_search_locations) or ())
+
+
+def _state() -> tuple[Any, ...]:
+    """What plug-ins are found from: equal while no file of any kind is added, changed or removed."""
+    state: list[Any] = []
+    for package in PACKAGES.values():
+        state += [package, package in sys.modules]
+        for folder in _folders(package):
+            with os.scandir(folder) as entries:
+                known = [(e.path, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if e.name != "__pycache__"]
+            state += sorted(known)
+    return tuple(state)
 
 
 @dataclass(frozen=True)
@@ -216,6 +232,7 @@ class Room(Generic[T]):
         self._check, self._find = check, find
         self._loaded: dict[str, T] = {}
         self._failed: dict[tuple[_Entry, int], Broken] = {}
+        self._indexed: tuple[Any, dict[str, _Entry], list[Broken]] | None = None
 
     def found(self) -> list[str]:
         """Names of the plug-ins whose source shows no fault, sorted; none of them is imported."""
@@ -261,8 +278,8 @@ class Room(Generic[T]):
         return f"{self.package}.{self.file(name).stem}"
 
     def _tried(self) -> tuple[list[str], list[Broken]]:
-        entries, broken = self._index()
-        names = []
+        entries, seen = self._index()
+        names, broken = [], [*seen]
         for name in sorted(entries):
             try:
                 self.get(name)
@@ -282,7 +299,13 @@ class Room(Generic[T]):
         raise BadInput(f"{unknown(self.kind, name, entries)}{hint}")
 
     def _index(self) -> tuple[dict[str, _Entry], list[Broken]]:
-        """Plug-ins by name, and those that are seen to be broken."""
+        """Plug-ins by name, and those that are seen to be broken; read again only when files have changed."""
+        state = _state()
+        if self._indexed is None or self._indexed[0] != state:
+            self._indexed = state, *self._read()
+        return self._indexed[1:]
+
+    def _read(self) -> tuple[dict[str, _Entry], list[Broken]]:
         claims: dict[str, list[_Entry]] = {}
         broken = []
         for file in files(self.package):

@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import isotonic_regression
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 RATE = 0.5
 """Errors fall at least as passes to the power of its negative, as the mean of independent probes does."""
@@ -101,8 +100,8 @@ def banded(draws: np.ndarray) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     others = np.where(np.isnan(draws[1:]), np.inf, draws[1:])
     below = float((others < draws[0]).mean() + (others == draws[0]).mean() / 2)
-    bias = norm.ppf(np.clip(below, 0.5 / len(others), 1 - 0.5 / len(others)))
-    tails = norm.cdf(2 * bias + norm.ppf([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    bias = ndtri(np.clip(below, 0.5 / len(others), 1 - 0.5 / len(others)))
+    tails = ndtr(2 * bias + ndtri([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     low, high = (float(end) for end in np.quantile(others, tails, method="nearest"))
     return float(draws[0]), low if math.isfinite(low) else math.nan, high if math.isfinite(high) else math.nan
 
@@ -172,6 +171,8 @@ def _logarithms(points: pd.DataFrame, name: str, floor: float) -> tuple[np.ndarr
 
 def _fitted(x: np.ndarray, place: np.ndarray, y: np.ndarray, weights: np.ndarray, *, power: float) -> np.ndarray:
     """The curve ``y(x)`` of the least weighted squares that falls at least as ``x`` to ``power`` < 0, or grows (0)."""
+    from scipy.optimize import isotonic_regression
+
     total = np.bincount(place, weights)
     mean = np.bincount(place, weights * y) / total - power * x
     return isotonic_regression(mean, weights=total, increasing=power == 0).x + power * x

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
 from ntkbench.figures.plotting import labels
 from ntkbench.measure import laws
@@ -251,6 +250,8 @@ def _number(row: Mapping[str, Any], name: str) -> str:
 
 def median(values: Sequence[float], seed: int = 0) -> Interval:
     """The median of numbers with its 95 % bootstrap interval, whose ends are ``nan`` for fewer than :data:`FEWEST`."""
+    from scipy.stats import bootstrap
+
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if len(finite) < FEWEST:
         return (float(np.median(finite)), math.nan, math.nan) if len(finite) else UNKNOWN
