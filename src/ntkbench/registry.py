@@ -193,9 +193,17 @@ def _state() -> tuple[Any, ...]:
         state += [package, package in sys.modules]
         for folder in _folders(package):
             with os.scandir(folder) as entries:
-                known = [(e.path, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if e.name != "__pycache__"]
-            state += sorted(known)
+                state += sorted((e.path, *_stamp(e)) for e in entries if e.name != "__pycache__")
     return tuple(state)
+
+
+def _stamp(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """What changes with a file; zeros for a link to nothing."""
+    try:
+        status = entry.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
 
 
 @dataclass(frozen=True)
