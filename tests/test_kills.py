@@ -15,7 +15,7 @@ from conftest import run_snakemake, snakemake
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS = 8
+KILLS = 5
 TARGETS = ("results/small/table.csv", "results/small/studies/estimators_on_spectra.csv")
 TEST = "NTKBENCH_TEST"
 """Environment variable that all processes of a test's runs have."""

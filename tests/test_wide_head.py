@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import BadInput, methods
+from ntkbench import BadInput, methods, metrics
 from ntkbench.methods.base import tied_head
 from ntkbench.metrics import METRICS
 from ntkbench.operators.certificate import Uncertified
@@ -448,3 +449,68 @@ def test_no_matrix_is_as_large_as_the_outputs():
     G = G @ G.T
     square = explicit(short, torch.searchsorted(tokens, x)).square().sum() + (V - len(tokens) - d) * G.square().sum()
     assert found.value == pytest.approx(float(square.sqrt()), rel=1e-10)
+
+
+# --- estimates
+
+
+def ends_of(kind: str):
+    """A network with a wide head at two sets of weights, as a problem, and its exact kernels."""
+    model, other = two(TIED[kind]) if kind in TIED else (seeded(HEADED[kind]).eval(), seeded(HEADED[kind], 1).eval())
+    return from_module(model, TOKENS, model_f=other, dtype="float64"), (explicit(model), explicit(other))
+
+
+KINDS = (*HEADED, *(kind for kind in TIED if kind not in HEADED))
+SPANNED = {"one position": "9 outputs are no more than the 12 dimensions"}
+"""Kinds of which two heads together span all outputs, and what is said."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shorter_heads_and_what_is_known_are_the_whole_kernel(kind):
+    """Nothing is random here: the kernels of the networks that estimators run on, written out."""
+    problem, thetas = ends_of(kind)
+    short = methods.get("wide_head_u_statistics").prepare(problem, Target("torch", "float64", "cpu")).short
+    for metric in METRICS:
+        if metric == "alignment" and kind in SPANNED:
+            with pytest.raises(BadInput, match=SPANNED[kind]):
+                short.networks(metric)
+            continue
+        networks = short.networks(metric)
+        assert short.certificate(metric) < 1e-10 and networks[0].engine.O < problem.O
+        grams = [
+            each.engine.kernel(each.parameters, each.x).reshape(2 * (len(each.x) * each.engine.O,)) for each in networks
+        ]
+        found = metrics.from_gram(*grams).plus(short.known(metric)).metric(metric)
+        assert found == pytest.approx(exact(metric, *thetas), rel=1e-10), metric
+
+
+@pytest.mark.parametrize("kind", ["with a bias", "last position", "tied", "functional"])
+def test_estimates_are_unbiased_with_honest_errors(kind):
+    problem, thetas = ends_of(kind)
+    target = Target("torch", "float64", "cpu")
+    method, whole = (methods.get(name) for name in ("wide_head_u_statistics", "structured_block_u_statistics"))
+    prepared, all_outputs = method.prepare(problem, target), whole.prepare(problem, target)
+    for metric in METRICS:
+        right, passes = exact(metric, *thetas), 64 if metric == "alignment" else 32
+        found = [method.estimate(prepared, metric, passes, seed) for seed in range(60)]
+        errors = [e.value - right for e in found]
+        spread, mean = statistics.stdev(errors), statistics.fmean(errors)
+        assert abs(mean) < 4 * spread / 60**0.5 + 0.02 * right * (metric != "trace"), metric  # ratios are biased
+        assert sum(e.covers(right, "float64") for e in found) >= 50, metric
+        assert all(e.passes <= passes and e.certificate < 1e-10 for e in found)
+        if metric in ("trace", "norm"):
+            others = [whole.estimate(all_outputs, metric, passes, seed).value for seed in range(60)]
+            assert spread < 1.2 * statistics.stdev(others), metric
+
+
+def test_auto_estimates_in_the_hidden_dimension():
+    model = seeded(gpt2).eval()
+    found = ntkbench.norm(model, TOKENS, dtype="float64", passes=40)
+    assert found.method == "wide_head_u_statistics" and found.passes <= 40
+    low, high = found.interval(0.999)
+    assert low <= float(explicit(model).norm()) <= high
+
+
+def test_gradients_that_are_not_those_of_a_shorter_head_are_noticed():
+    with pytest.raises(Uncertified):
+        ntkbench.norm(seeded(Lying).eval(), TOKENS, method="wide_head_u_statistics", passes=16, dtype="float64")

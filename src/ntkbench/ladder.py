@@ -51,6 +51,9 @@ HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PAR
 TOLERANCE_PASSES = 4096
 """The most passes on the way to a tolerance when no budget is given."""
 
+HEAD_PAIRS = "wide_head_u_statistics"
+"""Tried before other estimators where the head has at most that share of its outputs as dimensions."""
+
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
 WHOLE = ("nystrom_loo", "hutchinson", "gram_reverse")
@@ -202,7 +205,7 @@ def _steps(
         exact: exact methods that are left, with their passes. Who takes a method from the iterator takes it from these
             as well, or puts it back with more passes.
     """
-    for name in _estimators(problem, metric):
+    for name in _estimators(problem, metric, target):
         limit = _expected_passes(problem, metric, target, options, methods.stochastic(name))
         while able := [other for other, needed in exact.items() if needed <= limit]:
             yield able[0], limit
@@ -289,13 +292,22 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
         )
         if fits and method.unsupported_reason(problem, metric, target) is None:
             needed = method.passes_needed(problem, metric, target)
-            if name == HEAD and needed is not None and needed > NARROW * ends * problem.O:
+            if name == HEAD and not _is_narrow(problem, metric, target):
                 continue
             found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _estimators(problem: Problem, metric: str) -> list[str]:
+def _is_narrow(problem: Problem, metric: str, target: Target) -> bool:
+    """Whether a network ends with a head that saves most of the passes."""
+    head = methods.get(HEAD)
+    if head.unsupported_reason(problem, metric, target) is not None:
+        return False
+    needed = head.passes_needed(problem, metric, target)
+    return needed is not None and needed <= NARROW * len(metrics.parameter_sets(metric)) * problem.O
+
+
+def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
     """The methods with random probes, in the order in which they are tried."""
     independent, whole = STOCHASTIC[metric]
     if declares(problem.module):
@@ -303,6 +315,8 @@ def _estimators(problem: Problem, metric: str) -> list[str]:
         independent = independent[1:] if metric == "trace" else (OF_RECURRENT, *independent)
     if problem.P < problem.O:
         independent = _forward_first(independent)
+    if _is_narrow(problem, metric, target):
+        independent = (HEAD_PAIRS, *independent)
     if problem.n > problem.P:
         whole = _forward_first(whole)
     return list(whole if problem.samples_interact else (*independent, *whole))

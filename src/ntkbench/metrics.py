@@ -200,6 +200,10 @@ def from_blocks_of_theta(blocks: Iterable[tuple[bool, Sequence[Array]]], *, tile
     return sums.moments()
 
 
+NOTHING = Moments(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""Moments of a kernel that is zero."""
+
+
 def from_gram(theta: Array, theta_f: Array | None = None) -> Moments:
     """Moments from Theta (and Theta_f) as a dense matrix, ``[n, n]``."""
     return from_rows_of_theta([(range(len(theta)), [theta] if theta_f is None else [theta, theta_f])])

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ntkbench import metrics
-from ntkbench.errors import OverMemory
-from ntkbench.estimators import standard_errors, strata
-from ntkbench.estimators.accumulators import Accumulator, complement, delta_method, moment_products, required_moments
-from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
-from ntkbench.estimators.strata import Choice
-from ntkbench.methods.base import Incremental, Ledger
-from ntkbench.methods.base.u_statistics import with_notes
-from ntkbench.operators import arrays
+from ntkbench.methods.base.structured import StructuredUStatistics
+from ntkbench.metrics import Moments
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
 
 
-class StructuredBlockUStatistics(Incremental):
+class StructuredBlockUStatistics(StructuredUStatistics):
     """The estimator of ``block_u_statistics`` on the engine of ``structured_derivatives``.
 
     It has the same mean, variance and passes: 1 per probe, 2 for alignment. The gradient of a weight is a sum of outer
@@ -41,34 +30,11 @@ class StructuredBlockUStatistics(Incremental):
     probes. ||Theta_hh||_F^2 is then exact, and ||Theta_hc||_F^2 is the mean of ||J_h w_c^k||^2. From
     ``least_with_pilot`` probes on, one is spent on the choice of these samples. It does not count otherwise, so that
     the choice makes no bias. Groups that were drawn before are left out if there are exact samples.
-
-    Attributes:
-        max_gradients: gradients up to which a default budget goes; beyond about a thousand, their inner products, whose
-            cost is quadratic, take most of the time.
-        max_group: gradients in a group.
-        least_with_pilot: probes from which on one is spent on the choice of exact samples.
     """
 
     title = "block U-statistics by layers"
     source = "this suite; structured derivatives of Novak et al. 2022"
-    backends = ("torch",)
-    needs_independent_samples = True
     prepares = "trace"
-    first_batch = 4
-    order = 1.0
-    max_gradients: ClassVar[int] = 1024
-    max_group: ClassVar[int] = 2048
-    least_with_pilot: ClassVar[int] = 8
-
-    def default_max_passes(self, problem: Problem) -> int:
-        return max(16, self.max_gradients // problem.N)
-
-    def passes_per_probe(self, metric: str) -> int:
-        return 2 if metric == "alignment" else 1
-
-    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        grams = (2 * problem.N) ** 2 * len(metrics.parameter_sets(metric))
-        return 0 if metric == "trace" else grams * (target.itemsize + 5 * 8)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
@@ -76,192 +42,5 @@ class StructuredBlockUStatistics(Incremental):
 
         return TracedProblem(problem, target)
 
-    def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
-        from ntkbench.methods.base.layerwise import ledger_of
-
-        ends = prepared.ends("alignment" if "alignment" in names else names[0])
-        accumulator = _GroupedUStatistics(ends, names, seed, self.max_group, self.least_with_pilot)
-        return accumulator, with_notes(ledger_of(ends), accumulator)
-
-
-class _GroupedUStatistics(Accumulator):
-    """U-statistics within groups of probes, beside samples that are taken exactly."""
-
-    def __init__(
-        self,
-        ends: Sequence[TracedNetwork],
-        names: Sequence[str],
-        seed: int,
-        max_gradients: int,
-        least_with_pilot: int,
-    ) -> None:
-        from ntkbench.operators.torch import TorchRng
-
-        self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
-        self._names = required_moments(names)
-        self._max_gradients, self._least_with_pilot = max_gradients, least_with_pilot
-        self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
-        self._traces: list[np.ndarray] = []
-        self._groups: list[tuple[int, MomentEstimates]] = []
-        self._shares: np.ndarray | None = None
-        self._choice = Choice()
-        self._unspent = 0.0
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self._choice.notes("sample")
-
-    def extend(self, probes: int) -> None:
-        if self._names == ("trace",):
-            end = self._ends[0]
-            traces = end.engine.diagonal(end.parameters, end.x, self._directions(probes))
-            self._traces.append(arrays.to_numpy(traces.T, np.float64))
-            return
-        passes: float = probes
-        if self._choice:
-            passes += self._unspent
-            sizes = self._sizes_beside(len(self._choice), passes)
-        else:
-            sizes, passes = self._plan(probes)
-        for k in sizes:
-            passes -= self._cost(k, len(self._choice))
-            self._groups.append((k, self._group(k)))
-        self._unspent = passes
-
-    def estimate(self, metric: str) -> PointEstimate:
-        if self._names == ("trace",):
-            return standard_errors.stratified_mean(np.concatenate(self._traces))
-        return delta_method(metric, self._names, MomentEstimates.pooled(self._groups))
-
-    def complement(self) -> float | None:
-        if self._names == ("trace",):
-            return None
-        return complement(dict(zip(self._names, MomentEstimates.pooled(self._groups).means.tolist(), strict=True)))
-
-    def _plan(self, probes: int) -> tuple[list[int], float]:
-        """Choose the exact samples if a probe for that is affordable; sizes of groups, and the passes for them."""
-        sizes, passes = self._sizes(probes), float(probes)
-        drawn = sum(k for k, _ in self._groups)
-        worth = self._N > strata.UNEVEN and drawn + probes >= self._least_with_pilot
-        if self._shares is None and worth and sizes and sizes[0] >= 4:
-            self._shares = strata.shares(self._tables(1)[0])
-            passes -= self._cost(1)
-            sizes = self._sizes(int(passes))
-        if self._shares is None:
-            return sizes, passes
-        choice = strata.choose(
-            self._shares,
-            passes,
-            lambda k: self._repeats(k) * k,
-            max_probes=max(4, self._max_gradients // self._N),
-            max_exact=self._max_gradients // (2 * self._O),
-            drawn=drawn,
-        )
-        beside = self._sizes_beside(len(choice), passes) if choice else []
-        if not beside:
-            self._choice = Choice(uneven=choice.uneven)
-            return sizes, passes
-        self._choice = choice
-        self._groups.clear()
-        return beside, passes
-
-    def _group(self, k: int) -> MomentEstimates:
-        tables, traces = self._tables(k)
-        if self._shares is None and not self._groups:
-            self._choice = Choice(uneven=strata.are_uneven(strata.shares(tables)))
-        first = len(self._choice) * self._repeats(k)  # inputs that are exact samples
-        sums = PairSums(self._N - len(self._choice), k, len(tables))
-        sums.add(0, 0, [table[first:, :, first:] for table in tables])
-        sums.add_singles([2 * table[:first, :, first:].sum((0, 1), dtype=np.float64) for table in tables])
-        exact = [float(table[:first, :, :first].sum(dtype=np.float64)) for table in tables]
-        if self._names[0] != "trace":
-            return sums.moments().plus(exact)
-        return sums.moments(traces[first:]).plus([float(traces[:first].sum(dtype=np.float64)), *exact])
-
-    def _tables(self, k: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The pairs' values for each moment but the trace, ``[inputs, k, inputs, k]``, and squares ``[inputs, k]``.
-
-        The inputs are the exact samples, each repeated so that k directions of each hold its O unit vectors, and then
-        the others.
-        """
-        v, (size, xs) = self._directions(k), self._inputs(k)
-        pairs = zip(self._ends, xs, strict=True)
-        grams = [end.engine.kernel(end.parameters, x, None, v).reshape(size, k, size, k) for end, x in pairs]
-        wanted = len(self._names) - (self._names[0] == "trace")
-        squares = grams[0].reshape(size * k, size * k).diagonal().reshape(size, k)
-        products = moment_products([metrics.double(gram) for gram in grams])[:wanted]
-        return [arrays.to_numpy(table) for table in products], arrays.to_numpy(squares)
-
-    def _inputs(self, k: int) -> tuple[int, list[Tensor]]:
-        exact = self._choice.exact
-        if not len(exact):
-            return self._N, [end.x for end in self._ends]
-        order = np.concatenate([exact.repeat(self._repeats(k)), np.delete(np.arange(self._N), exact)])
-        return len(order), [end.x[order] for end in self._ends]
-
-    def _directions(self, k: int) -> Tensor:
-        """``[inputs, k, O]``, unit vectors for exact samples and random signs for the others."""
-        count, repeats = len(self._choice), self._repeats(k)
-        others = self._N - count
-        signs = self._rng.sign(k, others * self._O).reshape(k, others, self._O).transpose(0, 1)
-        v = signs.new_zeros(count * repeats + others, k, self._O)
-        v[count * repeats :] = signs
-        units = v[: count * repeats].view(count, repeats * k, self._O)
-        units.diagonal(dim1=1, dim2=2).fill_(1)
-        return v
-
-    def _repeats(self, k: int) -> int:
-        """Inputs that an exact sample takes, so that k directions of each hold its O unit vectors."""
-        return -(-self._O // k)
-
-    def _sizes(self, probes: int) -> list[int]:
-        """Sizes of groups that together take at most the passes of so many probes whose group fits in memory."""
-        if probes < 2:
-            if not self._groups:
-                raise OverMemory("pairs take at least two probes")
-            return []
-        max_group = max(4, self._max_gradients // self._N)
-        size = -(-probes // -(-probes // max_group))
-        cost = self._cost(size)
-        while cost > probes:
-            if size == 2:
-                if self._groups:
-                    return []
-                memory = self._ends[0].engine.memory
-                raise OverMemory(f"two probes take {cost:g} passes in memory of {memory}; there are {probes}")
-            size = max(4, size // 2) if size > 4 else size - 1  # the variance has an unbiased estimate from four on
-            cost = self._cost(size)
-        if cost > size:
-            return [size] * int(probes / cost)
-        count = -(-probes // size)
-        return [probes // count + (i < probes % count) for i in range(count)]
-
-    def _sizes_beside(self, exact: int, passes: float) -> list[int]:
-        """Sizes of groups beside a number of exact samples, within the passes; none if these are too few."""
-        others = self._N - exact
-        if not others:
-            k = min(self._O, max(1, self._max_gradients // self._N))
-            return [k] if not self._choice and self._cost(k, exact) <= passes else []
-        most = max(4, (self._max_gradients - exact * self._O) // others)
-        affordable = range(2, int(passes * self._N / others) + 1)
-        for count in itertools.count(1):
-            k = max((k for k in affordable if count * self._rows(k, exact) <= passes * self._N), default=0)
-            if k <= most:
-                break
-        while k >= 2:
-            if (cost := self._cost(k, exact)) <= passes:
-                return [k] * int(passes / cost + 1e-9)
-            k = k // 2 if k > 4 else k - 1
-        return []
-
-    def _rows(self, k: int, exact: int) -> int:
-        """Rows of a group's kernel."""
-        return k * (self._N - exact + self._repeats(k) * exact)
-
-    def _cost(self, k: int, exact: int = 0) -> float:
-        """Passes that a group of k probes takes at each end, or at the dearer one."""
-        inputs = self._rows(k, exact) // k
-        v = self._ends[0].parameters[0].new_zeros(inputs, k, self._O)
-        xs = [end.x[np.arange(inputs) % self._N] if exact else end.x for end in self._ends]
-        found = [end.engine.passes([end.parameters], x, v) for end, x in zip(self._ends, xs, strict=True)]
-        return max(found) * inputs / self._N
+    def networks(self, prepared: TracedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
+        return prepared.ends(metric), metrics.NOTHING

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
-from ntkbench.methods.base import Method
+from ntkbench.methods.base.wide import OfWideHead
 from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -15,13 +14,8 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.head import HeadedProblem
     from ntkbench.methods.base.tied_head import TiedProblem
 
-NO_HEAD = (
-    "no linear layer or embedding of the network is wider than its input and has a width that divides the outputs of "
-    "a sample"
-)
 
-
-class WideHead(Method):
+class WideHead(OfWideHead):
     """Theta of a network that ends with a linear layer from d to V > d outputs, at T positions of each sample.
 
     T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
@@ -36,18 +30,6 @@ class WideHead(Method):
     title = "wide head"
     kind = "exact"
     source = "this suite; layer by layer as Novak et al. 2022, section 3"
-    backends = ("torch",)
-    needs_independent_samples = True
-    prepares = "head"
-
-    def unsupported_reason(
-        self, problem: Problem, metric: str, target: Target, passes: int | None = None
-    ) -> str | None:
-        from ntkbench.methods.base import head, tied_head
-
-        if reason := super().unsupported_reason(problem, metric, target, passes):
-            return reason
-        return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.methods.base import head, tied_head
@@ -60,28 +42,6 @@ class WideHead(Method):
         if metric == "trace":
             return 0.0
         return sum(each.engine.passes([each.parameters], each.x) for each in prepared.networks(metric))
-
-    def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
-        """Take the networks apart, and trace what is in front of their heads or has a shorter vocabulary.
-
-        Raises:
-            BadInput: a network does not end with a wide linear layer, or cannot be traced.
-            Unavailable: the device is not present.
-        """
-        from ntkbench.methods.base import head, tied_head
-
-        reasons = []
-        if head.candidates(problem):
-            try:
-                return head.HeadedProblem(problem, target)
-            except BadInput as error:
-                reasons.append(str(error))
-        if tied_head.tables(problem):
-            try:
-                return tied_head.TiedProblem(problem, target)
-            except BadInput as error:
-                reasons.append(str(error))
-        raise BadInput("; ".join(reasons) or NO_HEAD)
 
     def estimate(
         self, prepared: HeadedProblem | TiedProblem, metric: str, passes: int | None = None, seed: int = 0

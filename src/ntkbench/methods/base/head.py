@@ -14,6 +14,13 @@ that of the layer. So all moments of Theta follow from Theta_g and G:
 
 and tr(Theta Theta_f) = tr(Theta_g Theta_e) + V sum G G_f + sum_ts (G_ts tr Theta_gf,ts + G_f,ts tr Theta_g,ts), where
 e_t is U^T W_f h_t at the other weights.
+
+Estimators run on a network f' whose head counts. Let Q, ``[V, r]``, have orthonormal columns that span those of W, or
+those of W and W_f: r = d or 2 d. With the head Q^T W, f' has T r outputs, and
+
+    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T)
+
+as for tied heads (see :mod:`ntkbench.methods.base.tied_head`). The second term is exact; probes are for the first one.
 """
 
 from __future__ import annotations
@@ -104,15 +111,32 @@ class HeadedNetwork:
 
     def replaced(self, matrix: Tensor) -> TracedNetwork:
         """The network with a fixed matrix ``[d, d]`` in place of its head, traced."""
-        self._traced.append(TracedProblem(self._with_head(matrix), self._target))
+        return self._trace(self._with_head(matrix))
+
+    def shortened(self, Q: Tensor) -> tuple[Problem, TracedNetwork]:
+        """The problem whose head is Q^T W and Q^T b, which count as W and b do, and its network, traced."""
+        short = self._with_head(Q.T @ self.W, counted=True)
+        return short, self._trace(short)
+
+    def _trace(self, problem: Problem) -> TracedNetwork:
+        self._traced.append(TracedProblem(problem, self._target))
         (network,) = self._traced[-1].ends("trace")
         return network
 
     def certify(self) -> float:
-        """Compare a gradient of the network with that of g and the head's; 2 plain backward passes.
+        """Compare a gradient of the network with that of g and the head's; see :meth:`compare`."""
+        return self.compare(self._g, self.U)
 
-        With a cotangent c at the outputs, parameters in front of the head have the gradient that g has with U^T c, and
-        the head's weight has c h^T.
+    def compare(self, other: Problem, Q: Tensor) -> float:
+        """Compare a gradient of the network with that of another head; 2 plain backward passes.
+
+        With a cotangent c at the outputs, parameters in front of the head have the gradient that they have in the other
+        network with Q^T c. The head's weight has c h^T. Where that of the other network counts as well, it has the part
+        within the span of Q; and so has the bias.
+
+        Args:
+            other: the problem with another head, ``[r, d]``.
+            Q: orthonormal columns, ``[V, r]``.
 
         Returns:
             The relative difference.
@@ -125,12 +149,13 @@ class HeadedNetwork:
         names, memory = list(self._parameters), self._target.memory
         like = self._parameters[names[0]]
         c = certificate.random_signs(len(self._hidden) * self.V, like).reshape(-1, self.V)
-        v = c @ self.U.to(c.dtype)
+        Q = Q.to(c.dtype)
         plain = PlainNetwork(self._module, self._parameters, owned=True).gradient(self._x, c, memory)
-        module, parameters, x = torch_network(self._g, "theta_0", self._target)
-        inner = PlainNetwork(module, parameters).gradient(x, v, memory)
+        module, parameters, x = torch_network(other, "theta_0", self._target)
+        inner = PlainNetwork(module, parameters).gradient(x, c @ Q, memory)
         found = dict(zip(parameters, inner, strict=True))
-        found |= {self._weight: c.T @ self._hidden.to(c.dtype), self._bias: c.sum(0)}
+        for name, whole in {self._weight: c.T @ self._hidden.to(c.dtype), self._bias: c.sum(0)}.items():
+            found[name] = Q @ found[name] + (whole - Q @ (Q.T @ whole)) if name in found else whole
         off = certificate.distance(flat([found[name] for name in names]), flat(plain))
         certificate.check(off, arrays.epsilon(like))
         return off
@@ -140,8 +165,14 @@ class HeadedNetwork:
         for traced in self._traced:
             traced.certify_again()
 
-    def _with_head(self, matrix: Tensor) -> Problem:
-        """The problem at this set of weights alone, with a fixed matrix ``[d, d]`` in place of the head."""
+    def _with_head(self, matrix: Tensor, *, counted: bool = False) -> Problem:
+        """The problem at this set of weights alone, with another head.
+
+        Args:
+            matrix: ``[r, d]``.
+            counted: whether its parameters count as those of the head do; then it has a bias as well, of zeros, since
+                no gradient depends on it.
+        """
         from torch import nn
 
         from ntkbench.modules import copied
@@ -149,22 +180,31 @@ class HeadedNetwork:
         owner, _ = self._problem.end(self._which)
         module = copied(owner.network)
         parent, _, leaf = self._name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Linear(self.d, self.d, bias=False).requires_grad_(False))
+        layer = module.get_submodule(self._name)
+        bias = counted and layer.bias is not None
+        short = nn.Linear(self.d, len(matrix), bias=bias)
+        values = {self._weight: matrix.cpu().numpy()}
+        if bias:
+            values[self._bias] = np.zeros(len(matrix))
+        for key, parameter in short.named_parameters():
+            parameter.requires_grad_(counted and getattr(layer, key).requires_grad)
+        setattr(module.get_submodule(parent), leaf, short)
         of_head = (self._weight, self._bias)
         theta = {key: w for key, w in self._problem.weights(self._which).items() if key not in of_head}
         if not theta:
             raise BadInput("no parameter in front of its last linear layer counts")
         fixed = {key: w for key, w in self._problem.fixed(self._which).items() if key not in of_head}
+        own = {key: w for key, w in values.items() if counted and key in self._parameters}
         return dataclasses.replace(
             owner,
             module=module,
-            theta_0=theta,
+            theta_0={**theta, **own},
             theta_f=None,
-            fixed_0={**fixed, self._weight: matrix.cpu().numpy()},
+            fixed_0={**fixed, **{key: w for key, w in values.items() if key not in own}},
             fixed_f={},
             other=None,
             jax_forward=None,
-            _shape=[(self._problem.N, self.T * self.d)],
+            _shape=[(self._problem.N, self.T * len(matrix))],
         )
 
     def _inputs_of_head(self) -> Tensor:
@@ -242,6 +282,9 @@ def _outputs(module: nn.Module, x: Tensor, hooks: Mapping[nn.Module, Callable[..
 class HeadedProblem:
     """A problem on the device, its networks taken apart in front of their heads.
 
+    Attributes:
+        short: its networks with heads of fewer outputs, for estimators.
+
     Raises:
         BadInput: see :class:`HeadedNetwork`.
         Unavailable: the device is not present.
@@ -252,6 +295,7 @@ class HeadedProblem:
         self._ends: dict[str, HeadedNetwork] = {"theta_0": HeadedNetwork(problem, "theta_0", target)}
         self._between: TracedNetwork | None = None
         self._certified: dict[str, float] = {}
+        self.short = ShortHeads(self)
 
     def ends(self, metric: str) -> list[HeadedNetwork]:
         """The networks of a metric.
@@ -288,6 +332,7 @@ class HeadedProblem:
     def certify_again(self) -> None:
         """Compare with plain autograd again, whatever was compared before."""
         self._certified.clear()
+        self.short.certify_again()
         for end in self._ends.values():
             end.forget()
 
@@ -315,6 +360,58 @@ class HeadedProblem:
         square_f = sums.squares[1] + V * float((grams[1] ** 2).sum()) + 2 * sums.crossed[1, 1]
         cross = sums.cross + V * float((grams[0] * grams[1]).sum()) + sums.crossed[0, 1] + sums.crossed[1, 0]
         return Moments(trace, square, square_f, cross)
+
+
+class ShortHeads:
+    """The networks of a problem with heads of fewer outputs, which count: f' in this module's docstring.
+
+    Args:
+        headed: the problem.
+    """
+
+    def __init__(self, headed: HeadedProblem) -> None:
+        self._headed = headed
+        self._made: dict[tuple[str, ...], tuple[Tensor, list[tuple[Problem, TracedNetwork]]]] = {}
+        self._certified: dict[tuple[str, ...], float] = {}
+
+    def networks(self, metric: str) -> list[TracedNetwork]:
+        """f' at each set of weights.
+
+        Raises:
+            BadInput: the weights span no fewer dimensions than there are outputs; or as :meth:`HeadedProblem.ends`.
+        """
+        return [network for _, network in self._of(metric)[1]]
+
+    def known(self, metric: str) -> Moments:
+        """The moments of G (x) (I_V - Q Q^T)."""
+        V, r = self._of(metric)[0].shape
+        return metrics.from_gram(*(end.G for end in self._headed.ends(metric))).times(V - r)
+
+    def certificate(self, metric: str) -> float:
+        """The largest relative difference from plain autograd; see :meth:`HeadedNetwork.compare`."""
+        names = metrics.parameter_sets(metric)
+        if names not in self._certified:
+            Q, made = self._of(metric)
+            ends = self._headed.ends(metric)
+            self._certified[names] = max(end.compare(short, Q) for end, (short, _) in zip(ends, made, strict=True))
+        return self._certified[names]
+
+    def certify_again(self) -> None:
+        """Compare with plain autograd again, whatever was compared before."""
+        self._certified.clear()
+
+    def _of(self, metric: str) -> tuple[Tensor, list[tuple[Problem, TracedNetwork]]]:
+        import torch
+
+        names = metrics.parameter_sets(metric)
+        if names not in self._made:
+            ends = self._headed.ends(metric)
+            V, r = ends[0].V, sum(end.d for end in ends)
+            if r >= V:
+                raise BadInput(f"its {V} outputs are no more than the {r} dimensions that its heads' weights span")
+            Q, _ = torch.linalg.qr(torch.cat([end.W for end in ends], 1))
+            self._made[names] = Q, [end.shortened(Q) for end in ends]
+        return self._made[names]
 
 
 TILE = 512

@@ -395,13 +395,22 @@ class TiedProblem:
             for end in ends:
                 end.forget()
 
-    def moments(self, metric: str) -> Moments:
-        """The moments that a metric is a function of."""
+    @property
+    def short(self) -> TiedProblem:
+        """What estimators run on: the same networks."""
+        return self
+
+    def known(self, metric: str) -> Moments:
+        """The moments of G (x) (I_V - Q Q^T)."""
         ends = self.ends(metric)
         V, r = ends[0]._basis.shape
-        outside = metrics.from_gram(*(end.G for end in ends)).times(V - r)
+        return metrics.from_gram(*(end.G for end in ends)).times(V - r)
+
+    def moments(self, metric: str) -> Moments:
+        """The moments that a metric is a function of."""
+        outside = self.known(metric)
         if metric == "trace":
-            inner = ends[0].inner
+            (inner,) = self.networks(metric)
             own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
             return Moments(trace=float(own) + outside.trace)
         lower = (

@@ -1,0 +1,58 @@
+"""Base of the methods for networks that end with a wide linear layer, tied to the embedding or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ntkbench.errors import BadInput
+from ntkbench.methods.base.method import Method
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+if TYPE_CHECKING:
+    from ntkbench.methods.base.head import HeadedProblem
+    from ntkbench.methods.base.tied_head import TiedProblem
+
+NO_HEAD = (
+    "no linear layer or embedding of the network is wider than its input and has a width that divides the outputs of "
+    "a sample"
+)
+
+
+class OfWideHead(Method):
+    """A method that takes networks apart in front of their heads, or shortens their vocabulary."""
+
+    backends = ("torch",)
+    needs_independent_samples = True
+    prepares = "head"
+
+    def unsupported_reason(
+        self, problem: Problem, metric: str, target: Target, passes: int | None = None
+    ) -> str | None:
+        from ntkbench.methods.base import head, tied_head
+
+        if reason := super().unsupported_reason(problem, metric, target, passes):
+            return reason
+        return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
+
+    def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
+        """Take the networks apart, and trace what is in front of their heads or has a shorter vocabulary.
+
+        Raises:
+            BadInput: a network does not end with a wide linear layer, or cannot be traced.
+            Unavailable: the device is not present.
+        """
+        from ntkbench.methods.base import head, tied_head
+
+        reasons = []
+        if head.candidates(problem):
+            try:
+                return head.HeadedProblem(problem, target)
+            except BadInput as error:
+                reasons.append(str(error))
+        if tied_head.tables(problem):
+            try:
+                return tied_head.TiedProblem(problem, target)
+            except BadInput as error:
+                reasons.append(str(error))
+        raise BadInput("; ".join(reasons) or NO_HEAD)

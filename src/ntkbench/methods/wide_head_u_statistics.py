@@ -1,0 +1,51 @@
+"""Block U-statistics of a network with a wide linear head, in as many dimensions as its hidden vectors have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ntkbench.estimators.accumulators import Accumulator
+from ntkbench.methods.base import Ledger
+from ntkbench.methods.base.structured import StructuredUStatistics
+from ntkbench.methods.base.wide import OfWideHead
+from ntkbench.metrics import Moments
+
+if TYPE_CHECKING:
+    from ntkbench.methods.base.head import HeadedProblem
+    from ntkbench.methods.base.layerwise import TracedNetwork
+    from ntkbench.methods.base.tied_head import TiedProblem
+
+
+class WideHeadUStatistics(OfWideHead, StructuredUStatistics):
+    """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs in place of V.
+
+    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I - Q Q^T), where Theta' is the kernel of the network with the head
+    Q^T W. The moments of both terms add up. Those of the second one, which has V - r of V dimensions, are exact, and
+    probes are for Theta' alone: so they have less to estimate, and T r outputs in place of T V. With an untied head
+    r = d, or 2 d for the alignment; with one that is tied to the embedding r is larger by the number of different
+    tokens. See :mod:`ntkbench.methods.base.head` and :mod:`ntkbench.methods.base.tied_head`.
+
+    1 pass per probe of the network with the shorter head, 2 for alignment. Unbiased for the moments; the square root
+    and the ratios are biased at order 1/K. That the shorter network stands for the whole one is certified by plain
+    autograd, in 2 passes at each set of weights. For language models, whose trace and norm are mostly those of the
+    head at initialisation.
+    """
+
+    title = "wide head, block U-statistics"
+    source = "this suite; layer by layer as Novak et al. 2022, section 3"
+
+    def networks(self, prepared: HeadedProblem | TiedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
+        return prepared.short.networks(metric), prepared.short.known(metric)
+
+    def begin(
+        self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], seed: int
+    ) -> tuple[Accumulator, Ledger]:
+        accumulator, ledger = super().begin(prepared, names, seed)
+        off = prepared.short.certificate("alignment" if "alignment" in names else names[0])
+
+        def certified() -> tuple[float, tuple[str, ...], float | None]:
+            spent, notes, found = ledger()
+            return spent, notes, max(off, found or 0.0)
+
+        return accumulator, certified
