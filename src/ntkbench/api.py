@@ -117,20 +117,21 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr Theta of a network at its present weights, Theta = J J^T with J the Jacobian of all outputs.
 
     ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, in ``memory``, and
-    otherwise the estimate. The exact methods are ``recurrent_exact_trace`` where the network declares its recurrence,
-    ``wide_head`` for independent samples and a last linear layer of at least twice as many outputs as inputs (and
-    different tokens, where it is the embedding as well),
-    ``structured_derivatives`` and ``jacobian_contraction`` for independent samples, which take O passes,
-    ``parameter_gram``, which comes first where there are fewer parameters than outputs, and ``batched_jacobian`` and
-    ``naive_jacobian`` for interacting samples, which take the smaller of n and P, or n. The estimators are, where
-    samples are independent, ``structured_block_u_statistics`` (``per_sample_trace`` where the network cannot be
-    traced) or, for the other metrics, block U-statistics (``group_u_statistics`` where the network declares its
-    recurrence, else ``structured_block_u_statistics`` where it can be traced and ``block_u_statistics`` where not, if
-    what they hold fits in ``memory``); otherwise ``hutchpp_adaptive`` or, for the other metrics, ``nystrom_loo``
-    (``hutchinson`` with ``rtol``, and where it does not fit), and ``gram_reverse``. Traces are estimated from the side
-    of fewer dimensions, outputs or parameters. With ``rtol`` an exact value is taken as soon as the probes that are
-    still needed would bring the total above its passes. Methods are tried in turn: one that fails on the network for
-    whatever reason is passed over. ``Estimate.method`` says which it was, ``Estimate.notes`` why not by another.
+    otherwise the estimate. The exact methods are ``recurrent_exact_trace`` where the network declares its
+    recurrence, ``wide_head`` for independent samples and a last linear layer of at least twice as many outputs as
+    inputs (and different tokens, where it is the embedding as well), ``structured_derivatives`` and
+    ``jacobian_contraction`` for independent samples, which take O passes, ``parameter_gram``, which comes first
+    where there are fewer parameters than outputs, and ``batched_jacobian`` and ``naive_jacobian`` for interacting
+    samples, which take the smaller of n and P, or n. The estimators are, where samples are independent,
+    ``wide_head_u_statistics`` for such a last layer, ``structured_block_u_statistics`` (``per_sample_trace`` where
+    the network cannot be traced) or, for the other metrics, block U-statistics (``group_u_statistics`` where the
+    network declares its recurrence, else ``structured_block_u_statistics`` where it can be traced and
+    ``block_u_statistics`` where not, if what they hold fits in ``memory``); otherwise ``hutchpp_adaptive`` or, for
+    the other metrics, ``nystrom_loo`` (``hutchinson`` with ``rtol``, and where it does not fit), and
+    ``gram_reverse``. Traces are estimated from the side of fewer dimensions, outputs or parameters. With ``rtol``
+    an exact value is taken as soon as the probes that are still needed would bring the total above its passes.
+    Methods are tried in turn: one that fails on the network for whatever reason is passed over. ``Estimate.method``
+    says which it was, ``Estimate.notes`` why not by another.
 
     Every method is certified by plain ``backward`` of the network as it is, over the whole batch: a method whose
     gradients differ by more than the root of the machine epsilon is passed over. ``Estimate.certificate`` is the
