@@ -47,7 +47,7 @@ mutants: $(READY)
 
 # Whether HEAD is slower, larger or less accurate than BASE: make compare BASE=<commit> [HEAD=<commit>] [CASES=<regex>].
 compare: $(READY)
-	python -m ntkbench compare $(if $(BASE),'$(BASE)' '$(HEAD)') --cases '$(CASES)'
+	python -m ntkbench compare-commits $(if $(BASE),'$(BASE)' '$(HEAD)') --cases '$(CASES)'
 
 # asv's suite over some of the COMMITS, those that were measured before left as they are, and its page. MACHINE is what
 # the page calls this machine, its host name unless it is given.

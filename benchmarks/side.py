@@ -1,4 +1,4 @@
-"""One side of ``ntkbench compare``: measures the history's cases with the ntkbench of one checkout.
+"""One side of ``ntkbench compare-commits``: measures the history's cases with the ntkbench of one checkout.
 
 It reads requests and writes answers, a line of JSON each, on standard input and output. A name is that of a case, for
 which a process is forked, so that no case meets what another one left. That process answers ``[question, arguments]``

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from ntkbench.api import alignment, effective_rank, metrics_of, norm, ntk, recommend, solve, spectrum, trace
+    from ntkbench.api import (
+        alignment,
+        compare,
+        effective_rank,
+        metrics_of,
+        norm,
+        ntk,
+        recommend,
+        solve,
+        spectrum,
+        trace,
+    )
     from ntkbench.errors import BadInput, NtkbenchError, OverMemory, Unavailable
     from ntkbench.estimate import Estimate
     from ntkbench.estimators.solve import Regression, Solution
@@ -36,6 +47,7 @@ __all__ = [
     "Unavailable",
     "__version__",
     "alignment",
+    "compare",
     "effective_rank",
     "from_function",
     "from_module",
@@ -50,7 +62,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("alignment", "effective_rank", "metrics_of", "norm", "ntk", "recommend", "solve", "spectrum", "trace"),
+    "api": (
+        "alignment",
+        "compare",
+        "effective_rank",
+        "metrics_of",
+        "norm",
+        "ntk",
+        "recommend",
+        "solve",
+        "spectrum",
+        "trace",
+    ),
     "errors": ("BadInput", "NtkbenchError", "OverMemory", "Unavailable"),
     "estimate": ("Estimate",),
     "estimators.solve": ("Regression", "Solution"),

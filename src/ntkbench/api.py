@@ -10,7 +10,7 @@ Each function makes a :class:`ntkbench.Kernel` and uses it once; make one yourse
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from ntkbench import ladder, metrics, stream
@@ -27,8 +27,20 @@ if TYPE_CHECKING:
     from ntkbench.estimators.solve import Solution
     from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
+    from ntkbench.trials import Trials
 
-__all__ = ["alignment", "effective_rank", "metrics_of", "norm", "ntk", "recommend", "solve", "spectrum", "trace"]
+__all__ = [
+    "alignment",
+    "compare",
+    "effective_rank",
+    "metrics_of",
+    "norm",
+    "ntk",
+    "recommend",
+    "solve",
+    "spectrum",
+    "trace",
+]
 
 
 class Keywords(Setup, Wishes, total=False):
@@ -374,6 +386,54 @@ def recommend(
         lambda k, _: k.recommend(other, metric=metric, rtol=rtol, confidence=confidence),
         (),
     )
+    return found
+
+
+def compare(
+    model: Any,
+    inputs: Any,
+    other: Any = None,
+    *,
+    metric: str = "trace",
+    methods: Sequence[str] | None = None,
+    passes: int | None = None,
+    rtol: float | None = None,
+    calls: int = 5,
+    **setup: Unpack[Setup],
+) -> Trials:
+    """What methods give for a metric of a network and what they take, measured side by side.
+
+    Take it to choose a method for many similar networks. Prints as a table, the fastest method first. A method that
+    refuses the network, or fails, has a line that says why.
+
+    Cost: for each method a first call, which traces and certifies the network, and ``calls`` calls after all first
+    ones, in turn. Seconds on a machine that does something else beside are worth little.
+
+    >>> import torch, ntkbench
+    >>> methods = ["structured_derivatives", "hutchinson"]
+    >>> found = ntkbench.compare(torch.nn.Linear(3, 2), torch.ones(4, 3), methods=methods)
+    >>> sorted(one.method for one in found)
+    ['hutchinson', 'structured_derivatives']
+
+    Args:
+        model, inputs: see :class:`ntkbench.Kernel`.
+        other: the other network or weights of an alignment; see :meth:`ntkbench.Kernel.alignment`.
+        metric: trace, norm, effective_rank or alignment.
+        methods: names; by default ``auto``, the methods that it stands for, and those of the papers.
+        passes, rtol: given to the methods that take them, see :func:`ntkbench.trace`.
+        calls: of each method after the first one, each with a seed of its own.
+        setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
+            with a table for each group.
+
+    Returns:
+        A list of :class:`ntkbench.trials.Trial`; ``csv()`` has all numbers.
+
+    Raises:
+        BadInput: an argument cannot be used, says what is allowed.
+        Unavailable: the device is not there.
+    """
+    asked: dict[str, Any] = {"metric": metric, "methods": methods, "passes": passes, "rtol": rtol, "calls": calls}
+    found: Trials = _use(model, inputs, setup, (), lambda k, _: k.compare(other, **asked), ())
     return found
 
 

@@ -66,6 +66,7 @@ EXAMPLES = """\b
 Examples:
   ntkbench recommend my_networks:make --metric norm --rtol 0.01
   ntkbench estimate my_networks:make --metric norm --rtol 0.01
+  ntkbench compare my_networks:make --metric norm
   ntkbench list
   ntkbench check config/default.yaml
 
@@ -139,6 +140,51 @@ def estimate(factory: str, other: str | None, metric: str, **more: Any) -> None:
         networks, given = _networks(factory, other, metric, setup)
         found = getattr(api, metric)(*networks, **given, **more)
     click.echo(repr(found))
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  ntkbench compare my_networks:make
+  ntkbench compare my_networks:make --metric norm --passes 64 --method auto --method hutchpp --output norm.csv
+"""
+)
+@_of_a_network
+@click.option("--method", "methods", multiple=True, help="A method to measure.  [default: auto and what it stands for]")
+@click.option("--passes", type=int, help="The most passes to spend, for methods that take them.")
+@click.option("--rtol", type=float, help="A tolerance, for methods that take one.")
+@click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Of each after its first one.")
+@click.option("--output", type=NEW, help="A file for all numbers, as comma-separated values.")
+def compare(
+    factory: str,
+    other: str | None,
+    metric: str,
+    methods: tuple[str, ...],
+    passes: int | None,
+    rtol: float | None,
+    calls: int,
+    output: Path | None,
+    **setup: Any,
+) -> None:
+    """Measure methods side by side on a network: what each gives, and what it takes.
+
+    MODULE:FUNCTION is as for `ntkbench recommend`.
+    """
+    from ntkbench import api, paths
+
+    with _one_line():
+        networks, given = _networks(factory, other, metric, setup)
+        asked: dict[str, Any] = {
+            "metric": metric,
+            "methods": methods or None,
+            "passes": passes,
+            "rtol": rtol,
+            "calls": calls,
+        }
+        found = api.compare(networks[0], networks[-1], *networks[1:-1], **asked, **given)
+        if output is not None:
+            paths.write_atomically(output, found.csv())
+    click.echo(found)
 
 
 def _networks(
@@ -391,7 +437,7 @@ def timings(results: Path) -> None:
 @click.argument("base")
 @click.argument("head", default="HEAD")
 @click.option("--cases", default="", metavar="REGEX", help="Only the cases in whose names it is found.")
-def compare(base: str, head: str, cases: str) -> None:
+def compare_commits(base: str, head: str, cases: str) -> None:
     """Measure two commits in turn; exit status 1 where HEAD is slower, larger or less accurate than BASE."""
     from ntkbench.measure import compare as comparison
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ntkbench.kernel_file import File
     from ntkbench.layerwise.sample_kernels import SampleKernel
     from ntkbench.methods.base.layerwise import TracedProblem
+    from ntkbench.trials import Trials
 
 Call = Callable[[Any, Any], Any]
 Output = Any
@@ -194,15 +195,51 @@ class Kernel:
         """
         from ntkbench import cost
 
+        self._check_other(metric, other)
+        kernel = self if other is None else self._beside(other)
+        with self._settings():
+            return cost.predict(kernel.problem, metric, self._target, rtol=rtol, confidence=confidence)
+
+    def compare(
+        self,
+        other: Any = None,
+        *,
+        metric: str = "trace",
+        methods: Sequence[str] | None = None,
+        passes: int | None = None,
+        rtol: float | None = None,
+        calls: int = 5,
+    ) -> Trials:
+        """What methods give for a metric and what they take, measured in turn; see :func:`ntkbench.compare`.
+
+        ``other`` is as for :meth:`alignment`, where it is another kernel or set of weights.
+        """
+        from ntkbench import trials
+
+        self._check_other(metric, other)
+        Options(passes=passes, rtol=rtol)
+        if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
+            raise BadInput(f"calls must be a positive number, got {calls!r}")
+        kernel = self if other is None else self._beside(other)
+        if methods is None:
+            served = ladder.choices(kernel.problem, metric, self._target, passes, rtol)
+            methods = ("auto", *served, *trials.PUBLISHED)
+        use = lambda **wishes: kernel._estimates((metric,), options.asked(wishes))[metric]  # noqa: E731
+        ways = {name: trials.way(use, name, passes=passes, rtol=rtol) for name in methods}
+        return trials.run(ways, metric, calls)
+
+    def _check_other(self, metric: str, other: Any) -> None:
+        """Refuse an alignment with nothing or with an array, and another metric with something.
+
+        Raises:
+            BadInput: says what is allowed.
+        """
         metrics.check(metric)
         if (other is None) == (metric == "alignment"):
             said = "is with another network: give other" if other is None else "is of one network: leave other out"
             raise BadInput(f"the {metric} {said}")
         if _is_array(other):
-            raise BadInput("methods are recommended for the alignment of two networks, got a target array")
-        kernel = self if other is None else self._beside(other)
-        with self._settings():
-            return cost.predict(kernel.problem, metric, self._target, rtol=rtol, confidence=confidence)
+            raise BadInput("methods are compared for the alignment of two networks, got a target array")
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.

@@ -196,7 +196,7 @@ def run(first: str, second: str, pattern: str = "", repository: Path = paths.ROO
         Unavailable: ntkbench is not in a checkout.
         NtkbenchError: a commit cannot be measured at all.
     """
-    paths.checkout("ntkbench compare")
+    paths.checkout("ntkbench compare-commits")
     labels = chosen(pattern)
     commits = [commit(repository, name) for name in (first, second)]
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,102 @@
+"""Methods side by side on a user's network: values, errors, costs, and reasons where there is no value."""
+
+import csv
+import io
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import ntkbench
+from ntkbench import BadInput, trials
+from ntkbench.cli import main
+from ntkbench.estimate import Estimate
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def test_methods_are_measured_beside_each_other():
+    found = ntkbench.compare(network(), X, metric="norm", passes=12, calls=3)
+    by_name = {one.method: one for one in found}
+    exact = ntkbench.norm(network(), X).value
+    assert {"auto", "structured_derivatives", "hutchpp", "sum_of_logits"} <= set(by_name)
+    right = by_name["structured_derivatives"]
+    assert right.value == pytest.approx(exact) and right.low == pytest.approx(exact) and right.error < 1e-12
+    rough = by_name["hutchinson"]
+    assert rough.kind == "stochastic" and rough.calls == 3 and rough.passes <= 12 and rough.error > 1e-4
+    assert rough.low < rough.value < rough.high and 0 < rough.seconds_q25 <= rough.seconds <= rough.seconds_q75
+    biased = by_name["sum_of_logits"]
+    assert biased.kind == "approximate" and biased.low is None
+    assert biased.error == pytest.approx(abs(biased.value / exact - 1))
+    assert by_name["auto"].by in by_name
+    refused = by_name["hutchpp"]
+    assert refused.value is None and "passes" in refused.reason  # three traces take more than these
+    assert found[-1].reason and "hutchpp" in repr(found) and refused.reason in repr(found)
+
+
+def test_errors_are_those_of_all_calls_and_calls_take_turns():
+    asked = []
+
+    def giving(name, values):
+        def give(seed):
+            asked.append((name, seed))
+            return Estimate(values[seed], 0.1, 4, "hutchinson", (), "trace")
+
+        return give
+
+    ways = {"right": ("exact", giving("right", [2.0] * 3)), "rough": ("stochastic", giving("rough", [2.2, 1.6, 2.0]))}
+    found = trials.run(ways, "trace", 2)
+    assert asked == [(name, seed) for seed in range(3) for name in ("right", "rough")]
+    errors = {one.method: one.error for one in found}
+    assert errors["right"] == 0 and errors["rough"] == pytest.approx(((0.1**2 + 0.2**2) / 3) ** 0.5)
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert [row["metric"] for row in rows] == ["trace"] * 2 and {row["calls"] for row in rows} == {"2"}
+    assert not any(one.error for one in trials.run({"rough": ways["rough"]}, "trace", 1)), "nothing to compare with"
+
+
+def test_the_alignment_of_two_networks_and_groups_of_parameters():
+    other = network()
+    with torch.no_grad():
+        other[0].weight.mul_(1.5)
+    found = ntkbench.compare(network(), X, other, metric="alignment", methods=["auto"], calls=1)
+    assert found[0].value == pytest.approx(ntkbench.alignment(network(), other, X).value)
+    groups = ntkbench.compare(network(), X, methods=["auto"], calls=1, parameters={"first": "0.*"})
+    assert groups["first"][0].value == pytest.approx(ntkbench.trace(network(), X, parameters="0.*").value)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"metric": "rank"}, "unknown metric"),
+        ({"metric": "alignment"}, "give other"),
+        ({"methods": ["hutchqq"]}, "hutchqq"),
+        ({"calls": 0}, "calls must be a positive number"),
+        ({"passes": 0}, "passes"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_bad_input_is_refused(more, said):
+    with pytest.raises(BadInput, match=said):
+        ntkbench.compare(network(), X, **more)
+
+
+def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, monkeypatch):
+    (tmp_path / "of_trials.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(3, 2), torch.ones(4, 3)\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    given = ["compare", "of_trials:make", "--method", "structured_derivatives", "--calls", "1", "--output", "out.csv"]
+    done = CliRunner().invoke(main, given)
+    assert done.exit_code == 0, done.output
+    assert "structured_derivatives" in done.output
+    (row,) = csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))
+    assert float(row["value"]) == 32.0 and row["reason"] == ""
+    refused = CliRunner().invoke(main, ["compare", "of_trials:make", "--method", "hutchqq"])
+    assert refused.exit_code == 1 and len(refused.output.splitlines()) == 1 and "hutchqq" in refused.output
