@@ -12,6 +12,7 @@ import click
 
 from ntkbench import errors
 from ntkbench.measure.config import Config
+from ntkbench.methods.base.method import KINDS
 from ntkbench.metrics import METRICS
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -67,8 +68,9 @@ Examples:
   ntkbench recommend my_networks:make --metric norm --rtol 0.01
   ntkbench estimate my_networks:make --metric norm --rtol 0.01
   ntkbench compare my_networks:make --metric norm
-  ntkbench list
-  ntkbench check config/default.yaml
+  ntkbench list --metric norm
+  ntkbench run config/smoke.yaml
+  ntkbench show results/smoke/table.csv --sort seconds
 
 my_networks.py is in the current folder, and make() in it returns (model, inputs).
 """
@@ -173,15 +175,9 @@ def compare(
     from ntkbench import api, paths
 
     with _one_line():
-        networks, given = _networks(factory, other, metric, setup)
-        asked: dict[str, Any] = {
-            "metric": metric,
-            "methods": methods or None,
-            "passes": passes,
-            "rtol": rtol,
-            "calls": calls,
-        }
-        found = api.compare(networks[0], networks[-1], *networks[1:-1], **asked, **given)
+        (model, *others, inputs), given = _networks(factory, other, metric, setup)
+        given |= {"other": others[0] if others else None, "metric": metric, "methods": methods or None}
+        found = api.compare(model, inputs, passes=passes, rtol=rtol, calls=calls, **given)
         if output is not None:
             paths.write_atomically(output, found.csv())
     click.echo(found)
@@ -220,6 +216,33 @@ def check(config_file: Path) -> None:
         config = Config.read(config_file)
         count = len(cells.cells(config))
     click.echo(f"{config_file}: profile {config.profile}, {count} cells, {len(config.studies)} studies")
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="""\b
+Examples:
+  ntkbench run config/smoke.yaml
+  ntkbench run config/default.yaml --cores 4 --config retry=failed
+""",
+)
+@click.argument("config_file", type=FILE)
+@click.option("--cores", default="all", show_default=True, help="How many to use.")
+@click.argument("more", nargs=-1, metavar="[SNAKEMAKE OPTIONS]...", type=click.UNPROCESSED)
+def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
+    """Run a study: check its configuration, measure, draw its figures into results/<profile>.
+
+    The same as `snakemake --cores all --configfile CONFIG_FILE`, and further options are Snakemake's.
+    """
+    import subprocess
+
+    from ntkbench import paths
+
+    with _one_line():
+        root = paths.checkout("ntkbench run")
+        Config.read(config_file)
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
+    sys.exit(subprocess.call([*command, "--configfile", str(config_file)]))
 
 
 @main.command()
@@ -348,18 +371,56 @@ def schema(output: Path) -> None:
         paths.write_atomically(output, config.schema())
 
 
-@main.command("list")
-def list_() -> None:
-    """List problems, methods and studies."""
+@main.command(
+    "list",
+    epilog="""\b
+Examples:
+  ntkbench list
+  ntkbench list --metric alignment --kind exact
+  ntkbench list --backend jax
+""",
+)
+@click.option("--metric", type=click.Choice(METRICS), help="Only methods that give it.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only methods of this kind.")
+@click.option("--backend", type=click.Choice(["torch", "jax"]), help="Only methods that run on it.")
+def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
+    """List problems, methods and studies; with an option, the methods that it holds for."""
     from ntkbench import methods, problems, studies
 
-    for name in problems.names():
+    chosen = metric or kind or backend
+    for name in [] if chosen else problems.names():
         click.echo(f"problem  {name:32} {problems.describe(name)}")
     for name in methods.names():
         method = methods.get(name)
-        click.echo(f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]")
-    for name in studies.names():
+        if metric not in (None, *method.metrics) or kind not in (None, method.kind):
+            continue
+        if backend in (None, *method.backends):
+            click.echo(
+                f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]"
+            )
+    for name in [] if chosen else studies.names():
         click.echo(f"study    {name:32} {studies.describe(name)}")
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  ntkbench show results/default/table.csv
+  ntkbench show results/default/table.csv --where "metric == 'trace' and error < 0.01" --sort seconds
+  ntkbench show results/default/studies/training.csv --columns network,step,alignment
+"""
+)
+@click.argument("file", type=FILE)
+@click.option("--where", metavar="EXPRESSION", help="Only rows for which it is true, as pandas' query takes it.")
+@click.option("--columns", metavar="NAMES", help="Separated by commas.  [default: those that tell rows apart]")
+@click.option("--sort", metavar="COLUMN", help="Order of the rows.")
+@click.option("--rows", type=click.IntRange(min=1), default=40, show_default=True, help="The most to show.")
+def show(file: Path, where: str | None, columns: str | None, sort: str | None, rows: int) -> None:
+    """Print the rows of a results table."""
+    from ntkbench.measure import view
+
+    with _one_line():
+        click.echo(view.rows_of(file, where, columns.split(",") if columns else None, sort, rows))
 
 
 @main.command()

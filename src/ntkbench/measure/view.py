@@ -1,0 +1,73 @@
+"""The rows of a results table as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ntkbench.errors import BadInput, summary, unknown
+
+FIRST = (
+    *(
+        "problem",
+        "network",
+        "spectrum",
+        "N",
+        "step",
+        "subject",
+        "rival",
+        "method",
+        "backend",
+        "metric",
+        "way",
+        "passes",
+    ),
+    *("status", "seconds", "ratio", "value", "error", "covered", "memory_bytes", "reason"),
+)
+"""Columns that are shown where none are chosen, of those that the table has and that are not empty."""
+
+
+def rows_of(
+    file: Path, where: str | None = None, columns: Sequence[str] | None = None, sort: str | None = None, most: int = 40
+) -> str:
+    """Rows of a table, one a line, with how many there are.
+
+    Args:
+        file: CSV.
+        where: an expression as :meth:`pandas.DataFrame.query` takes it; all rows if not given.
+        columns: to show, :data:`FIRST` if not given.
+        sort: the column to sort by.
+        most: rows to show.
+
+    Raises:
+        BadInput: the file is no table, there is no such column, or the expression is wrong.
+    """
+    try:
+        table = pd.read_csv(file, low_memory=False)
+    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+        raise BadInput(f"{file} is no table: {summary(error)}") from None
+    for name in (*(columns or ()), *([sort] if sort else ())):
+        if name not in table:
+            raise unknown("column", name, list(table))
+    total = len(table)
+    if where is not None:
+        try:
+            table = table.query(where, engine="python")
+        except Exception as error:  # whatever pandas makes of what was typed
+            raise BadInput(f"--where {where!r} cannot be used: {summary(error)}") from None
+        if not isinstance(table, pd.DataFrame):
+            raise BadInput(f"--where {where!r} must be true or false for each row")
+    if sort is not None:
+        table = table.sort_values(sort, kind="stable")
+    shown = list(columns) if columns else [name for name in FIRST if name in table and table[name].notna().any()]
+    said = f"{len(table)} of {total} rows" + (f", the first {most}" if len(table) > most else "")
+    if not len(table):
+        return said
+    lines = (
+        table[shown or list(table)]
+        .head(most)
+        .to_string(index=False, na_rep="", float_format=lambda number: f"{number:.4g}")
+    )
+    return f"{lines}\n{said}"

@@ -1,0 +1,86 @@
+"""Rows of results tables on the command line."""
+
+import subprocess
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from ntkbench import BadInput, paths
+from ntkbench.cli import main
+from ntkbench.measure import view
+
+TABLE = pd.DataFrame(
+    {
+        "problem": ["net", "net", "other"],
+        "method": ["hutchpp", "direct", "direct"],
+        "seconds": [0.25, 2.0, 1.0],
+        "error": [0.03, 0.0, None],
+        "reason": [None, None, "too long"],
+        "git_sha": ["a", "a", "a"],
+    }
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    TABLE.to_csv(tmp_path / "table.csv", index=False)
+    return tmp_path / "table.csv"
+
+
+def test_rows_are_chosen_sorted_and_counted(file):
+    said = view.rows_of(file, "method == 'direct' or error > 0.01", sort="seconds", most=2).splitlines()
+    assert [line.split()[0] for line in said] == ["problem", "net", "other", "3"]
+    assert said[0].split() == ["problem", "method", "seconds", "error", "reason"] and "0.25" in said[1]
+    assert said[-1] == "3 of 3 rows, the first 2"
+    assert view.rows_of(file, columns=["git_sha"]).split()[:4] == ["git_sha", "a", "a", "a"]
+    assert view.rows_of(file, "seconds > 5") == "0 of 3 rows"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"columns": ["metod"]}, "did you mean 'method'"),
+        ({"sort": "secs"}, "unknown column"),
+        ({"where": "seconds >"}, "cannot be used"),
+        ({"where": "secs > 1"}, "cannot be used"),
+        ({"where": "seconds"}, "cannot be used|true or false"),
+    ],
+)
+def test_bad_input_is_refused(file, asked, said):
+    with pytest.raises(BadInput, match=said):
+        view.rows_of(file, **asked)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(BadInput, match=r"empty\.csv is no table"):
+        view.rows_of(tmp_path / "empty.csv")
+
+
+def test_the_commands(file):
+    done = CliRunner().invoke(main, ["show", str(file), "--columns", "problem,seconds", "--rows", "1"])
+    assert done.exit_code == 0 and done.output.splitlines()[-1] == "3 of 3 rows, the first 1"
+    refused = CliRunner().invoke(main, ["show", str(file), "--sort", "secs"])
+    assert refused.exit_code == 1 and len(refused.output.splitlines()) == 1
+
+
+def test_methods_are_listed_by_what_they_give():
+    done = CliRunner().invoke(main, ["list", "--metric", "alignment", "--kind", "exact", "--backend", "jax"])
+    names = [line.split()[1] for line in done.output.splitlines()]
+    assert {line.split()[0] for line in done.output.splitlines()} == {"method"}
+    assert "nt_structured_derivatives" in names and "recurrent_exact_trace" not in names and "hutchpp" not in names
+
+
+def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):
+    config = paths.ROOT / "config" / "smoke.yaml"
+    called = []
+    monkeypatch.setattr(subprocess, "call", lambda command: called.append(command) or 3)
+    done = CliRunner().invoke(main, ["run", str(config), "--cores", "2", "--dry-run", "--config", "retry=failed"])
+    assert done.exit_code == 3
+    ((_, *command),) = called
+    assert command[:2] == ["-m", "snakemake"] and command[command.index("--cores") + 1] == "2"
+    assert command[-5:] == ["--dry-run", "--config", "retry=failed", "--configfile", str(config)]
+    (tmp_path / "broken.yaml").write_text("profile: [", encoding="utf-8")
+    refused = CliRunner().invoke(main, ["run", str(tmp_path / "broken.yaml")])
+    assert refused.exit_code == 1 and len(called) == 1 and len(refused.output.splitlines()) == 1
