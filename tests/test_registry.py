@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -381,3 +382,81 @@ def test_everything_that_comes_with_ntkbench_works():
     assert registry.broken() == []
     assert len(methods.names()) >= 40 and len(problems.names()) >= 21
     assert len(studies.names()) >= 12 and len(figures.names()) >= 23
+
+
+# --- outside of the checkout
+
+OUTSIDE_PROBLEM = '''
+"""A problem of somebody else."""
+from ntkbench import testing
+from ntkbench.problems.base import Definition, problem
+
+@problem
+def theirs(N: int = 3):
+    """Theirs."""
+    return testing.smooth_problem("theirs", N, 3, 4, 2)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Plug-ins of one's own: a method and a problem, and a method whose name is taken."""
+    for kind, name, source in (
+        ("methods", "mine", METHOD),
+        ("methods", "hutchpp", METHOD),
+        ("problems", "others", OUTSIDE_PROBLEM),
+    ):
+        file = tmp_path / "of_mine" / kind / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source, encoding="utf-8")
+    return tmp_path / "of_mine"
+
+
+def in_a_process(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+LOOK = """
+from ntkbench import methods, problems, registry
+from ntkbench.measure import fingerprints
+print("mine" in methods.names(), "theirs" in problems.names(), methods.get("hutchpp").kind)
+print(*(f"{one.file} {one.reason}" for one in registry.broken()))
+print(*sorted(file.name for file in fingerprints.sources(methods.ROOM.module("mine"), problems.module_of("theirs"))))
+"""
+
+
+def looks_right(done, folder):
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, broken, files = done.stdout.splitlines()
+    assert found == "True True stochastic", "what comes with ntkbench keeps its name"
+    assert f"{folder / 'methods' / 'hutchpp.py'} the name 'hutchpp' is taken by" in broken
+    assert {"mine.py", "others.py", "testing.py"} <= set(files.split())
+
+
+def test_plug_ins_are_found_outside_of_the_checkout(folder):
+    looks_right(in_a_process(LOOK, NTKBENCH_PLUGINS=str(folder)), folder)
+    done = in_a_process("import sys; from ntkbench.cli import main; main(sys.argv[1:])", "--plugins", folder, "list")
+    assert "method   mine " in done.stdout and "problem  theirs " in done.stdout
+
+
+def test_installed_packages_bring_plug_ins(folder):
+    folder.joinpath("__init__.py").write_text("raise SystemExit('it is not imported')", encoding="utf-8")
+    info = folder.parent / "of_mine-1.0.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: of-mine\nVersion: 1.0\n", encoding="utf-8")
+    info.joinpath("entry_points.txt").write_text("[ntkbench.plugins]\nmine = of_mine\n", encoding="utf-8")
+    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    looks_right(in_a_process(LOOK, PYTHONPATH=path), folder)
+
+
+def test_a_folder_of_plug_ins_that_is_not_there_is_refused_in_one_line(tmp_path):
+    for command in (["-c", "import ntkbench.methods"], ["-m", "ntkbench", "list"]):
+        missing = {"NTKBENCH_PLUGINS": str(tmp_path / "missing")}
+        done = subprocess.run([sys.executable, *command], env=os.environ | missing, capture_output=True, text=True)
+        assert done.returncode != 0 and f"there is no folder {tmp_path / 'missing'}" in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == 1

@@ -10,7 +10,7 @@ def main() -> None:
     with errors.as_one_line():
         for module in ("click", "pandas", "pydantic", "yaml"):
             errors.need(module, "the ntkbench command", "'.[pipeline]' (in ntkbench's checkout)")
-    from ntkbench import cli
+        from ntkbench import cli
 
     cli.main(prog_name="ntkbench")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ntkbench import errors
+from ntkbench import errors, registry
 from ntkbench.measure.config import Config
 from ntkbench.methods.base.method import KINDS
 from ntkbench.metrics import METRICS
@@ -78,8 +78,15 @@ my_networks.py is in the current folder, and make() in it returns (model, inputs
 
 @click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(package_name="ntkbench")
-def main() -> None:
+@click.option(
+    "--plugins",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="A folder with methods/, problems/, studies/ or figures/ of your own.",
+)
+def main(plugins: tuple[str, ...]) -> None:
     """Metrics of the finite-width Neural Tangent Kernel: your own network's, benchmark, figures and facts."""
+    registry.use(plugins)
 
 
 @contextmanager

@@ -4,6 +4,10 @@ Names are found by reading source, without importing anything. A plug-in is impo
 A file that cannot be used becomes a :class:`Broken` record and an error for those who ask for it, and concerns nobody
 else. Sub-packages (``base/``) hold shared code and are no plug-ins. A file whose name begins with an underscore is
 broken: it would be neither.
+
+Plug-ins may also lie outside of this package, in folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``. The
+environment variable ``NTKBENCH_PLUGINS`` lists the folders that these are in; installed packages name theirs by an entry
+point in the group ``ntkbench.plugins``.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +36,11 @@ PACKAGES = {
     "figure": "ntkbench.figures",
 }
 """Kinds of plug-ins, and the package that holds the files of each."""
+
+OUTSIDE = "NTKBENCH_PLUGINS"
+"""Environment variable with folders of plug-ins, separated as those of ``PATH``."""
+GROUP = "ntkbench.plugins"
+"""Entry points whose packages hold plug-ins."""
 
 T = TypeVar("T")
 
@@ -182,8 +192,45 @@ def files(package: str) -> list[Path]:
 
 def _folders(package: str) -> list[str]:
     module = sys.modules.get(package)
-    spec = None if module else importlib.util.find_spec(package)
-    return list(module.__path__ if module else (spec and spec.submodule_search_locations) or ())
+    if module is not None:
+        return list(module.__path__)
+    spec = importlib.util.find_spec(package)
+    return [*((spec and spec.submodule_search_locations) or ()), *outside(package)]
+
+
+def outside(package: str) -> list[str]:
+    """Folders of plug-ins that do not come with ntkbench, for a package of :data:`PACKAGES`.
+
+    Raises:
+        BadInput: a folder that is named is not there.
+    """
+    named = [Path(each).absolute() for each in os.environ.get(OUTSIDE, "").split(os.pathsep) if each]
+    for folder in named:
+        if not folder.is_dir():
+            raise BadInput(f"{OUTSIDE}: there is no folder {folder}")
+    leaf = package.rpartition(".")[2]
+    return [str(folder / leaf) for folder in (*named, *_installed()) if (folder / leaf).is_dir()]
+
+
+def use(folders: Sequence[str]) -> None:
+    """Take the plug-ins in further folders, here and in the processes that this one starts."""
+    given = filter(None, os.environ.get(OUTSIDE, "").split(os.pathsep))
+    os.environ[OUTSIDE] = os.pathsep.join(dict.fromkeys([*given, *folders]))
+    for package in PACKAGES.values():
+        if package in sys.modules:
+            _extend(package)
+
+
+def _extend(package: str) -> None:
+    path = sys.modules[package].__path__
+    path.extend(folder for folder in outside(package) if folder not in path)
+
+
+@functools.cache
+def _installed() -> tuple[Path, ...]:
+    """Folders of the packages that installed distributions name as plug-ins; none of them is imported."""
+    specs = (importlib.util.find_spec(point.value) for point in importlib.metadata.entry_points(group=GROUP))
+    return tuple(Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ())
 
 
 def _state() -> tuple[Any, ...]:
@@ -237,6 +284,7 @@ class Room(Generic[T]):
                 for what can be seen without importing it.
         """
         self.kind, self.package = kind, PACKAGES[kind]
+        _extend(self.package)
         self._check, self._find = check, find
         self._loaded: dict[str, T] = {}
         self._failed: dict[tuple[_Entry, int], Broken] = {}

@@ -206,11 +206,16 @@ def _reached(roots: Iterable[str]) -> dict[str, Path]:
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module of this package; ``None`` where there is no such module."""
+    """The file of a module of this package, or of a plug-in outside of it; ``None`` where there is no such module."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
     for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
         if file.is_file():
             return file
+    package, _, name = module.rpartition(".")
+    if package in registry.PACKAGES.values():
+        for folder in registry.outside(package):
+            if (file := Path(folder) / f"{name}.py").is_file():
+                return file
     return None
 
 
