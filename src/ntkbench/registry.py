@@ -5,9 +5,9 @@ A file that cannot be used becomes a :class:`Broken` record and an error for tho
 else. Sub-packages (``base/``) hold shared code and are no plug-ins. A file whose name begins with an underscore is
 broken: it would be neither.
 
-Plug-ins may also lie outside of this package, in folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``. The
-environment variable ``NTKBENCH_PLUGINS`` lists the folders that these are in; installed packages name theirs by an entry
-point in the group ``ntkbench.plugins``.
+Plug-ins may also lie outside of this package, in folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``.
+The environment variable ``NTKBENCH_PLUGINS`` lists the folders that these are in; installed packages name theirs by an
+entry point in the group ``ntkbench.plugins``.
 """
 
 from __future__ import annotations
