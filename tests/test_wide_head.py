@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import BadInput, methods, metrics
-from ntkbench.methods.base import tied_head
+from ntkbench.methods.base import head, tied_head
 from ntkbench.metrics import METRICS
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
@@ -501,6 +502,29 @@ def test_estimates_are_unbiased_with_honest_errors(kind):
         if metric in ("trace", "norm"):
             others = [whole.estimate(all_outputs, metric, passes, seed).value for seed in range(60)]
             assert spread < 1.2 * statistics.stdev(others), metric
+
+
+@pytest.mark.parametrize("kind", ["with a bias", "tied"])
+def test_the_same_probes_serve_several_metrics(kind):
+    problem, thetas = ends_of(kind)
+    method = methods.get("wide_head_u_statistics")
+    prepared = method.prepare(problem, Target("torch", "float64", "cpu"))
+    for names in (("trace", "norm"), ("trace", "effective_rank"), METRICS):
+        for name, found in method.estimates(prepared, names, 64, seed=1).items():
+            low, high = found.interval(0.9999)
+            assert low <= exact(name, *thetas) <= high, (names, name)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_moments_of_the_head_by_parts_are_those_of_the_whole(bias):
+    H, H_f = (seeded(lambda: torch.randn(7, 3, dtype=torch.float64), seed) for seed in (0, 1))
+    grams = [head.Gram(each, bias) for each in (H, H_f)]
+    whole = metrics.from_gram(*(each @ each.T + bias for each in (H, H_f)))
+    for memory in (1, 1000, 2**20):
+        found = head.of_grams(grams, memory)
+        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(whole), nan_ok=True)
+    assert grams[0].trace() == pytest.approx(whole.trace)
+    assert torch.equal(grams[0].part([2, 0], slice(1, 3)), (H @ H.T + bias)[[2, 0], 1:3])
 
 
 def test_auto_estimates_in_the_hidden_dimension():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.methods.base import Ledger
-from ntkbench.methods.base.structured import StructuredUStatistics
+from ntkbench.methods.base.structured import StructuredUStatistics, widest
 from ntkbench.methods.base.wide import OfWideHead
 from ntkbench.metrics import Moments
 
@@ -42,7 +42,7 @@ class WideHeadUStatistics(OfWideHead, StructuredUStatistics):
         self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], seed: int
     ) -> tuple[Accumulator, Ledger]:
         accumulator, ledger = super().begin(prepared, names, seed)
-        off = prepared.short.certificate("alignment" if "alignment" in names else names[0])
+        off = prepared.short.certificate(widest(names))
 
         def certified() -> tuple[float, tuple[str, ...], float | None]:
             spent, notes, found = ledger()

@@ -76,7 +76,7 @@ class HeadedNetwork:
         inner: the network g, traced.
         T, d, V: positions of a sample, inputs of the head, and its outputs.
         W, U: the head's weight and its orthonormal factor, ``[V, d]`` in float64.
-        G: ``[N T, N T]`` in float64.
+        G: see :class:`Gram`.
 
     Args:
         problem: whose network it is.
@@ -221,9 +221,46 @@ class HeadedNetwork:
             module(x)
         return seen[-1].reshape(len(x), -1, self.d)[:, self._positions].reshape(-1, self.d).double()
 
-    def _gram(self) -> Tensor:
-        H = self._hidden * (self._weight in self._parameters)
-        return H @ H.T + (self._bias in self._parameters)
+    def _gram(self) -> Gram:
+        return Gram(self._hidden * (self._weight in self._parameters), self._bias in self._parameters)
+
+
+class Gram:
+    """G = H H^T, with a 1 added to each entry for a bias, of which parts are made when they are wanted.
+
+    Args:
+        H: ``[m, d]`` in float64.
+        bias: whether the head has one that counts.
+    """
+
+    def __init__(self, H: Tensor, bias: bool) -> None:
+        self._H, self._bias = H, bias
+
+    def __len__(self) -> int:
+        return len(self._H)
+
+    def part(self, rows: Any, columns: Any) -> Tensor:
+        """Some rows and columns, by slices or by numbers."""
+        return self._H[rows] @ self._H[columns].T + self._bias
+
+    def trace(self) -> float:
+        """tr G."""
+        return float((self._H**2).sum()) + len(self) * self._bias
+
+
+def of_grams(grams: Sequence[Gram], memory: int) -> Moments:
+    """Moments of G, or of G and G_f, of which some rows are in memory at a time."""
+    m = len(grams[0])
+    size = max(1, min(m, memory // (8 * ROWS_HELD * len(grams) * m)))
+    parts = (slice(start, min(start + size, m)) for start in range(0, m, size))
+    every = slice(None)
+    return metrics.from_rows_of_theta(
+        (range(rows.start, rows.stop), [gram.part(rows, every) for gram in grams]) for rows in parts
+    )
+
+
+ROWS_HELD = 3
+"""Arrays of the size of some rows of G that are in memory with them, for a G and for a difference."""
 
 
 def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
@@ -295,7 +332,7 @@ class HeadedProblem:
         self._ends: dict[str, HeadedNetwork] = {"theta_0": HeadedNetwork(problem, "theta_0", target)}
         self._between: TracedNetwork | None = None
         self._certified: dict[str, float] = {}
-        self.short = ShortHeads(self)
+        self.short = ShortHeads(self, target.memory)
 
     def ends(self, metric: str) -> list[HeadedNetwork]:
         """The networks of a metric.
@@ -345,20 +382,21 @@ class HeadedProblem:
             (end,) = ends
             inner = end.inner
             own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
-            return Moments(trace=float(own) + end.V * float(end.G.diagonal().sum()))
-        V, grams = ends[0].V, [end.G for end in ends]
+            return Moments(trace=float(own) + end.V * end.G.trace())
+        grams = [end.G for end in ends]
+        of_head = of_grams(grams, self._target.memory).times(ends[0].V)
         sums = _Sums(grams, ends[0].T, ends[0].d)
         for left, right, parts in blocks_of(self.networks(metric)):
             if left == right:
                 for part in parts:
                     mirror(part, TILE)
             sums.add(left, right, parts)
-        trace = sums.trace + V * float(grams[0].diagonal().sum())
-        square = sums.squares[0] + V * float((grams[0] ** 2).sum()) + 2 * sums.crossed[0, 0]
+        trace = sums.trace + of_head.trace
+        square = sums.squares[0] + of_head.square + 2 * sums.crossed[0, 0]
         if metric != "alignment":
             return Moments(trace, square)
-        square_f = sums.squares[1] + V * float((grams[1] ** 2).sum()) + 2 * sums.crossed[1, 1]
-        cross = sums.cross + V * float((grams[0] * grams[1]).sum()) + sums.crossed[0, 1] + sums.crossed[1, 0]
+        square_f = sums.squares[1] + of_head.square_f + 2 * sums.crossed[1, 1]
+        cross = sums.cross + of_head.cross + sums.crossed[0, 1] + sums.crossed[1, 0]
         return Moments(trace, square, square_f, cross)
 
 
@@ -367,10 +405,11 @@ class ShortHeads:
 
     Args:
         headed: the problem.
+        memory: bytes that parts of G may fill.
     """
 
-    def __init__(self, headed: HeadedProblem) -> None:
-        self._headed = headed
+    def __init__(self, headed: HeadedProblem, memory: int) -> None:
+        self._headed, self._memory = headed, memory
         self._made: dict[tuple[str, ...], tuple[Tensor, list[tuple[Problem, TracedNetwork]]]] = {}
         self._certified: dict[tuple[str, ...], float] = {}
 
@@ -385,7 +424,10 @@ class ShortHeads:
     def known(self, metric: str) -> Moments:
         """The moments of G (x) (I_V - Q Q^T)."""
         V, r = self._of(metric)[0].shape
-        return metrics.from_gram(*(end.G for end in self._headed.ends(metric))).times(V - r)
+        ends = self._headed.ends(metric)
+        if metric == "trace":
+            return Moments(trace=(V - r) * ends[0].G.trace())
+        return of_grams([end.G for end in ends], self._memory).times(V - r)
 
     def certificate(self, metric: str) -> float:
         """The largest relative difference from plain autograd; see :meth:`HeadedNetwork.compare`."""
@@ -428,7 +470,7 @@ class _Sums:
         crossed: by the numbers of a G and of a Theta_g, sum_ts G_ts tr Theta_g,ts.
     """
 
-    def __init__(self, grams: Sequence[Tensor], T: int, d: int) -> None:
+    def __init__(self, grams: Sequence[Gram], T: int, d: int) -> None:
         self._grams, self._T, self._d = grams, T, d
         self.trace, self.squares, self.cross = 0.0, [0.0] * len(grams), 0.0
         self.crossed = {(i, j): 0.0 for i in range(len(grams)) for j in range(len(grams))}
@@ -445,7 +487,7 @@ class _Sums:
         if len(parts) > len(self._grams):
             self.cross += copies * float(metrics.inner_product(parts[0].flatten(1), parts[-1].flatten(1)).double())
 
-    def _with_gram(self, gram: Tensor, left: Block, right: Block, part: Tensor) -> float:
+    def _with_gram(self, gram: Gram, left: Block, right: Block, part: Tensor) -> float:
         """sum over the entries of a block whose hidden units are equal, times G at their positions."""
         found = 0.0
         rows = np.arange(left.samples.start, left.samples.stop) * self._T
@@ -455,7 +497,7 @@ class _Sums:
             first = (unit - right.directions.start) % self._d
             numbers = np.arange(right.directions.start + first, right.directions.stop, self._d)
             at = (columns[:, None] + numbers // self._d).reshape(-1)
-            weights = gram[rows + t][:, at].reshape(len(rows), len(columns), len(numbers))
+            weights = gram.part(rows + t, at).reshape(len(rows), len(columns), len(numbers))
             found += float((part[:, k, :, first :: self._d].double() * weights).sum())
         return found
 

@@ -58,14 +58,24 @@ class StructuredUStatistics(Incremental):
 
     @abstractmethod
     def networks(self, prepared: Any, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
-        """The traced networks of a metric, and moments that are known exactly and add to those of their kernels."""
+        """The traced networks of a metric, and the moments that are known exactly and add to those of their kernels.
+
+        For the trace these are the trace alone.
+        """
 
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         from ntkbench.methods.base.layerwise import ledger_of
 
-        ends, known = self.networks(prepared, "alignment" if "alignment" in names else names[0])
+        ends, known = self.networks(prepared, widest(names))
         accumulator = GroupedUStatistics(ends, names, seed, self.max_group, self.least_with_pilot, known)
         return accumulator, with_notes(ledger_of(ends), accumulator)
+
+
+def widest(names: Sequence[str]) -> str:
+    """A metric whose networks and moments serve all of some metrics."""
+    if "alignment" in names:
+        return "alignment"
+    return "trace" if set(names) == {"trace"} else "norm"
 
 
 class GroupedUStatistics(Accumulator):

@@ -39,6 +39,7 @@ from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.layers import Layer
 from ntkbench.layerwise.rules import Use
 from ntkbench.layerwise.trace import MOVEMENTS, aten
+from ntkbench.methods.base.head import Gram, of_grams
 from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
 from ntkbench.modules import copied, load
@@ -246,7 +247,7 @@ class TiedNetwork:
 
     Attributes:
         inner: the network f', traced.
-        G: ``[N T, N T]`` in float64.
+        G: see :class:`ntkbench.methods.base.head.Gram`.
 
     Args:
         whole: the network itself.
@@ -270,7 +271,7 @@ class TiedNetwork:
             raise BadInput(f"its outputs are not those of its embedding, {whole.table}, as they are")
         h = engine.operands(use, self.inner.parameters, self.inner.x)
         self._h = h[:, positions.to(h.device)].flatten(0, 1).double()
-        self.G = self._h @ self._h.T + (whole.bias in whole.parameters)
+        self.G = Gram(self._h, whole.bias in whole.parameters)
 
     def certify(self) -> float:
         """Compare a gradient of the network with that of f' and the head's; 2 plain backward passes.
@@ -404,7 +405,9 @@ class TiedProblem:
         """The moments of G (x) (I_V - Q Q^T)."""
         ends = self.ends(metric)
         V, r = ends[0]._basis.shape
-        return metrics.from_gram(*(end.G for end in ends)).times(V - r)
+        if metric == "trace":
+            return Moments(trace=(V - r) * ends[0].G.trace())
+        return of_grams([end.G for end in ends], self._target.memory).times(V - r)
 
     def moments(self, metric: str) -> Moments:
         """The moments that a metric is a function of."""
