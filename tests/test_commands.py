@@ -84,3 +84,20 @@ def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("profile: [", encoding="utf-8")
     refused = CliRunner().invoke(main, ["run", str(tmp_path / "broken.yaml")])
     assert refused.exit_code == 1 and len(called) == 1 and len(refused.output.splitlines()) == 1
+
+
+def test_a_check_says_what_there_is_to_do_and_how_long_it_took_before(tmp_path, monkeypatch):
+    default = paths.ROOT / "config" / "default.yaml"
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()
+    took = pd.read_csv(paths.REFERENCE / "default" / "timings.csv")["seconds"].sum()
+    assert said[0].startswith(f"{default}: profile default, ")
+    minutes = float(said[1].removesuffix(" min before").rpartition(" ")[2])
+    assert "steps to do that took" in said[1] and minutes == pytest.approx(took / 60, rel=0.2)
+    done = tmp_path / "results" / "default" / "studies" / "training.csv"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    fewer = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()
+    assert int(fewer[1].split()[0]) == int(said[1].split()[0]) - 1
+    new = CliRunner().invoke(main, ["check", str(paths.ROOT / "config" / "spectra.yaml")]).output
+    assert "not timed before" in new and "study-spectra" in new

@@ -216,13 +216,23 @@ def _networks(
 @main.command()
 @click.argument("config_file", type=FILE)
 def check(config_file: Path) -> None:
-    """Check a configuration, and count its cells and studies."""
-    from ntkbench.measure import cells
+    """Check a configuration, and say how much there is to measure and how long it took before."""
+    from ntkbench.measure import timings
+    from ntkbench.run import Run
+    from ntkbench.units import seconds_label
 
     with _one_line():
-        config = Config.read(config_file)
-        count = len(cells.cells(config))
-    click.echo(f"{config_file}: profile {config.profile}, {count} cells, {len(config.studies)} studies")
+        run = Run(Config.read(config_file))
+        took = timings.known(run.results, run.config.profile)
+    click.echo(
+        f"{config_file}: profile {run.config.profile}, {len(run.cells)} cells, {len(run.config.studies)} studies"
+    )
+    left = run.expected()
+    timed, new = ([step for step in left if (step in took) == known] for known in (True, False))
+    if timed:
+        click.echo(f"{len(timed)} steps to do that took {seconds_label(sum(took[step] for step in timed))} before")
+    if new:
+        click.echo(f"{len(new)} steps to do that were not timed before: {', '.join(new)}")
 
 
 @main.command(

@@ -55,13 +55,15 @@ def report(results: Path) -> str:
 
 
 def expected(results: Path, profile: str, steps: Iterable[str]) -> dict[str, float]:
-    """Seconds of steps, as an earlier run into the same folder took them, else as committed for the profile.
+    """Seconds of steps, as far as they are :func:`known`, and else :data:`GUESS`."""
+    took = known(results, profile)
+    return {step: took.get(step, GUESS) for step in steps}
 
-    Where neither knows a step it is expected to take :data:`GUESS`.
-    """
+
+def known(results: Path, profile: str) -> dict[str, float]:
+    """Seconds of the steps of an earlier run into the same folder, else of the committed run of the profile."""
     table = of_run(results)
     kept = paths.REFERENCE / profile / COMMITTED
     if table.empty and kept.exists():
         table = pd.read_csv(kept)
-    known = dict(zip(table["step"], table["seconds"], strict=True))
-    return {step: float(known.get(step, GUESS)) for step in steps}
+    return {step: float(seconds) for step, seconds in zip(table["step"], table["seconds"], strict=True)}
