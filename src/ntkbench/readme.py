@@ -22,13 +22,15 @@ from ntkbench.paths import write_atomically
 TITLES = {
     "bare matrix products": "the bare matrix products in it",
     "jacobian_contraction": "Jacobian contraction (torch.func)",
+    "naive_jacobian": "a backward pass for each output",
     "nt_jacobian_contraction": "neural-tangents, Jacobian contraction",
     "nt_ntk_vector_products": "neural-tangents, NTK-vector products",
     "nt_structured_derivatives": "neural-tangents, structured derivatives",
     "sum_of_logits": "pNTK by vmap and one product",
 }
 """What the pages call what a method is compared with."""
-PNTK = "structured_sum_of_logits"
+NAMED = {"structured_sum_of_logits": " (pNTK)", "wide_head": " (trace alone)"}
+"""What is said of a problem where a row is not of its whole kernel, by the method of this suite."""
 PAGES = ("README.md", "docs/measured.md", "docs/papers.md")
 """The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
@@ -143,7 +145,7 @@ def kernels(tables: Tables) -> str:
     table = _side_by_side(tables, kernels=True)
     rows = [
         [
-            f"`{row['problem']}`" + " (pNTK)" * (row["subject"] == PNTK),
+            f"`{row['problem']}`" + NAMED.get(row["subject"], ""),
             TITLES.get(row["rival"], row["rival"]),
             *_seconds_of_both(row),
             *_times(row),

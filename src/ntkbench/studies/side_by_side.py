@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt, model_validator
 from ntkbench import methods, operators, problems
 from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 from ntkbench.measure import outcomes, timing, watchdog
-from ntkbench.measure.schema import ProblemLabel, Strict
+from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.measure.seeds import relative_error
 from ntkbench.studies import base
 from ntkbench.studies.base.computations import COMPUTATIONS
@@ -35,8 +35,6 @@ PLUGINS = tuple(
 )
 NEURAL_TANGENTS = ["nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products"]
 BARE = "bare matrix products"
-METRIC = "norm"
-"""What methods compute, so that they go through all of Theta."""
 
 
 class Comparison(Strict):
@@ -48,12 +46,14 @@ class Comparison(Strict):
             matrix products and convolutions in the subject, by themselves.
         subject: a method or computation.
         calls: of each, in place of the study's.
+        metric: what methods compute; the norm goes through all of Theta.
     """
 
     problem: ProblemLabel
     rivals: list[str] = Field(default=NEURAL_TANGENTS, min_length=1)
     subject: str = "structured_derivatives"
     calls: PositiveInt | None = None
+    metric: MetricName = "norm"
 
     @model_validator(mode="after")
     def _computations_exist(self) -> Comparison:
@@ -102,6 +102,10 @@ COMPARISONS = [
     _methods("digits_conv[N=64]", [NEURAL_TANGENTS[0], "jacobian_contraction"]),
     _methods("mlp_hazelden[N=2]", [NEURAL_TANGENTS[0]], calls=100),
     _methods("mlp_hazelden[N=2]", ["jacobian_contraction"]),
+    # A vocabulary of 4,096 at 32 positions: 131,072 backward passes in place of 2,048.
+    _methods(
+        "transformer_tiny[N=1,T=32,V=4096,d=64]", ["naive_jacobian"], subject="wide_head", calls=1, metric="trace"
+    ),
     _methods("resnet18[N=64]", ["sum_of_logits"], subject="structured_sum_of_logits", calls=3),
     *(c for problem in ("mlp_hazelden", "digits_mlp", "digits_conv[N=64]", "gru_hazelden") for c in _blocks(problem)),
     *(c for kind in ("rnn", "gru") for c in _recurrent(f"{kind}_flipflop[H=128,N=100]")),
@@ -127,19 +131,20 @@ def run(settings: Settings) -> pd.DataFrame:
 
 def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
     c = comparison
-    subject = base.Once(lambda: _call(settings, c.subject, c.problem))
+    call_of = functools.partial(_call, settings, label=c.problem, metric=c.metric)
+    subject = base.Once(lambda: call_of(c.subject))
     first = base.Once(lambda: timing.timed(subject(), 0))
-    memory = base.Once(lambda: _peak_memory(settings, c.subject, c.problem))
+    memory = base.Once(lambda: _peak_memory(settings, c.subject, c.problem, c.metric))
 
     def measure(rival: str) -> dict[str, Any]:
         from ntkbench.studies.base.bare_products import bare_products
 
         sizes = base.sizes(problems.load(c.problem))
         value, call = first().first, subject()
-        rival_call = bare_products(call) if rival == BARE else _call(settings, rival, c.problem)
+        rival_call = bare_products(call) if rival == BARE else call_of(rival)
         rival_first = timing.timed(rival_call, 0)
         times, rival_times = timing.in_turn([call, rival_call], c.calls or settings.calls)
-        peak, rival_peak = memory(), None if rival == BARE else _peak_memory(settings, rival, c.problem)
+        peak, rival_peak = memory(), None if rival == BARE else _peak_memory(settings, rival, c.problem, c.metric)
         return {
             **sizes,
             **timing.quartiles("seconds", times),
@@ -155,24 +160,24 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
         }
 
     for rival in c.rivals:
-        case = {"problem": c.problem, "metric": "" if c.subject in COMPUTATIONS else METRIC}
+        case = {"problem": c.problem, "metric": "" if c.subject in COMPUTATIONS else c.metric}
         yield base.row({**case, "subject": c.subject, "rival": rival}, functools.partial(measure, rival))
 
 
-def _call(settings: Settings, name: str, label: str) -> Callable[[], float]:
+def _call(settings: Settings, name: str, label: str, metric: str) -> Callable[[], float]:
     """The timed region of a method or computation: from device-ready inputs to a number on the host."""
     problem = problems.load(label)
     if name in COMPUTATIONS:
         return COMPUTATIONS[name](problem, settings.target())
     method = methods.get(name)
     target = settings.target(method.backends[0])
-    if reason := method.unsupported_reason(problem, METRIC, target):
+    if reason := method.unsupported_reason(problem, metric, target):
         raise Unavailable(reason)
     prepared = method.prepare(problem, target)
-    return lambda: float(method.estimate(prepared, METRIC))
+    return lambda: float(method.estimate(prepared, metric))
 
 
-def _peak_memory(settings: Settings, name: str, label: str) -> int | None:
+def _peak_memory(settings: Settings, name: str, label: str, metric: str) -> int | None:
     """Bytes by which one estimate raises the peak of a fresh process, after everything is prepared.
 
     Raises:
@@ -180,7 +185,7 @@ def _peak_memory(settings: Settings, name: str, label: str) -> int | None:
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_send_peak_memory, args=(there, settings, name, label))
+    child = context.Process(target=_send_peak_memory, args=(there, settings, name, label, metric))
     child.start()
     there.close()
     limits = settings.limits
@@ -197,11 +202,11 @@ def _peak_memory(settings: Settings, name: str, label: str) -> int | None:
     raise NtkbenchError(f"memory of {name}: {reason}")
 
 
-def _send_peak_memory(there: Connection, settings: Settings, name: str, label: str) -> None:
+def _send_peak_memory(there: Connection, settings: Settings, name: str, label: str, metric: str) -> None:
     watchdog.end_with_parent()
     try:
         timing.use_threads(settings.threads)
-        peak = timing.peak_bytes(_call(settings, name, label))
+        peak = timing.peak_bytes(_call(settings, name, label, metric))
         backend = "torch" if name in COMPUTATIONS else methods.get(name).backends[0]
         there.send(operators.device_memory(settings.target(backend)) or peak)
     except Exception as error:
