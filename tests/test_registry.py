@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -409,6 +410,7 @@ def folder(tmp_path):
         file = tmp_path / "of_mine" / kind / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source, encoding="utf-8")
+    (tmp_path / "of_mine" / "shared.py").write_text("X = 1\n", encoding="utf-8")
     return tmp_path / "of_mine"
 
 
@@ -416,6 +418,7 @@ def in_a_process(code, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env=os.environ | environment,
+        cwd=Path(environment.get("FROM", ".")),
         capture_output=True,
         text=True,
     )
@@ -434,14 +437,49 @@ def looks_right(done, folder):
     assert done.returncode == 0, done.stderr[-2000:]
     found, broken, files = done.stdout.splitlines()
     assert found == "True True stochastic", "what comes with ntkbench keeps its name"
-    assert f"{folder / 'methods' / 'hutchpp.py'} the name 'hutchpp' is taken by" in broken
-    assert {"mine.py", "others.py", "testing.py"} <= set(files.split())
+    assert f"{folder / 'methods' / 'hutchpp.py'} the file name is taken by" in broken
+    assert {"mine.py", "others.py", "testing.py", "shared.py"} <= set(files.split())
 
 
 def test_plug_ins_are_found_outside_of_the_checkout(folder):
     looks_right(in_a_process(LOOK, NTKBENCH_PLUGINS=str(folder)), folder)
+    # Cells run in folders of their own.
+    moved = in_a_process(
+        f"import os; import ntkbench.methods; os.chdir('/')\n{LOOK}",
+        NTKBENCH_PLUGINS="of_mine",
+        FROM=str(folder.parent),
+    )
+    looks_right(moved, folder)
     done = in_a_process("import sys; from ntkbench.cli import main; main(sys.argv[1:])", "--plugins", folder, "list")
     assert "method   mine " in done.stdout and "problem  theirs " in done.stdout
+
+
+HASHES = """
+import sys
+from ntkbench.measure import fingerprints, provenance
+from ntkbench.measure.cells import Cell
+from ntkbench.measure.config import Config
+config = Config.check({"profile": "test", "threads": 1, "grid": [
+    {"problems": ["theirs"], "methods": ["mine", "direct"], "metrics": ["trace"]}]}, "test.yaml")
+from ntkbench.measure.cells import cells
+for cell in cells(config):
+    print(cell.method, cell.problem, fingerprints.cell(config, cell))
+print(provenance.provenance().versions.rpartition(", ")[2])
+"""
+
+
+def test_an_edit_of_what_plug_ins_import_changes_fingerprints_and_versions(folder):
+    def hashes():
+        done = in_a_process(HASHES, NTKBENCH_PLUGINS=str(folder))
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    before = hashes()
+    (folder / "shared.py").write_text("X = 2\n", encoding="utf-8")
+    after = hashes()
+    assert len(before) == 3 and before[-1].startswith("plug-ins ")
+    assert [line.split()[0] for line in before] == [line.split()[0] for line in after]
+    assert not set(before) & set(after)
 
 
 def test_installed_packages_bring_plug_ins(folder):
@@ -454,9 +492,27 @@ def test_installed_packages_bring_plug_ins(folder):
     looks_right(in_a_process(LOOK, PYTHONPATH=path), folder)
 
 
+def test_an_entry_point_that_names_no_package_is_said_and_breaks_nothing(folder):
+    info = folder.parent / "of_mine-1.0.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: of-mine\nVersion: 1.0\n", encoding="utf-8")
+    values = ("missing", "of_mine.methods", "json:loads", "antigravity")
+    lines = "\n".join(f"{i} = {value}" for i, value in enumerate(values))
+    info.joinpath("entry_points.txt").write_text(f"[ntkbench.plugins]\n{lines}\n", encoding="utf-8")
+    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    code = "from ntkbench import methods, registry; print(len(methods.names()), *registry.entry_points(), sep='\\n')"
+    done = in_a_process(code, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, *said = done.stdout.splitlines()
+    assert int(count) > 40 and len(said) == len(values)
+    assert all(any(repr(value) in line and "must be an installed package" in line for line in said) for value in values)
+
+
 def test_a_folder_of_plug_ins_that_is_not_there_is_refused_in_one_line(tmp_path):
     for command in (["-c", "import ntkbench.methods"], ["-m", "ntkbench", "list"]):
         missing = {"NTKBENCH_PLUGINS": str(tmp_path / "missing")}
         done = subprocess.run([sys.executable, *command], env=os.environ | missing, capture_output=True, text=True)
         assert done.returncode != 0 and f"there is no folder {tmp_path / 'missing'}" in done.stderr.splitlines()[-1]
     assert len(done.stderr.splitlines()) == 1
+    empty = in_a_process("import ntkbench.methods", NTKBENCH_PLUGINS=str(tmp_path))
+    assert "has none of the folders methods, problems, studies, figures" in empty.stderr.splitlines()[-1]

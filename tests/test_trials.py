@@ -28,7 +28,7 @@ def test_methods_are_measured_beside_each_other():
     exact = ntkbench.norm(network(), X).value
     assert {"auto", "structured_derivatives", "hutchpp", "sum_of_logits"} <= set(by_name)
     right = by_name["structured_derivatives"]
-    assert right.value == pytest.approx(exact) and right.low == pytest.approx(exact) and right.error < 1e-12
+    assert right.value == pytest.approx(exact) and right.low < exact < right.high and right.error < 1e-12
     rough = by_name["hutchinson"]
     assert rough.kind == "stochastic" and rough.calls == 3 and rough.passes <= 12 and rough.error > 1e-4
     assert rough.low < rough.value < rough.high and 0 < rough.seconds_q25 <= rough.seconds <= rough.seconds_q75
@@ -61,6 +61,26 @@ def test_errors_are_those_of_all_calls_and_calls_take_turns():
     assert not any(one.error for one in trials.run({"rough": ways["rough"]}, "trace", 1)), "nothing to compare with"
 
 
+def test_stochastic_methods_have_one_budget_or_one_tolerance():
+    names = ["hutchinson", "gram_reverse", "hutchpp"]
+    budgets = ntkbench.compare(network(), X, metric="norm", methods=names, calls=1)
+    assert all(one.passes <= trials.PASSES for one in budgets if not one.reason)
+    told = {one.method: one for one in ntkbench.compare(network(), X, metric="norm", methods=names, rtol=0.3, calls=1)}
+    assert "takes no rtol" in told["hutchpp"].reason and told["hutchinson"].value is not None
+
+
+def test_a_method_that_fails_later_is_said_and_the_others_stand():
+    def failing(seed):
+        if seed:
+            raise ValueError("only once")
+        return Estimate(1.0, 0.1, 4, "hutchinson", (), "trace")
+
+    fine = ("exact", lambda seed: Estimate(1.0, None, 4, "direct", (), "trace"))
+    found = trials.run({"failing": ("stochastic", failing), "fine": fine}, "trace", 2)
+    assert [(one.method, one.calls) for one in found] == [("fine", 2), ("failing", 0)]
+    assert "only once" in found[1].reason
+
+
 def test_the_alignment_of_two_networks_and_groups_of_parameters():
     other = network()
     with torch.no_grad():
@@ -77,6 +97,8 @@ def test_the_alignment_of_two_networks_and_groups_of_parameters():
         ({"metric": "rank"}, "unknown metric"),
         ({"metric": "alignment"}, "give other"),
         ({"methods": ["hutchqq"]}, "hutchqq"),
+        ({"methods": "auto"}, "must be a list of names"),
+        ({"methods": []}, "must be a list of names"),
         ({"calls": 0}, "calls must be a positive number"),
         ({"passes": 0}, "passes"),
         ({"speed": 1}, "speed"),
@@ -98,5 +120,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, monkeypatch
     assert "structured_derivatives" in done.output
     (row,) = csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))
     assert float(row["value"]) == 32.0 and row["reason"] == ""
+    lost = CliRunner().invoke(main, [*given[:-1], "missing/out.csv"])
+    assert lost.exit_code == 1 and "structured_derivatives" in lost.output, "what was measured is printed first"
     refused = CliRunner().invoke(main, ["compare", "of_trials:make", "--method", "hutchqq"])
     assert refused.exit_code == 1 and len(refused.output.splitlines()) == 1 and "hutchqq" in refused.output

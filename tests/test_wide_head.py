@@ -515,16 +515,40 @@ def test_the_same_probes_serve_several_metrics(kind):
             assert low <= exact(name, *thetas) <= high, (names, name)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_moments_of_the_head_by_parts_are_those_of_the_whole(bias):
+@pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False)])
+def test_moments_of_a_heads_gram_matrix(biases):
     H, H_f = (seeded(lambda: torch.randn(7, 3, dtype=torch.float64), seed) for seed in (0, 1))
-    grams = [head.Gram(each, bias) for each in (H, H_f)]
-    whole = metrics.from_gram(*(each @ each.T + bias for each in (H, H_f)))
-    for memory in (1, 1000, 2**20):
-        found = head.of_grams(grams, memory)
-        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(whole), nan_ok=True)
-    assert grams[0].trace() == pytest.approx(whole.trace)
-    assert torch.equal(grams[0].part([2, 0], slice(1, 3)), (H @ H.T + bias)[[2, 0], 1:3])
+    grams = [head.Gram(each, bias) for each, bias in zip((H, H_f), biases, strict=True)]
+    written = [each @ each.T + bias for each, bias in zip((H, H_f), biases, strict=True)]
+    for count in (1, 2):
+        found, whole = head.of_grams(*grams[:count]), metrics.from_gram(*written[:count])
+        assert dataclasses.astuple(found)[: 2 * count] == pytest.approx(dataclasses.astuple(whole)[: 2 * count])
+    assert (found.difference, found.difference_cross) == pytest.approx((whole.difference, whole.difference_cross))
+    assert torch.allclose(grams[0].part([2, 0], slice(1, 3)), written[0][[2, 0], 1:3])
+
+
+def test_the_difference_of_two_heads_that_are_close_has_digits_of_its_own():
+    H = seeded(lambda: torch.randn(7, 3, dtype=torch.float64))
+    change = 1e-9 * seeded(lambda: torch.randn(7, 3, dtype=torch.float64), 1)
+    D = (change @ H.T + H @ change.T).norm() ** 2
+    assert head.of_grams(head.Gram(H, True), head.Gram(H + change, True)).difference == pytest.approx(
+        float(D), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(("chosen", "frozen"), [("*", ()), ("block*", ("lm_head",)), ("*table*", ("block",))])
+def test_estimates_in_float32_and_of_some_parameters(chosen, frozen):
+    model = seeded(lambda: Language(bias=True)).eval()
+    if chosen != "*":
+        for name, w in model.named_parameters():
+            w.requires_grad_(not any(name.startswith(each) for each in frozen) and "lm_head" not in name)
+    parameters = [name for name, w in model.named_parameters() if w.requires_grad]
+    asked = {"method": "wide_head_u_statistics", "passes": 400, "parameters": parameters, "dtype": "float32"}
+    for name in ("trace", "norm"):
+        found = getattr(ntkbench, name)(model, TOKENS, **asked)
+        low, high = found.interval(0.9999)
+        assert low <= exact(name, explicit(model), explicit(model)) <= high
+        assert found.rounding > 1e-7
 
 
 def test_auto_estimates_in_the_hidden_dimension():

@@ -404,10 +404,11 @@ def compare(
     """What methods give for a metric of a network and what they take, measured side by side.
 
     Take it to choose a method for many similar networks. Prints as a table, the fastest method first. A method that
-    refuses the network, or fails, has a line that says why.
+    refuses the network, or fails, has a line that says why. Stochastic methods have the same budget or tolerance;
+    look at their errors before their seconds.
 
-    Cost: for each method a first call, which traces and certifies the network, and ``calls`` calls after all first
-    ones, in turn. Seconds on a machine that does something else beside are worth little.
+    Cost: for each method a first call, which prepares it and is not timed, and ``calls`` timed ones, in turn. Seconds
+    from a machine that does something else meanwhile are worth little.
 
     >>> import torch, ntkbench
     >>> methods = ["structured_derivatives", "hutchinson"]
@@ -420,8 +421,9 @@ def compare(
         other: the other network or weights of an alignment; see :meth:`ntkbench.Kernel.alignment`.
         metric: trace, norm, effective_rank or alignment.
         methods: names; by default ``auto``, the methods that it stands for, and those of the papers.
-        passes, rtol: given to the methods that take them, see :func:`ntkbench.trace`.
-        calls: of each method after the first one, each with a seed of its own.
+        passes, rtol: of stochastic methods, see :func:`ntkbench.trace`; 64 passes if neither is given. Those that take
+            no tolerance refuse it.
+        calls: timed ones of each method, each with a seed of its own.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
             with a table for each group.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ my_networks.py is in the current folder, and make() in it returns (model, inputs
 )
 def main(plugins: tuple[str, ...]) -> None:
     """Metrics of the finite-width Neural Tangent Kernel: your own network's, benchmark, figures and facts."""
-    registry.use(plugins)
+    with _one_line():
+        registry.use(plugins)
 
 
 @contextmanager
@@ -160,9 +162,9 @@ Examples:
 )
 @_of_a_network
 @click.option("--method", "methods", multiple=True, help="A method to measure.  [default: auto and what it stands for]")
-@click.option("--passes", type=int, help="The most passes to spend, for methods that take them.")
-@click.option("--rtol", type=float, help="A tolerance, for methods that take one.")
-@click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Of each after its first one.")
+@click.option("--passes", type=int, help="The most passes of stochastic methods.  [default: 64]")
+@click.option("--rtol", type=float, help="A tolerance, in place of passes.")
+@click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls per method.")
 @click.option("--output", type=NEW, help="A file for all numbers, as comma-separated values.")
 def compare(
     factory: str,
@@ -185,9 +187,9 @@ def compare(
         (model, *others, inputs), given = _networks(factory, other, metric, setup)
         given |= {"other": others[0] if others else None, "metric": metric, "methods": methods or None}
         found = api.compare(model, inputs, passes=passes, rtol=rtol, calls=calls, **given)
+        click.echo(found)
         if output is not None:
             paths.write_atomically(output, found.csv())
-    click.echo(found)
 
 
 def _networks(
@@ -227,12 +229,13 @@ def check(config_file: Path) -> None:
     click.echo(
         f"{config_file}: profile {run.config.profile}, {len(run.cells)} cells, {len(run.config.studies)} studies"
     )
-    left = run.expected()
+    left = run.expected() if run.config.source == "measured" else {}
     timed, new = ([step for step in left if (step in took) == known] for known in (True, False))
     if timed:
-        click.echo(f"{len(timed)} steps to do that took {seconds_label(sum(took[step] for step in timed))} before")
+        seconds = seconds_label(sum(took[step] for step in timed))
+        click.echo(f"{len(timed)} steps have no output yet; they took {seconds} last time")
     if new:
-        click.echo(f"{len(new)} steps to do that were not timed before: {', '.join(new)}")
+        click.echo(f"{len(new)} steps have no output yet and were never timed: {', '.join(new)}")
 
 
 @main.command(
@@ -249,17 +252,19 @@ Examples:
 def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     """Run a study: check its configuration, measure, draw its figures into results/<profile>.
 
-    The same as `snakemake --cores all --configfile CONFIG_FILE`, and further options are Snakemake's.
+    The same as `snakemake --cores all --configfile CONFIG_FILE`. Options after the file are Snakemake's.
     """
-    import subprocess
-
     from ntkbench import paths
 
     with _one_line():
+        errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
         Config.read(config_file)
+        if any(option.startswith("--configfile") for option in more):
+            raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
-    sys.exit(subprocess.call([*command, "--configfile", str(config_file)]))
+    # In place of this process, so that an interrupt is Snakemake's.
+    os.execv(sys.executable, [*command, "--configfile", str(config_file)])
 
 
 @main.command()
@@ -401,7 +406,7 @@ Examples:
 @click.option("--kind", type=click.Choice(KINDS), help="Only methods of this kind.")
 @click.option("--backend", type=click.Choice(["torch", "jax"]), help="Only methods that run on it.")
 def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
-    """List problems, methods and studies; with an option, the methods that it holds for."""
+    """List problems, methods and studies; with a filter, only the methods that match."""
     from ntkbench import methods, problems, studies
 
     chosen = metric or kind or backend
@@ -428,7 +433,7 @@ Examples:
 """
 )
 @click.argument("file", type=FILE)
-@click.option("--where", metavar="EXPRESSION", help="Only rows for which it is true, as pandas' query takes it.")
+@click.option("--where", metavar="EXPRESSION", help="Only rows for which it is true, as pandas' eval takes it.")
 @click.option("--columns", metavar="NAMES", help="Separated by commas.  [default: those that tell rows apart]")
 @click.option("--sort", metavar="COLUMN", help="Order of the rows.")
 @click.option("--rows", type=click.IntRange(min=1), default=40, show_default=True, help="The most to show.")
@@ -437,7 +442,9 @@ def show(file: Path, where: str | None, columns: str | None, sort: str | None, r
     from ntkbench.measure import view
 
     with _one_line():
-        click.echo(view.rows_of(file, where, columns.split(",") if columns else None, sort, rows))
+        click.echo(
+            view.rows_of(file, where, [each.strip() for each in columns.split(",")] if columns else None, sort, rows)
+        )
 
 
 @main.command()

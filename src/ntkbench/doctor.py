@@ -153,7 +153,7 @@ def diagnose() -> Diagnosis:
 
 def _plugins() -> tuple[dict[str, int | str], list[Broken]]:
     plugins: dict[str, int | str] = {}
-    broken: list[Broken] = []
+    broken = registry.entry_points()
     for kind in registry.PACKAGES:
         try:
             room = registry.room(kind)

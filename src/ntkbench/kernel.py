@@ -218,15 +218,14 @@ class Kernel:
 
         self._check_other(metric, other)
         Options(passes=passes, rtol=rtol)
-        if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
-            raise BadInput(f"calls must be a positive number, got {calls!r}")
+        calls = options.positive("calls", calls)
+        names = None if methods is None else trials.chosen(methods)
         kernel = self if other is None else self._beside(other)
-        if methods is None:
+        if names is None:
             served = ladder.choices(kernel.problem, metric, self._target, passes, rtol)
-            methods = ("auto", *served, *trials.PUBLISHED)
+            names = trials.chosen(["auto", *served, *trials.PUBLISHED])
         use = lambda **wishes: kernel._estimates((metric,), options.asked(wishes))[metric]  # noqa: E731
-        ways = {name: trials.way(use, name, passes=passes, rtol=rtol) for name in methods}
-        return trials.run(ways, metric, calls)
+        return trials.run({name: trials.way(use, name, passes=passes, rtol=rtol) for name in names}, metric, calls)
 
     def _check_other(self, metric: str, other: Any) -> None:
         """Refuse an alignment with nothing or with an array, and another metric with something.
@@ -239,7 +238,7 @@ class Kernel:
             said = "is with another network: give other" if other is None else "is of one network: leave other out"
             raise BadInput(f"the {metric} {said}")
         if _is_array(other):
-            raise BadInput("methods are compared for the alignment of two networks, got a target array")
+            raise BadInput("other must be a network or weights here, got a target array")
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.

@@ -13,7 +13,7 @@ from ntkbench import errors, methods, metrics, operators
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
-from ntkbench.methods.base import Incremental, Stochastic
+from ntkbench.methods.base import Incremental, Stochastic, wide
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
@@ -52,7 +52,7 @@ TOLERANCE_PASSES = 4096
 """The most passes on the way to a tolerance when no budget is given."""
 
 HEAD_PAIRS = "wide_head_u_statistics"
-"""Tried before other estimators where the head has at most that share of its outputs as dimensions."""
+"""Tried before other estimators where a shorter head has at most that share of the outputs."""
 
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
@@ -173,7 +173,7 @@ class _Search:
         except (Undefined, Unavailable, Underflow):
             raise  # of the kernel or of the machine, and so of every method
         except Exception as error:  # whatever a method does to a network, the next one may work
-            self.remarks.append(f"not by {name}: {errors.reason(error)}")
+            self._refused(name, errors.reason(error))
             return None
         if stop < math.inf and not _reached(found, options):
             self._spent += next(iter(found.values())).passes or 0.0
@@ -187,6 +187,14 @@ class _Search:
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
+
+    def _refused(self, name: str, reason: str) -> None:
+        """Note why a method does not serve, once for all methods with the same reason."""
+        for i, remark in enumerate(self.remarks):
+            if remark.startswith("not by ") and remark.endswith(f": {reason}"):
+                self.remarks[i] = f"{remark.removesuffix(f': {reason}')} and {name}: {reason}"
+                return
+        self.remarks.append(f"not by {name}: {reason}")
 
     def _noted(self, estimate: Estimate) -> Estimate:
         """An estimate with the passes that were spent before it, and what was learnt on the way."""
@@ -292,19 +300,18 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
         )
         if fits and method.unsupported_reason(problem, metric, target) is None:
             needed = method.passes_needed(problem, metric, target)
-            if name == HEAD and not _is_narrow(problem, metric, target):
+            if name == HEAD and needed is not None and needed > NARROW * ends * problem.O:
                 continue
             found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _is_narrow(problem: Problem, metric: str, target: Target) -> bool:
-    """Whether a network ends with a head that saves most of the passes."""
-    head = methods.get(HEAD)
-    if head.unsupported_reason(problem, metric, target) is not None:
+def _is_short(problem: Problem, metric: str, target: Target) -> bool:
+    """Whether probes in the hidden dimension of a head have far fewer outputs, and no more than parameters."""
+    if declares(problem.module) or methods.get(HEAD_PAIRS).unsupported_reason(problem, metric, target) is not None:
         return False
-    needed = head.passes_needed(problem, metric, target)
-    return needed is not None and needed <= NARROW * len(metrics.parameter_sets(metric)) * problem.O
+    share = wide.share(problem, metric)
+    return share <= NARROW and share * problem.O <= problem.P
 
 
 def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
@@ -315,7 +322,7 @@ def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
         independent = independent[1:] if metric == "trace" else (OF_RECURRENT, *independent)
     if problem.P < problem.O:
         independent = _forward_first(independent)
-    if _is_narrow(problem, metric, target):
+    if _is_short(problem, metric, target):
         independent = (HEAD_PAIRS, *independent)
     if problem.n > problem.P:
         whole = _forward_first(whole)

@@ -13,6 +13,7 @@ entry point in the group ``ntkbench.plugins``.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -195,42 +196,74 @@ def _folders(package: str) -> list[str]:
     if module is not None:
         return list(module.__path__)
     spec = importlib.util.find_spec(package)
-    return [*((spec and spec.submodule_search_locations) or ()), *outside(package)]
+    return list(dict.fromkeys([*((spec and spec.submodule_search_locations) or ()), *outside(package)]))
 
 
 def outside(package: str) -> list[str]:
-    """Folders of plug-ins that do not come with ntkbench, for a package of :data:`PACKAGES`.
+    """Folders of plug-ins that do not come with ntkbench, for a package of :data:`PACKAGES`; the first has its way.
 
     Raises:
-        BadInput: a folder that is named is not there.
+        BadInput: as :func:`roots`.
     """
-    named = [Path(each).absolute() for each in os.environ.get(OUTSIDE, "").split(os.pathsep) if each]
+    leaf = package.rpartition(".")[2]
+    return [str(root / leaf) for root in roots() if (root / leaf).is_dir()]
+
+
+def roots() -> list[Path]:
+    """Folders that hold folders of plug-ins: those of the environment, then those of installed packages.
+
+    Raises:
+        BadInput: one that the environment names is not there, or holds none.
+    """
+    named = [Path(each) for each in os.environ.get(OUTSIDE, "").split(os.pathsep) if each]
+    leaves = [package.rpartition(".")[2] for package in PACKAGES.values()]
     for folder in named:
         if not folder.is_dir():
             raise BadInput(f"{OUTSIDE}: there is no folder {folder}")
-    leaf = package.rpartition(".")[2]
-    return [str(folder / leaf) for folder in (*named, *_installed()) if (folder / leaf).is_dir()]
+        if not any((folder / leaf).is_dir() for leaf in leaves):
+            raise BadInput(f"{OUTSIDE}: {folder} has none of the folders {', '.join(leaves)}")
+    return list(dict.fromkeys([*named, *_installed()[0]]))
 
 
 def use(folders: Sequence[str]) -> None:
-    """Take the plug-ins in further folders, here and in the processes that this one starts."""
+    """Take the plug-ins in further folders, here and in the processes that this one starts.
+
+    Raises:
+        BadInput: as :func:`roots`.
+    """
     given = filter(None, os.environ.get(OUTSIDE, "").split(os.pathsep))
-    os.environ[OUTSIDE] = os.pathsep.join(dict.fromkeys([*given, *folders]))
+    # Absolute, since cells run in folders of their own.
+    if named := list(dict.fromkeys(map(os.path.abspath, [*given, *folders]))):
+        os.environ[OUTSIDE] = os.pathsep.join(named)
     for package in PACKAGES.values():
         if package in sys.modules:
             _extend(package)
 
 
 def _extend(package: str) -> None:
-    path = sys.modules[package].__path__
-    path.extend(folder for folder in outside(package) if folder not in path)
+    """Let a package find plug-ins outside of it, after its own."""
+    module = sys.modules[package]
+    assert module.__file__ is not None
+    module.__path__[:] = [str(Path(module.__file__).parent), *outside(package)]
 
 
 @functools.cache
-def _installed() -> tuple[Path, ...]:
-    """Folders of the packages that installed distributions name as plug-ins; none of them is imported."""
-    specs = (importlib.util.find_spec(point.value) for point in importlib.metadata.entry_points(group=GROUP))
-    return tuple(Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ())
+def _installed() -> tuple[list[Path], list[Broken]]:
+    """Folders of the packages that installed distributions name as plug-ins, and what cannot be used of these names.
+
+    None of the packages is imported.
+    """
+    found, broken = [], []
+    for point in importlib.metadata.entry_points(group=GROUP):
+        reason = f"the entry point's value {point.value!r} must be an installed package, without dots"
+        spec = None
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(point.value) if point.value.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            broken.append(Broken("entry point", point.name, Path(point.value), 1, reason))
+        else:
+            found += [Path(folder) for folder in spec.submodule_search_locations]
+    return found, broken
 
 
 def _state() -> tuple[Any, ...]:
@@ -239,7 +272,8 @@ def _state() -> tuple[Any, ...]:
     for package in PACKAGES.values():
         state += [package, package in sys.modules]
         for folder in _folders(package):
-            with os.scandir(folder) as entries:
+            state.append(folder)
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:  # it may have been removed
                 state += sorted((e.path, *_stamp(e)) for e in entries if e.name != "__pycache__")
     return tuple(state)
 
@@ -364,8 +398,11 @@ class Room(Generic[T]):
     def _read(self) -> tuple[dict[str, _Entry], list[Broken]]:
         claims: dict[str, list[_Entry]] = {}
         broken = []
+        first: dict[str, Path] = {}
         for file in files(self.package):
             try:
+                if (taken := first.setdefault(file.stem, file)) != file:
+                    raise Fault(f"the file name is taken by {taken}")
                 self._check_name(file)
                 for name, line in self._find(Source.read(file)).items():
                     claims.setdefault(name, []).append(_Entry(name, file, line))
@@ -422,6 +459,14 @@ def room(kind: str) -> Room[Any]:
     return importlib.import_module(PACKAGES[kind]).ROOM
 
 
+def entry_points() -> list[Broken]:
+    """The entry points of installed packages that cannot be used."""
+    return list(_installed()[1])
+
+
 def broken() -> list[Broken]:
     """Every plug-in that does not work; imports all of them."""
-    return [one for kind in PACKAGES for one in room(kind).broken()]
+    return [*entry_points(), *(one for kind in PACKAGES for one in room(kind).broken())]
+
+
+use([])

@@ -12,9 +12,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ntkbench.errors import reason
+import numpy as np
+
+from ntkbench.errors import BadInput, reason
 from ntkbench.estimate import Estimate
-from ntkbench.units import seconds_label
+from ntkbench.units import aligned, percent_label, seconds_label
+
+PUBLISHED = ("hutchinson", "hutchpp", "sum_of_logits")
+"""Methods of the papers that are measured beside those that ``auto`` stands for."""
+PASSES = 64
+"""The budget of stochastic methods where neither passes nor a tolerance are given."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,14 @@ class Trial:
         method: its name.
         by: the method that gave the value, which differs where the name is ``auto``; empty where there is none.
         kind: ``exact``, ``approximate`` or ``stochastic``.
-        value, low, high: the first estimate, and its interval; equal where the value is exact, ``None`` where the
-            method does not say how far off it is, or gives no value.
-        passes: that an estimate takes; ``None`` where its cost is not a number of passes.
-        first_seconds: of the first call, in which the network is traced and certified.
-        seconds, seconds_q25, seconds_q75: of later calls, the median and the quartiles.
-        calls: later calls, each with a seed of its own.
-        error: root mean square of the relative errors of all calls; ``None`` if no exact method is measured.
+        value: the first estimate; ``None`` where there is none.
+        low, high: its 95 % interval, for an exact value as wide as rounding; ``None`` where the method is biased by an
+            unknown amount, or gives no value.
+        passes: that the first estimate took; ``None`` where its cost is not a number of passes.
+        seconds, seconds_q25, seconds_q75: of calls once the method is prepared, the median and the quartiles.
+        calls: that are timed, each with a seed of its own.
+        error: root mean square over all calls of the errors relative to the value of the first exact method that was
+            measured, in the same precision; ``None`` without one.
         reason: why there is no value; empty where there is one.
     """
 
@@ -42,7 +50,6 @@ class Trial:
     low: float | None = None
     high: float | None = None
     passes: float | None = None
-    first_seconds: float | None = None
     seconds: float | None = None
     seconds_q25: float | None = None
     seconds_q75: float | None = None
@@ -51,10 +58,7 @@ class Trial:
     reason: str = ""
 
 
-PUBLISHED = ("hutchinson", "hutchpp", "sum_of_logits")
-"""Methods of the papers that are measured beside those that ``auto`` stands for."""
-
-HEADER = ("method", "value", "95 % in", "passes", "first call", "later calls", "error", "")
+HEADER = ("method", "value", "95 % interval", "passes", "seconds", "error", "")
 
 
 class Trials(list[Trial]):
@@ -78,55 +82,84 @@ class Trials(list[Trial]):
         return text.getvalue()
 
     def __repr__(self) -> str:
-        rows = [HEADER, *map(_cells, self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return aligned([HEADER, *map(_cells, self)])
 
 
 def _cells(one: Trial) -> tuple[str, ...]:
     name = one.method if one.by in ("", one.method) else f"{one.method} ({one.by})"
     if one.value is None:
-        return name, "", "", "", "", "", "", one.reason
-    interval = "" if one.low is None else "exact" if one.kind == "exact" else f"[{one.low:.4g}, {one.high:.4g}]"
+        return name, "", "", "", "", "", one.reason
+    interval = "unknown" if one.low is None else "exact" if one.kind == "exact" else f"[{one.low:.4g}, {one.high:.4g}]"
     return (
         name,
         f"{one.value:.6g}",
         interval,
         "" if one.passes is None else f"{one.passes:g}",
-        seconds_label(one.first_seconds or 0.0),
-        seconds_label(one.seconds or 0.0),
-        "" if one.error is None else f"{100 * one.error:.2g} %",
+        "" if one.seconds is None else seconds_label(one.seconds),
+        "" if one.error is None else percent_label(one.error),
         "",
     )
 
 
-def run(ways: dict[str, tuple[str, Callable[[int], Estimate]]], metric: str, calls: int) -> Trials:
-    """Measure methods: a first call of each, then later calls in turn, so that a slow machine slows all of them.
+Way = tuple[str, Callable[[int], Estimate]]
+"""The kind of a method, empty for ``auto``, and a function from a seed to its estimate."""
+
+
+def way(use: Callable[..., Estimate], name: str, *, passes: int | None, rtol: float | None) -> Way:
+    """How a method is asked: it is given what it takes of the options, and :data:`PASSES` without any.
+
+    Raises:
+        BadInput: there is no such method.
+    """
+    from ntkbench import methods
+
+    given = {"passes": PASSES if passes is None and rtol is None else passes, "rtol": rtol}
+    if name == "auto":
+        return "", lambda seed: use(method=name, seed=seed, **given)
+    method = methods.get(name)
+    if not method.takes_passes:
+        given = {}
+    return method.kind, lambda seed: use(method=name, seed=seed, **given)
+
+
+def chosen(names: Iterable[str]) -> list[str]:
+    """Names of methods, each once.
+
+    Raises:
+        BadInput: there are none, or they are one string.
+    """
+    found = [] if isinstance(names, str) else list(dict.fromkeys(names))
+    if not found:
+        raise BadInput(f"methods must be a list of names, such as ['auto', 'hutchpp']; got {names!r}")
+    return found
+
+
+def run(ways: dict[str, Way], metric: str, calls: int) -> Trials:
+    """Measure methods, call by call in turn, so that what slows the machine for a while slows all of them.
 
     Args:
-        ways: by name, a kind (empty for ``auto``) and a function from a seed to an estimate.
+        ways: by the names of methods.
         metric: what they estimate.
-        calls: later calls of each, with seeds 1, 2, ...
+        calls: timed ones of each, with seeds 1, 2, ...; a first one, with seed 0, prepares the method.
     """
-    found: dict[str, list[Estimate]] = {}
-    times: dict[str, list[float]] = {}
+    found: dict[str, list[Estimate]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     refused: dict[str, Trial] = {}
     for seed, (name, (kind, ask)) in itertools.product(range(calls + 1), ways.items()):
         if name in refused:
             continue
         start = time.perf_counter()
         try:
-            made = ask(seed)
+            found[name].append(ask(seed))
         except Exception as error:  # whatever a method does to a network, the others are measured
-            found.pop(name, None)
             refused[name] = Trial(name, kind=kind, reason=reason(error))
             continue
-        times.setdefault(name, []).append(time.perf_counter() - start)
-        found.setdefault(name, []).append(made)
-    kinds = {name: ways[name][0] or _kind(made[0]) for name, made in found.items()}
-    exact = next((made[0].value for name, made in found.items() if kinds[name] == "exact"), None)
-    measured = (_trial(name, kinds[name], made, times[name], exact) for name, made in found.items())
-    return Trials([*measured, *refused.values()], metric)
+        times[name].append(time.perf_counter() - start)
+    measured = [name for name in ways if name not in refused]
+    kinds = {name: ways[name][0] or _kind(found[name][0]) for name in measured}
+    exact = next((found[name][0].value for name in measured if kinds[name] == "exact"), None)
+    trials = (_trial(name, kinds[name], found[name], times[name][1:], exact) for name in measured)
+    return Trials([*trials, *refused.values()], metric)
 
 
 def _kind(estimate: Estimate) -> str:
@@ -136,43 +169,8 @@ def _kind(estimate: Estimate) -> str:
 
 
 def _trial(name: str, kind: str, made: list[Estimate], times: list[float], exact: float | None) -> Trial:
-    first, later = made[0], times[1:]
+    first = made[0]
     low, high = first.interval() if kind != "approximate" else (None, None)
-    quartiles = statistics.quantiles(later, n=4, method="inclusive") if len(later) > 1 else 3 * later
-    errors = [] if not exact else [each.value / exact - 1 for each in made]
-    return Trial(
-        name,
-        first.method,
-        kind,
-        first.value,
-        low,
-        high,
-        first.passes,
-        times[0],
-        quartiles[1],
-        quartiles[0],
-        quartiles[2],
-        len(later),
-        math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
-    )
-
-
-def way(
-    use: Callable[..., Estimate], name: str, *, passes: int | None, rtol: float | None
-) -> tuple[str, Callable[[int], Estimate]]:
-    """The kind of a method, and a function from a seed to its estimate; it is given what it takes of the options.
-
-    Raises:
-        BadInput: there is no such method.
-    """
-    from ntkbench import methods
-    from ntkbench.methods.base import Incremental
-
-    if name == "auto":
-        kind, given = "", {"passes": passes, "rtol": rtol}
-    else:
-        method = methods.get(name)
-        kind, given = method.kind, {"passes": passes} if method.takes_passes else {}
-        if isinstance(method, Incremental):
-            given["rtol"] = rtol
-    return kind, lambda seed: use(method=name, seed=seed, **given)
+    error = math.sqrt(statistics.fmean((each.value / exact - 1) ** 2 for each in made)) if exact else None
+    q25, q50, q75 = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+    return Trial(name, first.method, kind, first.value, low, high, first.passes, q50, q25, q75, len(times), error)

@@ -1,4 +1,4 @@
-"""Seconds and bytes as one reads them."""
+"""Numbers and tables as one reads them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ def seconds_label(seconds: float) -> str:
 def bytes_label(count: float) -> str:
     """Bytes with two digits, in a unit that is easy to read."""
     return _label(count, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")))
+
+
+def percent_label(share: float) -> str:
+    """A share with two digits, in per cent."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text, with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(map(str.rstrip, lines))
 
 
 def _label(value: float, units: Sequence[tuple[float, str]]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ntkbench.units import bytes_label, seconds_label
+from ntkbench.units import aligned, bytes_label, percent_label, seconds_label
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,7 @@ class Costs(list[Cost]):
         return f"ntkbench.{self.metric}({', '.join((networks, *given, *more))})"
 
     def __repr__(self) -> str:
-        rows = [HEADER, *map(self._cells, self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([aligned([HEADER, *map(self._cells, self)]), *self.notes])
 
     def _order(self, cost: Cost) -> tuple[bool, bool, float, str]:
         seconds = math.inf if cost.seconds is None else cost.seconds
@@ -97,7 +94,7 @@ class Costs(list[Cost]):
             return cost.method, cost.kind, "", "", "", "", cost.reason
         error = "exact" if cost.kind == "exact" else "unknown"
         if error == "unknown" and cost.error is not None:
-            error = f"{float(f'{100 * cost.error:.2g}'):g} %"
+            error = percent_label(cost.error)
         return (
             cost.method,
             cost.kind,

@@ -7,6 +7,7 @@ peak. Asked case by case, a cell is finished before the next one begins, and wha
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import asv.runner
 import asv.util
 import psutil
 
-from ntkbench import paths
+from ntkbench import paths, registry
 from ntkbench.data import files
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import outcomes, plan, watchdog
@@ -155,6 +156,8 @@ class _Environment:
         }
         if data := files.folder():  # cases run in folders of their own
             self.env_vars[files.VARIABLE] = str(data)
+        if outside := os.environ.get(registry.OUTSIDE):
+            self.env_vars[registry.OUTSIDE] = outside
 
     def run(self, arguments: Sequence[str], **options: Any) -> Any:
         return asv.util.check_output([sys.executable, *arguments], **options)

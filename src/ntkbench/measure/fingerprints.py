@@ -149,7 +149,8 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
         if DECLARES_RECURRENCE in reached:
             roots += (f"{RECURRENT}.{backend}",)
         reached = _reached(roots)
-    return set(reached.values())
+    files = set(reached.values())
+    return files | _outside_with(files)
 
 
 def _data_of_problem(label: str) -> set[Path]:
@@ -217,6 +218,12 @@ def _file(module: str) -> Path | None:
             if (file := Path(folder) / f"{name}.py").is_file():
                 return file
     return None
+
+
+def _outside_with(files: Iterable[Path]) -> set[Path]:
+    """All Python files of the folders that some plug-ins outside of the package come from: they may import any."""
+    folders = {root for file in files for root in registry.roots() if file.is_relative_to(root)}
+    return {file for folder in folders for file in folder.rglob("*.py")}
 
 
 def imports(module: str, file: Path) -> frozenset[str]:

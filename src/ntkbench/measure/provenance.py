@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ntkbench import paths
+from ntkbench import paths, registry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,8 @@ class Provenance:
         git_sha: commit of the checkout, ``"unknown"`` without git.
         git_dirty: whether tracked files differ from the commit, ``None`` without git.
         machine: processor model.
-        versions: the packages that compute, ``"torch 2.13.0, jax 0.10.2, ..."``.
+        versions: the packages that compute, ``"torch 2.13.0, jax 0.10.2, ..."``, and a hash of the plug-ins that do not
+            come with ntkbench, where there are any.
         python: version of the interpreter.
     """
 
@@ -49,7 +51,7 @@ def provenance() -> Provenance:
         git_sha=sha or "unknown",
         git_dirty=None if changes is None else bool(changes),
         machine=f"{_processor()} ({os.cpu_count()} cores)",
-        versions=", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
+        versions=", ".join([*(f"{name} {found}" for name in PACKAGES if (found := _version(name))), *_outside()]),
         python=platform.python_version(),
     )
 
@@ -69,6 +71,15 @@ def several_machines(table: pd.DataFrame) -> str:
         return ""
     rows = "; ".join(f"{place}: {count}" for place, count in places.items())
     return f"Rows come from several kinds of machines, whose seconds are not to be compared (rows of each: {rows})."
+
+
+def _outside() -> list[str]:
+    """The plug-ins outside of ntkbench, as one hash."""
+    files = sorted(file for root in registry.roots() for file in root.rglob("*.py"))
+    if not files:
+        return []
+    digest = hashlib.sha256(b" ".join(file.read_bytes() for file in files))
+    return [f"plug-ins {digest.hexdigest()[:12]}"]
 
 
 def _version(package: str) -> str | None:

@@ -36,7 +36,7 @@ def rows_of(
 
     Args:
         file: CSV.
-        where: an expression as :meth:`pandas.DataFrame.query` takes it; all rows if not given.
+        where: a condition as :meth:`pandas.DataFrame.eval` takes it; all rows if not given.
         columns: to show, :data:`FIRST` if not given.
         sort: the column to sort by.
         most: rows to show.
@@ -54,11 +54,12 @@ def rows_of(
     total = len(table)
     if where is not None:
         try:
-            table = table.query(where, engine="python")
+            mask = table.eval(where, engine="python")
         except Exception as error:  # whatever pandas makes of what was typed
             raise BadInput(f"--where {where!r} cannot be used: {summary(error)}") from None
-        if not isinstance(table, pd.DataFrame):
+        if not isinstance(mask, pd.Series) or mask.dtype != bool or not mask.index.equals(table.index):
             raise BadInput(f"--where {where!r} must be true or false for each row")
+        table = table[mask]
     if sort is not None:
         table = table.sort_values(sort, kind="stable")
     shown = list(columns) if columns else [name for name in FIRST if name in table and table[name].notna().any()]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.methods.base import Ledger
 from ntkbench.methods.base.structured import StructuredUStatistics, widest
 from ntkbench.methods.base.wide import OfWideHead
 from ntkbench.metrics import Moments
+from ntkbench.operators import arrays
 
 if TYPE_CHECKING:
     from ntkbench.methods.base.head import HeadedProblem
@@ -37,6 +40,18 @@ class WideHeadUStatistics(OfWideHead, StructuredUStatistics):
 
     def networks(self, prepared: HeadedProblem | TiedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
         return prepared.short.networks(metric), prepared.short.known(metric)
+
+    def estimates(self, prepared: HeadedProblem | TiedProblem, *given: Any, **more: Any) -> dict[str, Estimate]:
+        """As for other methods, with a bound on rounding: where the head has most of Theta, errors may be as small."""
+        found = super().estimates(prepared, *given, **more)
+        like = prepared.short.networks("trace")[0].parameters
+        terms = sum(w.numel() for w in like)
+        return {
+            name: dataclasses.replace(
+                each, rounding=rounding_bound(name, arrays.epsilon(like[0]), terms, each.certificate)
+            )
+            for name, each in found.items()
+        }
 
     def begin(
         self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], seed: int

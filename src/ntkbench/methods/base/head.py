@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,6 @@ class HeadedNetwork:
     """A network at one set of weights, taken apart in front of its wide head.
 
     Attributes:
-        inner: the network g, traced.
         T, d, V: positions of a sample, inputs of the head, and its outputs.
         W, U: the head's weight and its orthonormal factor, ``[V, d]`` in float64.
         G: see :class:`Gram`.
@@ -104,10 +104,14 @@ class HeadedNetwork:
         self.W = layer.weight.detach().double()
         self.U, R = torch.linalg.qr(self.W)
         self._g = self._with_head(R)
-        self._traced = [TracedProblem(self._g, target)]
-        (self.inner,) = self._traced[0].ends("trace")
+        self._traced: list[TracedProblem] = []
         self._hidden = self._inputs_of_head()
         self.G = self._gram()
+
+    @functools.cached_property
+    def inner(self) -> TracedNetwork:
+        """The network g, traced."""
+        return self._trace(self._g)
 
     def replaced(self, matrix: Tensor) -> TracedNetwork:
         """The network with a fixed matrix ``[d, d]`` in place of its head, traced."""
@@ -226,41 +230,56 @@ class HeadedNetwork:
 
 
 class Gram:
-    """G = H H^T, with a 1 added to each entry for a bias, of which parts are made when they are wanted.
+    """G = H H^T, with a 1 added to each entry for a bias. It is never written out.
+
+    Attributes:
+        H: ``[m, d]``, or ``[m, d + 1]`` with a column of ones for a bias; float64.
 
     Args:
-        H: ``[m, d]`` in float64.
+        hidden: ``[m, d]`` in float64.
         bias: whether the head has one that counts.
     """
 
-    def __init__(self, H: Tensor, bias: bool) -> None:
-        self._H, self._bias = H, bias
+    def __init__(self, hidden: Tensor, bias: bool) -> None:
+        import torch
 
-    def __len__(self) -> int:
-        return len(self._H)
+        self.H = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if bias else hidden
 
     def part(self, rows: Any, columns: Any) -> Tensor:
         """Some rows and columns, by slices or by numbers."""
-        return self._H[rows] @ self._H[columns].T + self._bias
+        return self.H[rows] @ self.H[columns].T
 
     def trace(self) -> float:
         """tr G."""
-        return float((self._H**2).sum()) + len(self) * self._bias
+        return float((self.H**2).sum())
 
 
-def of_grams(grams: Sequence[Gram], memory: int) -> Moments:
-    """Moments of G, or of G and G_f, of which some rows are in memory at a time."""
-    m = len(grams[0])
-    size = max(1, min(m, memory // (8 * ROWS_HELD * len(grams) * m)))
-    parts = (slice(start, min(start + size, m)) for start in range(0, m, size))
-    every = slice(None)
-    return metrics.from_rows_of_theta(
-        (range(rows.start, rows.stop), [gram.part(rows, every) for gram in grams]) for rows in parts
-    )
+def of_grams(first: Gram, second: Gram | None = None) -> Moments:
+    """Moments of G, or of G and G_f, by products of d x d matrices.
+
+    With E = H_f - H the difference G_f - G is E H_f^T + H E^T, which keeps the digits of a small E.
+
+    Cost: m d^2 multiplications for each of up to four products.
+    """
+    H = first.H
+    S = H.T @ H
+    trace, square = first.trace(), _inner(S, S)
+    if second is None:
+        return Moments(trace, square)
+    H_f = second.H
+    between = H.T @ H_f
+    S_f = H_f.T @ H_f
+    square_f, cross = _inner(S_f, S_f), _inner(between, between)
+    if H.shape != H_f.shape:  # hidden vectors of other networks, of which none are close
+        return Moments(trace, square, square_f, cross, square + square_f - 2 * cross, cross - square)
+    E = H_f - H
+    across, change = H.T @ E, E.T @ E
+    difference = _inner(change, S_f) + _inner(S, change) + 2 * _inner(across.T, H_f.T @ E)
+    return Moments(trace, square, square_f, cross, difference, _inner(across, between) + _inner(S, across))
 
 
-ROWS_HELD = 3
-"""Arrays of the size of some rows of G that are in memory with them, for a G and for a difference."""
+def _inner(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum())
 
 
 def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
@@ -332,7 +351,7 @@ class HeadedProblem:
         self._ends: dict[str, HeadedNetwork] = {"theta_0": HeadedNetwork(problem, "theta_0", target)}
         self._between: TracedNetwork | None = None
         self._certified: dict[str, float] = {}
-        self.short = ShortHeads(self, target.memory)
+        self.short = ShortHeads(self)
 
     def ends(self, metric: str) -> list[HeadedNetwork]:
         """The networks of a metric.
@@ -384,7 +403,7 @@ class HeadedProblem:
             own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
             return Moments(trace=float(own) + end.V * end.G.trace())
         grams = [end.G for end in ends]
-        of_head = of_grams(grams, self._target.memory).times(ends[0].V)
+        of_head = of_grams(*grams).times(ends[0].V)
         sums = _Sums(grams, ends[0].T, ends[0].d)
         for left, right, parts in blocks_of(self.networks(metric)):
             if left == right:
@@ -405,11 +424,10 @@ class ShortHeads:
 
     Args:
         headed: the problem.
-        memory: bytes that parts of G may fill.
     """
 
-    def __init__(self, headed: HeadedProblem, memory: int) -> None:
-        self._headed, self._memory = headed, memory
+    def __init__(self, headed: HeadedProblem) -> None:
+        self._headed = headed
         self._made: dict[tuple[str, ...], tuple[Tensor, list[tuple[Problem, TracedNetwork]]]] = {}
         self._certified: dict[tuple[str, ...], float] = {}
 
@@ -425,9 +443,7 @@ class ShortHeads:
         """The moments of G (x) (I_V - Q Q^T)."""
         V, r = self._of(metric)[0].shape
         ends = self._headed.ends(metric)
-        if metric == "trace":
-            return Moments(trace=(V - r) * ends[0].G.trace())
-        return of_grams([end.G for end in ends], self._memory).times(V - r)
+        return of_grams(*(end.G for end in ends)).times(V - r)
 
     def certificate(self, metric: str) -> float:
         """The largest relative difference from plain autograd; see :meth:`HeadedNetwork.compare`."""
@@ -451,7 +467,7 @@ class ShortHeads:
             V, r = ends[0].V, sum(end.d for end in ends)
             if r >= V:
                 raise BadInput(f"its {V} outputs are no more than the {r} dimensions that its heads' weights span")
-            Q, _ = torch.linalg.qr(torch.cat([end.W for end in ends], 1))
+            Q = ends[0].U if len(ends) == 1 else torch.linalg.qr(torch.cat([end.W for end in ends], 1))[0]
             self._made[names] = Q, [end.shortened(Q) for end in ends]
         return self._made[names]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -58,10 +59,7 @@ class StructuredUStatistics(Incremental):
 
     @abstractmethod
     def networks(self, prepared: Any, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
-        """The traced networks of a metric, and the moments that are known exactly and add to those of their kernels.
-
-        For the trace these are the trace alone.
-        """
+        """The traced networks of a metric, and the moments that are known exactly and add to those of their kernels."""
 
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         from ntkbench.methods.base.layerwise import ledger_of
@@ -104,6 +102,7 @@ class GroupedUStatistics(Accumulator):
         self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
         self._names = required_moments(names)
         self._known = [getattr(known, name) for name in self._names]
+        self._of = "the estimated part of ||Theta||^2" if any(self._known) else "||Theta||^2"
         self._max_gradients, self._least_with_pilot = max_gradients, least_with_pilot
         self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
         self._traces: list[np.ndarray] = []
@@ -114,7 +113,7 @@ class GroupedUStatistics(Accumulator):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self._choice.notes("sample")
+        return replace(self._choice, of=self._of).notes("sample")
 
     def extend(self, probes: int) -> None:
         if self._names == ("trace",):

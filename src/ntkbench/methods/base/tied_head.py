@@ -405,9 +405,7 @@ class TiedProblem:
         """The moments of G (x) (I_V - Q Q^T)."""
         ends = self.ends(metric)
         V, r = ends[0]._basis.shape
-        if metric == "trace":
-            return Moments(trace=(V - r) * ends[0].G.trace())
-        return of_grams([end.G for end in ends], self._target.memory).times(V - r)
+        return of_grams(*(end.G for end in ends)).times(V - r)
 
     def moments(self, metric: str) -> Moments:
         """The moments that a metric is a function of."""

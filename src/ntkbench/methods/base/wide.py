@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ntkbench.errors import BadInput
@@ -56,3 +57,17 @@ class OfWideHead(Method):
             except BadInput as error:
                 reasons.append(str(error))
         raise BadInput("; ".join(reasons) or NO_HEAD)
+
+
+def share(problem: Problem, metric: str) -> float:
+    """The outputs of a shorter head over those of the head that it stands for; 1 where there is no such head."""
+    from ntkbench import metrics
+    from ntkbench.methods.base import head, tied_head
+
+    ends = len(metrics.parameter_sets(metric))
+    found: dict[int, float] = {layer.out_features: ends * layer.in_features for layer in head.candidates(problem)}
+    for V, passes in tied_head.passes(problem, metric).items() if tied_head.tables(problem) else ():
+        found[V] = min(found.get(V, math.inf), passes * V / (ends * problem.O))
+    shares = {V: r / V for V, r in found.items()}
+    # Other layers may divide the outputs by chance.
+    return min(1.0, shares.get(problem.output_shape[-1], min(shares.values(), default=1.0)))
