@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
+from ntkbench import figures
+from ntkbench.figures.plotting import files
 from ntkbench.measure.timings import COMMITTED
 from ntkbench.paths import PUBLISHED, REFERENCE
 
@@ -32,6 +36,20 @@ def test_there_are_committed_tables():
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_of_one_clean_commit(name):
     assert violations(pd.read_csv(TABLES[name], low_memory=False)) == set()
+
+
+PICTURES = [path for path in sorted(REFERENCE.glob("*/*.png")) if path.stem in figures.names()]
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_committed_picture_is_that_of_the_committed_table(picture, tmp_path):
+    table = files.read(figures.table_of(picture.stem, picture.parent))
+    figures.draw(picture.stem, table, tmp_path)
+    made, committed = (
+        np.asarray(Image.open(folder / picture.name).convert("L"), float) for folder in (tmp_path, picture.parent)
+    )
+    same = made.shape == committed.shape and np.abs(made - committed).mean() < 1
+    assert same, f"`ntkbench draw {picture.stem} --tables {picture.parent}` draws it anew"
 
 
 def test_rows_of_two_commits_or_of_none_are_noticed():
