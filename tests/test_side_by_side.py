@@ -67,7 +67,7 @@ def test_a_rival_that_cannot_run_says_why(table):
 def test_a_subject_that_cannot_run_is_a_reason_for_each_rival_and_is_tried_once(monkeypatch):
     tried = []
 
-    def call(settings, name, label):
+    def call(settings, name, label, metric):
         tried.append(name)
         raise RuntimeError("no such device")
 

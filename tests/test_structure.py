@@ -22,7 +22,7 @@ FLOORS = (
     ("networks", "data"),
     ("problems",),
     ("methods",),
-    ("ladder", "cost", "kernel", "kernel_file", "testing", "doctor"),
+    ("ladder", "cost", "trials", "kernel", "kernel_file", "testing", "doctor"),
     ("stream",),
     ("api", "tracking"),
     ("measure",),

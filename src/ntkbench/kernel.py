@@ -238,7 +238,7 @@ class Kernel:
             said = "is with another network: give other" if other is None else "is of one network: leave other out"
             raise BadInput(f"the {metric} {said}")
         if _is_array(other):
-            raise BadInput("other must be a network or weights here, got a target array")
+            raise BadInput("this alignment is of two networks, got a target array")
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.
