@@ -19,20 +19,20 @@ from ntkbench.units import seconds_label
 
 @dataclass(frozen=True)
 class Trial:
-    """What one method was measured to give and to take.
+    """Measured result and cost of one method.
 
     Attributes:
         method: its name.
-        by: the method that gave the value, which differs where the name is ``auto``; empty where there is none.
+        by: the method that gave the value, which differs if the name is ``auto``; empty if there is no value.
         kind: ``exact``, ``approximate`` or ``stochastic``.
-        value, low, high: the first estimate, and its interval; equal where the value is exact, ``None`` where the
-            method does not say how far off it is, or gives no value.
-        passes: that an estimate takes; ``None`` where its cost is not a number of passes.
-        first_seconds: of the first call, in which the network is traced and certified.
-        seconds, seconds_q25, seconds_q75: of later calls, the median and the quartiles.
-        calls: later calls, each with a seed of its own.
+        value, low, high: the first estimate, and its interval; equal if the value is exact, ``None`` if the method has
+            no error estimate, or gives no value.
+        passes: passes of an estimate; ``None`` if its cost is not a number of passes.
+        first_seconds: seconds of the first call, in which the network is traced and certified.
+        seconds, seconds_q25, seconds_q75: median and quartiles of the seconds of later calls.
+        calls: number of later calls, each with its own seed.
         error: root mean square of the relative errors of all calls; ``None`` if no exact method is measured.
-        reason: why there is no value; empty where there is one.
+        reason: why there is no value; empty if there is one.
     """
 
     method: str
@@ -58,7 +58,7 @@ HEADER = ("method", "value", "95 % in", "passes", "first call", "later calls", "
 
 
 class Trials(list[Trial]):
-    """What methods were measured to give and to take, the fastest first, and those without a value last.
+    """Measured results and costs of methods, the fastest first, and those without a value last.
 
     Attributes:
         metric: what is measured.
@@ -160,7 +160,7 @@ def _trial(name: str, kind: str, made: list[Estimate], times: list[float], exact
 def way(
     use: Callable[..., Estimate], name: str, *, passes: int | None, rtol: float | None
 ) -> tuple[str, Callable[[int], Estimate]]:
-    """The kind of a method, and a function from a seed to its estimate; it is given what it takes of the options.
+    """The kind of a method, and a function from a seed to its estimate, which gets the options that the method takes.
 
     Raises:
         BadInput: there is no such method.
