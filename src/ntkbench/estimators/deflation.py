@@ -34,8 +34,8 @@ def random_orthonormal(rng: Rng, k: int, n: int, *, max_share: float = 1 / 16) -
     """min(k, n) random orthonormal rows of length n, from the uniform (Haar) distribution.
 
     Args:
-        rng: of the Gaussian block that is made orthonormal.
-        k: rows.
+        rng: generator of the Gaussian block that is made orthonormal.
+        k: number of rows.
         n: dimension.
         max_share: largest k / n at which the block is multiplied by the inverse of the Cholesky factor of its Gram
             matrix, which is faster than QR. Its condition number is about (1 + sqrt(k / n)) / (1 - sqrt(k / n)).
@@ -71,7 +71,7 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
     Args:
         rows: ``[k, n]``.
         others: ``[r, n]``.
-        entries: of each that are copied at a time; a column of them at least.
+        entries: entries of each that are copied at a time; at least one column.
     """
     found = np.zeros((len(rows), len(others)))
     columns = max(1, entries // max(len(rows), len(others), 1))
@@ -85,7 +85,7 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
 
 
 def add(known: float, residual: PointEstimate) -> PointEstimate:
-    """The sum of a number that is known and an estimate."""
+    """The sum of a known number and an estimate."""
     return residual._replace(value=known + residual.value)
 
 
@@ -95,11 +95,11 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
     The standard error is that of the residual's mean: given the sketch, the estimate is unbiased.
 
     Args:
-        product: with the matrix.
-        columns: of the sketch.
-        residual: probes for the complement of the sketch.
+        product: product with the matrix.
+        columns: number of columns of the sketch.
+        residual: number of probes for the complement of the sketch.
         n: size of the matrix.
-        rng: of both.
+        rng: generator of both.
     """
     q = orthonormal(product(rng.sign(columns, n)))
     inside = float((q * product(q)).sum())
@@ -356,13 +356,12 @@ def leave_one_out(
     jackknife over probes is too large: 3 times the variance typically, 20 to 60 times for steep spectra.) Let
     d_ij = table[i, i] - table[i, j]. Each estimate is unbiased whatever the other probes are, and table[i, j] and
     table[j, i] are independent given the others. So the covariance is E d_ij d_ji, and s^2 / k + mean d_ij d_ji is an
-    unbiased estimate of the variance. Where the spectrum has a cliff just below k, a sketch of one probe fewer is much
+    unbiased estimate of the variance. If the spectrum has a cliff just below k, a sketch with one probe less is much
     worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
-    squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger where the estimates are
-    almost the same: where few dimensions are left outside of the sketch it grows with n / (n - k + 1), and where all
-    sketches lose almost the same direction, as with a rank of k, with the covariance of estimates of that correlation.
-    The second term varies as much as a mean of few squares, and counts with :data:`COVARIANCE_DEGREES` degrees of
-    freedom.
+    squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger if the estimates are
+    almost the same: if few dimensions are left outside of the sketch it grows with n / (n - k + 1), and if all sketches
+    lose almost the same direction, as with a rank of k, with the covariance of estimates of that correlation. The
+    second term varies as much as a mean of few squares, and counts with :data:`COVARIANCE_DEGREES` degrees of freedom.
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
