@@ -112,10 +112,10 @@ def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: i
 
     Args:
         j: the operator that ``product`` belongs to, for the sizes of blocks.
-        product: with A.
-        probes: products.
-        dim: columns of A.
-        rng: of the subspace, and of the probes for its complement.
+        product: product with A.
+        probes: number of products.
+        dim: number of columns of A.
+        rng: generator of the subspace, and of the probes for its complement.
     """
     columns = min(probes // 6, dim)
     q = orthonormal(rng.sign(columns, dim))
@@ -161,7 +161,7 @@ COVARIANCE_DEGREES = 3
 """Degrees of freedom of the covariance of leave-one-out estimates.
 
 With 3, the 95 % intervals of XNysTrace with 4 to 32 probes have a coverage of at least 91 % on smooth and steep spectra
-and around cliffs, and of 83 to 90 % where the rank equals the number of probes (250 runs each, 200 eigenvalues).
+and around cliffs, and of 83 to 90 % if the rank equals the number of probes (250 runs each, 200 eigenvalues).
 """
 
 
@@ -170,10 +170,10 @@ class Sketch:
 
     With F = Q R, the span of F without column i is that of Q without the direction s_i = R^{-T} e_i / |R^{-T} e_i|.
     Without columns i and j it lacks the span of s_i and s_j (Epperly, Tropp, Webber 2024, section 2). Directions of Q
-    that are rounding, because F is of lower rank or its spectrum decays fast, are kept: Q is orthonormal all the same,
-    and the estimates are those for the matrix that gives F as it was rounded. Singular values of R that vanish are
-    replaced by a tiny one, so that s_i is in their space. Where F has more columns than rows, leaving one out loses
-    nothing, and s_i = 0.
+    that consist of rounding, because F has a lower rank or its spectrum decays fast, are kept: Q is still orthonormal,
+    and the estimates are those for the matrix that gives the rounded F. Vanishing singular values of R are replaced by
+    a tiny one, so that s_i is in their space. If F has more columns than rows, leaving one out loses nothing, and s_i =
+    0.
 
     Attributes:
         q: the basis as orthonormal rows, ``[r, dim]``, on the device.
@@ -244,8 +244,8 @@ def nystrom_trace(sketch: Sketch, normalisation: Normalisation, h: np.ndarray) -
     Without the probes whose directions are V it has tr h - tr V^T h V, and the residual of probe i is |V^T R e_i|^2.
 
     Args:
-        sketch: of F.
-        normalisation: of the probes.
+        sketch: sketch of F.
+        normalisation: normalisation of the probes.
         h: ``[r, r]``.
     """
     s, r = sketch.s, sketch.r
@@ -263,8 +263,8 @@ def xnystrace(product: LinearMap, adjoint: LinearMap, probes: Array) -> PointEst
     """||B||_F^2 by leave-one-out Nystrom approximations of B^T B, from k products with B and k with B^T.
 
     Args:
-        product: with B.
-        adjoint: with B^T.
+        product: product with B.
+        adjoint: product with B^T.
         probes: Gaussian, ``[k, columns of B]``.
     """
     sketch = Sketch(product(probes))
@@ -286,7 +286,7 @@ def nystrom_inner_product(
     Args:
         one: sketch of J^T.
         other: sketch of J_f^T.
-        normalisation: of the probes.
+        normalisation: normalisation of the probes.
         z: B_f^T B.
         x: (J_f^T B)^T (J_f^T B).
         y: (J^T B_f)^T (J^T B_f).
@@ -315,7 +315,7 @@ def xtrace_table(
     """Estimates of XTrace for Theta = J J^T with probes U, as :func:`leave_one_out` takes them, ``[k, k]``.
 
     Args:
-        sketch: of Theta U, with the basis Q.
+        sketch: sketch of Theta U, with the basis Q.
         n: dimension of the probes.
         h: F^T F for F = J^T Q.
         fb: F^T B for B = J^T U.

@@ -94,10 +94,10 @@ class Density:
         """The share of eigenvalues in each of the bins ``edges[i] <= lambda < edges[i + 1]``, with an interval.
 
         They add up to 1 if the bins cover all eigenvalues. Use ``edges = [0, x]`` for the share of those below x. The
-        interval of a bin accounts for further steps, the choice of probes and rounding. By Chebyshev's inequalities the
-        weight of a probe below a node is correct up to the weight of that node. For k of n eigenvalues the share of a random vector in
-        their eigenspace is distributed as Beta(k / 2, (n - k) / 2), so that Wilson's interval for a binomial share in
-        probes * (n + 2) / 2 trials has its variance.
+        interval of a bin accounts for further steps, for the choice of probes and for rounding. By Chebyshev's
+        inequalities the weight of a probe below a node is correct up to the weight of that node. For k of n eigenvalues
+        the share of a random vector in their eigenspace is distributed as Beta(k / 2, (n - k) / 2), so that Wilson's
+        interval for a binomial share in probes * (n + 2) / 2 trials has its variance.
 
         Source: Szego 1939, section 3.41; Wilson 1927.
 
@@ -393,7 +393,7 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
     noise = size * epsilon(u) * np.linalg.eigvalsh(matrices)[:, -1:]
     nodes, weights = _quadrature(matrices, noise)
     radau = np.array([m if done else _singular(m) for m, done in zip(matrices, exhausted, strict=True)])
-    # Zero vectors that stand for what is exhausted have no part in a probe's Krylov space.
+    # Zero vectors of exhausted probes have no part in a Krylov space.
     own = [1 + int(np.argmin([*column, 0.0])) for column in np.array(off_diagonal[: size - 1]).reshape(-1, probes).T]
     smallest = min(float(np.linalg.eigvalsh(m[:k, :k])[0]) for m, k in zip(matrices, own, strict=True))
     return Density(
