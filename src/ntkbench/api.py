@@ -44,7 +44,7 @@ __all__ = [
 
 
 class Keywords(Setup, Wishes, total=False):
-    """What the functions of this module take as keywords: how a kernel is set up, and what is asked of an estimate."""
+    """Keywords of the functions of this module: the set-up of a kernel, and the options of an estimate."""
 
 
 @overload
@@ -65,30 +65,30 @@ def ntk(
     file: File | None = None,
     **setup: Unpack[Setup],
 ) -> torch.Tensor | np.memmap[Any, Any]:
-    """The NTK between two sets of inputs, exact and without a Jacobian, or a kernel between samples that stands for it.
+    """The NTK between two sets of inputs, exact and without a Jacobian, or a kernel between samples in its place.
 
     ``kernel="full"`` is Theta itself, ``[N1 * O, N2 * O]`` with rows sample-major. The others are ``[N1, N2]`` matrices
-    A, standing for Theta as A (x) I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
-    first output), ``random_vector`` (one random combination of outputs, drawn from ``seed``), ``trace``
-    ((1/O) tr_O Theta, the best of them in the Frobenius norm) and ``last_layer`` (the trace kernel of the last layer's
-    parameters).
+    A, which approximate Theta as A (x) I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
+    first output), ``random_vector`` (one random combination of outputs, drawn from ``seed``), ``trace`` ((1/O) tr_O
+    Theta, the best of them in the Frobenius norm) and ``last_layer`` (the trace kernel of the last layer's parameters).
 
-    Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and for each
-    layer a contraction; without ``x2`` half of that (see :mod:`ntkbench.layerwise`). The network is traced first, which
-    takes from a tenth of a second to some seconds; a trace is kept for networks of the same structure. Where J has few
-    entries it is written out instead. Parameters without a fast rule are named on the ``ntkbench`` logger.
+    Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and one
+    contraction per layer; without ``x2`` half of that (see :mod:`ntkbench.layerwise`). The network is traced first,
+    which takes from a tenth of a second to some seconds; a trace is kept for networks of the same structure. If J has
+    few entries it is written out instead. The ``ntkbench`` logger names parameters without a fast rule.
 
-    Where the network cannot be traced, or plain autograd contradicts its trace, rows of its Jacobian are written out in
-    blocks: sample by sample, or else by products over the whole batch. Networks whose samples interact take the last
-    way, and then there is no ``x2``. A JAX function's kernel is by neural-tangents, or else by rows of its Jacobian.
+    If the network cannot be traced, or plain autograd contradicts its trace, rows of its Jacobian are written out in
+    blocks: sample by sample, or else by products over the whole batch. Networks with interacting samples use products
+    over the whole batch, and allow no ``x2``. The kernel of a JAX function is computed by neural-tangents, or else from
+    rows of its Jacobian.
 
-    With ``file`` a kernel may be larger than memory: it is written to the disk in rectangles, which take ``memory`` at
-    most together with what they are computed from. The file has its full size from the start, so that the disk cannot
-    become full on the way. An interrupted computation, in whatever way, goes on where it was when it is called again;
-    what it is of and how far it is stands in ``<file>.progress``, which stays there. A file that is complete is opened
-    at once, and one of another kernel is refused. All rows are certified in each run before the first of its
-    rectangles, which takes O + 1 passes; every rectangle takes a run of its columns, and every row of rectangles one of
-    its rows. To compute less often, give more ``memory``.
+    With ``file`` a kernel may be larger than memory. It is written to disk in rectangles, each of which takes at most
+    ``memory``, including intermediate results. The file has its full size from the start, so that the disk cannot fill
+    up during the computation. An interrupted computation resumes when it is called again; ``<file>.progress`` records
+    the kernel and the progress, and is kept. A complete file is opened at once, and a file with another kernel is
+    refused. Each run certifies all rows before its first rectangle, which takes O + 1 passes. Each rectangle takes the
+    passes of its columns, and each row of rectangles the passes of its rows. More ``memory`` means fewer repeated
+    passes.
 
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -99,19 +99,19 @@ def ntk(
         model, x1: network and inputs of the rows; see :class:`ntkbench.Kernel`.
         x2: inputs of the columns, of the same structure; those of the rows if not given.
         kernel: one of the names above.
-        seed: of ``random_vector``.
+        seed: seed of ``random_vector``.
         file: a path, for a kernel in NumPy's npy format instead of memory.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a
             dict with a kernel for each group.
 
     Returns:
-        The kernel, on the device and in the precision that were asked for; an array of JAX for a JAX function. With
+        The kernel, on the requested device and in the requested precision; a JAX array for a JAX function. With
         ``file`` it is a read-only ``numpy.memmap`` of the file.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works, says why;
-            or the file holds something else, is damaged, cannot be written, or does not fit on the disk.
-        NtkbenchError: writing the file failed on the way.
+        BadInput: an argument cannot be used, says what is allowed; or no method can compute the kernel, says why; or
+            the file holds something else, is damaged, cannot be written, or does not fit on the disk.
+        NtkbenchError: writing the file failed.
         OverMemory: the result itself would not fit in memory.
         Unavailable: the device is not there.
     """
@@ -126,35 +126,44 @@ def ntk(
 
 
 def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
-    """tr Theta of a network at its present weights, Theta = J J^T with J the Jacobian of all outputs.
+    """tr Theta of a network at its current weights, Theta = J J^T with J the Jacobian of all outputs.
 
-    ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, in ``memory``, and
-    otherwise the estimate. The exact methods are ``recurrent_exact_trace`` where the network declares its
-    recurrence, ``wide_head`` for independent samples and a last linear layer of at least twice as many outputs as
-    inputs (and different tokens, where it is the embedding as well), ``structured_derivatives`` and
-    ``jacobian_contraction`` for independent samples, which take O passes, ``parameter_gram``, which comes first
-    where there are fewer parameters than outputs, and ``batched_jacobian`` and ``naive_jacobian`` for interacting
-    samples, which take the smaller of n and P, or n. The estimators are, where samples are independent,
-    ``wide_head_u_statistics`` for such a last layer, ``structured_block_u_statistics`` (``per_sample_trace`` where
-    the network cannot be traced) or, for the other metrics, block U-statistics (``group_u_statistics`` where the
-    network declares its recurrence, else ``structured_block_u_statistics`` where it can be traced and
-    ``block_u_statistics`` where not, if what they hold fits in ``memory``); otherwise ``hutchpp_adaptive`` or, for
-    the other metrics, ``nystrom_loo`` (``hutchinson`` with ``rtol``, and where it does not fit), and
-    ``gram_reverse``. Traces are estimated from the side of fewer dimensions, outputs or parameters. With ``rtol``
-    an exact value is taken as soon as the probes that are still needed would bring the total above its passes.
-    Methods are tried in turn: one that fails on the network for whatever reason is passed over. ``Estimate.method``
-    says which it was, ``Estimate.notes`` why not by another.
+    ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, within ``memory``, and
+    otherwise an estimator. The exact methods are
 
-    Every method is certified by plain ``backward`` of the network as it is, over the whole batch: a method whose
-    gradients differ by more than the root of the machine epsilon is passed over. ``Estimate.certificate`` is the
+    - ``recurrent_exact_trace``, if the network declares its recurrence;
+    - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs (plus
+      distinct tokens, if the layer is also the embedding);
+    - ``structured_derivatives`` and ``jacobian_contraction``, for independent samples, which take O passes;
+    - ``parameter_gram``, which comes first if there are fewer parameters than outputs;
+    - ``batched_jacobian`` and ``naive_jacobian``, for interacting samples, which take min(n, P) and n passes.
+
+    The estimators for independent samples are
+
+    - ``wide_head_u_statistics``, for such a last layer;
+    - ``structured_block_u_statistics`` for the trace (``per_sample_trace`` if the network cannot be traced);
+    - block U-statistics for the other metrics, if what they hold fits in ``memory``: ``group_u_statistics`` if the
+      network declares its recurrence, else ``structured_block_u_statistics`` if it can be traced, else
+      ``block_u_statistics``.
+
+    Otherwise the estimators are ``hutchpp_adaptive`` or, for the other metrics, ``nystrom_loo`` (``hutchinson`` with
+    ``rtol``, and where it does not fit), and ``gram_reverse``. Traces are estimated on the side with fewer dimensions:
+    outputs or parameters.
+
+    With ``rtol`` an exact method takes over as soon as the remaining probes would bring the total above its passes.
+    Methods are tried in turn, and one that fails on the network is passed over. ``Estimate.method`` names the method
+    that was used, and ``Estimate.notes`` says why others were not.
+
+    Every method is certified by plain ``backward`` of the unmodified network over the whole batch. A method whose
+    gradients differ by more than the square root of the machine epsilon is passed over. ``Estimate.certificate`` is the
     relative difference.
 
-    The batches of a ``DataLoader`` are read one after another where samples do not interact, joined to 64 samples at
-    least, and dropped. Each such part is estimated with probes of its own, and with ``rtol`` to that tolerance. Other
-    metrics join all batches on the host.
+    If samples do not interact, the batches of a ``DataLoader`` are read one after another, joined into parts of at
+    least 64 samples, and dropped after use. Each part is estimated with its own probes, and with ``rtol`` to that
+    tolerance. Other metrics join all batches on the host.
 
-    Cost: that of the method, after a few forward passes of checks, and one backward pass for the certificate of each
-    parameter set.
+    Cost: that of the method, a few forward passes for checks, and one backward pass per parameter set for the
+    certificate.
 
     >>> import torch, ntkbench
     >>> ntkbench.trace(torch.nn.Linear(3, 2), torch.ones(4, 3)).value
@@ -164,15 +173,15 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
         model, x: network and inputs; see :class:`ntkbench.Kernel`.
         keywords: ``call``, ``output``, ``parameters``, ``params``, ``dtype``, ``device`` and ``memory``: see
             :class:`ntkbench.Kernel`; ``method``, ``passes``, ``rtol``, ``confidence`` and ``seed``: see
-            :class:`ntkbench.options.Options`. Without ``passes`` the most is 256, or 4096 with ``rtol``. Block
-            U-statistics do not spend more than max(16, 1024 / N) at each set of weights, those of groups not more than
-            1024 / min(N, 24), unless asked for by name with ``passes``, or with ``rtol``. Exact and approximate methods
-            asked for by name take none. With a
-            mapping of names to patterns as ``parameters`` the result is a dict with an estimate for each group.
+            :class:`ntkbench.options.Options`. Without ``passes`` the maximum is 256, or 4096 with ``rtol``. Block
+            U-statistics spend at most max(16, 1024 / N) passes at each set of weights, those of groups at most 1024 /
+            min(N, 24), unless requested by name with ``passes``, or with ``rtol``. Exact and approximate methods
+            requested by name take none. With a mapping of names to patterns as ``parameters`` the result is a dict with
+            an estimate for each group.
 
     Raises:
-        BadInput: something about the arguments, says what is allowed; or no method serves this network, or not the one
-            that was asked for, says why.
+        BadInput: an argument cannot be used, says what is allowed; or no method, or not the requested one, applies to
+            this network, says why.
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not there.
     """
@@ -181,13 +190,13 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
 
 def norm(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
-    """||Theta||_F (not its square) of a network at its present weights. Arguments and errors as for :func:`trace`."""
+    """||Theta||_F (not its square) of a network at its current weights. Arguments and errors as for :func:`trace`."""
     found: Estimate = _use(model, x, keywords, ("norm",), lambda k, wishes: k.norm(**wishes))
     return found
 
 
 def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
-    """(tr Theta)^2 / ||Theta||_F^2 of a network at its present weights. Arguments and errors as for :func:`trace`."""
+    """(tr Theta)^2 / ||Theta||_F^2 of a network at its current weights. Arguments and errors as for :func:`trace`."""
     found: Estimate = _use(model, x, keywords, ("effective_rank",), lambda k, wishes: k.effective_rank(**wishes))
     return found
 
@@ -208,11 +217,11 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
 
 
 def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywords]) -> Estimates:
-    """Trace, norm and effective rank, and with ``model_f`` the alignment, by name, from one block of probes.
+    """Trace, norm and effective rank, and with ``model_f`` the alignment, by name, from the same probes.
 
-    Each has a standard error of its own; they are of the same probes and so not independent. With ``rtol`` probes are
-    added until all of them are within it. ``Estimate.passes`` is what all together cost, except where an exact method
-    gave each by itself. Arguments and errors as for :func:`trace` and :func:`alignment`.
+    Each has its own standard error. The errors are not independent, since the probes are shared. With ``rtol`` probes
+    are added until all metrics are within it. ``Estimate.passes`` is the total cost of all metrics, unless an exact
+    method computed each separately. Arguments and errors as for :func:`trace` and :func:`alignment`.
     """
     names = metrics.METRICS if model_f is not None else tuple(m for m in metrics.METRICS if m != "alignment")
     found: Estimates = _use(model, x, keywords, names, lambda k, wishes: k.metrics(model_f, **wishes))
@@ -229,19 +238,20 @@ def spectrum(
     seed: int = 0,
     **setup: Unpack[Setup],
 ) -> Spectrum:
-    """The spectrum of Theta = J J^T of a network at its present weights, with bounds on what it says.
+    """The spectrum of Theta = J J^T of a network at its current weights, with error bounds.
 
     It has the largest eigenvalues and their eigenvectors, the condition number, the entropy effective rank
     exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, the spectral density with error bars
-    (``density.shares(edges)``) and log det(Theta + ridge I) (``log_determinant(ridge)``). Take it for trainability (the
-    largest learning rate is 2 / lambda_max, the slowest mode decays with lambda_min) and for feature learning (a few
+    (``density.shares(edges)``) and log det(Theta + ridge I) (``log_determinant(ridge)``). Use it to study trainability
+    (the largest learning rate is 2 / lambda_max, the slowest mode decays with lambda_min) and feature learning (a few
     eigenvalues that grow out of the rest). The effective rank of :func:`effective_rank` needs no eigenvalues.
 
-    Where Theta fits in ``memory`` as five matrices, up to 5000 outputs or so in 1 GiB, it is decomposed: all is exact
-    up to rounding, and ``errors`` bound that. Where it does not, products do. Block Lanczos has the top eigenvalues,
-    each within its residual of an eigenvalue. Stochastic Lanczos quadrature has the density, the entropy and the
-    determinant. Ritz values bound the smallest eigenvalue from above, so that ``condition_bounds`` have a lower end
-    alone. With fewer parameters than outputs Theta is singular, and the condition number infinite.
+    If five matrices of the size of Theta fit in ``memory`` (up to about 5000 outputs in 1 GiB), Theta is decomposed:
+    everything is exact up to rounding, and ``errors`` bound the rounding. Otherwise products with J and J^T are used.
+    Block Lanczos gives the top eigenvalues, each within its residual of an eigenvalue. Stochastic Lanczos quadrature
+    gives the density, the entropy and the determinant. Ritz values bound the smallest eigenvalue only from above, so
+    that ``condition_bounds`` have only a lower end. With fewer parameters than outputs Theta is singular, and the
+    condition number infinite.
 
     Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes; by products 2 (top + 4) passes for each step
     of block Lanczos, after at most 400 for the density.
@@ -256,17 +266,17 @@ def spectrum(
 
     Args:
         model, x: network and inputs; see :class:`ntkbench.Kernel`.
-        top: how many eigenvalues; 10, or all that there are, if not given.
-        rtol: residual, relative to each of the largest eigenvalues, at which the iteration stops. What is decomposed
-            does not need it.
-        passes: the most that products may spend.
-        seed: of the random vectors of products.
+        top: number of eigenvalues; by default 10, or all if there are fewer.
+        rtol: residual, relative to each of the largest eigenvalues, at which the iteration stops. Not used if Theta is
+            decomposed.
+        passes: maximum number of passes of products.
+        seed: seed of the random vectors of products.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
             with a spectrum for each group.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or no way of computing the kernel works.
-        Unavailable: the device is not there.
+        BadInput: an argument cannot be used, says what is allowed; or no method can compute the kernel.
+        Unavailable: the device is not available.
     """
     found: Spectrum = _use(model, x, setup, (), lambda k, _: k.spectrum(top, rtol=rtol, passes=passes, seed=seed), ())
     return found
@@ -285,17 +295,17 @@ def solve(
 ) -> Solution:
     """(Theta + ridge I)^-1 y, as in kernel regression, uncertainties and natural gradients.
 
-    Where Theta fits in ``memory`` as three matrices, up to 7000 outputs or so in 1 GiB, it is factored by Cholesky, and
-    the solution refined by products, in float64 where the network runs in it. Where it does not fit, conjugate
-    gradients on products with J J^T solve for y, preconditioned by a Nystrom approximation. Either way ``residual`` is
-    that of products with J and J^T, not one that an iteration believes in, and a solution whose residual stays above
-    ``rtol`` is refused. By conjugate gradients a residual cannot be smaller than the rounding of products, about
-    machine epsilon times (lambda_max + ridge) / (lambda_min + ridge); for a factor that product must be below 1. Take
-    ``dtype="float64"`` for small ridges. A ridge of 0 is refused where Theta is known to be singular. Predictions of
-    other inputs are by :meth:`ntkbench.Kernel.regress`.
+    If three matrices of the size of Theta fit in ``memory`` (up to about 7000 outputs in 1 GiB), Theta is factored by
+    Cholesky and the solution is refined by products, in float64 if the network runs in float64. Otherwise conjugate
+    gradients solve the system by products with J J^T, preconditioned by a Nystrom approximation. In both cases
+    ``residual`` is computed by products with J and J^T, not by the recurrence of the iteration, and a solution whose
+    residual stays above ``rtol`` is refused. With conjugate gradients the residual cannot be smaller than the rounding
+    of products, about machine epsilon times (lambda_max + ridge) / (lambda_min + ridge); a Cholesky factor needs this
+    number to be below 1. Use ``dtype="float64"`` for small ridges. A ridge of 0 is refused if Theta is known to be
+    singular. :meth:`ntkbench.Kernel.regress` predicts at other inputs.
 
     Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 20 passes; by products up to 64 passes for the
-    preconditioner, and 2 for each iteration. Their number grows with the root of the condition number.
+    preconditioner, and 2 for each iteration. Their number grows with the square root of the condition number.
 
     Source: Hestenes, Stiefel 1952; the preconditioner: Frangella, Tropp, Udell 2023.
 
@@ -307,10 +317,10 @@ def solve(
     Args:
         model, x: network and inputs; see :class:`ntkbench.Kernel`.
         y: the right-hand side, like the outputs ``[N, ...outputs]``, or ``[N O]`` with outputs sample-major.
-        ridge: what is added to the eigenvalues of Theta, in their units; 0 or more.
+        ridge: constant added to the eigenvalues of Theta, in their units; 0 or more.
         rtol: ||(Theta + ridge I) x - y|| / ||y|| at which the iteration stops.
-        passes: the most that products may spend.
-        seed: of the preconditioner.
+        passes: maximum number of passes of products.
+        seed: seed of the preconditioner.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
             with a solution for each group.
 
@@ -320,7 +330,7 @@ def solve(
 
     Raises:
         BadInput: an argument cannot be used, says what is allowed; or Theta + ridge I is singular up to rounding, says
-            which ridge would do; or the residual stays above ``rtol``, says what helps.
+            which ridge suffices; or the residual stays above ``rtol``, says what helps.
         Unavailable: the device is not there.
     """
     found: Solution = _use(
@@ -339,21 +349,22 @@ def recommend(
     confidence: float = 0.95,
     **setup: Unpack[Setup],
 ) -> Costs:
-    """What each method is predicted to take for a metric of a network: passes, seconds, bytes and error.
+    """Predicted passes, seconds, bytes and error of each method for a metric of a network.
 
-    Take it before a long computation, or to see what the choice of ``method="auto"`` leaves out. Prints as a table,
-    with those methods first that reach ``rtol``, the fastest of them on top, and with the reason where a method does
-    not serve.
+    Use it before a long computation, or to see the alternatives to the choice of ``method="auto"``. The result prints
+    as a table: methods that reach ``rtol`` come first, the fastest on top, and a method that does not apply has the
+    reason.
 
-    Seconds are those of an estimate once the network is checked, traced and certified. They add up the products with
-    the Jacobian of this network, timed in a few sizes on this machine, and the method's other work, timed on a random
-    Jacobian of the same sizes, or of smaller ones and extrapolated. Methods that trace or compile the network are timed
-    on some of the samples. Bytes are those of the largest block of products, or what the method says that it holds.
+    Seconds are those of an estimate after the network has been checked, traced and certified. They are the sum of the
+    products with the Jacobian of this network, timed in a few sizes on this machine, and the method's other work, timed
+    on a random Jacobian of the same sizes, or of smaller ones and extrapolated. Methods that trace or compile the
+    network are timed on some of the samples. Bytes are those of the largest block of products, or those that the method
+    declares.
 
     Errors of estimators are those on that random Jacobian. Its effective rank, that of a sample's own block, and the
-    alignment are estimated by a pilot of 8 probes; its spectrum is a power law. So errors, and the passes that a
-    tolerance takes, are rough. Where a spectrum has a cliff, methods that deflate it need fewer passes than predicted.
-    Errors of approximate methods are their biases on some of the samples.
+    alignment are estimated by a pilot of 8 probes; its spectrum is a power law. Errors, and the passes for a tolerance,
+    are therefore rough. If a spectrum has a cliff, methods that deflate it need fewer passes than predicted. Errors of
+    approximate methods are their biases on some of the samples.
 
     Cost: a few seconds for small networks; the time of some dozens of passes and of a trace for large ones.
 
@@ -375,7 +386,7 @@ def recommend(
         A list of :class:`ntkbench.cost.Cost`, with ``best`` and, as a line of Python, ``code()``.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or products with the Jacobian are not right.
+        BadInput: an argument cannot be used, says what is allowed; or products with the Jacobian are wrong.
         Unavailable: the device is not there.
     """
     found: Costs = _use(
@@ -401,7 +412,7 @@ def compare(
     calls: int = 5,
     **setup: Unpack[Setup],
 ) -> Trials:
-    """What methods give for a metric of a network and what they take, measured side by side.
+    """Measured results and costs of methods for a metric of a network, side by side.
 
     Take it to choose a method for many similar networks. Prints as a table, the fastest method first. A method that
     refuses the network, or fails, has a line that says why. Stochastic methods have the same budget or tolerance;
@@ -453,12 +464,12 @@ def _use(
     *,
     streamed: bool = False,
 ) -> Any:
-    """What a use of a kernel gives; with groups of parameters, what it gives for each.
+    """The result of a use of a kernel; with groups of parameters, one for each.
 
     Args:
-        names: metrics that are wanted, none for a kernel; options that do not serve are refused before work starts.
-        own: keywords of the function itself where no metrics are wanted.
-        streamed: whether to take the batches of a loader one at a time, where samples do not interact.
+        names: requested metrics, none for a kernel; options that do not apply are refused before work starts.
+        own: keywords of the function itself if no metrics are requested.
+        streamed: whether to take the batches of a loader one at a time, if samples do not interact.
     """
     allowed = (*SETUP, *(WISHES if names else own))
     for key in keywords:

@@ -44,32 +44,35 @@ VISIBLE = 1e-4
 """Relative difference of two values that is more than rounding in any precision."""
 
 ROUNDING = 100
-"""Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
+"""Distance from an interval to the exact value, relative to it and in machine epsilons, that still counts as
+covered."""
 
 STEPS = 32
-"""Machine epsilons by which a network's passes may round where a certificate shows no more."""
+"""Assumed rounding error of a network's passes, in machine epsilons, unless the certificate shows more."""
 
 SAFETY = 16
-"""Certificates by which a network's passes may round."""
+"""Assumed rounding error of a network's passes, as a multiple of the certificate."""
 
 STEEPEST = 2.0
-"""Half of a width on the scale atanh up to which both ends of an interval are on this scale."""
+"""Largest half-width on the atanh scale for which both ends of an interval are computed on this scale."""
 
 NEAR_ONE = 0.99
-"""Alignment from which on 1 - alignment is shown as well."""
+"""Smallest alignment for which 1 - alignment is shown as well."""
 
 
 def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float | None) -> float:
-    """The largest rounding error to expect of an exact metric: relative; of an alignment, in the angle of the kernels.
+    """The largest expected rounding error of an exact metric: relative, or for an alignment in the angle of the
+    kernels.
 
-    Rounding errors of sums of positive terms add up like random steps, to the root of their number of machine epsilons.
-    Those of the network's own passes are not known, but two ways of computing a gradient show their size. The bound is
-    10 to 1000 times the typical error. A network that amplifies rounding in all its passes alike may exceed it.
+    Rounding errors in a sum of positive terms add up like a random walk, to the square root of the number of terms in
+    machine epsilons. Those of the network's own passes are unknown, but comparing two computations of a gradient shows
+    their size. The bound is 10 to 1000 times the typical error. A network that amplifies rounding in all its passes
+    alike may exceed it.
 
     Args:
         metric: the metric.
         epsilon: machine epsilon of products.
-        terms: the most numbers that are added up in one sum, n or P.
+        terms: largest number of terms in one sum, n or P.
         certificate: see :class:`Estimate`.
     """
     moments = 3 if metric == "effective_rank" else 1
@@ -83,7 +86,7 @@ class Estimate:
     A stochastic estimate outside the metric's range is replaced by the nearest possible value. A note says so if they
     differ by more than rounding.
 
-    It compares, formats and computes like its value; two estimates are equal if everything about them is.
+    It compares, formats and computes like its value; two estimates are equal if all of their attributes are.
 
     Attributes:
         value: the metric.
@@ -97,10 +100,10 @@ class Estimate:
         degrees: degrees of freedom of the standard error.
         certificate: the largest relative difference between a gradient that the method used and that of plain autograd;
             ``None`` where there is no network to compare with.
-        complement: 1 - alignment with digits of its own, where it was computed from the difference of the kernels; its
+        complement: 1 - alignment without cancellation, if it was computed from the difference of the kernels; its
             standard error is that of the alignment.
-        rounding: the largest rounding error to expect (see :func:`rounding_bound`): relative to ``value``, and
-            for an alignment in the angle between the kernels, in radians; ``None`` where it is not known.
+        rounding: the largest expected rounding error (see :func:`rounding_bound`): relative to ``value``, and for an
+            alignment in the angle between the kernels, in radians; ``None`` where it is not known.
     """
 
     value: float
@@ -152,13 +155,13 @@ class Estimate:
             object.__setattr__(self, "value", value)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Confidence interval for the exact value, widened by ``rounding``; a point where that is all and not known.
+        """Confidence interval for the exact value, widened by ``rounding``; a point if no error is known.
 
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
         the scale on which the metric's errors are symmetric: log for trace, norm and effective rank, atanh for the
         alignment. The delta method transforms the standard error to that scale. With few probes on a steep spectrum
-        this raises the coverage from 75 % to 90 %. The interval ends where the metric's range does. It is unbounded if
-        the standard error is not known.
+        this raises the coverage from 75 % to 90 %. The interval is clipped to the metric's range. It is unbounded if
+        the standard error is unknown.
         """
         if self.complement is not None:
             low, high = self.complement_interval(confidence)
@@ -178,13 +181,13 @@ class Estimate:
         return self._within_range(low - reach), self._within_range(high + reach)
 
     def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Confidence interval for 1 - alignment: that of :meth:`interval`, with digits of its own near 0.
+        """Confidence interval for 1 - alignment: that of :meth:`interval`, without cancellation near 0.
 
-        Near 0 the scale, atanh of the alignment, is that of the logarithm of 1 - alignment. Rounding turns the kernels
-        by an angle at most, so it widens the interval of their angle.
+        Near 0 the scale, atanh of the alignment, is that of the logarithm of 1 - alignment. Rounding changes the angle
+        between the kernels by a bounded amount, so it widens the interval of that angle.
 
         Raises:
-            BadInput: 1 - alignment was not computed by itself.
+            BadInput: 1 - alignment was not computed separately.
         """
         if self.complement is None:
             raise BadInput(f"{self.method} does not compute 1 - alignment by itself; take interval()")
@@ -202,7 +205,7 @@ class Estimate:
         return _turned(low, -(self.rounding or 0.0)), _turned(high, self.rounding or 0.0)
 
     def _reach(self, confidence: float) -> float:
-        """Half of the width of the interval on the scale of the value; infinite if the standard error is not known."""
+        """Half of the width of the interval on the scale of the value; infinite if the standard error is unknown."""
         if not self.standard_error:
             return 0.0
         if math.isnan(self.standard_error) or self.degrees <= 0:

@@ -39,20 +39,20 @@ Call = Callable[[Any, Any], Any]
 Output = Any
 Patterns = str | Sequence[str]
 Part = Callable[..., Any]
-"""A kernel as a function of rows and columns (see :mod:`ntkbench.operators.ranges`); without them all of it."""
+"""A kernel as a function of rows and columns (see :mod:`ntkbench.operators.ranges`); without them, the whole kernel."""
 
 WRITTEN_OUT = 2**22
 """Entries of J up to which writing it out takes less time than tracing the network, for the first use of a kernel."""
 
 SMALL = 1024
-"""Outputs up to which the eigenvalues of Theta are those of the whole matrix."""
+"""Largest number of outputs for which :meth:`Kernel.eigenvalues` decomposes the whole matrix."""
 
 
 DECOMPOSED = 4
-"""Matrices in float64 that the eigenvalue decomposition of Theta holds, that itself included."""
+"""Number of float64 matrices that the eigenvalue decomposition of Theta holds, Theta included."""
 
 FACTORED = 2
-"""The same of its Cholesky factorisation."""
+"""The same for its Cholesky factorisation."""
 
 
 class Setup(TypedDict, total=False):
@@ -69,14 +69,14 @@ class Setup(TypedDict, total=False):
 
 
 class Kernel:
-    """Theta = J J^T of a network on some inputs, with J the Jacobian of all outputs by all parameters.
+    """Theta = J J^T of a network on some inputs, with J the Jacobian of all outputs with respect to all parameters.
 
     The network is checked, copied and traced once; kernels and metrics share that, and so do kernels at other weights
     (:meth:`at`). theta is every parameter with ``requires_grad=True``, or those that ``parameters`` names; a tensor
-    tied under several names counts once. The network is never changed, and taken in the mode it is in: train-mode
+    tied under several names counts once. The network is never changed, and is evaluated in its current mode: train-mode
     BatchNorm is fine (its samples interact, which rules some methods out), train-mode Dropout is not.
 
-    Cost: some passes of checks (see :func:`ntkbench.from_module`). The trace is made when it is first needed, and one
+    Cost: some passes for checks (see :func:`ntkbench.from_module`). The trace is made when it is first needed, and one
     plain backward pass certifies each new set of weights.
 
     Args:
@@ -93,7 +93,7 @@ class Kernel:
         params: the parameters of a JAX function, any pytree of arrays.
         dtype: ``"float32"`` or ``"float64"``; that of the parameters if not given.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; that of the parameters if not given.
-        memory: bytes that everything but a result may fill; 1 GiB, or half of what is free on a GPU, if not given.
+        memory: bytes that everything except a result may use; by default 1 GiB, or half of the free memory on a GPU.
         tf32: whether torch may use TF32 for float32 products on a GPU; see :class:`ntkbench.options.Target`.
 
     Raises:
@@ -134,7 +134,7 @@ class Kernel:
         self._used = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but what was prepared, which is prepared again at the next use."""
+        """The state for copies and pickles: all but prepared methods, which are prepared again at the next use."""
         return {**vars(self), "_prepared": {}, "_used": False}
 
     def __repr__(self) -> str:
@@ -173,7 +173,7 @@ class Kernel:
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
     def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
-        """All metrics by name, with ``other`` the alignment too, from one block of probes.
+        """All metrics by name, with ``other`` the alignment too, from the same probes.
 
         ``other`` is as for :meth:`alignment`. See :func:`ntkbench.metrics_of`.
         """
@@ -189,7 +189,7 @@ class Kernel:
     def recommend(
         self, other: Any = None, *, metric: str = "trace", rtol: float = 0.01, confidence: float = 0.95
     ) -> Costs:
-        """What each method is predicted to take for a metric to a tolerance; see :func:`ntkbench.recommend`.
+        """Predicted costs of each method for a metric to a tolerance; see :func:`ntkbench.recommend`.
 
         ``other`` is as for :meth:`alignment`, where it is another kernel or set of weights.
         """
@@ -210,7 +210,7 @@ class Kernel:
         rtol: float | None = None,
         calls: int = 5,
     ) -> Trials:
-        """What methods give for a metric and what they take, measured in turn; see :func:`ntkbench.compare`.
+        """Measured results and costs of methods for a metric; see :func:`ntkbench.compare`.
 
         ``other`` is as for :meth:`alignment`, where it is another kernel or set of weights.
         """
@@ -228,7 +228,7 @@ class Kernel:
         return trials.run({name: trials.way(use, name, passes=passes, rtol=rtol) for name in names}, metric, calls)
 
     def _check_other(self, metric: str, other: Any) -> None:
-        """Refuse an alignment with nothing or with an array, and another metric with something.
+        """Check that there is another network if the metric is the alignment, and only then; an array is refused.
 
         Raises:
             BadInput: says what is allowed.
@@ -244,11 +244,11 @@ class Kernel:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.
 
         Args:
-            inputs: of the columns, like those of the rows; those of the rows if not given.
+            inputs: inputs of the columns, like those of the rows; by default those of the rows.
             kernel: ``"full"``, or the name of a kernel between samples.
-            seed: of ``random_vector``.
-            file: where to write the kernel, rectangle by rectangle within ``memory``; an interrupted computation goes
-                on where it was.
+            seed: seed of ``random_vector``.
+            file: where to write the kernel, rectangle by rectangle within ``memory``; an interrupted computation
+                resumes.
         """
         from ntkbench import operators
         from ntkbench.layerwise import sample_kernels
@@ -270,7 +270,7 @@ class Kernel:
     def _in_file(
         self, file: File, problem: Problem, columns: Any, rows: int, part: Part, asked: Mapping[str, object]
     ) -> np.memmap[Any, Any]:
-        """A kernel with so many rows of a sample, written to a file as far as it is not there yet."""
+        """Write the missing parts of a kernel, with this number of rows per sample, to a file."""
         from ntkbench.kernel_file import KernelFile
 
         target, samples = self._target, (problem.N, problem.N if columns is None else len(columns))
@@ -292,7 +292,7 @@ class Kernel:
             return stored.result()
 
     def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> Part:
-        """A kernel as a function of rows and columns, by the fastest way that works; without them all of it."""
+        """A kernel as a function of rows and columns, by the fastest method that works; without them, all of it."""
         ways = self._ways(problem, columns)
         prepared: list[Part] = []
         reasons: list[str] = []
@@ -324,16 +324,16 @@ class Kernel:
     def eigenvalues(
         self, top: int | None = None, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0
     ) -> Eigenvalues:
-        """The largest eigenvalues of Theta, in descending order; those of all of Theta where it is small.
+        """The largest eigenvalues of Theta, in descending order; a small Theta is decomposed as a whole.
 
         Cost: that of :meth:`ntk` for up to 1024 outputs if Theta fits in memory; else about 2 (top + 4) passes for each
         step of a block Krylov method (see :func:`ntkbench.estimators.lanczos.largest`).
 
         Args:
-            top: how many; 10, or all that there are, if not given.
+            top: number of eigenvalues; by default 10, or all if there are fewer.
             rtol: residual, relative to each eigenvalue, at which the iteration stops.
-            passes: the most to spend.
-            seed: of the first block.
+            passes: maximum number of passes.
+            seed: seed of the first block.
 
         Returns:
             ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue), ``passes``.
@@ -370,7 +370,7 @@ class Kernel:
             return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
 
     def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
-        """How many eigenvalues, passes and the seed, if they can be had."""
+        """The number of eigenvalues, the passes and the seed, checked."""
         top = min(10, self.problem.n) if top is None else options.positive("top", top)
         passes, seed = options.positive("passes", passes), options.seed(seed)
         Options(rtol=rtol)
@@ -379,7 +379,7 @@ class Kernel:
         return top, passes, seed
 
     def _whole(self, matrices: int) -> np.ndarray | None:
-        """All of Theta in float64 on the host, if so many of it fit in memory beside the kernel; else ``None``."""
+        """Theta in float64 on the host, if this number of matrices fits in memory beside the kernel; else ``None``."""
         if self.problem.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
             return None
         return to_numpy(self.ntk(), np.float64)
@@ -417,12 +417,12 @@ class Kernel:
     def regress(
         self, inputs: Any, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0
     ) -> Regression:
-        """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y of other inputs x', for targets y at the kernel's own.
+        """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y at other inputs x', for targets y at its own inputs.
 
         It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network that is linearised
         at its weights and trained on y to convergence predicts ``f(x') + regress(x', y - f(x))``.
 
-        Cost: that of :meth:`solve`, and one pass over each set of inputs, in float64 where the network runs in it. No
+        Cost: that of :meth:`solve`, and one pass over each set of inputs, in float64 if the network runs in float64. No
         kernel between the two is formed.
 
         Source: Jacot, Gabriel, Hongler 2018; Lee et al. 2019, equation 11.
@@ -459,7 +459,7 @@ class Kernel:
         return Regression(predicted.reshape(others.output_shape), solution, spent, certificate)
 
     def _precise(self) -> Target:
-        """Where products are as precise as can be: in float64 if the network runs in it, at two passes to find out."""
+        """The target with the most precise products: float64 if the network runs in it; two passes to check."""
         from ntkbench.operators import linearise
 
         if self._target.dtype == "float64":
@@ -511,8 +511,8 @@ class Kernel:
                 name, such as a ``state_dict`` (a pytree, for a JAX function). Those that are not given stay the same.
 
         Raises:
-            BadInput: there are no such parameters, or they have other shapes; or the network computes something else
-                than this one does with its values.
+            BadInput: there are no such parameters, or they have other shapes; or the network computes something other
+                than this one does with the same values.
         """
         with self._settings():
             return self._derived(self._source.at(self.problem, weights))
@@ -529,7 +529,7 @@ class Kernel:
             return self._derived(on_inputs(*self._source.columns(self.problem, inputs)))
 
     def groups(self, patterns: Mapping[str, Patterns]) -> dict[str, Kernel]:
-        """A kernel for each group of parameters; those of groups that share nothing add up.
+        """A kernel for each group of parameters; kernels of groups that share no parameter add up.
 
         Args:
             patterns: by the group's name, names or patterns of parameters such as ``"*.attention.*"``.
@@ -705,7 +705,7 @@ def _sample_by_sample(
 
 
 def _row_by_row(problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int) -> Part:
-    """By products over the whole batch, whatever its samples do to each other."""
+    """By products over the whole batch, which allows samples to interact."""
     return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
 
 

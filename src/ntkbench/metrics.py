@@ -70,7 +70,7 @@ class Moments:
         cross: tr(Theta Theta_f).
         difference: ||D||_F^2 of the difference D = Theta_f - Theta, from its entries.
         difference_cross: tr(Theta D), from the entries of D.
-        squared_trace: (tr Theta)^2 where it is estimated by itself.
+        squared_trace: (tr Theta)^2 if it is estimated separately.
     """
 
     trace: float = math.nan
@@ -235,12 +235,12 @@ class MomentSums:
     def add(self, theta: Array, theta_f: Array | None = None, *, copies: int = 1, entries: int = 2**20) -> None:
         """Add the squares and products of some entries of Theta (and Theta_f), ``[rows, columns]``.
 
-        Those of two kernels are added up in float64, as far as the array library has it: 1 - alignment is a small
+        Those of two kernels are added up in float64 if the array library has it: 1 - alignment is a small
         difference of the sums.
 
         Args:
             copies: how often each entry counts.
-            entries: that are copied at a time; a row of them at least.
+            entries: number of entries that are copied at a time; at least one row.
         """
         if theta_f is None:
             self.square += copies * squared_norm(theta)

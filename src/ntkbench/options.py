@@ -23,11 +23,11 @@ class Target:
         backend: ``"torch"`` or ``"jax"``.
         dtype: ``"float32"`` for speed, ``"float64"`` for truth.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` (the GPU where the backend sees one).
-        memory: bytes that blocks of passes and of rows may fill; what does not fit is done in further blocks.
-        program_memory: bytes that one compiled program may take, where that is known before it runs; ``None`` for 80 %
-            of what is free on the device.
+        memory: bytes that blocks of passes and of rows may use; larger computations are split into more blocks.
+        program_memory: bytes that one compiled program may use, if that is known before it runs; ``None`` for 80 % of
+            the free memory of the device.
         tf32: whether torch may round the factors of float32 products to TF32 (10 bits) on a GPU, which is several times
-            as fast. Metrics are then right to about 1e-3, and certificates to that.
+            as fast. Metrics and certificates are then accurate to about 1e-3.
     """
 
     backend: str = "torch"
@@ -68,15 +68,15 @@ class Wishes(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asks of an estimate.
+    """Options of an estimate.
 
     Attributes:
         method: a file name in ``ntkbench/methods``, or ``"auto"``.
-        passes: the most Jacobian passes to spend; ``None`` for the defaults.
-        rtol: a tolerance: probes are added until the interval reaches no further than this share of the value to either
-            side, or ``passes`` are spent.
-        confidence: of that interval.
-        seed: of the random probes; the same seed gives the same estimate.
+        passes: maximum number of Jacobian passes; ``None`` for the defaults.
+        rtol: tolerance: probes are added until the interval extends at most this fraction of the value to either side,
+            or until ``passes`` are spent.
+        confidence: confidence level of that interval.
+        seed: seed of the random probes; the same seed gives the same estimate.
 
     Raises:
         BadInput: a value is not allowed.

@@ -139,7 +139,7 @@ class Problem:
         """Hash of the problem's identity: network, training recipe, inputs and weights.
 
         Inputs, weights and all other tensors of the network are hashed exactly. The network is hashed by its behaviour
-        in float64, or in its own precision if it runs in that alone: a projection of its outputs and one of their
+        in float64, or in its own precision if it runs only in that: a projection of its outputs and one of their
         gradient, at each set of weights, rounded to 7 digits. A change of code that changes the NTK therefore changes
         the digest. A new version of PyTorch or another machine does not.
 
@@ -160,10 +160,10 @@ class Problem:
         return digest.hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """What the kernel at theta_0 depends on: hashes by name, as :meth:`digest` puts them together. Cost as there.
+        """What the kernel at theta_0 depends on: hashes by name, which :meth:`digest` combines. Cost as there.
 
-        Names say what it is that two problems may differ in: inputs, which parameters there are, their values, those
-        that are not trained (inputs of several kinds among them), and what the network computes with all of them.
+        The names say in what two problems may differ: the inputs, the set of parameters, their values, those that are
+        not trained (including inputs of several kinds), and what the network computes with all of them.
         """
         return {
             "inputs": hashed({"x": self.x}),
@@ -213,11 +213,11 @@ class Problem:
 
 
 PROBED = 2
-"""Samples on which a network is run for its identity."""
+"""Number of samples on which a network is run for its identity."""
 
 
 def signature(value: Tensor, parameters: Sequence[Tensor]) -> str:
-    """A number and a projection of its gradient by ``parameters``, to 7 digits, in which machines agree in float64."""
+    """A number and a projection of its gradient by ``parameters``, to 7 digits, on which machines agree in float64."""
     import torch
 
     gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)

@@ -6,7 +6,7 @@
 >>> testing.check_study("my_study", {"seeds": 2})               # doctest: +SKIP
 >>> testing.check_figure("my_figure", table)                    # doctest: +SKIP
 
-They hold of every plug-in that comes with ntkbench. Truth comes from J written out by a loop of plain autograd, and
+They hold for every plug-in that comes with ntkbench. Exact values come from J written out by a loop of plain autograd,
 not from ntkbench's operators.
 """
 
@@ -141,7 +141,7 @@ def _truth(problem: Problem, metric: str) -> float:
 def check_method(name: str, backend: str | None = None, metric: str | None = None) -> None:
     """The contract of a method, on small problems and on the CPU.
 
-    - What it does not support it says in one line, before anything is computed: other metrics and backends, budgets
+    - It refuses what it does not support in one line, before anything is computed: other metrics and backends, budgets
       that are too small, a network that is missing in JAX, trained weights that are missing, samples that interact.
     - It returns an :class:`~ntkbench.estimate.Estimate` of finite floats under its own name.
     - The same seed gives the same number; another one gives another, unless the estimate is exact.
@@ -183,7 +183,7 @@ def _supported(method: Method, metric: str, backend: str) -> Problem:
 def check_calibration(
     name: str, metric: str, *, passes: int | None = None, seeds: int = 200, slack: float = 0.3
 ) -> None:
-    """That a stochastic method's standard errors say how far its estimates spread, on 320 outputs.
+    """Check that the standard errors of a stochastic method match the spread of its estimates, on 320 outputs.
 
     The mean of squared standard errors is the variance over seeds to within ``slack``, and the mean estimate is within
     half a standard deviation of the truth.
@@ -196,7 +196,7 @@ def check_calibration(
         slack: relative.
 
     Raises:
-        AssertionError: it is not so.
+        AssertionError: they do not.
     """
     method, problem = methods.get(name), smooth_problem("wide", 40, 6, 10, 8)
     target = Target(method.backends[0], "float64", "cpu")
@@ -371,20 +371,20 @@ def _estimators(method: Method, problem: Problem, metric: str, backend: str) -> 
 def check_problem(label: str) -> None:
     """The contract of a problem.
 
-    - It is the same to the bit at every load, and leaves torch's random state alone.
+    - It is bitwise the same at every load, and does not change torch's random state.
     - With fewer samples it has the first of its inputs and the same weights.
     - Both backends compute the same network, at both ends of training.
     - Samples interact if it says so, and only then.
     - Training moves every weight, to finite numbers in float32, if the network is trained at all.
 
-    Cost: the problem is loaded (and trained, where no trained weights are kept) twice.
+    Cost: the problem is loaded twice (and trained twice, if no trained weights are kept).
 
     Args:
         label: of the problem, with smaller sizes than its own where that is large.
 
     Raises:
         BadInput: there is no such problem, or it is broken.
-        Unavailable: its data cannot be had here.
+        Unavailable: its data are not available.
         AssertionError: it does not keep the contract; says how.
     """
     import torch
@@ -427,7 +427,7 @@ def _with_three_samples(label: str) -> str:
 
 
 def outputs_in_torch(problem: Problem, end: str, dtype: str) -> np.ndarray:
-    """What the network gives in PyTorch at one end of training, ``[N, ...]``."""
+    """Outputs of the network in PyTorch at one end of training, ``[N, ...]``."""
     import torch
 
     module = _own_module(problem).to(getattr(torch, dtype))
@@ -474,7 +474,7 @@ def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
 
     Args:
         name: of the study.
-        settings: its sizes; small ones, for all of it is measured.
+        settings: its sizes; choose small ones, since the whole study is measured.
 
     Returns:
         its table.

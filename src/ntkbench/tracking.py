@@ -25,13 +25,12 @@ Log = Callable[[int, dict[str, Estimate]], None]
 
 
 class Tracker:
-    """Metrics every so many steps of a training loop, from one trace and with the same probes at all steps.
+    """Metrics at regular steps of a training loop, from one trace and with the same probes at all steps.
 
-    Call it in the loop: ``tracker(step)``. The alignment is with the network at the first step that is measured. The
-    network is taken as it is when the tracker is made, but for the values of parameters and buffers: in the mode that
-    it has then, whatever mode it is trained in, and with the parameters that are trainable then. Make the tracker after
-    ``model.eval()`` where there is Dropout. The state of the random generators is left alone, so that training goes on
-    as without it.
+    Call it in the loop: ``tracker(step)``. The alignment is with the network at the first measured step. The tracker
+    fixes the mode (train or eval) and the set of trainable parameters when it is made; only the values of parameters
+    and buffers change afterwards. Make the tracker after ``model.eval()`` if there is Dropout. The tracker does not
+    change the state of the random generators, so that training proceeds as without it.
 
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -41,12 +40,12 @@ class Tracker:
     >>> tracker.table()["step"].tolist()
     [0, 10, 20]
 
-    Cost: that of the metrics (see :func:`ntkbench.metrics_of`) at each step that is measured, three forward passes of
-    checks, and one plain backward pass for the certificate.
+    Cost: at each measured step that of the metrics (see :func:`ntkbench.metrics_of`), three forward passes for checks,
+    and one plain backward pass for the certificate.
 
     Args:
         model: the network that is trained; it is never changed.
-        inputs: what the NTK is taken on.
+        inputs: inputs of the NTK.
         every: steps between two measurements; the first one is at step 0, or at the first step that is seen.
         metrics: names; ``None`` for all.
         log: is called with the step and the estimates by name.
@@ -56,8 +55,8 @@ class Tracker:
         history: steps, and the estimates by name of each.
 
     Raises:
-        BadInput: something about the arguments; says what is allowed. A call raises it where the network has become
-            another function than that of its parameters and buffers when the tracker was made.
+        BadInput: an argument cannot be used; says what is allowed. A call raises it if the network no longer computes
+            the same function of its parameters and buffers as when the tracker was made.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class Tracker:
         return model
 
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row for each step that was measured: ``step``, and for each metric its value and its interval's ends.
+        """One row for each measured step: ``step``, and for each metric its value and its interval's ends.
 
         Raises:
             Unavailable: pandas is not installed.

@@ -26,11 +26,11 @@ PASSES = 64
 
 @dataclass(frozen=True)
 class Trial:
-    """What one method was measured to give and to take.
+    """Measured result and cost of one method.
 
     Attributes:
         method: its name.
-        by: the method that gave the value, which differs where the name is ``auto``; empty where there is none.
+        by: the method that gave the value, which differs if the name is ``auto``; empty if there is no value.
         kind: ``exact``, ``approximate`` or ``stochastic``.
         value: the first estimate; ``None`` where there is none.
         low, high: its 95 % interval, for an exact value as wide as rounding; ``None`` where the method is biased by an
@@ -62,7 +62,7 @@ HEADER = ("method", "value", "95 % interval", "passes", "seconds", "error", "")
 
 
 class Trials(list[Trial]):
-    """What methods were measured to give and to take, the fastest first, and those without a value last.
+    """Measured results and costs of methods, the fastest first, and those without a value last.
 
     Attributes:
         metric: what is measured.

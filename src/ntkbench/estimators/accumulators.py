@@ -26,26 +26,26 @@ class Accumulator(ABC):
     """Estimates of metrics from a growing number of probes.
 
     Attributes:
-        least: the fewest probes that it can grow by.
+        least: smallest number of probes that can be added at once.
     """
 
     least: int = 1
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks for the user on how the probes so far were drawn."""
+        """Remarks for the user on how the probes were drawn."""
         return ()
 
     @abstractmethod
     def extend(self, probes: int) -> None:
-        """Draw that many further probes."""
+        """Draw this number of further probes."""
 
     @abstractmethod
     def estimate(self, metric: str) -> PointEstimate:
         """The metric, from all probes so far."""
 
     def complement(self) -> float | None:
-        """1 - alignment with digits of its own; ``None`` where the difference of the kernels is not at hand."""
+        """1 - alignment without cancellation; ``None`` if the difference of the kernels is not available."""
         return None
 
 
@@ -123,19 +123,20 @@ class UStatistics(Accumulator):
     <w_b^k, w_c^l>^2 over all pairs of probes (k, l), over k != l where b = c.
 
     The vectors are kept, up to ``memory`` bytes of the operators. Probes beyond that start a new group, and pairs are
-    taken within a group only. Where not even ``min_group`` probes fit, each group is processed in pairs of chunks of
+    taken within a group only. If not even ``min_group`` probes fit, each group is processed in pairs of chunks of
     strata. Vectors are then recomputed for each pair of chunks, which costs passes.
 
     Args:
-        moments: names of the moments; of ``trace`` and ``square``, or all but the trace, or all.
+        moments: names of the moments: some of ``trace`` and ``square``, or all but the trace, or all.
         strata: N.
         dim: D, the largest where operators differ in it.
         jacobians: the operators; one, or two for alignment.
         sign: draws a number of probes.
         vectors: see :data:`Vectors`.
         kernel: see :data:`Kernel`.
-        min_group: the fewest probes in a group; the variance has an unbiased estimate from 4 on.
-        max_vectors: vectors in a group. The Gram matrix of more costs much more than the vectors do, and gains little.
+        min_group: smallest number of probes in a group; the variance has an unbiased estimate from 4 on.
+        max_vectors: largest number of vectors in a group. The Gram matrix of more vectors costs much more than the
+            vectors themselves, and gains little.
         stratum: what a stratum is, in the singular, for notes.
     """
 
@@ -174,12 +175,12 @@ class UStatistics(Accumulator):
 
     @property
     def recompute_factor(self) -> float:
-        """Passes spent on a probe, as a multiple of those that it takes when its vectors are kept."""
+        """Passes spent on a probe, relative to those it takes if its vectors are kept."""
         sizes = [chunk.stop - chunk.start for chunk in self._chunks]
         return sum(size * (len(sizes) - i) for i, size in enumerate(sizes)) / self._strata
 
     def extend(self, probes: int) -> None:
-        """Draw probes; where their vectors are recomputed, as many as cost the passes of ``probes`` kept ones.
+        """Draw probes; if their vectors are recomputed, as many as take the passes of ``probes`` kept ones.
 
         Raises:
             OverMemory: the vectors have to be recomputed, and the passes are not enough for one group.
@@ -294,15 +295,15 @@ class UStatistics(Accumulator):
 
 
 def complement(moments: Mapping[str, float]) -> float | None:
-    """1 - alignment from moments by name; ``None`` where the difference of the kernels is not among them."""
+    """1 - alignment from moments by name; ``None`` if the difference of the kernels is not among them."""
     return Moments(**moments).complement if "difference" in moments else None
 
 
 def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
     """A metric from estimates of the moments of these names, with the standard error of the linearised metric.
 
-    The bias of second order of the effective rank is subtracted, at most half of its value: beyond that the expansion
-    says little. That of the norm and of the alignment is small beside their errors, and so is left.
+    The second-order bias of the effective rank is subtracted, up to half of its value: beyond that the expansion is
+    unreliable. That of the norm and of the alignment is small compared with their errors, and is not subtracted.
     """
 
     def of(means: np.ndarray) -> Moments:
@@ -335,7 +336,8 @@ def crossed_network_kernel(one: Sequence[Array], other: Sequence[Array]) -> list
     """Kernel for probes in parameter space; see :data:`Kernel`.
 
     It is <w, w'>^2, and with a second network also <w_f, w_f'>^2 and the mean of <w, w_f'>^2 and <w_f, w'>^2: here the
-    cross term is the norm of J^T J_f, an inner product between networks. The difference of the kernels is not at hand.
+    cross term is the norm of J^T J_f, an inner product between networks. The difference of the kernels is not
+    available.
     """
     squares = [(a @ b.T) ** 2 for a, b in zip(one, other, strict=True)]
     if len(one) == 1:
@@ -371,8 +373,8 @@ def symmetric_gram(a: Array, *, chunks: int = 4, min_rows: int = 32) -> Array:
 
     Args:
         a: ``[r, D]``.
-        chunks: chunks of rows, at most.
-        min_rows: rows of a chunk, at least; smaller products lose more than the triangle saves.
+        chunks: maximum number of chunks of rows.
+        min_rows: minimum number of rows of a chunk; smaller products lose more than the triangle saves.
     """
     count = min(chunks, len(a) // min_rows)
     if count < 2:

@@ -34,8 +34,8 @@ def random_orthonormal(rng: Rng, k: int, n: int, *, max_share: float = 1 / 16) -
     """min(k, n) random orthonormal rows of length n, from the uniform (Haar) distribution.
 
     Args:
-        rng: of the Gaussian block that is made orthonormal.
-        k: rows.
+        rng: generator of the Gaussian block that is made orthonormal.
+        k: number of rows.
         n: dimension.
         max_share: largest k / n at which the block is multiplied by the inverse of the Cholesky factor of its Gram
             matrix, which is faster than QR. Its condition number is about (1 + sqrt(k / n)) / (1 - sqrt(k / n)).
@@ -71,7 +71,7 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
     Args:
         rows: ``[k, n]``.
         others: ``[r, n]``.
-        entries: of each that are copied at a time; a column of them at least.
+        entries: entries of each that are copied at a time; at least one column.
     """
     found = np.zeros((len(rows), len(others)))
     columns = max(1, entries // max(len(rows), len(others), 1))
@@ -85,7 +85,7 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
 
 
 def add(known: float, residual: PointEstimate) -> PointEstimate:
-    """The sum of a number that is known and an estimate."""
+    """The sum of a known number and an estimate."""
     return residual._replace(value=known + residual.value)
 
 
@@ -95,11 +95,11 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
     The standard error is that of the residual's mean: given the sketch, the estimate is unbiased.
 
     Args:
-        product: with the matrix.
-        columns: of the sketch.
-        residual: probes for the complement of the sketch.
+        product: product with the matrix.
+        columns: number of columns of the sketch.
+        residual: number of probes for the complement of the sketch.
         n: size of the matrix.
-        rng: of both.
+        rng: generator of both.
     """
     q = orthonormal(product(rng.sign(columns, n)))
     inside = float((q * product(q)).sum())
@@ -112,10 +112,10 @@ def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: i
 
     Args:
         j: the operator that ``product`` belongs to, for the sizes of blocks.
-        product: with A.
-        probes: products.
-        dim: columns of A.
-        rng: of the subspace, and of the probes for its complement.
+        product: product with A.
+        probes: number of products.
+        dim: number of columns of A.
+        rng: generator of the subspace, and of the probes for its complement.
     """
     columns = min(probes // 6, dim)
     q = orthonormal(rng.sign(columns, dim))
@@ -161,7 +161,7 @@ COVARIANCE_DEGREES = 3
 """Degrees of freedom of the covariance of leave-one-out estimates.
 
 With 3, the 95 % intervals of XNysTrace with 4 to 32 probes have a coverage of at least 91 % on smooth and steep spectra
-and around cliffs, and of 83 to 90 % where the rank equals the number of probes (250 runs each, 200 eigenvalues).
+and around cliffs, and of 83 to 90 % if the rank equals the number of probes (250 runs each, 200 eigenvalues).
 """
 
 
@@ -170,10 +170,10 @@ class Sketch:
 
     With F = Q R, the span of F without column i is that of Q without the direction s_i = R^{-T} e_i / |R^{-T} e_i|.
     Without columns i and j it lacks the span of s_i and s_j (Epperly, Tropp, Webber 2024, section 2). Directions of Q
-    that are rounding, because F is of lower rank or its spectrum decays fast, are kept: Q is orthonormal all the same,
-    and the estimates are those for the matrix that gives F as it was rounded. Singular values of R that vanish are
-    replaced by a tiny one, so that s_i is in their space. Where F has more columns than rows, leaving one out loses
-    nothing, and s_i = 0.
+    that consist of rounding, because F has a lower rank or its spectrum decays fast, are kept: Q is still orthonormal,
+    and the estimates are those for the matrix that gives the rounded F. Vanishing singular values of R are replaced by
+    a tiny one, so that s_i is in their space. If F has more columns than rows, leaving one out loses nothing, and s_i =
+    0.
 
     Attributes:
         q: the basis as orthonormal rows, ``[r, dim]``, on the device.
@@ -244,8 +244,8 @@ def nystrom_trace(sketch: Sketch, normalisation: Normalisation, h: np.ndarray) -
     Without the probes whose directions are V it has tr h - tr V^T h V, and the residual of probe i is |V^T R e_i|^2.
 
     Args:
-        sketch: of F.
-        normalisation: of the probes.
+        sketch: sketch of F.
+        normalisation: normalisation of the probes.
         h: ``[r, r]``.
     """
     s, r = sketch.s, sketch.r
@@ -263,8 +263,8 @@ def xnystrace(product: LinearMap, adjoint: LinearMap, probes: Array) -> PointEst
     """||B||_F^2 by leave-one-out Nystrom approximations of B^T B, from k products with B and k with B^T.
 
     Args:
-        product: with B.
-        adjoint: with B^T.
+        product: product with B.
+        adjoint: product with B^T.
         probes: Gaussian, ``[k, columns of B]``.
     """
     sketch = Sketch(product(probes))
@@ -286,7 +286,7 @@ def nystrom_inner_product(
     Args:
         one: sketch of J^T.
         other: sketch of J_f^T.
-        normalisation: of the probes.
+        normalisation: normalisation of the probes.
         z: B_f^T B.
         x: (J_f^T B)^T (J_f^T B).
         y: (J^T B_f)^T (J^T B_f).
@@ -315,7 +315,7 @@ def xtrace_table(
     """Estimates of XTrace for Theta = J J^T with probes U, as :func:`leave_one_out` takes them, ``[k, k]``.
 
     Args:
-        sketch: of Theta U, with the basis Q.
+        sketch: sketch of Theta U, with the basis Q.
         n: dimension of the probes.
         h: F^T F for F = J^T Q.
         fb: F^T B for B = J^T U.
@@ -356,13 +356,12 @@ def leave_one_out(
     jackknife over probes is too large: 3 times the variance typically, 20 to 60 times for steep spectra.) Let
     d_ij = table[i, i] - table[i, j]. Each estimate is unbiased whatever the other probes are, and table[i, j] and
     table[j, i] are independent given the others. So the covariance is E d_ij d_ji, and s^2 / k + mean d_ij d_ji is an
-    unbiased estimate of the variance. Where the spectrum has a cliff just below k, a sketch of one probe fewer is much
+    unbiased estimate of the variance. If the spectrum has a cliff just below k, a sketch with one probe less is much
     worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
-    squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger where the estimates are
-    almost the same: where few dimensions are left outside of the sketch it grows with n / (n - k + 1), and where all
-    sketches lose almost the same direction, as with a rank of k, with the covariance of estimates of that correlation.
-    The second term varies as much as a mean of few squares, and counts with :data:`COVARIANCE_DEGREES` degrees of
-    freedom.
+    squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger if the estimates are
+    almost the same: if few dimensions are left outside of the sketch it grows with n / (n - k + 1), and if all sketches
+    lose almost the same direction, as with a rank of k, with the covariance of estimates of that correlation. The
+    second term varies as much as a mean of few squares, and counts with :data:`COVARIANCE_DEGREES` degrees of freedom.
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.

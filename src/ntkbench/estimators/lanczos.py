@@ -23,15 +23,15 @@ class Density:
     Attributes:
         nodes: Ritz values of each probe in ascending order, ``[probes, steps]``; those below round-off are 0.
         weights: their weights, ``[probes, steps]``; those of one probe add up to 1 / probes.
-        radau_nodes: nodes of Gauss-Radau quadrature with one of them at 0, ``[probes, steps]``. Where Gauss quadrature
-            is too large for a logarithm this one is too small, and the other way round.
+        radau_nodes: nodes of Gauss-Radau quadrature with one of them at 0, ``[probes, steps]``. If Gauss quadrature is
+            too large for a logarithm this one is too small, and vice versa.
         radau_weights: their weights, ``[probes, steps]``.
         exhausted: of each probe, whether both rules are exact for it, as its Krylov space is exhausted, ``[probes]``.
         n: size of Theta.
         passes: passes spent.
-        smallest: the smallest Ritz value: up to rounding, lambda_min is at most that.
-        rounding: rounding may move nodes by that much.
-        whole: whether the nodes are all n eigenvalues, and not what random probes see of them.
+        smallest: the smallest Ritz value: up to rounding, an upper bound on lambda_min.
+        rounding: largest shift of the nodes by rounding.
+        whole: whether the nodes are all n eigenvalues, and not those that random probes see.
     """
 
     nodes: np.ndarray
@@ -57,9 +57,9 @@ class Density:
 
     @property
     def entropy_effective_rank(self) -> float:
-        """exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta (Roy, Vetterli 2007); ``nan`` where Theta is zero.
+        """exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta (Roy, Vetterli 2007); ``nan`` if Theta is zero.
 
-        More steps lower it, to :attr:`entropy_lower_bound` at most.
+        More steps lower it, but not below :attr:`entropy_lower_bound`.
         """
         trace, moment = self._moments(self.nodes, self.weights).sum(1)
         return math.exp(math.log(trace) - moment / trace) if trace > 0 else math.nan
@@ -93,17 +93,17 @@ class Density:
     def shares(self, edges: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of eigenvalues in each of the bins ``edges[i] <= lambda < edges[i + 1]``, with an interval.
 
-        Up to 1 in all where the bins cover all eigenvalues. Take ``edges = [0, x]`` for the share of those below x. The
-        interval of a bin covers the missing steps, the choice of probes and rounding. By Chebyshev's inequalities the
-        weight that a probe has below a node is right up to the weight of that node. For k of n eigenvalues the share
-        that a random vector has in their eigenspace is distributed as Beta(k / 2, (n - k) / 2), so that Wilson's
+        They add up to 1 if the bins cover all eigenvalues. Use ``edges = [0, x]`` for the share of those below x. The
+        interval of a bin accounts for further steps, for the choice of probes and for rounding. By Chebyshev's
+        inequalities the weight of a probe below a node is correct up to the weight of that node. For k of n eigenvalues
+        the share of a random vector in their eigenspace is distributed as Beta(k / 2, (n - k) / 2), so that Wilson's
         interval for a binomial share in probes * (n + 2) / 2 trials has its variance.
 
         Source: Szego 1939, section 3.41; Wilson 1927.
 
         Args:
-            edges: of the bins, ascending, ``[bins + 1]``; infinite ones may be among them.
-            confidence: of the interval of each bin by itself.
+            edges: edges of the bins, ascending, ``[bins + 1]``; they may be infinite.
+            confidence: confidence level of each interval separately.
 
         Returns:
             Shares and the lower and upper ends of their intervals, each ``[bins]``.
@@ -127,18 +127,18 @@ class Density:
     def log_determinant(self, ridge: float, confidence: float = 0.95) -> tuple[float, float, float]:
         """log det(Theta + ridge I) = sum_i log(lambda_i + ridge), with an interval.
 
-        The interval covers rounding, and by products the missing steps and the choice of probes: for a logarithm Gauss
-        quadrature is above the integral and Gauss-Radau quadrature with a node at 0 below it (Golub, Meurant 1994,
-        theorems 3.1 and 3.2). What probes differ by makes a Student interval. Without a ridge there is no lower end by
-        products.
+        The interval accounts for rounding, and by products also for further steps and the choice of probes: for a
+        logarithm Gauss quadrature is above the integral and Gauss-Radau quadrature with a node at 0 below it (Golub,
+        Meurant 1994, theorems 3.1 and 3.2). The scatter of the probes gives a Student interval. By products there is no
+        lower end without a ridge.
 
         Args:
-            ridge: what is added to each eigenvalue; 0 or more.
-            confidence: of the interval.
+            ridge: constant added to each eigenvalue; 0 or more.
+            confidence: confidence level of the interval.
 
         Returns:
-            The value, and the lower and upper ends of its interval; ``-inf`` is among them where an eigenvalue plus
-            ridge may be 0.
+            The value, and the lower and upper ends of its interval; some are ``-inf`` if an eigenvalue plus ridge may
+            be 0.
         """
 
         gauss, radau = (self.nodes, self.weights), (self.radau_nodes, self.radau_weights)
@@ -156,8 +156,8 @@ class Density:
     def _log_determinants(self, nodes: np.ndarray, weights: np.ndarray, ridge: float, sign: int) -> np.ndarray:
         """log det(Theta + ridge I) by each probe, ``[probes]``; with a sign, how far rounding may move it to that side.
 
-        No eigenvalue moves further than ``rounding``. Of all eigenvalues the root of the sum of squares of the moves is
-        within it too (Hoffman, Wielandt 1953), which is closer for many: a logarithm is below its tangents.
+        No eigenvalue moves further than ``rounding``. The root of the sum of squares of all moves is within it too
+        (Hoffman, Wielandt 1953), which is tighter for many eigenvalues: a logarithm is below its tangents.
         """
         seen = weights > np.finfo(np.float64).eps ** 2  # others are of zero vectors
 
@@ -216,8 +216,8 @@ class Ritz:
         residuals: ||Theta v - lambda v|| of each, ``[top]``: there is an eigenvalue within that distance.
         vectors: orthonormal rows, ``[top, n]``.
         following: the next smaller Ritz value and its residual; ``None`` where there is no other.
-        smallest: the smallest Ritz value on the way: up to rounding, lambda_min is at most that.
-        rounding: what rounding of the products may add to a residual.
+        smallest: the smallest Ritz value found: up to rounding, an upper bound on lambda_min.
+        rounding: the most that rounding of the products may add to a residual.
         passes: passes spent.
         notes: whether the tolerance was not reached.
     """
@@ -233,19 +233,19 @@ class Ritz:
 
 
 EXTRA = 4
-"""Vectors of a block beyond the eigenvalues that are wanted, which separate these from the rest of the spectrum."""
+"""Vectors of a block beyond the requested eigenvalues, which separate these from the rest of the spectrum."""
 
 NOISE = 100
-"""Machine epsilons of the largest eigenvalue, or of a vector's length, up to which all is rounding."""
+"""Level of rounding, in machine epsilons of the largest eigenvalue or of the length of a vector."""
 
 HELD = 4
-"""Host vectors in float64 for each of the Krylov space: its own, its image, and both once more while they are moved."""
+"""Host vectors in float64 per vector of the Krylov space: itself, its image, and a copy of both during a move."""
 
 
 def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
     """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which has their eigenvectors as well.
 
-    The errors are the residuals and what rounding of the products adds to them.
+    The errors are the residuals plus the rounding of the products.
     """
     found = ritz_pairs(j, top, rtol=rtol, passes=passes, seed=seed)
     return Eigenvalues(found.values, found.residuals + found.rounding, found.passes, found.notes)
@@ -258,7 +258,7 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     residual of each of the ``top`` largest is below ``rtol`` times its value, or both are rounding of the largest. By
     the residual r = Theta v - lambda v there is an eigenvalue within ||r|| of lambda.
 
-    Costs 2 (top + 4) passes a step. The Krylov space and its image are held in float64 on the host. Where they would
+    Costs 2 (top + 4) passes per step. The Krylov space and its image are held in float64 on the host. If they would
     take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; three blocks are held
     at least.
 
@@ -267,10 +267,10 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
 
     Args:
         j: J.
-        top: how many; at most n.
+        top: number of eigenvalues; at most n.
         rtol: largest residual, relative to each value.
-        passes: the most to spend; the first step is always taken.
-        seed: of the first block.
+        passes: maximum number of passes; the first step is always taken.
+        seed: seed of the first block.
 
     Raises:
         BadInput: products are not finite.
@@ -311,20 +311,20 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
 
 
 def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:
-    """The largest eigenvalues of a whole Theta ``[n, n]``, whose entries are right to ``eps``.
+    """The largest eigenvalues of a whole Theta ``[n, n]``, whose entries are accurate to ``eps``.
 
     Args:
         theta: the matrix.
-        top: how many.
+        top: number of eigenvalues.
         eps: relative rounding of its entries; the errors are n times that, relative to the largest eigenvalue.
-        passes: what the matrix took.
+        passes: passes spent on the matrix.
     """
     values = np.linalg.eigvalsh(theta)[::-1]
     return Eigenvalues(values[:top].copy(), np.full(top, len(theta) * eps * values[0]), passes)
 
 
 def _orthonormal(rows: np.ndarray, basis: np.ndarray, eps: float) -> np.ndarray:
-    """An orthonormal basis of what ``rows`` add to ``basis``; what is left of rounding alone is dropped."""
+    """An orthonormal basis of the part of ``rows`` outside ``basis``; remainders of rounding are dropped."""
     size = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows[size[:, 0] > 0] / size[size[:, 0] > 0]
     for _ in range(2):
@@ -351,9 +351,9 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
 
     Args:
         j: J.
-        probes: random starting vectors.
-        steps: Lanczos steps; more than n are not taken.
-        seed: of the probes.
+        probes: number of random starting vectors.
+        steps: number of Lanczos steps; at most n are taken.
+        seed: seed of the probes.
 
     Raises:
         BadInput: no probes or no steps, or products are not finite.
@@ -393,7 +393,7 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
     noise = size * epsilon(u) * np.linalg.eigvalsh(matrices)[:, -1:]
     nodes, weights = _quadrature(matrices, noise)
     radau = np.array([m if done else _singular(m) for m, done in zip(matrices, exhausted, strict=True)])
-    # Zero vectors that stand for what is exhausted have no part in a probe's Krylov space.
+    # Zero vectors of exhausted probes have no part in a Krylov space.
     own = [1 + int(np.argmin([*column, 0.0])) for column in np.array(off_diagonal[: size - 1]).reshape(-1, probes).T]
     smallest = min(float(np.linalg.eigvalsh(m[:k, :k])[0]) for m, k in zip(matrices, own, strict=True))
     return Density(
@@ -409,9 +409,9 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
 
 
 def rounding(j: JacobianOperator) -> float:
-    """The rounding error to expect of Theta in the Frobenius norm, relative to its trace.
+    """The expected rounding error of Theta in the Frobenius norm, relative to its trace.
 
-    An entry <g, g'> is right to that share of ||g|| ||g'||, and the squares of these add up to (tr Theta)^2.
+    An entry <g, g'> is accurate to that share of ||g|| ||g'||, and the squares of these add up to (tr Theta)^2.
     """
     return rounding_bound("norm", epsilon(j.basis(0, 1)), max(j.n, j.P), j.certificate)
 

@@ -1,9 +1,9 @@
 """Moments of Theta from random projections of the rows of J.
 
 A projection gives features Phi_i = J S_i, ``[n, w]``, with E S_i S_i^T = I, so that Phi_i Phi_i^T is unbiased for
-Theta. R of them with independent S_i are replicates. What is published is their mean, the Gram matrix
-(1/R) sum_i Phi_i Phi_i^T of k = R w features, and its norm, the *plug-in* value. The square of that is biased: the
-pairs i = j have the variance of one replicate in it. Pairs i != j alone are unbiased, ||Phi_i^T Phi_j||_F^2 for
+Theta. R of them with independent S_i are replicates. The published estimator is their mean, the Gram matrix
+(1/R) sum_i Phi_i Phi_i^T of k = R w features, and its norm, the *plug-in* value. The square of that norm is biased: the
+pairs i = j add the variance of one replicate. Pairs i != j alone are unbiased, ||Phi_i^T Phi_j||_F^2 for
 ||Theta||_F^2.
 """
 
@@ -22,14 +22,14 @@ Features = np.ndarray
 
 
 def gram(features: Features) -> np.ndarray:
-    """The Gram matrix that stands for Theta, ``[n, n]``: the mean over replicates."""
+    """The Gram matrix that approximates Theta, ``[n, n]``: the mean over replicates."""
     flat = np.concatenate(list(features), axis=1)
     found: np.ndarray = flat @ flat.T / len(features)
     return found
 
 
 def pair_tables(metric: str, features: Sequence[Features]) -> tuple[tuple[str, ...], dict[str, np.ndarray], np.ndarray]:
-    """What each pair of replicates says of the moments of Theta^2 that a metric is a function of.
+    """Estimates by each pair of replicates of the moments of Theta^2 that a metric is a function of.
 
     Takes R^2 w^2 n multiplications for each pair of parameter sets.
 

@@ -15,16 +15,16 @@ from ntkbench.operators import JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 
 RANK = 32
-"""Of the preconditioner, at most; it takes two passes for each."""
+"""Largest rank of the preconditioner, which takes two passes for each."""
 
 SHARE = 4
-"""The preconditioner takes at most one in so many passes, and of the memory."""
+"""The preconditioner takes at most the passes, and the memory, divided by this number."""
 
 REFINEMENTS = 8
-"""Of a solution, at most, each by one more solution for the residual; two passes each for the residual itself."""
+"""Maximum number of refinements of a solution. Each solves for the residual, which takes two passes."""
 
 SAFETY = 10
-"""Times machine epsilon, rounding of Theta."""
+"""Assumed rounding of Theta, as a multiple of machine epsilon."""
 
 SINGLE = 1e-10
 """Machine epsilon above which float64 would be more precise."""
@@ -38,14 +38,14 @@ class Solution:
 
     Attributes:
         values: x, in the shape of y.
-        residual: ||(Theta + ridge I) x - y|| / ||y||, from products with J and J^T whichever way x was computed.
-        error: ||x - exact|| is at most that, residual * ||y|| / ridge, up to rounding of those products, as Theta is
-            positive semidefinite; infinite where the ridge is 0.
-        ridge: what was added to the eigenvalues of Theta.
-        iterations: of conjugate gradients, or refinements of what the Cholesky factor gave.
+        residual: ||(Theta + ridge I) x - y|| / ||y||, from products with J and J^T however x was computed.
+        error: upper bound on ||x - exact||: residual * ||y|| / ridge, up to rounding of those products, as Theta is
+            positive semidefinite; infinite if the ridge is 0.
+        ridge: constant added to the eigenvalues of Theta.
+        iterations: number of iterations of conjugate gradients, or of refinements of the Cholesky solution.
         passes: passes spent.
         method: ``"cholesky"`` or ``"conjugate_gradients"``.
-        notes: remarks, such as that a ridge of 0 leaves open whether there are other solutions.
+        notes: remarks, such as that with a ridge of 0 there may be other solutions.
         certificate: the largest relative difference between a gradient that was used and that of plain autograd.
     """
 
@@ -71,12 +71,12 @@ class Solution:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Regression:
-    """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y of other inputs x'.
+    """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y at other inputs x'.
 
     Attributes:
         values: predictions ``[N', ...outputs]``.
         solution: the coefficients (Theta + ridge I)^-1 y and their residual.
-        passes: passes spent, those of the solution among them.
+        passes: passes spent, including those of the solution.
         certificate: that of the products with the two Jacobians that predict.
     """
 
@@ -101,12 +101,12 @@ def of_matrix(
 ) -> Solution:
     """By a Cholesky factor of Theta + ridge I in float64 on the host, refined by products.
 
-    Products may be more precise than Theta, and the solution then is as they are: a refinement gains the more digits,
-    the smaller ``eps`` times the condition number.
+    Products may be more precise than Theta, and the solution then has their precision: a refinement gains more digits
+    the smaller ``eps`` times the condition number is.
 
-    Costs n^3 / 3 operations, two passes for the residual, and two for each refinement: there are none where the
-    residual is within ``rtol`` at once, and at most 8 while each one halves it. With a ridge of 0 LAPACK estimates the
-    condition number, so that a factor of rounding alone does not pass for one of Theta.
+    Costs n^3 / 3 operations, two passes for the residual, and two for each refinement: there are none if the residual
+    is within ``rtol`` at once, and at most 8 while each one halves it. With a ridge of 0 LAPACK estimates the condition
+    number, so that a factor of mere rounding is not taken for one of Theta.
 
     Source: iterative refinement: Higham 2002, section 12; the estimate: section 15.
 
@@ -116,11 +116,11 @@ def of_matrix(
         j: J, for residuals.
         y: right-hand side ``[n]``.
         ridge: not negative.
-        rtol: of the residual.
-        passes: what the matrix took.
+        rtol: tolerance of the residual.
+        passes: passes spent on the matrix.
 
     Raises:
-        BadInput: Theta + ridge I is not positive definite up to rounding, says which ridge would do; or the residual
+        BadInput: Theta + ridge I is not positive definite up to rounding, says which ridge suffices; or the residual
             stays above ``rtol``.
     """
     before = j.passes
@@ -158,10 +158,10 @@ def of_operator(
 ) -> Solution:
     """By SciPy's conjugate gradients on products with J J^T, preconditioned by a Nystrom approximation of Theta.
 
-    The approximation has rank 32, or less where it would take more than a quarter of ``passes`` or of ``j.memory``. It
-    takes the largest eigenvalues out, on which the number of iterations depends: with it they grow with the root of
-    (lambda_33 + ridge) / (lambda_min + ridge). Where the residual that the iteration believes in is not that of
-    products, it starts again from the latter, as long as each start halves it.
+    The approximation has rank 32, or less if it would take more than a quarter of ``passes`` or of ``j.memory``. It
+    removes the largest eigenvalues, on which the number of iterations depends: the number then grows with the root of
+    (lambda_33 + ridge) / (lambda_min + ridge). If the residual of the recurrence differs from that of products, the
+    iteration restarts from the latter, as long as each start halves it.
 
     Costs 2 passes for each rank of the preconditioner, for each iteration, and for the residual after each start.
 
@@ -171,10 +171,10 @@ def of_operator(
         j: J.
         y: right-hand side ``[n]``.
         ridge: not negative.
-        rtol: of the residual, at which the iteration stops.
-        passes: the most to spend; one iteration is always made.
-        seed: of the preconditioner.
-        rank: of the preconditioner, at most; 0 for none.
+        rtol: residual at which the iteration stops.
+        passes: maximum number of passes; one iteration is always made.
+        seed: seed of the preconditioner.
+        rank: maximum rank of the preconditioner; 0 for none.
 
     Raises:
         BadInput: the residual stays above ``rtol``.
@@ -281,7 +281,7 @@ def _shifted(j: JacobianOperator, ridge: float) -> Map:
 
 
 def operator(j: JacobianOperator, ridge: float) -> scipy.sparse.linalg.LinearOperator:
-    """Theta + ridge I as SciPy's linear operator on the host, ``[n, n]``; two passes a product."""
+    """Theta + ridge I as SciPy's linear operator on the host, ``[n, n]``; two passes per product."""
     return _linear(_shifted(j, ridge), j.n)
 
 
@@ -290,7 +290,7 @@ def _linear(apply: Map, n: int) -> scipy.sparse.linalg.LinearOperator:
 
 
 def _nystrom(j: JacobianOperator, rank: int, ridge: float, seed: int) -> Map | None:
-    """The preconditioner's inverse; ``None`` where the sketch has nothing above rounding."""
+    """The preconditioner's inverse; ``None`` if the sketch has nothing above rounding."""
     like = j.basis(0, 1)
     probes = to_numpy(j.rng(seed).normal(rank, j.n), np.float64)
     probes = np.linalg.qr(probes.T)[0].T

@@ -14,35 +14,35 @@ from ntkbench.operators import JacobianOperator
 from ntkbench.operators.arrays import asarray_like, to_numpy
 
 PROBES, STEPS = 8, 25
-"""Of the density where Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
+"""Probes and steps of the density if Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
 
 SHARE = 4
-"""The density takes at most one in so many passes."""
+"""The density takes at most the passes divided by this number."""
 
 SHOWN = 5
-"""Eigenvalues that a printed spectrum has."""
+"""Number of eigenvalues in a printed spectrum."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
     """The spectrum of Theta = J J^T.
 
-    A bound holds up to the rounding that is expected of the network's own passes (see
-    :func:`ntkbench.estimate.rounding_bound`), which it allows for.
+    The bounds allow for the expected rounding of the network's own passes (see
+    :func:`ntkbench.estimate.rounding_bound`).
 
     Attributes:
         values: the largest eigenvalues in descending order, ``[top]``.
-        errors: each value is within that distance of an eigenvalue, ``[top]``; of the one with its number where all of
-            Theta was there.
+        errors: each value is within that distance of an eigenvalue, ``[top]``; of the eigenvalue with the same index if
+            the whole of Theta was decomposed.
         vectors: their eigenvectors of length 1, ``[top, n]`` with outputs sample-major. Signs are arbitrary.
-        vector_errors: the sine of each one's angle to an eigenvector is at most that, ``[top]``; 1 where the eigenvalue
-            is multiple up to its error. By products it takes for granted that no eigenvalue was missed.
-        smallest: the smallest eigenvalue; by products the smallest Ritz value, which it does not exceed.
+        vector_errors: upper bounds on the sine of each vector's angle to an eigenvector, ``[top]``; 1 if the eigenvalue
+            is multiple up to its error. By products this assumes that no eigenvalue was missed.
+        smallest: the smallest eigenvalue; by products the smallest Ritz value, an upper bound on it.
         smallest_bounds: the smallest eigenvalue is between these two.
-        entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` where
-            Theta is zero. By products the interval covers the choice of probes and what steps are missing.
+        entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` if
+            Theta is zero. By products the interval accounts for the choice of probes and for further steps.
         density: the spectral density as weighted nodes, see :class:`ntkbench.estimators.lanczos.Density`; its
-            ``shares(edges)`` are a histogram with error bars. Where all of Theta was there the nodes are all n
+            ``shares(edges)`` are a histogram with error bars. If the whole of Theta was decomposed the nodes are all n
             eigenvalues.
         n: size of Theta.
         passes: passes spent.
@@ -74,7 +74,7 @@ class Spectrum:
     def condition_bounds(self) -> tuple[float, float]:
         """The condition number lambda_max / lambda_min is between these two; infinite where lambda_min may be zero.
 
-        It is not defined, ``nan``, where Theta is zero.
+        It is undefined, ``nan``, if Theta is zero.
         """
         low, high = self.smallest_bounds
         top, error = self.largest, float(self.errors[0])
@@ -93,12 +93,12 @@ class Spectrum:
     def log_determinant(self, ridge: float = 0.0, confidence: float = 0.95) -> tuple[float, float, float]:
         """log det(Theta + ridge I) and the two ends of its interval, for the evidence of a Gaussian process.
 
-        ``-inf``, for certain, where there are fewer parameters than outputs and no ridge. See
+        It is exactly ``-inf`` if there are fewer parameters than outputs and no ridge. See
         :meth:`ntkbench.estimators.lanczos.Density.log_determinant`. Costs no passes.
 
         Args:
-            ridge: what is added to each eigenvalue, in their units; 0 or more.
-            confidence: of the interval.
+            ridge: constant added to each eigenvalue, in their units; 0 or more.
+            confidence: confidence level of the interval.
 
         Raises:
             BadInput: the ridge is negative.
@@ -131,15 +131,15 @@ class Spectrum:
 def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -> Spectrum:
     """The spectrum of a whole Theta ``[n, n]`` by its eigenvalue decomposition in float64 on the host.
 
-    Costs O(n^3) operations and four matrices of Theta's size in float64. Two passes more compare Theta with J J^T at
-    the first eigenvector. By Weyl's inequality no eigenvalue is further off than the norm of what rounding and that
+    Costs O(n^3) operations and four matrices of Theta's size in float64. Two more passes compare Theta with J J^T at
+    the first eigenvector. By Weyl's inequality the error of an eigenvalue is at most the norm that rounding and this
     comparison allow for; eigenvectors follow by Davis and Kahan 1970, the entropy by Audenaert 2007, equation 4.
 
     Args:
         theta: the matrix.
         j: J, for the comparison.
-        top: how many eigenvalues are wanted.
-        passes: what the matrix took.
+        top: number of requested eigenvalues.
+        passes: passes spent on the matrix.
     """
     before, singular = j.passes, j.n > j.P
     values, columns = np.linalg.eigh(theta)
@@ -182,15 +182,15 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
 def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
     """The spectrum of Theta by products alone: block Lanczos for its top, stochastic Lanczos quadrature for the rest.
 
-    The density has 8 probes of 25 steps, or fewer steps where that were more than a quarter of ``passes`` or of
+    The density has 8 probes of 25 steps, or fewer steps if that would take more than a quarter of ``passes`` or of
     ``j.memory``. See :func:`ntkbench.estimators.lanczos.ritz_pairs` and :func:`ntkbench.estimators.lanczos.density`.
 
     Args:
         j: J.
-        top: how many eigenvalues are wanted; at most n.
+        top: number of requested eigenvalues; at most n.
         rtol: largest residual, relative to each value.
-        passes: the most to spend; two steps of the density and one of block Lanczos are always taken.
-        seed: of all random vectors.
+        passes: maximum number of passes; two steps of the density and one of block Lanczos are always taken.
+        seed: seed of all random vectors.
     """
     before = j.passes
     fit = j.memory // (SHARE * PROBES * j.n * j.itemsize)
@@ -250,7 +250,7 @@ def _entropy_rounding(j: JacobianOperator, share: float) -> float:
 
 
 def _entropy_change(distance: float, n: int) -> float:
-    """The most by which entropies of two distributions over n differ, whose trace distance is at most ``distance``."""
+    """The largest difference of the entropies of two distributions over n with trace distance at most ``distance``."""
     t = min(distance, 1 - 1 / n)
     mixing = -sum(p * math.log(p) for p in (t, 1 - t) if p > 0)
     return t * math.log(max(n - 1, 1)) + mixing

@@ -16,7 +16,7 @@ class PointEstimate(NamedTuple):
 
     Attributes:
         value: the estimate.
-        standard_error: its standard error; ``nan`` where there are too few probes to estimate it.
+        standard_error: its standard error; ``nan`` if there are too few probes to estimate it.
         degrees: degrees of freedom of the standard error, for the quantile of Student's t.
     """
 
@@ -46,7 +46,7 @@ def stratified_mean(table: np.ndarray) -> PointEstimate:
 
 
 def degrees_of_variance(values: np.ndarray) -> np.ndarray:
-    """Degrees of freedom of the sample variance of k values ``[..., k]``: fewer than k - 1 where their tails are heavy.
+    """Degrees of freedom of the sample variance of k values ``[..., k]``: fewer than k - 1 if their tails are heavy.
 
     A sample variance of k values with excess kurtosis e has the relative variance 2 / (k - 1) + e / k, and as many
     degrees of freedom as a normal sample of the same relative variance. The excess of k values is at most about k.
@@ -63,8 +63,7 @@ def satterthwaite(variances: ArrayLike, degrees: ArrayLike) -> float:
 
     Args:
         variances: the estimates, ``[m]``.
-        degrees: degrees of freedom of each, ``[m]``, or one number for all. An estimate with none of them leaves none
-            to the sum.
+        degrees: degrees of freedom of each, ``[m]``, or one number for all. The sum has none if one estimate has none.
     """
     variances = np.asarray(variances, dtype=np.float64)
     squares = (variances**2 / np.maximum(degrees, 1e-9)).sum()
@@ -141,8 +140,8 @@ class MomentEstimates:
         """Second-order bias of a smooth function of the moments, tr(H C) / 2 with Hessian H and their covariance C.
 
         Args:
-            function: of the moments, ``[m]``.
-            step: of the second differences along the eigenvectors of C, relative to the moments.
+            function: function of the moments, ``[m]``.
+            step: step of the second differences along the eigenvectors of C, relative to the moments.
         """
         scale = np.where(self.means == 0, 1.0, np.abs(self.means))
         variances, directions = np.linalg.eigh((self.single + self.double) / np.outer(scale, scale))
@@ -158,8 +157,8 @@ class PairSums:
     and c of the mean over k and l, over k != l where b = c. With Hoeffding's decomposition y_bc^kl = mean + alpha_b^k +
     beta_c^l + gamma_bc^kl its variance is 1/K sum_b Var(2 sum_c alpha_bc) + sum_{b != c} 2 Var(gamma_bc) / K^2 + sum_b
     2 Var(gamma_bb) / (K (K - 1)). Each term has an unbiased estimate from two-way tables. A jackknife over probes would
-    count gamma twice (Efron and Stein 1981), which is most of the variance where there are fewer probes than the
-    effective rank. It would also have K - 1 degrees of freedom, whereas the strata together have N (K - 1).
+    count gamma twice (Efron and Stein 1981), which is most of the variance if there are fewer probes than the effective
+    rank. It would also have K - 1 degrees of freedom, whereas the strata together have N (K - 1).
 
     Below K = 4 the blocks b = c have no unbiased estimate. Their variance is then bounded by their second moment, and
     treated as fully correlated with the rest.

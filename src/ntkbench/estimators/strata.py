@@ -23,7 +23,7 @@ class Choice:
         exact: their indices, in ascending order.
         share: about their share of the whole.
         uneven: whether few strata have most of it.
-        of: what is shared.
+        of: the quantity that is shared.
     """
 
     exact: np.ndarray = field(default_factory=lambda: np.arange(0))
@@ -54,7 +54,7 @@ def shares(tables: Sequence[np.ndarray]) -> np.ndarray:
     """Each stratum's share of the moments, ``[N]``; they add up to 1.
 
     A pair of equal probes of one stratum counts as well, although it overestimates the stratum's own block: pairs of
-    different probes alone may be almost zero by chance where the block has low rank.
+    different probes alone may be almost zero by chance if the block has low rank.
 
     Args:
         tables: the pairs' values for each moment, ``[N, K, N, K]``, as in
@@ -81,15 +81,15 @@ def choose(
     """The strata to take exactly, so that the predicted variance at equal passes is least.
 
     The variance of an estimate from K probes is about proportional to the sum of r_b^2 / K over the strata b that are
-    not exact, with shares r. Even strata are left to the probes, all of them.
+    not exact, with shares r. If the strata are even, none is exact.
 
     Args:
-        shares: of the strata, ``[N]``; see :func:`shares`.
-        passes: that are left; K probes of all strata take K.
-        rows: of a stratum that is taken exactly, beside K probes of the others; a probe has one row in each stratum.
+        shares: shares of the strata, ``[N]``; see :func:`shares`.
+        passes: remaining passes; K probes of all strata take K.
+        rows: rows of a stratum that is exact, beside K probes of the others; a probe has one row in each stratum.
         max_probes: probes in a group, each of which takes the exact strata again.
-        max_exact: strata taken exactly, at most.
-        drawn: probes so far, which are lost to the estimate if any stratum is taken exactly.
+        max_exact: maximum number of exact strata.
+        drawn: number of probes so far, which are lost to the estimate if any stratum is exact.
     """
     N = len(shares)
     order = np.argsort(-shares, kind="stable")
@@ -111,16 +111,16 @@ def choose(
 
 
 def choose_certain(shares: np.ndarray, size: int, least_drawn: int) -> Choice:
-    """The strata that every sample of strata has, so that the predicted variance is least.
+    """The strata to include in every sample of strata, so that the predicted variance is least.
 
     With h of N strata certain, m of the others are drawn without replacement. The variance of an estimated total is
     about proportional to (N - h)^2 (1 / m - 1 / (N - h)) V, with the variance V of the shares of those that are not
     certain. Even strata are all drawn.
 
     Args:
-        shares: of the strata, ``[N]``.
-        size: of the sample, certain strata included; less than N.
-        least_drawn: strata that are drawn, at least; half of the sample where that is smaller, and 4 in any case.
+        shares: shares of the strata, ``[N]``.
+        size: size of the sample, including certain strata; less than N.
+        least_drawn: minimum number of strata that are drawn; half of the sample if that is smaller, and 4 in any case.
     """
     N = len(shares)
     order = np.argsort(-shares, kind="stable")

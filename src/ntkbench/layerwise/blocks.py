@@ -36,15 +36,16 @@ class Task:
     """One kernel that is computed block by block.
 
     Attributes:
-        programs: of the traced network.
+        programs: programs of the traced network.
         directions: output directions ``[K, O]``, or one set per sample ``[N, K, O]``; ``None`` for the O unit vectors.
         O: outputs per sample.
-        layers: whose parameters count.
-        memory: bytes that a contraction's intermediate results may fill.
+        layers: the layers with the parameters that count.
+        memory: bytes that a contraction's intermediate results may use.
         tuning: how contractions are computed.
         fold: whether to sum over directions.
-        certificates: of the parameter sets and inputs that are not certified yet, by their identities.
-        grams: of weights that are computed from parameters, by the identity of a parameter set and the layer's number.
+        certificates: certificates of the parameter sets and inputs that are not certified yet, by their identities.
+        grams: Gram matrices of weights that are computed from parameters, by the identity of a parameter set and the
+            layer's number.
     """
 
     programs: Programs
@@ -91,7 +92,7 @@ class Task:
         *,
         again: bool,
     ) -> Tensor:
-        """An off-diagonal block: rows from :meth:`collected`, columns from a run of their own.
+        """An off-diagonal block: rows from :meth:`collected`, columns from a separate run.
 
         ``again`` says that the columns were visited before.
         """
@@ -120,7 +121,7 @@ class Task:
     ) -> None:
         """Deliver the factors of each layer's gradients in a block to ``take``, with the layer's number.
 
-        Without ``take`` the block is run for its certificate alone.
+        Without ``take`` the block is run only for its certificate.
         """
         self._run(parameters, x, block, lambda number, _, factors: take(number, factors()) if take else None)
 
@@ -190,7 +191,7 @@ def _length(part: slice) -> int:
 
 
 def even(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the fewest parts of ``size`` that are at most ``most``, as equal as possible so that shapes repeat."""
+    """Bounds of the fewest parts of ``size`` of at most ``most``, as equal as possible so that shapes repeat."""
     parts = -(-size // most)
     bounds = [size * i // parts for i in range(parts + 1)]
     yield from itertools.pairwise(bounds)

@@ -30,7 +30,7 @@ Sink = Callable[[int, LayerInputs], None]
 """Takes a layer's number and its operands and cotangents."""
 
 MOST_PROGRAMS = 32
-"""Programs that are kept of one graph; those used longest ago go first."""
+"""Number of programs kept for one graph; the least recently used are dropped first."""
 
 
 class Program:
@@ -45,8 +45,8 @@ class Program:
 
     Args:
         graph: the network on one sample.
-        layers: whose gradients are wanted.
-        parameters: in the order of ``graph.parameters``. Of these and of the other tensors only shapes matter here.
+        layers: the layers to differentiate by.
+        parameters: in the order of ``graph.parameters``. Only the shapes of these and of the other tensors matter.
         constants: in the order of ``graph.constants``.
         x: inputs ``[N, ...]``.
         directions: cotangents of the outputs ``[N, K, O]``.
@@ -107,7 +107,7 @@ class Programs:
     """The programs of one network, traced on first use of a shape.
 
     Attributes:
-        constants: of the network, in the order of ``graph.constants``.
+        constants: constants of the network, in the order of ``graph.constants``.
         directions_run: sum over runs of (samples) x (directions): backward passes, each counted once per sample.
 
     Args:
@@ -151,7 +151,7 @@ class Programs:
         self.get(layers, parameters, x, directions).run(parameters, self.constants, x, directions, sink)
 
     def gram(self, weight: Computed, parameters: ParameterValues, *, tested: bool) -> Gram:
-        """Inner products of gradients by what a weight is computed from; see :meth:`Computed.gram`."""
+        """Inner products of gradients by the parameters that a weight is computed from; see :meth:`Computed.gram`."""
         return weight.gram(self._graph, parameters, self.constants, tested=tested)
 
 

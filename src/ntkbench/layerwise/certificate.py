@@ -23,10 +23,10 @@ class Certificate:
     """The gradient at one parameter set, layer by layer as a kernel visits its rows.
 
     Args:
-        names: of the parameters, in the order of their values.
+        names: names of the parameters, in the order of their values.
         parameters: the parameter set.
         x: inputs of all rows.
-        directions: of all rows, ``[K, O]`` or ``[N, K, O]``; ``None`` for unit vectors.
+        directions: directions of all rows, ``[K, O]`` or ``[N, K, O]``; ``None`` for unit vectors.
         count: number of directions, K.
     """
 
@@ -48,7 +48,7 @@ class Certificate:
 
         Args:
             network: plain autograd.
-            memory: bytes that the values may fill that autograd saves.
+            memory: bytes of the values that autograd saves.
         """
         network.load(self._parameters)
         v = self._c if self._directions is None else self._c[:, None] @ self._directions  # [N, 1, O]

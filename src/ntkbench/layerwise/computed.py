@@ -8,8 +8,8 @@ multiple of the identity but for a few directions, M = c I + Q^T diag(b) Q. For 
 example, w = g v / |v| has c = (g / |v|)^2 and the one direction q = v / |v| with b = 1 - c. The part of the kernel is
 then that of a plain weight, its cotangents or inputs times sqrt(c), and inner products of the few numbers Q G.
 
-c, b and Q are found from products with M in float64, whatever phi is. That M has this form is tested by one more
-product: when a network is traced, at perturbed parameters, and wherever the form is used.
+c, b and Q are found from products with M in float64, for any phi. One more product tests that M has this form: when a
+network is traced, at perturbed parameters, and whenever the form is used.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ntkbench.operators import certificate
 from ntkbench.operators.certificate import Uncertified
 
 RANK = 2
-"""Most directions of a block in which M may differ from a multiple of the identity."""
+"""Largest number of directions of a block in which M may differ from a multiple of the identity."""
 
 EXACT = 1e-9
-"""Relative difference from M, in float64, up to which the form holds."""
+"""Largest relative difference from M, in float64, for which the form counts as exact."""
 
 PERIOD = 4099
 """Random numbers that are drawn for a test vector, which repeats them; a prime, unlike sizes of blocks."""
@@ -76,7 +76,7 @@ class Derivative:
 
     @property
     def device(self) -> torch.device:
-        """Where w is."""
+        """Device of w."""
         return self._w.device
 
     def pull(self, z: Tensor) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Computed:
 
     Attributes:
         node: the weight, in the graph of one sample.
-        parameters: what it is computed from.
+        parameters: the parameters that it is computed from.
         axis: of the weight, along which the blocks lie; ``None`` for one block.
         rank: directions of a block.
         blocks: the block of each row ``[groups, C, 1]`` or of each column ``[groups, 1, D]`` of the weight as its rule
@@ -137,7 +137,7 @@ class Computed:
     def gram(
         self, graph: SampleGraph, parameters: Sequence[Tensor], constants: Sequence[Tensor], *, tested: bool
     ) -> Gram:
-        """M at some values of the parameters; 3 ``rank`` + 2 products with M, in passes of phi alone.
+        """M at some values of the parameters; 3 ``rank`` + 2 products with M, which are passes of phi only.
 
         Args:
             graph: the network on one sample.
@@ -231,7 +231,7 @@ def _out_of_blocks(t: Tensor, axis: int | None, shape: torch.Size) -> Tensor:
 
 
 def _gram(derivative: Derivative, axis: int | None, rank: int) -> Gram:
-    """c, b and Q, so that M has this form if it has it at all with directions of at most this rank.
+    """c, b and Q of M, if M has this form with directions of at most this rank.
 
     Of 2 ``rank`` + 1 eigenvalues of M on a random subspace more than half are c, for a change of rank ``rank`` moves no
     more than ``rank`` of them. M - c I maps the subspace to the span of the directions.

@@ -34,7 +34,7 @@ def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, mem
         left: gradients of the rows.
         right: gradients of the columns; ``None`` if they are those of the rows. Then only the lower triangle is
             complete.
-        memory: bytes that intermediate results may fill.
+        memory: bytes that intermediate results may use.
         tuning: costs that choose the order of summation, and sizes of blocks.
     """
     symmetric = right is None

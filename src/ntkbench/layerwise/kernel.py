@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trace:
-    """What is traced of a network. It holds no values of parameters and buffers, so that equal networks share it.
+    """The trace of a network. It holds no values of parameters and buffers, so that equal networks share it.
 
     Attributes:
         graph: the network on one sample.
@@ -68,13 +68,13 @@ class LayerwiseKernel:
 
     Cost for K directions: one forward and K backward passes, the latter without the weights' gradients, and for each
     layer the cheaper of two contractions (see ``contraction.py``). If the kernel is computed in blocks, the columns are
-    run again for each block of rows. Each new shape of a block is traced once. The first kernel at a parameter set, on
-    some inputs and in so many directions is certified by one plain backward pass more (see ``certificate.py``).
+    run again for each block of rows. Each new shape of a block is traced once. The first kernel at each parameter set,
+    set of inputs and number of directions is certified by one more plain backward pass (see ``certificate.py``).
 
     Attributes:
-        trace: what was traced.
+        trace: the trace of the network.
         O: outputs per sample.
-        memory: bytes that everything but the result may fill.
+        memory: bytes that everything except the result may use.
         certificate: the largest relative difference from plain autograd in a gradient so far; ``None`` before the
             first kernel.
 
@@ -82,10 +82,10 @@ class LayerwiseKernel:
         module: ``x -> [N, ...outputs]`` on the device of ``x``; samples must not interact.
         parameters: trainable parameters by name; they fix precision and device.
         x: inputs ``[N, ...]``; the first sample is traced.
-        memory: bytes that everything but the result may fill.
-        tuning: sizes and costs that affect speed alone; ``None`` for the device's defaults.
-        trace: that of a network with the same operations; ``None`` to trace this one.
-        retrace: traces this network, if the computation fails with ``trace`` or plain autograd contradicts it.
+        memory: bytes that everything except the result may use.
+        tuning: sizes and costs that affect only speed; ``None`` for the device's defaults.
+        trace: trace of a network with the same operations; ``None`` to trace this one.
+        retrace: traces this network if the computation fails with ``trace``, or if plain autograd contradicts it.
 
     Raises:
         BadInput: the network cannot be traced.
@@ -111,7 +111,7 @@ class LayerwiseKernel:
         self._bind(trace or Trace.of(module, parameters, x))
 
     def _bind(self, trace: Trace) -> None:
-        """Compute by a trace from now on, with the values of this network."""
+        """Use a trace from now on, with the values of this network."""
         self.trace = trace
         self._programs = Programs(trace.graph, trace.graph.bind(self._module, self._device), trace.programs)
         self.O = next(iter(reversed(trace.graph.graph.nodes))).args[0].meta["val"].numel()
@@ -142,7 +142,7 @@ class LayerwiseKernel:
         return {layer.parameters[0]: layer.fallback for layer in explicit if layer.fallback}
 
     def difference(self, parameters: ParameterValues, x: Tensor) -> float:
-        """The relative difference from plain autograd in a gradient of one sample by the trace; 2 passes of it.
+        """The relative difference between the trace and plain autograd, in a gradient of one sample; 2 passes of it.
 
         Args:
             parameters: values of the trainable parameters, in the constructor's order.
@@ -158,10 +158,10 @@ class LayerwiseKernel:
         return certificate.distance(flat(list(found)), flat(plain.gradient(x[None], v)))
 
     def certain(self, compute: Callable[[], T]) -> T:
-        """``compute()``, and where that fails with the trace of another network, once more with one of this network."""
+        """``compute()``; if it fails with the trace of another network, once more with a trace of this network."""
         try:
             return compute()
-        except Exception:  # whatever a trace does to a network that it is not of
+        except Exception:  # the trace of another network may fail in any way
             if self._retrace is None:
                 raise
             retrace, self._retrace = self._retrace, None
@@ -190,7 +190,7 @@ class LayerwiseKernel:
             directions: output directions ``[K, O]``, or without ``x2`` one set per sample ``[N1, K, O]``; ``None`` for
                 the O unit vectors.
             last_layer: whether only the parameters of :meth:`last_layer` count.
-            fold: sum over directions: ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
+            fold: whether to sum over directions: ``[N1, N2]`` with the entries sum_k Theta_(bk)(ck).
 
         Raises:
             Uncertified: plain autograd gives other gradients.
@@ -213,7 +213,7 @@ class LayerwiseKernel:
             if x2 is None and left == right:
                 mirror(part, self._tuning.tile)
             if theta is None and left.rows == right.rows == len(x1) * count and list(part.shape) == shape:
-                theta = part  # one block is all
+                theta = part  # a single block
                 continue
             theta = part.new_zeros(shape) if theta is None else theta
             at_left, at_right = (slice(None),) * 2 if fold else (left.directions, right.directions)
@@ -315,7 +315,7 @@ class LayerwiseKernel:
 
         Args:
             parameters, directions, last_layer: see :meth:`kernel`.
-            inputs: of the rows, and of the columns where these are others.
+            inputs: inputs of the rows, and of the columns if these differ.
 
         Raises:
             Uncertified: plain autograd gives other gradients.
@@ -345,10 +345,10 @@ class LayerwiseKernel:
         self._certify(task, [parameters], [x])
 
     def operands(self, use: Use, parameters: ParameterValues, x: Tensor) -> Tensor:
-        """What meets a weight at one of its uses, for each sample: ``[N, ...]``; one forward pass.
+        """The operand of a weight at one of its uses, for each sample: ``[N, ...]``; one forward pass.
 
         Args:
-            use: of a layer in ``layers``.
+            use: use of a layer in ``layers``.
             parameters, x: see :meth:`kernel`.
         """
         with torch.no_grad():
@@ -356,7 +356,7 @@ class LayerwiseKernel:
             return torch.stack([values[use.operand] for _, values in runs])
 
     def forget_certificates(self) -> None:
-        """Certify the next kernel, whatever was certified before."""
+        """Certify the next kernel even if it was certified before."""
         self._certified.clear()
 
     def passes(self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None) -> float:
@@ -424,14 +424,14 @@ class LayerwiseKernel:
     ) -> list[Block]:
         """Blocks of rows that fit in memory, each of at least one sample in one direction.
 
-        Half of the memory is for a program and for what is collected of its rows, a quarter for the blocks of the
+        Half of the memory is for a program and for the collected inputs of its rows, a quarter for the blocks of the
         kernel, and a quarter for the contraction of a layer.
 
         Args:
             task: what is computed.
             sets: parameter sets for which the rows of a block are collected at the same time.
             x: inputs of all rows.
-            whole: whether all rows may form one block, of which nothing is collected.
+            whole: whether all rows may form one block, for which nothing is collected.
             parameters: any parameter set, if ``sets`` is empty.
             within: the rows; all if not given.
         """
@@ -440,7 +440,7 @@ class LayerwiseKernel:
             (part.stop - part.start, part.start) for part in (everything.samples, everything.directions)
         )
         item = (parameters or sets[0])[0].element_size()
-        # As many unit vectors as fit in memory tell what a direction takes; all of them are O x O.
+        # The unit vectors that fit in memory show the cost of a direction; all of them are O x O.
         tried = K if task.directions is not None else min(K, max(1, self.memory // (self.O * item)))
         trial = Block(everything.samples, slice(first_direction, first_direction + tried))
         program = task.program(parameters or sets[0], x, trial)
@@ -471,7 +471,7 @@ class _Values:
         self._held = [(weakref.ref(t), t._version) for t in tensors]
 
     def alive(self) -> bool:
-        """Whether all of the tensors are still there."""
+        """Whether all of the tensors still exist."""
         return all(ref() is not None for ref, _ in self._held)
 
     def are(self, tensors: Sequence[Tensor]) -> bool:

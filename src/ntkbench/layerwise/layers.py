@@ -29,8 +29,8 @@ class Layer:
 
     Attributes:
         parameters: name of the weight, and of the bias if there is one; those that the weight is computed from.
-        uses: operations, all with the weight's entries in the same arrangement, but for the last ones.
-        transposed: how many of the last ones have them transposed.
+        uses: operations, all with the weight's entries in the same arrangement, except for the last ones.
+        transposed: number of the last operations that use them transposed.
         computed: how the weight is computed from parameters, if it is.
     """
 
@@ -122,7 +122,7 @@ class ExplicitGradient:
 
     Attributes:
         parameters: its name.
-        fallback: why no rule applies; empty where none would save anything (scales, shifts, biases).
+        fallback: why no rule applies; empty if none would save anything (scales, shifts, biases).
     """
 
     parameters: tuple[str]
@@ -142,7 +142,7 @@ class ExplicitGradient:
 
 
 def owner(parameter: str) -> str:
-    """Name of the module that a parameter belongs to; where it parametrises a weight, of the module with the weight."""
+    """Name of the module that a parameter belongs to; if it parametrises a weight, of the module with the weight."""
     before, parametrised, _ = parameter.partition(".parametrizations.")
     return before if parametrised else parameter.rpartition(".")[0]
 
@@ -205,7 +205,7 @@ def find(
 def _computed(
     graph: SampleGraph, moving: set[fx.Node], taken: set[str]
 ) -> Iterator[tuple[fx.Node, tuple[str, ...], tuple[Use, ...]]]:
-    """Weights with a rule that are computed from parameters, and these from nothing else and for nothing else.
+    """Weights with a rule that are computed only from parameters that have no other use.
 
     Yields:
         The weight, its parameters (all of one module), and its uses, with its entries in one arrangement.
@@ -249,7 +249,7 @@ def _arrivals(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
 
 
 def _light(alike: Sequence[Use]) -> tuple[Use, ...]:
-    """Uses with entries in one arrangement, whose indices take no memory where they follow a pattern of strides."""
+    """Uses with entries in one arrangement, whose indices take no memory if they follow a pattern of strides."""
     entries = alike[0].entries
     pattern = entries.shape, entries.stride(), entries.storage_offset()
     size = entries.untyped_storage().nbytes() // entries.element_size()
@@ -272,7 +272,7 @@ def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]]:
 
 
 def _transposed(groups: list[tuple[Use, ...]]) -> tuple[tuple[Use, ...], tuple[Use, ...]] | None:
-    """Two groups of uses as such that have the same matrix and its transpose, a table first; else ``None``."""
+    """Two groups of uses of the same matrix and of its transpose, a table first; else ``None``."""
     if len(groups) != 2:
         return None
     straight, transposed = sorted(groups, key=lambda group: -_is_table(group))
@@ -287,7 +287,7 @@ def _is_table(group: tuple[Use, ...]) -> bool:
 
 
 def _different(entries: Tensor) -> bool:
-    """Whether indices are all different; much faster than sorting them."""
+    """Whether all indices are different; much faster than sorting them."""
     seen = torch.zeros(int(entries.max()) + 1, dtype=torch.bool, device="cpu")
     seen[entries] = True
     return int(seen.sum()) == len(entries)

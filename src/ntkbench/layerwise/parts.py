@@ -13,12 +13,12 @@ from ntkbench.operators.ranges import rectangle
 class KernelParts:
     """Rectangles of one kernel, all of whose rows are certified before the first one is computed.
 
-    Cost: K + 1 passes for the certificate. Then a rectangle takes a run of its rows, one of its columns and the
-    contractions between them. Rectangles of the same rows that are asked for one after another share the run of the
-    rows, if these fit in memory at once.
+    Cost: K + 1 passes for the certificate. Each rectangle then takes a run of its rows, one of its columns and the
+    contractions between them. Further rectangles of the same rows share the run of the rows, if these fit in memory at
+    once.
 
     Args:
-        engine: of the network.
+        engine: engine of the network.
         parameters: values of the trainable parameters.
         x1: inputs of the rows.
         x2: inputs of the columns; ``None`` for those of the rows.
@@ -78,7 +78,7 @@ class KernelParts:
         return theta.flatten(2).flatten(0, 1)
 
     def _certified_task(self) -> Task:
-        """The task, made anew where the network was traced anew."""
+        """The task, made again if the network was traced again."""
         engine = self._engine
         if self._task is None or self._task.programs is not engine._programs:
             self._task = self._kept = None
@@ -104,7 +104,7 @@ class KernelParts:
         return found
 
     def _place(self, part: Block, whole: Block) -> tuple[slice, slice]:
-        """Where a part of a block lies in it."""
+        """The position of a part within a block."""
         samples, directions = (
             slice(some.start - all_.start, some.stop - all_.start)
             for some, all_ in ((part.samples, whole.samples), (part.directions, whole.directions))

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 class DataDependent(BadInput):
-    """A forward pass that asks for the value of a tensor that depends on x or the parameters."""
+    """A forward pass reads the value of a tensor that depends on x or the parameters."""
 
 
 SHAPED = {
@@ -41,7 +41,7 @@ SHAPED = {
     aten.ones_like.default,
     aten.zeros_like.default,
 }
-"""Operations whose result depends on the shape and the type of their argument alone."""
+"""Operations with a result that depends only on the shape and the type of the argument."""
 
 
 def as_autograd_sees_it(forward: Callable[[], Tensor], moving: Iterable[Tensor]) -> Tensor:
@@ -65,7 +65,7 @@ def as_autograd_sees_it(forward: Callable[[], Tensor], moving: Iterable[Tensor])
 
 
 def _run_now(function: Callable[..., Any], preserve_state: bool, *inputs: Any) -> Any:
-    """What activation checkpointing computes."""
+    """The computation of activation checkpointing."""
     return function(*inputs)
 
 
@@ -153,7 +153,7 @@ class _Operations(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _below_autograd() -> Iterator[None]:
-    """Give results no derivative and no base: what a graph saves would hold the graph for ever."""
+    """Give results no derivative and no base: values that a graph saves would keep the graph alive forever."""
     views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
         yield

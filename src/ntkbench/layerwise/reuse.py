@@ -1,13 +1,13 @@
 """Kernels of networks that are traced once for each structure.
 
-Tracing takes from a tenth of a second to many seconds, and what it makes depends on a network's code and shapes alone.
-Traces of networks are therefore kept, without any of their values, and found again by the classes, the settings and the
-shapes of a network.
+Tracing takes from a tenth of a second to many seconds, and its result depends only on a network's code and shapes.
+Traces of networks are therefore kept, without any values, and looked up by the classes, the settings and the shapes of
+a network.
 
-These do not say all that a forward pass may read: a global variable, a closure, an attribute of an attribute, the value
-of a buffer as a Python number. A trace that was found is therefore compared with plain autograd on one sample, by its
-rounding on the network that it was made of, before it is taken. The certificate of the kernel covers the other samples.
-Where either contradicts it, the network is traced itself.
+These do not cover everything that a forward pass may read: a global variable, a closure, an attribute of an attribute,
+the value of a buffer as a Python number. Before a trace is reused, it is therefore compared with plain autograd on one
+sample, with a tolerance based on its rounding on the network that it was made from. The certificate of the kernel
+covers the other samples. If either contradicts the trace, the network itself is traced.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from ntkbench.layerwise.trace import TRACING, fixed_tensors
 from ntkbench.operators import arrays, certificate
 
 KEPT = 12
-"""Traces that are kept; those used longest ago go first."""
+"""Number of traces kept; the least recently used are dropped first."""
 
 HELD = 2**20
-"""Bytes of tensors in a trace up to which it is kept."""
+"""Largest number of bytes of tensors in a trace that is kept."""
 
 SPREAD = 100
-"""Largest difference from plain autograd of a trace that is reused, relative to that on the network it was made of."""
+"""Largest difference from plain autograd of a reused trace, relative to that on the network it was made from."""
 
 _kept: OrderedDict[Hashable, tuple[Trace, float]] = OrderedDict()
-"""Traces by structure, and the difference from plain autograd up to which each is reused."""
+"""Traces by structure, with the largest difference from plain autograd at which each is reused."""
 
 
 def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memory: int) -> LayerwiseKernel:
-    """The kernel of a network, by the trace of an equal network where one is kept.
+    """The kernel of a network, by the trace of an equal network if one is kept.
 
     Cost: a trace, or two passes of one sample.
 
@@ -66,7 +66,7 @@ def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memor
     with TRACING:
         if key in _kept:
             trace, allowed = _kept[key]
-            with contextlib.suppress(Exception):  # whatever a trace does to a network that it is not of
+            with contextlib.suppress(Exception):  # the trace of another network may fail in any way
                 found = engine(trace=trace, retrace=lambda: own().trace)
                 if found.difference(*sample) <= allowed:
                     _kept.move_to_end(key)
@@ -75,7 +75,7 @@ def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memor
 
 
 def forget() -> None:
-    """Drop all traces: the next kernel of each network traces it anew."""
+    """Drop all traces: the next kernel of each network traces it again."""
     with TRACING:
         _kept.clear()
 
@@ -99,7 +99,7 @@ def _structure(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
 
 
 def _settings(layer: nn.Module) -> Hashable:
-    """Attributes that are numbers, strings and the like, among them whether the module is in train mode."""
+    """Attributes that are numbers, strings and the like, including whether the module is in train mode."""
     return frozenset((name, value) for name, value in vars(layer).items() if _is_plain(value))
 
 

@@ -29,7 +29,7 @@ class Use:
         node: the operation, whose cotangent the rule needs.
         operand: the other argument of the operation.
         entries: indices of the parameter's entries, arranged as ``[groups, C, D]`` (``[rows, C]`` for a table). Those
-            of a layer are on the meta device, without memory, where shape, strides and offset say them.
+            of a layer are on the meta device, without memory, if shape, strides and offset determine them.
         factors: from the operand ``[N, ...]`` and the cotangent ``[N, K, ...]`` to the gradient's factors.
         bias: the argument that adds a bias of C entries per group, if there is one.
     """

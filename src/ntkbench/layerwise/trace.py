@@ -4,8 +4,8 @@ A single sample is traced, and ``vmap`` adds the other samples afterwards. Whate
 first, flattened sequences, grouped channels), every value of the graph then belongs to one sample, and its axes are
 positions and channels.
 
-What depends on neither the parameters nor the sample is computed beforehand. A graph refers to it by names and holds
-none of its values, so that one graph serves all networks of the same structure.
+Values that depend on neither the parameters nor the sample are computed beforehand. A graph refers to them by name and
+does not hold them, so that one graph serves all networks of the same structure.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TRACING = threading.RLock()
 
 @dataclass(frozen=True)
 class Prelude:
-    """What a network computes of its buffers and frozen parameters alone.
+    """The part of a network that depends only on its buffers and frozen parameters.
 
     Attributes:
         graph: placeholders have the names of buffers and frozen parameters as targets; the outputs are a tuple.
-        literals: tensors that are neither, such as those made of Python numbers, by the targets of their nodes.
+        literals: tensors that are neither, such as those made from Python numbers, by the targets of their nodes.
     """
 
     graph: fx.Graph
@@ -72,7 +72,7 @@ class SampleGraph:
         graph: placeholders are the parameters, then x with a batch axis of one. No operation works in place.
         parameters: names of the trainable parameters.
         constants: shapes and types of the tensors that the graph refers to by name: buffers, frozen parameters, and
-            what is computed of them.
+            results computed from them.
         prelude: computes the constants, in this order.
     """
 
@@ -127,7 +127,7 @@ class SampleGraph:
         raise AssertionError("a graph ends with its output")
 
     def value(self, wanted: fx.Node, parameters: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
-        """The value of a node that depends on some parameters and constants alone, given by their names."""
+        """The value of a node that depends only on some parameters and constants, given by their names."""
         placeholders = self.placeholders()
         values: dict[fx.Node, Any] = {placeholders[name]: w for name, w in parameters.items()}
         needed = upstream(wanted)
@@ -139,7 +139,7 @@ class SampleGraph:
 
 
 def _result(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """What an operation of a graph gives for the values of its arguments."""
+    """The result of an operation of a graph for the values of its arguments."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     operation: Any = REPLACEMENTS.get(node.target, node.target)
     return operation(*args, **kwargs)
@@ -232,14 +232,14 @@ def _fills_its_storage(value: Tensor) -> bool:
 
 
 def free_layout(graph: fx.Graph) -> None:
-    """Replace views by operations that copy where a value is laid out in another way than while it was traced."""
+    """Replace views by operations that copy if the layout of a value differs from that during tracing."""
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
 
 
 def _merge(graph: fx.Graph) -> None:
-    """Compute once what a layer that is called twice computes without x at each call."""
+    """Merge the computations without x that a layer repeats at each of its calls."""
     moving = downstream(next(node for node in reversed(graph.nodes) if node.op == "placeholder"))
     seen: dict[tuple[Any, str], fx.Node] = {}
     for node in list(graph.nodes):
@@ -261,7 +261,7 @@ def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tup
         parameters: number of parameters.
     """
     for node in list(traced.graph.nodes):
-        # What the network leaves behind in its buffers, and warnings of singular matrices.
+        # Updates of the network's buffers, and warnings about singular matrices.
         if node.target in (aten.copy_.default, aten._linalg_check_errors.default):
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()

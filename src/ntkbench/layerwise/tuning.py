@@ -12,16 +12,16 @@ class Tuning:
     """Sizes and costs by which blocks and orders of summation are chosen. They change results by rounding only.
 
     Attributes:
-        triangle_blocks: row blocks into which a symmetric kernel is split at most. Only blocks on and below the
-            diagonal are computed: 9/16 of all for 8 row blocks.
-        block_rows: fewest rows of such a block; smaller matrix products lose more than the triangle saves.
-        columns: columns that a product of carried cotangents has, where memory allows; with fewer it waits for memory,
-            and more do not stay in the cache.
+        triangle_blocks: largest number of row blocks into which a symmetric kernel is split. Only blocks on and below
+            the diagonal are computed: 9/16 of all for 8 row blocks.
+        block_rows: smallest number of rows of such a block; smaller matrix products lose more than the triangle saves.
+        columns: number of columns of a product of carried cotangents, if memory allows; with fewer it is limited by
+            memory traffic, and more do not stay in the cache.
         cache_bytes: bytes of intermediate results that a processor's cache holds.
         entry_cost: cost of moving one entry through memory, in multiplications of a matrix product.
         group_cost: overhead of one group of a grouped layer, in the same unit.
         tile: rows and columns of the tiles in which a triangle is mirrored.
-        certified: whether kernels are certified; only operations that are counted and not run go without.
+        certified: whether kernels are certified; only operations that are counted and not run are not.
     """
 
     triangle_blocks: int = 8
@@ -37,8 +37,8 @@ class Tuning:
     def on(device: torch.device) -> Tuning:
         """The defaults for a device.
 
-        On a GPU arithmetic is cheaper against memory (an H100 does 40 float32 multiplications in the time in which one
-        entry moves), launches are dearer, and the cache is larger.
+        On a GPU arithmetic is cheaper relative to memory (an H100 does 40 float32 multiplications in the time in which
+        one entry moves), launches are more expensive, and the cache is larger.
         """
         if device.type == "cuda":
             return Tuning(block_rows=1024, columns=256, cache_bytes=2**25, entry_cost=40, group_cost=1e9, tile=4096)

@@ -1,8 +1,8 @@
 """The ways of computing NTK metrics, one file each.
 
 To add a method, drop a file here with a subclass of :class:`ntkbench.methods.base.Method` (most easily of
-``Deterministic`` or ``Stochastic``). It is then in the grid, the asv suite, the contract tests, the table and the
-figures. :func:`ntkbench.testing.check_method` says whether it keeps the contract.
+``Deterministic`` or ``Stochastic``). It then appears in the grid, the asv suite, the contract tests, the table and the
+figures. :func:`ntkbench.testing.check_method` checks the contract.
 """
 
 from __future__ import annotations

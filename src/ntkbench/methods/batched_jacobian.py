@@ -18,9 +18,9 @@ from ntkbench.problem import Problem
 class BatchedJacobian(Deterministic):
     """J by batched products over the whole batch: min(n, P) passes for each parameter set if J fits in memory.
 
-    By VJPs of the n unit vectors of output space; by JVPs of the P unit vectors of parameter space, in forward mode,
-    where these are fewer and J fits in memory. Blocks of rows that do not fit are recomputed for every pair of blocks.
-    Samples may interact.
+    J is computed by VJPs of the n unit vectors of output space, or in forward mode by JVPs of the P unit vectors of
+    parameter space, if these are fewer and J fits in memory. Blocks of rows that do not fit are recomputed for every
+    pair of blocks. Samples may interact.
     """
 
     title = "batched Jacobian"

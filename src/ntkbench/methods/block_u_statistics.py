@@ -14,7 +14,7 @@ class BlockUStatistics(StratifiedUStatistics):
     tr Theta = E mean_k sum_b m_bb^kk, and ||Theta||_F^2 = E [mean_(k, l) sum_(b != c) (m_bc^kl)^2
     + mean_(k != l) sum_b (m_bb^kl)^2]; for tr(Theta Theta_f), m m_f replaces m^2. All are unbiased, since u_b^k and
     u_c^l are independent unless b = c and k = l. The square root and the ratios are biased at order 1/K. 1 pass per
-    probe, 2 for alignment, and inner products of K N vectors of length P, which cost more than the passes if K N is in
+    probe, 2 for alignment, plus inner products of K N vectors of length P, which cost more than the passes if K N is in
     the hundreds. One probe is N independent vectors that form N (N - 1) / 2 pairs. Where Theta_bc is close to a
     multiple of the identity, as in wide networks, two probes estimate the norm to within about 1/N.
 

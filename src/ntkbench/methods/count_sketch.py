@@ -19,14 +19,13 @@ from ntkbench.problem import Problem
 
 
 class CountSketch(Deterministic):
-    """The N x N kernel K of CountSketches of J_b^T v_r, standing for Theta as (K / O) (x) I_O.
+    """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) (x) I_O.
 
     K = (1/R) sum_r Phi_r Phi_r^T for R random sign vectors v_r over the outputs, which all samples share, and E K =
-    tr_O Theta, O times the trace kernel. Probes and hashes are drawn once and for all, so that there is one value. It
-    differs from Theta as the trace kernel does, which leaves out what outputs have in common, and by the noise of the
-    probes, at most about sqrt(2 / R), and of the hash, about sqrt(effective rank / width). Over draws the trace is
-    unbiased. The square of the norm is too large by the variance of K, and so the effective rank, of an N x N kernel,
-    is too small.
+    tr_O Theta, O times the trace kernel. Probes and hashes are fixed, so the value is deterministic. It differs from
+    Theta like the trace kernel, which omits the cross terms between outputs, and by the noise of the probes, at most
+    about sqrt(2 / R), and of the hash, about sqrt(effective rank / width). The trace is unbiased over draws. The square
+    of the norm is too large by the variance of K, and so the effective rank, of an N x N kernel, is too small.
 
     ``probes`` passes for each parameter set, N P ``probes`` additions.
 

@@ -10,9 +10,9 @@ class DenseJL(ProjectedRows):
     """Phi = J S with k columns of random signs, and (1/k) Phi Phi^T for Theta: every row of J times S.
 
     O passes for each parameter set and n P k multiplications; S is never held as a whole. ``gram_forward`` has the same
-    features from k JVPs, which is less work where O > 2. So use this one where k is much larger than the passes that
-    time allows and O is small, as for one scalar output. The relative error of the Gram matrix is about
-    sqrt((1 + effective rank) / k).
+    features from k JVPs, which is less work for O > 2. Use this method if O is small, as for one scalar output, and k
+    is much larger than the affordable number of passes. The relative error of the Gram matrix is about sqrt((1 +
+    effective rank) / k).
     """
 
     title = "dense projection (JL)"

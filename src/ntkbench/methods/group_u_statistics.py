@@ -17,15 +17,15 @@ class GroupUStatistics(StratifiedUStatistics):
     <w_g^k, w_g^l>^2]; the cross term is likewise, and all are unbiased. One group is ``gram_reverse``, whose term
     4 ||Theta||_F^4 / k^2 falls with the square of the number of groups. N groups are ``block_u_statistics``, whose k N
     gradients have (k N)^2 inner products. In between, gradients are as cheap as VJPs, and their inner products cost no
-    more. Where a sample's gradient takes a small part of a pass, as in recurrent networks, this reaches an error in a
-    fraction of the time of either.
+    more. If the gradient of one sample takes a small part of a pass, as in recurrent networks, this reaches a given
+    error in a fraction of the time of either.
 
-    1 pass per probe, 2 for alignment. The trace by itself is that of ``per_sample_trace``. Variance, its estimate and
-    memory as for ``block_u_statistics``.
+    1 pass per probe, 2 for alignment. If only the trace is requested, it is that of ``per_sample_trace``. The variance,
+    its estimate and the memory are those of ``block_u_statistics``.
 
     Attributes:
-        max_groups: groups at most; with 24, inner products take about as long as passes, for a few probes on networks
-            of some ten thousand parameters.
+        max_groups: maximum number of groups; with 24, inner products take about as long as passes, for a few probes on
+            networks of some ten thousand parameters.
     """
 
     title = "group U-statistics"

@@ -16,9 +16,9 @@ class HutchPPPaper(FixedBudget):
     For a nominal number m the script takes q = m // 6 columns in the sketch and (m - q) // 2 residual probes, with one
     more column if m - q is odd. It counts these as m, although the sketch is multiplied twice and the residual once:
     about 0.75 m products with the operator, of 2 passes each for Theta, and 4 for Theta^2 and Theta Theta_f. Here the
-    budget is in passes, and m is the largest number that it allows, at least 5, so that there are a sketch and two
-    residual probes. Once m exceeds n the script multiplies the identity instead. Here that happens as soon as n
-    products are no more than those of Hutch++.
+    budget is in passes, and m is the largest number that it allows. m is at least 5, for a sketch and two residual
+    probes. The script multiplies the identity instead once m exceeds n. Here that happens as soon as n products are no
+    more than those of Hutch++.
 
     Unbiased, with the variance of Hutchinson on (I - Q Q^T) A (I - Q Q^T), 2 (||.||_F^2 - sum of its squared diagonal)
     over the residual probes; the standard error is that of the residual's mean.

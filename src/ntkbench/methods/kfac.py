@@ -14,17 +14,17 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 INSTALL = "einconv einops linear_operator opt-einsum && pip install --no-deps curvlinops-for-pytorch"
-"""Without BackPACK, which curvlinops' experimental module alone uses and which drags in torchvision."""
+"""Without BackPACK, which only the experimental module of curvlinops uses and which pulls in torchvision."""
 
 
 class KFAC(Method):
-    """The metrics of (+)_l A_l (x) B_l, which stands for J^T J, whose trace and norm are those of Theta.
+    """The metrics of (+)_l A_l (x) B_l, which approximates J^T J; trace and norm of J^T J are those of Theta.
 
     A_l = (1 / (N S)) sum a a^T is the mean over samples and the S positions of a layer's inputs (with a one for the
     bias), and B_l = sum g g^T the sum over them and all outputs of the cotangents: the type-2 Fisher matrix of half the
-    squared error, K-FAC-expand. It takes the two as independent, and different layers as orthogonal, so every metric is
-    biased, the trace as well where the norms of inputs and of cotangents go together. The alignment is that of the two
-    matrices. Linear and Conv2d layers alone.
+    squared error, K-FAC-expand. K-FAC treats A_l and B_l as independent and different layers as orthogonal, so every
+    metric is biased, including the trace if the norms of inputs and of cotangents are correlated. The alignment is that
+    of the two matrices. Only Linear and Conv2d layers are supported.
 
     O passes for each parameter set.
     """

@@ -26,15 +26,15 @@ class KroneckerProjection(Projected):
     """Features B G A^T of the gradient G = sum_s g_s a_s^T of each layer, with normal A and B.
 
     A layer's inputs a_s and cotangents g_s are projected to d numbers each, so that G is never formed: d (C + D + d)
-    multiplications a position for a layer of D inputs and C outputs, O passes for each parameter set. Unbiased, as A
-    and B are independent and E A^T A = E B^T B = I. The features are d^2 for each layer and replicate, but a feature
-    more on one side alone helps that side alone: the relative error of the Gram matrix falls as 1 / sqrt(d), the fourth
-    root of k, where that of an unstructured projection falls as 1 / sqrt(k). So use this one for large layers, where it
-    saves most of the time, and not for small errors.
+    multiplications per position for a layer of D inputs and C outputs, O passes for each parameter set. Unbiased, as A
+    and B are independent and E A^T A = E B^T B = I. There are d^2 features for each layer and replicate, but an
+    additional feature on one side improves only that side: the relative error of the Gram matrix falls as 1 / sqrt(d),
+    the fourth root of k, where that of an unstructured projection falls as 1 / sqrt(k). Use this method for large
+    layers, where it saves most of the time, and not for small errors.
 
-    A side that has no more than d entries is left as it is. The bias is an input that is always one. Scales, shifts and
-    other parameters that no linear map has are projected to d^2 numbers densely. ``replicates`` pairs of A and B for
-    each layer leave degrees of freedom to the standard error; LoGra has one pair.
+    A side with at most d entries is not projected. The bias counts as an input that is always one. Scales, shifts and
+    other parameters outside linear maps are projected densely to d^2 numbers. ``replicates`` pairs of A and B for each
+    layer give the standard error its degrees of freedom; LoGra has one pair.
 
     Attributes:
         replicates: R.

@@ -8,7 +8,8 @@ from ntkbench.methods.base.neural_tangents import NeuralTangents
 class NtJacobianContraction(NeuralTangents):
     """Per-sample Jacobians by reverse mode, contracted parameter by parameter.
 
-    Cost: O backward passes and n^2 P multiplications; holds the n x P Jacobian, or as little of it as XLA can manage.
+    Cost: O backward passes and n^2 P multiplications; holds the n x P Jacobian, or the part of it that XLA needs at
+    once.
     """
 
     title = "neural-tangents Jacobian contraction"

@@ -10,8 +10,8 @@ from ntkbench.problem import Problem
 class NtNtkVectorProducts(NeuralTangents):
     """Each O x O block of Theta by a JVP after a VJP for each output, all N^2 pairs of samples and all outputs at once.
 
-    Cost: N^2 O VJPs and as many JVPs of single samples, no contraction over parameters; the activations of all of them
-    are held at once, which is far more than Theta where a network has large activations.
+    Cost: N^2 O VJPs and as many JVPs of single samples, no contraction over parameters. The activations of all of them
+    are held at once, which takes far more memory than Theta if a network has large activations.
     """
 
     title = "neural-tangents NTK-vector products"

@@ -12,9 +12,9 @@ class NtStructuredDerivatives(NeuralTangents):
     """Theta equation by equation of the traced network, by rules for the structure in each equation's own Jacobian.
 
     Cost: O backward passes to the outputs of those equations that have a parameter as input, and one contraction for
-    each pair of equations that have the same one. Loops are unrolled, so a recurrence of T steps compiles O(T^2)
+    each pair of equations with the same parameter. Loops are unrolled, so a recurrence of T steps compiles O(T^2)
     contractions. A parameter that is transposed before it is multiplied enters by the transpose, which has no structure
-    that saves anything.
+    to exploit.
     """
 
     title = "neural-tangents structured derivatives"

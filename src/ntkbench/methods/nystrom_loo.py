@@ -24,7 +24,7 @@ class NystromLOO(FixedBudget):
     rank, 8k for alignment.
 
     The moments are unbiased; the square root and the ratios have a bias of the order of the variance. The variance is
-    that of Hutchinson for E instead of Theta, so it falls with the tail of the spectrum. Where the spectrum does not
+    that of Hutchinson for E instead of Theta, so it falls with the tail of the spectrum. If the spectrum does not
     decay, it is that of Hutchinson with fewer probes. Exact once k exceeds the ranks of Theta and Theta_f. The standard
     error is that of the linearised metric, with the covariance of the leave-one-out estimates (see
     :func:`ntkbench.estimators.deflation.leave_one_out`). Holds 3k gradients for each parameter set.

@@ -17,9 +17,9 @@ class OneSidedOrthonormal(Accumulating):
     """n times the mean of ||J^T q_i||^2 over k orthonormal q_i, a Gaussian block after QR: 1 pass per probe; unbiased.
 
     The variance is 2 n (n - k) / ((n - 1) (n + 2)) (||Theta||_F^2 - (tr Theta)^2 / n) / k: that of k points on the
-    sphere with the finite-population correction (n - k) / (n - 1). So n probes are exact, and more are not drawn. With
-    fewer, random signs (``one_sided_reverse``) have the smaller variance unless the diagonal of Theta is even, and need
-    no QR. Holds the probes, k n numbers.
+    sphere with the finite-population correction (n - k) / (n - 1). n probes are therefore exact, and no more are drawn.
+    With fewer probes, random signs (``one_sided_reverse``) have the smaller variance unless the diagonal of Theta is
+    even, and need no QR. Holds the probes, k n numbers.
     """
 
     title = "one-sided orthonormal"

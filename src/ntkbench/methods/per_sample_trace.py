@@ -8,9 +8,10 @@ from ntkbench.methods.base.u_statistics import OneSidedPerSample
 class PerSampleTrace(OneSidedPerSample):
     """The mean over k probes of random signs u of sum_b ||J_b^T u_b||^2: 1 pass per probe; unbiased.
 
-    A one-sided probe squares the sum of all samples' gradients, so what the gradients of two samples have in common is
-    noise. Here each is squared by itself. The variance is 2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / k: that
-    of the diagonal blocks alone, and zero for O = 1. The standard error adds up the variances of the samples.
+    A one-sided probe takes the squared norm of the sum of all samples' gradients, so its cross-sample terms add noise.
+    They have zero mean, and are dropped here: the gradient of each sample is squared separately. The variance is
+    2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / k: that of the diagonal blocks alone, and zero for O = 1. The
+    standard error adds up the variances of the samples.
     """
 
     title = "per-sample trace"

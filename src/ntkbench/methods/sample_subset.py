@@ -31,22 +31,22 @@ class SampleSubset(Incremental):
 
     ||Theta||_F^2 = E [N (N - 1) / (S (S - 1)) sum_(b != c) ||Theta_bc||_F^2 + N / S sum_b ||Theta_bb||_F^2] over the
     samples drawn, tr(Theta Theta_f) likewise, and tr Theta = E N / S sum_b tr Theta_bb. All are unbiased; the square
-    root and the ratios are biased at order 1/S. S O / N passes, and as many at theta_f. The variance is that of the
-    samples alone. It is small where samples are alike, and smaller for ratios, which vary little between subsets. A few
-    dozen samples often suffice for effective rank and alignment. Exact once S = N.
+    root and the ratios are biased at order 1/S. S O / N passes, and as many at theta_f. The variance comes from the
+    choice of samples alone. It is small if samples are alike, and smaller for ratios, which vary little between
+    subsets. A few dozen samples often suffice for effective rank and alignment. Exact once S = N.
 
-    Where few samples have most of the trace, these are part of every subset, and the others are drawn: samples of
-    inclusion probability 1 in the estimator of Horvitz and Thompson 1952. One random probe of each sample's own block
-    tells which they are, for 1 pass at each parameter set, where that leaves ``min_samples``. With a subset that grows,
-    the kernel of the larger one is computed anew, within the budget.
+    If few samples have most of the trace, they are part of every subset, with inclusion probability 1 in the estimator
+    of Horvitz and Thompson 1952, and the others are drawn. One random probe of each sample's own block identifies them,
+    for 1 pass at each parameter set, if that leaves ``min_samples``. When the subset grows, the kernel of the larger
+    subset is recomputed, within the budget.
 
     The standard error is that of the linearised metric, with the finite-population correction 1 - S / N of the samples
     drawn. Its degrees of freedom are those of a sample variance, fewer where the samples' effects have heavy tails.
     Holds (S O)^2 numbers for each parameter set.
 
     Attributes:
-        min_samples: S at least, or N if that is smaller; the variance between samples has an estimate from 4 on.
-        max_entries: of the kernel that are copied in float64 at a time; the rows of a sample at least.
+        min_samples: minimum of S, or N if that is smaller; the variance between samples can be estimated from 4 on.
+        max_entries: entries of the kernel that are copied in float64 at a time; at least the rows of a sample.
     """
 
     title = "sample subset"

@@ -11,13 +11,13 @@ from ntkbench.operators import JacobianOperator
 class SparseJL(ProjectedRows):
     """Phi = J S, where each parameter has ``nonzeros`` random signs in S, one in each of as many blocks of k features.
 
-    O passes for each parameter set and n P ``nonzeros`` additions, whatever k is. A block is a CountSketch, and blocks
-    are independent, so they are the replicates that the unbiased estimates and their standard errors come from. The
-    relative error of the Gram matrix is that of a dense projection with as many features. GraSS also leaves out random
-    parameters first, which saves time and adds variance; that is not done here.
+    O passes for each parameter set and n P ``nonzeros`` additions for any k. A block is a CountSketch, and blocks are
+    independent, so they serve as replicates for the unbiased estimates and their standard errors. The relative error of
+    the Gram matrix is that of a dense projection with as many features. GraSS also drops random parameters first, which
+    saves time and adds variance; this method does not.
 
     Attributes:
-        nonzeros: of each parameter; 8 leave 7 degrees of freedom to the standard error.
+        nonzeros: nonzeros of each parameter; 8 give the standard error 7 degrees of freedom.
     """
 
     title = "sparse projection (SJLT)"

@@ -25,11 +25,11 @@ class StructuredBlockUStatistics(StructuredUStatistics):
     group does not fit in memory, the passes of its columns are repeated, and fewer probes are drawn, or groups are
     smaller. The budget is kept in any case.
 
-    Where few samples have most of ||Theta||_F^2, as outliers do, they are taken exactly, in all O outputs, and the
+    If few samples have most of ||Theta||_F^2, as outliers do, they are treated exactly, in all O outputs, and the
     others by probes (see :mod:`ntkbench.estimators.strata`). An exact sample h takes O / N of a pass in each group of
     probes. ||Theta_hh||_F^2 is then exact, and ||Theta_hc||_F^2 is the mean of ||J_h w_c^k||^2. From
-    ``least_with_pilot`` probes on, one is spent on the choice of these samples. It does not count otherwise, so that
-    the choice makes no bias. Groups that were drawn before are left out if there are exact samples.
+    ``least_with_pilot`` probes on, one is spent on the choice of these samples. It is not used for the estimate, so
+    that the choice causes no bias. Groups that were drawn before are discarded if there are exact samples.
     """
 
     title = "block U-statistics by layers"

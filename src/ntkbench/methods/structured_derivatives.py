@@ -9,8 +9,8 @@ class StructuredDerivatives(Layerwise):
     """Theta as a sum over layers of products of their inputs and of the cotangents of their outputs.
 
     O passes for each parameter set (backward passes that leave out the gradients of weights), and for each layer the
-    cheaper of two orders of contraction, on one triangle; the trace takes the diagonal alone. Memory is that of Theta
-    and of one layer, or of blocks of Theta where that is over the budget.
+    cheaper of two orders of contraction, on one triangle; the trace takes only the diagonal. Memory is that of Theta
+    and of one layer, or of blocks of Theta if that exceeds the budget.
     """
 
     title = "structured derivatives"

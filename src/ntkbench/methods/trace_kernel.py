@@ -6,7 +6,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class TraceKernel(Layerwise):
-    """A = (1/O) tr_O Theta, standing for Theta as A (x) I_O. No n x n matrix is formed.
+    """A = (1/O) tr_O Theta, approximating Theta as A (x) I_O. No n x n matrix is formed.
 
     O passes for each parameter set. The trace of Theta is exact.
     """

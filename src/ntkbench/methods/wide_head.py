@@ -19,12 +19,12 @@ class WideHead(OfWideHead):
     """Theta of a network that ends with a linear layer from d to V > d outputs, at T positions of each sample.
 
     T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
-    Where the head's weight is that of the embedding as well, and m different tokens occur, these are T (m + d) passes
-    and N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. The weight must be
-    used exactly twice, as embedding and as head. That the layer's results are the outputs is seen by running the
-    network, or from its graph, and certified by plain autograd: a gradient of the network is compared with that of what
-    stands for it, in 2 passes at each set of weights. For language models, whose vocabulary is far wider than their
-    hidden states.
+    If the weight of the head is also that of the embedding, and m distinct tokens occur, these are T (m + d) passes and
+    N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. The weight must be
+    used exactly twice, as embedding and as head. Running the network, or its graph, shows that the results of the layer
+    are the outputs. Plain autograd certifies it: a gradient of the network is compared with that of its replacement, in
+    2 passes at each set of weights. The method is for language models, whose vocabulary is far wider than their hidden
+    states.
     """
 
     title = "wide head"

@@ -24,15 +24,15 @@ class WideHeadUStatistics(OfWideHead, StructuredUStatistics):
     """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs in place of V.
 
     Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I - Q Q^T), where Theta' is the kernel of the network with the head
-    Q^T W. The moments of both terms add up. Those of the second one, which has V - r of V dimensions, are exact, and
-    probes are for Theta' alone: so they have less to estimate, and T r outputs in place of T V. With an untied head
-    r = d, or 2 d for the alignment; with one that is tied to the embedding r is larger by the number of different
-    tokens. See :mod:`ntkbench.methods.base.head` and :mod:`ntkbench.methods.base.tied_head`.
+    Q^T W. The moments of both terms add up. Those of the second one, which has V - r of V dimensions, are exact. Probes
+    estimate only Theta', with T r outputs in place of T V. With an untied head r = d, or 2 d for the alignment; with a
+    head that is tied to the embedding r is larger by the number of distinct tokens. See
+    :mod:`ntkbench.methods.base.head` and :mod:`ntkbench.methods.base.tied_head`.
 
     1 pass per probe of the network with the shorter head, 2 for alignment. Unbiased for the moments; the square root
-    and the ratios are biased at order 1/K. That the shorter network stands for the whole one is certified by plain
-    autograd, in 2 passes at each set of weights. For language models, whose trace and norm are mostly those of the
-    head at initialisation.
+    and the ratios are biased at order 1/K. Plain autograd certifies that the shorter network represents the whole one,
+    in 2 passes at each set of weights. The method is for language models, whose trace and norm at initialisation are
+    mostly those of the head.
     """
 
     title = "wide head, block U-statistics"

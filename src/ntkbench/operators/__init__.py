@@ -61,14 +61,14 @@ def linearise(
 
 
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Array], Array]:
-    """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the network as it is.
+    """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the unmodified network.
 
-    It is torch's ``backward`` of the module, whatever the target's backend, or ``jax.vjp`` where there is no module:
-    over the whole batch, without vmap, jit or a trace.
+    It is torch's ``backward`` of the module, whatever the target's backend, or ``jax.vjp`` if there is no module: over
+    the whole batch, without vmap, jit or a trace.
 
     Args:
         problem, weights, target: as for :func:`linearise`.
-        names: of the parameters, in the order of their entries.
+        names: names of the parameters, in the order of their entries.
     """
     backend = _backend("jax" if problem.module is None else "torch")
     found: Callable[[Array], Array] = backend.plain_gradient(problem, weights, target, names)
@@ -77,7 +77,7 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
 
 def declares(module: Any) -> bool:
     """Whether a module declares a recurrence (see :class:`ntkbench.operators.recurrent.cells.Recurrence`)."""
-    found = getattr(module, "recurrence", None)  # anything else of that name is the module's own affair
+    found = getattr(module, "recurrence", None)  # the module may use the name otherwise
     return found is not None and isinstance(found, _backend("recurrent.cells").Recurrence)
 
 
@@ -92,7 +92,7 @@ def torch_network(problem: Problem, weights: str, target: Target) -> Any:
 
 
 SMALL_RESULT = 2**24
-"""Bytes that every device holds; to ask for what is free takes as long as a small kernel."""
+"""Bytes that every device holds; a query of the free memory takes as long as a small kernel."""
 
 
 def check_result(rows: int, columns: int, target: Target) -> None:
@@ -138,7 +138,7 @@ def device_memory(target: Target) -> int | None:
 
 
 def working_memory(target: Target) -> int:
-    """Bytes that intermediate results may fill unless a user says so: the target's, or half of what is free on a GPU.
+    """Default bytes for intermediate results: those of the target, or half of the free memory on a GPU.
 
     Raises:
         Unavailable: the device is not present.

@@ -45,7 +45,7 @@ def squared_norms(rows: Array) -> Array:
 
 
 def epsilon(array: Any) -> float:
-    """Machine epsilon of products in the array's precision: that of TF32 where torch uses it for them."""
+    """Machine epsilon of products in the array's precision: that of TF32 if torch uses it for them."""
     if array_api_compat.is_torch_array(array) and array.is_cuda and _in_tf32(array):
         return TF32
     return float(array_api_compat.array_namespace(array).finfo(array.dtype).eps)

@@ -26,7 +26,7 @@ class ChunkBytes:
     Attributes:
         sample_squares: gradients per chunk in :meth:`JacobianOperator.sample_squares`.
         gates: gates of a recurrent layer per chunk of probes, in products over the whole batch on the CPU.
-        gates_by_trial: the same in products of each trial by itself, which hold several arrays of that size.
+        gates_by_trial: the same in separate products of each trial, which hold several arrays of that size.
     """
 
     sample_squares: int = 2**25
@@ -42,19 +42,19 @@ class JacobianOperator(ABC):
     of N samples; a VJP of a single sample is 1/N of a pass.
 
     Each kind of product is certified when it is first used: it is compared with plain automatic differentiation of the
-    network as it is, over the whole batch (see :mod:`ntkbench.operators.certificate`). A kind that differs by more than
-    rounding, or that raises, is computed in the next way that the backend has, and ``notes`` say why. Certificates
-    count as no passes. They take one plain backward pass for each kind and parameter set; where the products themselves
-    do not cover the whole batch, as unit vectors and products by sample do not, two products more.
+    unmodified network over the whole batch (see :mod:`ntkbench.operators.certificate`). If a kind differs by more than
+    rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
+    passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
+    themselves do not cover the whole batch, such as products with unit vectors or by sample.
 
     Attributes:
         N: samples.
         O: outputs per sample.
         P: parameters.
-        memory: bytes that one block of probes may fill; larger inputs are split into blocks.
+        memory: bytes that one block of probes may use; larger inputs are split into blocks.
         itemsize: bytes of one number.
         chunk_bytes: sizes of cache-friendly chunks within a block.
-        reference: what products are compared with; ``None`` where there is no network, or nothing is to be checked.
+        reference: what products are compared with; ``None`` if there is no network, or nothing is checked.
     """
 
     COMPUTED: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class JacobianOperator(ABC):
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters, in the order of their entries; empty where they have none."""
+        """Names of the parameters, in the order of their entries; empty if they have none."""
         return []
 
     @property
@@ -106,7 +106,7 @@ class JacobianOperator(ABC):
         def difference(found: Array, reference: Reference) -> float:
             mix = certificate.random_weights(len(u), u)
             v, image = mix @ u, mix @ found
-            if bool((v == 0).any()):  # unit vectors, which cover some outputs alone
+            if bool((v == 0).any()):  # unit vectors, which cover only some outputs
                 v = certificate.random_signs(self.n, u)
                 image = self._vjp(_halves(v)).sum(0)
             return certificate.distance(image, reference.fixed_gradient(v))
@@ -139,7 +139,7 @@ class JacobianOperator(ABC):
             off = certificate.distance(found, reference.gradient(self.basis(i, i + 1)[0]))
             if self._is_plain("row"):
                 return off
-            v, gradient = reference.cotangent(found, self.n)  # one row says little of the others
+            v, gradient = reference.cotangent(found, self.n)  # one row says little about the others
             return max(off, certificate.distance(self._vjp(_halves(v)).sum(0), gradient))
 
         return self._certified("row", product, difference)
@@ -219,7 +219,7 @@ class JacobianOperator(ABC):
     def rectangles(self, held: float = 1.0) -> Iterator[tuple[slice, slice]]:
         """Partition the rows of J into rectangles for :meth:`sample_rows`, each within ``held`` of the memory budget.
 
-        The partition depends on sizes alone, so that two operators of one problem give matching blocks.
+        The partition depends only on sizes, so that two operators of one problem give matching blocks.
 
         Args:
             held: fraction of ``memory``. A rectangle has at least one row, whatever its size.
@@ -251,9 +251,9 @@ class JacobianOperator(ABC):
         difference: Callable[[Array, Reference], float],
         probes: int = 2,
     ) -> Array:
-        """A product, at its first use compared with the reference, in the first way of the backend that agrees.
+        """A product by the backend's first method that agrees with the reference, which is compared at the first use.
 
-        Batched rules may be right for one probe and wrong for several, so either is certified by itself.
+        Batched rules may be right for one probe and wrong for several, so both are certified separately.
 
         Raises:
             Uncertified: none does; says why for each.
@@ -287,7 +287,7 @@ class JacobianOperator(ABC):
         return False
 
     def _next_way(self, kind: str, reason: str) -> bool:
-        """Compute a kind of product in the next way from now on; whether there is one."""
+        """Use the next method for a kind of product from now on; whether there is one."""
         return False
 
     def _adjoint_difference(self, w: Array, image: Array, reference: Reference) -> float:
@@ -299,7 +299,7 @@ class JacobianOperator(ABC):
         return certificate.ratio(abs(found - expected), max(size, abs(expected)))
 
     def _certified_sample_vjp(self, v: Array) -> Array | None:
-        """Gradients of all samples ``[k, N, P]`` which are compared themselves; ``None`` where that says too little.
+        """Gradients of all samples ``[k, N, P]``, compared directly; ``None`` if that comparison is too weak.
 
         A random combination of them is a gradient over the whole batch, if the combined cotangent has no zeros.
         """

@@ -15,16 +15,16 @@ from ntkbench.operators.arrays import Array
 
 
 class Uncertified(BadInput):
-    """A result that plain automatic differentiation of the network contradicts, and that is therefore not given."""
+    """A result is contradicted by plain automatic differentiation of the network, and is therefore not returned."""
 
 
 def tolerance(epsilon: float) -> float:
-    """The largest relative difference that a certificate allows in a precision: the root of its machine epsilon."""
+    """The largest relative difference that a certificate allows in a precision: the square root of machine epsilon."""
     return math.sqrt(epsilon)
 
 
 PLAIN = 1 / 32
-"""The same for products by plain autograd itself, whose own rounding may come to that in a network of bfloat16."""
+"""The same for products by plain autograd itself, whose own rounding may reach it in a network of bfloat16."""
 
 
 def check(difference: float, epsilon: float) -> None:

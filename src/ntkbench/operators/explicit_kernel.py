@@ -22,23 +22,23 @@ def explicit_kernel(
 ) -> Array:
     """The kernel between the samples of two operators of one network, ``[N1 * K, N2 * K]`` with rows sample-major.
 
-    With ``rows`` and ``columns`` it is that rectangle of it.
+    With ``rows`` and ``columns`` it is that rectangle of the kernel.
 
     Cost: K N1 N2 K P multiplications, and K passes if all rows fit in a quarter of ``memory`` and independent samples
-    have their gradients taken together; otherwise rows are taken again for each block of columns. Rows of samples that
-    interact take a pass each.
+    have their gradients taken together; otherwise rows are recomputed for each block of columns. Rows of interacting
+    samples take a pass each.
 
     Args:
-        left: of the rows.
-        right: of the columns; ``None`` for those of the rows.
+        left: operator of the rows.
+        right: operator of the columns; ``None`` for that of the rows.
         directions: output directions ``[K, O]``, arrays of the operators; ``None`` for the O unit vectors.
         rows, columns: whole samples or some directions of one sample (see :mod:`ntkbench.operators.ranges`); ``None``
             for all.
         averaged: whether to take the mean over directions, ``[N1, N2]``, instead of all pairs.
-        independent: whether samples are independent, so that gradients may be taken by sample.
+        independent: whether samples are independent, so that gradients can be computed by sample.
 
     Raises:
-        Uncertified: no way of taking rows agrees with plain autograd.
+        Uncertified: no method for the rows agrees with plain autograd.
     """
     directions = left._eye(left.O, 0, left.O) if directions is None else directions
     K = 1 if averaged else len(directions)

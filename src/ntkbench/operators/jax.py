@@ -52,19 +52,19 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
 def plain_gradient(
     problem: Problem, weights: str, target: Target, names: Sequence[str]
 ) -> Callable[[arrays.Array], jax.Array]:
-    """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which starts anew for each v."""
+    """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which runs again for each v."""
     return lambda v: plain_pullback(problem, weights, target, names)(v)
 
 
 def plain_pullback(
     problem: Problem, weights: str, target: Target, names: Sequence[str]
 ) -> Callable[[arrays.Array], jax.Array]:
-    """v ``[n]`` -> J^T v ``[P]`` by ``jax.vjp`` of the network as it is: over the whole batch, without jit and vmap.
+    """v ``[n]`` -> J^T v ``[P]`` by ``jax.vjp`` of the unmodified network: over the whole batch, without jit and vmap.
 
     Cost: one forward pass, and a backward pass for each v.
 
     Args:
-        names: of the parameters, in the order of their entries.
+        names: names of the parameters, in the order of their entries.
     """
     forward, parameters, x = network(problem, weights, target)
     outputs, pull = jax.vjp(lambda p: forward(p, x), parameters)
@@ -109,7 +109,7 @@ def free_memory(target: Target) -> int:
 
 
 SAID = {"jvp": "JVP", "sample_jvp": "per-sample JVP"}
-"""Products that are by forward mode first, and by two reverse passes where the network has none."""
+"""Products by forward mode first, or by two reverse passes if the network has no forward mode."""
 
 
 class JaxJacobian(JacobianOperator):
@@ -119,8 +119,8 @@ class JaxJacobian(JacobianOperator):
         forward: ``(parameters, x) -> [N, ...outputs]``.
         parameters: trainable parameters by name.
         x: inputs ``[N, ...]``.
-        shape: of the outputs, ``(N, ...outputs)``.
-        memory: bytes that one block of probes may fill.
+        shape: shape of the outputs, ``(N, ...outputs)``.
+        memory: bytes that one block of probes may use.
     """
 
     COMPUTED: tuple[str, ...] = ("_pullback",)
@@ -227,7 +227,7 @@ class _Programs:
 
 @functools.lru_cache(maxsize=16)
 def _programs(forward: NetworkFunction) -> _Programs:
-    """Those of the networks used last. Functions of this module would keep what JAX compiles for them for good."""
+    """Programs of the most recent networks. Functions of this module would keep what JAX compiles for them forever."""
     return _Programs(forward)
 
 

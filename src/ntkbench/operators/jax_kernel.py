@@ -1,6 +1,6 @@
 """The whole kernel of a network in JAX, in several ways: the fastest first, each for where those before it fail.
 
-Every way has the same arguments, raises where it cannot give the kernel, and is certified by plain autograd.
+Every method has the same arguments, raises if it cannot compute the kernel, and is certified by plain autograd.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Way = Callable[[Problem, np.ndarray | None, np.ndarray | None, bool, Target], ja
 
 
 def ways(problem: Problem, x2: np.ndarray | None = None) -> list[Way]:
-    """The ways that a problem has, the fastest first.
+    """The methods available for a problem, the fastest first.
 
     Each gives the kernel between the problem's inputs and ``x2 [N2, ...]``, which are its own inputs if not given. For
     directions ``[K, O]`` (the O unit vectors if not given) it is ``[N1 * K, N2 * K]`` with rows sample-major, or
@@ -53,9 +53,9 @@ def structured_derivatives(
 
     Raises:
         BadInput: the network has a long recurrence.
-        OverMemory: the program would take more memory than it may.
+        OverMemory: the program would take more memory than allowed.
         Uncertified: plain autograd contradicts the kernel.
-        Unavailable: neural-tangents is not installed, or the device is not there.
+        Unavailable: neural-tangents is not installed, or the device is not available.
     """
     if reason := programs.scan_too_long(problem):
         raise BadInput(f"neural-tangents {reason}")
@@ -80,7 +80,7 @@ def sample_by_sample(
 def row_by_row(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
-    """From rows of J by products over the whole batch, whatever its samples do to each other."""
+    """From rows of J by products over the whole batch, which allows samples to interact."""
     found: jax.Array = _by_rows(problem, x2, directions, averaged, target, independent=False)()
     return found
 
@@ -88,16 +88,16 @@ def row_by_row(
 def in_parts(
     way: Way, problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> Callable[[slice, slice], jax.Array]:
-    """A way's kernel in rectangles: a function of their rows and columns, ranges of :mod:`ntkbench.operators.ranges`.
+    """The kernel of a method in rectangles: a function of rows and columns, ranges of :mod:`ntkbench.operators.ranges`.
 
-    Ways by neural-tangents compile a program for each shape of a rectangle and certify each rectangle by itself. The
-    others are certified once.
+    Methods by neural-tangents compile a program for each shape of a rectangle and certify each rectangle separately.
+    The others are certified once.
 
     Args:
-        way: one of :func:`ways`; the other arguments are as for it.
+        way: one of :func:`ways`; the other arguments are those of the method.
 
     Raises:
-        BadInput: of neural-tangents, in the function: a rectangle has some outputs of a sample only.
+        BadInput: raised by the function for methods by neural-tangents: a rectangle has only some outputs of a sample.
     """
     if way in (sample_by_sample, row_by_row):
         return _by_rows(problem, x2, directions, averaged, target, independent=way is sample_by_sample)
@@ -124,7 +124,7 @@ def _by_rows(
     *,
     independent: bool,
 ) -> Callable[..., jax.Array]:
-    """Rectangles of the kernel by their rows and columns; all of it without them."""
+    """Rectangles of the kernel by their rows and columns; without them, the whole kernel."""
     left = linearise(problem, "theta_0", target)
     right = None if x2 is None else linearise(problem.with_inputs(x2), "theta_0", target)
     u = None if directions is None else arrays.asarray_like(directions, left.basis(0, 1))
@@ -195,7 +195,7 @@ def _expected_form(
 
 
 def _cotangents(signs: np.ndarray, u: np.ndarray, averaged: bool) -> Iterator[np.ndarray]:
-    """One for signs of all directions, or one a direction for the mean over them."""
+    """One for signs of all directions, or one per direction for the mean over them."""
     if averaged:
         yield from (np.outer(signs, direction) for direction in u)
     else:

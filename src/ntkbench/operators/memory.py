@@ -11,7 +11,7 @@ except ImportError:  # Windows has no limits of this kind
 
 
 def free_on_host() -> int:
-    """Bytes that this process may still take."""
+    """Bytes that this process may still allocate."""
     free = psutil.virtual_memory().available
     if resource is None:
         return free

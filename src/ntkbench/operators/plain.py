@@ -1,6 +1,6 @@
 """Plain automatic differentiation: a module as it is and ``backward``, without a functional call, vmap or a trace.
 
-It is what training computes. Certificates compare with it, and products fall back on it where nothing faster is right.
+It is what training computes. Certificates compare with it, and products fall back on it if nothing faster is right.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ntkbench.operators.plain_operations import plain_operations
 
 
 class PlainNetwork:
-    """A copy of a module with trainable parameters of its own.
+    """A copy of a module with its own trainable parameters.
 
     Args:
         module: ``x -> [N, ...outputs]``, on the device and in the precision of ``parameters``.
         parameters: values of the trainable parameters by name.
-        owned: whether the module is nobody else's, and need not be copied.
+        owned: whether the module has no other user, and need not be copied.
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], *, owned: bool = False) -> None:
@@ -39,13 +39,13 @@ class PlainNetwork:
 
     @torch.enable_grad()
     def gradient(self, x: Tensor, v: Tensor, memory: int | None = None) -> list[Tensor]:
-        """The gradient of <v, f(x)> by each parameter; 1 pass.
+        """The gradient of <v, f(x)> with respect to each parameter; 1 pass.
 
         Args:
             x: inputs ``[N, ...]``.
             v: cotangent with ``N O`` entries, sample-major.
-            memory: bytes that the values may fill that autograd saves. A batch that takes more is taken in parts of two
-                samples at least; its samples must not interact.
+            memory: bytes of the values that autograd saves. A batch that takes more is split into parts of at least two
+                samples; its samples must not interact.
         """
         samples = len(x) if memory is None or len(x) < 3 else max(2, memory // max(1, self._saved_bytes(x[:1])))
         if samples >= len(x):
@@ -60,14 +60,14 @@ class PlainNetwork:
         return total
 
     def _saved_bytes(self, x: Tensor) -> int:
-        """Bytes of the values that autograd saves of a forward pass, but for the parameters."""
+        """Bytes of the values that autograd saves of a forward pass, without the parameters."""
         if self._saved is None:
             parameters = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
             self._saved = saved_bytes(lambda: called(self._module, x), parameters) or 0
         return self._saved
 
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
-        """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass where its graph allows that."""
+        """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass if its graph allows that."""
         with torch.enable_grad():
             outputs = called(self._module, x)
 
@@ -108,7 +108,7 @@ class PlainNetwork:
 
 
 def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) -> int | None:
-    """Bytes of the values that autograd saves of a forward pass; ``None`` where they cannot be counted.
+    """Bytes of the values that autograd saves of a forward pass; ``None`` if they cannot be counted.
 
     Args:
         forward: the forward pass.
@@ -124,7 +124,7 @@ def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) ->
 
 @contextlib.contextmanager
 def saved_values() -> Iterator[dict[int, int]]:
-    """Bytes of the values that autograd saves inside, by where they lie in memory."""
+    """Bytes of the values that autograd saves inside, by address."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def saved_values() -> Iterator[dict[int, int]]:
                 kept[storage.data_ptr()] = storage.nbytes()
             except (RuntimeError, NotImplementedError):  # inside a transform of torch.func
                 kept[-id(tensor)] = tensor.numel() * tensor.element_size()
-        return tensor.detach()  # the tensor itself would hold the node by which it is held, for ever
+        return tensor.detach()  # the tensor itself would form a cycle with the node that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield kept

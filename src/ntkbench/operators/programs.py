@@ -59,7 +59,7 @@ LONGEST_SCAN = 8
 
 
 def scan_too_long(problem: Problem) -> str | None:
-    """Why a problem's JAX network is none for structured derivatives, where it has a long recurrence; else ``None``."""
+    """Why structured derivatives do not suit a problem's JAX network with a long recurrence; else ``None``."""
     steps = longest_scan(problem)
     if steps > LONGEST_SCAN:
         return f"unrolls lax.scan and compiles in O(T^2): T = {steps} here, at most {LONGEST_SCAN}"
@@ -141,7 +141,7 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_limit(device: jax.Device, target: Target) -> int:
-    """Bytes that one program may take: ``target.program_memory``, or 80 % of what is free on the device."""
+    """Bytes that one program may take: ``target.program_memory``, or 80 % of the free memory of the device."""
     if target.program_memory is not None:
         return target.program_memory
     statistics = device.memory_stats()
@@ -158,7 +158,7 @@ def compile_within(limit: int, lowered: jax.stages.Lowered, name: str) -> jax.st
     Args:
         limit: bytes, such as those of :func:`memory_limit`.
         lowered: the program.
-        name: of the program, for the error's message.
+        name: name of the program, for the error message.
 
     Raises:
         OverMemory: the program would take more.

@@ -9,12 +9,12 @@ from ntkbench.operators.arrays import chunks
 
 
 def row_ranges(N: int, K: int, most: int) -> list[slice]:
-    """The rows of N samples in K directions in as few ranges of at most ``most`` rows as that allows, almost equal."""
+    """The rows of N samples in K directions in the fewest almost equal ranges of at most ``most`` rows."""
     return within(slice(0, N * K), K, most)
 
 
 def within(rows: slice, K: int, most: int) -> list[slice]:
-    """A range in as few ranges of at most ``most`` rows as that allows, almost equal."""
+    """A range split into the fewest almost equal ranges of at most ``most`` rows."""
     size = rows.stop - rows.start
     if size <= max(1, most):
         return [rows]

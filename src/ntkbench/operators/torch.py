@@ -110,7 +110,7 @@ def free_memory(target: Target) -> int:
     """Bytes that a tensor on the device may take."""
     where = device(target)
     if where.type == "cuda":
-        # What torch keeps of tensors that are gone is free as well.
+        # Memory that torch caches after tensors are freed is free as well.
         kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
         return int(torch.cuda.mem_get_info(where)[0]) + kept
     return free_on_host()
@@ -128,7 +128,7 @@ WAYS = {
     "jvp": (FORWARD, TWICE, PLAIN),
     "sample_jvp": (FORWARD, TWICE, PLAIN),
 }
-"""Ways of computing each kind of product, the fastest first. All but plain autograd batch probes with ``vmap``."""
+"""Methods for each kind of product, the fastest first. All but plain autograd batch probes with ``vmap``."""
 SAID = {"vjp": "VJP", "jvp": "JVP", "sample_vjp": "per-sample VJP", "sample_jvp": "per-sample JVP"}
 
 
@@ -139,8 +139,8 @@ class TorchJacobian(JacobianOperator):
         module: ``x -> [N, ...outputs]``, on the device and in the precision of ``parameters``.
         parameters: trainable parameters by name.
         x: inputs ``[N, ...]``.
-        shape: of the outputs, ``(N, ...outputs)``.
-        memory: bytes that one block of probes may fill.
+        shape: shape of the outputs, ``(N, ...outputs)``.
+        memory: bytes that one block of probes may use.
     """
 
     COMPUTED: tuple[str, ...] = ("_pullback", "_plain_pullback")
@@ -316,7 +316,7 @@ class TorchRng(Rng):
         return torch.randn(k, dim, generator=self._generator, dtype=self._dtype, device=self._device)
 
     def sign(self, k: int, dim: int) -> Tensor:
-        # Rows do not depend on how they are split into blocks, which is a matter of how much memory is free.
+        # Rows do not depend on the split into blocks, which depends on the free memory.
         if self._device.type == "cuda":
             signs = torch.empty(k, dim, dtype=self._dtype, device=self._device)
             for row in signs:

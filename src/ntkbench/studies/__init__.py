@@ -1,14 +1,14 @@
 """Studies: measurements behind the figures that the grid's one table cannot hold.
 
-One file a study: a file dropped in here can be named under ``studies`` in a configuration, and is then measured into
-``results/<profile>/studies/<name>.csv``, which figures with ``TABLE = "<name>"`` are drawn from. It holds
+Each study is one file. A file in this folder can be named under ``studies`` in a configuration. Its table is then
+measured into ``results/<profile>/studies/<name>.csv``, from which figures with ``TABLE = "<name>"`` are drawn. It holds
 
-- ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, those of the paper if nothing is said;
-- ``run(settings) -> pandas.DataFrame``: a tidy table, one row a measurement, without columns of provenance, made of
-  :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
+- ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, by default those of the paper;
+- ``run(settings) -> pandas.DataFrame``: a tidy table with one row per measurement, without columns of provenance, made
+  from :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
 - ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others;
-- ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; their sources count
-  when it is decided whether a study has to run again.
+- ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; the study runs again if
+  their sources change.
 
 Importing a study starts no backend.
 """
@@ -66,7 +66,7 @@ def plugins_of(name: str) -> tuple[str, ...]:
 
 
 def is_timed(name: str) -> bool:
-    """Whether any column of a study's table holds seconds, so that nothing else should run meanwhile.
+    """Whether any column of a study's table holds seconds, so that nothing else should run at the same time.
 
     The study is not imported.
 
@@ -77,7 +77,7 @@ def is_timed(name: str) -> bool:
 
 
 def run(name: str, chosen: base.Settings) -> pd.DataFrame:
-    """Measure a study in this process: its table, without the columns that say where the numbers come from.
+    """Measure a study in this process: its table, without the columns of provenance.
 
     Args:
         name: of the study.
@@ -87,7 +87,7 @@ def run(name: str, chosen: base.Settings) -> pd.DataFrame:
 
 
 def _find(source: Source) -> Mapping[str, int]:
-    """The study, if what is read without importing it shows no fault."""
+    """The study, if its source, which is not imported, shows no fault."""
     source.literal("TIMED")
     return registry.one_a_file(source)
 

@@ -1,9 +1,9 @@
 """Whether 95 % intervals hold the exact value: ``auto`` and every stochastic method, on kernels of many kinds.
 
-Networks are taken as trained: Theta is the kernel at the weights after training, and the alignment is that with the
-kernel at initialisation. Each case is estimated with many seeds, in four ways: as by default, with a budget of passes,
-to a tolerance, and with a fixed budget of as many passes as the tolerance took on average. The last two tell what
-stopping at a tolerance costs, and what it does to the intervals.
+Networks are trained: Theta is the kernel at the weights after training, and the alignment is with the kernel at
+initialisation. Each case is estimated with many seeds, in four modes: by default, with a budget of passes, to a
+tolerance, and with a fixed budget of as many passes as the tolerance took on average. The last two show the cost of
+stopping at a tolerance, and its effect on the intervals.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _measure(
 
 
 class Subject:
-    """The problem that rows are of, prepared once for all methods that share a preparation.
+    """The problem of some rows, prepared once for all methods that share a preparation.
 
     Attributes:
         label: of the problem.
@@ -153,7 +153,7 @@ class Subject:
         self._prepared: dict[str, Any] = {}
 
     def estimate(self, metric: str, options: Options) -> Estimate:
-        """What a user gets who asks for it."""
+        """The estimate that a user would get."""
         return ladder.estimates(self.problem(), (metric,), self._target, options, self._prepare)[metric]
 
     def _prepare(self, method: Method) -> Any:
@@ -164,7 +164,7 @@ class Subject:
 
 
 def _trained(problem: Problem) -> Problem:
-    """The same problem with its weights after training in the place of the initial ones, and the other way round."""
+    """The same problem with its weights after training in place of the initial ones, and vice versa."""
     return replace(
         problem,
         name=f"{problem.name} trained",
@@ -178,14 +178,14 @@ def _trained(problem: Problem) -> Problem:
 def columns(method: str, found: Reruns) -> dict[str, Any]:
     """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
 
-    An answer is exact if it states no error and is right to rounding. ``covered`` is the share of the others whose
-    95 % interval holds the exact value, with Wilson's 95 % interval from ``covered_low`` to ``covered_high``. ``bias``
-    and ``rmse`` are mean and root mean square of their relative errors, ``stated`` is the root mean square of their
-    relative standard errors where they have one, and ``ratio`` is ``rmse / stated``. ``noted`` is the share of all
-    answers that have a note, and ``notes`` the most frequent one.
+    An answer is exact if it states no error and is accurate to rounding. ``covered`` is the share of the others with a
+    95 % interval that contains the exact value, with Wilson's 95 % interval from ``covered_low`` to ``covered_high``.
+    ``bias`` and ``rmse`` are mean and root mean square of their relative errors, ``stated`` is the root mean square of
+    their relative standard errors where they have one, and ``ratio`` is ``rmse / stated``. ``noted`` is the share of
+    all answers that have a note, and ``notes`` the most frequent one.
 
     Args:
-        method: by which it was asked for.
+        method: the requested method.
         found: the estimates.
     """
     from scipy.stats import binomtest
@@ -232,7 +232,7 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def _verdict(low: float, high: float, least: float, most: float, excused: bool) -> str:
-    """``in range`` unless the interval ``[low, high]`` of the coverage has nothing in common with its target."""
+    """``in range`` unless the interval ``[low, high]`` of the coverage and its target are disjoint."""
     if high >= least and low <= most:
         return "in range"
     return "noted" if excused else "below" if high < least else "above"

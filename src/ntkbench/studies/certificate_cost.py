@@ -1,8 +1,8 @@
 """What certificates cost: estimates that are certified and estimates that are not, in turn with plain backward passes.
 
 A prepared method is certified at its first estimate, once for each kind of product that it uses. Here every second
-estimate is certified anew. The cost is given as a share of the estimate, and in plain backward passes over the whole
-batch, which take longer than passes that are batched.
+estimate is certified again. The cost is given as a share of the estimate, and in plain backward passes over the whole
+batch, which take longer than batched passes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _estimates(problem: str) -> list[Certified]:
 ESTIMATES = [
     *_estimates("mlp_hazelden"),
     *_estimates("digits_conv[N=64]"),
-    # The smallest networks pay most: a plain pass takes as long as many batched ones.
+    # The cost is highest for the smallest networks: a plain pass takes as long as many batched ones.
     Certified.model_construct(problem="gru_hazelden[N=4,T=5]", method="one_sided_reverse", passes=PASSES),
     Certified.model_construct(problem="gru_hazelden[N=4,T=5]", method="structured_derivatives", metric="norm"),
     Certified.model_construct(problem="gru_hazelden", method="one_sided_reverse", passes=PASSES),

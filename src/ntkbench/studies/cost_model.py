@@ -1,8 +1,7 @@
 """How right predicted costs are: seconds, bytes and passes of methods as predicted and as measured.
 
-Predictions are made once for each problem and metric, before anything of it is measured. What is measured is an
-estimate with the budget that was predicted, after a first one. A method that is predicted to take longer than
-``limits.patience_s`` is left out.
+Predictions are made once for each problem and metric, before its measurements. An estimate with the predicted budget is
+measured, after a first one. A method that is predicted to take longer than ``limits.patience_s`` is left out.
 """
 
 from __future__ import annotations

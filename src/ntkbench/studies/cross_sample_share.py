@@ -2,16 +2,16 @@
 
 A pooled estimate of tr Theta, ||J^T u||^2 for random signs u, has the variance 2 (||Theta||_F^2 - D) / K after K
 passes, with D = sum_i Theta_ii^2: the terms 2 u_i u_j Theta_ij of all pairs i < j are uncorrelated, each with variance
-4 Theta_ij^2. The per-sample estimate sum_b ||J_b^T u_b||^2 takes the same passes, and has the pairs within a sample
-alone: 2 (sum_b ||Theta_bb||_F^2 - D) / K. So leaving out the cross-sample terms divides the variance by
+4 Theta_ij^2. The per-sample estimate sum_b ||J_b^T u_b||^2 takes the same passes, and has only the pairs within a
+sample: 2 (sum_b ||Theta_bb||_F^2 - D) / K. Dropping the cross-sample terms therefore divides the variance by
 
     factor = (||Theta||_F^2 - D) / (sum_b ||Theta_bb||_F^2 - D).
 
 ``norm_ratio`` is the same without D, R = ||Theta||_F^2 / sum_b ||Theta_bb||_F^2, and 1 - 1 / R the share of the squared
 norm between samples. R is at most N, since ||Theta_bc||_F^2 <= ||Theta_bb||_F ||Theta_cc||_F for a positive
-semi-definite Theta. The factor is R at least (for D > 0), and has no bound: where the outputs of a sample have
-orthogonal gradients, as those of a wide network at initialisation nearly do, Theta_bb is diagonal, and a per-sample
-estimate without variance.
+semi-definite Theta. The factor is at least R (for D > 0), and is unbounded: if the outputs of a sample have orthogonal
+gradients, as those of a wide network at initialisation nearly do, Theta_bb is diagonal and a per-sample estimate has no
+variance.
 
 Theta is exact, in float64, by the layerwise engine. At the first and the last step of the first initialisation the
 factor is also measured: the ratio of the two estimates' variances over seeds.
@@ -179,7 +179,7 @@ class Course:
 
 
 def shares(theta: Tensor) -> dict[str, float]:
-    """What lies within samples and between them.
+    """The parts of Theta within samples and between them.
 
     Args:
         theta: ``[N, O, N, O]``.
@@ -206,7 +206,7 @@ def ratio_of_variances(above: Sequence[float], below: Sequence[float]) -> tuple[
     """The ratio of the variances of two independent samples, with its 95 % interval.
 
     The interval is normal in the logarithm. The variance of log s^2 is (k - 1) / n for n values of kurtosis k, to first
-    order, whatever their distribution.
+    order, for any distribution.
     """
     logs, errors = zip(*(_log_variance(np.asarray(values, dtype=float)) for values in (above, below)), strict=True)
     half = 1.96 * math.sqrt(sum(errors))

@@ -4,9 +4,9 @@ A wide network is trained on scikit-learn's digits, and a narrow one on the outp
 loss of the latter is the cross-entropy with the teacher's probabilities, plus ``weight`` times 1 - alignment of the two
 kernels on the batch, by a differentiable estimate from shared probes. The same seeds, and so the same initial weights
 and batches, are used with each weight; each row has the mean over them with its 95 % interval, and the mean difference
-from no regulariser, the ``reference``, in pairs. ``verdict`` is ``better`` or ``worse`` only where the interval of the
+from no regulariser, the ``reference``, in pairs. ``verdict`` is ``better`` or ``worse`` only if the interval of the
 difference does not contain 0. Intervals are over students of one teacher, and not corrected for several comparisons.
-The regulariser is made to raise the alignment; the question is whether the rest improves.
+The regulariser is designed to raise the alignment; the question is whether the other quantities improve.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 class School:
-    """The teacher, and what its students are judged by."""
+    """The teacher, and the data on which its students are evaluated."""
 
     def __init__(self, settings: Settings) -> None:
         """Train the teacher."""
@@ -91,7 +91,7 @@ class School:
         self._judge = distilling.Judge(self._teacher, self._student(0), settings.seen)
 
     def students(self, weight: float) -> list[dict[str, float]]:
-        """What becomes of a student of each seed."""
+        """The results of a student for each seed."""
         from ntkbench.studies.base import distilling
 
         s, found = self._settings, []
@@ -146,7 +146,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def verdict(sign: int, low: float, high: float) -> str:
-    """What an interval of differences says where a change of this sign is for the better."""
+    """The verdict of an interval of differences, if a change of this sign is an improvement."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return "not known"
     if low <= 0 <= high:

@@ -1,8 +1,8 @@
 """Effective rank of which kernel: of Theta and of kernels between samples, by BatchNorm's statistics.
 
-Networks with BatchNorm in eval mode have different kernels with different statistics: those that come with the weights,
+Networks with BatchNorm in eval mode have different kernels with different statistics: those stored with the weights,
 those of the images themselves (``calibrated``: one pass in train mode), or means of 0 and variances of 1
-(``uncalibrated``), as a network has that was never trained. Theta is n x n with n = N O; the pNTK, the trace kernel and
+(``uncalibrated``), as in a network that was never trained. Theta is n x n with n = N O; the pNTK, the trace kernel and
 those of single logits are N x N and read off Theta's entries. The effective rank is (tr A)^2 / ||A||_F^2, beside the
 entropy effective rank.
 """
@@ -30,7 +30,7 @@ PLUGINS = (f"ntkbench.methods.{thetas.METHOD}", "ntkbench.operators.torch")
 KERNELS = ("theta", "trace", "sum_of_logits", "single_logit")
 WEIGHTS = {"theta_0": "initial", "theta_f": "trained"}
 STATISTICS = ("stored", "calibrated", "uncalibrated")
-"""Those that come with the weights, those of the images, and means of 0 with variances of 1."""
+"""Those stored with the weights, those of the images, and means of 0 with variances of 1."""
 
 
 class Settings(base.Settings):
@@ -67,15 +67,15 @@ def _measure(settings: Settings, problem: base.Once[Problem], weights: str, stat
 
 
 def with_statistics(problem: Problem, end: str, statistics: str) -> Problem:
-    """A problem at one set of weights alone, with BatchNorm's statistics as asked for.
+    """A problem at only one set of weights, with the requested statistics of BatchNorm.
 
     Args:
-        problem: with a network in torch.
+        problem: a problem with a network in torch.
         end: the weights.
         statistics: one of :data:`STATISTICS`.
 
     Raises:
-        Unavailable: the network has no BatchNorm with statistics, or those that come with the weights are as new.
+        Unavailable: the network has no BatchNorm with statistics, or the stored ones are in their initial state.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -123,7 +123,7 @@ def kernels(theta: np.ndarray, outputs: int) -> dict[str, list[np.ndarray]]:
 
 
 def _columns(found: list[np.ndarray]) -> dict[str, Any]:
-    """Effective ranks of kernels of one kind: the median, with the least and the most."""
+    """Effective ranks of kernels of one kind: the median, with the minimum and the maximum."""
     ranks, entropies, shares = zip(*map(effective_ranks, found), strict=True)
     return {
         "size": len(found[0]),
@@ -137,7 +137,7 @@ def _columns(found: list[np.ndarray]) -> dict[str, Any]:
 
 
 def effective_ranks(kernel: np.ndarray) -> tuple[float, float, float]:
-    """Effective rank, entropy effective rank, and the share of the trace that the largest eigenvalue has.
+    """Effective rank, entropy effective rank, and the share of the largest eigenvalue in the trace.
 
     Raises:
         Unavailable: the kernel is zero, and has none.

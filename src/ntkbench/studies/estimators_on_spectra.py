@@ -2,8 +2,8 @@
 
 J = U S V^T with random orthogonal U and V and the square roots of given eigenvalues in S, written out, so that a pass
 is a matrix product and the exact metrics are known. With n outputs and P parameters there are min(n, P) eigenvalues
-that are not zero. For the alignment, J_f = 0.6 J + 0.8 J' with a J' that is drawn like J. Methods that need each
-sample's gradient by itself have no place here.
+that are not zero. For the alignment, J_f = 0.6 J + 0.8 J' with a J' that is drawn like J. Methods that need the
+separate gradients of samples are excluded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stochastic)]
 NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
-"""Stochastic methods that ask for nothing but products with J and J^T."""
+"""Stochastic methods that need only products with J and J^T."""
 
 TIMED = False
 PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.ROOM.found()))
@@ -65,13 +65,13 @@ class Settings(base.Settings):
 
 
 class Spectrum:
-    """A prescribed spectrum where methods expect a prepared problem: with the Jacobians of each metric, and the truth.
+    """A prescribed spectrum in place of a prepared problem: with the Jacobians of each metric, and the exact values.
 
     Args:
-        eigenvalues: of Theta that are not zero, ``[min(n, P)]``.
+        eigenvalues: eigenvalues of Theta that are not zero, ``[min(n, P)]``.
         n, P: shape of J.
         settings: device, precision and memory.
-        seed: of the singular vectors.
+        seed: seed of the singular vectors.
     """
 
     def __init__(self, eigenvalues: np.ndarray, n: int, P: int, settings: Settings, seed: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Squared norm, alignment and effective rank of the trained 784-256-256-10 network (Hazelden 2025, figure 4).
 
-On MNIST's test file, or on scikit-learn's digits (64-256-256-10) where MNIST cannot be had.
+On MNIST's test file, or on scikit-learn's digits (64-256-256-10) if MNIST is not available.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Trace, norm, effective rank, and alignment with the kernel before training, at some steps of the recipe that the problem
 is trained by. Parts of the parameters are the embeddings, the attention and the perceptron of each block, each with its
-norm, and the readout; their kernels add up to the whole. All kernels are seen by the same probes at all steps, so that
-ratios to the first step have standard errors from pairs. A step takes one VJP of a probe, and one JVP of it for each
+norm, and the readout; their kernels add up to the whole. All kernels are estimated with the same probes at all steps,
+so that ratios to the first step have paired standard errors. A step takes one VJP per probe, and one JVP per probe and
 part.
 """
 
@@ -30,7 +30,7 @@ TIMED = False
 PLUGINS = ("ntkbench.problems.language",)
 WHOLE = "all parameters"
 LAYERS = {"embedding": "embedding", "position": "embedding", "norm": "readout", "head": "readout"}
-"""Modules outside of the blocks, and the parts that they belong to; others are parts of their own."""
+"""Modules outside of the blocks, and the parts that they belong to; others are separate parts."""
 SUBLAYERS = {"norm1": "attention", "attention": "attention", "norm2": "MLP", "mlp": "MLP"}
 """The same inside of a block."""
 
@@ -62,7 +62,8 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each step, part of the parameters and metric; one with the reason for a step that cannot be had."""
+    """One row for each step, part of the parameters and metric; one with the reason for a step that is not
+    available."""
     course = base.Once(lambda: Course(settings))
     named = " or ".join(settings.problems)
     return base.table(
@@ -84,7 +85,7 @@ class Course:
 
         Raises:
             BadInput: the problem is not trained by Adam.
-            Unavailable: the data of no problem can be had.
+            Unavailable: no problem has its data available.
         """
         self._settings = settings
         self._label, definition = _first_available(settings.problems)
@@ -114,7 +115,7 @@ class Course:
         return self._metrics()
 
     def _problem(self) -> Problem:
-        """The network at its present weights."""
+        """The network at its current weights."""
         own = dict(self._network.named_parameters())
         weights = {
             name: w.detach().double().numpy().copy() for name, w in self._trained.named_parameters() if name in own
@@ -123,7 +124,7 @@ class Course:
         return Problem(self._label, self._network, self._x, theta, fixed_0=fixed)
 
     def _metrics(self) -> list[dict[str, Any]]:
-        """Rows of all parts at the present weights."""
+        """Rows of all parts at the current weights."""
         problem = self._problem()
         j = linearise(problem, "theta_0", self._settings.target())
         g = j.vjp(self._probes)
@@ -153,7 +154,7 @@ def _columns(one: paired.Comparison, probes: int) -> dict[str, Any]:
 
 
 def _first_available(labels: Sequence[str]) -> tuple[str, Definition]:
-    """The first problem whose data can be had, before it is trained."""
+    """The first problem with available data, before it is trained."""
     for label in labels[:-1]:
         try:
             return label, problems.define(label)

@@ -1,6 +1,6 @@
 """Seconds for NTK and pNTK of ResNets against depth (Mohamadi et al. 2023, figure 1).
 
-For two images by themselves and for all pairs of N images, which is where published ratios come from. Operations are
+For two images alone and for all pairs of N images, which the published ratios are based on. Operations are
 estimated from those of a forward pass.
 """
 
@@ -57,7 +57,7 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 def _rows(settings: Settings, depth: int, outputs: int, samples: int) -> Iterator[base.Row]:
-    """All methods on one problem; methods that prepare alike share what is prepared."""
+    """All methods on one problem; methods with the same preparation share it."""
     made = base.Once(lambda: _problem(settings, depth, outputs, samples))
     shared: dict[Any, base.Once[Any]] = {}
 
@@ -77,7 +77,7 @@ def _rows(settings: Settings, depth: int, outputs: int, samples: int) -> Iterato
 
 
 def _check(settings: Settings, method: Method, problem: Problem, flops: float) -> None:
-    """That a method can be measured within the limits.
+    """Check that a method can be measured within the limits.
 
     Raises:
         Unavailable: it cannot.

@@ -77,7 +77,7 @@ class Course:
     """One network along its training."""
 
     def __init__(self, settings: Settings, loss: str, init: int) -> None:
-        """Trace the network; nothing is trained yet."""
+        """Trace the network, without training it."""
         import torch
 
         from ntkbench.networks import classifiers, initialisation

@@ -164,7 +164,7 @@ class Course:
         return self._architecture.network(self._init)
 
     def look(self, step: int) -> dict[str, dict[str, Any]]:
-        """Columns for each kernel after so many steps, no fewer than before, the whole NTK (``full``) among them.
+        """Columns for each kernel after this number of steps, no fewer than before, including the whole NTK (``full``).
 
         Raises:
             DidNotTrain: training diverged.
@@ -180,7 +180,7 @@ class Course:
 
     @functools.cached_property
     def _descent(self) -> Descent:
-        """Training at a rate that the kernel at initialisation sets."""
+        """Training at a rate set by the kernel at initialisation."""
         from torch.nn.functional import cross_entropy
 
         from ntkbench.studies.base import descent
@@ -197,7 +197,7 @@ class Course:
 
 
 def measure(architecture: Architecture, network: nn.Sequential, seed: int) -> dict[str, dict[str, Any]]:
-    """Columns for each kernel of one network at its present weights, the whole NTK (``full``) among them."""
+    """Columns for each kernel of one network at its current weights, including the whole NTK (``full``)."""
     import torch
 
     from ntkbench.studies.base import pntk

@@ -1,9 +1,9 @@
 """Operations and seconds for an NTK of networks for images (Novak et al. 2022, figures 2 and 4).
 
 ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
-of 32x32. Operations are counted without running anything: neural-tangents' programs as they are lowered, our kernel by
-layers by its shapes. Seconds are measured of what stays within the limits; operations are estimated for this from those
-of a forward pass.
+of 32x32. Operations are counted without running anything: those of neural-tangents' programs after lowering, those of
+our layerwise kernel from its shapes. Seconds are measured for cases within the limits, for which operations are
+estimated from those of a forward pass.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Settings(base.Settings):
 
 
 def architectures(settings: Settings) -> list[Architecture]:
-    """The networks that are asked for."""
+    """The requested networks."""
     from ntkbench.networks import mixer, residual, transformer
 
     return [
@@ -80,7 +80,7 @@ def architectures(settings: Settings) -> list[Architecture]:
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """Rows for each network, O and implementation: of its operations, and but for the Jacobian alone of its seconds."""
+    """Rows for each network, O and implementation: its operations and, except for the Jacobian alone, its seconds."""
     return base.table(
         row
         for architecture in architectures(settings)
@@ -176,7 +176,7 @@ class Case:
 
     @functools.cached_property
     def _network(self) -> nn.Module:
-        """The network with its weights; only what traces or runs it takes them."""
+        """The network with its weights, which only tracing and running it need."""
         from ntkbench.networks import initialisation
 
         return initialisation.seeded(lambda: self._architecture.make(self._outputs), 0)

@@ -1,7 +1,7 @@
 """What a kernel costs by the front door: first, later and prepared calls, in turn with the computation inside them.
 
 A first call checks, copies and traces the network; a later call reuses the trace of an equal network; a prepared call
-is one of a :class:`ntkbench.Kernel`. The engine is what each of them ends in. The rivals are what a user would write
+is one of a :class:`ntkbench.Kernel`. All of them end in the engine. The alternatives are what a user would write
 instead: the contraction of per-sample Jacobians of torch.func's tutorial, and, for fully connected networks, products
 of the layers' inputs with the gradients of their outputs, both taken by hooks.
 """
@@ -38,7 +38,7 @@ RATIOS = {
     "first": ("textbook", "hooks"),
     "later": ("textbook", "hooks"),
 }
-"""What each way of calling is compared with."""
+"""The comparison for each kind of call."""
 
 
 class Case(Strict):
@@ -88,7 +88,7 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
     settings.limits.check_memory(2 * problem.n * problem.P * target.itemsize)  # the textbook writes J out
     network, parameters, x = operators.torch_network(problem, "theta_0", target)
     ways = _ways(_with_values(network, parameters), x, target)
-    # The first call of each warms up, and says what it computes.
+    # The first call of each is a warm-up, and gives its result.
     made = {name: way().double().cpu().numpy() for name, way in ways.items()}
     calls = [functools.partial(_finished, way) for way in ways.values()]
     seconds = dict(zip(ways, timing.in_turn(calls, rounds), strict=True))
@@ -106,7 +106,7 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
 
 
 def _ways(network: nn.Module, x: Tensor, target: Target) -> dict[str, Callable[[], Tensor]]:
-    """Ways of computing Theta ``[n, n]`` of a network, by name."""
+    """Functions that compute Theta ``[n, n]`` of a network, by name."""
     from ntkbench.layerwise import reuse
 
     kernel = Kernel(network, x, memory=target.memory)

@@ -33,7 +33,7 @@ class AdaptiveSketch(Accumulating):
 
     Attributes:
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
-        block: columns by which the sketch grows.
+        block: number of columns by which the sketch grows.
         min_residual: residual probes that remain after the sketch, for the standard error.
     """
 
@@ -53,7 +53,7 @@ class AdaptiveSketch(Accumulating):
 
 
 class GrowingSketch(Accumulator):
-    """A sketch and residual probes, both of which grow. The number of probes is that of passes.
+    """A sketch and residual probes, both of which grow. The number of probes is the number of passes.
 
     Attributes:
         q: basis of the sketch, rows.
@@ -114,12 +114,12 @@ class GrowingSketch(Accumulator):
 
 
 def _skewed_mean(values: np.ndarray) -> PointEstimate:
-    """Mean of k values whose variance has as many degrees of freedom as their kurtosis leaves it.
+    """Mean of k values, with the degrees of freedom of its variance reduced by their kurtosis.
 
     A variance of normal values has a relative variance of 2 / (k - 1), one of values with kurtosis K of about
-    (K - 1) / k. Squares of few large numbers, which is what a sketch leaves of a steep spectrum, have a kurtosis of up
-    to 15. Half of these degrees of freedom are taken: such values are skewed, so that means and variances are too small
-    together, and sampling stops there first.
+    (K - 1) / k. Squares of few large numbers, as a sketch leaves them on a steep spectrum, have a kurtosis of up to 15.
+    Half of these degrees of freedom are used: such values are skewed, so that means and variances are too small at the
+    same time, and sampling stops there first.
     """
     found = standard_errors.mean(values)
     centred = values - found.value

@@ -6,8 +6,8 @@ of T V, and
 
     Theta = (I (x) U) Theta_g (I (x) U^T) + G (x) I_V,    G_ts = h_t . h_s (+ 1 with a bias),
 
-with t and s the positions of all samples: the first term is that of the parameters in front of the layer, the second
-that of the layer. So all moments of Theta follow from Theta_g and G:
+with t and s the positions of all samples: the first term is the contribution of the parameters in front of the layer,
+the second that of the layer. All moments of Theta therefore follow from Theta_g and G:
 
     tr Theta = tr Theta_g + V tr G
     ||Theta||^2 = ||Theta_g||^2 + V ||G||^2 + 2 sum_ts G_ts tr Theta_g,ts
@@ -15,12 +15,12 @@ that of the layer. So all moments of Theta follow from Theta_g and G:
 and tr(Theta Theta_f) = tr(Theta_g Theta_e) + V sum G G_f + sum_ts (G_ts tr Theta_gf,ts + G_f,ts tr Theta_g,ts), where
 e_t is U^T W_f h_t at the other weights.
 
-Estimators run on a network f' whose head counts. Let Q, ``[V, r]``, have orthonormal columns that span those of W, or
-those of W and W_f: r = d or 2 d. With the head Q^T W, f' has T r outputs, and
+Estimators run on a network f' with a head whose parameters count. Let Q, ``[V, r]``, have orthonormal columns that span
+those of W, or those of W and W_f: r = d or 2 d. With the head Q^T W, f' has T r outputs, and
 
     Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T)
 
-as for tied heads (see :mod:`ntkbench.methods.base.tied_head`). The second term is exact; probes are for the first one.
+as for tied heads (see :mod:`ntkbench.methods.base.tied_head`). The second term is exact; probes estimate the first one.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
     from ntkbench.layerwise.blocks import Block
 
 CERTIFICATE_PASSES = 2
-"""Plain backward passes at each set of weights, of the network and of the one that stands for it."""
+"""Plain backward passes at each set of weights: of the network and of its replacement."""
 
 
 def candidates(problem: Problem) -> list[nn.Linear]:
-    """Layers of a network that may be its wide head, by their sizes; there are other parameters that count.
+    """Layers of a network that may be its wide head, by their sizes; other parameters must count as well.
 
-    A layer whose weight is another layer's as well is none; see :mod:`ntkbench.methods.base.tied_head`.
+    A layer that shares its weight with another layer is excluded; see :mod:`ntkbench.methods.base.tied_head`.
     """
     from torch import nn
 
@@ -71,7 +71,7 @@ def candidates(problem: Problem) -> list[nn.Linear]:
 
 
 class HeadedNetwork:
-    """A network at one set of weights, taken apart in front of its wide head.
+    """A network at one set of weights, split in front of its wide head.
 
     Attributes:
         T, d, V: positions of a sample, inputs of the head, and its outputs.
@@ -79,13 +79,13 @@ class HeadedNetwork:
         G: see :class:`Gram`.
 
     Args:
-        problem: whose network it is.
+        problem: the problem of the network.
         which: ``"theta_0"`` or ``"theta_f"``.
         target: where to compute.
 
     Raises:
-        BadInput: the network does not end with a linear layer that is wider than its inputs and used once, or nothing
-            in front of it counts.
+        BadInput: the network does not end with a linear layer that is wider than its inputs and used once, or no
+            parameter in front of it counts.
         Unavailable: the device is not present.
     """
 
@@ -135,8 +135,8 @@ class HeadedNetwork:
         """Compare a gradient of the network with that of another head; 2 plain backward passes.
 
         With a cotangent c at the outputs, parameters in front of the head have the gradient that they have in the other
-        network with Q^T c. The head's weight has c h^T. Where that of the other network counts as well, it has the part
-        within the span of Q; and so has the bias.
+        network with Q^T c. The head's weight has c h^T. If the other network's head counts as well, it has the part
+        within the span of Q, and so does its bias.
 
         Args:
             other: the problem with another head, ``[r, d]``.
@@ -165,12 +165,12 @@ class HeadedNetwork:
         return off
 
     def forget(self) -> None:
-        """Certify the next kernels of g, whatever was certified before."""
+        """Certify the next kernels of g even if they were certified before."""
         for traced in self._traced:
             traced.certify_again()
 
     def _with_head(self, matrix: Tensor, *, counted: bool = False) -> Problem:
-        """The problem at this set of weights alone, with another head.
+        """The problem at only this set of weights, with another head.
 
         Args:
             matrix: ``[r, d]``.
@@ -285,8 +285,8 @@ def _inner(one: Tensor, other: Tensor) -> float:
 def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
     """The linear layer whose results are the outputs of a network: its name, itself, and the positions that count.
 
-    It is the one that is called last. Which of its results the outputs are is seen on two samples, by results that are
-    numbers of positions and of outputs; the certificate covers the gradients of all samples.
+    It is the layer that is called last. Two samples, with position and output numbers as results, show which of its
+    results are the outputs; the certificate covers the gradients of all samples.
     """
     import torch
     from torch import nn
@@ -322,7 +322,7 @@ def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
 
 
 def _outputs(module: nn.Module, x: Tensor, hooks: Mapping[nn.Module, Callable[..., Any]]) -> Tensor:
-    """The outputs of a network some of whose layers have hooks."""
+    """The outputs of a network with hooks on some of its layers."""
     import torch
 
     handles = [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
@@ -336,7 +336,7 @@ def _outputs(module: nn.Module, x: Tensor, hooks: Mapping[nn.Module, Callable[..
 
 
 class HeadedProblem:
-    """A problem on the device, its networks taken apart in front of their heads.
+    """A problem on the device, with its networks split in front of their heads.
 
     Attributes:
         short: its networks with heads of fewer outputs, for estimators.
@@ -369,7 +369,7 @@ class HeadedProblem:
         return found
 
     def networks(self, metric: str) -> list[TracedNetwork]:
-        """What kernels are computed of: g at each set of weights, and for alignment e at theta_f."""
+        """The networks of the kernels: g at each set of weights, and for alignment e at theta_f."""
         ends = self.ends(metric)
         found = [end.inner for end in ends]
         if metric == "alignment":
@@ -480,7 +480,7 @@ class _Sums:
     """Sums over the entries of Theta_g at one or two sets of weights.
 
     Attributes:
-        trace: tr Theta_g of the first.
+        trace: tr Theta_g of the first kernel.
         squares: ||Theta_g||^2 of each.
         cross: tr(Theta_g Theta_e).
         crossed: by the numbers of a G and of a Theta_g, sum_ts G_ts tr Theta_g,ts.

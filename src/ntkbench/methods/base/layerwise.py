@@ -41,7 +41,7 @@ class Layerwise(Method):
         return directions * len(metrics.parameter_sets(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta, Theta_f and their product where these are of two networks; otherwise they are made in blocks."""
+        """Theta, Theta_f and their product if these are of two networks; otherwise they are computed in blocks."""
         whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
         return 3 * problem.n**2 * target.itemsize if whole else 0
 
@@ -110,7 +110,7 @@ class TracedProblem:
         self.engine, self.x = first.engine, first.x
 
     def ends(self, metric: str) -> list[TracedNetwork]:
-        """The network at theta_0, and for alignment at theta_f: the same one, or another where more than theta differs.
+        """The network at theta_0, and for alignment at theta_f: the same one, or another if more than theta differs.
 
         Raises:
             BadInput: there are no such weights, or the other network cannot be traced.
@@ -130,7 +130,7 @@ class TracedProblem:
         return TracedNetwork(reuse.traced(module, weights, x, self._target.memory), list(weights.values()), x)
 
     def certify_again(self) -> None:
-        """Compare the next kernels with plain autograd, whatever was compared before."""
+        """Compare the next kernels with plain autograd even if they were compared before."""
         for end in self._ends.values():
             end.engine.forget_certificates()
 
@@ -155,7 +155,7 @@ def blocks_of(networks: Sequence[TracedNetwork]) -> Iterator[tuple[Block, Block,
 
 
 def ledger_of(ends: Sequence[TracedNetwork]) -> Ledger:
-    """A counter of the passes spent from now on; its notes name the parameters that have no rule."""
+    """A counter of the passes spent from now on; its notes name the parameters without a rule."""
     before = {end.engine: end.engine.directions_taken for end in ends}
     N = len(ends[0].x)
 

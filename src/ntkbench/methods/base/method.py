@@ -26,10 +26,10 @@ class Method(ABC):
         source: paper and equation, or program, that the method comes from.
         backends: backends that it runs on, the default first.
         metrics: metrics that it computes.
-        needs_independent_samples: whether it requires that each output depends on its own sample only.
+        needs_independent_samples: whether it requires that each output depends only on its own sample.
         needs_recurrence: whether it requires a module that declares a recurrence over time.
-        prepares: what :meth:`prepare` makes; methods that say the same share it. Empty for what is the method's own.
-        needs_one_network: whether it aligns sets of weights of one network only, as what compares parameters does.
+        prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
+        needs_one_network: whether it aligns only sets of weights of one network, as methods that compare parameters do.
     """
 
     title: ClassVar[str]
@@ -76,7 +76,7 @@ class Method(ABC):
         return None
 
     def unscored_reason(self, problem: Problem) -> str | None:
-        """Why errors on a problem say nothing of the method; ``None`` if they do."""
+        """Why errors on a problem say nothing about the method; ``None`` if they do."""
         if self.kind == "approximate" and problem.outputs != "logits":
             return "stands for Theta where outputs are logits, and these are states"
         return None
@@ -106,7 +106,7 @@ class Method(ABC):
             prepared: the result of :meth:`prepare`.
             metric: one of ``self.metrics``.
             passes: upper limit on the passes of a stochastic method; ``None`` for the others.
-            seed: of the probes; the same seed gives the same estimate.
+            seed: seed of the probes; the same seed gives the same estimate.
         """
 
 

@@ -30,7 +30,7 @@ class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
     Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f. The trace is requested by traced
-    and diagonal axes, so that an implementation may hold ``[N]`` numbers only. The program is compiled at the first
+    and diagonal axes, so that an implementation may hold only ``[N]`` numbers. The program is compiled at the first
     estimate of a metric and kept. It is refused if it takes more memory than
     :func:`ntkbench.operators.programs.memory_limit` allows.
 
@@ -52,7 +52,7 @@ class NeuralTangents(Method):
         return reason or (None if is_installed() else "neural-tangents is not installed")
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta (and Theta_f); its diagonal blocks' traces alone for the trace."""
+        """Theta (and Theta_f); for the trace only the traces of its diagonal blocks."""
         numbers = problem.N if metric == "trace" else len(metrics.parameter_sets(metric)) * problem.n**2
         return numbers * target.itemsize
 
@@ -61,7 +61,7 @@ class NeuralTangents(Method):
 
         Raises:
             BadInput: the problem has no JAX network.
-            Unavailable: neural-tangents is not installed, or the device is not there.
+            Unavailable: neural-tangents is not installed, or the device is not available.
         """
         return CompiledPrograms(self.implementation, problem, target)
 
@@ -70,14 +70,14 @@ class NeuralTangents(Method):
 
         Raises:
             BadInput: no such metric, or no trained weights to align with.
-            OverMemory: the compiled program would need more memory than it may use.
+            OverMemory: the compiled program would need more memory than allowed.
         """
         moments = prepared.moments(metric)
         return Estimate.of_moments(metric, moments, None, self.name, certificate=prepared.certificate)
 
 
 class CompiledPrograms:
-    """A problem on the device, with one compiled program for each metric that was asked for.
+    """A problem on the device, with one compiled program for each requested metric.
 
     A program is certified at its first use by plain autograd. Of a kernel Theta, c^T Theta c for random signs c is
     compared with ||J^T c||^2. Of the trace, the part of the first samples is compared with the squared norms of their
@@ -110,7 +110,7 @@ class CompiledPrograms:
 
         Raises:
             BadInput: no such metric, or no trained weights to align with.
-            OverMemory: the program would take more memory than it may.
+            OverMemory: the program would take more memory than allowed.
             Uncertified: plain autograd contradicts the kernel.
         """
         import jax
@@ -200,12 +200,12 @@ def _compiled(
 
     Args:
         forwards: the network at each parameter set.
-        implementation: of neural-tangents.
-        of_trace: whether the trace alone is wanted, without the kernel.
+        implementation: implementation of neural-tangents.
+        of_trace: whether only the trace is computed, without the kernel.
         sizes: outputs of a sample, and samples whose part of the trace is certified.
         arguments: shapes of the arguments' arrays, and their structure.
         target: where it runs.
-        name: of the problem.
+        name: name of the problem.
     """
     import jax
 

@@ -27,15 +27,14 @@ from ntkbench.problem import Problem
 class Projected(Stochastic):
     """Metrics from k random features of each row of J, ``Phi = J S``, by the same S at all parameter sets.
 
-    The budget is k for each parameter set. The features themselves take the O passes of the rows of J, whatever k is,
-    so that fewer passes are spent than the budget has where k > O. In multiplications, bytes and seconds they cost what
-    the method says.
+    The budget is k for each parameter set. The features take the O passes of the rows of J for any k, so that fewer
+    passes are spent than budgeted if k > O. The method states their cost in multiplications, bytes and seconds.
 
     S has R independent parts; see :mod:`ntkbench.estimators.projections`. tr Theta = E mean_i ||Phi_i||_F^2,
     ||Theta||_F^2 = E sum_(i != j) ||Phi_i^T Phi_j||_F^2 / (R (R - 1)), and the cross term likewise. All are unbiased;
     the square root and the ratios are biased at order 1/k. The standard error is that of
     :class:`ntkbench.estimators.standard_errors.PairSums`, for the effective rank that of a jackknife over the parts.
-    The published value is the norm of the Gram matrix, which also has the pairs i = j: its square is larger by the
+    The published value is the norm of the Gram matrix, which also includes the pairs i = j: its square is larger by the
     variance of the matrix, for dense signs by about (tr Theta)^2 / k.
     """
 
@@ -51,9 +50,9 @@ class Projected(Stochastic):
         Args:
             prepared: the result of :meth:`prepare`.
             metric: gives the parameter sets.
-            k: features of a row.
-            seed: of S.
-            replicates: R; the method's own choice by default, and 1 for a projection as it is published.
+            k: number of features of a row.
+            seed: seed of S.
+            replicates: R; by default the method's choice, and 1 for a projection as it is published.
 
         Returns:
             The features, and a ledger of their cost.
@@ -128,7 +127,7 @@ def _project_rows(j: JacobianOperator, sketch: Sketch) -> Features:
 
 
 def signs(j: JacobianOperator, k: int, seed: int) -> Sketch:
-    """A dense projection by k columns of random signs, each a replicate; they are drawn anew for each block of rows."""
+    """A dense projection by k columns of random signs, each a replicate; they are redrawn for each block of rows."""
     size = max(1, j.memory // (4 * j.P * j.itemsize))
 
     def sketch(rows: Array) -> Array:

@@ -16,7 +16,7 @@ class Factor(NamedTuple):
     """A = J^T or A = J: a factor of Theta = J J^T or of J^T J, which have the same trace and Frobenius norm.
 
     Attributes:
-        product: with A, from probes ``[k, dim]`` to images ``[k, image_dim]``; k passes.
+        product: product with A, from probes ``[k, dim]`` to images ``[k, image_dim]``; k passes.
         adjoint: product with A^T; k passes.
         dim: dimension of the probes.
         image_dim: dimension of their images.

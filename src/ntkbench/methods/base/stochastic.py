@@ -25,7 +25,7 @@ class Stochastic(Method):
     """A method that draws as many probes as a budget of passes allows.
 
     Attributes:
-        fewest_probes: the fewest that give a standard error.
+        fewest_probes: smallest number of probes that gives a standard error.
         default_passes: the budget if the user gives none.
     """
 
@@ -78,7 +78,7 @@ def _takes(metric: str, least: int) -> str:
 
 
 class FixedBudget(Stochastic):
-    """A stochastic method that has to know its budget in advance, for example to size a sketch.
+    """A stochastic method that must know its budget in advance, for example to size a sketch.
 
     Attributes:
         gradients_held: vectors of length P that are in memory at a time, for each probe.
@@ -119,10 +119,10 @@ Ledger = Callable[[], tuple[float, tuple[str, ...], float | None]]
 
 
 class Incremental(Stochastic):
-    """A stochastic method with an accumulator: the same probes serve several metrics, and a tolerance can be reached.
+    """A stochastic method that accumulates probes: they serve several metrics, and can reach a tolerance.
 
     Attributes:
-        first_batch: probes before the first look at the standard error, if there is a tolerance.
+        first_batch: number of probes before the first check of the standard error, if there is a tolerance.
         order: power of the number of probes by which errors fall at best; a half for means, one for pairs.
     """
 
@@ -153,11 +153,11 @@ class Incremental(Stochastic):
             prepared: the result of :meth:`prepare`.
             names: the metrics.
             passes: upper limit on the passes.
-            seed: of the probes.
-            rtol: tolerance; probes are drawn until the interval of every metric reaches no further from its value than
-                ``rtol`` times the value, on either side. There are few looks at the interval; see :func:`_growth`.
-            confidence: of the interval.
-            exact_passes: what exact values cost; a tolerance is given up as soon as what it still needs costs more.
+            seed: seed of the probes.
+            rtol: tolerance; probes are drawn until the interval of every metric extends at most ``rtol`` times the
+                value to either side. The interval is checked only a few times; see :func:`_growth`.
+            confidence: confidence level of the interval.
+            exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
         most = passes // max(self.passes_per_probe(name) for name in names)
@@ -203,14 +203,14 @@ class Incremental(Stochastic):
 
 
 MOST_EXCESS = 1e100
-"""Errors over a tolerance beyond which it makes no difference by how much."""
+"""Ratio of error to tolerance beyond which larger ratios make no difference."""
 
 
 def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
     """Probes to a tolerance, by the law that the errors so far follow.
 
     Args:
-        looks: numbers of probes, and errors over the tolerance.
+        looks: numbers of probes, and ratios of error to tolerance.
         order: power of the number of probes by which errors fall at best; a half at worst.
     """
     (first, at_first), (drawn, excess) = looks[0], looks[-1]
@@ -222,25 +222,25 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
 
 
 LEAST_DEGREES = 60
-"""Degrees of freedom of a standard error from which on it says whether a tolerance is reached."""
+"""Fewest degrees of freedom with which a standard error decides whether a tolerance is reached."""
 FAR_WITHIN = 10
-"""How many times narrower than the tolerance an interval is, at least, that says so with any degrees of freedom."""
+"""An interval that is this many times narrower than the tolerance decides with any degrees of freedom."""
 SAFETY = 0.9
-"""Probability that a variance is no larger than is allowed for in the last step to a tolerance."""
+"""Probability that a variance is at most the one allowed for in the last step to a tolerance."""
 
 
 def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: float) -> float:
-    """By which factor to multiply the probes before the next look at the errors; 1 to stop.
+    """The factor by which to multiply the probes before the next check of the errors; 1 to stop.
 
-    Whoever stops as soon as the error looks small stops where it is underestimated, the more so the fewer its degrees
-    of freedom and the more skewed the probes. So there are few looks, as in triple sampling (Hall 1981): probes are
-    doubled until their error can be judged, without a stop; then go to half of those that are expected to be needed, if
-    these are more than four times as many; and then to a number that is enough even if the variance is at its upper
-    confidence limit. Errors fall at least as the square root of the number of probes.
+    A rule that stops as soon as the estimated error is small stops where the error is underestimated, especially with
+    few degrees of freedom and skewed probes. The error is therefore checked only a few times, as in triple sampling
+    (Hall 1981). Probes are doubled, without a stop, until their error is reliable. Then their number is raised to half
+    of the expected need, if the need is more than four times as many, and then to a number that is enough even if the
+    variance is at its upper confidence limit. Errors fall at least as the square root of the number of probes.
 
     Args:
         found: estimates of all metrics, from the probes so far.
-        rtol, confidence: the tolerance, and of the interval that is to be within it.
+        rtol, confidence: the tolerance, and the confidence level of its interval.
         most: the largest factor.
     """
 
@@ -265,8 +265,8 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
 def _widened(estimate: Estimate) -> Estimate:
     """An estimate at which a run stops, with the upper limit of an error that has few degrees of freedom.
 
-    A run stops early where its error is underestimated. Seen with ``gram_forward``: of those that stopped after 16
-    probes, 62 % of the 95 % intervals held the exact value, and 91 % do with the upper limit.
+    A run stops early if its error is underestimated. With ``gram_forward``, of the runs that stopped after 16 probes,
+    62 % of the 95 % intervals contained the exact value, and 91 % do with the upper limit.
     """
     if estimate.degrees >= LEAST_DEGREES or not estimate.standard_error:
         return estimate
@@ -275,7 +275,7 @@ def _widened(estimate: Estimate) -> Estimate:
 
 
 def _after(estimate: Estimate, factor: float, safety: float | None) -> Estimate:
-    """An estimate as it is expected to be with ``factor`` times the probes, and ``safety`` as :data:`SAFETY`."""
+    """The expected estimate with ``factor`` times the probes, and ``safety`` as :data:`SAFETY`."""
     error, degrees = estimate.standard_error or 0.0, estimate.degrees
     if safety is not None and math.isfinite(degrees):
         error *= math.sqrt(degrees / chdtri(degrees, safety))
@@ -283,7 +283,7 @@ def _after(estimate: Estimate, factor: float, safety: float | None) -> Estimate:
 
 
 class Accumulating(Incremental):
-    """An incremental method that needs Jacobian operators only."""
+    """An incremental method that needs only Jacobian operators."""
 
     @abstractmethod
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:

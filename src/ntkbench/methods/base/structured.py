@@ -33,10 +33,10 @@ class StructuredUStatistics(Incremental):
     """Block U-statistics of traced networks, in groups of probes; see :class:`GroupedUStatistics`.
 
     Attributes:
-        max_gradients: gradients up to which a default budget goes; beyond about a thousand, their inner products, whose
-            cost is quadratic, take most of the time.
-        max_group: gradients in a group.
-        least_with_pilot: probes from which on one is spent on the choice of exact samples.
+        max_gradients: largest number of gradients in a default budget; beyond about a thousand, their inner products,
+            which have quadratic cost, take most of the time.
+        max_group: largest number of gradients in a group.
+        least_with_pilot: smallest number of probes of which one is spent on the choice of exact samples.
     """
 
     backends = ("torch",)
@@ -77,14 +77,14 @@ def widest(names: Sequence[str]) -> str:
 
 
 class GroupedUStatistics(Accumulator):
-    """U-statistics within groups of probes, beside samples that are taken exactly.
+    """U-statistics within groups of probes, with some samples treated exactly.
 
     Args:
         ends: traced networks.
         names: metrics.
-        seed: of the probes.
-        max_gradients: in a group.
-        least_with_pilot: probes from which on one is spent on the choice of exact samples.
+        seed: seed of the probes.
+        max_gradients: largest number of gradients in a group.
+        least_with_pilot: smallest number of probes of which one is spent on the choice of exact samples.
         known: moments that add to those of the networks' kernels.
     """
 
@@ -267,7 +267,7 @@ class GroupedUStatistics(Accumulator):
         return k * (self._N - exact + self._repeats(k) * exact)
 
     def _cost(self, k: int, exact: int = 0) -> float:
-        """Passes that a group of k probes takes at each end, or at the dearer one."""
+        """Passes that a group of k probes takes at each end, or at the more expensive one."""
         inputs = self._rows(k, exact) // k
         v = self._ends[0].parameters[0].new_zeros(inputs, k, self._O)
         xs = [end.x[np.arange(inputs) % self._N] if exact else end.x for end in self._ends]

@@ -1,8 +1,8 @@
 """Networks whose wide head is their embedding as well: their kernel by one with a shorter vocabulary.
 
-W, ``[V, d]``, is the table that tokens are looked up in and the head, f_t = W h_t + b at T positions of a sample. A
-gradient by W has two parts, that of the head, h_t in the row of the output, and that of the table, through the hidden
-vectors in the rows of the tokens that occur. Theta has both, and the cross terms between them.
+W, ``[V, d]``, is both the table in which tokens are looked up and the head, f_t = W h_t + b at T positions of a sample.
+A gradient with respect to W has two parts: that of the head, h_t in the row of the output, and that of the table,
+through the hidden vectors, in the rows of the tokens that occur. Theta has both, and the cross terms between them.
 
 Let Q, ``[V, r]``, have orthonormal columns that span those of W and the unit vectors of all tokens that occur:
 Q = [I, U] with U from the QR factorisation of the other rows of W. Then W' = Q^T W with b' = Q^T b is table and head of
@@ -12,8 +12,8 @@ no output within the span of Q. So
 
     Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T),    G_ts = h_t . h_s (+ 1 with a bias),
 
-with t and s the positions of all samples. The cross terms are within Theta', in the rows of tokens alone. The two terms
-act on orthogonal spaces, so that moments add up:
+with t and s the positions of all samples. The cross terms are within Theta', only in the rows of tokens. The two terms
+act on orthogonal spaces, so their moments add up:
 
     tr Theta = tr Theta' + (V - r) tr G
     ||Theta||^2 = ||Theta'||^2 + (V - r) ||G||^2
@@ -63,7 +63,7 @@ def tables(problem: Problem) -> list[str]:
 
 
 def passes(problem: Problem, metric: str) -> dict[int, float]:
-    """Passes that the moments take, by a candidate's V; where x is no tokens, all of them may differ."""
+    """Passes that the moments take, by a candidate's V; if x is not tokens, all of them may differ."""
     assert problem.module is not None
     ends = len(metrics.parameter_sets(metric))
     found: dict[int, float] = {}
@@ -130,12 +130,12 @@ class Basis:
 
 
 class Renumbered(nn.Embedding):
-    """An embedding of the tokens of a basis, by their numbers in the whole vocabulary; of others it gives wrong rows.
+    """An embedding of the tokens of a basis, by their numbers in the whole vocabulary; other tokens get wrong rows.
 
     Args:
-        table: of the whole vocabulary.
+        table: embedding of the whole vocabulary.
         weight: ``[r, d]``.
-        basis: whose tokens have the first rows.
+        basis: basis of the tokens, which have the first rows.
     """
 
     numbers: Tensor
@@ -158,7 +158,7 @@ class Whole:
     """A network at one set of weights, whose embedding may be its head.
 
     Attributes:
-        problem, which: whose network it is.
+        problem, which: the problem and the weights of the network.
         module, parameters, x: the network with its weights, those that count by name, and the inputs, on the device.
         table: the name of the embedding.
         weight: the name of its weight W.
@@ -192,7 +192,7 @@ class Whole:
         return self.parameters[self.weight]
 
     def shortened(self, basis: Basis) -> Problem:
-        """The problem of f' at this set of weights alone, for a basis that spans what it must."""
+        """The problem of f' at only this set of weights, for a basis that spans W and the tokens."""
         problem, (owner, _), (V, r) = self.problem, self.problem.end(self.which), basis.shape
         own = dict(self.module.named_parameters())
         changed = {name: basis.down(own[name].detach().double()) for name in (self.weight, self.bias) if name}
@@ -243,7 +243,7 @@ def _name(module: nn.Module, parameter: Tensor) -> str:
 
 
 class TiedNetwork:
-    """A network at one set of weights, with one of a shorter vocabulary in its place.
+    """A network at one set of weights, replaced by one with a shorter vocabulary.
 
     Attributes:
         inner: the network f', traced.
@@ -251,7 +251,7 @@ class TiedNetwork:
 
     Args:
         whole: the network itself.
-        basis: for the shorter vocabulary.
+        basis: basis of the shorter vocabulary.
         target: where to compute.
 
     Raises:
@@ -299,7 +299,7 @@ class TiedNetwork:
         return off
 
     def forget(self) -> None:
-        """Certify the next kernels of f', whatever was certified before."""
+        """Certify the next kernels of f' even if they were certified before."""
         self._traced.certify_again()
 
     def _head(self, engine: LayerwiseKernel) -> Use:
@@ -339,7 +339,7 @@ def _positions(graph: fx.Graph, product: fx.Node, r: int) -> Tensor | None:
 
 
 class TiedProblem:
-    """A problem on the device, its networks with shorter vocabularies.
+    """A problem on the device, with networks of shorter vocabularies.
 
     Raises:
         BadInput: no embedding is the head of the network; see :class:`Whole` and :class:`TiedNetwork`.
@@ -379,7 +379,7 @@ class TiedProblem:
         return self._ends[names]
 
     def networks(self, metric: str) -> list[TracedNetwork]:
-        """What kernels are computed of: f' at each set of weights."""
+        """The networks of the kernels: f' at each set of weights."""
         return [end.inner for end in self.ends(metric)]
 
     def certificate(self, metric: str) -> float:
@@ -390,7 +390,7 @@ class TiedProblem:
         return self._certified[names]
 
     def certify_again(self) -> None:
-        """Compare with plain autograd again, whatever was compared before."""
+        """Compare with plain autograd again, even after an earlier comparison."""
         self._certified.clear()
         for ends in self._ends.values():
             for end in ends:
@@ -398,7 +398,7 @@ class TiedProblem:
 
     @property
     def short(self) -> TiedProblem:
-        """What estimators run on: the same networks."""
+        """The networks that estimators run on: the same ones."""
         return self
 
     def known(self, metric: str) -> Moments:

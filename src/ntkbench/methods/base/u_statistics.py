@@ -69,9 +69,9 @@ class GramMatrix(Accumulating):
 class _GramStatistics(UStatistics):
     """U-statistics in one stratum, with the effective rank by the jackknife over probes.
 
-    On steep spectra few pairs make up the sums, and the delta method's standard error is too small with fewer than 50
+    On steep spectra few pairs dominate the sums, and the delta method's standard error is too small with fewer than 50
     probes: its 95 % intervals cover 74 to 84 %. The jackknife of the logarithm, which corrects the bias as well, counts
-    the variance due to pairs twice. It is taken off once, and half of the jackknife's estimate at most.
+    the variance due to pairs twice. It is subtracted once, up to half of the jackknife's estimate.
     """
 
     _groups: tuple[np.ndarray, ...] = ()
@@ -109,10 +109,10 @@ class _GramStatistics(UStatistics):
 
 
 def jackknifed_rank(names: Sequence[str], moments: MomentEstimates, left_out: np.ndarray) -> PointEstimate | None:
-    """The effective rank with the jackknife of its logarithm; ``None`` where an estimate without a probe is negative.
+    """The effective rank with the jackknife of its logarithm; ``None`` if an estimate without a probe is negative.
 
     Args:
-        names: of the moments, ``squared_trace`` and ``square`` among them.
+        names: names of the moments, ``squared_trace`` and ``square`` among them.
         moments: from all K probes.
         left_out: the squared trace and the square without each probe, ``[2, K]``.
     """
@@ -134,9 +134,10 @@ def jackknifed_rank(names: Sequence[str], moments: MomentEstimates, left_out: np
 class OneSidedPerSample(Accumulating):
     """The mean of sum_b ||A_b u_b||^2 over random signs u, with A_b = J_b^T or J_b: 1 pass per probe; unbiased.
 
-    A one-sided probe squares the sum of all samples' gradients, so what the gradients of two samples have in common is
-    noise. Here each is squared by itself. The variance is 2 sum_b (||G_b||_F^2 - sum_i (G_b)_ii^2) / k for k probes,
-    with G_b = A_b^T A_b. The standard error adds up the variances of the samples.
+    A one-sided probe takes the squared norm of the sum of all samples' gradients, so its cross-sample terms add noise.
+    They have zero mean, and are dropped here: the gradient of each sample is squared separately. The variance is 2
+    sum_b (||G_b||_F^2 - sum_i (G_b)_ii^2) / k for k probes, with G_b = A_b^T A_b. The standard error adds up the
+    variances of the samples.
 
     Attributes:
         side: ``reverse`` for A_b = J_b^T, ``forward`` for A_b = J_b.
@@ -181,14 +182,15 @@ class StratifiedUStatistics(Accumulating):
     A probe is a vector of random signs u. Group g of the samples gives the gradient w_g^k = sum_(b in g) J_b^T u_b^k of
     probe k, and tr Theta = E mean_k sum_g ||w_g^k||^2. ||Theta||_F^2 = E [mean_(k, l) sum_(g != h) <w_g^k, w_h^l>^2 +
     mean_(k != l) sum_g <w_g^k, w_g^l>^2]; the cross term is likewise. All are unbiased; the square root and the ratios
-    are biased at order 1/k. The trace by itself is that of :func:`per_sample_trace`, which takes no inner products.
+    are biased at order 1/k. If only the trace is requested, it is that of :func:`per_sample_trace`, which takes no
+    inner products.
 
     The variance and its estimate are those of :class:`ntkbench.estimators.standard_errors.PairSums`. Memory is bounded
     as in :class:`ntkbench.estimators.accumulators.UStatistics`.
 
     Attributes:
-        max_gradients: gradients up to which a default budget goes; beyond about a thousand, their inner products, whose
-            cost is quadratic, take most of the time.
+        max_gradients: largest number of gradients in a default budget; beyond about a thousand, their inner products,
+            which have quadratic cost, take most of the time.
     """
 
     source = "this suite; U-statistics of Hoeffding 1948"

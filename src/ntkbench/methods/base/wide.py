@@ -21,7 +21,7 @@ NO_HEAD = (
 
 
 class OfWideHead(Method):
-    """A method that takes networks apart in front of their heads, or shortens their vocabulary."""
+    """A method that splits networks in front of their heads, or shortens their vocabulary."""
 
     backends = ("torch",)
     needs_independent_samples = True
@@ -37,7 +37,7 @@ class OfWideHead(Method):
         return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
 
     def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
-        """Take the networks apart, and trace what is in front of their heads or has a shorter vocabulary.
+        """Split the networks, and trace the part in front of their heads or with a shorter vocabulary.
 
         Raises:
             BadInput: a network does not end with a wide linear layer, or cannot be traced.

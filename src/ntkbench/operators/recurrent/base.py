@@ -78,7 +78,7 @@ class RecurrentJacobian(JacobianOperator):
         return self.call(products.linearised, self._by_role, self._x)
 
     def prefix(self, steps: int) -> RecurrentJacobian:
-        """The operator of the first time steps alone. It shares the forward pass and counts its own passes."""
+        """The operator of only the first time steps. It shares the forward pass and counts its own passes."""
         short = self.fresh()
         short.reference = None
         short.O, short.T, short._x = self.O // self.T * steps, steps, self._x[:, :steps]

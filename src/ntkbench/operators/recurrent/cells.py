@@ -133,8 +133,8 @@ def linearised(
     """The derivatives of each step along a known trajectory.
 
     Args:
-        kind: of the cell.
-        alpha: of a ``ctrnn``.
+        kind: kind of the cell.
+        alpha: step of a ``ctrnn``.
         states: h, and for an LSTM c, after each step, ``[T, B, H]``.
         z_x: W_ih x + b_ih, ``[T, B, gH]``.
         weight_hh: ``[gH, H]``.

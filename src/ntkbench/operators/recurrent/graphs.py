@@ -1,7 +1,7 @@
 """Products on a GPU, replayed as CUDA graphs: loops over time launch many kernels, which end sooner than they start.
 
-The first calls of a function on arrays of some shapes run as they are. Then one is recorded, which takes as long as
-some more, and from then on calls copy their arrays to where the recorded kernels look for them and replay these.
+The first calls of a function on arrays of given shapes run normally. Then one call is recorded, which takes as long as
+several calls. Further calls copy their arrays to the buffers of the recorded kernels and replay them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 LARGEST = 2**30
 """Bytes of arguments beyond which a call is never recorded: its kernels take longer than their launches."""
 PLAIN = 2
-"""Calls before one is recorded."""
+"""Number of calls before one is recorded."""
 NEVER = -(2**62)
-"""The number of calls of what could not be recorded; it stays below :data:`PLAIN`."""
+"""The number of calls of a function that could not be recorded; it stays below :data:`PLAIN`."""
 MOST = 1024
-"""Kinds of calls that are remembered."""
+"""Number of kinds of calls that are remembered."""
 HELD = 2**32
-"""Bytes that recordings may hold together; those used longest ago go first."""
+"""Bytes that all recordings may hold; the least recently used are dropped first."""
 
 
 class Recording(NamedTuple):
@@ -32,9 +32,9 @@ class Recording(NamedTuple):
 
     Attributes:
         arguments: tensors that the kernels read.
-        results: what they write.
-        replay: runs them.
-        held: bytes of all of these and of intermediate results.
+        results: tensors that they write.
+        replay: runs the kernels.
+        held: bytes of all of these tensors and of intermediate results.
     """
 
     arguments: list[Tensor]
@@ -45,14 +45,14 @@ class Recording(NamedTuple):
 
 _LOCK = threading.Lock()
 _seen: OrderedDict[Hashable, Recording | int] = OrderedDict()
-"""Recordings, and the numbers of plain calls of what is not recorded yet."""
+"""Recordings, and the numbers of plain calls of functions that are not recorded yet."""
 
 
 def call(key: Hashable, function: Callable[..., Any], *arrays: Any) -> Any:
     """``function(*arrays)`` for nested tuples, mappings and tensors on one GPU.
 
     Args:
-        key: stands for the function; equal keys mean that the same kernels serve.
+        key: identifies the function; equal keys mean the same kernels.
         function: launches the same kernels for all arrays of the same shapes, and draws no random numbers.
         arrays: all of the tensors that it reads.
     """
@@ -101,13 +101,13 @@ def _forget() -> None:
 def _recorded(function: Callable[..., Any], leaves: list[Any], structure: Any) -> Recording:
     own = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     tensors = [leaf for leaf in own if isinstance(leaf, Tensor)]
-    # A function may overwrite what it is given: copied anew before each replay, that does not matter.
+    # A function may overwrite its arguments, since they are copied again before each replay.
     results, replay, held = _record(lambda: function(*tree_unflatten(own, structure)))
     return Recording(tensors, results, replay, held + sum(t.nbytes for t in tensors))
 
 
 def _record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None], int]:
-    """What a run gives, a function that runs its kernels again, and bytes that they hold."""
+    """The result of a run, a function that runs its kernels again, and the bytes that they hold."""
     before = torch.cuda.memory_reserved()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -47,8 +47,8 @@ class ParameterLayout:
     """Which parameters theta consists of, and in which order.
 
     Attributes:
-        kind: of the cell.
-        alpha: of a ``ctrnn``.
+        kind: kind of the cell.
+        alpha: step of a ``ctrnn``.
         inputs: I.
         hidden: H.
         outputs: O of the readout, ``None`` without one.

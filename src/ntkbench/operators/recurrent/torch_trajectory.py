@@ -14,8 +14,8 @@ def trajectory(kind: str, alpha: float | None, w: Mapping[str, Tensor], x: Tenso
     """States after each step, ``[N, T, H]``, one array per component of the state (h, and c for an LSTM).
 
     Args:
-        kind: of the cell.
-        alpha: of a ``ctrnn``.
+        kind: kind of the cell.
+        alpha: step of a ``ctrnn``.
         w: parameters by role.
         x: inputs ``[N, T, I]``.
     """
