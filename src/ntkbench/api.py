@@ -113,7 +113,7 @@ def ntk(
             the file holds something else, is damaged, cannot be written, or does not fit on the disk.
         NtkbenchError: writing the file failed.
         OverMemory: the result itself would not fit in memory.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
     if file is not None and isinstance(setup.get("parameters"), Mapping):
         raise BadInput(
@@ -183,7 +183,7 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
         BadInput: an argument cannot be used, says what is allowed; or no method, or not the requested one, applies to
             this network, says why.
         OverMemory: the method would need more than ``memory`` at once.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
     found: Estimate = _use(model, x, keywords, ("trace",), lambda k, wishes: k.trace(**wishes), streamed=True)
     return found
@@ -331,7 +331,7 @@ def solve(
     Raises:
         BadInput: an argument cannot be used, says what is allowed; or Theta + ridge I is singular up to rounding, says
             which ridge suffices; or the residual stays above ``rtol``, says what helps.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
     found: Solution = _use(
         model, x, setup, (), lambda k, _: k.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed), ()
@@ -387,7 +387,7 @@ def recommend(
 
     Raises:
         BadInput: an argument cannot be used, says what is allowed; or products with the Jacobian are wrong.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
     found: Costs = _use(
         model,
@@ -443,7 +443,7 @@ def compare(
 
     Raises:
         BadInput: an argument cannot be used, says what is allowed.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
     asked: dict[str, Any] = {"metric": metric, "methods": methods, "passes": passes, "rtol": rtol, "calls": calls}
     found: Trials = _use(model, inputs, setup, (), lambda k, _: k.compare(other, **asked), ())

@@ -44,8 +44,7 @@ VISIBLE = 1e-4
 """Relative difference of two values that is more than rounding in any precision."""
 
 ROUNDING = 100
-"""Distance from an interval to the exact value, relative to it and in machine epsilons, that still counts as
-covered."""
+"""Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
 
 STEPS = 32
 """Assumed rounding error of a network's passes, in machine epsilons, unless the certificate shows more."""
@@ -61,8 +60,7 @@ NEAR_ONE = 0.99
 
 
 def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float | None) -> float:
-    """The largest expected rounding error of an exact metric: relative, or for an alignment in the angle of the
-    kernels.
+    """Largest expected rounding error of an exact metric: relative, or of an alignment in the kernels' angle.
 
     Rounding errors in a sum of positive terms add up like a random walk, to the square root of the number of terms in
     machine epsilons. Those of the network's own passes are unknown, but comparing two computations of a gradient shows

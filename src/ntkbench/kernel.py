@@ -98,7 +98,7 @@ class Kernel:
 
     Raises:
         BadInput: an argument cannot be used; says what is allowed.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
 
     def __init__(

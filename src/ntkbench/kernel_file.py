@@ -1,8 +1,8 @@
 """A kernel in a file, written rectangle by rectangle, so that an interrupted computation resumes where it was.
 
-The file is in NumPy's npy format and has its full size from the start. Beside it, ``<name>.progress`` says what kernel
-it is of and how many rectangles are complete. It is replaced as a whole, after the data that it speaks of are on the
-disk. Whatever ends the process, at most the rectangle that was being written is computed again.
+The file is in NumPy's npy format and has its full size from the start. Beside it, ``<name>.progress`` says which kernel
+it holds and how many rectangles are complete. The progress file is replaced as a whole, after the data that it
+describes are on disk. However the process ends, at most the rectangle that was being written is computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
-"""Of the file that says how far a computation has come."""
+"""Version of the progress file."""
 
 SHARE = 8
 """A rectangle fills at most this fraction of the memory; the rest is for computing it."""
@@ -44,18 +44,18 @@ Rectangle = tuple[slice, slice]
 
 
 class KernelFile:
-    """A kernel ``[N1 * K, N2 * K]`` in a file, and what of it is missing.
+    """A kernel ``[N1 * K, N2 * K]`` in a file, and its missing parts.
 
-    Nothing is written before the first rectangle. The file has its full size then, so that the disk cannot become full
-    later on. Only one process at a time can write to it, except on systems without ``flock``, such as Windows, where
+    Nothing is written before the first rectangle. The file then gets its full size, so that the disk cannot fill up
+    later. Only one process at a time can write to it, except on systems without ``flock``, such as Windows, where
     nothing checks that.
 
     Args:
         file: the path.
-        identity: what the kernel is of, by name; a file of another kernel is refused.
+        identity: what the kernel depends on, by name; a file with another kernel is refused.
         samples: N1 and N2.
-        K: rows of a sample.
-        dtype: of the entries.
+        K: rows per sample.
+        dtype: type of the entries.
         symmetric: whether columns are rows, so that rectangles above the diagonal are those below it.
         memory: bytes, of which a rectangle takes a share.
 
@@ -141,7 +141,7 @@ class KernelFile:
         return np.lib.format.open_memmap(self.path, mode="r")
 
     def _resume(self, memory: int) -> None:
-        """Find out how far the file is.
+        """Find out how much of the file is complete.
 
         Raises:
             BadInput: it is not a whole file of this kernel.
@@ -189,7 +189,7 @@ class KernelFile:
             )
 
     def _created(self) -> int:
-        """The file in its full size, which has its name only when it is complete."""
+        """The file in its full size, which gets its name only when it is complete."""
         half = self.path.with_name(f".{self.path.name}.half")
         descriptor = os.open(half, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
         try:
@@ -233,7 +233,7 @@ class KernelFile:
         return descriptor
 
     def _lock(self, descriptor: int) -> None:
-        """Keep other processes from writing; the lock ends with the process, whatever ends that."""
+        """Keep other processes from writing; the lock ends with the process, however that ends."""
         if fcntl is None:
             return
         try:
@@ -260,11 +260,11 @@ class KernelFile:
 
 
 READABLE = ("kernel", "dtype", "samples", "outputs", "seed", "tf32")
-"""What of an identity is said in a message as it is; the rest are hashes."""
+"""Parts of an identity that messages show; the rest are hashes."""
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its size, and room on the disk where the system can do that."""
+    """Give a file its size, and reserve space on disk if the system can do that."""
     os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate"):
         try:

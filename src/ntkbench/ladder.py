@@ -43,13 +43,13 @@ the Gram matrix of parameters comes first where it is the smaller one."""
 BY_PARAMETERS = "parameter_gram"
 
 HEAD, NARROW = "wide_head", 0.5
-"""Taken where it needs at most this share of the passes of the whole network: it is certified and set up by itself."""
+"""Taken if it needs at most this share of the passes of the whole network: its set-up and certificate are separate."""
 
 HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
-"""Exact methods that do not keep J; the others compute rows anew for every pair of blocks that do not fit in memory."""
+"""Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
 
 TOLERANCE_PASSES = 4096
-"""The most passes on the way to a tolerance when no budget is given."""
+"""Maximum number of passes to a tolerance if no budget is given."""
 
 HEAD_PAIRS = "wide_head_u_statistics"
 """Tried before other estimators where a shorter head has at most that share of the outputs."""
@@ -86,11 +86,11 @@ FLOOR = "naive_jacobian"
 
 
 class Dearer(errors.NtkbenchError):
-    """An exact value that costs more than an estimate would, for want of memory.
+    """An exact value costs more than an estimate would, because memory is limited.
 
     Args:
-        passes: that it takes.
-        limit: that an estimate takes at most.
+        passes: passes of the exact value.
+        limit: maximum number of passes of an estimate.
         memory: bytes.
     """
 
@@ -104,26 +104,26 @@ class Underflow(BadInput):
 
 
 Prepare = Callable[[Method], Any]
-"""What :meth:`Method.prepare` makes of a problem."""
+"""The result of :meth:`Method.prepare` for a problem."""
 
 
 def estimates(problem: Problem, names: Sequence[str], target: Target, options: Options, prepare: Prepare) -> Estimates:
-    """Metrics of a problem, by the method that was asked for or by the first one that works.
+    """Metrics of a problem, by the requested method or by the first one that works.
 
     Args:
-        problem: what they are of.
+        problem: the problem.
         names: metrics; the last one decides which methods are tried.
         target: where to compute.
-        options: what is asked for.
+        options: the requested options.
         prepare: makes a method ready for the problem on the target.
 
     Raises:
-        BadInput: the method that was asked for does not serve, or none does; says why.
+        BadInput: the requested method does not apply, or none does; says why.
         OverMemory: it would need more than the target's memory at once.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
         Undefined: the kernel has no such metric.
     """
-    metric = names[-1]  # one method for all: what the dearest takes is affordable for the others
+    metric = names[-1]  # one method for all: the cost of the most expensive metric is affordable for the others
     if options.method != "auto":
         chosen = methods.get(options.method)
         return Estimates(_named(lambda: _by(problem, names, target, options, prepare, chosen), chosen, names))
@@ -136,11 +136,11 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
 
 
 class _Search:
-    """What methods that were tried have cost and said.
+    """The costs and the remarks of the methods that were tried.
 
     Attributes:
-        exact: exact methods that are left, the cheapest first, with the passes that each takes.
-        remarks: why not by others, and what came first.
+        exact: remaining exact methods, the cheapest first, with the passes that each takes.
+        remarks: why others were not used, and what was tried first.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class _Search:
         self.remarks: list[str] = []
 
     def tried(self, name: str, limit: float) -> Estimates | None:
-        """Estimates by a method, or by an exact one where that costs less than a tolerance; ``None`` if it fails.
+        """Estimates by a method, or by an exact one if that costs less than a tolerance; ``None`` if it fails.
 
         Args:
             limit: passes that an exact method may take.
@@ -197,7 +197,7 @@ class _Search:
         self.remarks.append(f"not by {name}: {reason}")
 
     def _noted(self, estimate: Estimate) -> Estimate:
-        """An estimate with the passes that were spent before it, and what was learnt on the way."""
+        """An estimate with the passes that were spent before it, and the remarks so far."""
         passes = None if estimate.passes is None else estimate.passes + self._spent
         return replace(estimate, passes=passes, notes=(*estimate.notes, *self.remarks))
 
@@ -207,11 +207,11 @@ def _steps(
 ) -> Iterator[tuple[str, float]]:
     """Methods in the order in which they are tried, and the passes that each may take if it is exact.
 
-    Before each estimator come the exact methods that cost no more than it does, and in the end the others.
+    Before each estimator come the exact methods that cost no more than it does, and at the end the others.
 
     Args:
-        exact: exact methods that are left, with their passes. Who takes a method from the iterator takes it from these
-            as well, or puts it back with more passes.
+        exact: remaining exact methods, with their passes. The consumer of the iterator also removes a method from
+            these, or puts it back with more passes.
     """
     for name in _estimators(problem, metric, target):
         limit = _expected_passes(problem, metric, target, options, methods.stochastic(name))
@@ -229,9 +229,9 @@ def _steps(
 
 
 def _expected_passes(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> float:
-    """Passes that a method takes before its error is looked at, for which an exact value may be had first.
+    """Passes that a method takes before its error is checked; a cheaper exact method is tried first.
 
-    They are 0 where it does not serve; all that are given, where they are.
+    They are 0 if it does not apply, and the whole budget if one is given.
     """
     if method.unsupported_reason(problem, metric, target) is not None:
         return 0.0
@@ -248,7 +248,7 @@ def _takes_rtol(method: Method) -> bool:
 
 
 def _most(options: Options) -> float:
-    """The most passes to spend in all."""
+    """Maximum number of passes in total."""
     return TOLERANCE_PASSES if options.passes is None else options.passes
 
 
@@ -273,8 +273,8 @@ def choices(
     """The methods that ``method="auto"`` stands for, the first one that works; the rule is in :func:`ntkbench.trace`.
 
     Args:
-        passes: the most passes to spend; ``None`` for the defaults.
-        rtol: a tolerance, which random probes may reach for less than what exact methods cost.
+        passes: maximum number of passes; ``None`` for the defaults.
+        rtol: a tolerance, which random probes may reach at a lower cost than exact methods.
     """
     exact, found = exact_methods(problem, metric, target), []
     for name, _ in _steps(problem, metric, target, Options(passes=passes, rtol=rtol), exact):
@@ -284,7 +284,7 @@ def choices(
 
 
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
-    """The exact methods that serve, the cheapest first, with the passes that each takes where all fits in memory."""
+    """The exact methods that apply, the cheapest first, with their passes if everything fits in memory."""
     ends = len(metrics.parameter_sets(metric))
     names = list(EXACT[target.backend])
     if problem.n > problem.P:
@@ -402,13 +402,13 @@ def is_large(problem: Problem, target: Target, square: float) -> bool:
 
 
 def _smallest(target: Target) -> float:
-    """The smallest sum that stays right to rounding when terms below the smallest normal number are lost."""
+    """The smallest sum that stays accurate to rounding if terms below the smallest normal number are lost."""
     limits = np.finfo(target.dtype)
     return float(limits.tiny) / float(limits.eps)
 
 
 def _row_norm(problem: Problem, weights: str, target: Target) -> float:
-    """The root mean square norm of a row of J by one random probe; infinite where it cannot be had."""
+    """The root mean square norm of a row of J by one random probe; infinite if it cannot be computed."""
     problem, weights = problem.end(weights)
     signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), problem.n)
     widest = (target.dtype,) if target.backend == "jax" else dict.fromkeys((target.dtype, "float64"))
@@ -424,7 +424,7 @@ def _row_norm(problem: Problem, weights: str, target: Target) -> float:
 
 
 def _named(run: Callable[[], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
-    """What a method that was asked for by name gives, or one line that says why it does not."""
+    """The result of a method requested by name, or one line that says why there is none."""
     refused = f"{method.name} cannot give the {' and '.join(names)} of this network"
     try:
         return run()
@@ -455,7 +455,7 @@ def _by(
 
     Raises:
         Dearer: the method takes more passes than ``limit``.
-        BadInput: it does not serve, or what it gives is not finite.
+        BadInput: it does not apply, or its result is not finite.
         OverMemory: it would need more than the target's memory at once.
     """
     found = _computed(problem, names, target, options, prepare, method, limit, stop)

@@ -1,11 +1,11 @@
 """Plug-ins: every ``.py`` file in ``methods/``, ``problems/``, ``studies/`` or ``figures/`` is one, found by its name.
 
-Names are found by reading source, without importing anything. A plug-in is imported when it is asked for, by itself.
-A file that cannot be used becomes a :class:`Broken` record and an error for those who ask for it, and concerns nobody
-else. Sub-packages (``base/``) hold shared code and are no plug-ins. A file whose name begins with an underscore is
-broken: it would be neither.
+Names are found by reading source, without importing anything. A plug-in is imported alone, when it is requested. A file
+that cannot be used becomes a :class:`Broken` record, and an error only for those who request it. Sub-packages
+(``base/``) hold shared code and are not plug-ins. A file whose name begins with an underscore is broken: it would be
+neither.
 
-Plug-ins may also lie outside of this package, in folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``.
+Plug-ins may also be outside of this package, in folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``.
 The environment variable ``NTKBENCH_PLUGINS`` lists the folders that these are in; installed packages name theirs by an
 entry point in the group ``ntkbench.plugins``.
 """
@@ -52,9 +52,9 @@ class Broken:
 
     Attributes:
         kind: a key of :data:`PACKAGES`.
-        name: of the plug-in, or of its file where the file does not tell.
-        file: where it is.
-        line: where in the file the fault was seen; 1 where that is not known.
+        name: name of the plug-in, or of its file if the file does not tell.
+        file: its path.
+        line: line of the fault; 1 if it is not known.
         reason: one line.
     """
 
@@ -69,7 +69,7 @@ class Broken:
 
 
 class BrokenPlugin(BadInput):
-    """A plug-in was asked for that cannot be used; ``broken`` says why."""
+    """A requested plug-in cannot be used; ``broken`` says why."""
 
     def __init__(self, broken: Broken) -> None:
         super().__init__(str(broken))

@@ -32,17 +32,17 @@ def applies(model: Any, inputs: Any) -> bool:
 
 
 def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | None, options: Options) -> Any:
-    """tr Theta as the sum over parts, each with probes of its own; of all batches joined where samples interact.
+    """tr Theta as the sum over parts, each with its own probes; of all batches joined if samples interact.
 
-    A part is a batch, or as many as have 64 samples. The network is checked on the first one, and certified on each.
-    With ``rtol`` each part is within it, and so is their sum. The loader is read once. Memory: two parts, and what an
-    estimate of one takes.
+    A part is a batch, or as many batches as have 64 samples. The network is checked on the first part, and certified on
+    each. With ``rtol`` each part is within it, and so is their sum. The loader is read once. Memory: two parts, and
+    that of an estimate of one part.
 
     Args:
         model, loader: an ``nn.Module`` and a ``DataLoader`` whose batches are its inputs.
-        setup: of a :class:`ntkbench.Kernel`.
-        groups: of parameters, whose traces are a dict by name.
-        options: of the estimate of each part.
+        setup: set-up of a :class:`ntkbench.Kernel`.
+        groups: groups of parameters; their traces are a dict by name.
+        options: options of the estimate of each part.
 
     Returns:
         The estimate, or a dict of them.
@@ -81,12 +81,12 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
 
 
 def _seed(seed: int, part: int) -> int:
-    """A seed of a part's own, from 0 to 2^63 - 1."""
+    """The seed of a part, from 0 to 2^63 - 1."""
     return int(np.random.SeedSequence((seed, part)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:
-    """The sum of independent estimates of parts of so many samples.
+    """The sum of independent estimates of parts with these numbers of samples.
 
     Degrees of freedom are by Welch and Satterthwaite. Passes are over all samples.
     """

@@ -11,20 +11,20 @@ from ntkbench.units import aligned, bytes_label, percent_label, seconds_label
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method is predicted to take for one metric.
+    """Predicted cost of one method for one metric.
 
     Attributes:
         method: its name.
         kind: ``exact``, ``approximate`` or ``stochastic``.
-        passes: the number it is expected to spend; ``None`` where its cost is not a number of passes.
-        seconds: of one estimate, once the network is checked and traced.
-        bytes: that it holds at its peak, besides the network.
-        error: relative: the bias of an approximate method, the standard error of a stochastic one, 0 of an exact one;
-            ``None`` where it is not known.
-        within: the relative half-width of its interval, or its bias; ``None`` where it is not known.
+        passes: expected number of passes; ``None`` if its cost is not a number of passes.
+        seconds: seconds of one estimate, after the network has been checked and traced.
+        bytes: peak bytes, besides the network.
+        error: relative error: the bias of an approximate method, the standard error of a stochastic one, 0 for an exact
+            one; ``None`` if it is not known.
+        within: the relative half-width of its interval, or its bias; ``None`` if it is not known.
         budget: passes to give to a stochastic method; ``None`` for the others.
         accepts_rtol: whether the method takes a tolerance itself.
-        reason: why it does not serve; empty where it does.
+        reason: why it does not apply; empty if it does.
     """
 
     method: str
@@ -46,10 +46,10 @@ class Costs(list[Cost]):
     """Predicted costs of all methods for one metric: those within the tolerance first, the fastest of them on top.
 
     Attributes:
-        metric: what is wanted.
-        rtol: to which tolerance.
-        notes: where the numbers come from.
-        confidence: of the intervals.
+        metric: the metric.
+        rtol: the tolerance.
+        notes: how the numbers were obtained.
+        confidence: confidence level of the intervals.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Costs(list[Cost]):
         """The line of Python that uses the best method; empty if there is none.
 
         Args:
-            more: further arguments, as they are written; those of the set-up, as ``call=call``, are not known here.
+            more: further arguments as source text; those of the set-up, such as ``call=call``, are not known here.
         """
         if (best := self.best) is None:
             return ""

@@ -16,13 +16,13 @@ PROBES = 8
 
 @dataclass(frozen=True)
 class Pilot:
-    """Properties of Theta, rough ones.
+    """Rough properties of Theta.
 
     Attributes:
         effective_rank: of Theta, from 1 to the smaller of n and P.
         block_rank: effective rank of a sample's own block, from 1 to O; ``None`` where samples interact.
         alignment: with Theta_f; 1 without one.
-        passes: that it took.
+        passes: passes spent.
     """
 
     effective_rank: float
@@ -40,13 +40,13 @@ def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int
     """Effective ranks and alignment by :data:`PROBES` probes at each parameter set, or as many as fit in memory.
 
     With y_i = J^T u_i over random signs u_i: tr Theta = E ||y_i||^2 and ||Theta||_F^2 = E <y_i, y_j>^2. The variance
-    over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal), whose diagonal is taken as
-    even.
+    over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal), with a diagonal that is
+    assumed to be even.
 
     Args:
         jacobians: J at theta_0, and at theta_f for alignment.
         independent: whether samples do not interact.
-        seed: of the probes.
+        seed: seed of the probes.
     """
     j = jacobians[0]
     probes = max(2, min(PROBES, j.memory // j.bytes_per_probe()))

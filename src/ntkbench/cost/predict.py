@@ -31,9 +31,9 @@ FEWEST_SAMPLES = 16
 FIRST = 16
 """Passes that stochastic methods are first tried with."""
 STEPS = 5
-"""Budgets that are tried."""
+"""Number of budgets that are tried."""
 SEEDS = 3
-"""Estimates with each."""
+"""Number of estimates with each budget."""
 LONG = 0.3
 """Seconds of such estimates; larger budgets are extrapolated."""
 STEEPEST = 3.0
@@ -55,12 +55,12 @@ def predict(
     confidence: float = 0.95,
     names: Collection[str] | None = None,
 ) -> Costs:
-    """What each method is predicted to take to a tolerance.
+    """Predicted costs of each method to a tolerance.
 
     Seconds are those of one estimate after the first one, which also checks, traces and certifies the network. Errors
     of stochastic methods are those on a random J with the effective ranks of the network, and with the spectrum of a
-    power law; those of approximate methods are their biases on a few samples. So errors are rough, as are budgets that
-    follow from them.
+    power law; those of approximate methods are their biases on a few samples. Errors are therefore rough, as are the
+    budgets that follow from them.
 
     Cost: some products of each kind, :data:`ntkbench.cost.pilot.PROBES` passes of a pilot, and for each method that
     traces the network some estimates on a few samples. A few seconds for small networks; the time of some dozens of
@@ -68,15 +68,15 @@ def predict(
 
     Args:
         problem: network and inputs.
-        metric: what is wanted.
+        metric: the metric.
         target: where it is computed.
         rtol: relative half-width of the interval; the bias of an approximate method.
-        confidence: of the interval.
+        confidence: confidence level of the interval.
         names: methods; all if not given.
 
     Raises:
         BadInput: there is no such metric or method, or the tolerance is invalid; or the network has no VJPs.
-        Unavailable: the device is not there.
+        Unavailable: the device is not available.
     """
     metrics.check(metric)
     Options(rtol=rtol, confidence=confidence)

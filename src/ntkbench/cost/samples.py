@@ -36,7 +36,7 @@ class Rehearsal:
         seconds: of an estimate on all samples, extrapolated.
         estimate: on the most samples that were taken.
         bytes: that a traced program holds at its peak, in proportion to the samples; 0 where nothing is traced.
-        exact: the exact value on the same samples; ``None`` where it was not had.
+        exact: the exact value on the same samples; ``None`` if it is not available.
     """
 
     samples: int

@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 
 def study_of(name: str) -> str | None:
-    """The study that a figure is drawn from; ``None`` where that is the results table. The figure is not imported.
+    """The study that a figure is drawn from; ``None`` if that is the results table. The figure is not imported.
 
     Raises:
         BadInput: no such figure, or it is broken.
@@ -73,7 +73,7 @@ def table_of(name: str, folder: Path) -> Path:
 
 
 def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
-    """What figures say of the papers' claims: ``claims.csv``, see :data:`ntkbench.figures.plotting.claims.COLUMNS`.
+    """Verdicts on the papers' claims: ``claims.csv``, see :data:`ntkbench.figures.plotting.claims.COLUMNS`.
 
     Args:
         folders: of results; a table is taken from the first folder that has it. By default those of the committed
@@ -98,8 +98,8 @@ def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
 def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Outcome]:
     """Draw figures into ``folder``, each from the CSV file that ``tables`` has for it, on all processors.
 
-    A figure that cannot be drawn, for whatever reason, gets files that say so, and the others are drawn. Where figures
-    claim something, ``claims.csv`` has all of it, and ``claims.png``, ``.pdf`` and ``.txt`` show it.
+    If a figure cannot be drawn, its files say so, and the others are drawn. If figures have claims, ``claims.csv`` has
+    all of them, and ``claims.png``, ``.pdf`` and ``.txt`` show them.
 
     Returns:
         an outcome for each figure: ``ok``, or a status and a reason in one line.
@@ -116,7 +116,7 @@ def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Out
 
 
 def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
-    """Draw figures in a process of their own; where one of them ends it, each in its own."""
+    """Draw figures in a separate process; if one of them ends it, draw each in its own process."""
     from ntkbench.figures.plotting import files
 
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:

@@ -25,9 +25,9 @@ OPERATORS = {
 }
 QUANTITIES = {"alignment": "alignment with step 0", "effective_rank": "effective rank", "norm": "Frobenius norm"}
 COLOURS = (BLUE, ORANGE, GREEN, PINK, VERMILION, SKY, WINE, BLACK)
-"""One a gain."""
+"""One per gain."""
 STYLES = ("-", (0, (3.2, 1.6)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-"""One a rank, the full one first."""
+"""One per rank, the full one first."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:

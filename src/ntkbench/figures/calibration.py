@@ -19,7 +19,7 @@ COLUMNS += ("covered_high", "target_low", "target_high", "ratio", "rmse", "noted
 
 AUTO = "auto"
 RATIOS, COVERED = (0.4, 2.5), (0.70, 1.0)
-"""What the axes show; what lies beyond is drawn at their ends."""
+"""Ranges of the axes; points beyond are drawn at their ends."""
 TICKS = {"ratio": [0.5, 1.0, 2.0], "covered": [0.75, 0.85, 0.95]}
 MARKERS = {"default": "o", "passes": "s", "rtol": "^"}
 """By the way that an estimate is asked for."""
@@ -193,7 +193,7 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
 
 
 def _stopping(table: pd.DataFrame) -> str:
-    """What stopping at a tolerance costs, against a fixed budget of as many passes."""
+    """The cost of stopping at a tolerance, relative to a fixed budget of as many passes."""
     rows = base.measured(table, "covered", "rmse", "passes_spent")
     case = ["problem", "metric", "method"]
     both = rows[rows["way"] == "rtol"].merge(rows[rows["way"] == "matched"], on=case, suffixes=("", "_fixed"))

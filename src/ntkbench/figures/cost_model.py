@@ -22,7 +22,7 @@ PANELS = {
 COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
 FACTOR = 2.0
 FLOOR = 0.5
-"""MiB, for which less counts: it is lost in what the process holds besides."""
+"""MiB; less counts as this, since it is lost in the other memory of the process."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -83,7 +83,7 @@ def _within(ratios: pd.Series) -> float:
 
 
 def _median(ratios: pd.Series) -> float:
-    """The factor by which predictions are off, in the median, to either side."""
+    """The median factor of error of the predictions, to either side."""
     return float(np.exp(np.log(ratios.dropna()).abs().median()))
 
 

@@ -21,7 +21,7 @@ COLUMNS: tuple[str, ...] = ("spectrum", "n", "P", "outputs_per_parameter", "effe
 COLUMNS += ("title", "kind", "passes", "passes_spent", "error", "error_q25", "error_q75", "seeds")
 
 FLOOR = 1e-5
-"""Errors below are rounding in float32: methods that get there are equally good."""
+"""Errors below are rounding in float32: methods below it are equally good."""
 TIE = 1.96
 """Standard deviations over seeds between two median errors, below which seeds do not tell them apart: a tie."""
 MOST = 3
@@ -76,7 +76,7 @@ def _winners(points: pd.DataFrame) -> pd.DataFrame:
     """The best methods of every place of the map, best first: those that tie with the least error, at most so many."""
     place = ["metric", "outputs_per_parameter", "spectrum", "passes"]
     points = points.assign(drawn=points["error"].clip(lower=FLOOR))
-    # Of what is exact to rounding, that which took the fewest passes comes first.
+    # Among methods that are exact to rounding, the one with the fewest passes comes first.
     points = points.sort_values([*place, "drawn", "passes_spent", "error", "method"])
     middle, deviation = laws.median_errors(points)
     points = points.assign(middle=np.where(points["drawn"] > FLOOR, middle, np.log(FLOOR)), deviation=deviation)

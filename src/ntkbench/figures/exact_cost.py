@@ -39,7 +39,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(exact[KEPT], why)
     metric = _metric(exact)
     exact = exact[exact["metric"] == metric]
-    # A method that runs nowhere on a backend (not written for it) has cost nothing there and is no news.
+    # A method that runs nowhere on a backend (not written for it) has no cost there and is not shown.
     runs = exact.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
     plotted = exact.loc[runs, KEPT].copy()
     plotted["memory_mib_drawn"] = (plotted["memory_bytes"] / MIB).clip(lower=FLOOR)
@@ -137,7 +137,7 @@ def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Loo
         return
     _guides(panel, points["n"], points[quantity])
     lines = list(points.groupby(["method", "backend"], sort=False))
-    # Of a single size there are no lines, and markers have room to stand side by side.
+    # A single size has no lines, and room for markers side by side.
     spread = ASIDE if points["n"].nunique() == 1 else 0.0
     for i, ((method, backend), line) in enumerate(lines):
         aside = ScaledTranslation(spread * (i - (len(lines) - 1) / 2), 0, panel.figure.dpi_scale_trans)

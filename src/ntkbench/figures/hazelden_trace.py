@@ -93,7 +93,7 @@ def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def _common(points: pd.DataFrame, **more: Any) -> dict[str, Any]:
-    """What claims on these rows have in common."""
+    """The common part of claims on these rows."""
     problems = dict.fromkeys(points["problem"])
     common = {"there": "the paper's MLP and GRU, an unnamed CPU", "here": ", ".join(map(labels.name_label, problems))}
     return common | {"same": not any("[" in problem for problem in problems)} | more

@@ -120,7 +120,7 @@ def _fewest(operations: pd.DataFrame) -> str:
 
 
 def _left_out(table: pd.DataFrame) -> str:
-    """How much was not measured, and why most of it was not; the plotted numbers say it of each."""
+    """How much was not measured, and the main reason; the plotted numbers have each reason."""
     lost = table[table["status"] != "ok"]
     if not len(lost):
         return ""
@@ -184,7 +184,7 @@ def _claim(same: pd.DataFrame, known: pd.DataFrame, method: str) -> claims.Claim
 
 
 def _pair(case: pd.DataFrame, quantity: str, method: str) -> list[pd.Series]:
-    """The rows of a quantity by a method and by structured derivatives; none where one of them is not there."""
+    """The rows of a quantity by a method and by structured derivatives; none if one of them is missing."""
     rows = base.measured(case[case["quantity"] == quantity], quantity)
     rows = rows[rows[quantity] > 0].drop_duplicates("method").set_index("method")
     return [rows.loc[name] for name in (method, THEIRS)] if {method, THEIRS} <= set(rows.index) else []

@@ -213,7 +213,7 @@ def _found(here: pd.DataFrame, titles: pd.Series) -> str:
 
 
 def _instead(best: pd.DataFrame, titles: pd.Series) -> str:
-    """What is to be had in less time than an exact kernel takes."""
+    """The alternatives that take less time than an exact kernel."""
     if not len(best):
         return ", less than any of these projections"
     row = best.iloc[0]

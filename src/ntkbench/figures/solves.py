@@ -24,7 +24,7 @@ LOOKS = {
 }
 EXACT = "cholesky"
 SLACK = 1.01
-"""Of a residual over its tolerance: the check has rounding of its own."""
+"""Allowed ratio of a residual to its tolerance: the check itself has rounding."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -102,10 +102,10 @@ def _reading() -> list[tuple[Line2D, str]]:
 
 
 def fastest(points: pd.DataFrame) -> pd.DataFrame:
-    """The fastest way by products against the factor, for each problem, ridge and tolerance that one of them reached.
+    """The fastest method by products against the factor, for each problem, ridge and tolerance that one reached.
 
-    ``ratio`` is the seconds of the factor over those of products: above 1 products win. It is 0 where no products
-    reached the residual, which have no ``method`` then, and infinite where the factor did not.
+    ``ratio`` is the seconds of the factor over those of products: above 1 products win. It is 0, without a ``method``,
+    if no products reached the residual, and infinite if the factor did not.
     """
     good = points[points["residual"] <= SLACK * points["rtol"]]
     cases = ["problem", "n", "share", "rtol"]
@@ -161,7 +161,7 @@ def _caption(points: pd.DataFrame, problems: list[str]) -> str:
 
 
 def _saved(here: pd.DataFrame) -> str:
-    """What the preconditioner saves at the largest condition number and the smallest residual."""
+    """The savings by the preconditioner at the largest condition number and the smallest residual."""
     last = here[(here["rtol"] == here["rtol"].min()) & (here["share"] == here["share"].min())].set_index("method")
     if not {"nystrom", "plain"} <= set(last.index):
         return ""

@@ -76,7 +76,7 @@ def _name(title: str, backend: str) -> str:
 
 
 def _without_baseline(everything: pd.DataFrame) -> str:
-    """A sentence on what has no panel, since neither baseline was measured on it."""
+    """A sentence on problems without a panel, since neither baseline was measured on them."""
     without = everything[everything[SECONDS].isna().all(axis=1)]
     cases = [
         f"{labels.case_label(problem, setting)} ({', '.join(dict.fromkeys(rows['metric'].str.replace('_', ' ')))})"

@@ -34,11 +34,11 @@ PREDICTED = ("per-sample", "pooled")
 
 
 class Cost(NamedTuple):
-    """What an estimate takes to a relative error.
+    """The cost of an estimate to a relative error.
 
     Attributes:
-        passes, seconds: to a root-mean-square error; ``nan`` where that is not known.
-        tried: whether a budget that was measured has an error as small; otherwise the law of 1 / eps^2 is used.
+        passes, seconds: cost to a root-mean-square error; ``nan`` if it is not known.
+        tried: whether a measured budget has an error as small; otherwise the law of 1 / eps^2 is used.
     """
 
     passes: float
@@ -92,13 +92,13 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
 
     Args:
         rows: of one method and kernel, one for each budget.
-        error: that is wanted.
+        error: the requested error.
     """
     rows = rows.sort_values("passes")
     passes, seconds = rows["passes"].to_numpy(float), rows["seconds"].to_numpy(float)
     if rows["family"].iloc[0] == "exact":
         return Cost(passes[0], seconds[0], True)
-    # Errors do not rise with passes but by chance, and one of zero has no logarithm.
+    # Errors rise with passes only by chance, and an error of zero has no logarithm.
     rms = np.minimum.accumulate(rows["rms"].to_numpy(float).clip(min=1e-15))
     if tried := rms[-1] <= error:
         enough = int(np.argmax(rms <= error))

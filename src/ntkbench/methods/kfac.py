@@ -52,7 +52,7 @@ class KFAC(Method):
         """The network at each set of weights with its inputs.
 
         Raises:
-            Unavailable: curvlinops is not installed, or the device is not there.
+            Unavailable: curvlinops is not installed, or the device is not available.
         """
         errors.need("curvlinops", "kfac", INSTALL)
         names = ("theta_0",) if problem.theta_f is None else ("theta_0", "theta_f")

@@ -93,7 +93,7 @@ def load(label: str) -> Problem:
 
     Raises:
         BadInput: no such problem, size or choice.
-        Unavailable: the problem's data cannot be had here.
+        Unavailable: the problem's data are not available.
         DidNotTrain: training failed.
         Corrupt: its committed weights are damaged.
     """
@@ -122,7 +122,7 @@ def define(label: str) -> Definition:
 
     Raises:
         BadInput: no such problem, size or choice.
-        Unavailable: the problem's data cannot be had here.
+        Unavailable: the problem's data are not available.
     """
     name, options = _parsed(label)
     return get(name)(**options)

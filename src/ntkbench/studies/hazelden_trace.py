@@ -1,7 +1,7 @@
 """Trace estimates of Hazelden's MLP and GRU against the nominal number of samples m (arXiv 2511.10796, figures 1-3).
 
 For each problem, estimator and m: seconds, estimates and errors over reruns, and for comparison the cost of exact
-    traces.
+traces.
 """
 
 from __future__ import annotations

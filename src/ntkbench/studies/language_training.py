@@ -62,8 +62,7 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each step, part of the parameters and metric; one with the reason for a step that is not
-    available."""
+    """One row for each step, part of the parameters and metric; one with the reason for a failed step."""
     course = base.Once(lambda: Course(settings))
     named = " or ".join(settings.problems)
     return base.table(

@@ -1,12 +1,12 @@
 """Projected gradients beside estimators, approximations and exact kernels: errors against k, seconds and bytes.
 
-A projection gives k features of each row of J, and their Gram matrix stands for Theta. Its relative error in the
-Frobenius norm is compared at equal k, at equal seconds and at equal bytes, and so are the norm and the alignment that
-it gives, and its pNTK. The norm and the alignment are taken in two ways from the same features: from the Gram matrix,
-as is published (``plug_in``), and from pairs of independent parts of the projection (``unbiased``). Other methods give
-only what they estimate. Approximations by an N x N kernel A stand for Theta as A (x) I_O.
+A projection gives k features of each row of J, and their Gram matrix approximates Theta. Its relative error in the
+Frobenius norm is compared at equal k, at equal seconds and at equal bytes, and so are its norm, its alignment and its
+pNTK. The norm and the alignment are computed twice from the same features: from the Gram matrix, as published
+(``plug_in``), and from pairs of independent parts of the projection (``unbiased``). Other methods give only their
+estimates. An N x N kernel A approximates Theta as A (x) I_O.
 
-Seconds are those of the norm, from weights to a number. Bytes are those of what is kept: n k features, or the kernel.
+Seconds are those of the norm, from weights to a number. Bytes are those of the stored n k features, or of the kernel.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Truth:
         return pooled(self.thetas[0], self.problem.O)
 
     def gram_error(self, theta: np.ndarray) -> float:
-        """Relative error of what stands for Theta."""
+        """Relative error of the approximation of Theta."""
         return float(np.linalg.norm(theta - self.thetas[0])) / self.norm
 
     def pntk_error(self, theta: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 """Seconds of NTK metrics of recurrent networks against trials, steps and probes, and the slopes that they grow with.
 
-One size at a time is varied around a middle. Estimates should grow linearly with each; an exact trace has no probes
-and goes back from every step, so that it grows with the square of the steps or more. Networks are untrained, since
-seconds do not depend on weights.
+One size at a time is varied around a middle. The cost of estimates should grow linearly with each. An exact trace has
+no probes and goes back from every step, so that its cost grows at least with the square of the steps. Networks are
+untrained, since seconds do not depend on weights.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each kind of network, size that is varied, its value, and method.
 
-    The values of a size take turns, so that a machine that is slow for a while is no slope.
+    The values of a size take turns, so that a temporary slowdown of the machine does not appear as a slope.
     """
 
     @functools.cache

@@ -1,8 +1,7 @@
 """Two computations of one thing in turn: the ratio of their seconds, whenever the machine is slow.
 
-A ratio of seconds that were taken minutes apart says as much about the machine as about the methods. Here subject and
-rival take turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is measured in processes of
-their own.
+A ratio of seconds measured minutes apart depends on the machine as much as on the methods. Here subject and rival take
+turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is measured in separate processes.
 """
 
 from __future__ import annotations
@@ -181,7 +180,7 @@ def _peak_memory(settings: Settings, name: str, label: str, metric: str) -> int 
     """Bytes by which one estimate raises the peak of a fresh process, after everything is prepared.
 
     Raises:
-        NtkbenchError: it failed there, or went over the limits.
+        NtkbenchError: it failed there, or exceeded the limits.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)

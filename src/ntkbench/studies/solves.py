@@ -1,11 +1,11 @@
 """Solutions of (Theta + ridge I) x = y to a residual: a factor of all of Theta, and conjugate gradients on products.
 
 The ridge is a share of the largest eigenvalue of Theta, so that the condition number of Theta + ridge I is at most one
-over that share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with a seed of its
-own. ``cholesky`` and ``nystrom`` are what :func:`ntkbench.solve` does where Theta fits and where it does not;
+over that share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with its own seed.
+``cholesky`` and ``nystrom`` are the methods of :func:`ntkbench.solve` if Theta fits in memory and if it does not;
 ``plain`` is the latter without its preconditioner. Both aim at half the tolerance. ``scipy`` is SciPy's ``cg`` on the
-same products, which stops as soon as its own recursion is within the tolerance. The residual of every solution is that
-of products in float64, whatever it was solved in.
+same products, which stops as soon as its own recursion is within the tolerance. The residual of every solution is
+computed by products in float64, for any precision of the solution.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Settings(base.Settings):
 
 @dataclass(frozen=True)
 class Truth:
-    """A problem, the exact eigenvalues of its Theta, and what checks solutions.
+    """A problem, the exact eigenvalues of its Theta, and the Jacobian that checks solutions.
 
     Attributes:
         problem: at initial weights.
@@ -83,12 +83,12 @@ class Truth:
 
 
 class Found(NamedTuple):
-    """A solution, and what it took.
+    """A solution, and its cost.
 
     Attributes:
         values: x ``[n]``.
-        iterations: of conjugate gradients, or refinements.
-        passes: spent.
+        iterations: number of iterations of conjugate gradients, or of refinements.
+        passes: passes spent.
     """
 
     values: np.ndarray
@@ -185,7 +185,7 @@ def _found(solution: solve.Solution) -> Found:
 
 
 def conjugate_gradients(j: JacobianOperator, y: np.ndarray, ridge: float, rtol: float, passes: int) -> Found:
-    """SciPy's cg as it is; whether its residual is what it believes is for others to check."""
+    """SciPy's unmodified cg; its residual is checked elsewhere."""
     from scipy.sparse.linalg import cg
 
     iterations, before = 0, j.passes

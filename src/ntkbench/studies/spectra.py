@@ -2,10 +2,10 @@
 
 Quantities are the largest eigenvalue, the largest ones (by the worst of them), the condition number of Theta + ridge,
 the entropy effective rank, log det(I + Theta / ridge) and the spectral density. Errors are relative to float64 values.
-That of the density is the Wasserstein-1 distance between distributions of log10(lambda + ridge): by how many decades
-eigenvalues are off on average. The ridge is a share of the exact largest eigenvalue.
+That of the density is the Wasserstein-1 distance between distributions of log10(lambda + ridge): the mean error of
+eigenvalues in decades. The ridge is a share of the exact largest eigenvalue.
 
-``spectrum`` is what :func:`ntkbench.spectrum` does where Theta does not fit; ``block_lanczos`` and
+``spectrum`` is the method of :func:`ntkbench.spectrum` if Theta does not fit; ``block_lanczos`` and
 ``stochastic_lanczos`` are its two parts alone, each with all passes. ARPACK and LOBPCG (SciPy) take the same products;
 matfree's Lanczos takes those of JAX.
 """
@@ -92,7 +92,7 @@ class Answer(NamedTuple):
 
     Attributes:
         error: relative to the exact value; decades for the density.
-        holds: whether all that is stated of it is true; ``None`` where nothing is.
+        holds: whether all statements about it are true; ``None`` if there are none.
         stated: half the width of its interval, relative to the value.
     """
 
@@ -108,8 +108,8 @@ class Truth:
     Attributes:
         problem: at initial weights.
         values: all eigenvalues in float64, ascending.
-        ridge: what is added to them.
-        top: how many of the largest are asked for.
+        ridge: constant added to them.
+        top: number of requested largest eigenvalues.
     """
 
     problem: Problem
@@ -133,7 +133,7 @@ class Truth:
         return tuple(end - len(self.values) * math.log(self.ridge) for end in density.log_determinant(self.ridge))
 
     def number(self, quantity: str, value: float, low: float = math.nan, high: float = math.nan) -> Answer:
-        """A quantity that is one number, with its interval where it has one."""
+        """A quantity that is one number, with its interval if it has one."""
         exact = self.exact(quantity)
         error = abs(value / exact - 1)
         if math.isnan(low) or math.isnan(high):
@@ -157,15 +157,15 @@ class Truth:
     def condition(self, top: float, off: float, smallest: float, between: tuple[float, float]) -> Answer:
         """The condition number of Theta + ridge, with the bounds that follow from those of both eigenvalues.
 
-        There is no upper end where the smallest eigenvalue is not bounded, that is by products: nothing says then that
-        no eigenvalue is larger than ``top + off``.
+        There is no upper end if the smallest eigenvalue is not bounded, that is by products: an eigenvalue may then be
+        larger than ``top + off``.
         """
         low = (max(top - off, 0.0) + self.ridge) / (between[1] + self.ridge)
         high = (top + off + self.ridge) / (between[0] + self.ridge) if between[0] > 0 else math.inf
         return self.number("condition", (top + self.ridge) / (smallest + self.ridge), low, high)
 
     def spread(self, density: lanczos.Density, stated: bool = True) -> dict[str, Answer]:
-        """What a density gives; its statements are the log-determinant's interval and that of the share of each bin."""
+        """The quantities of a density; its statements are the intervals of log-determinant and bin shares."""
         from scipy.stats import wasserstein_distance
 
         rank = density.entropy_effective_rank
@@ -173,7 +173,7 @@ class Truth:
         given["log_determinant"] = self.number("log_determinant", *self.volume(density)[: 3 if stated else 1])
         decades = [np.log10(np.maximum(v, 0.0) + self.ridge).ravel() for v in (self.values, density.nodes)]
         off = float(wasserstein_distance(*decades, v_weights=density.weights.ravel()))
-        # Bins of a decade from the ridge on, and one for what is below it.
+        # Bins of a decade from the ridge on, and one for the eigenvalues below it.
         count = math.ceil(math.log10(float(self.values[-1]) / self.ridge)) + 1
         edges = np.array([0.0, *(self.ridge * 10.0 ** np.arange(count + 1))])
         if not stated:
@@ -193,7 +193,7 @@ def truth(settings: Settings, label: str) -> Truth:
     """The exact eigenvalues of a problem.
 
     Raises:
-        BadInput: it has fewer outputs than eigenvalues are asked for.
+        BadInput: it has fewer outputs than requested eigenvalues.
     """
     problem = problems.load(label)
     if problem.n <= settings.top:
@@ -290,7 +290,7 @@ def _way(
 
 
 def _answers(known: Truth, method: str, given: Any) -> dict[str, Answer]:
-    """All quantities of what a method gave."""
+    """All quantities of the result of a method."""
     if isinstance(given, np.ndarray):
         return known.largest_ones(given)
     if isinstance(given, lanczos.Ritz):
@@ -366,7 +366,7 @@ class Matfree:
         self._run: Any = None
 
     def __call__(self, seed: int) -> lanczos.Density:
-        """Nodes and weights, as a density that states nothing of its errors; 2 passes for each probe and step.
+        """Nodes and weights, as a density without statements about its errors; 2 passes for each probe and step.
 
         Raises:
             BadInput: they are not finite.

@@ -1,12 +1,12 @@
 """Seconds to a given error: each method on each backend at the smallest budget that reaches it, all in turn.
 
 The smallest budget is where the law of :mod:`ntkbench.measure.laws`, fitted to the errors at all budgets that were
-tried, crosses the goal; errors are against the exact value (or what :class:`Goal` has stand for it). It counts once
-fresh seeds do not contradict it: a two-sided sign test at 95 % finds the median neither above the goal nor below it. So
-no method is credited with a lucky budget, nor charged for one that is larger than it needs. A method's other backends
-take the budget of its first one, if their own errors do not contradict it. Deterministic methods take part if their own
-error is within the goal. A method that does not get there with the largest budget, or takes too long on the way, is a
-row with its reason.
+tried, reaches the goal. Errors are relative to the exact value (or to its substitute in :class:`Goal`). The budget
+counts if fresh seeds do not contradict it: a two-sided sign test at 95 % finds the median neither above the goal nor
+below it. No method therefore benefits from a lucky budget, or is charged for one that is larger than necessary. A
+method's other backends take the budget of its first one, if their own errors do not contradict it. Deterministic
+methods take part if their own error is within the goal. A method that does not reach the goal with the largest budget,
+or takes too long, is a row with its reason.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ AS_PUBLISHED = (
 TOO_LONG = 5
 """Multiple of a goal's patience after which a method is given up."""
 LOOK = 10
-"""Estimates between two looks at whether a budget can still be close to the smallest one."""
+"""Estimates between two checks of whether a budget can still be close to the smallest one."""
 HOPELESS = 1e-3
-"""Probability of so many errors on one side of the goal, if the median were the goal, below which no more are drawn."""
+"""Probability of the count of errors on one side, if the median were the goal, below which no more are drawn."""
 CONTRADICTED = 0.025
 """The same probability, to either side, below which fresh seeds contradict a budget."""
 ROUNDS = 6
-"""Budgets that are confirmed, or not, before a method is given up."""
+"""Number of budgets tested with fresh seeds before a method is given up."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
-"""The method whose estimates stand for exact values, its largest budget, and a seed that no other method gets."""
+"""The method whose estimates replace exact values, its largest budget, and a seed that no other method gets."""
 NARROWER = 3
-"""How many times narrower than the goal the interval of such an estimate is, to either side."""
+"""Factor by which the interval of such an estimate is narrower than the goal, to either side."""
 
 
 class Goal(Strict):
@@ -153,7 +153,7 @@ def _rows(settings: Settings, goal: Goal) -> list[base.Row]:
 
 
 def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:
-    """Add the rival and the columns of the ratio to it to rows that were timed in turn."""
+    """Add the rival, and the columns of the ratio to it, to rows that were timed in turn."""
     timed = [(row, own) for row, own in zip(rows, times, strict=True) if own]
     published = [(row, own) for row, own in timed if row["published"]]
     if published:
@@ -166,7 +166,7 @@ def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:
 
 
 def _interval(row: base.Row, rival: base.Row, ratios: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % interval of a median ratio; an end is ``None`` where a budget's band has none."""
+    """The 95 % interval of a median ratio; an end is ``None`` if a budget's band has none."""
     spread = float(np.std(np.log(ratios))) * math.sqrt(math.pi / 2 / len(ratios))
     ends = []
     for own, other, sign in (("passes_low", "passes_high", -1), ("passes_high", "passes_low", 1)):
@@ -180,11 +180,11 @@ def _interval(row: base.Row, rival: base.Row, ratios: Sequence[float]) -> tuple[
 
 
 class Known(NamedTuple):
-    """What a method's first backend found.
+    """The result of a method's first backend.
 
     Attributes:
         passes: its budget, or the last one that was tried.
-        band: columns of the budget's band; empty where no budget was found.
+        band: columns of the budget's band; empty if no budget was found.
     """
 
     passes: int
@@ -205,7 +205,7 @@ class Truth:
         """The value.
 
         Raises:
-            NtkbenchError: it stands for an exact value, and is not precise enough.
+            NtkbenchError: it replaces an exact value, and is not precise enough.
         """
         return self._found()[0]
 
@@ -250,7 +250,7 @@ class Entrant:
         self._seeds = itertools.count()  # no two budgets share one, so that their errors are independent
 
     def known(self, row: base.Row) -> Known | None:
-        """What the method's other backends begin with, from the row that :meth:`search` made."""
+        """The starting point of the method's other backends, from the row of :meth:`search`."""
         if row["status"] == outcomes.OK:
             band = {key: row.get(key) for key in ("passes_low", "passes_high", "law_seeds")}
             return Known(row["passes"], band) if row["passes"] else None
@@ -260,7 +260,7 @@ class Entrant:
         """Columns of the method at the smallest budget that is enough.
 
         Raises:
-            Unavailable: it does not serve the problem, takes too long, or does not get there.
+            Unavailable: it does not support the problem, takes too long, or does not reach the goal.
             OverMemory: it would take more memory than the limits allow.
         """
         method, problem, goal = methods.get(self._name), self._truth.problem(), self._goal
@@ -281,7 +281,7 @@ class Entrant:
         return {**self._truth.columns(), **columns}
 
     def calls(self, passes: int | None) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
-        """The call that is timed, with another seed each time, and one that warms up, where that is needed."""
+        """The timed call, with another seed each time, and a warm-up call, if one is needed."""
         seeds = itertools.count()
         return (
             lambda: self._estimate(passes, next(seeds)),
@@ -320,9 +320,9 @@ class Entrant:
         raise Unavailable(f"fresh seeds confirmed none of {ROUNDS} budgets, {passes} passes the last one")
 
     def _around(self, passes: int, least: int) -> list[tuple[int, Reruns]]:
-        """Errors with budgets that are not enough, and with twice the first that is.
+        """Errors with insufficient budgets, and with twice the first sufficient one.
 
-        Those of the first one itself are left out: it was chosen for them, and they may be low by luck.
+        Those of the first sufficient budget itself are left out: it was chosen for them, and they may be low by luck.
         """
         points: list[tuple[int, Reruns]] = []
         while True:
@@ -342,7 +342,7 @@ class Entrant:
             if enough:
                 passes = max(least, passes // 2)
             else:
-                # Errors fall at least as the root of the budget; large steps are for where there is a long way to go.
+                # Errors fall at least as the root of the budget; large steps are for goals that are still far.
                 passes = self._more(passes, min(max((error / self._goal.error) ** 1.5, 2**0.5), 4.0), points)
 
     def _more(self, passes: int, step: float, points: Sequence[tuple[int, Reruns]]) -> int:
@@ -382,7 +382,7 @@ class Entrant:
         found = Reruns(self._truth.value, settings.dtype)
         self._prepared()
         self._last = passes or 0
-        # The very first call may trace and compile, so the second one has the last word.
+        # The very first call may trace and compile, so the second one decides.
         longest = TOO_LONG * self._patience
         for _ in range(2):
             self._add(found, passes, 1)
@@ -399,7 +399,7 @@ class Entrant:
         found.run(lambda seed: self._estimate(passes, seed), [next(self._seeds) for _ in range(count)])
 
     def _is_clear(self, found: Reruns) -> bool:
-        """Whether the estimates so far say enough: that the goal is far from the median, or that all take too long."""
+        """Whether the estimates so far suffice: the goal is far from the median, or all take too long."""
         over, count = self._over(found), len(found.errors)
         too_long = count >= LOOK and min(found.seconds[1:]) > self._patience
         return too_long or float(binom.cdf(min(over, count - over), count, 0.5)) < HOPELESS

@@ -1,8 +1,8 @@
 """The NTK of a recurrent network along training, from rich and from lazy initialisations, and of its factors K and P.
 
-At log-spaced steps: trace, norm, effective rank, and alignment with the first step, of Theta = P K P*, of K (what the
-representation is like) and of P P* (what the dynamics are like). Theta and P P* are seen by the same probes at all
-steps, so that ratios to the first step have standard errors from pairs; K is exact.
+At log-spaced steps: trace, norm, effective rank, and alignment with the first step, of Theta = P K P*, of K (the
+representation) and of P P* (the dynamics). Theta and P P* are estimated with the same probes at all steps, so that
+ratios to the first step have paired standard errors; K is exact.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each network, step, operator and quantity; one with the reason for a network that does not train.
 
-    At which steps a network is looked at is only known when it has trained.
+    The measured steps of a network are only known once it has trained.
     """
     sizes = {key: getattr(settings, key) for key in ("task", "kind", "N", "T", "H", "read", "parameters", "optimizer")}
     return base.table(

@@ -1,6 +1,6 @@
 """When an exact kernel is cheaper than an estimate: errors and seconds on kernels of prescribed structure.
 
-An exact method takes O passes, one an output. An estimate takes as many as its variance asks for. On the kernels of
+An exact method takes O passes, one per output. An estimate takes as many as its variance requires. On the kernels of
 :mod:`ntkbench.studies.base.prescribed`, O, the effective rank of a sample's block and the share of ||Theta||_F^2
 between samples are set one by one, and the module derives the variances. For the trace and a relative error eps,
 
@@ -8,11 +8,11 @@ between samples are set one by one, and the module derives the variances. For th
     pooled       K = 2 (1 / (rank (1 - share)) - 1 / O) / (N eps^2)
 
 passes are needed, so that exact takes fewer if N O rank is below 2 / eps^2 (or N O rank (1 - share), pooled): 200 at
-10 %, 20,000 at 1 %, 2,000,000 at 0.1 %. What samples share costs a pooled estimate passes, and a per-sample one none.
-The norm takes pairs of probes, and the same law up to factors of order one.
+10 %, 20,000 at 1 %, 2,000,000 at 0.1 %. The cross-sample terms cost a pooled estimate additional passes, and a
+per-sample one none. The norm takes pairs of probes, and follows the same law up to factors of order one.
 
 Exact and per-sample methods run on the same engine, which works layer by layer; pooled ones by products with J^T.
-XNysTrace stands for estimators that deflate, whose error depends on the whole spectrum of Theta and has no such law.
+XNysTrace represents deflating estimators, whose error depends on the whole spectrum of Theta and has no such law.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _estimated(
     if passes < (least := method.cost(metric, method.fewest_probes)):
         raise Unavailable(f"{metric} takes at least {least} passes")
     found = Reruns(truth(kernel, metric), settings.dtype)
-    # Seeds of its own for each row: errors of two rows are then independent.
+    # Each row has its own seeds, so that errors of two rows are independent.
     first = zlib.crc32(f"{kernel}, {metric}, {name}, {passes}".encode())
     found.run(lambda seed: method.estimate(prepared(), metric, passes, first + seed), range(settings.seeds))
     predicted = None if family == "deflated" else kernel.error(metric, family, passes)

@@ -58,7 +58,7 @@ class Drawing:
         plotted: the numbers in it, and nothing else; goes into the CSV.
         caption: what is shown and by which rules, in about 60 words; a sentence for each claim and the settings are
             added to it.
-        claims: of papers, that the figure speaks to.
+        claims: claims of papers that the figure tests.
     """
 
     figure: Figure
@@ -70,11 +70,11 @@ class Drawing:
 def checked(table: pd.DataFrame) -> pd.DataFrame:
     """A copy of the results table fit for drawing, with a column ``setting`` that tells rows apart.
 
-    Numbers are finite or missing, words are single lines and never missing. ``setting`` is empty where the whole table
+    Numbers are finite or missing, words are single lines and never missing. ``setting`` is empty if the whole table
     comes from one machine, device, precision and number of threads. Further columns are kept.
 
     Raises:
-        BadInput: columns are missing, or hold something else than numbers.
+        BadInput: columns are missing, or hold something other than numbers.
     """
     table = _complete(table, COLUMNS)
     for column in NUMBERS:
@@ -175,7 +175,7 @@ def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None 
 
 
 def nothing_measured(table: pd.DataFrame) -> str:
-    """Why there is nothing to draw, where no row of a table is ok; else an empty string.
+    """Why there is nothing to draw, if no row of a table is ok; else an empty string.
 
     Raises:
         BadInput: the rows do not say how they ended.
@@ -208,7 +208,7 @@ def words(heading: str, text: str) -> Figure:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Draw in the suite's style, whatever the user's own matplotlib settings are."""
+    """Draw in the suite's style, independent of the user's matplotlib settings."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.style.use(STYLE)

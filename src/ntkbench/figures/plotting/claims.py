@@ -65,8 +65,8 @@ class Claim:
         unit: of the value, as a sentence has it: seconds, times.
         best: the same with the best exact method in place of the published baseline, where it is a speed-up.
         best_title: what that method is called.
-        addressed: whether what was measured speaks to the claim; ``note`` says why it does not.
-        note: what a reader must know beside the numbers.
+        addressed: whether the measurement tests the claim; ``note`` says why it does not.
+        note: what a reader must know besides the numbers.
     """
 
     source: str
@@ -109,10 +109,10 @@ class Claim:
     def verdict(self) -> str:
         """One of :data:`VERDICTS`, by the interval.
 
-        A number is reproduced where the whole interval is within the factor of it, and not where none of it is. That a
-        value is above or below a number is reproduced where the whole interval is, and not where none of it is. Between
-        these it is partly reproduced: in some cases, or these runs do not tell. An end that is not known bounds
-        nothing. Without a published number, a value or any end of its interval, the claim is not addressed.
+        A number is reproduced if the whole interval is within the factor of it, and not reproduced if none of it is.
+        That a value is above or below a number is reproduced if the whole interval is, and not reproduced if none of it
+        is. Otherwise it is partly reproduced: in some cases, or the runs do not decide. An unknown end bounds nothing.
+        Without a published number, a value or any end of its interval, the claim is not addressed.
         """
         value, low, high = self.ratio if self.relation == ABOUT else self.measured
         known = not any(map(math.isnan, (self.published, value)))

@@ -17,7 +17,7 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.figures.plotting.styles import TITLES, Look, backends_in, looks
 
 FLOOR = 1e-8
-"""Errors below are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
+"""Smaller errors are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
 MOST = 12
 """Lines in a panel; where there are more, backends get panels of their own, and then whiskers instead of bands."""
 COLUMNS = 3
@@ -38,7 +38,7 @@ class Cost:
         column: of the tidy table.
         label: of the axis, and in the title.
         slopes: of guide lines, keys of :data:`SLOPES`.
-        caption: what the horizontal axis is, and how it is to be read.
+        caption: what the horizontal axis is, and how to read it.
         spread: columns of quartiles of the cost, where it varies.
     """
 

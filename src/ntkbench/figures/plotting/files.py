@@ -37,7 +37,7 @@ def read(table: Path) -> pd.DataFrame:
 def write(name: str, figure: ModuleType, table: pd.DataFrame, folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
     """Draw a figure from its table and write ``name.csv``, ``.txt``, ``.png`` and ``.pdf``.
 
-    Where no row is ok, no figure is asked to draw: the picture has the reasons.
+    If no row is ok, nothing is drawn: the picture has the reasons.
 
     Returns:
         the paths of the files, and a row of ``claims.csv`` for each claim.
@@ -87,7 +87,7 @@ def write_claims(
 
 
 def _drawn(figure: ModuleType, table: pd.DataFrame) -> tuple[base.Drawing, pd.DataFrame]:
-    """What a figure makes of a table, and the table as it got it."""
+    """The drawing of a table, and the checked table."""
     study = getattr(figure, "TABLE", None)
     if why := base.nothing_measured(table):
         return base.nothing(table, why), table

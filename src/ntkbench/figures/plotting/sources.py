@@ -46,7 +46,7 @@ def values(file: str, **chosen: Any) -> pd.DataFrame:
 
 
 def not_addressed(figure: str) -> list[Claim]:
-    """Claims that belong to a figure and that nothing here speaks to; none outside of a checkout."""
+    """Claims of a figure that nothing here tests; none outside of a checkout."""
     if not paths.IN_CHECKOUT:
         return []
     return [

@@ -43,7 +43,7 @@ Call = Callable[[nn.Module, Any], Any]
 def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: Any = None) -> tuple[nn.Module, Tensor]:
     """A module of one tensor, and that tensor, for a model, its inputs and the way in which it is called on them.
 
-    A single tensor without ``call`` and ``output`` is handed on, with the model, as it is.
+    A single tensor without ``call`` and ``output`` is returned unchanged, with the model.
 
     Args:
         model: any module, which is not copied yet.
@@ -58,10 +58,10 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
             module given here, or as ``call``, is a part of the network.
 
     Returns:
-        The module, and its x ``[N, ...]``: the tensor itself where it is a single one, else sample numbers.
+        The module, and its x ``[N, ...]``: the tensor itself if it is a single one, else sample numbers.
 
     Raises:
-        BadInput: something about the arguments; says what is allowed.
+        BadInput: an argument cannot be used; says what is allowed.
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"model must be a torch.nn.Module, got {type(model).__name__}")

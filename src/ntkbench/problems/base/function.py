@@ -37,23 +37,21 @@ def from_function(
     """Wrap a function in JAX, its inputs and its parameters as a :class:`ntkbench.problem.Problem`.
 
     theta is every leaf of ``params`` that is an array of real numbers. Other leaves (arrays of integers or truth
-    values, functions, strings, whole numbers) are part of the function; what else is not to be differentiated by has
-    to be closed over by ``f``. Values are copied. The problem has no network in torch: its targets are
-    ``Target("jax", ...)``.
+    values, functions, strings, whole numbers) are part of the function; other constants have to be closed over by
+    ``f``. Values are copied. The problem has no network in torch: its targets are ``Target("jax", ...)``.
 
     Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
 
     Cost: three forward passes and one backward pass; two passes over 64 samples and as many over 8 samples alone; and
-    compiling a forward pass and those over samples. As much again for ``params_f``.
+    compiling a forward pass and those over samples. The same again for ``params_f``.
 
     Args:
         f: ``(params, x) -> [N, ...outputs]``, pure, and such that ``jax.jit`` can trace it.
-        x: inputs, an array ``[N, ...]`` or a pytree of them; real ones are brought to ``dtype``.
+        x: inputs, an array ``[N, ...]`` or a pytree of them; real ones are converted to ``dtype``.
         params: the parameters theta_0, a pytree.
         params_f: the parameters theta_f, for alignment. Leaves that are not differentiated by may have other values.
-        name: of the problem; that of the function if not given.
-        dtype: ``"float32"`` or ``"float64"``, what parameters and inputs are kept in; that of the parameters if not
-            given.
+        name: name of the problem; by default that of the function.
+        dtype: precision of parameters and inputs, ``"float32"`` or ``"float64"``; by default that of the parameters.
 
     Raises:
         BadInput: the parameters have no real leaves, or are not as those of ``params_f`` but for their values; the

@@ -66,27 +66,27 @@ def from_module(
     """Wrap a network and its inputs as a :class:`ntkbench.problem.Problem`.
 
     theta is every parameter with ``requires_grad=True``; frozen parameters and buffers are part of the function, and a
-    tensor tied under several names counts once. Everything is copied: training ``model`` further changes nothing, and
-    the wrapping changes neither the model nor the states of the random generators of torch, Python and NumPy. Norm
-    layers in train mode keep using the batch's statistics, without updating their running ones.
+    tensor tied under several names counts once. Everything is copied: further training of ``model`` does not affect the
+    problem, and wrapping changes neither the model nor the states of the random generators of torch, Python and NumPy.
+    Norm layers in train mode keep using the batch's statistics, without updating their running ones.
 
     Whether samples interact is measured: the gradient of a random combination of the outputs of up to 8 samples, taken
-    among up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 where the
-    network runs in it, at the given weights and at perturbed ones, at which a readout that starts at zero shows what is
-    behind it. Train-mode BatchNorm counts as interacting, and so does a network that cannot take one sample alone.
+    among up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 if the
+    network runs in it, at the given weights and at perturbed ones, since a readout that starts at zero hides the layers
+    before it. Train-mode BatchNorm counts as interacting, and so does a network that cannot take one sample alone.
 
     Cost: two forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
-    pass over all samples, 64 at a time. Where samples interact, or the network takes no other number of them, forward
-    passes are over all samples at once. As much again for ``model_f``. Eight forward passes in place of two for a
-    network that draws random numbers in eval mode.
+    pass over all samples, 64 at a time. If samples interact, or the network takes no other number of them, forward
+    passes are over all samples at once. The same again for ``model_f``. A network that draws random numbers in eval
+    mode takes eight forward passes in place of two.
 
     Args:
-        model: ``x -> [N, ...outputs]`` with its weights theta_0, in the mode (``train`` or ``eval``) that is meant.
+        model: ``x -> [N, ...outputs]`` with its weights theta_0, in the intended mode (``train`` or ``eval``).
         x: inputs ``[N, ...]``, real or integer; real ones are brought to ``dtype``.
         model_f: the same network with the weights theta_f, for alignment. Frozen parameters and buffers, such as
             BatchNorm's running statistics, may differ as well; each set of weights goes with its own.
-        name: of the problem; the class of the model if not given.
-        dtype: ``"float32"`` or ``"float64"``, what weights and inputs are kept in; that of the parameters if not given.
+        name: name of the problem; by default the class of the model.
+        dtype: precision of weights and inputs, ``"float32"`` or ``"float64"``; by default that of the parameters.
 
     Raises:
         BadInput: the model has no trainable parameters, is random or keeps a state from call to call, or gives anything
@@ -121,12 +121,12 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
     Args:
         problem: of a module.
         weights: the same network with other values of parameters and buffers; or such values by name. Those that are
-            not given stay as they are.
+            not given stay the same.
         role: what the network is called in messages.
 
     Raises:
         BadInput: there are no such parameters, or of other shapes, or values are not finite; or the network does not
-            compute what the problem's network computes with its values.
+            compute the same as the problem's network with the same values.
     """
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)

@@ -78,24 +78,25 @@ def from_recurrent(
 ) -> Problem:
     """Wrap a recurrent network and sequences; see :func:`ntkbench.problems.base.module.from_module` for the rest.
 
-    An ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` stands for what it gives at all steps, and takes ``x`` in its own layout:
-    ``[T, N, inputs]`` unless it is ``batch_first``. The samples are the N trials in either layout, and outputs are
-    ordered by trial. A module that declares a ``recurrence`` (see
-    :class:`ntkbench.operators.recurrent.cells.Recurrence`) gets derivatives by hand, and its promise is checked on
-    ``x``. Any other module from ``[N, T, ...]`` to ``[N, T, ...]`` will do, and is differentiated by its backend.
+    The outputs of an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` are those at all steps, and ``x`` has the layer's own
+    layout: ``[T, N, inputs]`` unless it is ``batch_first``. The samples are the N trials in either layout, and outputs
+    are ordered by trial. A module that declares a ``recurrence`` (see
+    :class:`ntkbench.operators.recurrent.cells.Recurrence`) gets hand-written derivatives, and its declaration is
+    checked on ``x``. Any other module from ``[N, T, ...]`` to ``[N, T, ...]`` works as well, and is differentiated by
+    its backend.
 
-    Cost: five forward passes and a backward pass more than there.
+    Cost: five forward passes and one backward pass more than that function.
 
     Args:
         model: ``[N, T, inputs] -> [N, T, ...]``, or a recurrent layer.
-        x: sequences of one length, ``[N, T, ...]``, or ``[T, N, ...]`` for a recurrent layer that takes them so.
+        x: sequences of one length, ``[N, T, ...]``, or ``[T, N, ...]`` for a recurrent layer with that layout.
         model_f: the same network with other weights, for alignment.
-        name: of the problem.
-        dtype: see there.
+        name: name of the problem.
+        dtype: see that function.
 
     Raises:
         BadInput: sequences are of different lengths; an output depends on inputs yet to come; no output depends on a
-            trainable parameter; a declared recurrence is not what the module computes; or as there.
+            trainable parameter; a declared recurrence is not what the module computes; or as that function.
     """
     _check_sequences(model, x)
     network, network_f, x = by_trial(model, x, model_f)

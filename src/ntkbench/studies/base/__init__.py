@@ -25,12 +25,12 @@ COUNTS = ("seeds", "calls")
 
 
 def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Row:
-    """A row of a study: what was to be measured, how that ended, and what was found.
+    """A row of a study: what was measured, how the measurement ended, and its results.
 
     A row that is ok counts one seed and no timed call, unless ``measure`` says otherwise.
 
     Args:
-        case: columns that say what is measured. They are known without computing anything.
+        case: columns that identify the measurement. They are known without computing anything.
         measure: returns the other columns. An exception becomes status and reason.
     """
     said = outcomes.one_line(", ".join(map(str, case.values())))
@@ -72,7 +72,7 @@ def rows(
 
 
 def left_out(case: Mapping[str, Any], reason: str) -> Row:
-    """A row of what is not measured."""
+    """A row without a measurement."""
     return {**case, **outcomes.Outcome(outcomes.SKIPPED, reason).columns()}
 
 
@@ -100,9 +100,9 @@ class Turn(NamedTuple):
 
 
 def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list[list[float]]:
-    """Time calls in turn, so that what slows the machine for a while slows all of them.
+    """Time calls in turn, so that a temporary slowdown of the machine affects all of them.
 
-    A call that fails gives its row status and reason, and the others go on without it.
+    A call that fails gives its row status and reason, and the others continue without it.
 
     Args:
         case: columns that tell these turns from the study's others.
@@ -110,7 +110,7 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
         rounds: how often each is called.
 
     Returns:
-        Seconds of each call; none where it failed.
+        Seconds of each call; none if it failed.
     """
     failed: dict[int, dict[str, str]] = {}
 
@@ -140,9 +140,9 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
 
 
 class Once(Generic[T]):
-    """What several rows need, made at the first call; if that fails, every call fails with the same exception.
+    """A set-up that several rows share, made at the first call; if it fails, every call fails with the same exception.
 
-    So a set-up that fails is not tried again for each row, and each of these rows has its reason.
+    A set-up that fails is therefore not tried again for each row, and each of these rows has its reason.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:

@@ -25,8 +25,8 @@ PRODUCTS = {
 def bare_products(computation: Callable[[], Any]) -> Callable[[], None]:
     """A function that repeats the matrix products and convolutions of a computation in torch, and nothing else.
 
-    They are taken down as the backend sees them, below ``vmap`` and autograd, with the shapes, strides, precision and
-    device of their operands; the operands are new, and lie as the original ones did.
+    They are recorded as the backend sees them, below ``vmap`` and autograd, with the shapes, strides, precision and
+    device of their operands. The operands are new, with the memory layout of the original ones.
     """
     recorder = _Recorder()
     with recorder:
@@ -56,7 +56,7 @@ class _Recorder(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """One tensor for each operand, so that products find theirs in the caches no more easily than they did."""
+        """One tensor for each operand, so that cache hits are no more frequent than in the original."""
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key not in self._twins:
             steps = zip(tensor.shape, tensor.stride(), strict=True)

@@ -24,7 +24,7 @@ def _block(
 
 
 def _by_torch_func(problem: Problem, weights: str, target: Target) -> JacobianOperator:
-    """J by automatic differentiation, whatever is known of the network."""
+    """J by automatic differentiation, even if the network has explicit derivatives."""
     from ntkbench.operators import torch as autodiff
 
     return autodiff.linearise(problem, weights, target)
@@ -38,7 +38,7 @@ def _alignment(problem: Problem, target: Target) -> Callable[[], float]:
 
 
 def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], float]:
-    """The same recipe as its authors run it: vmapped VJPs and JVPs of torch's own layer, whose states it is of."""
+    """The same recipe as run by its authors: vmapped VJPs and JVPs of the states of torch's own layer."""
     import torch
     from torch.func import functional_call, jvp, vjp, vmap
 

@@ -18,7 +18,7 @@ class Descent:
     not interact in training either, and its scale and shift are trained as any other parameter.
 
     Attributes:
-        steps: taken so far.
+        steps: number of steps so far.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Descent:
 
         Args:
             network: ``[N, 1, 8, 8] -> [N, O]``; trained in place.
-            loss: of outputs ``[N, O]`` and labels ``[N]``.
-            rate, batch, momentum, decay: learning rate, images a step (two at least), momentum, weight decay.
-            seed: of the order of images.
+            loss: function of outputs ``[N, O]`` and labels ``[N]``.
+            rate, batch, momentum, decay: learning rate, images per step (at least two), momentum, weight decay.
+            seed: seed of the order of images.
         """
         self.steps = 0
         self._network, self._loss, self._batch = network, loss, batch
@@ -48,7 +48,7 @@ class Descent:
         self._shuffle = torch.Generator().manual_seed(seed)
 
     def to(self, step: int) -> None:
-        """Train on until so many steps have been taken in all.
+        """Continue training up to this total number of steps.
 
         Raises:
             DidNotTrain: outputs are not finite any more, or do not depend on the image.

@@ -51,10 +51,10 @@ def distilled(
     Args:
         student, teacher: ``[N, 1, 8, 8] -> [N, O]``.
         x: images to train on.
-        weight: of the regulariser; with 0 it is left out.
-        steps, batch, rate: of Adam.
-        probes: of the estimate at each step.
-        seed: of batches and probes.
+        weight: weight of the regulariser; with 0 it is left out.
+        steps, batch, rate: those of Adam.
+        probes: number of probes of the estimate at each step.
+        seed: seed of batches and probes.
     """
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(student.parameters(), lr=rate)
@@ -80,7 +80,7 @@ def distilled(
 
 
 class Judge:
-    """What becomes of students, on held-out digits."""
+    """The evaluation of students, on held-out digits."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, images: int) -> None:
         """Trace the networks.

@@ -34,7 +34,7 @@ PLUGINS = (*(f"ntkbench.methods.{name}" for name in METHODS), *(f"ntkbench.probl
 ONE_BY_ONE = "direct_one_by_one"
 """The baseline as the paper's script runs it."""
 POWERS = {"norm": 2}
-"""Of the metrics whose power the paper's errors are of."""
+"""Powers of the metrics in the paper's errors."""
 
 
 class Settings(base.Settings):
@@ -51,10 +51,10 @@ class Settings(base.Settings):
 
 
 class Subject:
-    """The problem that rows are of, with its exact values; loaded when the first row is measured.
+    """The problem of some rows, with its exact values; loaded when the first row is measured.
 
     Attributes:
-        label: of the problem, or of those of which the first is taken whose data can be had.
+        label: label of the problem, or labels of which the first with available data is used.
         problem: loads it.
         exact: its exact values by metric.
     """
@@ -88,16 +88,16 @@ def stochastic(
     first_seed: int = 0,
     **columns: Any,
 ) -> Iterator[base.Row]:
-    """A row for each number of samples: errors and seconds over seeds, which no two numbers of samples share.
+    """A row for each number of samples: errors and seconds over seeds, which differ between numbers of samples.
 
     Args:
-        settings: of the study.
-        subject: what is estimated.
-        metric: of it.
-        name: of the stochastic method.
+        settings: settings of the study.
+        subject: the problem.
+        metric: the metric.
+        name: name of the stochastic method.
         samples: nominal numbers of samples.
-        first_seed: that of the first row.
-        columns: further columns that say what the rows are of.
+        first_seed: seed of the first row.
+        columns: further columns that identify the rows.
     """
     prepared = base.Once(lambda: methods.get(name).prepare(subject.problem(), settings.target()))
 
@@ -119,11 +119,11 @@ def baseline(settings: Settings, subject: Subject, metric: str, name: str, **col
     """A row for an exact method; ``share`` is the share of the work that was timed.
 
     Args:
-        settings: of the study.
-        subject: what is computed.
-        metric: of it.
-        name: of the method, or :data:`ONE_BY_ONE`.
-        columns: further columns that say what the row is of.
+        settings: settings of the study.
+        subject: the problem.
+        metric: the metric.
+        name: name of the method, or :data:`ONE_BY_ONE`.
+        columns: further columns that identify the row.
     """
 
     def by_columns() -> dict[str, Any]:

@@ -21,7 +21,7 @@ KERNELS = {
 }
 """Names for ``ntkbench.ntk`` and titles; the trace kernel is the best of all in the Frobenius norm."""
 RIDGE = 1e-8
-"""Of kernel regression, as a share of a kernel's mean diagonal."""
+"""Ridge of kernel regression, as a share of a kernel's mean diagonal."""
 
 
 class Theta:
@@ -36,7 +36,7 @@ class Theta:
         Args:
             network: one with this architecture; its buffers, such as BatchNorm's statistics, count for all.
             x: inputs ``[N, ...]``.
-            memory: bytes that everything but the result may take.
+            memory: bytes that everything except the result may use.
 
         Raises:
             BadInput: the network cannot be traced.
@@ -45,13 +45,13 @@ class Theta:
         self._kernel = LayerwiseKernel(network, dict(network.named_parameters()), self._x, memory)
 
     def __call__(self, network: nn.Module) -> Tensor:
-        """``[N, O, N, O]`` at the present weights of a network."""
+        """``[N, O, N, O]`` at the current weights of a network."""
         made = self._kernel.kernel([w.detach().double() for w in network.parameters()], self._x)
         return made.reshape(len(self._x), self._kernel.O, len(self._x), self._kernel.O)
 
 
 def features_and_outputs(network: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the readout, a network's last layer, gets and gives, ``[N, W]`` and ``[N, O]``, in float64."""
+    """Inputs and outputs of the readout, a network's last layer, ``[N, W]`` and ``[N, O]``, in float64."""
     twin = copy.deepcopy(network).double()
     with torch.no_grad():
         features = twin[:-1](x.double())
@@ -61,13 +61,13 @@ def features_and_outputs(network: nn.Sequential, x: Tensor) -> tuple[Tensor, Ten
 def standing_in(full: Tensor, features: Tensor, seed: int) -> dict[str, Tensor]:
     """The ``[N, N]`` kernels by name.
 
-    All but the last layer's are averages over Theta's blocks, and are read off it instead of computed anew. The last
+    All but the last layer's are averages over Theta's blocks, and are computed from Theta. The last
     layer's is that of a linear readout with biases on its features.
 
     Args:
         full: Theta, ``[N, O, N, O]``.
-        features: what the readout gets, ``[N, W]``.
-        seed: of the random vector.
+        features: inputs of the readout, ``[N, W]``.
+        seed: seed of the random vector.
     """
     outputs = full.shape[1]
     v = torch.from_numpy(np.random.default_rng(seed).standard_normal(outputs)).to(full)
@@ -108,8 +108,8 @@ def predictions(kernel: Tensor, f: Tensor, targets: Tensor, train: int) -> Tenso
     Args:
         kernel: ``[N, N]`` for every output alike, or ``[N, O, N, O]``.
         f: outputs of the network ``[N, O]``.
-        targets: of the training samples ``[train, O]``.
-        train: how many samples are trained on.
+        targets: targets of the training samples ``[train, O]``.
+        train: number of training samples.
     """
     residual = targets - f[:train]
     if kernel.ndim == 2:

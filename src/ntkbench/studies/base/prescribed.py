@@ -23,9 +23,9 @@ Variances for probes u of random signs, with M_b = (Theta^2)_bb, the part of The
   variance gamma(B) of :attr:`Sums.pair_variance`; 2 gamma / K^2 for b != c and 2 gamma / (K (K - 1)) for b = c. Pooled,
   all samples are one stratum. The norm's relative error is half that of its square (delta method).
 
-So the passes to a relative error eps fall as 1 / eps^2, and being exact takes O passes whatever eps. For the trace per
-sample, exact is the cheaper one if O < 2 (1 / rank - 1 / O) / (N eps^2): about where N O rank < 2 / eps^2. Pooled, the
-effective rank of Theta, which is N rank (1 - share), stands in place of N rank.
+The passes to a relative error eps are therefore proportional to 1 / eps^2, and an exact method takes O passes for any
+eps. For the trace per sample, exact is the cheaper one if O < 2 (1 / rank - 1 / O) / (N eps^2): about where N O rank <
+2 / eps^2. Pooled, the effective rank of Theta, which is N rank (1 - share), stands in place of N rank.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Kernel:
         share: part of ||Theta||_F^2 between samples, from 0 to 1 - 1 / N.
 
     Raises:
-        BadInput: one of them cannot be.
+        BadInput: one of them is impossible.
     """
 
     N: int
@@ -178,7 +178,7 @@ class Kernel:
     def problem(self, width: int, depth: int) -> Problem:
         """A network with this kernel: a linear layer that is trained, frozen orthogonal ones, and a frozen readout.
 
-        The orthogonal layers leave the kernel as it is and make a pass as dear as that of a deep network.
+        The orthogonal layers do not change the kernel, and make a pass as expensive as that of a deep network.
 
         Args:
             width: inputs, and units of each layer; at least N and O.

@@ -13,7 +13,7 @@ from ntkbench.operators import JacobianOperator, arrays
 def apply(j: JacobianOperator, columns: np.ndarray) -> np.ndarray:
     """Theta times vectors ``[n]`` or ``[n, k]`` in the precision of J; 2 passes for each.
 
-    The products are of vectors of length 1, whatever the scale of the columns.
+    The products use vectors of length 1 for any scale of the columns.
     """
     rows = columns.reshape(j.n, -1).T
     sizes = np.linalg.norm(rows, axis=1, keepdims=True)

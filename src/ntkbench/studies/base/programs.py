@@ -71,7 +71,7 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
 
     One sample's forward pass is run to trace the network; the kernel itself is not, and nothing of its size is
     allocated: its program goes through torch's fake tensors, which have shapes and no entries. As for the lowered
-    programs, memory is no object; a kernel that has to be cut into blocks passes through its columns anew for each.
+    programs, there is no memory limit; a kernel in blocks would repeat the passes of its columns for each block.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -116,7 +116,7 @@ def timed_program(
 
 
 def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -> dict[str, Any]:
-    """The same columns for our kernel by layers; memory is the peak of a call, less what was held before it."""
+    """The same columns for our kernel by layers; memory is the peak of a call, less the memory held before it."""
     kernel, parameters, inputs = engine(module, x, target)
 
     def call() -> float:

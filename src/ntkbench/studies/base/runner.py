@@ -26,8 +26,8 @@ from ntkbench.measure.settings import Settings
 def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
     """Measure a study; its table goes to ``output``, whatever happens.
 
-    Finished rows are kept in a journal beside it. A process of its own measures. Where a row takes it over a limit, or
-    it dies, that row says so, and another process goes on with the next row.
+    Finished rows are kept in a journal beside it. A separate process measures. If a row exceeds a limit, or the process
+    dies, that row says so, and another process continues with the next row.
 
     Raises:
         BadInput: the configuration has no such study.
@@ -67,9 +67,9 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
 
 
 class _Clock:
-    """The time of a study's process: ``limits.time_s`` for a row, from where it is begun.
+    """The time of a study's process: ``limits.time_s`` for a row, from its start.
 
-    Before its first row and between rows, where it imports and makes problems, it has ``limits.problem_s``.
+    Before its first row and between rows, while it imports and makes problems, it has ``limits.problem_s``.
     """
 
     def __init__(self, child: psutil.Process, file: Path, limits: Limits) -> None:
@@ -85,7 +85,7 @@ class _Clock:
         return [self._now]
 
     def _bytes(self) -> int:
-        """The journal's size, which every entry adds to; two entries may well have one modification time."""
+        """The journal's size, which every entry increases; two entries may have the same modification time."""
         try:
             return self._file.stat().st_size
         except OSError:
@@ -95,7 +95,7 @@ class _Clock:
 def measure_rows(config: Config, name: str, output: Path) -> None:
     """Measure the rows of a study that are not in its journal, and write the table of all.
 
-    Where the study itself fails, between its rows, the table has the rows up to there and one more that says why.
+    If the study itself fails, between its rows, the table has the rows up to there and one more with the reason.
     """
     watchdog.end_with_parent()
     output = output.absolute()  # a plug-in may leave the folder
@@ -121,7 +121,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
 
 
 def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:
-    """The table, with where the numbers come from in each row."""
+    """The table, with the provenance of each row."""
     chosen = _settings(config, name)
     table = studies.base.table(rows)
     columns = {
@@ -131,13 +131,13 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
         "fingerprint": fingerprints.study(config, name),
         **provenance().columns(),
     }
-    # Rows from before say themselves where they are from.
+    # Earlier rows have their own provenance.
     table = table.assign(**{k: table[k].where(table[k].notna(), v) if k in table else v for k, v in columns.items()})
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
 
 
 def _settings(config: Config, name: str) -> Settings:
-    """A study's settings; on one thread where it takes no times, so that others can run beside it."""
+    """A study's settings; on one thread if it measures no times, so that others can run beside it."""
     chosen = config.study(name)
     return chosen if studies.is_timed(name) else chosen.model_copy(update={"threads": 1})
 

@@ -15,7 +15,7 @@ METHOD = "structured_derivatives"
 
 
 class Theta:
-    """Theta of a problem, layer by layer; traced once, and computed anew at each call.
+    """Theta of a problem, layer by layer; traced once, and computed again at each call.
 
     Attributes:
         eps: machine epsilon of its entries.
