@@ -52,7 +52,7 @@ TOLERANCE_PASSES = 4096
 """Maximum number of passes to a tolerance if no budget is given."""
 
 HEAD_PAIRS = "wide_head_u_statistics"
-"""Tried before other estimators where a shorter head has at most that share of the outputs."""
+"""Tried before other estimators if a shorter head has at most the share :data:`NARROW` of the outputs."""
 
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
