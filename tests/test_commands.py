@@ -41,7 +41,7 @@ def test_rows_are_chosen_sorted_and_counted(file):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"columns": ["metod"]}, "did you mean 'method'"),
+        ({"columns": ["metho"]}, "did you mean 'method'"),
         ({"sort": "secs"}, "unknown column"),
         ({"where": "seconds >"}, "cannot be used"),
         ({"where": "secs > 1"}, "cannot be used"),
