@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import BadInput, methods, metrics
+from ntkbench import BadInput, OverMemory, methods, metrics
 from ntkbench.methods.base import head, tied_head
 from ntkbench.metrics import METRICS
 from ntkbench.operators.certificate import Uncertified
@@ -549,6 +549,19 @@ def test_estimates_in_float32_and_of_some_parameters(chosen, frozen):
         low, high = found.interval(0.9999)
         assert low <= exact(name, explicit(model), explicit(model)) <= high
         assert found.rounding > 1e-7
+
+
+@pytest.mark.parametrize("kind", ["logits", "tied"])
+def test_a_head_that_does_not_fit_in_memory_is_left_to_other_methods(kind):
+    problem, _ = ends_of(kind)
+    width = WIDE if kind == "tied" else V
+    for name in ("wide_head", "wide_head_u_statistics"):
+        needed = methods.get(name).bytes_needed(problem, "trace", Target("torch", "float64", "cpu"), 16)
+        assert needed >= 2 * 8 * width * D
+    with pytest.raises(OverMemory, match="wide_head needs"):
+        ntkbench.norm(problem.module, TOKENS, method="wide_head", memory=2 * 8 * width * D - 1, dtype="float64")
+    found = ntkbench.norm(problem.module, TOKENS, memory=2 * 8 * width * D - 1, dtype="float64")
+    assert "wide_head" not in found.method and any("wide_head needs" in note for note in found.notes)
 
 
 def test_auto_estimates_in_the_hidden_dimension():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ntkbench.estimate import Estimate, rounding_bound
-from ntkbench.methods.base.wide import OfWideHead
+from ntkbench.methods.base.wide import OfWideHead, of_head
 from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -35,8 +35,9 @@ class WideHead(OfWideHead):
         from ntkbench.methods.base import head, tied_head
 
         by_width = tied_head.passes(problem, metric) | head.passes(problem, metric)
-        # Other layers may divide the outputs by chance.
-        return by_width.get(problem.output_shape[-1], min(by_width.values()))
+        needed = of_head(problem, by_width)
+        assert needed is not None  # the method serves
+        return needed
 
     def planned_passes(self, prepared: HeadedProblem | TiedProblem, metric: str) -> float:
         if metric == "trace":

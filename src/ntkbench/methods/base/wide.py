@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ntkbench.errors import BadInput
@@ -36,6 +37,23 @@ class OfWideHead(Method):
             return reason
         return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
 
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The head's weights in float64 with their orthonormal factors, beside what the method holds otherwise."""
+        from ntkbench import metrics
+        from ntkbench.methods.base import head, tied_head
+
+        ends = len(metrics.parameter_sets(metric))
+        sizes: dict[int, float] = {}
+        for layer in head.candidates(problem):
+            sizes[layer.out_features] = layer.in_features * layer.out_features
+        for name in tied_head.tables(problem):
+            assert problem.module is not None
+            V, d = problem.module.get_parameter(f"{name}.weight").shape
+            sizes[V] = V * d
+        # W and U of each end, and of two ends Q, which is as wide as both.
+        held = 8 * (2 * ends + (2 if ends == 2 else 0)) * int(of_head(problem, sizes) or 0)
+        return held + super().bytes_needed(problem, metric, target, passes)
+
     def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
         """Split the networks, and trace the part in front of their heads or with a shorter vocabulary.
 
@@ -68,6 +86,12 @@ def share(problem: Problem, metric: str) -> float:
     found: dict[int, float] = {layer.out_features: ends * layer.in_features for layer in head.candidates(problem)}
     for V, passes in tied_head.passes(problem, metric).items() if tied_head.tables(problem) else ():
         found[V] = min(found.get(V, math.inf), passes * V / (ends * problem.O))
-    shares = {V: r / V for V, r in found.items()}
-    # Other layers may divide the outputs by chance.
-    return min(1.0, shares.get(problem.output_shape[-1], min(shares.values(), default=1.0)))
+    return min(1.0, of_head(problem, {V: r / V for V, r in found.items()}) or 1.0)
+
+
+def of_head(problem: Problem, by_width: Mapping[int, float]) -> float | None:
+    """What belongs to the head, of numbers by the width of a candidate; ``None`` if there is none.
+
+    Other layers may have a width that divides the outputs by chance.
+    """
+    return by_width.get(problem.output_shape[-1], min(by_width.values(), default=None))
