@@ -103,5 +103,10 @@ def test_a_check_says_what_there_is_to_do_and_how_long_it_took_before(tmp_path, 
     done.touch()
     fewer = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()
     assert int(fewer[1].split()[0]) == int(said[1].split()[0]) - 1
+    timed = tmp_path / "results" / "default" / "timings" / "gallery.tsv"
+    timed.parent.mkdir()
+    timed.write_text("s\tcpu_time\n3600\t1\n", encoding="utf-8")
+    again = CliRunner().invoke(main, ["check", str(default)]).output
+    assert "never timed" not in again and " h last time" in again, "an hour for the gallery, and the rest as committed"
     new = CliRunner().invoke(main, ["check", str(paths.ROOT / "config" / "spectra.yaml")]).output
     assert "never timed" in new and "study-spectra" in new

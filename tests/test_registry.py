@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -455,31 +456,58 @@ def test_plug_ins_are_found_outside_of_the_checkout(folder):
 
 
 HASHES = """
-import sys
+import json
 from ntkbench.measure import fingerprints, provenance
-from ntkbench.measure.cells import Cell
-from ntkbench.measure.config import Config
-config = Config.check({"profile": "test", "threads": 1, "grid": [
-    {"problems": ["theirs"], "methods": ["mine", "direct"], "metrics": ["trace"]}]}, "test.yaml")
 from ntkbench.measure.cells import cells
-for cell in cells(config):
-    print(cell.method, cell.problem, fingerprints.cell(config, cell))
-print(provenance.provenance().versions.rpartition(", ")[2])
+from ntkbench.measure.config import Config
+grid = [{"problems": ["theirs", "digits_conv[N=4]"], "methods": ["mine", "direct"], "metrics": ["trace"]}]
+config = Config.check({"profile": "test", "threads": 1, "grid": grid}, "test.yaml")
+made = {f"{cell.problem} {cell.method}": fingerprints.cell(config, cell) for cell in cells(config)}
+print(json.dumps({**made, "versions": provenance.provenance().versions.rpartition(", ")[2]}))
 """
 
 
-def test_an_edit_of_what_plug_ins_import_changes_fingerprints_and_versions(folder):
-    def hashes():
-        done = in_a_process(HASHES, NTKBENCH_PLUGINS=str(folder))
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.splitlines()
+def hashes(folder):
+    done = in_a_process(HASHES, NTKBENCH_PLUGINS=str(folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
-    before = hashes()
+
+def test_an_edit_of_what_plug_ins_import_changes_what_uses_them_and_nothing_else(folder):
+    lib = folder / "methods" / "lib" / "__init__.py"
+    lib.parent.mkdir()
+    lib.write_text("from ntkbench.estimators import lanczos\n", encoding="utf-8")
+    before = hashes(folder)
+    assert len(before) == 5 and before["versions"].startswith("plug-ins ")
     (folder / "shared.py").write_text("X = 2\n", encoding="utf-8")
-    after = hashes()
-    assert len(before) == 3 and before[-1].startswith("plug-ins ")
-    assert [line.split()[0] for line in before] == [line.split()[0] for line in after]
-    assert not set(before) & set(after)
+    after = hashes(folder)
+    assert {name for name in before if before[name] == after[name]} == {"digits_conv[N=4] direct"}
+    files = in_a_process(LOOK, NTKBENCH_PLUGINS=str(folder)).stdout.splitlines()[2]
+    assert "lanczos.py" in files.split(), "what helpers import of ntkbench"
+
+
+def test_odd_files_in_a_folder_of_plug_ins_do_no_harm(folder, tmp_path):
+    usual = hashes(folder)
+    (folder / "methods" / ".#mine.py").symlink_to(folder / "nowhere")
+    (folder / "a_folder.py").mkdir()
+    environment = folder / "env"
+    environment.mkdir()
+    environment.joinpath("pyvenv.cfg").touch()
+    environment.joinpath("huge.py").write_text("X = 1\n", encoding="utf-8")
+    assert hashes(folder) == usual
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    looks_right(in_a_process(LOOK, NTKBENCH_PLUGINS=os.pathsep.join(map(str, (folder, link)))), folder)
+
+
+def test_a_folder_with_everything_in_it_is_refused(folder, monkeypatch):
+    monkeypatch.setenv(registry.OUTSIDE, str(folder))
+    monkeypatch.setattr(registry, "MOST_FILES", 3)
+    with pytest.raises(BadInput, match="more than 3 Python files"):
+        registry.outside_files()
+    with pytest.raises(BadInput, match="there is no folder"):
+        registry.use([str(folder / "missing")])
+    assert os.environ[registry.OUTSIDE] == str(folder)
 
 
 def test_installed_packages_bring_plug_ins(folder):

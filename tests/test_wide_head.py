@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 import statistics
 
 import pytest
@@ -536,19 +537,29 @@ def test_the_difference_of_two_heads_that_are_close_has_digits_of_its_own():
     )
 
 
-@pytest.mark.parametrize(("chosen", "frozen"), [("*", ()), ("block*", ("lm_head",)), ("*table*", ("block",))])
-def test_estimates_in_float32_and_of_some_parameters(chosen, frozen):
+@pytest.mark.parametrize("chosen", ["*", "block.*", "lm_head.bias block.*", "lm_head.weight table.*"])
+def test_estimates_in_float32_and_of_some_parameters(chosen):
     model = seeded(lambda: Language(bias=True)).eval()
-    if chosen != "*":
-        for name, w in model.named_parameters():
-            w.requires_grad_(not any(name.startswith(each) for each in frozen) and "lm_head" not in name)
-    parameters = [name for name, w in model.named_parameters() if w.requires_grad]
-    asked = {"method": "wide_head_u_statistics", "passes": 400, "parameters": parameters, "dtype": "float32"}
-    for name in ("trace", "norm"):
-        found = getattr(ntkbench, name)(model, TOKENS, **asked)
-        low, high = found.interval(0.9999)
-        assert low <= exact(name, explicit(model), explicit(model)) <= high
-        assert found.rounding > 1e-7
+    asked = {"method": "wide_head_u_statistics", "passes": 400, "parameters": chosen.split(), "dtype": "float32"}
+    found = {name: getattr(ntkbench, name)(model, TOKENS, **asked) for name in ("trace", "norm")}
+    for key, w in model.named_parameters():
+        w.requires_grad_(any(fnmatch.fnmatch(key, pattern) for pattern in chosen.split()))
+    theta = explicit(model)
+    for name, estimate in found.items():
+        low, high = estimate.interval(0.9999)
+        assert low <= exact(name, theta, theta) <= high
+        assert estimate.rounding > 1e-7 and estimate.certificate < 1e-5
+
+
+def test_a_tolerance_that_rounding_exceeds_is_said():
+    make = lambda: nn.Sequential(nn.Embedding(64, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 64))  # noqa: E731
+    model, x = seeded(make).eval(), torch.arange(12).reshape(3, 4)
+    asked = {"rtol": 2e-6, "dtype": "float32"}
+    estimate = ntkbench.trace(model, x, method="wide_head_u_statistics", **asked)
+    assert any("did not reach rtol" in note for note in estimate.notes)
+    found = ntkbench.trace(model, x, **asked)
+    assert found.method == "wide_head", "an exact value ends the search"
+    assert any("rounding may exceed" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("kind", ["logits", "tied"])

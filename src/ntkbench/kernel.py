@@ -217,6 +217,8 @@ class Kernel:
         from ntkbench import trials
 
         self._check_other(metric, other)
+        if passes is None and rtol is None:
+            passes = trials.PASSES
         Options(passes=passes, rtol=rtol)
         calls = options.positive("calls", calls)
         names = None if methods is None else trials.chosen(methods)

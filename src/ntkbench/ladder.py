@@ -175,7 +175,9 @@ class _Search:
         except Exception as error:  # whatever a method does to a network, the next one may work
             self._refused(name, errors.reason(error))
             return None
-        if stop < math.inf and not _reached(found, options):
+        if not isinstance(step, Stochastic) and not _reached(found, options):
+            self.remarks.append(f"rounding may exceed rtol={options.rtol:g}: take dtype='float64'")
+        elif stop < math.inf and not _reached(found, options):
             self._spent += next(iter(found.values())).passes or 0.0
             said = f"{self._spent:g} passes of {name} came first: rtol={options.rtol:g} takes more than exact values"
             self.remarks.append(said)

@@ -215,29 +215,65 @@ def roots() -> list[Path]:
     Raises:
         BadInput: one that the environment names is not there, or holds none.
     """
-    named = [Path(each) for each in os.environ.get(OUTSIDE, "").split(os.pathsep) if each]
+    return list(dict.fromkeys([*_named([]), *_installed()[0]]))
+
+
+def _named(further: Sequence[str]) -> list[Path]:
+    """The folders that the environment names, and further ones; links are followed, so that none comes twice."""
+    given = filter(None, os.environ.get(OUTSIDE, "").split(os.pathsep))
     leaves = [package.rpartition(".")[2] for package in PACKAGES.values()]
+    named = [Path(each) for each in dict.fromkeys(map(os.path.realpath, [*given, *further]))]
     for folder in named:
         if not folder.is_dir():
             raise BadInput(f"{OUTSIDE}: there is no folder {folder}")
         if not any((folder / leaf).is_dir() for leaf in leaves):
             raise BadInput(f"{OUTSIDE}: {folder} has none of the folders {', '.join(leaves)}")
-    return list(dict.fromkeys([*named, *_installed()[0]]))
+    return named
 
 
 def use(folders: Sequence[str]) -> None:
     """Take the plug-ins in further folders, here and in the processes that this one starts.
 
     Raises:
-        BadInput: as :func:`roots`.
+        BadInput: as :func:`roots`; nothing has changed then.
     """
-    given = filter(None, os.environ.get(OUTSIDE, "").split(os.pathsep))
-    # Absolute, since cells run in folders of their own.
-    if named := list(dict.fromkeys(map(os.path.abspath, [*given, *folders]))):
-        os.environ[OUTSIDE] = os.pathsep.join(named)
+    if named := _named(folders):
+        # Absolute, since cells run in folders of their own.
+        os.environ[OUTSIDE] = os.pathsep.join(map(str, named))
     for package in PACKAGES.values():
         if package in sys.modules:
             _extend(package)
+
+
+MOST_FILES = 1000
+"""Python files in a folder of plug-ins, at most: more are not only plug-ins."""
+
+
+def outside_files() -> list[Path]:
+    """The Python files in all folders of plug-ins, which plug-ins there may import.
+
+    Environments, hidden files and folders, and those of ntkbench itself are left out.
+
+    Raises:
+        BadInput: as :func:`roots`, or there are more than :data:`MOST_FILES`.
+    """
+    found = []
+    own = str(Path(__file__).resolve().parent)
+    for root in roots():
+        for folder, folders, names in os.walk(root):
+            folders[:] = [
+                name
+                for name in folders
+                if not name.startswith((".", "__"))
+                and name != "site-packages"
+                and os.path.join(folder, name) != own
+                and not os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
+            ]
+            files = (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("."))
+            found += [file for file in files if file.is_file()]
+            if len(found) > MOST_FILES:
+                raise BadInput(f"{root} has more than {MOST_FILES} Python files; name a folder with plug-ins alone")
+    return sorted(found)
 
 
 def _extend(package: str) -> None:
@@ -262,7 +298,7 @@ def _installed() -> tuple[list[Path], list[Broken]]:
         if spec is None or not spec.submodule_search_locations:
             broken.append(Broken("entry point", point.name, Path(point.value), 1, reason))
         else:
-            found += [Path(folder) for folder in spec.submodule_search_locations]
+            found += [Path(folder).resolve() for folder in spec.submodule_search_locations]
     return found, broken
 
 
@@ -469,4 +505,5 @@ def broken() -> list[Broken]:
     return [*entry_points(), *(one for kind in PACKAGES for one in room(kind).broken())]
 
 
-use([])
+if os.environ.get(OUTSIDE):
+    use([])

@@ -39,7 +39,7 @@ class Trial:
         seconds, seconds_q25, seconds_q75: of calls once the method is prepared, the median and the quartiles.
         calls: that are timed, each with a seed of its own.
         error: root mean square over all calls of the errors relative to the value of the first exact method that was
-            measured, in the same precision; ``None`` without one.
+            measured, in the same precision; 0 for that one, and ``None`` without one.
         reason: why there is no value; empty where there is one.
     """
 
@@ -106,14 +106,14 @@ Way = tuple[str, Callable[[int], Estimate]]
 
 
 def way(use: Callable[..., Estimate], name: str, *, passes: int | None, rtol: float | None) -> Way:
-    """How a method is asked: it is given what it takes of the options, and :data:`PASSES` without any.
+    """The kind of a method, and a function from a seed to its estimate with the options that it takes.
 
     Raises:
         BadInput: there is no such method.
     """
     from ntkbench import methods
 
-    given = {"passes": PASSES if passes is None and rtol is None else passes, "rtol": rtol}
+    given: dict[str, int | float | None] = {"passes": passes, "rtol": rtol}
     if name == "auto":
         return "", lambda seed: use(method=name, seed=seed, **given)
     method = methods.get(name)

@@ -144,13 +144,18 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
         backend: whose operators are loaded by name where any operators are.
     """
     reached = _reached(roots)
+    outside: list[Path] = []
+    if any(not file.is_relative_to(PACKAGE) for file in reached.values()):
+        # A plug-in outside of the package may import any file of its folder.
+        outside = registry.outside_files()
+        roots += tuple(name for file in outside for name in imports("", file))
+        reached = _reached(roots)
     if backend and OPERATORS in reached:
         roots += (f"{OPERATORS}.torch", f"{OPERATORS}.{backend}")  # torch certifies the products of every backend
         if DECLARES_RECURRENCE in reached:
             roots += (f"{RECURRENT}.{backend}",)
         reached = _reached(roots)
-    files = set(reached.values())
-    return files | _outside_with(files)
+    return {*reached.values(), *outside}
 
 
 def _data_of_problem(label: str) -> set[Path]:
@@ -220,12 +225,6 @@ def _file(module: str) -> Path | None:
     return None
 
 
-def _outside_with(files: Iterable[Path]) -> set[Path]:
-    """All Python files of the folders that some plug-ins outside of the package come from: they may import any."""
-    folders = {root for file in files for root in registry.roots() if file.is_relative_to(root)}
-    return {file for folder in folders for file in folder.rglob("*.py")}
-
-
 def imports(module: str, file: Path) -> frozenset[str]:
     """Names of this package that a module's file imports, of modules and of what is in them; not those for checkers."""
     return _imports(module, file, *_stamp(file))
@@ -243,6 +242,8 @@ def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
+            if node.level and not package:  # within a folder of plug-ins, all of which counts
+                continue
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return frozenset(name for name in found if name.split(".")[0] == "ntkbench")

@@ -61,9 +61,8 @@ def expected(results: Path, profile: str, steps: Iterable[str]) -> dict[str, flo
 
 
 def known(results: Path, profile: str) -> dict[str, float]:
-    """Seconds of the steps of an earlier run into the same folder, else of the committed run of the profile."""
-    table = of_run(results)
+    """Seconds of steps: of an earlier run into the same folder, and else of the committed run of the profile."""
     kept = paths.REFERENCE / profile / COMMITTED
-    if table.empty and kept.exists():
-        table = pd.read_csv(kept)
-    return {step: float(seconds) for step, seconds in zip(table["step"], table["seconds"], strict=True)}
+    tables = [pd.read_csv(kept)] if kept.exists() else []
+    tables.append(of_run(results))
+    return {step: float(taken) for table in tables for step, taken in zip(table["step"], table["seconds"], strict=True)}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ntkbench.estimate import Estimate, rounding_bound
+from ntkbench.estimate import rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.methods.base import Ledger
 from ntkbench.methods.base.structured import StructuredUStatistics, widest
@@ -41,17 +40,13 @@ class WideHeadUStatistics(OfWideHead, StructuredUStatistics):
     def networks(self, prepared: HeadedProblem | TiedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
         return prepared.short.networks(metric), prepared.short.known(metric)
 
-    def estimates(self, prepared: HeadedProblem | TiedProblem, *given: Any, **more: Any) -> dict[str, Estimate]:
-        """As for other methods, with a bound on rounding: where the head has most of Theta, errors may be as small."""
-        found = super().estimates(prepared, *given, **more)
-        like = prepared.short.networks("trace")[0].parameters
-        terms = sum(w.numel() for w in like)
-        return {
-            name: dataclasses.replace(
-                each, rounding=rounding_bound(name, arrays.epsilon(like[0]), terms, each.certificate)
-            )
-            for name, each in found.items()
-        }
+    def rounding(
+        self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], metric: str, certified: float | None
+    ) -> float:
+        """Where the head has most of Theta, errors may be as small as the rounding of its part."""
+        networks = prepared.short.networks(widest(names))
+        terms = max(max(len(each.x) * each.engine.O, sum(w.numel() for w in each.parameters)) for each in networks)
+        return rounding_bound(metric, arrays.epsilon(networks[0].parameters[0]), terms, certified)
 
     def begin(
         self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], seed: int

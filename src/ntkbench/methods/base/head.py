@@ -75,7 +75,7 @@ class HeadedNetwork:
 
     Attributes:
         T, d, V: positions of a sample, inputs of the head, and its outputs.
-        W, U: the head's weight and its orthonormal factor, ``[V, d]`` in float64.
+        W: the head's weight, ``[V, d]``.
         G: see :class:`Gram`.
 
     Args:
@@ -90,7 +90,6 @@ class HeadedNetwork:
     """
 
     def __init__(self, problem: Problem, which: str, target: Target) -> None:
-        import torch
 
         from ntkbench.modules import copied, load
 
@@ -101,12 +100,28 @@ class HeadedNetwork:
         self._weight, self._bias = f"{self._name}.weight", f"{self._name}.bias"
         self.V, self.d = layer.out_features, layer.in_features
         self.T = problem.O // self.V
-        self.W = layer.weight.detach().double()
-        self.U, R = torch.linalg.qr(self.W)
-        self._g = self._with_head(R)
+        self.W = layer.weight.detach()
+        if not set(self._parameters) - {self._weight, self._bias}:
+            raise BadInput("no parameter in front of its last linear layer counts")
         self._traced: list[TracedProblem] = []
         self._hidden = self._inputs_of_head()
         self.G = self._gram()
+
+    @functools.cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        U, R = torch.linalg.qr(self.W)
+        return U, R
+
+    @property
+    def U(self) -> Tensor:
+        """The orthonormal factor of the head's weight, ``[V, d]``."""
+        return self._factors[0]
+
+    @functools.cached_property
+    def _g(self) -> Problem:
+        return self._with_head(self._factors[1])
 
     @functools.cached_property
     def inner(self) -> TracedNetwork:
@@ -195,8 +210,6 @@ class HeadedNetwork:
         setattr(module.get_submodule(parent), leaf, short)
         of_head = (self._weight, self._bias)
         theta = {key: w for key, w in self._problem.weights(self._which).items() if key not in of_head}
-        if not theta:
-            raise BadInput("no parameter in front of its last linear layer counts")
         fixed = {key: w for key, w in self._problem.fixed(self._which).items() if key not in of_head}
         own = {key: w for key, w in values.items() if counted and key in self._parameters}
         return dataclasses.replace(
@@ -217,7 +230,8 @@ class HeadedNetwork:
 
         from ntkbench.modules import copied, load
 
-        module, parameters, x = torch_network(self._g, "theta_0", self._target)
+        short = self._with_head(self.W.new_zeros(1, self.d))
+        module, parameters, x = torch_network(short, "theta_0", self._target)
         module = load(copied(module), parameters)
         seen: list[Tensor] = []
         module.get_submodule(self._name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -274,7 +288,7 @@ def of_grams(first: Gram, second: Gram | None = None) -> Moments:
         return Moments(trace, square, square_f, cross, square + square_f - 2 * cross, cross - square)
     E = H_f - H
     across, change = H.T @ E, E.T @ E
-    difference = _inner(change, S_f) + _inner(S, change) + 2 * _inner(across.T, H_f.T @ E)
+    difference = max(0.0, _inner(change, S_f) + _inner(S, change) + 2 * _inner(across.T, H_f.T @ E))
     return Moments(trace, square, square_f, cross, difference, _inner(across, between) + _inner(S, across))
 
 

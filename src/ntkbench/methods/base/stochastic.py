@@ -133,6 +133,10 @@ class Incremental(Stochastic):
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         """An empty accumulator for several metrics, and a ledger of its cost."""
 
+    def rounding(self, prepared: Any, names: Sequence[str], metric: str, certified: float | None) -> float | None:
+        """A bound on the rounding error of a metric, if its standard error may be smaller than that."""
+        return None
+
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
         return self.estimates(prepared, (metric,), passes, seed)[metric]
 
@@ -180,6 +184,7 @@ class Incremental(Stochastic):
                     degrees,
                     certified,
                     complement=accumulator.complement() if name == "alignment" else None,
+                    rounding=self.rounding(prepared, names, name, certified),
                 )
                 for name, (value, error, degrees) in points.items()
             }

@@ -83,7 +83,7 @@ class Basis:
 
     Attributes:
         tokens, others: numbers of these tokens and of all others, ascending.
-        U: the other columns in the other rows, ``[V - m, r - m]`` in float64.
+        U: the other columns in the other rows, ``[V - m, r - m]``.
     """
 
     tokens: Tensor
@@ -105,7 +105,7 @@ class Basis:
             )
         is_other = torch.ones(V, dtype=torch.bool, device=tokens.device)
         is_other[tokens] = False
-        U, _ = torch.linalg.qr(torch.cat([w.double()[is_other] for w in weights], 1))
+        U, _ = torch.linalg.qr(torch.cat([w.detach()[is_other] for w in weights], 1))
         return cls(tokens, is_other.nonzero()[:, 0], U)
 
     @property
@@ -195,7 +195,7 @@ class Whole:
         """The problem of f' at only this set of weights, for a basis that spans W and the tokens."""
         problem, (owner, _), (V, r) = self.problem, self.problem.end(self.which), basis.shape
         own = dict(self.module.named_parameters())
-        changed = {name: basis.down(own[name].detach().double()) for name in (self.weight, self.bias) if name}
+        changed = {name: basis.down(own[name].detach()) for name in (self.weight, self.bias) if name}
         module = copied(owner.network)
         theirs, table = dict(module.named_parameters()), module.get_submodule(self.table)
         assert isinstance(table, nn.Embedding)

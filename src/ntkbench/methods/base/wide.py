@@ -38,7 +38,7 @@ class OfWideHead(Method):
         return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The head's weights in float64 with their orthonormal factors, beside what the method holds otherwise."""
+        """The orthonormal factors of the head's weights, and what their QR factorisation copies."""
         from ntkbench import metrics
         from ntkbench.methods.base import head, tied_head
 
@@ -50,8 +50,7 @@ class OfWideHead(Method):
             assert problem.module is not None
             V, d = problem.module.get_parameter(f"{name}.weight").shape
             sizes[V] = V * d
-        # W and U of each end, and of two ends Q, which is as wide as both.
-        held = 8 * (2 * ends + (2 if ends == 2 else 0)) * int(of_head(problem, sizes) or 0)
+        held = 2 * target.itemsize * ends * int(of_head(problem, sizes) or 0)
         return held + super().bytes_needed(problem, metric, target, passes)
 
     def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
