@@ -68,7 +68,7 @@ KNOWN = {
     "group_u_statistics": (BLACK, "<"),
     "sample_subset": (GREEN, "p"),
     "structured_block_u_statistics": (BLACK, "p"),
-    "wide_head_u_statistics": (BLACK, "*"),
+    "wide_head_u_statistics": (INDIGO, "p"),
     "dense_jl": (SKY, "o"),
     "sparse_jl": (PINK, "D"),
     "kronecker_projection": (GREEN, "o"),
