@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ntkbench import figures, methods, paths, problems, registry, studies
+from ntkbench import figures, methods, outside, paths, problems, registry, studies
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
@@ -501,13 +501,13 @@ def test_odd_files_in_a_folder_of_plug_ins_do_no_harm(folder, tmp_path):
 
 
 def test_a_folder_with_everything_in_it_is_refused(folder, monkeypatch):
-    monkeypatch.setenv(registry.OUTSIDE, str(folder))
-    monkeypatch.setattr(registry, "MOST_FILES", 3)
+    monkeypatch.setenv(outside.VARIABLE, str(folder))
+    monkeypatch.setattr(outside, "MOST_FILES", 3)
     with pytest.raises(BadInput, match="more than 3 Python files"):
-        registry.outside_files()
+        outside.files()
     with pytest.raises(BadInput, match="there is no folder"):
         registry.use([str(folder / "missing")])
-    assert os.environ[registry.OUTSIDE] == str(folder)
+    assert os.environ[outside.VARIABLE] == str(folder)
 
 
 def test_installed_packages_bring_plug_ins(folder):

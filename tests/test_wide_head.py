@@ -13,7 +13,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import BadInput, OverMemory, methods, metrics
-from ntkbench.methods.base import head, tied_head
+from ntkbench.methods.base import gram, tied_head
 from ntkbench.metrics import METRICS
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
@@ -519,10 +519,10 @@ def test_the_same_probes_serve_several_metrics(kind):
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False)])
 def test_moments_of_a_heads_gram_matrix(biases):
     H, H_f = (seeded(lambda: torch.randn(7, 3, dtype=torch.float64), seed) for seed in (0, 1))
-    grams = [head.Gram(each, bias) for each, bias in zip((H, H_f), biases, strict=True)]
+    grams = [gram.Gram(each, bias) for each, bias in zip((H, H_f), biases, strict=True)]
     written = [each @ each.T + bias for each, bias in zip((H, H_f), biases, strict=True)]
     for count in (1, 2):
-        found, whole = head.of_grams(*grams[:count]), metrics.from_gram(*written[:count])
+        found, whole = gram.moments_of_grams(*grams[:count]), metrics.from_gram(*written[:count])
         assert dataclasses.astuple(found)[: 2 * count] == pytest.approx(dataclasses.astuple(whole)[: 2 * count])
     assert (found.difference, found.difference_cross) == pytest.approx((whole.difference, whole.difference_cross))
     assert torch.allclose(grams[0].part([2, 0], slice(1, 3)), written[0][[2, 0], 1:3])
@@ -532,7 +532,7 @@ def test_the_difference_of_two_heads_that_are_close_has_digits_of_its_own():
     H = seeded(lambda: torch.randn(7, 3, dtype=torch.float64))
     change = 1e-9 * seeded(lambda: torch.randn(7, 3, dtype=torch.float64), 1)
     D = (change @ H.T + H @ change.T).norm() ** 2
-    assert head.of_grams(head.Gram(H, True), head.Gram(H + change, True)).difference == pytest.approx(
+    assert gram.moments_of_grams(gram.Gram(H, True), gram.Gram(H + change, True)).difference == pytest.approx(
         float(D), rel=1e-6
     )
 

@@ -416,10 +416,9 @@ def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
         method = methods.get(name)
         if metric not in (None, *method.metrics) or kind not in (None, method.kind):
             continue
-        if backend in (None, *method.backends):
-            click.echo(
-                f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]"
-            )
+        if backend not in (None, *method.backends):
+            continue
+        click.echo(f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]")
     for name in [] if chosen else studies.names():
         click.echo(f"study    {name:32} {studies.describe(name)}")
 

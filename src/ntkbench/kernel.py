@@ -227,7 +227,7 @@ class Kernel:
             served = ladder.choices(kernel.problem, metric, self._target, passes, rtol)
             names = trials.chosen(["auto", *served, *trials.PUBLISHED])
         use = lambda **wishes: kernel._estimates((metric,), options.asked(wishes))[metric]  # noqa: E731
-        return trials.run({name: trials.way(use, name, passes=passes, rtol=rtol) for name in names}, metric, calls)
+        return trials.run({name: trials.entry(use, name, passes=passes, rtol=rtol) for name in names}, metric, calls)
 
     def _check_other(self, metric: str, other: Any) -> None:
         """Check that there is another network if the metric is the alignment, and only then; an array is refused.

@@ -5,9 +5,7 @@ that cannot be used becomes a :class:`Broken` record, and an error only for thos
 (``base/``) hold shared code and are not plug-ins. A file whose name begins with an underscore is broken: it would be
 neither.
 
-Plug-ins may also be outside of this package, in folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``.
-The environment variable ``NTKBENCH_PLUGINS`` lists the folders that these are in; installed packages name theirs by an
-entry point in the group ``ntkbench.plugins``.
+Plug-ins may also be outside of this package, see :mod:`ntkbench.outside`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import ast
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -27,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from ntkbench import paths
+from ntkbench import outside, paths
 from ntkbench.errors import BadInput, summary, unknown
 
 PACKAGES = {
@@ -37,11 +34,6 @@ PACKAGES = {
     "figure": "ntkbench.figures",
 }
 """Kinds of plug-ins, and the package that holds the files of each."""
-
-OUTSIDE = "NTKBENCH_PLUGINS"
-"""Environment variable with folders of plug-ins, separated as those of ``PATH``."""
-GROUP = "ntkbench.plugins"
-"""Entry points whose packages hold plug-ins."""
 
 T = TypeVar("T")
 
@@ -196,114 +188,34 @@ def _folders(package: str) -> list[str]:
     if module is not None:
         return list(module.__path__)
     spec = importlib.util.find_spec(package)
-    return list(dict.fromkeys([*((spec and spec.submodule_search_locations) or ()), *outside(package)]))
-
-
-def outside(package: str) -> list[str]:
-    """Folders of plug-ins that do not come with ntkbench, for a package of :data:`PACKAGES`; the first has its way.
-
-    Raises:
-        BadInput: as :func:`roots`.
-    """
-    leaf = package.rpartition(".")[2]
-    return [str(root / leaf) for root in roots() if (root / leaf).is_dir()]
-
-
-def roots() -> list[Path]:
-    """Folders that hold folders of plug-ins: those of the environment, then those of installed packages.
-
-    Raises:
-        BadInput: one that the environment names is not there, or holds none.
-    """
-    return list(dict.fromkeys([*_named([]), *_installed()[0]]))
-
-
-def _named(further: Sequence[str]) -> list[Path]:
-    """The folders that the environment names, and further ones; links are followed, so that none comes twice."""
-    given = filter(None, os.environ.get(OUTSIDE, "").split(os.pathsep))
-    leaves = [package.rpartition(".")[2] for package in PACKAGES.values()]
-    named = [Path(each) for each in dict.fromkeys(map(os.path.realpath, [*given, *further]))]
-    for folder in named:
-        if not folder.is_dir():
-            raise BadInput(f"{OUTSIDE}: there is no folder {folder}")
-        if not any((folder / leaf).is_dir() for leaf in leaves):
-            raise BadInput(f"{OUTSIDE}: {folder} has none of the folders {', '.join(leaves)}")
-    return named
+    return list(dict.fromkeys([*((spec and spec.submodule_search_locations) or ()), *_outside(package)]))
 
 
 def use(folders: Sequence[str]) -> None:
     """Take the plug-ins in further folders, here and in the processes that this one starts.
 
     Raises:
-        BadInput: as :func:`roots`; nothing has changed then.
+        BadInput: as :func:`ntkbench.outside.add`; nothing has changed then.
     """
-    if named := _named(folders):
-        # Absolute, since cells run in folders of their own.
-        os.environ[OUTSIDE] = os.pathsep.join(map(str, named))
+    outside.add(folders)
     for package in PACKAGES.values():
         if package in sys.modules:
             _extend(package)
-
-
-MOST_FILES = 1000
-"""Python files in a folder of plug-ins, at most: more are not only plug-ins."""
-
-
-def outside_files() -> list[Path]:
-    """The Python files in all folders of plug-ins, which plug-ins there may import.
-
-    Environments, hidden files and folders, and those of ntkbench itself are left out.
-
-    Raises:
-        BadInput: as :func:`roots`, or there are more than :data:`MOST_FILES`.
-    """
-    found = []
-    own = str(Path(__file__).resolve().parent)
-    for root in roots():
-        for folder, folders, names in os.walk(root):
-            folders[:] = [
-                name
-                for name in folders
-                if not name.startswith((".", "__"))
-                and name != "site-packages"
-                and os.path.join(folder, name) != own
-                and not os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
-            ]
-            files = (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("."))
-            found += [file for file in files if file.is_file()]
-            if len(found) > MOST_FILES:
-                raise BadInput(f"{root} has more than {MOST_FILES} Python files; name a folder with plug-ins alone")
-    return sorted(found)
 
 
 def _extend(package: str) -> None:
     """Let a package find plug-ins outside of it, after its own."""
     module = sys.modules[package]
     assert module.__file__ is not None
-    module.__path__[:] = [str(Path(module.__file__).parent), *outside(package)]
+    module.__path__[:] = [str(Path(module.__file__).parent), *_outside(package)]
 
 
-@functools.cache
-def _installed() -> tuple[list[Path], list[Broken]]:
-    """Folders of the packages that installed distributions name as plug-ins, and what cannot be used of these names.
-
-    None of the packages is imported.
-    """
-    found, broken = [], []
-    for point in importlib.metadata.entry_points(group=GROUP):
-        reason = f"the entry point's value {point.value!r} must be an installed package, without dots"
-        spec = None
-        with contextlib.suppress(ImportError, ValueError):
-            spec = importlib.util.find_spec(point.value) if point.value.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            broken.append(Broken("entry point", point.name, Path(point.value), 1, reason))
-        else:
-            found += [Path(folder).resolve() for folder in spec.submodule_search_locations]
-    return found, broken
+def _outside(package: str) -> list[str]:
+    return outside.folders(package.rpartition(".")[2])
 
 
 def _state() -> tuple[Any, ...]:
-    """What plug-ins are found from: equal while no file of any kind is added, changed or removed."""
+    """State of all folders of plug-ins: equal as long as no file is added, changed or removed."""
     state: list[Any] = []
     for package in PACKAGES.values():
         state += [package, package in sys.modules]
@@ -315,7 +227,7 @@ def _state() -> tuple[Any, ...]:
 
 
 def _stamp(entry: os.DirEntry[str]) -> tuple[int, int]:
-    """What changes with a file; zeros for a link to nothing."""
+    """Modification time and size of a file; zeros for a dangling link."""
     try:
         status = entry.stat()
     except OSError:
@@ -497,7 +409,10 @@ def room(kind: str) -> Room[Any]:
 
 def entry_points() -> list[Broken]:
     """The entry points of installed packages that cannot be used."""
-    return list(_installed()[1])
+    said = "the entry point's value {!r} must be an installed package, without dots"
+    return [
+        Broken("entry point", name, Path(value), 1, said.format(value)) for name, value in outside.entry_points()[1]
+    ]
 
 
 def broken() -> list[Broken]:
@@ -505,5 +420,4 @@ def broken() -> list[Broken]:
     return [*entry_points(), *(one for kind in PACKAGES for one in room(kind).broken())]
 
 
-if os.environ.get(OUTSIDE):
-    use([])
+outside.add([])  # makes what the environment names absolute

@@ -101,11 +101,11 @@ def _cells(one: Trial) -> tuple[str, ...]:
     )
 
 
-Way = tuple[str, Callable[[int], Estimate]]
+Entry = tuple[str, Callable[[int], Estimate]]
 """The kind of a method, empty for ``auto``, and a function from a seed to its estimate."""
 
 
-def way(use: Callable[..., Estimate], name: str, *, passes: int | None, rtol: float | None) -> Way:
+def entry(use: Callable[..., Estimate], name: str, *, passes: int | None, rtol: float | None) -> Entry:
     """The kind of a method, and a function from a seed to its estimate with the options that it takes.
 
     Raises:
@@ -134,18 +134,18 @@ def chosen(names: Iterable[str]) -> list[str]:
     return found
 
 
-def run(ways: dict[str, Way], metric: str, calls: int) -> Trials:
+def run(entries: dict[str, Entry], metric: str, calls: int) -> Trials:
     """Measure methods, call by call in turn, so that what slows the machine for a while slows all of them.
 
     Args:
-        ways: by the names of methods.
+        entries: by the names of methods.
         metric: what they estimate.
         calls: timed ones of each, with seeds 1, 2, ...; a first one, with seed 0, prepares the method.
     """
-    found: dict[str, list[Estimate]] = {name: [] for name in ways}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[Estimate]] = {name: [] for name in entries}
+    times: dict[str, list[float]] = {name: [] for name in entries}
     refused: dict[str, Trial] = {}
-    for seed, (name, (kind, ask)) in itertools.product(range(calls + 1), ways.items()):
+    for seed, (name, (kind, ask)) in itertools.product(range(calls + 1), entries.items()):
         if name in refused:
             continue
         start = time.perf_counter()
@@ -155,8 +155,8 @@ def run(ways: dict[str, Way], metric: str, calls: int) -> Trials:
             refused[name] = Trial(name, kind=kind, reason=reason(error))
             continue
         times[name].append(time.perf_counter() - start)
-    measured = [name for name in ways if name not in refused]
-    kinds = {name: ways[name][0] or _kind(found[name][0]) for name in measured}
+    measured = [name for name in entries if name not in refused]
+    kinds = {name: entries[name][0] or _kind(found[name][0]) for name in measured}
     exact = next((found[name][0].value for name in measured if kinds[name] == "exact"), None)
     trials = (_trial(name, kinds[name], found[name], times[name][1:], exact) for name in measured)
     return Trials([*trials, *refused.values()], metric)

@@ -19,7 +19,7 @@ import asv.runner
 import asv.util
 import psutil
 
-from ntkbench import paths, registry
+from ntkbench import outside, paths
 from ntkbench.data import files
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import outcomes, plan, watchdog
@@ -156,8 +156,8 @@ class _Environment:
         }
         if data := files.folder():  # cases run in folders of their own
             self.env_vars[files.VARIABLE] = str(data)
-        if outside := os.environ.get(registry.OUTSIDE):
-            self.env_vars[registry.OUTSIDE] = outside
+        if named := os.environ.get(outside.VARIABLE):
+            self.env_vars[outside.VARIABLE] = named
 
     def run(self, arguments: Sequence[str], **options: Any) -> Any:
         return asv.util.check_output([sys.executable, *arguments], **options)

@@ -17,7 +17,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from ntkbench import methods, paths, problems, registry
+from ntkbench import methods, outside, paths, problems, registry
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.problems.base import parse_label, reference, weights
@@ -144,18 +144,18 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
         backend: whose operators are loaded by name where any operators are.
     """
     reached = _reached(roots)
-    outside: list[Path] = []
+    beside: list[Path] = []
     if any(not file.is_relative_to(PACKAGE) for file in reached.values()):
         # A plug-in outside of the package may import any file of its folder.
-        outside = registry.outside_files()
-        roots += tuple(name for file in outside for name in imports("", file))
+        beside = outside.files()
+        roots += tuple(name for file in beside for name in imports("", file))
         reached = _reached(roots)
     if backend and OPERATORS in reached:
         roots += (f"{OPERATORS}.torch", f"{OPERATORS}.{backend}")  # torch certifies the products of every backend
         if DECLARES_RECURRENCE in reached:
             roots += (f"{RECURRENT}.{backend}",)
         reached = _reached(roots)
-    return {*reached.values(), *outside}
+    return {*reached.values(), *beside}
 
 
 def _data_of_problem(label: str) -> set[Path]:
@@ -219,7 +219,7 @@ def _file(module: str) -> Path | None:
             return file
     package, _, name = module.rpartition(".")
     if package in registry.PACKAGES.values():
-        for folder in registry.outside(package):
+        for folder in outside.folders(package.rpartition(".")[2]):
             if (file := Path(folder) / f"{name}.py").is_file():
                 return file
     return None

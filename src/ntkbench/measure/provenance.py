@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ntkbench import paths, registry
+from ntkbench import outside, paths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ def several_machines(table: pd.DataFrame) -> str:
 
 def _outside() -> list[str]:
     """The plug-ins outside of ntkbench, as one hash."""
-    files = registry.outside_files()
+    files = outside.files()
     if not files:
         return []
     digest = hashlib.sha256()

@@ -10,29 +10,34 @@ import pandas as pd
 from ntkbench.errors import BadInput, summary, unknown
 
 FIRST = (
-    *(
-        "problem",
-        "network",
-        "spectrum",
-        "N",
-        "step",
-        "subject",
-        "rival",
-        "method",
-        "backend",
-        "metric",
-        "way",
-        "passes",
-    ),
-    *("status", "seconds", "ratio", "value", "error", "covered", "memory_bytes", "reason"),
+    "problem",
+    "network",
+    "spectrum",
+    "N",
+    "step",
+    "subject",
+    "rival",
+    "method",
+    "backend",
+    "metric",
+    "way",
+    "passes",
+    "status",
+    "seconds",
+    "ratio",
+    "value",
+    "error",
+    "covered",
+    "memory_bytes",
+    "reason",
 )
-"""Columns that are shown where none are chosen, of those that the table has and that are not empty."""
+"""Columns shown by default, if the table has them and they are not empty."""
 
 
 def rows_of(
     file: Path, where: str | None = None, columns: Sequence[str] | None = None, sort: str | None = None, most: int = 40
 ) -> str:
-    """Rows of a table, one a line, with how many there are.
+    """Rows of a table, one per line, and their number.
 
     Args:
         file: CSV.

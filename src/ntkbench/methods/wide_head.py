@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ntkbench.estimate import Estimate, rounding_bound
-from ntkbench.methods.base.wide import OfWideHead, of_head
+from ntkbench.methods.base.wide import WideHeadMethod, for_head
 from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.tied_head import TiedProblem
 
 
-class WideHead(OfWideHead):
+class WideHead(WideHeadMethod):
     """Theta of a network that ends with a linear layer from d to V > d outputs, at T positions of each sample.
 
     T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
@@ -35,7 +35,7 @@ class WideHead(OfWideHead):
         from ntkbench.methods.base import head, tied_head
 
         by_width = tied_head.passes(problem, metric) | head.passes(problem, metric)
-        needed = of_head(problem, by_width)
+        needed = for_head(problem, by_width)
         assert needed is not None  # the method serves
         return needed
 

@@ -9,7 +9,7 @@ from ntkbench.estimate import rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.methods.base import Ledger
 from ntkbench.methods.base.structured import StructuredUStatistics, widest
-from ntkbench.methods.base.wide import OfWideHead
+from ntkbench.methods.base.wide import WideHeadMethod
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.tied_head import TiedProblem
 
 
-class WideHeadUStatistics(OfWideHead, StructuredUStatistics):
+class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs in place of V.
 
     Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I - Q Q^T), where Theta' is the kernel of the network with the head

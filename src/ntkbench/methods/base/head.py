@@ -35,6 +35,7 @@ import numpy as np
 
 from ntkbench import metrics
 from ntkbench.errors import BadInput
+from ntkbench.methods.base.gram import Gram, moments_of_grams
 from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays, certificate, torch_network
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ntkbench.layerwise.blocks import Block
-
-CERTIFICATE_PASSES = 2
-"""Plain backward passes at each set of weights: of the network and of its replacement."""
 
 
 def candidates(problem: Problem) -> list[nn.Linear]:
@@ -90,7 +88,6 @@ class HeadedNetwork:
     """
 
     def __init__(self, problem: Problem, which: str, target: Target) -> None:
-
         from ntkbench.modules import copied, load
 
         self._problem, self._which, self._target = problem, which, target
@@ -243,59 +240,6 @@ class HeadedNetwork:
         return Gram(self._hidden * (self._weight in self._parameters), self._bias in self._parameters)
 
 
-class Gram:
-    """G = H H^T, with a 1 added to each entry for a bias. It is never written out.
-
-    Attributes:
-        H: ``[m, d]``, or ``[m, d + 1]`` with a column of ones for a bias; float64.
-
-    Args:
-        hidden: ``[m, d]`` in float64.
-        bias: whether the head has one that counts.
-    """
-
-    def __init__(self, hidden: Tensor, bias: bool) -> None:
-        import torch
-
-        self.H = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if bias else hidden
-
-    def part(self, rows: Any, columns: Any) -> Tensor:
-        """Some rows and columns, by slices or by numbers."""
-        return self.H[rows] @ self.H[columns].T
-
-    def trace(self) -> float:
-        """tr G."""
-        return float((self.H**2).sum())
-
-
-def of_grams(first: Gram, second: Gram | None = None) -> Moments:
-    """Moments of G, or of G and G_f, by products of d x d matrices.
-
-    With E = H_f - H the difference G_f - G is E H_f^T + H E^T, which keeps the digits of a small E.
-
-    Cost: m d^2 multiplications for each of up to four products.
-    """
-    H = first.H
-    S = H.T @ H
-    trace, square = first.trace(), _inner(S, S)
-    if second is None:
-        return Moments(trace, square)
-    H_f = second.H
-    between = H.T @ H_f
-    S_f = H_f.T @ H_f
-    square_f, cross = _inner(S_f, S_f), _inner(between, between)
-    if H.shape != H_f.shape:  # hidden vectors of other networks, of which none are close
-        return Moments(trace, square, square_f, cross, square + square_f - 2 * cross, cross - square)
-    E = H_f - H
-    across, change = H.T @ E, E.T @ E
-    difference = max(0.0, _inner(change, S_f) + _inner(S, change) + 2 * _inner(across.T, H_f.T @ E))
-    return Moments(trace, square, square_f, cross, difference, _inner(across, between) + _inner(S, across))
-
-
-def _inner(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum())
-
-
 def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
     """The linear layer whose results are the outputs of a network: its name, itself, and the positions that count.
 
@@ -417,7 +361,7 @@ class HeadedProblem:
             own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
             return Moments(trace=float(own) + end.V * end.G.trace())
         grams = [end.G for end in ends]
-        of_head = of_grams(*grams).times(ends[0].V)
+        of_head = moments_of_grams(*grams).times(ends[0].V)
         sums = _Sums(grams, ends[0].T, ends[0].d)
         for left, right, parts in blocks_of(self.networks(metric)):
             if left == right:
@@ -457,7 +401,7 @@ class ShortHeads:
         """The moments of G (x) (I_V - Q Q^T)."""
         V, r = self._of(metric)[0].shape
         ends = self._headed.ends(metric)
-        return of_grams(*(end.G for end in ends)).times(V - r)
+        return moments_of_grams(*(end.G for end in ends)).times(V - r)
 
     def certificate(self, metric: str) -> float:
         """The largest relative difference from plain autograd; see :meth:`HeadedNetwork.compare`."""

@@ -39,7 +39,7 @@ from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.layers import Layer
 from ntkbench.layerwise.rules import Use
 from ntkbench.layerwise.trace import MOVEMENTS, aten
-from ntkbench.methods.base.head import Gram, of_grams
+from ntkbench.methods.base.gram import Gram, moments_of_grams
 from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
 from ntkbench.modules import copied, load
@@ -247,7 +247,7 @@ class TiedNetwork:
 
     Attributes:
         inner: the network f', traced.
-        G: see :class:`ntkbench.methods.base.head.Gram`.
+        G: see :class:`ntkbench.methods.base.gram.Gram`.
 
     Args:
         whole: the network itself.
@@ -405,7 +405,7 @@ class TiedProblem:
         """The moments of G (x) (I_V - Q Q^T)."""
         ends = self.ends(metric)
         V, r = ends[0]._basis.shape
-        return of_grams(*(end.G for end in ends)).times(V - r)
+        return moments_of_grams(*(end.G for end in ends)).times(V - r)
 
     def moments(self, metric: str) -> Moments:
         """The moments that a metric is a function of."""

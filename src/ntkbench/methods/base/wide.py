@@ -21,7 +21,7 @@ NO_HEAD = (
 )
 
 
-class OfWideHead(Method):
+class WideHeadMethod(Method):
     """A method that splits networks in front of their heads, or shortens their vocabulary."""
 
     backends = ("torch",)
@@ -50,7 +50,7 @@ class OfWideHead(Method):
             assert problem.module is not None
             V, d = problem.module.get_parameter(f"{name}.weight").shape
             sizes[V] = V * d
-        held = 2 * target.itemsize * ends * int(of_head(problem, sizes) or 0)
+        held = 2 * target.itemsize * ends * int(for_head(problem, sizes) or 0)
         return held + super().bytes_needed(problem, metric, target, passes)
 
     def prepare(self, problem: Problem, target: Target) -> HeadedProblem | TiedProblem:
@@ -85,11 +85,11 @@ def share(problem: Problem, metric: str) -> float:
     found: dict[int, float] = {layer.out_features: ends * layer.in_features for layer in head.candidates(problem)}
     for V, passes in tied_head.passes(problem, metric).items() if tied_head.tables(problem) else ():
         found[V] = min(found.get(V, math.inf), passes * V / (ends * problem.O))
-    return min(1.0, of_head(problem, {V: r / V for V, r in found.items()}) or 1.0)
+    return min(1.0, for_head(problem, {V: r / V for V, r in found.items()}) or 1.0)
 
 
-def of_head(problem: Problem, by_width: Mapping[int, float]) -> float | None:
-    """What belongs to the head, of numbers by the width of a candidate; ``None`` if there is none.
+def for_head(problem: Problem, by_width: Mapping[int, float]) -> float | None:
+    """The entry for the head in a mapping by the widths of candidates; ``None`` if it is empty.
 
     Other layers may have a width that divides the outputs by chance.
     """
