@@ -370,8 +370,8 @@ def recommend(
 
     >>> import torch, ntkbench
     >>> costs = ntkbench.recommend(torch.nn.Linear(3, 2), torch.ones(4, 3))
-    >>> costs.best.kind, costs.best.error
-    ('exact', 0.0)
+    >>> costs.best.error <= 0.01
+    True
 
     Args:
         model, inputs: see :class:`ntkbench.Kernel`.
