@@ -5,7 +5,7 @@ snakemake --cores all --configfile config/smoke.yaml      another one
 snakemake paper_figures --cores all                       the papers' figures and their studies alone: config/paper.yaml
 snakemake figures --cores all --config source=reference   a configuration's figures from committed tables alone
 snakemake --cores all --config retry=failed               measure again what failed, took too long or too much memory
-snakemake --report report.html                            what a finished run has made, in one file
+snakemake --report steps.html                             what a finished run has made, in one file
 snakemake --workflow-profile profiles/slurm               on a cluster
 
 Targets come before --configfile, which takes all that follows it as files.
@@ -23,7 +23,7 @@ from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
 from ntkbench import errors, paths, studies
-from ntkbench.figures.plotting import gallery
+from ntkbench.figures.plotting import labels
 from ntkbench.measure import cells, config as configuration, fingerprints, progress
 from ntkbench.run import Run
 
@@ -137,7 +137,7 @@ TIMED = "|".join(filter(studies.is_timed, studies.ROOM.found()))
 SHOWN = {
     "patterns": ["{figure}.{form,png|csv}"],
     "caption": "report/figure.rst",
-    "category": lambda wildcards: gallery.group(wildcards.figure).partition(":")[0],
+    "category": lambda wildcards: labels.group(wildcards.figure).partition(":")[0],
     "labels": lambda wildcards: {
         "figure": wildcards.figure.replace("_", " "),
         "as": {"png": "picture", "csv": "numbers"}[wildcards.form],
@@ -161,19 +161,19 @@ localrules:
     figures,
     paper_figures,
     table,
-    gallery,
-    paper_gallery,
+    draw,
+    draw_paper,
 
 
 rule all:
     input:
         RUN.measured,
-        RUN.results / "gallery.html",
+        RUN.results / "report.html",
 
 
 rule figures:
     input:
-        RUN.results / "gallery.html",
+        RUN.results / "report.html",
 
 
 rule paper_figures:
@@ -295,16 +295,16 @@ use rule study as timed_study with:
         study=TIMED,
 
 
-rule gallery:
+rule draw:
     input:
-        lambda wildcards: sorted(set(run_of(wildcards).figures.values())),
+        lambda wildcards: run_of(wildcards).reported,
     output:
-        page="results/{profile}/gallery.html",
+        page="results/{profile}/report.html",
         figures=report(directory("results/{profile}/figures"), **SHOWN),
     log:
-        "results/{profile}/logs/gallery.log",
+        "results/{profile}/logs/draw.log",
     benchmark:
-        "results/{profile}/timings/gallery.tsv"
+        "results/{profile}/timings/draw.tsv"
     conda:
         "environment.yml"
     resources:
@@ -313,7 +313,7 @@ rule gallery:
         names=lambda wildcards: sorted(run_of(wildcards).figures),
         tables=lambda wildcards: run_of(wildcards).tables,
         captions=lambda wildcards: run_of(wildcards).results / "figures",
-        title=lambda wildcards: f"ntkbench: figures of the {run_of(wildcards).config.profile} configuration",
+        title=lambda wildcards: f"ntkbench: report of the {run_of(wildcards).config.profile} configuration",
         measured=lambda wildcards: [
             run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).figures.values()
         ],
@@ -323,7 +323,7 @@ rule gallery:
         "--figures {output.figures:q} --output {output.page:q} > {log:q} 2>&1"
 
 
-use rule gallery as paper_gallery with:
+use rule draw as draw_paper with:
     input:
         lambda wildcards: sorted(set(run_of(wildcards).of_papers.values())),
     output:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ntkbench import figures, paths
 from ntkbench.cli import main
-from ntkbench.figures.plotting import base, claims, files, gallery, labels, verdicts
+from ntkbench.figures.plotting import base, claims, files, labels, report, verdicts
 from ntkbench.figures.plotting.claims import ABOVE, BELOW, NOT, PARTLY, REPRODUCED, UNADDRESSED, Claim
 
 NAN = math.nan
@@ -202,10 +202,10 @@ def test_a_set_of_figures_has_its_claims_beside_it_and_on_the_page(tmp_path):
     table = pd.read_csv(tmp_path / "claims.csv")
     assert list(dict.fromkeys(table["figure"])) == ["novak_flops", "novak_time"]
     assert {"claims.csv", "claims.txt", "claims.png", "claims.pdf"} <= {path.name for path in tmp_path.iterdir()}
-    page = gallery.page(sorted(tmp_path.glob("*.png")), "Two")
+    page = report.page(sorted(tmp_path.glob("*.png")), "Two")
     assert page.index(">What of the papers reproduces</h2>") < page.index('id="novak_time"')
     assert page.count('<th scope="row">') == len(table) and page.count('<th scope="col">') == 6
-    assert re.search(r'role="region" aria-labelledby="(.*?)" tabindex="0">\s*<table>\s*<caption id="\1">', page)
+    assert re.search(r'<h3 id="(.*?)">All \d+ claims</h3>\s*<div class="scroll" role="region" aria-labelledby="\1"', page)
     for sentence in table["statement"]:
         assert sentence in page
     figures.draw_all({"coverage": tmp_path / "nowhere.csv"}, tmp_path)
@@ -214,7 +214,7 @@ def test_a_set_of_figures_has_its_claims_beside_it_and_on_the_page(tmp_path):
 
 def test_what_a_claim_says_does_not_become_html(table, tmp_path):
     files.write_claims(table, tmp_path)
-    page = gallery.page([tmp_path / "claims.png"], "x")
+    page = report.page([tmp_path / "claims.png"], "x")
     assert "it is &lt;i&gt;more" in page and "<i>" not in page and "<b>" not in page
 
 

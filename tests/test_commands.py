@@ -103,10 +103,38 @@ def test_a_check_says_what_there_is_to_do_and_how_long_it_took_before(tmp_path, 
     done.touch()
     fewer = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()
     assert int(fewer[1].split()[0]) == int(said[1].split()[0]) - 1
-    timed = tmp_path / "results" / "default" / "timings" / "gallery.tsv"
+    timed = tmp_path / "results" / "default" / "timings" / "draw.tsv"
     timed.parent.mkdir()
     timed.write_text("s\tcpu_time\n3600\t1\n", encoding="utf-8")
     again = CliRunner().invoke(main, ["check", str(default)]).output
-    assert "never timed" not in again and " h last time" in again, "an hour for the gallery, and the rest as committed"
+    assert "never timed" not in again and " h last time" in again, "an hour for the report, and the rest as committed"
     new = CliRunner().invoke(main, ["check", str(paths.ROOT / "config" / "spectra.yaml")]).output
     assert "never timed" in new and "study-spectra" in new
+
+
+def test_the_report_of_a_folder_of_tables(tmp_path):
+    (tmp_path / "studies").mkdir()
+    table = paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv"
+    (tmp_path / "studies" / "novak_flops.csv").write_bytes(table.read_bytes())
+    found = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    assert found.output.splitlines()[-1] == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="novak_flops"' in page and 'href="figures/novak_flops.csv"' in page
+    assert (tmp_path / "figures" / "novak_flops.pdf").exists()
+    alone = tmp_path / "elsewhere" / "page.html"
+    assert CliRunner().invoke(main, ["report", str(tmp_path), "--output", str(alone), "--alone"]).exit_code == 0
+    assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text("utf-8")
+
+
+def test_a_folder_without_tables_has_no_report(tmp_path):
+    found = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert found.exit_code and "has no table" in found.output and len(found.output.splitlines()) == 1
+
+
+def test_shells_complete_commands():
+    asked = {"_NTKBENCH_COMPLETE": "bash_source"}
+    said = CliRunner().invoke(main, [], prog_name="ntkbench", env=asked).output
+    assert "complete" in said and "ntkbench" in said
+    typed = {"_NTKBENCH_COMPLETE": "bash_complete", "COMP_WORDS": "ntkbench re", "COMP_CWORD": "1"}
+    assert "recommend" in CliRunner().invoke(main, [], prog_name="ntkbench", env=typed).output

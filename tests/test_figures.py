@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ntkbench import figures, methods, problems
 from ntkbench.errors import BadInput
 from ntkbench.figures import hazelden_speedup, performance_profiles
-from ntkbench.figures.plotting import base, canvas, claims, gallery, labels, styles, tasks
+from ntkbench.figures.plotting import base, canvas, claims, labels, report, styles, tasks
 from ntkbench.figures.plotting.speedups import speedups
 from ntkbench.measure import laws
 from ntkbench.paths import REFERENCE
@@ -546,7 +546,7 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
         assert list(pd.read_csv(tmp_path / "out" / f"{name}.csv")["reason"]) == [reason]
         assert all((tmp_path / "out" / f"{name}.{kind}").stat().st_size > 1000 for kind in ("png", "pdf"))
 
-    page = gallery.page(sorted((tmp_path / "out").glob("*.png")), "All")
+    page = report.page(sorted((tmp_path / "out").glob("*.png")), "All")
     assert page.count('class="failed"') == page.count("<em>could not be drawn</em>") == len(failed)
     assert "&lt;b&gt; $x_" in page and "<b>" not in page
     assert len(re.findall("<figure ", page)) == len(made)
@@ -561,7 +561,7 @@ def test_an_interrupt_ends_the_drawing(table, tmp_path, dropped_in):
 
 def test_titles_from_outside_do_not_become_html(table, tmp_path):
     made = figures.draw("exact_cost", table.assign(**dict.fromkeys(words(table), ODD)), tmp_path)
-    page = gallery.page([made[2]], ODD)
+    page = report.page([made[2]], ODD)
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 

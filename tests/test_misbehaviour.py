@@ -65,7 +65,7 @@ def test_the_run_ends_well_and_every_cell_is_one_row(finished, table):
     assert code == 0, said[-3000:]
     assert len(table) == len(BUDGETS) + 5
     assert sorted(table.loc[table["method"] == "misbehaving", "passes"].astype(int)) == BUDGETS
-    assert (folder / "gallery.html").exists()
+    assert (folder / "report.html").exists()
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

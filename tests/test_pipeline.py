@@ -96,12 +96,17 @@ def test_the_table_has_one_measured_row_a_cell(results):
 
 def test_every_figure_is_drawn_and_shown(results):
     drawn = {name for name in figures.names() if figures.study_of(name) in {None, *RUN.studies}}
-    page = (results / "gallery.html").read_text(encoding="utf-8")
+    page = (results / "report.html").read_text(encoding="utf-8")
     for name in drawn:
         assert f'id="{name}"' in page
         for form in (".png", ".pdf", ".csv", ".txt"):
             assert (results / "figures" / f"{name}{form}").stat().st_size > 0
     assert "could not be drawn" not in page.lower()
+    table = pd.read_csv(results / "table.csv")
+    assert page.count("<tr><td data-key=") == len(table)
+    for section in ("answer", "papers", "figures", "cells", "checks", "provenance"):
+        assert f'<h2 id="{section}">' in page
+    assert len(page) < 5 * 2**20
 
 
 def test_every_study_has_a_table_with_its_provenance(results):
@@ -120,7 +125,7 @@ def test_a_run_says_how_far_it_is_and_where_to_look(finished):
 
 def test_where_the_time_went(finished, results):
     said = ntkbench(finished[0], "timings", results).stdout
-    for step in ("problems", "shard-0", "gallery", *(f"study-{name}" for name in RUN.studies)):
+    for step in ("problems", "shard-0", "draw", *(f"study-{name}" for name in RUN.studies)):
         assert re.search(rf"^{step} +\d", said, re.MULTILINE), said
     assert re.search(r"^\d+% of the steps' wall time is inside measured calls$", said, re.MULTILINE)
 
@@ -165,12 +170,12 @@ def test_a_broken_method_is_said_and_the_others_are_measured(finished, edited):
 
 def test_a_changed_study_runs_that_study_and_its_figures_alone(finished, edited):
     edited("config/smoke.yaml", lambda text: text.replace("steps: 40", "steps: 41"))
-    assert smoke(finished[0]) == {"mohamadi_drift.csv", "gallery.html", "figures"}
+    assert smoke(finished[0]) == {"mohamadi_drift.csv", "report.html", "figures"}
 
 
 def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
     edited("src/ntkbench/figures/coverage.py", lambda text: f"{text}# changed\n")
-    assert smoke(finished[0]) == {"gallery.html", "figures"}
+    assert smoke(finished[0]) == {"report.html", "figures"}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_figures_of_the_reference_are_drawn_without_measuring(tmp_path):
     code, out, err = run_snakemake(
         tmp_path, "figures", "--configfile", str(default), "--config", "source=reference", "threads=1", "--dry-run"
     )
-    assert code == 0 and "gallery.html" in out + err
+    assert code == 0 and "report.html" in out + err
     assert not re.search(r"^(local)?rule (measure|problems|study|table):", out + err, re.MULTILINE)
     code, _, err = run_snakemake(tmp_path, "figures", "--configfile", str(CONFIG), "--config", "source=reference")
     assert code != 0 and "no measured tables of the profile 'smoke' are kept" in err

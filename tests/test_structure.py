@@ -15,7 +15,7 @@ from ntkbench.registry import PACKAGES
 PACKAGE = paths.ROOT / "src" / "ntkbench"
 
 FLOORS = (
-    ("ambient", "errors", "modules", "options", "outside", "paths", "registry", "units"),
+    ("ambient", "errors", "modules", "options", "outside", "paths", "progress_bar", "registry", "units"),
     ("estimate", "problem", "metrics"),
     ("operators",),
     ("layerwise", "estimators"),

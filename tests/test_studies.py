@@ -22,7 +22,7 @@ from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
 from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
-from ntkbench.figures.plotting import base, curves, gallery, sources
+from ntkbench.figures.plotting import base, curves, report, sources
 from ntkbench.measure import fingerprints
 from ntkbench.measure.config import Config
 from ntkbench.measure.timing import Timed
@@ -680,14 +680,15 @@ def _size(picture):
     return width, height
 
 
-def test_the_gallery_needs_no_other_file(tables, tmp_path):
+def test_the_report_needs_no_other_file(tables, tmp_path):
     made = [figures.draw(name, tables[study], tmp_path)[2] for name, study in of_studies()[:2]]
-    page = gallery.page(made, "All <figures>")
-    assert "All &lt;figures&gt;" in page and page.count("data:image/png;base64,") == 2
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
-    assert set(re.findall(r'(?:href="#|aria-describedby=")([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
-    assert page.count("<img ") == page.count(' alt="Figure: ')
+    page = report.page(made, "All <figures>")
+    assert "All &lt;figures&gt;" in page and page.count("data:image/webp;base64,") == 2
+    beside = {f"figures/{file.stem}.{end}" for file in made for end in ("csv", "pdf", "png")}
+    assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)) == beside
+    assert set(re.findall(r'(?:href="#|aria-describedby="|aria-labelledby=")([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
+    assert len(re.findall(r'<img [^>]* alt="[^"]{20,}"', page)) == 2
     assert re.findall(r'width="(\d+)" height="(\d+)"', page) == [tuple(map(str, _size(file))) for file in sorted(made)]
     made[0].with_suffix(".txt").unlink()
     with pytest.raises(BadInput, match="has no caption"):
-        gallery.page(made, "x")
+        report.page(made, "x")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -366,20 +367,57 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 @click.option("--figures", "folder", type=NEW, required=True, help="The folder to draw into.")
 @OUTPUT
 def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
-    """Draw figures from the tables of a folder, and write a page that shows them all and what they claim.
+    """Draw figures from the tables of a folder, and write the report of a run.
 
     A figure that cannot be drawn says why in its place.
     """
+    _report(names, tables, title, folder, output)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  ntkbench report results/default
+  ntkbench report results/reference/default --output report.html --alone"""
+)
+@click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--output", type=NEW, help="The page; report.html in RESULTS if not given.")
+@click.option("--alone", is_flag=True, help="Keep no folder of figures beside the page.")
+def report(results: Path, output: Path | None, alone: bool) -> None:
+    """Draw all figures that the tables in RESULTS serve, and write the report: one page of HTML.
+
+    RESULTS is a folder with table.csv, or with tables of studies in studies/. Nothing is measured. Figures go to
+    figures/ beside the page, as PNG, PDF and CSV.
+    """
+    from ntkbench import figures
+
+    with _one_line():
+        names = [name for name in figures.names() if figures.table_of(name, results).exists()]
+        if not names:
+            raise errors.BadInput(f"{results} has no table from which a figure is drawn: table.csv, or studies/*.csv")
+    page = results / "report.html" if output is None else output
+    title = f"ntkbench: report of {results.resolve().name}"
+    with tempfile.TemporaryDirectory() as folder:
+        _report(names, results, title, Path(folder) if alone else page.parent / "figures", page, links=not alone)
+    click.echo(page)
+
+
+def _report(
+    names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True
+) -> None:
+    """Draw figures into a folder, write the report, and say how each figure ended."""
     from ntkbench import figures, paths
-    from ntkbench.figures.plotting import gallery
+    from ntkbench.figures.plotting import claims
+    from ntkbench.figures.plotting import report as reports
 
     with _one_line():
         made = figures.draw_all({name: figures.table_of(name, tables) for name in names}, folder)
-        claims = folder / f"{gallery.CLAIMS}.png"
-        pictures = [folder / f"{name}.png" for name in names] + [claims] * claims.exists()
-        paths.write_atomically(output, gallery.page(pictures, title))
+        judged = folder / f"{claims.NAME}.png"
+        pictures = [folder / f"{name}.png" for name in names] + [judged] * judged.exists()
+        beside = Path(os.path.relpath(folder, output.parent)).as_posix() if links else None
+        paths.write_atomically(output, reports.page(pictures, title, tables, beside))
     for name, outcome in made.items():
-        click.echo(f"{name}: {outcome.status} {outcome.reason}")
+        click.echo(f"{name}: {outcome.status} {outcome.reason}".rstrip())
 
 
 @main.command()

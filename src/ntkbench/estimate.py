@@ -27,6 +27,8 @@ SCALES = {
     "norm": LOG,
     "effective_rank": LOG,
     "entropy_effective_rank": LOG,
+    "largest_eigenvalue": LOG,
+    "condition_number": LOG,
     "alignment": ATANH,
 }
 """Scale on which the errors of each metric are symmetric: log for positive metrics, Fisher's z for a correlation."""
@@ -36,6 +38,8 @@ RANGES = {
     "norm": (0.0, math.inf),
     "effective_rank": (1.0, math.inf),
     "entropy_effective_rank": (1.0, math.inf),
+    "largest_eigenvalue": (0.0, math.inf),
+    "condition_number": (1.0, math.inf),
     "alignment": (0.0, 1.0),
 }
 """Values that each metric can have, as Theta and Theta_f are positive semidefinite."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
-from ntkbench import ambient, errors, ladder, metrics, options
+from ntkbench import ambient, errors, ladder, metrics, options, progress_bar
 from ntkbench.errors import BadInput, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ntkbench.estimators.spectrum import Spectrum
     from ntkbench.kernel_file import File
     from ntkbench.layerwise.sample_kernels import SampleKernel
+    from ntkbench.methods.base.factors import Factors
     from ntkbench.methods.base.layerwise import TracedProblem
     from ntkbench.trials import Trials
 
@@ -186,6 +187,51 @@ class Kernel:
             return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(other, asked)})
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
+    def factors(self, other: Any = None, *, probes: int = 32, seed: int = 0) -> Factors:
+        """Metrics of the factors K and P of Theta = P K P*: of the layers' inputs, and of the Jacobians behind them.
+
+        K is the kernel of the parameters' effect on the operations that use them, P the derivative of the outputs with
+        respect to the results of these operations. Use them to tell whether a kernel changes with the representation
+        (K) or with the dynamics (P). K is exact and takes a forward pass. P P* is estimated by ``probes`` passes, and
+        exact where ``probes`` is at least O and memory allows. For networks other than recurrent ones, scales, shifts
+        and weights that are computed from parameters are in neither factor; ``left_out`` names them.
+
+        Args:
+            other: another network or weights, as for :meth:`alignment`, with which K and P P* are aligned; no array.
+            probes: random sign vectors, at least 2.
+            seed: of the probes.
+
+        Returns:
+            :class:`ntkbench.methods.base.factors.Factors`: estimates of K and of P P*, by metric.
+
+        Raises:
+            BadInput: the network is a JAX function, its samples interact, it cannot be traced, or no parameter has
+                factors.
+            OverMemory: the inputs of all layers, or the cotangents of four probes, do not fit in ``memory``.
+            Uncertified: plain autograd gives other gradients.
+
+        Source: Hazelden 2025 (arXiv 2511.10796) for recurrent networks.
+        """
+        from ntkbench import methods, operators
+        from ntkbench.methods.base import factors
+
+        probes, seed = options.positive("probes", probes), options.seed(seed)
+        if self._target.backend == "jax":
+            raise BadInput("a function in JAX has no layers, and so no factors K and P")
+        if probes < 2:
+            raise BadInput(f"probes must be at least 2, to have a standard error; got {probes}")
+        if other is not None and _is_array(other):
+            raise BadInput("the factors are those of networks, got an array as the other one")
+        names = metrics.METRICS if other is not None else tuple(n for n in metrics.METRICS if n != "alignment")
+        kernel = self if other is None else self._beside(other)
+        if kernel.problem.samples_interact:
+            raise BadInput("samples interact, as in BatchNorm in train mode, so that P would mix them")
+        with self._settings():
+            if operators.declares(kernel.problem.module):
+                return factors.of_recurrence(kernel.problem, self._target, names, probes, seed)
+            prepared = kernel._prepare(methods.get("structured_derivatives"))
+            return factors.of_layers(prepared, names, probes, seed)
+
     def recommend(
         self, other: Any = None, *, metric: str = "trace", rtol: float = 0.01, confidence: float = 0.95
     ) -> Costs:
@@ -267,7 +313,8 @@ class Kernel:
                 drawn = seed if kernel == "random_vector" else 0
                 return self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
             operators.check_result(problem.N * rows, N2 * rows, self._target)
-            return part()
+            with progress_bar.of_passes("kernel", problem.N, rows):
+                return part()
 
     def _in_file(
         self, file: File, problem: Problem, columns: Any, rows: int, part: Part, asked: Mapping[str, object]
@@ -289,8 +336,9 @@ class Kernel:
         with KernelFile(
             file, identity, samples, rows, target.dtype, symmetric=symmetric, memory=target.memory
         ) as stored:
-            for where in stored.missing():
-                stored.write(*where, to_numpy(part(*where)))
+            with progress_bar.of_passes(f"kernel in {file}", problem.N):
+                for where in stored.missing():
+                    stored.write(*where, to_numpy(part(*where)))
             return stored.result()
 
     def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> Part:
@@ -351,7 +399,8 @@ class Kernel:
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
-            return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=seed)
+            with progress_bar.of_passes("eigenvalues", self.problem.N):
+                return lanczos.largest(j, top, rtol=rtol, passes=passes, seed=seed)
 
     def spectrum(self, top: int | None = None, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
         """Eigenvalues and eigenvectors, condition number, entropy effective rank and density of Theta, with bounds.
@@ -369,7 +418,8 @@ class Kernel:
             j = linearise(self.problem, "theta_0", self._target)
             if theta is not None:
                 return spectrum.of_matrix(theta, j, top, float(self.problem.O))
-            return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
+            with progress_bar.of_passes("spectrum", self.problem.N):
+                return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
 
     def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
         """The number of eigenvalues, the passes and the seed, checked."""
@@ -413,7 +463,8 @@ class Kernel:
             with self._settings():
                 ladder.check_range(self.problem, ("norm",), self._target)
                 j = linearise(self.problem, "theta_0", self._target)
-                found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
+                with progress_bar.of_passes("solution", self.problem.N):
+                    found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
         return replace(found, values=(found.values * size).reshape(right.shape), error=found.error * size)
 
     def regress(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkbench import errors, methods, metrics, operators
+from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
@@ -390,6 +390,19 @@ def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
             )
 
 
+def _all_passes(
+    problem: Problem, names: Sequence[str], target: Target, prepared: Any, method: Method
+) -> float | None:
+    """Passes of all metrics by a deterministic method; ``None`` if one has no such number."""
+    total = 0.0
+    for metric in names:
+        needed = method.passes_needed(problem, metric, target)
+        if needed is None:
+            return None
+        total += max(needed, method.planned_passes(prepared, metric))
+    return total
+
+
 def _is_large(problem: Problem, target: Target, found: Mapping[str, Estimate]) -> bool:
     """Whether the metrics are so large that no underflow can matter; ratios alone do not tell."""
     smallest = _smallest(target)
@@ -497,12 +510,16 @@ def _computed(
         planned = max(method.planned_passes(prepared, metric) for metric in names)
         if planned > limit:
             raise Dearer(planned, limit, target.memory)
+    total = budget if options.rtol is None else None
+    if not isinstance(method, Stochastic):
+        total = _all_passes(problem, names, target, prepared, method)
     try:
-        if budget is not None and isinstance(method, Incremental):
-            wanted = (options.seed, options.rtol, options.confidence)
-            found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop)
-        else:
-            found = {metric: method.estimate(prepared, metric, budget, options.seed) for metric in names}
+        with progress_bar.of_passes(f"{', '.join(names)} by {method.name}", problem.N, total):
+            if budget is not None and isinstance(method, Incremental):
+                wanted = (options.seed, options.rtol, options.confidence)
+                found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop)
+            else:
+                found = {metric: method.estimate(prepared, metric, budget, options.seed) for metric in names}
     except Undefined:
         check_range(problem, names, target)
         raise

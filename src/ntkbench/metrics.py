@@ -1,4 +1,4 @@
-"""The four metrics, and the moments of Theta that they are functions of.
+"""The four metrics, the moments of Theta that they are functions of, and metrics of its eigenvalues.
 
 With Theta = J J^T at theta_0 and Theta_f at theta_f:
 
@@ -6,6 +6,12 @@ With Theta = J J^T at theta_0 and Theta_f at theta_f:
 - norm            ||Theta||_F
 - effective_rank  (tr Theta)^2 / ||Theta||_F^2, the participation ratio
 - alignment       tr(Theta Theta_f) / (||Theta||_F ||Theta_f||_F)
+
+Metrics of the eigenvalues lambda, with p_i = lambda_i / tr Theta:
+
+- largest_eigenvalue       lambda_max
+- condition_number         lambda_max / lambda_min
+- entropy_effective_rank   exp(-sum_i p_i log p_i)
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ Array = Any
 """An array of any library."""
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
+SPECTRAL = ("largest_eigenvalue", "condition_number", "entropy_effective_rank")
+"""Metrics of the eigenvalues; they take the whole of Theta, or of a kernel that stands for it."""
 MOMENTS = {
     "trace": ("trace",),
     "norm": ("square",),
@@ -39,6 +47,9 @@ SYMBOLS = {
     "norm": r"$\|\Theta\|_F$",
     "effective_rank": "effective rank",
     "alignment": "alignment",
+    "largest_eigenvalue": r"$\lambda_{\mathrm{max}}$",
+    "condition_number": r"$\lambda_{\mathrm{max}} / \lambda_{\mathrm{min}}$",
+    "entropy_effective_rank": "entropy effective rank",
 }
 
 
@@ -55,6 +66,42 @@ def check(metric: str) -> None:
 def parameter_sets(metric: str) -> tuple[str, ...]:
     """Names of the parameter sets that a metric depends on."""
     return ("theta_0", "theta_f") if metric == "alignment" else ("theta_0",)
+
+
+def check_any(metric: str) -> None:
+    """Check that a metric exists, that of eigenvalues included.
+
+    Raises:
+        BadInput: it does not.
+    """
+    if metric not in (*METRICS, *SPECTRAL):
+        raise unknown("metric", metric, (*METRICS, *SPECTRAL))
+
+
+def of_eigenvalues(metric: str, values: np.ndarray, *, copies: int = 1, error: float = 0.0) -> float:
+    """A metric of the eigenvalues of A (x) I.
+
+    Args:
+        metric: one of :data:`SPECTRAL`.
+        values: eigenvalues of A in any order; rounding may make them negative.
+        copies: size of the identity matrix.
+        error: of an eigenvalue.
+
+    Raises:
+        Undefined: A is zero, or the condition number is asked for and the smallest eigenvalue may be.
+    """
+    values = np.maximum(values, 0.0)
+    largest, smallest = float(values.max()), float(values.min())
+    if metric == "largest_eigenvalue":
+        return largest
+    if largest == 0:
+        raise Undefined(f"the {metric.replace('_', ' ')} is not defined where Theta is zero")
+    if metric == "condition_number":
+        if smallest <= error:
+            raise Undefined(f"the smallest eigenvalue, {smallest:.2g}, may be zero: its rounding is {error:.2g}")
+        return largest / smallest
+    shares = values[values > 0] / values.sum()
+    return copies * math.exp(-float((shares * np.log(shares)).sum()))
 
 
 @dataclass(frozen=True)

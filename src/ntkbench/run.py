@@ -74,13 +74,19 @@ class Run:
         return [self.tables / name for name in (["table.csv"] if self.cells else []) + chosen]
 
     @property
+    def reported(self) -> list[Path]:
+        """The tables that the report is made from: those of its figures, and what was measured besides."""
+        measured = self.measured if self.config.source == "measured" else []
+        return sorted({*self.figures.values(), *measured})
+
+    @property
     def of_papers(self) -> dict[str, Path]:
         """Of :attr:`figures` those that are drawn from studies, as the papers' figures are."""
         return {name: file for name, file in self.figures.items() if file.name != "table.csv"}
 
     def expected(self) -> dict[str, float]:
         """Seconds that the steps are expected to take whose outputs are not there; the others count once they begin."""
-        steps = {"problems": "problems.json", "gallery": "gallery.html"}
+        steps = {"problems": "problems.json", "draw": "report.html"}
         steps |= {f"shard-{number}": f"shards/shard-{number}.csv" for number in self.shards}
         steps |= {f"study-{study}": f"studies/{study}.csv" for study in self.config.studies}
         left = [step for step, output in steps.items() if not (self.results / output).exists()]

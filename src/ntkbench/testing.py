@@ -29,7 +29,7 @@ from ntkbench import methods, problems, registry
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
-from ntkbench.metrics import METRICS
+from ntkbench.metrics import METRICS, SPECTRAL, of_eigenvalues
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
 
@@ -132,6 +132,8 @@ def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str
 
 def _truth(problem: Problem, metric: str) -> float:
     thetas = [J @ J.T for J in (explicit_jacobian(problem, end) for end in ("theta_0", "theta_f"))]
+    if metric in SPECTRAL:
+        return of_eigenvalues(metric, np.linalg.eigvalsh(thetas[0]))
     return metrics_of(*thetas)[metric]
 
 
@@ -163,7 +165,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
     """
     method = methods.get(name)
     for one in (backend,) if backend else method.backends:
-        for each in (metric,) if metric else method.metrics:
+        for each in (metric,) if metric else (*method.metrics, *(set(method.spectral) - {"condition_number"})):
             problem = _supported(method, each, one)
             with _said(f"method {name!r}, {one}, {each}"):
                 _check_unsupported(method, problem, each, one)

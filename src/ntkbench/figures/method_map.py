@@ -11,13 +11,11 @@ from ntkbench.units import seconds_label
 
 HEIGHT = 0.27
 """Inches of a line."""
-SURE = 0.95
-"""Share of bootstrap reruns in which the fastest method must be so, to be named without a question mark."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A line for each problem and metric, a column for each tolerance, and the fastest method and its time in each."""
-    chosen = winners(table)
+    chosen = tasks.winners(table)
     if not len(chosen):
         return base.nothing(chosen, f"Nothing was measured.\n{labels.why_not(table)}")
     style = {m: look for m, look in styles.looks(table).items() if m in set(chosen["method"])}
@@ -49,30 +47,12 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.add_patch(Rectangle((x + 0.01, y + 0.06), 0.98, 0.88, color=look.colour, alpha=0.14, linewidth=0))
         panel.plot(x + 0.05, y + 0.5, **(look.line(row.backend) | {"linestyle": "", "markersize": 5}))
         lead = f", {row.lead:.2g}\N{MULTIPLICATION SIGN}" if row.lead == row.lead else ""
-        mark = "" if row.fastest >= SURE else " ?"
+        mark = "" if row.fastest >= tasks.SURE else " ?"
         panel.text(x + 0.1, y + 0.52, f"{seconds_label(row.seconds)}{lead}{mark}", fontsize=8.5, va="center")
     for i in range(1, len(lines)):
         if lines[i][0] != lines[i - 1][0]:
             panel.axhline(i, color=canvas.PALE, linewidth=0.9)
     return base.Drawing(figure, chosen, _caption(chosen))
-
-
-def winners(table: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower."""
-    solved = tasks.solutions(table)
-    if not len(solved):
-        return solved.assign(lead=pd.Series(dtype=float))
-    found = []
-    for _, rows in solved.groupby(tasks.TASK):
-        first = rows.loc[rows["seconds"].idxmin()]
-        others = rows.loc[rows["method"] != first["method"], "seconds"]
-        found.append(first.to_dict() | {"lead": others.min() / first["seconds"]})
-    order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
-    chosen = pd.DataFrame(found)
-    place = chosen["metric"].map(order), chosen["tolerance"].map(list(tasks.TOLERANCES).index)
-    chosen = chosen.assign(_metric=place[0], _tolerance=place[1])
-    chosen = chosen.sort_values(["_metric", "n", "P", "problem", "setting", "_tolerance"])
-    return chosen.drop(columns=["_metric", "_tolerance"]).reset_index(drop=True)
 
 
 def _name(chosen: pd.DataFrame, metric: str, problem: str, setting: str) -> str:
@@ -91,6 +71,6 @@ def _caption(chosen: pd.DataFrame) -> str:
         f"{tasks.RULE} n is the size of Theta, P the number of parameters, O that of outputs a sample, rank the "
         "effective rank where the table tells it. An empty field: nothing measured is as accurate. Exact: at most "
         f"{tasks.TOLERANCES['exact']:g}, exact methods alone. Of {len(chosen)} tasks the fastest is so in at least "
-        f"{100 * SURE:g} % of the bootstrap's reruns for {int((chosen['fastest'] >= SURE).sum())}; the others have a "
+        f"{100 * tasks.SURE:g} % of the bootstrap's reruns for {int((chosen['fastest'] >= tasks.SURE).sum())}; the others have a "
         "question mark, and the next method may be as fast."
     )

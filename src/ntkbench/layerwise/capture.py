@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.func import functionalize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ntkbench import progress_bar
 from ntkbench.layerwise.computed import Computed, Gram
 from ntkbench.layerwise.layers import ExplicitGradient, Layer
 from ntkbench.layerwise.trace import TRACING, SampleGraph, aten, free_layout, untraceable
@@ -147,8 +148,10 @@ class Programs:
         sink: Sink,
     ) -> None:
         """Run the program of a shape; see :meth:`Program.run`."""
-        self.directions_run += directions.shape[:2].numel()
         self.get(layers, parameters, x, directions).run(parameters, self.constants, x, directions, sink)
+        taken = directions.shape[:2].numel()
+        self.directions_run += taken
+        progress_bar.advance(taken)
 
     def gram(self, weight: Computed, parameters: ParameterValues, *, tested: bool) -> Gram:
         """Inner products of gradients by the parameters that a weight is computed from; see :meth:`Computed.gram`."""

@@ -328,32 +328,47 @@ class LayerwiseKernel:
         self._certify(task, [parameters], inputs)
 
     def visit(
-        self, parameters: ParameterValues, x: Tensor, take: Callable[[Block, int, GradientFactors], None]
+        self,
+        parameters: ParameterValues,
+        x: Tensor,
+        take: Callable[[Block, int, GradientFactors], None],
+        directions: Tensor | None = None,
     ) -> None:
-        """Deliver the gradients of all outputs in factored form, layer by layer, within :meth:`certain`; O passes.
+        """Deliver the gradients of all rows in factored form, layer by layer, within :meth:`certain`; K passes.
 
         Args:
-            parameters, x: see :meth:`kernel`.
+            parameters, x, directions: see :meth:`kernel`.
             take: gets some rows, the number of a layer in ``layers``, and the factors of that layer's part of the rows.
 
         Raises:
             Uncertified: plain autograd gives other gradients.
         """
-        task = self._task(None, certified=[(parameters, x)])
+        task = self._task(directions, certified=[(parameters, x)])
         for block in self._blocks(task, [], x, whole=True, parameters=parameters):
             task.visit(parameters, x, block, functools.partial(take, block))
         self._certify(task, [parameters], [x])
 
-    def operands(self, use: Use, parameters: ParameterValues, x: Tensor) -> Tensor:
-        """The operand of a weight at one of its uses, for each sample: ``[N, ...]``; one forward pass.
+    def directions_at_once(self, parameters: ParameterValues, x: Tensor, most: int) -> int:
+        """The number of directions, at most ``most``, that :meth:`visit` delivers of each sample in one block."""
+        for count in (most // 2**halvings for halvings in range(most.bit_length())):
+            # Laid out as random directions are, and never read.
+            directions = None if count == self.O else parameters[0].new_empty(1).expand(len(x), count, self.O)
+            blocks = self._blocks(self._task(directions), [], x, whole=True, parameters=parameters)
+            if all(block.directions == slice(0, count) for block in blocks):
+                return count
+        return 0
+
+    def operands(self, uses: Sequence[Use], parameters: ParameterValues, x: Tensor) -> list[Tensor]:
+        """The operand of a weight at each of some uses, for each sample: ``[N, ...]``; one forward pass.
 
         Args:
-            use: use of a layer in ``layers``.
+            uses: uses of layers in ``layers``.
             parameters, x: see :meth:`kernel`.
         """
         with torch.no_grad():
-            runs = (self.trace.graph.run(parameters, self._programs.constants, sample) for sample in x)
-            return torch.stack([values[use.operand] for _, values in runs])
+            runs = (self.trace.graph.run(parameters, self._programs.constants, sample)[1] for sample in x)
+            found = [[values[use.operand] for use in uses] for values in runs]
+            return [torch.stack(column) for column in zip(*found, strict=True)]
 
     def forget_certificates(self) -> None:
         """Certify the next kernel even if it was certified before."""

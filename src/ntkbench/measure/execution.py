@@ -22,6 +22,7 @@ from ntkbench.measure import cells, outcomes, seeds, timing
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.seeds import Reruns
+from ntkbench.metrics import SPECTRAL
 
 ASPECTS = ("memory", "seconds")
 """What a cell's executions measure, in turn; errors over seeds go with the seconds."""
@@ -73,12 +74,17 @@ class Execution:
             exact: exact values by metric; looked up if not given.
         """
         with self.recorded():
-            if exact is None:
+            metric = self._cell.metric
+            if exact is None or metric in SPECTRAL:
                 from ntkbench.problems.base import reference
 
-                exact = reference.exact(self._problem)
+                exact = reference.exact(self._problem) if exact is None else exact
+            if metric in SPECTRAL:
+                exact = exact | reference.spectral(self._problem)
+                if metric not in exact:
+                    raise Unavailable(f"the exact {metric} of {self._problem.name} is not known in float64")
             start = time.perf_counter()
-            reruns = Reruns(exact[self._cell.metric], self._config.dtype, estimates=[self._first])
+            reruns = Reruns(exact[metric], self._config.dtype, estimates=[self._first])
             columns = reruns.run(self.estimate, range(1, self._cell.seeds)).columns()
             self._keep(
                 **columns,

@@ -29,7 +29,7 @@ PACKAGE = Path(__file__).parents[1]
 SUITE = paths.ROOT / "benchmarks" / "pipeline" / "ntk.py"
 """What a cell's process starts from; it is no part of the package."""
 CELL_ROWS = "ntkbench.measure.rows"
-GALLERY = "ntkbench.figures.plotting.gallery"
+REPORT = "ntkbench.figures.plotting.report"
 REFERENCE = "ntkbench.problems.base.reference"
 AROUND = {
     "cell": ("measure/shard.py", "measure/engine.py"),
@@ -98,7 +98,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def figure(name: str) -> str:
     """What a figure's looks, and those of the page that shows it, depend on; published values are among it."""
-    files = sources(registry.room("figure").module(name), GALLERY)
+    files = sources(registry.room("figure").module(name), REPORT)
     plotting = PACKAGE / "figures" / "plotting"
     files |= {*plotting.glob("*.mplstyle"), *plotting.glob("*.html")}
     if plotting / "sources.py" in files:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
 from ntkbench import methods, problems
 from ntkbench.errors import BadInput
-from ntkbench.metrics import check as check_metric
+from ntkbench.metrics import check_any
 
 
 class Strict(BaseModel):
@@ -39,7 +39,7 @@ def _known_method(name: str) -> str:
 
 
 def _known_metric(name: str) -> str:
-    check_metric(name)
+    check_any(name)
     return name
 
 

@@ -11,7 +11,7 @@ from typing import Self
 import array_api_compat
 import numpy as np
 
-from ntkbench import errors
+from ntkbench import errors, progress_bar
 from ntkbench.operators import arrays, certificate
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.certificate import Reference, Uncertified
@@ -67,7 +67,7 @@ class JacobianOperator(ABC):
     itemsize: int
     chunk_bytes: ChunkBytes = ChunkBytes()
     reference: Reference | None = None
-    _sample_passes: int = 0
+    _spent: float = 0
 
     @property
     def n(self) -> int:
@@ -78,6 +78,16 @@ class JacobianOperator(ABC):
     def passes(self) -> float:
         """Passes spent so far."""
         return self._sample_passes / self.N
+
+    @property
+    def _sample_passes(self) -> float:
+        """Passes spent so far, each counted once per sample."""
+        return self._spent
+
+    @_sample_passes.setter
+    def _sample_passes(self, spent: float) -> None:
+        progress_bar.advance(spent - self._spent)
+        self._spent = spent
 
     @property
     def epsilon(self) -> float:
@@ -360,7 +370,7 @@ class JacobianOperator(ABC):
     def fresh(self) -> Self:
         """A copy on the same device arrays, without the results of the forward pass and with the counter at zero."""
         twin = copy.copy(self)
-        twin._sample_passes = 0
+        twin._spent = 0
         for name in self.COMPUTED:
             twin.__dict__.pop(name, None)
         return twin
@@ -394,8 +404,10 @@ class JacobianOperator(ABC):
 
     def _in_blocks(self, product: Callable[[Array], Array], rows: Array, cost: int) -> Array:
         xp = array_api_compat.array_namespace(rows)
-        self._sample_passes += cost * rows.shape[0]
-        blocks = [product(block) for block in self._split(rows)]
+        blocks = []
+        for block in self._split(rows):
+            blocks.append(product(block))
+            self._sample_passes += cost * block.shape[0]
         return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 base       the table that a figure gets, the drawing that it returns, the style and the caption
 files      from a table's file to the files of a figure
-gallery    the page that shows all figures
+report     the page of a run: the answer, the figures, all cells, checks, provenance
+quality    checks of the results table
 canvas     sheets of panels below a title and a key; what panels have in common
 key        the key of a sheet
 styles     the colour and marker of each method

@@ -1,7 +1,7 @@
 """Claims of the papers as data: what a source says, what was measured here, and a verdict by the numbers alone.
 
 A figure returns its claims in :class:`ntkbench.figures.plotting.base.Drawing`. Sentences of captions, rows of
-``claims.csv``, the table of the gallery and the figure of all claims are made from them.
+``claims.csv``, the table of the report and the figure of all claims are made from them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import pandas as pd
 from ntkbench.figures.plotting import labels
 from ntkbench.measure import laws
 
+NAME = "claims"
+"""Name of the files of all claims of a set of figures."""
 SHARED = "shared_probe_alignment"
 
 REPRODUCED, PARTLY, NOT, UNADDRESSED = VERDICTS = ("reproduced", "partly", "not", "not addressed")

@@ -12,7 +12,6 @@ import pandas as pd
 
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, claims, labels, sources, verdicts
-from ntkbench.figures.plotting.gallery import CLAIMS
 from ntkbench.measure.outcomes import Outcome
 from ntkbench.paths import write_atomically
 
@@ -74,16 +73,16 @@ def write_claims(
     table = claims.table(rows)
     if not len(table):
         for form in ("csv", *forms):
-            (folder / f"{CLAIMS}.{form}").unlink(missing_ok=True)
+            (folder / f"{claims.NAME}.{form}").unlink(missing_ok=True)
         return
-    write_atomically(folder / f"{CLAIMS}.csv", claims.to_csv(table))
-    table = read(folder / f"{CLAIMS}.csv")  # what is drawn is what is written
+    write_atomically(folder / f"{claims.NAME}.csv", claims.to_csv(table))
+    table = read(folder / f"{claims.NAME}.csv")  # what is drawn is what is written
     with base.style():
         drawing = verdicts.draw(table)
-        caption = f"{labels.name_label(CLAIMS)}. {drawing.caption}\n{verdicts.settings(table)}\n"
+        caption = f"{labels.name_label(claims.NAME)}. {drawing.caption}\n{verdicts.settings(table)}\n"
         for form in forms:
             data = caption if form == "txt" else _rendered(drawing, form)
-            write_atomically(folder / f"{CLAIMS}.{form}", data)
+            write_atomically(folder / f"{claims.NAME}.{form}", data)
 
 
 def _drawn(figure: ModuleType, table: pd.DataFrame) -> tuple[base.Drawing, pd.DataFrame]:

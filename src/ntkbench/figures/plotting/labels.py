@@ -11,9 +11,23 @@ import pandas as pd
 from ntkbench.measure.outcomes import one_line
 from ntkbench.metrics import SYMBOLS
 
+GROUPS = {
+    "claims": "What of the papers reproduces",
+    "hazelden": "Hazelden: trace estimation",
+    "mohamadi": "Mohamadi, Bae, Sutherland: the pNTK",
+    "novak": "Novak, Sohl-Dickstein, Schoenholz: fast finite-width kernels",
+    "along": "Along training",
+}
+"""First words of figures' names, in the order of the report; the others come first."""
+OWN = "The comparison"
 ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
 NOT_DRAWN = "Could not be drawn"
-"""Begins the caption of a figure that raised; the gallery looks for it."""
+"""Begins the caption of a figure that raised; the report looks for it."""
+
+
+def group(name: str) -> str:
+    """The group that a figure is shown in, by its name."""
+    return GROUPS.get(name.split("_")[0], OWN)
 
 
 def metric_label(metric: str) -> str:

@@ -18,6 +18,8 @@ RULE = (
     "seeds behind it are in the CSV."
 )
 """How a method's time comes about, in the words of captions."""
+SURE = 0.95
+"""Share of bootstrap reruns in which the fastest method must be so, to be named without a question mark."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
@@ -69,6 +71,24 @@ def solutions(table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES)
             for i, share in zip(rivals, wins, strict=True):
                 made[i]["fastest"] = float(share)
     return pd.DataFrame(made, columns=COLUMNS)
+
+
+def winners(table: pd.DataFrame) -> pd.DataFrame:
+    """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower."""
+    solved = solutions(table)
+    if not len(solved):
+        return solved.assign(lead=pd.Series(dtype=float))
+    found = []
+    for _, rows in solved.groupby(TASK):
+        first = rows.loc[rows["seconds"].idxmin()]
+        others = rows.loc[rows["method"] != first["method"], "seconds"]
+        found.append(first.to_dict() | {"lead": others.min() / first["seconds"]})
+    order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
+    chosen = pd.DataFrame(found)
+    place = chosen["metric"].map(order), chosen["tolerance"].map(list(TOLERANCES).index)
+    chosen = chosen.assign(_metric=place[0], _tolerance=place[1])
+    chosen = chosen.sort_values(["_metric", "n", "P", "problem", "setting", "_tolerance"])
+    return chosen.drop(columns=["_metric", "_tolerance"]).reset_index(drop=True)
 
 
 def ratios(solved: pd.DataFrame) -> pd.Series:

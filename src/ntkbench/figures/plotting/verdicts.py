@@ -12,12 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ntkbench.figures.plotting import base, canvas, gallery, labels, styles
+from ntkbench.figures.plotting import base, canvas, labels, styles
 from ntkbench.figures.plotting.claims import ABOUT, REPRODUCED, UNADDRESSED, VERDICTS
 
 COLOURS = {"Hazelden": styles.VERMILION, "Mohamadi, Bae, Sutherland": styles.INDIGO}
 COLOURS |= {"Novak, Sohl-Dickstein, Schoenholz": styles.BLUE}
-"""Of a paper, as the gallery calls it."""
+"""Of a paper, as the report calls it."""
 BAND = "#D9EEE7"
 ROW, HEADING = 0.25, 0.38
 """Inches of a dot and of a group's heading."""
@@ -35,7 +35,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     if not len(numbers):
         return base.Drawing(base.words("Nothing to show", "No claim has a number here."), table, _caption(table))
-    papers = numbers["figure"].map(gallery.group).str.partition(":")[0]
+    papers = numbers["figure"].map(labels.group).str.partition(":")[0]
     groups = {paper: numbers[papers == paper].to_dict("records") for paper in sorted(set(papers))}
     lines = len(numbers) + int(numbers["best_ratio"].notna().sum())
     height = ROW * lines + HEADING * len(groups)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from ntkbench import metrics
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, Unavailable, Undefined
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from ntkbench.layerwise.blocks import Block
     from ntkbench.layerwise.kernel import LayerwiseKernel
 
+DECOMPOSED = 2
+"""Number of float64 matrices that an eigenvalue decomposition holds, the kernel included."""
+
 
 class Layerwise(Method):
     """Moments of Theta, or of A (x) I_O for a kernel A between samples, by :class:`LayerwiseKernel`.
@@ -33,6 +39,7 @@ class Layerwise(Method):
     needs_independent_samples = True
     prepares = "trace"
     kernel: ClassVar[str] = "full"
+    spectral = metrics.SPECTRAL
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.layerwise import sample_kernels
@@ -41,7 +48,13 @@ class Layerwise(Method):
         return directions * len(metrics.parameter_sets(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta, Theta_f and their product if these are of two networks; otherwise they are computed in blocks."""
+        """Theta, Theta_f and their product if these are of two networks; otherwise they are computed in blocks.
+
+        Eigenvalues take the kernel and its decomposition in float64.
+        """
+        if metric in metrics.SPECTRAL:
+            size = problem.n if self.kernel == "full" else problem.N
+            return size**2 * (target.itemsize + DECOMPOSED * 8)
         whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
         return 3 * problem.n**2 * target.itemsize if whole else 0
 
@@ -63,7 +76,9 @@ class Layerwise(Method):
     def estimate(self, prepared: TracedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         from ntkbench.layerwise import sample_kernels
 
-        metrics.check(metric)
+        metrics.check_any(metric)
+        if metric in metrics.SPECTRAL:
+            return self._of_eigenvalues(prepared, metric)
         ends = prepared.ends(metric)
         ledger = ledger_of(ends)
         moments = _moments(sample_kernels.get(self.kernel), ends, metric)
@@ -74,6 +89,41 @@ class Layerwise(Method):
             terms = max(len(ends[0].x) * ends[0].engine.O, *sizes)
             rounding = rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
         return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
+
+
+    def _of_eigenvalues(self, prepared: TracedProblem, metric: str) -> Estimate:
+        """A metric of the eigenvalues, by the decomposition of the whole kernel in float64 on the host.
+
+        By Weyl's inequality no eigenvalue changes by more than the norm of the kernel's rounding.
+
+        Raises:
+            Unavailable: the condition number is asked for, and Theta is singular or may be.
+        """
+        from ntkbench.layerwise import sample_kernels
+
+        (end,) = prepared.ends(metric)
+        ledger, kernel = ledger_of([end]), sample_kernels.get(self.kernel)
+        made = arrays.to_numpy(kernel.compute(end.engine, end.parameters, end.x), np.float64)
+        values = np.linalg.eigvalsh(made)
+        P = sum(w.numel() for w in end.parameters)
+        copies = end.engine.O if kernel.between_samples else 1
+        if metric == "condition_number" and len(made) > P:
+            raise Unavailable(f"the kernel of {len(made)} rows is singular, as there are {P} parameters")
+        spent, notes, certificate = ledger()
+        epsilon = arrays.epsilon(end.parameters[0])
+        share = rounding_bound("trace", epsilon, max(len(made), P), certificate)
+        error = share * float(abs(values).sum())
+        try:
+            value = metrics.of_eigenvalues(metric, values, copies=copies, error=error)
+        except Undefined as undefined:
+            raise Unavailable(str(undefined)) from None
+        rounding = {
+            "largest_eigenvalue": error / value if value else 0.0,
+            "condition_number": error * (1 / values.max() + 1 / max(values.min(), error)) if value else 0.0,
+            "entropy_effective_rank": share * math.log(len(made) + 1),
+        }[metric]
+        known = rounding if self.kind == "exact" else None
+        return Estimate(value, None, spent, self.name, notes, metric, certificate=certificate, rounding=known)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class Method(ABC):
         kind: ``exact``, ``approximate`` (deterministic and biased) or ``stochastic`` (takes passes and a seed).
         source: paper and equation, or program, that the method comes from.
         backends: backends that it runs on, the default first.
-        metrics: metrics that it computes.
+        metrics: metrics that it computes, of those that are functions of moments.
+        spectral: metrics of eigenvalues that it computes.
         needs_independent_samples: whether it requires that each output depends only on its own sample.
         needs_recurrence: whether it requires a module that declares a recurrence over time.
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
@@ -37,6 +38,7 @@ class Method(ABC):
     source: ClassVar[str]
     backends: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
+    spectral: ClassVar[tuple[str, ...]] = ()
     needs_independent_samples: ClassVar[bool] = False
     needs_recurrence: ClassVar[bool] = False
     prepares: ClassVar[str] = "operators"
@@ -56,8 +58,8 @@ class Method(ABC):
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
         """Why the method does not support a problem, metric, target or budget; ``None`` if it does."""
-        if metric not in self.metrics:
-            return f"gives {', '.join(self.metrics)} only"
+        if metric not in (given := (*self.metrics, *self.spectral)):
+            return f"gives {', '.join(given)} only"
         if target.backend not in self.backends:
             return f"runs on {', '.join(self.backends)} only"
         networks = [problem.end(name)[0] for name in metrics.parameter_sets(metric)]
@@ -104,7 +106,7 @@ class Method(ABC):
 
         Args:
             prepared: the result of :meth:`prepare`.
-            metric: one of ``self.metrics``.
+            metric: one of ``self.metrics`` or ``self.spectral``.
             passes: upper limit on the passes of a stochastic method; ``None`` for the others.
             seed: seed of the probes; the same seed gives the same estimate.
         """

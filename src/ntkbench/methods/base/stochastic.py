@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from scipy.special import chdtri
 
-from ntkbench import metrics
+from ntkbench import metrics, progress_bar
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
@@ -195,7 +195,9 @@ class Incremental(Stochastic):
                 found = {name: _widened(estimate) for name, estimate in found.items()}
             if not further or drawn == most:
                 break
-            looks.append((drawn, max(each.relative_width(confidence) for each in found.values()) / rtol))
+            width = max(each.relative_width(confidence) for each in found.values())
+            progress_bar.say(f", within {100 * width:.2g} % of {100 * rtol:.2g} %")
+            looks.append((drawn, width / rtol))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             if needed * spent / drawn > exact_passes and spent + exact_passes <= passes:
                 break

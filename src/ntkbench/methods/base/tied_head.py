@@ -269,7 +269,7 @@ class TiedNetwork:
         positions = _positions(engine.trace.graph.graph, use.node, basis.shape[1])
         if positions is None:
             raise BadInput(f"its outputs are not those of its embedding, {whole.table}, as they are")
-        h = engine.operands(use, self.inner.parameters, self.inner.x)
+        (h,) = engine.operands([use], self.inner.parameters, self.inner.x)
         self._h = h[:, positions.to(h.device)].flatten(0, 1).double()
         self.G = Gram(self._h, whole.bias in whole.parameters)
 

@@ -18,10 +18,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ntkbench import paths, problems
-from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, Unavailable, summary
+from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, Unavailable, Undefined, summary
 from ntkbench.estimators.rows import moments_from_rows
-from ntkbench.metrics import METRICS, Moments, squared_norm
+from ntkbench.metrics import METRICS, SPECTRAL, Moments, of_eigenvalues, squared_norm
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -54,6 +56,44 @@ def exact(problem: Problem) -> dict[str, float]:
     record = compute(problem)
     storage.write(file_of(problem.name, paths.cache()), record)
     return record["metrics"]
+
+
+def spectral(problem: Problem) -> dict[str, float]:
+    """Metric of the eigenvalues to exact value, from the cache, or computed now (and cached).
+
+    The condition number is missing where the smallest eigenvalue may be zero. Cost: a backward pass for each row of J,
+    and the decomposition of the smaller of Theta and J^T J in float64.
+
+    Raises:
+        Unavailable: J or the smaller matrix takes more than :data:`MEMORY`.
+        NoExactValue: it cannot be computed.
+        NtkbenchError: the cache cannot be written.
+    """
+    import torch
+
+    n, P = problem.n, problem.P
+    if (needed := 8 * max(n * P, 3 * min(n, P) ** 2)) > MEMORY:
+        raise Unavailable(
+            f"exact eigenvalues of {problem.name} take {needed / 2**30:.1f} GiB, over {MEMORY / 2**30:.0f} GiB"
+        )
+    file = paths.cache() / "spectral" / f"{problem.name}.json"
+    with _explained(problem):
+        digest = problem.digest()
+        if (stored := storage.read(file)) is not None and stored.get("digest") == digest:
+            return stored["metrics"]
+        jacobian = _jacobians(problem)[0]
+        blocks, rows = _blocks(problem, jacobian)
+        J = torch.cat([rows(jacobian, block) for block in blocks])
+        gram = (J @ J.T if n <= P else J.T @ J).cpu().numpy()
+        values = np.zeros(n)
+        values[: len(gram)] = np.linalg.eigvalsh(gram)
+        error = float(np.finfo(np.float64).eps) * n * float(abs(values).max())
+        found = {}
+        for metric in SPECTRAL:
+            with contextlib.suppress(Undefined):
+                found[metric] = of_eigenvalues(metric, values, error=error)
+    storage.write(file, {"problem": problem.name, "metrics": found, "digest": digest})
+    return found
 
 
 def commit(labels: Iterable[str]) -> list[dict[str, Any]]:

@@ -124,6 +124,21 @@ class Adam(Training):
         return self.loss(module(_wide(self.x[:PROBED])), self.y[:PROBED])
 
 
+@dataclass(frozen=True, eq=False)
+class AdamInTrainMode(Adam):
+    """:class:`Adam` on a network in train mode: BatchNorm normalises by each batch and keeps running statistics.
+
+    The network is in eval mode afterwards.
+    """
+
+    def course(self, module: nn.Module) -> Iterator[tuple[int, float]]:
+        module.train()
+        try:
+            yield from super().course(module)
+        finally:
+            module.eval()
+
+
 def next_token(logits: Tensor, following: Tensor) -> Tensor:
     """Cross-entropy of logits ``[N, T, V]`` for the tokens that follow, ``[N, T]``, in nats a token."""
     import torch

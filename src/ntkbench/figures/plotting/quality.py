@@ -1,0 +1,156 @@
+"""Checks of the results table: what a reader should know before trusting its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from ntkbench.figures.plotting import base, labels
+
+ERROR, WARNING, NOTE, PASSED = SEVERITIES = ("error", "warning", "note", "passed")
+"""From the worst."""
+OFF = {"float32": 1e-3, "float64": 1e-8}
+"""Relative error from which an exact method is off the reference, far above its rounding, by precision."""
+CONFIDENCE = 0.95
+"""Of the intervals whose coverage is tested."""
+UNLIKELY = 0.01
+"""Probability of any false alarm about coverage in a table."""
+NOISY = 0.5
+"""Quartile range of the seconds of a cell, relative to their median, from which its timing is noisy."""
+FEWEST = 3
+"""Timed calls from which their quartiles tell anything."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of a check.
+
+    Attributes:
+        severity: one of :data:`SEVERITIES`.
+        title: what was checked.
+        text: what was found.
+        cases: the cells that it is about, in words.
+    """
+
+    severity: str
+    title: str
+    text: str
+    cases: tuple[str, ...] = ()
+
+
+def checks(table: pd.DataFrame) -> list[Check]:
+    """All checks of the results table, the worst first.
+
+    Args:
+        table: what :func:`ntkbench.figures.plotting.base.checked` gives.
+    """
+    found = [_missing(table), _exact(table), _control(table), _coverage(table), _timings(table), _code(table)]
+    return sorted(found, key=lambda check: SEVERITIES.index(check.severity))
+
+
+def _missing(table: pd.DataFrame) -> Check:
+    without = table[table["status"] != "ok"]
+    if not len(without):
+        return Check(PASSED, "Cells without a result", f"All {len(table)} cells have one.")
+    ended = set(without["status"])
+    severity = ERROR if "failed" in ended else NOTE if ended == {"skipped"} else WARNING
+    reasons = without.groupby(["status", "reason"], sort=False).size().sort_values(ascending=False)
+    cases = tuple(f"{count} {labels.status_label(status)}: {reason}" for (status, reason), count in reasons.items())
+    return Check(severity, "Cells without a result", f"{len(without)} of {len(table)} cells have none.", cases)
+
+
+def _exact(table: pd.DataFrame) -> Check:
+    exact = _compared(table)
+    off = exact[_is_off(exact, exact["reference"])]
+    text = f"{len(exact) - len(off)} of {len(exact)} values of exact methods are those of the reference."
+    return Check(ERROR if len(off) else PASSED, "Exact methods against the reference", text, _cases(off))
+
+
+def _control(table: pd.DataFrame) -> Check:
+    """The same check where references are exchanged between problems, which it must notice."""
+    exact = _compared(table)
+    others = {
+        (metric, problem): references[names[(i + 1) % len(names)]]
+        for metric, references in exact.groupby("metric")
+        for references in [references.groupby("problem")["reference"].first()]
+        for names in [list(references.index)]
+        if len(names) > 1
+        for i, problem in enumerate(names)
+    }
+    keys = list(zip(exact["metric"], exact["problem"], strict=True))
+    exchanged = exact[[key in others for key in keys]]
+    wrong = pd.Series([others[key] for key in keys if key in others], index=exchanged.index, dtype=float)
+    seen = int(_is_off(exchanged, wrong).sum())
+    if not len(exchanged):
+        return Check(NOTE, "Control: references of other problems", "There are not two problems with one metric.")
+    text = f"With them, {seen} of {len(exchanged)} values of exact methods are off, as they should be."
+    return Check(PASSED if seen == len(exchanged) else ERROR, "Control: references of other problems", text)
+
+
+def _compared(table: pd.DataFrame) -> pd.DataFrame:
+    columns = ["value", "reference", "error"]
+    if not set(columns) <= set(table):
+        return table.iloc[:0].reindex(columns=[*table.columns, *columns])
+    return base.measured(table[table["kind"] == "exact"], *columns)
+
+
+def _is_off(exact: pd.DataFrame, reference: pd.Series) -> pd.Series:
+    return (exact["value"] / reference - 1).abs() > exact["dtype"].map(OFF).fillna(max(OFF.values()))
+
+
+def _coverage(table: pd.DataFrame) -> Check:
+    title = f"Coverage of {100 * CONFIDENCE:.0f} % intervals"
+    if "covered" not in table:
+        return Check(NOTE, title, "The table has no intervals.")
+    rows = base.measured(table, "covered", "seeds")
+    if not len(rows):
+        return Check(NOTE, title, "The table has no intervals.")
+    hits = (rows["covered"] * rows["seeds"]).round().astype(int)
+    limit = UNLIKELY / len(rows)
+    chances = [
+        binomtest(int(hit), int(seeds), CONFIDENCE, "less").pvalue
+        for hit, seeds in zip(hits, rows["seeds"], strict=True)
+    ]
+    low = rows[np.array(chances) < limit]
+    share = hits.sum() / rows["seeds"].sum()
+    text = (
+        f"{labels.share_label(share)} of {int(rows['seeds'].sum())} intervals hold the reference. "
+        f"In {len(low)} of {len(rows)} cells fewer do than chance explains."
+    )
+    cases = tuple(
+        f"{case}: {labels.share_label(covered)} of {seeds:g}"
+        for case, covered, seeds in zip(_cases(low), low["covered"], low["seeds"], strict=True)
+    )
+    return Check(WARNING if len(low) else PASSED, title, text, cases)
+
+
+def _timings(table: pd.DataFrame) -> Check:
+    rows = base.measured(table, "seconds", "seconds_q25", "seconds_q75")
+    rows = rows[rows["calls"] >= FEWEST] if "calls" in rows else rows
+    spread = (rows["seconds_q75"] - rows["seconds_q25"]) / rows["seconds"]
+    noisy = rows[spread > NOISY]
+    text = (
+        f"{len(noisy)} of {len(rows)} cells with {FEWEST} timed calls or more have quartiles that are further apart "
+        f"than {100 * NOISY:.0f} % of the median."
+    )
+    return Check(NOTE if len(noisy) else PASSED, "Noise of timings", text, _cases(noisy))
+
+
+def _code(table: pd.DataFrame) -> Check:
+    dirty = table["git_dirty"].str.lower().isin({"true", "1", "1.0", "yes"})
+    commits, machines = (len(set(table[column]) - {""}) for column in ("git_sha", "machine"))
+    text = f"{commits} commit{'s' * (commits != 1)}, {machines} kind{'s' * (machines != 1)} of machines"
+    if dirty.any():
+        return Check(WARNING, "Where the numbers come from", f"{text}; {dirty.sum()} cells with uncommitted changes.")
+    return Check(PASSED if commits == machines == 1 else NOTE, "Where the numbers come from", f"{text}.")
+
+
+def _cases(rows: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(
+        f"{row.problem}, {row.metric.replace('_', ' ')}, {row.method} in {row.backend}"
+        + (f", {row.passes:g} passes" if row.passes == row.passes else "")
+        for row in rows.itertuples()
+    )

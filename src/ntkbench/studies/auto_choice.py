@@ -1,0 +1,203 @@
+"""How good the choice of ``method="auto"`` is: its time beside that of every method that states the same tolerance.
+
+A task is a metric of a problem to a relative tolerance. Exact methods take part, and estimators that stop where their
+95 % interval is within the tolerance. Approximate methods do not state an error, and do not take part. Methods are
+prepared, as in a :class:`ntkbench.Kernel` that is used more than once, and those that may be the fastest are timed in
+turn with ``auto``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ntkbench import ladder, methods, problems
+from ntkbench.errors import Unavailable
+from ntkbench.estimate import Estimate
+from ntkbench.measure import outcomes, timing
+from ntkbench.measure.schema import MetricName, ProblemLabel
+from ntkbench.methods import Method
+from ntkbench.methods.base import Incremental, Stochastic
+from ntkbench.metrics import METRICS
+from ntkbench.options import Options, Target
+from ntkbench.problem import Problem
+from ntkbench.studies import base
+
+TIMED = True
+PLUGINS = tuple(
+    sorted(
+        {methods.ROOM.module(name) for name in methods.ROOM.found()}
+        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
+    )
+)
+AUTO = "auto"
+RIVAL = 4.0
+"""A method takes part in the timing in turn if its own time is within this factor of the fastest one's."""
+
+PROBLEMS = [
+    "digits_mlp[N=64]",
+    "digits_conv[N=32]",
+    "mlp_hazelden[N=16]",
+    "mlp_he",
+    "gru_hazelden[N=4,T=5]",
+    "lstm_flipflop",
+    "transformer_flipflop",
+    "resnet18[N=4,O=10,width=8]",
+]
+
+
+class Settings(base.Settings):
+    """Which tasks there are, and how often calls are timed.
+
+    Attributes:
+        problems: labels.
+        metrics: of each problem that has them.
+        rtols: relative tolerances.
+        calls: timed ones of each method, in turn.
+    """
+
+    problems: list[ProblemLabel] = Field(default=PROBLEMS, min_length=1)
+    metrics: list[MetricName] = Field(default=list(METRICS), min_length=1)
+    rtols: list[PositiveFloat] = Field(default=[0.1, 0.01], min_length=1)
+    calls: PositiveInt = 9
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each task and method, that of ``auto`` first.
+
+    ``ratio`` is that of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest`` marks the
+    method that took least. ``by`` is the method that ``auto`` stood for.
+    """
+    return base.table(
+        row
+        for label in settings.problems
+        for metric, rtol in itertools.product(settings.metrics, settings.rtols)
+        for row in _rows(settings, label, metric, rtol)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(label: str, target: Target) -> tuple[Problem, Callable[[Method], Any]]:
+    """A problem, and its methods, each prepared once."""
+    problem = problems.load(label)
+    made: dict[str, Any] = {}
+
+    def prepare(method: Method) -> Any:
+        key = method.prepares or method.name
+        if key not in made:
+            made[key] = method.prepare(problem, target)
+        return made[key]
+
+    return problem, prepare
+
+
+def _rows(settings: Settings, label: str, metric: str, rtol: float) -> list[base.Row]:
+    task = {"problem": label, "metric": metric, "rtol": rtol}
+    rows = [
+        base.row({**task, "method": name, **_described(name)}, functools.partial(_alone, settings, task, name))
+        for name in _entrants(metric)
+    ]
+    measured = [row for row in rows if row["status"] == outcomes.OK]
+    limit = RIVAL * min((row["alone_seconds"] for row in measured), default=0.0)
+    turns = [
+        base.Turn(row, *_calls(settings, task, row["method"]))
+        for row in measured
+        if row["method"] == AUTO or row["alone_seconds"] <= limit
+    ]
+    times = base.in_turn(task, turns, settings.calls)
+    _add_ratios([turn.row for turn in turns], times)
+    return rows
+
+
+def _entrants(metric: str) -> Iterator[str]:
+    yield AUTO
+    for method in map(methods.get, methods.names()):
+        stated = method.kind == "exact" or isinstance(method, Incremental)
+        if stated and metric in method.metrics and "torch" in method.backends:
+            yield method.name
+
+
+def _described(name: str) -> dict[str, str]:
+    if name == AUTO:
+        return {"title": AUTO, "kind": ""}
+    method = methods.get(name)
+    return {"title": method.title, "kind": method.kind}
+
+
+def _estimate(settings: Settings, task: dict[str, Any], name: str, seed: int) -> Estimate:
+    problem, prepare = _prepared(task["problem"], settings.target())
+    metric = task["metric"]
+    rtol = task["rtol"] if name == AUTO or isinstance(methods.get(name), Stochastic) else None
+    options = Options(method=name, rtol=rtol, seed=seed)
+    return ladder.estimates(problem, (metric,), settings.target(), options, prepare)[metric]
+
+
+def _alone(settings: Settings, task: dict[str, Any], name: str) -> dict[str, Any]:
+    """A method's estimates with two seeds: what it reaches, and the time of the second one.
+
+    Raises:
+        Unavailable: it does not apply, takes too long, or does not reach the tolerance.
+        OverMemory: it would take more memory than the limits allow.
+    """
+    problem, _ = _prepared(task["problem"], settings.target())
+    if task["metric"] == "alignment" and problem.theta_f is None:
+        raise Unavailable("the network stays untrained")
+    if name != AUTO:
+        _check(settings, problem, task["metric"], methods.get(name))
+    calls = [functools.partial(_estimate, settings, task, name, seed) for seed in range(2)]
+    first = timing.timed(calls[0], 0)
+    patience, width = settings.limits.patience_s, first.first.relative_width()
+    if name != AUTO and width > task["rtol"]:
+        raise Unavailable(f"reaches {width:.2g} with {first.first.passes:g} passes")
+    again = timing.timed(calls[1], 0)
+    if name != AUTO and again.first_seconds > patience:
+        raise Unavailable(f"takes {again.first_seconds:.2g} s, over patience_s ({patience:g})")
+    return {
+        **base.sizes(problem),
+        "by": again.first.method,
+        "passes_spent": again.first.passes,
+        "relative_width": width,
+        "alone_seconds": again.first_seconds,
+        "seeds": 2,
+    }
+
+
+def _check(settings: Settings, problem: Problem, metric: str, method: Method) -> None:
+    """Refuse a method that does not apply, or would take too long.
+
+    Raises:
+        Unavailable: says why.
+        OverMemory: it would take more memory than the limits allow.
+    """
+    target, limits = settings.target(), settings.limits
+    if reason := method.unsupported_reason(problem, metric, target):
+        raise Unavailable(reason)
+    if not isinstance(method, Stochastic):
+        limits.check_passes(method.passes_needed(problem, metric, target))
+    limits.check_memory(method.bytes_needed(problem, metric, target))
+
+
+def _calls(settings: Settings, task: dict[str, Any], name: str) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
+    """The timed call, with another seed each time, and the first one."""
+    seeds = itertools.count(2)
+    call = functools.partial(_estimate, settings, task, name)
+    return lambda: call(next(seeds)), lambda: call(0)
+
+
+def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:
+    """Add the ratio of the time of ``auto`` to that of each method."""
+    timed = [(row, own) for row, own in zip(rows, times, strict=True) if own]
+    own_of_auto = next((own for row, own in timed if row["method"] == AUTO), None)
+    others = [pair for pair in timed if pair[0]["method"] != AUTO]
+    if own_of_auto is None or not others:
+        return
+    fastest = min(others, key=lambda pair: float(np.median(pair[1])))[0]
+    for row, own in others:
+        row.update(timing.quartiles("ratio", [a / b for a, b in zip(own_of_auto, own, strict=True)]))
+        row["fastest"] = row is fastest

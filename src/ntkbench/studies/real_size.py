@@ -1,0 +1,116 @@
+"""What one call takes on networks of real size: seconds, passes, memory, and the interval that it gives.
+
+A row is the first call of a user, with ``method="auto"`` and a tolerance: checks, trace, certificate and estimate. Exact
+values of these networks are not available, so that errors are those that the estimates state.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import pandas as pd
+from pydantic import Field, PositiveFloat
+
+from ntkbench import ladder, methods, operators, problems
+from ntkbench.estimate import Estimate
+from ntkbench.measure import timing
+from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
+from ntkbench.methods import Method
+from ntkbench.options import Options
+from ntkbench.studies import base
+
+TIMED = True
+PLUGINS = tuple(
+    sorted(
+        {methods.ROOM.module(name) for name in methods.ROOM.found()}
+        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
+    )
+)
+
+
+class Case(Strict):
+    """A call.
+
+    Attributes:
+        problem, metric: what is asked for.
+        rtol: to which relative tolerance.
+    """
+
+    problem: ProblemLabel
+    metric: MetricName = "trace"
+    rtol: PositiveFloat = Field(default=0.05, lt=1)
+
+
+def _case(problem: str, metric: str, rtol: float) -> Case:
+    # Not validated while this file is imported: that would import all problems.
+    return Case.model_construct(problem=problem, metric=metric, rtol=rtol)
+
+
+CASES = [
+    _case("gpt2_small", "trace", 0.05),
+    _case("gpt2_small[head=untied]", "trace", 0.05),
+    _case("transformer_small", "trace", 0.01),
+    _case("transformer_small", "alignment", 0.02),
+    _case("resnet20_cifar[N=200]", "trace", 0.01),
+    _case("resnet20_cifar[N=200]", "alignment", 0.02),
+]
+
+
+class Settings(base.Settings):
+    """The calls.
+
+    Attributes:
+        cases: problems with metrics and tolerances.
+    """
+
+    cases: list[Case] = Field(default=CASES, min_length=1)
+
+
+def run(settings: Settings) -> pd.DataFrame:
+    """One row for each case.
+
+    ``seconds`` and ``memory_bytes`` are those of one call, the latter what it adds to the process at its peak;
+    ``allowed_bytes`` is what ``memory=`` was, and ``weights_bytes`` the size of the parameters. ``low`` and ``high``
+    are the ends of the 95 % interval.
+    """
+    return base.table(base.row(case.model_dump(), functools.partial(_measure, settings, case)) for case in settings.cases)
+
+
+def _measure(settings: Settings, case: Case) -> dict[str, Any]:
+    problem, target = problems.load(case.problem), settings.target()
+    found: list[tuple[float, Estimate]] = []
+
+    def call() -> None:
+        made: dict[str, Any] = {}
+
+        def prepare(method: Method) -> Any:
+            key = method.prepares or method.name
+            if key not in made:
+                made[key] = method.prepare(problem, target)
+            return made[key]
+
+        start = time.perf_counter()
+        estimate = ladder.estimates(problem, (case.metric,), target, Options(rtol=case.rtol), prepare)[case.metric]
+        found.append((time.perf_counter() - start, estimate))
+
+    peak = timing.peak_bytes(call)
+    ((seconds, estimate),) = found
+    low, high = estimate.interval()
+    return {
+        **base.sizes(problem),
+        "by": estimate.method,
+        "value": estimate.value,
+        "low": low,
+        "high": high,
+        "relative_width": estimate.relative_width(),
+        "passes_spent": estimate.passes,
+        "certificate": estimate.certificate,
+        "seconds": seconds,
+        "memory_bytes": operators.device_memory(target) or peak,
+        "allowed_bytes": target.memory,
+        "weights_bytes": problem.P * target.itemsize,
+        "notes": "; ".join(estimate.notes),
+        "calls": 1,
+    }

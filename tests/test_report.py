@@ -1,0 +1,146 @@
+"""The report of a run: the answer, all cells, checks and provenance."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ntkbench import figures, paths
+from ntkbench.figures.plotting import base, quality, report, tasks
+
+SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "here", "git_sha": "a" * 40}
+SETTINGS |= {"git_dirty": "False", "versions": "torch 2", "python": "3.11"}
+
+
+def cell(**given):
+    """A row of the results table."""
+    row = {"problem": "small", "family": "small", "N": 4, "O": 2, "P": 20, "n": 8, "method": "naive_jacobian"}
+    row |= {"title": "naive Jacobian", "kind": "exact", "backend": "torch", "metric": "trace", "passes": np.nan}
+    row |= {"status": "ok", "reason": "", "seconds": 1.0, "seconds_q25": 0.9, "seconds_q75": 1.1, "calls": 5}
+    row |= {"passes_spent": 8, "value": 10.0, "reference": 10.0, "error": 1e-7, "error_q25": 1e-7, "error_q75": 1e-7}
+    row |= {"effective_rank": 3.0, "seeds": 1, "covered": np.nan, "memory_bytes": 2.0**20}
+    return row | SETTINGS | given
+
+
+def stochastic(passes: int, **given):
+    estimate = {"method": "hutchinson", "title": "Hutchinson", "kind": "stochastic", "passes": passes, "seeds": 20}
+    error = 0.3 * passes**-0.5
+    errors = {"error": error, "error_q25": error / 2, "error_q75": 2 * error, "covered": 0.95}
+    return cell(**{**estimate, **errors, "seconds": passes / 100, "seconds_q25": passes / 110, "seconds_q75": passes / 95} | given)
+
+
+@pytest.fixture
+def table():
+    rows = [cell(), *(stochastic(passes) for passes in (16, 64, 256))]
+    rows += [cell(problem="other", value=3.0, reference=3.0), cell(problem="large", n=800, N=400, status="timeout")]
+    rows += [cell(method="xtrace", status="skipped", reason="gives <b>nothing</b>")]
+    rows[-1] |= dict.fromkeys(("seconds", "error", "value"), np.nan)
+    rows[-2] |= dict.fromkeys(("seconds", "error", "value"), np.nan) | {"reason": "took 60 s"}
+    return base.checked(pd.DataFrame(rows))
+
+
+def found(table, title):
+    return next(check for check in quality.checks(table) if check.title.startswith(title))
+
+
+def test_the_answer_has_every_problem_and_a_hole_where_nothing_is_reached(table):
+    (trace,) = report.answer(table)
+    assert [row["problem"] for row in trace["rows"]] == ["other", "small", "large"]
+    small, large = trace["rows"][1], trace["rows"][2]
+    assert [choice and choice["method"] for choice in small["choices"]] == [
+        "hutchinson",
+        "naive_jacobian",
+        "naive_jacobian",
+        "naive_jacobian",
+    ]
+    assert large["choices"] == [None] * len(tasks.TOLERANCES) and large["methods"] == 0
+    assert small["choices"][0]["call"].startswith('ntkbench.trace(model, x, method="hutchinson", passes=')
+    assert small["choices"][1]["call"] == 'ntkbench.trace(model, x, method="naive_jacobian")'
+
+
+def test_calls_can_be_typed():
+    for metric, backend in (("norm", "torch"), ("alignment", "torch"), ("trace", "jax"), ("alignment", "jax")):
+        winner = pd.Series({"method": "m", "kind": "exact", "passes": np.nan, "metric": metric, "backend": backend})
+        call = report._call(winner)
+        compile(call, "call", "eval")
+        assert call.startswith(f"ntkbench.{metric}(") and call.endswith('method="m")')
+
+
+def test_missing_cells_are_an_error_only_if_they_failed(table):
+    assert found(table, "Cells without").severity == "warning"
+    assert found(table.assign(status=table["status"].replace("timeout", "failed")), "Cells without").severity == "error"
+    assert found(table[table["status"] != "timeout"], "Cells without").severity == "note"
+    assert found(table[table["status"] == "ok"], "Cells without").severity == "passed"
+    assert any("took 60 s" in case for case in found(table, "Cells without").cases)
+
+
+def test_an_exact_method_off_the_reference_is_an_error(table):
+    assert found(table, "Exact methods").severity == "passed"
+    wrong = table.assign(value=table["value"].where(table["problem"] != "other", 3.01))
+    check = found(wrong, "Exact methods")
+    assert check.severity == "error" and check.cases == ("other, trace, naive_jacobian in torch",)
+
+
+def test_the_control_notices_references_of_other_problems(table):
+    check = found(table, "Control")
+    assert check.severity == "passed" and check.text.startswith("With them, 2 of 2")
+    same = table.assign(reference=10.0, value=table["value"].where(table["value"].isna(), 10.0))
+    assert found(same, "Control").severity == "error", "a check that notices nothing"
+    assert found(table[table["problem"] == "small"], "Control").severity == "note"
+
+
+def test_intervals_that_miss_too_often_are_a_warning(table):
+    assert found(table, "Coverage").severity == "passed"
+    low = found(table.assign(covered=table["covered"].where(table["passes"] != 64, 0.5)), "Coverage")
+    assert low.severity == "warning" and len(low.cases) == 1 and "64 passes: 50 % of 20" in low.cases[0]
+    assert found(table.drop(columns="covered"), "Coverage").severity == "note"
+
+
+def test_noisy_timings_are_noted(table):
+    assert found(table, "Noise").severity == "passed"
+    assert found(table.assign(seconds_q75=2.0), "Noise").severity == "note"
+    assert found(table.assign(seconds_q75=2.0, calls=1), "Noise").severity == "passed"
+
+
+def test_uncommitted_changes_are_a_warning(table):
+    assert found(table, "Where").severity == "passed"
+    assert found(table.assign(git_dirty="True"), "Where").severity == "warning"
+    assert found(table.assign(machine=["a", *["b"] * (len(table) - 1)]), "Where").severity == "note"
+
+
+def test_the_page_of_a_run(table, tmp_path):
+    (tmp_path / "studies").mkdir()
+    table.to_csv(tmp_path / "table.csv", index=False)
+    study = pd.DataFrame([{"status": "ok", "reason": "", "git_sha": "b" * 40, "git_dirty": True}])
+    study.to_csv(tmp_path / "studies" / "some_study.csv", index=False)
+    picture = figures.draw("coverage", pd.read_csv(tmp_path / "table.csv"), tmp_path / "figures")[2]
+    page = report.page([picture], "A run", tmp_path)
+    order = [page.index(f'<h2 id="{name}">') for name in ("answer", "figures", "cells", "checks", "provenance")]
+    assert order == sorted(order) and 'id="papers"' not in page
+    assert page.count('class="hole"') == 4 + 0 and page.count("<tr><td data-key=") == len(table)
+    assert "gives &lt;b&gt;nothing&lt;/b&gt;" in page
+    text = re.sub(r"<[^>]+>", " ", html.unescape(page))
+    assert "study some study" in text and "with uncommitted changes" in text and "bbbbbbbbbb" in text
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    named = re.findall(r'(?:href="#|aria-labelledby="|aria-describedby=")([^"]+)"', page)
+    assert set(named) <= set(ids)
+    assert not re.search(r'(?:src|href)="https?:', page), "no request leaves the page"
+
+
+def test_a_run_without_results_has_a_page(tmp_path):
+    pd.DataFrame([cell(status="failed", reason="no")]).to_csv(tmp_path / "table.csv", index=False)
+    page = report.page([], "Nothing", tmp_path)
+    assert page.count('class="hole"') == len(tasks.TOLERANCES) and '<li class="error">' in page
+    assert "<h2" not in report.page([], "No table", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("profile", ["default"])
+def test_the_committed_table_has_no_errors(profile):
+    table = base.checked(pd.read_csv(paths.REFERENCE / profile / "table.csv", low_memory=False))
+    assert "error" not in {check.severity for check in quality.checks(table)}
+    assert [part["metric"] for part in report.answer(table)] == ["trace", "norm", "effective rank", "alignment"]

@@ -1,0 +1,105 @@
+"""Metrics of eigenvalues in the grid: by whole kernels, exact and approximate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ntkbench import methods, metrics, problems, testing
+from ntkbench.errors import BadInput, Unavailable, Undefined
+from ntkbench.measure import cells
+from ntkbench.measure.config import Config
+from ntkbench.metrics import SPECTRAL
+from ntkbench.options import Target
+from ntkbench.problems.base import reference
+
+TARGET = Target("torch", "float64", "cpu")
+
+
+def kernel(problem) -> np.ndarray:
+    J = testing.explicit_jacobian(problem)
+    return J @ J.T
+
+
+def by_definition(theta: np.ndarray) -> dict[str, float]:
+    values = np.linalg.eigvalsh(theta)
+    shares = values[values > 1e-12 * values.max()] / values.sum()
+    entropy = math.exp(-(shares * np.log(shares)).sum())
+    return dict(zip(SPECTRAL, (values.max(), values.max() / values.min(), entropy), strict=True))
+
+
+def estimates(method, problem, **more):
+    target = Target(**{"backend": "torch", "dtype": "float64", "device": "cpu"} | more)
+    prepared = method.prepare(problem, target)
+    return {metric: method.estimate(prepared, metric) for metric in SPECTRAL}
+
+
+def test_exact_values_are_those_of_the_written_out_kernel():
+    problem = testing.smooth_problem()
+    truth, found = by_definition(kernel(problem)), estimates(methods.get("structured_derivatives"), problem)
+    for metric, estimate in found.items():
+        assert estimate.value == pytest.approx(truth[metric], rel=1e-8)
+        assert estimate.standard_error is None and estimate.metric == metric and estimate.passes == problem.O
+        assert estimate.certificate < 1e-10
+        low, high = estimate.interval()
+        assert low <= truth[metric] <= high
+    single = estimates(methods.get("structured_derivatives"), problem, dtype="float32")
+    for metric, estimate in single.items():
+        low, high = estimate.interval()
+        assert low <= truth[metric] <= high
+
+
+def test_kernels_between_samples_stand_for_a_kronecker_product():
+    problem = testing.smooth_problem(N=4, outputs=3)
+    for name in ("trace_kernel", "structured_sum_of_logits"):
+        method = methods.get(name)
+        found = estimates(method, problem)
+        theta = kernel(problem).reshape(4, 3, 4, 3)
+        A = np.einsum("aibi->ab", theta) / 3 if name == "trace_kernel" else theta.sum((1, 3)) / 3
+        truth = by_definition(np.kron(A, np.eye(3)))
+        for metric, estimate in found.items():
+            assert estimate.value == pytest.approx(truth[metric], rel=1e-8), (name, metric)
+
+
+def test_a_condition_number_that_is_not_known_is_refused():
+    wide = testing.smooth_problem("singular", N=20, inputs=2, hidden=2, outputs=4)  # n = 80, P = 18
+    method = methods.get("structured_derivatives")
+    with pytest.raises(Unavailable, match="singular, as there are 18 parameters"):
+        method.estimate(method.prepare(wide, TARGET), "condition_number")
+    assert set(reference.spectral(wide)) == {"largest_eigenvalue", "entropy_effective_rank"}
+    with pytest.raises(Undefined, match="may be zero"):
+        metrics.of_eigenvalues("condition_number", np.array([1.0, 1e-9]), error=1e-8)
+    with pytest.raises(Undefined, match="not defined where Theta is zero"):
+        metrics.of_eigenvalues("entropy_effective_rank", np.zeros(3))
+
+
+def test_references_are_exact_and_kept(monkeypatch):
+    problem = testing.smooth_problem("for_references", N=5)
+    truth = by_definition(kernel(problem))
+    assert reference.spectral(problem) == pytest.approx(truth, rel=1e-8)
+    monkeypatch.setattr(reference, "_jacobians", lambda _: 1 / 0)
+    assert reference.spectral(problem) == pytest.approx(truth, rel=1e-8), "from the cache"
+    monkeypatch.setattr(reference, "MEMORY", 100)
+    with pytest.raises(Unavailable, match="exact eigenvalues of for_references take"):
+        reference.spectral(problem)
+
+
+def test_the_grid_has_cells_of_them_by_name_alone():
+    block = {"problems": ["digits_mlp[N=4]"], "methods": "all", "passes": [8], "metrics": list(SPECTRAL)}
+    config = Config.model_validate({"profile": "x", "threads": 1, "grid": [block]})
+    made = cells.cells(config)
+    assert {cell.metric for cell in made} == set(SPECTRAL)
+    assert {cell.method for cell in made} == {name for name in methods.names() if methods.get(name).spectral}
+    everything = Config.model_validate({"profile": "x", "threads": 1, "grid": [block | {"metrics": "all"}]})
+    assert {cell.metric for cell in cells.cells(everything)} == set(metrics.METRICS)
+    with pytest.raises(ValueError, match="gives largest_eigenvalue"):
+        Config.model_validate({"profile": "x", "threads": 1, "grid": [block | {"methods": ["hutchinson"], "metrics": [SPECTRAL[0]]}]})
+
+
+def test_other_methods_refuse_them():
+    problem = problems.load("digits_mlp[N=4]")
+    assert "gives trace" in methods.get("xtrace").unsupported_reason(problem, SPECTRAL[0], TARGET, 8)
+    with pytest.raises(BadInput, match="unknown metric"):
+        metrics.check(SPECTRAL[0])
