@@ -1,4 +1,4 @@
-"""Networks on CIFAR-10 with real weights: logits on held-out images."""
+"""Networks on CIFAR-10 with pretrained weights: logits on held-out images."""
 
 from __future__ import annotations
 
