@@ -1,6 +1,6 @@
 """The pipeline's suite: every case is a cell (problem, method, backend, metric, passes) of one shard of a run.
 
-Thin on purpose: what an execution is stands in ``ntkbench.measure.execution``. Only the pipeline runs it, by
+Thin on purpose: ``ntkbench.measure.execution`` defines an execution. Only the pipeline runs this suite, through
 ``ntkbench.measure.engine``; the suite that asv runs over commits is ``benchmarks/history/``.
 """
 
@@ -17,17 +17,17 @@ from ntkbench.measure.plan import Plan
 PLAN = Plan.current()
 
 if "run_server" in sys.argv:
-    # asv's fork server: what is imported here is paid for once and not once a case.
+    # asv's fork server: modules imported here are imported once, not once per case.
     watchdog.end_with_parent()
     timing.import_early(with_jax=any(cell.backend == "jax" for cell in PLAN.cells))
 
 
 class _Case:
-    """Prepares an execution once a process, however often asv calls setup."""
+    """Prepares an execution once per process, however often asv calls ``setup``."""
 
     params = PLAN.labels
     param_names = ("case",)
-    timeout = PLAN.config.limits.time_s + 30  # the limits are kept from outside, which says why; this is in reserve
+    timeout = PLAN.config.limits.time_s + 30  # a fallback: the engine enforces the limits and gives the reason
     rounds = 1
     aspect: str
 
@@ -44,7 +44,7 @@ class _Case:
         self.prepare(cell.problem)
 
     def prepare(self, problem: str) -> None:
-        """What comes before the aspect is measured."""
+        """Preparation before the aspect is measured."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What an installation consists of, and what is broken in it."""
+"""The parts of an installation, and their faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ntkbench.problems.base import storage
 from ntkbench.registry import Broken
 
 UNDECLARED = ("jaxlib", "neural-tangents")
-"""Packages that compute and are no requirement by themselves: one comes with jax, one asks for more than it needs."""
+"""Packages that compute but are not declared: one comes with jax, the other requires more than it needs."""
 STORED = ("exact/*.json", "weights/*.npz")
 """Files of a store that have a checksum."""
 
@@ -27,9 +27,9 @@ class Package:
     """A package that ntkbench imports.
 
     Attributes:
-        name: as it is installed.
-        required: what versions will do, such as ``">=2.11"``; empty for any.
-        needed_for: the extra that asks for it; empty where the library itself does.
+        name: name under which it is installed.
+        required: allowed versions, such as ``">=2.11"``; empty for any.
+        needed_for: the extra that requires it; empty where the library itself does.
         installed: its version; ``None`` where it is missing.
         tested: the version that ntkbench's own tests run with; ``None`` where that is not known.
     """
@@ -42,7 +42,7 @@ class Package:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it; ``None`` where it will do, or nothing but an extra misses it."""
+        """What is wrong with it; ``None`` if it is usable, or missing and only an extra requires it."""
         from packaging.specifiers import SpecifierSet
 
         if self.installed is None:
@@ -64,9 +64,9 @@ class Store:
 
     Attributes:
         folder: where it is.
-        files: how many it holds.
-        size: bytes of all of them.
-        faults: a line for each that is damaged.
+        files: number of files.
+        size: total bytes.
+        faults: a line for each damaged file.
     """
 
     folder: Path
@@ -91,9 +91,9 @@ class Diagnosis:
         cores: processor cores that this process may use, and those of the machine.
         threads: ``$OMP_NUM_THREADS``; ``None`` where it is not set.
         devices: device of each backend, or why it has none.
-        packages: what ntkbench imports.
+        packages: packages that ntkbench imports.
         stores: committed weights and exact values, and the cache.
-        plugins: of each kind, how many work, or why none can.
+        plugins: for each kind, the number that work, or why none can.
         broken: plug-ins that do not work.
     """
 
@@ -112,12 +112,12 @@ class Diagnosis:
 
     @property
     def faults(self) -> list[str]:
-        """A line for each thing that is broken."""
+        """A line for each fault."""
         of_packages = [package.fault for package in self.packages if package.fault]
         return [*of_packages, *(fault for store in self.stores for fault in store.faults), *map(str, self.broken)]
 
     def lines(self) -> Iterator[str]:
-        """What there is, and at the end what is broken."""
+        """Lines of the report; the faults come last."""
         yield f"ntkbench {self.version} in {self.root}, Python {self.python}"
         state = f"{len(self.changed)} changed files" if self.changed else "clean"
         yield f"git: {self.commit}, {state}" if self.commit else "git: none"
@@ -132,7 +132,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at all of an installation. Imports every backend and every plug-in, and reads every stored file."""
+    """Inspect the installation. Imports every backend and every plug-in, and reads every stored file."""
     plugins, broken = _plugins()
     changes = paths.git("status", "--porcelain") or ""
     return Diagnosis(
@@ -180,7 +180,7 @@ def _version(package: str) -> str | None:
 
 
 def _packages() -> Iterator[Package]:
-    """The packages that are declared, each for the first that asks for it."""
+    """The declared packages, each with the first extra that requires it."""
     from packaging.requirements import Requirement
 
     tested, seen = _tested(), set()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 
 class NtkbenchError(Exception):
-    """Base of everything that ntkbench raises on purpose."""
+    """Base class of all exceptions that ntkbench raises on purpose."""
 
 
 class BadInput(NtkbenchError, ValueError):
@@ -18,7 +18,7 @@ class BadInput(NtkbenchError, ValueError):
 
 
 class Unavailable(NtkbenchError):
-    """Something that cannot be had here (a data set, a device, so many operations); the reason goes into the table."""
+    """Something that is not available here: a data set, a device, operations over a limit; tables have the reason."""
 
 
 class OverMemory(NtkbenchError, MemoryError):
@@ -26,11 +26,11 @@ class OverMemory(NtkbenchError, MemoryError):
 
 
 class Undefined(NtkbenchError, ArithmeticError):
-    """A metric that a kernel does not have, such as the effective rank of zero."""
+    """A metric that is undefined for a kernel, such as the effective rank of zero."""
 
 
 class DidNotTrain(NtkbenchError):
-    """A network whose training failed: it did not reach the loss that was asked for, diverged or raised."""
+    """A network whose training failed: it did not reach the requested loss, diverged or raised an exception."""
 
 
 class NoExactValue(NtkbenchError):
@@ -38,11 +38,11 @@ class NoExactValue(NtkbenchError):
 
 
 class Corrupt(NtkbenchError):
-    """A committed file that is not as it was written."""
+    """A committed file that has changed since it was written."""
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
-    """The error for a name that does not exist: what was given, what was meant, what there is."""
+    """The error for a name that does not exist: has the given name, the closest one, and all allowed ones."""
     names = sorted(allowed)
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -54,14 +54,14 @@ def missing(module: str, what: str, install: str) -> Unavailable:
 
     Args:
         module: its import name.
-        what: needs it, as the message begins.
-        install: what pip is to install.
+        what: what needs the module; begins the message.
+        install: arguments of ``pip install``.
     """
     return Unavailable(f"{what} needs {module}, which is not installed; install it with: pip install {install}")
 
 
 def need(module: str, what: str, install: str) -> None:
-    """That a module is installed which most of ntkbench does without; arguments as of :func:`missing`.
+    """Check that an optional module is installed; arguments as of :func:`missing`.
 
     Raises:
         Unavailable: it is not.
@@ -72,14 +72,14 @@ def need(module: str, what: str, install: str) -> None:
 
 JAX = "'.[jax]' (in ntkbench's checkout)"
 NEURAL_TANGENTS = f"--no-deps neural-tangents==0.6.5, after {JAX}"
-"""Without its declared dependencies, among which is TensorFlow."""
+"""Without its declared dependencies, which include TensorFlow."""
 
 LONGEST = 500
-"""Characters of a line that :func:`one_line` keeps."""
+"""Maximum number of characters that :func:`one_line` returns."""
 
 
 def one_line(text: str) -> str:
-    """The first line of a text that is not blank, printable and encodable whatever was in it."""
+    """The first non-blank line of a text, printable and encodable for any text."""
     line = next((line for line in text.splitlines() if line.strip()), "").strip()
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
     line = line.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -87,7 +87,7 @@ def one_line(text: str) -> str:
 
 
 def summary(error: BaseException) -> str:
-    """Type and message of an exception on one line, whatever the exception is like."""
+    """Type and message of any exception on one line."""
     name = one_line(type(error).__name__)
     try:
         message = one_line(str(error))
@@ -97,13 +97,13 @@ def summary(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line: the message alone where it was raised on purpose."""
+    """An exception on one line: the message alone if ntkbench raised it on purpose, else as :func:`summary`."""
     return one_line(str(error)) if isinstance(error, NtkbenchError) else summary(error)
 
 
 @contextlib.contextmanager
 def as_one_line() -> Iterator[None]:
-    """End a command with the message alone where it fails for a reason that its user can act on."""
+    """End a command with the message alone if it fails for a reason that its user can act on."""
     try:
         yield
     except NtkbenchError as error:

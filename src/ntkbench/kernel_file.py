@@ -1,8 +1,8 @@
-"""A kernel in a file, written rectangle by rectangle, so that an interrupted computation resumes where it was.
+"""A kernel in a file, written rectangle by rectangle, so that interrupted computations resume.
 
 The file is in NumPy's npy format and has its full size from the start. Beside it, ``<name>.progress`` says which kernel
 it holds and how many rectangles are complete. The progress file is replaced as a whole, after the data that it
-describes are on disk. However the process ends, at most the rectangle that was being written is computed again.
+describes are on disk. However the process ends, at most one rectangle is computed again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SHARE = 8
 """A rectangle fills at most this fraction of the memory; the rest is for computing it."""
 
 STRIP = 64
-"""Rows of a rectangle that are brought into the order of the file at a time."""
+"""Rows of a rectangle that are copied into the order of the file at a time."""
 
 BINARY = getattr(os, "O_BINARY", 0)
-"""Windows writes a line feed as two bytes without it."""
+"""Without it, Windows writes a line feed as two bytes."""
 
 File = str | os.PathLike[str]
 Rectangle = tuple[slice, slice]
@@ -56,8 +56,8 @@ class KernelFile:
         samples: N1 and N2.
         K: rows per sample.
         dtype: type of the entries.
-        symmetric: whether columns are rows, so that rectangles above the diagonal are those below it.
-        memory: bytes, of which a rectangle takes a share.
+        symmetric: whether the kernel is symmetric, so that rectangles above the diagonal mirror those below it.
+        memory: available bytes; a rectangle takes a share of them.
 
     Raises:
         BadInput: the path cannot be used: it holds something else or is damaged, its folder cannot be written to, or
@@ -90,7 +90,7 @@ class KernelFile:
             if self._done < len(self._parts):
                 self._descriptor = self._opened()
                 try:
-                    self._resume(memory)  # as the process left it that wrote to it before
+                    self._resume(memory)  # another process may have written to it before the lock
                 except BaseException:
                     self.__exit__()
                     raise
@@ -112,11 +112,11 @@ class KernelFile:
             self._descriptor = None
 
     def missing(self) -> Iterator[Rectangle]:
-        """Rows and columns of the rectangles that are to be written, in this order."""
+        """Rows and columns of the rectangles that are still to be written, in order."""
         yield from self._parts[self._done :]
 
     def write(self, rows: slice, columns: slice, part: np.ndarray) -> None:
-        """Write the next rectangle of :meth:`missing`; it is on the disk at the return.
+        """Write the next rectangle of :meth:`missing`; it is on disk on return.
 
         Raises:
             BadInput: another process writes to the file.
@@ -137,14 +137,14 @@ class KernelFile:
         self._note(self._done + 1)
 
     def result(self) -> np.memmap[Any, Any]:
-        """The kernel, mapped and read-only."""
+        """The kernel as a read-only memory map."""
         return np.lib.format.open_memmap(self.path, mode="r")
 
     def _resume(self, memory: int) -> None:
         """Find out how much of the file is complete.
 
         Raises:
-            BadInput: it is not a whole file of this kernel.
+            BadInput: it is not a complete file of this kernel.
         """
         new = "name another file, or remove this one"
         try:
@@ -189,7 +189,7 @@ class KernelFile:
             )
 
     def _created(self) -> int:
-        """The file in its full size, which gets its name only when it is complete."""
+        """Create the file at its full size; it gets its name only then."""
         half = self.path.with_name(f".{self.path.name}.half")
         descriptor = os.open(half, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
         try:
@@ -204,7 +204,7 @@ class KernelFile:
                 _reserve(descriptor, os.fstat(descriptor).st_size + math.prod(self._shape) * self._dtype.itemsize)
                 os.fsync(descriptor)
                 self._note(0)
-                if fcntl is None:  # Windows renames no file that is open
+                if fcntl is None:  # Windows does not rename open files
                     os.close(descriptor)
                     descriptor = -1
                 os.rename(half, self.path)
@@ -233,7 +233,7 @@ class KernelFile:
         return descriptor
 
     def _lock(self, descriptor: int) -> None:
-        """Keep other processes from writing; the lock ends with the process, however that ends."""
+        """Keep other processes from writing; the lock is released when the process ends, for any reason."""
         if fcntl is None:
             return
         try:
@@ -264,7 +264,7 @@ READABLE = ("kernel", "dtype", "samples", "outputs", "seed", "tf32")
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its size, and reserve space on disk if the system can do that."""
+    """Set the size of a file, and reserve space on disk if the system can do that."""
     os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate"):
         try:

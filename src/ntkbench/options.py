@@ -1,4 +1,4 @@
-"""Where and how a computation runs: backend, precision, device, memory; and what a user asks of an estimate."""
+"""Where and how a computation runs: backend, precision, device, memory; and the options of an estimate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Target:
 
     Attributes:
         backend: ``"torch"`` or ``"jax"``.
-        dtype: ``"float32"`` for speed, ``"float64"`` for truth.
+        dtype: ``"float32"`` for speed, ``"float64"`` for accuracy.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` (the GPU where the backend sees one).
         memory: bytes that blocks of passes and of rows may use; larger computations are split into more blocks.
         program_memory: bytes that one compiled program may use, if that is known before it runs; ``None`` for 80 % of

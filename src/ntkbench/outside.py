@@ -1,4 +1,4 @@
-"""Folders of plug-ins that do not come with ntkbench: those of the environment, and those of installed packages.
+"""Folders of plug-ins outside ntkbench: those that the environment names, and those of installed packages.
 
 Such a folder has at least one of the folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``. The
 environment variable ``NTKBENCH_PLUGINS`` lists folders; installed packages are named by an entry point in the group
@@ -24,7 +24,7 @@ GROUP = "ntkbench.plugins"
 FOLDERS = ("methods", "problems", "studies", "figures")
 """Folders with the plug-ins of each kind."""
 MOST_FILES = 1000
-"""Maximum number of Python files in a folder of plug-ins; a folder with more holds something else as well."""
+"""Maximum number of Python files in a folder of plug-ins; a folder with more also holds other code."""
 
 
 def folders(name: str) -> list[str]:
@@ -40,7 +40,7 @@ def folders(name: str) -> list[str]:
 
 
 def roots() -> list[Path]:
-    """The folders of the environment, then those of installed packages, with links resolved.
+    """The folders that the environment names, then those of installed packages, with links resolved.
 
     Raises:
         BadInput: the environment names a folder that is missing, or has none of :data:`FOLDERS`.

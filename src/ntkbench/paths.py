@@ -1,4 +1,4 @@
-"""Where things lie: in a checkout, or in the user's folders where the package is installed from a wheel."""
+"""Locations of files: in a checkout, or in the user's folders if the package is installed from a wheel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import platformdirs
 from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout that this package is imported from. Means nothing where it is not: see :func:`checkout`."""
+"""The checkout that this package is imported from. Meaningless without one, see :func:`checkout`."""
 
 IN_CHECKOUT = Path(__file__).resolve().parents[1].name == "src"
-"""Whether this package lies in a checkout, and not among installed packages."""
+"""Whether this package lies in a checkout, not among installed packages."""
 
 REFERENCE = ROOT / "results" / "reference"
 """Committed: exact values, trained weights, published values, measured tables."""
@@ -29,7 +29,7 @@ def checkout(what: str) -> Path:
     """The checkout.
 
     Args:
-        what: needs it, as the message begins.
+        what: what needs the checkout; begins the message.
 
     Raises:
         Unavailable: the package is installed without one.
@@ -41,7 +41,7 @@ def checkout(what: str) -> Path:
 
 
 def cache() -> Path:
-    """Folder for what can be made again: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout.
+    """Folder for files that can be recreated: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout.
 
     Without a checkout it is ``ntkbench`` in the user's cache folder, such as ``~/.cache`` or ``~/Library/Caches``.
     """
@@ -51,16 +51,16 @@ def cache() -> Path:
 
 
 def python_path(root: Path = ROOT) -> str:
-    """``$PYTHONPATH`` for the processes of a checkout: its own folders, then those that this process was given."""
+    """``$PYTHONPATH`` for processes of a checkout: its own folders, then those in this process's ``$PYTHONPATH``."""
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.pathsep.join(dict.fromkeys([str(root), str(root / "src"), *map(os.path.abspath, given)]))
 
 
 def check_folder(folder: Path) -> None:
-    """That a folder is there or can be made, as far as that shows without writing.
+    """Check that a folder exists or can be created, as far as possible without writing.
 
     Raises:
-        BadInput: something that is no folder is in the way.
+        BadInput: its path, or a parent of it, is not a folder.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
@@ -68,10 +68,10 @@ def check_folder(folder: Path) -> None:
 
 
 def writable(folder: Path, name: str = "the results folder") -> Path:
-    """The folder, made if need be.
+    """The folder; created if it does not exist.
 
     Raises:
-        BadInput: nothing can be written there; calls it by ``name``.
+        BadInput: it cannot be written to; the message calls it ``name``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +83,8 @@ def writable(folder: Path, name: str = "the results folder") -> Path:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints about the checkout; ``None`` where there is no checkout, no git, no repository or no commit."""
-    if not IN_CHECKOUT:  # an environment may lie in a repository of something else
+    """Output of git for the checkout; ``None`` if there is no checkout, no git, no repository or no commit."""
+    if not IN_CHECKOUT:  # an environment may lie in another repository
         return None
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
@@ -94,9 +94,9 @@ def git(*arguments: str) -> str | None:
 
 
 def write_atomically(path: Path, data: bytes | str, *, synced: bool = False) -> None:
-    """Write ``path`` so that it is there whole or not at all, whatever interrupts.
+    """Write ``path`` completely or not at all, even if the process is interrupted.
 
-    With ``synced`` it is on the disk at the return, so that a power failure leaves it there as well.
+    With ``synced`` the file is on disk on return, so that it also survives a power failure.
 
     Raises:
         NtkbenchError: it cannot be written, as on a full disk; names the path and the reason.
@@ -118,7 +118,7 @@ def write_atomically(path: Path, data: bytes | str, *, synced: bool = False) -> 
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Windows has no such wait for folders."""
+    """Wait until a file, or the names in a folder, are on disk. Windows cannot wait for folders."""
     try:
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     except PermissionError:

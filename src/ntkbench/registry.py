@@ -1,11 +1,11 @@
 """Plug-ins: every ``.py`` file in ``methods/``, ``problems/``, ``studies/`` or ``figures/`` is one, found by its name.
 
 Names are found by reading source, without importing anything. A plug-in is imported alone, when it is requested. A file
-that cannot be used becomes a :class:`Broken` record, and an error only for those who request it. Sub-packages
-(``base/``) hold shared code and are not plug-ins. A file whose name begins with an underscore is broken: it would be
-neither.
+that cannot be used becomes a :class:`Broken` record, and raises an error only if it is requested. Sub-packages
+(``base/``) hold shared code and are not plug-ins. A file whose name begins with an underscore counts as broken, since
+it would be neither.
 
-Plug-ins may also be outside of this package, see :mod:`ntkbench.outside`.
+Plug-ins may also lie outside this package, see :mod:`ntkbench.outside`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKAGES = {
     "study": "ntkbench.studies",
     "figure": "ntkbench.figures",
 }
-"""Kinds of plug-ins, and the package that holds the files of each."""
+"""Kinds of plug-ins, and the package with the files of each."""
 
 T = TypeVar("T")
 
@@ -44,8 +44,8 @@ class Broken:
 
     Attributes:
         kind: a key of :data:`PACKAGES`.
-        name: name of the plug-in, or of its file if the file does not tell.
-        file: its path.
+        name: name of the plug-in, or of its file if the name is not known.
+        file: path of the file.
         line: line of the fault; 1 if it is not known.
         reason: one line.
     """
@@ -69,7 +69,7 @@ class BrokenPlugin(BadInput):
 
 
 class Fault(Exception):
-    """What is wrong with a plug-in file, for the one who checks it to raise."""
+    """A fault of a plug-in file; raised by the function that checks the file."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
@@ -78,14 +78,14 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A plug-in file as it is written."""
+    """The source of a plug-in file."""
 
     file: Path
     tree: ast.Module
 
     @classmethod
     def read(cls, file: Path) -> Source:
-        """Read and parse a file; parsed again only when it has changed.
+        """Read and parse a file; an unchanged file is parsed only once.
 
         Raises:
             Fault: it cannot be read, is not UTF-8 or not Python, or is empty.
@@ -122,7 +122,7 @@ class Source:
             raise Fault(f"{name} must be written out as a literal", node.lineno) from None
 
     def line_of(self, error: BaseException) -> int | None:
-        """The last line of this file that an exception passed through; ``None`` if it did not."""
+        """The last line of this file that an exception passed through; ``None`` if it passed through none."""
         if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == self.file:
             return error.lineno
         line, frame = None, error.__traceback__
@@ -161,7 +161,7 @@ def _read(file: Path, modified: int, size: int) -> Source:
 
 
 def _bindings(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.stmt]]:
-    """Names that statements bind, and the statements that do, blocks such as ``if`` and ``try`` included."""
+    """Names that statements bind, each with its statement, including blocks such as ``if`` and ``try``."""
     for node in body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -178,7 +178,7 @@ def _bindings(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def files(package: str) -> list[Path]:
-    """The plug-in files of a package, sorted by name; neither they nor the package are imported."""
+    """The plug-in files of a package, sorted by name; imports neither the files nor the package."""
     found = (file for folder in _folders(package) for file in sorted(Path(folder).glob("*.py")) if not file.is_dir())
     return [file for file in found if not file.name.startswith((".", "__"))]
 
@@ -192,10 +192,10 @@ def _folders(package: str) -> list[str]:
 
 
 def use(folders: Sequence[str]) -> None:
-    """Take the plug-ins in further folders, here and in the processes that this one starts.
+    """Use plug-ins from further folders, in this process and in those that it starts.
 
     Raises:
-        BadInput: as :func:`ntkbench.outside.add`; nothing has changed then.
+        BadInput: as :func:`ntkbench.outside.add`; nothing changes then.
     """
     outside.add(folders)
     for package in PACKAGES.values():
@@ -204,7 +204,7 @@ def use(folders: Sequence[str]) -> None:
 
 
 def _extend(package: str) -> None:
-    """Let a package find plug-ins outside of it, after its own."""
+    """Let a package find plug-ins outside of it; its own come first."""
     module = sys.modules[package]
     assert module.__file__ is not None
     module.__path__[:] = [str(Path(module.__file__).parent), *_outside(package)]
@@ -243,7 +243,7 @@ class _Entry:
 
 
 def one_a_file(source: Source) -> Mapping[str, int]:
-    """The plug-ins of a file that is one: its name, on line 1."""
+    """The plug-in of a file that holds exactly one: the name of the file, on line 1."""
     return {source.file.stem: 1}
 
 
@@ -256,14 +256,14 @@ class Room(Generic[T]):
         check: Callable[[Source, ModuleType, str], T],
         find: Callable[[Source], Mapping[str, int]] = one_a_file,
     ) -> None:
-        """Nothing is read yet.
+        """Does not read any file yet.
 
         Args:
             kind: a key of :data:`PACKAGES`.
             check: takes a file's source, its module, and the name of a plug-in in it; returns the plug-in, or raises
                 :class:`Fault`. Any other exception counts as a fault as well.
             find: takes a file's source; returns the names of its plug-ins with their lines, or raises :class:`Fault`
-                for what can be seen without importing it.
+                for faults that show without importing the file.
         """
         self.kind, self.package = kind, PACKAGES[kind]
         _extend(self.package)
@@ -273,7 +273,7 @@ class Room(Generic[T]):
         self._indexed: tuple[Any, dict[str, _Entry], list[Broken]] | None = None
 
     def found(self) -> list[str]:
-        """Names of the plug-ins whose source shows no fault, sorted; none of them is imported."""
+        """Names of the plug-ins whose source shows no fault, sorted; imports none of them."""
         return sorted(self._index()[0])
 
     def names(self) -> list[str]:
@@ -285,11 +285,11 @@ class Room(Generic[T]):
         return self._tried()[1]
 
     def get(self, name: str) -> T:
-        """The plug-in of a name; imports its file and no other.
+        """The plug-in with a name; imports only its file.
 
         Raises:
             BrokenPlugin: it cannot be used; names file and line.
-            BadInput: there is none of that name.
+            BadInput: there is no plug-in with this name.
         """
         if name not in self._loaded:
             entry = self._entry(name)
@@ -304,10 +304,10 @@ class Room(Generic[T]):
         return self._loaded[name]
 
     def file(self, name: str) -> Path:
-        """The file that holds a plug-in, which is not imported.
+        """The file that holds a plug-in; does not import it.
 
         Raises:
-            BrokenPlugin, BadInput: as :meth:`get`, for what can be seen without importing it.
+            BrokenPlugin, BadInput: as :meth:`get`, for faults that show without an import.
         """
         return self._entry(name).file
 
@@ -337,7 +337,7 @@ class Room(Generic[T]):
         raise BadInput(f"{unknown(self.kind, name, entries)}{hint}")
 
     def _index(self) -> tuple[dict[str, _Entry], list[Broken]]:
-        """Plug-ins by name, and those that are seen to be broken; read again only when files have changed."""
+        """Plug-ins by name, and those with visible faults; read again only when files have changed."""
         state = _state()
         if self._indexed is None or self._indexed[0] != state:
             self._indexed = state, *self._read()
@@ -357,17 +357,17 @@ class Room(Generic[T]):
             except Fault as fault:
                 broken.append(Broken(self.kind, file.stem, file, fault.line, fault.reason))
         for name, entries in claims.items():
-            if len(entries) > 1:  # what comes with ntkbench keeps its name, whatever else is dropped in
+            if len(entries) > 1:  # plug-ins of ntkbench itself keep their names
                 entries.sort(key=lambda entry: not paths.git("ls-files", "--error-unmatch", str(entry.file)))
                 reason = f"the name {name!r} is taken by {entries[0].file}:{entries[0].line}"
                 broken += [Broken(self.kind, name, other.file, other.line, reason) for other in entries[1:]]
         return {name: entries[0] for name, entries in claims.items()}, broken
 
     def _check_name(self, file: Path) -> None:
-        """That a file's name can be a plug-in's.
+        """Check that a file's name can be that of a plug-in.
 
         Raises:
-            Fault: it cannot, or it would hide something of the package.
+            Fault: it cannot, or it would hide a name of the package.
         """
         name = file.stem
         if not (name.isidentifier() and name.isascii()) or name.startswith("_"):
@@ -392,7 +392,7 @@ class Room(Generic[T]):
             line, reason = fault.line, fault.reason
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and not source.raises(error):
-                raise  # the user's
+                raise  # from the user
             line, reason = source.line_of(error) or entry.line, f"cannot be {doing}: {summary(error)}"
         raise BrokenPlugin(Broken(self.kind, entry.name, entry.file, line, reason))
 
@@ -403,7 +403,7 @@ def first_line(plugin: object) -> str:
 
 
 def room(kind: str) -> Room[Any]:
-    """The plug-ins of a kind; imports their package, and none of them."""
+    """The plug-ins of a kind; imports their package, but no plug-in."""
     return importlib.import_module(PACKAGES[kind]).ROOM
 
 
@@ -420,4 +420,4 @@ def broken() -> list[Broken]:
     return [*entry_points(), *(one for kind in PACKAGES for one in room(kind).broken())]
 
 
-outside.add([])  # makes what the environment names absolute
+outside.add([])  # makes the folders that the environment names absolute

@@ -1,4 +1,4 @@
-"""A run as the pipeline needs it: its folders, its steps, what is drawn from what, and what each step may take."""
+"""A run for the pipeline: its folders, its steps, the tables behind its figures, and the resources of each step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ntkbench.measure.limits import Limits
 ASPECTS = 2
 """Executions of a cell, each within the limits."""
 BESIDE_MB = 2048
-"""MiB of a step's processes beside the one that measures."""
+"""MiB of a step's processes other than the one that measures."""
 BEGIN_S = 600
-"""Seconds of a job before and after it measures."""
+"""Seconds that a job takes before and after it measures."""
 
 
 class Needs(NamedTuple):
-    """What a step asks of a scheduler, by the names of Snakemake's standard resources.
+    """Resources that a step requests from a scheduler, by the names of Snakemake's standard resources.
 
     Attributes:
         threads: processors.
         mem_mb: MiB of memory.
         runtime: minutes.
         gpu: number of GPUs.
-        timer: 2 for a step that must have its machine to itself, else 1.
+        timer: 2 for a step that needs its machine to itself, else 1.
     """
 
     threads: int
@@ -44,18 +44,18 @@ class Run:
         config: the configuration.
         results: the folder that the run writes to.
         tables: the folder with the tables that figures are drawn from.
-        cells: of the grid.
+        cells: cells of the grid.
         problems: labels of the grid's problems.
         shards: numbers of the shards that have cells.
         figures: the table that each figure is drawn from.
-        made_for: fingerprints of what is measured.
+        made_for: fingerprints of the measurements.
     """
 
     def __init__(self, config: Config) -> None:
-        """Nothing is written.
+        """Does not write anything.
 
         Raises:
-            BadInput: the results folder cannot be one, or no tables of the profile are committed.
+            BadInput: the results folder cannot be used, or no tables of the profile are committed.
         """
         self.config = config
         self.results = Path("results") / config.folder
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def measured(self) -> list[Path]:
-        """The tables that a whole run ends with."""
+        """The tables of a complete run."""
         chosen = [f"studies/{study}.csv" for study in self.config.studies] if self.config.source == "measured" else []
         return [self.tables / name for name in (["table.csv"] if self.cells else []) + chosen]
 
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def of_papers(self) -> dict[str, Path]:
-        """Of :attr:`figures` those that are drawn from studies, as the papers' figures are."""
+        """The :attr:`figures` that are drawn from studies, as those of the papers are."""
         return {name: file for name, file in self.figures.items() if file.name != "table.csv"}
 
     def expected(self) -> dict[str, float]:
@@ -93,11 +93,11 @@ class Run:
         return timings.expected(self.results, self.config.profile, left)
 
     def needs(self, *, study: str | None = None, number: int | str | None = None) -> Needs:
-        """What a step may take by the configuration's limits: a study, a shard of the grid, or the grid's problems.
+        """Resources of a step by the configuration's limits: a study, a shard of the grid, or the grid's problems.
 
         Args:
             study: name of a study.
-            number: of a shard.
+            number: number of a shard.
         """
         settings = self.config.study(study) if study else self.config
         timed = studies.is_timed(study) if study else number is not None
@@ -108,13 +108,13 @@ class Run:
 
     def _seconds(self, limits: Limits, study: str | None, number: int | str | None) -> float:
         if study:
-            return math.inf  # how many rows there will be is not known
+            return math.inf  # the number of rows is not known
         if number is None:
             return BEGIN_S + len(self.problems) * limits.problem_s
         return BEGIN_S + len(cells.of_shard(self.config, int(number))) * ASPECTS * limits.time_s
 
     def _table_of(self, figure: str) -> Path | None:
-        """The table that a figure of this run is drawn from; of committed tables only those that are kept."""
+        """The table that a figure of this run is drawn from; ``None`` if there is none, or none is committed."""
         study = figures.study_of(figure)
         if not (study in self.config.studies if study else self.cells):
             return None

@@ -1,4 +1,4 @@
-"""The trace over the batches of a loader, read one after another: it is the sum over Theta's diagonal blocks.
+"""The trace over the batches of a loader, read one at a time: it is the sum over Theta's diagonal blocks.
 
 No other metric can be streamed: norm, effective rank, alignment and Theta itself have terms between all pairs.
 """
@@ -21,7 +21,7 @@ from ntkbench.options import Options, Wishes
 
 
 def applies(model: Any, inputs: Any) -> bool:
-    """Whether inputs are a loader of batches whose samples are along the first axis, for a module."""
+    """Whether the model is a module and the inputs are a loader whose batches have samples along the first axis."""
     if "torch" not in sys.modules:
         return False
     from torch import nn
@@ -32,11 +32,11 @@ def applies(model: Any, inputs: Any) -> bool:
 
 
 def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | None, options: Options) -> Any:
-    """tr Theta as the sum over parts, each with its own probes; of all batches joined if samples interact.
+    """tr Theta as the sum over parts, each with its own probes; if samples interact, all batches are one part.
 
     A part is a batch, or as many batches as have 64 samples. The network is checked on the first part, and certified on
-    each. With ``rtol`` each part is within it, and so is their sum. The loader is read once. Memory: two parts, and
-    that of an estimate of one part.
+    each. With ``rtol`` each part is within the tolerance, and so is their sum. The loader is read once. Memory: two
+    parts, and the memory of an estimate of one part.
 
     Args:
         model, loader: an ``nn.Module`` and a ``DataLoader`` whose batches are its inputs.
@@ -48,7 +48,7 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
         The estimate, or a dict of them.
 
     Raises:
-        BadInput: a batch differs from the first in more than the number of its samples, or there is none; or as for
+        BadInput: a batch differs from the first in more than the number of its samples, or there is no batch; or as for
             :func:`ntkbench.trace`.
     """
     from ntkbench.problems.base.calls import NO_BATCH, concatenated, grouped, reading
@@ -88,7 +88,7 @@ def _seed(seed: int, part: int) -> int:
 def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:
     """The sum of independent estimates of parts with these numbers of samples.
 
-    Degrees of freedom are by Welch and Satterthwaite. Passes are over all samples.
+    Degrees of freedom follow Welch and Satterthwaite. Passes are over all samples.
     """
     if len(parts) == 1:
         return parts[0]

@@ -25,7 +25,7 @@ Log = Callable[[int, dict[str, Estimate]], None]
 
 
 class Tracker:
-    """Metrics at regular steps of a training loop, from one trace and with the same probes at all steps.
+    """Metrics at regular steps of a training loop; the network is traced once, and all steps have the same probes.
 
     Call it in the loop: ``tracker(step)``. The alignment is with the network at the first measured step. The tracker
     fixes the mode (train or eval) and the set of trainable parameters when it is made; only the values of parameters
@@ -40,19 +40,19 @@ class Tracker:
     >>> tracker.table()["step"].tolist()
     [0, 10, 20]
 
-    Cost: at each measured step that of the metrics (see :func:`ntkbench.metrics_of`), three forward passes for checks,
+    Cost of each measured step: that of the metrics (see :func:`ntkbench.metrics_of`), three forward passes for checks,
     and one plain backward pass for the certificate.
 
     Args:
         model: the network that is trained; it is never changed.
         inputs: inputs of the NTK.
-        every: steps between two measurements; the first one is at step 0, or at the first step that is seen.
+        every: steps between two measurements; the first one is at step 0, or at the first step of a call.
         metrics: names; ``None`` for all.
-        log: is called with the step and the estimates by name.
+        log: called with the step and the estimates by name.
         keywords: see :class:`ntkbench.Kernel` and :class:`ntkbench.options.Options`.
 
     Attributes:
-        history: steps, and the estimates by name of each.
+        history: measured steps, each with its estimates by name.
 
     Raises:
         BadInput: an argument cannot be used; says what is allowed. A call raises it if the network no longer computes
@@ -92,7 +92,7 @@ class Tracker:
         self.history: list[tuple[int, dict[str, Estimate]]] = []
 
     def __call__(self, step: int) -> dict[str, Estimate] | None:
-        """Measure if it is time; the estimates by name, ``None`` between two measurements."""
+        """Measure if a measurement is due; returns the estimates by name, ``None`` between two measurements."""
         if not isinstance(step, numbers.Integral):
             raise BadInput(f"step must be a whole number, got {step!r}")
         if self.history and step < self.history[-1][0] + self._every:
@@ -113,7 +113,7 @@ class Tracker:
         return found
 
     def _present(self) -> nn.Module:
-        """A copy of the network, in the mode and with the trainable parameters that it had at first."""
+        """A copy of the network, in its original mode and with its original set of trainable parameters."""
         model = copied(self._model)
         for name, layer in model.named_modules():
             layer.training = self._modes.get(name, layer.training)
@@ -122,7 +122,7 @@ class Tracker:
         return model
 
     def table(self, confidence: float = 0.95) -> pd.DataFrame:
-        """One row for each measured step: ``step``, and for each metric its value and its interval's ends.
+        """One row for each measured step: ``step``, and for each metric its value and the ends of its interval.
 
         Raises:
             Unavailable: pandas is not installed.

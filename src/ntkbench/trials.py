@@ -1,4 +1,4 @@
-"""Methods side by side on one network: what each gives and what it takes, measured."""
+"""Measured results and costs of several methods on one network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ntkbench.units import aligned, percent_label, seconds_label
 PUBLISHED = ("hutchinson", "hutchpp", "sum_of_logits")
 """Methods of the papers that are measured beside those that ``auto`` stands for."""
 PASSES = 64
-"""The budget of stochastic methods where neither passes nor a tolerance are given."""
+"""The budget of stochastic methods if neither passes nor a tolerance is given."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Trial:
         method: its name.
         by: the method that gave the value, which differs if the name is ``auto``; empty if there is no value.
         kind: ``exact``, ``approximate`` or ``stochastic``.
-        value: the first estimate; ``None`` where there is none.
-        low, high: its 95 % interval, for an exact value as wide as rounding; ``None`` where the method is biased by an
+        value: the first estimate; ``None`` if there is none.
+        low, high: its 95 % interval, as wide as rounding for an exact value; ``None`` if the method is biased by an
             unknown amount, or gives no value.
-        passes: that the first estimate took; ``None`` where its cost is not a number of passes.
-        seconds, seconds_q25, seconds_q75: of calls once the method is prepared, the median and the quartiles.
-        calls: that are timed, each with a seed of its own.
-        error: root mean square over all calls of the errors relative to the value of the first exact method that was
-            measured, in the same precision; 0 for that one, and ``None`` without one.
-        reason: why there is no value; empty where there is one.
+        passes: passes of the first estimate; ``None`` if its cost is not a number of passes.
+        seconds, seconds_q25, seconds_q75: median and quartiles over calls of the prepared method.
+        calls: number of timed calls, each with its own seed.
+        error: root mean square of the relative errors of all calls, against the value of the first measured exact
+            method in the same precision; 0 for that method, and ``None`` if there is none.
+        reason: why there is no value; empty if there is one.
     """
 
     method: str
@@ -65,7 +65,7 @@ class Trials(list[Trial]):
     """Measured results and costs of methods, the fastest first, and those without a value last.
 
     Attributes:
-        metric: what is measured.
+        metric: the metric that the methods estimate.
     """
 
     def __init__(self, trials: Iterable[Trial], metric: str) -> None:
@@ -73,7 +73,7 @@ class Trials(list[Trial]):
         super().__init__(sorted(trials, key=lambda one: (bool(one.reason), one.seconds or math.inf, one.method)))
 
     def csv(self) -> str:
-        """All numbers as a table of comma-separated values, with a line for each method."""
+        """All numbers as comma-separated values, with a line for each method."""
         names = [field.name for field in dataclasses.fields(Trial)]
         text = io.StringIO()
         writer = csv.DictWriter(text, ["metric", *names], lineterminator="\n")
@@ -135,12 +135,12 @@ def chosen(names: Iterable[str]) -> list[str]:
 
 
 def run(entries: dict[str, Entry], metric: str, calls: int) -> Trials:
-    """Measure methods, call by call in turn, so that what slows the machine for a while slows all of them.
+    """Measure methods in turn, call by call, so that a temporary slowdown of the machine affects all of them.
 
     Args:
-        entries: by the names of methods.
-        metric: what they estimate.
-        calls: timed ones of each, with seeds 1, 2, ...; a first one, with seed 0, prepares the method.
+        entries: entries by the names of methods.
+        metric: the metric that they estimate.
+        calls: timed calls of each method, with seeds 1, 2, ...; a first call, with seed 0, prepares the method.
     """
     found: dict[str, list[Estimate]] = {name: [] for name in entries}
     times: dict[str, list[float]] = {name: [] for name in entries}
@@ -151,7 +151,7 @@ def run(entries: dict[str, Entry], metric: str, calls: int) -> Trials:
         start = time.perf_counter()
         try:
             found[name].append(ask(seed))
-        except Exception as error:  # whatever a method does to a network, the others are measured
+        except Exception as error:  # a method that fails does not stop the others
             refused[name] = Trial(name, kind=kind, reason=reason(error))
             continue
         times[name].append(time.perf_counter() - start)

@@ -1,7 +1,7 @@
-"""Data files: where they are looked for, and how they are had where they are not there.
+"""Data files: where they are looked up, and how missing ones are fetched.
 
 A file is taken from the folder that ``$NTKBENCH_DATA`` names, else from the cache, else a library fetches it into the
-cache. What is in a file is part of the identity of the problems that are made of it, and of the fingerprints of rows.
+cache. The content of a file is part of the identity of the problems that use it, and of the fingerprints of rows.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ntkbench.errors import BadInput, Corrupt, Unavailable, summary
 VARIABLE = "NTKBENCH_DATA"
 """The environment variable that names the user's folder of data files."""
 PATIENCE = 10.0
-"""Seconds after which a connection that says nothing is given up."""
+"""Timeout of a connection, in seconds."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of data that does not come with ntkbench.
+    """A data file that does not come with ntkbench.
 
     Attributes:
-        name: relative to the folder, such as ``"text/tinyshakespeare.txt"``.
-        what: what it is, as a message begins with it.
-        source: who has it and in what form, for those who provide it by hand.
-        fetch: has a library put the file into a folder of data files; ``None`` where none can.
+        name: path relative to the folder, such as ``"text/tinyshakespeare.txt"``.
+        what: description of the data, with which messages begin.
+        source: origin and format of the file, for those who provide it by hand.
+        fetch: downloads the file through a library into a folder of data files; ``None`` if no library can.
     """
 
     name: str
@@ -42,21 +42,21 @@ class DataFile:
     fetch: Callable[[Path], None] | None = None
 
     def here(self) -> Path | None:
-        """The file, if it is on this machine; nothing is fetched.
+        """The file, if it exists on this machine; fetches nothing.
 
         Raises:
-            BadInput: the variable names no folder.
+            BadInput: the variable does not name a folder.
         """
         given = folder()
         there = ([given] if given else []) + [_cached()]
         return next((path / self.name for path in there if (path / self.name).is_file()), None)
 
     def path(self) -> Path:
-        """The file, fetched if need be.
+        """The file, fetched if necessary.
 
         Raises:
-            BadInput: the variable names no folder.
-            Unavailable: it is not here and cannot be fetched; says how to provide it.
+            BadInput: the variable does not name a folder.
+            Unavailable: it is not on this machine and cannot be fetched; says how to provide it.
         """
         if found := self.here():
             return found
@@ -66,14 +66,14 @@ class DataFile:
         try:
             with _patience():
                 self.fetch(_cached())
-        except Exception as error:  # loaders let URL, HTTP, socket and parser errors through as they are
+        except Exception as error:  # loaders raise URL, HTTP, socket and parser errors unchanged
             raise Unavailable(
                 f"{missing}, and it could not be fetched ({summary(error)}); provide it there ({self.source})"
             ) from error
         return _cached() / self.name
 
     def read(self, parse: Callable[[Path], T]) -> T:
-        """What a function reads from the file.
+        """The content of the file, as ``parse`` reads it.
 
         Raises:
             BadInput, Unavailable: as :meth:`path`.
@@ -82,15 +82,15 @@ class DataFile:
         file = self.path()
         try:
             return parse(file)
-        except Exception as error:  # parsers of all formats let nearly every kind of exception through
+        except Exception as error:  # parsers of all formats raise nearly every kind of exception
             raise Corrupt(f"{file} is damaged, or is not {self.source}: {summary(error)}") from error
 
 
 def folder() -> Path | None:
-    """The user's folder of data files; ``None`` where the variable is not set.
+    """The user's folder of data files; ``None`` if the variable is not set.
 
     Raises:
-        BadInput: it names no folder.
+        BadInput: it does not name a folder.
     """
     named = os.environ.get(VARIABLE)
     if named and not Path(named).is_dir():

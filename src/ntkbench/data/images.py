@@ -1,6 +1,6 @@
-"""Images with labels: scikit-learn's handwritten digits, which ship with it, MNIST's test file, a part of CIFAR-10.
+"""Labelled images: the handwritten digits that ship with scikit-learn, MNIST's test file, and a part of CIFAR-10.
 
-Labels are numbers from 0, int64; images are float32. Networks are trained on some images, and kernels are taken on
+Labels are int64 numbers from 0; images are float32. Networks are trained on some images, and kernels are computed on
 others, which are held out.
 """
 
@@ -26,7 +26,7 @@ MNIST_TEST = 10_000
 CIFAR_SIZES = {"train": 500, "test": 200}
 """Images of each class in the part of CIFAR-10."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What is taken off CIFAR-10's channels in [0, 1], and what they are divided by, as in the training of its networks."""
+"""Mean and standard deviation that normalise CIFAR-10's channels in [0, 1], as in the training of its networks."""
 
 Labelled = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Training images and labels, held-out images and labels."""
@@ -36,7 +36,7 @@ Labelled = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The 1797 images of 8x8 pixels of ``sklearn.datasets.load_digits`` (UCI's test set of optical recognition).
 
-    They are split at random, with the same seed every time.
+    They are split at random with a fixed seed.
 
     Returns:
         Training images ``[1285, 64]``, training labels ``[1285]`` and held-out images ``[512, 64]``, in [0, 1].
@@ -59,8 +59,8 @@ def digits_with_labels() -> Labelled:
 def mnist() -> Labelled:
     """The 10,000 images of 28x28 pixels of MNIST's test file (LeCun et al. 1998), in its order.
 
-    The training file is not used, so that one small file makes the problem. A download has the same images: the last
-    10,000 of ``mnist_784`` of OpenML, through ``sklearn.datasets.fetch_openml``.
+    The training file is not used, so that the problem only needs the small test file. A download has the same images:
+    the last 10,000 of OpenML's ``mnist_784``, through ``sklearn.datasets.fetch_openml``.
 
     Returns:
         Training images ``[9000, 784]`` in [0, 1] and labels ``[9000]``; held-out images ``[1000, 784]`` and labels.
@@ -105,13 +105,13 @@ MNIST = (
 
 
 def cifar10(part: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
-    """Images of CIFAR-10 (Krizhevsky 2009), 32x32 pixels, classes in turn: 500 a class to train on, or 200 held out.
+    """Images of CIFAR-10 (Krizhevsky 2009), 32x32 pixels, classes in turn: 500 per class for training, or 200 held out.
 
-    Where the file was made of JPEG copies, pixels differ slightly from those of the original. What torchvision fetches
-    is the original, and another problem by its digest.
+    If the file was made from JPEG copies, pixels differ slightly from those of the original. torchvision fetches the
+    original, which is another problem by its digest.
 
     Returns:
-        Images ``[5000, 3, 32, 32]`` or ``[2000, 3, 32, 32]``, channels in [0, 1] less :data:`MEAN` over
+        Images ``[5000, 3, 32, 32]`` or ``[2000, 3, 32, 32]``, channels in [0, 1] minus :data:`MEAN`, divided by
         :data:`DEVIATION`; labels.
 
     Raises:

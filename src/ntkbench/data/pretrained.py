@@ -1,4 +1,4 @@
-"""Weights that others have trained: ResNet-20 and ResNet-56 on CIFAR-10."""
+"""Pretrained weights: ResNet-20 and ResNet-56 on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RESNETS = {
     )
     for depth in (20, 56)
 }
-"""By depth: Y. Idelbayev's reimplementation of He et al. 2016, section 4.2 (BSD 2-Clause licence)."""
+"""Weights by depth: Y. Idelbayev's reimplementation of He et al. 2016, section 4.2 (BSD 2-Clause licence)."""
 
 
 def resnet(depth: int) -> dict[str, np.ndarray]:
     """Parameters and BatchNorm's statistics by their names in the state_dict, float32.
 
-    On CIFAR-10's test images 91.7 % (ResNet-20) and 93.4 % (ResNet-56) are right; of the held-out images in JPEG
-    copies 81.3 % and 83.1 %.
+    The accuracy is 91.7 % (ResNet-20) and 93.4 % (ResNet-56) on CIFAR-10's test images, and 81.3 % and 83.1 % on the
+    held-out images in JPEG copies.
 
     Args:
         depth: a key of :data:`RESNETS`.

@@ -1,8 +1,8 @@
-"""Tasks for recurrent networks, generated and seeded: what comes in, what is to come out, and where that counts.
+"""Generated, seeded tasks for recurrent networks: inputs, targets, and a mask of the targets that count.
 
 All arrays are float32, ``[N, T, channels]``. Trials for training and for kernels differ in their seed.
-Trial i of a seed is the same whatever the number of trials, so fewer trials are a cut of more. Networks are scored by
-the share of the targets' power that they miss, so that one loss means the same in every task.
+Trial i of a seed is the same for any number of trials, so fewer trials are the first ones of more. Networks are scored
+by the share of the targets' power that they miss, so that losses are comparable across tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PULSES = 0.2
-"""Probability of a flip-flop's pulse in a step and a channel."""
+"""Probability of a flip-flop's pulse per step and channel."""
 
 ANGLES = 8
 NOISE = 0.1
@@ -65,8 +65,8 @@ def flipflop(rng: np.random.Generator, T: int) -> tuple[np.ndarray, ...]:
 def delayed_response(rng: np.random.Generator, T: int) -> tuple[np.ndarray, ...]:
     """Delayed response: a cue at one of 8 angles, a delay, and the angle's cosine and sine at the go signal.
 
-    Cue and response take a fifth of the trial each. Inputs are cosine, sine and go, with noise of 0.1; the outputs are
-    to be 0 until the go signal.
+    Cue and response take a fifth of the trial each. Inputs are cosine, sine and go signal, with noise of 0.1; targets
+    are 0 until the go signal.
     """
     epoch = T // 5
     angle = 2 * np.pi * rng.integers(ANGLES) / ANGLES
@@ -81,8 +81,9 @@ def delayed_response(rng: np.random.Generator, T: int) -> tuple[np.ndarray, ...]
 def match_to_sample(rng: np.random.Generator, T: int) -> tuple[np.ndarray, ...]:
     """Delayed match to sample: two stimuli with a delay between, and which of two choices, match or not, at the end.
 
-    Sample, test and response take a fifth of the trial each. Inputs are one channel a stimulus, with noise of 0.1; one
-    output a choice, to be 1 for the right one and 0 for the other, which counts in the response.
+    Sample, test and response take a fifth of the trial each. There is one input channel per stimulus, with noise of
+    0.1, and one output per choice. Targets are 1 for the right choice and 0 for the other, and count in the response
+    only.
     """
     epoch = T // 5
     sample, test = rng.integers(2, size=2)
@@ -100,7 +101,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[np.ndarray, ...]], int]] = {
     "delayed_response": (delayed_response, 5),
     "match_to_sample": (match_to_sample, 5),
 }
-"""One trial of each task, and the fewest steps in which there is something to remember."""
+"""Generator of one trial of each task, and the fewest steps in which there is something to remember."""
 
 
 def channels(task: str) -> tuple[int, int]:
@@ -114,7 +115,7 @@ def channels(task: str) -> tuple[int, int]:
 
 
 def check(task: str, T: int, N: int = 1) -> None:
-    """That a task has trials of T steps.
+    """Check that a task has trials of T steps.
 
     Raises:
         BadInput: no such task, no trials, or too few steps for it.

@@ -1,4 +1,4 @@
-"""Text as characters: the plays of Shakespeare of Karpathy's char-rnn, 1.1 million characters of 65 kinds."""
+"""Text as characters: Shakespeare's plays from Karpathy's char-rnn, 1.1 million characters, 65 of them distinct."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ntkbench.data.files import DataFile
 
 TRAINING_SHARE = 0.9
-"""Of the text, its beginning; the rest is held out."""
+"""Share of the text, from its beginning, for training; the rest is held out."""
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -35,7 +35,7 @@ def _characters(file: Path, modified: int) -> tuple[np.ndarray, str]:
 
 
 def characters() -> tuple[np.ndarray, np.ndarray, str]:
-    """The text as numbers of characters, int64: what is for training, what is held out, and the alphabet.
+    """The text as int64 numbers of characters: the training part, the held-out part, and the alphabet.
 
     Returns:
         ``[1003854]``, ``[111540]`` and the 65 characters in the order of their numbers.

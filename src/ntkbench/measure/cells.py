@@ -14,7 +14,7 @@ from ntkbench.problem import Problem
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure, and one row of the table."""
+    """One measurement, and one row of the table."""
 
     problem: str
     method: str
@@ -26,7 +26,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """``problem/method/backend/metric[/passes]``, by which asv and the records know the cell."""
+        """``problem/method/backend/metric[/passes]``: the cell's name in asv and in the records."""
         return "/".join(
             str(part) for part in (self.problem, self.method, self.backend, self.metric, self.passes) if part
         )
@@ -35,7 +35,7 @@ class Cell:
 def cells(config: Config) -> list[Cell]:
     """All cells of a configuration, each once, sorted by method, problem, metric and budget.
 
-    Where blocks overlap, a cell is that of the first block that has it.
+    Where blocks overlap, the first block defines the cell.
     """
     found: dict[str, Cell] = {}
     for block in config.grid:
@@ -54,7 +54,7 @@ def cells(config: Config) -> list[Cell]:
 
 
 def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
-    """Why a cell is left out, known before anything is run; ``None`` if it is to be measured."""
+    """Why a cell is skipped, as far as that is known before it runs; ``None`` if it is to be measured."""
     method, target = methods.get(cell.method), config.target(cell.backend)
     reason = method.unsupported_reason(problem, cell.metric, target, cell.passes) or method.unscored_reason(problem)
     if reason:
@@ -68,7 +68,7 @@ def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
 
 
 def of_shard(config: Config, number: int) -> list[Cell]:
-    """The cells of one of the configuration's shards: pairs of a problem and a method are dealt out in turn."""
+    """The cells of one shard; pairs of a problem and a method are assigned to the shards in turn."""
     every = cells(config)
     pairs = sorted({(cell.problem, cell.method) for cell in every})
     mine = set(pairs[number :: config.shards])

@@ -1,9 +1,9 @@
-"""Two commits measured in turn, case by case: whether the second is slower, larger or less accurate than the first.
+"""Compare two commits case by case: whether the second is slower, larger in memory or less accurate than the first.
 
-The cases are those of the history that asv measures. Each commit has a process of its own (``benchmarks/side.py``).
+The cases are those of the history that asv measures. Each commit has its own process (``benchmarks/side.py``).
 The two take turns, AB BA AB, with the same seeds, in blocks of calls of at least :data:`BLOCK_SECONDS` on one thread.
-What counts is the median, over pairs of blocks, of the ratio of CPU seconds: both blocks of a pair see one machine.
-What looks worse is measured again, afresh and in twice as many pairs, and counts only if it still does.
+The statistic is the median ratio of CPU seconds over pairs of blocks: both blocks of a pair see the same machine load.
+A case that looks worse is measured again from scratch, in twice as many pairs, and is reported only if it still does.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ SUITE = paths.ROOT / "benchmarks"
 CASES = SUITE / "history" / "cases.txt"
 
 PAIRS, PAIRS_AGAIN = 20, 40
-"""Pairs of blocks at the first look, and at the second."""
+"""Pairs of blocks in the first look, and in the second."""
 
 SLOWER, SLOWER_AGAIN = 1.20, 1.25
-"""Median ratio of CPU seconds over which a case looks slower, and over which it is."""
+"""Median ratio of CPU seconds above which a case looks slower in the first look, and is slower in the second."""
 
 BLOCK_SECONDS = 0.1
-"""CPU seconds that a block takes at least."""
+"""Minimum CPU seconds of a block."""
 
 LARGER, SLACK_BYTES, LOOKS = 1.2, 2**22, 5
-"""Ratio of memory over which a case is larger, if the difference is over these bytes as well; and the calls of whose
-peaks the least counts."""
+"""Ratio of memory above which a case is larger, if the difference also exceeds ``SLACK_BYTES``; and the number of calls
+whose smallest peak counts."""
 
 SEEDS, MORE_SEEDS = 5, 40
-"""Seeds whose values are compared, and over which errors are where these differ."""
+"""Number of seeds whose values are compared, and number of seeds for errors where the values differ."""
 
 LESS_ACCURATE, ROUNDING = 1.75, 1e-5
-"""Ratio of root mean square errors over which a case is less accurate: over 40 seeds, the ratio of equal ones varies by
-16 %. And the relative size of what may be rounding."""
+"""Ratio of root mean square errors above which a case is less accurate: over 40 seeds, the ratio for equal accuracy
+varies by 16 %. And the relative difference that may be rounding."""
 
 LIMIT_SECONDS = 300.0
-"""Of one request to a side."""
+"""Time limit of one request to a side."""
 
 OK, ABSENT, FAILED = "ok", "absent", "failed"
-"""How a case is with a side."""
+"""State of a case on a side."""
 
 WIDTHS = 53, 9, 9, 7, 8, 8, 9, 9
-"""Of the columns of the table, before the verdict."""
+"""Widths of the table's columns before the verdict."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a look at a case found. Pairs are of the first commit and of the second.
+    """Result of one look at a case. Pairs hold values of the first commit and of the second.
 
     Attributes:
-        states: how the case is with each.
-        reasons: why it is absent, or how it failed.
-        seconds: CPU seconds of a call, in each pair of blocks.
-        bytes: memory that a call takes, and what calls leave behind; ``None`` where that is not known.
+        states: state of the case on each side.
+        reasons: why the case is absent, or how it failed.
+        seconds: CPU seconds per call, for each pair of blocks.
+        bytes: memory that a call takes plus memory that calls leave behind; ``None`` where that is not known.
         same: whether the same seeds give the same values.
         errors: root mean square errors, relative to exact values.
     """
@@ -95,10 +95,10 @@ class Found:
         return statistics.median(second / first for first, second in self.seconds)
 
     def worse(self, slower: float) -> list[str]:
-        """In what the second is worse; what cannot be told counts as well.
+        """The respects in which the second commit is worse; a missing measurement counts as worse.
 
         Args:
-            slower: ratio of CPU seconds over which it is slower.
+            slower: ratio of CPU seconds above which it is slower.
         """
         if not self.compared:
             lost = self.states in ((OK, ABSENT), (OK, FAILED), (ABSENT, FAILED))
@@ -117,12 +117,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of a case.
+    """The verdict on a case.
 
     Attributes:
-        label: of the case.
-        found: at the last look.
-        worse: in what the second commit is worse.
+        label: label of the case.
+        found: result of the last look.
+        worse: respects in which the second commit is worse.
     """
 
     label: str
@@ -157,11 +157,11 @@ def line(columns: Sequence[str], end: str) -> str:
 
 
 Look = Callable[[str, int], Found]
-"""Measures a case in a number of pairs of blocks."""
+"""Measures a case in a given number of pairs of blocks."""
 
 
 def judge(label: str, look: Look) -> Verdict:
-    """Look at a case, and once more before anything bad is said of it."""
+    """Measure a case; if it looks worse, measure it again before reporting that."""
     found = look(label, PAIRS)
     worse = found.worse(SLOWER)
     if worse:
@@ -171,7 +171,7 @@ def judge(label: str, look: Look) -> Verdict:
 
 
 def summary(verdicts: Sequence[Verdict]) -> tuple[bool, str]:
-    """Whether something was compared and nothing got worse; and that in words."""
+    """Whether at least one case was compared and none got worse; and a text that says so."""
     compared = sum(verdict.found.compared for verdict in verdicts)
     said = f"{compared} of {len(verdicts)} cases compared"
     if not compared:
@@ -183,13 +183,13 @@ def summary(verdicts: Sequence[Verdict]) -> tuple[bool, str]:
 
 
 def run(first: str, second: str, pattern: str = "", repository: Path = paths.ROOT) -> bool:
-    """Compare two commits and print a table; whether nothing got worse.
+    """Compare two commits and print a table; returns whether nothing got worse.
 
     Args:
-        first: what git takes for a commit.
-        second: another.
-        pattern: a regular expression; cases count in whose names it is found.
-        repository: where the commits are.
+        first: a commit, by any name that git accepts.
+        second: another commit.
+        pattern: a regular expression; only cases whose names contain a match are compared.
+        repository: repository of the commits.
 
     Raises:
         BadInput: there is no such commit, or no such case.
@@ -218,10 +218,10 @@ def run(first: str, second: str, pattern: str = "", repository: Path = paths.ROO
 
 
 def chosen(pattern: str) -> list[str]:
-    """The cases in whose names a regular expression is found.
+    """The cases whose names contain a match of a regular expression.
 
     Raises:
-        BadInput: it is none, or is found in no name.
+        BadInput: it is not a regular expression, or no name matches.
     """
     try:
         found = [label for label in CASES.read_text(encoding="utf-8").split() if re.search(pattern, label)]
@@ -236,7 +236,7 @@ def commit(repository: Path, name: str) -> str:
     """The full hash of a commit.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: there is no commit of that name.
     """
     done = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if done.returncode:
@@ -245,10 +245,10 @@ def commit(repository: Path, name: str) -> str:
 
 
 def check_out(repository: Path, sha: str, folder: Path) -> None:
-    """Write a commit's package to a folder; the repository does not take note of it.
+    """Write a commit's package to a folder without changing the repository.
 
     Raises:
-        NtkbenchError: the commit has none.
+        NtkbenchError: the commit has no package.
     """
     done = _git(repository, "archive", "--format=zip", sha, "src/ntkbench")
     if done.returncode:
@@ -265,7 +265,7 @@ def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[bytes
 
 
 class Lost(Exception):
-    """A side does not give what it was asked for."""
+    """A side cannot answer a request."""
 
     def __init__(self, side: Side, state: str, reason: str) -> None:
         super().__init__(reason)
@@ -276,13 +276,13 @@ class Side:
     """The process that measures a checkout; see ``benchmarks/side.py``.
 
     Args:
-        checkout: of a commit.
+        checkout: folder with a commit's package.
     """
 
     def __init__(self, checkout: Path) -> None:
         self._checkout, self._log = checkout, checkout / "log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._forked = self._asked = False  # whether a process is there for a case, and waits for questions
+        self._forked = self._asked = False  # whether a process for a case exists, and waits for questions
 
     def __enter__(self) -> Side:
         return self
@@ -294,7 +294,7 @@ class Side:
         """Start the process, unless it runs.
 
         Raises:
-            NtkbenchError: it cannot be used.
+            NtkbenchError: the commit cannot be measured.
         """
         if self._process:
             return
@@ -318,26 +318,26 @@ class Side:
             raise NtkbenchError(f"a commit cannot be measured: its process imports {package}, which is not of it")
 
     def begin(self, label: str) -> None:
-        """Make a case ready.
+        """Prepare a case.
 
         Raises:
-            Lost: the commit does not have it, or it failed.
+            Lost: the commit does not have the case, or the case failed.
         """
         self.start()
         self._forked = self._asked = True
         self.ask(label)
 
     def ask(self, question: Any) -> Any:
-        """The answer to a question about the case that was begun.
+        """Ask a question about the current case; returns the answer.
 
         Raises:
-            Lost: it failed.
+            Lost: the case failed.
         """
         self._say(question)
         return self._heard()
 
     def end(self) -> None:
-        """End the case that was begun, whatever became of it."""
+        """End the current case, whatever its state."""
         if self._asked:
             self._say(["end"])
         while self._forked:
@@ -347,7 +347,7 @@ class Side:
 
     def _say(self, question: Any) -> None:
         assert self._process and self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # seen when the answer does not come
+        with contextlib.suppress(BrokenPipeError):  # noticed when no answer comes
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -420,9 +420,9 @@ def _measured(sides: Sequence[Side], pairs: int) -> Found:
 
 
 def _bytes(side: Side, before: int) -> int:
-    """What the calls of a side have left behind, and the least of a few peaks of one call.
+    """Bytes that the calls of a side leave behind, plus the smallest of a few peaks of one call.
 
-    Peaks of equal calls differ by up to a factor of two, by when memory is given back. The least one hardly does.
+    Peaks of equal calls vary by up to a factor of two with the time when memory is freed. The smallest hardly varies.
     """
     left, peaks = max(0, side.ask(["settle"]) - before), []
     for seed in range(LOOKS):

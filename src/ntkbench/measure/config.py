@@ -1,4 +1,4 @@
-"""The configuration file of a run: its keys, what they may be, and one line for each that cannot be used."""
+"""The configuration file of a run: its keys, their allowed values, and one line for each invalid value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ntkbench.measure.yaml_reader import Place
 from ntkbench.metrics import METRICS
 
 COMMAND_LINE = "--config"
-"""Stands in messages where a file and a line would, for a value from the command line."""
+"""Replaces file and line in messages about a value from the command line."""
 OCCUPIED = ("reference", "cache", "asv", "asv-html", "asv-isolated")
 """Folders below ``results`` that belong to no profile."""
 
@@ -137,10 +137,10 @@ class Config(Settings):
 
     @classmethod
     def of_files(cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None, here: bool = True) -> Self:
-        """The configuration in some files and on the command line.
+        """The configuration from files and the command line.
 
-        Mappings are merged key by key, and all other values replaced, by those of later files and at last by
-        ``overrides``.
+        Later files override earlier ones, and ``overrides`` overrides all files. Mappings are merged key by key; other
+        values are replaced.
 
         Args:
             files: YAML files.
@@ -148,7 +148,7 @@ class Config(Settings):
             here: whether this machine measures, so that it must have the cores and the device.
 
         Raises:
-            BadInput: one line for each thing that is wrong; it names file and line, key, value and what is allowed.
+            BadInput: one line for each error, which names file and line, key, value and what is allowed.
         """
         raw: dict[str, Any] = {}
         where: dict[Place, str] = {}
@@ -163,10 +163,10 @@ class Config(Settings):
 
     @classmethod
     def check(cls, raw: object, source: str, where: Mapping[Place, str] | None = None, here: bool = True) -> Self:
-        """Validate what was read.
+        """Validate keys and values.
 
         Args:
-            raw: keys and values.
+            raw: the keys and values.
             source: where they come from, for messages.
             where: where single values come from, by their places.
             here: as in :meth:`of_files`.
@@ -226,7 +226,7 @@ class Config(Settings):
 
 
 def write(config: Config, file: Path) -> Path:
-    """Write a configuration, defaults filled in, unless the file says just that already; the file."""
+    """Write a configuration with its defaults, unless the file already holds exactly that; returns the file."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     if not file.exists() or file.read_bytes() != text.encode("utf-8"):
         paths.write_atomically(file, text)
@@ -236,14 +236,14 @@ def write(config: Config, file: Path) -> Path:
 def schema() -> str:
     """The JSON schema of configurations, with a final newline.
 
-    It knows keys, types and ranges. Names of plug-ins and settings of studies are for :meth:`Config.check`.
+    It covers keys, types and ranges. :meth:`Config.check` checks names of plug-ins and settings of studies.
     """
     made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
     return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any], where: dict[Place, str], top: Place = ()) -> None:
-    """Merge values into others, and forget where those come from that are replaced."""
+    """Merge values into others, and drop the origins of replaced values from ``where``."""
     for key, value in values.items():
         place = (*top, key)
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -255,7 +255,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any], where: dict[Place, s
 
 
 def _parsed(value: Any, place: Place = ()) -> Any:
-    """Snakemake parses single values of the command line, and leaves those within lists and mappings as text."""
+    """Parse text within lists and mappings; Snakemake parses only single values of the command line."""
     if isinstance(value, Mapping):
         return {key: _parsed(below, (*place, key)) for key, below in value.items()}
     if isinstance(value, list | tuple):
@@ -276,7 +276,7 @@ def _places(value: Any, place: Place = ()) -> Iterator[Place]:
 
 
 def _explained(error: ValidationError, top: Place, source: str, where: Mapping[Place, str]) -> list[str]:
-    """One line for each thing that is wrong."""
+    """One line for each error."""
     lines: list[str] = []
     for one in error.errors(include_url=False):
         place = (*top, *(part for part in one["loc"] if part != "[key]"))
@@ -285,7 +285,7 @@ def _explained(error: ValidationError, top: Place, source: str, where: Mapping[P
 
 
 def _line(place: Place, value: str, message: str, source: str, where: Mapping[Place, str]) -> str:
-    """One line, with the closest line of a file that is known."""
+    """The line for one error, with the closest known line of a file."""
     known = next((where[place[:size]] for size in range(len(place), 0, -1) if place[:size] in where), source)
     return ": ".join(_printable(part) for part in (known, _joined(place), value, message) if part)
 

@@ -1,7 +1,7 @@
-"""asv's fork server, asked for one case at a time: the one place of the package that knows asv.
+"""asv's fork server, which runs one case at a time. No other module of the package depends on asv.
 
-Every case runs in a process of its own, forked from a server that has imported the suite; asv times it and takes its
-peak. Asked case by case, a cell is finished before the next one begins, and what happens to the server costs one cell.
+Every case runs in a process of its own, forked from a server that has imported the suite; asv times the case and takes
+its peak. Cases run one by one, so a cell is finished before the next one begins, and a server failure costs one cell.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ KILLED = -9
 
 
 class Result(NamedTuple):
-    """What asv found of one case.
+    """asv's result for one case.
 
     Attributes:
         value: the benchmark's number; ``None`` where it has samples, or failed.
-        samples: of a timing benchmark, in seconds a call.
+        samples: samples of a timing benchmark, in seconds per call.
         outcome: how the case ended.
-        killed: whether something other than its limits killed it.
+        killed: whether something other than the limits killed it.
     """
 
     value: float | None
@@ -52,11 +52,11 @@ class Engine:
     """asv's fork server for one plan.
 
     Args:
-        plan_file: of the plan.
-        labels: its cases.
-        limits: of each case.
-        mark: of this step's processes; see :func:`ntkbench.measure.watchdog.step`.
-        log: gets what the server and the cases print.
+        plan_file: file of the plan.
+        labels: labels of its cases.
+        limits: limits of each case.
+        mark: mark of this step's processes; see :func:`ntkbench.measure.watchdog.step`.
+        log: file for the output of the server and the cases.
     """
 
     def __init__(self, plan_file: Path, labels: Sequence[str], limits: Limits, mark: str, log: Path) -> None:
@@ -67,7 +67,7 @@ class Engine:
         asv.console.log.enable()
 
     def run(self, aspect: str, index: int) -> Result:
-        """Measure one aspect of the case of a number."""
+        """Measure one aspect of the case with this index."""
         benchmark = {"name": BENCHMARKS[aspect], "params": self._params, "timeout": self._limits.time_s + 30}
         server = self._started()
         first_seen: dict[int, float] = {}
@@ -106,7 +106,7 @@ class Engine:
         return Result(number, samples, Outcome(outcomes.OK))
 
     def close(self) -> None:
-        """End the server and all that it started."""
+        """End the server and all processes that it started."""
         if self._server is None:
             return
         server, self._server = self._server, None
@@ -143,11 +143,11 @@ def started(*arguments: Any) -> Iterator[Engine]:
 
 
 class _Environment:
-    """This interpreter, as asv's runner asks for one."""
+    """This interpreter, in the form that asv's runner expects."""
 
     def __init__(self, plan_file: Path) -> None:
         folders = paths.python_path()
-        # asv takes the folders of PYTHONPATH off its path unless its own variable names them.
+        # asv removes the folders of PYTHONPATH from its path unless its own variable names them.
         self.env_vars = {
             plan.VARIABLE: str(plan_file),
             "ASV_PYTHONPATH": folders,

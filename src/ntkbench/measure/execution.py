@@ -1,7 +1,7 @@
-"""One execution of one cell in a process of its own: prepared, called, and recorded whatever becomes of it.
+"""One execution of one cell in a process of its own: prepared, called and recorded, even if it fails.
 
-asv calls what is timed or whose peak is taken; an execution prepares it. What it finds out beyond the one number that
-asv keeps goes into a record, a small JSON file. A failure is recorded as soon as it happens.
+An execution prepares the call whose time or peak asv measures. Results beyond the one number that asv keeps go into a
+record, a small JSON file. A failure is recorded as soon as it happens.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from ntkbench.measure.seeds import Reruns
 from ntkbench.metrics import SPECTRAL
 
 ASPECTS = ("memory", "seconds")
-"""What a cell's executions measure, in turn; errors over seeds go with the seconds."""
+"""What a cell's executions measure, in this order; ``seconds`` includes the errors over seeds."""
 
 
 class Execution:
     """A cell in this process, ready to be estimated."""
 
     def __init__(self, cell: Cell, config: Config, record: Path) -> None:
-        """Load the problem and prepare the method; nothing is estimated yet.
+        """Load the problem and prepare the method, without an estimate.
 
         Args:
             cell: what is measured.
             config: the settings.
-            record: where what is found out goes.
+            record: file for the results.
 
         Raises:
-            Unavailable: the cell is left out.
+            Unavailable: the cell is skipped.
         """
         self._cell, self._config, self._record = cell, config, record
         self._found: dict[str, Any] = {}
@@ -61,14 +61,14 @@ class Execution:
         return self._method.estimate(self._prepared, self._cell.metric, self._cell.passes, seed)
 
     def first_call(self) -> None:
-        """The first estimate, which traces and compiles; its seconds with those of preparing are of interest."""
+        """The first estimate, which traces and compiles; records its seconds plus those of preparing."""
         with self.recorded():
             start = time.perf_counter()
             self._first = seeds.checked(self.estimate(), self._cell.metric)
             self._keep(first_call_seconds=self._prepare_seconds + time.perf_counter() - start)
 
     def errors(self, exact: dict[str, float] | None = None) -> None:
-        """Errors over the cell's seeds, after :meth:`first_call`, which is the first of them.
+        """Errors over the cell's seeds. Call it after :meth:`first_call`, whose estimate is the first of them.
 
         Args:
             exact: exact values by metric; looked up if not given.
@@ -93,11 +93,11 @@ class Execution:
             )
 
     def settle(self) -> None:
-        """Take note of the bytes held before the call whose peak is taken."""
+        """Record the bytes held before the call whose peak is measured."""
         self._keep(baseline_bytes=timing.settle_memory())
 
     def call_for_peak(self) -> None:
-        """The call whose peak is taken; of a GPU, the peak that the allocator has held."""
+        """The call whose peak is measured; on a GPU, records the allocator's peak."""
         with self.recorded():
             start = time.perf_counter()
             self.estimate()
@@ -106,7 +106,7 @@ class Execution:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Make a failure part of the record. A forked twin of this process ends here, and nothing is done twice."""
+        """Record a failure. A forked copy of this process ends here, so that nothing is done twice."""
         try:
             yield
         except BaseException as error:
@@ -125,12 +125,12 @@ class Execution:
 
 
 def record_file(records: Path, index: int, aspect: str) -> Path:
-    """Where the record of a case's execution lies."""
+    """The file with the record of a case's execution."""
     return records / f"{index}.{aspect}.json"
 
 
 def read(record: Path) -> dict[str, Any]:
-    """What an execution left; empty if that is nothing."""
+    """The record of an execution; empty if there is none that can be read."""
     try:
         return dict(json.loads(record.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Problems made ready before anything is measured on them: trained weights, sizes and exact metrics, or why not."""
+"""Prepare problems before measurements: trained weights, sizes and exact metrics, or the reason for a failure."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ntkbench.measure.progress import Progress
 SIZES = ("N", "O", "P", "n")
 
 Facts = dict[str, Any]
-"""Of one problem: status and reason, and where it is ready its sizes and ``exact``, metric to value."""
+"""Facts of one problem: status and reason; if it is ready, also its sizes and ``exact``, which maps metric to value."""
 
 
 def make(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts]:
-    """Facts of problems, each in a process of its own under the limits; they go to ``output``.
+    """Find the facts of problems, each in a process of its own under the limits, and write them to ``output``.
 
-    Problems that are ready and unchanged are not made again.
+    Unchanged problems that are ready or were skipped are not prepared again.
     """
     found: dict[str, Facts] = {}
     timing.import_early(with_jax=False)
@@ -51,7 +51,7 @@ def make(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts
 
 
 def read(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts]:
-    """What :func:`make` found, by its journal, which has checksums; what is missing there is made again."""
+    """The facts in the journal of :func:`make`, which has checksums; calls :func:`make` again if any are missing."""
     rows = journal.rows_of([output.with_suffix(".journal")])
     found = {label: rows.get((label, fingerprints.problem(label))) for label in labels}
     known = {label: row for label, row in found.items() if row}
@@ -64,7 +64,7 @@ def _made(label: str, config: Config, part: Path) -> Facts:
 
 
 def _once(label: str, config: Config, part: Path) -> tuple[Facts, bool]:
-    """Facts, and whether something other than its limits killed the process that was to find them."""
+    """Facts, and whether something other than the limits killed the process that finds them."""
     limits = config.limits
     part.unlink(missing_ok=True)
     child = multiprocessing.get_context("fork").Process(target=_make, args=(label, config.threads, part))

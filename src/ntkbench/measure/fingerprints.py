@@ -1,8 +1,8 @@
-"""Fingerprints: hashes of the source files and settings that a measurement depends on, so that none is stale unseen.
+"""Fingerprints: hashes of the source files and settings that a measurement depends on, to detect stale results.
 
-Files are those that a process of the kind imports: its roots, and what these import, at the top of a file or in a
-function. They are found by reading sources; nothing is imported. Modules that are loaded by name, such as plug-ins and
-backends, show in no import statement and are roots by themselves.
+The files are those that the process of a measurement imports: its roots, and all that these import, at the top of a
+file or in a function. They are found by reading sources; nothing is imported. Modules that are loaded by name, such as
+plug-ins and backends, appear in no import statement and are roots themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parents[1]
 """The folder of the package whose files are looked at."""
 
 SUITE = paths.ROOT / "benchmarks" / "pipeline" / "ntk.py"
-"""What a cell's process starts from; it is no part of the package."""
+"""The file that a cell's process starts from; it is not part of the package."""
 CELL_ROWS = "ntkbench.measure.rows"
 REPORT = "ntkbench.figures.plotting.report"
 REFERENCE = "ntkbench.problems.base.reference"
@@ -35,20 +35,20 @@ AROUND = {
     "cell": ("measure/shard.py", "measure/engine.py"),
     "study": ("studies/base/runner.py",),
 }
-"""Files that turn what a process found into a row, but not what they import to run processes and to keep rows."""
+"""Files that turn a process's results into a row. Their imports, which run processes and keep rows, do not count."""
 LIMITS_OF_CELLS = {"time_s", "memory_mb", "block_mb", "passes"}
-"""The limits that cells are measured within; the others are for problems and studies."""
+"""The limits that apply to cells; the others apply to problems and studies."""
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
-"""Imported by whatever declares a recurrence, and so gets the operators in ``RECURRENT``."""
+"""Every module that declares a recurrence imports this one, and needs the operators in ``RECURRENT``."""
 
 
 def cell(config: Config, cell: Cell) -> str:
-    """What a cell's row depends on: its method, its problem, its backend, the measuring core, and its settings.
+    """Fingerprint of a cell's row: its method, its problem, its backend, the measuring core, and its settings.
 
     Raises:
-        Unavailable: ntkbench is not in a checkout, where the suite is that measures cells.
+        Unavailable: ntkbench is not in a checkout, which holds the suite that measures cells.
     """
     paths.checkout("measuring cells")
     files = sources(*cell_roots(cell), backend=cell.backend) | _data_of_problem(cell.problem)
@@ -59,18 +59,18 @@ def cell(config: Config, cell: Cell) -> str:
 
 
 def cell_roots(cell: Cell) -> list[str]:
-    """Modules that a cell's process imports by itself, and what makes its row."""
+    """Modules that a cell's process imports by itself, and the module that makes its row."""
     return [*imports(SUITE.stem, SUITE), CELL_ROWS, methods.ROOM.module(cell.method), problems.module_of(cell.problem)]
 
 
 def problem(label: str) -> str:
-    """What a problem's weights and exact values depend on."""
+    """Fingerprint of a problem's weights and exact values."""
     files = sources(problems.module_of(label), REFERENCE, backend="torch")
     return _hash(files | _data_of_problem(label), label)
 
 
 def study(config: Config, name: str) -> str:
-    """What a study's table depends on: its file, the plug-ins that it names, their data, and its settings."""
+    """Fingerprint of a study's table: its file, the plug-ins that it names, their data, and its settings."""
     settings = config.study(name).model_dump(mode="json")
     files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
     named = {text.partition("[")[0] for text in _strings(settings)} & set(problems.ROOM.found())
@@ -78,7 +78,7 @@ def study(config: Config, name: str) -> str:
 
 
 def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:
-    """A study's module, those that it says it loads by name, and the problems and methods in its settings."""
+    """A study's module, the modules that it declares to load by name, and the problems and methods in its settings."""
     room = registry.room("study")
     named = {text.partition("[")[0] for text in _strings(settings)}
     rooms = (methods.ROOM, problems.ROOM)
@@ -87,7 +87,7 @@ def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in a value of JSON, keys among them."""
+    """All strings in a JSON value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -107,25 +107,25 @@ def figure(name: str) -> str:
 
 
 class Run:
-    """Fingerprints of what a run measures, each made when it is first asked for, and once."""
+    """Fingerprints of a run's measurements, each computed once, on first use."""
 
     def __init__(self, config: Config, cells: Iterable[Cell]) -> None:
-        """Nothing is made yet.
+        """Does not compute anything yet.
 
         Args:
-            config: the settings. Where tables are committed ones, nothing is measured, and fingerprints are empty.
-            cells: of the grid.
+            config: the settings. With committed tables, nothing is measured, and fingerprints are empty.
+            cells: cells of the grid.
         """
         self._config, self._cells = config, tuple(cells)
         self._cell = functools.cache(functools.partial(cell, config))
         self._study = functools.cache(functools.partial(study, config))
 
     def cells(self, some: Iterable[Cell]) -> str:
-        """Of some cells."""
+        """Fingerprint of some cells."""
         return combined(map(self._cell, some)) if self._config.source == "measured" else ""
 
     def table(self, name: str) -> str:
-        """Of a study, or of the grid's ``table``."""
+        """Fingerprint of a study, or of the grid's ``table``."""
         if name == "table":
             return self.cells(self._cells)
         return self._study(name) if self._config.source == "measured" else ""
@@ -137,11 +137,11 @@ def combined(fingerprints: Iterable[str]) -> str:
 
 
 def sources(*roots: str, backend: str | None = None) -> set[Path]:
-    """Files of this package that are imported with the roots, directly or not, their own among them.
+    """Files of this package, and of plug-ins outside of it, that the roots import, the files of the roots included.
 
     Args:
         roots: names of modules.
-        backend: whose operators are loaded by name where any operators are.
+        backend: backend whose operators are loaded by name if any operators are.
     """
     reached = _reached(roots)
     beside: list[Path] = []
@@ -159,17 +159,17 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
 
 
 def _data_of_problem(label: str) -> set[Path]:
-    """Committed weights and exact values, and files of data."""
+    """Committed weights and exact values, and data files."""
     name = parse_label(label)[0]
     files = (weights.committed_file(name), reference.file_of(label, paths.REFERENCE))
     return {file for file in files if file.exists()} | _data_files(name)
 
 
 def _data_files(name: str) -> set[Path]:
-    """Files of data that a problem says it is made of, those that are here."""
+    """Data files that a problem declares, as far as they exist on this machine."""
     try:
         declared = getattr(problems.get(name), "data", ())
-    except BrokenPlugin:  # whoever loads it is told
+    except BrokenPlugin:  # reported where the problem is loaded
         return set()
     return {found for file in declared if (found := file.here())}
 
@@ -199,7 +199,7 @@ def _digest(file: Path, modified: int, size: int) -> str:
 
 
 def _reached(roots: Iterable[str]) -> dict[str, Path]:
-    """Modules of this package that are imported with the roots, and their files."""
+    """The roots and the modules of this package that they import, directly or indirectly, with their files."""
     reached: dict[str, Path] = {}
     seen, new = {""}, set(roots)
     while new:
@@ -226,7 +226,7 @@ def _file(module: str) -> Path | None:
 
 
 def imports(module: str, file: Path) -> frozenset[str]:
-    """Names of this package that a module's file imports, of modules and of what is in them; not those for checkers."""
+    """Names of this package, of modules and of their members, that a file imports; not those for type checkers."""
     return _imports(module, file, *_stamp(file))
 
 
@@ -234,7 +234,7 @@ def imports(module: str, file: Path) -> frozenset[str]:
 def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str]:
     try:
         source = Source.read(file)
-    except Fault:  # a process that comes to this file ends there
+    except Fault:  # a process that imports this file fails
         return frozenset()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
@@ -242,7 +242,7 @@ def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
-            if node.level and not package:  # within a folder of plug-ins, all of which counts
+            if node.level and not package:  # within a folder of plug-ins, where every file counts
                 continue
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
@@ -250,7 +250,7 @@ def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str
 
 
 def _imported(statements: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Import statements in some statements and in those within them, but for the bodies of ``if TYPE_CHECKING``."""
+    """Import statements in some statements and, recursively, within them, except bodies of ``if TYPE_CHECKING``."""
     for node in statements:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node

@@ -1,4 +1,4 @@
-"""Finished rows on disk, so that a grid or a study that is stopped, by whatever, goes on behind its last row."""
+"""Finished rows on disk, so that an interrupted grid or study resumes after its last row."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """Lines of a checksum and JSON: one when a row is begun, and one with the row when it is done.
+    """A file of lines with a checksum and JSON: one line when a row begins, and one with the row when it is done.
 
-    A row is known by its key, and counts only for the fingerprint that it was made with. It is not measured again
-    while that stands. One process writes at a time.
+    A row is identified by its key, and is valid only for the fingerprint that it was made with. While that is the same,
+    the row is not measured again. Only one process writes at a time.
     """
 
     def __init__(self, path: Path, others: list[Path] | None = None) -> None:
-        """Read what is there; a line that is not as it was written is left out.
+        """Read the existing lines; damaged lines are left out.
 
         Args:
-            path: of the journal.
+            path: path of the journal.
             others: journals whose rows count as well.
 
         Raises:
@@ -65,19 +65,19 @@ class Journal:
         return [row for (_, own), row in self._rows.items() if own == made_for]
 
     def begin(self, key: str, made_for: str) -> None:
-        """Note that a row is under way."""
+        """Record that a row is being measured."""
         self.begun = key
         self._write({"key": key, "made_for": made_for})
 
     def finish(self, key: str, made_for: str, row: Row) -> None:
-        """Keep a row."""
+        """Record a finished row."""
         self.begun = None
         self._rows[key, made_for] = row
         self._write({"key": key, "made_for": made_for, "row": row})
 
     def close(self) -> None:
-        """Let others write."""
-        with contextlib.suppress(OSError):  # what could not be written was said when it was
+        """Close the file and release the lock."""
+        with contextlib.suppress(OSError):  # failed writes were already reported
             self._file.close()
         self._lock.release()
 
@@ -101,17 +101,17 @@ CURRENT: ContextVar[Rows | None] = ContextVar("rows", default=None)
 
 
 class Rows:
-    """Rows of one study in a journal, by their cases; cases that are equal are told apart by their order.
+    """Rows of one study in a journal, by their cases; equal cases are distinguished by their order.
 
     Args:
-        journal: where they are kept.
+        journal: the journal that keeps them.
         made_for: fingerprint of the study.
-        whence: columns that say where the rows come from that are made now.
-        say: is told which row is under way.
+        whence: provenance columns of new rows.
+        say: called with a text that names the row being measured.
 
     Attributes:
-        made: rows so far, those from before among them.
-        seconds: that their measurements took.
+        made: rows so far, including those from earlier runs.
+        seconds: total seconds of the new rows' measurements.
     """
 
     def __init__(
@@ -128,32 +128,32 @@ class Rows:
         self.seconds = 0.0
 
     def key(self, case: Mapping[str, Any]) -> str:
-        """The key of a case that comes up now."""
+        """The key of the next case."""
         said = json.dumps(case, default=plain)
         self._count[said] = self._count.get(said, 0) + 1
         return said if self._count[said] == 1 else f"{said} #{self._count[said]}"
 
     def before(self, key: str) -> Row | None:
-        """The row of a key, if it was made before."""
+        """The row of a key, if an earlier run made it."""
         row = self._journal.row(key, self._made_for)
         if row is not None:
             self.made.append(row)
         return row
 
     def begin(self, key: str) -> None:
-        """Note that a row is under way."""
+        """Record that a row is being measured."""
         self._say(f"row {len(self.made) + 1}")
         self._journal.begin(key, self._made_for)
 
     def finish(self, key: str, row: Row, seconds: float) -> None:
-        """Keep a row, which took some seconds."""
+        """Record a finished row, and the seconds that it took."""
         self.made.append(row)
         self._own.append((key, row))
         self.seconds += seconds
         self._journal.finish(key, self._made_for, row)
 
     def take_back(self, columns: Mapping[str, Any]) -> None:
-        """Change the rows that were made now, and not before, to how they ended after all."""
+        """Overwrite columns of the new rows; rows from earlier runs stay unchanged."""
         for key, row in self._own:
             row |= columns
             self._journal.finish(key, self._made_for, row)
@@ -161,7 +161,7 @@ class Rows:
 
 @contextlib.contextmanager
 def kept(rows: Rows | None) -> Iterator[None]:
-    """Keep a study's rows meanwhile."""
+    """Within this context, :data:`CURRENT` is a study's rows."""
     token = CURRENT.set(rows)
     try:
         yield
@@ -170,7 +170,7 @@ def kept(rows: Rows | None) -> Iterator[None]:
 
 
 def begun(file: Path) -> str | None:
-    """The key of the row that is under way by a journal, if one is."""
+    """The key of the row that a journal has begun and not finished, if any."""
     key = None
     for entry in _entries(file):
         key = None if "row" in entry else entry["key"]
@@ -178,7 +178,7 @@ def begun(file: Path) -> str | None:
 
 
 def rows_of(files: Iterable[Path]) -> dict[tuple[str, str], Row]:
-    """The rows in some journals by key and fingerprint; of one that was made several times, the last."""
+    """The rows in some journals by key and fingerprint; of a row that was made several times, the last one."""
     found: dict[tuple[str, str], Row] = {}
     for file in files:
         for entry in _entries(file):
@@ -204,7 +204,7 @@ def _checksum(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar as a number of Python, for JSON."""
+    """A NumPy scalar as a Python number, for JSON."""
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be kept in a journal")

@@ -1,10 +1,9 @@
 """Passes and seconds at which a method reaches an error: a law fitted to all measured budgets, with a bootstrap band.
 
-The budget with the least time among those whose median error happens to be small enough is the luckiest one, and its
-time is too short. So medians over seeds are never compared with an error one by one. The law takes all budgets of a
-method: its median error falls with the passes, at least as their root, and its seconds grow with them. Both curves are
-isotonic regressions of logarithms (Barlow et al. 1972), straight lines between budgets, and are not continued beyond
-the largest budget.
+The fastest budget whose median error happens to be small enough is the luckiest one, and its time is too short. So
+medians over seeds are never compared with an error one by one. The law uses all budgets of a method: its median error
+falls at least as fast as the inverse root of the passes, and its seconds grow with the passes. Both curves are isotonic
+regressions of logarithms (Barlow et al. 1972), linear between budgets, and are not extrapolated beyond the largest one.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ import pandas as pd
 from scipy.special import ndtr, ndtri
 
 RATE = 0.5
-"""Errors fall at least as passes to the power of its negative, as the mean of independent probes does."""
+"""Errors fall at least as fast as ``passes**-RATE``, the rate of a mean of independent probes."""
 RERUNS = 200
-"""Of the bootstrap."""
+"""Reruns of the bootstrap."""
 CONFIDENCE = 0.95
-"""Of bands."""
+"""Confidence level of bands."""
 FLOOR = 1e-9
-"""Errors below count as this; float32 does not tell them apart."""
+"""Smaller errors count as this one; float32 does not resolve them."""
 HALF_NORMAL = math.log(1.1503 / 0.3186) / 1.3490
-"""Standard deviation of the lognormal distribution with the quartiles' ratio of |x|, x normal."""
+"""Standard deviation of the logarithm of a lognormal number whose ratio of quartiles is that of |x|, x normal."""
 COLUMNS = ("passes", "error", "error_q25", "error_q75", "seeds", "seconds", "seconds_q25", "seconds_q75")
-"""Columns of measured budgets that a law is fitted to. ``calls``, if there, are those behind the seconds, and
+"""Columns of measured budgets that a law is fitted to. ``calls``, if present, is the number of timed calls, and
 ``first_seed`` says whether budgets had the same seeds."""
 
 
 class Reached(NamedTuple):
-    """Passes and seconds to an error, each with the ends of its 95 % band; ``nan`` where the budgets do not tell."""
+    """Passes and seconds to an error, each with the ends of its 95 % band; ``nan`` where the budgets leave it open."""
 
     passes: float
     passes_low: float
@@ -48,10 +47,10 @@ class Reached(NamedTuple):
 
 @dataclass(frozen=True)
 class Law:
-    """Median errors and seconds of one method against passes, and what reruns of the measurement might have given.
+    """Median errors and seconds of one method against passes, with bootstrap reruns of the measurement.
 
     Attributes:
-        passes: measured budgets ``[K]``, growing.
+        passes: measured budgets ``[K]``, increasing.
         errors: fitted median errors ``[1 + RERUNS, K]``; those of the measurement first.
         times: fitted seconds, likewise.
     """
@@ -74,13 +73,13 @@ class Law:
         return np.where(within[:, -1], np.exp(x[before] + share * (x[after] - x[before])), np.nan)
 
     def seconds(self, budgets: np.ndarray) -> np.ndarray:
-        """Seconds at a budget of each rerun, ``[1 + RERUNS]``; ``nan`` where the budget is."""
+        """Seconds of each rerun at its budget, ``[1 + RERUNS]``; ``nan`` where the budget is ``nan``."""
         x = np.log(self.passes)
         pairs = zip(np.log(budgets), np.log(self.times), strict=True)
         return np.exp([np.interp(at, x, times) if at == at else np.nan for at, times in pairs])
 
     def error(self, passes: float) -> np.ndarray:
-        """Median error at a budget, ``[1 + RERUNS]``; that of the nearest one outside of what was measured."""
+        """Median error at a budget, ``[1 + RERUNS]``; outside the measured range, that of the nearest budget."""
         x, at = np.log(self.passes), math.log(max(passes, self.passes[0]))
         return np.exp([np.interp(at, x, errors) for errors in np.log(self.errors)])
 
@@ -91,10 +90,10 @@ class Law:
 
 
 def banded(draws: np.ndarray) -> tuple[float, float, float]:
-    """The first of some numbers, and the 95 % band that the others give it; a rerun without a number is above all.
+    """The first of some numbers, and its 95 % band from the others; a rerun without a number counts as infinite.
 
-    The band's ends are bias-corrected quantiles (Efron 1981): where more than half of the reruns are below the number,
-    it is taken to be as far below what is right.
+    The band's ends are bias-corrected quantiles (Efron 1981): if more than half of the reruns are below the number, the
+    number is assumed to be as far below the true value.
     """
     if math.isnan(draws[0]):
         return math.nan, math.nan, math.nan
@@ -109,14 +108,14 @@ def banded(draws: np.ndarray) -> tuple[float, float, float]:
 def fit(points: pd.DataFrame, seed: int = 0) -> Law:
     """The law of one method on one problem.
 
-    The bootstrap is parametric: the median of k errors varies as that of k lognormal numbers with their quartiles, or
-    with those of |x|, x normal, if these are further apart. Without passes a method is deterministic: its error does
-    not vary. Seconds vary as medians of lognormal numbers with their quartiles. Where budgets do not have seeds of
-    their own, by ``first_seed``, all their errors may be low together, and vary as one in the bootstrap.
+    The bootstrap is parametric: the median of k errors varies like that of k lognormal numbers with the same quartiles,
+    or with those of |x|, x normal, if these are further apart. A method without passes is deterministic: its error does
+    not vary. Seconds vary like medians of lognormal numbers with the same quartiles. Unless ``first_seed`` shows that
+    budgets have different seeds, all their errors may be low together, and the bootstrap varies them together.
 
     Args:
         points: a row for each measured budget (a single one without passes), with :data:`COLUMNS`.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     points = points.sort_values("passes", kind="stable")
     passes = points["passes"].fillna(1.0).clip(lower=1.0).to_numpy(float)
@@ -141,7 +140,7 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
 
 
 def median_errors(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of median errors, and their standard deviations over seeds: 0 for what takes no passes.
+    """Logarithms of median errors, and their standard deviations over seeds: 0 for methods without passes.
 
     Args:
         points: as for :func:`fit`.
@@ -161,7 +160,7 @@ def fits(points: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[object, ...], 
 
 
 def _logarithms(points: pd.DataFrame, name: str, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of a column, and the standard deviations of lognormal numbers with its quartiles."""
+    """Logarithms of a column, and standard deviations of the logarithms of lognormal numbers with its quartiles."""
     middle, low, high = (
         np.log(points[column].fillna(points[name]).clip(lower=floor).to_numpy(float))
         for column in (name, f"{name}_q25", f"{name}_q75")
@@ -170,7 +169,7 @@ def _logarithms(points: pd.DataFrame, name: str, floor: float) -> tuple[np.ndarr
 
 
 def _fitted(x: np.ndarray, place: np.ndarray, y: np.ndarray, weights: np.ndarray, *, power: float) -> np.ndarray:
-    """The curve ``y(x)`` of the least weighted squares that falls at least as ``x`` to ``power`` < 0, or grows (0)."""
+    """The weighted least-squares curve ``y(x)`` with slopes at most ``power`` < 0, or at least 0 (``power`` 0)."""
     from scipy.optimize import isotonic_regression
 
     total = np.bincount(place, weights)

@@ -1,4 +1,4 @@
-"""What a measurement may take: one object for the grid, the studies and the comparisons."""
+"""Limits of a measurement: one object for the grid, the studies and the comparisons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ntkbench.measure.schema import Strict
 
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 Mebibytes = Annotated[float, Field(ge=1e-6, le=1e12)]
-"""One byte at least, and few enough for a whole number of bytes."""
+"""At least one byte, and small enough for an integer number of bytes."""
 
 
 class Limits(Strict):
@@ -49,7 +49,7 @@ class Limits(Strict):
         return int(self.block_mb * 2**20)
 
     def check_memory(self, needed: float) -> None:
-        """That a computation holds no more bytes than it may.
+        """Check that a computation holds at most ``memory_mb``.
 
         Raises:
             OverMemory: it needs more.
@@ -58,7 +58,7 @@ class Limits(Strict):
             raise OverMemory(f"would hold {needed / 2**30:.3g} GiB, over limits.memory_mb ({self.memory_mb:g})")
 
     def check_passes(self, needed: float | None) -> None:
-        """That a deterministic method takes no more passes than it may.
+        """Check that a deterministic method takes at most ``passes`` passes.
 
         Raises:
             Unavailable: it takes more.
@@ -67,7 +67,7 @@ class Limits(Strict):
             raise Unavailable(f"would take {needed:,.0f} passes, over limits.passes ({self.passes:,})")
 
     def check_operations(self, needed: float) -> None:
-        """That a case needs no more floating-point operations than it may.
+        """Check that a case needs at most ``gigaflop`` GFLOP.
 
         Raises:
             Unavailable: it needs more.

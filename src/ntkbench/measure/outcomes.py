@@ -28,9 +28,9 @@ EDITED = Outcome(FAILED, "a file that this depends on was edited while it was me
 
 
 def of_exception(error: BaseException) -> Outcome:
-    """The outcome of what ended with an exception, whatever that exception is like."""
+    """The outcome of a measurement that ended with an exception, of any type."""
     reason = summary(error)
-    # The type of these says no more than the status.
+    # The type of these errors says no more than the status.
     ours = isinstance(error, (Unavailable, OverMemory)) and str(error).strip()
     reason = one_line(str(error)) if ours else reason
     if isinstance(error, Unavailable):
@@ -43,7 +43,7 @@ _SIGNS = ("out of memory", "can't allocate memory", "resource_exhausted")
 
 
 def of_exit(code: int) -> Outcome:
-    """The outcome of a process that ended before it could say why.
+    """The outcome of a process that ended before it could report why.
 
     Args:
         code: its exit status, negative for a signal.
@@ -59,6 +59,6 @@ def of_exit(code: int) -> Outcome:
 
 
 def say(text: str) -> None:
-    """Print a line, if anybody can read it: a plug-in may have closed what it would go to."""
+    """Print a line, and ignore errors: a plug-in may have closed standard output."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(text, flush=True)

@@ -1,4 +1,4 @@
-"""What the pipeline's suite measures: the cells of one shard of a run."""
+"""The plan of the pipeline's suite: the cells of one shard of a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ VARIABLE = "NTKBENCH_PLAN"
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells, the settings they are measured with, and the folder for what asv does not keep.
+    """Cells, the settings they are measured with, and the folder for results that asv does not keep.
 
     Attributes:
         config: the configuration.
         cells: in the order of asv's cases.
-        exact: exact values of each problem's metrics; a problem that is not there has its values looked up.
+        exact: exact values of each problem's metrics; the values of missing problems are looked up.
         records: folder of the run's records.
     """
 
@@ -35,7 +35,7 @@ class Plan:
     def current(cls) -> Plan:
         """The plan that ``$NTKBENCH_PLAN`` points to."""
         written = json.loads(Path(os.environ[VARIABLE]).read_text(encoding="utf-8"))
-        # Settings alone, checked before: checking a grid again would import every plug-in that it names.
+        # Only the settings, already checked: checking the grid again would import every plug-in that it names.
         limits = Limits(**written["settings"].pop("limits"))
         config = Config.model_construct(**written["settings"], limits=limits)
         made = [Cell(**cell) for cell in written["cells"]]

@@ -1,4 +1,4 @@
-"""How far a run is: each step says what it is at in a small file, and the run shows all of them on one line."""
+"""Progress of a run: each step writes its state to a small file, and the run shows all of them on one line."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ntkbench.measure import journal
 
 FOLDER = "progress"
 EVERY = 20.0
-"""Seconds between lines where standard error is no terminal."""
+"""Seconds between lines where standard error is not a terminal."""
 
 
 KEYS = {"what", "done", "total", "start", "end", "measured"}
-"""Of what a step says."""
+"""Keys of a step's file."""
 
 
 class Progress:
-    """What one step of a run is at.
+    """Progress of one step of a run.
 
     Args:
         results: the run's results folder.
         step: name of the step.
-        total: what there is to do, in the unit of :meth:`begin`'s share.
+        total: total amount of work, in the unit of :meth:`begin`'s ``share``.
     """
 
     def __init__(self, results: Path, step: str, total: float) -> None:
@@ -44,7 +44,7 @@ class Progress:
         self._write("done" if kind is None else "ended", time.time())
 
     def begin(self, what: str, share: float = 1.0) -> None:
-        """Say what is done next, and how much of the total that is."""
+        """Report what is done next, and how much of the total that is."""
         self._done += self._share
         self._share = share
         self._write(what, None)
@@ -60,7 +60,7 @@ class Line(threading.Thread):
 
     Args:
         results: the run's results folder.
-        expected: makes the seconds that each step is expected to take, by name, when the line starts.
+        expected: called when the line starts; returns the expected seconds of each step by name.
     """
 
     def __init__(self, results: Path, expected: Callable[[], Mapping[str, float]]) -> None:
@@ -71,7 +71,7 @@ class Line(threading.Thread):
         self._terminal = sys.stderr.isatty()
 
     def stop(self, last: str) -> None:
-        """End the line with a last word."""
+        """End the line with a last text."""
         self._done.set()
         if self.is_alive():
             self.join()
@@ -83,7 +83,7 @@ class Line(threading.Thread):
             self._show(self.text(), "" if self._terminal else "\n")
 
     def text(self) -> str:
-        """What is measured, what share of the expected time is done, and what is left."""
+        """The line's text: the share of the expected time that is done, the time left, and what is being measured."""
         steps = read(self._results, since=self._begun)
         done = sum(self._of(name, step) for name, step in steps.items())
         total = sum({**{name: step["total"] for name, step in steps.items()}, **self._expected}.values())
@@ -94,13 +94,13 @@ class Line(threading.Thread):
         return f"ntkbench: {share:4.0%} after {_minutes(spent)}{left}  {at}"
 
     def _of(self, name: str, step: Mapping[str, float]) -> float:
-        """Seconds of what is expected of a step that are done."""
+        """The part of a step's expected seconds that is done."""
         expected = self._expected.get(name, step["total"])
         if step["end"]:
             return expected
         if step["total"]:
             return step["done"] / step["total"] * expected
-        return min(time.time() - step["start"], 0.95 * expected)  # it does not know how much there is
+        return min(time.time() - step["start"], 0.95 * expected)  # the step does not know its total
 
     def _show(self, text: str, end: str) -> None:
         if self._terminal:
@@ -109,7 +109,7 @@ class Line(threading.Thread):
 
 
 def read(results: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
-    """What the steps of a run said, by name, those that wrote since a moment."""
+    """The progress of a run's steps, by name; only of steps that wrote since a given time."""
     found = {}
     for file in sorted((results / FOLDER).glob("*.json")):
         with contextlib.suppress(OSError, ValueError):

@@ -21,14 +21,14 @@ PACKAGES = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What every row of the table carries.
+    """Provenance that every row of the table carries.
 
     Attributes:
         git_sha: commit of the checkout, ``"unknown"`` without git.
         git_dirty: whether tracked files differ from the commit, ``None`` without git.
         machine: processor model.
-        versions: the packages that compute, ``"torch 2.13.0, jax 0.10.2, ..."``, and a hash of the plug-ins that do not
-            come with ntkbench, where there are any.
+        versions: versions of the packages that compute, ``"torch 2.13.0, jax 0.10.2, ..."``, and a hash of the plug-ins
+            outside of ntkbench, if there are any.
         python: version of the interpreter.
     """
 
@@ -57,9 +57,9 @@ def provenance() -> Provenance:
 
 
 def several_machines(table: pd.DataFrame) -> str:
-    """A sentence where rows come from more than one kind of machine; empty where they do not.
+    """A warning if rows come from more than one kind of machine; else an empty string.
 
-    Kinds are processors and GPUs: their seconds are not to be compared.
+    Kinds are processors and GPUs; seconds of different kinds are not comparable.
 
     Args:
         table: with the columns ``status``, ``machine`` and ``device``.

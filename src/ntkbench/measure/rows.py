@@ -1,4 +1,4 @@
-"""The tidy table: every cell exactly one row, with what was measured and where it comes from."""
+"""The tidy table: exactly one row per cell, with its measurements and their provenance."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def row(
     """One row of the table.
 
     Args:
-        cell: what was to be measured.
+        cell: cell of the row.
         config: the settings.
-        fingerprint: of all that the row depends on.
-        outcome: how it ended.
+        fingerprint: fingerprint of all that the row depends on.
+        outcome: how the measurement ended.
         sizes: N, O, P and n of the problem, where they are known.
         measured: columns of :data:`MEASURED`.
     """
@@ -93,7 +93,7 @@ def combine(tables: Iterable[pd.DataFrame], expected: Iterable[Cell]) -> pd.Data
     """All shards as one table, in the order of the cells.
 
     Raises:
-        NtkbenchError: a cell has no row or more than one, or a row is no cell.
+        NtkbenchError: a cell has no row or more than one, or a row belongs to no cell.
     """
     table = pd.concat(list(tables), ignore_index=True)
     keys = table[list(KEY)].itertuples(index=False)

@@ -1,4 +1,4 @@
-"""Building blocks of what a configuration may say: strict models, and names of problems, methods and metrics."""
+"""Building blocks of configurations: strict models, and names of problems, methods and metrics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ntkbench.metrics import check_any
 
 
 class Strict(BaseModel):
-    """A model that converts and drops nothing.
+    """A model that neither converts nor drops values.
 
-    Refused are unknown keys, numbers as text, ``true`` for 1, infinity, NaN, and values that a list holds twice.
+    It rejects unknown keys, numbers as text, ``true`` for 1, infinity, NaN, and duplicate values in a list.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -44,13 +44,13 @@ def _known_metric(name: str) -> str:
 
 
 ProblemLabel = Annotated[str, AfterValidator(problems.check)]
-"""Label of a problem, brought to its one spelling."""
+"""Label of a problem in its canonical spelling."""
 MethodName = Annotated[str, AfterValidator(_known_method)]
 MetricName = Annotated[str, AfterValidator(_known_metric)]
 
 
 def check_probes(numbers: list[int], names: Iterable[str]) -> list[int]:
-    """Numbers of probes, if all of some stochastic methods take each of them.
+    """Numbers of probes, checked to be large enough for some stochastic methods.
 
     Raises:
         BadInput: one of them is too small.

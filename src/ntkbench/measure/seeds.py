@@ -1,4 +1,4 @@
-"""Estimates over seeds against the exact value: the one loop that all errors of the suite come from."""
+"""Estimates over seeds against the exact value: the one loop that computes all errors of the suite."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ntkbench.measure.timing import Timed, quartiles
 
 
 class BadEstimate(NtkbenchError):
-    """A method gave something that is no estimate."""
+    """A method returned something that is not a valid estimate."""
 
 
 def checked(found: object, metric: str | None = None) -> Estimate:
-    """What a method gave, as an estimate of plain floats.
+    """The return value of a method, checked, as an estimate of plain floats.
 
     Args:
-        found: what it gave.
-        metric: of which it should be an estimate; any if not given.
+        found: the return value.
+        metric: metric that the estimate should be of; any if not given.
 
     Raises:
-        BadEstimate: it is no :class:`Estimate`, of another metric, or a number in it is not real and finite, or cannot
-            be (a standard error may be ``nan``, which says that the budget was too small to tell).
+        BadEstimate: it is not an :class:`Estimate`, is of another metric, or has a number that is not real and finite,
+            or is out of range (a standard error may be ``nan``, which means that the budget was too small to tell).
     """
     if not isinstance(found, Estimate):
         raise BadEstimate(f"the method returned {_described(found)}, not an Estimate")
@@ -41,7 +41,7 @@ def checked(found: object, metric: str | None = None) -> Estimate:
         raise BadEstimate(f"the estimate's value is {value:g}; possible for {found.metric}: {low:g} to {high:g}")
     passes = None if found.passes is None else _real("passes", found.passes, least=0)
     error = None if found.standard_error is None else _real("standard_error", found.standard_error, nan=True, least=0)
-    # None are left where the error is not known.
+    # There may be 0 degrees of freedom where the error is not known.
     least = 0 if error is None or math.isnan(error) else math.ulp(0)
     degrees = _real("degrees", found.degrees, infinite=True, least=least)
     if found.certificate is not None:
@@ -86,10 +86,10 @@ class Reruns:
 
     Attributes:
         exact: the exact value, in float64.
-        dtype: precision of the estimates, for what rounding may add to an interval.
-        power: of estimate and exact value whose errors are reported; 2 for the square of a norm.
-        estimates: found so far.
-        seconds: of each.
+        dtype: precision of the estimates, which determines how much rounding may widen an interval.
+        power: errors are reported for this power of estimate and exact value; 2 for the square of a norm.
+        estimates: estimates so far.
+        seconds: seconds of each estimate that :meth:`run` made.
     """
 
     exact: float
@@ -102,11 +102,11 @@ class Reruns:
         """Add an estimate for each seed.
 
         Args:
-            estimate: makes the estimate of a seed; ends with a number on the host.
-            seeds: in turn.
+            estimate: computes the estimate of a seed; ends with a number on the host.
+            seeds: seeds, in order.
 
         Raises:
-            BadEstimate: one of them is no estimate; see :func:`checked`.
+            BadEstimate: one of them is not a valid estimate; see :func:`checked`.
         """
         for seed in seeds:
             start = time.perf_counter()
@@ -117,7 +117,7 @@ class Reruns:
 
     @property
     def errors(self) -> list[float]:
-        """Relative errors, one a seed."""
+        """Relative errors, one per seed."""
         return [relative_error(e.value**self.power, self.exact**self.power) for e in self.estimates]
 
     @property

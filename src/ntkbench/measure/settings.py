@@ -1,4 +1,4 @@
-"""Where and how often something is measured: what a configuration says for all, and a study may say for itself."""
+"""Where and how often to measure: settings that a configuration gives for all, and that a study may override."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ntkbench.options import Target
 
 
 class Settings(Strict):
-    """Settings of a run; those of a study are the configuration's, where the study gives none.
+    """Settings of a run; a study inherits from the configuration the settings that it does not give.
 
     This machine must have the cores and the device, unless the validation context says ``{"here": False}``.
 
     Attributes:
         device: auto, cpu or cuda.
-        dtype: precision of what is timed.
-        threads: of every backend; at most the cores that this process may use.
-        limits: of one measurement.
-        seeds: estimates of a stochastic method, each with another seed.
-        calls: timed calls, after a first one that is timed by itself.
+        dtype: precision of timed computations.
+        threads: threads of every backend; at most the cores that this process may use.
+        limits: limits of one measurement.
+        seeds: number of estimates of a stochastic method, each with another seed.
+        calls: number of timed calls, after a first one that is timed separately.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,4 +1,4 @@
-"""The cells of a shard, one after the other: each ends in exactly one row, whatever happens to it."""
+"""Measure the cells of a shard one by one; each gives exactly one row, even if it fails."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ntkbench.measure.plan import Plan
 from ntkbench.measure.progress import Progress
 
 GUESS = 3.0
-"""Seconds that a cell is expected to take as long as none was measured."""
+"""Expected seconds of a cell before any was measured."""
 
 
 def measure(config: Config, number: int, problems: Path, output: Path, log: Path) -> None:
     """Measure a shard's cells and write their rows to ``output``.
 
-    Finished rows are kept in a journal, so that a shard that was stopped goes on at the cell that it was at. Rows of
+    Finished rows are kept in a journal, so that an interrupted shard resumes at the cell where it stopped. Rows of
     unchanged cells are not measured again.
 
     Args:
         config: the settings.
-        number: of the shard.
+        number: number of the shard.
         problems: facts of the problems, see :mod:`ntkbench.measure.facts`.
         output: the shard's table.
-        log: what asv and the cases print.
+        log: file for the output of asv and the cases.
     """
     shard = of_shard(config, number)
     known = facts.read(config, sorted({cell.problem for cell in cells(config)}), problems)
@@ -77,7 +77,7 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
 
 
 def pending(config: Config, results: Path) -> list[Cell]:
-    """The cells that a run into a results folder would measure, since no row of them is there that still holds."""
+    """The cells that a run into a results folder would measure: those without a valid row there."""
     known = journal.rows_of((results / "shards").glob("*.journal"))
     return [cell for cell in cells(config) if (cell.label, fingerprints.cell(config, cell)) not in known]
 
@@ -99,7 +99,7 @@ def _expected(pending: list[Cell], before: list[dict[str, Any]]) -> dict[Cell, f
 
 
 def _measure(asv: Engine, cell: Cell, index: int, work: Path) -> tuple[Outcome, dict[str, Any]]:
-    """Every aspect of a cell, up to the first that does not end well: how it ended, and what was found."""
+    """Measure every aspect of a cell, up to the first failure; returns the outcome and the measured columns."""
     found: dict[str, dict[str, Any]] = {}
     results: dict[str, engine.Result] = {}
     for aspect in execution.ASPECTS:
@@ -135,7 +135,7 @@ def _aspect(
     found: dict[str, dict[str, Any]],
     results: dict[str, engine.Result],
 ) -> Outcome:
-    """One execution; once more where something other than its limits killed it."""
+    """Run one execution, and once more if something other than its limits killed it."""
     record = execution.record_file(work, index, aspect)
     for _ in range(2):
         record.unlink(missing_ok=True)

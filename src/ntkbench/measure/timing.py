@@ -1,4 +1,4 @@
-"""Seconds and bytes of calls: how often they are made is fixed, and never a matter of how fast the machine is."""
+"""Seconds and bytes of calls. The number of calls is fixed, and never depends on the speed of the machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 
 
 def use_threads(threads: int, *, pinned: bool = True) -> None:
-    """One number of threads for all backends: torch is told; XLA goes by the processors that the process may use.
+    """Set the number of threads of all backends: torch's by a call, XLA's by the processors that the process may use.
 
     Args:
-        threads: of each backend.
-        pinned: whether to keep the process to as many processors; what is not timed may run beside others, and go
-            where there is room. macOS and Windows keep no process to processors.
+        threads: number of threads of each backend.
+        pinned: whether to restrict the process to as many processors. Untimed work may share processors with other
+            processes and need not be pinned. No effect on macOS and Windows.
     """
     import torch
 
@@ -30,12 +30,12 @@ def use_threads(threads: int, *, pinned: bool = True) -> None:
 
 
 def import_early(*, with_jax: bool) -> None:
-    """Import what problems and backends import at their first use, so that forked processes need not.
+    """Import modules that problems and backends import at first use, so that forked processes need not.
 
-    Nothing here starts a backend, which would not survive a fork. Collections of garbage leave what is imported alone.
+    No backend is started, which would not survive a fork. The garbage collector ignores the imported objects.
 
     Args:
-        with_jax: whether JAX is of use.
+        with_jax: whether to import JAX.
     """
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
@@ -46,11 +46,11 @@ def import_early(*, with_jax: bool) -> None:
 
 
 class Timed(NamedTuple):
-    """What calls took.
+    """Seconds of calls.
 
     Attributes:
-        first_seconds: of the first call, which traces and compiles and is not among ``seconds``.
-        seconds: of each later call.
+        first_seconds: seconds of the first call, which traces and compiles and is not among ``seconds``.
+        seconds: seconds of each later call.
         first: what the first call returned.
     """
 
@@ -72,7 +72,7 @@ def timed(call: Callable[[], Any], calls: int) -> Timed:
 
     Args:
         call: must end with a number on the host, so that a device has done its work.
-        calls: timed ones.
+        calls: number of timed calls.
     """
     start = time.perf_counter()
     first = call()
@@ -81,12 +81,12 @@ def timed(call: Callable[[], Any], calls: int) -> Timed:
 
 
 def in_turn(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each call, call by call in turn, so that what slows the machine for a while slows all of them.
+    """Seconds of each call, in interleaved rounds, so that a temporary slowdown of the machine affects all calls.
 
-    Nothing is called beforehand to warm up.
+    There is no warm-up.
 
     Args:
-        calls: must end with a number on the host each, so that a device has done its work.
+        calls: each must end with a number on the host, so that a device has done its work.
         rounds: how often each is called.
     """
     times: list[list[float]] = [[] for _ in calls]
@@ -109,10 +109,10 @@ def quartiles(name: str, values: Any) -> dict[str, float]:
 
 
 def settle_memory() -> int | None:
-    """Give freed memory back and forget the process's peak; resident bytes, ``None`` where the kernel does not tell.
+    """Release freed memory and reset the process's peak; returns resident bytes, ``None`` without kernel support.
 
-    Linux keeps a process's peak and lets the process reset it. Memory that was freed is given back first where the C
-    library can be told to; otherwise it counts as held, and what is small comes out too small.
+    Linux keeps a process's peak and lets the process reset it. Freed memory is first released to the system if the C
+    library supports that; otherwise it counts as held, and small results are too small.
     """
     import psutil
 
@@ -127,7 +127,7 @@ def settle_memory() -> int | None:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """Resident bytes that a call takes at its peak, over those before it; ``None`` where the kernel does not tell."""
+    """Peak resident bytes of a call, minus those before it; ``None`` without kernel support."""
     before = settle_memory()
     call()
     if before is None:

@@ -1,4 +1,4 @@
-"""Where the time of a run went, and what the next one may be expected to take."""
+"""Where the time of a run went, and the expected time of the next one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ntkbench.errors import BadInput
 from ntkbench.measure import progress
 
 FOLDER = "timings"
-"""Of a run's results: one file a step, as Snakemake's ``benchmark:`` writes it."""
+"""Folder of a run's results with one file per step, as Snakemake's ``benchmark:`` writes it."""
 COMMITTED = "timings.csv"
 GUESS = 30.0
-"""Seconds of a step that nothing is known of."""
+"""Expected seconds of a step without known timings."""
 
 
 def of_run(results: Path) -> pd.DataFrame:
-    """Columns ``step``, ``seconds`` (wall), ``cpu_seconds`` and ``measured_seconds``, one row a step.
+    """Columns ``step``, ``seconds`` (wall), ``cpu_seconds`` and ``measured_seconds``, one row per step.
 
     Measured seconds are those inside measured calls: timed ones, those for errors and for memory, and the training and
     tracing that rows of studies need.
@@ -38,7 +38,7 @@ def report(results: Path) -> str:
     """The timings of a run as text, longest step first.
 
     Raises:
-        BadInput: the folder has none.
+        BadInput: the folder has no timings.
     """
     table = of_run(results).sort_values("seconds", ascending=False)
     if table.empty:
@@ -55,13 +55,13 @@ def report(results: Path) -> str:
 
 
 def expected(results: Path, profile: str, steps: Iterable[str]) -> dict[str, float]:
-    """Seconds of steps, as far as they are :func:`known`, and else :data:`GUESS`."""
+    """Expected seconds of steps: :func:`known` ones where available, else :data:`GUESS`."""
     took = known(results, profile)
     return {step: took.get(step, GUESS) for step in steps}
 
 
 def known(results: Path, profile: str) -> dict[str, float]:
-    """Seconds of steps: of an earlier run into the same folder, and else of the committed run of the profile."""
+    """Seconds of steps in an earlier run into the same folder, else in the committed run of the profile."""
     kept = paths.REFERENCE / profile / COMMITTED
     tables = [pd.read_csv(kept)] if kept.exists() else []
     tables.append(of_run(results))

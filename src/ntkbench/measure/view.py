@@ -42,12 +42,12 @@ def rows_of(
     Args:
         file: CSV.
         where: a condition as :meth:`pandas.DataFrame.eval` takes it; all rows if not given.
-        columns: to show, :data:`FIRST` if not given.
+        columns: columns to show, :data:`FIRST` if not given.
         sort: the column to sort by.
-        most: rows to show.
+        most: maximum number of rows to show.
 
     Raises:
-        BadInput: the file is no table, there is no such column, or the expression is wrong.
+        BadInput: the file is not a table, there is no such column, or the condition is invalid.
     """
     try:
         table = pd.read_csv(file, low_memory=False)
@@ -60,7 +60,7 @@ def rows_of(
     if where is not None:
         try:
             mask = table.eval(where, engine="python")
-        except Exception as error:  # whatever pandas makes of what was typed
+        except Exception as error:  # pandas may raise anything for a typed condition
             raise BadInput(f"--where {where!r} cannot be used: {summary(error)}") from None
         if not isinstance(mask, pd.Series) or mask.dtype != bool or not mask.index.equals(table.index):
             raise BadInput(f"--where {where!r} must be true or false for each row")

@@ -1,9 +1,9 @@
-"""Time and memory limits of measuring processes, kept from outside, and an end to what a run leaves behind.
+"""Time and memory limits of measuring processes, enforced from outside, and cleanup of processes that a run leaves.
 
-A watched process may sit in a call that never comes back to Python, stop itself, or take all memory; what watches it
-is another process. :class:`Watch` is a thread of the process that has the others measure. ``python watchdog.py`` is a
-small process of its own: the *guardian* of a step of the pipeline, which ends all that the step started once the step
-or the run it belongs to is gone, however that happened.
+A watched process may hang in a call that never returns to Python, stop itself, or take all memory, so another process
+watches it. :class:`Watch` is a thread of the process that starts the measurements. ``python watchdog.py`` is a small
+process of its own: the *guardian* of a step of the pipeline. Once the step or its run is gone, for whatever reason, the
+guardian ends all processes that the step started.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import psutil
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 0.5
-"""Between looks at processes, where the system does not tell that one is gone."""
+"""Seconds between checks of processes, where the system does not report their end."""
 STEP = "NTKBENCH_STEP"
 """Environment variable that marks all processes of one step of the pipeline, whatever starts them."""
 RUN = "NTKBENCH_RUN"
-"""Environment variable with the id of the process whose end is the run's end: Snakemake's."""
+"""Environment variable with the id of Snakemake's process, whose end is the end of the run."""
 
 
 class Watched(NamedTuple):
     """A process under limits.
 
     Attributes:
-        process: that is ended once it is over a limit.
-        since: the moment (``time.monotonic``) since which its time runs.
-        seconds: that it may take.
+        process: the process to end once it exceeds a limit.
+        since: the time (``time.monotonic``) from which its seconds count.
+        seconds: seconds that it may take.
     """
 
     process: psutil.Process
@@ -47,13 +47,13 @@ class Watched(NamedTuple):
 
 
 class Watch(threading.Thread):
-    """Ends processes that go over their time or their memory.
+    """Ends processes that exceed their time or memory.
 
     Attributes:
         verdict: status and reason once a process was ended; ``None`` before.
 
     Args:
-        watched: the processes that count now.
+        watched: returns the processes to watch now.
         memory: bytes that each may hold.
     """
 
@@ -91,7 +91,7 @@ class Watch(threading.Thread):
 
 
 def children(pid: int) -> list[int]:
-    """Direct children of a process, as the kernel lists them where it does: a scan of all processes costs far more."""
+    """Direct children of a process, from the kernel's list if there is one: a scan of all processes costs far more."""
     lists = list(Path(f"/proc/{pid}/task").glob("*/children"))
     if not lists:
         with contextlib.suppress(psutil.Error):
@@ -105,11 +105,11 @@ def children(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def step() -> Iterator[str]:
-    """Mark this process as a step of the pipeline and give it a guardian; the mark.
+    """Mark this process as a step of the pipeline and start its guardian; yields the mark.
 
-    All that is started meanwhile carries the mark. The guardian ends it when this process is gone, or when the process
-    that ``$NTKBENCH_RUN`` names is, in which case it ends this process too. What is left at the end of the step is
-    ended as well.
+    All processes started within the context carry the mark. The guardian ends them when this process is gone, or when
+    the process that ``$NTKBENCH_RUN`` names is gone; in that case it ends this process too. Processes that are left at
+    the end of the step are ended as well.
     """
     mark = f"{os.getpid()}-{time.time_ns()}"
     before = os.environ.get(STEP)
@@ -125,7 +125,7 @@ def step() -> Iterator[str]:
 
 
 def end_marked(mark: str, keep: frozenset[int] = frozenset()) -> None:
-    """Kill every process of a step but some, again until none is left."""
+    """Kill every process of a step except ``keep``; repeat until none is left, up to 10 times."""
     for _ in range(10):
         found = [process for process in _marked(mark) if process.pid not in keep]
         if not found:
@@ -161,12 +161,12 @@ def _start_guardian(*arguments: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment,
-        start_new_session=True,  # so that the signals that end a run leave it to do its work
+        start_new_session=True,  # so that signals that end a run do not end it
     )
 
 
 def _first_gone(pids: Sequence[int]) -> set[int]:
-    """Wait until some of the processes are gone; those. Linux tells that, on other systems they are looked at."""
+    """Wait until some of the processes are gone; returns those. Linux reports this, other systems are polled."""
     if not hasattr(os, "pidfd_open"):
         while not (gone := {pid for pid in pids if _is_gone(pid)}):
             time.sleep(LOOK_SECONDS)
@@ -177,7 +177,7 @@ def _first_gone(pids: Sequence[int]) -> set[int]:
             watched[end := os.pidfd_open(pid)] = pid
             poll.register(end, select.POLLIN)
         except ProcessLookupError:
-            gone.add(pid)  # before we came
+            gone.add(pid)  # gone before the wait
     return gone or {watched[end] for end, _ in poll.poll()}
 
 
@@ -189,7 +189,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
-    """Wait until the step or the run is gone; then end what the step started."""
+    """Wait until the step or the run is gone; then end the processes that the step started."""
     gone = _first_gone([pid for pid in (step_pid, run_pid) if pid])
     if step_pid not in gone:
         with contextlib.suppress(ProcessLookupError):

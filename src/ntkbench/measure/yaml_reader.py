@@ -17,7 +17,7 @@ Place = tuple[str | int, ...]
 MAX_BYTES = 2**18
 MAX_DEPTH = 16
 MAX_VALUES = 10_000
-"""Values in a file, where what an alias repeats counts again."""
+"""Values in a file; values that an alias repeats count again."""
 
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")

@@ -1,5 +1,5 @@
-"""Architectures, one file a family: a module in PyTorch, and beside it the same forward pass in JAX.
+"""Architectures, one file per family: a PyTorch module, and beside it the same forward pass in JAX.
 
-The JAX twin is a pure function of the module's weights by name, so that both backends start from the same bits. Modules
-are made with PyTorch's own initialisation unless they say otherwise; see :mod:`ntkbench.networks.initialisation`.
+The JAX version is a pure function of the module's weights by name, so that both backends start from the same bits.
+Modules have PyTorch's own initialisation unless stated otherwise; see :mod:`ntkbench.networks.initialisation`.
 """

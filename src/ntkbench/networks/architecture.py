@@ -1,4 +1,4 @@
-"""Standard networks for images: what a study is handed of one."""
+"""Standard networks for images, as studies use them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHANNELS = 3
-"""Of an image."""
+"""Channels of an image."""
 Weights = Mapping[str, Any]
 """Arrays by the names of a torch module's parameters."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network but for the size of its readout.
+    """An image network with any number of outputs.
 
     Attributes:
         title: its name and size.
-        width: channels of a ResNet's first stage, numbers a token of the others.
-        side: pixels of an image's side.
-        make: number of outputs O to the network in torch, images ``[N, 3, side, side]`` to ``[N, O]``.
+        width: channels of a ResNet's first stage; width of a token for the others.
+        side: side length of an image in pixels.
+        make: function from the number of outputs O to the torch network, ``[N, 3, side, side] -> [N, O]``.
         forward: the same in JAX, a function of weights and images.
     """
 

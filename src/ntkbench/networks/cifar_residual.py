@@ -1,6 +1,6 @@
-"""ResNets for CIFAR-10 of 6 n + 2 layers (He et al. 2016, section 4.2), with shortcuts that have no weights.
+"""ResNets for CIFAR-10 of 6 n + 2 layers (He et al. 2016, section 4.2), with parameter-free shortcuts.
 
-Modules have the names of github.com/akamaster/pytorch_resnet_cifar10, so that its weights can be loaded. BatchNorm is
+Module names are those of github.com/akamaster/pytorch_resnet_cifar10, so that its weights can be loaded. BatchNorm is
 in eval mode.
 """
 
@@ -24,8 +24,8 @@ WIDTH = 16
 class Block(nn.Module):
     """Two 3x3 convolutions with BatchNorm, and a shortcut.
 
-    Where the shape changes, the shortcut takes every other pixel and pads with channels of zeros, as many before as
-    behind (option A).
+    Where the shape changes, the shortcut takes every other pixel and pads with channels of zeros, half before and half
+    after (option A).
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -48,7 +48,7 @@ class ResNet(nn.Module):
     """Images ``[N, 3, 32, 32]`` to logits ``[N, O]``, at He initialisation, in eval mode.
 
     Args:
-        depth: layers, 6 n + 2 for n blocks a stage.
+        depth: number of layers, 6 n + 2 for n blocks per stage.
         outputs: O.
     """
 
@@ -72,12 +72,12 @@ class ResNet(nn.Module):
 
 
 def jax_forward(depth: int) -> Callable[[Weights, Any], Any]:
-    """:class:`ResNet` in JAX, a function of weights and images; without running statistics with the initial ones."""
+    """:class:`ResNet` in JAX, a function of weights and images; running statistics default to the initial ones."""
     return functools.partial(_forward, _blocks(depth))
 
 
 def _blocks(depth: int) -> int:
-    """Blocks a stage."""
+    """Blocks per stage."""
     return (depth - 2) // 6
 
 

@@ -1,4 +1,4 @@
-"""The networks of Mohamadi et al. (ICML 2023) but for the data: four families of any width on digits of 8x8 pixels.
+"""The networks of Mohamadi et al. (ICML 2023) on other data: four families of any width on digits of 8x8 pixels.
 
 All are at He initialisation with zero biases.
 """
@@ -18,7 +18,7 @@ FAMILIES: dict[str, Callable[[int, int], nn.Sequential]] = {
     "resnet18": lambda width, outputs: residual.network(18, outputs, width, channels=1),
     "wide_resnet": lambda factor, outputs: residual.wide_network(factor, outputs, channels=1),
 }
-"""Name to a network of a width and a number of outputs on images ``[N, 1, 8, 8]``."""
+"""Networks by name, as functions of width and number of outputs, on images ``[N, 1, 8, 8]``."""
 
 
 def network(family: str, width: int, outputs: int) -> nn.Sequential:

@@ -17,10 +17,10 @@ def network(
     """Convolutions with zero padding of 1, a ReLU after each, and a linear readout of their global average.
 
     Args:
-        channels: of the images ``[N, C, side, side]``, then of each convolution.
+        channels: channels of the images ``[N, C, side, side]``, then of each convolution.
         outputs: O.
-        strides: of each convolution.
-        features: numbers that the last convolution gives a sample, to read out all of them and not their average.
+        strides: stride of each convolution.
+        features: output entries of the last convolution per sample, to read out all of them instead of their average.
     """
     stack: list[nn.Module] = []
     for before, after, stride in zip(channels[:-1], channels[1:], strides, strict=True):
@@ -30,7 +30,7 @@ def network(
 
 
 def forward(weights: Weights, x: Any, *, strides: Sequence[int], average: bool = True) -> Any:
-    """:func:`network` in JAX; ``average`` where ``features`` is not given there."""
+    """:func:`network` in JAX; ``average`` if ``features`` is not given there."""
     import jax
 
     for i, stride in enumerate(strides):

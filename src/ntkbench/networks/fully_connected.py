@@ -13,12 +13,12 @@ from ntkbench.networks.architecture import Weights
 
 
 def network(widths: Sequence[int], *, flatten: bool = False, relu_at_end: bool = False) -> nn.Sequential:
-    """Linear layers with a ReLU between each two.
+    """Linear layers with ReLUs between them.
 
     Args:
         widths: number of inputs, hidden units of each layer, number of outputs.
-        flatten: take inputs of any shape ``[N, ...]`` with ``widths[0]`` numbers a sample, not only ``[N, widths[0]]``.
-        relu_at_end: put a ReLU behind the last layer too.
+        flatten: take inputs of any shape ``[N, ...]`` with ``widths[0]`` entries per sample.
+        relu_at_end: add a ReLU after the last layer too.
     """
     pairs = [(nn.Linear(*sizes), nn.ReLU()) for sizes in itertools.pairwise(widths)]
     stack = [layer for pair in pairs for layer in pair]

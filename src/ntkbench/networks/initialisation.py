@@ -28,7 +28,7 @@ def scaled_normal(network: Module, nonlinearity: Literal["relu", "linear"] = "re
 
 
 def seeded(make: Callable[[], Module], seed: int) -> Module:
-    """The network that ``make`` draws from a seed, in eval mode. Torch's random state is left as it was."""
+    """The network that ``make`` creates with a seed, in eval mode. Torch's random state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().eval()

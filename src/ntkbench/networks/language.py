@@ -18,21 +18,21 @@ from ntkbench.networks.transformer import Attention, attention
 Head = Literal["tied", "untied"]
 Read = Literal["logits", "last", "states"]
 EPS = 1e-5
-"""Of LayerNorm, as in GPT-2."""
+"""Epsilon of LayerNorm, as in GPT-2."""
 DEVIATION = 0.02
-"""Of initial weights, as in GPT-2."""
+"""Standard deviation of initial weights, as in GPT-2."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a transformer is.
+    """Size of a transformer.
 
     Attributes:
-        vocabulary: kinds of tokens V.
-        positions: the most tokens T that a sequence may have.
-        width: numbers a token d, the heads' together.
-        layers: blocks L.
-        heads: of attention.
+        vocabulary: number of distinct tokens V.
+        positions: largest number of tokens T of a sequence.
+        width: width d of a token, which the heads share.
+        layers: number of blocks L.
+        heads: number of attention heads.
     """
 
     vocabulary: int
@@ -47,7 +47,7 @@ class Size:
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron of 4 d hidden units, each on a norm and with a shortcut."""
+    """Causal attention and a perceptron of 4 d hidden units, each after a norm and with a shortcut."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -61,17 +61,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens ``[N, T]``, integers below V, to what is read out of them.
+    """Tokens ``[N, T]``, integers below V, to the outputs that ``read`` selects.
 
     With a tied head, logits are products with the embedding; with an untied one, with ``head.weight [V, d]``. Neither
     has a bias. Initial weights are those of GPT-2: normal with a standard deviation of 0.02, divided by sqrt(2 L) in
     the layers that add to the residual stream; biases are zero.
 
     Args:
-        size: of the network.
+        size: size of the network.
         head: tied or untied.
         read: ``"logits"`` of all tokens ``[N, T, V]``, those of the ``"last"`` token ``[N, V]``, or the ``"states"``
-            behind all blocks ``[N, L, T, d]``, for which there are neither a last norm nor a head.
+            after each block ``[N, L, T, d]``, without final norm and head.
     """
 
     def __init__(self, size: Size, head: Head = "tied", read: Read = "logits") -> None:
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
 
 
 def part(network: Transformer, size: Size, head: Head, read: Read) -> Transformer:
-    """The network that reads something else out of ``network``, with copies of the weights that this takes."""
+    """A network with another ``read``, and copies of those weights of ``network`` that it needs."""
     with torch.random.fork_rng(devices=[]):
         chosen = Transformer(size, head, read)
     own = network.state_dict()
@@ -113,7 +113,7 @@ def part(network: Transformer, size: Size, head: Head, read: Read) -> Transforme
 
 
 def jax_forward(size: Size, read: Read) -> Callable[[Weights, Any], Any]:
-    """:class:`Transformer` in JAX, a function of weights and tokens; tied where there is no ``head.weight``."""
+    """:class:`Transformer` in JAX, a function of weights and tokens; tied if there is no ``head.weight``."""
     return functools.partial(_forward, size, read)
 
 

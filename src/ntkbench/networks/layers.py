@@ -1,6 +1,6 @@
-"""Layers that several families share: a module in PyTorch, and the same in JAX by the module's name.
+"""Layers that several families share: a PyTorch module, and a JAX version that takes the module's name.
 
-In JAX all of them are plain operations on weights as they are, which neural-tangents' structured derivatives know.
+The JAX versions are plain operations on unmodified weights, which neural-tangents' structured derivatives support.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkbench.networks.architecture import CHANNELS, Weights
 
 EPS = 1e-6
-"""Of LayerNorm, as in the code of both papers."""
+"""Epsilon of LayerNorm, as in the code of both papers."""
 
 
 class Patches(nn.Conv2d):
@@ -36,7 +36,7 @@ def patches(weights: Weights, name: str, x: Any) -> Any:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Over the last axis."""
+    """LayerNorm over the last axis."""
 
     def __init__(self, width: int, eps: float = EPS) -> None:
         super().__init__(width, eps)
@@ -54,7 +54,7 @@ def layer_norm(weights: Weights, name: str, x: Any, eps: float = EPS) -> Any:
 class Perceptron(nn.Sequential):
     """Two linear layers with a GELU between them, on the last axis, which keeps its size.
 
-    The GELU is exact, or with ``approximate`` that by tanh of BERT's and GPT-2's code.
+    The GELU is exact, or with ``approximate`` the tanh approximation in BERT's and GPT-2's code.
     """
 
     def __init__(self, width: int, hidden: int, approximate: bool = False) -> None:
@@ -74,7 +74,7 @@ def linear(weights: Weights, name: str, x: Any) -> Any:
     """``nn.Linear`` in JAX: ``x W^T + b`` on the last axis.
 
     One contraction and no transpose: neural-tangents' structured derivatives look for a product whose operand is the
-    parameter itself, and a transposed one would hide it from them. There may be no bias.
+    parameter itself, which a transpose would hide. The bias is optional.
     """
     import jax
 
@@ -85,7 +85,7 @@ def linear(weights: Weights, name: str, x: Any) -> Any:
 
 
 def convolution(weights: Weights, name: str, x: Any, stride: int = 1) -> Any:
-    """``nn.Conv2d`` in JAX, with a padding of half the kernel and a bias where there is one."""
+    """``nn.Conv2d`` in JAX, with a padding of half the kernel and an optional bias."""
     import jax
 
     kernel = weights[f"{name}.weight"]
@@ -96,7 +96,7 @@ def convolution(weights: Weights, name: str, x: Any, stride: int = 1) -> Any:
 
 
 def batch_norm(weights: Weights, name: str, x: Any) -> Any:
-    """``nn.BatchNorm2d`` in JAX, in eval mode: with statistics that are among the weights, or mean 0 and variance 1."""
+    """``nn.BatchNorm2d`` in JAX, in eval mode: with the statistics in the weights, or else mean 0 and variance 1."""
     mean, variance = weights.get(f"{name}.running_mean"), weights.get(f"{name}.running_var", 1)
     x = x if mean is None else x - mean[:, None, None]
     scale = weights[f"{name}.weight"] / (variance + 1e-5) ** 0.5

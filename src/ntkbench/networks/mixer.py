@@ -1,4 +1,4 @@
-"""MLP-Mixers (Tolstikhin et al. 2021, arXiv 2105.01601): perceptrons across patches and across channels in turn."""
+"""MLP-Mixers (Tolstikhin et al. 2021, arXiv 2105.01601): alternating perceptrons across patches and channels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ntkbench.networks.initialisation import scaled_normal
 
 @dataclass(frozen=True)
 class Size:
-    """How large an MLP-Mixer is.
+    """Size of an MLP-Mixer.
 
     Attributes:
-        patch: pixels of a patch's side.
-        width: numbers a token, the channels.
-        layers: blocks.
+        patch: side length of a patch in pixels.
+        width: channels of a token.
+        layers: number of blocks.
         across_tokens: hidden units of a block's perceptron across patches.
-        across_channels: of its perceptron across channels.
+        across_channels: hidden units of a block's perceptron across channels.
     """
 
     patch: int
@@ -37,7 +37,7 @@ SIZES = {
     "S/16": Size(16, 512, 8, 256, 2048),
     "B/16": Size(16, 768, 12, 384, 3072),
 }
-"""By the paper's names (its table 1)."""
+"""Sizes by the paper's names (its table 1)."""
 
 
 def mlp_mixer(name: str, side: int) -> Architecture:
@@ -52,7 +52,7 @@ def of_size(title: str, size: Size, side: int) -> Architecture:
 
 
 class Block(nn.Module):
-    """A perceptron across tokens and one across channels, each on a norm and with a shortcut."""
+    """A perceptron across tokens and one across channels, each after a norm and with a shortcut."""
 
     def __init__(self, size: Size, tokens: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    """Images ``[N, 3, side, side]`` to ``[N, O]``, read out at the mean over patches."""
+    """Images ``[N, 3, side, side]`` to ``[N, O]``, read out from the mean over patches."""
 
     def __init__(self, size: Size, side: int, outputs: int) -> None:
         super().__init__()

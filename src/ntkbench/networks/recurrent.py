@@ -1,7 +1,7 @@
 """Recurrent networks in PyTorch and in JAX: layers of plain operations, and PyTorch's own.
 
-Each module declares a :class:`ntkbench.operators.recurrent.cells.Recurrence`, by which the structure-aware Jacobian
-knows its parameters.
+Each module declares a :class:`ntkbench.operators.recurrent.cells.Recurrence`, which tells the structure-aware Jacobian
+its parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ntkbench.operators.recurrent.cells import GATES, ROLES, Recurrence, declare
 from ntkbench.operators.recurrent.torch_trajectory import trajectory
 
 EULER_STEP = 0.5
-"""Of a continuous-time network (``ctrnn``), in time constants."""
+"""Euler step of a continuous-time network (``ctrnn``), in time constants."""
 
 PARTS = {
     "all": ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "readout.weight", "readout.bias"),
@@ -28,26 +28,26 @@ PARTS = {
     "inputs": ("weight_ih", "bias_ih"),
     "readout": ("readout.weight", "readout.bias"),
 }
-"""Parts of a :class:`Recurrent`, and the parameters in each; those that a network has."""
+"""Parts of a :class:`Recurrent`, and the parameters in each; a network need not have all of them."""
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer that starts at zero: ``x [N, T, inputs]`` to states ``[N, T, hidden]``, or their readout.
+    """A recurrent layer with zero initial state: ``x [N, T, inputs]`` to states ``[N, T, hidden]``, or their readout.
 
     Weights are interchangeable with those of ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM`` (``weight_ih [gH, I]``, ``weight_hh
     [gH, H]``, ``bias_ih [gH]``, ``bias_hh [gH]``, gates in torch's order) and so is their initialisation, uniform in
     +-1 / sqrt(H). A ``ctrnn`` has no ``bias_hh``. With ``outputs`` there are ``readout.weight [O, H]`` and
-    ``readout.bias [O]``, which read the state h. Plain operations in a loop over T, for fused kernels have no forward
-    mode.
+    ``readout.bias [O]``, which read the state h. The layer is a loop of plain operations over T, because fused kernels
+    have no forward mode.
 
-    theta is made of the parameters with ``requires_grad=True``; freeze the others for the NTK of a part.
+    theta consists of the parameters with ``requires_grad=True``; freeze the others for the NTK of a part.
 
     Args:
         kind: ``"rnn"`` (tanh), ``"gru"``, ``"lstm"`` or ``"ctrnn"``.
         inputs: I.
         hidden: H.
         outputs: O of a linear readout; the states themselves are the output if not given.
-        alpha: Euler step over time constant of a ``ctrnn``, in (0, 1].
+        alpha: Euler step of a ``ctrnn`` divided by its time constant, in (0, 1].
 
     Raises:
         BadInput: no such kind, a size below 1, or an ``alpha`` that is missing, out of range or not for this kind.
@@ -85,11 +85,11 @@ class Recurrent(nn.Module):
 
 
 class States(nn.Module):
-    """What a recurrent layer of torch gives at all steps: inputs ``[N, T, I]`` to ``[N, T, ...]``, whatever its layout.
+    """Outputs of a torch recurrent layer at all steps: inputs ``[N, T, I]`` to ``[N, T, ...]``, whatever its layout.
 
-    It declares a ``recurrence`` for an ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one direction that
-    is as torch made it. A layer of another kind, a class derived from one, and one with hooks or parametrisations
-    compute something else; they are called as they are.
+    It declares a ``recurrence`` for an unmodified ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one
+    direction. Other kinds, subclasses, and layers with hooks or parametrisations may compute something else; they are
+    called as they are.
     """
 
     def __init__(self, layer: nn.RNNBase) -> None:
@@ -109,11 +109,11 @@ class States(nn.Module):
 
 
 CHANGING = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of modules with hooks that may change values or gradients."""
+"""Attributes of modules that hold hooks, which may change values or gradients."""
 
 
 def _recurrence(layer: nn.RNNBase) -> Recurrence | None:
-    """The recurrence that a layer computes; ``None`` where it may compute anything else."""
+    """The recurrence that a layer computes; ``None`` if it may compute anything else."""
     kind = layer.mode.partition("_")[0].lower()
     roles = Recurrence.of_layer(kind, "layer").names
     own = {f"layer.{name}" for name, _ in layer.named_parameters()}
@@ -140,17 +140,18 @@ def initialised(
     rank: int | None = None,
     seed: int = 0,
 ) -> Recurrent:
-    """An untrained :class:`Recurrent` with a linear readout, at PyTorch's initialisation unless it says otherwise.
+    """An untrained :class:`Recurrent` with a linear readout, at PyTorch's initialisation unless stated otherwise.
 
     A ``ctrnn`` takes Euler steps of half its time constant.
 
     Args:
-        kind: as there.
+        kind: as in :class:`Recurrent`.
         channels: numbers of inputs I and outputs O.
         hidden: H.
         gain: recurrent weights are normal with variance gain^2 / H instead; 1 if not given for a ``ctrnn``.
-        rank: recurrent weights are cut to their largest singular values, and scaled to the Frobenius norm they had.
-        seed: of the weights.
+        rank: recurrent weights are cut to their ``rank`` largest singular values, and rescaled to their original
+            Frobenius norm.
+        seed: random seed of the weights.
 
     Raises:
         BadInput: no such kind, no units, a gain that is not positive, or a rank that H units cannot have.
@@ -173,7 +174,7 @@ def initialised(
 
 
 def part(network: Recurrent, read: str, parameters: str) -> Recurrent:
-    """The network that gives the states or the outputs of ``network``, frozen but for the parameters asked for.
+    """A network with the states or the outputs of ``network``, frozen except for the chosen parameters.
 
     Args:
         network: with a readout; its weights are copied.
@@ -181,7 +182,7 @@ def part(network: Recurrent, read: str, parameters: str) -> Recurrent:
         parameters: a key of :data:`PARTS`.
 
     Raises:
-        BadInput: the states do not come from the parameters.
+        BadInput: the states do not depend on the parameters.
     """
     if read == "state" and parameters == "readout":
         raise BadInput("the states do not come from the readout: parameters=readout needs read=outputs")
@@ -199,7 +200,7 @@ def part(network: Recurrent, read: str, parameters: str) -> Recurrent:
 def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     """The network of a module with a recurrence as a pure function of JAX arrays, ``(weights, x) -> [N, T, ...]``.
 
-    Frozen parameters are fixed at what they are now.
+    Frozen parameters are fixed at their present values.
     """
     recurrence = declared(module)
     fixed = {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}
@@ -207,7 +208,7 @@ def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     def forward(weights: Mapping[str, Any], x: Any) -> Any:
         import jax.numpy as jnp
 
-        # By name, so that it counts as imported with the JAX backend alone.
+        # Imported by name, so that it counts as imported with the JAX backend only.
         jax_trajectory = importlib.import_module("ntkbench.operators.recurrent.jax_trajectory")
         held = {**fixed, **weights}
         w = {role: jnp.asarray(held[name], x.dtype) for role, name in recurrence.names.items()}

@@ -1,4 +1,4 @@
-"""ResNets and WideResNets-16, with BatchNorm in eval mode at its initial statistics."""
+"""ResNets and WideResNet-16, with BatchNorm in eval mode at its initial statistics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RESNETS = {
     152: ("bottleneck", (3, 8, 36, 3)),
     200: ("bottleneck", (3, 24, 36, 3)),
 }
-"""Depth to kind of block and blocks a stage (He et al. 2016; 200 as in its follow-up)."""
+"""Depth to kind of block and blocks per stage (He et al. 2016; 200 as in its follow-up)."""
 WIDE_STAGES = (2, 2, 2)
-"""Blocks a stage of WideResNet-16."""
+"""Blocks per stage of WideResNet-16."""
 KERNELS = {"basic": (3, 3), "bottleneck": (1, 3, 1)}
-"""Kernel sizes of a block's convolutions; the first of 3x3 has the block's stride."""
+"""Kernel sizes of a block's convolutions; the first 3x3 one has the block's stride."""
 EXPANSION = {"basic": 1, "bottleneck": 4}
-"""Channels that a block gives, in multiples of its width."""
+"""Output channels of a block, in multiples of its width."""
 
 
 class Block(nn.Module):
@@ -57,7 +57,7 @@ class Block(nn.Module):
 def network(
     depth: int, outputs: int, width: int = 64, channels: int = CHANNELS, imagenet_stem: bool = False
 ) -> nn.Sequential:
-    """ResNet of a depth; with a 3x3 stem, or the 7x7 one with max pooling for images of 224x224."""
+    """ResNet of a given depth, with a 3x3 stem, or the 7x7 one with max pooling for images of 224x224."""
     kind, stages = RESNETS[depth]
     stem: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     if imagenet_stem:
@@ -67,14 +67,14 @@ def network(
 
 
 def wide_network(factor: int, outputs: int, channels: int = CHANNELS) -> nn.Sequential:
-    """WideResNet-16 of a widening factor: three stages of two blocks, from 16 channels."""
+    """WideResNet-16 with a given widening factor: three stages of two blocks, from 16 channels."""
     stem = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     blocks = _stages("basic", 16, 16 * factor, WIDE_STAGES)
     return nn.Sequential(*stem, *blocks, *_readout("basic", 16 * factor, WIDE_STAGES, outputs))
 
 
 def forward(kind: str, stages: tuple[int, ...], imagenet_stem: bool, weights: Weights, x: Any) -> Any:
-    """Either of them in JAX, by kind of block and blocks a stage."""
+    """:func:`network` or :func:`wide_network` in JAX, by kind of block and blocks per stage."""
     import jax
 
     x = jax.nn.relu(_normed(weights, "0", "1", x, 2 if imagenet_stem else 1))
@@ -98,7 +98,7 @@ def forward(kind: str, stages: tuple[int, ...], imagenet_stem: bool, weights: We
 
 
 def resnet(depth: int, width: int, side: int) -> Architecture:
-    """ResNet of a depth with the stem of ImageNet, at He initialisation."""
+    """ResNet of a given depth with the ImageNet stem, at He initialisation."""
 
     def make(outputs: int) -> nn.Module:
         return scaled_normal(network(depth, outputs, width, imagenet_stem=True))
@@ -107,7 +107,7 @@ def resnet(depth: int, width: int, side: int) -> Architecture:
 
 
 def wide_resnet(factor: int, side: int) -> Architecture:
-    """WideResNet-16 of a widening factor, with a stem of 3x3, at He initialisation."""
+    """WideResNet-16 with a given widening factor and a 3x3 stem, at He initialisation."""
 
     def make(outputs: int) -> nn.Module:
         return scaled_normal(wide_network(factor, outputs))

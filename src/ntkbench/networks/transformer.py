@@ -16,14 +16,14 @@ from ntkbench.networks.initialisation import scaled_normal
 
 @dataclass(frozen=True)
 class Size:
-    """How large a Vision Transformer is.
+    """Size of a Vision Transformer.
 
     Attributes:
-        patch: pixels of a patch's side.
-        width: numbers a token.
-        layers: blocks.
-        heads: of attention; they share the width.
-        hidden: units of the perceptron in a block.
+        patch: side length of a patch in pixels.
+        width: width of a token.
+        layers: number of blocks.
+        heads: number of attention heads, which share the width.
+        hidden: hidden units of a block's perceptron.
     """
 
     patch: int
@@ -38,7 +38,7 @@ SIZES = {
     "S/16": Size(16, 384, 12, 6, 1536),
     "B/16": Size(16, 768, 12, 12, 3072),
 }
-"""By the standard names (B of the paper; Ti and S of Touvron et al. 2021, arXiv 2012.12877)."""
+"""Sizes by the standard names (B of the paper; Ti and S of Touvron et al. 2021, arXiv 2012.12877)."""
 
 
 def vision_transformer(name: str, side: int) -> Architecture:
@@ -53,7 +53,7 @@ def of_size(title: str, size: Size, side: int) -> Architecture:
 
 
 class Attention(nn.Module):
-    """Self-attention by plain matrix products; where it is causal, no token looks at later ones."""
+    """Self-attention by plain matrix products; if causal, no token attends to later ones."""
 
     def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each on a norm and with a shortcut."""
+    """Attention and a perceptron, each after a norm and with a shortcut."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images ``[N, 3, side, side]`` to ``[N, O]``, read out at the class token."""
+    """Images ``[N, 3, side, side]`` to ``[N, O]``, read out from the class token."""
 
     def __init__(self, size: Size, side: int, outputs: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Networks, data and weights, one file a family.
+"""Networks, data and weights, one file per family.
 
 To add a problem, drop a file here with a function decorated by :func:`ntkbench.problems.base.problem` that returns a
-:class:`ntkbench.problems.base.Definition`. It is then in the grid, the asv suite, the contract tests, the table and the
-figures.
+:class:`ntkbench.problems.base.Definition`. It then appears in the grid, the asv suite, the contract tests, the table
+and the figures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """Names of all problems that work; imports the files of all of them."""
+    """Names of all problems that work; imports all problem files."""
     return sorted({*ROOM.names(), *base.REGISTRY})
 
 
@@ -44,7 +44,7 @@ def get(name: str) -> Callable[..., Definition]:
     """The function that defines a problem; imports its file and no other.
 
     Raises:
-        BadInput: there is none, or it is broken.
+        BadInput: there is no such problem, or it is broken.
     """
     if name not in base.REGISTRY:
         base.REGISTRY[name] = ROOM.get(name)
@@ -57,12 +57,12 @@ def describe(name: str) -> str:
 
 
 def module_of(label: str) -> str:
-    """Import name of the file that defines a problem, which is not imported."""
+    """Import name of the file that defines a problem; does not import it."""
     return ROOM.module(base.parse_label(label)[0])
 
 
 def check(label: str) -> str:
-    """A label in its one spelling: no spaces, options in alphabetical order, none at its default. Builds nothing.
+    """The canonical spelling of a label: no spaces, options in alphabetical order, no defaults. Builds nothing.
 
     Raises:
         BadInput: no such problem, size or choice; says what is allowed.
@@ -74,7 +74,7 @@ def check(label: str) -> str:
 
 
 def options(label: str) -> dict[str, int | str]:
-    """All options of a label, those at their defaults among them, which its one spelling leaves out. Builds nothing.
+    """All options of a label, including defaults, which the canonical spelling leaves out. Builds nothing.
 
     Raises:
         BadInput: there is no such problem, or it does not take the options.
@@ -87,9 +87,9 @@ def options(label: str) -> dict[str, int | str]:
 def load(label: str) -> Problem:
     """Build a problem from its label, such as ``"gru_hazelden"`` or ``"gru_hazelden[N=3,T=10]"``.
 
-    Sizes cut the inputs down and leave the weights as they are, but for problems of any size. Some problems have
-    choices besides, as in ``"rnn_flipflop[read=outputs,parameters=recurrent]"``. Trained weights come from
-    ``results/reference`` or the cache, and are trained at the first use otherwise.
+    Sizes only cut the inputs down and leave the weights unchanged, except for problems of any size. Some problems also
+    have choices, as in ``"rnn_flipflop[read=outputs,parameters=recurrent]"``. Trained weights come from
+    ``results/reference`` or the cache; if neither has them, the network is trained at first use.
 
     Raises:
         BadInput: no such problem, size or choice.
@@ -129,12 +129,12 @@ def define(label: str) -> Definition:
 
 
 def _parsed(label: str) -> tuple[str, dict[str, int | str]]:
-    get(base.parse_label(label)[0])  # sizes and choices are known once the problem is
+    get(base.parse_label(label)[0])  # loads the problem, so that its sizes and choices are known
     return base.parse_label(label)
 
 
 def _find(source: Source) -> dict[str, int]:
-    """Functions under ``@problem``, and what the file lists in ``NAMES``."""
+    """Functions under ``@problem`` and names listed in ``NAMES``, with their lines in the file."""
     found: dict[str, int] = {}
     for node in source.tree.body:
         if isinstance(node, ast.FunctionDef) and any(map(_is_problem, node.decorator_list)):

@@ -1,7 +1,7 @@
 """Small networks on which intervals are compared with exact values: an MLP on skewed inputs, and a transformer.
 
-The MLP has 272 outputs a sample, more than ``method="auto"`` computes exactly when no budget is given. A ReLU
-follows its last layer, so that it has no wide head.
+The MLP has 272 outputs per sample, more than ``method="auto"`` computes exactly when no budget is given. A ReLU
+follows its last layer, so it has no wide head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def small_mlp(
 ) -> Definition:
     """8-8-8-272 ReLU MLP on 12 inputs: normal; all but one nearly alike; Cauchy-scaled; one 100 times as large.
 
-    A ReLU follows each layer, the last one too. Trained by 10 full-batch steps towards fixed standard normal targets.
+    A ReLU follows each layer, including the last. Trained by 10 full-batch steps towards fixed standard normal targets.
     """
     import torch
     from torch import nn
@@ -54,8 +54,8 @@ def small_mlp(
 def reversing_transformer(N: int = SAMPLES) -> Definition:
     """One block of width 8, 2 heads, that gives sequences of 9 tokens out of 8 back to front: logits of all tokens.
 
-    Inputs are one-hot tokens beside one-hot positions. The bias of the keys is frozen, as no output depends on it.
-    Trained by 60 epochs of Adam on 256 sequences of its own.
+    Inputs are one-hot tokens concatenated with one-hot positions. The bias of the keys is frozen, because no output
+    depends on it. Trained by 60 epochs of Adam on 256 separate sequences.
     """
     import torch
     from torch import nn

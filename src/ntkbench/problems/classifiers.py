@@ -1,4 +1,4 @@
-"""Classifiers of handwritten digits, trained for real: logits on held-out images."""
+"""Trained classifiers of handwritten digits: logits on held-out images."""
 
 from __future__ import annotations
 

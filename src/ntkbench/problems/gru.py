@@ -17,7 +17,7 @@ SAMPLES, STEPS = 15, 50
 def gru_hazelden(N: int = SAMPLES, T: int = STEPS) -> Definition:
     """GRU(10, 64) over T = 50 steps of N = 15 trials, all hidden states (the paper's GRU).
 
-    The paper prints B=50, T=15; what it ran is T=50, B=15. Trained by 40 full-batch steps.
+    The paper prints B=50, T=15, but it ran T=50, B=15. Trained by 40 full-batch steps.
     """
     import torch
     from torch import nn
@@ -26,7 +26,7 @@ def gru_hazelden(N: int = SAMPLES, T: int = STEPS) -> Definition:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # Drawn time-first, as the paper's script does.
+        # Drawn time-first, as in the paper's script.
         x = torch.randn(STEPS, SAMPLES, INPUTS).transpose(0, 1).contiguous()
         module = States(nn.GRU(INPUTS, HIDDEN, batch_first=True))
     recipe = training.Adam(x, x, held_input, lr=3e-3, batch=SAMPLES, epochs=40)

@@ -1,7 +1,7 @@
-"""Decoder-only transformers for language: small ones that are trained, and shapes of GPT-2 that are not.
+"""Decoder-only transformers for language: small trained ones, and untrained ones of GPT-2's shapes.
 
-Outputs are the logits of all tokens ``[N, T, V]``, those of the last token ``[N, V]``, or the hidden states behind all
-blocks ``[N, L, T, d]``. The head is tied to the embedding or has weights of its own.
+Outputs are the logits of all tokens ``[N, T, V]``, those of the last token ``[N, V]``, or the hidden states after each
+block ``[N, L, T, d]``. The head is tied to the embedding or has weights of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Read = Literal["logits", "last", "states"]
 
 POSITIONS, GPT2_POSITIONS = 64, 1024
 HEAD_WIDTH = 64
-"""Numbers a head, in all sizes of GPT-2."""
+"""Width of an attention head, in all sizes of GPT-2."""
 PIECES = 12_000
 """Pieces of text that the small transformer is trained on, each once."""
 FLIPFLOPS = 3200
-"""Trials of the flip-flop to train on."""
+"""Training trials of the flip-flop."""
 
 
 @problem(any_size=True)
@@ -60,8 +60,8 @@ def transformer_small(
 ) -> Definition:
     """Transformer of 2 blocks, d = 128 and 4 heads on T characters of N held-out pieces of tinyshakespeare.
 
-    Trained on each of 12,000 pieces of 64 characters once, some 3 minutes of one core. The cross-entropy of the
-    held-out text falls from 4.2 to 2.1 nats a character.
+    Trained for one epoch on 12,000 pieces of 64 characters, about 3 minutes on one core. The cross-entropy of the
+    held-out text falls from 4.2 to 2.1 nats per character.
     """
     import torch
 
@@ -86,8 +86,8 @@ def transformer_flipflop(
 ) -> Definition:
     """Transformer of 2 blocks, d = 32 and 4 heads that says the bits of a 3-bit flip-flop; it needs no text.
 
-    A token is a step's pulses, one of 27, and what is to be said are the bits that they have set so far, one of 27 as
-    well. Trained by Adam for 400 steps of 32 trials.
+    An input token encodes the pulses of one step, one of 27. The target token encodes the bits that the pulses have set
+    so far, also one of 27. Trained by Adam for 400 steps of 32 trials.
     """
     import torch
 
@@ -100,7 +100,7 @@ def transformer_flipflop(
 
 
 def _as_tokens(bits: np.ndarray) -> np.ndarray:
-    """Numbers below 27, ``[N, T]``, for three channels of -1, 0 or 1, ``[N, T, 3]``."""
+    """Tokens, numbers below 27, ``[N, T]``, for three channels of -1, 0 or 1, ``[N, T, 3]``."""
     return (bits.astype(np.int64) + 1) @ np.array([9, 3, 1])
 
 
@@ -138,7 +138,7 @@ def _gpt2(N: int, T: int, V: int, d: int, L: int, head: Head, read: Read) -> Def
     if T > GPT2_POSITIONS:
         raise BadInput(f"T can be at most {GPT2_POSITIONS}, got {T}")
     size = Size(V, GPT2_POSITIONS, d, L, heads=max(1, d // HEAD_WIDTH))
-    # A row after the other, so that fewer sequences are the first of more.
+    # Drawn row by row, so that fewer sequences are the first ones of more.
     tokens = np.random.default_rng(1).integers(V, size=(N, T))
     return _transformer(size, tokens, None, head, read)
 

@@ -1,7 +1,8 @@
-"""The networks that exact kernels are compared on, at any size: fully connected, convolutional and ResNet18.
+"""Networks on which exact kernels are compared, at any size: fully connected, convolutional and ResNet18.
 
-Those of Novak et al. (arXiv 2206.08720, figures 1 and 2) in kind: ReLU networks on flattened images, convolutions with
-a global average before the readout, and an image network with BatchNorm in eval mode. Inputs are standard normal.
+They are of the kinds in Novak et al. (arXiv 2206.08720, figures 1 and 2): ReLU networks on flattened images,
+convolutions with a global average before the readout, and an image network with BatchNorm in eval mode. Inputs are
+standard normal.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ def resnet18(N: int = 8, O: int = 10, width: int = 64) -> Definition:  # noqa: E
 def _on_normal_inputs(
     make: Callable[[], nn.Module], shape: tuple[int, ...], outputs: int, forward: Callable[..., Any]
 ) -> Definition:
-    """Trained by 4 full-batch steps of Adam towards fixed standard normal targets, on 8 inputs of their own."""
+    """Trained by 4 full-batch steps of Adam towards fixed standard normal targets, on 8 separate inputs."""
     import torch
     from torch import nn
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # Inputs of training first, so that they and the network do not depend on N.
+        # Training inputs are drawn first, so that they and the network do not depend on N.
         known = torch.randn(TRAINED_ON, *shape[1:])
         module = make().eval()
         x = torch.randn(shape)

@@ -1,7 +1,8 @@
-"""Studies: measurements behind the figures that the grid's one table cannot hold.
+"""Studies: measurements for figures that the grid's single table cannot hold.
 
 Each study is one file. A file in this folder can be named under ``studies`` in a configuration. Its table is then
-measured into ``results/<profile>/studies/<name>.csv``, from which figures with ``TABLE = "<name>"`` are drawn. It holds
+measured into ``results/<profile>/studies/<name>.csv``, from which figures with ``TABLE = "<name>"`` are drawn. The file
+holds
 
 - ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, by default those of the paper;
 - ``run(settings) -> pandas.DataFrame``: a tidy table with one row per measurement, without columns of provenance, made
@@ -10,7 +11,7 @@ measured into ``results/<profile>/studies/<name>.csv``, from which figures with 
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; the study runs again if
   their sources change.
 
-Importing a study starts no backend.
+Importing a study does not start a backend.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
     """A study's settings, checked.
 
     Args:
-        name: of the study.
-        given: its own sizes, and where it runs.
+        name: name of the study.
+        given: values of its settings: its sizes, and where it runs.
 
     Raises:
-        BadInput: no such study, or it is broken.
-        pydantic.ValidationError: a setting that cannot be used.
+        BadInput: there is no such study, or it is broken.
+        pydantic.ValidationError: a setting cannot be used.
     """
     return ROOM.get(name).Settings.model_validate(dict(given))
 
@@ -56,7 +57,7 @@ def describe(name: str) -> str:
 
 
 def fields(name: str) -> list[str]:
-    """What a study can be told."""
+    """Names of a study's settings."""
     return list(ROOM.get(name).Settings.model_fields)
 
 
@@ -71,23 +72,23 @@ def is_timed(name: str) -> bool:
     The study is not imported.
 
     Raises:
-        BadInput: no such study, or it is broken.
+        BadInput: there is no such study, or it is broken.
     """
     return Source.read(ROOM.file(name)).literal("TIMED") is not False
 
 
 def run(name: str, chosen: base.Settings) -> pd.DataFrame:
-    """Measure a study in this process: its table, without the columns of provenance.
+    """Measure a study in this process; returns its table, without the columns of provenance.
 
     Args:
-        name: of the study.
+        name: name of the study.
         chosen: its settings.
     """
     return ROOM.get(name).run(chosen)
 
 
 def _find(source: Source) -> Mapping[str, int]:
-    """The study, if its source, which is not imported, shows no fault."""
+    """The study, if its source shows no fault; does not import it."""
     source.literal("TIMED")
     return registry.one_a_file(source)
 

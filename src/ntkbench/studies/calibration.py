@@ -45,9 +45,9 @@ PROBLEMS = {
     "recurrent": "gru_flipflop[H=12,N=12,T=6]",
 }
 WAYS = ("default", "passes", "rtol", "matched")
-"""How an estimate is asked for; ``matched``, for ``auto`` alone, takes as many passes as ``rtol`` did on average."""
+"""The modes; ``matched``, for ``auto`` alone, takes as many passes as ``rtol`` did on average."""
 TARGET_OF_AUTO, TARGET = (0.93, 0.97), (0.90, 0.98)
-"""Where the coverage of a 95 % interval should lie: for ``auto``, and for a method that is asked for by name."""
+"""Where the coverage of a 95 % interval should lie: for ``auto``, and for a method requested by name."""
 PLUGINS = tuple(methods.ROOM.module(name) for name in methods.ROOM.found())
 
 
@@ -55,19 +55,19 @@ class Settings(base.Settings):
     """What is estimated, how, and how often.
 
     Attributes:
-        seeds: estimates of each case.
-        problems: labels by the names of the kinds that they stand for.
-        metrics, methods: of which all pairs are cases, if a method gives the metric.
-        ways: of asking, among :data:`WAYS`.
-        passes: budget of the second one.
-        rtol: tolerance of the third one.
-        most_passes: that it may spend.
+        seeds: number of estimates of each case.
+        problems: labels of problems, by the kind of kernel that each represents.
+        metrics, methods: all pairs of these are cases, if the method gives the metric.
+        ways: modes, among :data:`WAYS`.
+        passes: budget of the mode ``passes``.
+        rtol: tolerance of the mode ``rtol``.
+        most_passes: maximum number of passes of the mode ``rtol``.
     """
 
     seeds: int = Field(300, ge=2)
     problems: dict[str, ProblemLabel] = Field(default=PROBLEMS, min_length=1)
     metrics: list[MetricName] = Field(default=list(METRICS), min_length=1)
-    # The words are known when the class is made, which is when pydantic needs them.
+    # The names are known when the class is created, which is when pydantic needs them.
     methods: list[Literal[*METHODS]] = Field(default=list(METHODS), min_length=1)  # type: ignore[valid-type]
     ways: list[Literal[*WAYS]] = Field(default=list(WAYS), min_length=1)  # type: ignore[valid-type]
     passes: PositiveInt = 40
@@ -76,7 +76,7 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each problem, metric, method that gives it and way: coverage, errors, stated errors and passes."""
+    """One row for each problem, metric, method that gives it, and mode: coverage, errors, stated errors and passes."""
     return base.table(row for name in settings.problems for row in _rows(settings, name))
 
 
@@ -109,7 +109,7 @@ def _title(method: str) -> str:
 def _measure(
     settings: Settings, subject: Subject, metric: str, method: str, way: str, stopped: base.Row | None
 ) -> dict[str, Any]:
-    """Columns of a case; ``stopped`` is the row of the same case to the tolerance, where there are estimates."""
+    """Columns of a case; ``stopped`` is the row of the same case with the tolerance, if it has estimates."""
     if way == "matched":
         if stopped is None:
             raise Unavailable("no passes to match: there are no estimates to the tolerance")
@@ -140,13 +140,13 @@ class Subject:
     """The problem of some rows, prepared once for all methods that share a preparation.
 
     Attributes:
-        label: of the problem.
-        problem: loads it, as trained.
+        label: label of the problem.
+        problem: loads the problem, at its weights after training.
         exact: its exact values by metric.
     """
 
     def __init__(self, settings: Settings, label: str) -> None:
-        """Load nothing yet."""
+        """Does not load anything yet."""
         self.label, self._target = label, settings.target()
         self.problem = base.Once(lambda: _trained(problems.load(label)))
         self.exact = base.Once(lambda: reference.compute(self.problem())["metrics"])
@@ -178,11 +178,11 @@ def _trained(problem: Problem) -> Problem:
 def columns(method: str, found: Reruns) -> dict[str, Any]:
     """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
 
-    An answer is exact if it states no error and is accurate to rounding. ``covered`` is the share of the others with a
-    95 % interval that contains the exact value, with Wilson's 95 % interval from ``covered_low`` to ``covered_high``.
+    An estimate is exact if it states no error and is accurate to rounding. ``covered`` is the share of the others with
+    a 95 % interval that contains the exact value, with Wilson's 95 % interval from ``covered_low`` to ``covered_high``.
     ``bias`` and ``rmse`` are mean and root mean square of their relative errors, ``stated`` is the root mean square of
-    their relative standard errors where they have one, and ``ratio`` is ``rmse / stated``. ``noted`` is the share of
-    all answers that have a note, and ``notes`` the most frequent one.
+    their relative standard errors, 0 if an estimate states none, and ``ratio`` is ``rmse / stated``. ``noted`` is the
+    share of all estimates that have a note, and ``notes`` the most frequent one.
 
     Args:
         method: the requested method.

@@ -35,9 +35,9 @@ class Certified(Strict):
     Attributes:
         problem: its label.
         method: its name; it runs on torch.
-        metric: what it computes.
+        metric: the metric that it computes.
         passes: budget of a method that takes one.
-        calls: of each kind, in place of the study's.
+        calls: calls of each kind, in place of the study's.
     """
 
     problem: ProblemLabel
@@ -82,11 +82,11 @@ ESTIMATES = [
 
 
 class Settings(base.Settings):
-    """What is certified.
+    """The certified estimates.
 
     Attributes:
         estimates: methods on problems.
-        calls: of each kind, in turn.
+        calls: calls of each kind, made in turn.
     """
 
     calls: PositiveInt = 20

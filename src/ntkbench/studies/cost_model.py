@@ -1,7 +1,7 @@
 """How right predicted costs are: seconds, bytes and passes of methods as predicted and as measured.
 
-Predictions are made once for each problem and metric, before its measurements. An estimate with the predicted budget is
-measured, after a first one. A method that is predicted to take longer than ``limits.patience_s`` is left out.
+Predictions are made once for each problem and metric, before its measurements. Estimates with the predicted budget are
+measured, after a first call. A method that is predicted to take longer than ``limits.patience_s`` is left out.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Case(Strict):
 
     Attributes:
         problem: its label.
-        metric: what they compute.
-        rtol: to which tolerance.
+        metric: the metric that they compute.
+        rtol: the tolerance.
         methods: their names; all that run on torch if not given.
     """
 
@@ -69,11 +69,11 @@ CASES = [
 
 
 class Settings(base.Settings):
-    """What is predicted and measured.
+    """The cases that are predicted and measured.
 
     Attributes:
         cases: problems with metrics and tolerances.
-        calls: timed ones of each method, after a first one.
+        calls: timed calls of each method, after a first one.
     """
 
     calls: int = Field(5, ge=1)

@@ -50,16 +50,16 @@ PLUGINS = tuple(f"ntkbench.methods.{name}" for name in (POOLED, PER_SAMPLE))
 
 
 class Settings(base.Settings):
-    """How networks are trained and looked at.
+    """How networks are trained and measured.
 
     Attributes:
-        seeds: estimates that a variance is measured from.
+        seeds: number of estimates behind each measured variance.
         networks: kinds of networks.
-        inits: initialisations of each, each with its own order of images.
-        images: N, held-out images that Theta is between.
-        steps: of gradient descent on the cross-entropy after which networks are looked at, from 0 on.
-        rate, momentum, batch: learning rate, momentum, images a step.
-        passes: of each of these estimates.
+        inits: initialisations of each kind, each with its own order of images.
+        images: N, the number of held-out images that Theta is computed on.
+        steps: steps of gradient descent on the cross-entropy after which networks are measured, from 0 on.
+        rate, momentum, batch: learning rate, momentum, images per step.
+        passes: passes of each estimate behind a variance.
     """
 
     seeds: int = Field(400, ge=8)
@@ -124,7 +124,7 @@ class Course:
     """One network along its training."""
 
     def __init__(self, settings: Settings, network: Network, init: int, theta: base.Once[Theta]) -> None:
-        """Nothing is trained yet."""
+        """Does not train yet."""
         import torch
 
         from ntkbench.networks import initialisation
@@ -142,7 +142,7 @@ class Course:
         )
 
     def look(self, step: int) -> dict[str, Any]:
-        """Columns after so many steps, no fewer than before.
+        """Columns after this number of steps, which must not be smaller than in an earlier call.
 
         Raises:
             DidNotTrain: training diverged.

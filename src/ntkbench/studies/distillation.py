@@ -3,10 +3,10 @@
 A wide network is trained on scikit-learn's digits, and a narrow one on the outputs of the wide one for some images. The
 loss of the latter is the cross-entropy with the teacher's probabilities, plus ``weight`` times 1 - alignment of the two
 kernels on the batch, by a differentiable estimate from shared probes. The same seeds, and so the same initial weights
-and batches, are used with each weight; each row has the mean over them with its 95 % interval, and the mean difference
-from no regulariser, the ``reference``, in pairs. ``verdict`` is ``better`` or ``worse`` only if the interval of the
-difference does not contain 0. Intervals are over students of one teacher, and not corrected for several comparisons.
-The regulariser is designed to raise the alignment; the question is whether the other quantities improve.
+and batches, are used with each weight. Each row has the mean over seeds and the mean of the paired differences from no
+regulariser, the ``reference``, both with 95 % intervals. ``verdict`` is ``better`` or ``worse`` only if the interval of
+the difference does not contain 0. Intervals are over students of one teacher, and not corrected for several
+comparisons. The regulariser is designed to raise the alignment; the question is whether the other quantities improve.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ BETTER = {"loss": -1, "accuracy": 1, "agreement": 1, "alignment": 1}
 
 
 class Settings(base.Settings):
-    """Who teaches whom, and how.
+    """Teacher, students, and their training.
 
     Attributes:
-        seeds: students with each weight.
-        weights: of the regulariser, the first one 0.
+        seeds: number of students with each weight.
+        weights: weights of the regulariser, the first one 0.
         teacher, student: widths of fully connected networks with two hidden layers.
-        taught: steps of gradient descent that the teacher is trained for.
-        images: that the student is trained on.
-        steps, batch, rate: of Adam.
-        probes: of the alignment at each step.
-        seen: held-out images that the exact alignment is taken on.
+        taught: number of gradient descent steps of the teacher.
+        images: number of images that the student is trained on.
+        steps, batch, rate: number of steps, batch size and learning rate of Adam.
+        probes: number of probes of the alignment at each step.
+        seen: number of held-out images that the exact alignment is computed on.
     """
 
     seeds: int = Field(6, ge=2)
@@ -125,7 +125,7 @@ def _measure(
 
 
 def compared(found: Sequence[dict[str, float]], first: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """Rows by quantity, for students with a regulariser and those of the same seeds without."""
+    """Rows by quantity, for students with a regulariser and students of the same seeds without one."""
     rows = []
     for quantity, sign in BETTER.items():
         values, before = (np.array([each[quantity] for each in some]) for some in (found, first))

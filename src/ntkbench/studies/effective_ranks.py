@@ -30,14 +30,14 @@ PLUGINS = (f"ntkbench.methods.{thetas.METHOD}", "ntkbench.operators.torch")
 KERNELS = ("theta", "trace", "sum_of_logits", "single_logit")
 WEIGHTS = {"theta_0": "initial", "theta_f": "trained"}
 STATISTICS = ("stored", "calibrated", "uncalibrated")
-"""Those stored with the weights, those of the images, and means of 0 with variances of 1."""
+"""BatchNorm's statistics: those stored with the weights, those of the images, and means of 0 with variances of 1."""
 
 
 class Settings(base.Settings):
-    """What kernels are of.
+    """Networks whose kernels are measured.
 
     Attributes:
-        problems: labels of networks with BatchNorm, with an n for which Theta is decomposed in float64.
+        problems: labels of networks with BatchNorm, with n small enough to decompose Theta in float64.
     """
 
     problems: list[str] = Field(default=["resnet18[N=24,O=10,width=8]"], min_length=1)
@@ -71,7 +71,7 @@ def with_statistics(problem: Problem, end: str, statistics: str) -> Problem:
 
     Args:
         problem: a problem with a network in torch.
-        end: the weights.
+        end: the parameter set, ``theta_0`` or ``theta_f``.
         statistics: one of :data:`STATISTICS`.
 
     Raises:
@@ -112,7 +112,7 @@ def _is_new(layer: Any) -> bool:
 
 
 def kernels(theta: np.ndarray, outputs: int) -> dict[str, list[np.ndarray]]:
-    """The kernels by name, from Theta ``[n, n]``; there are O of single logits."""
+    """The kernels by name, from Theta ``[n, n]``; there are O kernels of single logits."""
     blocks = theta.reshape(len(theta) // outputs, outputs, -1, outputs)
     return {
         "theta": [theta],
@@ -140,7 +140,7 @@ def effective_ranks(kernel: np.ndarray) -> tuple[float, float, float]:
     """Effective rank, entropy effective rank, and the share of the largest eigenvalue in the trace.
 
     Raises:
-        Unavailable: the kernel is zero, and has none.
+        Unavailable: the kernel is zero, and has no effective rank.
     """
     values = np.maximum(np.linalg.eigvalsh(kernel), 0.0)
     if not values.any():

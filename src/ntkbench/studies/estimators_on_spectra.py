@@ -1,9 +1,9 @@
 """Every estimator on Jacobians of prescribed spectra, at equal passes: what wins is a matter of the spectrum.
 
-J = U S V^T with random orthogonal U and V and the square roots of given eigenvalues in S, written out, so that a pass
-is a matrix product and the exact metrics are known. With n outputs and P parameters there are min(n, P) eigenvalues
-that are not zero. For the alignment, J_f = 0.6 J + 0.8 J' with a J' that is drawn like J. Methods that need the
-separate gradients of samples are excluded.
+J = U S V^T has random orthogonal U and V, and the square roots of given eigenvalues in S. It is stored as a matrix, so
+that a pass is a matrix product and the exact metrics are known. With n outputs and P parameters there are min(n, P)
+nonzero eigenvalues. For the alignment, J_f = 0.6 J + 0.8 J' with a J' drawn like J. Methods that need the separate
+gradients of samples are excluded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "i^-2": lambda i: i**-2.0,
     "spike + 1/i": lambda i: 1 / i + 30 * (i == 1),
 }
-"""Eigenvalues of Theta by their number, from 1 on."""
+"""Eigenvalues of Theta as functions of their index, from 1 on."""
 
 NAMES = [name for name in methods.names() if isinstance(methods.get(name), Stochastic)]
 NAMES = [name for name in NAMES if not methods.get(name).needs_independent_samples]
@@ -49,9 +49,9 @@ class Settings(base.Settings):
     """Sizes of the Jacobians and budgets.
 
     Attributes:
-        seeds: of a method at each budget; all but the first are timed.
+        seeds: number of seeds of a method at each budget; all but the first are timed.
         n: outputs.
-        outputs_per_parameter: n / P, one shape of J each.
+        outputs_per_parameter: n / P, each value for one shape of J.
         spectra: names in :data:`SPECTRA`.
         passes: budgets.
     """
@@ -59,16 +59,16 @@ class Settings(base.Settings):
     seeds: int = Field(100, ge=2)
     n: PositiveInt = Field(1000, ge=20)
     outputs_per_parameter: list[PositiveFloat] = Field(default=[0.25, 1, 4], min_length=1)
-    # The words are known when the class is made, which is when pydantic needs them.
+    # The names are known when the class is created, which is when pydantic needs them.
     spectra: list[Literal[*SPECTRA]] = Field(default=list(SPECTRA), min_length=1)  # type: ignore[valid-type]
     passes: list[PositiveInt] = Field(default=[18, 36, 72, 144, 288], min_length=1)
 
 
 class Spectrum:
-    """A prescribed spectrum in place of a prepared problem: with the Jacobians of each metric, and the exact values.
+    """A prescribed spectrum in place of a prepared problem: the Jacobians of each metric, and the exact values.
 
     Args:
-        eigenvalues: eigenvalues of Theta that are not zero, ``[min(n, P)]``.
+        eigenvalues: nonzero eigenvalues of Theta, ``[min(n, P)]``.
         n, P: shape of J.
         settings: device, precision and memory.
         seed: seed of the singular vectors.
@@ -93,7 +93,7 @@ class Spectrum:
         self._jacobians = [dense.DenseJacobian(torch.from_numpy(end).to(**to), probes, target.memory) for end in ends]
 
     def jacobians(self, metric: str) -> list[JacobianOperator]:
-        """Operators with their counters at zero, at both ends for alignment."""
+        """Operators with their counters at zero, at both parameter sets for the alignment."""
         return [j.fresh() for j in self._jacobians[: len(metrics.parameter_sets(metric))]]
 
 

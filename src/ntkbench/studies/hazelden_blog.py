@@ -1,6 +1,7 @@
 """The blog post's two figures: Hutch++ for the trace, and alignment from shared probes against three Hutch++ traces.
 
-The post has two recurrent networks of 128 units on 100 trials of 10 steps; here it is a GRU before and after training.
+The post compares two recurrent networks of 128 units on 100 trials of 10 steps; here they are a GRU before and after
+training.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Settings(estimates.Settings):
     """Grid of samples.
 
     Attributes:
-        problem: with weights before and after training.
+        problem: label of a problem with weights before and after training.
         samples: probes of shared-probe alignment; columns in the sketch of Hutch++, three products each.
     """
 

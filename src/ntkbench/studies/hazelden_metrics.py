@@ -25,8 +25,8 @@ class Settings(estimates.Settings):
     """Grid of m.
 
     Attributes:
-        problems: of which the first is taken whose data can be had.
-        samples: nominal numbers of samples, those of a sketch and a residual together.
+        problems: labels; the first one with available data is used.
+        samples: nominal numbers of samples, of sketch and residual together.
     """
 
     problems: list[ProblemLabel] = Field(default=["mnist_mlp", "digits_mlp"], min_length=1)

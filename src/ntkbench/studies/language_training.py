@@ -1,10 +1,9 @@
 """The NTK of a small decoder-only transformer along its training: as a whole, and by layer.
 
-Trace, norm, effective rank, and alignment with the kernel before training, at some steps of the recipe that the problem
-is trained by. Parts of the parameters are the embeddings, the attention and the perceptron of each block, each with its
-norm, and the readout; their kernels add up to the whole. All kernels are estimated with the same probes at all steps,
-so that ratios to the first step have paired standard errors. A step takes one VJP per probe, and one JVP per probe and
-part.
+Trace, norm, effective rank, and alignment with the kernel before training, at some steps of the problem's training
+recipe. Parts of the parameters are the embeddings, the attention and the perceptron of each block, each with its norm,
+and the readout; their kernels add up to the whole. All kernels are estimated with the same probes at all steps, so that
+ratios to the first step have paired standard errors. A step takes one VJP per probe, and one JVP per probe and part.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ TIMED = False
 PLUGINS = ("ntkbench.problems.language",)
 WHOLE = "all parameters"
 LAYERS = {"embedding": "embedding", "position": "embedding", "norm": "readout", "head": "readout"}
-"""Modules outside of the blocks, and the parts that they belong to; others are separate parts."""
+"""Modules outside the blocks, and the parts that they belong to; other modules are separate parts."""
 SUBLAYERS = {"norm1": "attention", "attention": "attention", "norm2": "MLP", "mlp": "MLP"}
-"""The same inside of a block."""
+"""The same inside a block."""
 
 
 class Settings(base.Settings):
-    """What is trained, and when it is looked at.
+    """The trained problem, and when it is measured.
 
     Attributes:
-        problems: labels of problems that are trained by Adam; the first one is taken whose data can be had.
-        steps: of training after which the network is looked at, from 0 on.
-        probes: that all kernels are seen by.
+        problems: labels of problems that are trained by Adam; the first one with available data is used.
+        steps: training steps after which the network is measured, from 0 on.
+        probes: number of probes, the same for all kernels.
     """
 
     problems: list[str] = Field(default=["transformer_small[N=4,T=16]", "transformer_flipflop[N=16]"], min_length=1)
@@ -80,11 +79,11 @@ class Course:
     """One network along its training."""
 
     def __init__(self, settings: Settings) -> None:
-        """Nothing is trained yet.
+        """Take the quantities at initialisation; does not train yet.
 
         Raises:
             BadInput: the problem is not trained by Adam.
-            Unavailable: no problem has its data available.
+            Unavailable: no problem has available data.
         """
         self._settings = settings
         self._label, definition = _first_available(settings.problems)
@@ -101,7 +100,7 @@ class Course:
         self._metrics()
 
     def look(self, step: int) -> list[dict[str, Any]]:
-        """Rows after so many steps, no fewer than before.
+        """Rows after this number of steps, which must not be smaller than in an earlier call.
 
         Raises:
             BadInput: the recipe has fewer steps.

@@ -1,7 +1,7 @@
 """Seconds for NTK and pNTK of ResNets against depth (Mohamadi et al. 2023, figure 1).
 
-For two images alone and for all pairs of N images, which the published ratios are based on. Operations are
-estimated from those of a forward pass.
+For two images alone, and for all pairs of N images, on which the published ratios are based. Operations are estimated
+from those of a forward pass.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Settings(base.Settings):
 
     Attributes:
         depths: 18, 34, 50, 101, 152, 200.
-        outputs: of the readout.
+        outputs: numbers of outputs of the readout.
         width: channels of the first stage; 64 in the paper.
         side: pixels of an image's side; 64 for Tiny ImageNet.
-        samples: whose pairs share the cost; two by themselves are measured as well.
+        samples: N images whose pairs share the cost; two images alone are measured as well.
     """
 
     depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50, 101, 152, 200], min_length=1)

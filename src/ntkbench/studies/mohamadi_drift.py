@@ -25,15 +25,15 @@ LOSSES = {
 
 
 class Settings(base.Settings):
-    """How a network is trained and looked at.
+    """How a network is trained and measured.
 
     Attributes:
-        width: of both hidden layers.
-        steps: of gradient descent; with the learning rate and the decay they say how far weights decay.
-        looks: points in training at which kernels are compared, evenly spaced in steps, both ends among them.
-        rate, decay, batch: learning rate, weight decay where there is any, images a step.
+        width: width of both hidden layers.
+        steps: steps of gradient descent; with the learning rate and the decay they determine how far weights decay.
+        looks: number of points in training at which kernels are compared, evenly spaced in steps, including both ends.
+        rate, decay, batch: learning rate, weight decay (for the loss that has it), images per step.
         inits: initialisations, each with its own order of images.
-        images: that the kernels are between.
+        images: number of images that the kernels are computed on.
     """
 
     width: PositiveInt = 512
@@ -106,7 +106,7 @@ class Course:
         )
 
     def look(self, step: int) -> list[dict[str, Any]]:
-        """Columns for each kernel after so many steps, no fewer than before.
+        """Columns for each kernel after this number of steps, which must not be smaller than in an earlier call.
 
         Raises:
             DidNotTrain: training diverged.

@@ -45,13 +45,13 @@ class Settings(base.Settings):
     are trained on. Without momentum, gradient descent on half the squared error is stable for rates below 2.
 
     Attributes:
-        widths: of each family of networks: units, channels, channels of the first stage, or the widening factor.
+        widths: widths of each family of networks: units, channels, channels of the first stage, or the widening factor.
         inits: initialisations at each width.
-        trained: of them, those that are also trained, each with its own order of images.
-        steps: of gradient descent after which networks are looked at, the first one 0, initialisation.
-        rate, momentum, batch: learning rate over N / lambda_max, momentum, images a step.
+        trained: number of these that are also trained, each with its own order of images.
+        steps: steps of gradient descent after which networks are measured, the first one 0, initialisation.
+        rate, momentum, batch: learning rate over N / lambda_max, momentum, images per step.
         train, test: images that kernels are trained and tested on.
-        deep_share: of these images and of the steps, what the residual networks get, rounded up.
+        deep_share: share of these images and of the steps that is used for residual networks, rounded up.
     """
 
     widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], Widths] = Field(
@@ -117,7 +117,7 @@ def _rows(settings: Settings, family: str, width: int) -> Iterator[base.Row]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Networks of one family and width, and the images that kernels are between."""
+    """Networks of one family and width, and the images that kernels are computed on."""
 
     settings: Settings
     family: str
@@ -132,7 +132,7 @@ class Architecture:
 
     @functools.cached_property
     def images(self) -> dict[str, Tensor]:
-        """``x`` and ``labels``, those to train on first."""
+        """``x`` and ``labels``, training images first."""
         from ntkbench.studies.base import pntk
 
         made = pntk.digits(self.settings.train, self.settings.test)
@@ -156,7 +156,7 @@ class Course:
     """One network from its initialisation on."""
 
     def __init__(self, architecture: Architecture, init: int) -> None:
-        """Nothing is made yet."""
+        """Does not create anything yet."""
         self._architecture, self._init = architecture, init
 
     @functools.cached_property
@@ -164,7 +164,9 @@ class Course:
         return self._architecture.network(self._init)
 
     def look(self, step: int) -> dict[str, dict[str, Any]]:
-        """Columns for each kernel after this number of steps, no fewer than before, including the whole NTK (``full``).
+        """Columns for each kernel after this number of steps, including the whole NTK (``full``).
+
+        The number of steps must not be smaller than in an earlier call.
 
         Raises:
             DidNotTrain: training diverged.

@@ -1,7 +1,8 @@
 """Operations for an NTK entry of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, left).
 
-Nothing is run or allocated. The operations of neural-tangents' three implementations and of the Jacobian alone are
-counted in lowered programs, those of our layerwise kernel from the shapes of its matrix products.
+Apart from one sample, which is traced, nothing is run or allocated. The operations of neural-tangents' three
+implementations and of the Jacobian alone are counted in lowered programs, those of our layerwise kernel from the shapes
+of its matrix products.
 """
 
 from __future__ import annotations

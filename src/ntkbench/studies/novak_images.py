@@ -1,8 +1,8 @@
 """Operations and seconds for an NTK of networks for images (Novak et al. 2022, figures 2 and 4).
 
 ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
-of 32x32. Operations are counted without running anything: those of neural-tangents' programs after lowering, those of
-our layerwise kernel from its shapes. Seconds are measured for cases within the limits, for which operations are
+of 32x32. Operations are counted without running the kernels: those of neural-tangents' programs after lowering, those
+of our layerwise kernel from its shapes. Seconds are measured for cases within the limits; for the limits, operations are
 estimated from those of a forward pass.
 """
 
@@ -32,14 +32,14 @@ class Settings(base.Settings):
     """Networks and inputs.
 
     Attributes:
-        depths: of ResNets.
-        wide_factors: of WideResNets-16.
-        transformers: sizes of Vision Transformers; behind the slash are the pixels of a patch's side.
-        mixers: of MLP-Mixers, as well.
-        outputs: of the readout; the paper has 1, 16, 128, 1000.
+        depths: depths of ResNets.
+        wide_factors: widening factors of WideResNets-16.
+        transformers: sizes of Vision Transformers; the number after the slash is the side of a patch in pixels.
+        mixers: sizes of MLP-Mixers, in the same notation.
+        outputs: numbers of outputs of the readout; the paper has 1, 16, 128, 1000.
         width: channels of a ResNet's first stage.
         side: pixels of an image's side; patches must tile it.
-        wide_side: for WideResNets.
+        wide_side: pixels of an image's side for WideResNets.
         samples: N.
     """
 
@@ -93,7 +93,7 @@ class Case:
     """One network with its readout, in both backends."""
 
     def __init__(self, settings: Settings, architecture: Architecture, outputs: int) -> None:
-        """Nothing is made yet."""
+        """Does not create anything yet."""
         self._settings, self._architecture, self._outputs = settings, architecture, outputs
         self._lowered: dict[str, base.Once[Any]] = {}
 

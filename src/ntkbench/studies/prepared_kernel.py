@@ -1,9 +1,9 @@
 """What a kernel costs by the front door: first, later and prepared calls, in turn with the computation inside them.
 
 A first call checks, copies and traces the network; a later call reuses the trace of an equal network; a prepared call
-is one of a :class:`ntkbench.Kernel`. All of them end in the engine. The alternatives are what a user would write
+is one of a :class:`ntkbench.Kernel`. All of them run the same engine. The alternatives are what a user would write
 instead: the contraction of per-sample Jacobians of torch.func's tutorial, and, for fully connected networks, products
-of the layers' inputs with the gradients of their outputs, both taken by hooks.
+of the layers' inputs, recorded by hooks, with the gradients of their outputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Case(Strict):
 
     Attributes:
         problem: its label.
-        calls: of each way, in place of the study's.
+        calls: calls of each function, in place of the study's.
     """
 
     problem: ProblemLabel
@@ -65,11 +65,11 @@ CASES = [
 
 
 class Settings(base.Settings):
-    """What is computed.
+    """The networks, and the number of calls.
 
     Attributes:
         cases: networks with their inputs.
-        calls: of each way, in turn.
+        calls: calls of each function, made in turn.
     """
 
     calls: PositiveInt = 20
@@ -77,7 +77,7 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each network: seconds of each way of computing its kernel, and their ratios."""
+    """One row for each network: seconds of each function that computes its kernel, and their ratios."""
     return base.table(
         base.row({"problem": case.problem}, functools.partial(_measure, settings, case)) for case in settings.cases
     )
@@ -160,7 +160,7 @@ def by_hooks(network: nn.Module, x: Tensor) -> Tensor:
     n = outputs.numel()
     total = outputs.new_zeros(n, n)
     made = [after for _, _, after in taken]
-    # Samples are independent: the gradient of a sum over them has each one's own.
+    # Samples are independent, so that the gradient of a sum over samples contains the gradient of each one.
     back = [torch.autograd.grad(column.sum(), made, retain_graph=True) for column in outputs.T]
     for (layer, before, _), gradients in zip(taken, zip(*back, strict=True), strict=True):
         rows = torch.stack(gradients, 1).flatten(0, 1)
@@ -171,7 +171,7 @@ def by_hooks(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def _with_values(network: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a network with values of its parameters."""
+    """A copy of a network with the given values of its parameters."""
     network = copy.deepcopy(network)
     own = dict(network.named_parameters())
     for name, value in parameters.items():

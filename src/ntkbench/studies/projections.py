@@ -35,7 +35,7 @@ from ntkbench.studies import base
 
 TIMED = True
 PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "kronecker_projection": 1}
-"""Replicates of each as it is published; ``None`` for as many as its estimates have."""
+"""Replicates of each projection as published; ``None`` for as many as its estimates have."""
 SKETCH = "count_sketch"
 ESTIMATORS = ("gram_forward", "structured_block_u_statistics", "sample_subset")
 FIXED = ("structured_sum_of_logits", "trace_kernel", "kfac", "structured_derivatives", "jacobian_contraction")
@@ -51,8 +51,8 @@ class Settings(base.Settings):
 
     Attributes:
         seeds: projections, or estimates, behind each error.
-        problems: labels; with trained weights, and with an n for which Theta can be written out.
-        k: features of a row of J.
+        problems: labels of problems with trained weights, and with n small enough to store Theta.
+        k: numbers of features of a row of J.
         passes: budgets of the estimators.
     """
 
@@ -72,7 +72,7 @@ class Truth:
     """A problem, and its Theta in float64.
 
     Attributes:
-        problem: with trained weights.
+        problem: a problem with trained weights.
         thetas: Theta at theta_0 and at theta_f, ``[n, n]``, rows in the order of those of J.
     """
 
@@ -86,20 +86,20 @@ class Truth:
 
     @functools.cached_property
     def alignment(self) -> float:
-        """The alignment of both."""
+        """The alignment of the two kernels."""
         return alignment(*self.thetas)
 
     @functools.cached_property
     def pntk(self) -> np.ndarray:
-        """``[N, N]``."""
+        """The pNTK, ``[N, N]``."""
         return pooled(self.thetas[0], self.problem.O)
 
     def gram_error(self, theta: np.ndarray) -> float:
-        """Relative error of the approximation of Theta."""
+        """Relative error of an approximation of Theta."""
         return float(np.linalg.norm(theta - self.thetas[0])) / self.norm
 
     def pntk_error(self, theta: np.ndarray) -> float:
-        """Relative error of its pNTK."""
+        """Relative error of the pNTK of an approximation of Theta."""
         found = pooled(theta, self.problem.O)
         return float(np.linalg.norm(found - self.pntk) / np.linalg.norm(self.pntk))
 
@@ -161,7 +161,7 @@ def _rms(values: list[float]) -> float:
 
 
 def _errors(exact: Truth, found: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Columns of the Gram matrices at both parameter sets that each seed gave."""
+    """Columns from the Gram matrices of each seed at both parameter sets."""
     norms = [float(np.linalg.norm(theta)) / exact.norm - 1 for theta, _ in found]
     return {
         "gram_error": _rms([exact.gram_error(theta) for theta, _ in found]),

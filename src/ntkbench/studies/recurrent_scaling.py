@@ -1,7 +1,7 @@
 """Seconds of NTK metrics of recurrent networks against trials, steps and probes, and the slopes that they grow with.
 
 One size at a time is varied around a middle. The cost of estimates should grow linearly with each. An exact trace has
-no probes and goes back from every step, so that its cost grows at least with the square of the steps. Networks are
+no probes and runs backward from every step, so that its cost grows at least with the square of the steps. Networks are
 untrained, since seconds do not depend on weights.
 """
 
@@ -33,7 +33,7 @@ METRICS = {
     "per_sample_trace_forward": "trace",
     "recurrent_exact_trace": "trace",
 }
-"""Methods, and what each is asked for."""
+"""Methods, and the metric that each computes."""
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in METRICS)
 TIMED = True
 Size = Literal["N", "T", "probes"]
@@ -44,9 +44,9 @@ class Settings(base.Settings):
     """Sizes.
 
     Attributes:
-        task, kinds, H: what the networks are, and their units.
-        N, T, probes: trials, steps and probes that are tried, each with the others in the middle.
-        middle: of each of these, one of those that are tried.
+        task, kinds, H: task, kinds of networks, and their number of units.
+        N, T, probes: numbers of trials, steps and probes; each is varied with the others at their middle.
+        middle: the middle of each of these, one of its values.
     """
 
     task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
@@ -77,7 +77,7 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each kind of network, size that is varied, its value, and method.
+    """One row for each kind of network, varied size, its value, and method.
 
     The values of a size take turns, so that a temporary slowdown of the machine does not appear as a slope.
     """
@@ -97,7 +97,7 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 def _points(settings: Settings, varied: str) -> list[dict[str, int]]:
-    """All three sizes, one of them varied, from its smallest value on."""
+    """All three sizes, one of them varied, in ascending order."""
     return [settings.middle | {varied: value} for value in sorted(getattr(settings, varied))]
 
 
@@ -140,7 +140,7 @@ class Point:
     """
 
     def __init__(self, settings: Settings, problem: base.Once[Problem], name: str, probes: int) -> None:
-        """Nothing is made yet."""
+        """Does not prepare anything yet."""
         self._settings, self._problem, self._name, self._probes = settings, problem, name, probes
         self._prepared = base.Once(lambda: methods.get(name).prepare(problem(), settings.target()))
         self.first = base.Once(lambda: timed(self.call, 0))
@@ -152,7 +152,7 @@ class Point:
         return method.estimate(self._prepared(), metric, passes)
 
     def columns(self) -> dict[str, Any]:
-        """What the first call tells; its seconds until all sizes have taken turns."""
+        """Columns of the first call; its seconds hold until all sizes have taken turns."""
         problem, target = self._problem(), self._settings.target()
         method, metric = methods.get(self._name), METRICS[self._name]
         if reason := method.unsupported_reason(problem, metric, target):

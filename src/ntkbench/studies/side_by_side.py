@@ -44,8 +44,8 @@ class Comparison(Strict):
         rivals: methods, or keys of :data:`ntkbench.studies.base.computations.COMPUTATIONS`; :data:`BARE` stands for the
             matrix products and convolutions in the subject, by themselves.
         subject: a method or computation.
-        calls: of each, in place of the study's.
-        metric: what methods compute; the norm goes through all of Theta.
+        calls: calls of each, in place of the study's.
+        metric: the metric that methods compute; the norm uses all of Theta.
     """
 
     problem: ProblemLabel
@@ -112,11 +112,11 @@ COMPARISONS = [
 
 
 class Settings(base.Settings):
-    """What is compared.
+    """The comparisons.
 
     Attributes:
         comparisons: subjects and rivals.
-        calls: of subject and rival each, in turn.
+        calls: calls of subject and rival each, made in turn.
     """
 
     calls: PositiveInt = 20
@@ -177,10 +177,10 @@ def _call(settings: Settings, name: str, label: str, metric: str) -> Callable[[]
 
 
 def _peak_memory(settings: Settings, name: str, label: str, metric: str) -> int | None:
-    """Bytes by which one estimate raises the peak of a fresh process, after everything is prepared.
+    """Bytes by which one estimate raises the peak memory of a fresh process, after everything is prepared.
 
     Raises:
-        NtkbenchError: it failed there, or exceeded the limits.
+        NtkbenchError: the estimate failed there, or exceeded the limits.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)

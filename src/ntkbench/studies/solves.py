@@ -1,7 +1,7 @@
 """Solutions of (Theta + ridge I) x = y to a residual: a factor of all of Theta, and conjugate gradients on products.
 
-The ridge is a share of the largest eigenvalue of Theta, so that the condition number of Theta + ridge I is at most one
-over that share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with its own seed.
+The ridge is a share of the largest eigenvalue of Theta, so that the condition number of Theta + ridge I is at most
+1 + 1 / share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with its own seed.
 ``cholesky`` and ``nystrom`` are the methods of :func:`ntkbench.solve` if Theta fits in memory and if it does not;
 ``plain`` is the latter without its preconditioner. Both aim at half the tolerance. ``scipy`` is SciPy's ``cg`` on the
 same products, which stops as soon as its own recursion is within the tolerance. The residual of every solution is
@@ -45,10 +45,10 @@ class Settings(base.Settings):
 
     Attributes:
         seeds: right-hand sides, each solved once; all but the first are timed.
-        problems: labels; at initial weights, and with an n for which Theta is decomposed in float64.
-        ridges: as shares of the largest eigenvalue.
+        problems: labels of problems, at initial weights, with n small enough to decompose Theta in float64.
+        ridges: ridges as shares of the largest eigenvalue.
         rtols: relative residuals to reach.
-        passes: the most that a solution may spend.
+        passes: maximum number of passes of a solution.
     """
 
     seeds: int = Field(5, ge=2)
@@ -63,7 +63,7 @@ class Truth:
     """A problem, the exact eigenvalues of its Theta, and the Jacobian that checks solutions.
 
     Attributes:
-        problem: at initial weights.
+        problem: the problem, at initial weights.
         values: all eigenvalues in float64, ascending.
         precise: J in float64.
     """
@@ -73,7 +73,7 @@ class Truth:
     precise: JacobianOperator
 
     def condition(self, ridge: float) -> float:
-        """Of Theta + ridge I."""
+        """The condition number of Theta + ridge I."""
         return float((self.values[-1] + ridge) / (self.values[0] + ridge))
 
     def residual(self, x: np.ndarray, y: np.ndarray, ridge: float) -> float:
@@ -163,7 +163,7 @@ def _way(
     ridge: float,
     rtol: float,
 ) -> Callable[[np.ndarray, int], Found]:
-    """From a right-hand side and a seed to a solution."""
+    """A function from a right-hand side and a seed to a solution."""
 
     def cholesky(y: np.ndarray, seed: int) -> Found:
         passes = float(known.problem.O)

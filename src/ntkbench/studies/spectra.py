@@ -1,9 +1,9 @@
 """Spectral quantities by products against passes, beside the decomposition of all of Theta.
 
-Quantities are the largest eigenvalue, the largest ones (by the worst of them), the condition number of Theta + ridge,
-the entropy effective rank, log det(I + Theta / ridge) and the spectral density. Errors are relative to float64 values.
-That of the density is the Wasserstein-1 distance between distributions of log10(lambda + ridge): the mean error of
-eigenvalues in decades. The ridge is a share of the exact largest eigenvalue.
+Quantities are the largest eigenvalue, the ``top`` largest eigenvalues (with the largest error among them), the
+condition number of Theta + ridge, the entropy effective rank, log det(I + Theta / ridge) and the spectral density.
+Errors are relative to float64 values. The error of the density is the Wasserstein-1 distance between distributions of
+log10(lambda + ridge): the mean error of eigenvalues in decades. The ridge is a share of the exact largest eigenvalue.
 
 ``spectrum`` is the method of :func:`ntkbench.spectrum` if Theta does not fit; ``block_lanczos`` and
 ``stochastic_lanczos`` are its two parts alone, each with all passes. ARPACK and LOBPCG (SciPy) take the same products;
@@ -47,7 +47,7 @@ GIVES = {
     "lobpcg": TOP_OF,
     "matfree": SPREAD,
 }
-"""What each method gives."""
+"""The quantities that each method gives."""
 TITLES = {
     "eigh": "all of Theta (eigh)",
     "spectrum": "ntkbench.spectrum",
@@ -58,22 +58,22 @@ TITLES = {
     "matfree": "stochastic Lanczos (matfree)",
 }
 PROBES = spectrum.PROBES
-"""Of stochastic Lanczos, ours and matfree's."""
+"""Probes of stochastic Lanczos, ours and matfree's."""
 ROUNDING = 1e-9
-"""Of shares of eigenvalues, which are sums of weights."""
+"""Rounding error of shares of eigenvalues, which are sums of weights."""
 
 
 class Settings(base.Settings):
-    """Problems, budgets and what is asked for.
+    """Problems, budgets and the requested quantities.
 
     Attributes:
-        seeds: of each method at each budget; all but the first are timed.
-        problems: labels; at initial weights, and with an n for which Theta is decomposed in float64.
-        passes: budgets of all but ARPACK.
-        tolerances: of ARPACK, which takes no budget.
-        top: how many of the largest eigenvalues.
-        ridge: as a share of the largest eigenvalue.
-        rtol: at which block Lanczos stops.
+        seeds: number of seeds of each method at each budget; all but the first are timed.
+        problems: labels of problems, at initial weights, with n small enough to decompose Theta in float64.
+        passes: budgets of the methods that take one.
+        tolerances: tolerances of ARPACK, which takes no budget.
+        top: number of largest eigenvalues.
+        ridge: ridge as a share of the largest eigenvalue.
+        rtol: tolerance at which block Lanczos and LOBPCG stop.
     """
 
     seeds: int = Field(10, ge=2)
@@ -88,7 +88,7 @@ class Settings(base.Settings):
 
 
 class Answer(NamedTuple):
-    """A quantity as one call gave it.
+    """A quantity from one call.
 
     Attributes:
         error: relative to the exact value; decades for the density.
@@ -106,7 +106,7 @@ class Truth:
     """A problem and the exact eigenvalues of its Theta.
 
     Attributes:
-        problem: at initial weights.
+        problem: the problem, at initial weights.
         values: all eigenvalues in float64, ascending.
         ridge: constant added to them.
         top: number of requested largest eigenvalues.
@@ -129,7 +129,7 @@ class Truth:
         return whole.entropy_effective_rank if quantity == "entropy_effective_rank" else self.volume(whole)[0]
 
     def volume(self, density: lanczos.Density) -> tuple[float, ...]:
-        """log det(I + Theta / ridge) by a density, and the ends of its interval."""
+        """log det(I + Theta / ridge) from a density, and the ends of its interval."""
         return tuple(end - len(self.values) * math.log(self.ridge) for end in density.log_determinant(self.ridge))
 
     def number(self, quantity: str, value: float, low: float = math.nan, high: float = math.nan) -> Answer:
@@ -142,7 +142,7 @@ class Truth:
         return Answer(error, float(low <= exact <= high), stated if math.isfinite(stated) else None)
 
     def largest_ones(self, values: np.ndarray, off: np.ndarray | None = None) -> dict[str, Answer]:
-        """The largest eigenvalue and the ``top`` largest; what is stated is that an eigenvalue is within ``off``."""
+        """The largest eigenvalue and the ``top`` largest; the statement is that an eigenvalue lies within ``off``."""
         exact = self.values[::-1][: self.top]
         wrong = abs(values / exact - 1)
         if off is None:
@@ -157,8 +157,8 @@ class Truth:
     def condition(self, top: float, off: float, smallest: float, between: tuple[float, float]) -> Answer:
         """The condition number of Theta + ridge, with the bounds that follow from those of both eigenvalues.
 
-        There is no upper end if the smallest eigenvalue is not bounded, that is by products: an eigenvalue may then be
-        larger than ``top + off``.
+        There is no upper end if the smallest eigenvalue has no lower bound, as with all methods by products: an
+        eigenvalue may then be larger than ``top + off``.
         """
         low = (max(top - off, 0.0) + self.ridge) / (between[1] + self.ridge)
         high = (top + off + self.ridge) / (between[0] + self.ridge) if between[0] > 0 else math.inf
@@ -185,7 +185,7 @@ class Truth:
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each problem, method, budget and quantity: error, what is stated, passes and seconds."""
+    """One row for each problem, method, budget and quantity: error, statements, passes and seconds."""
     return base.table(row for label in settings.problems for row in _of_problem(settings, label))
 
 
@@ -193,7 +193,7 @@ def truth(settings: Settings, label: str) -> Truth:
     """The exact eigenvalues of a problem.
 
     Raises:
-        BadInput: it has fewer outputs than requested eigenvalues.
+        BadInput: it has no more outputs than requested eigenvalues.
     """
     problem = problems.load(label)
     if problem.n <= settings.top:
@@ -204,7 +204,7 @@ def truth(settings: Settings, label: str) -> Truth:
 
 
 Measured = Callable[[int], tuple[Any, float]]
-"""From a seed to what a method gives, and the passes that it spent."""
+"""A function from a seed to the result of a method, and the passes that it spent."""
 
 
 def _of_problem(settings: Settings, label: str) -> Iterator[base.Row]:
@@ -338,13 +338,13 @@ def lobpcg(j: JacobianOperator, top: int, passes: int, rtol: float, seed: int) -
     """
     from scipy.sparse import linalg
 
-    rounds = passes // (2 * top) - 2  # the first and the last product are no iterations
+    rounds = passes // (2 * top) - 2  # the first and the last product are not iterations
     if rounds < 1:
         raise Unavailable(f"takes at least {6 * top} passes for {top} eigenvalues")
     operator = products.linear(j)
     start = np.random.default_rng(seed).standard_normal((j.n, top)).astype(operator.dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the tolerance is not reached
+        warnings.simplefilter("ignore")  # the tolerance may not be reached
         values, _ = linalg.lobpcg(operator, start, tol=rtol, maxiter=rounds, largest=True)
     return np.sort(np.asarray(values, np.float64))[::-1]
 
@@ -353,7 +353,7 @@ class Matfree:
     """Stochastic Lanczos quadrature by matfree's tridiagonalisation, with products of the network in JAX."""
 
     def __init__(self, problem: Problem, dtype: str, steps: int) -> None:
-        """Compile nothing yet.
+        """Does not compile anything yet.
 
         Raises:
             Unavailable: matfree or JAX is not installed, or the problem has no network in JAX.

@@ -51,7 +51,7 @@ AS_PUBLISHED = (
     "nt_ntk_vector_products",
     "nt_structured_derivatives",
 )
-"""Hazelden's estimators and their sources', Mohamadi's pNTK and Novak's programs; ratios are to the fastest of them."""
+"""Hazelden's estimators and those of its sources, Mohamadi's pNTK, Novak's programs; ratios are to the fastest one."""
 TOO_LONG = 5
 """Multiple of a goal's patience after which a method is given up."""
 LOOK = 10
@@ -63,20 +63,20 @@ CONTRADICTED = 0.025
 ROUNDS = 6
 """Number of budgets tested with fresh seeds before a method is given up."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
-"""The method whose estimates replace exact values, its largest budget, and a seed that no other method gets."""
+"""The method whose estimates replace exact values, its largest budget, and a seed that no other method uses."""
 NARROWER = 3
 """Factor by which the interval of such an estimate is narrower than the goal, to either side."""
 
 
 class Goal(Strict):
-    """A metric of a problem that is wanted to a relative error.
+    """A metric of a problem, and the relative error to reach.
 
-    Where the exact value cannot be had (a Gram matrix that does not fit in memory, or takes hours), errors are against
-    an estimate in float64 whose 95 % interval reaches no further than a third of the goal.
+    If the exact value is not available (a Gram matrix that does not fit in memory, or takes hours), errors are relative
+    to an estimate in float64 whose 95 % interval extends at most a third of the goal to either side.
 
     Attributes:
-        problem, metric, error: what is wanted, and to which relative error.
-        exact: whether the exact value can be had.
+        problem, metric, error: label of the problem, metric, and relative error to reach.
+        exact: whether the exact value is available.
         patience_s: seconds of one estimate, in place of ``limits.patience_s``. A method that takes longer is not tried
             with a larger budget, and does not take part; one that takes five times as long at its first calls with a
             budget is given up at once.
@@ -105,13 +105,13 @@ GOALS = [
 
 
 class Settings(base.Settings):
-    """What is wanted, and how it is looked for.
+    """The goals, and the search for the smallest budgets.
 
     Attributes:
         goals: metrics of problems with their errors.
-        seeds: fresh ones that confirm a budget.
-        looks: estimates at most with any other budget, and on any other backend.
-        calls: of each method at its budget, in turn.
+        seeds: number of fresh seeds that confirm a budget.
+        looks: maximum number of estimates with any other budget, and on any other backend.
+        calls: calls of each method at its budget, made in turn.
         most_passes: the largest budget of a stochastic method.
     """
 
@@ -125,10 +125,10 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each goal, method that gives its metric, and backend.
 
-    ``passes`` has the ends of its 95 % band, from ``law_seeds`` estimates; ``error`` is that of ``seeds`` fresh ones.
-    ``ratio`` is to the seconds of the fastest method as published, the ``rival``, in the same round: its quartiles are
-    over calls, and ``ratio_low`` to ``ratio_high`` is a 95 % interval over calls and over both budgets' bands, as if
-    seconds were proportional to passes there.
+    ``passes_low`` and ``passes_high`` are the ends of the 95 % band of ``passes``, from ``law_seeds`` estimates;
+    ``error`` is that of ``seeds`` fresh estimates. ``ratio`` is to the seconds of the fastest published method, the
+    ``rival``, in the same round: its quartiles are over calls, and ``ratio_low`` to ``ratio_high`` is a 95 % interval
+    over calls and over both budgets' bands, as if seconds were proportional to passes there.
     """
     return base.table(row for goal in settings.goals for row in _rows(settings, goal))
 
@@ -192,10 +192,10 @@ class Known(NamedTuple):
 
 
 class Truth:
-    """The value that errors are against."""
+    """The value that errors are relative to."""
 
     def __init__(self, settings: Settings, goal: Goal) -> None:
-        """Nothing is computed yet."""
+        """Does not compute anything yet."""
         self._settings, self._goal = settings, goal
         self.problem: base.Once[Problem] = base.Once(lambda: problems.load(goal.problem))
         self._found = base.Once(self._find)
@@ -229,7 +229,7 @@ class Truth:
 
 
 class Entrant:
-    """A method on one backend, on its way to a goal."""
+    """A method on one backend, and the search for its smallest budget for a goal."""
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class Entrant:
         backend: str = "torch",
         known: Known | None = None,
     ) -> None:
-        """Nothing is prepared yet."""
+        """Does not prepare anything yet."""
         self._settings, self._goal, self._truth, self._name = settings, goal, truth, name
         self._patience = goal.patience_s or settings.limits.patience_s
         self._target = settings.target(backend)
@@ -310,7 +310,7 @@ class Entrant:
                 if self._is_too_small(found):
                     continue
                 if passes > least and self._is_too_large(found):
-                    enough[passes] = found  # the smallest for all that, if the law says so still: passes are whole
+                    enough[passes] = found  # counts if the refitted law gives it again: passes are whole numbers
                     continue
             self._check_patience(found, passes)
             _, low, high, *_ = self._law(points).reached(self._goal.error)
@@ -322,7 +322,7 @@ class Entrant:
     def _around(self, passes: int, least: int) -> list[tuple[int, Reruns]]:
         """Errors with insufficient budgets, and with twice the first sufficient one.
 
-        Those of the first sufficient budget itself are left out: it was chosen for them, and they may be low by luck.
+        Errors with the first sufficient budget are left out: it was chosen by them, and they may be low by luck.
         """
         points: list[tuple[int, Reruns]] = []
         while True:
@@ -342,7 +342,7 @@ class Entrant:
             if enough:
                 passes = max(least, passes // 2)
             else:
-                # Errors fall at least as the root of the budget; large steps are for goals that are still far.
+                # Errors fall at least as the root of the budget; steps are large while the goal is far.
                 passes = self._more(passes, min(max((error / self._goal.error) ** 1.5, 2**0.5), 4.0), points)
 
     def _more(self, passes: int, step: float, points: Sequence[tuple[int, Reruns]]) -> int:
@@ -357,7 +357,7 @@ class Entrant:
         return laws.fit(
             pd.DataFrame(
                 {"passes": passes, "first_seed": i, **each.columns(), **each.timed.columns()}
-                for i, (passes, each) in enumerate(points)  # each has seeds of its own
+                for i, (passes, each) in enumerate(points)  # each has its own seeds
             )
         )
 

@@ -33,17 +33,17 @@ class Settings(base.Settings):
     """One task and one kind of network, from several initialisations.
 
     Attributes:
-        task, kind: what is trained on what.
-        N, T, H: trials that the NTK is of (not those that it is trained on), steps and units.
+        task, kind: the task, and the kind of network.
+        N, T, H: trials of the NTK (not those of training), steps and units.
         gains: recurrent weights are normal with variance gain^2 / H.
-        ranks: that recurrent weights are cut to at an unchanged Frobenius norm; H leaves them as they are.
-        networks: initial weights drawn for each gain and rank.
+        ranks: ranks that recurrent weights are truncated to at an unchanged Frobenius norm; H leaves them unchanged.
+        networks: number of initial weights drawn for each gain and rank.
         loss: share of the targets' power missed at which training ends.
-        steps: after which a network that is not there yet counts as not trained.
-        optimizer, learning_rate: gradient descent (sgd) moves weights by as much as their gradients say, which is what
-            rich and lazy are about; adam moves all of them alike.
-        probes: that Theta and P P* are seen by.
-        read, parameters: the part of the network whose NTK it is.
+        steps: maximum number of steps; a network that does not reach the loss by then counts as not trained.
+        optimizer, learning_rate: gradient descent (sgd) moves weights in proportion to their gradients, which the
+            distinction of rich and lazy is about; adam moves all weights by similar amounts.
+        probes: number of probes of Theta and P P*.
+        read, parameters: the part of the network whose NTK is measured.
     """
 
     task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
@@ -95,7 +95,7 @@ def _name(gain: float, rank: int, hidden: int) -> str:
 
 
 def _measure(settings: Settings, gain: float, rank: int, seed: int) -> list[dict[str, Any]]:
-    """Train one network, and the columns of all its steps, operators and quantities."""
+    """Train one network; returns the columns of all its steps, operators and quantities."""
     from ntkbench.networks import recurrent
 
     s = settings

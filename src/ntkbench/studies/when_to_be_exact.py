@@ -1,14 +1,14 @@
 """When an exact kernel is cheaper than an estimate: errors and seconds on kernels of prescribed structure.
 
-An exact method takes O passes, one per output. An estimate takes as many as its variance requires. On the kernels of
-:mod:`ntkbench.studies.base.prescribed`, O, the effective rank of a sample's block and the share of ||Theta||_F^2
-between samples are set one by one, and the module derives the variances. For the trace and a relative error eps,
+An exact method takes O passes, one per output. An estimate takes as many as its variance requires. The kernels of
+:mod:`ntkbench.studies.base.prescribed` set O, the effective rank of a sample's block and the share of ||Theta||_F^2
+between samples independently, and the module derives the variances. For the trace and a relative error eps,
 
     per sample   K = 2 (1 / rank - 1 / O) / (N eps^2)
     pooled       K = 2 (1 / (rank (1 - share)) - 1 / O) / (N eps^2)
 
-passes are needed, so that exact takes fewer if N O rank is below 2 / eps^2 (or N O rank (1 - share), pooled): 200 at
-10 %, 20,000 at 1 %, 2,000,000 at 0.1 %. The cross-sample terms cost a pooled estimate additional passes, and a
+passes are needed, so that an exact method takes fewer if N O rank (pooled: N O rank (1 - share)) is below 2 / eps^2:
+200 at 10 %, 20,000 at 1 %, 2,000,000 at 0.1 %. The cross-sample terms cost a pooled estimate additional passes, and a
 per-sample one none. The norm takes pairs of probes, and follows the same law up to factors of order one.
 
 Exact and per-sample methods run on the same engine, which works layer by layer; pooled ones by products with J^T.
@@ -57,13 +57,13 @@ class Settings(base.Settings):
     """Kernels and budgets.
 
     Attributes:
-        seeds: of an estimator at each budget; all but the first are timed.
+        seeds: number of seeds of an estimator at each budget; all but the first are timed.
         N: samples.
         width, depth: units of each layer, at least N and O; layers between the first one and the readout.
         outputs: O, powers of two.
-        ranks: effective ranks of a sample's block; each is tried where it is less than O.
+        ranks: effective ranks of a sample's block; each is used with every O above it.
         shares: parts of ||Theta||_F^2 between samples, up to 1 - 1 / N.
-        passes: budgets; those over O are not tried, except the first one, since exact takes no more.
+        passes: budgets; those over O are left out, except the first one, since an exact method takes O passes.
     """
 
     seeds: int = Field(50, ge=2)
@@ -84,10 +84,10 @@ class Settings(base.Settings):
         return self
 
     def kernels(self) -> list[Kernel]:
-        """All that are measured.
+        """All kernels that are measured.
 
         Raises:
-            ValueError: one of them cannot be.
+            ValueError: one of them does not exist.
         """
         try:
             return [

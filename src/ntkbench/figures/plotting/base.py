@@ -1,4 +1,4 @@
-"""What all figures share: the table that they get, the drawing that they return, style and caption."""
+"""Code shared by all figures: the table that they get, the drawing that they return, style and caption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ntkbench.metrics import METRICS, SPECTRAL
 STYLE = Path(__file__).with_name("ntkbench.mplstyle")
 KINDS = ("exact", "approximate", "stochastic")
 SETTINGS = ("machine", "device", "dtype", "threads")
-"""What must be equal for two rows to be compared; rows that differ in one of these never share a panel."""
+"""Columns that must be equal for two rows to be compared; rows that differ in one of them never share a panel."""
 
 WORDS: tuple[str, ...] = ("problem", "family", "method", "title", "kind", "backend", "metric", "status", "reason")
 WORDS += ("device", "dtype", "machine", "git_sha", "git_dirty")
@@ -43,7 +43,7 @@ NUMBERS: tuple[str, ...] = (
 )
 NUMBERS += ("effective_rank", "seeds", "memory_bytes", "threads")
 COLUMNS = WORDS + NUMBERS
-"""Columns of the tidy table that figures read; it has more."""
+"""Columns of the tidy table that figures read; the table has more."""
 
 PROVENANCE = ("status", "reason", "git_sha", "git_dirty", "machine", "device", "dtype", "threads")
 """Columns that every study's table has."""
@@ -55,9 +55,9 @@ class Drawing:
 
     Attributes:
         figure: the drawing itself.
-        plotted: the numbers in it, and nothing else; goes into the CSV.
-        caption: what is shown and by which rules, in about 60 words; a sentence for each claim and the settings are
-            added to it.
+        plotted: the numbers in the figure, and nothing else; goes into the CSV.
+        caption: what the figure shows and by which rules, in about 60 words; a sentence for each claim and the settings
+            are added to it.
         claims: claims of papers that the figure tests.
     """
 
@@ -68,7 +68,7 @@ class Drawing:
 
 
 def checked(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of the results table fit for drawing, with a column ``setting`` that tells rows apart.
+    """A copy of the results table ready for drawing, with a column ``setting`` that distinguishes rows.
 
     Numbers are finite or missing, words are single lines and never missing. ``setting`` is empty if the whole table
     comes from one machine, device, precision and number of threads. Further columns are kept.
@@ -93,7 +93,7 @@ def checked(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def checked_study(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """A copy of a study's table fit for drawing: numbers are finite or missing, words are single lines.
+    """A copy of a study's table ready for drawing: numbers are finite or missing, words are single lines.
 
     Raises:
         BadInput: columns are missing.
@@ -102,14 +102,14 @@ def checked_study(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _complete(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """A copy, if all columns are there."""
+    """A copy of the table, if it has all columns."""
     if missing := [column for column in columns if column not in table.columns]:
         raise BadInput(f"the table lacks columns that this figure needs: {', '.join(missing)}")
     return table.reset_index(drop=True).copy()
 
 
 def _cleaned(table: pd.DataFrame) -> pd.DataFrame:
-    """Infinite numbers are missing ones, and words are what :func:`labels.line` makes of them, or empty."""
+    """The table with infinite numbers as missing ones, and with words by :func:`labels.line`, empty if missing."""
     for column in table.columns:
         if column in WORDS or not pd.api.types.is_numeric_dtype(table[column]):
             words = table[column].astype(object).where(table[column].notna(), "").astype(str)
@@ -132,9 +132,9 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
 
 
 def settings_line(table: pd.DataFrame) -> str:
-    """Device, precision, threads, seeds and code on one line, for under a figure's title.
+    """Device, precision, threads, seeds and code on one line, for below a figure's title.
 
-    It warns of rows from several kinds of machines.
+    The line warns of rows from several kinds of machines.
     """
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
     stochastic = table[table["kind"] == "stochastic"] if "kind" in table else table
@@ -179,7 +179,7 @@ def nothing_measured(table: pd.DataFrame) -> str:
     """Why there is nothing to draw, if no row of a table is ok; else an empty string.
 
     Raises:
-        BadInput: the rows do not say how they ended.
+        BadInput: the rows have no status and reason.
     """
     if not len(table):
         return "The table has no rows."
@@ -188,11 +188,11 @@ def nothing_measured(table: pd.DataFrame) -> str:
 
 
 def nothing(table: pd.DataFrame, why: str) -> Drawing:
-    """A figure that says that there is nothing to show, with the columns of the table in its CSV.
+    """A figure with the message that there is nothing to show, and the columns of the table in its CSV.
 
     Args:
         table: gives the columns.
-        why: the reason, as :func:`labels.why_not` words it.
+        why: the reason, as :func:`labels.why_not` returns it.
     """
     return Drawing(words("Nothing to show", why), table.iloc[:0], f"Nothing to show: {why}")
 

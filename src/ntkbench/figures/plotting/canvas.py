@@ -1,4 +1,4 @@
-"""Sheets of panels laid out in inches, under a title and a shared key; and what panels have in common."""
+"""Sheets of panels laid out in inches, below a title and a shared key; and helpers for panels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ntkbench.figures.plotting.key import Key, legend
 from ntkbench.figures.plotting.styles import GREY
 
 WIDTH = 11.0
-"""Inches; text of 10 points is still legible where a page shows this at half size."""
+"""Width in inches; text of 10 points is still legible if a page shows the sheet at half size."""
 MARGIN = 0.12
 PALE = "#B9B9B9"
 SHADE = "#F2F2F2"
@@ -27,7 +27,7 @@ SHADE = "#F2F2F2"
 
 @dataclass(frozen=True)
 class Row:
-    """Heights in inches of a row of panels: above them (titles), they themselves, below them (tick labels)."""
+    """Heights in inches of a row of panels: the panels, the space above (titles) and below (tick labels)."""
 
     height: float
     above: float = 0.5
@@ -57,7 +57,7 @@ def sheet(
         left: inches left of the first panel, for labels; at most half of the width.
         gap: inches between panels.
         bottom: inches below the last row's tick labels.
-        widest: inches that a panel is at most wide.
+        widest: maximum width of a panel in inches.
 
     Raises:
         BadInput: there is no panel.
@@ -86,7 +86,7 @@ def sheet(
 
 
 def text_width(labels: Iterable[str], size: float) -> float:
-    """Inches that the longest of these labels takes."""
+    """Width in inches of the longest of these labels."""
     figure = Figure()
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [figure.text(0, 0, label, fontsize=size) for label in labels]
@@ -104,7 +104,7 @@ def limits(values: Iterable[float], pad: float = 1.6, ratio: float = 40.0) -> tu
 
 
 def decades(axis: Any, low: float, high: float, most: int = 6) -> None:
-    """Ticks at powers of ten, at most ``most`` of them, the lowest one included; finer ones where there are not two."""
+    """Ticks at powers of ten, at most ``most``, including the lowest; finer ones if there are fewer than two."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     step = max(1, math.ceil((last - first + 1) / most))
     ticks = [10.0**k for k in range(first, last + 1, step)]
@@ -117,7 +117,7 @@ def decades(axis: Any, low: float, high: float, most: int = 6) -> None:
 
 
 def label_ends(panel: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
-    """Text right of lines' ends (y, x, text, colour) on a log y axis, moved up where labels would overlap."""
+    """Text to the right of line ends (y, x, text, colour) on a log y axis, moved up where labels would overlap."""
     low, high = panel.get_ylim()
     span, least, last = math.log(high / low), 0.075, -1.0
     for y, x, text, colour in sorted(ends):
@@ -128,7 +128,7 @@ def label_ends(panel: Axes, ends: Iterable[tuple[float, float, str, str]]) -> No
 
 
 def compress(panel: Axes, knee: float) -> None:
-    """Log y axis with decades below ``knee`` squeezed, on grey: what is there is read by eye, not by slope."""
+    """Log y axis with decades below ``knee`` squeezed, on grey: slopes there do not compare with those above."""
     bottom, share = math.log10(knee), 0.25
 
     def squeezed(y: np.ndarray) -> np.ndarray:
@@ -158,7 +158,7 @@ def note(panel: Axes, text: str, size: float = 9.0) -> None:
 
 
 def in_rows(panels: Iterable[Any], columns: int) -> list[list[Any]]:
-    """What is to be drawn, cut into rows of at most so many panels."""
+    """The panels, split into rows of at most ``columns``."""
     panels = list(panels)
     return [panels[i : i + columns] for i in range(0, len(panels), columns)]
 
@@ -171,7 +171,7 @@ def title(panel: Axes, text: str, detail: str, offset: float = 4.0) -> None:
 
 
 def hide(panels: Iterable[Axes]) -> None:
-    """Leave the places of panels that a row does not fill empty."""
+    """Hide the panels that a row does not fill."""
     for panel in panels:
         panel.set_visible(False)
 

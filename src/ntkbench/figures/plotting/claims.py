@@ -28,12 +28,12 @@ SAID = {REPRODUCED: "reproduced", PARTLY: "partly reproduced", NOT: "not reprodu
 """Verdicts in a sentence."""
 
 ABOUT, ABOVE, BELOW = "about", "above", "below"
-"""What a source says of a value: that it is a number, or that it is more or less than one."""
+"""What a source says of a value: that it is about a number, above it or below it."""
 
 FACTOR, EXPONENT, SHARE, DIGITS = 2.0, math.sqrt(2), 1.05, 1.01
 """Factors within which magnitudes, exponents, accuracies and values of three digits are reproduced.
 
-An exponent is nearer to the published one, as a ratio, than to its half or its double.
+The factor for exponents: a reproduced exponent is closer, as a ratio, to the published one than to its half or double.
 """
 
 Interval = tuple[float, float, float]
@@ -42,32 +42,32 @@ UNKNOWN: Interval = (math.nan, math.nan, math.nan)
 MEASURED = ("measured", "measured_low", "measured_high")
 """Columns of a value and its interval."""
 FEWEST = 6
-"""Numbers of which the median has a bootstrap interval."""
+"""Minimum count of numbers whose median has a bootstrap interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a paper claims, beside what was measured here.
+    """A claim of a paper, and the measurement here.
 
     Attributes:
         source: the paper, and the figure or sentence in it.
-        name: what the claim is of, in a few words.
+        name: the subject of the claim, in a few words.
         statement: the claim as a clause, with the published number in it.
-        published: the number; 1 where the statement is of a ratio that is to be 1, or above or below it.
+        published: the published number; 1 if the claim is that a ratio is about, above or below 1.
         accuracy: how well the published number is known.
         there: the published setting.
-        here: the setting of what was measured.
-        same: whether both are the same but for the machine; times of other hardware are another setting.
+        here: the setting of the measurement.
+        same: whether both settings are equal except for the machine; for times, other hardware is another setting.
         relation: :data:`ABOUT`, :data:`ABOVE` or :data:`BELOW` the published number.
-        within: the factor within which a number is reproduced; means nothing for the other relations.
-        measured: the value and its interval; ``UNKNOWN`` where nothing was measured.
-        spread: what the interval is.
-        runs: how many runs are behind the value.
-        of: what runs are: estimates, networks, cases.
-        unit: of the value, as a sentence has it: seconds, times.
-        best: the same with the best exact method in place of the published baseline, where it is a speed-up.
-        best_title: what that method is called.
-        addressed: whether the measurement tests the claim; ``note`` says why it does not.
+        within: the factor within which a number is reproduced; not used for the other relations.
+        measured: the value and its interval; ``UNKNOWN`` if nothing was measured.
+        spread: the kind of interval.
+        runs: number of runs behind the value.
+        of: the kind of runs: estimates, networks, cases.
+        unit: unit of the value in a sentence: seconds, times.
+        best: for a speed-up, the same with the best exact method in place of the published baseline.
+        best_title: title of that method.
+        addressed: whether the measurement tests the claim; if not, ``note`` says why.
         note: what a reader must know besides the numbers.
     """
 
@@ -93,12 +93,12 @@ class Claim:
 
     @property
     def ratio(self) -> Interval:
-        """Measured over published, with the ends in order; ``nan`` where the published number is none or 0."""
+        """Measured over published, with the ends in order; ``nan`` if the published number is missing or 0."""
         return self._over(self.measured)
 
     @property
     def best_ratio(self) -> Interval:
-        """The same of :attr:`best`."""
+        """The same for :attr:`best`."""
         return self._over(self.best)
 
     def _over(self, interval: Interval) -> Interval:
@@ -112,9 +112,9 @@ class Claim:
         """One of :data:`VERDICTS`, by the interval.
 
         A number is reproduced if the whole interval is within the factor of it, and not reproduced if none of it is.
-        That a value is above or below a number is reproduced if the whole interval is, and not reproduced if none of it
-        is. Otherwise it is partly reproduced: in some cases, or the runs do not decide. An unknown end bounds nothing.
-        Without a published number, a value or any end of its interval, the claim is not addressed.
+        A claim that a value is above or below a number is reproduced if the whole interval is, and not reproduced if
+        none of it is. Otherwise it is partly reproduced: in some cases, or the runs do not decide. An unknown end
+        bounds nothing. Without a published number, a value or any end of its interval, the claim is not addressed.
         """
         value, low, high = self.ratio if self.relation == ABOUT else self.measured
         known = not any(map(math.isnan, (self.published, value)))
@@ -130,7 +130,7 @@ class Claim:
 
     @property
     def reason(self) -> str:
-        """Why the verdict is what it is, and the note."""
+        """The reason for the verdict, and the note."""
         return "; ".join(filter(None, [self._why(), self.note]))
 
     def _why(self) -> str:
@@ -159,7 +159,7 @@ class Claim:
         }[verdict]
 
     def sentence(self) -> str:
-        """The claim, what was measured, and the verdict with its reason, in one sentence."""
+        """The claim, the measurement, and the verdict with its reason, in one sentence."""
         measured = "; nothing was measured"
         if not math.isnan(self.measured[0]):
             measured = f"; measured {_measured(self.measured, self.unit, self.spread, self.runs, self.of)}"
@@ -192,16 +192,16 @@ class Claim:
 
 
 COLUMNS = ("figure", *Claim(source="", name="", statement="").row(), "git_sha", "machine")
-"""Of ``claims.csv``: the figure that states a claim, the claim, and the commit and machine of what was measured."""
+"""Columns of ``claims.csv``: the figure that states a claim, the claim, and commit and machine of the measurement."""
 
 
 def rows(figure: str, claims: Iterable[Claim], table: pd.DataFrame) -> list[dict[str, Any]]:
     """A row of ``claims.csv`` for each claim of a figure.
 
     Args:
-        figure: its name.
-        claims: what it states.
-        table: that it is drawn from, for the provenance.
+        figure: name of the figure.
+        claims: claims of the figure.
+        table: table that the figure is drawn from, for the provenance.
     """
     made = {
         name: "; ".join(sorted(set(table[name].dropna().astype(str)) - {""})) if name in table else ""
@@ -212,17 +212,17 @@ def rows(figure: str, claims: Iterable[Claim], table: pd.DataFrame) -> list[dict
 
 
 def table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
-    """``claims.csv`` of its rows, in the order of figures' names."""
+    """The table of ``claims.csv`` from its rows, sorted by the names of figures."""
     return pd.DataFrame(rows, columns=[*COLUMNS]).sort_values("figure", kind="stable", ignore_index=True)
 
 
 def to_csv(made: pd.DataFrame) -> str:
-    """The text of ``claims.csv``; six digits, so that it is the same where last bits are not."""
+    """The text of ``claims.csv``; numbers have six digits, so that it does not depend on their last bits."""
     return made.to_csv(index=False, lineterminator="\n", float_format="%.6g")
 
 
 def readable(made: pd.DataFrame) -> list[dict[str, str]]:
-    """What a page shows of each claim: words for the cells of a table."""
+    """The words that a page shows for each claim, by column of its table."""
     shown = []
     for row in made.astype(object).where(made.notna(), "").to_dict("records"):
         number = functools.partial(_number, row)
@@ -263,7 +263,7 @@ def median(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def ranged(values: Iterable[float]) -> Interval:
-    """The median of numbers with the least and the largest of them, which are ``nan`` where there is but one."""
+    """The median of numbers with their minimum and maximum, which are ``nan`` for a single number."""
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if len(finite) < 2:
         return (float(finite[0]), math.nan, math.nan) if len(finite) else UNKNOWN
@@ -271,7 +271,7 @@ def ranged(values: Iterable[float]) -> Interval:
 
 
 def count(number: float) -> int:
-    """A number of runs from a table, in which it may be missing."""
+    """A number of runs from a table; 0 if it is missing."""
     return 0 if math.isnan(number) else int(number)
 
 
@@ -281,7 +281,7 @@ def exponent(slope: float, half: float) -> Interval:
 
 
 def shared_probes(points: pd.DataFrame, hutchpp: str) -> tuple[Claim, ...]:
-    """Shared probes against three Hutch++ traces for the alignment, at the most passes that both were given.
+    """Shared probes against three Hutch++ traces for the alignment, at the largest number of passes of both.
 
     Args:
         points: measured rows of one problem.

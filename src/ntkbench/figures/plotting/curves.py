@@ -22,7 +22,7 @@ QUARTILES = (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "quartiles")
 
 
 def looks(table: pd.DataFrame) -> dict[str, styles.Look]:
-    """The look of every method in a study's table, which need not say what kind a method is."""
+    """The look of every method in a study's table, which need not have the column ``kind``."""
     return styles.looks(table.assign(kind=table.get("kind", "exact")))
 
 
@@ -43,7 +43,7 @@ def _backend(look: styles.Look) -> str:
 def line(panel: Axes, rows: pd.DataFrame, x: str, y: str, look: styles.Look, **changes: Any) -> None:
     """One method: a line with markers, and the quartiles of ``y`` as a band where the table has them."""
     rows = rows[rows[[x, y]].notna().all(axis=1)]
-    rows = rows.sort_values("m" if "m" in rows else x)  # what was chosen, where x was measured
+    rows = rows.sort_values("m" if "m" in rows else x)  # by the chosen size if x was measured
     panel.plot(rows[x], rows[y], **(style(look) | changes), zorder=3)
     low, high = f"{y}_q25", f"{y}_q75"
     if low in rows and len(rows) > 1:
@@ -51,7 +51,7 @@ def line(panel: Axes, rows: pd.DataFrame, x: str, y: str, look: styles.Look, **c
 
 
 def published(panel: Axes, rows: pd.DataFrame, colour: str, x: str = "x", y: str = "y") -> None:
-    """Published values in the colour of the method that they are of."""
+    """Published values in the colour of their method."""
     panel.plot(rows[x], rows[y], **MARK, color=colour, zorder=2.5)
 
 
@@ -66,7 +66,7 @@ def logarithmic(panel: Axes, x: Iterable[float], y: Iterable[float], ratio: floa
 
 
 def counts(panel: Axes, sizes: Iterable[float], most: int = 7) -> None:
-    """Ticks of a log x axis at sizes that were measured, without those that leave no room for labels."""
+    """Ticks of a log x axis at measured sizes, except where there is no room for labels."""
     sizes = sorted({size for size in sizes if size > 0})
     if not sizes:
         return

@@ -1,4 +1,4 @@
-"""Errors against what they cost: one panel for each metric and problem, one line for each stochastic method."""
+"""Errors against cost: one panel for each metric and problem, one line for each stochastic method."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.figures.plotting.styles import TITLES, Look, backends_in, looks
 
 FLOOR = 1e-8
-"""Smaller errors are drawn here: exact methods may agree to the last bit, and a logarithmic axis has no zero."""
+"""Smaller errors are drawn at this value: exact methods may agree to the last bit, and a log axis has no zero."""
 MOST = 12
-"""Lines in a panel; where there are more, backends get panels of their own, and then whiskers instead of bands."""
+"""Maximum number of lines in a panel; with more, each backend gets its own panel, and then whiskers replace bands."""
 COLUMNS = 3
 
 KEPT = ["problem", "setting", "n", "P", "metric", "method", "title", "kind", "backend", "passes", "status", "reason"]
 LOST = ["timeout", "out_of_memory", "failed"]
 DRAWN = ["error", "error_q25", "error_q75"]
 SLOPES = {-0.5: "slope \N{MINUS SIGN}½, the Monte Carlo rate", -1.0: "slope \N{MINUS SIGN}1, the rate of Hutch++"}
-"""Of guide lines, in theory's words."""
+"""Slopes of guide lines, with their labels."""
 DOTS = {-0.5: (0, (1, 1.5)), -1.0: (0, (4, 2))}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What errors are drawn against.
+    """A cost that errors are drawn against.
 
     Attributes:
-        column: of the tidy table.
-        label: of the axis, and in the title.
-        slopes: of guide lines, keys of :data:`SLOPES`.
+        column: column of the tidy table.
+        label: label of the axis, also in the title.
+        slopes: slopes of guide lines, keys of :data:`SLOPES`.
         caption: what the horizontal axis is, and how to read it.
-        spread: columns of quartiles of the cost, where it varies.
+        spread: columns of quartiles of the cost, if it varies.
     """
 
     column: str
@@ -101,7 +101,7 @@ def draw(table: pd.DataFrame, cost: Cost) -> base.Drawing:
 def _with_a_choice(table: pd.DataFrame, cost: Cost) -> tuple[pd.DataFrame, str]:
     """The rows of problems on which error can be traded for cost, and a sentence on the others.
 
-    Those are problems with a measured point of a method that is not exact; all problems where there is none.
+    Those are problems with a measured point of a method that is not exact; all problems if there is none.
     """
     case = ["problem", "setting"]
     points = base.measured(table, cost.column, "error")
@@ -157,7 +157,7 @@ def _line(panel: Axes, line: pd.DataFrame, cost: Cost, look: Look, backend: str,
 
 
 def _guides(panel: Axes, points: pd.DataFrame, cost: Cost) -> None:
-    """Theory's slopes, from one point above the cheapest stochastic method; the first stays above all of them."""
+    """Guide lines with theory's slopes, from one point above the cheapest stochastic method; the first is above all."""
     if len(points):
         x = pd.Series([points[cost.column].min(), panel.get_xlim()[1]])
         height = 2 * (points["error_drawn"] * (points[cost.column] / x[0]) ** -cost.slopes[0]).max()

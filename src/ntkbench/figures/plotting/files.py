@@ -1,4 +1,4 @@
-"""From a table's file to a figure's files."""
+"""From the file of a table to the files of a figure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(table: Path) -> pd.DataFrame:
 def write(name: str, figure: ModuleType, table: pd.DataFrame, folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
     """Draw a figure from its table and write ``name.csv``, ``.txt``, ``.png`` and ``.pdf``.
 
-    If no row is ok, nothing is drawn: the picture has the reasons.
+    If no row is ok, the picture shows the reasons instead of a drawing.
 
     Returns:
         the paths of the files, and a row of ``claims.csv`` for each claim.
@@ -63,11 +63,11 @@ def claimed(name: str, figure: ModuleType, table: pd.DataFrame) -> list[dict[str
 def write_claims(
     rows: Sequence[Mapping[str, Any]] | pd.DataFrame, folder: Path, forms: Sequence[str] = ("txt", *METADATA)
 ) -> None:
-    """Write ``claims.csv`` with the claims of a set of figures, and its caption and picture; or remove older ones.
+    """Write ``claims.csv`` with the claims of a set of figures, its caption and picture; or remove older files.
 
     Args:
-        rows: of the claims; where there are none, nothing is written.
-        folder: of the figures.
+        rows: rows of the claims; if there are none, nothing is written.
+        folder: folder of the figures.
         forms: endings of the files beside the table.
     """
     table = claims.table(rows)

@@ -1,4 +1,4 @@
-"""The key of a sheet: which colour and marker is which method, and how to read the rest."""
+"""The key of a sheet: the colour and marker of each method, and how to read the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from ntkbench.figures.plotting.styles import GREY, TITLES, Look
 
 LONGEST = 10
-"""Entries below each other; a longer group goes on in the next column."""
+"""Maximum number of entries in a column; a longer group continues in the next column."""
 
 Entry = tuple[Any, str]
 Key = Sequence[tuple[str, Sequence[Entry]]]
@@ -46,7 +46,7 @@ def backend_entries(backends: Iterable[str], linestyle: bool = True) -> list[Ent
 
 
 def legend(figure: Figure, key: Key, room: float) -> Legend:
-    """The key in as many columns as ``room`` inches hold; groups are only split where they are long."""
+    """The key in as many columns as ``room`` inches hold; only long groups are split."""
     chunks, headings = [], {name for name, entries in key if entries}
     for name, entries in key:
         parts = max(1, math.ceil(len(entries) / LONGEST))
@@ -67,7 +67,7 @@ def legend(figure: Figure, key: Key, room: float) -> Legend:
 
 
 def _flow(chunks: list[list[Entry]], columns: int) -> list[Entry]:
-    """Chunks in at most so many columns, of the least height that holds them in order; blanks fill the columns up."""
+    """Chunks in at most ``columns`` columns, of the smallest height that holds them in order; filled up with blanks."""
     height = max(len(chunk) for chunk in chunks)
     while True:
         made: list[list[Entry]] = [[]]

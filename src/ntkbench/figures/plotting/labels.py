@@ -1,4 +1,4 @@
-"""Words and numbers as one reads them in a figure."""
+"""Formatting of words and numbers in figures."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def group(name: str) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """A metric's name, with its symbol where it has one."""
+    """A metric's name, with its symbol if it has one."""
     name, symbol = metric.replace("_", " "), SYMBOLS.get(metric, "")
     return f"{name}  {symbol}" if symbol.startswith("$") else name
 
 
 def name_label(name: str) -> str:
-    """``digits_mlp[N=64,T=8]`` as one reads it: digits MLP, N = 64, T = 8."""
+    """A readable name: ``digits_mlp[N=64,T=8]`` becomes digits MLP, N = 64, T = 8."""
     family, *sizes = re.split(r"[\[\],]", name)
     words = [word.upper() if word in ACRONYMS else word for word in family.split("_")]
     return plain(", ".join([" ".join(words), *(size.strip().replace("=", " = ") for size in sizes if size)]))
 
 
 def case_label(name: str, *details: str, by: str = ", ") -> str:
-    """A problem or family with the setting, where settings differ, and whatever else tells panels apart."""
+    """A problem or family with the setting, if settings differ, and other details that distinguish panels."""
     return by.join(part for part in (name_label(name), *map(plain, details)) if part)
 
 
@@ -54,12 +54,12 @@ def line(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text from a table that is never taken for a formula."""
+    """Text from a table, escaped so that it is never read as a formula."""
     return text.replace("$", r"\$")
 
 
 def short(text: str, most: int = 60) -> str:
-    """The first words of a text, never taken for a formula."""
+    """The first words of a text, escaped as by :func:`plain`."""
     return plain(textwrap.shorten(text, most, placeholder=" \N{HORIZONTAL ELLIPSIS}"))
 
 
@@ -88,12 +88,12 @@ def count_label(count: float) -> str:
 
 
 def rounded(value: float, digits: int = 2) -> str:
-    """A number in a sentence, to so many digits, and not as a power of ten below a million: 8800, 0.0043."""
+    """A number in a sentence, to ``digits`` digits, and not as a power of ten below a million: 8800, 0.0043."""
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def interval_label(value: float, low: float, high: float, digits: int = 2) -> str:
-    """A number with its interval: ``280 (190 to 420)``; what was measured does not bound an end that is ``?``."""
+    """A number with its interval: ``280 (190 to 420)``; an unknown end is ``?``."""
     ends = [rounded(end, digits) if math.isfinite(end) else "?" for end in (low, high)]
     return f"{rounded(value, digits)} ({ends[0]} to {ends[1]})"
 
@@ -110,19 +110,19 @@ def range_label(counts: pd.Series) -> str:
 
 
 def status_label(status: str) -> str:
-    """A status as one reads it."""
+    """A readable status."""
     return status.replace("_", " ")
 
 
 def _first_words(reason: str, most: int = 120) -> str:
-    """A reason; a long one without what it says in brackets at its end, and cut where it is still long."""
+    """A reason; a long one loses the brackets at its end, and is cut if it is still too long."""
     if len(reason) > most:
         reason = re.sub(r"\s*\(.*\)\s*$", "", reason, flags=re.DOTALL)
     return short(reason, most)
 
 
 def why_not(rows: pd.DataFrame, most: int = 3) -> str:
-    """The reasons of rows that are not ok, most frequent first, one a line."""
+    """The reasons of rows that are not ok, most frequent first, one per line."""
     rows = rows[rows["status"] != "ok"]
     if not len(rows):
         return "measured, but without these numbers"

@@ -1,4 +1,4 @@
-"""What the figures of how well kernels between samples stand for the NTK share: quantities, looks and words."""
+"""Code shared by the figures of kernels between samples that approximate the NTK: quantities, looks and words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTITIES = {
 COLUMNS = ("family", "width", "init", "step", "train", "test", "kernel", "title", "P", *QUANTITIES)
 PNTK = "sum_of_logits"
 METHODS = {"trace": "trace_kernel"}
-"""Kernels whose method has another name, and with it its look."""
+"""Kernels whose method, which has the look, has another name."""
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
 
 
@@ -38,12 +38,12 @@ def panels(
     """A row for each quantity, labelled, and a column for each family; panels by quantity and family.
 
     Args:
-        table: of the study, for the settings.
-        plotted: as :func:`summary` gives it.
-        quantities: names to labels, from above.
-        title, key: of the figure.
-        above: inches over each row but the first.
-        xlabel: of the last row.
+        table: table of the study, for the settings.
+        plotted: medians and quartiles, as :func:`summary` returns them.
+        quantities: names to labels, from top to bottom.
+        title, key: title and key of the figure.
+        above: inches above each row but the first.
+        xlabel: label of the x axes of the last row.
     """
     families = sorted(set(plotted["family"]), key=lambda name: ([*FAMILIES, name].index(name), name))
     figure, grid = canvas.sheet(
@@ -91,13 +91,13 @@ def summary(points: pd.DataFrame, quantities: Iterable[str]) -> pd.DataFrame:
 
 
 def slope(points: pd.DataFrame, kernel: str) -> tuple[float, float]:
-    """Of the relative difference by width, over all initialisations, with half of its 95 % interval."""
+    """Slope of the relative difference by width, over all initialisations, with half of its 95 % interval."""
     rows = points[(points["kernel"] == kernel) & points["difference"].notna()]
     return curves.slope(rows["width"], rows["difference"])
 
 
 def images(points: pd.DataFrame) -> str:
-    """Training and held-out images, of which some families may have fewer."""
+    """Numbers of training and held-out images; some families may have fewer."""
     sizes = points.groupby(["train", "test"], sort=False)["family"].unique()
     said = [
         f"{train:g} training and {test:g} held-out images"

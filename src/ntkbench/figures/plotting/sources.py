@@ -1,4 +1,4 @@
-"""Values that the papers published, as figures overlay them; see ``results/reference/published/README.md``."""
+"""Published values of the papers, for overlays in figures; see ``results/reference/published/README.md``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ MARK: dict[str, Any] = {
     "linestyle": (0, (1, 1.2)),
     "linewidth": 1.0,
 }
-"""How published values are drawn, in the colour of what they are values of: crosses on a dotted line."""
+"""Style of published values: crosses on a dotted line, in the colour of the measured values that they belong to."""
 
 HAZELDEN = {
     "hutchpp_paper": "hutch++",
     "one_sided_paper_reverse": "one-sided reverse",
     "one_sided_paper_forward": "one-sided forward",
 }
-"""Methods, and what the figures of Hazelden's paper call them."""
+"""Methods, and their names in the figures of Hazelden's paper."""
 
 
 def values(file: str, **chosen: Any) -> pd.DataFrame:
     """Rows of a file of published values in which columns have these values.
 
     Raises:
-        BadInput: the file is not there.
+        BadInput: there is no such file.
         Unavailable: ntkbench is not in a checkout, where these files are.
     """
     paths.checkout("a figure with published values")

@@ -1,4 +1,4 @@
-"""From the tidy table to speed-ups at equal accuracy: what ``speedup.py`` draws."""
+"""Speed-ups at equal accuracy from the tidy table, for ``speedup.py``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ntkbench.figures.plotting import base, labels
 from ntkbench.measure import laws
 
 BASELINES = {"naive_jacobian": "naive Jacobian", "direct": "direct"}
-"""Names and titles; both of them in PyTorch, on the same problem, metric and setting."""
+"""Names and titles of the baselines; both in PyTorch, on the same problem, metric and setting."""
 TOLERANCES = {"1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
-"""Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
+"""Largest median relative errors; the last one is for exact methods only, and allows for rounding in float32."""
 
 COLUMNS = ["problem", "setting", "metric", "n", "P", "method", "title", "kind", "backend", "tolerance", "outcome"]
 COLUMNS += ["seeds", "error", *laws.Reached._fields, *(f"{name}_seconds" for name in BASELINES)]
@@ -54,13 +54,13 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _baseline(cells: pd.DataFrame, method: str) -> float:
-    """Seconds of a baseline, ``nan`` where it was not measured."""
+    """Seconds of a baseline, ``nan`` if it was not measured."""
     rows = cells[(cells["method"] == method) & (cells["backend"] == "torch")]
     return float(base.measured(rows, "seconds")["seconds"].min())
 
 
 def _outcome(rows: pd.DataFrame) -> str:
-    """Why there is no time: too wrong, or else the most frequent end of its cells other than having been skipped."""
+    """Why there is no time: the tolerance is not reached, or the most frequent status of its cells, skipped last."""
     if len(base.measured(rows, "seconds", "error")):
         return "not reached"
     ends = rows.loc[rows["status"] != "ok", "status"]

@@ -1,4 +1,4 @@
-"""Every method has one colour and one marker, in all figures and for good."""
+"""One colour and one marker for each method, the same in all figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ntkbench.figures.plotting.base import KINDS
 BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2"
 VERMILION, PINK, WINE, INDIGO, OLIVE = "#D55E00", "#CC79A7", "#882255", "#332288", "#999933"
 GREY = "#6B6B6B"
-"""Of text that stands beside the data."""
+"""Colour of text beside the data."""
 COLOURS = (ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, WINE, INDIGO, BLACK, OLIVE)
 MARKERS = {"exact": "s^vdPX", "approximate": "*H", "stochastic": "oD<>p"}
 """Shapes that can be filled or left open; no two kinds share one."""
@@ -73,7 +73,7 @@ KNOWN = {
     "sparse_jl": (PINK, "D"),
     "kronecker_projection": (GREEN, "o"),
 }
-"""Chosen by hand, in the order of legends. A method need not be listed: one that is not gets its look from its name."""
+"""Chosen by hand, in the order of legends. A method that is not listed gets its look from its name."""
 
 BACKENDS = {"torch": "-", "jax": (0, (3.2, 1.6))}
 TITLES = {"torch": "PyTorch", "jax": "JAX"}
@@ -105,8 +105,8 @@ class Look:
 def looks(table: pd.DataFrame) -> dict[str, Look]:
     """The look of every method in the table, in the order of legends: by kind, listed ones first.
 
-    A method that is not listed takes the colour and marker that its name hashes to. Only where an unlisted method that
-    comes before it in the alphabet has taken that pair does it take the next free one.
+    A method that is not listed takes the colour and marker that its name hashes to, or the next free pair if that one
+    is taken. Unlisted methods choose in alphabetical order.
     """
     methods = table.drop_duplicates("method").set_index("method")
     taken, chosen = set(KNOWN.values()), dict(KNOWN)

@@ -1,4 +1,4 @@
-"""What of the papers reproduces: a dot for each published number, measured over published, from ``claims.csv``."""
+"""The figure of all claims: a dot for each published number, measured over published, from ``claims.csv``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COLOURS |= {"Novak, Sohl-Dickstein, Schoenholz": styles.BLUE}
 """Of a paper, as the report calls it."""
 BAND = "#D9EEE7"
 ROW, HEADING = 0.25, 0.38
-"""Inches of a dot and of a group's heading."""
+"""Heights in inches of the row of a dot and of a group's heading."""
 ENDS = ("ratio", "ratio_low", "ratio_high")
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A group of rows for each paper; claims of more or less than a number have no dot.
+    """A group of rows for each paper; claims that a value is above or below a number have no dot.
 
     Args:
         table: ``claims.csv``.
@@ -83,7 +83,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def settings(table: pd.DataFrame) -> str:
-    """Commits and machines of what was measured, on two lines."""
+    """Commits and machines of the measurements, on two lines."""
     found = {
         name: sorted({part for cell in table[name].dropna() for part in str(cell).split("; ")})
         for name in ("git_sha", "machine")
@@ -92,7 +92,7 @@ def settings(table: pd.DataFrame) -> str:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """Where a claim stands in its paper, and what it is of."""
+    """The place of a claim in its paper, and its subject."""
     source = str(row["source"])
     where = source.partition(", ")[2] or source.partition("'s ")[2] or source
     return labels.plain(f"{where}: {row['name']}")
@@ -106,7 +106,7 @@ def _limits(numbers: pd.DataFrame) -> tuple[float, float]:
 
 
 def _dot(panel: Axes, interval: list[float], y: float, colour: str, marker: str, *, filled: bool) -> None:
-    """A value with its interval, which goes to the edge of the panel where an end is not known or not above 0."""
+    """A value with its interval; an end that is unknown or not above 0 is drawn at the edge of the panel."""
     value, low, high = interval
     edges = panel.get_xlim()
     ends = [max(edge if math.isnan(end) else end, edges[0]) for end, edge in zip((low, high), edges, strict=True)]
@@ -131,7 +131,7 @@ def _key() -> list[tuple[str, list[tuple[Any, str]]]]:
 
 
 def _others(table: pd.DataFrame) -> str:
-    """What there is beside the numbers: claims of an order, and those that nothing here speaks to."""
+    """Counts of the other claims: those that a value is above or below a number, and those that nothing here tests."""
     orders = table.loc[(table["relation"] != ABOUT) & (table["verdict"] != UNADDRESSED), "verdict"]
     said = f"{(orders == REPRODUCED).sum()} of {len(orders)} claims that a value is above or below a number reproduce"
     parts = [said] if len(orders) else []

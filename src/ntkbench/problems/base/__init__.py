@@ -24,17 +24,17 @@ class Definition:
     """What a problem file returns: network, data and training recipe.
 
     Attributes:
-        module: the network with its weights at initialisation. One that takes several inputs, or is called in another
-            way than ``module(x)``, comes with its x from :func:`ntkbench.problems.base.calls.as_module`.
+        module: the network with its weights at initialisation. For a network that takes several inputs, or is not
+            called as ``module(x)``, use the module and x of :func:`ntkbench.problems.base.calls.as_module`.
         x: inputs ``[N, ...]``.
         training: how the network gets from theta_0 to theta_f, such as a
-            :class:`ntkbench.problems.base.training.Adam`; ``None`` for a network that stays untrained, and has no
+            :class:`ntkbench.problems.base.training.Adam`; ``None`` for a network that stays untrained and so has no
             alignment.
         jax_forward: see :class:`Problem`.
         samples_interact: see :class:`Problem`.
         outputs: see :class:`Problem`.
-        part: the network whose NTK it is, where that is not all of what is trained: its parameters are some of those of
-            ``module``, and it is not differentiated by those that do not require a gradient.
+        part: the network whose NTK is computed, if it is not the whole trained network. Its parameters are some of
+            those of ``module``; theta consists of those that require a gradient.
     """
 
     module: nn.Module
@@ -54,7 +54,7 @@ class Definition:
 
 
 REGISTRY: dict[str, Callable[..., Definition]] = {}
-"""Problems by name, those that :func:`ntkbench.problems.get` has loaded so far."""
+"""The problems that :func:`ntkbench.problems.get` has loaded so far, by name."""
 
 
 def problem(
@@ -62,13 +62,14 @@ def problem(
 ) -> Any:
     """Declare a function to be a problem, under its own name.
 
-    Its integer keywords (``N=50``) are the sizes one may ask for. Their defaults are the largest, and smaller ones only
-    cut the inputs down; with ``any_size`` they are where one starts from, and may change the network. A keyword with a
-    word as its default is a choice among the words of its type, as in ``read: Literal["state", "outputs"] = "state"``.
-    ``data`` are the files that it is made of beside its code: its rows are measured anew when these change.
+    Its integer keywords (``N=50``) are the sizes that a label may set. Their defaults are the largest allowed, and
+    smaller ones only cut the inputs down. With ``any_size`` a size may be any positive integer, and may change the
+    network. A keyword with a word as its default is a choice among the words of its type, as in
+    ``read: Literal["state", "outputs"] = "state"``. ``data`` are the data files that the problem depends on: its rows
+    are measured again when these change.
 
-    Problems are found without importing their file. One that is made by a call, and not by ``@problem`` above a
-    function of its name, must be assigned to that name and listed in the file's ``NAMES = ("first", "second")``.
+    Problems are found without importing their file. A problem that is declared by a call, and not by ``@problem`` above
+    a function of its name, must be assigned to that name and listed in the file's ``NAMES = ("first", "second")``.
     """
     if define is None:
         return functools.partial(problem, any_size=any_size, data=data)

@@ -1,4 +1,4 @@
-"""A module from one tensor to one tensor, made of one that is called in another way."""
+"""A module from one tensor to one tensor that wraps a model with another calling convention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ntkbench.networks.recurrent import States
 
 @dataclass(frozen=True)
 class Structure:
-    """The structure of a pytree, which copies of a module share."""
+    """The structure of a pytree; copies of a module share it."""
 
     spec: TreeSpec
 
@@ -25,7 +25,7 @@ class Structure:
 
 
 class Named(dict[str, Any]):
-    """Inputs by name, each an item and an attribute, as in the batches of Hugging Face's tokenizers."""
+    """Inputs by name, as items and as attributes, like the batches of Hugging Face's tokenizers."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,22 +35,22 @@ class Named(dict[str, Any]):
 
 
 class Calling(nn.Module):
-    """A model with the way in which it is called, as a module ``x -> [N, ...outputs]``.
+    """A model and its calling convention, as a module ``x -> [N, ...outputs]``.
 
-    Without ``structure``, x is the one tensor that the model takes. With it, x are sample numbers ``[N]``: the inputs
-    are buffers, and the samples of these numbers are looked up in them.
+    Without ``structure``, x is the single tensor that the model takes. With it, x holds sample indices ``[N]``: the
+    inputs are buffers, and x selects their rows.
 
     Attributes:
-        model: what is called; its parameters keep their names behind :data:`PREFIX`.
+        model: the wrapped model; its parameters keep their names after :data:`PREFIX`.
 
     Args:
         model: any module.
         call: ``(model, inputs) -> outputs``; ``None`` for ``model(*inputs)``, ``model(**inputs)`` or ``model(inputs)``,
             depending on what the inputs are.
         output: an index into the axes after the first, or a function of the outputs; ``None`` for all of them.
-        leaves: of the inputs: tensors with a row for each sample, and constants (tensors without axes among them).
-        structure: of the inputs.
-        given: the inputs as a message names them.
+        leaves: leaves of the inputs: tensors with a row per sample, and constants (including 0-dimensional tensors).
+        structure: pytree structure of the inputs.
+        given: description of the inputs for messages.
     """
 
     PREFIX = "model."
@@ -102,7 +102,7 @@ class Calling(nn.Module):
             return outputs
         index = (slice(None), *(self.output if isinstance(self.output, tuple) else (self.output,)))
         try:
-            np.broadcast_to(0, (1, *outputs.shape[1:]))[index]  # a GPU does not survive lists out of range
+            np.broadcast_to(0, (1, *outputs.shape[1:]))[index]  # on a GPU a list out of range is a fatal error
         except IndexError as error:
             raise BadInput(f"output={self.output!r} is out of range for outputs {tuple(outputs.shape)}") from error
         return outputs[index]
@@ -115,7 +115,7 @@ def own_name(module: nn.Module, key: str) -> str:
 
 
 def _kind(outputs: Any) -> str:
-    """What a model gives, with the names of its parts."""
+    """Description of a model's outputs, with the names of their parts."""
     name = type(outputs).__name__
     if isinstance(outputs, Mapping):
         return f"{name} with {', '.join(map(str, outputs))}"

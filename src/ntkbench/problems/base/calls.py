@@ -1,7 +1,7 @@
-"""What a model is called on and which outputs and parameters count, brought to a module of one tensor and its theta.
+"""Reduction of a model, its inputs and its chosen outputs and parameters to a module of one tensor and its theta.
 
-The rest of the library knows ``module(x)`` with one tensor x ``[N, ...]`` alone. Several inputs become buffers of a
-:class:`ntkbench.problems.base.adapter.Calling`, and x the numbers of the samples in them.
+The rest of the library only knows ``module(x)`` with one tensor x ``[N, ...]``. Several inputs become buffers of a
+:class:`ntkbench.problems.base.adapter.Calling`, and x holds sample indices.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ Call = Callable[[nn.Module, Any], Any]
 
 
 def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: Any = None) -> tuple[nn.Module, Tensor]:
-    """A module of one tensor, and that tensor, for a model, its inputs and the way in which it is called on them.
+    """A module of one tensor, and that tensor, for a model, its inputs and its calling convention.
 
     A single tensor without ``call`` and ``output`` is returned unchanged, with the model.
 
     Args:
-        model: any module, which is not copied yet.
-        inputs: a tensor; a tuple, list, dict, other mapping or registered pytree of tensors with one first axis, the
-            samples; or a ``DataLoader``, whose batches are joined on the host; one that shuffles is read in the order
-            of its dataset. Tensors without axes and what is no tensor are constants. Mappings that are not registered
-            as pytrees are handed on as dicts, whose items are attributes as well.
-        call: ``(model, inputs) -> outputs``. It must use the model that it is given, which is a copy. If it is not
-            given: ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping, else ``model(inputs)``.
+        model: any module; it is not copied here.
+        inputs: a tensor; a tuple, list, dict, other mapping or registered pytree of tensors that share their first
+            axis, the samples; or a ``DataLoader``, whose batches are joined on the host. A ``DataLoader`` that shuffles
+            is read in the order of its dataset. 0-dimensional tensors and objects that are not tensors are constants.
+            Mappings that are not registered as pytrees are passed on as dicts whose items are also attributes.
+        call: ``(model, inputs) -> outputs``. It must use the model that it is passed, which is a copy. By default
+            ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping, else ``model(inputs)``.
         output: which of the outputs ``[N, ...]`` count: an index into the axes after the first, as in ``output=3`` for
-            ``[:, 3]`` or ``output=(-1, [0, 2])`` for ``[:, -1, [0, 2]]``, or a function of what the model gives. A
-            module given here, or as ``call``, is a part of the network.
+            ``[:, 3]`` or ``output=(-1, [0, 2])`` for ``[:, -1, [0, 2]]``, or a function of the model's outputs. A
+            module passed here, or as ``call``, is part of the network.
 
     Returns:
-        The module, and its x ``[N, ...]``: the tensor itself if it is a single one, else sample numbers.
+        The module, and its x ``[N, ...]``: the tensor itself if ``inputs`` is a single one, else sample indices.
 
     Raises:
         BadInput: an argument cannot be used; says what is allowed.
@@ -84,24 +84,24 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
 
 
 def alike(module: nn.Module, model: nn.Module) -> nn.Module:
-    """Another model, called as ``module`` of :func:`as_module` is and on the same inputs."""
+    """Another model with the calling convention and the inputs of ``module``, which is from :func:`as_module`."""
     if not isinstance(module, Calling) or not isinstance(model, nn.Module):
         return model
     return Calling(unwrapped(model), module.call, module.output, module.leaves, module.structure, module.given)
 
 
 def with_more(module: nn.Module, x1: Tensor, inputs: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    """A module for two sets of inputs of one kind.
+    """A module for two sets of inputs of the same kind.
 
     Args:
         module, x1: as :func:`as_module` returns them.
-        inputs: the second set, of the structure of the first.
+        inputs: the second set, with the structure of the first.
 
     Returns:
         A module on both sets, x1, and the x of the second set.
 
     Raises:
-        BadInput: the second set is not like the first; says in what.
+        BadInput: the second set does not match the first; says where.
     """
     inputs = _joined(module, inputs, module.call if isinstance(module, Calling) else None)
     if not isinstance(module, Calling):
@@ -123,11 +123,11 @@ def with_more(module: nn.Module, x1: Tensor, inputs: Any) -> tuple[nn.Module, Te
 
 
 def restricted(problem: Problem, patterns: str | Sequence[str]) -> Problem:
-    """The problem with theta the parameters of some names; all others are frozen.
+    """The problem with theta restricted to the parameters of some names; all others are frozen.
 
     Args:
-        patterns: names of parameters or of modules, or patterns of such names with ``*`` and ``?``; one or several. A
-            tensor that is tied under several names has all of them.
+        patterns: one or several names of parameters or modules, or patterns of such names with ``*`` and ``?``. A
+            tensor that is tied under several names matches each of them.
 
     Raises:
         BadInput: a name matches no parameter, or none that is trainable.
@@ -151,10 +151,10 @@ def restricted(problem: Problem, patterns: str | Sequence[str]) -> Problem:
 
 
 def groups(problem: Problem, patterns: Mapping[str, str | Sequence[str]]) -> dict[str, Problem]:
-    """:func:`restricted` for each group of parameters by its name; their NTKs add up where each parameter is in one.
+    """:func:`restricted` for each named group of parameters; if each parameter is in one group, their NTKs add up.
 
     Raises:
-        BadInput: as there.
+        BadInput: as :func:`restricted`; or the groups are not in a dict, or their names are not distinct.
     """
     if not isinstance(patterns, Mapping) or not patterns:
         raise BadInput(
@@ -186,7 +186,7 @@ def _forward(part: slice) -> bool:
 
 
 def _joined(model: nn.Module, inputs: Any, call: Call | None) -> Any:
-    """Inputs as a pytree, all batches of a loader joined; a tensor alone in a tuple or list is taken out of it."""
+    """Inputs as a pytree, a loader's batches joined; without ``call``, a tuple or list of one tensor is unpacked."""
     if isinstance(inputs, DataLoader):
         if isinstance(model, nn.RNNBase) and not model.batch_first:
             raise BadInput(
@@ -201,13 +201,13 @@ def _joined(model: nn.Module, inputs: Any, call: Call | None) -> Any:
 
 @contextlib.contextmanager
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """The batches of a loader in the order of its dataset; afterwards random generators are as they were."""
+    """The batches of a loader in the order of its dataset; random generators are restored afterwards."""
     with generators_restored(), _own_generators_restored(loader):
         yield iter(_in_order(loader))
 
 
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader that gives the samples of one that shuffles them in the order of its dataset, always the same."""
+    """The loader itself; for one that shuffles, a loader of the same samples in the order of the dataset."""
     sampler = loader.sampler
     every = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     if not every or type(loader.batch_sampler) is not BatchSampler:
@@ -238,12 +238,12 @@ def _own_generators_restored(loader: DataLoader[Any]) -> Iterator[None]:
 
 
 def _plain(inputs: Any) -> Any:
-    """Mappings that are no pytrees as dicts, at any depth."""
+    """Inputs with mappings that are not registered as pytrees converted to dicts, at any depth."""
     return tree_map(lambda leaf: {k: _plain(v) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf, inputs)
 
 
 def grouped(batches: Iterable[Any], least: int) -> Iterator[Any]:
-    """Batches joined to so many samples at least; the last ones may have fewer."""
+    """Batches joined into groups of at least ``least`` samples; the last group may have fewer."""
     kept: list[Any] = []
     rows = done = 0
     for batch in batches:
@@ -281,7 +281,7 @@ def concatenated(parts: Iterable[Any], start: int = 0) -> Any:
 
 
 def _arranged(inputs: Any, spec: TreeSpec) -> Any:
-    """Inputs of a structure, the keys of their dicts in its order; other inputs as they are."""
+    """Inputs with dict keys in the order of a structure; inputs of another structure are returned unchanged."""
     try:
         return tree_unflatten(spec.flatten_up_to(inputs), spec)
     except ValueError:
@@ -325,7 +325,7 @@ def _check_rows(rows: Mapping[str, Tensor]) -> None:
 
 
 def _difference(one: Any, other: Any) -> str:
-    """In what a leaf is not of the kind of another; empty if it is."""
+    """How a leaf differs in kind from another; empty if it does not."""
     if _has_rows(one) and _has_rows(other):
         if one.shape[1:] == other.shape[1:] and _number(one) == _number(other):
             return ""
@@ -343,12 +343,12 @@ def _said(leaf: Any) -> str:
 
 
 def _number(t: Tensor) -> object:
-    """What kind of number a tensor holds; real and complex ones may have any precision."""
+    """The kind of numbers that a tensor holds; for real and complex ones regardless of precision."""
     return "real" if t.is_floating_point() else "complex" if t.is_complex() else t.dtype
 
 
 def _matching(problem: Problem, patterns: str | Sequence[str]) -> set[str]:
-    """The trainable parameters that patterns name, as ``problem`` names them."""
+    """The parameters that match patterns, by their names in ``problem``."""
     each = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(each, Sequence) or not each or not all(isinstance(pattern, str) for pattern in each):
         raise BadInput(

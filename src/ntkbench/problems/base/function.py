@@ -1,6 +1,6 @@
-"""Anyone's own function of a pytree of parameters in JAX as a problem, with what that promises checked.
+"""A user's JAX function of a pytree of parameters as a problem; the properties that a problem needs are checked.
 
-Only the functions import JAX.
+JAX is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ def from_function(
     name: str | None = None,
     dtype: str | None = None,
 ) -> Problem:
-    """Wrap a function in JAX, its inputs and its parameters as a :class:`ntkbench.problem.Problem`.
+    """Wrap a JAX function, its inputs and its parameters as a :class:`ntkbench.problem.Problem`.
 
-    theta is every leaf of ``params`` that is an array of real numbers. Other leaves (arrays of integers or truth
-    values, functions, strings, whole numbers) are part of the function; other constants have to be closed over by
-    ``f``. Values are copied. The problem has no network in torch: its targets are ``Target("jax", ...)``.
+    theta is every leaf of ``params`` that is an array of real numbers. Other leaves (arrays of integers or booleans,
+    functions, strings, Python integers) are part of the function; ``f`` must close over any other constants. Values are
+    copied. The problem has no torch network: its targets are ``Target("jax", ...)``.
 
     Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
 
-    Cost: three forward passes and one backward pass; two passes over 64 samples and as many over 8 samples alone; and
-    compiling a forward pass and those over samples. The same again for ``params_f``.
+    Cost: three forward passes and one backward pass; two passes over 64 samples and two over 8 samples alone; and the
+    compilation of a forward pass and of the passes over samples. The same again for ``params_f``.
 
     Args:
-        f: ``(params, x) -> [N, ...outputs]``, pure, and such that ``jax.jit`` can trace it.
+        f: ``(params, x) -> [N, ...outputs]``, pure and traceable by ``jax.jit``.
         x: inputs, an array ``[N, ...]`` or a pytree of them; real ones are converted to ``dtype``.
         params: the parameters theta_0, a pytree.
-        params_f: the parameters theta_f, for alignment. Leaves that are not differentiated by may have other values.
+        params_f: the parameters theta_f, for alignment. Arrays that are not in theta may have other values too.
         name: name of the problem; by default that of the function.
         dtype: precision of parameters and inputs, ``"float32"`` or ``"float64"``; by default that of the parameters.
 
     Raises:
-        BadInput: the parameters have no real leaves, or are not as those of ``params_f`` but for their values; the
-            function is random, keeps a state or cannot be traced or differentiated; or it gives anything but finite
-            real outputs with N rows that depend on the parameters.
+        BadInput: the parameters have no real leaves, or differ from ``params_f`` in more than values; the function is
+            random, keeps a state, or cannot be traced or differentiated; or its outputs are not N rows of finite real
+            numbers that depend on the parameters.
         Unavailable: JAX is not installed.
     """
     errors.need("jax", "a function with params", errors.JAX)
@@ -96,14 +96,14 @@ def from_function(
 
 
 def with_columns(problem: Problem, x2: Any) -> tuple[Problem, np.ndarray]:
-    """The problem, and in the form of its ``x`` other inputs for it, for a kernel between the two.
+    """The problem, and other inputs in the form of its ``x``, for a kernel between the two.
 
     Args:
         problem: from :func:`from_function`.
-        x2: inputs like those that the problem was made of, of any number of samples.
+        x2: inputs with the structure, shapes and kinds of numbers of the problem's own; any number of samples.
 
     Raises:
-        BadInput: they are not like those; says in what.
+        BadInput: they do not match; says where.
     """
     forward = problem.jax_forward
     assert isinstance(forward, FlatFunction)
@@ -125,10 +125,10 @@ def at(problem: Problem, params: Any) -> Problem:
 
     Args:
         problem: from :func:`from_function`.
-        params: a pytree like that of the problem, with other values of its arrays.
+        params: a pytree like the problem's, with other values of its arrays.
 
     Raises:
-        BadInput: it is not like that one, or has values that are not finite; says where.
+        BadInput: it differs in more than values, or has values that are not finite; says where.
     """
     forward = problem.jax_forward
     assert isinstance(forward, FlatFunction)
@@ -151,8 +151,8 @@ class Tree:
 
     Attributes:
         structure: JAX's description of it.
-        names: of its leaves, readable and different.
-        static: leaves that are no arrays, with their names.
+        names: readable, distinct names of its leaves.
+        static: leaves that are not arrays of numbers, with their names.
     """
 
     structure: Any
@@ -160,7 +160,7 @@ class Tree:
     static: tuple[tuple[str, Any], ...] = ()
 
     def filled(self, arrays: Mapping[str, Any]) -> Any:
-        """The pytree with arrays by name."""
+        """The pytree with its arrays filled in by name."""
         import jax
 
         leaves = {**arrays, **dict(self.static)}
@@ -169,16 +169,16 @@ class Tree:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A pytree of inputs without its numbers, which are one array ``[N, ...]``.
+    """A pytree of inputs without its values, which are packed into one array ``[N, ...]``.
 
-    One leaf is that array itself. Several are put side by side, ``[N, (size of a sample)]``, integers and truth values
-    among them as real numbers.
+    A single leaf is that array itself. Several leaves are concatenated to ``[N, (size of a sample)]``, integers and
+    booleans as real numbers.
 
     Attributes:
         structure: JAX's description of the pytree.
-        names: of its leaves.
-        shapes: of one sample of each leaf.
-        dtypes: of leaves of integers or truth values; ``None`` for those of real numbers.
+        names: names of its leaves.
+        shapes: shape of one sample of each leaf.
+        dtypes: dtype of each leaf of integers or booleans; ``None`` for leaves of real numbers.
     """
 
     structure: Any
@@ -187,10 +187,10 @@ class Inputs:
     dtypes: tuple[str | None, ...]
 
     def packed(self, leaves: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
-        """The leaves as one array; real numbers are brought to ``dtype``.
+        """The leaves as one array; real numbers are converted to ``dtype``.
 
         Raises:
-            BadInput: the precision does not hold an integer.
+            BadInput: an integer is not representable in ``dtype``.
         """
         if len(leaves) == 1:
             (leaf,) = _cast(leaves, dtype).values()
@@ -205,7 +205,7 @@ class Inputs:
         return np.concatenate([leaf.reshape(len(leaf), -1).astype(dtype) for leaf in leaves.values()], axis=1)
 
     def unpacked(self, x: Any) -> Any:
-        """The pytree for an array of JAX."""
+        """The pytree of a packed JAX array."""
         import jax
 
         if len(self.names) == 1:
@@ -220,17 +220,17 @@ class Inputs:
 
 
 class FlatFunction:
-    """A function of pytrees as one of arrays by name and of one array of inputs, ``(weights, x) -> [N, ...outputs]``.
+    """A function of pytrees as one of arrays by name and a single array of inputs, ``(weights, x) -> [N, ...outputs]``.
 
-    Outputs are in the precision of the parameters. It equals others of the same function and structure, so that what
-    JAX has compiled for one serves all, unless ``alone``.
+    Outputs have the precision of the parameters. Unless ``alone``, instances with the same function and structure are
+    equal, so they share what JAX has compiled.
 
     Args:
         f: the function of pytrees.
         params: parameters without their arrays.
-        inputs: inputs without their numbers.
+        inputs: inputs without their values.
         parameter: name of one of the parameters.
-        alone: whether it equals itself only.
+        alone: whether the instance is equal to itself only.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class FlatFunction:
             self._key = object()
 
     def alone(self) -> FlatFunction:
-        """The same function, which equals itself only."""
+        """The same function as an instance that is equal to itself only."""
         return FlatFunction(self._f, self.params, self.inputs, self._parameter, alone=True)
 
     def __eq__(self, other: object) -> bool:
@@ -260,7 +260,7 @@ class FlatFunction:
         return self.plainly(weights, x).astype(weights[self._parameter].dtype)
 
     def plainly(self, weights: Mapping[str, Any], x: Any) -> Any:
-        """What the function itself returns."""
+        """The output of the function itself, not converted."""
         return self._f(self.params.filled(weights), self.inputs.unpacked(x))
 
 
@@ -270,7 +270,7 @@ def _named_leaves(tree: Any, role: str) -> tuple[Any, dict[str, Any]]:
 
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    except Exception as error:  # whatever keys that cannot be sorted, or a container's own code, raise
+    except Exception as error:  # unsortable keys, or a container's own code, raise anything
         raise BadInput(f"{role} is no pytree that JAX can flatten: {summary(error)}") from error
     names = [jax.tree_util.keystr(path, simple=True, separator=".") or role for path, _ in leaves]
     if len(set(names)) < len(names):  # a key with a dot in it
@@ -279,10 +279,10 @@ def _named_leaves(tree: Any, role: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _parameters(params: Any, role: str) -> tuple[Tree, Arrays, Arrays]:
-    """Parameters without their arrays, those to differentiate by, and those of other kinds.
+    """Parameters without their arrays, the arrays to differentiate by, and the other arrays.
 
     Raises:
-        BadInput: it cannot be told whether a leaf is to be differentiated by, or how.
+        BadInput: it is not clear whether, or how, to differentiate by a leaf.
     """
     structure, leaves = _named_leaves(params, role)
     theta: Arrays = {}
@@ -315,10 +315,10 @@ def _parameters(params: Any, role: str) -> tuple[Tree, Arrays, Arrays]:
 
 
 def _inputs(x: Any, role: str) -> tuple[Inputs, Arrays]:
-    """Inputs without their numbers, and these by name.
+    """Inputs without their values, and the values by name.
 
     Raises:
-        BadInput: they are no arrays with samples along their first axis.
+        BadInput: they are not arrays with samples along their first axis.
     """
     structure, leaves = _named_leaves(x, role)
     arrays: Arrays = {}
@@ -348,10 +348,10 @@ def _kind(leaf: Any) -> str:
 
 
 def _is_array(leaf: Any, role: str, name: str) -> bool:
-    """Whether a leaf is an array of NumPy or JAX.
+    """Whether a leaf is a NumPy or JAX array.
 
     Raises:
-        BadInput: it is a tensor of PyTorch.
+        BadInput: it is a PyTorch tensor.
     """
     import jax
 
@@ -361,14 +361,14 @@ def _is_array(leaf: Any, role: str, name: str) -> bool:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of keys for random numbers."""
+    """Whether a leaf is an array of random keys."""
     import jax
 
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def _is_real(array: np.ndarray) -> bool:
-    """Whether an array has real numbers in any floating-point format, JAX's own ones among them."""
+    """Whether an array has real numbers in any floating-point format, including JAX's own."""
     import jax
 
     return bool(jax.dtypes.issubdtype(array.dtype, np.floating))
@@ -435,13 +435,13 @@ def _on_device(*arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def _checked(
     forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, role: str
 ) -> tuple[FlatFunction, tuple[int, ...]]:
-    """The function, and the shape of its outputs, after a look at what it is.
+    """The function, checked, and the shape of its outputs.
 
-    What JAX compiled for the function before is not for it any more where it has come to give something else, as by a
-    variable that it closes over; it then equals itself only.
+    The function may have changed since JAX compiled it, for example through a variable that it closes over. Then the
+    compiled code is stale, and the returned instance is equal to itself only.
 
     Raises:
-        BadInput: it is not a function of its arguments alone, or gives anything but rows of finite real numbers.
+        BadInput: it is not a function of its arguments alone, or its outputs are not rows of finite real numbers.
         OverMemory: it does not fit in memory with these inputs.
     """
     import jax
@@ -450,7 +450,7 @@ def _checked(
     weights, inputs = _on_device(theta, fixed), jnp.asarray(x)
     try:
         outputs = forward.plainly(weights, inputs)
-    except Exception as error:  # whatever a function raises
+    except Exception as error:  # a user's function may raise anything
         kind = OverMemory if _is_out_of_memory(error) else BadInput
         raise kind(f"{role} cannot be called as f(params, x): {summary(error)}") from error
     if not isinstance(outputs, jax.Array | np.ndarray):
@@ -480,7 +480,7 @@ def _checked(
 
 @functools.lru_cache(maxsize=16)
 def _compiled(forward: FlatFunction) -> Callable[[Any, Any], Any]:
-    """The function, compiled for each shape, and kept as products with its Jacobian are."""
+    """The function, compiled for each shape, and cached like products with its Jacobian."""
     import jax
 
     return jax.jit(forward)
@@ -503,14 +503,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _close(a: Any, b: Any) -> bool:
-    """Equal but for rounding, measured by the largest output."""
+    """Whether two arrays are equal up to rounding, relative to the largest output."""
     a, b = (np.asarray(each, "float64") for each in (a, b))
     eps = float(np.finfo("float32").eps)
     return a.shape == b.shape and bool(abs(a - b).max() <= eps**0.5 * abs(b).max())
 
 
 def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
-    """Refuse a function without gradients: at the given parameters, and at perturbed ones."""
+    """Refuse a function whose gradient is zero both at the given parameters and at perturbed ones."""
     import jax
     import jax.numpy as jnp
 
@@ -520,7 +520,7 @@ def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.nd
         try:
             outputs, pull = jax.vjp(lambda theta: forward({**constants, **theta}, inputs), _on_device(at))
             (gradients,) = pull(jnp.asarray(rng.choice([-1.0, 1.0], outputs.shape), outputs.dtype))
-        except Exception as error:  # loops without a known length, and whatever has no derivative
+        except Exception as error:  # loops of unknown length, or operations without a derivative
             raise BadInput(f"f cannot be differentiated: {summary(error)}") from error
         if any(np.asarray(g).any() for g in gradients.values()):
             return
@@ -530,7 +530,7 @@ def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.nd
 
 
 def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether some sample's gradients are others in the batch than alone.
+    """Whether some sample's gradients in the batch differ from those of the sample alone.
 
     Raises:
         BadInput: the function cannot be differentiated.
@@ -543,7 +543,7 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
             with own_jax_settings(dtype):
                 arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": inputs}, dtype)["x"]
                 return _gradients_differ(forward, *arrays, int(np.prod(shape[1:])))
-        except Exception as error:  # it takes no other number of samples, or no other precision
+        except Exception as error:  # f may accept no other number of samples, or no other precision
             failed = error
     raise BadInput(f"f cannot be differentiated: {summary(failed)}")
 
@@ -559,10 +559,10 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
     for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
         together = np.asarray(gradient(at, x, v))
         if at is not theta and not np.isfinite(together).all():
-            break  # such weights are not for this function
+            break  # the function is not defined at such weights
         try:
             alone = sum(np.asarray(gradient(at, x[i : i + 1], v[i : i + 1])) for i in chosen)
-        except Exception:  # it cannot take one sample alone
+        except Exception:  # f does not accept a single sample
             return True
         if not np.linalg.norm(together - alone) <= tolerance * np.linalg.norm(together):
             return True
@@ -570,7 +570,7 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
 
 
 def _perturbed(w: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A parameter and noise: relative to its size, or for one that is zero to what is usual for its fan-in."""
+    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
     size = float(np.sqrt(np.mean(w * w))) if w.size else 0.0
     size = size or max(1, w.size // w.shape[-1] if w.ndim and w.size else 1) ** -0.5
     return w + np.asarray(NUDGE * size * rng.standard_normal(w.shape), w.dtype)

@@ -1,4 +1,4 @@
-"""Anyone's own ``nn.Module`` and inputs as a problem, with what a problem promises checked rather than believed."""
+"""A user's ``nn.Module`` and inputs as a problem; the properties that a problem needs are checked."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from ntkbench.problem import PROBED, Problem
 from ntkbench.problems.base.adapter import Calling, own_name
 
 TOGETHER, ALONE = 64, 8
-"""Samples, evenly spaced, in the batch that shows whether samples interact, and those of them that are taken alone."""
+"""Numbers of evenly spaced samples: in the batch that tests whether samples interact, and those also taken alone."""
 
 INTERACTION = 1e-6
-"""Difference of a gradient, relative to its norm, from which samples interact; above what float32 inside leaves."""
+"""Relative difference of gradients above which samples interact; larger than the error of float32 inside a network."""
 
 NUDGE = 0.1
 """Noise of perturbed weights, relative to each parameter's root mean square."""
 
 CALLS = 8
-"""Calls that a network in eval mode must survive unchanged where it draws random numbers."""
+"""Calls that must agree for a network in eval mode that draws random numbers."""
 
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -71,27 +71,28 @@ def from_module(
     Norm layers in train mode keep using the batch's statistics, without updating their running ones.
 
     Whether samples interact is measured: the gradient of a random combination of the outputs of up to 8 samples, taken
-    among up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 if the
-    network runs in it, at the given weights and at perturbed ones, since a readout that starts at zero hides the layers
-    before it. Train-mode BatchNorm counts as interacting, and so does a network that cannot take one sample alone.
+    in a batch of up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 if
+    the network supports it, at the given weights and at perturbed ones, since a readout that starts at zero hides the
+    layers before it. Train-mode BatchNorm counts as interacting, and so does a network that does not accept a single
+    sample.
 
-    Cost: two forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
-    pass over all samples, 64 at a time. If samples interact, or the network takes no other number of them, forward
-    passes are over all samples at once. The same again for ``model_f``. A network that draws random numbers in eval
-    mode takes eight forward passes in place of two.
+    Cost: three forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
+    pass over all samples, 64 at a time. If samples interact, or the network accepts no other number of them, forward
+    passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
+    mode takes eight forward passes instead of two.
 
     Args:
         model: ``x -> [N, ...outputs]`` with its weights theta_0, in the intended mode (``train`` or ``eval``).
-        x: inputs ``[N, ...]``, real or integer; real ones are brought to ``dtype``.
+        x: inputs ``[N, ...]``, real or integer; real ones are converted to ``dtype``.
         model_f: the same network with the weights theta_f, for alignment. Frozen parameters and buffers, such as
-            BatchNorm's running statistics, may differ as well; each set of weights goes with its own.
+            BatchNorm's running statistics, may differ as well; each set of weights keeps its own.
         name: name of the problem; by default the class of the model.
         dtype: precision of weights and inputs, ``"float32"`` or ``"float64"``; by default that of the parameters.
 
     Raises:
-        BadInput: the model has no trainable parameters, is random or keeps a state from call to call, or gives anything
-            but finite real outputs with N rows that depend on its parameters; or ``model_f`` differs from it in more
-            than values.
+        BadInput: the model has no trainable parameters, is random or keeps a state from call to call; its outputs are
+            not N rows of finite real numbers that depend on its parameters; or ``model_f`` differs from it in more than
+            values.
     """
     _check_inputs(x)
     dtype = _dtype(model, dtype)
@@ -106,7 +107,7 @@ def from_module(
             x=x.detach().cpu().numpy().copy(),
             theta_0=_on_host(theta_0),
             samples_interact=interact,
-            # Known by now; the usual way, meta tensors, is not for networks that make tensors of their own on a device.
+            # Already known; the usual method, meta tensors, fails for networks that create tensors on a device.
             _shape=[shape],
         )
         return problem if model_f is None else paired(problem, at(problem, model_f, "model_f"))
@@ -115,18 +116,18 @@ def from_module(
 def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the other network") -> Problem:
     """The same network and inputs at other weights; theta_f is dropped.
 
-    Cost: for a network two forward passes, of 64 samples where they do not interact, and a forward pass of the others;
-    none for values by name.
+    Cost: for a network, three forward passes (over 64 samples if samples do not interact) and one over all samples if
+    there are more; none for values by name.
 
     Args:
         problem: of a module.
-        weights: the same network with other values of parameters and buffers; or such values by name. Those that are
+        weights: the same network with other values of parameters and buffers; or such values by name. Values that are
             not given stay the same.
-        role: what the network is called in messages.
+        role: name of the network in messages.
 
     Raises:
-        BadInput: there are no such parameters, or of other shapes, or values are not finite; or the network does not
-            compute the same as the problem's network with the same values.
+        BadInput: a name or a shape does not match, or values are not finite; or the network does not compute the same
+            as the problem's network with the same values.
     """
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)
@@ -160,16 +161,16 @@ def as_value(key: object, value: Any) -> Tensor:
     """A value of a parameter or buffer, as a tensor on the host.
 
     Raises:
-        BadInput: it is not one.
+        BadInput: it cannot be converted.
     """
     try:
         return torch.as_tensor(value).detach().cpu()
-    except Exception:  # whatever a value of another kind leads to
+    except Exception:  # a value of another kind may raise anything
         raise BadInput(f"the value of {key!r} must be a tensor, got {type(value).__name__}") from None
 
 
 def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, Tensor]:
-    """Parameters and buffers of a network, after a look at whether it is the problem's."""
+    """Parameters and buffers of a network, which is checked to be the problem's up to their values."""
     net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
     values = _values(net)
     _check_same(_values(problem.network), values)
@@ -196,7 +197,7 @@ def paired(problem: Problem, other: Problem) -> Problem:
     """A problem whose theta_f is another one's theta_0: of the same network, or of another one with the same outputs.
 
     Raises:
-        BadInput: the two have other numbers of samples or outputs.
+        BadInput: the two have different numbers of samples or outputs.
     """
     if not _are_one_network(problem, other) or list(problem.theta_0) != list(other.theta_0):
         return dataclasses.replace(problem, other=other)
@@ -210,7 +211,7 @@ def paired(problem: Problem, other: Problem) -> Problem:
 
 
 def _are_one_network(problem: Problem, other: Problem) -> bool:
-    """Whether two problems are of one network, or one function in JAX, on the same inputs."""
+    """Whether two problems have the same network or JAX function and the same inputs."""
     if problem.module is None:
         return other.jax_forward == problem.jax_forward and np.array_equal(problem.x, other.x)
     return problem.module is other.module and problem.x is other.x
@@ -220,7 +221,7 @@ def same_samples(x1: Tensor, x2: Tensor) -> Tensor:
     """``x2``, if it holds samples of the same kind as ``x1``.
 
     Raises:
-        BadInput: it does not; says in what.
+        BadInput: it does not; says how it differs.
     """
     _check_inputs(x2, "x2")
     if x2.shape[1:] != x1.shape[1:] or x2.is_floating_point() != x1.is_floating_point():
@@ -238,7 +239,7 @@ def on_inputs(problem: Problem, x: Tensor) -> Problem:
 
 
 def last_layer(problem: Problem) -> Problem:
-    """The problem with theta the parameters of the module whose parameters are used last; all others are frozen.
+    """The problem with theta restricted to the module whose parameters are used last; all others are frozen.
 
     Raises:
         BadInput: the problem is a function, which has no modules.
@@ -262,7 +263,7 @@ def last_layer(problem: Problem) -> Problem:
 
 
 class _LastUsed(TorchFunctionMode):
-    """The parameter that an operation took last; the last one of all where none is seen, as in compiled code."""
+    """Records the parameter that an operation used last; the network's last if none is seen, as in compiled code."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -289,7 +290,7 @@ def _check_inputs(x: Tensor, name: str = "x") -> None:
 
 
 def unusual(x: Tensor) -> str:
-    """What a tensor is that is not ordinary and dense, in a word; empty for one that is."""
+    """The kind of a tensor that is not ordinary and dense, as a word; empty for an ordinary dense tensor."""
     if isinstance(x, FakeTensor):
         return "fake"
     if x.is_nested:
@@ -302,7 +303,7 @@ def unusual(x: Tensor) -> str:
 
 
 def _dtype(model: nn.Module, dtype: str | None) -> str:
-    """The precision to work in, after a look at what kind of thing the model is."""
+    """The precision to work in; checks the types of the model and its parameters."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(nn.parameter.is_lazy(w) for w in model.parameters()):
@@ -352,14 +353,14 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     net = cast(copied(model, role), getattr(torch, dtype))
     for layer in net.modules():
         if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats:
-            # Updates in place are no part of the function, and torch.func refuses them.
+            # Updates in place are not part of the function, and torch.func refuses them.
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     return net
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, where it was prepared for several devices or compiled."""
+    """The network without wrappers for several devices or compilation."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
     inner = getattr(model, "_orig_mod", None)  # of torch.compile
@@ -371,19 +372,19 @@ def _trainable(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _inputs(x: Tensor, net: nn.Module, dtype: str) -> Tensor:
-    """The inputs where the network is, in its precision if they are real; none of the caller's tensors."""
+    """A copy of the inputs on the network's device, in its precision if they are real."""
     where = next(net.parameters()).device
     return x.detach().clone().to(device=where, dtype=getattr(torch, dtype) if x.is_floating_point() else x.dtype)
 
 
 class _Call:
-    """One call of a network after all random generators were seeded; their states are restored.
+    """One call of a network with all random generators seeded; their states are restored.
 
     Attributes:
-        outputs: f(x), which may be anything but depends on no graph.
+        outputs: f(x), which may be of any type; detached if it is a tensor.
         differentiable: whether f(x) depends on a parameter, as far as autograd knows.
-        leaves: what f(x) is differentiated by.
-        before, after: states of all generators, the network's own ones included.
+        leaves: the tensors that f(x) is differentiated by.
+        before, after: states of all generators, including the network's own.
     """
 
     def __init__(self, net: nn.Module, x: Tensor, seed: int) -> None:
@@ -452,10 +453,10 @@ def _states(net: nn.Module, x: Tensor) -> list[bytes]:
 
 
 def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tensor:
-    """f(x), checked to be a function of x and of the network's own parameters and to have a row a sample.
+    """f(x), checked to be a function of x and the network's own parameters only, with one row per sample.
 
     Raises:
-        BadInput: it is not, or has not.
+        BadInput: a check fails.
         OverMemory: the network does not fit in memory with these inputs.
     """
     _check_signature(net, role)
@@ -465,7 +466,7 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         first = call(0)
     except BadInput:
         raise
-    except Exception as error:  # whatever a network raises
+    except Exception as error:  # a network may raise anything
         kind = OverMemory if isinstance(error, MemoryError) or "out of memory" in summary(error) else BadInput
         given = (isinstance(net, Calling) and net.given) or f"x, {tuple(x.shape)} of {x.dtype}"
         raise kind(f"{role} cannot be called on {given}, in {_precision(net)}: {summary(error)}") from error
@@ -509,7 +510,7 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         for key, b in trial.named_buffers()
         if key in buffers and b.layout not in SPARSE and not _same(b.detach(), buffers[key])
     ]
-    # A network that seeds a generator itself leaves it in one state, whatever it was before.
+    # A network that seeds a generator itself always leaves it in the same state.
     states = zip(first.before, first.after, again.after, strict=True)
     drew = any(a != b and b != c for a, b, c in states)
     if drew and any(layer.training for layer in net.modules()):
@@ -541,9 +542,9 @@ def _behaviour(net: nn.Module, x: Tensor, original: nn.Module) -> tuple[tuple[in
 
 
 def _some_outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> tuple[Tensor, Tensor]:
-    """Some of the samples and f of them, checked by :func:`_outputs`; all where the network takes no fewer.
+    """Some of the samples and f of them, checked by :func:`_outputs`; all samples if the network accepts no fewer.
 
-    Checks of a few bound the memory that they take.
+    Checking only a few bounds the memory.
     """
     few = x[_spread(len(x), TOGETHER)]
     if len(few) < len(x):
@@ -553,10 +554,10 @@ def _some_outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> 
 
 
 def _check_finite(net: nn.Module, x: Tensor, some: Tensor, outputs: Tensor, role: str, original: nn.Module) -> None:
-    """Look at the outputs of all samples, which do not interact, after those of ``some``.
+    """Check the outputs of all samples after those of ``some``; samples must not interact.
 
     Raises:
-        BadInput: they are not finite, or differ in their shape.
+        BadInput: they are not finite, or their shapes differ.
     """
     if len(some) == len(x):
         return
@@ -565,7 +566,7 @@ def _check_finite(net: nn.Module, x: Tensor, some: Tensor, outputs: Tensor, role
         try:
             with _seeded(0, x), torch.no_grad():
                 found = trial(part.clone())
-        except Exception:  # it does not take this number of samples
+        except Exception:  # it does not accept this number of samples
             found = None
         if not isinstance(found, Tensor) or found.shape != (len(part), *outputs.shape[1:]):
             _outputs(net, x, role, original)
@@ -575,7 +576,7 @@ def _check_finite(net: nn.Module, x: Tensor, some: Tensor, outputs: Tensor, role
 
 
 def _computed(original: nn.Module, copy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a copy, with their names, that in the original belong to a graph: attributes and buffers."""
+    """Attributes and buffers of a copy, with their names, that belong to an autograd graph in the original."""
     for (path, layer), own in zip(original.named_modules(), copy.modules(), strict=False):
         for attribute, value in vars(layer).items():
             if attribute not in ("_parameters", "_modules"):
@@ -606,12 +607,12 @@ def _precision(net: nn.Module) -> str:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, measured by the largest output: kernels round differently for other batch sizes."""
+    """Equal up to rounding, relative to the largest output: kernels round differently for other batch sizes."""
     return a.shape == b.shape and bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max())
 
 
 def _same_outputs(a: Tensor, b: Tensor, *, exactly: bool) -> bool:
-    """Whether two calls give the same; a few roundings where a state that drifts is to be told from one that rests."""
+    """Whether two calls agree; ``exactly`` allows only a few roundings, to tell a drifting state from a fixed one."""
     if exactly:
         return a.shape == b.shape and bool((a - b).abs().max() <= 8 * torch.finfo(b.dtype).eps * b.abs().max())
     return _close(a, b)
@@ -626,7 +627,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _interact(net: nn.Module, x: Tensor) -> bool:
-    """Whether some sample's gradients are others in the batch than alone.
+    """Whether some sample's gradients in the batch differ from those of the sample alone.
 
     Raises:
         BadInput: the network cannot be differentiated.
@@ -640,13 +641,13 @@ def _interact(net: nn.Module, x: Tensor) -> bool:
             with own_settings(str(wide).removeprefix("torch.")), _seeded(0, x):
                 at = inputs.to(wide) if inputs.is_floating_point() else inputs
                 return _gradients_differ(cast(copied(net), wide), at)
-        except Exception as error:  # it takes no other number of samples, or no other precision
+        except Exception as error:  # it may accept no other number of samples, or no other precision
             failed = error
     raise BadInput(f"the model cannot be differentiated: {summary(failed)}")
 
 
 def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
-    """Whether they are; changes the network."""
+    """Whether gradients in the batch and alone differ; changes the network."""
     theta = _trainable(net)
     plain = PlainNetwork(net, theta, owned=True)
     rng = np.random.default_rng(0)
@@ -663,13 +664,13 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
             together = flat(plain.gradient(x, v))
         except Exception:
             if perturbed:
-                break  # such weights are not for this network
+                break  # the network is not defined at such weights
             raise
         if perturbed and not together.isfinite().all():
             break
         try:
             alone = sum(flat(plain.gradient(x[i : i + 1], v[i : i + 1])) for i in chosen)
-        except Exception:  # it cannot take one sample alone, as train-mode BatchNorm cannot
+        except Exception:  # it does not accept a single sample, like train-mode BatchNorm
             return True
         if not (together - alone).norm() <= tolerance * together.norm():
             return True
@@ -677,13 +678,13 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
 
 
 def _perturbed(w: Tensor, rng: np.random.Generator) -> Tensor:
-    """A parameter and noise: relative to its size, or for one that is zero to what is usual for its fan-in."""
+    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
     size = float(w.square().mean().sqrt()) or max(1, w[0].numel() if w.ndim else 1) ** -0.5
     return w + NUDGE * size * torch.from_numpy(rng.standard_normal(tuple(w.shape))).to(w)
 
 
 def _spread(N: int, most: int) -> list[int]:
-    """At most so many indices of samples, evenly spaced."""
+    """At most ``most`` evenly spaced indices of samples."""
     return sorted({int(i) for i in np.linspace(0, N - 1, min(N, most))})
 
 
@@ -699,7 +700,7 @@ def _check_same(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> N
 
 
 def _values(net: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers but for sparse ones, which are constants."""
+    """All parameters and buffers except sparse ones, which are constants."""
     found = (*net.named_parameters(), *net.named_buffers())
     return {key: w.detach() for key, w in found if w.layout not in SPARSE}
 

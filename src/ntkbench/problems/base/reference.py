@@ -1,10 +1,10 @@
-"""Exact float64 values of the metrics: the truth that every error is measured against.
+"""Exact float64 values of the metrics: the reference that every error is measured against.
 
-Theta is n x n, but its moments are also those of the P x P side, whichever is smaller:
+Theta is n x n, but the moments of one network can also be computed on the P x P side, if that is smaller:
 tr Theta = tr J^T J, ||Theta||_F = ||J^T J||_F and tr(Theta Theta_f) = ||J^T J_f||_F^2.
 
-Values lie in ``results/reference``, where :func:`commit` writes them, or in the cache, where they are kept when they
-are first computed. A stored value counts only for the very problem that it was computed for; see
+Values are stored in ``results/reference``, where :func:`commit` writes them, or in the cache, where they are kept when
+first computed. A stored value is valid only for exactly the problem that it was computed for; see
 :meth:`ntkbench.problem.Problem.digest`.
 """
 
@@ -33,7 +33,7 @@ from ntkbench.problems.base import storage, weights
 MEMORY = 2**32
 """Bytes that a block of rows of J may take."""
 OPERATIONS = 1e16
-"""Floating-point operations that exact values may take: some days on two cores, some minutes on a large GPU."""
+"""Floating-point operations that exact values may take: a few days on two cores, a few minutes on a large GPU."""
 
 
 def exact(problem: Problem) -> dict[str, float]:
@@ -42,7 +42,7 @@ def exact(problem: Problem) -> dict[str, float]:
     Raises:
         NoExactValue: it cannot be computed.
         Unavailable: it would take more than :data:`OPERATIONS`.
-        OverMemory: it takes more memory than there is.
+        OverMemory: it takes more memory than is available.
         Corrupt: the committed file is damaged.
         NtkbenchError: the cache cannot be written.
     """
@@ -97,9 +97,9 @@ def spectral(problem: Problem) -> dict[str, float]:
 
 
 def commit(labels: Iterable[str]) -> list[dict[str, Any]]:
-    """Compute exact values anew and write them to ``results/reference``; returns what was written, in order.
+    """Recompute exact values and write them to ``results/reference``; returns the written records, in order.
 
-    Weights go there too, where they are those of the problem at its default sizes. They are trained only where neither
+    Weights are written too, if they are those of the problem at its default sizes. They are trained only if neither
     ``results/reference`` nor the cache has them.
 
     Raises:
@@ -123,12 +123,12 @@ def commit(labels: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def file_of(label: str, folder: Path) -> Path:
-    """Where the reference of a problem lies in a folder."""
+    """Path of a problem's exact values in a folder."""
     return folder / "exact" / f"{label}.json"
 
 
 def compute(problem: Problem) -> dict[str, Any]:
-    """The exact metrics of a problem and how they were made, in float64 by torch, streamed in blocks of rows.
+    """The exact metrics of a problem and a record of the computation, in float64 by torch, in blocks of rows.
 
     Cost: O per-sample backward passes at theta_0 and theta_f (more on the n x n side where J does not fit in memory),
         and the smaller of n^2 P and 1.5 n P^2 multiplications for each of two Gram matrices. Problems whose samples
@@ -164,7 +164,7 @@ def compute(problem: Problem) -> dict[str, Any]:
 
 
 def _check_operations(problem: Problem) -> None:
-    """That exact values are within reach, before anything is computed.
+    """Check that exact values are within reach, before anything is computed.
 
     Raises:
         Unavailable: they are not.
@@ -199,7 +199,7 @@ def _jacobians(problem: Problem) -> list[Any]:
 
 
 def _blocks(problem: Problem, jacobian: Any) -> tuple[list[Any], Any]:
-    """Blocks of rows and what makes them: per sample where samples are independent, by whole passes otherwise."""
+    """Blocks of rows and a function that computes one: per sample if samples are independent, else by whole passes."""
     if not problem.samples_interact:
         return list(jacobian.rectangles(0.25)), lambda j, rectangle: j.sample_rows(*rectangle)
     size = max(1, MEMORY // 4 // (problem.P * jacobian.itemsize))

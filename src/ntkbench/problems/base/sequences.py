@@ -1,4 +1,4 @@
-"""Anyone's own recurrent network and sequences as a problem, with what that promises checked rather than believed."""
+"""A user's recurrent network and sequences as a problem; the properties that a problem needs are checked."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ntkbench.problems.base.module import from_module, same_samples
 
 
 def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
-    """:func:`from_recurrent` for what declares a recurrence, all steps of torch's other recurrent layers, or else
-    ``from_module``.
+    """:func:`from_recurrent` for a network that declares a recurrence, else ``from_module``; torch's other recurrent
+    layers give their outputs at all steps.
     """
     network, network_f, sequences = by_trial(model, x, model_f)
     if isinstance(network, nn.Module) and declares(network):
@@ -34,7 +34,7 @@ def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dt
 def by_trial(
     model: nn.Module, x: Tensor, model_f: nn.Module | None = None
 ) -> tuple[nn.Module, nn.Module | None, Tensor]:
-    """Recurrent layers of torch as networks ``[N, T, ...] -> [N, T, ...]``, and their inputs; all else as it is.
+    """Recurrent layers of torch as networks ``[N, T, ...] -> [N, T, ...]``, and their inputs; other networks unchanged.
 
     Raises:
         BadInput: inputs of a layer are not sequences, or the two layers take them in different layouts.
@@ -61,7 +61,7 @@ def same_inputs(model: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
     """``x2 [N, ...]``, if it holds samples of the same kind as ``x1``; both are in the model's own layout.
 
     Raises:
-        BadInput: it does not; says in what.
+        BadInput: it does not; says how it differs.
     """
     time_first = isinstance(model, nn.RNNBase) and not model.batch_first
     by_sample = [x.transpose(0, 1) if time_first and isinstance(x, Tensor) and x.ndim > 1 else x for x in (x1, x2)]
@@ -85,18 +85,18 @@ def from_recurrent(
     checked on ``x``. Any other module from ``[N, T, ...]`` to ``[N, T, ...]`` works as well, and is differentiated by
     its backend.
 
-    Cost: five forward passes and one backward pass more than that function.
+    Cost: five forward passes and one backward pass more than ``from_module``.
 
     Args:
         model: ``[N, T, inputs] -> [N, T, ...]``, or a recurrent layer.
         x: sequences of one length, ``[N, T, ...]``, or ``[T, N, ...]`` for a recurrent layer with that layout.
         model_f: the same network with other weights, for alignment.
         name: name of the problem.
-        dtype: see that function.
+        dtype: see ``from_module``.
 
     Raises:
-        BadInput: sequences are of different lengths; an output depends on inputs yet to come; no output depends on a
-            trainable parameter; a declared recurrence is not what the module computes; or as that function.
+        BadInput: sequences are of different lengths; an output depends on later inputs; no output depends on a
+            trainable parameter; the module does not compute the recurrence that it declares; or as ``from_module``.
     """
     _check_sequences(model, x)
     network, network_f, x = by_trial(model, x, model_f)
@@ -109,7 +109,7 @@ def from_recurrent(
 
 
 def _check(problem: Problem) -> None:
-    assert problem.module is not None  # that of from_module
+    assert problem.module is not None  # set by from_module
     net = frozen(copied(problem.module))
     theta = [w.requires_grad_(True) for key, w in net.named_parameters() if key in problem.theta_0]
     inputs = torch.from_numpy(problem.x).to(theta[0].device)
@@ -134,7 +134,7 @@ def _check_causal(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
         other = torch.cat([x[:, :t], x[:, t:].flip(0, 1) + 1], 1)
         try:
             changed = net(other)[:, :t].detach() - outputs[:, :t]
-        except (IndexError, RuntimeError):  # integers beyond what an embedding has
+        except (IndexError, RuntimeError):  # integers out of an embedding's range
             changed = net(torch.cat([x[:, :t], x[:, t:].flip(0, 1)], 1))[:, :t].detach() - outputs[:, :t]
         if changed.abs().max() > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
             raise BadInput(f"the network is not causal: its outputs before step {t} depend on inputs from step {t} on")
@@ -157,7 +157,7 @@ def _check_declared(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
         states = trajectory(recurrence.kind, recurrence.alpha, w, x)[0]
         if "readout_weight" in w:
             states = nn.functional.linear(states, w["readout_weight"], w.get("readout_bias"))
-    except Exception as error:  # whatever names and kinds that do not exist lead to
+    except Exception as error:  # unknown names and kinds may raise anything
         raise BadInput(f"the module declares a recurrence that cannot be computed: {summary(error)}") from error
     off = torch.inf if states.shape != outputs.shape else (states - outputs).abs().max()
     if off > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():

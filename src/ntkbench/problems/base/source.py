@@ -1,4 +1,4 @@
-"""Where a kernel's problem comes from: a network in torch or a function in JAX, with inputs of any structure."""
+"""Sources of a kernel's problem: a torch network or a JAX function, with inputs of any structure."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes of names in networks that are wrapped."""
+"""Prefixes of names in wrapped networks."""
 
 
 class Source(ABC):
     """A network and its inputs as the user gave them.
 
     Attributes:
-        problem: the same as a problem.
+        problem: the network and its inputs as a problem.
     """
 
     problem: Problem
 
     @abstractmethod
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
-        """Where to compute, and on which of several GPUs."""
+        """The target to compute on, and the index of its GPU if one is named."""
 
     @abstractmethod
     def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Any]:
-        """A problem that also knows other inputs, and these inputs as its network takes them."""
+        """A problem that also holds other inputs, and these inputs as its network takes them."""
 
     @abstractmethod
     def at(self, problem: Problem, weights: Any) -> Problem:
@@ -49,12 +49,12 @@ class Source(ABC):
         """
 
     def of(self, model: Any) -> Problem | None:
-        """Another network on the same inputs; ``None`` for what is not a network."""
+        """Another network on the same inputs; ``None`` if ``model`` is not a network."""
         return None
 
     @abstractmethod
     def check_end(self, other: Any) -> None:
-        """Refuse what cannot be at the other end of an alignment, whatever its values.
+        """Refuse an object that cannot be the other end of an alignment, whatever its values.
 
         Raises:
             BadInput: says what is allowed.
@@ -76,7 +76,7 @@ class TorchSource(Source):
 
         self._dtype = dtype
         self._module, x = calls.as_module(model, inputs, call, output)
-        self._x = x.clone() if isinstance(x, torch.Tensor) else x  # the caller's may be written to
+        self._x = x.clone() if isinstance(x, torch.Tensor) else x  # the caller may write to its own tensor
         self.problem = wrapped(self._module, self._x, dtype=dtype)
 
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
@@ -105,10 +105,10 @@ class TorchSource(Source):
         return module.at(problem, calls.alike(self.problem.network, weights))
 
     def _own(self, net: nn.Module, weights: Mapping[Any, Any]) -> dict[str, Any]:
-        """Values by the names of a problem's network, from values by the names that the user's network has.
+        """Values by their names in a problem's network, from values by their names in the user's network.
 
-        A tensor that is tied under several names may be given under each. What the problem's network does not have,
-        the running statistics of BatchNorm in train mode, is left out.
+        A tensor that is tied under several names may be given under each. Values that the problem's network does not
+        have, such as running statistics of BatchNorm in train mode, are left out.
         """
         import torch
 
@@ -141,7 +141,7 @@ class TorchSource(Source):
         return found
 
     def _check_layout(self, model: object) -> None:
-        """Refuse a recurrent layer that would take these inputs for something else."""
+        """Refuse a recurrent layer with another layout of its inputs."""
         from torch import nn
 
         layers = [layer for layer in (self._module, model) if isinstance(layer, nn.RNNBase)]
@@ -216,7 +216,7 @@ class JaxSource(Source):
 
 
 def source(model: Any, inputs: Any, call: Any, output: Any, params: Any, dtype: str | None) -> Source:
-    """The source for what the user gave.
+    """The source for the model and inputs that the user gave.
 
     Raises:
         BadInput: it is neither a module nor a function with ``params``; or the source refuses it.
@@ -235,7 +235,7 @@ def source(model: Any, inputs: Any, call: Any, output: Any, params: Any, dtype: 
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> tuple[str, int | None]:
-    """Kind of device, as a target names it, and which of several GPUs."""
+    """Kind of device, as a target names it, and the index of its GPU if one is named."""
     name = str(next(model.parameters()).device if device is None else device)
     match = re.fullmatch(r"(cpu|cuda):([0-9]+)", name)
     if not match:

@@ -1,6 +1,6 @@
-"""Files of weights and exact values, with a checksum, so that a damaged file is noticed and never used.
+"""Files of weights and exact values, with a checksum, so that a damaged file is detected and never used.
 
-Committed files lie below ``results/reference``; everything else is a cache, and can be made again.
+Committed files are below ``results/reference``; everything else is a cache, and can be regenerated.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What was written to a file, or ``None`` where there is none. A damaged cache file counts as none, and is logged.
+    """The content of a file, or ``None`` if there is none. A damaged cache file is logged and counts as none.
 
     Raises:
-        Corrupt: the file is damaged, and committed.
+        Corrupt: the file is committed and damaged.
     """
     if not path.exists():
         return None
@@ -53,16 +53,16 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """What was written to a file that exists.
+    """The content of an existing file.
 
     Raises:
-        Corrupt: it cannot be read, is no such file, or its content does not match its checksum.
+        Corrupt: it cannot be read, has another format, or its content does not match its checksum.
     """
     try:
         content = _record(path) if path.suffix == ".json" else _arrays(path)
         checksum = str(content.pop("checksum", "missing"))
         whole = checksum == (_checksum_of_record if path.suffix == ".json" else _checksum_of_arrays)(content)
-    except Exception as error:  # the parsers of both formats let nearly every kind of exception through
+    except Exception as error:  # the parsers of both formats raise nearly every kind of exception
         raise Corrupt(f"{path} is damaged: {summary(error)}") from error
     if not whole:
         raise Corrupt(f"{path} is damaged: its content does not match its checksum")

@@ -1,7 +1,7 @@
-"""Training recipes: seeded gradient descent as data, so that what is run is what is recorded.
+"""Training recipes: seeded gradient descent as data, so that the recorded recipe is the one that runs.
 
 A problem is trained by an :class:`Adam` or :class:`OnTask`, or its trained weights are :class:`Given`. Studies that
-look at weights on the way use :func:`course` and :func:`checkpoints`.
+need weights during training use :func:`course` and :func:`checkpoints`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 TRIALS, LOSS, STEPS, LEARNING_RATE, CLIP = 128, 0.1, 2000, 5e-3, 1.0
-"""How recurrent networks are trained on tasks, unless it is said otherwise; see :class:`OnTask`."""
+"""Defaults for training recurrent networks on tasks; see :class:`OnTask`."""
 SHORTEST = 10
-"""Steps of the shortest trials that come before longer ones."""
+"""Fewest steps of the shorter trials that precede longer ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Training(abc.ABC):
     """A training recipe: a frozen dataclass whose fields are all the values that training uses.
 
-    Its printed form, with all fields but those of ``repr=False``, is part of a problem's identity, and so are
+    Its printed form, with all fields except those of ``repr=False``, is part of a problem's identity, and so are
     :meth:`arrays` and what :meth:`objective` computes.
 
     Attributes:
-        kept: whether trained weights are cached, and committed with exact values. They are not where making them again
-            takes no time.
+        kept: whether trained weights are cached, and committed with exact values; false if it takes no time to
+            regenerate them.
     """
 
     kept: ClassVar[bool] = True
@@ -49,12 +49,12 @@ class Training(abc.ABC):
         """Train a module in place, the same way every time, and leave it in float32.
 
         Raises:
-            DidNotTrain: training did not get where it was to get.
+            DidNotTrain: training did not reach its goal.
         """
 
     @abc.abstractmethod
     def arrays(self) -> Weights:
-        """The data of training, by name."""
+        """The training data, by name."""
 
     @abc.abstractmethod
     def objective(self, module: nn.Module) -> Tensor:
@@ -70,16 +70,16 @@ class Training(abc.ABC):
 class Adam(Training):
     """Adam on shuffled mini-batches, for a number of epochs.
 
-    Runs in float64, so that rounding differences between machines stay far below the float32 the weights are kept in.
+    Runs in float64, so that rounding differences between machines stay far below the float32 precision of the result.
 
     Attributes:
-        x: inputs ``[N, ...]``, those of real numbers brought to float64 batch by batch.
-        y: what the loss compares outputs with, ``[N, ...]``.
+        x: inputs ``[N, ...]``; real ones are converted to float64 batch by batch.
+        y: targets of the loss, ``[N, ...]``.
         loss: a named function of a batch's outputs and its ``y``.
-        batch: samples a batch.
+        batch: samples per batch.
         epochs: passes over the data.
         lr: learning rate.
-        seed: of the shuffling.
+        seed: random seed of the shuffling.
     """
 
     x: Tensor = field(repr=False)
@@ -96,9 +96,9 @@ class Adam(Training):
         module.float()
 
     def course(self, module: nn.Module) -> Iterator[tuple[int, float]]:
-        """Train in place, in float64: steps taken and the loss of the next batch, before each step and after the last.
+        """Train in place, in float64; yield the steps taken and the loss of the next batch, before each step.
 
-        After the last step the loss is that of the last batch. The caller may look at the weights in between.
+        After the last step it yields the loss of the last batch. The caller may read the weights in between.
         """
         import torch
 
@@ -140,7 +140,7 @@ class AdamInTrainMode(Adam):
 
 
 def next_token(logits: Tensor, following: Tensor) -> Tensor:
-    """Cross-entropy of logits ``[N, T, V]`` for the tokens that follow, ``[N, T]``, in nats a token."""
+    """Cross-entropy of logits ``[N, T, V]`` for the tokens that follow, ``[N, T]``, in nats per token."""
     import torch
 
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten())
@@ -152,12 +152,12 @@ def _wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Given(Training):
-    """Weights that others have trained: they are put in place of the initial ones, buffers included.
+    """Weights trained by others, which replace the initial ones, including buffers.
 
     Attributes:
-        source: whose they are.
-        weights: parameters and buffers by their names in the state_dict, but for BatchNorm's counts of batches.
-        digest: of the weights, which nobody gives.
+        source: origin of the weights.
+        weights: parameters and buffers by their names in the state_dict, except BatchNorm's counts of batches.
+        digest: hash of the weights, which is computed and not an argument.
     """
 
     kept: ClassVar[bool] = False
@@ -198,17 +198,17 @@ class Given(Training):
 
 @dataclass(frozen=True)
 class OnTask(Training):
-    """Full-batch Adam with clipped gradients on trials of a task, of one length after another, each down to a loss.
+    """Full-batch Adam with clipped gradients on trials of a task, of one length after another, each until ``loss``.
 
     Attributes:
         task: a key of :data:`ntkbench.data.tasks.TASKS`.
         lengths: steps T of the trials, in turn; see :func:`curriculum`.
         trials: number of trials of each length.
         loss: the share of the targets' power at which to stop.
-        steps: that may be taken at each length.
-        learning_rate: of Adam.
+        steps: maximum number of steps at each length.
+        learning_rate: learning rate of Adam.
         clip: norm that gradients are clipped to.
-        seed: of the trials.
+        seed: random seed of the trials.
     """
 
     task: str
@@ -246,9 +246,9 @@ class OnTask(Training):
 
 
 def curriculum(T: int) -> tuple[int, ...]:
-    """Lengths of trials that a network is trained on in turn: T, a third of it and so on, but for those below 10.
+    """Lengths of trials to train on in turn: T, preceded by a third of it and so on, without lengths below 10.
 
-    Over dozens of steps gradients of a vanilla network vanish, and nothing is learned from long trials alone.
+    Gradients of a vanilla network vanish over dozens of steps, so it learns nothing from long trials alone.
     """
     lengths = [T]
     while lengths[0] // 3 >= SHORTEST:
@@ -266,18 +266,18 @@ def course(
     learning_rate: float = LEARNING_RATE,
     clip: float = CLIP,
 ) -> Iterator[tuple[int, float]]:
-    """Train in place on all trials at once; see :func:`descent` for what comes out and when.
+    """Train in place on all trials at once; yields the same as :func:`descent`.
 
-    In float64, so that rounding differences between machines stay far below the float32 that weights are kept in.
+    Runs in float64, so that rounding differences between machines stay far below the float32 precision of the result.
 
     Args:
         module: the network, in float64 until the end.
-        trials: to train it on.
-        loss: at which to stop.
-        steps: that may be taken.
-        optimizer: ``"adam"``, or ``"sgd"`` for gradient descent with a momentum of 0.9, which moves each weight by as
-            much as its gradient says.
-        learning_rate: of either.
+        trials: the training trials.
+        loss: the loss at which to stop.
+        steps: maximum number of steps.
+        optimizer: ``"adam"``, or ``"sgd"`` for gradient descent with a momentum of 0.9, which moves each weight in
+            proportion to its gradient.
+        learning_rate: learning rate of the optimizer.
         clip: norm that gradients are clipped to.
     """
     import torch
@@ -299,18 +299,18 @@ def course(
 
 
 def descent(loss: Callable[[], Tensor], optimizer: Optimizer, *, to: float, most: int) -> Iterator[tuple[int, float]]:
-    """Gradient descent until the loss is at most ``to``: steps taken and loss, before each step and at the end.
+    """Gradient descent until the loss is at most ``to``; yields steps taken and loss, before each step and at the end.
 
-    The caller may look at the weights in between; nothing is kept.
+    The caller may read the weights in between; none are kept.
 
     Args:
         loss: computes the loss at the present weights, differentiably.
-        optimizer: of those weights.
+        optimizer: optimizer of those weights.
         to: the loss to reach.
-        most: steps that may be taken.
+        most: maximum number of steps.
 
     Raises:
-        DidNotTrain: the loss is not reached in so many steps, or is no number any more.
+        DidNotTrain: the loss is not reached within ``most`` steps, or is not finite.
     """
     for step in itertools.count():
         value = loss()
@@ -328,7 +328,7 @@ def descent(loss: Callable[[], Tensor], optimizer: Optimizer, *, to: float, most
 def checkpoints(
     module: nn.Module, course: Iterator[tuple[int, float]], ratio: float = 2**0.5
 ) -> Iterator[tuple[int, float, Weights]]:
-    """Steps, loss and weights along a :func:`descent` at log-spaced steps: 0, 1, and each some ratio later; the end.
+    """Steps, loss and weights along a :func:`descent` at log-spaced steps: 0, 1, each ``ratio`` later, and the end.
 
     Weights are copies, in float32, by parameter name.
     """

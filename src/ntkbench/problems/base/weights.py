@@ -1,4 +1,4 @@
-"""Weights at initialisation and after training, trained once and kept."""
+"""Weights at initialisation and after training, trained once and stored."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def initial_and_trained(name: str, definition: Definition) -> tuple[Weights, Weights | None]:
-    """theta_0 and theta_f of a problem, in float32: its parameters with ``requires_grad``, the others stay as they are.
+    """theta_0 and theta_f of a problem, in float32: its parameters with ``requires_grad``; the others stay unchanged.
 
-    Buffers that training changes, such as BatchNorm's statistics, are among both. theta_f is ``None`` for a network
-    that stays untrained. Otherwise it is looked up in ``results/reference/weights`` and in the cache. It is trained,
-    and cached, where neither has one of this :func:`origin`. Committed weights keep exact values valid on machines
-    whose kernels round differently.
+    Both include buffers that training changes, such as BatchNorm's statistics. theta_f is ``None`` for a network that
+    stays untrained. Weights that a recipe does not keep are made again. Otherwise theta_f is looked up in
+    ``results/reference/weights`` and in the cache. If neither has one of this :func:`origin`, it is trained and cached.
+    Committed weights keep exact values valid on machines whose kernels round differently.
 
     Args:
-        name: of the problem, without sizes.
-        definition: of the problem at the sizes asked for.
+        name: name of the problem, without sizes.
+        definition: definition of the problem at the requested sizes.
 
     Raises:
         DidNotTrain: training failed; nothing is kept.
@@ -53,7 +53,7 @@ def _found_or_trained(name: str, definition: Definition) -> Weights:
 
 
 def train(name: str, definition: Definition) -> Weights:
-    """theta_f, by training a copy of the network, and the buffers that training changed.
+    """Train a copy of the network; returns theta_f and the buffers that training changed.
 
     Raises:
         DidNotTrain: training failed, or gave weights that are not finite.
@@ -75,11 +75,11 @@ def train(name: str, definition: Definition) -> Weights:
 
 
 def origin(name: str, definition: Definition) -> str:
-    """Hash of all that theta_f comes from: the network, its initial weights, the training recipe and its data.
+    """Hash of everything that determines theta_f: the network, its initial weights, the training recipe and its data.
 
-    The network and the loss count by what they compute, as in :meth:`ntkbench.problem.Problem.digest`; the recipe by
-    its printed fields; weights to the bit, and so data, but for those in float64, which count in float32: what is
-    computed in float64 differs from machine to machine in its last bits.
+    The network and the loss enter by what they compute, as in :meth:`ntkbench.problem.Problem.digest`; the recipe by
+    its printed fields; weights and data bit by bit. Data in float64 enter in float32, because the last bits of float64
+    results differ between machines.
 
     Raises:
         DidNotTrain: the loss cannot be computed.
@@ -90,7 +90,7 @@ def origin(name: str, definition: Definition) -> str:
     digest = hashlib.sha256(str(definition.training).encode())
     stored = definition.module.state_dict()
     hash_arrays(digest, {key: w.detach().numpy() for key, w in stored.items()})
-    hash_arrays(digest, values(definition.module, stored))  # buffers that no state_dict has
+    hash_arrays(digest, values(definition.module, stored))  # includes buffers outside the state_dict
     data = definition.training.arrays()
     hash_arrays(digest, {key: a.astype("float32") if a.dtype == "float64" else a for key, a in data.items()})
     network = copy.deepcopy(definition.module).double()
@@ -103,7 +103,7 @@ def origin(name: str, definition: Definition) -> str:
 
 
 def committed_file(name: str) -> Path:
-    """Where the committed weights of a problem lie."""
+    """Path of a problem's committed weights."""
     return paths.REFERENCE / "weights" / f"{name}.npz"
 
 
@@ -119,13 +119,13 @@ def _cached_file(name: str, origin: str) -> Path:
 
 
 def _initial(definition: Definition, theta_f: Weights) -> Weights:
-    """What the network begins with, of all that theta_f has."""
+    """Initial values of the parameters and buffers in theta_f."""
     start = {**_trainable(definition.module), **_buffers(definition.module)}
     return {key: start[key] for key in theta_f}
 
 
 def _buffers(module: nn.Module) -> Weights:
-    """Buffers of real numbers that belong to the state of a module."""
+    """Real-valued buffers in a module's state_dict."""
     kept = module.state_dict()
     real = {key: b for key, b in module.named_buffers() if key in kept and b.is_floating_point()}
     return {key: b.detach().numpy().copy() for key, b in real.items()}

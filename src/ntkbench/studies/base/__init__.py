@@ -1,4 +1,4 @@
-"""What studies share: settings, rows that say how their measurement ended, and set-ups that rows have in common."""
+"""Code shared by studies: settings, rows with the outcome of their measurement, and set-ups that several rows share."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
     start = time.perf_counter()
     try:
         made = {**case, **outcomes.Outcome(outcomes.OK).columns(), "seeds": 1, "calls": 0, **measure()}
-        made = json.loads(json.dumps(made, default=journals.plain))  # the same as if it were from before
-    except (Exception, SystemExit) as error:  # whatever it is, the other rows stand
+        made = json.loads(json.dumps(made, default=journals.plain))  # the same as a row from the journal
+    except (Exception, SystemExit) as error:  # the other rows are kept
         made = {**case, **outcomes.of_exception(error).columns()}
     seconds = time.perf_counter() - start
     if kept:
@@ -105,7 +105,7 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
     A call that fails gives its row status and reason, and the others continue without it.
 
     Args:
-        case: columns that tell these turns from the study's others.
+        case: columns that distinguish these turns from the study's others.
         turns: the calls.
         rounds: how often each is called.
 
@@ -118,7 +118,7 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
         if number not in failed:
             try:
                 call()
-            except (Exception, SystemExit) as error:  # the others go on
+            except (Exception, SystemExit) as error:  # the others continue
                 failed[number] = outcomes.of_exception(error).columns()
 
     def measure() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is compared side by side besides methods: blocks of products with the Jacobian, and a recipe from a blog."""
+"""Computations compared side by side, other than methods: blocks of products with the Jacobian, a blog's recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK, PROBES = 64, 50
 def _block(
     problem: Problem, target: Target, product: str, linearised: Callable[..., JacobianOperator]
 ) -> Callable[[], float]:
-    """A block of products with the Jacobian, forward pass done."""
+    """A block of products with the Jacobian, after the forward pass."""
     j = linearised(problem, "theta_0", target)
     rows = j.rng(0).sign(BLOCK, j.n if product == "vjp" else j.P)
     return lambda: float(getattr(j, product)(rows)[-1, -1])
@@ -31,7 +31,7 @@ def _by_torch_func(problem: Problem, weights: str, target: Target) -> JacobianOp
 
 
 def _alignment(problem: Problem, target: Target) -> Callable[[], float]:
-    """The alignment that the blog on recurrent models computes, by the suite."""
+    """The alignment that the blog on recurrent models computes, by ntkbench."""
     method = methods.get("shared_probe_alignment")
     prepared = method.prepare(problem, target)
     return lambda: float(method.estimate(prepared, "alignment", 4 * PROBES))
@@ -53,7 +53,7 @@ def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], f
         pullback = vjp(forward, weights)[1]
         return vmap(lambda probe: jvp(forward, (weights,), pullback(probe))[1])(u)
 
-    @torch.backends.cudnn.flags(enabled=False, allow_tf32=False)  # which has no forward mode
+    @torch.backends.cudnn.flags(enabled=False, allow_tf32=False)  # cuDNN has no forward mode
     def run() -> float:
         generator = torch.Generator(x.device).manual_seed(0)
         drawn = torch.randn(problem.n, PROBES, generator=generator, dtype=x.dtype, device=x.device)
@@ -72,4 +72,4 @@ COMPUTATIONS: dict[str, Callable[[Problem, Target], Callable[[], float]]] = {
     "alignment by 50 probes": _alignment,
     "alignment by 50 probes by torch.func": _alignment_by_torch_func,
 }
-"""From a problem and a target to the timed region."""
+"""Functions from a problem and a target to the timed region, by name."""

@@ -1,4 +1,4 @@
-"""Gradient descent on scikit-learn's digits that stops where a study looks at the network."""
+"""Gradient descent on scikit-learn's digits that stops where a study measures the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Descent:
     """Stochastic gradient descent on all training images, in the precision and on the device of the network.
 
     The network is trained in the mode that it is in: BatchNorm in eval mode keeps its statistics, so that samples do
-    not interact in training either, and its scale and shift are trained as any other parameter.
+    not interact in training either, and its scale and shift are trained like any other parameter.
 
     Attributes:
         steps: number of steps so far.
@@ -32,7 +32,7 @@ class Descent:
         momentum: float = 0.0,
         decay: float = 0.0,
     ) -> None:
-        """Nothing is trained yet.
+        """Does not train yet.
 
         Args:
             network: ``[N, 1, 8, 8] -> [N, O]``; trained in place.
@@ -51,7 +51,7 @@ class Descent:
         """Continue training up to this total number of steps.
 
         Raises:
-            DidNotTrain: outputs are not finite any more, or do not depend on the image.
+            DidNotTrain: outputs are no longer finite, or do not depend on the image.
         """
         while self.steps < step:
             chosen = torch.randint(len(self._images), (self._batch,), generator=self._shuffle)
@@ -65,5 +65,5 @@ class Descent:
             outputs = self._network(self._images[: self._batch])
         if not outputs.isfinite().all():
             raise DidNotTrain(f"training diverged: outputs are not finite after {self.steps} steps")
-        if (outputs == outputs[0]).all():  # all units of a ReLU layer are off, and will stay so
+        if (outputs == outputs[0]).all():  # all units of a ReLU layer are inactive, and stay so
             raise DidNotTrain(f"training diverged: outputs are the same for all images after {self.steps} steps")

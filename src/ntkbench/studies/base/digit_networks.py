@@ -1,4 +1,4 @@
-"""Four kinds of small networks on scikit-learn's digits, and their training: what is compared along training."""
+"""Four kinds of small networks on scikit-learn's digits, which are compared along training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUTPUTS, SIDE = 10, 8
 
 
 class GreyImages(nn.Module):
-    """Images of one channel as images of three equal ones."""
+    """Images of one channel as images of three equal channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.expand(-1, CHANNELS, -1, -1)
@@ -30,4 +30,4 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: classifiers.network("resnet18", 4, OUTPUTS),
     "transformer": _transformer,
 }
-"""Name to a network at its initialisation on images ``[N, 1, 8, 8]``."""
+"""Functions that create a network for images ``[N, 1, 8, 8]`` at its initialisation, by name."""

@@ -12,7 +12,7 @@ from ntkbench.studies.base import pntk
 
 
 def product(network: nn.Module, theta: Mapping[str, Tensor], x: Tensor, u: Tensor) -> Tensor:
-    """Theta u for probes u ``[k, N, O]``, differentiable by theta; a VJP and a JVP each."""
+    """Theta u for probes u ``[k, N, O]``, differentiable in theta; one VJP and one JVP per probe."""
 
     def outputs(theta: dict[str, Tensor]) -> Tensor:
         found: Tensor = functional_call(network, theta, (x,))
@@ -44,7 +44,7 @@ def distilled(
 ) -> None:
     """Train a student in place on a teacher's outputs by Adam, in the precision of the student.
 
-    The loss is the cross-entropy with the teacher's probabilities, and ``weight`` times 1 - A on the same batch, with A
+    The loss is the cross-entropy with the teacher's probabilities, plus ``weight`` times 1 - A on the same batch. A is
     the shared-probe estimate of the alignment of the two kernels, from new random signs at each step. A probe takes 2
     passes of the teacher and 2 of the student, and the backward pass through the latter.
 
@@ -52,7 +52,7 @@ def distilled(
         student, teacher: ``[N, 1, 8, 8] -> [N, O]``.
         x: images to train on.
         weight: weight of the regulariser; with 0 it is left out.
-        steps, batch, rate: those of Adam.
+        steps, batch, rate: number of steps, batch size and learning rate of Adam.
         probes: number of probes of the estimate at each step.
         seed: seed of batches and probes.
     """
@@ -86,9 +86,9 @@ class Judge:
         """Trace the networks.
 
         Args:
-            teacher: as it is trained.
-            student: one of its kind.
-            images: that kernels are taken on.
+            teacher: the trained teacher.
+            student: any student; all have the same architecture.
+            images: number of images that kernels are computed on.
         """
         self._x, self._labels = pntk.held_out_digits()
         seen = self._x[:images]

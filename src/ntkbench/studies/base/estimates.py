@@ -1,4 +1,4 @@
-"""What the studies of estimators share: errors and seconds at a number of samples, and exact methods beside them."""
+"""Code shared by the studies of estimators: errors and seconds at a number of samples, and exact methods."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ POWERS = {"norm": 2}
 
 
 class Settings(base.Settings):
-    """Of a study of estimators.
+    """Settings of a study of estimators.
 
     Attributes:
-        seeds: of an estimator. Each gives an estimate; all but the first are timed.
+        seeds: number of seeds of an estimator. Each gives an estimate; all but the first are timed.
         direct_share: share of Theta's columns on which the baselines by columns are timed, rounded up to whole blocks.
             Seconds of all columns are extrapolated from them.
     """
@@ -55,12 +55,12 @@ class Subject:
 
     Attributes:
         label: label of the problem, or labels of which the first with available data is used.
-        problem: loads it.
+        problem: loads the problem.
         exact: its exact values by metric.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
-        """Load nothing yet."""
+        """Does not load anything yet."""
         self.label = " or ".join(labels)
         self.problem = base.Once(lambda: _first_available(labels))
         self.exact = base.Once(lambda: reference.exact(self.problem()))
@@ -148,9 +148,9 @@ _MEASURED: dict[tuple[str, str, Target, bool, float, int], tuple[Timed, float]] 
 
 
 def _columns_of_theta(settings: Settings, problem: Problem, one_by_one: bool) -> tuple[Timed, float]:
-    """Seconds of products of Theta with basis vectors, and the share of all n that they are.
+    """Seconds of products of Theta with basis vectors, and their share of all n.
 
-    Measured once for a problem in this process: the metrics other than the alignment come from the same products.
+    Measured once per problem in this process: the metrics other than the alignment come from the same products.
     """
     key = (problem.name, problem.digest(), settings.target(), one_by_one, settings.direct_share, settings.calls)
     if key not in _MEASURED:

@@ -1,4 +1,4 @@
-"""How well kernels between samples stand for Theta: what the studies of the pNTK measure (Mohamadi et al. 2023)."""
+"""How well kernels between samples approximate Theta: measures of the studies of the pNTK (Mohamadi et al. 2023)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ RIDGE = 1e-8
 class Theta:
     """Theta of networks of one architecture on the same inputs, in float64; traced once, for all weights.
 
-    Tracing takes deep networks seconds, as long as several kernels.
+    Tracing a deep network takes seconds, as long as several kernels.
     """
 
     def __init__(self, network: nn.Module, x: Tensor, memory: int = 2**30) -> None:
         """Trace the network.
 
         Args:
-            network: one with this architecture; its buffers, such as BatchNorm's statistics, count for all.
+            network: one with this architecture; its buffers, such as BatchNorm's statistics, are used for all networks.
             x: inputs ``[N, ...]``.
             memory: bytes that everything except the result may use.
 
@@ -61,8 +61,8 @@ def features_and_outputs(network: nn.Sequential, x: Tensor) -> tuple[Tensor, Ten
 def standing_in(full: Tensor, features: Tensor, seed: int) -> dict[str, Tensor]:
     """The ``[N, N]`` kernels by name.
 
-    All but the last layer's are averages over Theta's blocks, and are computed from Theta. The last
-    layer's is that of a linear readout with biases on its features.
+    All but that of the last layer are averages over Theta's blocks, and are computed from Theta. That of the last layer
+    is the kernel of a linear readout with biases on its features.
 
     Args:
         full: Theta, ``[N, O, N, O]``.
@@ -90,14 +90,14 @@ def difference(full: Tensor, kernel: Tensor) -> float:
 
 
 def off_diagonal_mass(full: Tensor) -> float:
-    """Sum of |entries| off the diagonals of Theta's O x O blocks over that of those on them, per entry."""
+    """Mean |entry| off the diagonals of Theta's O x O blocks, over the mean |entry| on the diagonals."""
     outputs = full.shape[1]
     on = float(torch.einsum("aobo->abo", full).abs().sum())
     return (float(full.abs().sum()) - on) / on / max(1, outputs - 1)
 
 
 def spectrum(matrix: Tensor) -> tuple[float, float]:
-    """Largest eigenvalue and condition number of a symmetric matrix; eigenvalues that round to less by their size."""
+    """Largest eigenvalue and condition number of a symmetric matrix, by absolute values: some may round below 0."""
     values = torch.linalg.eigvalsh(matrix).abs()
     return float(values.max()), float(values.max() / values.min())
 
@@ -106,7 +106,7 @@ def predictions(kernel: Tensor, f: Tensor, targets: Tensor, train: int) -> Tenso
     """Kernel regression f(x) + K(x, X) K(X, X)^-1 (Y - f(X)) on the samples after the first ``train``.
 
     Args:
-        kernel: ``[N, N]`` for every output alike, or ``[N, O, N, O]``.
+        kernel: ``[N, N]``, the same for all outputs, or ``[N, O, N, O]``.
         f: outputs of the network ``[N, O]``.
         targets: targets of the training samples ``[train, O]``.
         train: number of training samples.

@@ -2,21 +2,21 @@
 
 G is between N samples, 1 on its diagonal and rho elsewhere, and S is every sample's block. The network is
 f(x) = A Q W x with trainable W, frozen A and frozen orthogonal Q, so that G = X X^T and S = A A^T. Three numbers are
-prescribed, each without the others:
+prescribed independently:
 
 - O, the outputs of a sample;
 - rank = (tr S)^2 / ||S||_F^2, the effective rank of a sample's block, by a geometric spectrum;
 - share, the part of ||Theta||_F^2 that lies between samples. From ||Theta||_F^2 = N ||S||_F^2 (1 + (N - 1) rho^2) it
   is (N - 1) rho^2 / (1 + (N - 1) rho^2), which gives rho.
 
-The eigenvectors of S are the columns of a Hadamard matrix, so that all diagonal entries of S are equal, and those of
-S^2 too. O is therefore a power of two.
+The eigenvectors of S are the columns of a Hadamard matrix, so that all diagonal entries of S are equal, and so are
+those of S^2. O is therefore a power of two.
 
 Variances for probes u of random signs, with M_b = (Theta^2)_bb, the part of Theta^2 in sample b:
 
 - Trace, pooled, ||J^T u||^2: 2 (||Theta||_F^2 - sum_i Theta_ii^2) / K after K passes (Hutchinson 1990).
-- Trace, per sample, sum_b ||J_b^T u_b||^2: 2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / K. Here both leave the
-  mean as it is, so that the relative variance per sample is 2 (1 / rank - 1 / O) / (N K).
+- Trace, per sample, sum_b ||J_b^T u_b||^2: 2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / K. Both estimators are
+  unbiased, so that the relative variance per sample is 2 (1 / rank - 1 / O) / (N K) here.
 - ||Theta||_F^2 by pairs of probes, Hoeffding's two terms (:class:`ntkbench.estimators.standard_errors.PairSums`).
   Single probes: alpha_b(u) = u^T M_b u - tr M_b, so that Var(2 alpha_b) = 8 (||M_b||_F^2 - sum_i (M_b)_ii^2), summed
   over b and divided by K. Pairs: y = (u^T B v)^2 for a block B = Theta_bc, less its means over u and over v, has the
@@ -24,8 +24,8 @@ Variances for probes u of random signs, with M_b = (Theta^2)_bb, the part of The
   all samples are one stratum. The norm's relative error is half that of its square (delta method).
 
 The passes to a relative error eps are therefore proportional to 1 / eps^2, and an exact method takes O passes for any
-eps. For the trace per sample, exact is the cheaper one if O < 2 (1 / rank - 1 / O) / (N eps^2): about where N O rank <
-2 / eps^2. Pooled, the effective rank of Theta, which is N rank (1 - share), stands in place of N rank.
+eps. For the trace per sample, an exact method is cheaper if O < 2 (1 / rank - 1 / O) / (N eps^2), which is about
+N O rank < 2 / eps^2. Pooled, the effective rank of Theta, N rank (1 - share), replaces N rank.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ntkbench.problem import Problem, split
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the entries of a symmetric matrix M, of which variances are functions. Those of M (x) M' are products.
+    """Sums over the entries of a symmetric matrix M that determine variances. Those of M (x) M' are products.
 
     Attributes:
         trace: tr M.
@@ -82,7 +82,7 @@ class Sums:
         """Variance of (u^T M v)^2, less its means over u and over v, for independent random signs u and v.
 
         E (u^T M v)^4 = 3 ((tr A)^2 + 2 (||A||_F^2 - sum_i A_ii^2)) - 6 sum_i A_ii^2 + 4 sum_ij M_ij^4 with A = M M^T,
-        from the fourth moments of random signs. (tr A)^2 and twice 2 (||A||_F^2 - sum_i A_ii^2) leave it.
+        from the fourth moments of random signs. (tr A)^2 and twice 2 (||A||_F^2 - sum_i A_ii^2) are subtracted.
         """
         return 2 * self.square**2 + 2 * self.fourth - 8 * self.square_diagonal + 4 * self.entries
 
@@ -92,13 +92,13 @@ class Kernel:
     """Theta = G (x) S.
 
     Attributes:
-        N: samples, two at least.
-        O: outputs of a sample, a power of two from 2 on.
-        rank: effective rank of a sample's block, from 1 on and below O.
+        N: samples, at least 2.
+        O: outputs of a sample, a power of two, at least 2.
+        rank: effective rank of a sample's block, at least 1 and less than O.
         share: part of ||Theta||_F^2 between samples, from 0 to 1 - 1 / N.
 
     Raises:
-        BadInput: one of them is impossible.
+        BadInput: one of them is out of range.
     """
 
     N: int
@@ -124,7 +124,7 @@ class Kernel:
 
     @functools.cached_property
     def eigenvalues(self) -> np.ndarray:
-        """Of S, ``[O]``: powers of a number, of mean 1 and of the prescribed effective rank."""
+        """Eigenvalues of S, ``[O]``: a geometric sequence with mean 1 and the prescribed effective rank."""
         from scipy.optimize import brentq
 
         def excess(log_ratio: float) -> float:
@@ -138,7 +138,7 @@ class Kernel:
     def block(self) -> Sums:
         """The sums of S."""
         values, mean_square = self.eigenvalues, float((self.eigenvalues**2).mean())
-        row = _hadamard(self.O) @ values / self.O  # the first one of S; the others hold the same numbers
+        row = _hadamard(self.O) @ values / self.O  # the first row of S; the others hold the same numbers
         return Sums(
             float(values.sum()),
             float(values.sum() ** 2 / self.O),
@@ -158,7 +158,7 @@ class Kernel:
 
         Args:
             metric: ``trace`` or ``norm``.
-            family: ``per-sample`` for a probe of each sample's own, ``pooled`` for one of all of them.
+            family: ``per-sample`` for a separate probe of each sample, ``pooled`` for one probe of all samples.
             passes: K, more than 1 for the norm.
         """
         theta, block = self.theta, self.block
@@ -182,10 +182,10 @@ class Kernel:
 
         Args:
             width: inputs, and units of each layer; at least N and O.
-            depth: orthogonal layers.
+            depth: number of orthogonal layers.
 
         Raises:
-            BadInput: ``width`` is less.
+            BadInput: ``width`` is less than that.
         """
         from torch import nn
 

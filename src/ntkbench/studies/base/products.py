@@ -1,4 +1,4 @@
-"""Products with Theta on the host, for what other libraries compute from them."""
+"""Products with Theta on the host, for algorithms of other libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ntkbench.operators import JacobianOperator, arrays
 def apply(j: JacobianOperator, columns: np.ndarray) -> np.ndarray:
     """Theta times vectors ``[n]`` or ``[n, k]`` in the precision of J; 2 passes for each.
 
-    The products use vectors of length 1 for any scale of the columns.
+    The columns are scaled to length 1 for the products, and the results are scaled back.
     """
     rows = columns.reshape(j.n, -1).T
     sizes = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -24,7 +24,7 @@ def apply(j: JacobianOperator, columns: np.ndarray) -> np.ndarray:
 
 
 def linear(j: JacobianOperator) -> Any:
-    """Theta as SciPy's linear operator on blocks of vectors, in the precision of J."""
+    """Theta as a linear operator of SciPy on blocks of vectors, in the precision of J."""
     from scipy.sparse.linalg import LinearOperator
 
     product = functools.partial(apply, j)

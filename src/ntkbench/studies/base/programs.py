@@ -1,4 +1,4 @@
-"""neural-tangents' programs and ours, and what they take: operations without running, seconds, memory."""
+"""neural-tangents' programs and ours, and their costs: operations (counted without running), seconds, memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def torch_flops(call: Callable[[], Any]) -> float:
 
 
 def engine_flops(module: nn.Module, x: np.ndarray) -> float:
-    """Operations of matrix products and convolutions of our whole kernel by layers, as one block of rows.
+    """Operations of matrix products and convolutions of our whole layerwise kernel, as one block of rows.
 
     One sample's forward pass is run to trace the network; the kernel itself is not, and nothing of its size is
     allocated: its program goes through torch's fake tensors, which have shapes and no entries. As for the lowered
@@ -77,7 +77,7 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
 
     target = Target("torch", device="cpu", memory=sys.maxsize)
     kernel, parameters, inputs = engine(module, x, target, Tuning(certified=False, columns=sys.maxsize))
-    kernel.passes([parameters], inputs)  # traces the program, which the counter would count
+    kernel.passes([parameters], inputs)  # traces the program here, so that the counter does not count it
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # buffers that the traced graph refers to
     shapes, inputs = [mode.from_tensor(w) for w in parameters], mode.from_tensor(inputs)
     with mode:
@@ -87,7 +87,7 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
 def engine(
     module: nn.Module, x: np.ndarray, target: Target, tuning: Tuning | None = None
 ) -> tuple[Any, list[Any], Any]:
-    """Our kernel of a network by layers, its parameters and inputs, on the target's device."""
+    """Our layerwise kernel of a network, its parameters and inputs, on the target's device."""
     weights = {name: w.detach().numpy() for name, w in module.named_parameters()}
     module, parameters, inputs = torch_network(Problem("network", module, x, weights), "theta_0", target)
     kernel = LayerwiseKernel(module, parameters, inputs, target.memory, tuning)
@@ -116,7 +116,7 @@ def timed_program(
 
 
 def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -> dict[str, Any]:
-    """The same columns for our kernel by layers; memory is the peak of a call, less the memory held before it."""
+    """The same columns for our layerwise kernel; memory is what a call adds at its peak, and its arguments."""
     kernel, parameters, inputs = engine(module, x, target)
 
     def call() -> float:

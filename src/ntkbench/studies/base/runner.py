@@ -1,4 +1,4 @@
-"""A study as a step of the pipeline: rows in a process of its own, under limits, taken up where it was stopped."""
+"""A study as a step of the pipeline: rows run in a separate process, under limits; interrupted studies resume."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ntkbench.measure.settings import Settings
 
 
 def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
-    """Measure a study; its table goes to ``output``, whatever happens.
+    """Measure a study; its table goes to ``output``, also if rows fail.
 
     Finished rows are kept in a journal beside it. A separate process measures. If a row exceeds a limit, or the process
-    dies, that row says so, and another process continues with the next row.
+    dies, that row has the reason, and another process continues with the next row.
 
     Raises:
         BadInput: the configuration has no such study.
@@ -42,7 +42,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
         with Journal(kept) as rows:
             rows.drop(outcomes.PASSING)
     with watchdog.step() as mark, Progress(output.parents[1], f"study-{name}", 0) as progress:
-        output.unlink(missing_ok=True)  # so that a table there is of this run
+        output.unlink(missing_ok=True)  # so that any table there is from this run
         progress.begin("measuring")
         while True:
             child = psutil.Popen(command)
@@ -55,7 +55,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
             with Journal(kept) as rows:
                 key = rows.begun
                 if code == KILLED and not watch.verdict and key not in killed:
-                    killed.add(key)  # by something else; once more
+                    killed.add(key)  # by something else; the row is tried once more
                     continue
                 if key is None:
                     _write(config, name, output, [*rows.rows(fingerprints.study(config, name)), outcome.columns()])
@@ -67,9 +67,9 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
 
 
 class _Clock:
-    """The time of a study's process: ``limits.time_s`` for a row, from its start.
+    """The time limit of a study's process: ``limits.time_s`` for a row, from its start.
 
-    Before its first row and between rows, while it imports and makes problems, it has ``limits.problem_s``.
+    Before the first row and between rows, while the process imports and makes problems, it is ``limits.problem_s``.
     """
 
     def __init__(self, child: psutil.Process, file: Path, limits: Limits) -> None:
@@ -93,12 +93,12 @@ class _Clock:
 
 
 def measure_rows(config: Config, name: str, output: Path) -> None:
-    """Measure the rows of a study that are not in its journal, and write the table of all.
+    """Measure the rows of a study that are not in its journal, and write the table of all rows.
 
-    If the study itself fails, between its rows, the table has the rows up to there and one more with the reason.
+    If the study itself fails, between its rows, the table has the rows so far and one more with the reason.
     """
     watchdog.end_with_parent()
-    output = output.absolute()  # a plug-in may leave the folder
+    output = output.absolute()  # a plug-in may change the working directory
     made_for = fingerprints.study(config, name)
     with Journal(_journal(output)) as kept:
         say = Progress(output.parents[1], f"study-{name}", 0).begin
@@ -121,7 +121,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
 
 
 def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:
-    """The table, with the provenance of each row."""
+    """Write the table, with the provenance of each row."""
     chosen = _settings(config, name)
     table = studies.base.table(rows)
     columns = {

@@ -1,4 +1,4 @@
-"""Theta of a problem written out on the host: what studies of spectra and solutions compare with, and time."""
+"""Theta of a problem as a matrix on the host, which studies of spectra and solutions compare with, and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHOD = "structured_derivatives"
 
 
 class Theta:
-    """Theta of a problem, layer by layer; traced once, and computed again at each call.
+    """Theta of a problem by the layerwise kernel; traced once, and computed again at each call.
 
     Attributes:
         eps: machine epsilon of its entries.
@@ -25,11 +25,11 @@ class Theta:
         """Trace the network.
 
         Args:
-            problem: at its initial weights, whose Theta fits in memory.
-            target: where it is computed, and in which precision.
+            problem: a problem whose Theta fits in memory; taken at its initial weights.
+            target: where Theta is computed, and in which precision.
 
         Raises:
-            BadInput: the network has no kernel layer by layer.
+            BadInput: the network has no layerwise kernel.
         """
         prepared: Any = methods.get(METHOD).prepare(problem, target)
         (self._end,) = prepared.ends("norm")
