@@ -124,7 +124,9 @@ def test_the_report_of_a_folder_of_tables(tmp_path):
     assert (tmp_path / "figures" / "novak_flops.pdf").exists()
     alone = tmp_path / "elsewhere" / "page.html"
     assert CliRunner().invoke(main, ["report", str(tmp_path), "--output", str(alone), "--alone"]).exit_code == 0
-    assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text("utf-8")
+    assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text(
+        "utf-8"
+    )
 
 
 def test_a_folder_without_tables_has_no_report(tmp_path):

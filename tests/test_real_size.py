@@ -22,7 +22,9 @@ def test_a_call_has_its_interval_its_time_and_its_memory():
 
 
 def test_the_default_cases_are_problems():
-    settings = real_size.Settings.model_validate({"cases": [case.model_dump() for case in real_size.CASES], "threads": 1})
+    settings = real_size.Settings.model_validate(
+        {"cases": [case.model_dump() for case in real_size.CASES], "threads": 1}
+    )
     assert len(settings.cases) == len(real_size.CASES)
     with pytest.raises(ValueError, match="no size"):
         real_size.Settings.model_validate({"cases": [{"problem": "gpt2_small[X=1]"}]})

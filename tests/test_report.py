@@ -30,7 +30,10 @@ def stochastic(passes: int, **given):
     estimate = {"method": "hutchinson", "title": "Hutchinson", "kind": "stochastic", "passes": passes, "seeds": 20}
     error = 0.3 * passes**-0.5
     errors = {"error": error, "error_q25": error / 2, "error_q75": 2 * error, "covered": 0.95}
-    return cell(**{**estimate, **errors, "seconds": passes / 100, "seconds_q25": passes / 110, "seconds_q75": passes / 95} | given)
+    return cell(
+        **{**estimate, **errors, "seconds": passes / 100, "seconds_q25": passes / 110, "seconds_q75": passes / 95}
+        | given
+    )
 
 
 @pytest.fixture

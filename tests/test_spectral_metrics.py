@@ -95,7 +95,9 @@ def test_the_grid_has_cells_of_them_by_name_alone():
     everything = Config.model_validate({"profile": "x", "threads": 1, "grid": [block | {"metrics": "all"}]})
     assert {cell.metric for cell in cells.cells(everything)} == set(metrics.METRICS)
     with pytest.raises(ValueError, match="gives largest_eigenvalue"):
-        Config.model_validate({"profile": "x", "threads": 1, "grid": [block | {"methods": ["hutchinson"], "metrics": [SPECTRAL[0]]}]})
+        Config.model_validate(
+            {"profile": "x", "threads": 1, "grid": [block | {"methods": ["hutchinson"], "metrics": [SPECTRAL[0]]}]}
+        )
 
 
 def test_other_methods_refuse_them():

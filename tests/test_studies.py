@@ -686,7 +686,9 @@ def test_the_report_needs_no_other_file(tables, tmp_path):
     assert "All &lt;figures&gt;" in page and page.count("data:image/webp;base64,") == 2
     beside = {f"figures/{file.stem}.{end}" for file in made for end in ("csv", "pdf", "png")}
     assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)) == beside
-    assert set(re.findall(r'(?:href="#|aria-describedby="|aria-labelledby=")([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
+    assert set(re.findall(r'(?:href="#|aria-describedby="|aria-labelledby=")([^"]+)"', page)) <= set(
+        re.findall(r'id="([^"]+)"', page)
+    )
     assert len(re.findall(r'<img [^>]* alt="[^"]{20,}"', page)) == 2
     assert re.findall(r'width="(\d+)" height="(\d+)"', page) == [tuple(map(str, _size(file))) for file in sorted(made)]
     made[0].with_suffix(".txt").unlink()

@@ -402,9 +402,7 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
     click.echo(page)
 
 
-def _report(
-    names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True
-) -> None:
+def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True) -> None:
     """Draw figures into a folder, write the report, and say how each figure ended."""
     from ntkbench import figures, paths
     from ntkbench.figures.plotting import claims

@@ -390,9 +390,7 @@ def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
             )
 
 
-def _all_passes(
-    problem: Problem, names: Sequence[str], target: Target, prepared: Any, method: Method
-) -> float | None:
+def _all_passes(problem: Problem, names: Sequence[str], target: Target, prepared: Any, method: Method) -> float | None:
     """Passes of all metrics by a deterministic method; ``None`` if one has no such number."""
     total = 0.0
     for metric in names:
@@ -510,7 +508,7 @@ def _computed(
         planned = max(method.planned_passes(prepared, metric) for metric in names)
         if planned > limit:
             raise Dearer(planned, limit, target.memory)
-    total = budget if options.rtol is None else None
+    total: float | None = budget if options.rtol is None else None
     if not isinstance(method, Stochastic):
         total = _all_passes(problem, names, target, prepared, method)
     try:

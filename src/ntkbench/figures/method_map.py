@@ -71,6 +71,6 @@ def _caption(chosen: pd.DataFrame) -> str:
         f"{tasks.RULE} n is the size of Theta, P the number of parameters, O that of outputs a sample, rank the "
         "effective rank where the table tells it. An empty field: nothing measured is as accurate. Exact: at most "
         f"{tasks.TOLERANCES['exact']:g}, exact methods alone. Of {len(chosen)} tasks the fastest is so in at least "
-        f"{100 * tasks.SURE:g} % of the bootstrap's reruns for {int((chosen['fastest'] >= tasks.SURE).sum())}; the others have a "
-        "question mark, and the next method may be as fast."
+        f"{100 * tasks.SURE:g} % of the bootstrap's reruns for {int((chosen['fastest'] >= tasks.SURE).sum())}; the "
+        "others have a question mark, and the next method may be as fast."
     )

@@ -42,7 +42,7 @@ def cells(config: Config) -> list[Cell]:
         seeds, calls = block.seeds or config.seeds, block.calls or config.calls
         for problem, name, metric in itertools.product(block.problems, block.methods, block.metrics):
             method = methods.get(name)
-            # A metric that a method never gives is no cell; one that it cannot give *here* is a row with its reason.
+            # A metric that a method never gives has no cell; one that it cannot give *here* has a row with the reason.
             if metric not in (*method.metrics, *method.spectral):
                 continue
             for backend in method.backends[: 1 if block.backends == "plain" else None]:

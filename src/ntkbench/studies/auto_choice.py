@@ -71,8 +71,8 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each task and method, that of ``auto`` first.
 
-    ``ratio`` is that of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest`` marks the
-    method that took least. ``by`` is the method that ``auto`` stood for.
+    ``ratio`` is that of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest`` marks
+    the method that took least. ``by`` is the method that ``auto`` stood for.
     """
     return base.table(
         row

@@ -2,8 +2,8 @@
 
 ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
 of 32x32. Operations are counted without running the kernels: those of neural-tangents' programs after lowering, those
-of our layerwise kernel from its shapes. Seconds are measured for cases within the limits; for the limits, operations are
-estimated from those of a forward pass.
+of our layerwise kernel from its shapes. Seconds are measured for cases within the limits; for the limits, operations
+are estimated from those of a forward pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What one call takes on networks of real size: seconds, passes, memory, and the interval that it gives.
 
-A row is the first call of a user, with ``method="auto"`` and a tolerance: checks, trace, certificate and estimate. Exact
-values of these networks are not available, so that errors are those that the estimates state.
+A row is the first call of a user, with ``method="auto"`` and a tolerance: checks, trace, certificate and estimate.
+Exact values of these networks are not available, so that errors are those that the estimates state.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def run(settings: Settings) -> pd.DataFrame:
     ``allowed_bytes`` is what ``memory=`` was, and ``weights_bytes`` the size of the parameters. ``low`` and ``high``
     are the ends of the 95 % interval.
     """
-    return base.table(base.row(case.model_dump(), functools.partial(_measure, settings, case)) for case in settings.cases)
+    return base.table(
+        base.row(case.model_dump(), functools.partial(_measure, settings, case)) for case in settings.cases
+    )
 
 
 def _measure(settings: Settings, case: Case) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Claims of the papers as data: what a source says, what was measured here, and a verdict by the numbers alone.
 
-A figure returns its claims in :class:`ntkbench.figures.plotting.base.Drawing`. Sentences of captions, rows of
-``claims.csv``, the table of the report and the figure of all claims are made from them.
+A figure returns its claims in :class:`ntkbench.figures.plotting.base.Drawing`. They give the sentences of captions, the
+rows of ``claims.csv``, the table of the report and the figure of all claims.
 """
 
 from __future__ import annotations

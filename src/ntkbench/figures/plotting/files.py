@@ -76,7 +76,7 @@ def write_claims(
             (folder / f"{claims.NAME}.{form}").unlink(missing_ok=True)
         return
     write_atomically(folder / f"{claims.NAME}.csv", claims.to_csv(table))
-    table = read(folder / f"{claims.NAME}.csv")  # what is drawn is what is written
+    table = read(folder / f"{claims.NAME}.csv")  # so that the figure shows the written numbers
     with base.style():
         drawing = verdicts.draw(table)
         caption = f"{labels.name_label(claims.NAME)}. {drawing.caption}\n{verdicts.settings(table)}\n"

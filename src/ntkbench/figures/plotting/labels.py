@@ -22,7 +22,7 @@ GROUPS = {
 OWN = "The comparison"
 ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
 NOT_DRAWN = "Could not be drawn"
-"""Begins the caption of a figure that raised; the report looks for it."""
+"""Begins the caption of a figure that raised an exception; the report looks for it."""
 
 
 def group(name: str) -> str:

@@ -81,7 +81,7 @@ def _control(table: pd.DataFrame) -> Check:
         for i, problem in enumerate(names)
     }
     keys = list(zip(exact["metric"], exact["problem"], strict=True))
-    exchanged = exact[[key in others for key in keys]]
+    exchanged = exact[pd.Series([key in others for key in keys], index=exact.index, dtype=bool)]
     wrong = pd.Series([others[key] for key in keys if key in others], index=exchanged.index, dtype=float)
     seen = int(_is_off(exchanged, wrong).sum())
     if not len(exchanged):

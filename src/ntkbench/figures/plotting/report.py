@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from ntkbench.figures.plotting import base, claims, files, labels, quality, task
 from ntkbench.units import bytes_label, percent_label, seconds_label
 
 TEMPLATE = Path(__file__).with_name("report.html")
-PICTURE = {"format": "WEBP", "quality": 86, "method": 4}
+PICTURE: dict[str, Any] = {"format": "WEBP", "quality": 86, "method": 4}
 """How pictures are embedded: a third of the bytes of PNG, so that a report stays below 5 MB."""
-CELL_COLUMNS = {
+CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
     "problem": str,
     "metric": lambda metric: metric.replace("_", " "),
     "method": str,
@@ -105,7 +105,9 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
                 f"N {labels.count_label(first['N'])}, O {labels.count_label(first['O'])}, "
                 f"P {labels.count_label(first['P'])}"
             )
-            choices = [_choice(solved.loc[name], cells_of) if name in solved.index else None for name in tasks.TOLERANCES]
+            choices = [
+                _choice(solved.loc[name], cells_of) if name in solved.index else None for name in tasks.TOLERANCES
+            ]
             measured = len(cells_of[cells_of["status"] == "ok"]["method"].unique())
             rows.append(
                 {"problem": problem, "setting": setting, "sizes": sizes, "choices": choices, "methods": measured}
@@ -162,7 +164,9 @@ def provenance(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     """What each table was measured with: for each column its values, and how its rows ended."""
     found = []
     for name, table in tables.items():
-        values = {column: sorted(set(table[column].dropna().astype(str)) - {""}) for column in PROVENANCE if column in table}
+        values = {
+            column: sorted(set(table[column].dropna().astype(str)) - {""}) for column in PROVENANCE if column in table
+        }
         ended = table["status"].value_counts() if "status" in table else pd.Series(dtype=int)
         found.append(
             {

@@ -17,7 +17,7 @@ from ntkbench.figures.plotting.claims import ABOUT, REPRODUCED, UNADDRESSED, VER
 
 COLOURS = {"Hazelden": styles.VERMILION, "Mohamadi, Bae, Sutherland": styles.INDIGO}
 COLOURS |= {"Novak, Sohl-Dickstein, Schoenholz": styles.BLUE}
-"""Of a paper, as the report calls it."""
+"""Colours of papers, by their names in the report."""
 BAND = "#D9EEE7"
 ROW, HEADING = 0.25, 0.38
 """Heights in inches of the row of a dot and of a group's heading."""

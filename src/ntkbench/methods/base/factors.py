@@ -12,8 +12,8 @@ of the outputs, so that J = P S and, with K = S S^T, Theta = P K P*.
   at the outputs, so that the metrics of P P* have U-statistics over random signs u.
 
 Parameters whose gradients have no factors (scales and shifts, weights that are computed from parameters) are left out
-of S, so that P K P* is Theta without their contribution. For recurrent networks that declare their recurrence, all terms
-of a gate share one injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
+of S, so that P K P* is Theta without their contribution. If a network declares its recurrence, all terms of a gate
+share one injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
 
 Source: Hazelden 2025 (arXiv 2511.10796) and the blog post on recurrent models, for recurrent networks.
 """
@@ -28,7 +28,6 @@ import numpy as np
 
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate, Estimates
-from ntkbench.estimators import standard_errors
 from ntkbench.estimators.accumulators import delta_method, moment_products, required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
 from ntkbench.metrics import Moments
@@ -70,7 +69,7 @@ class Factors:
 
 
 def of_recurrence(problem: Problem, target: Target, names: Sequence[str], probes: int, seed: int) -> Factors:
-    """Metrics of the factors of a recurrent network; see :class:`ntkbench.operators.recurrent.state_kernel.StateKernel`.
+    """Metrics of the factors of a recurrent network; see :mod:`ntkbench.operators.recurrent.state_kernel`.
 
     Cost: one forward pass at each set of weights, and 2 products with P or P* for each probe and metric, 1 for the
     trace and 4 for the alignment.
@@ -122,8 +121,8 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
     P = {}
     for name in names:
         value, error, degrees = delta_method(name, moments, found)
-        how, error = ("unit_cotangents", None) if exact else ("propagated_probes", error)
-        P[name] = Estimate(value, error, spent, how, metric=name, degrees=degrees, certificate=certificate)
+        how, stated = ("unit_cotangents", None) if exact else ("propagated_probes", error)
+        P[name] = Estimate(value, stated, spent, how, metric=name, degrees=degrees, certificate=certificate)
     of_k = _moments_of_k(ends)
     K = {
         name: Estimate(of_k.metric(name), None, 0, "inputs_of_layers", metric=name, certificate=certificate)
@@ -230,10 +229,7 @@ def _inner_of_grams(one: Products | Lookups, other: Products | Lookups) -> float
         return _channels(one) * float((counts.double() ** 2).sum())
     assert not isinstance(other, Lookups)
     A, B = (part.a.double().permute(1, 0, 3, 2).flatten(1, 2) for part in (one, other))  # [groups, N S, D]
-    if A.shape[1] < A.shape[2]:
-        found = ((A @ A.mT) * (B @ B.mT)).sum()
-    else:
-        found = ((A.mT @ B) ** 2).sum()
+    found = ((A @ A.mT) * (B @ B.mT)).sum() if A.shape[1] < A.shape[2] else ((A.mT @ B) ** 2).sum()
     return _channels(one) * float(found)
 
 
@@ -247,21 +243,23 @@ def _moments_of_p(
     """
     from ntkbench.operators.torch import TorchRng
 
-    N, O = len(ends[0].x), ends[0].engine.O
-    exact = probes >= O and _at_once(ends, O) == O
+    N, outputs = len(ends[0].x), ends[0].engine.O
+    exact = probes >= outputs and _at_once(ends, outputs) == outputs
     if exact:
-        traces, products = _tables([_grams(end, None, O) for end in ends], names)
+        traces, products = _tables([_grams(end, None, outputs) for end in ends], names)
         values = ([traces.sum()] if names[0] == "trace" else []) + [table.sum() for table in products]
         nothing = np.zeros((len(values), len(values)))
         return MomentEstimates(np.array(values), nothing, nothing, nothing, np.inf), True
     size = _at_once(ends, probes)
     if size < min(LEAST, probes):
-        raise OverMemory(f"the cotangents of {min(LEAST, probes)} probes do not fit in memory of {ends[0].engine.memory}")
+        raise OverMemory(
+            f"the cotangents of {min(LEAST, probes)} probes do not fit in memory of {ends[0].engine.memory}"
+        )
     rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
     groups = []
     for chunk in arrays.chunks(probes, -(-probes // size)):
         k = chunk.stop - chunk.start
-        u = rng.sign(k, N * O).reshape(k, N, O).transpose(0, 1)
+        u = rng.sign(k, N * outputs).reshape(k, N, outputs).transpose(0, 1)
         traces, products = _tables([_grams(end, u, k) for end in ends], names)
         sums = PairSums(N, k, len(products))
         for b in range(N):
@@ -276,7 +274,7 @@ def _at_once(ends: Sequence[TracedNetwork], directions: int) -> int:
 
 
 def _grams(end: TracedNetwork, u: Tensor | None, k: int) -> np.ndarray:
-    """Inner products of the cotangents of each sample, ``[N, k, k]``, for directions ``u [N, k, O]`` or unit vectors."""
+    """Inner products of each sample's cotangents, ``[N, k, k]``, for directions ``u [N, k, O]`` or unit vectors."""
     engine = end.engine
 
     def visited() -> Tensor:

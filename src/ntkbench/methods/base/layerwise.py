@@ -90,7 +90,6 @@ class Layerwise(Method):
             rounding = rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
         return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
 
-
     def _of_eigenvalues(self, prepared: TracedProblem, metric: str) -> Estimate:
         """A metric of the eigenvalues, by the decomposition of the whole kernel in float64 on the host.
 
