@@ -61,8 +61,15 @@ def test_the_answer_has_every_problem_and_a_hole_where_nothing_is_reached(table)
         "naive_jacobian",
     ]
     assert large["choices"] == [None] * len(tasks.TOLERANCES) and large["methods"] == 0
+    assert "took 60 s" in large["reason"] and small["reason"] == "" and small["sizes"] == "N 4, O 2, P 20"
     assert small["choices"][0]["call"].startswith('ntkbench.trace(model, x, method="hutchinson", passes=')
     assert small["choices"][1]["call"] == 'ntkbench.trace(model, x, method="naive_jacobian")'
+
+
+def test_methods_that_state_no_error_are_no_answer(table):
+    biased = table[table["method"] == "naive_jacobian"].assign(method="sum_of_logits", kind="approximate", seconds=1e-3)
+    (trace,) = report.answer(pd.concat([table, biased], ignore_index=True))
+    assert "sum_of_logits" not in str(trace)
 
 
 def test_calls_can_be_typed():

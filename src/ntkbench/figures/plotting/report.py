@@ -82,7 +82,7 @@ def page(pictures: Sequence[Path], title: str, tables: Path | None = None, figur
 
 
 def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The fastest method for each metric, problem and tolerance.
+    """The fastest method that states its error, for each metric, problem and tolerance.
 
     Args:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
@@ -91,6 +91,7 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
         For each metric its name and rows; a row has the problem, its sizes, and a choice for each tolerance, ``None``
         where nothing that was measured reaches it.
     """
+    table = table[table["kind"] != "approximate"]
     chosen = tasks.winners(table)
     found = []
     for metric in base.metrics_in(table):
@@ -100,20 +101,29 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
             solved = chosen[
                 (chosen["metric"] == metric) & (chosen["problem"] == problem) & (chosen["setting"] == setting)
             ].set_index("tolerance")
-            first = cells_of.iloc[0]
-            sizes = (
-                f"N {labels.count_label(first['N'])}, O {labels.count_label(first['O'])}, "
-                f"P {labels.count_label(first['P'])}"
-            )
+            done = cells_of[cells_of["status"] == "ok"]
+            first = (done if len(done) else cells_of).iloc[0]
+            known = [f"{size} {labels.count_label(first[size])}" for size in "NOP" if first[size] == first[size]]
             choices = [
                 _choice(solved.loc[name], cells_of) if name in solved.index else None for name in tasks.TOLERANCES
             ]
-            measured = len(cells_of[cells_of["status"] == "ok"]["method"].unique())
             rows.append(
-                {"problem": problem, "setting": setting, "sizes": sizes, "choices": choices, "methods": measured}
+                {
+                    "problem": problem,
+                    "setting": setting,
+                    "sizes": ", ".join(known),
+                    "choices": choices,
+                    "methods": done["method"].nunique(),
+                    "reason": "" if len(done) else _reason(cells_of),
+                }
             )
         found.append({"metric": metric.replace("_", " "), "rows": rows})
     return found
+
+
+def _reason(cells_of: pd.DataFrame) -> str:
+    """The most frequent reason why cells have no result."""
+    return labels.why_not(cells_of, most=1).partition("\n")[0].replace(r"\$", "$")
 
 
 def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
         winner["kind"],
         "" if passes != passes else f"{passes:.0f} passes",
         "" if memory != memory else bytes_label(memory),
-        f"error {percent_label(winner['error'])}" if winner["error"] > 0 else "",
+        "" if winner["kind"] == "exact" else f"error {percent_label(winner['error'])}",
         "" if winner["lead"] != winner["lead"] else f"next {winner['lead']:.2g} times slower",
     ]
     return {
@@ -164,9 +174,7 @@ def provenance(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     """What each table was measured with: for each column its values, and how its rows ended."""
     found = []
     for name, table in tables.items():
-        values = {
-            column: sorted(set(table[column].dropna().astype(str)) - {""}) for column in PROVENANCE if column in table
-        }
+        values = {column: _distinct(table[column]) for column in PROVENANCE if column in table}
         ended = table["status"].value_counts() if "status" in table else pd.Series(dtype=int)
         found.append(
             {
@@ -184,6 +192,11 @@ def provenance(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _distinct(column: pd.Series) -> list[str]:
+    """The values of a column as words, each once; whole numbers without decimals."""
+    return sorted({f"{value:g}" if isinstance(value, float) else str(value) for value in column.dropna()} - {""})
 
 
 def _table(file: Path) -> pd.DataFrame | None:
