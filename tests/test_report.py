@@ -154,3 +154,14 @@ def test_the_committed_table_has_no_errors(profile):
     table = base.checked(pd.read_csv(paths.REFERENCE / profile / "table.csv", low_memory=False))
     assert "error" not in {check.severity for check in quality.checks(table)}
     assert [part["metric"] for part in report.answer(table)] == ["trace", "norm", "effective rank", "alignment"]
+
+
+def test_the_committed_report_is_of_the_committed_table():
+    page = (paths.REFERENCE / "report.html").read_text(encoding="utf-8")
+    table = base.checked(pd.read_csv(paths.REFERENCE / "default" / "table.csv", low_memory=False))
+    assert page.count("<tr><td data-key=") == len(table) and len(page) < 5 * 2**20
+    calls = [
+        choice["call"] for part in report.answer(table) for row in part["rows"] for choice in row["choices"] if choice
+    ]
+    assert all(html.escape(call, quote=True).replace("&quot;", "&#34;") in page for call in calls)
+    assert 'href="figures/' not in page, "no folder of figures is committed beside it"

@@ -317,5 +317,6 @@ VALUES: dict[str, Callable[[Tables], str]] = {
     "claims reproduced": lambda tables: _reproduced(tables.read("claims")),
     "default cells": lambda tables: str(len(tables.read("default/table"))),
     "default machine": lambda tables: ", ".join(tables.read("default/table")["machine"].unique()),
+    "head-to-head machine": lambda tables: ", ".join(tables.read(HEAD_TO_HEAD["time_to_error"])["machine"].unique()),
     "default threads": lambda tables: _listed(tables.read("default/table")["threads"].unique()),
 }

