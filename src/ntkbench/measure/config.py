@@ -43,10 +43,10 @@ class Block(Strict):
     Attributes:
         problems: labels.
         methods: names, or ``all``.
-        metrics: names, or ``all``.
+        metrics: names, or ``all`` that are functions of moments.
         passes: budgets of the methods that take one.
-        seeds: in place of the configuration's.
-        calls: in place of the configuration's.
+        seeds: overrides the configuration's.
+        calls: overrides the configuration's.
         backends: ``plain`` runs each method on the first of its backends, ``all`` on each.
     """
 
@@ -107,12 +107,12 @@ class Config(Settings):
 
     Attributes:
         profile: results go to ``results/<profile>``.
-        shards: runs of asv that the grid's cells are dealt out to, by problem and method.
-        job_h: hours that a scheduler is asked for, at most, for one job of a cluster.
-        retry: ``failed`` measures again what failed for a reason that may pass.
-        grid: may be empty where there are studies.
-        studies: settings of each study, by its name; where it gives none, those of the configuration hold.
-        source: ``reference`` draws figures from the committed tables of the profile, and nothing is measured.
+        shards: number of asv runs among which the grid's cells are divided, by problem and method.
+        job_h: maximum number of hours to request from a cluster's scheduler for one job.
+        retry: ``failed`` measures cells and rows again that failed, timed out or ran out of memory.
+        grid: may be empty if there are studies.
+        studies: settings of each study, by name; settings that a study does not give are the configuration's.
+        source: ``reference`` draws figures from the committed tables of the profile, and measures nothing.
     """
 
     profile: Profile

@@ -19,13 +19,13 @@ class Limits(Strict):
     """Limits of one measurement: an execution of a cell, or a row of a study.
 
     Attributes:
-        time_s: seconds after which it is ended, with the status ``timeout``.
+        time_s: seconds after which a measurement is terminated, with the status ``timeout``.
         problem_s: the same for a problem's training and exact values.
-        memory_mb: MiB that its process may hold; over that it is ended, with the status ``out_of_memory``. What is
-            known to need more is not begun.
-        block_mb: MiB that one block of probes or of rows of J may fill; the rest is done in further blocks.
+        memory_mb: MiB that its process may hold; above that it is terminated, with the status ``out_of_memory``. A
+            measurement that is known to need more is not started.
+        block_mb: MiB that one block of probes or of rows of J may fill; larger computations are split into blocks.
         passes: a deterministic method that is known to take more is skipped.
-        gigaflop: floating-point operations, in 10^9, above which a case is skipped, where they are known beforehand.
+        gigaflop: floating-point operations, in 10^9, above which a case is skipped, if they are known beforehand.
         patience_s: seconds of one call. A study that increases sizes or budgets step by step stops there with a method
             whose call took longer.
     """
