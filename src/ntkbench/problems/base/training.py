@@ -114,8 +114,12 @@ class Adam(Training):
             value.backward()
             optimizer.step()
             steps += 1
+        self._finish(module)
         with torch.no_grad():
             yield steps, float(loss(chosen))
+
+    def _finish(self, module: nn.Module) -> None:
+        """Called after the last step, before the last loss."""
 
     def arrays(self) -> Weights:
         return {"x": self.x.numpy(), "y": self.y.numpy()}
@@ -128,7 +132,8 @@ class Adam(Training):
 class AdamInTrainMode(Adam):
     """:class:`Adam` on a network in train mode: BatchNorm normalises by each batch and keeps running statistics.
 
-    The network is in eval mode afterwards.
+    The network is in eval mode before and after, also for the last loss. No batch may have a single sample, for which
+    BatchNorm has no statistics.
     """
 
     def course(self, module: nn.Module) -> Iterator[tuple[int, float]]:
@@ -137,6 +142,9 @@ class AdamInTrainMode(Adam):
             yield from super().course(module)
         finally:
             module.eval()
+
+    def _finish(self, module: nn.Module) -> None:
+        module.eval()
 
 
 def next_token(logits: Tensor, following: Tensor) -> Tensor:
