@@ -202,14 +202,51 @@ def test_recurrent_networks_have_the_factors_of_their_gates():
     assert found.P["norm"].standard_error > 0
 
 
+def perceptron(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
+
+
+def convolution(size: int, stride: int) -> nn.Module:
+    """A convolution with some windows, of which one output is read."""
+    layers = nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, size, stride, padding=size // 2), nn.AdaptiveAvgPool1d(1)
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def test_k_is_zero_where_all_inputs_are():
+    with pytest.raises(ntkbench.errors.Undefined, match="K is zero"):
+        ntkbench.Kernel(nn.Linear(4, 2, bias=False), torch.zeros(3, 4)).factors()
+
+
+def test_an_effective_rank_is_at_most_the_size():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
+    for seed in range(20):
+        found = ntkbench.Kernel(net, torch.randn(1, 3)).factors(probes=4, seed=seed)
+        assert found.P["effective_rank"].value <= 6
+
+
+def test_inputs_of_layers_take_the_memory_that_they_may():
+    """Windows of convolutions take nine times the memory of images, and must not be held for all samples."""
+    x = torch.randn(64, 4, 16, 16)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Tanh(), nn.Conv2d(8, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    whole = ntkbench.Kernel(net, x).factors().K
+    fewer = ntkbench.Kernel(net, x, memory=2**21).factors().K
+    for metric in whole:
+        assert fewer[metric].value == pytest.approx(whole[metric].value, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("network", "keywords", "message"),
     [
-        (nn.Linear(4, 2), {"probes": 1}, "at least 2"),
+        (nn.Linear(4, 2), {"probes": 3}, "at least 4"),
         (nn.Linear(4, 2), {"other": np.eye(2)}, "got an array"),
         (nn.BatchNorm1d(4), {}, "samples interact"),
         (nn.LayerNorm(4), {}, "no parameter that counts"),
+        (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.ConvTranspose1d(1, 1, 3)), {}, "no parameter that counts"),
         (nn.Linear(4, 2), {"other": nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))}, "different layers"),
+        (perceptron(6), {"other": perceptron(50)}, "different layers"),
+        (convolution(3, 1), {"other": convolution(3, 2)}, "different layers"),
+        (convolution(3, 1), {"other": convolution(1, 1)}, "different layers"),
     ],
 )
 def test_bad_arguments_are_refused(network, keywords, message):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ntkbench import figures, paths
+from ntkbench.estimators.spectrum import Spectrum
 from ntkbench.figures.plotting import base, quality, report, tasks
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "here", "git_sha": "a" * 40}
@@ -60,7 +61,7 @@ def test_the_answer_has_every_problem_and_a_hole_where_nothing_is_reached(table)
         "naive_jacobian",
         "naive_jacobian",
     ]
-    assert large["choices"] == [None] * len(tasks.TOLERANCES) and large["methods"] == 0
+    assert large["choices"] == [None] * len(tasks.TOLERANCES) and large["methods"] == ""
     assert "took 60 s" in large["reason"] and small["reason"] == "" and small["sizes"] == "N 4, O 2, P 20"
     assert small["choices"][0]["call"].startswith('ntkbench.trace(model, x, method="hutchinson", passes=')
     assert small["choices"][1]["call"] == 'ntkbench.trace(model, x, method="naive_jacobian")'
@@ -73,6 +74,12 @@ def test_methods_that_state_no_error_are_no_answer(table):
 
 
 def test_calls_can_be_typed():
+    spectrum = report._call(
+        pd.Series({"method": "m", "kind": "exact", "metric": "condition_number", "backend": "torch", "passes": np.nan})
+    )
+    assert spectrum == "ntkbench.spectrum(model, x).condition_number"
+    for metric in report.OF_SPECTRUM.values():
+        assert metric in dir(Spectrum) or metric in Spectrum.__dataclass_fields__
     for metric, backend in (("norm", "torch"), ("alignment", "torch"), ("trace", "jax"), ("alignment", "jax")):
         winner = pd.Series({"method": "m", "kind": "exact", "passes": np.nan, "metric": metric, "backend": backend})
         call = report._call(winner)
@@ -99,7 +106,9 @@ def test_the_control_notices_references_of_other_problems(table):
     check = found(table, "Control")
     assert check.severity == "passed" and check.text.startswith("With them, 2 of 2")
     same = table.assign(reference=10.0, value=table["value"].where(table["value"].isna(), 10.0))
-    assert found(same, "Control").severity == "error", "a check that notices nothing"
+    assert found(same, "Control").severity == "note", "references that cannot be told apart"
+    blind = table.assign(value=table["value"].where(table["problem"] != "other", 10.0))
+    assert found(blind, "Control").severity == "error", "a value that the check does not find off"
     assert found(table[table["problem"] == "small"], "Control").severity == "note"
 
 
@@ -108,12 +117,15 @@ def test_intervals_that_miss_too_often_are_a_warning(table):
     low = found(table.assign(covered=table["covered"].where(table["passes"] != 64, 0.5)), "Coverage")
     assert low.severity == "warning" and len(low.cases) == 1 and "64 passes: 50 % of 20" in low.cases[0]
     assert found(table.drop(columns="covered"), "Coverage").severity == "note"
+    assert found(table.assign(seeds=0, covered="?"), "Coverage").severity == "note"
+    assert found(table.assign(value=np.nan), "Exact methods").severity == "note"
 
 
 def test_noisy_timings_are_noted(table):
     assert found(table, "Noise").severity == "passed"
     assert found(table.assign(seconds_q75=2.0), "Noise").severity == "note"
-    assert found(table.assign(seconds_q75=2.0, calls=1), "Noise").severity == "passed"
+    assert found(table.assign(seconds_q75=2.0, calls=1), "Noise").severity == "note"
+    assert found(table.drop(columns="calls"), "Noise").severity == "note"
 
 
 def test_uncommitted_changes_are_a_warning(table):

@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+import ntkbench
 from ntkbench import methods, metrics, problems, testing
 from ntkbench.errors import BadInput, Unavailable, Undefined
 from ntkbench.measure import cells
@@ -30,10 +32,10 @@ def by_definition(theta: np.ndarray) -> dict[str, float]:
     return dict(zip(SPECTRAL, (values.max(), values.max() / values.min(), entropy), strict=True))
 
 
-def estimates(method, problem, **more):
+def estimates(method, problem, only=None, **more):
     target = Target(**{"backend": "torch", "dtype": "float64", "device": "cpu"} | more)
     prepared = method.prepare(problem, target)
-    return {metric: method.estimate(prepared, metric) for metric in SPECTRAL}
+    return {metric: method.estimate(prepared, metric) for metric in SPECTRAL if only in (None, metric)}
 
 
 def test_exact_values_are_those_of_the_written_out_kernel():
@@ -49,6 +51,37 @@ def test_exact_values_are_those_of_the_written_out_kernel():
     for metric, estimate in single.items():
         low, high = estimate.interval()
         assert low <= truth[metric] <= high
+
+
+@pytest.mark.parametrize("n", [30, 300])
+def test_intervals_hold_the_entropy_of_a_kernel_of_rank_one(n):
+    x = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    problem = ntkbench.from_module(torch.nn.Linear(1, 1, bias=False).double(), x)
+    for dtype in ("float64", "float32"):
+        estimate = estimates(methods.get("structured_derivatives"), problem, only=SPECTRAL[2], dtype=dtype)[SPECTRAL[2]]
+        low, high = estimate.interval()
+        assert low <= 1 <= high
+
+
+def test_the_kernel_of_means_may_have_more_rows_than_there_are_parameters():
+    class Waves(torch.nn.Module):
+        """Three functions of one affine map, so that the gradients of two samples span three planes each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = torch.nn.Linear(1, 1).double()
+
+        def forward(self, x):
+            return torch.sin(self.map(x) * torch.arange(1, 4))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, dtype=torch.float64)
+    problem = ntkbench.from_module(Waves(), x)
+    assert problem.P == 2
+    truth = by_definition(np.einsum("aibi->ab", kernel(problem).reshape(4, 3, 4, 3)) / 3)["condition_number"]
+    method = methods.get("trace_kernel")
+    found = method.estimate(method.prepare(problem, TARGET), "condition_number")
+    assert found.value == pytest.approx(truth, rel=1e-4)
 
 
 def test_kernels_between_samples_stand_for_a_kronecker_product():

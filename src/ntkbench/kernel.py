@@ -193,12 +193,13 @@ class Kernel:
         K is the kernel of the parameters' effect on the operations that use them, P the derivative of the outputs with
         respect to the results of these operations. Use them to tell whether a kernel changes with the representation
         (K) or with the dynamics (P). K is exact and takes a forward pass. P P* is estimated by ``probes`` passes, and
-        exact where ``probes`` is at least O and memory allows. For networks other than recurrent ones, scales, shifts
-        and weights that are computed from parameters are in neither factor; ``left_out`` names them.
+        exact where ``probes`` is at least O and memory allows. For networks other than recurrent ones, some parameters
+        are in neither factor: scales and shifts, weights that are computed from parameters, biases without their
+        weight, and transposed convolutions. ``left_out`` names them.
 
         Args:
             other: another network or weights, as for :meth:`alignment`, with which K and P P* are aligned; no array.
-            probes: random sign vectors, at least 2.
+            probes: random sign vectors, at least 4.
             seed: of the probes.
 
         Returns:
@@ -207,7 +208,8 @@ class Kernel:
         Raises:
             BadInput: the network is a JAX function, its samples interact, it cannot be traced, or no parameter has
                 factors.
-            OverMemory: the inputs of all layers, or the cotangents of four probes, do not fit in ``memory``.
+            Undefined: all inputs of layers are zero.
+            OverMemory: the inputs of layers, or the cotangents of four probes, do not fit in ``memory``.
             Uncertified: plain autograd gives other gradients.
 
         Source: Hazelden 2025 (arXiv 2511.10796) for recurrent networks.
@@ -218,8 +220,8 @@ class Kernel:
         probes, seed = options.positive("probes", probes), options.seed(seed)
         if self._target.backend == "jax":
             raise BadInput("a function in JAX has no layers, and so no factors K and P")
-        if probes < 2:
-            raise BadInput(f"probes must be at least 2, to have a standard error; got {probes}")
+        if probes < factors.LEAST:
+            raise BadInput(f"probes must be at least {factors.LEAST}, to have a standard error; got {probes}")
         if other is not None and _is_array(other):
             raise BadInput("the factors are those of networks, got an array as the other one")
         names = metrics.METRICS if other is not None else tuple(n for n in metrics.METRICS if n != "alignment")
@@ -313,7 +315,7 @@ class Kernel:
                 drawn = seed if kernel == "random_vector" else 0
                 return self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
             operators.check_result(problem.N * rows, N2 * rows, self._target)
-            with progress_bar.of_passes("kernel", problem.N, rows):
+            with progress_bar.of_passes("kernel", problem.N, rows * (1 if columns is None else 1 + N2 / problem.N)):
                 return part()
 
     def _in_file(

@@ -15,57 +15,98 @@ from typing import Any
 
 DELAY = 3.0
 """Seconds after which a computation is long enough for a bar."""
-FORMAT = "{desc}: {n:.0f}/{total:.0f} passes [{elapsed}<{remaining}]"
+INTERVAL = 0.1
+"""Least seconds between two drawings of a bar."""
+FORMAT = "{desc}: {n:.0f}/{total_fmt} passes [{elapsed}<{remaining}]"
 OPEN = "{desc}: {n:.0f} passes [{elapsed}]{postfix}"
 """Where the number of passes is not known beforehand."""
 
-_CURRENT: contextvars.ContextVar[tuple[Any, int] | None] = contextvars.ContextVar("progress_bar", default=None)
+_CURRENT: contextvars.ContextVar[_Bar | None] = contextvars.ContextVar("progress_bar", default=None)
 
 
 @contextlib.contextmanager
 def of_passes(what: str, samples: int, total: float | None = None) -> Iterator[None]:
     """Show the passes of a computation while it runs; one that is part of another has no bar of its own.
 
-    Nothing is shown, and tqdm not imported, where standard error is neither a terminal nor a notebook's.
+    Nothing is shown, and tqdm not imported, if standard error is neither a terminal nor a notebook's. A bar that cannot
+    be drawn is dropped; the computation goes on.
 
     Args:
-        what: is computed.
+        what: what is computed.
         samples: N of a pass.
-        total: passes that it will take at most, if that is known.
+        total: expected number of passes, if it is known; it may be exceeded.
     """
     if _CURRENT.get() is not None or not _is_seen():
         yield
         return
-    from tqdm.auto import tqdm
-
-    known = total is not None and 0 < total < math.inf
-    bar = tqdm(
-        desc=what,
-        total=total if known else None,
-        bar_format=FORMAT if known else OPEN,
-        delay=DELAY,
-        leave=False,
-    )
-    token = _CURRENT.set((bar, samples))
+    shown = _Bar(what, samples, total)
+    token = _CURRENT.set(shown)
     try:
         yield
     finally:
         _CURRENT.reset(token)
-        bar.close()
+        shown.close()
 
 
 def advance(sample_passes: float) -> None:
     """Report passes, each counted once per sample."""
-    if (current := _CURRENT.get()) is not None:
-        bar, samples = current
-        bar.update(sample_passes / samples)
+    if (shown := _CURRENT.get()) is not None:
+        shown.advance(sample_passes)
 
 
 def say(remark: str) -> None:
     """Show a remark beside the passes, such as the width of an interval."""
-    if (current := _CURRENT.get()) is not None:
-        current[0].set_postfix_str(remark, refresh=False)
+    if (shown := _CURRENT.get()) is not None:
+        shown.say(remark)
+
+
+class _Bar:
+    """A bar of tqdm, or nothing once that has failed."""
+
+    def __init__(self, what: str, samples: int, total: float | None) -> None:
+        self._samples = samples
+        self._bar: Any = None
+        known = total is not None and 0 < total < math.inf
+        with self._harmless():
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(
+                desc=what,
+                total=math.ceil(total) if known and total is not None else None,
+                bar_format=FORMAT if known else OPEN,
+                delay=DELAY,
+                mininterval=INTERVAL,
+                leave=False,
+            )
+
+    def advance(self, sample_passes: float) -> None:
+        with self._harmless():
+            if self._bar is not None:
+                passes = sample_passes / self._samples
+                if self._bar.total is not None and self._bar.n + passes > self._bar.total:
+                    self._bar.total, self._bar.bar_format = None, OPEN
+                self._bar.update(passes)
+
+    def say(self, remark: str) -> None:
+        with self._harmless():
+            if self._bar is not None:
+                self._bar.set_postfix_str(remark, refresh=False)
+
+    def close(self) -> None:
+        with self._harmless():
+            if self._bar is not None:
+                self._bar.close()
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # of the terminal, or of tqdm: no reason to lose a result
+            self._bar = None
 
 
 def _is_seen() -> bool:
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    try:
+        return "ipykernel" in sys.modules or sys.stderr.isatty()
+    except Exception:  # it may be closed, or anything that can be written to
+        return False

@@ -160,7 +160,7 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
         "eigh",
         metric="entropy_effective_rank",
         certificate=j.certificate,
-        rounding=_entropy_rounding(j, min(error / trace, 1.0) if trace else 0.0),
+        rounding=entropy_rounding(j.n, min(error / trace, 1.0) if trace else 0.0),
     )
     return Spectrum(
         values[:top].copy(),
@@ -215,7 +215,7 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
         metric="entropy_effective_rank",
         degrees=PROBES - 1,
         certificate=j.certificate,
-        rounding=density.entropy_effective_rank / middle - 1 + _entropy_rounding(j, lanczos.rounding(j)),
+        rounding=density.entropy_effective_rank / middle - 1 + entropy_rounding(j.n, lanczos.rounding(j)),
     )
     return Spectrum(
         np.maximum(found.values, 0.0),
@@ -244,9 +244,16 @@ def _angles(values: np.ndarray, errors: np.ndarray, top: int) -> np.ndarray:
     return bounds
 
 
-def _entropy_rounding(j: JacobianOperator, share: float) -> float:
-    """The relative change of the entropy effective rank, if Theta changes by this share of its trace (Frobenius)."""
-    return math.expm1(min(_entropy_change(math.sqrt(j.n) * share, j.n), 700.0))
+def entropy_rounding(n: int, share: float) -> float:
+    """The relative change of the entropy effective rank, if Theta changes by this share of its trace (Frobenius).
+
+    By Audenaert 2007, equation 4, as sqrt(n) times the Frobenius norm bounds the trace norm.
+
+    Args:
+        n: size of Theta.
+        share: the change relative to tr Theta.
+    """
+    return math.expm1(min(_entropy_change(math.sqrt(n) * share, n), 700.0))
 
 
 def _entropy_change(distance: float, n: int) -> float:

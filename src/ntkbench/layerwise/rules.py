@@ -41,6 +41,11 @@ class Use:
     bias: fx.Node | None = None
 
     @property
+    def overlaps(self) -> bool:
+        """Whether each result of the operation is a sum over several positions, as of a transposed convolution."""
+        return self.factors.func is _transposed_factors
+
+    @property
     def inputs(self) -> int:
         """Number of entries of a sample's inputs a, over all positions."""
         _, C, D = self.entries.shape if self.entries.ndim == 3 else (1, self.entries.shape[1], 1)

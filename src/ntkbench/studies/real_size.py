@@ -81,7 +81,10 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 def _measure(settings: Settings, case: Case) -> dict[str, Any]:
+    from ntkbench.layerwise import reuse
+
     problem, target = problems.load(case.problem), settings.target()
+    reuse.forget()  # as in a process that has not seen the network
     found: list[tuple[float, Estimate]] = []
 
     def call() -> None:

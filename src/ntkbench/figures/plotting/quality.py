@@ -14,6 +14,8 @@ ERROR, WARNING, NOTE, PASSED = SEVERITIES = ("error", "warning", "note", "passed
 """From the worst."""
 OFF = {"float32": 1e-3, "float64": 1e-8}
 """Relative error from which an exact method is off the reference, far above its rounding, by precision."""
+DISTINCT = 10
+"""Factor by which two references must differ by more than that, to be told apart in any case."""
 CONFIDENCE = 0.95
 """Of the intervals whose coverage is tested."""
 UNLIKELY = 0.01
@@ -47,6 +49,8 @@ def checks(table: pd.DataFrame) -> list[Check]:
     Args:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
     """
+    known = [name for name in ("value", "reference", "covered", "calls") if name in table]
+    table = table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in known})
     found = [_missing(table), _exact(table), _control(table), _coverage(table), _timings(table), _code(table)]
     return sorted(found, key=lambda check: SEVERITIES.index(check.severity))
 
@@ -65,28 +69,32 @@ def _missing(table: pd.DataFrame) -> Check:
 def _exact(table: pd.DataFrame) -> Check:
     exact = _compared(table)
     off = exact[_is_off(exact, exact["reference"])]
+    if not len(exact):
+        return Check(NOTE, "Exact methods against the reference", "No exact method has a value and a reference.")
     text = f"{len(exact) - len(off)} of {len(exact)} values of exact methods are those of the reference."
     return Check(ERROR if len(off) else PASSED, "Exact methods against the reference", text, _cases(off))
 
 
 def _control(table: pd.DataFrame) -> Check:
-    """The same check where references are exchanged between problems, which it must notice."""
+    """The same check where each problem has the reference of another, which it must notice.
+
+    That is the one that differs most; problems whose references hardly differ are left out.
+    """
     exact = _compared(table)
-    others = {
-        (metric, problem): references[names[(i + 1) % len(names)]]
-        for metric, references in exact.groupby("metric")
-        for references in [references.groupby("problem")["reference"].first()]
-        for names in [list(references.index)]
-        if len(names) > 1
-        for i, problem in enumerate(names)
-    }
+    others: dict[tuple[str, str], float] = {}
+    for metric, rows in exact.groupby("metric"):
+        references = rows.groupby("problem")["reference"].first()
+        for problem, own in references.items():
+            other = references.iloc[int(np.argmax((references / own - 1).abs()))]
+            if abs(other / own - 1) > DISTINCT * max(OFF.values()):
+                others[metric, problem] = other
     keys = list(zip(exact["metric"], exact["problem"], strict=True))
     exchanged = exact[pd.Series([key in others for key in keys], index=exact.index, dtype=bool)]
     wrong = pd.Series([others[key] for key in keys if key in others], index=exchanged.index, dtype=float)
     seen = int(_is_off(exchanged, wrong).sum())
     if not len(exchanged):
-        return Check(NOTE, "Control: references of other problems", "There are not two problems with one metric.")
-    text = f"With them, {seen} of {len(exchanged)} values of exact methods are off, as they should be."
+        return Check(NOTE, "Control: references of other problems", "There are not two problems with distinct values.")
+    text = f"With them, {seen} of {len(exchanged)} values of exact methods are found to be off; all of them should be."
     return Check(PASSED if seen == len(exchanged) else ERROR, "Control: references of other problems", text)
 
 
@@ -106,6 +114,7 @@ def _coverage(table: pd.DataFrame) -> Check:
     if "covered" not in table:
         return Check(NOTE, title, "The table has no intervals.")
     rows = base.measured(table, "covered", "seeds")
+    rows = rows[rows["seeds"] >= 1]
     if not len(rows):
         return Check(NOTE, title, "The table has no intervals.")
     hits = (rows["covered"] * rows["seeds"]).round().astype(int)
@@ -129,7 +138,9 @@ def _coverage(table: pd.DataFrame) -> Check:
 
 def _timings(table: pd.DataFrame) -> Check:
     rows = base.measured(table, "seconds", "seconds_q25", "seconds_q75")
-    rows = rows[rows["calls"] >= FEWEST] if "calls" in rows else rows
+    rows = rows[rows["calls"] >= FEWEST] if "calls" in rows else rows.iloc[:0]
+    if not len(rows):
+        return Check(NOTE, "Noise of timings", f"No cell has {FEWEST} timed calls.")
     spread = (rows["seconds_q75"] - rows["seconds_q25"]) / rows["seconds"]
     noisy = rows[spread > NOISY]
     text = (

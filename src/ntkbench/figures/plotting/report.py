@@ -45,6 +45,12 @@ CALLS = {
     },
 }
 """A call of the API by backend, and by metric where it has arguments of its own."""
+OF_SPECTRUM = {
+    "largest_eigenvalue": "largest",
+    "condition_number": "condition_number",
+    "entropy_effective_rank": "entropy_effective_rank",
+}
+"""Attributes of a spectrum by metric."""
 
 
 def page(pictures: Sequence[Path], title: str, tables: Path | None = None, figures: str | None = "figures") -> str:
@@ -113,12 +119,20 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
                     "setting": setting,
                     "sizes": ", ".join(known),
                     "choices": choices,
-                    "methods": done["method"].nunique(),
+                    "methods": _counted(done["method"].nunique()),
                     "reason": "" if len(done) else _reason(cells_of),
                 }
             )
         found.append({"metric": metric.replace("_", " "), "rows": rows})
     return found
+
+
+def _counted(methods: int) -> str:
+    return (
+        f"{methods} method{'' if methods == 1 else 's'} that state{'s' if methods == 1 else ''} an error"
+        if methods
+        else ""
+    )
 
 
 def _reason(cells_of: pd.DataFrame) -> str:
@@ -154,6 +168,8 @@ def _call(winner: pd.Series) -> str:
     if winner["kind"] == "stochastic" and winner["passes"] == winner["passes"]:
         options += f", passes={winner['passes']:.0f}"
     metric = winner["metric"]
+    if metric in OF_SPECTRUM:
+        return f"{forms[''].format('spectrum', '').replace(', )', ')')}.{OF_SPECTRUM[metric]}"
     return forms[metric].format(options) if metric in forms else forms[""].format(metric, options)
 
 

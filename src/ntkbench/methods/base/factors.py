@@ -11,22 +11,24 @@ of the outputs, so that J = P S and, with K = S S^T, Theta = P K P*.
 - P depends on the layers' Jacobians alone, and does not mix samples. P* u are the cotangents of a backward pass with u
   at the outputs, so that the metrics of P P* have U-statistics over random signs u.
 
-Parameters whose gradients have no factors (scales and shifts, weights that are computed from parameters) are left out
-of S, so that P K P* is Theta without their contribution. If a network declares its recurrence, all terms of a gate
-share one injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
+Left out of S are parameters whose gradients have no factors (scales and shifts, weights that are computed from
+parameters, biases without the weight that they go with) and transposed convolutions, in which results of several
+positions overlap. P K P* is then Theta without their contribution. If a network declares its recurrence, all terms of a
+gate share one injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
 
 Source: Hazelden 2025 (arXiv 2511.10796) and the blog post on recurrent models, for recurrent networks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from ntkbench.errors import BadInput, OverMemory
+from ntkbench.errors import BadInput, OverMemory, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.estimators.accumulators import delta_method, moment_products, required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
@@ -78,7 +80,7 @@ def of_recurrence(problem: Problem, target: Target, names: Sequence[str], probes
         problem: its module declares a recurrence.
         target: where to compute.
         names: metrics.
-        probes: random signs, at least 2.
+        probes: random signs, at least 4.
         seed: of the probes.
     """
     from ntkbench.estimators.state_factors import metric_of_k, metric_of_p
@@ -101,12 +103,13 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
     Args:
         prepared: the network.
         names: metrics.
-        probes: random signs for each sample, at least 2.
+        probes: random signs for each sample, at least 4.
         seed: of the probes.
 
     Raises:
         BadInput: no parameter has factors, or the two networks of an alignment have different layers.
         OverMemory: the inputs of all layers, or the cotangents of four probes, do not fit in memory.
+        Undefined: all inputs of layers are zero.
         Uncertified: plain autograd gives other gradients.
     """
     from ntkbench.methods.base.layerwise import ledger_of
@@ -114,6 +117,8 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
     ends = prepared.ends("alignment" if "alignment" in names else "trace")
     if not _layers(ends[0]):
         raise BadInput("no parameter that counts is a weight whose gradients have factors")
+    if len({tuple(_shapes(end)) for end in ends}) > 1:
+        raise BadInput("the two networks have different layers")
     # First P: its certificate is of cotangents and inputs alike, and makes another trace where this one fails.
     ledger, moments = ledger_of(ends), required_moments(names)
     found, exact = _moments_of_p(ends, moments, probes, seed)
@@ -121,9 +126,13 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
     P = {}
     for name in names:
         value, error, degrees = delta_method(name, moments, found)
+        if name == "effective_rank":
+            value = min(value, float(len(ends[0].x) * ends[0].engine.O))  # the size of P P*
         how, stated = ("unit_cotangents", None) if exact else ("propagated_probes", error)
         P[name] = Estimate(value, stated, spent, how, metric=name, degrees=degrees, certificate=certificate)
     of_k = _moments_of_k(ends)
+    if not of_k.square or of_k.square_f == 0:
+        raise Undefined("K is zero, as all inputs of layers are, and has no effective rank and no alignment")
     K = {
         name: Estimate(of_k.metric(name), None, 0, "inputs_of_layers", metric=name, certificate=certificate)
         for name in names
@@ -134,39 +143,137 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
 
 
 def _layers(end: TracedNetwork) -> dict[int, Layer]:
-    """The layers whose gradients have factors, by their numbers."""
+    """The layers that have injections, by their numbers."""
     from ntkbench.layerwise.layers import Layer
 
-    numbered = enumerate(end.engine.layers)
-    return {number: layer for number, layer in numbered if isinstance(layer, Layer) and layer.computed is None}
+    return {
+        number: layer
+        for number, layer in enumerate(end.engine.layers)
+        if isinstance(layer, Layer) and layer.computed is None and not any(use.overlaps for use in layer.uses)
+    }
+
+
+class _LayerSums:
+    """Inner products of one layer's K at one or two ends, from the inputs of some samples after others.
+
+    <K, K'> is C <A A^T, B B^T> = C ||A^T B||^2 for inputs A and B: products A^T B are added up over samples if inputs
+    have no more entries than there are positions, and the inputs are kept otherwise. They are kept for tables as well,
+    as numbers of rows.
+    """
+
+    def __init__(self, layer: Layer, samples: int) -> None:
+        self._uses, self._tied = layer.uses, bool(layer.transposed)
+        self._kept: list[list[list[Tensor]]] = []
+        self._products: dict[tuple[int, int, int], Tensor] = {}
+        self._dots: dict[tuple[int, int, int], float] = {}
+        self._channels: list[int] = []
+        positions = samples * sum(use.node.meta["val"].numel() // use.entries.shape[-2] for use in layer.uses)
+        self._adds = all(use.entries.ndim == 3 and use.entries.shape[-1] <= positions for use in layer.uses)
+
+    @property
+    def entries(self) -> int:
+        """Numbers that are held for each end, at most."""
+        each = [use.entries.shape for use in self._uses]
+        return max((math.prod(shape[:-2]) * shape[-1] ** 2 for shape in each), default=0) if self._adds else 0
+
+    def add(self, ends: Sequence[Inputs]) -> None:
+        """Add the inputs of some samples, at each end."""
+        from ntkbench.layerwise.factors import Lookups
+
+        parts = [_parts(inputs) for inputs in ends]
+        self._channels = [part.g.shape[-2] for part in parts[0]]
+        # Inputs of a layer: the numbers of rows [N S], or [groups, N S, D] in float64.
+        values = [
+            [
+                part.rows.flatten() if isinstance(part, Lookups) else part.a.double().permute(1, 0, 3, 2).flatten(1, 2)
+                for part in each
+            ]
+            for each in parts
+        ]
+        for number in range(len(parts[0])):
+            for i, j in self._pairs(len(ends)):
+                one, other = values[i][number], values[j][number]
+                self._dots[number, i, j] = self._dots.get((number, i, j), 0.0) + _dot(one, other)
+                if self._adds:
+                    made = one.mT @ other
+                    self._products[number, i, j] = self._products.get((number, i, j), 0) + made
+        if not self._adds:
+            self._kept.append(values)
+
+    @staticmethod
+    def _pairs(ends: int) -> list[tuple[int, int]]:
+        return [(0, 0), (1, 1), (0, 1)][: 1 if ends == 1 else 3]
+
+    def trace(self) -> float:
+        """tr K at the first end."""
+        return sum(C * self._dots[number, 0, 0] for number, C in enumerate(self._channels))
+
+    def inner(self, i: int, j: int) -> float:
+        """<K, K'> of two ends."""
+        import torch
+
+        found = 0.0
+        for number, C in enumerate(self._channels):
+            if self._adds:
+                found += C * float((self._products[number, i, j] ** 2).sum())
+            else:
+                along = self._kept[0][i][number].ndim // 2  # of positions
+                both = (torch.cat([values[end][number] for values in self._kept], along) for end in (i, j))
+                found += C * _inner_of_grams(*both)
+        if len(self._channels) > 1:
+            # The block between uses of a matrix as it is and transposed, twice: (a_s . a'_s) (b_t . b'_t) over s and t.
+            found += 2 * self._dots[0, i, j] * self._dots[1, i, j]
+        return found
 
 
 def _moments_of_k(ends: Sequence[TracedNetwork]) -> Moments:
     layers = [list(_layers(end).values()) for end in ends]
-    names = [[layer.parameters for layer in each] for each in layers]
-    if names[0] != names[-1]:
-        raise BadInput("the two networks have different layers")
-    operands = [_operands(end, each) for end, each in zip(ends, layers, strict=True)]
-    sums = dict.fromkeys(("trace", "square", "square_f", "cross"), 0.0)
-    for number, pair in enumerate(zip(*layers, strict=True)):
-        inputs = [_inputs(layer, each[number]) for layer, each in zip(pair, operands, strict=True)]
-        one, other = inputs[0], inputs[-1]
-        sums["trace"] += _trace(one)
-        sums["square"] += _inner(one, one)
-        if len(ends) > 1:
-            sums["square_f"] += _inner(other, other)
-            sums["cross"] += _inner(one, other)
-    return Moments(**sums) if len(ends) > 1 else Moments(sums["trace"], sums["square"])
+    N, memory, item = len(ends[0].x), ends[0].engine.memory, ends[0].parameters[0].element_size()
+    sums = [_LayerSums(layer, N) for layer in layers[0]]
+    pairs = 1 if len(ends) == 1 else 3
+    held = 8 * pairs * sum(each.entries for each in sums)
+    uses = [use for layer in layers[0] for use in layer.uses]
+    operands = item * sum(use.operand.meta["val"].numel() for use in uses)
+    widest = max(sum(use.inputs for use in layer.uses) for layer in layers[0])
+    of_sample = len(ends) * (operands + (item + 2 * 8) * widest)
+    kept = (
+        8
+        * len(ends)
+        * sum(
+            N * sum(use.inputs for use in layer.uses)
+            for layer, each in zip(layers[0], sums, strict=True)
+            if not each.entries
+        )
+    )
+    if (needed := held + kept + of_sample) > memory:
+        raise OverMemory(f"the inputs of layers and their products take {needed} bytes; memory is {memory}")
+    size = max(1, (memory - held - kept) // of_sample)
+    for start in range(0, N, size):
+        chunk = slice(start, start + size)
+        each = [iter(end.engine.operands(uses, end.parameters, end.x[chunk])) for end in ends]
+        for number, added in enumerate(sums):
+            added.add(
+                [
+                    _inputs(of_end[number], [next(found) for _ in of_end[number].uses])
+                    for of_end, found in zip(layers, each, strict=True)
+                ]
+            )
+    trace, square = (sum(s.trace() for s in sums), sum(s.inner(0, 0) for s in sums))
+    if len(ends) == 1:
+        return Moments(trace, square)
+    return Moments(trace, square, sum(s.inner(1, 1) for s in sums), sum(s.inner(0, 1) for s in sums))
 
 
-def _operands(end: TracedNetwork, layers: Sequence[Layer]) -> list[list[Tensor]]:
-    """The operands of all uses of some layers, for all samples."""
-    uses = [use for layer in layers for use in layer.uses]
-    needed = sum(use.operand.meta["val"].numel() for use in uses) * len(end.x) * end.parameters[0].element_size()
-    if needed > end.engine.memory:
-        raise OverMemory(f"the inputs of all layers take {needed} bytes; memory is {end.engine.memory}")
-    found = iter(end.engine.operands(uses, end.parameters, end.x))
-    return [[next(found) for _ in layer.uses] for layer in layers]
+def _shapes(end: TracedNetwork) -> list[tuple[object, ...]]:
+    """What layers of two networks must have in common, for their K to be matrices of the same injections."""
+    return [
+        (
+            layer.parameters,
+            layer.transposed,
+            *((use.factors.func, use.entries.shape, use.node.meta["val"].shape) for use in layer.uses),
+        )
+        for layer in _layers(end).values()
+    ]
 
 
 def _inputs(layer: Layer, operands: Sequence[Tensor]) -> Inputs:
@@ -179,58 +286,28 @@ def _inputs(layer: Layer, operands: Sequence[Tensor]) -> Inputs:
     return cast("Inputs", layer.factors(list(operands), zeros))
 
 
-def _trace(inputs: Inputs) -> float:
-    return sum(_channels(part) * _dot(part, part) for part in _parts(inputs))
-
-
-def _inner(one: Inputs, other: Inputs) -> float:
-    """The inner product of a layer's K with that of another network."""
-    parts = list(zip(_parts(one), _parts(other), strict=True))
-    found = sum(_inner_of_grams(*pair) for pair in parts)
-    # The block between uses of a matrix as it is and transposed, twice: (a_s . a'_s) (b_t . b'_t) over all s and t.
-    return found + (2 * _dot(*parts[0]) * _dot(*parts[1]) if len(parts) > 1 else 0.0)
-
-
 def _parts(inputs: Inputs) -> Sequence[Products | Lookups]:
     from ntkbench.layerwise.factors import Tied
 
     return inputs.parts() if isinstance(inputs, Tied) else (inputs,)
 
 
-def _channels(inputs: Products | Lookups) -> int:
-    """Outputs of a layer in each group."""
-    return inputs.g.shape[-2]
+def _dot(one: Tensor, other: Tensor) -> float:
+    """The inner product of all inputs of a layer with those at the other end."""
+    if one.ndim == 1:  # unit vectors, by their numbers
+        return float(((one == other) & (one >= 0)).sum())
+    return float((one * other).sum())
 
 
-def _dot(one: Products | Lookups, other: Products | Lookups) -> float:
-    """The inner product of all inputs of a layer with those of another network."""
-    from ntkbench.layerwise.factors import Lookups
-
-    if isinstance(one, Lookups):
-        assert isinstance(other, Lookups)
-        return float(((one.rows == other.rows) & (one.rows >= 0)).sum())
-    assert not isinstance(other, Lookups)
-    return float((one.a.double() * other.a.double()).sum())
-
-
-def _inner_of_grams(one: Products | Lookups, other: Products | Lookups) -> float:
-    """C <A A^T, B B^T> for inputs A and B of a layer of C outputs, summed over groups.
-
-    It is C ||A^T B||^2 as well, which is cheaper where inputs have fewer entries than positions.
-    """
+def _inner_of_grams(one: Tensor, other: Tensor) -> float:
+    """<A A^T, B B^T> for inputs A and B of a layer, summed over groups."""
     import torch
 
-    from ntkbench.layerwise.factors import Lookups
-
-    if isinstance(one, Lookups):
-        assert isinstance(other, Lookups)
-        rows = torch.stack([one.rows.flatten(), other.rows.flatten()])
+    if one.ndim == 1:
+        rows = torch.stack([one, other])
         counts = torch.unique(rows[:, (rows >= 0).all(0)], dim=1, return_counts=True)[1]
-        return _channels(one) * float((counts.double() ** 2).sum())
-    assert not isinstance(other, Lookups)
-    A, B = (part.a.double().permute(1, 0, 3, 2).flatten(1, 2) for part in (one, other))  # [groups, N S, D]
-    found = ((A @ A.mT) * (B @ B.mT)).sum() if A.shape[1] < A.shape[2] else ((A.mT @ B) ** 2).sum()
-    return _channels(one) * float(found)
+        return float((counts.double() ** 2).sum())
+    return float(((one @ one.mT) * (other @ other.mT)).sum())
 
 
 def _moments_of_p(
@@ -251,10 +328,8 @@ def _moments_of_p(
         nothing = np.zeros((len(values), len(values)))
         return MomentEstimates(np.array(values), nothing, nothing, nothing, np.inf), True
     size = _at_once(ends, probes)
-    if size < min(LEAST, probes):
-        raise OverMemory(
-            f"the cotangents of {min(LEAST, probes)} probes do not fit in memory of {ends[0].engine.memory}"
-        )
+    if size < LEAST:
+        raise OverMemory(f"the cotangents of {LEAST} probes do not fit in memory of {ends[0].engine.memory}")
     rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
     groups = []
     for chunk in arrays.chunks(probes, -(-probes // size)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +11,7 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.errors import BadInput, Unavailable, Undefined
 from ntkbench.estimate import Estimate, rounding_bound
+from ntkbench.estimators.spectrum import entropy_rounding
 from ntkbench.methods.base import Ledger, Method
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays, torch_network
@@ -106,22 +106,27 @@ class Layerwise(Method):
         values = np.linalg.eigvalsh(made)
         P = sum(w.numel() for w in end.parameters)
         copies = end.engine.O if kernel.between_samples else 1
-        if metric == "condition_number" and len(made) > P:
+        if metric == "condition_number" and copies == 1 and len(made) > P:
             raise Unavailable(f"the kernel of {len(made)} rows is singular, as there are {P} parameters")
         spent, notes, certificate = ledger()
         epsilon = arrays.epsilon(end.parameters[0])
         share = rounding_bound("trace", epsilon, max(len(made), P), certificate)
-        error = share * float(abs(values).sum())
+        # The rounding of the kernel, and that of the decomposition.
+        error = share * float(abs(values).sum()) + len(made) * float(np.finfo(np.float64).eps) * float(
+            abs(values).max()
+        )
         try:
-            value = metrics.of_eigenvalues(metric, values, copies=copies, error=error)
+            value = metrics.of_eigenvalues(metric, values, copies=copies, error=2 * error)
         except Undefined as undefined:
             raise Unavailable(str(undefined)) from None
-        rounding = {
-            "largest_eigenvalue": error / value if value else 0.0,
-            "condition_number": error * (1 / values.max() + 1 / max(values.min(), error)) if value else 0.0,
-            "entropy_effective_rank": share * math.log(len(made) + 1),
-        }[metric]
-        known = rounding if self.kind == "exact" else None
+        largest, smallest, trace = float(values.max()), float(values.min()), float(abs(values).sum())
+        known = None
+        if self.kind == "exact" and metric == "largest_eigenvalue":
+            known = error / largest if largest else 0.0
+        elif self.kind == "exact" and metric == "condition_number":
+            known = (largest + error) / (smallest - error) / value - 1
+        elif self.kind == "exact":
+            known = entropy_rounding(len(made), min(error / trace, 1.0))
         return Estimate(value, None, spent, self.name, notes, metric, certificate=certificate, rounding=known)
 
 

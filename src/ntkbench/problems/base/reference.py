@@ -72,7 +72,7 @@ def spectral(problem: Problem) -> dict[str, float]:
     import torch
 
     n, P = problem.n, problem.P
-    if (needed := 8 * max(n * P, 3 * min(n, P) ** 2)) > MEMORY:
+    if (needed := 8 * max(2 * n * P, 3 * min(n, P) ** 2)) > MEMORY:
         raise Unavailable(
             f"exact eigenvalues of {problem.name} take {needed / 2**30:.1f} GiB, over {MEMORY / 2**30:.0f} GiB"
         )
