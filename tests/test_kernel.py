@@ -173,6 +173,7 @@ def test_alignment_with_other_weights_buffers_and_networks(first, second, method
     exact = cosine(theta(first), theta(second))
     wishes = {} if method in ("auto", "structured_derivatives") else {"passes": 4096}
     found = ntkbench.alignment(first, second, X, method=method, **wishes)
+    assert not any("cannot be traced" in note for note in found.notes)
     if found.standard_error is None:
         assert found.value == pytest.approx(exact, rel=1e-9)
     else:

@@ -117,7 +117,7 @@ def test_only_alignment_looks_at_trained_weights():
         "effective_rank": ("theta_0",),
         "alignment": ("theta_0", "theta_f"),
     }
-    assert set(metrics.SYMBOLS) == set(METRICS)
+    assert set(metrics.SYMBOLS) == {*METRICS, *metrics.SPECTRAL}
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
