@@ -30,12 +30,7 @@ from ntkbench.problem import Problem
 from ntkbench.studies import base
 
 TIMED = True
-PLUGINS = tuple(
-    sorted(
-        {methods.ROOM.module(name) for name in methods.ROOM.found()}
-        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
-    )
-)
+PLUGINS = base.methods_and_problems()
 AUTO = "auto"
 RIVAL = 4.0
 """A method takes part in the timing in turn if its own time is within this factor of the fastest one's."""
@@ -86,15 +81,7 @@ def run(settings: Settings) -> pd.DataFrame:
 def _prepared(label: str, target: Target) -> tuple[Problem, Callable[[Method], Any]]:
     """A problem, and its methods, each prepared once."""
     problem = problems.load(label)
-    made: dict[str, Any] = {}
-
-    def prepare(method: Method) -> Any:
-        key = method.prepares or method.name
-        if key not in made:
-            made[key] = method.prepare(problem, target)
-        return made[key]
-
-    return problem, prepare
+    return problem, base.preparing(problem, target)
 
 
 def _rows(settings: Settings, label: str, metric: str, rtol: float) -> list[base.Row]:

@@ -25,7 +25,6 @@ from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes
 from ntkbench.measure.schema import MetricName, ProblemLabel
 from ntkbench.measure.seeds import Reruns
-from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental
 from ntkbench.metrics import METRICS
 from ntkbench.options import Options
@@ -150,17 +149,11 @@ class Subject:
         self.label, self._target = label, settings.target()
         self.problem = base.Once(lambda: _trained(problems.load(label)))
         self.exact = base.Once(lambda: reference.compute(self.problem())["metrics"])
-        self._prepared: dict[str, Any] = {}
+        self._prepare = base.Once(lambda: base.preparing(self.problem(), self._target))
 
     def estimate(self, metric: str, options: Options) -> Estimate:
         """The estimate that a user would get."""
-        return ladder.estimates(self.problem(), (metric,), self._target, options, self._prepare)[metric]
-
-    def _prepare(self, method: Method) -> Any:
-        key = method.prepares or method.name
-        if key not in self._prepared:
-            self._prepared[key] = method.prepare(self.problem(), self._target)
-        return self._prepared[key]
+        return ladder.estimates(self.problem(), (metric,), self._target, options, self._prepare())[metric]
 
 
 def _trained(problem: Problem) -> Problem:

@@ -20,12 +20,7 @@ from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.studies import base
 
 TIMED = True
-PLUGINS = tuple(
-    sorted(
-        {methods.ROOM.module(name) for name in methods.ROOM.found()}
-        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
-    )
-)
+PLUGINS = base.methods_and_problems()
 
 
 class Case(Strict):

@@ -13,21 +13,15 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveFloat
 
-from ntkbench import ladder, methods, operators, problems
+from ntkbench import ladder, operators, problems
 from ntkbench.estimate import Estimate
 from ntkbench.measure import timing
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
-from ntkbench.methods import Method
 from ntkbench.options import Options
 from ntkbench.studies import base
 
 TIMED = True
-PLUGINS = tuple(
-    sorted(
-        {methods.ROOM.module(name) for name in methods.ROOM.found()}
-        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
-    )
-)
+PLUGINS = base.methods_and_problems()
 
 
 class Case(Strict):
@@ -88,14 +82,7 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
     found: list[tuple[float, Estimate]] = []
 
     def call() -> None:
-        made: dict[str, Any] = {}
-
-        def prepare(method: Method) -> Any:
-            key = method.prepares or method.name
-            if key not in made:
-                made[key] = method.prepare(problem, target)
-            return made[key]
-
+        prepare = base.preparing(problem, target)
         start = time.perf_counter()
         estimate = ladder.estimates(problem, (case.metric,), target, Options(rtol=case.rtol), prepare)[case.metric]
         found.append((time.perf_counter() - start, estimate))

@@ -33,12 +33,7 @@ from ntkbench.problems.base import reference
 from ntkbench.studies import base
 
 TIMED = True
-PLUGINS = tuple(
-    sorted(
-        {methods.ROOM.module(name) for name in methods.ROOM.found()}
-        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
-    )
-)
+PLUGINS = base.methods_and_problems()
 AS_PUBLISHED = (
     "hutchpp",
     "hutchpp_paper",

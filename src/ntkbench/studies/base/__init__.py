@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from ntkbench import methods
+from ntkbench import methods, problems
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import journal as journals
 from ntkbench.measure import outcomes, timing
 from ntkbench.measure.settings import Settings as Settings
+from ntkbench.methods import Method
+from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.registry import Room
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,6 +164,25 @@ class Once(Generic[T]):
         if self._error:
             raise self._error.with_traceback(None)
         return self._made
+
+
+def methods_and_problems() -> tuple[str, ...]:
+    """Modules of all methods and problems, for studies that load them by names in their settings."""
+    rooms: tuple[Room[Any], ...] = (methods.ROOM, problems.ROOM)
+    return tuple(sorted({room.module(name) for room in rooms for name in room.found()}))
+
+
+def preparing(problem: Problem, target: Target) -> Callable[[Method], Any]:
+    """A function that makes methods ready for a problem, each once; methods that prepare the same thing share it."""
+    made: dict[str, Any] = {}
+
+    def prepare(method: Method) -> Any:
+        key = method.prepares or method.name
+        if key not in made:
+            made[key] = method.prepare(problem, target)
+        return made[key]
+
+    return prepare
 
 
 def sizes(problem: Problem) -> dict[str, int]:
