@@ -152,6 +152,9 @@ def test_both_factors_are_those_of_autograd(kind):
     for metric in METRICS:
         assert found.K[metric].value == pytest.approx(of_k[metric], rel=1e-10)
         assert found.K[metric].standard_error is None and found.K[metric].certificate < 1e-10
+        for factor, exact in ((found.K, of_k), (found.P, of_p)):
+            low, high = factor[metric].interval()
+            assert low <= exact[metric] <= high
         assert found.P[metric].value == pytest.approx(of_p[metric], rel=1e-10)
         assert found.P[metric].standard_error is None  # no more outputs than probes
     assert found.left_out == ()

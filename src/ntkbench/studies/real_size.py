@@ -1,6 +1,6 @@
 """What one call takes on networks of real size: seconds, passes, memory, and the interval that it gives.
 
-A row is the first call of a user, with ``method="auto"`` and a tolerance: checks, trace, certificate and estimate.
+A row is a first call with ``method="auto"`` and a tolerance, on a problem that is loaded: trace, certificate, estimate.
 Exact values of these networks are not available, so that errors are those that the estimates state.
 """
 

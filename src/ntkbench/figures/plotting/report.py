@@ -38,9 +38,14 @@ CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
 """Columns of the table of all cells, and what makes a cell of a value."""
 PROVENANCE = ("git_sha", "git_dirty", "machine", "device", "dtype", "threads", "versions", "python")
 CALLS = {
-    "torch": {"alignment": "ntkbench.alignment(model, other, x, {})", "": "ntkbench.{}(model, x, {})"},
+    "torch": {
+        "alignment": "ntkbench.alignment(model, other, x, {})",
+        "spectrum": "ntkbench.spectrum(model, x)",
+        "": "ntkbench.{}(model, x, {})",
+    },
     "jax": {
         "alignment": "ntkbench.alignment(f, other_params, x, params=params, {})",
+        "spectrum": "ntkbench.spectrum(f, x, params=params)",
         "": "ntkbench.{}(f, x, params=params, {})",
     },
 }
@@ -169,7 +174,7 @@ def _call(winner: pd.Series) -> str:
         options += f", passes={winner['passes']:.0f}"
     metric = winner["metric"]
     if metric in OF_SPECTRUM:
-        return f"{forms[''].format('spectrum', '').replace(', )', ')')}.{OF_SPECTRUM[metric]}"
+        return f"{forms['spectrum']}.{OF_SPECTRUM[metric]}"
     return forms[metric].format(options) if metric in forms else forms[""].format(metric, options)
 
 

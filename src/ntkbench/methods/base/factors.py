@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ntkbench.errors import BadInput, OverMemory, Undefined
-from ntkbench.estimate import Estimate, Estimates
+from ntkbench.estimate import Estimate, Estimates, rounding_bound
 from ntkbench.estimators.accumulators import delta_method, moment_products, required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
 from ntkbench.metrics import Moments
@@ -129,17 +129,41 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
         if name == "effective_rank":
             value = min(value, float(len(ends[0].x) * ends[0].engine.O))  # the size of P P*
         how, stated = ("unit_cotangents", None) if exact else ("propagated_probes", error)
-        P[name] = Estimate(value, stated, spent, how, metric=name, degrees=degrees, certificate=certificate)
+        P[name] = Estimate(
+            value,
+            stated,
+            spent,
+            how,
+            metric=name,
+            degrees=degrees,
+            certificate=certificate,
+            rounding=_rounding(name, ends, certificate) if exact else None,
+        )
     of_k = _moments_of_k(ends)
     if not of_k.square or of_k.square_f == 0:
         raise Undefined("K is zero, as all inputs of layers are, and has no effective rank and no alignment")
     K = {
-        name: Estimate(of_k.metric(name), None, 0, "inputs_of_layers", metric=name, certificate=certificate)
+        name: Estimate(
+            of_k.metric(name),
+            None,
+            0,
+            "inputs_of_layers",
+            metric=name,
+            certificate=certificate,
+            rounding=_rounding(name, ends, certificate),
+        )
         for name in names
     }
     kept = {name for layer in _layers(ends[0]).values() for name in layer.parameters}
     every = (name for layer in ends[0].engine.layers for name in layer.parameters)
     return Factors(Estimates(K), Estimates(P), tuple(dict.fromkeys(name for name in every if name not in kept)))
+
+
+def _rounding(metric: str, ends: Sequence[TracedNetwork], certificate: float | None) -> float:
+    """The rounding of an exact metric; see :func:`ntkbench.estimate.rounding_bound`."""
+    epsilon = arrays.epsilon(ends[0].parameters[0])
+    sizes = (sum(w.numel() for w in end.parameters) for end in ends)
+    return rounding_bound(metric, epsilon, max(len(ends[0].x) * ends[0].engine.O, *sizes), certificate)
 
 
 def _layers(end: TracedNetwork) -> dict[int, Layer]:
@@ -162,7 +186,7 @@ class _LayerSums:
     """
 
     def __init__(self, layer: Layer, samples: int) -> None:
-        self._uses, self._tied = layer.uses, bool(layer.transposed)
+        self._uses, self._parts = layer.uses, 2 if layer.transposed else 1
         self._kept: list[list[list[Tensor]]] = []
         self._products: dict[tuple[int, int, int], Tensor] = {}
         self._dots: dict[tuple[int, int, int], float] = {}
@@ -172,9 +196,9 @@ class _LayerSums:
 
     @property
     def entries(self) -> int:
-        """Numbers that are held for each end, at most."""
+        """Numbers of a product A^T B, at most; 0 if the inputs are kept."""
         each = [use.entries.shape for use in self._uses]
-        return max((math.prod(shape[:-2]) * shape[-1] ** 2 for shape in each), default=0) if self._adds else 0
+        return self._parts * max(math.prod(shape[:-2]) * shape[-1] ** 2 for shape in each) if self._adds else 0
 
     def add(self, ends: Sequence[Inputs]) -> None:
         """Add the inputs of some samples, at each end."""
