@@ -11,7 +11,8 @@ import pytest
 from conftest import loaded, metrics_of, written_out
 
 from ntkbench import methods, testing
-from ntkbench.errors import BadInput, OverMemory
+from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench.measure import outcomes
 from ntkbench.methods.base import Incremental, Method
 from ntkbench.metrics import METRICS
 from ntkbench.options import BACKENDS, Target
@@ -82,6 +83,16 @@ def least(method: Method, metric: str) -> int:
 def truth(label: str) -> dict[str, float]:
     J, J_f = written_out(loaded(label)), written_out(loaded(label), "theta_f")
     return metrics_of(J @ J.T, J_f @ J_f.T)
+
+
+@pytest.mark.parametrize("label", ["small_mlp", "reversing_transformer", "digits_conv[N=4]", "gru_hazelden[N=2,T=2]"])
+@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+def test_a_method_that_does_not_apply_is_skipped_and_not_failed(method, label):
+    skip_refused(method, label, method.metrics[0], method.backends[0])
+    try:
+        prepared(method, label, method.backends[0])
+    except Unavailable as refusal:
+        assert outcomes.of_exception(refusal) == (outcomes.SKIPPED, str(refusal))
 
 
 @pytest.mark.parametrize(("method", "backend", "metric"), triples(ALL))

@@ -21,6 +21,10 @@ class Unavailable(NtkbenchError):
     """Something that is not available here: a data set, a device, operations over a limit; tables have the reason."""
 
 
+class Unsupported(BadInput, Unavailable):
+    """A network that a method does not apply to, which only shows once the method is prepared; tables skip it."""
+
+
 class OverMemory(NtkbenchError, MemoryError):
     """A computation that would need more memory than it may use."""
 

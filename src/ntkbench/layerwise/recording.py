@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
-from ntkbench.errors import BadInput
+from ntkbench.errors import Unsupported
 
 aten = torch.ops.aten
 
 
-class DataDependent(BadInput):
+class DataDependent(Unsupported):
     """A forward pass reads the value of a tensor that depends on x or the parameters."""
 
 
@@ -53,14 +53,14 @@ def as_autograd_sees_it(forward: Callable[[], Tensor], moving: Iterable[Tensor])
 
     Raises:
         DataDependent: the forward pass branches on data.
-        BadInput: it cannot be recorded for another reason.
+        Unsupported: it cannot be recorded for another reason.
     """
     operations = _Operations(moving)
     with mock.patch.object(CheckpointFunction, "apply", _run_now), operations, _Calls(operations):
         outputs = forward()
     for node in _backward_nodes(outputs):
         if isinstance(node, BackwardCFunction) or node.name().startswith("torch::autograd::CppNode"):
-            raise BadInput(f"the backward pass of a custom autograd.Function ({node.name()}) cannot be traced")
+            raise Unsupported(f"the backward pass of a custom autograd.Function ({node.name()}) cannot be traced")
     return outputs
 
 
@@ -111,7 +111,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         moving = self.moves((args, kwargs))
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise BadInput(f"the network draws random numbers ({function})")
+            raise Unsupported(f"the network draws random numbers ({function})")
         if torch.Tag.data_dependent_output in function.tags:
             if moving:
                 raise DataDependent(
@@ -131,7 +131,7 @@ class _Operations(TorchDispatchMode):
             _address(t) in self._carrying and (not t.requires_grad or (off and _address(t) in self._aliased))
             for t in written
         ):
-            raise BadInput("the forward pass writes into a detached alias of what autograd differentiates")
+            raise Unsupported("the forward pass writes into a detached alias of what autograd differentiates")
         before = [t.clone() if off and _address(t) in self._carrying else None for t in written]
         if off and written:
             args, kwargs = tree_map_only(
@@ -170,12 +170,12 @@ class _Calls(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function in _READS and self._operations.moves(args):
-            raise BadInput(
+            raise Unsupported(
                 "the forward pass hands a value that depends on x or the parameters to Python or NumPy and cannot be "
                 "traced"
             )
         if function is torch.Tensor.register_hook:
-            raise BadInput("a hook on a gradient cannot be traced")
+            raise Unsupported("a hook on a gradient cannot be traced")
         if function == _DATA.__get__:
             function = torch.Tensor.detach
         if function not in _STOPS:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, Unsupported
 from ntkbench.layerwise.recording import SHAPED, DataDependent, as_autograd_sees_it
 from ntkbench.layerwise.replacements import DECOMPOSITIONS, REPLACEMENTS
 from ntkbench.modules import with_values
@@ -176,7 +176,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         x: inputs ``[N, ...]`` on the device where the graph is to run.
 
     Raises:
-        BadInput: the network cannot be traced.
+        Unsupported: the network cannot be traced.
     """
     names, buffers = tuple(parameters), dict(module.named_buffers())
     fixed = {key: t.cpu() for key, t in fixed_tensors(module, names).items()}
@@ -209,7 +209,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         if "device" in node.kwargs:
             node.update_kwarg("device", x.device)
         if node.target is aten.as_strided.default and not _fills_its_storage(node.args[0].meta["val"]):
-            raise BadInput("as_strided of a tensor that is itself a view cannot be traced")
+            raise Unsupported("as_strided of a tensor that is itself a view cannot be traced")
     free_layout(graph)
     targets = [node.target for node in graph.nodes if node.op == "get_attr"]
     shapes = [(t.shape, t.dtype) for t in constants]
@@ -317,7 +317,7 @@ def untraceable(what: str) -> Iterator[None]:
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(
+        raise Unsupported(
             f"{what} cannot be traced as a graph of operations, as branches on data cannot; methods that call the "
             f"network as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
             f"{textwrap.shorten(str(error), 160)})"

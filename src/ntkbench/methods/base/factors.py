@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from ntkbench.errors import BadInput, OverMemory, Undefined
+from ntkbench.errors import OverMemory, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates, rounding_bound
 from ntkbench.estimators.accumulators import delta_method, moment_products, required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
@@ -107,7 +107,7 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
         seed: of the probes.
 
     Raises:
-        BadInput: no parameter has factors, or the two networks of an alignment have different layers.
+        Unsupported: no parameter has factors, or the two networks of an alignment have different layers.
         OverMemory: the inputs of all layers, or the cotangents of four probes, do not fit in memory.
         Undefined: all inputs of layers are zero.
         Uncertified: plain autograd gives other gradients.
@@ -116,9 +116,9 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
 
     ends = prepared.ends("alignment" if "alignment" in names else "trace")
     if not _layers(ends[0]):
-        raise BadInput("no parameter that counts is a weight whose gradients have factors")
+        raise Unsupported("no parameter that counts is a weight whose gradients have factors")
     if len({tuple(_shapes(end)) for end in ends}) > 1:
-        raise BadInput("the two networks have different layers")
+        raise Unsupported("the two networks have different layers")
     # First P: its certificate is of cotangents and inputs alike, and makes another trace where this one fails.
     ledger, moments = ledger_of(ends), required_moments(names)
     found, exact = _moments_of_p(ends, moments, probes, seed)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput
+from ntkbench.errors import Unsupported
 from ntkbench.methods.base.gram import Gram, moments_of_grams
 from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
@@ -82,7 +82,7 @@ class HeadedNetwork:
         target: where to compute.
 
     Raises:
-        BadInput: the network does not end with a linear layer that is wider than its inputs and used once, or no
+        Unsupported: the network does not end with a linear layer that is wider than its inputs and used once, or no
             parameter in front of it counts.
         Unavailable: the device is not present.
     """
@@ -99,7 +99,7 @@ class HeadedNetwork:
         self.T = problem.O // self.V
         self.W = layer.weight.detach()
         if not set(self._parameters) - {self._weight, self._bias}:
-            raise BadInput("no parameter in front of its last linear layer counts")
+            raise Unsupported("no parameter in front of its last linear layer counts")
         self._traced: list[TracedProblem] = []
         self._hidden = self._inputs_of_head()
         self.G = self._gram()
@@ -254,14 +254,14 @@ def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
     note = lambda name: lambda _, __, made: calls.append((name, made.shape))  # noqa: E731
     _outputs(module, x, {layer: note(name) for name, layer in layers.items()})
     if not calls:
-        raise BadInput("the network has no linear layer")
+        raise Unsupported("the network has no linear layer")
     name, shape = calls[-1]
     layer, V = layers[name], shape[-1]
     used = collections.Counter(id(w) for _, w in module.named_parameters(remove_duplicate=False))
     if layer.in_features >= V:
-        raise BadInput(f"its last linear layer, {name}, is no wider than its inputs")
+        raise Unsupported(f"its last linear layer, {name}, is no wider than its inputs")
     if [each for each, _ in calls].count(name) > 1 or any(used[id(w)] > 1 for w in layer.parameters()):
-        raise BadInput(f"its last linear layer, {name}, is used more than once")
+        raise Unsupported(f"its last linear layer, {name}, is used more than once")
     numbers = torch.arange(shape[:-1].numel(), device=x.device).reshape(*shape[:-1], 1)
     give = lambda values: lambda _, __, made: values.expand(shape).to(made)  # noqa: E731
     positions = _outputs(module, x, {layer: give(numbers)})
@@ -275,7 +275,7 @@ def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
         found = rows[0, :, 0].long()
         fits = bool((rows == found[:, None]).all()) and bool((found >= 0).all()) and bool((found < of_sample).all())
     if not fits:
-        raise BadInput(f"its outputs are not those of its last linear layer, {name}, as they are")
+        raise Unsupported(f"its outputs are not those of its last linear layer, {name}, as they are")
     return name, layer, found
 
 
@@ -300,7 +300,7 @@ class HeadedProblem:
         short: its networks with heads of fewer outputs, for estimators.
 
     Raises:
-        BadInput: see :class:`HeadedNetwork`.
+        Unsupported: see :class:`HeadedNetwork`.
         Unavailable: the device is not present.
     """
 
@@ -315,7 +315,7 @@ class HeadedProblem:
         """The networks of a metric.
 
         Raises:
-            BadInput: there are no such weights, or a network has no head, or another one.
+            Unsupported: there are no such weights, or a network has no head, or another one.
         """
         names = metrics.parameter_sets(metric)
         for name in names:
@@ -323,7 +323,7 @@ class HeadedProblem:
                 self._ends[name] = HeadedNetwork(self._problem, name, self._target)
         found = [self._ends[name] for name in names]
         if len({(end.T, end.d, end.V) for end in found}) > 1:
-            raise BadInput("the two networks have heads of different sizes")
+            raise Unsupported("the two networks have heads of different sizes")
         return found
 
     def networks(self, metric: str) -> list[TracedNetwork]:
@@ -393,7 +393,7 @@ class ShortHeads:
         """f' at each set of weights.
 
         Raises:
-            BadInput: the weights span no fewer dimensions than there are outputs; or as :meth:`HeadedProblem.ends`.
+            Unsupported: the weights span no fewer dimensions than there are outputs; or as :meth:`HeadedProblem.ends`.
         """
         return [network for _, network in self._of(metric)[1]]
 
@@ -424,7 +424,7 @@ class ShortHeads:
             ends = self._headed.ends(metric)
             V, r = ends[0].V, sum(end.d for end in ends)
             if r >= V:
-                raise BadInput(f"its {V} outputs are no more than the {r} dimensions that its heads' weights span")
+                raise Unsupported(f"its {V} outputs are no more than the {r} dimensions that its heads' weights span")
             Q = ends[0].U if len(ends) == 1 else torch.linalg.qr(torch.cat([end.W for end in ends], 1))[0]
             self._made[names] = Q, [end.shortened(Q) for end in ends]
         return self._made[names]

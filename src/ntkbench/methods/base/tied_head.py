@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput
+from ntkbench.errors import Unsupported
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.layers import Layer
 from ntkbench.layerwise.rules import Use
@@ -95,11 +95,11 @@ class Basis:
         """Columns that span those of some weights ``[V, d]`` and the unit vectors of tokens.
 
         Raises:
-            BadInput: they are no fewer than V.
+            Unsupported: they are no fewer than V.
         """
         V, wide = len(weights[0]), sum(w.shape[1] for w in weights)
         if len(tokens) + wide >= V:
-            raise BadInput(
+            raise Unsupported(
                 f"its vocabulary of {V} is not larger than its {len(tokens)} different tokens and {wide} hidden units "
                 "together"
             )
@@ -166,7 +166,7 @@ class Whole:
         tokens: numbers of the tokens that occur, ascending.
 
     Raises:
-        BadInput: no tokens are looked up in the embedding, or its weight is frozen or not selected.
+        Unsupported: no tokens are looked up in the embedding, or its weight is frozen or not selected.
         Unavailable: the device is not present.
     """
 
@@ -181,9 +181,9 @@ class Whole:
             if type(other) is nn.Linear and other.weight is layer.weight and other.bias is not None:
                 self.bias = _name(self.module, other.bias)
         if self.weight not in self.parameters:
-            raise BadInput(f"the weight of its embedding, {table}, is frozen or not selected")
+            raise Unsupported(f"the weight of its embedding, {table}, is frozen or not selected")
         if layer.max_norm is not None or layer.scale_grad_by_freq:
-            raise BadInput(f"its embedding, {table}, changes its weight or its gradient")
+            raise Unsupported(f"its embedding, {table}, changes its weight or its gradient")
         self.tokens = self._looked_up(layer)
 
     @property
@@ -234,7 +234,7 @@ class Whole:
         finally:
             handle.remove()
         if not seen:
-            raise BadInput(f"no tokens are looked up in its embedding, {self.table}")
+            raise Unsupported(f"no tokens are looked up in its embedding, {self.table}")
         return torch.cat(seen).unique()
 
 
@@ -255,7 +255,7 @@ class TiedNetwork:
         target: where to compute.
 
     Raises:
-        BadInput: its embedding is not its head, or is used for something else as well.
+        Unsupported: its embedding is not its head, or is used for something else as well.
         Unavailable: the device is not present.
     """
 
@@ -268,7 +268,7 @@ class TiedNetwork:
         use = self._head(engine)
         positions = _positions(engine.trace.graph.graph, use.node, basis.shape[1])
         if positions is None:
-            raise BadInput(f"its outputs are not those of its embedding, {whole.table}, as they are")
+            raise Unsupported(f"its outputs are not those of its embedding, {whole.table}, as they are")
         (h,) = engine.operands([use], self.inner.parameters, self.inner.x)
         self._h = h[:, positions.to(h.device)].flatten(0, 1).double()
         self.G = Gram(self._h, whole.bias in whole.parameters)
@@ -309,7 +309,7 @@ class TiedNetwork:
         uses = [use for layer in layers for use in layer.uses]
         operations = tuple(use.node.target for use in uses)
         if operations not in {(aten.embedding.default, product) for product in PRODUCTS}:
-            raise BadInput(
+            raise Unsupported(
                 f"the weight of its embedding, {whole.table}, must be used exactly twice, there and as the head"
             )
         return uses[1]
@@ -342,7 +342,7 @@ class TiedProblem:
     """A problem on the device, with networks of shorter vocabularies.
 
     Raises:
-        BadInput: no embedding is the head of the network; see :class:`Whole` and :class:`TiedNetwork`.
+        Unsupported: no embedding is the head of the network; see :class:`Whole` and :class:`TiedNetwork`.
         Unavailable: the device is not present.
     """
 
@@ -351,28 +351,28 @@ class TiedProblem:
         self._wholes: dict[str, Whole] = {}
         self._ends: dict[tuple[str, ...], list[TiedNetwork]] = {}
         self._certified: dict[tuple[str, ...], float] = {}
-        refused: list[BadInput] = []
+        refused: list[Unsupported] = []
         for table in tables(problem):
             self._table = table
             try:
                 self.ends("trace")
                 return
-            except BadInput as error:
+            except Unsupported as error:
                 refused.append(error)
                 self._wholes.clear()
-        raise refused[0] if refused else BadInput("no embedding of the network has as many tokens as it has outputs")
+        raise refused[0] if refused else Unsupported("no embedding of the network has as many tokens as it has outputs")
 
     def ends(self, metric: str) -> list[TiedNetwork]:
         """The networks of a metric, with one vocabulary.
 
         Raises:
-            BadInput: there are no such weights, or a network has no such head, or another one.
+            Unsupported: there are no such weights, or a network has no such head, or another one.
         """
         names = metrics.parameter_sets(metric)
         if names not in self._ends:
             wholes = [self._whole(name) for name in names]
             if len({len(whole.W) for whole in wholes}) > 1:
-                raise BadInput("the two networks have heads of different sizes")
+                raise Unsupported("the two networks have heads of different sizes")
             tokens = torch.cat([whole.tokens for whole in wholes]).unique()
             basis = Basis.of(tokens, [whole.W for whole in wholes])
             self._ends[names] = [TiedNetwork(whole, basis, self._target) for whole in wholes]
@@ -425,6 +425,6 @@ class TiedProblem:
             owner, _ = self._problem.end(which)
             names = [self._table] if owner is self._problem else tables(owner)
             if not names:
-                raise BadInput("the other network has no embedding with as many tokens as it has outputs")
+                raise Unsupported("the other network has no embedding with as many tokens as it has outputs")
             self._wholes[which] = Whole(self._problem, which, self._target, names[0])
         return self._wholes[which]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ntkbench.errors import BadInput
+from ntkbench.errors import Unsupported
 from ntkbench.methods.base.method import Method
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -57,7 +57,7 @@ class WideHeadMethod(Method):
         """Split the networks, and trace the part in front of their heads or with a shorter vocabulary.
 
         Raises:
-            BadInput: a network does not end with a wide linear layer, or cannot be traced.
+            Unsupported: a network does not end with a wide linear layer, or cannot be traced.
             Unavailable: the device is not present.
         """
         from ntkbench.methods.base import head, tied_head
@@ -66,14 +66,14 @@ class WideHeadMethod(Method):
         if head.candidates(problem):
             try:
                 return head.HeadedProblem(problem, target)
-            except BadInput as error:
+            except Unsupported as error:
                 reasons.append(str(error))
         if tied_head.tables(problem):
             try:
                 return tied_head.TiedProblem(problem, target)
-            except BadInput as error:
+            except Unsupported as error:
                 reasons.append(str(error))
-        raise BadInput("; ".join(reasons) or NO_HEAD)
+        raise Unsupported("; ".join(reasons) or NO_HEAD)
 
 
 def share(problem: Problem, metric: str) -> float:
