@@ -97,12 +97,43 @@ class Autoencoder(Net):
         return self.use(lambda a: functional.linear(a, self.W.T), code)
 
 
+class Attention(Net):
+    """Two heads of attention whose queries, keys and values come from one weight, as in nn.MultiheadAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def run(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 2)).transpose(1, 2) for part in self.use(self.packed, x).chunk(3, dim=-1))
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.use(self.out, mixed).mean(1)
+
+
+class Memory(Net):
+    """An LSTM cell over three steps: two weights that are used at each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.kept, self.read = nn.Linear(2, 12), nn.Linear(3, 12, bias=False), nn.Linear(3, 2)
+
+    def run(self, x: Tensor) -> Tensor:
+        h = c = x.new_ones(len(x), 3)
+        for step in x.unbind(1):
+            i, f, g, o = (self.use(self.given, step) + self.use(self.kept, h)).chunk(4, dim=-1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return self.use(self.read, h)
+
+
 INPUTS = {
     Perceptron: lambda: torch.randn(5, 4),
     Wide: lambda: torch.randn(3, 64),
     Twice: lambda: torch.randn(4, 4),
     Language: lambda: torch.randint(5, (3, 4)),
     Autoencoder: lambda: torch.randn(4, 5),
+    Attention: lambda: torch.randn(3, 4, 4),
+    Memory: lambda: torch.randn(3, 3, 2),
 }
 
 

@@ -53,6 +53,17 @@ def test_exact_values_are_those_of_the_written_out_kernel():
         assert low <= truth[metric] <= high
 
 
+@pytest.mark.parametrize("name", [name for name in methods.names() if name.startswith("nt_")])
+def test_the_programs_of_neural_tangents_give_them_too(name):
+    problem = testing.smooth_problem()
+    truth = by_definition(kernel(problem))
+    for dtype in ("float64", "float32"):
+        for metric, estimate in estimates(methods.get(name), problem, backend="jax", dtype=dtype).items():
+            low, high = estimate.interval()
+            assert low <= truth[metric] <= high and high / low < (1.001 if dtype == "float64" else 10)
+            assert estimate.certificate < 1e-4 and estimate.metric == metric
+
+
 @pytest.mark.parametrize("n", [30, 300])
 def test_intervals_hold_the_entropy_of_a_kernel_of_rank_one(n):
     x = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ntkbench import ambient, errors, ladder, metrics, options, progress_bar
-from ntkbench.errors import BadInput, Unavailable, Undefined
+from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
@@ -355,9 +355,9 @@ class Kernel:
                     if not prepared:
                         prepared.append(ways[0](problem, columns, chosen, self._target, seed))
                     return self._checked(prepared[0](*where))
-                except (Unavailable, ladder.Underflow):
-                    raise
                 except Exception as error:  # whatever a way does to a network, the next one may work
+                    if ladder.concerns_all_methods(error):
+                        raise
                     reasons.append(f"{_said(ways.pop(0))}: {errors.reason(error)}")
                     prepared.clear()
             raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")

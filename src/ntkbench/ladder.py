@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ntkbench import errors, methods, metrics, operators, progress_bar
-from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
+from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic, wide
@@ -103,6 +103,11 @@ class Underflow(BadInput):
     """Gradients that are too small for a precision."""
 
 
+def concerns_all_methods(error: Exception) -> bool:
+    """Whether an error is of the kernel or of the machine, so that no other method works either."""
+    return isinstance(error, (Undefined, Unavailable, Underflow)) and not isinstance(error, Unsupported)
+
+
 Prepare = Callable[[Method], Any]
 """The result of :meth:`Method.prepare` for a problem."""
 
@@ -170,9 +175,9 @@ class _Search:
             self.remarks.append(f"not by {name}: {error}")
             self.exact[name] = max(needed, error.passes)
             return None
-        except (Undefined, Unavailable, Underflow):
-            raise  # of the kernel or of the machine, and so of every method
         except Exception as error:  # whatever a method does to a network, the next one may work
+            if concerns_all_methods(error):
+                raise
             self._refused(name, errors.reason(error))
             return None
         if not isinstance(step, Stochastic) and not _reached(found, options):

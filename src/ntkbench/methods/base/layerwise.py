@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput, Unavailable, Undefined
+from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
-from ntkbench.estimators.spectrum import entropy_rounding
-from ntkbench.methods.base import Ledger, Method
+from ntkbench.methods.base import Ledger, Method, eigenvalues
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays, torch_network
 from ntkbench.options import Target
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
     from ntkbench.layerwise.blocks import Block
     from ntkbench.layerwise.kernel import LayerwiseKernel
-
-DECOMPOSED = 2
-"""Number of float64 matrices that an eigenvalue decomposition holds, the kernel included."""
 
 
 class Layerwise(Method):
@@ -53,8 +49,7 @@ class Layerwise(Method):
         Eigenvalues take the kernel and its decomposition in float64.
         """
         if metric in metrics.SPECTRAL:
-            size = problem.n if self.kernel == "full" else problem.N
-            return size**2 * (target.itemsize + DECOMPOSED * 8)
+            return eigenvalues.bytes_needed(problem.n if self.kernel == "full" else problem.N, target)
         whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
         return 3 * problem.n**2 * target.itemsize if whole else 0
 
@@ -95,8 +90,6 @@ class Layerwise(Method):
     def _of_eigenvalues(self, prepared: TracedProblem, metric: str) -> Estimate:
         """A metric of the eigenvalues, by the decomposition of the whole kernel in float64 on the host.
 
-        By Weyl's inequality no eigenvalue changes by more than the norm of the kernel's rounding.
-
         Raises:
             Unavailable: the condition number is asked for, and Theta is singular or may be.
         """
@@ -105,30 +98,12 @@ class Layerwise(Method):
         (end,) = prepared.ends(metric)
         ledger, kernel = ledger_of([end]), sample_kernels.get(self.kernel)
         made = arrays.to_numpy(kernel.compute(end.engine, end.parameters, end.x), np.float64)
-        values = np.linalg.eigvalsh(made)
+        spent, notes, certificate = ledger()
         P = sum(w.numel() for w in end.parameters)
         copies = end.engine.O if kernel.between_samples else 1
-        if metric == "condition_number" and copies == 1 and len(made) > P:
-            raise Unavailable(f"the kernel of {len(made)} rows is singular, as there are {P} parameters")
-        spent, notes, certificate = ledger()
         epsilon = arrays.epsilon(end.parameters[0])
-        share = rounding_bound("trace", epsilon, max(len(made), P), certificate)
-        # The rounding of the kernel, and that of the decomposition.
-        error = share * float(abs(values).sum()) + len(made) * float(np.finfo(np.float64).eps) * float(
-            abs(values).max()
-        )
-        try:
-            value = metrics.of_eigenvalues(metric, values, copies=copies, error=2 * error)
-        except Undefined as undefined:
-            raise Unavailable(str(undefined)) from None
-        largest, smallest, trace = float(values.max()), float(values.min()), float(abs(values).sum())
-        known = None
-        if self.kind == "exact" and metric == "largest_eigenvalue":
-            known = error / largest if largest else 0.0
-        elif self.kind == "exact" and metric == "condition_number":
-            known = (largest + error) / (smallest - error) / value - 1
-        elif self.kind == "exact":
-            known = entropy_rounding(len(made), min(error / trace, 1.0))
+        value, rounding = eigenvalues.of_kernel(metric, made, P, epsilon, certificate, copies=copies)
+        known = rounding if self.kind == "exact" else None
         return Estimate(value, None, spent, self.name, notes, metric, certificate=certificate, rounding=known)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
-from ntkbench.methods.base import Method
+from ntkbench.methods.base import Method, eigenvalues
 from ntkbench.metrics import Moments
 from ntkbench.operators import certificate, plain_gradient, programs
 from ntkbench.operators.neural_tangents import is_installed, load
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import jax
 
 
+KERNEL = "kernel"
+"""What a program computes for metrics of eigenvalues."""
 FEW_ROWS, CERTIFIED_ROWS = 16, 64
 """Rows of J that the certificate of a trace takes: of samples that have no more than the first number together, or of
 one sample that has no more than the second."""
@@ -29,7 +31,8 @@ one sample that has no more than the second."""
 class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
-    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f. The trace is requested by traced
+    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f; for eigenvalues it goes to the host
+    and is decomposed in float64. The trace is requested by traced
     and diagonal axes, so that an implementation may hold only ``[N]`` numbers. The program is compiled at the first
     estimate of a metric and kept. It is refused if it takes more memory than
     :func:`ntkbench.operators.programs.memory_limit` allows.
@@ -43,6 +46,7 @@ class NeuralTangents(Method):
     needs_independent_samples = True
     prepares = ""
     needs_one_network = True
+    spectral = metrics.SPECTRAL
     implementation: ClassVar[str]
 
     def unsupported_reason(
@@ -52,7 +56,9 @@ class NeuralTangents(Method):
         return reason or (None if is_installed() else "neural-tangents is not installed")
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta (and Theta_f); for the trace only the traces of its diagonal blocks."""
+        """Theta (and Theta_f), for eigenvalues with its decomposition; for the trace the traces of diagonal blocks."""
+        if metric in metrics.SPECTRAL:
+            return eigenvalues.bytes_needed(problem.n, target)
         numbers = problem.N if metric == "trace" else len(metrics.parameter_sets(metric)) * problem.n**2
         return numbers * target.itemsize
 
@@ -71,7 +77,16 @@ class NeuralTangents(Method):
         Raises:
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than allowed.
+            Unavailable: the condition number is asked for, and Theta is singular or may be.
         """
+        metrics.check_any(metric)
+        if metric in metrics.SPECTRAL:
+            theta = prepared.kernel()
+            value, rounding = eigenvalues.of_kernel(
+                metric, theta.astype(np.float64), prepared.P, float(np.finfo(theta.dtype).eps), prepared.certificate
+            )
+            found = prepared.certificate
+            return Estimate(value, None, None, self.name, metric=metric, certificate=found, rounding=rounding)
         moments = prepared.moments(metric)
         return Estimate.of_moments(metric, moments, None, self.name, certificate=prepared.certificate)
 
@@ -86,6 +101,7 @@ class CompiledPrograms:
     function and shapes; certificates are not.
 
     Attributes:
+        P: number of parameters.
         certificate: the largest relative difference found; ``None`` before the first metric.
 
     Raises:
@@ -98,6 +114,7 @@ class CompiledPrograms:
         from ntkbench.operators.jax import network
 
         self._implementation, self._problem, self._target = implementation, problem, target
+        self.P = problem.P
         self._networks = {"theta_0": network(problem, "theta_0", target)}
         if problem.theta_f is not None:
             self._networks["theta_f"] = network(problem, "theta_f", target)
@@ -113,16 +130,31 @@ class CompiledPrograms:
             OverMemory: the program would take more memory than allowed.
             Uncertified: plain autograd contradicts the kernel.
         """
+        metrics.check(metric)
+        return Moments(**{name: float(value) for name, value in self._made(metric).items()})
+
+    def kernel(self) -> np.ndarray:
+        """Theta ``[N O, N O]`` at theta_0, on the host; the first call compiles.
+
+        Raises:
+            OverMemory: the program would take more memory than allowed.
+            Uncertified: plain autograd contradicts the kernel.
+        """
+        theta: np.ndarray = self._made(KERNEL)
+        return theta.transpose(0, 2, 1, 3).reshape(self._problem.n, self._problem.n)
+
+    def _made(self, what: str) -> Any:
+        """The moments of a metric, or the kernel, on the host; certified at the first call."""
         import jax
 
-        first = metric not in self._programs
+        first = what not in self._programs
         if first:
-            self._programs[metric] = self._compiled(metric, self._x)
-        sums, forms = jax.device_get(self._programs[metric](self._parameter_sets(metric), self._x))
+            self._programs[what] = self._compiled(what, self._x)
+        made, forms = jax.device_get(self._programs[what](self._parameter_sets(what), self._x))
         if first:
-            for name, form in zip(metrics.parameter_sets(metric), forms, strict=True):
-                self._certify(float(form), self._trace_of_rows() if metric == "trace" else self._form(name))
-        return Moments(**{name: float(value) for name, value in sums.items()})
+            for name, form in zip(metrics.parameter_sets(what), forms, strict=True):
+                self._certify(float(form), self._trace_of_rows() if what == "trace" else self._form(name))
+        return made
 
     def _certify(self, found: float, expected: float) -> None:
         off = certificate.ratio(abs(found - expected), expected)
@@ -163,22 +195,21 @@ class CompiledPrograms:
     def _certified_samples(self) -> int:
         return max(1, min(self._problem.N, FEW_ROWS // self._problem.O))
 
-    def _parameter_sets(self, metric: str) -> list[Any]:
-        return [self._networks[name][1] for name in metrics.parameter_sets(metric)]
+    def _parameter_sets(self, what: str) -> list[Any]:
+        return [self._networks[name][1] for name in metrics.parameter_sets(what)]
 
-    def _compiled(self, metric: str, x: jax.Array) -> jax.stages.Compiled:
+    def _compiled(self, what: str, x: jax.Array) -> jax.stages.Compiled:
         import jax
 
-        metrics.check(metric)
-        names = metrics.parameter_sets(metric)
+        names = metrics.parameter_sets(what)
         for name in names:
             self._problem.weights(name)  # raises where there are none
-        leaves, structure = jax.tree.flatten((self._parameter_sets(metric), x))
+        leaves, structure = jax.tree.flatten((self._parameter_sets(what), x))
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
         return _compiled(
             tuple(self._networks[name][0] for name in names),
             self._implementation,
-            metric == "trace",
+            what if what in ("trace", KERNEL) else "moments",
             (self._problem.O, self._certified_samples),
             (shapes, structure),
             self._target,
@@ -190,18 +221,18 @@ class CompiledPrograms:
 def _compiled(
     forwards: tuple[Callable[[Any, Any], Any], ...],
     implementation: str,
-    of_trace: bool,
+    what: str,
     sizes: tuple[int, int],
     arguments: tuple[tuple[jax.ShapeDtypeStruct, ...], Any],
     target: Target,
     name: str,
 ) -> jax.stages.Compiled:
-    """The program (parameter sets, x) -> (moments, what certificates are compared with) for some shapes.
+    """The program (parameter sets, x) -> (moments or kernel, what certificates are compared with) for some shapes.
 
     Args:
         forwards: the network at each parameter set.
         implementation: implementation of neural-tangents.
-        of_trace: whether only the trace is computed, without the kernel.
+        what: ``trace``, which is computed without the kernel, ``moments``, or :data:`KERNEL`.
         sizes: outputs of a sample, and samples whose part of the trace is certified.
         arguments: shapes of the arguments' arrays, and their structure.
         target: where it runs.
@@ -213,7 +244,11 @@ def _compiled(
 
     shapes, structure = arguments
     weights, x = jax.tree.unflatten(structure, shapes)
-    made = _trace(forwards[0], implementation, *sizes) if of_trace else _sums(forwards, implementation, sizes[0])
+    made = (
+        _trace(forwards[0], implementation, *sizes)
+        if what == "trace"
+        else _of_kernels(forwards, implementation, sizes[0], moments if what == "moments" else lambda thetas: thetas[0])
+    )
     limit = programs.memory_limit(device(target), target)
     return programs.compile_within(
         limit, programs.lower(made, weights, x), f"neural-tangents' {implementation} for {name}"
@@ -230,17 +265,22 @@ def _trace(forward: Callable[[Any, Any], Any], implementation: str, outputs: int
     return trace
 
 
-def _sums(forwards: Sequence[Callable[[Any, Any], Any]], implementation: str, outputs: int) -> Callable[..., Any]:
+def _of_kernels(
+    forwards: Sequence[Callable[[Any, Any], Any]],
+    implementation: str,
+    outputs: int,
+    made_of: Callable[[Sequence[jax.Array]], Any],
+) -> Callable[..., Any]:
     import jax.numpy as jnp
 
     kernels = [programs.kernel_function(forward, implementation) for forward in forwards]
 
-    def sums(weights: Any, x: Any) -> Any:
+    def made(weights: Any, x: Any) -> Any:
         thetas = [theta(w, x) for theta, w in zip(kernels, weights, strict=True)]
         c = _signs(len(x), outputs, thetas[0].dtype)
-        return moments(thetas), [jnp.einsum("abij,ai,bj->", theta, c, c) for theta in thetas]
+        return made_of(thetas), [jnp.einsum("abij,ai,bj->", theta, c, c) for theta in thetas]
 
-    return sums
+    return made
 
 
 def _signs(samples: int, outputs: int, dtype: Any) -> np.ndarray:

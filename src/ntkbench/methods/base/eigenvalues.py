@@ -1,0 +1,56 @@
+"""Metrics of eigenvalues of a kernel that is written out, with bounds on their rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ntkbench import metrics
+from ntkbench.errors import Unavailable, Undefined
+from ntkbench.estimate import rounding_bound
+from ntkbench.estimators.spectrum import entropy_rounding
+from ntkbench.options import Target
+
+DECOMPOSED = 2
+"""Number of float64 matrices that an eigenvalue decomposition holds, the kernel included."""
+
+
+def bytes_needed(rows: int, target: Target) -> int:
+    """The kernel, and its decomposition in float64."""
+    return rows**2 * (target.itemsize + DECOMPOSED * 8)
+
+
+def of_kernel(
+    metric: str, kernel: np.ndarray, P: int, epsilon: float, certificate: float | None, *, copies: int = 1
+) -> tuple[float, float]:
+    """A metric of the eigenvalues of A (x) I, and a bound on its relative rounding.
+
+    By Weyl's inequality no eigenvalue changes by more than the norm of the kernel's rounding.
+
+    Args:
+        metric: one of :data:`ntkbench.metrics.SPECTRAL`.
+        kernel: A, in float64 on the host.
+        P: number of parameters that A is a sum over.
+        epsilon: relative rounding of the numbers that A was computed with.
+        certificate: relative difference from plain autograd.
+        copies: size of the identity matrix.
+
+    Raises:
+        Unavailable: the condition number is asked for, and the kernel is singular or may be; or the kernel is zero.
+    """
+    rows = len(kernel)
+    if metric == "condition_number" and copies == 1 and rows > P:
+        raise Unavailable(f"the kernel of {rows} rows is singular, as there are {P} parameters")
+    values = np.linalg.eigvalsh(kernel)
+    largest, smallest, trace = float(values.max()), float(values.min()), float(abs(values).sum())
+    # The rounding of the kernel, and that of the decomposition.
+    share = rounding_bound("trace", epsilon, max(rows, P), certificate)
+    error = share * trace + rows * float(np.finfo(np.float64).eps) * float(abs(values).max())
+    try:
+        value = metrics.of_eigenvalues(metric, values, copies=copies, error=2 * error)
+    except Undefined as undefined:
+        raise Unavailable(str(undefined)) from None
+    if metric == "largest_eigenvalue":
+        return value, error / largest if largest else 0.0
+    if metric == "condition_number":
+        return value, (largest + error) / (smallest - error) / value - 1
+    return value, entropy_rounding(rows, min(error / trace, 1.0))
