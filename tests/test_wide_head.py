@@ -325,6 +325,15 @@ TIED = {
 }
 
 
+def test_passes_are_those_of_the_head_where_outputs_are_flattened():
+    """The first layer is wider than its inputs as well, and its width divides the outputs."""
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 16), nn.Flatten())
+    problem = from_module(model, torch.randn(3, 4, 1))
+    method, target = methods.get("wide_head"), Target("torch", "float64", "cpu")
+    found = method.estimate(method.prepare(problem, target), "norm")
+    assert method.passes_needed(problem, "norm", target) == found.passes == 4 * 8
+
+
 def two(make):
     """A network at two sets of weights, with other buffers at the second one."""
     model, other = seeded(make).eval(), seeded(make, 1).eval()

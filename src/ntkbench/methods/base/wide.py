@@ -91,6 +91,7 @@ def share(problem: Problem, metric: str) -> float:
 def for_head(problem: Problem, by_width: Mapping[int, float]) -> float | None:
     """The entry for the head in a mapping by the widths of candidates; ``None`` if it is empty.
 
-    Other layers may have a width that divides the outputs by chance.
+    Other layers may have a width that divides the outputs by chance. Where the outputs of all positions are flattened,
+    the head is taken to be the last candidate.
     """
-    return by_width.get(problem.output_shape[-1], min(by_width.values(), default=None))
+    return by_width.get(problem.output_shape[-1], next(reversed(list(by_width.values())), None))
