@@ -9,11 +9,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import figures, methods, studies, testing
+from ntkbench import figures, methods, modules, studies, testing
 from ntkbench.errors import BadInput
 from ntkbench.estimators import projections
 from ntkbench.figures import projections as figure
@@ -233,8 +234,8 @@ def test_kfac_is_the_kronecker_product_of_each_layer(metric):
     problem = smooth_problem()
     blocks = []
     for weights in (problem.theta_0, problem.theta_f):
-        module = ntkbench.modules.copied(problem.module).double()
-        ntkbench.modules.load(module, weights).requires_grad_()
+        module = modules.copied(problem.module).double()
+        modules.load(module, weights).requires_grad_()
         made, _ = kfac_by_hand(module, torch.from_numpy(problem.x).double())
         blocks.append(torch.block_diag(*made).detach().numpy())
     found = methods.get("kfac").estimate(prepared("kfac"), metric)
@@ -253,6 +254,42 @@ def test_kfac_is_exact_for_one_sample_and_one_layer_and_biased_elsewhere():
     J = jacobians()[0]
     biased = method.estimate(prepared("kfac"), "norm").value
     assert biased != pytest.approx(metrics_of(J @ J.T)["norm"], rel=0.01)
+
+
+def nearest_by_svd(J, shapes):
+    """The nearest Kronecker product to the block of J^T J of each weight with its bias, by one decomposition each."""
+    found, start = [], 0
+    for C, D in shapes:
+        weight, bias = J[:, start : start + C * D].reshape(-1, C, D), J[:, start + C * D : start + C * (D + 1)]
+        G = np.concatenate([weight, bias[:, :, None]], axis=2)
+        arranged = np.einsum("rci,rdj->cdij", G, G).reshape(C * C, (D + 1) ** 2)
+        U, s, V = np.linalg.svd(arranged)
+        found.append(s[0] * np.kron(U[:, 0].reshape(C, C), V[0].reshape(D + 1, D + 1)))
+        start += C * (D + 1)
+    return scipy.linalg.block_diag(*found)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
+def test_kfoc_is_the_nearest_kronecker_product_of_each_layer(metric, backend):
+    problem, target = smooth_problem(), Target(backend, "float64", "cpu")
+    shapes = [layer.weight.shape for layer in problem.module if isinstance(layer, nn.Linear)]
+    blocks = [nearest_by_svd(J, shapes) for J in jacobians()]
+    method = methods.get("kfoc")
+    found = method.estimate(method.prepare(problem, target), metric)
+    assert found.value == pytest.approx(metrics_of(*blocks)[metric], rel=1e-7)
+    assert found.passes == problem.O * len(blocks if metric == "alignment" else blocks[:1])
+
+
+def test_kfoc_keeps_what_is_a_kronecker_product_and_the_whole_block_of_vectors():
+    """One output of one sample for a layer; scales have their own block."""
+    torch.manual_seed(0)
+    linear, scales = nn.Linear(3, 1).double(), nn.Sequential(nn.LayerNorm(3), nn.Flatten()).double()
+    for module, x in ((linear, torch.randn(1, 3)), (scales, torch.randn(4, 3))):
+        found = ntkbench.norm(module, x.double(), method="kfoc", dtype="float64")
+        J = explicit_jacobian(ntkbench.from_module(module, x.double()))
+        blocks = [J] if module is linear else [J[:, :3], J[:, 3:]]
+        assert found.value**2 == pytest.approx(sum(((b.T @ b) ** 2).sum() for b in blocks))
 
 
 # --- what is refused

@@ -38,7 +38,7 @@ PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "kronecker_projection": 1}
 """Replicates of each projection as published; ``None`` for as many as its estimates have."""
 SKETCH = "count_sketch"
 ESTIMATORS = ("gram_forward", "structured_block_u_statistics", "sample_subset")
-FIXED = ("structured_sum_of_logits", "trace_kernel", "kfac", "structured_derivatives", "jacobian_contraction")
+FIXED = ("structured_sum_of_logits", "trace_kernel", "kfac", "kfoc", "structured_derivatives", "jacobian_contraction")
 """Methods with one value, approximate and exact."""
 KERNELS = {"structured_sum_of_logits": "sum_of_logits", "trace_kernel": "trace"}
 """Approximations by a kernel between samples, and its name in the layerwise engine."""

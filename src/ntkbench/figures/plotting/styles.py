@@ -42,6 +42,7 @@ KNOWN = {
     "last_layer": (WINE, "H"),
     "count_sketch": (VERMILION, "H"),
     "kfac": (BLUE, "*"),
+    "kfoc": (PINK, "*"),
     # Estimators: a family shares a hue, "<" works by VJPs and ">" by JVPs, and the paper's variants are the pale ones.
     "hutchinson": (ORANGE, "o"),
     "shared_probe_alignment": (PINK, "p"),

@@ -1,0 +1,106 @@
+"""KFOC: J^T J by the nearest Kronecker product for each layer, by power iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from ntkbench import metrics
+from ntkbench.estimate import Estimate
+from ntkbench.methods.base import Method, PreparedProblem
+from ntkbench.methods.base.method import certificate, notes
+from ntkbench.metrics import Moments
+from ntkbench.operators import JacobianOperator, arrays
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class KFOC(Method):
+    """The metrics of (+)_l A_l (x) B_l, where each product is the nearest one to its layer's block of J^T J.
+
+    With the gradients G_r of the n outputs r with respect to a layer's weight, its block is sum_r vec(G_r) vec(G_r)^T.
+    The nearest B (x) A in the Frobenius norm is the leading singular pair of the rearranged block (Van Loan and
+    Pitsianis 1993): A = sum_r G_r^T B G_r and B = sum_r G_r A G_r^T up to scale, in turn until they do not change. The
+    bias is an input that is always one, and a parameter that is a vector has its whole block. Different layers
+    count as orthogonal, so that all metrics are biased, the trace as well; no other Kronecker products are closer to
+    J^T J, those of :mod:`ntkbench.methods.kfac` included.
+
+    O passes for each parameter set. J is held in float64 on the host; an iteration over a layer of D inputs and C
+    outputs takes 2 n C D (C + D) multiplications.
+
+    Attributes:
+        iterations: largest number of them.
+        tolerance: relative change of the norm at which they end.
+    """
+
+    title = "KFOC"
+    kind = "approximate"
+    source = "Schnaus, Lee and Triebel 2021 (Kronecker-factored optimal curvature); Van Loan and Pitsianis 1993"
+    backends = ("torch", "jax")
+    needs_independent_samples = True
+    needs_one_network = True
+    iterations: ClassVar[int] = 100
+    tolerance: ClassVar[float] = 1e-10
+
+    def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
+        return problem.O * len(metrics.parameter_sets(metric))
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """J in float64, and the products of a layer with one of its factors."""
+        return 2 * 8 * problem.n * problem.P
+
+    def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
+        jacobians, weights = prepared.jacobians(metric), prepared.problem.theta_0
+        found = [[self._nearest(layer) for layer in _layers(j, weights)] for j in jacobians]
+        first, last = found[0], found[-1]
+        moments = Moments(
+            trace=sum(float(np.trace(a) * np.trace(b)) for a, b in first),
+            square=_inner(first, first),
+            square_f=_inner(last, last),
+            cross=_inner(first, last),
+        )
+        spent = sum(j.passes for j in jacobians)
+        return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), certificate(jacobians))
+
+    def _nearest(self, gradients: np.ndarray) -> Factors:
+        """A and B of a layer from its gradients ``[n, C, D]``; B has the norm 1."""
+        n, C, D = gradients.shape
+        b, norm = np.eye(C) / np.sqrt(C), 0.0
+        left, right = gradients.reshape(n * C, D), gradients.transpose(0, 2, 1).reshape(n * D, C)
+        for _ in range(self.iterations):
+            a = left.T @ (b @ gradients).reshape(n * C, D)
+            before, norm = norm, float(np.linalg.norm(a))
+            if norm - before <= self.tolerance * norm:
+                break
+            b = right.T @ (gradients @ a).transpose(0, 2, 1).reshape(n * D, C)
+            b /= np.linalg.norm(b)
+        return Factors(a, b)
+
+
+class Factors(NamedTuple):
+    """A layer's factors on the sides of its inputs and of its outputs."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def _layers(j: JacobianOperator, weights: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The gradients ``[n, C, D]`` of all outputs with respect to each layer; those of a bias are its last column."""
+    rows = np.concatenate([arrays.to_numpy(j.sample_rows(*block), np.float64) for block in j.rectangles(1 / 2)])
+    ends = np.cumsum([weights[name].size for name in j.names])[:-1]
+    parts = {
+        name: part.reshape(len(rows), *(weights[name].shape[:1] or (1,)), -1)
+        for name, part in zip(j.names, np.split(rows, ends, axis=1), strict=True)
+    }
+    for name in [name for name in j.names if name.endswith("weight") and weights[name].ndim > 1]:
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in parts and parts[bias].shape == (len(rows), weights[name].shape[0], 1):
+            parts[name] = np.concatenate([parts[name], parts.pop(bias)], axis=2)
+    yield from parts.values()
+
+
+def _inner(one: Sequence[Factors], other: Sequence[Factors]) -> float:
+    """tr of the product of two such matrices."""
+    return sum(float((a * a_f).sum() * (b * b_f).sum()) for (a, b), (a_f, b_f) in zip(one, other, strict=True))
