@@ -27,7 +27,7 @@ from ntkbench.studies import projections as study
 from ntkbench.testing import explicit_jacobian, metrics_of, smooth_problem
 
 TARGET = Target("torch", "float64", "cpu")
-UNBIASED = ("dense_jl", "sparse_jl", "kronecker_projection")
+UNBIASED = ("dense_jl", "sparse_jl", "grass", "kronecker_projection")
 SEEDS = 300
 
 
@@ -86,6 +86,16 @@ def test_sparse_features_have_one_sign_of_each_parameter_in_each_block():
     assert S.shape == (j.P, 8, 5) and set(np.unique(S)) == {-1.0, 0.0, 1.0}
     assert (abs(S).sum(2) == 1).all()
     for J, found in zip(jacobians(), features("sparse_jl", 40, 7), strict=True):
+        np.testing.assert_allclose(found, np.einsum("np,prw->rnw", J, S), atol=1e-12)
+
+
+def test_masked_features_have_the_signs_of_some_parameters_in_each_block():
+    (j, _) = prepared("grass").jacobians("alignment")
+    S = methods.get("grass").sketch(j, 40, 7, None)(j.parameter_basis(0, j.P)).numpy()
+    kept = methods.get("grass").kept * (40 // 16)
+    np.testing.assert_allclose(abs(S).sum((0, 2)), kept * math.sqrt(j.P / kept))
+    assert ((S != 0).sum((0, 2)) == kept).all() and len(set(map(tuple, (S != 0).any(2).T))) > 1
+    for J, found in zip(jacobians(), features("grass", 40, 7), strict=True):
         np.testing.assert_allclose(found, np.einsum("np,prw->rnw", J, S), atol=1e-12)
 
 

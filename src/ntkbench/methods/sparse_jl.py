@@ -13,8 +13,8 @@ class SparseJL(ProjectedRows):
 
     O passes for each parameter set and n P ``nonzeros`` additions for any k. A block is a CountSketch, and blocks are
     independent, so they serve as replicates for the unbiased estimates and their standard errors. The relative error of
-    the Gram matrix is that of a dense projection with as many features. GraSS also drops random parameters first, which
-    saves time and adds variance; this method does not.
+    the Gram matrix is that of a dense projection with as many features. ``grass`` also drops random parameters
+    first, which saves time and adds variance.
 
     Attributes:
         nonzeros: nonzeros of each parameter; 8 give the standard error 7 degrees of freedom.

@@ -34,7 +34,7 @@ from ntkbench.problem import Problem
 from ntkbench.studies import base
 
 TIMED = True
-PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "kronecker_projection": 1}
+PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "grass": None, "kronecker_projection": 1}
 """Replicates of each projection as published; ``None`` for as many as its estimates have."""
 SKETCH = "count_sketch"
 ESTIMATORS = ("gram_forward", "structured_block_u_statistics", "sample_subset")

@@ -72,6 +72,7 @@ KNOWN = {
     "wide_head_u_statistics": (INDIGO, "p"),
     "dense_jl": (SKY, "o"),
     "sparse_jl": (PINK, "D"),
+    "grass": (OLIVE, "D"),
     "kronecker_projection": (GREEN, "o"),
 }
 """Chosen by hand, in the order of legends. A method that is not listed gets its look from its name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -138,8 +139,11 @@ def signs(j: JacobianOperator, k: int, seed: int) -> Sketch:
     return sketch
 
 
-def hashed(j: JacobianOperator, replicates: int, width: int, seed: int) -> Sketch:
-    """CountSketches: each of the P entries goes with a random sign to one of ``width`` features of each replicate."""
+def hashed(j: JacobianOperator, replicates: int, width: int, seed: int, kept: int | None = None) -> Sketch:
+    """CountSketches: each of the P entries goes with a random sign to one of ``width`` features of each replicate.
+
+    If ``kept`` is given, only so many random entries do, multiplied by the square root of P / ``kept``.
+    """
     import torch
 
     like = j.basis(0, 1)
@@ -148,15 +152,19 @@ def hashed(j: JacobianOperator, replicates: int, width: int, seed: int) -> Sketc
     signed = torch.randint(2, size, generator=generator, device=device) * 2 - 1
     buckets = torch.randint(width, size, generator=generator, device=device)
     buckets += width * torch.arange(replicates, device=device)[:, None]
+    entries = torch.arange(j.P, device=device).expand(size)
+    if kept is not None:
+        entries = torch.rand(size, generator=generator, device=device).argsort(1)[:, :kept]
+        signed, buckets = signed[:, :kept], buckets[:, :kept]
     # A matrix [R w, P] by its rows: the entries sorted by where they go.
     order = buckets.reshape(-1).argsort(stable=True)
     ends = torch.bincount(buckets.reshape(-1), minlength=replicates * width).cumsum(0)
-    values = signed.reshape(-1)[order].to(like.dtype)
+    values = signed.reshape(-1)[order].to(like.dtype) * (1.0 if kept is None else math.sqrt(j.P / kept))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that such matrices are new in torch
         matrix = torch.sparse_csr_tensor(
             torch.nn.functional.pad(ends, (1, 0)),
-            order % j.P,
+            entries.reshape(-1)[order],
             values,
             (replicates * width, j.P),
             check_invariants=False,

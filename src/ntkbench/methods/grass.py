@@ -1,0 +1,34 @@
+"""GraSS: random parameters alone, projected sparsely."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ntkbench.methods.base.projected import Sketch, hashed
+from ntkbench.methods.sparse_jl import SparseJL
+from ntkbench.operators import JacobianOperator
+
+
+class GraSS(SparseJL):
+    """Phi = J M S, where M keeps some random parameters, rescaled, and S is the projection of ``sparse_jl``.
+
+    Each of the ``nonzeros`` blocks of k / ``nonzeros`` features has its own mask, of ``kept`` parameters per feature:
+    O passes for each parameter set as for all projections, but only n k ``kept`` additions in place of
+    n P ``nonzeros``. Unbiased. The mask adds variance, which is large if few parameters have most of the gradient: use
+    this method if the projection takes longer than the passes, as with very many parameters, and ``sparse_jl``
+    otherwise. The published method may also choose the parameters by training a mask, which would be biased.
+
+    Attributes:
+        nonzeros: number of blocks; more than in ``sparse_jl``, as masks make blocks differ more.
+        kept: parameters that are kept for each feature.
+    """
+
+    title = "masked sparse projection (GraSS)"
+    source = "Hu et al. 2025 (GraSS, arXiv 2505.18976), SJLT after a random mask"
+    kept: ClassVar[int] = 8
+    nonzeros: ClassVar[int] = 16
+    fewest_probes = nonzeros
+
+    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
+        blocks = replicates or self.nonzeros
+        return hashed(j, blocks, k // blocks, seed, min(j.P, self.kept * (k // blocks)))
