@@ -128,6 +128,16 @@ def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rto
         assert any("came first: rtol=" in note for note in found.notes)
 
 
+def test_an_exact_method_that_turns_out_not_to_apply_leaves_a_reliable_estimate_within_the_budget():
+    """By its sizes the last layer is a wide head of 8 passes: a run to a tolerance is given up for it, and begun again."""
+    model, x = network(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 640), nn.Tanh()), 12, 4)
+    kernel = ntkbench.Kernel(model, x)
+    for seed in range(10):
+        found = kernel.trace(rtol=0.3, passes=60, seed=seed)
+        assert "came first" in " ".join(found.notes) and found.passes <= 60
+        assert found.degrees >= 60
+
+
 def test_ten_samples_with_seventy_outputs_are_exact():
     model, x = NETWORKS["many outputs"]()
     found = ntkbench.trace(model, x)

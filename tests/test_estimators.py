@@ -315,7 +315,7 @@ def test_a_tolerance_costs_no_more_than_it_needs():
     model, x = net(), data()
     loose, tight = (ntkbench.trace(model, x, method="one_sided_reverse", rtol=rtol) for rtol in (0.2, 0.05))
     assert 32 <= loose.passes < tight.passes < 4096
-    assert ntkbench.trace(model, x, method="one_sided_reverse", rtol=0.9).passes == 64
+    assert ntkbench.trace(model, x, method="one_sided_reverse", rtol=0.9).passes == 96
     assert ntkbench.norm(model, x, rtol=0.01).standard_error is None  # exact is cheap here
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import chdtri
 
 from ntkbench.estimators.accumulators import ProbeMeans, StratifiedTrace
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import ExactIsCheaper, Incremental
 
 RTOL, SEEDS = 0.1, 1000
 
@@ -56,7 +56,7 @@ def stopped(law: str, needed: int, strata: int = 1, passes: int = 10**5):
     return found, method
 
 
-@pytest.mark.parametrize(("needed", "strata"), [(10, 1), (100, 1), (10, 12), (40, 12)])
+@pytest.mark.parametrize(("needed", "strata"), [(10, 1), (100, 1), (4, 2), (10, 4), (10, 12), (40, 12)])
 @pytest.mark.parametrize(("law", "least"), [("normal", 0.93), ("chi-squared", 0.90)])
 def test_intervals_keep_their_coverage_where_drawing_stops_at_a_tolerance(law, least, needed, strata):
     """Chi-squared probes, as those of a kernel of rank one, are skewed: 64 of them cover 92.5 % without stopping."""
@@ -65,6 +65,14 @@ def test_intervals_keep_their_coverage_where_drawing_stops_at_a_tolerance(law, l
     assert least <= np.mean([e.covers(1.0, "float64") for e in found]) <= 0.98
     assert np.mean([abs(e.value - 1) <= RTOL for e in found]) >= 0.95
     assert method.looks <= 8 * SEEDS
+
+
+def test_a_run_that_is_given_up_for_exact_values_gives_no_estimate():
+    """Its error did not decide, even if it is within the tolerance by chance."""
+    for seed in range(20):
+        with pytest.raises(ExactIsCheaper) as stopped:
+            Drawn(LAWS["normal"], 0.05, 1).estimates(None, ("trace",), 1000, seed, RTOL, exact_passes=20)
+        assert stopped.value.passes == 4
 
 
 def test_a_run_that_stops_after_few_probes_states_the_upper_limit_of_its_error():

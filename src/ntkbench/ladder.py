@@ -13,7 +13,7 @@ from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
-from ntkbench.methods.base import Incremental, Stochastic, wide
+from ntkbench.methods.base import ExactIsCheaper, Incremental, Stochastic, wide
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
@@ -165,12 +165,23 @@ class _Search:
         """
         needed = self.exact.pop(name, math.inf)
         step, options = methods.get(name), self._options
+        if self._spent:
+            options = replace(options, passes=int(_most(options) - self._spent))
         if not set(self._names) <= set(step.metrics) or (options.rtol is not None and not _takes_rtol(step)):
             return None
-        left = _most(options) - self._spent
+        left = _most(options)
         stop = min((passes for passes in self.exact.values() if passes <= left), default=math.inf)
         try:
             found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop)
+        except ExactIsCheaper as stopped:
+            self._spent += stopped.passes
+            said = f"{self._spent:g} passes of {name} came first: rtol={options.rtol:g} takes more than exact values"
+            self.remarks.append(said)
+            left -= stopped.passes
+            for other in [other for other, passes in self.exact.items() if passes <= left]:
+                if exact := self.tried(other, left):
+                    return exact
+            return self.tried(name, limit)
         except Dearer as error:
             self.remarks.append(f"not by {name}: {error}")
             self.exact[name] = max(needed, error.passes)
@@ -182,15 +193,6 @@ class _Search:
             return None
         if not isinstance(step, Stochastic) and not _reached(found, options):
             self.remarks.append(f"rounding may exceed rtol={options.rtol:g}: take dtype='float64'")
-        elif stop < math.inf and not _reached(found, options):
-            self._spent += next(iter(found.values())).passes or 0.0
-            said = f"{self._spent:g} passes of {name} came first: rtol={options.rtol:g} takes more than exact values"
-            self.remarks.append(said)
-            left = _most(options) - self._spent
-            for other in [other for other, passes in self.exact.items() if passes <= left]:
-                if exact := self.tried(other, left):
-                    return exact
-            return self.tried(name, limit)
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})

@@ -2,12 +2,20 @@
 
 from ntkbench.methods.base.deterministic import Deterministic
 from ntkbench.methods.base.method import KINDS, Method, PreparedProblem
-from ntkbench.methods.base.stochastic import Accumulating, FixedBudget, Incremental, Ledger, Stochastic
+from ntkbench.methods.base.stochastic import (
+    Accumulating,
+    ExactIsCheaper,
+    FixedBudget,
+    Incremental,
+    Ledger,
+    Stochastic,
+)
 
 __all__ = [
     "KINDS",
     "Accumulating",
     "Deterministic",
+    "ExactIsCheaper",
     "FixedBudget",
     "Incremental",
     "Ledger",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from scipy.special import chdtri
 
 from ntkbench import metrics, progress_bar
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
@@ -127,6 +127,19 @@ Ledger = Callable[[], tuple[float, tuple[str, ...], float | None]]
 """Returns the passes spent so far, the notes, and the certificate."""
 
 
+class ExactIsCheaper(NtkbenchError):
+    """The probes that a tolerance still takes cost more than exact values.
+
+    Attributes:
+        passes: spent so far.
+    """
+
+    def __init__(self, passes: float) -> None:
+        """See the attributes."""
+        super().__init__(f"after {passes:g} passes exact values are cheaper")
+        self.passes = passes
+
+
 class Incremental(Stochastic):
     """A stochastic method that accumulates probes: they serve several metrics, and can reach a tolerance.
 
@@ -171,6 +184,9 @@ class Incremental(Stochastic):
                 value to either side. The interval is checked only a few times; see :func:`_growth`.
             confidence: confidence level of the interval.
             exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more.
+
+        Raises:
+            ExactIsCheaper: it is given up. The estimates so far are not returned, as their errors did not decide.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
         most = passes // max(self.passes_per_probe(name) for name in names)
@@ -199,9 +215,10 @@ class Incremental(Stochastic):
             }
             if rtol is None:
                 return found
-            further = math.ceil(drawn * (_growth(found.values(), rtol, confidence, most / drawn) - 1))
+            least = LEAST_DEGREES / (2 if looks else 1)
+            further = math.ceil(drawn * (_growth(found.values(), rtol, confidence, most / drawn, least) - 1))
             if not further:
-                found = {name: _widened(estimate) for name, estimate in found.items()}
+                found = {name: _widened(estimate, least) for name, estimate in found.items()}
             if not further or drawn == most:
                 break
             width = max(each.relative_width(confidence) for each in found.values())
@@ -209,7 +226,7 @@ class Incremental(Stochastic):
             looks.append((drawn, width / rtol))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             if needed * spent / drawn > exact_passes and spent + exact_passes <= passes:
-                break
+                raise ExactIsCheaper(spent)
             batch = min(most - drawn, max(fewest, further))
         for name, estimate in found.items():
             if not (width := estimate.relative_width(confidence)) <= rtol:
@@ -238,19 +255,25 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
 
 
 LEAST_DEGREES = 60
-"""Fewest degrees of freedom with which a standard error decides whether a tolerance is reached."""
+"""Fewest degrees of freedom with which a standard error decides at the first look whether a tolerance is reached.
+
+The next look comes when :data:`EXPECTED_DEGREES` are expected, and then half of these degrees are enough: the number of
+probes must hardly depend on the degrees of freedom that they turn out to have. A skewed sample without large values has
+many of them, and too small a mean.
+"""
+EXPECTED_DEGREES = 1.5 * LEAST_DEGREES
 FAR_WITHIN = 10
 """An interval that is this many times narrower than the tolerance decides with any degrees of freedom."""
 SAFETY = 0.9
 """Probability that a variance is at most the one allowed for in the last step to a tolerance."""
 
 
-def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: float) -> float:
+def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: float, least: float) -> float:
     """The factor by which to multiply the probes before the next check of the errors; 1 to stop.
 
     A rule that stops as soon as the estimated error is small stops where the error is underestimated, especially with
     few degrees of freedom and skewed probes. The error is therefore checked only a few times, as in triple sampling
-    (Hall 1981). Probes are doubled, without a stop, until their error is reliable. Then their number is raised to half
+    (Hall 1981). First there are so many that their error should be reliable. Then their number is raised to half
     of the expected need, if the need is more than four times as many, and then to a number that is enough even if the
     variance is at its upper confidence limit. Errors fall at least as the square root of the number of probes.
 
@@ -258,6 +281,7 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
         found: estimates of all metrics, from the probes so far.
         rtol, confidence: the tolerance, and the confidence level of its interval.
         most: the largest factor.
+        least: degrees of freedom of a reliable error.
     """
 
     def reached(factor: float, safety: float | None) -> bool:
@@ -270,21 +294,21 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
         return factor
 
     widest = max(e.relative_width(confidence) for e in found)
-    if min(e.degrees for e in found) < LEAST_DEGREES and not widest * FAR_WITHIN <= rtol:
-        return 2.0
+    if (degrees := min(e.degrees for e in found)) < least and not widest * FAR_WITHIN <= rtol:
+        return max(2.0, EXPECTED_DEGREES / max(degrees, 1.0))
     if widest <= rtol:
         return 1.0
     expected = needed(None)
     return max(4.0, expected / 2) if expected > 4 else needed(SAFETY)
 
 
-def _widened(estimate: Estimate) -> Estimate:
+def _widened(estimate: Estimate, least: float) -> Estimate:
     """An estimate at which a run stops, with the upper limit of an error that has few degrees of freedom.
 
     A run stops early if its error is underestimated. With ``gram_forward``, of the runs that stopped after 16 probes,
     62 % of the 95 % intervals contained the exact value, and 91 % do with the upper limit.
     """
-    if estimate.degrees >= LEAST_DEGREES or not estimate.standard_error:
+    if estimate.degrees >= least or not estimate.standard_error:
         return estimate
     note = f"far within the tolerance after few probes: the interval is that of the error's upper {SAFETY:.0%} limit"
     return replace(_after(estimate, 1.0, SAFETY), notes=(*estimate.notes, note))
