@@ -129,7 +129,7 @@ def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rto
 
 
 def test_an_exact_method_that_turns_out_not_to_apply_leaves_a_reliable_estimate_within_the_budget():
-    """By its sizes the last layer is a wide head of 8 passes: a run to a tolerance is given up for it, and begun again."""
+    """By its sizes the last layer is a wide head of 8 passes: a run is given up for it, and begun again."""
     model, x = network(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 640), nn.Tanh()), 12, 4)
     kernel = ntkbench.Kernel(model, x)
     for seed in range(10):
