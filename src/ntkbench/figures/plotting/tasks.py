@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from ntkbench.figures.plotting import base
+from ntkbench.figures.plotting import base, styles
 from ntkbench.measure import laws
 
 TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
@@ -20,6 +20,12 @@ RULE = (
 """How a method's time comes about, in the words of captions."""
 SURE = 0.95
 """Share of bootstrap reruns in which the fastest method must be so, to be named without a question mark."""
+FAMILIES = {
+    "exact": styles.Look("exact", "exact", "exact", styles.BLUE, "s"),
+    "approximate": styles.Look("approximate", "approximate", "approximate", styles.GREEN, "*"),
+    "stochastic": styles.Look("stochastic", "estimate", "stochastic", styles.VERMILION, "o"),
+}
+"""How figures that compare families of methods draw them, by kind."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
