@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import ScaledTranslation
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
@@ -57,9 +56,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             _map(panel, chosen[own], limits)
             panel.tick_params(labelleft=panel is panels[0], labelbottom=panels is grid[-1])
             canvas.title(panel, "", _rule(chosen[own], name))
-        panels[0].set_ylabel(
-            labels.case_label(labels.short(metric.replace("_", " "), 18), labels.short(setting, 18), by="\n")
-        )
+        name = labels.case_label(labels.short(metric.replace("_", " "), 18), labels.short(setting, 18), by="\n")
+        panels[0].set_ylabel(f"{name}\noutputs O", fontsize=9.5)
     for panel, words in zip(grid[0], TOLERANCES.values(), strict=True):
         canvas.title(panel, words, "")
     for panel in grid[-1]:
@@ -91,25 +89,32 @@ def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]
     panel.set(xscale="log", yscale="log", xlim=limits["n"], ylim=limits["O"])
     canvas.decades(panel.xaxis, *limits["n"])
     canvas.decades(panel.yaxis, *limits["O"], most=4)
+    spots: list[tuple[tuple[float, float], str]] = []
     for (n, outputs), same in here.groupby(["n", "O"]):
-        offsets = STEP * (np.arange(len(same)) - (len(same) - 1) / 2)
+        offsets = STEP * (np.arange(len(same)) - (len(same) - 1) / 2) / 72
+        at = panel.transData.transform((n, outputs)) / panel.figure.dpi
         for offset, row in zip(offsets, same.itertuples(), strict=True):
-            x, y = (offset, 0.0) if len(same) > 2 else (0.0, offset)
+            x, y = at + ((offset, 0) if len(same) > 2 else (0, offset))
             contested = "," in row.measured or row.tolerance == "exact"
-            moved = panel.transData + ScaledTranslation(x / 72, y / 72, panel.figure.dpi_scale_trans)
-            panel.plot(n, outputs, **_mark(row.kind, contested), transform=moved, clip_on=False, zorder=3)
-            if contested and row.tolerance != "exact" and isinstance(row.method, str):
-                lead = f"{row.lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if row.lead == row.lead else "only"
-                words = lead + ("" if row.fastest >= tasks.SURE else "?")
-                panel.annotate(words, (n, outputs), (x + 6, y), textcoords="offset points", va="center", fontsize=9)
+            mark = _mark(row.kind, contested)
+            panel.plot(x, y, **mark, transform=panel.figure.dpi_scale_trans, clip_on=False, zorder=3)
+            lead = f"{row.lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if row.lead == row.lead else "only"
+            shown = contested and row.tolerance != "exact" and isinstance(row.method, str)
+            spots.append(((x, y), lead + ("" if row.fastest >= tasks.SURE else "?") if shown else ""))
+    taken = [at for at, _ in spots]
+    for (x, y), words in spots:
+        if words:
+            side = 0.04 * len(words) + 0.14
+            tasks.label(panel, words, [(x + side, y), (x - side, y), (x, y + 0.15), (x, y - 0.15)], taken)
 
 
 def _mark(kind: Any, contested: bool) -> dict[str, Any]:
-    """Keywords for a dot: hollow and grey without a winner, pale without a rival family."""
+    """Keywords for a dot: hollow and grey without a winner, small without a rival family."""
     if not isinstance(kind, str):
         return {"marker": "o", "color": styles.GREY, "markerfacecolor": "none", "markersize": 6, "linestyle": ""}
     look = tasks.FAMILIES.get(kind, styles.Look(kind, kind, kind, styles.GREY, "D"))
-    return look.line("torch") | {"linestyle": ""} | ({} if contested else {"alpha": 0.4})
+    style = look.line("torch") | {"linestyle": ""}
+    return style if contested else style | {"markersize": 0.6 * style["markersize"]}
 
 
 def _word(kind: str) -> str:
@@ -128,9 +133,10 @@ def _rule(here: pd.DataFrame, name: str) -> str:
     if by_outputs.map(len).max() > 1 or len(runs) > 2:
         return "O alone does not tell"
     if len(runs) == 1:
-        return f"always {runs[0]} ({len(rows)} task{'s' * (len(rows) > 1)})"
-    start = by_outputs.index[by_outputs.map(lambda kinds: _word(kinds[0])) == runs[1]][0]
-    return f"{runs[1]} from O = {labels.count_label(start)}"
+        without = "" if rows["measured"].str.contains("exact").any() else "; exact not run"
+        return f"{runs[0]} {len(rows)} of {len(rows)}{without}"
+    there = by_outputs.index[by_outputs.map(lambda kinds: _word(kinds[0])) == runs[1]]
+    return f"{runs[1]} at O = {labels.range_label(there)}"
 
 
 def _key(chosen: pd.DataFrame) -> key.Key:
@@ -142,7 +148,9 @@ def _key(chosen: pd.DataFrame) -> key.Key:
         columns.append((f"{_word(kind)} is fastest", [(Line2D([], [], **_mark(kind, True)), ", ".join(counts))]))
     nobody = int(chosen["method"].isna().sum())
     if nobody:
-        columns.append(("nothing within tolerance", [(Line2D([], [], **_mark(None, True)), f"{nobody} tasks")]))
+        columns.append(
+            ("nothing within tolerance", [(Line2D([], [], **_mark(None, True)), f"{nobody} of {len(chosen)} tasks")])
+        )
     return columns or [("fastest", [(Line2D([], [], **_mark("", True)), "other")])]
 
 
@@ -159,9 +167,9 @@ def _advice(chosen: pd.DataFrame) -> list[Line]:
             if not len(kind):
                 continue
             won = own[own["kind"] == kind.idxmax()]
-            title = labels.short(won["title"].value_counts(sort=False).idxmax(), 34)
+            title = labels.short(won["title"].value_counts(sort=False).idxmax(), 40)
             words = f"{labels.short(metric.replace('_', ' '), 16)}: {_word(kind.idxmax())} on {len(won)} of {len(own)}"
-            made += [(words, {"color": styles.GREY}, 0.17), (f"   {title}", {}, 0.19)]
+            made += [(words, {"color": styles.GREY}, 0.17), (f"   {title}", {"fontsize": 9}, 0.19)]
         if made[-1][0] == question:
             made.append(("   no comparison", {"color": styles.GREY}, 0.19))
         made[-1] = (*made[-1][:2], 0.31)
@@ -175,7 +183,7 @@ def _write(figure: Figure, panel: Axes, lines: list[Line]) -> None:
     width, height = figure.get_size_inches()
     x, y = panel.get_position().x1 + 0.28 / width, panel.get_position().y1 + 0.4 / height
     for text, style, space in lines:
-        figure.text(x, y, text, va="top", **({"fontsize": 9.5} | style))
+        figure.text(x, y, text, va="top", **{"fontsize": 9.5, **style})
         y -= space / height
 
 
@@ -199,6 +207,6 @@ def _caption(chosen: pd.DataFrame) -> str:
         "Family of the fastest method. Numbers: time of the next method over that of the fastest"
         + (f" (median {lead:.2g})" if math.isfinite(lead) else "")
         + f"; ?: fewer than {100 * tasks.SURE:g} % of bootstrap reruns agree ({unsure} of {len(contested)}). "
-        f"Pale: only one family measured. Hollow: nothing measured has so small a median error. {without} of "
+        f"Small: only one family measured, not counted. Hollow: no measured median error is small enough. {without} of "
         f"{len(contested)} choices lack exact methods."
     )

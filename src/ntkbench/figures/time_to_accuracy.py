@@ -35,7 +35,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         gap=0.25,
         bottom=0.2,
     )
-    x, y = canvas.limits(best["n"], pad=2.5), canvas.limits(best["seconds"], pad=2.0)
+    x, y = canvas.limits(best["n"], pad=2.5), canvas.limits([*best["seconds"], *best["seconds_low"]], pad=1.9)
     for panels, row in zip(grid, rows, strict=True):
         canvas.hide(panels[len(row) :])
         panels[0].set_ylabel("seconds to 1 %")
@@ -87,41 +87,30 @@ def _panel(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame) -> None:
     for row in here.itertuples():
         at = places[row.problem]
         panel.plot(at, row.seconds, **_mark(row.kind), zorder=3)
-        if math.isfinite(row.seconds_low) and math.isfinite(row.seconds_high):
-            colour = tasks.FAMILIES[row.kind].colour
-            panel.vlines(at, row.seconds_low, row.seconds_high, color=colour, linewidth=3, alpha=0.3, zorder=1)
+        ends = [[row.seconds - row.seconds_low], [row.seconds_high - row.seconds]]
+        if np.isfinite(ends).all():
+            panel.errorbar(at, row.seconds, np.clip(ends, 0, None), color=tasks.FAMILIES[row.kind].colour, capsize=3)
     _label(panel, here, pairs, places)
 
 
 def _label(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame, places: dict[str, float]) -> None:
-    """The factor between the two points of a task, at the one of four places that is the furthest from the rest."""
-    taken = [(places[row.problem], row.seconds) for row in here.itertuples()]
+    """The factor between the two points of a task: above, below or beside them."""
+
+    def inches(problem: str, seconds: Any) -> np.ndarray:
+        at = np.column_stack(np.broadcast_arrays(places[problem], seconds))
+        return panel.transData.transform(at) / panel.figure.dpi
+
+    ends = here[["seconds", "seconds_low", "seconds_high"]].itertuples(index=False)
+    taken = [tuple(at) for name, own in zip(here["problem"], ends, strict=True) for at in inches(name, own)]
+    taken = [at for at in taken if np.isfinite(at).all()]
     for row in pairs.itertuples():
-        taken += [(places[row.problem], y) for y in np.geomspace(row.seconds, row.seconds_estimated, 12)]
-    spots = panel.transData.transform(taken) / panel.figure.dpi
+        line = np.geomspace(row.seconds, row.seconds_estimated, 12)
+        taken += [tuple(at) for at in inches(row.problem, line)]
     for row in pairs.itertuples():
-        factor = max(row.ratio, 1 / row.ratio)
-        words = f"{factor:.2g}\N{MULTIPLICATION SIGN}{'' if row.sure else '?'}"
-        low, high = sorted((row.seconds, row.seconds_estimated))
-        middle = math.sqrt(low * high)
-        tries = ((high, 0.0, 0.17), (low, 0.0, -0.17), (middle, -0.25, 0.0), (middle, 0.25, 0.0))
-        centres = [
-            panel.transData.transform((places[row.problem], y)) / panel.figure.dpi + (right, up)
-            for y, right, up in tries
-        ]
-        free = [np.max(np.abs(spots - centre) / (0.25, 0.13), axis=1).min() for centre in centres]
-        best = next((i for i, room in enumerate(free) if room >= 1), int(np.argmax(free)))
-        y, right, up = tries[best]
-        panel.annotate(
-            words,
-            (places[row.problem], y),
-            (72 * right, 72 * up),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=9.5,
-        )
-        spots = np.vstack([spots, centres[best] + np.array([[-0.15, 0], [0, 0], [0.15, 0]])])
+        words = f"{max(row.ratio, 1 / row.ratio):.2g}\N{MULTIPLICATION SIGN}{'' if row.sure else '?'}"
+        (x, low), (_, high) = inches(row.problem, sorted([row.seconds, row.seconds_estimated]))
+        side, middle = 0.04 * len(words) + 0.1, (low + high) / 2
+        tasks.label(panel, words, [(x, high + 0.16), (x, low - 0.16), (x - side, middle), (x + side, middle)], taken)
 
 
 def _mark(kind: str) -> dict[str, Any]:
@@ -161,19 +150,18 @@ def _finding(pairs: pd.DataFrame) -> str:
     won = f"estimates win {pairs['pays'].sum()} of {len(pairs)} tasks"
     if crossing := _crossing(pairs):
         return f"{won}; crossing at n = {labels.count_label(crossing)}"
-    return f"{won}; no crossing"
+    return f"{won}; no clear crossing in n" if pairs["pays"].nunique() > 1 else won
 
 
 def _title(pairs: pd.DataFrame) -> str:
     if not len(pairs):
         return "Where estimating begins to pay: no task has an exact value and an estimate within 1 %"
-    pays = pairs[pairs["pays"]]
+    pays, exact = pairs[pairs["pays"]], pairs[~pairs["pays"]]
     text = f"To 1 %, estimating pays on {len(pays)} of {len(pairs)} tasks"
     if len(pays):
-        text += f" (up to {pays['ratio'].max():.2g}\N{MULTIPLICATION SIGN}; {pays['sure'].sum()} beyond doubt)"
-    exact = pairs.loc[~pairs["pays"], "ratio"]
+        text += f" ({pays['sure'].sum()} surely), by up to {pays['ratio'].max():.2g}\N{MULTIPLICATION SIGN}"
     if len(exact):
-        text += f"; on the others exact is up to {1 / exact.min():.2g}\N{MULTIPLICATION SIGN} faster"
+        text += f"; exact wins {len(exact)}, by up to {1 / exact['ratio'].min():.2g}\N{MULTIPLICATION SIGN}"
     return text
 
 
