@@ -133,7 +133,7 @@ def _rule(here: pd.DataFrame, name: str) -> str:
     if by_outputs.map(len).max() > 1 or len(runs) > 2:
         return "O alone does not tell"
     if len(runs) == 1:
-        without = "" if rows["measured"].str.contains("exact").any() else "; exact not run"
+        without = "" if rows["measured"].str.contains("exact").any() else "; no exact value"
         return f"{runs[0]} {len(rows)} of {len(rows)}{without}"
     there = by_outputs.index[by_outputs.map(lambda kinds: _word(kinds[0])) == runs[1]]
     return f"{runs[1]} at O = {labels.range_label(there)}"
@@ -163,13 +163,15 @@ def _advice(chosen: pd.DataFrame) -> list[Line]:
         tried = chosen[chosen["tolerance"] == name] if name == "exact" else _contested(chosen, name)
         for metric in base.metrics_in(tried):
             own = tried[tried["metric"] == metric]
-            kind = own["kind"].value_counts(sort=False)
-            if not len(kind):
+            counts = own["kind"].value_counts(sort=False)
+            if not len(counts):
                 continue
-            won = own[own["kind"] == kind.idxmax()]
-            title = labels.short(won["title"].value_counts(sort=False).idxmax(), 40)
-            words = f"{labels.short(metric.replace('_', ' '), 16)}: {_word(kind.idxmax())} on {len(won)} of {len(own)}"
-            made += [(words, {"color": styles.GREY}, 0.17), (f"   {title}", {"fontsize": 9}, 0.19)]
+            first = counts.index[counts == counts.max()]
+            words = f"{labels.short(metric.replace('_', ' '), 16)}: {' or '.join(map(_word, first))}"
+            made.append((f"{words} on {counts.max()} of {len(own)}", {"color": styles.GREY}, 0.17))
+            titles = own.loc[own["kind"] == first[0], "title"].value_counts(sort=False)
+            best = ("" if len(titles) == 1 else "e.g. ") + labels.short(titles.idxmax(), 40)
+            made.append((f"  {best if len(first) == 1 else 'the map shows where'}", {"fontsize": 8.5}, 0.19))
         if made[-1][0] == question:
             made.append(("   no comparison", {"color": styles.GREY}, 0.19))
         made[-1] = (*made[-1][:2], 0.31)
@@ -181,7 +183,7 @@ def _advice(chosen: pd.DataFrame) -> list[Line]:
 def _write(figure: Figure, panel: Axes, lines: list[Line]) -> None:
     """Lines of text at the right of a panel, from the height of its title."""
     width, height = figure.get_size_inches()
-    x, y = panel.get_position().x1 + 0.28 / width, panel.get_position().y1 + 0.4 / height
+    x, y = panel.get_position().x1 + 0.2 / width, panel.get_position().y1 + 0.4 / height
     for text, style, space in lines:
         figure.text(x, y, text, va="top", **{"fontsize": 9.5, **style})
         y -= space / height

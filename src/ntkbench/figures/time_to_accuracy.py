@@ -46,8 +46,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.tick_params(labelleft=panel is panels[0])
             pairs = _pairs(here)
             _panel(panel, here, pairs)
-            detail = f"{labels.short(setting, 20)}: {_finding(pairs)}" if setting else _finding(pairs)
-            canvas.title(panel, labels.metric_label(metric), detail)
+            name = labels.metric_label(metric) + (f",  {labels.short(setting, 20)}" if setting else "")
+            canvas.title(panel, name, _finding(pairs))
             if crossing := _crossing(pairs):
                 panel.axvline(crossing, color=styles.GREY, linestyle=":", linewidth=1.2)
     return base.Drawing(figure, best, _caption(best, known))
