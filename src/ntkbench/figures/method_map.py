@@ -63,7 +63,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     for panel in grid[-1]:
         panel.set_xlabel("n = N O, all outputs")
     _write(figure, grid[0][-1], advice)
-    return base.Drawing(figure, chosen, _caption(chosen))
+    return base.Drawing(figure, chosen, _caption(chosen, len(table) - len(known)))
 
 
 def _choices(known: pd.DataFrame) -> pd.DataFrame:
@@ -200,7 +200,7 @@ def _title(chosen: pd.DataFrame) -> str:
     return f"Which method? To {name}, {words} of {counts.sum()} tasks"
 
 
-def _caption(chosen: pd.DataFrame) -> str:
+def _caption(chosen: pd.DataFrame, lost: int) -> str:
     contested = pd.concat([_contested(chosen, t) for t in ("10 %", "1 %")])
     unsure = int((contested["fastest"] < tasks.SURE).sum())
     without = int((~contested["measured"].str.contains("exact")).sum())
@@ -210,5 +210,5 @@ def _caption(chosen: pd.DataFrame) -> str:
         + (f" (median {lead:.2g})" if math.isfinite(lead) else "")
         + f"; ?: fewer than {100 * tasks.SURE:g} % of bootstrap reruns agree ({unsure} of {len(contested)}). "
         f"Small: only one family measured, not counted. Hollow: no measured median error is small enough. {without} of "
-        f"{len(contested)} choices lack exact methods."
+        f"{len(contested)} choices lack exact methods." + (f" {lost} cells lack sizes." if lost else "")
     )
