@@ -311,6 +311,31 @@ def test_the_claim_of_the_speed_up_has_the_tables_numbers_and_a_verdict_by_the_i
     assert last.verdict == claims.UNADDRESSED and "99.999 %" in last.sentence(), "no budget reached it"
 
 
+def test_only_tasks_with_several_families_are_choices(table):
+    """A family that was measured alone wins nothing, and a task that nothing solves is still there."""
+    alone = table[table["kind"] == "exact"].assign(problem="alone[N=1]")
+    lost = table.assign(problem="lost[N=1]", status="timeout", reason="slow", **dict.fromkeys(MEASUREMENTS, np.nan))
+    drawing = drawn_from("method_map", pd.concat([table, alone, lost]))
+    chosen = drawing.plotted
+    contested = chosen[chosen["measured"].str.contains(",") & (chosen["tolerance"] == "1 %")]
+    assert set(chosen.loc[chosen["problem"] == "alone[N=1]", "measured"]) == {"exact"}
+    assert chosen.loc[chosen["problem"] == "lost[N=1]", "method"].isna().all()
+    title = drawing.figure.texts[0].get_text()
+    assert title.endswith(f" of {contested['method'].notna().sum()} tasks")
+
+
+@pytest.mark.parametrize(("factor", "pays"), [(0.01, False), (100.0, True)])
+def test_an_estimate_pays_where_the_exact_method_takes_longer(table, factor, pays):
+    seconds = [c for c in MEASUREMENTS if c.startswith("seconds")]
+    slow = table.copy()
+    slow.loc[slow["kind"] == "exact", seconds] *= factor
+    drawing = drawn_from("time_to_accuracy", slow)
+    both = drawing.plotted.pivot_table("seconds", tasks.TASK, "kind").dropna(subset=["exact", "stochastic"])
+    won = (both["stochastic"] < both["exact"]).sum()
+    assert len(both) and (won > 0) == pays
+    assert f"pays on {won} of {len(both)} tasks" in drawing.figure.texts[0].get_text()
+
+
 def test_performance_profiles_are_shares_of_tasks(table):
     """Counted one by one; a method that is just so much slower is within the factor."""
     solved = tasks.solutions(base.checked(table))

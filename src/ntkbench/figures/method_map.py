@@ -1,76 +1,214 @@
-"""Which method to use: the fastest one by problem, metric and tolerance, problems in the order of their size."""
+"""Which method to use: the family of the fastest one by metric, tolerance and size of the problem."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
+import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.patches import Rectangle
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
-from ntkbench.units import seconds_label
 
-HEIGHT = 0.27
-"""Inches of a line."""
+TOLERANCES = {"10 %": "to 10 %", "1 %": "to 1 %", "exact": "exact"}
+QUESTIONS = {"exact": "Do you need it exact?", "1 %": "Is 1 % enough?", "10 %": "Is 10 % enough?"}
+CASE = ["metric", "problem", "setting"]
+WIDEST = 2.2
+"""Inches of a panel."""
+STEP = 8.0
+"""Points between the dots of tasks of the same size."""
+PLURAL = {"exact": "exact", "approximate": "approximations", "stochastic": "estimates"}
+
+Line = tuple[str, dict[str, Any], float]
+"""Text, its style, and the inches down to the next line."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A line for each problem and metric, a column for each tolerance, and the fastest method and its time in each."""
-    chosen = tasks.winners(table)
-    if not len(chosen):
+    """A row of maps for each metric, a column for each tolerance; beside them what follows, in words."""
+    known = table[table[["n", "O"]].gt(0).all(axis=1)]
+    chosen = _choices(known)
+    if not chosen["method"].notna().any():
         return base.nothing(chosen, f"Nothing was measured.\n{labels.why_not(table)}")
-    style = {m: look for m, look in styles.looks(table).items() if m in set(chosen["method"])}
-    used = {m: styles.backends_in(chosen[chosen["method"] == m]) for m in style}
-    lines = list(dict.fromkeys(chosen[["metric", "problem", "setting"]].itertuples(index=False, name=None)))
-    tolerances = list(tasks.TOLERANCES)
-    names = [_name(chosen, *line) for line in lines]
-    backends = key.backend_entries(styles.backends_in(chosen), linestyle=False)
+    advice = _advice(chosen)
+    rows = [(m, s) for m in base.metrics_in(chosen) for s in chosen.loc[chosen["metric"] == m, "setting"].unique()]
     figure, grid = canvas.sheet(
-        [canvas.Row(HEIGHT * len(lines), above=0.35, below=0.1)],
-        1,
-        title="Which method to use",
+        [
+            canvas.Row(1.0, above=0.33 if i else 0.55, below=0.25 if i == len(rows) - 1 else 0.0)
+            for i in range(len(rows))
+        ],
+        len(TOLERANCES),
+        title=_title(chosen),
         subtitle=base.settings_line(table),
-        key=[*key.method_entries(style.values(), used), ("backend", backends)],
-        left=canvas.text_width(names, 8.5) + 0.3,
-        widest=12,
+        key=_key(chosen),
+        left=1.05,
+        gap=0.2,
+        bottom=max(0.3, sum(space for *_, space in advice) - 1.33 * len(rows)),
+        widest=WIDEST,
     )
-    panel = grid[0][0]
-    panel.set(xlim=(0, len(tolerances)), ylim=(len(lines), 0))
-    panel.grid(False)
-    panel.set_yticks([i + 0.5 for i in range(len(lines))], labels=names, fontsize=8.5)
-    words = ["exact" if name == "exact" else f"within {name}" for name in tolerances]
-    panel.set_xticks([i + 0.5 for i in range(len(tolerances))], labels=words)
-    panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    sns.despine(ax=panel, left=True, bottom=True)
-    for row in chosen.itertuples():
-        y, x = lines.index((row.metric, row.problem, row.setting)), tolerances.index(row.tolerance)
-        look = style[row.method]
-        panel.add_patch(Rectangle((x + 0.01, y + 0.06), 0.98, 0.88, color=look.colour, alpha=0.14, linewidth=0))
-        panel.plot(x + 0.05, y + 0.5, **(look.line(row.backend) | {"linestyle": "", "markersize": 5}))
-        lead = f", {row.lead:.2g}\N{MULTIPLICATION SIGN}" if row.lead == row.lead else ""
-        mark = "" if row.fastest >= tasks.SURE else " ?"
-        panel.text(x + 0.1, y + 0.52, f"{seconds_label(row.seconds)}{lead}{mark}", fontsize=8.5, va="center")
-    for i in range(1, len(lines)):
-        if lines[i][0] != lines[i - 1][0]:
-            panel.axhline(i, color=canvas.PALE, linewidth=0.9)
-    return base.Drawing(figure, chosen, _caption(chosen))
+    limits = {axis: canvas.limits(chosen[axis], pad=pad) for axis, pad in (("n", 3.5), ("O", 2.5))}
+    for panels, (metric, setting) in zip(grid, rows, strict=True):
+        for panel, name in zip(panels, TOLERANCES, strict=True):
+            own = (chosen["metric"] == metric) & (chosen["setting"] == setting) & (chosen["tolerance"] == name)
+            _map(panel, chosen[own], limits)
+            panel.tick_params(labelleft=panel is panels[0], labelbottom=panels is grid[-1])
+            canvas.title(panel, "", _rule(chosen[own], name))
+        name = labels.case_label(labels.short(metric.replace("_", " "), 18), labels.short(setting, 18), by="\n")
+        panels[0].set_ylabel(f"{name}\noutputs O", fontsize=9.5)
+    for panel, words in zip(grid[0], TOLERANCES.values(), strict=True):
+        canvas.title(panel, words, "")
+    for panel in grid[-1]:
+        panel.set_xlabel("n = N O, all outputs")
+    _write(figure, grid[0][-1], advice)
+    return base.Drawing(figure, chosen, _caption(chosen, len(table) - len(known)))
 
 
-def _name(chosen: pd.DataFrame, metric: str, problem: str, setting: str) -> str:
-    row = chosen[(chosen["problem"] == problem) & (chosen["setting"] == setting)].iloc[0]
-    rank = f", rank {row['effective_rank']:.3g}" if row["effective_rank"] == row["effective_rank"] else ""
-    sizes = (
-        f"n {labels.count_label(row['n'])}, P {labels.count_label(row['P'])}, O {labels.count_label(row['O'])}{rank}"
-    )
-    return f"{metric.replace('_', ' ')}: {labels.case_label(problem, setting)} ({sizes})"
+def _choices(known: pd.DataFrame) -> pd.DataFrame:
+    """The fastest method of each task; without a method if none is within the tolerance.
+
+    ``measured`` names the families measured on the problem and metric, ``lead`` is how much slower the next method is.
+    """
+    tried = known.drop_duplicates(CASE)[[*CASE, "n", "O", "P"]]
+    tried = tried.merge(pd.DataFrame({"tolerance": list(TOLERANCES)}), how="cross")
+    kinds = base.measured(known, "seconds", "error").sort_values("kind").groupby(CASE)["kind"].unique()
+    tried = tried.merge(kinds.map(", ".join).rename("measured").reset_index(), how="left", on=CASE)
+    won = tasks.winners(known).drop(columns=["n", "O", "P"])
+    return tried.fillna({"measured": ""}).merge(won, how="left", on=tasks.TASK)
 
 
-def _caption(chosen: pd.DataFrame) -> str:
+def _contested(chosen: pd.DataFrame, tolerance: str) -> pd.DataFrame:
+    """The tasks on which several families were measured, and that one of them solves."""
+    return chosen[(chosen["tolerance"] == tolerance) & chosen["measured"].str.contains(",") & chosen["method"].notna()]
+
+
+def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]) -> None:
+    """Dots in the colour of the family that is the fastest; those of the same size side by side or above each other."""
+    panel.set(xscale="log", yscale="log", xlim=limits["n"], ylim=limits["O"])
+    canvas.decades(panel.xaxis, *limits["n"])
+    canvas.decades(panel.yaxis, *limits["O"], most=4)
+    spots: list[tuple[tuple[float, float], str]] = []
+    for (n, outputs), same in here.groupby(["n", "O"]):
+        offsets = STEP * (np.arange(len(same)) - (len(same) - 1) / 2) / 72
+        at = panel.transData.transform((n, outputs)) / panel.figure.dpi
+        for offset, row in zip(offsets, same.itertuples(), strict=True):
+            x, y = at + ((offset, 0) if len(same) > 2 else (0, offset))
+            contested = "," in row.measured or row.tolerance == "exact"
+            mark = _mark(row.kind, contested)
+            panel.plot(x, y, **mark, transform=panel.figure.dpi_scale_trans, clip_on=False, zorder=3)
+            lead = f"{row.lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if row.lead == row.lead else "only"
+            shown = contested and row.tolerance != "exact" and isinstance(row.method, str)
+            spots.append(((x, y), lead + ("" if row.fastest >= tasks.SURE else "?") if shown else ""))
+    taken = [at for at, _ in spots]
+    for (x, y), words in spots:
+        if words:
+            side = 0.04 * len(words) + 0.14
+            tasks.label(panel, words, [(x + side, y), (x - side, y), (x, y + 0.15), (x, y - 0.15)], taken)
+
+
+def _mark(kind: Any, contested: bool) -> dict[str, Any]:
+    """Keywords for a dot: hollow and grey without a winner, small without a rival family."""
+    if not isinstance(kind, str):
+        return {"marker": "o", "color": styles.GREY, "markerfacecolor": "none", "markersize": 6, "linestyle": ""}
+    look = tasks.FAMILIES.get(kind, styles.Look(kind, kind, kind, styles.GREY, "D"))
+    style = look.line("torch") | {"linestyle": ""}
+    return style if contested else style | {"markersize": 0.6 * style["markersize"]}
+
+
+def _word(kind: str) -> str:
+    return tasks.FAMILIES[kind].title if kind in tasks.FAMILIES else labels.short(kind, 12)
+
+
+def _rule(here: pd.DataFrame, name: str) -> str:
+    """Which family wins where in a panel, if the number of outputs tells."""
+    if name == "exact":
+        return f"an exact method on {here['method'].notna().sum()} of {len(here)} tasks"
+    rows = _contested(here, name).sort_values("O")
+    if not len(rows):
+        return "one family measured" if here["method"].notna().any() else "no method reaches it"
+    by_outputs = rows.groupby("O")["kind"].unique()
+    runs = [kind for kind, _ in itertools.groupby(by_outputs.map(lambda kinds: " / ".join(map(_word, kinds))))]
+    if by_outputs.map(len).max() > 1 or len(runs) > 2:
+        return "O alone does not tell"
+    if len(runs) == 1:
+        without = "" if rows["measured"].str.contains("exact").any() else "; no exact value"
+        return f"{runs[0]} {len(rows)} of {len(rows)}{without}"
+    there = by_outputs.index[by_outputs.map(lambda kinds: _word(kinds[0])) == runs[1]]
+    return f"{runs[1]} at O = {labels.range_label(there)}"
+
+
+def _key(chosen: pd.DataFrame) -> key.Key:
+    """A heading for each family, and how often it wins."""
+    columns: list[tuple[str, list[key.Entry]]] = []
+    for kind in [k for k in base.KINDS if k in set(chosen["kind"].dropna())][:3]:
+        counts = [f"{(_contested(chosen, t)['kind'] == kind).sum()} of {len(_contested(chosen, t))} {words}"
+                  for t, words in TOLERANCES.items() if t != "exact"]  # fmt: skip
+        columns.append((f"{_word(kind)} is fastest", [(Line2D([], [], **_mark(kind, True)), ", ".join(counts))]))
+    nobody = int(chosen["method"].isna().sum())
+    if nobody:
+        columns.append(
+            ("nothing within tolerance", [(Line2D([], [], **_mark(None, True)), f"{nobody} of {len(chosen)} tasks")])
+        )
+    return columns or [("fastest", [(Line2D([], [], **_mark("", True)), "other")])]
+
+
+def _advice(chosen: pd.DataFrame) -> list[Line]:
+    """Questions with what the tasks answer for each metric, down to a line of code."""
+    bold: dict[str, Any] = {"fontweight": "bold", "fontsize": 10.5}
+    made: list[Line] = []
+    for name, question in QUESTIONS.items():
+        made.append((question, bold, 0.22))
+        tried = chosen[chosen["tolerance"] == name] if name == "exact" else _contested(chosen, name)
+        for metric in base.metrics_in(tried):
+            own = tried[tried["metric"] == metric]
+            counts = own["kind"].value_counts(sort=False)
+            if not len(counts):
+                continue
+            first = counts.index[counts == counts.max()]
+            words = f"{labels.short(metric.replace('_', ' '), 16)}: {' or '.join(map(_word, first))}"
+            made.append((f"{words} on {counts.max()} of {len(own)}", {"color": styles.GREY}, 0.17))
+            titles = own.loc[own["kind"] == first[0], "title"].value_counts(sort=False)
+            best = ("" if len(titles) == 1 else "e.g. ") + labels.short(titles.idxmax(), 40)
+            made.append((f"  {best if len(first) == 1 else 'the map shows where'}", {"fontsize": 8.5}, 0.19))
+        if made[-1][0] == question:
+            made.append(("   no comparison", {"color": styles.GREY}, 0.19))
+        made[-1] = (*made[-1][:2], 0.31)
+    metric = next((m for m in base.metrics_in(chosen) if m in ("trace", "norm", "effective_rank")), "trace")
+    code = {"family": "monospace", "fontsize": 8.5, "bbox": {"facecolor": canvas.SHADE, "linewidth": 0, "pad": 3}}
+    return [*made, ("Or let it choose:", bold, 0.25), (f"ntkbench.{metric}(model, x, rtol=0.01)", code, 0.2)]
+
+
+def _write(figure: Figure, panel: Axes, lines: list[Line]) -> None:
+    """Lines of text at the right of a panel, from the height of its title."""
+    width, height = figure.get_size_inches()
+    x, y = panel.get_position().x1 + 0.2 / width, panel.get_position().y1 + 0.4 / height
+    for text, style, space in lines:
+        figure.text(x, y, text, va="top", **{"fontsize": 9.5, **style})
+        y -= space / height
+
+
+def _title(chosen: pd.DataFrame) -> str:
+    name = next((t for t in ("1 %", "10 %") if len(_contested(chosen, t))), None)
+    if name is None:
+        return "Which method? No task has two families of methods to choose from"
+    counts = _contested(chosen, name)["kind"].value_counts()
+    first, *others = (f"{PLURAL.get(kind, _word(kind))} {{}}on {count}" for kind, count in counts.items())
+    verb = "is fastest " if counts.index[0] == "exact" else "are fastest "
+    words = ", ".join([first.format(verb), *(other.format("") for other in others)])
+    return f"Which method? To {name}, {words} of {counts.sum()} tasks"
+
+
+def _caption(chosen: pd.DataFrame, lost: int) -> str:
+    contested = pd.concat([_contested(chosen, t) for t in ("10 %", "1 %")])
+    unsure = int((contested["fastest"] < tasks.SURE).sum())
+    without = int((~contested["measured"].str.contains("exact")).sum())
+    lead = contested["lead"].median()
     return (
-        "For each metric and problem, from small to large n, the method that reaches the tolerance of the median "
-        "relative error in the least time, this time, and by what factor the fastest other method there is slower. "
-        f"{tasks.RULE} n is the size of Theta, P the number of parameters, O that of outputs a sample, rank the "
-        "effective rank where the table tells it. An empty field: nothing measured is as accurate. Exact: at most "
-        f"{tasks.TOLERANCES['exact']:g}, exact methods alone. Of {len(chosen)} tasks the fastest is so in at least "
-        f"{100 * tasks.SURE:g} % of the bootstrap's reruns for {int((chosen['fastest'] >= tasks.SURE).sum())}; the "
-        "others have a question mark, and the next method may be as fast."
+        "Family of the fastest method. Numbers: time of the next method over that of the fastest"
+        + (f" (median {lead:.2g})" if math.isfinite(lead) else "")
+        + f"; ?: fewer than {100 * tasks.SURE:g} % of bootstrap reruns agree ({unsure} of {len(contested)}). "
+        f"Small: only one family measured, not counted. Hollow: no measured median error is small enough. {without} of "
+        f"{len(contested)} choices lack exact methods." + (f" {lost} cells lack sizes." if lost else "")
     )

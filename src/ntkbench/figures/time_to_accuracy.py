@@ -1,84 +1,179 @@
-"""The front: the least time in which any method reaches an accuracy, and which method that is."""
+"""Where estimating begins to pay: the fastest exact method and the fastest estimate to 1 % against the size."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
+from ntkbench.figures.plotting import base, canvas, curves, key, labels, styles, tasks
 
-LADDER = {f"{error:.3g}": error for error in np.geomspace(0.3, 1e-6, 23)}
-"""Tolerances of the median relative error, by what they are called in the CSV."""
+TOLERANCE = {"1 %": 0.01}
 COLUMNS = 3
-CASE = ["metric", "problem", "setting"]
+CASE = ["metric", "setting"]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A panel for each metric and problem: the front over all methods, and behind it all that was measured."""
-    front = fronts(table)
-    alone = front.groupby(CASE)["method"].transform("nunique") == 1
-    front, single = (front, 0) if alone.all() else (front[~alone], len(front[alone].drop_duplicates(CASE)))
-    if not len(front):
-        return base.nothing(front, f"Nothing was measured.\n{labels.why_not(table)}")
-    points = base.measured(table, "seconds", "error")
-    style = {m: look for m, look in styles.looks(table).items() if m in set(front["method"])}
-    used = {m: styles.backends_in(front[front["method"] == m]) for m in style}
-    backends = key.backend_entries(styles.backends_in(front), linestyle=False)
-    order = {metric: i for i, metric in enumerate(base.metrics_in(front))}
-    cases = sorted(front.groupby(CASE, sort=False), key=lambda item: (order[item[0][0]], item[1]["n"].iloc[0]))
+    """A panel for each metric: seconds against n, and a line from the exact method to the estimate of a task."""
+    known = table[table["n"] > 0]
+    best = _best(known)
+    if not len(best):
+        return base.nothing(best, f"Nothing was measured within 1 %.\n{labels.why_not(table)}")
+    order = base.metrics_in(best)
+    cases = sorted(best.groupby(CASE, sort=False), key=lambda item: order.index(item[0][0]))
     rows = canvas.in_rows(cases, COLUMNS)
     figure, grid = canvas.sheet(
-        [canvas.Row(2.0, above=0.6, below=0.35) for _ in rows],
-        min(COLUMNS, len(rows[0])),
-        title="The least time for an accuracy, over all methods",
+        [canvas.Row(3.3, above=0.55, below=0.35) for _ in rows],
+        len(rows[0]),
+        title=_title(_pairs(best)),
         subtitle=base.settings_line(table),
-        key=[*key.method_entries(style.values(), used), ("backend", backends)],
+        key=_key(best),
+        gap=0.25,
+        bottom=0.2,
     )
-    y = canvas.limits(front["seconds"])
+    x, y = canvas.limits(best["n"], pad=2.5), canvas.limits([*best["seconds"], *best["seconds_low"]], pad=1.9)
     for panels, row in zip(grid, rows, strict=True):
         canvas.hide(panels[len(row) :])
-        panels[0].set_ylabel("seconds")
-        for panel, ((metric, problem, setting), line) in zip(panels, row, strict=False):
-            name = f"{labels.case_label(problem, setting)}:  {labels.sizes_label(line, 'n', 'P')}"
-            canvas.title(panel, labels.metric_label(metric), name)
-            here = points[
-                (points["metric"] == metric) & (points["problem"] == problem) & (points["setting"] == setting)
-            ]
-            panel.plot(
-                here["error"].clip(lower=1e-6), here["seconds"], "o", color=canvas.PALE, markersize=2.5, zorder=1
-            )
-            panel.plot(line["error_allowed"], line["seconds"], color=canvas.PALE, linewidth=1.2, zorder=2)
-            for (method, backend), part in line.groupby(["method", "backend"], sort=False):
-                drawn = style[method].line(backend) | {"linestyle": ""}
-                panel.plot(part["error_allowed"], part["seconds"], **drawn, zorder=3)
-                ends = part["seconds_low"], part["seconds_high"].fillna(y[1])
-                panel.vlines(part["error_allowed"], *ends, color=style[method].colour, linewidth=0.8, zorder=2.5)
-            panel.set(xscale="log", yscale="log", xlim=(0.6, 0.6e-6), ylim=y, xlabel="relative error allowed")
-            canvas.decades(panel.xaxis, 1e-6, 0.5)
+        panels[0].set_ylabel("seconds to 1 %")
+        for panel, ((metric, setting), here) in zip(panels, row, strict=False):
+            panel.set(xscale="log", yscale="log", xlim=x, ylim=y, xlabel="n = N O, all outputs")
+            canvas.decades(panel.xaxis, *x)
             canvas.decades(panel.yaxis, *y)
             panel.tick_params(labelleft=panel is panels[0])
-    return base.Drawing(figure, front, _caption(front, single))
+            pairs = _pairs(here)
+            _panel(panel, here, pairs)
+            name = labels.metric_label(metric) + (f",  {labels.short(setting, 20)}" if setting else "")
+            canvas.title(panel, name, _finding(pairs))
+            if crossing := _crossing(pairs):
+                panel.axvline(crossing, color=styles.GREY, linestyle=":", linewidth=1.2)
+    return base.Drawing(figure, best, _caption(best, known))
 
 
-def fronts(table: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each metric, problem and tolerance."""
-    solved = tasks.solutions(table, LADDER)
-    best = solved.loc[solved.groupby(tasks.TASK, sort=False)["seconds"].idxmin()]
-    return best.assign(error_allowed=best["tolerance"].map(LADDER)).sort_values(
-        ["metric", "n", "problem", "setting", "error_allowed"], ascending=[True, True, True, True, False]
+def _best(known: pd.DataFrame) -> pd.DataFrame:
+    """The fastest method of each kind and task, by size."""
+    solved = tasks.solutions(known, TOLERANCE)
+    solved = solved[solved["kind"].isin(tasks.FAMILIES)]
+    best = solved.loc[solved.groupby([*tasks.TASK, "kind"], sort=False)["seconds"].idxmin()]
+    return best.sort_values(["metric", "setting", "n", "problem", "kind"]).reset_index(drop=True)
+
+
+def _pairs(best: pd.DataFrame) -> pd.DataFrame:
+    """Tasks with an exact method and an estimate: ``ratio`` of their seconds, and ``sure`` if their bands are apart."""
+    exact, estimate = (best[best["kind"] == kind] for kind in ("exact", "stochastic"))
+    both = exact.merge(estimate, on=tasks.TASK, suffixes=("", "_estimated"))
+    pays = both["seconds_estimated"] < both["seconds"]
+    apart = both["seconds_high_estimated"] < both["seconds_low"], both["seconds_high"] < both["seconds_low_estimated"]
+    return both.assign(
+        pays=pays, ratio=both["seconds"] / both["seconds_estimated"], sure=apart[0].where(pays, apart[1])
     )
 
 
-def _caption(front: pd.DataFrame, single: int) -> str:
-    counts = front.groupby("title").size().sort_values(ascending=False)
-    most = "; ".join(f"{title} {count / len(front):.0%}" for title, count in counts.head(4).items())
-    sure = (front["fastest"] >= 0.95).mean()
+def _panel(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame) -> None:
+    """The points of one metric, tasks of one size side by side, and the factor between those of one task."""
+    low, high = panel.get_xlim()
+    step = (high / low) ** 0.035
+    places: dict[str, float] = {}
+    for n, same in here.groupby("n"):
+        names = list(dict.fromkeys(same["problem"]))
+        places |= {name: n * step ** (i - (len(names) - 1) / 2) for i, name in enumerate(names)}
+    for row in pairs.itertuples():
+        at, ends = places[row.problem], sorted((row.seconds, row.seconds_estimated))
+        colour = tasks.FAMILIES["stochastic" if row.pays else "exact"].colour
+        panel.plot([at, at], ends, color=colour, linewidth=1.6, zorder=2)
+    for row in here.itertuples():
+        at = places[row.problem]
+        panel.plot(at, row.seconds, **_mark(row.kind), zorder=3)
+        ends = [[row.seconds - row.seconds_low], [row.seconds_high - row.seconds]]
+        if np.isfinite(ends).all():
+            panel.errorbar(at, row.seconds, np.clip(ends, 0, None), color=tasks.FAMILIES[row.kind].colour, capsize=3)
+    _label(panel, here, pairs, places)
+
+
+def _label(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame, places: dict[str, float]) -> None:
+    """The factor between the two points of a task: above, below or beside them."""
+
+    def inches(problem: str, seconds: Any) -> np.ndarray:
+        at = np.column_stack(np.broadcast_arrays(places[problem], seconds))
+        return panel.transData.transform(at) / panel.figure.dpi
+
+    ends = here[["seconds", "seconds_low", "seconds_high"]].itertuples(index=False)
+    taken = [tuple(at) for name, own in zip(here["problem"], ends, strict=True) for at in inches(name, own)]
+    taken = [at for at in taken if np.isfinite(at).all()]
+    for row in pairs.itertuples():
+        line = np.geomspace(row.seconds, row.seconds_estimated, 12)
+        taken += [tuple(at) for at in inches(row.problem, line)]
+    for row in pairs.itertuples():
+        words = f"{max(row.ratio, 1 / row.ratio):.2g}\N{MULTIPLICATION SIGN}{'' if row.sure else '?'}"
+        (x, low), (_, high) = inches(row.problem, sorted([row.seconds, row.seconds_estimated]))
+        side, middle = 0.04 * len(words) + 0.1, (low + high) / 2
+        tasks.label(panel, words, [(x, high + 0.16), (x, low - 0.16), (x - side, middle), (x + side, middle)], taken)
+
+
+def _mark(kind: str) -> dict[str, Any]:
+    """Keywords for a point; approximate methods, whose error no budget lowers, are hollow."""
+    return tasks.FAMILIES[kind].line("jax" if kind == "approximate" else "torch") | {"linestyle": ""}
+
+
+def _key(best: pd.DataFrame) -> key.Key:
+    words = {"exact": "fastest exact method", "approximate": "fastest approximate", "stochastic": "fastest estimate"}
+    entries: list[key.Entry] = [
+        (Line2D([], [], **_mark(kind)), f"{text}: {(best['kind'] == kind).sum()} tasks")
+        for kind, text in words.items()
+        if kind in set(best["kind"])
+    ]
+    lines: list[key.Entry] = [
+        (Line2D([], [], color=tasks.FAMILIES["stochastic"].colour), "the estimate is faster"),
+        (Line2D([], [], color=tasks.FAMILIES["exact"].colour), "exact is faster"),
+    ]
+    return [("within 1 %", entries), ("a task with both, and the factor", lines)]
+
+
+def _crossing(pairs: pd.DataFrame) -> float:
+    """The n from which estimates are faster, by a power law of the ratio; 0 if the pairs do not give it."""
+    if len(pairs) < 4 or pairs["n"].nunique() < 3 or pairs["pays"].nunique() < 2:
+        return 0.0
+    slope, half = curves.slope(list(pairs["n"]), list(pairs["ratio"]))
+    if not slope > half:
+        return 0.0
+    x, y = np.log(pairs["n"]), np.log(pairs["ratio"])
+    found = math.exp(x.mean() - y.mean() / slope)
+    return found if pairs["n"].min() <= found <= pairs["n"].max() else 0.0
+
+
+def _finding(pairs: pd.DataFrame) -> str:
+    if not len(pairs):
+        return "no task has both kinds"
+    won = f"estimates win {pairs['pays'].sum()} of {len(pairs)} tasks"
+    if crossing := _crossing(pairs):
+        return f"{won}; crossing at n = {labels.count_label(crossing)}"
+    return f"{won}; no clear crossing in n" if pairs["pays"].nunique() > 1 else won
+
+
+def _title(pairs: pd.DataFrame) -> str:
+    if not len(pairs):
+        return "Where estimating begins to pay: no task has an exact value and an estimate within 1 %"
+    pays, exact = pairs[pairs["pays"]], pairs[~pairs["pays"]]
+    text = f"To 1 %, estimating pays on {len(pays)} of {len(pairs)} tasks"
+    if len(pays):
+        text += f" ({pays['sure'].sum()} surely), by up to {pays['ratio'].max():.2g}\N{MULTIPLICATION SIGN}"
+    if len(exact):
+        text += f"; exact wins {len(exact)}, by up to {1 / exact['ratio'].min():.2g}\N{MULTIPLICATION SIGN}"
+    return text
+
+
+def _caption(best: pd.DataFrame, known: pd.DataFrame) -> str:
+    pairs = _pairs(best)
+    tried = known.drop_duplicates(tasks.TASK[:3])
     text = (
-        "The least time of any method whose median relative error is what is allowed, from 30 % on the left to 1e-6 "
-        f"on the right, with the colour and marker of the method; pale dots are all that was measured. {tasks.RULE} "
-        "Bars are 95 % bands; one up to the edge is not bounded by what was measured. Where the front ends nothing "
-        "measured is as accurate. Only methods that the "
-        f"configuration gives a problem take part. Share of the front: {most}. At {sure:.0%} of its points the method "
-        "is the fastest in at least 95 % of the bootstrap's reruns."
+        "Seconds of the fastest exact method and of the fastest estimate with a median error of 1 %, with 95 % bands; "
+        "? where bands overlap or are not bounded. Approximate methods within 1 % are hollow. "
     )
-    return text + (f" {single} fronts on which one method is the fastest throughout have no panel." if single else "")
+    unsolved = len(tried) - len(best.drop_duplicates(tasks.TASK))
+    if len(pairs):
+        ratio = pairs["ratio"]
+        text += f"Exact over estimated time: median {ratio.median():.2g} ({ratio.min():.2g} to {ratio.max():.2g}). "
+    return text + f"{len(pairs)} of {len(tried)} tasks have both, {unsolved} neither."

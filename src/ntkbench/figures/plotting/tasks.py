@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
-from ntkbench.figures.plotting import base
+from ntkbench.figures.plotting import base, styles
 from ntkbench.measure import laws
 
 TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
@@ -20,6 +21,12 @@ RULE = (
 """How a method's time comes about, in the words of captions."""
 SURE = 0.95
 """Share of bootstrap reruns in which the fastest method must be so, to be named without a question mark."""
+FAMILIES = {
+    "exact": styles.Look("exact", "exact", "exact", styles.BLUE, "s"),
+    "approximate": styles.Look("approximate", "approximate", "approximate", styles.GREEN, "*"),
+    "stochastic": styles.Look("stochastic", "estimate", "stochastic", styles.VERMILION, "o"),
+}
+"""How figures that compare families of methods draw them, by kind."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
@@ -114,3 +121,18 @@ def shares(solved: pd.DataFrame, factors: np.ndarray) -> pd.DataFrame:
         named = {"method": method, "backend": backend, "title": own["title"].iloc[0], "kind": own["kind"].iloc[0]}
         made.append(pd.DataFrame({**named, "factor": factors, "share": within / tasks, "tasks": tasks}))
     return pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=columns)
+
+
+def label(panel: Axes, words: str, places: Sequence[tuple[float, float]], taken: list[tuple[float, float]]) -> None:
+    """Text at the first place that is free; at the freest one if none is. Its place is added to those taken.
+
+    Args:
+        places: of the text's middle, in inches of the figure.
+        taken: what the text must not cover, in inches of the figure.
+    """
+    half = 0.04 * len(words) + 0.05
+    spots = np.array(taken)
+    free = [np.max(np.abs(spots - place) / (half + 0.03, 0.12), axis=1).min() for place in places]
+    x, y = places[next((i for i, room in enumerate(free) if room >= 1), int(np.argmax(free)))]
+    panel.text(x, y, words, transform=panel.figure.dpi_scale_trans, ha="center", va="center", fontsize=9)
+    taken += [(x + part * half, y) for part in (-1, -0.5, 0, 0.5, 1)]
