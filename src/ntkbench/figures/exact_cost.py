@@ -54,8 +54,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     }
     left, gap, right = 0.85, 0.18, canvas.text_width(names.values(), 9) + 0.4
     widest = max(0.8, (canvas.WIDTH - left - right - canvas.MARGIN - gap * (len(networks) - 1)) / len(networks))
+    lost = (plotted["status"] != "ok").any()
+    above = 0.6 + 0.22 * any(plotted["setting"]) + 0.1 * lost
     figure, grid = canvas.sheet(
-        [canvas.Row(2.1, above=0.82 if any(plotted["setting"]) else 0.6, below=0.15), canvas.Row(2.1, 0, 0.45)],
+        [canvas.Row(2.1, above=above, below=0.15), canvas.Row(2.1, 0, 0.45)],
         len(networks),
         title=_title(plotted, style, metric),
         subtitle=base.settings_line(exact),
@@ -78,10 +80,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _names(row[-1], networks[-1], quantity, names, style)
     for top, bottom, cells in zip(*grid, networks, strict=True):
         _lost(top, cells, style)
-        canvas.title(top, labels.case_label(*cells[NETWORK].iloc[0], by="\n"), labels.sizes_label(cells, "O", "P"))
+        name = labels.case_label(*cells[NETWORK].iloc[0], by="\n")
+        canvas.title(top, name, labels.sizes_label(cells, "O", "P"), offset=10 if lost else 4)
         bottom.set_xlabel("n = N O")
     figure.align_ylabels([row[0] for row in grid])
-    return base.Drawing(figure, plotted, _caption(metric, plotted, exact["family"].nunique()))
+    return base.Drawing(figure, plotted, _caption(metric, plotted, exact["problem"].nunique()))
 
 
 def _metric(exact: pd.DataFrame) -> str:
@@ -160,7 +163,7 @@ def _guides(panel: Axes) -> None:
     """Slopes n and n^2 in the upper left corner, where costs are low."""
     (left, right), (low, high) = np.log(panel.get_xlim()), np.log(panel.get_ylim())
     width = min(0.28 * (right - left), 0.2 * (high - low))
-    x, bottom = left + 0.06 * (right - left), high - 0.04 * (high - low) - 2 * width
+    x, bottom = left + 0.06 * (right - left), high - 0.08 * (high - low) - 2 * width
     for power, label in ((1, "n"), (2, "n²")):
         ends = np.exp([x, x + width]), np.exp([bottom, bottom + power * width])
         panel.plot(*ends, color=styles.GREY, linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1)
@@ -208,10 +211,11 @@ def _title(plotted: pd.DataFrame, style: dict[str, Look], metric: str) -> str:
         return f"Cost of exact methods for the {labels.metric_label(metric)}"
     first = max(fastest.index, key=lambda m: (fastest[m], least.get(m, 0)))
     text = f"Of exact methods, {labels.short(style[first].title, 40)} is fastest on {fastest[first]} of {fastest.sum()}"
-    return f"{text} networks, and takes the least memory on {least.get(first, 0)}"
+    networks = "networks" if plotted["setting"].nunique() == 1 else "panels"
+    return f"{text} {networks}, and takes the least memory on {least.get(first, 0)}"
 
 
-def _caption(metric: str, plotted: pd.DataFrame, families: int) -> str:
+def _caption(metric: str, plotted: pd.DataFrame, problems: int) -> str:
     best = _best(plotted, "seconds")
     said = ", ".join(f"{labels.name_label(row.family)} {row.title}" for row in best.itertuples())
     text = f"Seconds (with quartiles) and peak memory of one exact {metric.replace('_', ' ')} against n."
@@ -223,6 +227,6 @@ def _caption(metric: str, plotted: pd.DataFrame, families: int) -> str:
     lost = plotted.loc[plotted["status"] != "ok", "status"].map(labels.status_label).value_counts()
     if len(lost):
         text += f" On the upper edge: {', '.join(f'{count} {status}' for status, count in lost.items())}."
-    if families > plotted["family"].nunique():
-        text += f" {families - plotted['family'].nunique()} further networks are in the table."
+    if left := problems - plotted["problem"].nunique():
+        text += f" {left} problems of other networks, widths or depths are left out."
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,9 +26,14 @@ NAMES = {
     THEIRS: "structured derivatives",
     OURS: "ours",
 }
-KINDS = {"ResNet": ("-", "o"), "WideResNet": ((0, (3, 1, 1, 1)), "D"), "ViT": ("--", "^"), "Mixer": (":", "v")}
+KINDS: dict[str, tuple[Any, str]] = {
+    "ResNet": ("-", "o"),
+    "WideResNet": ((0, (3, 1, 1, 1)), "D"),
+    "ViT": ("--", "^"),
+    "Mixer": (":", "v"),
+}
 """How a network's name begins, with the line of its operations and the marker of its seconds."""
-OTHER = ((0, (5, 1, 1, 1, 1, 1)), "s")
+OTHER: tuple[Any, str] = ((0, (5, 1, 1, 1, 1, 1)), "s")
 """Line and marker of other networks."""
 OWN = (styles.PINK, "structured derivatives here")
 """Colour and name of what all is compared with."""
@@ -44,7 +50,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     looks = curves.looks(plotted)
     settings = [rows for _, rows in plotted.groupby(list(base.SETTINGS), dropna=False)]
     rows = canvas.in_rows(settings, 2)
-    right = 0.3 + canvas.text_width([look.title for look in looks.values()], 9.5)
+    right = 0.4 + canvas.text_width([look.title for look in looks.values()], 9.5)
     columns = len(rows[0])
     figure, grid = canvas.sheet(
         [canvas.Row(3.6, above=0.25, below=0.4)] * len(rows),
@@ -60,6 +66,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         canvas.hide(line[len(row) :])
         for panel, here in zip(line, row, strict=False):
             _panel(panel, here, there, looks)
+            if len(settings) > 1:
+                apart = [column for column in base.SETTINGS if plotted[column].nunique(dropna=False) > 1]
+                panel.set_title(labels.short(", ".join(f"{here[column].iloc[0]}" for column in apart), 40), loc="left")
         line[0].set_ylabel("ratio to structured derivatives here")
     return base.Drawing(figure, plotted, _caption(table, plotted), _claims(table))
 
@@ -123,6 +132,7 @@ def _panel(panel: Axes, here: pd.DataFrame, there: pd.DataFrame, looks: dict[str
 
 def _names(panel: Axes, here: pd.DataFrame, looks: dict[str, styles.Look]) -> None:
     """The programs to the right of the panel, as high as the median of their ratios at the largest O."""
+    inch = 1 / (panel.get_position().width * canvas.WIDTH)
     low, high = np.log(panel.get_ylim())
     ends = {OURS: 1.0}
     for method, rows in here.sort_values("quantity").groupby("method", sort=False):
@@ -132,8 +142,9 @@ def _names(panel: Axes, here: pd.DataFrame, looks: dict[str, styles.Look]) -> No
     for method, ratio in sorted(ends.items(), key=lambda item: item[1]):
         last = max(last + 0.06, (math.log(ratio) - low) / (high - low))
         colour, title = (looks[method].colour, looks[method].title) if method in looks else OWN
-        panel.plot([1.01, 1.04], [last, last], color=colour, linewidth=3, transform=panel.transAxes, clip_on=False)
-        panel.text(1.05, last, title, transform=panel.transAxes, fontsize=9.5, va="center")
+        ends_at = [1 + 0.08 * inch, 1 + 0.28 * inch]
+        panel.plot(ends_at, [last, last], color=colour, linewidth=3, transform=panel.transAxes, clip_on=False)
+        panel.text(1 + 0.36 * inch, last, title, transform=panel.transAxes, fontsize=9.5, va="center")
 
 
 def _sizes(plotted: pd.DataFrame, table: pd.DataFrame) -> str:

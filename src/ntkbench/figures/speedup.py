@@ -118,7 +118,6 @@ def _panel(panel: Axes, here: pd.DataFrame, families: list[str], style: dict[str
         panel.plot(marked[SPEEDUP], marked["family"].map(families.index), **(look | {"linestyle": ""}), zorder=3)
     for x, words in zip((0.1, 0.85, 1.6), ("median", f"to {LOOSE}", f"to {TIGHT}"), strict=True):
         _aside(panel, x, -0.75, words, styles.GREY)
-    tasks = ["problem", "metric"]
     for row, family in enumerate(families):
         own = here[here["family"] == family]
         panel.axhline(row, color=canvas.SHADE, linewidth=1.0, zorder=0)
@@ -127,7 +126,8 @@ def _panel(panel: Axes, here: pd.DataFrame, families: list[str], style: dict[str
             _aside(panel, 0.1, row, f"{labels.rounded(medians[family])}{TIMES}", styles.BLACK, fontweight="bold")
         for x, tolerance in zip((0.85, 1.6), MARKS, strict=True):
             tried = own[own["tolerance"] == tolerance]
-            _aside(panel, x, row, f"{tried['fastest'].sum()} of {len(tried.drop_duplicates(tasks))}", styles.GREY)
+            count = len(tried.drop_duplicates(["problem", "metric"]))
+            _aside(panel, x, row, f"{tried['fastest'].sum()} of {count}" if count else "\N{EN DASH}", styles.GREY)
 
 
 def _aside(panel: Axes, inches: float, row: float, text: str, colour: str, **how: Any) -> None:
