@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ntkbench import figures, methods, problems
+from ntkbench import figures, methods
 from ntkbench.errors import BadInput
 from ntkbench.figures import hazelden_speedup, performance_profiles
 from ntkbench.figures.plotting import base, canvas, claims, labels, report, styles, tasks
@@ -188,29 +188,18 @@ def test_only_problems_with_a_choice_between_error_and_time_get_panels(table, tm
     assert "Not measured: lost, N = 1 (" in (tmp_path / "error_against_seconds.txt").read_text()
 
 
-def test_slopes_over_a_networks_sizes_are_those_of_the_costs(tmp_path):
-    """Costs that are powers of the sizes give these powers, whatever lies around them."""
-    middle, powers = {"N": 16, "O": 4, "width": 256, "depth": 3}, {"N": 2.0, "O": 1.5, "width": 1.0, "depth": 0.5}
-    grown = {tuple((middle | {size: middle[size] * f}).items()) for size in middle for f in (1, 2, 4)}
-    rows = []
-    for sizes in sorted(grown):
-        label = problems.check(f"fc_relu[{','.join(f'{size}={value}' for size, value in sizes)}]")
-        label = label.partition("[")[2].removesuffix("]")  # as tables have it: depth=3 is the default
-        (row, *_) = synthetic([("fc_relu", label, 16, 4, 1000, 1.0)], {k: METHODS[k] for k in ("direct",)}, ["norm"])[
-            lambda t: t["backend"] == "torch"
-        ].to_dict("records")
-        cost = math.prod(value ** powers[size] for size, value in sizes)
-        rows.append(row | {"status": "ok", "seconds": 1e-6 * cost, "memory_bytes": 1e3 * cost**2})
-    figures.draw("exact_scaling", pd.DataFrame(rows), tmp_path)
-    plotted = pd.read_csv(tmp_path / "exact_scaling.csv")
-    assert len(plotted) == 12
-    for size, power in powers.items():
-        slopes = plotted[plotted["varied"] == size]
-        assert list(slopes["slope_seconds"].round(6)) == [power] * 3
-        assert list(slopes["slope_memory"].round(6)) == [2 * power] * 3
-    assert "fixed at N = 16, O = 4, width = 256, depth = 3" in (tmp_path / "exact_scaling.txt").read_text()
-    figures.draw("exact_cost", pd.DataFrame(rows).assign(P=range(len(rows))), tmp_path)
-    assert not len(pd.read_csv(tmp_path / "exact_cost.csv")), "a network that changes is no line over n"
+def test_slopes_over_n_are_those_of_the_costs_of_one_network(tmp_path):
+    """Costs that are powers of n give these powers; networks with other parameters are not on the line."""
+    grown = [(f"N={N}", N, 4, 1000, 1.0) for N in (16, 32, 64)] + [("N=16,width=512", 16, 4, 9000, 1.0)]
+    rows = synthetic([("fc_relu", *sizes) for sizes in grown], {"direct": METHODS["direct"]}, ["norm"])
+    rows = rows[rows["backend"] == "torch"].assign(status="ok")
+    rows = rows.assign(seconds=1e-6 * rows["n"] ** 1.5, memory_bytes=1e3 * rows["n"] ** 2.0)
+    figures.draw("exact_cost", rows, tmp_path)
+    plotted = pd.read_csv(tmp_path / "exact_cost.csv")
+    assert list(plotted["n"]) == [64, 128, 256] and set(plotted["P"]) == {1000}
+    assert list(plotted["slope_seconds"].round(6)) == [1.5] * 3
+    assert list(plotted["slope_memory"].round(6)) == [2.0] * 3
+    assert "Seconds grow as n^1.5 to n^1.5" in (tmp_path / "exact_cost.txt").read_text()
 
 
 def test_speedups_are_at_equal_accuracy(table):

@@ -1,16 +1,15 @@
-"""What exactness costs: seconds and memory of the exact methods as Theta grows."""
+"""What exactness costs: seconds and peak memory of exact methods against n, the size of Theta."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -18,22 +17,22 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.figures.plotting.styles import Look, backends_in, looks
 
 MOST = 4
-"""Families side by side; more of them go below."""
-ASIDE = 0.17
+"""Maximum number of networks side by side; those with the most sizes and methods are shown."""
+ASIDE = 0.15
 """Inches between the markers of methods that were measured at a single size."""
 MIB = 2.0**20
 FLOOR = 0.1
 """MiB; less is drawn here, since a peak less a baseline can come out as nothing or below."""
-
+QUANTITIES = {"seconds": "seconds", "memory_mib_drawn": "peak memory [MiB]"}
+NETWORK = ["family", "setting"]
+LINE = [*NETWORK, "method", "backend"]
 KEPT = ["family", "setting", "problem", "N", "O", "P", "n", "metric", "method", "title", "backend", "status", "reason"]
 KEPT += ["seconds", "seconds_q25", "seconds_q75", "memory_bytes"]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Seconds (above) and peak memory (below) against n, for each family of problems."""
-    exact = table[table["kind"] == "exact"].sort_values(["family", "setting", "n", "problem", "method", "backend"])
-    # Families whose network changes with its size are in the figure of scaling.
-    exact = exact[exact.groupby("family")["P"].transform("nunique") <= 1]
+    """Seconds (above) and peak memory (below) against n, a column for each kind of network."""
+    exact = table[table["kind"] == "exact"].sort_values([*NETWORK, "n", "problem", "method", "backend"])
     if not (exact["status"] == "ok").any():
         why = labels.why_not(exact) if len(exact) else "The table has no exact method."
         return base.nothing(exact[KEPT], why)
@@ -43,74 +42,49 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     runs = exact.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
     plotted = exact.loc[runs, KEPT].copy()
     plotted["memory_mib_drawn"] = (plotted["memory_bytes"] / MIB).clip(lower=FLOOR)
+    networks = sorted((_one_network(cells) for _, cells in plotted.groupby(NETWORK)), key=_extent)[-MOST:]
+    plotted = _with_slopes(pd.concat(networks, ignore_index=True))
 
     style = {m: look for m, look in looks(table).items() if m in set(plotted["method"])}
     used = {m: backends_in(plotted[plotted["method"] == m]) for m in style}
-    families = list(plotted.groupby(["family", "setting"], sort=False))
-    lost = [s for s in ("timeout", "out_of_memory", "failed", "skipped") if s in set(plotted["status"])]
-    lost += sorted(set(plotted["status"]) - {"ok", *lost})
-    above = 0.82 if any(plotted["setting"]) else 0.64
-    block = [canvas.Row(0.27 * len(lost), above=above, below=0.06)] if lost else []
-    block += [canvas.Row(2.3, above=0 if lost else above, below=0.2), canvas.Row(2.3, above=0, below=0.55)]
-    columns = min(MOST, len(families))
+    names = {
+        (method, backend): style[method].title + (f" ({styles.TITLES.get(backend, backend)})" if len(there) > 1 else "")
+        for method, there in used.items()
+        for backend in there
+    }
+    left, gap, right = 0.85, 0.18, canvas.text_width(names.values(), 9) + 0.4
+    widest = max(0.8, (canvas.WIDTH - left - right - canvas.MARGIN - gap * (len(networks) - 1)) / len(networks))
+    lost = (plotted["status"] != "ok").any()
+    above = 0.6 + 0.22 * any(plotted["setting"]) + 0.1 * lost
     figure, grid = canvas.sheet(
-        block * math.ceil(len(families) / columns),
-        columns,
-        title=f"Cost of exact methods for the {labels.metric_label(metric)}",
+        [canvas.Row(2.1, above=above, below=0.15), canvas.Row(2.1, 0, 0.45)],
+        len(networks),
+        title=_title(plotted, style, metric),
         subtitle=base.settings_line(exact),
-        key=[*key.method_entries(style.values(), used), ("how to read", _reading(plotted, bool(lost)))],
-        left=1.15,
+        key=[("backend", key.backend_entries(backends_in(plotted)))],
+        left=left,
+        gap=gap,
+        widest=min(widest, 3.2),
         bottom=0.05,
     )
-    y = {
-        "seconds": canvas.limits(plotted[["seconds", "seconds_q25", "seconds_q75"]].stack(), pad=2.5),
-        "memory_mib_drawn": canvas.limits(plotted["memory_mib_drawn"].dropna(), pad=2.5),
-    }
-    for i in range(columns * math.ceil(len(families) / columns)):
-        first = len(block) * (i // columns)
-        panels = [row[i % columns] for row in grid[first : first + len(block)]]
-        if i >= len(families):
-            for panel in panels:
-                panel.remove()
-            continue
-        (family, setting), cells = families[i]
-        _column(panels, cells, y, lost, style)
-        _title(panels[0], family, setting, cells)
-        for panel in panels:
-            panel.tick_params(labelbottom=panel is panels[-1], labelleft=i % columns == 0)
-        if i % columns == 0:
-            panels[-2].set_ylabel("seconds")
-            panels[-1].set_ylabel("peak memory [MiB]")
-            figure.align_ylabels(panels)
-    return base.Drawing(figure, plotted, _caption(metric, plotted))
-
-
-def _column(
-    panels: list[Axes], cells: pd.DataFrame, y: dict[str, tuple[float, float]], lost: list[str], style: dict[str, Look]
-) -> None:
-    """One family: the strip of what did not finish if there is any, seconds, memory."""
-    x = canvas.limits(cells["n"], pad=1.7, ratio=30)
-    for panel in panels:
-        panel.set(xscale="log", xlim=x)
-        _sizes(panel, sorted(cells["n"].dropna().unique()), x)
-    if lost:
-        _lost(panels[0], cells, lost, style)
-    for panel, (quantity, band) in zip(panels[-2:], y.items(), strict=True):
-        panel.set(yscale="log", ylim=band)
-        canvas.decades(panel.yaxis, *band)
-        _costs(panel, cells, quantity, style)
-    panels[-1].set_xlabel("n = N O, outputs in all")
-
-
-def _sizes(panel: Axes, sizes: list[float], x: tuple[float, float]) -> None:
-    """Ticks at the very sizes of the family, or at powers of ten where sizes are too many or too close for labels."""
-    span = math.log(x[1] / x[0])
-    if all(math.log(b / a) > 0.16 * span for a, b in itertools.pairwise(sizes)):
-        panel.xaxis.set_major_locator(FixedLocator(sizes))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.count_label(value)))
-        panel.xaxis.set_minor_locator(NullLocator())
-    else:
-        canvas.decades(panel.xaxis, *x, most=4)
+    for row, (quantity, label) in zip(grid, QUANTITIES.items(), strict=True):
+        low, high = canvas.limits(plotted[quantity].dropna())
+        for panel, cells in zip(row, networks, strict=True):
+            x = canvas.limits(cells["n"], pad=1.7, ratio=15)
+            panel.set(xscale="log", yscale="log", xlim=x, ylim=(low, high * (high / low) ** 0.3))
+            canvas.decades(panel.yaxis, *panel.get_ylim())
+            _sizes(panel, sorted(cells["n"].dropna().unique()))
+            _costs(panel, cells, quantity, style)
+            panel.tick_params(labelbottom=row is grid[-1], labelleft=panel is row[0])
+        row[0].set_ylabel(label)
+        _names(row[-1], networks[-1], quantity, names, style)
+    for top, bottom, cells in zip(*grid, networks, strict=True):
+        _lost(top, cells, style)
+        name = labels.case_label(*cells[NETWORK].iloc[0], by="\n")
+        canvas.title(top, name, labels.sizes_label(cells, "O", "P"), offset=10 if lost else 4)
+        bottom.set_xlabel("n = N O")
+    figure.align_ylabels([row[0] for row in grid])
+    return base.Drawing(figure, plotted, _caption(metric, plotted, exact["problem"].nunique()))
 
 
 def _metric(exact: pd.DataFrame) -> str:
@@ -119,93 +93,140 @@ def _metric(exact: pd.DataFrame) -> str:
     return "norm" if "norm" in counts else counts.idxmax()
 
 
-def _title(panel: Axes, family: str, setting: str, cells: pd.DataFrame) -> None:
-    name = labels.case_label(family, setting, by="\n")
-    sizes = labels.sizes_label(cells, "O", "P")
-    panel.annotate(
-        sizes, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", color=styles.GREY
-    )
-    canvas.heading(panel, name)
+def _one_network(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of a family whose network changes with its sizes, the rows of the one network that has the most n."""
+    counts = cells.groupby("P", dropna=False)["n"].nunique()
+    most = counts.index[int(np.argmax(counts))]
+    return cells[cells["P"].isna() if pd.isna(most) else cells["P"] == most]
+
+
+def _extent(cells: pd.DataFrame) -> tuple[int, int]:
+    """By which networks are chosen and sorted: how many lines, and how many sizes there are."""
+    measured = base.measured(cells, "n")
+    return len(measured.drop_duplicates(LINE)), measured["n"].nunique()
+
+
+def _with_slopes(plotted: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the exponents of n by which seconds and memory of their line grow between the two largest n."""
+    for quantity in QUANTITIES:
+        ends = base.measured(plotted[(plotted["n"] > 0) & (plotted[quantity] > 0)], "n", quantity)
+        slopes = {name: _slope(line.groupby("n")[quantity].median()) for name, line in ends.groupby(LINE)}
+        names = plotted[LINE].itertuples(index=False, name=None)
+        plotted[f"slope_{quantity.split('_')[0]}"] = [slopes.get(name, math.nan) for name in names]
+    return plotted
+
+
+def _slope(costs: pd.Series) -> float:
+    if len(costs) < 2:
+        return math.nan
+    (n0, n1), (y0, y1) = costs.index[-2:], costs.iloc[-2:]
+    return math.log(y1 / y0) / math.log(n1 / n0)
+
+
+def _sizes(panel: Axes, sizes: Sequence[float]) -> None:
+    """Ticks at the sizes of the network, or at powers of ten where there is no room for them."""
+    low, high = panel.get_xlim()
+    if all(math.log(b / a) > 0.25 * math.log(high / low) for a, b in itertools.pairwise(sizes) if a > 0):
+        panel.xaxis.set_major_locator(FixedLocator(sizes))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.count_label(value)))
+        panel.xaxis.set_minor_locator(NullLocator())
+    else:
+        canvas.decades(panel.xaxis, low, high, most=4)
 
 
 def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Look]) -> None:
-    """Lines over n of one family, for seconds or for memory."""
+    """Lines over n of one network, for seconds or for memory."""
     points = base.measured(cells, quantity)
     if not len(points):
-        why = labels.why_not(cells) if quantity == "seconds" else "no memory measured"
-        canvas.note(panel, why)
+        canvas.note(panel, labels.why_not(cells) if quantity == "seconds" else "no memory measured")
         return
-    _guides(panel, points["n"], points[quantity])
+    single = points["n"].nunique() == 1
     lines = list(points.groupby(["method", "backend"], sort=False))
-    # A single size has no lines, and room for markers side by side.
-    spread = ASIDE if points["n"].nunique() == 1 else 0.0
     for i, ((method, backend), line) in enumerate(lines):
-        aside = ScaledTranslation(spread * (i - (len(lines) - 1) / 2), 0, panel.figure.dpi_scale_trans)
-        drawn: dict[str, Any] = {"transform": panel.transData + aside, "zorder": 3}
+        drawn: dict[str, Any] = {"transform": _aside(panel, i, len(lines)) if single else panel.transData, "zorder": 3}
         panel.plot(line["n"], line[quantity], **style[method].line(backend), **drawn)
         if quantity == "seconds":
             low, high, colour = line["seconds_q25"], line["seconds_q75"], style[method].colour
             panel.vlines(line["n"], low, high, color=colour, linewidth=0.8, **drawn)
+    if not single:
+        _guides(panel)
 
 
-def _guides(panel: Axes, n: pd.Series, cost: pd.Series) -> None:
-    """Slopes n and n^2 from below the cheapest point of the least n, each labelled near where it leaves the panel."""
-    if n.nunique() < 2:
-        return
-    start, height = n.min(), cost[n == n.min()].min() / 1.8
+def _aside(panel: Axes, place: int, count: int, transform: Any = None) -> Any:
+    """Where the marker of a place among ``count`` ones side by side is."""
+    step = min(ASIDE, 0.8 * panel.get_position().width * canvas.WIDTH / count)
+    beside = ScaledTranslation(step * (place - (count - 1) / 2), 0, panel.figure.dpi_scale_trans)
+    return (panel.transData if transform is None else transform) + beside
+
+
+def _guides(panel: Axes) -> None:
+    """Slopes n and n^2 in the upper left corner, where costs are low."""
+    (left, right), (low, high) = np.log(panel.get_xlim()), np.log(panel.get_ylim())
+    width = min(0.28 * (right - left), 0.2 * (high - low))
+    x, bottom = left + 0.06 * (right - left), high - 0.08 * (high - low) - 2 * width
     for power, label in ((1, "n"), (2, "n²")):
-        end = min(panel.get_xlim()[1], start * (panel.get_ylim()[1] / height) ** (1 / power))
-        x = np.array([start, end])
-        panel.plot(
-            x, height * (x / start) ** power, color=canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=1
-        )
-        spot = start * (end / start) ** 0.93
-        panel.text(
-            spot, height * (spot / start) ** power, label, color=styles.GREY, fontsize=9, fontstyle="italic",
-            ha="center", va="center", bbox={"color": "white", "pad": 0.8}, zorder=1.5,
-        )  # fmt: skip
+        ends = np.exp([x, x + width]), np.exp([bottom, bottom + power * width])
+        panel.plot(*ends, color=styles.GREY, linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1)
+        panel.annotate(label, (ends[0][1], ends[1][1]), xytext=(3, 0), textcoords="offset points", va="center",
+                       fontsize=9, fontstyle="italic", color=styles.GREY)  # fmt: skip
 
 
-def _lost(panel: Axes, cells: pd.DataFrame, lost: list[str], style: dict[str, Look]) -> None:
-    """The strip on top: what has no cost because it did not finish, by how it ended."""
-    panel.set(ylim=(len(lost) - 0.5, -0.5), yticks=range(len(lost)), facecolor=canvas.SHADE)
-    panel.set_yticklabels([labels.status_label(status) for status in lost])
-    panel.tick_params(axis="both", length=0)
-    sns.despine(ax=panel, left=True, bottom=True)
-    panel.grid(False, axis="y")
-    left, right = np.log(panel.get_xlim())
-    # Side by side around their n, closer where there are many, and never outside the strip.
-    for (n, status), here in cells[cells["status"] != "ok"].groupby(["n", "status"]):
-        step = min(0.13 / panel.get_position().width / canvas.WIDTH, 0.9 / cells["n"].nunique() / len(here))
-        middle, reach = (np.log(n) - left) / (right - left), step * (len(here) - 1)
-        start = min(max(middle - reach / 2, 0.03), 0.97 - reach)
-        for k, row in enumerate(here.itertuples()):
-            mark = style[row.method].line(row.backend)
-            panel.plot(start + k * step, lost.index(status), transform=panel.get_yaxis_transform(), **mark)
+def _lost(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
+    """Markers on the upper edge, over their n, of what did not finish."""
+    for _, here in cells[cells["status"] != "ok"].groupby("n"):
+        for i, row in enumerate(here.itertuples()):
+            spot = _aside(panel, i, len(here), panel.get_xaxis_transform())
+            panel.plot(row.n, 1, transform=spot, clip_on=False, zorder=4, **style[row.method].line(row.backend))
 
 
-def _reading(plotted: pd.DataFrame, lost: bool) -> list[key.Entry]:
-    entries = key.backend_entries(backends_in(plotted))
-    guide = Line2D([], [], color=canvas.PALE, linewidth=1.1, linestyle=(0, (1, 1.5)))
-    entries.append((guide, "slopes n and n²"))
-    if lost:
-        strip = Line2D([], [], marker="s", markersize=9, linestyle="", color="#E3E3E3")
-        entries.append((strip, "top strip: did not finish"))
-    return entries
+def _names(
+    panel: Axes, cells: pd.DataFrame, quantity: str, names: dict[tuple[str, str], str], style: dict[str, Look]
+) -> None:
+    """The methods to the right of the last column, as high as their lines end there, and those that it lacks below."""
+    low, high = np.log(panel.get_ylim())
+    points = base.measured(cells[cells[quantity] > 0], quantity)
+    ends = {pair: line[quantity].iloc[-1] for pair, line in points.groupby(["method", "backend"])}
+    heights = {pair: (math.log(ends[pair]) - low) / (high - low) if pair in ends else 0.0 for pair in names}
+    step = min(0.085, 1 / len(names))
+    most, last = 1 - step * (len(names) - 0.5), -step
+    for place, ((method, backend), height) in enumerate(sorted(heights.items(), key=lambda item: item[1])):
+        last = max(last + step, min(height, most + step * place))
+        marker = style[method].line(backend) | {"linestyle": ""}
+        inches: dict[str, Any] = {"textcoords": "offset points", "xycoords": "axes fraction"}
+        beside = panel.transAxes + ScaledTranslation(0.17, 0, panel.figure.dpi_scale_trans)
+        panel.plot(1, last, transform=beside, clip_on=False, **marker)
+        panel.annotate(names[method, backend], (1, last), xytext=(20, 0), va="center", fontsize=9, **inches)
 
 
-def _caption(metric: str, plotted: pd.DataFrame) -> str:
-    small = int((plotted["memory_bytes"] < FLOOR * MIB).sum())
-    text = (
-        "Seconds of one exact computation (without the first call) and peak memory over a do-nothing baseline, for the "
-        f"metric {metric!r}, against n = N O; the sizes of one family are joined by a line, at a single size methods "
-        "stand side by side. Whiskers are quartiles of seconds."
-    )
-    if (plotted["status"] != "ok").any():
-        text += (
-            " Markers in the strip on top stand over the n at which a method did not finish; side by side where there "
-            "are several."
-        )
-    if small:
-        text += f" {small} peaks below {FLOOR:g} MiB are drawn at {FLOOR:g} MiB."
+def _best(plotted: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """The row of least cost at the largest n of each network."""
+    points = base.measured(plotted[plotted[quantity] > 0], quantity, "n")
+    largest = points[points["n"] == points.groupby(NETWORK)["n"].transform("max")]
+    return largest.loc[largest.groupby(NETWORK)[quantity].idxmin()]
+
+
+def _title(plotted: pd.DataFrame, style: dict[str, Look], metric: str) -> str:
+    fastest, least = (_best(plotted, quantity)["method"].value_counts() for quantity in QUANTITIES)
+    if not len(fastest):
+        return f"Cost of exact methods for the {labels.metric_label(metric)}"
+    first = max(fastest.index, key=lambda m: (fastest[m], least.get(m, 0)))
+    text = f"Of exact methods, {labels.short(style[first].title, 40)} is fastest on {fastest[first]} of {fastest.sum()}"
+    networks = "networks" if plotted["setting"].nunique() == 1 else "panels"
+    return f"{text} {networks}, and takes the least memory on {least.get(first, 0)}"
+
+
+def _caption(metric: str, plotted: pd.DataFrame, problems: int) -> str:
+    best = _best(plotted, "seconds")
+    said = ", ".join(f"{labels.name_label(row.family)} {row.title}" for row in best.itertuples())
+    text = f"Seconds (with quartiles) and peak memory of one exact {metric.replace('_', ' ')} against n."
+    text += f" Fastest at the largest n: {said}." if said else ""
+    for quantity, grows in (("seconds", "Seconds grow"), ("memory", "Memory grows")):
+        slopes = plotted[f"slope_{quantity}"].dropna()
+        if len(slopes):
+            text += f" {grows} as n^{slopes.min():.1f} to n^{slopes.max():.1f}."
+    lost = plotted.loc[plotted["status"] != "ok", "status"].map(labels.status_label).value_counts()
+    if len(lost):
+        text += f" On the upper edge: {', '.join(f'{count} {status}' for status, count in lost.items())}."
+    if left := problems - plotted["problem"].nunique():
+        text += f" {left} problems of other networks, widths or depths are left out."
     return text

@@ -1,13 +1,17 @@
-"""Novak et al. 2022, figures 2 and 4: operations and seconds for an NTK of networks for images against O."""
+"""Novak et al. 2022, figures 2 and 4: operations and seconds of programs for an NTK of networks for images."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
-from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sources, styles
+from ntkbench.figures.plotting import base, canvas, claims, curves, key, labels, sources, styles
 
 TABLE = "novak_images"
 COLUMNS: tuple[str, ...] = ("network", "width", "side", "N", "O", "P", "method", "title", "quantity", "flops")
@@ -15,9 +19,6 @@ COLUMNS += ("flops_per_entry", "seconds", "seconds_q25", "seconds_q75", "memory_
 NOTEBOOK = "ResNet18 224x224, eval BatchNorm"
 SAME = {"network": "ResNet18", "width": 64, "side": 224}
 """The network of neural-tangents' notebook, as the study's table has it."""
-MOST = 4
-"""Networks side by side."""
-LABELS = {"flops_per_entry": "FLOP per entry", "seconds": "seconds"}
 OURS, THEIRS = "structured_derivatives", "nt_structured_derivatives"
 NAMES = {
     "nt_jacobian_contraction": "Jacobian contraction",
@@ -25,58 +26,165 @@ NAMES = {
     THEIRS: "structured derivatives",
     OURS: "ours",
 }
-FAMILIES = {
-    "ResNet": "ResNets have the stem of ImageNet and BatchNorm in eval mode",
-    "WideResNet": "WideResNets have a stem of 3x3 and BatchNorm in eval mode",
-    "ViT": "Vision Transformers are read out at the class token",
-    "Mixer": "MLP-Mixers are read out at the mean over patches",
+KINDS: dict[str, tuple[Any, str]] = {
+    "ResNet": ("-", "o"),
+    "WideResNet": ((0, (3, 1, 1, 1)), "D"),
+    "ViT": ("--", "^"),
+    "Mixer": (":", "v"),
 }
-"""How a network's title begins, and what is to be said of its family."""
+"""How a network's name begins, with the line of its operations and the marker of its seconds."""
+OTHER: tuple[Any, str] = ((0, (5, 1, 1, 1, 1, 1)), "s")
+"""Line and marker of other networks."""
+OWN = (styles.PINK, "structured derivatives here")
+"""Colour and name of what all is compared with."""
+CASE = ["network", "N", "O", *base.SETTINGS]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A column for each network, wrapped into rows: operations for an entry above, seconds for the kernel below."""
-    counted, timed = base.measured(table, "flops_per_entry"), base.measured(table, "seconds")
-    if not len(counted):
-        return base.nothing(table, labels.why_not(table))
-    looks, networks = curves.looks(pd.concat([counted, timed])), list(dict.fromkeys(counted["network"]))
-    columns = math.ceil(len(networks) / math.ceil(len(networks) / MOST))  # rows as full as each other
-    rows = canvas.in_rows(networks, columns)
-    height = 2.5 if len(rows) == 1 else 2.0
+    """Operations (lines) and seconds (markers) over those of structured derivatives here, against O."""
+    plotted = ratios(table)
+    if not len(plotted):
+        why = f"Nothing was measured beside structured derivatives.\n{labels.why_not(table)}"
+        return base.nothing(table, why if (table["status"] == "ok").any() else labels.why_not(table))
+    there = _published_ratios(table)
+    looks = curves.looks(plotted)
+    settings = [rows for _, rows in plotted.groupby(list(base.SETTINGS), dropna=False)]
+    rows = canvas.in_rows(settings, 2)
+    right = 0.4 + canvas.text_width([look.title for look in looks.values()], 9.5)
+    columns = len(rows[0])
     figure, grid = canvas.sheet(
-        [canvas.Row(height, above=0.6, below=0.2), canvas.Row(height, above=0.1, below=0.5)] * len(rows),
+        [canvas.Row(3.6, above=0.25, below=0.4)] * len(rows),
         columns,
-        title="Operations and seconds for an NTK of networks for images (Novak et al., figures 2 and 4)",
-        subtitle=base.settings_line(table),
-        key=[
-            ("program", curves.entries(looks.values())),
-            ("how to read", [curves.QUARTILES, (curves.PUBLISHED[0], "published, on a V100")]),
-        ],
-        gap=0.3,
+        title=_title(plotted),
+        subtitle=f"{_sizes(plotted, table)}  ·  {base.settings_line(table)}",
+        key=_reading(plotted, there),
+        left=0.9,
+        gap=right + 0.3,
+        widest=(canvas.WIDTH - 0.9 - columns * (right + 0.3)) / columns,
     )
-    there = published(table)
-    for row, above, below in zip(rows, grid[::2], grid[1::2], strict=True):
-        for panels, (quantity, label) in zip((above, below), LABELS.items(), strict=True):
-            points = counted if panels is above else timed
-            panels[0].set_ylabel(label)
-            canvas.hide(panels[len(row) :])
-            for panel, network in zip(panels, row, strict=False):
-                _fill(panel, points[points["network"] == network], quantity, looks)
-                shown = there.dropna(subset="seconds") if panels is below else there.iloc[:0]
-                for method, known in shown[shown["network"] == network].groupby("method", sort=False):
-                    if method in looks:
-                        curves.published(panel, known, looks[method].colour, "O", "seconds")
-                curves.logarithmic(panel, [*table["O"], *there["O"]], [*points[quantity], *shown["seconds"]])
-                curves.counts(panel, [*table["O"], *there["O"]])
-                panel.tick_params(labelleft=panel is panels[0], labelbottom=panels is below)
-        for top, bottom, network in zip(above, below, row, strict=False):
-            of_it = table[table["network"] == network]
-            side, samples, parameters = of_it["side"].iloc[0], of_it["N"].iloc[0], of_it["P"].min()
-            detail = f"{side:g} × {side:g}, N = {samples:g}, P = {labels.count_label(parameters)}"
-            canvas.title(top, labels.short(network), detail)
-            bottom.set_xlabel("outputs O")
-    drawn = table[[*COLUMNS, "status", "reason"]]
-    return base.Drawing(figure, drawn, _caption(table, counted), _claims(table))
+    for line, row in zip(grid, rows, strict=True):
+        canvas.hide(line[len(row) :])
+        for panel, here in zip(line, row, strict=False):
+            _panel(panel, here, there, looks)
+            if len(settings) > 1:
+                apart = [column for column in base.SETTINGS if plotted[column].nunique(dropna=False) > 1]
+                panel.set_title(labels.short(", ".join(f"{here[column].iloc[0]}" for column in apart), 40), loc="left")
+        line[0].set_ylabel("ratio to structured derivatives here")
+    return base.Drawing(figure, plotted, _caption(table, plotted), _claims(table))
+
+
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each network, N, O, program and quantity: its value over that of structured derivatives here."""
+    made = []
+    for quantity in ("flops", "seconds"):
+        points = base.measured(table[table["quantity"] == quantity], quantity, "O")
+        points = points[(points[quantity] > 0) & (points["O"] > 0)].drop_duplicates([*CASE, "method"])
+        ours = points[points["method"] == OURS].set_index(CASE)[quantity]
+        rows = points[points["method"] != OURS].join(ours.rename("ours"), on=CASE, how="inner")
+        made.append(rows.assign(value=rows[quantity], ratio=rows[quantity] / rows["ours"]))
+    return pd.concat(made)[[*CASE, "P", "method", "title", "quantity", "value", "ours", "ratio"]]
+
+
+def _published_ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """The notebook's seconds over those of its structured derivatives."""
+    known = published(table).dropna(subset="seconds")
+    theirs = known[known["method"] == THEIRS].set_index(["N", "O"])["seconds"].rename("theirs")
+    known = known[known["method"] != THEIRS].join(theirs, on=["N", "O"], how="inner")
+    return known.assign(ratio=known["seconds"] / known["theirs"])
+
+
+def _kind(network: str) -> str:
+    """The kind that a network is of; empty if it is of none."""
+    return next((kind for kind in KINDS if network.startswith(kind)), "")
+
+
+def _panel(panel: Axes, here: pd.DataFrame, there: pd.DataFrame, looks: dict[str, styles.Look]) -> None:
+    """One setting: programs by colour, each with its name at the right end of its lines."""
+    outputs = [*here["O"], *there["O"]]
+    low, high = canvas.limits([1.0, *here["ratio"], *there["ratio"]], pad=1.15, ratio=3)
+    panel.set(xscale="log", yscale="log", xlim=canvas.limits(outputs, ratio=8), ylim=(low, high))
+    curves.counts(panel, outputs)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= tick <= high]
+    if len(ticks) > 1 and high / low < 1e3:
+        panel.set_yticks(ticks)
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        panel.minorticks_off()
+    else:
+        canvas.decades(panel.yaxis, low, high)
+    panel.axhline(1, color=OWN[0], linewidth=3, zorder=1.5)
+    networks = list(dict.fromkeys(here["network"]))
+    counted = here[here["quantity"] == "flops"]
+    kinds = counted["network"].map(_kind).rename("kind")
+    for (kind, method), rows in counted.groupby([kinds, "method"], sort=False):
+        line = rows.groupby("O")["ratio"].median()
+        panel.plot(line.index, line, color=looks[method].colour, linestyle=KINDS.get(kind, OTHER)[0], linewidth=1.6)
+    for (network, method), rows in here[here["quantity"] == "seconds"].groupby(["network", "method"], sort=False):
+        aside = 1.1 ** (networks.index(network) - (len(networks) - 1) / 2)
+        _, marker = KINDS.get(_kind(network), OTHER)
+        panel.plot(rows["O"] * aside, rows["ratio"], color=looks[method].colour, marker=marker, markersize=7,
+                   markeredgecolor="white", markeredgewidth=0.7, linestyle="", zorder=3)  # fmt: skip
+    for method, rows in there[there["method"].isin(list(looks))].groupby("method", sort=False):
+        panel.plot(rows["O"], rows["ratio"], color=looks[method].colour, marker="x", markersize=9,
+                   markeredgewidth=2.2, linestyle="", zorder=4)  # fmt: skip
+    _names(panel, here, looks)
+    panel.set_xlabel("outputs O")
+
+
+def _names(panel: Axes, here: pd.DataFrame, looks: dict[str, styles.Look]) -> None:
+    """The programs to the right of the panel, as high as the median of their ratios at the largest O."""
+    inch = 1 / (panel.get_position().width * canvas.WIDTH)
+    low, high = np.log(panel.get_ylim())
+    ends = {OURS: 1.0}
+    for method, rows in here.sort_values("quantity").groupby("method", sort=False):
+        last = rows[rows["quantity"] == rows["quantity"].iloc[0]]
+        ends[method] = last.loc[last["O"] == last["O"].max(), "ratio"].median()
+    last = -1.0
+    for method, ratio in sorted(ends.items(), key=lambda item: item[1]):
+        last = max(last + 0.06, (math.log(ratio) - low) / (high - low))
+        colour, title = (looks[method].colour, looks[method].title) if method in looks else OWN
+        ends_at = [1 + 0.08 * inch, 1 + 0.28 * inch]
+        panel.plot(ends_at, [last, last], color=colour, linewidth=3, transform=panel.transAxes, clip_on=False)
+        panel.text(1 + 0.36 * inch, last, title, transform=panel.transAxes, fontsize=9.5, va="center")
+
+
+def _sizes(plotted: pd.DataFrame, table: pd.DataFrame) -> str:
+    return labels.plain(
+        f"{plotted['network'].nunique()} networks,  N = {labels.range_label(plotted['N'])},  "
+        f"{labels.range_label(table['side'].dropna())} pixels a side"
+    )
+
+
+def _reading(plotted: pd.DataFrame, there: pd.DataFrame) -> key.Key:
+    networks = pd.Series(plotted["network"].unique())
+    entries: list[key.Entry] = []
+    for kind, names in networks.groupby(networks.map(_kind), sort=False):
+        linestyle, marker = KINDS.get(kind, OTHER)
+        handle = Line2D([], [], color=styles.GREY, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=5)
+        entries.append((handle, labels.short(", ".join(names), 50)))
+    reading: list[key.Entry] = [
+        (Line2D([], [], color=styles.GREY, linewidth=1.6), "line: operations, median of similar networks"),
+        (Line2D([], [], color=styles.GREY, marker="o", markersize=7, linestyle=""), "marker: seconds of one network"),
+    ]
+    if len(there):
+        cross = Line2D([], [], color=styles.GREY, marker="x", markersize=9, markeredgewidth=2.2, linestyle="")
+        reading.append((cross, "seconds published, on a V100, over neural-tangents structured derivatives"))
+    return [("networks", entries), ("how to read", reading)]
+
+
+def _title(plotted: pd.DataFrame) -> str:
+    """How many times the operations and seconds of ours the best program of neural-tangents takes."""
+    theirs = plotted[plotted["method"].isin(set(NAMES) - {OURS})]
+    best = theirs.groupby([*CASE, "quantity"], dropna=False)["ratio"].min().groupby("quantity")
+    spans = {quantity: _span(found) for quantity, found in best}
+    words = [
+        f"{spans[q]} times our {name}" for q, name in (("flops", "operations"), ("seconds", "seconds")) if q in spans
+    ]
+    return f"neural-tangents' best program takes {' and '.join(words)}" if words else "Programs for images"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = labels.rounded(values.min()), labels.rounded(values.max())
+    return low if low == high else f"{low} to {high}"
 
 
 def published(table: pd.DataFrame) -> pd.DataFrame:
@@ -87,20 +195,12 @@ def published(table: pd.DataFrame) -> pd.DataFrame:
     return known.assign(seconds=known["milliseconds"] / 1e3)
 
 
-def _fill(panel: Axes, points: pd.DataFrame, quantity: str, looks: dict[str, styles.Look]) -> None:
-    for method, line in points.groupby("method", sort=False):
-        curves.line(panel, line, "O", quantity, looks[method])
-    if not len(points):
-        canvas.note(panel, "nothing timed")
-
-
-def _caption(table: pd.DataFrame, counted: pd.DataFrame) -> str:
-    families = [said for name, said in FAMILIES.items() if table["network"].str.startswith(name).any()]
-    text = (
-        "Above: operations of the whole NTK over its N^2 O^2 entries, nothing being run. Below: seconds for the whole "
-        f"kernel, without compiling. {'; '.join(families)}."
-    )
-    return text + _fewest(_wide(counted, "flops")) + _left_out(table)
+def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
+    text = "Operations and seconds of each program for the whole NTK over those of structured derivatives here."
+    middle = plotted[plotted["method"].isin(set(NAMES) - {OURS})].groupby("quantity")["ratio"].median()
+    said = [f"{labels.rounded(ratio)} in {'operations' if q == 'flops' else q}" for q, ratio in middle.items()]
+    text += f" Medians of neural-tangents: {', '.join(said)}." if said else ""
+    return text + _fewest(_wide(base.measured(table, "flops_per_entry"), "flops")) + _left_out(table)
 
 
 def _wide(points: pd.DataFrame, quantity: str) -> pd.DataFrame:
