@@ -47,6 +47,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     errors = plotted[(plotted["quantity"] == "difference") & plotted["kernel"].isin([PNTK, FLOOR])]
     limits = canvas.limits(errors.loc[errors["value"] > 0, "value"].clip(1e-6, 1e6), pad=1.2, ratio=8)
+    limits = limits[0], limits[1] * (limits[1] / limits[0]) ** 0.25  # room for labels that move up
     for panel, family in zip(panels, names, strict=True):
         canvas.title(panel, family_label(family), "lines: width, the darker the wider")
         _panel(panel, errors[errors["family"] == family], look, limits)
