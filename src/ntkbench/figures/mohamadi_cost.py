@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.lines import Line2D
 
-from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sources
+from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sources, styles
 
 TABLE = "mohamadi_cost"
 COLUMNS = ("depth", "N", "O", "P", "method", "title", "kernel", "seconds", "seconds_per_pair", "pairs")
@@ -12,58 +13,67 @@ PUBLISHED = {"eNTK": "jacobian_contraction", "pNTK": "sum_of_logits"}
 """Kernels in the published figure and the methods nearest to how they were computed."""
 BEST = {"structured_derivatives": "structured_sum_of_logits", "jacobian_contraction": "sum_of_logits"}
 """Pairs of methods for NTK and pNTK that work alike."""
+WAYS = {"structured_derivatives": "by layers", "jacobian_contraction": "gradients written out"}
+"""How both kernels are computed, by the method of the NTK."""
 CAPTION = (
-    "Seconds for the kernel between two images of ResNets against depth: two images by themselves (three pairs, each "
-    "with itself among them), and all pairs of N images, per pair. NTK: all O x O entries; pNTK: one; by layers, or "
-    "gradients written out and multiplied. The ratio is at most O where passes dominate and goes up to O^2 where "
-    "products do. Crosses are published, of other images and hardware."
+    "Seconds of the NTK (all O x O entries) over those of the pNTK (one) for ResNets: two images alone, and all pairs "
+    "of N images. Both are computed by layers, or from gradients written out. Theory: O where passes dominate, "
+    "and O^2, where products do. Crosses: published, at O = 200, other images and hardware."
 )
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Seconds for a pair, two images by themselves above, all pairs of N below; a column for each O."""
+    """Ratios of seconds, a panel for each N: against depth if one O was measured, else against O."""
     points = base.measured(table, "seconds_per_pair", "N", "O", "depth")
-    if not len(points):
+    found = ratios(points)
+    found = found[found["ratio"] > 0]
+    if not len(found):
         return base.nothing(table, labels.why_not(table))
     looks = curves.looks(points)
     there = sources.values("mohamadi_figure1_tiny_imagenet")
-    samples, outputs = sorted(points["N"].unique()), sorted({*points["O"], *there["outputs"]})
-    figure, grid = canvas.sheet(
-        [canvas.Row(2.3, above=0.6, below=0.42) for _ in samples],
-        len(outputs),
-        title="Seconds for a pair of images, NTK and pNTK of ResNets (Mohamadi et al., figure 1)",
+    wide = there.pivot_table(index="resnet_depth", columns="kernel", values="seconds_per_pair")
+    known = pd.DataFrame({"ratio": wide["eNTK"] / wide["pNTK"]}).rename_axis("depth").reset_index()
+    known = known.assign(O=there["outputs"].max())
+    x = "O" if found["O"].nunique() > 1 else "depth"
+    samples, sizes = sorted(found["N"].unique()), [*found[x], *known[x]]
+    ways = [method for method in BEST if method in set(found["method"])]
+    theory = Line2D([], [], color=styles.GREY, linewidth=1.0, linestyle="--")
+    low, high = found["O"].min(), found["O"].max()
+    figure, (panels,) = canvas.sheet(
+        [canvas.Row(3.2, above=0.55, below=0.42)],
+        len(samples),
+        title=f"The NTK of a ResNet takes {_span(found['ratio'])} times as long as its pNTK at "
+        f"O = {labels.range_label(found['O'])}",
         subtitle=base.settings_line(table),
         key=[
-            ("method", curves.entries(looks.values())),
-            ("how to read", [(curves.PUBLISHED[0], "published, Tiny ImageNet")]),
+            ("both kernels", [(Line2D([], [], **curves.style(looks[way])), WAYS[way]) for way in ways]),
+            ("how to read", [(curves.PUBLISHED[0], "published, O = 200, Tiny ImageNet"), (theory, "theory: O and O²")]),
         ],
+        gap=0.6,
     )
-    seconds, depths = (
-        [*points["seconds_per_pair"], *there["seconds_per_pair"]],
-        [*table["depth"], *there["resnet_depth"]],
-    )
-    for panels, N in zip(grid, samples, strict=True):
-        for panel, output in zip(panels, outputs, strict=True):
-            rows = points[(points["N"] == N) & (points["O"] == output)]
-            shown = there[there["outputs"] == output] if max(samples) == N else there.iloc[:0]
-            if not len(rows) and not len(shown):
-                canvas.hide([panel])
-                continue
-            heading = "two images by themselves" if min(samples) == N else f"all pairs of {N:g} images"
-            if not len(rows):
-                heading = "as published"
-            canvas.title(panel, heading, f"O = {output:g}")
-            for method, line in rows.groupby("method", sort=False):
-                curves.line(panel, line, "depth", "seconds_per_pair", looks[method])
-            for kernel, method in PUBLISHED.items():
-                if method in looks:
-                    only = shown[shown["kernel"] == kernel]
-                    curves.published(panel, only, looks[method].colour, "resnet_depth", "seconds_per_pair")
-            curves.logarithmic(panel, depths, seconds)
-            curves.counts(panel, depths)
-            panel.set(xlabel="depth", ylabel="seconds per pair" if panel is panels[0] else None)
-            panel.tick_params(labelleft=panel is panels[0])
-    return base.Drawing(figure, table[[*COLUMNS, "status", "reason"]], CAPTION, _claims(table, points, there))
+    for panel, N in zip(panels, samples, strict=True):
+        rows = found[found["N"] == N]
+        canvas.title(panel, "two images alone" if N == 2 else f"all pairs of {N:g} images", _span(rows["ratio"]))
+        for method in ways:
+            for _, line in rows[rows["method"] == method].groupby("depth" if x == "O" else "O"):
+                curves.line(panel, line, x, "ratio", looks[method])
+        curves.published(panel, known, "black", x, "ratio")
+        curves.logarithmic(panel, sizes, [*found["ratio"], *known["ratio"], low, high**2])
+        for power, name in ((1, "O"), (2, "O²")):
+            ends = panel.get_xlim()
+            values = [end**power if x == "O" else low**power for end in ends]
+            panel.plot(ends, values, color=styles.GREY, linewidth=1.0, linestyle="--", zorder=1)
+            where = (ends[0], values[0]) if x == "depth" else (low, low**power)
+            said = name if x == "O" else f"{name} = {low**power:g}"
+            panel.annotate(said, where, xytext=(4, 3), textcoords="offset points", color=styles.GREY, fontsize=9)
+        curves.counts(panel, sizes)
+        panel.set(xlabel="outputs O" if x == "O" else "depth")
+    panels[0].set_ylabel("seconds, NTK over pNTK")
+    return base.Drawing(figure, found, CAPTION, _claims(table, points, there))
+
+
+def _span(values: pd.Series) -> str:
+    return " to ".join(dict.fromkeys(labels.rounded(value) for value in (values.min(), values.max())))
 
 
 def ratios(points: pd.DataFrame) -> pd.DataFrame:

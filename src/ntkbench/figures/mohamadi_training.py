@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ntkbench.figures.plotting import base, canvas, claims, curves, labels, pntk
+from ntkbench.figures.plotting import base, canvas, claims, curves, labels, pntk, styles
 from ntkbench.figures.plotting.pntk import PNTK, family_label
 
 TABLE = "mohamadi_quality"
@@ -20,11 +20,11 @@ OWN = "network_accuracy"
 QUANTITIES = pntk.QUANTITIES | {OWN: "the network itself,\ntest accuracy"}
 COLUMNS = (*pntk.COLUMNS, OWN, "rate", "momentum", "batch")
 FLOOR = "trace"
-DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
+DOTTED = (0, (1, 1.5))
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A row for each quantity, a column for each family, a line for each width; medians over initialisations."""
+    """A panel for each family, a line for each width: the error of the pNTK; medians over initialisations."""
     points = _trained(base.measured(table, "off_diagonal", "width", "step"))
     if not len(points):
         return base.nothing(points, labels.why_not(table) if (table["status"] != "ok").any() else "None was trained.")
@@ -32,30 +32,44 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(points, "The pNTK of trained networks was not measured.")
     plotted = pntk.summary(points[points["kernel"].isin([PNTK, FLOOR, "full"])], QUANTITIES)
     look = pntk.looks_of(plotted)[PNTK]
-    narrow, wide = (Line2D([], [], **(curves.style(look) | _coloured(shade))) for shade in _shades(look.colour, 2))
-    lines = [
-        (narrow, f"{look.title}, narrowest network"),
-        (wide, f"{look.title}, widest network"),
-        (Line2D([], [], color=look.colour, linewidth=0.9, linestyle=DOTTED), "trace kernel, the floor"),
-        (Line2D([], [], color="black", linewidth=0.9, linestyle=DASHED), "the NTK itself"),
-        (Line2D([], [], color=look.colour), "of the network, whatever the kernel"),
-    ]
-    figure, panels = pntk.panels(
-        table,
-        plotted,
-        QUANTITIES,
-        title="How well the pNTK stands for the NTK along training",
-        key=[("kernel, the darker the wider the network", lines), ("how to read", [curves.QUARTILES])],
-        above=0.3,
-        xlabel="training step",
+    floor = Line2D([], [], color=canvas.PALE, linewidth=1.2, linestyle=DOTTED)
+    names = sorted(set(plotted["family"]), key=lambda name: ([*pntk.FAMILIES, name].index(name), name))
+    figure, (panels,) = canvas.sheet(
+        [canvas.Row(3.0, above=0.5, below=0.42)],
+        len(names),
+        title=_title(points),
+        subtitle=base.settings_line(table),
+        key=[
+            ("kernel", [(Line2D([], [], **curves.style(look)), look.title), (floor, "trace kernel, the floor")]),
+            ("how to read", [curves.QUARTILES]),
+        ],
+        gap=0.55,
     )
-    for (quantity, family), panel in panels.items():
-        rows = plotted[(plotted["family"] == family) & (plotted["quantity"] == quantity)]
-        _panel(panel, rows, quantity, look)
-        if quantity == "difference":
-            widths = rows["width"]
-            canvas.title(panel, family_label(family), f"width {widths.min():g} to {widths.max():g}")
+    errors = plotted[(plotted["quantity"] == "difference") & plotted["kernel"].isin([PNTK, FLOOR])]
+    limits = canvas.limits(errors.loc[errors["value"] > 0, "value"].clip(1e-6, 1e6), pad=1.2, ratio=8)
+    limits = limits[0], limits[1] * (limits[1] / limits[0]) ** 0.25  # room for labels that move up
+    for panel, family in zip(panels, names, strict=True):
+        canvas.title(panel, family_label(family), "lines: width, the darker the wider")
+        _panel(panel, errors[errors["family"] == family], look, limits)
+        panel.set_xlabel("training step")
+    panels[0].set_ylabel("‖A ⊗ I − Θ‖ / ‖Θ‖")
     return base.Drawing(figure, plotted, _caption(points))
+
+
+def _title(points: pd.DataFrame) -> str:
+    """By what factor the error changes along training, and where it grows most."""
+    ends = _ends(points[points["kernel"] == PNTK])
+    ends = ends[(ends["first"] > 0) & (ends["last"] > 0)]
+    if not len(ends):
+        return "Error of the pNTK along training"
+    growth = ends["last"] / ends["first"]
+    most = ends.loc[growth.idxmax()]
+    span = " to ".join(dict.fromkeys(labels.rounded(value) for value in (growth.min(), growth.max())))
+    return (
+        f"pNTK error after over before training: {span} "
+        f"({labels.rounded(most['first'])} to {labels.rounded(most['last'])} for {family_label(most['family'])}, "
+        f"width {most['width']:g})"
+    )
 
 
 def _trained(points: pd.DataFrame) -> pd.DataFrame:
@@ -65,7 +79,7 @@ def _trained(points: pd.DataFrame) -> pd.DataFrame:
 
 def _shades(colour: str, count: int) -> list[str]:
     """From a light tint of a colour to the colour itself."""
-    tints = np.linspace(0.62, 0.0, count) if count > 1 else [0.0]
+    tints = np.linspace(0.5, 0.0, count) if count > 1 else [0.0]
     shades = []
     for tint in tints:
         red, green, blue = (1 - (1 - part) * (1 - tint) for part in to_rgb(colour))
@@ -77,33 +91,25 @@ def _coloured(shade: str) -> dict[str, Any]:
     return {"color": shade, "markerfacecolor": shade, "markeredgecolor": shade}
 
 
-def _panel(panel: Axes, rows: pd.DataFrame, quantity: str, look: Any) -> None:
+def _panel(panel: Axes, rows: pd.DataFrame, look: styles.Look, limits: tuple[float, float]) -> None:
+    """The errors of one family, with its widths at the ends of the lines."""
     if not len(rows):
         canvas.note(panel, "not measured")
         return
-    widths, steps = sorted(rows["width"].unique()), sorted(rows["step"].unique())
-    shares = quantity in ("accuracy", OWN)
-    for width, shade, grey in zip(widths, _shades(look.colour, len(widths)), _shades("#000000", len(widths)),
-                                  strict=True):  # fmt: skip
+    widths, ends = sorted(rows["width"].unique()), []
+    for width, shade in zip(widths, _shades(look.colour, len(widths)), strict=True):
         here = rows[rows["width"] == width].sort_values("step")
-        line = here[here["kernel"] == ("full" if quantity == "off_diagonal" else PNTK)]
-        style = curves.style(look) | _coloured(shade)
-        if quantity in ("off_diagonal", OWN):  # of the network, whatever the kernel
-            style["marker"] = ""
-        panel.plot(line["step"], line["value"], **style, zorder=3)
+        line, floor = here[here["kernel"] == PNTK], here[here["kernel"] == FLOOR]
+        panel.plot(floor["step"], floor["value"], color=canvas.PALE, linewidth=1.2, linestyle=DOTTED, zorder=1)
+        if not len(line):
+            continue
+        panel.plot(line["step"], line["value"], **(curves.style(look) | _coloured(shade)), zorder=3)
         panel.fill_between(line["step"], line["value_q25"], line["value_q75"], color=shade, alpha=0.15, linewidth=0)
-        if quantity == "difference":
-            floor = here[here["kernel"] == FLOOR]
-            panel.plot(floor["step"], floor["value"], color=shade, linewidth=0.9, linestyle=DOTTED)
-        if quantity == "accuracy":
-            full = here[here["kernel"] == "full"]
-            panel.plot(full["step"], full["value"], color=grey, linewidth=0.9, linestyle=DASHED, zorder=4)
-    _along(panel, steps)
-    if shares:
-        panel.set_ylim(0, 1.02)
-    else:
-        panel.set(yscale="log", ylim=canvas.limits(rows.loc[rows["value"] > 0, "value"].clip(1e-6, 1e6), ratio=8))
-        canvas.decades(panel.yaxis, *panel.get_ylim())
+        ends.append((line["value"].iloc[-1], line["step"].iloc[-1], f"{width:g}", shade))
+    _along(panel, sorted(rows["step"].unique()))
+    panel.set(yscale="log", ylim=limits)
+    canvas.decades(panel.yaxis, *limits)
+    canvas.label_ends(panel, [end for end in ends if end[0] > 0])
 
 
 def _along(panel: Axes, steps: Sequence[float]) -> None:
@@ -119,14 +125,12 @@ def _along(panel: Axes, steps: Sequence[float]) -> None:
 def _caption(points: pd.DataFrame) -> str:
     one = points.iloc[0]
     text = (
-        "The pNTK (x) I_O for Theta along training by the cross-entropy on scikit-learn's digits "
-        f"({one['batch']:g} images a step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max)."
+        f"Relative Frobenius error of the pNTK along training on scikit-learn's digits ({one['batch']:g} images a "
+        f"step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); medians over initialisations."
     )
-    ours = points[points["kernel"] == PNTK]
-    ends = _ends(ours)
+    ends = _ends(points[points["kernel"] == PNTK])
     grown = int((ends["last"] > ends["first"]).sum())
-    text += f" Its relative difference grows for {grown} of {len(ends)} families and widths."
-    text += _still_better(ours)
+    text += f" The error grows for {grown} of {len(ends)} families and widths."
     accuracy = _last(points).pivot_table(index=["family", "width", "init"], columns="kernel", values="accuracy")
     if {"full", PNTK} <= set(accuracy):
         gained = claims.median(list((accuracy[PNTK] - accuracy["full"]).dropna()))
@@ -146,17 +150,3 @@ def _ends(points: pd.DataFrame) -> pd.DataFrame:
     parts = {"first": points[points["step"] == 0], "last": _last(points)}
     medians = {name: rows.groupby(case, sort=False)["difference"].median() for name, rows in parts.items()}
     return pd.DataFrame(medians).dropna().reset_index()
-
-
-def _still_better(points: pd.DataFrame) -> str:
-    """Slopes by width at the last step, and whether wider networks are better there."""
-    last = _last(points)
-    slopes = {family: pntk.slope(rows, PNTK) for family, rows in last.groupby("family", sort=False)}
-    slopes = {family: pair for family, pair in slopes.items() if np.isfinite(pair[1])}
-    if not slopes:
-        return ""
-    said = []
-    for family, (value, half) in slopes.items():
-        verdict = "wider is better" if value + half < 0 else "wider is worse" if value - half > 0 else "cannot be told"
-        said.append(f"{family_label(family)} {value:.2f} ± {half:.2f} ({verdict})")
-    return f" Slopes by width after training, 95 % intervals: {', '.join(said)}."
