@@ -10,7 +10,8 @@ COST = errors.Cost(
     column="passes_spent",
     label="passes",
     slopes=(-0.5, -1.0),
-    caption="against the passes really spent, JVPs and VJPs over the whole batch (methods without them have no point)",
+    caption="against the passes spent, JVPs and VJPs over the batch",
+    least="Fewest passes",
 )
 
 

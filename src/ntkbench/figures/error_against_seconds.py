@@ -10,7 +10,8 @@ COST = errors.Cost(
     column="seconds",
     label="seconds",
     slopes=(-0.5,),
-    caption="against the seconds of one estimate (without the first call)",
+    caption="against the seconds of one estimate after the first",
+    least="Least time",
     spread=("seconds_q25", "seconds_q75"),
 )
 

@@ -52,6 +52,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         canvas.title(panel, family_label(family), "lines: width, the darker the wider")
         _panel(panel, errors[errors["family"] == family], look, limits)
         panel.set_xlabel("training step")
+        panel.tick_params(labelleft=panel is panels[0])
     panels[0].set_ylabel("‖A ⊗ I − Θ‖ / ‖Θ‖")
     return base.Drawing(figure, plotted, _caption(points))
 
@@ -66,7 +67,7 @@ def _title(points: pd.DataFrame) -> str:
     most = ends.loc[growth.idxmax()]
     span = " to ".join(dict.fromkeys(labels.rounded(value) for value in (growth.min(), growth.max())))
     return (
-        f"pNTK error after over before training: {span} "
+        f"Training multiplies the error of the pNTK by {span} "
         f"({labels.rounded(most['first'])} to {labels.rounded(most['last'])} for {family_label(most['family'])}, "
         f"width {most['width']:g})"
     )

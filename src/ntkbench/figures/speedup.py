@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 from ntkbench.figures.plotting.speedups import BASELINES, speedups
 
 BASELINE = "naive_jacobian"
@@ -22,18 +22,8 @@ FAMILIES = {
     "nt_jacobian_contraction": "neural-tangents Jacobian contraction",
     "nt_ntk_vector_products": "neural-tangents NTK-vector products",
     "nt_structured_derivatives": "neural-tangents structured derivatives",
-    **dict.fromkeys(
-        ("hutchinson", "one_sided_reverse", "one_sided_forward", "one_sided_orthonormal", "one_sided_paper_reverse",
-         "one_sided_paper_forward"),
-        "Hutchinson, one-sided",
-    ),
-    **dict.fromkeys(
-        ("hutchpp", "hutchpp_paper", "hutchpp_one_sided", "hutchpp_adaptive", "hutchpp_adaptive_forward", "nystrompp"),
-        "Hutch++, Nyström++",
-    ),
-    **dict.fromkeys(("xtrace", "xnystrace", "xnystrace_forward", "nystrom_loo"), "XTrace, XNysTrace"),
-    **dict.fromkeys(("per_sample_trace", "per_sample_trace_forward"), "per-sample trace"),
-}  # fmt: skip
+    **tasks.ESTIMATORS,
+}
 """Families of methods, in the order of the rows."""
 OTHERS = {"exact": "other exact methods", "approximate": "approximate kernels"}
 """Families of methods that are not listed, by kind; those of other kinds are :data:`REST`."""
@@ -149,8 +139,8 @@ def _title(compared: pd.DataFrame) -> str:
         if len(medians):
             first = medians.idxmax()
             count = int((own["fastest"] & (own["tolerance"] == LOOSE) & (own["family"] == first)).sum())
-            tasks = f"{count} task{'s' * (count != 1)}"
-            said.append(f"{name.format(first)} {labels.rounded(medians[first])}{TIMES} ({tasks})")
+            of = f"{count} task{'s' * (count != 1)}"
+            said.append(f"{name.format(first)} {labels.rounded(medians[first])}{TIMES} ({of})")
     if not said or compared["setting"].nunique() > 1:
         return "Speed-up over the naive Jacobian at equal accuracy"
     return f"Speed-up over naive Jacobian: {', '.join(said)}"
@@ -168,14 +158,14 @@ def _reading(compared: pd.DataFrame) -> key.Key:
 
 
 def _caption(everything: pd.DataFrame, compared: pd.DataFrame) -> str:
-    tasks = ["problem", "setting", "metric"]
-    count = len(compared.drop_duplicates(tasks))
+    case = ["problem", "setting", "metric"]
+    count = len(compared.drop_duplicates(case))
     text = (
         f"Speed-up of the fastest method of a family over the naive Jacobian in PyTorch on {count} tasks (problem and "
         "metric). Right: median, and tasks in which a family is within 1 % and 0.1 %; families were measured on "
         "different tasks."
     )
-    if without := len(everything.drop_duplicates(tasks)) - count:
+    if without := len(everything.drop_duplicates(case)) - count:
         text += f" {without} tasks without a naive Jacobian are left out."
     lost = compared.loc[(compared["tolerance"] == LOOSE) & (compared["outcome"] != "reached"), "outcome"]
     if len(lost):

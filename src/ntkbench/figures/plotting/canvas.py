@@ -119,7 +119,8 @@ def decades(axis: Any, low: float, high: float, most: int = 6) -> None:
 def label_ends(panel: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
     """Text to the right of line ends (y, x, text, colour) on a log y axis, moved up where labels would overlap."""
     low, high = panel.get_ylim()
-    span, least, last = math.log(high / low), 0.075, -1.0
+    inches = panel.bbox.height / panel.figure.dpi
+    span, least, last = math.log(high / low), 0.15 / inches, -1.0
     for y, x, text, colour in sorted(ends):
         at = max(math.log(y / low) / span, last + least)
         last = at

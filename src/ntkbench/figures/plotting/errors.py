@@ -1,4 +1,4 @@
-"""Errors against cost: one panel for each metric and problem, one line for each stochastic method."""
+"""Errors against cost: families of methods on the tasks on which most was measured."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
-from ntkbench.figures.plotting.styles import TITLES, Look, backends_in, looks
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
+from ntkbench.figures.plotting.styles import backends_in
 
 FLOOR = 1e-8
 """Smaller errors are drawn at this value: exact methods may agree to the last bit, and a log axis has no zero."""
-MOST = 12
-"""Maximum number of lines in a panel; with more, each backend gets its own panel, and then whiskers replace bands."""
-COLUMNS = 3
+COLUMNS, PANELS = 3, 6
+GOAL = 0.01
+"""Error of the title."""
+CASE = ["problem", "setting", "metric"]
+KINDS = {"exact": "exact methods", "approximate": "approximations", "stochastic": "estimates"}
+COLOURS = (styles.ORANGE, styles.SKY, styles.WINE, styles.BLACK, styles.INDIGO)
+SERIES = {
+    "exact": tasks.FAMILIES["exact"],
+    "approximate": tasks.FAMILIES["approximate"],
+    **{
+        title: styles.Look(title, title, "stochastic", colour, marker)
+        for (title, marker), colour in zip(tasks.ESTIMATOR_MARKS.items(), COLOURS, strict=True)
+    },
+}
+"""Looks of the families."""
 
 KEPT = ["problem", "setting", "n", "P", "metric", "method", "title", "kind", "backend", "passes", "status", "reason"]
 LOST = ["timeout", "out_of_memory", "failed"]
@@ -39,6 +51,7 @@ class Cost:
         label: label of the axis, also in the title.
         slopes: slopes of guide lines, keys of :data:`SLOPES`.
         caption: what the horizontal axis is, and how to read it.
+        least: the least of it, for the title.
         spread: columns of quartiles of the cost, if it varies.
     """
 
@@ -46,11 +59,12 @@ class Cost:
     label: str
     slopes: Sequence[float]
     caption: str
+    least: str
     spread: tuple[str, ...] = ()
 
 
 def draw(table: pd.DataFrame, cost: Cost) -> base.Drawing:
-    """Relative error against a cost, metric by metric, problem by problem."""
+    """Relative error against a cost: a panel for each of the tasks on which most was measured, families of methods."""
     rows, left_out = _with_a_choice(table, cost)
     rows = rows.sort_values(["family", "n", "problem", "setting", "metric", "method", "backend", "passes"])
     plotted = rows[[*KEPT, cost.column, *cost.spread, *DRAWN, "seeds"]].copy()
@@ -59,43 +73,66 @@ def draw(table: pd.DataFrame, cost: Cost) -> base.Drawing:
     points = base.measured(plotted, cost.column, "error")
     if not len(points):
         return base.nothing(plotted, labels.why_not(table))
-
-    style, metrics = looks(table), base.metrics_in(plotted)
-    knee = _knee(points)
-    used = {m: backends_in(points[points["method"] == m]) for m in style if m in set(points["method"])}
-    case = ["problem", "setting", "metric"]
-    lines = points[points["kind"] == "stochastic"].drop_duplicates([*case, "method", "backend"])
-    crowd = lines.groupby(case).size().max() if len(lines) else 0
-    shares = [[b] for b in backends_in(points)] if crowd > MOST else [backends_in(plotted)]
-    bands = crowd <= MOST * len(shares)
-    cases = list(dict.fromkeys(points[case].itertuples(index=False, name=None)))
-    cases.sort(key=lambda case: metrics.index(case[-1]))
-    rows = canvas.in_rows([(*case, backends) for case in cases for backends in shares], COLUMNS)
-    entries = key.method_entries([style[m] for m in used], used)
+    plotted["series"] = [tasks.ESTIMATORS.get(m, k) for m, k in zip(plotted["method"], plotted["kind"], strict=True)]
+    points = plotted.loc[points.index]
+    points["best"] = _best(points, cost)
+    cases, knee = _cases(points), _knee(points)
+    rows_of_panels = canvas.in_rows(cases, COLUMNS)
     figure, grid = canvas.sheet(
-        [canvas.Row(2.4 if crowd <= MOST else 2.9, above=0.6, below=0.35) for _ in rows],
-        min(COLUMNS, len(rows[0])),
-        title=f"Relative error against {cost.label}",
+        [canvas.Row(2.0, above=0.6, below=0.35) for _ in rows_of_panels],
+        min(COLUMNS, len(rows_of_panels[0])),
+        title=_title(points, cost),
         subtitle=base.settings_line(table),
-        key=[*entries, ("how to read", _reading(points, cost, knee, bands))],
+        key=[*_families(points), ("how to read", _reading(points, cost, knee))],
     )
     low, high = canvas.limits(points[[f"{c}_drawn" for c in DRAWN]].stack())
     low = max(low, FLOOR / 8)
     high *= 4 if plotted["status"].isin(LOST).any() else 1  # room for the counts in the corner
-    for panels, row in zip(grid, rows, strict=True):
+    for panels, row in zip(grid, rows_of_panels, strict=True):
         canvas.hide(panels[len(row) :])
         panels[0].set_ylabel("relative error")
-        for panel, (problem, setting, metric, backends) in zip(panels, row, strict=False):
-            here = plotted[(plotted["problem"] == problem) & (plotted["setting"] == setting)]
-            spent = canvas.limits(base.measured(here, cost.column, "error")[[cost.column, *cost.spread]].stack())
+        for panel, case in zip(panels, row, strict=False):
+            here = plotted[(plotted[CASE] == list(case)).all(axis=1)]
+            own = points[points.index.isin(here.index)]
+            spent = canvas.limits(own[[cost.column, *cost.spread]].stack())
             panel.set(xscale="log", yscale="log", xlim=spent, ylim=(low, high), xlabel=cost.label)
-            name = labels.case_label(problem, setting, *(TITLES.get(b, b) for b in backends if len(shares) > 1))
-            canvas.title(panel, labels.metric_label(metric), f"{name}:  {labels.sizes_label(here, 'n', 'P')}")
+            problem, setting, metric = case
+            name = f"{labels.case_label(problem, setting)}:  {labels.sizes_label(here, 'n', 'P')}"
+            canvas.title(panel, labels.metric_label(metric), name)
             _axes(panel, knee)
             panel.tick_params(labelleft=panel is panels[0])
-            here = here[(here["metric"] == metric) & here["backend"].isin(backends)]
-            _panel(panel, here, cost, style, bands)
-    return base.Drawing(figure, plotted, _caption(points, cost, knee) + left_out)
+            _panel(panel, here, own, cost)
+    return base.Drawing(figure, plotted, _caption(points, cost, knee, len(cases)) + left_out)
+
+
+def _cases(points: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """The tasks with the most methods and points, at least one of each metric, in the order of metrics and sizes."""
+    found = points.groupby(CASE, sort=False).agg(methods=("method", "nunique"), points=("n", "size"), n=("n", "first"))
+    found = found.sort_values(["methods", "points"], ascending=False, kind="stable")
+    metric = found.index.get_level_values("metric")
+    first = found[~metric.duplicated()]
+    chosen = pd.concat([first, found.drop(first.index)])[:PANELS]
+    order = base.metrics_in(points)
+    return sorted(chosen.index, key=lambda case: (order.index(case[2]), chosen.loc[case, "n"], case))
+
+
+def _best(points: pd.DataFrame, cost: Cost) -> pd.Series:
+    """Whether a point is the most accurate one of its family at its cost or less, task by task."""
+    ordered = points.sort_values([cost.column, "error"])
+    least = ordered.groupby([*CASE, "series"], sort=False)["error"].cummin()
+    before = least.groupby([ordered[c] for c in [*CASE, "series"]], sort=False).shift(fill_value=math.inf)
+    return (ordered["error"] < before).reindex(points.index)
+
+
+def _title(points: pd.DataFrame, cost: Cost) -> str:
+    """Which kinds of methods reach an error of 1 % at the least cost, on how many tasks."""
+    within = points[points["error"] <= GOAL]
+    if not len(within):
+        return f"Relative error against {cost.label}: no method is within {100 * GOAL:g} %"
+    kinds = within.loc[within.groupby(CASE)[cost.column].idxmin(), "kind"].value_counts()
+    counts = ", ".join(f"{KINDS.get(kind, kind)} on {count}" for kind, count in kinds.items())
+    total = len(points.drop_duplicates(CASE))
+    return f"{cost.least} to {100 * GOAL:g} %: {counts} of {total} tasks"
 
 
 def _with_a_choice(table: pd.DataFrame, cost: Cost) -> tuple[pd.DataFrame, str]:
@@ -124,36 +161,43 @@ def _axes(panel: Axes, knee: float | None) -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(_error_tick))
 
 
-def _panel(panel: Axes, cells: pd.DataFrame, cost: Cost, style: dict[str, Look], bands: bool) -> None:
-    points = base.measured(cells, cost.column, "error")
-    if not len(points):
-        canvas.note(panel, labels.why_not(cells))
-        return
+def _panel(panel: Axes, cells: pd.DataFrame, points: pd.DataFrame, cost: Cost) -> None:
     lost = cells[cells["status"].isin(LOST)].groupby("status").size()
     if len(lost):
         text = "not drawn: " + ", ".join(f"{count} {labels.status_label(status)}" for status, count in lost.items())
         panel.text(0.98, 0.97, text, transform=panel.transAxes, ha="right", va="top", fontsize=8.5, color=styles.GREY)
     _guides(panel, points[points["kind"] == "stochastic"], cost)
-    for (method, backend), line in points.groupby(["method", "backend"], sort=False):
-        _line(panel, line, cost, style[method], backend, bands)
+    others = points[~points["best"]]
+    panel.scatter(others[cost.column], others["error_drawn"], s=9, color=canvas.PALE, zorder=2, clip_on=False)
+    for name, line in points[points["best"]].groupby("series", sort=False):
+        look, line = _look(str(name)), line.sort_values(cost.column)
+        thin: dict[str, Any] = {"color": look.colour, "linewidth": 0.8, "zorder": 2.5}
+        if look.kind == "stochastic":
+            panel.plot(line[cost.column], line["error_drawn"], color=look.colour, zorder=3)
+        for backend, own in line.groupby("backend"):
+            drawn = look.line(str(backend)) | {"linestyle": ""}
+            panel.plot(own[cost.column], own["error_drawn"], **drawn, zorder=4, clip_on=False)
+        panel.vlines(line[cost.column], line["error_q25_drawn"], line["error_q75_drawn"], **thin)
+        if cost.spread:
+            panel.hlines(line["error_drawn"], *(line[column] for column in cost.spread), **thin)
 
 
-def _line(panel: Axes, line: pd.DataFrame, cost: Cost, look: Look, backend: str, bands: bool) -> None:
-    """One method on one backend: a line over its budgets, or points where there are no budgets."""
-    drawn = look.line(backend)
-    stochastic = look.kind == "stochastic"
-    if not stochastic:
-        drawn["linestyle"] = ""
-    over = 3 if stochastic else 4
-    panel.plot(line[cost.column], line["error_drawn"], **drawn, zorder=over, clip_on=False)
-    thin: dict[str, Any] = {"color": look.colour, "linewidth": 0.8, "zorder": over - 0.5}
-    if cost.spread:
-        panel.hlines(line["error_drawn"], *(line[column] for column in cost.spread), **thin)
-    quartiles = line["error_q25_drawn"], line["error_q75_drawn"]
-    if bands and stochastic and len(line) > 1:
-        panel.fill_between(line[cost.column], *quartiles, color=look.colour, alpha=0.13, linewidth=0, zorder=2)
-    else:
-        panel.vlines(line[cost.column], *quartiles, **thin)
+def _look(series: str) -> styles.Look:
+    return SERIES.get(series) or styles.Look(series, series, "stochastic", styles.GREY, "v")
+
+
+def _families(points: pd.DataFrame) -> key.Key:
+    """The key of the families, exact and approximate ones first."""
+    there = set(points["series"])
+    known = [name for name in SERIES if name in there]
+    groups: dict[str, list[key.Entry]] = {}
+    for name in [*known, *sorted(there - set(known))]:
+        look = _look(name)
+        style = look.line("torch") | ({} if look.kind == "stochastic" else {"linestyle": ""})
+        groups.setdefault("estimates" if look.kind == "stochastic" else "kernels", []).append(
+            (Line2D([], [], **style), look.title)
+        )
+    return list(groups.items())
 
 
 def _guides(panel: Axes, points: pd.DataFrame, cost: Cost) -> None:
@@ -175,12 +219,12 @@ def _knee(points: pd.DataFrame) -> float | None:
     return knee if points["error_drawn"].min() < knee / 10 else None
 
 
-def _reading(points: pd.DataFrame, cost: Cost, knee: float | None, bands: bool) -> list[key.Entry]:
-    entries = key.backend_entries(backends_in(points))
+def _reading(points: pd.DataFrame, cost: Cost, knee: float | None) -> list[key.Entry]:
+    entries: list[key.Entry] = key.backend_entries(backends_in(points), linestyle=False)
+    if not points["best"].all():
+        dot = Line2D([], [], color=canvas.PALE, marker="o", markersize=3, linestyle="")
+        entries.append((dot, "less accurate points of a family"))
     if (points["kind"] == "stochastic").any():
-        band = Patch(color=styles.GREY, alpha=0.25, linewidth=0)
-        whisker = Line2D([], [], color=styles.GREY, marker="|", markersize=9, markeredgewidth=0.8, linestyle="")
-        entries.append((band if bands else whisker, "quartiles over seeds"))
         for slope in cost.slopes:
             entries.append((Line2D([], [], color=canvas.PALE, linewidth=1.2, linestyle=DOTS[slope]), SLOPES[slope]))
     if knee:
@@ -192,17 +236,14 @@ def _error_tick(value: float, _: int) -> str:
     return ("\N{LESS-THAN OR EQUAL TO}" if value <= FLOOR * 1.01 else "") + labels.power_label(value)
 
 
-def _caption(points: pd.DataFrame, cost: Cost, knee: float | None) -> str:
+def _caption(points: pd.DataFrame, cost: Cost, knee: float | None, panels: int) -> str:
     clipped = int((points["error"] < FLOOR).sum())
     text = (
-        f"Relative error |estimate - exact| / |exact| {cost.caption}, exact values in float64. Stochastic methods: a "
-        "line over budgets of passes, the median over seeds with its quartiles as a band (as whiskers where lines are "
-        f"many). Exact and approximate methods: one point each. {'Whiskers across are quartiles. ' * bool(cost.spread)}"
-        "Guide lines have theory's slopes; their height means nothing. Rows of the CSV that are not ok have no point; "
-        "those that failed or ran out of time or memory are counted in the corner of their panel."
+        f"Relative error {cost.caption}: each family's most accurate method at a cost, medians over seeds with "
+        f"quartiles. Guide lines have theory's slopes. {panels} of {len(points.drop_duplicates(CASE))} tasks are drawn."
     )
     if knee:
-        text += f" On grey, below {knee:g}, where only exact methods are, decades are a quarter as high."
+        text += f" Below {knee:g}, where only exact methods are, decades are squeezed."
     if clipped:
-        text += f" Errors below {FLOOR:g} ({clipped} of them; some are zero perhaps) are drawn at {FLOOR:g}."
+        text += f" {clipped} errors below {FLOOR:g} are drawn at {FLOOR:g}."
     return text

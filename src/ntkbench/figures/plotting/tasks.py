@@ -27,6 +27,28 @@ FAMILIES = {
     "stochastic": styles.Look("stochastic", "estimate", "stochastic", styles.VERMILION, "o"),
 }
 """How figures that compare families of methods draw them, by kind."""
+ESTIMATOR_MARKS = {
+    "Hutchinson, one-sided": "o",
+    "Hutch++, Nyström++": "D",
+    "XTrace, XNysTrace": "<",
+    "per sample, U-statistics": "p",
+    "Gram matrices, projections": ">",
+}
+"""Families of estimators, with their markers."""
+_HUTCHINSON, _HUTCHPP, _EXCHANGEABLE, _SAMPLES, _GRAMS = ESTIMATOR_MARKS
+ESTIMATORS = {
+    **dict.fromkeys(["hutchinson", "one_sided_reverse", "one_sided_forward", "one_sided_orthonormal"], _HUTCHINSON),
+    **dict.fromkeys(["one_sided_paper_reverse", "one_sided_paper_forward"], _HUTCHINSON),
+    **dict.fromkeys(["hutchpp", "hutchpp_paper", "hutchpp_one_sided", "hutchpp_adaptive"], _HUTCHPP),
+    **dict.fromkeys(["hutchpp_adaptive_forward", "nystrompp"], _HUTCHPP),
+    **dict.fromkeys(["xtrace", "xnystrace", "xnystrace_forward", "nystrom_loo"], _EXCHANGEABLE),
+    **dict.fromkeys(["per_sample_trace", "per_sample_trace_forward", "block_u_statistics"], _SAMPLES),
+    **dict.fromkeys(["group_u_statistics", "structured_block_u_statistics", "wide_head_u_statistics"], _SAMPLES),
+    **dict.fromkeys(["sample_subset"], _SAMPLES),
+    **dict.fromkeys(["gram_reverse", "gram_forward", "shared_probe_alignment", "dense_jl", "sparse_jl"], _GRAMS),
+    **dict.fromkeys(["grass", "kronecker_projection"], _GRAMS),
+}
+"""The family of each estimator; those that are not listed have one of their own, by kind."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
