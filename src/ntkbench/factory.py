@@ -1,15 +1,36 @@
-"""User functions that are named on the command line, and that return a network with its inputs."""
+"""User functions that are named on the command line or in a configuration, and return a network with its inputs."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import os
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ntkbench import paths, registry
 from ntkbench.errors import BadInput, summary, unknown
 
+if TYPE_CHECKING:
+    from ntkbench.problems.base import Definition
+
 RETURNS = "must return (model, inputs) or (model, inputs, call)"
+PLUGIN = '''"""The network of a user's function, written by ntkbench for a configuration."""
+
+from ntkbench import factory
+from ntkbench.problems.base import problem
+
+
+@problem
+def {name}():
+    """The network of {factory}."""
+    # The file that defines it has the SHA-256 digest {digest}.
+    return factory.definition({factory!r}, {folder!r})
+'''
+"""A problem as a plug-in; the digest changes the fingerprints of its rows when the user's file changes."""
 
 
 class Made(NamedTuple):
@@ -24,21 +45,19 @@ class Made(NamedTuple):
     call: Any = None
 
 
-def make(name: str) -> Made:
+def make(name: str, folder: str | None = None) -> Made:
     """What the function of a name returns.
 
     Args:
-        name: ``module:function``, with a module of the current folder or an installed one.
+        name: ``module:function``, with a module of the folder or an installed one.
+        folder: the current one if not given.
 
     Raises:
         BadInput: there is no such function, or it fails, or it returns something else; says what.
     """
-    module_name, colon, function_name = name.partition(":")
-    if not (colon and function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
-        raise BadInput(f"a factory is named module:function, such as my_networks:make; got {name!r}")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as python -m does
+    module_name, function_name = _parts(name)
+    here = os.getcwd() if folder is None else folder
+    _search(here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -63,3 +82,76 @@ def make(name: str) -> Made:
     if len(made) == 3 and made[2] is not None and not callable(made[2]):
         raise BadInput(f"{name} {RETURNS}, and its call is {type(made[2]).__name__}")
     return Made(*made)
+
+
+def as_problems(factories: Mapping[str, str]) -> None:
+    """Make problems of factories, under names of their own, in this process and in those that it starts.
+
+    Their networks stay untrained. The functions are not called.
+
+    Args:
+        factories: ``module:function`` by the name of the problem.
+
+    Raises:
+        BadInput: a name is invalid or taken, or there is no such module.
+    """
+    room, texts = registry.room("problem"), dict[str, str]()
+    for name, factory in factories.items():
+        if name not in room.found():
+            texts[name] = _plugin(name, factory)
+        elif f"factory.definition({factory!r}, " not in room.file(name).read_text(encoding="utf-8"):
+            raise BadInput(f"{name} is a problem already; choose another name")
+    if texts:  # the others were made by the process that started this one
+        folder = paths.cache() / "factories" / hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
+        (folder / "problems").mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            paths.write_atomically(folder / "problems" / f"{name}.py", text)
+        registry.use([str(folder)])
+
+
+def definition(factory: str, folder: str) -> Definition:
+    """The untrained problem of a factory.
+
+    Args:
+        factory: ``module:function``.
+        folder: where its module is looked for.
+
+    Raises:
+        BadInput: as :func:`make`, or what it returns cannot be used.
+    """
+    from ntkbench.problems.base import Definition
+    from ntkbench.problems.base.calls import as_module
+
+    made = make(factory, folder)
+    module, x = as_module(made.model, made.inputs, made.call)
+    return Definition(module, x.detach().cpu().numpy(), None)
+
+
+def _plugin(name: str, factory: str) -> str:
+    """The text of a plug-in that defines a factory's problem."""
+    if not name.isidentifier():
+        raise BadInput(f"{name!r} is no name of a problem; allowed: letters, digits and _")
+    module_name, _ = _parts(factory)
+    here = os.getcwd()
+    _search(here)
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise BadInput(f"there is no module {module_name!r} in {here} or among the installed ones")
+    digest = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return PLUGIN.format(name=name, factory=factory, folder=here, digest=digest)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
+        raise BadInput(f"a factory is named module:function, such as my_networks:make; got {name!r}")
+    return module_name, function_name
+
+
+def _search(folder: str) -> None:
+    """Look for modules in a folder first, as ``python -m`` does in the current one."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ntkbench import methods, paths, registry
+from ntkbench import factory, methods, paths, registry
 from ntkbench.errors import BadInput, unknown
 from ntkbench.measure import outcomes, yaml_reader
 from ntkbench.measure.schema import MethodName, MetricName, ProblemLabel, Strict
@@ -110,6 +110,8 @@ class Config(Settings):
         shards: number of asv runs among which the grid's cells are divided, by problem and method.
         job_h: maximum number of hours to request from a cluster's scheduler for one job.
         retry: ``failed`` measures cells and rows again that failed, timed out or ran out of memory.
+        factories: problems of the user's own functions, ``module:function`` by name; the grid and the studies may use
+            these names. See :func:`ntkbench.factory.as_problems`.
         grid: may be empty if there are studies.
         studies: settings of each study, by name; settings that a study does not give are the configuration's.
         source: ``reference`` draws figures from the committed tables of the profile, and measures nothing.
@@ -119,10 +121,18 @@ class Config(Settings):
     shards: int = Field(default=1, ge=1, le=1000)
     job_h: float = Field(default=24, gt=0, le=10_000)
     retry: Literal["none", "failed"] = "none"
+    factories: dict[str, str] = Field(default={})  # before what uses their names
     grid: list[Block]
     studies: dict[StudyName, dict[str, Any]] = Field(default={})
     source: Literal["measured", "reference"] = "measured"
     _here: bool = PrivateAttr(default=True)
+
+    @field_validator("factories")
+    @classmethod
+    def _are_problems(cls, factories: dict[str, str]) -> dict[str, str]:
+        if factories:
+            factory.as_problems(factories)
+        return factories
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> Self:

@@ -1,0 +1,110 @@
+"""Functions of the user's own as problems of a configuration."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ntkbench import factory, methods, outside, problems, registry
+from ntkbench.errors import BadInput
+from ntkbench.measure import fingerprints
+from ntkbench.measure.cells import cells
+from ntkbench.measure.config import Config
+from ntkbench.options import Target
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Linear(3, 2), torch.ones(4, 3)
+
+def two():
+    torch.manual_seed(0)
+    return nn.Bilinear(3, 2, 2), {"a": torch.ones(4, 3), "b": torch.ones(4, 2)}, lambda m, x: m(x["a"], x["b"])
+"""
+MINE = "my_networks_of_tests"
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def name():
+    """A name that no other test uses: plug-ins stay loaded."""
+    return f"made_here_{next(_numbers)}"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a module of functions, which is the current one."""
+    modules = [sys.modules[package] for package in registry.PACKAGES.values() if package in sys.modules]
+    before = [list(module.__path__) for module in modules]
+    monkeypatch.setenv(outside.VARIABLE, os.environ.get(outside.VARIABLE, ""))
+    monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / f"{MINE}.py").write_text(MODULE)
+    monkeypatch.chdir(folder)
+    yield folder
+    for module, found in zip(modules, before, strict=True):
+        module.__path__[:] = found
+    sys.modules.pop(MINE, None)
+
+
+def config(factories, *names, **more):
+    grid = [{"problems": [name], "methods": ["structured_derivatives"], "metrics": ["trace"]} for name in names]
+    return Config.check({"profile": "x", "threads": 1, "factories": factories, "grid": grid, **more}, "test")
+
+
+def test_a_factory_is_a_problem_of_the_grid(mine, name):
+    made = config({name: f"{MINE}:make", f"{name}_two": f"{MINE}:two"}, name)
+    assert [cell.problem for cell in cells(made)] == [name]
+    problem = problems.load(name)
+    assert (problem.N, problem.O, problem.P, problem.theta_f) == (4, 2, 8, None)
+    method = methods.get("structured_derivatives")
+    found = method.estimate(method.prepare(problem, Target("torch", "float32", "cpu")), "trace")
+    assert found.value == pytest.approx(4 * 2 * (3 + 1))
+    assert problems.load(f"{name}_two").O == 2
+    assert config({name: f"{MINE}:make"}, name).factories, "once is enough"
+
+
+def test_processes_that_it_starts_know_it_in_any_folder(mine, name, tmp_path):
+    config({name: f"{MINE}:make"}, name)
+    code = f"from ntkbench import problems; print(problems.load({name!r}).P)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "8"
+
+
+def test_rows_are_measured_again_if_the_file_changes(mine, name):
+    one = factory._plugin(name, f"{MINE}:make")
+    (mine / f"{MINE}.py").write_text(f"{MODULE}\n# changed\n")
+    assert one != factory._plugin(name, f"{MINE}:make")
+    config({name: f"{MINE}:make"}, name)
+    assert registry.room("problem").file(name) in fingerprints.sources(problems.module_of(name))
+
+
+@pytest.mark.parametrize(
+    ("factories", "said"),
+    [
+        ({"digits_mlp": f"{MINE}:make"}, "digits_mlp is a problem already; choose another name"),
+        ({"not a name": f"{MINE}:make"}, "'not a name' is no name of a problem"),
+        ({"never_made": MINE}, "a factory is named module:function"),
+        ({"never_made": "no_such_module_here:make"}, "there is no module 'no_such_module_here'"),
+    ],
+)
+def test_bad_factories_are_named_in_one_line(mine, factories, said):
+    with pytest.raises(BadInput, match=said) as refused:
+        config(factories, "digits_mlp")
+    assert "factories" in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_what_a_factory_returns_is_checked_where_the_problem_is_loaded(mine, name):
+    (mine / f"{MINE}.py").write_text("def make():\n    return 1\n")
+    config({name: f"{MINE}:make"}, name)
+    with pytest.raises(BadInput, match=r"must return \(model, inputs\)"):
+        problems.load(name)
