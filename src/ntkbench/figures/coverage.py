@@ -39,7 +39,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, ((*panels,),) = canvas.sheet(
         [canvas.Row(0.34 * len(lines) + 0.2, above=0.4, below=0.3)],
         len(metrics),
-        title="Coverage of 95 % intervals",
+        title=_title(plotted),
         subtitle=base.settings_line(table).replace("median over", "over"),
         key=[("how to read", _reading(plotted))],
         left=0.3 + canvas.text_width(titles, 9.5),
@@ -99,15 +99,26 @@ def _reading(plotted: pd.DataFrame) -> list[key.Entry]:
     return [*entries, (Patch(color="#E3EFE8", linewidth=0), target), (dotted, "nominal, 95 %")]
 
 
+def _held(plotted: pd.DataFrame) -> float:
+    """Percentage of all intervals that contain the exact value."""
+    return float(100 * (plotted["covered"] * plotted["seeds"]).sum() / plotted["seeds"].sum())
+
+
+def _title(plotted: pd.DataFrame) -> str:
+    return (
+        f"{_held(plotted):.1f} % of the 95 % intervals contain the exact value; coverage is within the target for "
+        f"{plotted['in_target'].sum()} of {len(plotted)}"
+    )
+
+
 def _caption(plotted: pd.DataFrame) -> str:
     inside = int(plotted["in_target"].sum())
     outside = int(((plotted["high"] < TARGET[0]) | (plotted["low"] > TARGET[1])).sum())
     total = plotted["seeds"].sum()
-    held = 100 * (plotted["covered"] * plotted["seeds"]).sum() / total
     return (
         "Share of seeds whose 95 % interval holds the exact value, pooled over problems, backends and budgets: "
         f"{int(total)} estimates of {len(plotted)} pairs of method and metric (and group of effective ranks), {inside} "
         f"of them within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %, and {outside} further from it "
         "than their bar is long. Bars are Wilson's 95 % intervals for the share. Open markers: problems of an "
-        f"effective rank below {FEW}. Over all of them {held:.1f} % are held."
+        f"effective rank below {FEW}. Over all of them {_held(plotted):.1f} % are held."
     )

@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, (panels,) = canvas.sheet(
         [canvas.Row(3.2, above=0.55, below=0.42)],
         len(samples),
-        title=f"The NTK of a ResNet takes {_span(found['ratio'])} times as long as its pNTK at "
+        title=f"The NTK of a ResNet takes {labels.span(found['ratio'])} times as long as its pNTK at "
         f"O = {labels.range_label(found['O'])}",
         subtitle=base.settings_line(table),
         key=[
@@ -53,7 +53,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     for panel, N in zip(panels, samples, strict=True):
         rows = found[found["N"] == N]
-        canvas.title(panel, "two images alone" if N == 2 else f"all pairs of {N:g} images", _span(rows["ratio"]))
+        canvas.title(panel, "two images alone" if N == 2 else f"all pairs of {N:g} images", labels.span(rows["ratio"]))
         for method in ways:
             for _, line in rows[rows["method"] == method].groupby("depth" if x == "O" else "O"):
                 curves.line(panel, line, x, "ratio", looks[method])
@@ -70,10 +70,6 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.set(xlabel="outputs O" if x == "O" else "depth")
     panels[0].set_ylabel("seconds, NTK over pNTK")
     return base.Drawing(figure, found, CAPTION, _claims(table, points, there))
-
-
-def _span(values: pd.Series) -> str:
-    return " to ".join(dict.fromkeys(labels.rounded(value) for value in (values.min(), values.max())))
 
 
 def ratios(points: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, grid = canvas.sheet(
         [canvas.Row(2.4, above=0.6, below=0.3), canvas.Row(2.0, above=0.1, below=0.45)],
         len(losses),
-        title="Along training: what the sum of logits forgets",
+        title=_title(plotted, titles),
         subtitle=base.settings_line(table),
         key=[("kernel", curves.entries(looks.values())), ("below", own), ("how to read", [curves.QUARTILES])],
         gap=0.35,
@@ -65,6 +65,25 @@ def _summary(points: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, axis=1).assign(inits=groups.size()).reset_index()
 
 
+def _ends(plotted: pd.DataFrame, titles: pd.Series) -> dict[str, pd.Series]:
+    """The pNTK at the last step, by the title of the loss, the nearest to the last layer's kernel first."""
+    once = plotted[plotted["kernel"] == "sum_of_logits"]
+    ends = {titles[loss]: rows.iloc[-1] for loss, rows in once.groupby("loss", sort=False)}
+    return dict(sorted(ends.items(), key=lambda item: item[1][TO_LAST]))
+
+
+def _title(plotted: pd.DataFrame, titles: pd.Series) -> str:
+    ends = _ends(plotted, titles)
+    if not ends:
+        return "Kernels between samples along training"
+    (near, last), *others = ends.items()
+    loss = labels.short(near, 40).replace(", ", " and ")
+    text = f"Trained with {loss}, the pNTK differs from the last layer's kernel by {last[TO_LAST]:.2g}"
+    if others:
+        text += f" (other losses: {labels.span([end[TO_LAST] for _, end in others])})"
+    return text
+
+
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     """What is drawn, and which loss takes the pNTK nearest to the last layer's kernel."""
     text = (
@@ -72,11 +91,10 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
         "the pNTK is from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, so "
         "weight decay shrinks the readout V along their sum, and the pNTK keeps gradients in the last layer alone."
     )
-    once = plotted[plotted["kernel"] == "sum_of_logits"]
-    ends = {titles[loss]: rows.iloc[-1] for loss, rows in once.groupby("loss", sort=False)}
+    ends = _ends(plotted, titles)
     if not ends:
         return text
-    nearest = min(ends, key=lambda title: ends[title][TO_LAST])
+    nearest = next(iter(ends))
     others = [last[f"{TO_LAST}_q25"] for title, last in ends.items() if title != nearest]
     apart = (
         "its quartile is below all others'"

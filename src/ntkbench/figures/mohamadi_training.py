@@ -65,9 +65,8 @@ def _title(points: pd.DataFrame) -> str:
         return "Error of the pNTK along training"
     growth = ends["last"] / ends["first"]
     most = ends.loc[growth.idxmax()]
-    span = " to ".join(dict.fromkeys(labels.rounded(value) for value in (growth.min(), growth.max())))
     return (
-        f"Training multiplies the error of the pNTK by {span} "
+        f"Training multiplies the error of the pNTK by {labels.span(growth)} "
         f"({labels.rounded(most['first'])} to {labels.rounded(most['last'])} for {family_label(most['family'])}, "
         f"width {most['width']:g})"
     )

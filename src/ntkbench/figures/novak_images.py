@@ -175,16 +175,11 @@ def _title(plotted: pd.DataFrame) -> str:
     """How many times the operations and seconds of ours the best program of neural-tangents takes."""
     theirs = plotted[plotted["method"].isin(set(NAMES) - {OURS})]
     best = theirs.groupby([*CASE, "quantity"], dropna=False)["ratio"].min().groupby("quantity")
-    spans = {quantity: _span(found) for quantity, found in best}
+    spans = {quantity: labels.span(found) for quantity, found in best}
     words = [
         f"{spans[q]} times our {name}" for q, name in (("flops", "operations"), ("seconds", "seconds")) if q in spans
     ]
     return f"neural-tangents' best program takes {' and '.join(words)}" if words else "Programs for images"
-
-
-def _span(values: pd.Series) -> str:
-    low, high = labels.rounded(values.min()), labels.rounded(values.max())
-    return low if low == high else f"{low} to {high}"
 
 
 def published(table: pd.DataFrame) -> pd.DataFrame:

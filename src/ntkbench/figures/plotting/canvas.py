@@ -21,6 +21,8 @@ from ntkbench.figures.plotting.styles import GREY
 WIDTH = 11.0
 """Width in inches; text of 10 points is still legible if a page shows the sheet at half size."""
 MARGIN = 0.12
+LONGEST_TITLE = 92
+"""Characters of a line of a sheet's title."""
 PALE = "#B9B9B9"
 SHADE = "#F2F2F2"
 
@@ -51,7 +53,7 @@ def sheet(
     Args:
         rows: heights, from the top.
         columns: panels side by side.
-        title: in bold, at the top.
+        title: in bold, at the top; wrapped if it is long.
         subtitle: in grey, below the title.
         key: headings with their entries (handle, label).
         left: inches left of the first panel, for labels; at most half of the width.
@@ -67,12 +69,14 @@ def sheet(
     left = min(left, WIDTH / 2)
     figure = Figure(figsize=(WIDTH, 4.0))
     drawn = legend(figure, key, WIDTH - 2 * MARGIN)
-    head = 0.75 + drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
+    lines = textwrap.wrap(title, LONGEST_TITLE) or [""]
+    more = 0.22 * (len(lines) - 1)
+    head = 0.75 + more + drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
     total = head + sum(row.above + row.height + row.below for row in rows) + bottom
     figure.set_size_inches(WIDTH, total)
-    figure.text(MARGIN / WIDTH, 1 - MARGIN / total, title, fontsize=12.5, fontweight="bold", va="top")
-    figure.text(MARGIN / WIDTH, 1 - 0.36 / total, subtitle, fontsize=9.5, color=GREY, va="top")
-    drawn.set_bbox_to_anchor((MARGIN / WIDTH, 1 - 0.68 / total), transform=figure.transFigure)
+    figure.text(MARGIN / WIDTH, 1 - MARGIN / total, "\n".join(lines), fontsize=12.5, fontweight="bold", va="top")
+    figure.text(MARGIN / WIDTH, 1 - (0.36 + more) / total, subtitle, fontsize=9.5, color=GREY, va="top")
+    drawn.set_bbox_to_anchor((MARGIN / WIDTH, 1 - (0.68 + more) / total), transform=figure.transFigure)
 
     width = min(widest, (WIDTH - left - MARGIN - gap * (columns - 1)) / columns)
     grid, top = [], total - head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -107,6 +108,12 @@ def range_label(counts: pd.Series) -> str:
     """One number, or from the smallest to the largest."""
     low, high = counts.min(), counts.max()
     return count_label(low) if low == high else f"{count_label(low)} to {count_label(high)}"
+
+
+def span(values: Iterable[float]) -> str:
+    """The smallest and the largest of some numbers in a sentence: ``2.7 to 23``; one of them if they read alike."""
+    values = list(values)
+    return " to ".join(dict.fromkeys((rounded(min(values)), rounded(max(values)))))
 
 
 def status_label(status: str) -> str:
