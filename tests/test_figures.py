@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
@@ -458,6 +459,32 @@ def test_every_figure_draws_degenerate_tables(name, source):
         else:
             assert drawing.caption and drawing.figure.get_size_inches().prod() < 11 * 120, what
     assert {what for what, _ in refused} <= {"odd words"}, refused
+
+
+def committed_table(name):
+    """The committed table that a figure is drawn from."""
+    found = [figures.table_of(name, REFERENCE / profile) for profile in ("default", "head_to_head", "calibration")]
+    path = next((path for path in found if path.exists()), None)
+    if path is None:
+        pytest.skip("no such table is committed")
+    return pd.read_csv(path, low_memory=False)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+def test_no_text_is_cut_off_or_below_the_title(name):
+    figure = drawn_from(name, committed_table(name)).figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    panels = [panel for panel in figure.axes if panel.get_visible()]
+    texts = [*figure.texts[1:], *(text for key in figure.legends for text in key.get_texts())]
+    texts += [text for panel in panels for text in (*panel.texts, panel.title, panel.xaxis.label, panel.yaxis.label)]
+    title, width = figure.texts[0].get_window_extent(renderer), figure.bbox.x1
+    assert title.x0 >= 0 and title.x1 <= width and title.y1 <= figure.bbox.y1
+    for text in texts:
+        box = text.get_window_extent(renderer)
+        if text.get_text().strip():
+            assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1, f"cut off: {text.get_text()}"
+            assert box.y1 <= title.y0 + 1 or box.x0 > title.x1, f"beside the title: {text.get_text()}"
 
 
 @pytest.mark.parametrize("name", ALL)
