@@ -1,5 +1,9 @@
 """Seconds and bytes of calls."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from ntkbench.measure import timing
@@ -18,6 +22,20 @@ def test_memory_that_a_process_held_freed_counts_for_the_call_that_takes_it_agai
     peak = timing.peak_bytes(take)
     assert len(still_held) == 2 * size
     assert peak is None or 0.9 < peak / (size * count) < 2
+
+
+def test_threads_are_those_of_all_libraries_and_stay_so():
+    code = """
+import json, numpy, threadpoolctl, torch
+from ntkbench.measure import timing
+timing.use_threads(1, pinned=False)
+import scipy.linalg, sklearn.linear_model
+pools = threadpoolctl.threadpool_info()
+print(json.dumps({"torch": torch.get_num_threads(), **{pool["filepath"]: pool["num_threads"] for pool in pools}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert len(found) > 2 and set(found.values()) == {1}, found
 
 
 @pytest.mark.parametrize("calls", [1, 2, 7])

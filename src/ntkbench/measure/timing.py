@@ -15,18 +15,21 @@ import numpy as np
 
 
 def use_threads(threads: int, *, pinned: bool = True) -> None:
-    """Set the number of threads of all backends: torch's by a call, XLA's by the processors that the process may use.
+    """Set the number of threads of all backends and of the BLAS of NumPy and SciPy, XLA's by the processors in use.
 
     Args:
         threads: number of threads of each backend.
         pinned: whether to restrict the process to as many processors. Untimed work may share processors with other
             processes and need not be pinned. No effect on macOS and Windows.
     """
+    import scipy.linalg  # noqa: F401 - a BLAS that is loaded later would take all processors
+    import threadpoolctl
     import torch
 
     if pinned and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)
 
 
 def import_early(*, with_jax: bool) -> None:
