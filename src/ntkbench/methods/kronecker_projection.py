@@ -38,6 +38,8 @@ class KroneckerProjection(Projected):
 
     Attributes:
         replicates: R.
+        few: d below which estimates say that their intervals may be too short. On a transformer 76 % of the 95 %
+            intervals with d = 1 contained the norm.
     """
 
     title = "two-sided projection (LoGra)"
@@ -46,6 +48,7 @@ class KroneckerProjection(Projected):
     needs_independent_samples = True
     prepares = "trace"
     replicates: ClassVar[int] = 8
+    few: ClassVar[int] = 3
     fewest_probes = replicates
 
     def unsupported_reason(
@@ -76,7 +79,13 @@ class KroneckerProjection(Projected):
             least = max(ends[0].engine.O, R * len(ends[0].engine.layers))
             raise BadInput(f"{self.name}: k must be at least {least} for this network; got {k}")
         ledger = ledger_of(ends)
-        return [_Projections(end, R, d, seed).features() for end in ends], ledger
+        few = f"features on each side of a layer: {d}; products of so few have heavy tails, and intervals are too short"
+
+        def counted() -> tuple[float, tuple[str, ...], float | None]:
+            spent, notes, found = ledger()
+            return spent, (*notes, *([few] if d < self.few else [])), found
+
+        return [_Projections(end, R, d, seed).features() for end in ends], counted
 
 
 def _not_covered(problem: Problem) -> str | None:
