@@ -105,13 +105,13 @@ def test_uneven_samples_that_are_left_to_chance_are_said(method, passes):
         assert "have most of ||Theta||^2, and none is taken exactly" in each["norm"].notes[0]
 
 
-@pytest.mark.parametrize("method", ["hutchpp", "nystrompp"])
-def test_a_fixed_budget_of_few_probes_says_so(method):
-    """With 2 to 4 degrees of freedom the interval misses 14 % on an imbalanced batch (seen in the calibration)."""
+@pytest.mark.parametrize(("method", "few"), [("hutchpp", 40), ("nystrompp", 40), ("gram_forward", 16)])
+def test_a_budget_of_few_probes_says_so(method, few):
+    """Of their intervals 11 to 14 % missed the value on uneven batches (seen in the calibration)."""
     chosen, target = methods.get(method), Target("torch", "float64", "cpu", 2**30)
     ready = chosen.prepare(problem("imbalanced"), target)
-    assert "few probes" in chosen.estimate(ready, "norm", 40).notes[0]
-    assert not chosen.estimate(ready, "norm", 200).notes
+    assert "few probes" in chosen.estimate(ready, "norm", few).notes[0]
+    assert not chosen.estimate(ready, "norm", 256).notes
 
 
 def test_an_interval_of_a_subset_that_leaves_few_samples_out_says_so():
