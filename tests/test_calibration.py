@@ -133,22 +133,30 @@ def estimates(*pairs, notes=()):
 
 
 def test_columns_of_known_estimates():
-    """Two of four intervals hold 10; errors are relative to it, and a value without an error that is right is exact."""
+    """Two of four intervals hold 10, and two values are exact; errors are relative to 10."""
     found = estimates((10.5, 0.5), (9.0, 1.0), (14.0, 1.0), (8.0, 0.5), (10.0, None), (10.0, 0.0))
     made = study.columns("hutchinson", found)
-    assert (made["intervals"], made["covered"], made["exact"]) == (4, 0.5, 2 / 6)
-    assert made["bias"] == pytest.approx((0.05 - 0.1 + 0.4 - 0.2) / 4)
-    assert made["rmse"] == pytest.approx(math.sqrt((0.05**2 + 0.1**2 + 0.4**2 + 0.2**2) / 4))
-    assert made["stated"] == pytest.approx(math.sqrt((0.05**2 + 0.1**2 + 0.1**2 + 0.05**2) / 4))
+    assert (made["intervals"], made["covered"], made["exact"]) == (4, 4 / 6, 2 / 6)
+    assert made["bias"] == pytest.approx((0.05 - 0.1 + 0.4 - 0.2) / 6)
+    assert made["rmse"] == pytest.approx(math.sqrt((0.05**2 + 0.1**2 + 0.4**2 + 0.2**2) / 6))
+    assert made["stated"] == pytest.approx(math.sqrt((0.05**2 + 0.1**2 + 0.1**2 + 0.05**2) / 6))
     assert made["ratio"] == pytest.approx(made["rmse"] / made["stated"])
-    z, n, p = 1.959963985, 4, 0.5  # Wilson's interval by its formula
+    z, n, p = 1.959963985, 6, 4 / 6  # Wilson's interval by its formula
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert (made["covered_low"], made["covered_high"]) == pytest.approx((0.5 - half, 0.5 + half))
+    assert (made["covered_low"], made["covered_high"]) == pytest.approx((middle - half, middle + half))
+
+
+def test_errors_as_small_as_rounding_are_not_given_an_allowance_for_it():
+    found = Reruns(1.0, "float32")
+    found.estimates = [Estimate(1 + 1e-5, 1e-6, 6, "hutchinson", (), "trace")]
+    assert found.estimates[0].covers(1.0, "float32")
+    assert study.columns("hutchinson", found)["covered"] == 0.0
 
 
 def test_a_value_that_claims_to_be_exact_and_is_not_is_an_interval_that_misses():
     made = study.columns("hutchinson", estimates((10.1, None), (10.0, None)))
-    assert (made["exact"], made["covered"], made["intervals"]) == (0.5, 0.0, 1) and made["ratio"] is None
+    assert (made["exact"], made["covered"], made["intervals"]) == (0.5, 0.5, 1) and made["ratio"] is None
 
 
 def test_answers_that_are_all_exact_have_no_coverage():

@@ -186,8 +186,8 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
         "Root mean square of the errors against the exact value over that of the standard errors stated (above), and "
         "share of 95 % intervals that hold the exact value (below), over seeds. A case is out of range where Wilson's "
         "95 % interval of its coverage has nothing in common with its target and its estimates have no note: "
-        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Answers without an error are left out; "
-        f"cases without others, which are not drawn: {exact}. {beyond} ratios and {under} coverages beyond an axis are "
+        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. {exact} cases in which all answers are exact "
+        f"are not drawn. {beyond} ratios and {under} coverages beyond an axis are "
         f"drawn at its end.{_stopping(table)}"
     )
 

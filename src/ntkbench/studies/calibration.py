@@ -171,11 +171,13 @@ def _trained(problem: Problem) -> Problem:
 def columns(method: str, found: Reruns) -> dict[str, Any]:
     """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
 
-    An estimate is exact if it states no error and is accurate to rounding. ``covered`` is the share of the others with
-    a 95 % interval that contains the exact value, with Wilson's 95 % interval from ``covered_low`` to ``covered_high``.
-    ``bias`` and ``rmse`` are mean and root mean square of their relative errors, ``stated`` is the root mean square of
-    their relative standard errors, 0 if an estimate states none, and ``ratio`` is ``rmse / stated``. ``noted`` is the
-    share of all estimates that have a note, and ``notes`` the most frequent one.
+    An estimate is exact if it states no error and is accurate to rounding. If all estimates are, there is nothing to
+    cover. Otherwise ``covered`` is the share of all estimates that are exact or have a 95 % interval that contains the
+    exact value: which runs turn exact is random as well. Wilson's 95 % interval of it is from ``covered_low`` to
+    ``covered_high``. ``bias`` and ``rmse`` are mean and root mean square of the relative errors, ``stated`` is the root
+    mean square of the relative standard errors, 0 if an estimate states none, and ``ratio`` is ``rmse / stated``.
+    ``intervals`` is the number of estimates that are not exact. ``noted`` is the share of all estimates that have a
+    note, and ``notes`` the most frequent one.
 
     Args:
         method: the requested method.
@@ -184,7 +186,6 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     from scipy.stats import binomtest
 
     exact = [not e.standard_error and e.covers(found.exact, found.dtype) for e in found.estimates]
-    others = [e for e, known in zip(found.estimates, exact, strict=True) if not known]
     notes = collections.Counter("; ".join(e.notes) for e in found.estimates if e.notes)
     shared = {
         **found.columns(),
@@ -196,28 +197,34 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     }
     least, most = TARGET_OF_AUTO if method == AUTO else TARGET
     shared |= {"target_low": least, "target_high": most}
-    if not others:
+    if all(exact):
         return {**shared, "covered": None, "verdict": "exact"}
-    errors = np.array([e.value for e in others]) / found.exact - 1
-    stated = np.array([e.standard_error or 0.0 for e in others]) / abs(found.exact)
+    errors = np.array([e.value for e in found.estimates]) / found.exact - 1
+    stated = np.array([e.standard_error or 0.0 for e in found.estimates]) / abs(found.exact)
     stated = stated[np.isfinite(stated)]
-    hits = sum(e.covers(found.exact, found.dtype) for e in others)
-    interval = binomtest(hits, len(others)).proportion_ci(method="wilson")
+    hits = sum(known or _contains(e, found.exact) for e, known in zip(found.estimates, exact, strict=True))
+    interval = binomtest(hits, len(exact)).proportion_ci(method="wilson")
     rmse = math.sqrt(_mean(errors**2))
     size = math.sqrt(_mean(stated**2)) if len(stated) else None
     return {
         **shared,
-        "intervals": len(others),
-        "covered": hits / len(others),
+        "intervals": len(exact) - sum(exact),
+        "covered": hits / len(exact),
         "covered_low": interval.low,
         "covered_high": interval.high,
         "bias": _mean(errors),
         "rmse": rmse,
         "stated": size,
         "ratio": rmse / size if size else None,
-        "width": float(np.median([e.relative_width() for e in others])),
+        "width": float(np.median([e.relative_width() for e in found.estimates])),
         "verdict": _verdict(interval.low, interval.high, least, most, method != AUTO and shared["noted"] >= 0.5),
     }
+
+
+def _contains(estimate: Estimate, exact: float) -> bool:
+    """Whether the interval contains a value, without the allowance for rounding, which errors may be as small as."""
+    low, high = estimate.interval()
+    return low <= exact <= high
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
