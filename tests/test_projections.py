@@ -404,5 +404,5 @@ def test_the_figure_says_what_it_shows(table, tmp_path):
     assert "K-FAC misses the norm by" in said and "an exact kernel takes" in said
     assert len(pd.read_csv(tmp_path / "projections.csv")) == len(table) - 1  # a budget is refused
     slopes = figure.slopes(table.assign(gram_error=table["kept"] ** -0.5))
-    assert list(slopes) == pytest.approx([-0.5] * len(slopes)) and len(slopes) == 4
+    assert list(slopes) == pytest.approx([-0.5] * len(slopes)) and len(slopes) == 5
     testing.check_figure("projections", table)

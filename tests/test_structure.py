@@ -21,14 +21,14 @@ FLOORS = (
     ("layerwise", "estimators"),
     ("networks", "data"),
     ("problems",),
-    ("methods",),
+    ("methods", "factory"),
     ("ladder", "cost", "trials", "kernel", "kernel_file", "testing", "doctor"),
     ("stream",),
     ("api", "tracking"),
     ("measure",),
     ("studies",),
     ("figures",),
-    ("readme", "run", "factory"),
+    ("readme", "run"),
     ("cli", "__main__"),
     ("",),  # ntkbench/__init__.py, which offers what is below it
 )

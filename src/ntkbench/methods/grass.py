@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ntkbench.methods.base.projected import Sketch, hashed
-from ntkbench.methods.sparse_jl import SparseJL
-from ntkbench.operators import JacobianOperator
+from ntkbench.methods.base.projected import HashedRows
 
 
-class GraSS(SparseJL):
+class GraSS(HashedRows):
     """Phi = J M S, where M keeps some random parameters, rescaled, and S is the projection of ``sparse_jl``.
 
     Each of the ``nonzeros`` blocks of k / ``nonzeros`` features has its own mask, of ``kept`` parameters per feature:
@@ -28,7 +26,3 @@ class GraSS(SparseJL):
     kept: ClassVar[int] = 8
     nonzeros: ClassVar[int] = 16
     fewest_probes = nonzeros
-
-    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
-        blocks = replicates or self.nonzeros
-        return hashed(j, blocks, k // blocks, seed, min(j.P, self.kept * (k // blocks)))

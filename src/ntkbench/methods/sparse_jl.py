@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ntkbench.methods.base.projected import ProjectedRows, Sketch, hashed
-from ntkbench.operators import JacobianOperator
+from ntkbench.methods.base.projected import HashedRows
 
 
-class SparseJL(ProjectedRows):
+class SparseJL(HashedRows):
     """Phi = J S, where each parameter has ``nonzeros`` random signs in S, one in each of as many blocks of k features.
 
     O passes for each parameter set and n P ``nonzeros`` additions for any k. A block is a CountSketch, and blocks are
@@ -22,10 +21,5 @@ class SparseJL(ProjectedRows):
 
     title = "sparse projection (SJLT)"
     source = "Kane and Nelson 2014, the block construction; Hu et al. 2025 (GraSS, arXiv 2505.18976)"
-    backends = ("torch",)
     nonzeros: ClassVar[int] = 8
     fewest_probes = nonzeros
-
-    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
-        blocks = replicates or self.nonzeros
-        return hashed(j, blocks, k // blocks, seed)

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import array_api_compat
 import numpy as np
@@ -114,6 +114,27 @@ class ProjectedRows(Projected):
             raise BadInput(f"{self.name}: rows of J take {jacobians[0].O} passes for each set of weights; got {k}")
         found = [_project_rows(j, self.sketch(j, k, seed, replicates)) for j in jacobians]
         return found, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
+
+
+class HashedRows(ProjectedRows):
+    """Rows of J with one random sign for each parameter in each of some blocks of features, or for some parameters.
+
+    Blocks are independent CountSketches, so they serve as replicates for the unbiased estimates and their standard
+    errors.
+
+    Attributes:
+        nonzeros: number of blocks.
+        kept: parameters that are kept for each feature of a block, at random; all if it is ``None``.
+    """
+
+    backends = ("torch",)
+    nonzeros: ClassVar[int]
+    kept: ClassVar[int | None] = None
+
+    def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
+        blocks = replicates or self.nonzeros
+        width = k // blocks
+        return hashed(j, blocks, width, seed, None if self.kept is None else min(j.P, self.kept * width))
 
 
 def _project_rows(j: JacobianOperator, sketch: Sketch) -> Features:
