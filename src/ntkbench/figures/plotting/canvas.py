@@ -21,8 +21,7 @@ from ntkbench.figures.plotting.styles import GREY
 WIDTH = 11.0
 """Width in inches; text of 10 points is still legible if a page shows the sheet at half size."""
 MARGIN = 0.12
-LONGEST_TITLE = 92
-"""Characters of a line of a sheet's title."""
+TITLE: dict[str, Any] = {"fontsize": 12.5, "fontweight": "bold"}
 PALE = "#B9B9B9"
 SHADE = "#F2F2F2"
 
@@ -69,12 +68,12 @@ def sheet(
     left = min(left, WIDTH / 2)
     figure = Figure(figsize=(WIDTH, 4.0))
     drawn = legend(figure, key, WIDTH - 2 * MARGIN)
-    lines = textwrap.wrap(title, LONGEST_TITLE) or [""]
+    lines = _lines(title)
     more = 0.22 * (len(lines) - 1)
     head = 0.75 + more + drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).height / figure.dpi
     total = head + sum(row.above + row.height + row.below for row in rows) + bottom
     figure.set_size_inches(WIDTH, total)
-    figure.text(MARGIN / WIDTH, 1 - MARGIN / total, "\n".join(lines), fontsize=12.5, fontweight="bold", va="top")
+    figure.text(MARGIN / WIDTH, 1 - MARGIN / total, "\n".join(lines), va="top", **TITLE)
     figure.text(MARGIN / WIDTH, 1 - (0.36 + more) / total, subtitle, fontsize=9.5, color=GREY, va="top")
     drawn.set_bbox_to_anchor((MARGIN / WIDTH, 1 - (0.68 + more) / total), transform=figure.transFigure)
 
@@ -89,11 +88,20 @@ def sheet(
     return figure, grid
 
 
-def text_width(labels: Iterable[str], size: float) -> float:
+def _lines(title: str) -> list[str]:
+    """A sheet's title, in as few lines of about the same length as fit."""
+    for count in range(1, 5):
+        lines = textwrap.wrap(title, math.ceil(len(title) / count) + 6 * (count > 1)) if title.strip() else [""]
+        if text_width(lines, **TITLE) <= WIDTH - 2 * MARGIN:
+            break
+    return lines
+
+
+def text_width(labels: Iterable[str], fontsize: float, fontweight: str = "normal") -> float:
     """Width in inches of the longest of these labels."""
     figure = Figure()
     renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = [figure.text(0, 0, label, fontsize=size) for label in labels]
+    texts = [figure.text(0, 0, label, fontsize=fontsize, fontweight=fontweight) for label in labels]
     return max((text.get_window_extent(renderer).width / figure.dpi for text in texts), default=0.0)
 
 
