@@ -149,9 +149,11 @@ def test_columns_of_known_estimates():
 
 def test_errors_as_small_as_rounding_are_not_given_an_allowance_for_it():
     found = Reruns(1.0, "float32")
-    found.estimates = [Estimate(1 + 1e-5, 1e-6, 6, "hutchinson", (), "trace")]
+    found.estimates = [Estimate(1 + 4e-5, 1.5e-5, 6, "hutchinson", (), "trace")]
     assert found.estimates[0].covers(1.0, "float32")
     assert study.columns("hutchinson", found)["covered"] == 0.0
+    found.estimates = [Estimate(1 + 1e-5, 1e-6, 6, "hutchinson", (), "trace")]
+    assert study.columns("hutchinson", found)["verdict"] == "exact"
 
 
 def test_a_value_that_claims_to_be_exact_and_is_not_is_an_interval_that_misses():

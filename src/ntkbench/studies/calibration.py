@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 
 from ntkbench import ladder, methods, problems
 from ntkbench.errors import Unavailable
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import ROUNDING, Estimate
 from ntkbench.measure import outcomes
 from ntkbench.measure.schema import MetricName, ProblemLabel
 from ntkbench.measure.seeds import Reruns
@@ -171,7 +171,7 @@ def _trained(problem: Problem) -> Problem:
 def columns(method: str, found: Reruns) -> dict[str, Any]:
     """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
 
-    An estimate is exact if it states no error and is accurate to rounding. If all estimates are, there is nothing to
+    An estimate is exact if it is accurate to rounding and states no error or one below that. If all estimates are, there is nothing to
     cover. Otherwise ``covered`` is the share of all estimates that are exact or have a 95 % interval that contains the
     exact value: which runs turn exact is random as well. Wilson's 95 % interval of it is from ``covered_low`` to
     ``covered_high``. ``bias`` and ``rmse`` are mean and root mean square of the relative errors, ``stated`` is the root
@@ -185,7 +185,8 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     """
     from scipy.stats import binomtest
 
-    exact = [not e.standard_error and e.covers(found.exact, found.dtype) for e in found.estimates]
+    rounding = ROUNDING * float(np.finfo(found.dtype).eps) * abs(found.exact)
+    exact = [(e.standard_error or 0.0) <= rounding and e.covers(found.exact, found.dtype) for e in found.estimates]
     notes = collections.Counter("; ".join(e.notes) for e in found.estimates if e.notes)
     shared = {
         **found.columns(),
