@@ -171,13 +171,13 @@ def _trained(problem: Problem) -> Problem:
 def columns(method: str, found: Reruns) -> dict[str, Any]:
     """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
 
-    An estimate is exact if it is accurate to rounding and states no error or one below that. If all estimates are, there is nothing to
-    cover. Otherwise ``covered`` is the share of all estimates that are exact or have a 95 % interval that contains the
-    exact value: which runs turn exact is random as well. Wilson's 95 % interval of it is from ``covered_low`` to
-    ``covered_high``. ``bias`` and ``rmse`` are mean and root mean square of the relative errors, ``stated`` is the root
-    mean square of the relative standard errors, 0 if an estimate states none, and ``ratio`` is ``rmse / stated``.
-    ``intervals`` is the number of estimates that are not exact. ``noted`` is the share of all estimates that have a
-    note, and ``notes`` the most frequent one.
+    An estimate is exact if it is accurate to rounding and states no error, or one below that. If all estimates are,
+    there is nothing to cover. Otherwise ``covered`` is the share of all estimates that are exact or have a 95 %
+    interval that contains the exact value: which runs turn exact is random as well. Wilson's 95 % interval of it is
+    from ``covered_low`` to ``covered_high``. ``bias`` and ``rmse`` are mean and root mean square of the relative
+    errors, ``stated`` is the root mean square of the relative standard errors, 0 if an estimate states none, and
+    ``ratio`` is ``rmse / stated``. ``intervals`` is the number of estimates that are not exact. ``noted`` is the share
+    of all estimates that have a note, and ``notes`` the most frequent one.
 
     Args:
         method: the requested method.
