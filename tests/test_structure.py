@@ -15,13 +15,13 @@ from ntkbench.registry import PACKAGES
 PACKAGE = paths.ROOT / "src" / "ntkbench"
 
 FLOORS = (
-    ("ambient", "errors", "modules", "options", "outside", "paths", "progress_bar", "registry", "units"),
+    ("ambient", "errors", "factory", "modules", "options", "outside", "paths", "progress_bar", "registry", "units"),
     ("estimate", "problem", "metrics"),
     ("operators",),
     ("layerwise", "estimators"),
     ("networks", "data"),
     ("problems",),
-    ("methods", "factory"),
+    ("methods",),
     ("ladder", "cost", "trials", "kernel", "kernel_file", "testing", "doctor"),
     ("stream",),
     ("api", "tracking"),

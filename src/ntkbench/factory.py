@@ -9,26 +9,22 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ntkbench import paths, registry
 from ntkbench.errors import BadInput, summary, unknown
 
-if TYPE_CHECKING:
-    from ntkbench.problems.base import Definition
-
 RETURNS = "must return (model, inputs) or (model, inputs, call)"
 PLUGIN = '''"""The network of a user's function, written by ntkbench for a configuration."""
 
-from ntkbench import factory
-from ntkbench.problems.base import problem
+from ntkbench.problems.base import factories, problem
 
 
 @problem
 def {name}():
     """The network of {factory}."""
     # The file that defines it has the SHA-256 digest {digest}.
-    return factory.definition({factory!r}, {folder!r})
+    return factories.definition({factory!r}, {folder!r})
 '''
 """A problem as a plug-in; the digest changes the fingerprints of its rows when the user's file changes."""
 
@@ -99,7 +95,7 @@ def as_problems(factories: Mapping[str, str]) -> None:
     for name, factory in factories.items():
         if name not in room.found():
             texts[name] = _plugin(name, factory)
-        elif f"factory.definition({factory!r}, " not in room.file(name).read_text(encoding="utf-8"):
+        elif f"factories.definition({factory!r}, " not in room.file(name).read_text(encoding="utf-8"):
             raise BadInput(f"{name} is a problem already; choose another name")
     if texts:  # the others were made by the process that started this one
         folder = paths.cache() / "factories" / hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
@@ -107,24 +103,6 @@ def as_problems(factories: Mapping[str, str]) -> None:
         for name, text in texts.items():
             paths.write_atomically(folder / "problems" / f"{name}.py", text)
         registry.use([str(folder)])
-
-
-def definition(factory: str, folder: str) -> Definition:
-    """The untrained problem of a factory.
-
-    Args:
-        factory: ``module:function``.
-        folder: where its module is looked for.
-
-    Raises:
-        BadInput: as :func:`make`, or what it returns cannot be used.
-    """
-    from ntkbench.problems.base import Definition
-    from ntkbench.problems.base.calls import as_module
-
-    made = make(factory, folder)
-    module, x = as_module(made.model, made.inputs, made.call)
-    return Definition(module, x.detach().cpu().numpy(), None)
 
 
 def _plugin(name: str, factory: str) -> str:

@@ -64,7 +64,7 @@ def _title(points: pd.DataFrame) -> str:
         wide = points.pivot_table(index=["O", "width"], columns="method", values=name)
         if {OURS, THEIRS} <= set(wide):
             ratios = (wide[OURS] / wide[THEIRS]).dropna()
-            said += [f"{labels.span(ratios)} in {words}"] * (len(ratios) > 0)
+            said += [f"{labels.span(ratios)} in {words}"] if len(ratios) else []
     if not said:
         return "Seconds and memory of the NTK of a 10-layer ReLU network (Novak et al., figure 1, right)"
     return f"Our kernel by layers over neural-tangents' structured derivatives: {', '.join(said)}"
