@@ -26,7 +26,7 @@ def checkout(tmp_path):
     (tmp_path / "docs").mkdir()
     for page in readme.PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
-    for name in (*readme.HEAD_TO_HEAD.values(), "default/table", "gpu/large", "claims"):
+    for name in (*readme.HEAD_TO_HEAD.values(), readme.CALIBRATION, "default/table", "gpu/large", "claims"):
         there = tmp_path / "results" / "reference" / f"{name}.csv"
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "results" / "reference" / f"{name}.csv", there)
@@ -100,6 +100,54 @@ def test_a_row_without_numbers_has_its_reason_in_one_cell(checkout):
     readme.update(checkout)
     rows = [line for line in text_of(checkout).splitlines() if "40 GiB" in line]
     assert len(rows) > 10 and all(re.split(r"(?<!\\)\|", row)[4] == r" would need 40 GiB \| or so " for row in rows)
+
+
+MEASURED = {"status": "ok", "machine": "M", "threads": 2, "git_sha": "a" * 40, "git_dirty": False}
+
+
+def block_of(folder, block, name, rows):
+    """A block of a page from one table."""
+    path = folder / f"{name}.csv"
+    path.parent.mkdir(parents=True)
+    pd.DataFrame([MEASURED | row for row in rows]).to_csv(path, index=False)
+    return readme.TABLES[block](readme.Tables(folder)).splitlines()
+
+
+def test_the_coverage_of_each_method_is_counted(tmp_path):
+    rows = [
+        {"method": "hutchinson", "verdict": "in range", "covered": 0.951, "ratio": 1.0, "seeds": 300},
+        {"method": "hutchinson", "verdict": "in range", "covered": 0.93, "ratio": 1.234, "seeds": 300},
+        {"method": "hutchinson", "verdict": "below", "covered": 0.8, "ratio": 2.0, "seeds": 300},
+        {"method": "hutchinson", "verdict": "exact", "seeds": 300},
+        {"method": "auto", "verdict": "noted", "covered": 0.5, "ratio": 3.0, "seeds": 300},
+        {"method": "never", "status": "skipped"},
+    ]
+    lines = block_of(tmp_path, "calibration", readme.CALIBRATION, rows)
+    assert lines[2:4] == [
+        "| `auto` | 1 | 0 | 1 | 0 | 0 | 0 | 50 (50 to 50) | 3 (3 to 3) |",
+        "| `hutchinson` | 4 | 2 | 0 | 1 | 0 | 1 | 93 (80 to 95.1) | 1.2 (1 to 2) |",
+    ]
+    assert lines[4:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa.*"]
+
+
+def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):
+    small, large = ({"problem": p, "metric": "effective_rank", "rtol": 0.1, "calls": 9} for p in ("small", "large"))
+    worst = {"seconds": 0.1, "ratio": 4.0, "ratio_q25": 3.0, "ratio_q75": 5.0, "fastest": True}
+    rows = [
+        {**small, "method": "auto", "by": "direct", "seconds": 0.1},
+        {**small, "method": "direct", "by": "direct", "seconds": 0.1, "ratio": 1.0, "fastest": True},
+        {**small, "method": "hutchpp", "by": "hutchpp", "seconds": 0.2, "ratio": 0.5, "fastest": False},
+        {**large, "method": "auto", "by": "direct", "seconds": 0.4},
+        {**large, "method": "hutchpp", "by": "hutchpp", **worst},
+        {**large, "rtol": 0.01, "method": "auto", "seconds": 0.4},  # alone
+    ]
+    lines = block_of(tmp_path, "choices", readme.AUTO_CHOICE, rows)
+    said = "4 (3 to 5) | effective rank, 10 %: `direct` in 400 ms, `hutchpp` in 100 ms |"
+    assert lines[2:5] == [
+        "| `small` | 1 | 1 | 1 | 1 | effective rank, 10 %: `direct` in 100 ms, `direct` in 100 ms |",
+        f"| `large` | 1 | 0 | 4 | {said}",
+        f"| all | 2 | 1 | 2.5 | {said}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ TITLES = {
 """What the pages call what a method is compared with."""
 NAMED = {"structured_sum_of_logits": " (pNTK)", "wide_head": " (trace alone)"}
 """What is said of a problem where a row is not of its whole kernel, by the method of this suite."""
+AUTO = "auto"
+CLOSE = 1.5
+"""``auto`` is about as fast as the fastest method if it takes at most this many times its seconds."""
+COVERAGE_VERDICTS = ("in range", "noted", "below", "above", "exact")
 PAGES = ("README.md", "docs/measured.md", "docs/papers.md")
 """The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
@@ -182,6 +186,63 @@ def certificates(tables: Tables) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
+def calibration(tables: Tables) -> str:
+    """For each method how many cases of ``calibration`` keep their coverage, their coverage, and errors over stated."""
+    table = tables.read(CALIBRATION)
+    table = table[table["status"] == "ok"]
+    order = sorted(table["method"].unique(), key=lambda method: method != AUTO)
+    rows = []
+    for method in order:
+        cases = table[table["method"] == method]
+        counts = cases["verdict"].value_counts()
+        rows.append(
+            [
+                f"`{method}`",
+                str(len(cases)),
+                *(str(counts.get(verdict, 0)) for verdict in COVERAGE_VERDICTS),
+                _median_and_range(100 * cases["covered"], ".3g"),
+                _median_and_range(cases["ratio"], ".2g"),
+            ]
+        )
+    columns = ["method", "cases", *COVERAGE_VERDICTS, "coverage, %: median (range)", "error / stated: median (range)"]
+    return _markdown(columns, rows) + f"\n\n*{_listed(table['seeds'].unique())} seeds; {_provenance(table)[3:]}"
+
+
+def _median_and_range(values: pd.Series, how: str) -> str:
+    known = values.dropna()
+    return f"{known.median():{how}} ({known.min():{how}} to {known.max():{how}})" if len(known) else ""
+
+
+def choices(tables: Tables) -> str:
+    """For each problem of ``auto_choice`` in how many tasks ``auto`` is about as fast as the fastest, and the worst."""
+    table = tables.read(AUTO_CHOICE)
+    tasks = _tasks(table)
+    rows = []
+    for problem, here in [*tasks.groupby("problem", sort=False), ("all", tasks)]:
+        worst = here.loc[here["ratio"].idxmax()]
+        rows.append(
+            [
+                "all" if problem == "all" else f"`{problem}`",
+                str(len(here)),
+                str(int((here["ratio"] <= CLOSE).sum())),
+                f"{here['ratio'].median():.2g}",
+                _ratio(worst),
+                f"{worst['metric'].replace('_', ' ')}, {100 * worst['rtol']:g} %: `{worst['by']}` in "
+                f"{_seconds(worst['auto_seconds'])}, `{worst['method']}` in {_seconds(worst['seconds'])}",
+            ]
+        )
+    columns = ["problem", "tasks", f"within {CLOSE:g} times the fastest", "median ratio", "largest ratio", "its task"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def _tasks(table: pd.DataFrame) -> pd.DataFrame:
+    """The fastest method of each task of ``auto_choice``, with the seconds of ``auto`` and what it stood for."""
+    task = ["problem", "metric", "rtol"]
+    auto = table.loc[table["method"] == AUTO, [*task, "by", "seconds"]].rename(columns={"seconds": "auto_seconds"})
+    fastest = table[table["fastest"].eq(True)].drop(columns="by")
+    return fastest.merge(auto, on=task)
+
+
 def claims(tables: Tables) -> str:
     """How many claims of each source are reproduced, partly, not, or not addressed."""
     table = tables.read("claims")
@@ -298,6 +359,9 @@ def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
+CALIBRATION = "calibration/studies/calibration"
+AUTO_CHOICE = "head_to_head/studies/auto_choice"
+"""Where the tables of intervals and of choices lie in ``results/reference/``."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
@@ -305,7 +369,9 @@ HEAD_TO_HEAD = {
 """Where the tables of comparisons in turn lie in ``results/reference/``."""
 
 TABLES: dict[str, Callable[[Tables], str]] = {
+    "calibration": calibration,
     "certificates": certificates,
+    "choices": choices,
     "claims": claims,
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
