@@ -19,6 +19,12 @@ TABLES = {
 }
 
 
+IN_PARTS = {
+    "calibration/studies/calibration.csv": "problems that a fault had affected were measured again once it was mended"
+}
+"""Tables whose rows are of several clean commits, and why."""
+
+
 def violations(rows: pd.DataFrame) -> set[str]:
     rows = rows[["git_sha", "git_dirty"]]
     found = {
@@ -35,7 +41,8 @@ def test_there_are_committed_tables():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_of_one_clean_commit(name):
-    assert violations(pd.read_csv(TABLES[name], low_memory=False)) == set()
+    found = violations(pd.read_csv(TABLES[name], low_memory=False))
+    assert found == ({"more than one commit"} if name in IN_PARTS else set())
 
 
 PICTURES = [path for path in sorted(REFERENCE.glob("*/*.png")) if path.stem in figures.names()]

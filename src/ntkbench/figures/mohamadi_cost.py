@@ -34,6 +34,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     wide = there.pivot_table(index="resnet_depth", columns="kernel", values="seconds_per_pair")
     known = pd.DataFrame({"ratio": wide["eNTK"] / wide["pNTK"]}).rename_axis("depth").reset_index()
     known = known.assign(O=there["outputs"].max())
+    published = f"published, O = {there['outputs'].max():g}"
     x = "O" if found["O"].nunique() > 1 else "depth"
     samples, sizes = sorted(found["N"].unique()), [*found[x], *known[x]]
     ways = [method for method in BEST if method in set(found["method"])]
@@ -47,7 +48,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         subtitle=base.settings_line(table),
         key=[
             ("both kernels", [(Line2D([], [], **curves.style(looks[way])), WAYS[way]) for way in ways]),
-            ("how to read", [(curves.PUBLISHED[0], "published, O = 200, Tiny ImageNet"), (theory, "theory: O and O²")]),
+            ("how to read", [(curves.PUBLISHED[0], f"{published}, Tiny ImageNet"), (theory, "theory: O and O²")]),
         ],
         gap=0.6,
     )
@@ -58,6 +59,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             for _, line in rows[rows["method"] == method].groupby("depth" if x == "O" else "O"):
                 curves.line(panel, line, x, "ratio", looks[method])
         curves.published(panel, known, "black", x, "ratio")
+        if x == "depth":  # of other outputs than ours
+            where = known[["depth", "ratio"]].iloc[-1]
+            panel.annotate(published, where, xytext=(4, 8), textcoords="offset points", ha="right", fontsize=9)
         curves.logarithmic(panel, sizes, [*found["ratio"], *known["ratio"], low, high**2])
         for power, name in ((1, "O"), (2, "O²")):
             ends = panel.get_xlim()
