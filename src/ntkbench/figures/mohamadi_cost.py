@@ -61,7 +61,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         curves.published(panel, known, "black", x, "ratio")
         if x == "depth":  # of other outputs than ours
             where = known[["depth", "ratio"]].iloc[-1]
-            panel.annotate(published, where, xytext=(4, 8), textcoords="offset points", ha="right", fontsize=9)
+            panel.annotate(published, where, xytext=(4, -15), textcoords="offset points", ha="right", fontsize=9)
         curves.logarithmic(panel, sizes, [*found["ratio"], *known["ratio"], low, high**2])
         for power, name in ((1, "O"), (2, "O²")):
             ends = panel.get_xlim()
