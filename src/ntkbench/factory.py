@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import keyword
 import os
 import sys
 from collections.abc import Mapping
@@ -107,14 +108,14 @@ def as_problems(factories: Mapping[str, str]) -> None:
 
 def _plugin(name: str, factory: str) -> str:
     """The text of a plug-in that defines a factory's problem."""
-    if not name.isidentifier():
-        raise BadInput(f"{name!r} is no name of a problem; allowed: letters, digits and _")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise BadInput(f"{name!r} is no name of a problem; allowed: letters, digits and _, and no word of Python")
     module_name, _ = _parts(factory)
     here = os.getcwd()
     _search(here)
     try:
         spec = importlib.util.find_spec(module_name)
-    except (ImportError, ValueError):
+    except (Exception, SystemExit):  # the packages around it are imported
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise BadInput(f"there is no module {module_name!r} in {here} or among the installed ones")
