@@ -14,7 +14,7 @@ READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke gpu test test-quick package mutants compare history docs lint format clean
+.PHONY: results smoke gpu test test-quick package floors mutants compare history docs lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -34,11 +34,14 @@ test: $(READY)
 test-quick: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not zoo and not slurm'
 
-# What pip installs, with its declared dependencies alone, in an environment of its own and outside of the checkout.
-package:
+# What pip installs, with its declared dependencies alone, in an environment of its own and outside of the checkout: with
+# the versions that are pinned, or the lowest that are allowed.
+package: VERSIONS := requirements.txt
+floors: VERSIONS := requirements-floors.txt
+package floors:
 	rm -rf .package
 	$(PYTHON) -m venv .package
-	.package/bin/python -m pip install --quiet --constraint requirements.txt .
+	.package/bin/python -m pip install --quiet --constraint $(VERSIONS) .
 	cp scripts/quickstart.py .package
 	cd .package && env -u PYTHONPATH bin/python quickstart.py
 

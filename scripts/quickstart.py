@@ -1,4 +1,4 @@
-"""What an installed ntkbench does with its declared dependencies alone: kernels, metrics and an estimate."""
+"""What an installed ntkbench does with its declared dependencies alone: kernels, metrics, a spectrum and a solution."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def main() -> None:
     for name, estimate in ntkbench.metrics_of(net, x).items():
         print(f"{name}: {estimate}")
     print(f"estimated trace: {ntkbench.trace(net, x, method='hutchpp', passes=12)}")
+    print(f"largest eigenvalue: {ntkbench.spectrum(net, x).largest}")
+    print(ntkbench.solve(net, x, outputs.detach().reshape(8, 2), ridge=0.1))
 
 
 if __name__ == "__main__":

@@ -375,6 +375,36 @@ def test_devices_do_not_share_panels(table):
     ) == {2}
 
 
+def linear(colour):
+    """Linear sRGB components of a colour such as ``#CC8400``."""
+    shares = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light):
+    """CIE L*a*b* of linear sRGB components, under D65."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(np.maximum(to_xyz @ light / [0.95047, 1, 1.08883], 0))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+DEUTERANOPIA = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+"""Machado, Oliveira and Fernandes 2009, at full severity."""
+
+
+@pytest.mark.parametrize("colour", [*styles.COLOURS, styles.GREY])
+def test_lines_have_a_contrast_of_three_with_white_and_text_of_four_and_a_half(colour):
+    contrast = 1.05 / (linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05)
+    assert contrast >= (4.5 if colour == styles.GREY else 3)
+
+
+@pytest.mark.parametrize("seen", [np.eye(3), DEUTERANOPIA], ids=["by all", "with deuteranopia"])
+def test_colours_of_lines_can_be_told_apart(seen):
+    shown = [lab(seen @ linear(colour)) for colour in styles.COLOURS]
+    apart = [np.linalg.norm(one - other) for i, one in enumerate(shown) for other in shown[:i]]
+    assert min(apart) > 15
+
+
 def test_bad_input_is_named(table, tmp_path):
     with pytest.raises(BadInput, match="machine, seconds_q25"):
         figures.draw("speedup", table.drop(columns=["machine", "seconds_q25"]), tmp_path)

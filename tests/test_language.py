@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import ntkbench
 from ntkbench import problems
 from ntkbench.errors import BadInput, Unavailable
-from ntkbench.measure import facts
+from ntkbench.measure import apart, facts
 from ntkbench.networks import language
 from ntkbench.networks.initialisation import seeded
 from ntkbench.problems.base import reference
@@ -187,6 +189,6 @@ def test_exact_values_out_of_reach_are_refused_before_anything_is_computed(tmp_p
         reference.exact(problem)
     part = tmp_path / "part"
     monkeypatch.setattr("ntkbench.measure.watchdog.end_with_parent", lambda: None)
-    facts._make(problem.name, 1, part)
-    found = facts.journal.json.loads(part.read_text())
+    apart._find(facts._find, (problem.name,), 1, part)
+    found = json.loads(part.read_text())
     assert found["status"] == "skipped" and "within reach" in found["reason"]

@@ -117,7 +117,7 @@ def test_only_alignment_looks_at_trained_weights():
         "effective_rank": ("theta_0",),
         "alignment": ("theta_0", "theta_f"),
     }
-    assert set(metrics.SYMBOLS) == {*METRICS, *metrics.SPECTRAL}
+    assert set(metrics.SYMBOLS) == {*METRICS, *metrics.OF_KERNEL}
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])

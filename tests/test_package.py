@@ -85,6 +85,15 @@ def test_the_library_imports_what_it_declares_and_declares_what_it_imports(graph
     assert third_party(reached) & names(EXTRAS["jax"]) == names(EXTRAS["jax"]) - CARRIED
 
 
+def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
+    lines = (paths.ROOT / "requirements-floors.txt").read_text(encoding="utf-8").splitlines()
+    tried = dict(line.split("==") for line in lines if not line.startswith("#"))
+    allowed = dict(line.split(">=") for line in PROJECT["dependencies"])
+    assert tried.keys() == allowed.keys()
+    different = {name for name in tried if tried[name] != allowed[name]}
+    assert different == {"torch"}, "of torch only one build for the CPU is at hand"
+
+
 def test_no_module_of_an_extra_is_imported_with_the_library(graph):
     """Inside functions alone, except in the modules of the JAX backend, which are imported inside functions."""
     backend = {f"ntkbench.operators.{name}" for name in ("jax", "jax_kernel", "programs")}

@@ -1,7 +1,8 @@
-"""Metrics of eigenvalues in the grid: by whole kernels, exact and approximate."""
+"""Metrics of the whole kernel in the grid: by exact and approximate kernels."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 import ntkbench
 from ntkbench import methods, metrics, problems, testing
 from ntkbench.errors import BadInput, Unavailable, Undefined
+from ntkbench.estimators import regression
 from ntkbench.measure import cells
 from ntkbench.measure.config import Config
-from ntkbench.metrics import SPECTRAL
+from ntkbench.metrics import OF_KERNEL, REGRESSION, SPECTRAL
 from ntkbench.options import Target
 from ntkbench.problems.base import reference
 
@@ -30,6 +32,23 @@ def by_definition(theta: np.ndarray) -> dict[str, float]:
     shares = values[values > 1e-12 * values.max()] / values.sum()
     entropy = math.exp(-(shares * np.log(shares)).sum())
     return dict(zip(SPECTRAL, (values.max(), values.max() / values.min(), entropy), strict=True))
+
+
+def outputs(problem, end) -> np.ndarray:
+    module = copy.deepcopy(problem.network).double()
+    weights = {key: torch.from_numpy(w).double() for key, w in problem.weights(end).items()}
+    found = torch.func.functional_call(module, weights, (torch.from_numpy(problem.x).double(),))
+    return found.detach().numpy().reshape(problem.N, problem.O)
+
+
+def ridge_regression(theta: np.ndarray, change: np.ndarray) -> float:
+    """The regression error by its definition, from Theta ``[n, n]``."""
+    N, O = change.shape  # noqa: E741 - the field's symbol
+    rows, y = (N + 1) // 2 * O, change.reshape(-1)
+    among = theta[:rows, :rows]
+    among = among + 1e-3 * among.diagonal().mean() * np.eye(rows)
+    left = theta[rows:, :rows] @ np.linalg.solve(among, y[:rows]) - y[rows:]
+    return float(np.linalg.norm(left) / np.linalg.norm(y[rows:]))
 
 
 def estimates(method, problem, only=None, **more):
@@ -112,7 +131,7 @@ def test_a_condition_number_that_is_not_known_is_refused():
     method = methods.get("structured_derivatives")
     with pytest.raises(Unavailable, match="singular, as there are 18 parameters"):
         method.estimate(method.prepare(wide, TARGET), "condition_number")
-    assert set(reference.spectral(wide)) == {"largest_eigenvalue", "entropy_effective_rank"}
+    assert set(reference.of_kernel(wide)) == {"largest_eigenvalue", "entropy_effective_rank", REGRESSION}
     with pytest.raises(Undefined, match="may be zero"):
         metrics.of_eigenvalues("condition_number", np.array([1.0, 1e-9]), error=1e-8)
     with pytest.raises(Undefined, match="not defined where Theta is zero"):
@@ -122,20 +141,21 @@ def test_a_condition_number_that_is_not_known_is_refused():
 def test_references_are_exact_and_kept(monkeypatch):
     problem = testing.smooth_problem("for_references", N=5)
     truth = by_definition(kernel(problem))
-    assert reference.spectral(problem) == pytest.approx(truth, rel=1e-8)
+    truth[REGRESSION] = ridge_regression(kernel(problem), outputs(problem, "theta_f") - outputs(problem, "theta_0"))
+    assert reference.of_kernel(problem) == pytest.approx(truth, rel=1e-8)
     monkeypatch.setattr(reference, "_jacobians", lambda _: 1 / 0)
-    assert reference.spectral(problem) == pytest.approx(truth, rel=1e-8), "from the cache"
+    assert reference.of_kernel(problem) == pytest.approx(truth, rel=1e-8), "from the cache"
     monkeypatch.setattr(reference, "MEMORY", 100)
     with pytest.raises(Unavailable, match="exact eigenvalues of for_references take"):
-        reference.spectral(problem)
+        reference.of_kernel(problem)
 
 
 def test_the_grid_has_cells_of_them_by_name_alone():
-    block = {"problems": ["digits_mlp[N=4]"], "methods": "all", "passes": [8], "metrics": list(SPECTRAL)}
+    block = {"problems": ["digits_mlp[N=4]"], "methods": "all", "passes": [8], "metrics": list(OF_KERNEL)}
     config = Config.model_validate({"profile": "x", "threads": 1, "grid": [block]})
     made = cells.cells(config)
-    assert {cell.metric for cell in made} == set(SPECTRAL)
-    assert {cell.method for cell in made} == {name for name in methods.names() if methods.get(name).spectral}
+    assert {cell.metric for cell in made} == set(OF_KERNEL)
+    assert {cell.method for cell in made} == {name for name in methods.names() if methods.get(name).kernel_metrics}
     everything = Config.model_validate({"profile": "x", "threads": 1, "grid": [block | {"metrics": "all"}]})
     assert {cell.metric for cell in cells.cells(everything)} == set(metrics.METRICS)
     with pytest.raises(ValueError, match="gives largest_eigenvalue"):
@@ -149,3 +169,75 @@ def test_other_methods_refuse_them():
     assert "gives trace" in methods.get("xtrace").unsupported_reason(problem, SPECTRAL[0], TARGET, 8)
     with pytest.raises(BadInput, match="unknown metric"):
         metrics.check(SPECTRAL[0])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["structured_derivatives", "nt_structured_derivatives", "nt_jacobian_contraction"])
+def test_the_regression_error_is_that_of_the_written_out_kernel(name, dtype):
+    problem, method = testing.smooth_problem("regressed", N=5), methods.get(name)
+    change = outputs(problem, "theta_f") - outputs(problem, "theta_0")
+    truth = ridge_regression(kernel(problem), change)
+    prepared = method.prepare(problem, Target(method.backends[0], dtype, "cpu"))
+    found = method.estimate(prepared, REGRESSION)
+    low, high = found.interval()
+    assert low <= truth <= high and 0 < truth < 10 and found.metric == REGRESSION
+    assert high / low < (1 + 1e-6 if dtype == "float64" else 10)
+
+
+def test_the_regression_error_of_a_kernel_between_samples_is_that_of_a_kronecker_product():
+    problem = testing.smooth_problem("between", N=6, outputs=3)
+    theta = kernel(problem).reshape(6, 3, 6, 3)
+    change = outputs(problem, "theta_f") - outputs(problem, "theta_0")
+    for name, A in (
+        ("trace_kernel", np.einsum("aibi->ab", theta) / 3),
+        ("structured_sum_of_logits", theta.sum((1, 3)) / 3),
+    ):
+        method = methods.get(name)
+        found = method.estimate(method.prepare(problem, TARGET), REGRESSION)
+        assert found.value == pytest.approx(ridge_regression(np.kron(A, np.eye(3)), change), rel=1e-8), name
+
+
+def test_a_linear_network_is_predicted_up_to_the_ridge(monkeypatch):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3, 2, bias=False).double()
+    x = torch.randn(12, 3, dtype=torch.float64)
+    trained = copy.deepcopy(linear)
+    with torch.no_grad():
+        trained.weight += torch.arange(6.0).reshape(2, 3)
+    problem = ntkbench.from_module(linear, x, trained)
+    method = methods.get("structured_derivatives")
+    prepared = method.prepare(problem, TARGET)
+    small = method.estimate(prepared, REGRESSION).value
+    assert 0 < small < 1e-2
+    monkeypatch.setattr(regression, "RIDGE", 1e-6)
+    assert method.estimate(prepared, REGRESSION).value < 2e-3 * small
+
+
+@pytest.mark.parametrize("relative", [1e-12, 1e-8])
+def test_the_bound_on_the_regression_error_holds_for_rounded_kernels(relative):
+    rng = np.random.default_rng(3)
+    worst = 0.0
+    for _ in range(40):
+        J, change = rng.normal(size=(8, 5)) * np.logspace(0, -2, 5), rng.normal(size=(8, 1))
+        theta = J @ J.T
+        size = np.sqrt(theta.diagonal())
+        noise = rng.choice([-1, 1], size=theta.shape)
+        rounded = theta + relative * np.outer(size, size) * (np.triu(noise) + np.triu(noise, 1).T)
+        moved = abs(regression.regression_error(rounded, change) - regression.regression_error(theta, change))
+        bound = regression.sensitivity(theta, change, relative)
+        assert moved <= bound
+        worst = max(worst, moved / bound)
+    assert worst > 0.01, "the bound is of the right size"
+    assert regression.sensitivity(theta, change, 0.1) == math.inf
+
+
+def test_a_regression_error_that_is_not_defined_is_refused():
+    with pytest.raises(Undefined, match="one sample"):
+        regression.regression_error(np.ones((1, 1)), np.ones((1, 1)))
+    with pytest.raises(Undefined, match="Theta is zero"):
+        regression.regression_error(np.zeros((4, 4)), np.ones((4, 1)))
+    with pytest.raises(Undefined, match="training does not change"):
+        regression.regression_error(np.eye(4), np.array([1.0, 1, 0, 0])[:, None])
+    untrained = ntkbench.from_module(torch.nn.Linear(2, 1), torch.randn(4, 2))
+    method = methods.get("structured_derivatives")
+    assert "no trained weights" in method.unsupported_reason(untrained, REGRESSION, Target(device="cpu"))

@@ -218,7 +218,8 @@ def _networks(
 
 @main.command()
 @click.argument("config_file", type=FILE)
-def check(config_file: Path) -> None:
+@click.option("--predict", is_flag=True, help="Also predict the time of the grid, from a few passes on each problem.")
+def check(config_file: Path, predict: bool) -> None:
     """Check a configuration, and say how much there is to measure and how long it took before."""
     from ntkbench.measure import timings
     from ntkbench.run import Run
@@ -237,6 +238,12 @@ def check(config_file: Path) -> None:
         click.echo(f"{len(timed)} steps have no output yet; they took {seconds} last time")
     if new:
         click.echo(f"{len(new)} steps have no output yet and were never timed: {', '.join(new)}")
+    if predict:
+        from ntkbench.measure import forecast
+
+        with _one_line():
+            for line in forecast.summary(run.config, run.cells, lambda label: click.echo(f"... {label}", err=True)):
+                click.echo(line)
 
 
 @main.command(

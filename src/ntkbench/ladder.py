@@ -175,8 +175,8 @@ class _Search:
             found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop)
         except ExactIsCheaper as stopped:
             self._spent += stopped.passes
-            said = f"{self._spent:g} passes of {name} came first: rtol={options.rtol:g} takes more than exact values"
-            self.remarks.append(said)
+            why = f"rtol={options.rtol:g} seemed to need more than exact values"
+            self.remarks.append(f"{self._spent:g} passes of {name} came first: {why}")
             left -= stopped.passes
             for other in [other for other, passes in self.exact.items() if passes <= left]:
                 if exact := self.tried(other, left):
@@ -248,7 +248,7 @@ def _expected_passes(problem: Problem, metric: str, target: Target, options: Opt
         return default_passes(problem, metric, method) if options.passes is None else options.passes
     if not isinstance(method, Incremental):
         return 0.0
-    first = method.cost(metric, max(method.first_batch, method.fewest_probes))
+    first = method.cost(metric, method.probes_to_decide(problem, metric))
     return first if options.passes is None else min(first, options.passes)
 
 

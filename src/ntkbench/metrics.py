@@ -1,4 +1,4 @@
-"""The four metrics, the moments of Theta that they are functions of, and metrics of its eigenvalues.
+"""The four metrics, the moments of Theta that they are functions of, and metrics that take all of Theta.
 
 With Theta = J J^T at theta_0 and Theta_f at theta_f:
 
@@ -12,6 +12,10 @@ Metrics of the eigenvalues lambda, with p_i = lambda_i / tr Theta:
 - largest_eigenvalue       lambda_max
 - condition_number         lambda_max / lambda_min
 - entropy_effective_rank   exp(-sum_i p_i log p_i)
+
+And of kernel regression on half of the samples (see :mod:`ntkbench.estimators.regression`):
+
+- regression_error         relative error of the predicted change of the other samples' outputs by training
 """
 
 from __future__ import annotations
@@ -31,7 +35,10 @@ Array = Any
 
 METRICS = ("trace", "norm", "effective_rank", "alignment")
 SPECTRAL = ("largest_eigenvalue", "condition_number", "entropy_effective_rank")
-"""Metrics of the eigenvalues; they take the whole of Theta, or of a kernel that stands for it."""
+"""Metrics of the eigenvalues."""
+REGRESSION = "regression_error"
+OF_KERNEL = (*SPECTRAL, REGRESSION)
+"""Metrics that take the whole of Theta, or of a kernel that stands for it."""
 MOMENTS = {
     "trace": ("trace",),
     "norm": ("square",),
@@ -50,6 +57,7 @@ SYMBOLS = {
     "largest_eigenvalue": r"$\lambda_{\mathrm{max}}$",
     "condition_number": r"$\lambda_{\mathrm{max}} / \lambda_{\mathrm{min}}$",
     "entropy_effective_rank": "entropy effective rank",
+    "regression_error": "regression error",
 }
 
 
@@ -69,13 +77,13 @@ def parameter_sets(metric: str) -> tuple[str, ...]:
 
 
 def check_any(metric: str) -> None:
-    """Check that a metric exists, that of eigenvalues included.
+    """Check that a metric exists, those of the whole kernel included.
 
     Raises:
         BadInput: it does not.
     """
-    if metric not in (*METRICS, *SPECTRAL):
-        raise unknown("metric", metric, (*METRICS, *SPECTRAL))
+    if metric not in (*METRICS, *OF_KERNEL):
+        raise unknown("metric", metric, (*METRICS, *OF_KERNEL))
 
 
 def of_eigenvalues(metric: str, values: np.ndarray, *, copies: int = 1, error: float = 0.0) -> float:

@@ -28,10 +28,12 @@ import numpy as np
 from ntkbench import methods, problems, registry
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
+from ntkbench.estimators.regression import regression_error
 from ntkbench.methods.base import Method
-from ntkbench.metrics import METRICS, SPECTRAL, of_eigenvalues
+from ntkbench.metrics import METRICS, REGRESSION, SPECTRAL, of_eigenvalues
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
+from ntkbench.problems.base.outputs import change_by_training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,6 +136,8 @@ def _truth(problem: Problem, metric: str) -> float:
     thetas = [J @ J.T for J in (explicit_jacobian(problem, end) for end in ("theta_0", "theta_f"))]
     if metric in SPECTRAL:
         return of_eigenvalues(metric, np.linalg.eigvalsh(thetas[0]))
+    if metric == REGRESSION:
+        return regression_error(thetas[0], change_by_training(problem))
     return metrics_of(*thetas)[metric]
 
 
@@ -165,7 +169,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
     """
     method = methods.get(name)
     for one in (backend,) if backend else method.backends:
-        for each in (metric,) if metric else (*method.metrics, *(set(method.spectral) - {"condition_number"})):
+        for each in (metric,) if metric else (*method.metrics, *(set(method.kernel_metrics) - {"condition_number"})):
             problem = _supported(method, each, one)
             with _said(f"method {name!r}, {one}, {each}"):
                 _check_unsupported(method, problem, each, one)

@@ -8,6 +8,6 @@ samples (``samples``).
 """
 
 from ntkbench.cost.costs import Cost, Costs
-from ntkbench.cost.predict import predict
+from ntkbench.cost.predict import of_budgets, predict
 
-__all__ = ["Cost", "Costs", "predict"]
+__all__ = ["Cost", "Costs", "of_budgets", "predict"]

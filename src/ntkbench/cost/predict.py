@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ntkbench import errors, methods, metrics
 from ntkbench.cost import samples
 from ntkbench.cost.costs import Cost, Costs
-from ntkbench.cost.pilot import pilot
+from ntkbench.cost.pilot import Pilot, pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.cost.stand_in import PreparedStandIn
 from ntkbench.errors import OverMemory
@@ -85,6 +86,28 @@ def predict(
     return Costs(map(work.cost, chosen), metric, rtol, (str(work.known),), confidence)
 
 
+def of_budgets(
+    problem: Problem, metric: str, target: Target, wanted: Iterable[tuple[str, int | None]]
+) -> dict[tuple[str, int | None], Cost]:
+    """Predicted costs of methods with given budgets, by pairs of a method's name and its passes.
+
+    As :func:`predict`, without a search for the budget that a tolerance takes. A method that does not apply has a
+    reason, and no seconds.
+
+    Args:
+        problem: network and inputs.
+        metric: the metric.
+        target: where it is computed.
+        wanted: names with passes; ``None`` for methods that take no budget.
+
+    Raises:
+        BadInput: there is no such metric or method.
+    """
+    metrics.check(metric)
+    work = _Work(problem, metric, target, rtol=1.0, confidence=0.95)
+    return {(name, passes): work.cost(methods.get(name), passes) for name, passes in wanted}
+
+
 @dataclass(frozen=True)
 class _Trial:
     """Estimates with one budget on a stand-in.
@@ -131,25 +154,30 @@ class _Work:
         self._problem, self._metric, self._target = problem, metric, target
         self._rtol, self._confidence = rtol, confidence
         self._ends = len(metrics.parameter_sets(metric))
-        operators = PreparedProblem(problem, target).jacobians(metric)
-        self._j = operators[0]
-        self.known = pilot(operators, independent=not problem.samples_interact)
+        self._operators = PreparedProblem(problem, target).jacobians(metric)
+        self._j = self._operators[0]
         self._rates = Rates(self._j)
         self._rehearsals = samples.Rehearsals(problem, metric, target)
         self._shape = _reduced(problem)
         self._is_reduced = math.prod(self._shape) < problem.n * problem.P
         self._stand_ins: dict[tuple[int, int, int], PreparedStandIn] = {}
 
-    def cost(self, method: Method) -> Cost:
-        """What a method takes, or why it does not serve."""
+    @functools.cached_property
+    def known(self) -> Pilot:
+        """What the pilot finds."""
+        return pilot(self._operators, independent=not self._problem.samples_interact)
+
+    def cost(self, method: Method, passes: int | None = None) -> Cost:
+        """What a method takes, with a budget or else to the tolerance, or why it does not serve."""
         try:
-            if reason := method.unsupported_reason(self._problem, self._metric, self._target):
+            if reason := method.unsupported_reason(self._problem, self._metric, self._target, passes):
                 return Cost(method.name, method.kind, reason=reason)
-            return self._rehearsed(method) if samples.needs_network(method) else self._stood_in_for(method)
+            predicted = self._rehearsed if samples.needs_network(method) else self._stood_in_for
+            return predicted(method, passes)
         except Exception as error:  # whatever a method does to the network
             return Cost(method.name, method.kind, reason=errors.reason(error))
 
-    def _stood_in_for(self, method: Method) -> Cost:
+    def _stood_in_for(self, method: Method, given: int | None) -> Cost:
         """A method that needs products alone."""
         problem, metric = self._problem, self._metric
         if not isinstance(method, Stochastic):
@@ -158,7 +186,10 @@ class _Work:
             needed = method.passes_needed(problem, metric, self._target)
             passes = trial.passes * problem.n / (self._shape[0] * self._shape[1]) if needed is None else needed
         else:
-            tried, trial = self._search(method)
+            if given is None:
+                tried, trial = self._search(method)
+            else:
+                tried = trial = self._trial(method, given, self._shape, 1)
             self._check_memory(method, trial.budget)
             passes = trial.passes if trial.passes == tried.passes else self._spent(method, trial.budget)
         share = passes / trial.passes if trial.passes else 1.0
@@ -174,11 +205,11 @@ class _Work:
             trial.budget,
         )
 
-    def _rehearsed(self, method: Method) -> Cost:
+    def _rehearsed(self, method: Method, given: int | None) -> Cost:
         """A method that has to see the network."""
         problem, metric = self._problem, self._metric
-        budget = samples.budget(method, problem, metric)
-        for again in (True, False):
+        budget = samples.budget(method, problem, metric) if given is None else given
+        for again in (given is None, False):
             self._check_memory(method, budget)
             passes = method.passes_needed(problem, metric, self._target) if budget is None else budget
             slow = 0.0 if passes is None else self._rates.seconds("vjp", passes)
@@ -196,7 +227,7 @@ class _Work:
         relative = fewer * error / abs(value) if error and value else 0.0
         if method.kind == "approximate":
             relative = width = abs(value / found.exact - 1) if found.exact else math.nan
-        elif passes and self._rtol < width < math.inf:
+        elif given is None and passes and self._rtol < width < math.inf:
             more = min(self._factor(method, width), max(TOLERANCE_PASSES / passes, 1.0))
             width, relative = width / more ** self._order(method), relative / more ** self._order(method)
         if isinstance(method, Stochastic) and budget is not None:

@@ -1,4 +1,4 @@
-"""Measured over stated error, and coverage of 95 % intervals, of ``auto`` and every stochastic method by problem."""
+"""Measured over stated error, and coverage of 95 % intervals, of ``auto`` and every stochastic method."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ COLOURS = {
     "effective_rank": styles.GREEN,
     "alignment": styles.PINK,
 }
+LOST = ("below", "above")
+"""Verdicts out of range."""
+RING: dict[str, Any] = {"color": styles.BLACK, "marker": "o", "markersize": 8, "fillstyle": "none", "linestyle": ""}
 BANDS = {False: ("#E3EFE8", "the others"), True: ("#C9DFD3", AUTO)}
 """Colour of the target, and whose it is: of ``auto`` or not."""
 
@@ -38,43 +41,37 @@ KEPT += ["exact", "passes_spent", "rmse", "seeds", "target_low", "target_high", 
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A line for each method, a panel for each problem: errors above, coverage below."""
+    """A line for each method, with the cases of all problems: errors on the left, coverage on the right."""
     points = base.measured(table, "covered", "ratio")
     points = points[points["way"].isin(MARKERS)]
     if not len(points):
         return base.nothing(table, labels.why_not(table))
     style = {m: look for m, look in looks(table).items() if m in set(points["method"])}
     lines = {m: i for i, m in enumerate(sorted(style, key=lambda method: method != AUTO))}
-    problems = list(dict.fromkeys(points["problem"]))
     titles = [style[method].title for method in lines]
-    height = 0.3 * len(lines) + 0.1
     figure, grid = canvas.sheet(
-        [canvas.Row(height, above=0.65, below=0.3), canvas.Row(height, above=0.65, below=0.3)],
-        len(problems),
+        [canvas.Row(0.22 * len(lines) + 0.2, above=0.35, below=0.3)],
+        2,
         title=_finding(points),
         subtitle=base.settings_line(table).replace("median over", "over"),
         key=[("metric", _metrics(points)), ("asked for", _ways(points)), ("how to read", _reading(points))],
         left=0.3 + canvas.text_width(titles, 9.5),
-        gap=0.12,
+        gap=0.3,
     )
     heads = {
         "ratio": ("measured error / stated error", *RATIOS),
         "covered": ("coverage of 95 % intervals [%]", *COVERED),
     }
-    for panels, (column, (head, low, high)) in zip(grid, heads.items(), strict=True):
-        for panel, problem in zip(panels, problems, strict=True):
-            panel.set(xlim=(low, high), ylim=(len(lines) - 0.45, -0.55))
-            panel.set_yticks(range(len(lines)), titles if panel is panels[0] else [""] * len(lines))
-            panel.tick_params(axis="y", length=0)
-            if column == "ratio":
-                _ratio_axis(panel)
-            else:
-                _coverage_axis(panel, _targets(points))
-            panel.annotate(
-                labels.short(problem, 20), (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points"
-            )
-            _points(panel, points[points["problem"] == problem], column, lines)
-        canvas.heading(panels[0], head)
+    for panel, (column, (head, low, high)) in zip(grid[0], heads.items(), strict=True):
+        panel.set(xlim=(low, high), ylim=(len(lines) - 0.45, -0.55))
+        panel.set_yticks(range(len(lines)), titles if column == "ratio" else [""] * len(lines))
+        panel.tick_params(axis="y", length=0)
+        if column == "ratio":
+            _ratio_axis(panel)
+        else:
+            _coverage_axis(panel, _targets(points))
+        panel.set_title(head, loc="left")
+        _points(panel, points, column, lines)
     return base.Drawing(figure, points[KEPT].reset_index(drop=True), _caption(table, points))
 
 
@@ -101,7 +98,7 @@ def _coverage_axis(panel: Axes, targets: dict[bool, tuple[float, float]]) -> Non
 
 
 def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int]) -> None:
-    """Metrics below each other within the line of a method; hollow where estimates have a note."""
+    """Metrics below each other within the line of a method; hollow where estimates have a note, ringed out of range."""
     metrics = base.metrics_in(here)
     low, high = RATIOS if column == "ratio" else COVERED
     for row in here.to_dict("records"):
@@ -112,13 +109,15 @@ def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int])
             y,
             color=colour,
             marker=MARKERS[row["way"]],
-            markersize=4,
-            markeredgewidth=0.9,
+            markersize=3.6,
+            markeredgewidth=0.8,
             markerfacecolor="white" if row["noted"] >= 0.5 else colour,
             linestyle="",
             zorder=3,
             clip_on=False,
         )
+        if row["verdict"] in LOST:
+            panel.plot(min(max(row[column], low), high), y, **RING, zorder=4, clip_on=False)
 
 
 def _counts(points: pd.DataFrame) -> dict[bool, tuple[int, int]]:
@@ -162,6 +161,8 @@ def _reading(points: pd.DataFrame) -> list[key.Entry]:
     entries: list[key.Entry] = []
     if (points["noted"] >= 0.5).any():
         entries.append((Line2D([], [], **hollow, linestyle=""), "estimates have a note"))
+    if points["verdict"].isin(LOST).any():
+        entries.append((Line2D([], [], **RING), "coverage out of range"))
     return [
         *entries,
         (Line2D([], [], color=canvas.PALE, linewidth=1.2), "errors as stated"),
@@ -179,12 +180,13 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
     beyond = int(((points["ratio"] < RATIOS[0]) | (points["ratio"] > RATIOS[1])).sum())
     under = int((points["covered"] < COVERED[0]).sum())
     exact = int((base.measured(table, "exact")["exact"] == 1).sum())
-    lost = points[points["verdict"].isin(["below", "above"])]
+    lost = points[points["verdict"].isin(LOST)]
     names = lost.groupby("title").size().sort_values(ascending=False, kind="stable")
     said = ", ".join(f"{labels.plain(title)} {count}" for title, count in names.items())
     return (
-        "Root mean square of the errors against the exact value over that of the standard errors stated (above), and "
-        "share of 95 % intervals that hold the exact value (below), over seeds. A case is out of range where Wilson's "
+        "Root mean square of the errors against the exact value over that of the standard errors stated (left), and "
+        "share of 95 % intervals that hold the exact value (right), over seeds, on "
+        f"{points['problem'].nunique()} networks. A case is out of range where Wilson's "
         "95 % interval of its coverage has nothing in common with its target and its estimates have no note: "
         f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. {exact} cases in which all answers are exact "
         f"are not drawn. {beyond} ratios and {under} coverages beyond an axis are "

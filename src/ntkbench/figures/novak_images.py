@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from ntkbench.figures.plotting import base, canvas, claims, curves, key, labels, sources, styles
@@ -26,15 +26,10 @@ NAMES = {
     THEIRS: "structured derivatives",
     OURS: "ours",
 }
-KINDS: dict[str, tuple[Any, str]] = {
-    "ResNet": ("-", "o"),
-    "WideResNet": ((0, (3, 1, 1, 1)), "D"),
-    "ViT": ("--", "^"),
-    "Mixer": (":", "v"),
-}
-"""How a network's name begins, with the line of its operations and the marker of its seconds."""
-OTHER: tuple[Any, str] = ((0, (5, 1, 1, 1, 1, 1)), "s")
-"""Line and marker of other networks."""
+KINDS = {"ResNet": "o", "WideResNet": "D", "ViT": "^", "Mixer": "v"}
+"""How a network's name begins, with the marker of its seconds."""
+OTHER = "s"
+"""Marker of other networks."""
 OWN = (styles.PINK, "structured derivatives here")
 """Colour and name of what all is compared with."""
 CASE = ["network", "N", "O", *base.SETTINGS]
@@ -113,14 +108,13 @@ def _panel(panel: Axes, here: pd.DataFrame, there: pd.DataFrame, looks: dict[str
         canvas.decades(panel.yaxis, low, high)
     panel.axhline(1, color=OWN[0], linewidth=3, zorder=1.5)
     networks = list(dict.fromkeys(here["network"]))
-    counted = here[here["quantity"] == "flops"]
-    kinds = counted["network"].map(_kind).rename("kind")
-    for (kind, method), rows in counted.groupby([kinds, "method"], sort=False):
-        line = rows.groupby("O")["ratio"].median()
-        panel.plot(line.index, line, color=looks[method].colour, linestyle=KINDS.get(kind, OTHER)[0], linewidth=1.6)
+    for method, rows in here[here["quantity"] == "flops"].groupby("method", sort=False):
+        line = rows.groupby("O")["ratio"].agg(["median", "min", "max"])
+        panel.plot(line.index, line["median"], color=looks[method].colour, linewidth=1.6)
+        panel.fill_between(line.index, line["min"], line["max"], color=looks[method].colour, alpha=0.12, linewidth=0)
     for (network, method), rows in here[here["quantity"] == "seconds"].groupby(["network", "method"], sort=False):
         aside = 1.1 ** (networks.index(network) - (len(networks) - 1) / 2)
-        _, marker = KINDS.get(_kind(network), OTHER)
+        marker = KINDS.get(_kind(network), OTHER)
         panel.plot(rows["O"] * aside, rows["ratio"], color=looks[method].colour, marker=marker, markersize=7,
                    markeredgecolor="white", markeredgewidth=0.7, linestyle="", zorder=3)  # fmt: skip
     for method, rows in there[there["method"].isin(list(looks))].groupby("method", sort=False):
@@ -158,11 +152,11 @@ def _reading(plotted: pd.DataFrame, there: pd.DataFrame) -> key.Key:
     networks = pd.Series(plotted["network"].unique())
     entries: list[key.Entry] = []
     for kind, names in networks.groupby(networks.map(_kind), sort=False):
-        linestyle, marker = KINDS.get(kind, OTHER)
-        handle = Line2D([], [], color=styles.GREY, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=5)
+        handle = Line2D([], [], color=styles.GREY, linestyle="", marker=KINDS.get(kind, OTHER), markersize=7)
         entries.append((handle, labels.short(", ".join(names), 50)))
     reading: list[key.Entry] = [
-        (Line2D([], [], color=styles.GREY, linewidth=1.6), "line: operations, median of similar networks"),
+        (Line2D([], [], color=styles.GREY, linewidth=1.6), "line: operations, median over the networks"),
+        (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "band: from the least to the most"),
         (Line2D([], [], color=styles.GREY, marker="o", markersize=7, linestyle=""), "marker: seconds of one network"),
     ]
     if len(there):

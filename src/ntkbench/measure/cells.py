@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ntkbench import methods
 from ntkbench.errors import OverMemory, Unavailable
 from ntkbench.measure.config import Config
-from ntkbench.metrics import METRICS, SPECTRAL
+from ntkbench.metrics import METRICS, OF_KERNEL
 from ntkbench.problem import Problem
 
 
@@ -43,13 +43,13 @@ def cells(config: Config) -> list[Cell]:
         for problem, name, metric in itertools.product(block.problems, block.methods, block.metrics):
             method = methods.get(name)
             # A metric that a method never gives has no cell; one that it cannot give *here* has a row with the reason.
-            if metric not in (*method.metrics, *method.spectral):
+            if metric not in (*method.metrics, *method.kernel_metrics):
                 continue
             for backend in method.backends[: 1 if block.backends == "plain" else None]:
                 for passes in block.passes if method.takes_passes else [None]:
                     cell = Cell(problem, name, backend, metric, passes, seeds if method.takes_passes else 1, calls)
                     found.setdefault(cell.label, cell)
-    order = {metric: i for i, metric in enumerate((*METRICS, *SPECTRAL))}
+    order = {metric: i for i, metric in enumerate((*METRICS, *OF_KERNEL))}
     return sorted(found.values(), key=lambda c: (c.method, c.backend, c.problem, order[c.metric], c.passes or 0))
 
 

@@ -22,7 +22,7 @@ from ntkbench.measure import cells, outcomes, seeds, timing
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.seeds import Reruns
-from ntkbench.metrics import SPECTRAL
+from ntkbench.metrics import OF_KERNEL
 
 ASPECTS = ("memory", "seconds")
 """What a cell's executions measure, in this order; ``seconds`` includes the errors over seeds."""
@@ -75,12 +75,12 @@ class Execution:
         """
         with self.recorded():
             metric = self._cell.metric
-            if exact is None or metric in SPECTRAL:
+            if exact is None or metric in OF_KERNEL:
                 from ntkbench.problems.base import reference
 
                 exact = reference.exact(self._problem) if exact is None else exact
-            if metric in SPECTRAL:
-                exact = exact | reference.spectral(self._problem)
+            if metric in OF_KERNEL:
+                exact = exact | reference.of_kernel(self._problem)
                 if metric not in exact:
                     raise Unavailable(f"the exact {metric} of {self._problem.name} is not known in float64")
             start = time.perf_counter()

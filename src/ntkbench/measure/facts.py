@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import signal
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ntkbench import problems
-from ntkbench.measure import fingerprints, journal, outcomes, timing, watchdog
+from ntkbench.measure import apart, fingerprints, journal, outcomes, timing, watchdog
 from ntkbench.measure.config import Config
 from ntkbench.measure.journal import Journal
-from ntkbench.measure.outcomes import Outcome
 from ntkbench.measure.progress import Progress
 
 SIZES = ("N", "O", "P", "n")
@@ -59,39 +52,11 @@ def read(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts
 
 
 def _made(label: str, config: Config, part: Path) -> Facts:
-    facts, killed = _once(label, config, part)
-    return _once(label, config, part)[0] if killed else facts
+    return apart.run(_find, (label,), config.limits, config.threads, part)
 
 
-def _once(label: str, config: Config, part: Path) -> tuple[Facts, bool]:
-    """Facts, and whether something other than the limits killed the process that finds them."""
-    limits = config.limits
-    part.unlink(missing_ok=True)
-    child = multiprocessing.get_context("fork").Process(target=_make, args=(label, config.threads, part))
-    child.start()
-    watched = watchdog.Watched(psutil.Process(child.pid), time.monotonic(), limits.problem_s)
-    with watchdog.Watch(lambda: [watched], limits.memory_bytes) as watch:
-        child.join()
-    if watch.verdict:
-        return Outcome(*watch.verdict).columns(), False
-    try:
-        return dict(json.loads(part.read_text(encoding="utf-8"))), False
-    except (OSError, ValueError):
-        return outcomes.of_exit(child.exitcode or 0).columns(), child.exitcode == -signal.SIGKILL
-    finally:
-        part.unlink(missing_ok=True)
+def _find(label: str) -> Facts:
+    from ntkbench.problems.base import reference
 
-
-def _make(label: str, threads: int, part: Path) -> None:
-    watchdog.end_with_parent()
-    timing.use_threads(threads)
-    facts: Mapping[str, Any]
-    try:
-        from ntkbench.problems.base import reference
-
-        problem = problems.load(label)
-        sizes = {size: getattr(problem, size) for size in SIZES}
-        facts = {**Outcome(outcomes.OK).columns(), **sizes, "exact": reference.exact(problem)}
-    except BaseException as error:
-        facts = outcomes.of_exception(error).columns()
-    journal.write(part, facts)
+    problem = problems.load(label)
+    return {**{size: getattr(problem, size) for size in SIZES}, "exact": reference.exact(problem)}

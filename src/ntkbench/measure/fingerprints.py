@@ -38,6 +38,8 @@ AROUND = {
 """Files that turn a process's results into a row. Their imports, which run processes and keep rows, do not count."""
 LIMITS_OF_CELLS = {"time_s", "memory_mb", "block_mb", "passes"}
 """The limits that apply to cells; the others apply to problems and studies."""
+LIMITS_OF_FORECASTS = {"times_exact", "patience_s"}
+"""The limits that apply to cells whose costs are predicted."""
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
@@ -54,7 +56,8 @@ def cell(config: Config, cell: Cell) -> str:
     files = sources(*cell_roots(cell), backend=cell.backend) | _data_of_problem(cell.problem)
     files |= {SUITE, *(PACKAGE / name for name in AROUND["cell"])}
     settings = config.model_dump(mode="json", include={"device", "dtype", "threads"})
-    limits = config.limits.model_dump(mode="json", include=LIMITS_OF_CELLS)
+    applied = LIMITS_OF_CELLS | (LIMITS_OF_FORECASTS if config.limits.times_exact else set())
+    limits = config.limits.model_dump(mode="json", include=applied)
     return _hash(files, asdict(cell), settings, limits)
 
 

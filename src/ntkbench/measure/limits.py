@@ -28,6 +28,8 @@ class Limits(Strict):
         gigaflop: floating-point operations, in 10^9, above which a case is skipped, if they are known beforehand.
         patience_s: seconds of one call. A study that increases sizes or budgets step by step stops there with a method
             whose call took longer.
+        times_exact: if it is given, the costs of cells are predicted first. A cell is skipped whose call is predicted
+            to take longer than ``patience_s``, and more than this many times as long as the fastest exact method.
     """
 
     time_s: Positive = 60
@@ -37,6 +39,7 @@ class Limits(Strict):
     passes: PositiveInt = 20_000
     gigaflop: Positive = 1e9
     patience_s: Positive = 30
+    times_exact: Positive | None = None
 
     @property
     def memory_bytes(self) -> int:

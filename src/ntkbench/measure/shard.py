@@ -11,10 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import paths
-from ntkbench.measure import engine, execution, facts, fingerprints, journal, outcomes, rows, timing, watchdog
+from ntkbench.measure import (
+    engine,
+    execution,
+    facts,
+    fingerprints,
+    forecast,
+    journal,
+    outcomes,
+    rows,
+    timing,
+    watchdog,
+)
 from ntkbench.measure.cells import Cell, cells, of_shard
 from ntkbench.measure.config import Config
 from ntkbench.measure.engine import Engine
+from ntkbench.measure.forecast import Forecast
 from ntkbench.measure.journal import Journal
 from ntkbench.measure.outcomes import Outcome
 from ntkbench.measure.plan import Plan
@@ -48,9 +60,19 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
         made_for = {cell: fingerprints.cell(config, cell) for cell in shard}
         done = {cell: _known(cell, config, known, kept, made_for[cell]) for cell in shard}
         pending = [cell for cell in shard if done[cell] is None]
-        expected = _expected(pending, [row for row in done.values() if row])
         work = Path(tempfile.mkdtemp(prefix="ntkbench-"))
         try:
+            forecasts = _forecasts(config, pending, output, work) if config.limits.times_exact and pending else {}
+            for cell, reason in forecast.pruned(forecasts, config.limits).items():
+                if cell in pending:
+                    row = rows.row(
+                        cell, config, made_for[cell], Outcome(outcomes.SKIPPED, reason), known[cell.problem], {}
+                    )
+                    kept.begin(cell.label, made_for[cell])
+                    kept.finish(cell.label, made_for[cell], row)
+                    done[cell] = row
+                    pending.remove(cell)
+            expected = _expected(pending, [row for row in done.values() if row], forecasts)
             exact = {label: found["exact"] for label, found in known.items() if "exact" in found}
             plan = Plan(config, pending, exact, work)
             plan.write(work / "plan.json")
@@ -93,9 +115,20 @@ def _known(
     return kept.row(cell.label, made_for)
 
 
-def _expected(pending: list[Cell], before: list[dict[str, Any]]) -> dict[Cell, float]:
+def _forecasts(config: Config, pending: list[Cell], output: Path, work: Path) -> Mapping[Cell, Forecast]:
+    """Predicted costs of the cells, and of the exact methods that they are compared with."""
+    chosen = dict.fromkeys([*pending, *forecast.rivals(pending, cells(config))])
+    timing.import_early(with_jax=False)
+    with Progress(output.parents[1], output.stem, GUESS * len(pending)) as progress:
+        return forecast.make(config, chosen, work, lambda label: progress.begin(f"predicting costs, {label}", 0.0))
+
+
+def _expected(
+    pending: list[Cell], before: list[dict[str, Any]], forecasts: Mapping[Cell, Forecast]
+) -> dict[Cell, float]:
     walls = [row["wall_seconds"] for row in before if row.get("wall_seconds")]
-    return dict.fromkeys(pending, statistics.mean(walls) if walls else GUESS)
+    guess = statistics.mean(walls) if walls else GUESS
+    return {cell: forecasts[cell].wall(cell) if cell in forecasts else guess for cell in pending}
 
 
 def _measure(asv: Engine, cell: Cell, index: int, work: Path) -> tuple[Outcome, dict[str, Any]]:

@@ -14,7 +14,7 @@ from types import ModuleType
 from ntkbench import registry
 from ntkbench.errors import BadInput, unknown
 from ntkbench.methods.base import KINDS, Method, Stochastic
-from ntkbench.metrics import METRICS, SPECTRAL
+from ntkbench.metrics import METRICS, OF_KERNEL
 from ntkbench.options import BACKENDS
 from ntkbench.registry import Fault, Source
 
@@ -76,8 +76,8 @@ def _checked(source: Source, module: ModuleType, name: str) -> Method:
         raise fault("kind", f"kind is {cls.kind!r}: 'stochastic' is for subclasses of Stochastic, and for all of them")
     _check_words(cls, "backends", "backend", BACKENDS, fault)
     _check_words(cls, "metrics", "metric", METRICS, fault)
-    if cls.spectral:
-        _check_words(cls, "spectral", "metric", SPECTRAL, fault)
+    if cls.kernel_metrics:
+        _check_words(cls, "kernel_metrics", "metric", OF_KERNEL, fault)
     for attribute in ("needs_independent_samples", "needs_recurrence"):
         if not isinstance(getattr(cls, attribute), bool):
             raise fault(attribute, f"{attribute} must be True or False; got {getattr(cls, attribute)!r}")

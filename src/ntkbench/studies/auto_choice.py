@@ -32,6 +32,8 @@ from ntkbench.studies import base
 TIMED = True
 PLUGINS = base.methods_and_problems()
 AUTO = "auto"
+SEEDS = (2, 3, 4)
+"""Seeds of timed calls."""
 RIVAL = 4.0
 """A method takes part in the timing in turn if its own time is within this factor of the fastest one's."""
 
@@ -171,10 +173,14 @@ def _check(settings: Settings, problem: Problem, metric: str, method: Method) ->
 
 
 def _calls(settings: Settings, task: dict[str, Any], name: str) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
-    """The timed call, with another seed each time, and the first one."""
-    seeds = itertools.count(2)
+    """The timed call, with one of a few seeds each time, and a first one with each of them.
+
+    Numbers of probes depend on the seed, and programs for a new number are traced at the first call. Methods share
+    these programs, so that the first one in a turn would otherwise trace for all.
+    """
+    seeds = itertools.cycle(SEEDS)
     call = functools.partial(_estimate, settings, task, name)
-    return lambda: call(next(seeds)), lambda: call(0)
+    return lambda: call(next(seeds)), lambda: [call(seed) for seed in SEEDS]
 
 
 def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:

@@ -18,7 +18,7 @@ from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import labels
 from ntkbench.figures.plotting.claims import Claim
 from ntkbench.measure.provenance import several_machines
-from ntkbench.metrics import METRICS, SPECTRAL
+from ntkbench.metrics import METRICS, OF_KERNEL
 
 STYLE = Path(__file__).with_name("ntkbench.mplstyle")
 KINDS = ("exact", "approximate", "stochastic")
@@ -127,7 +127,7 @@ def measured(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def metrics_in(table: pd.DataFrame) -> list[str]:
     """The table's metrics in their usual order, unknown ones last."""
     there = set(table["metric"])
-    known = (*METRICS, *SPECTRAL)
+    known = (*METRICS, *OF_KERNEL)
     return [m for m in known if m in there] + sorted(there - set(known))
 
 

@@ -41,11 +41,13 @@ CALLS = {
     "torch": {
         "alignment": "ntkbench.alignment(model, other, x, {})",
         "spectrum": "ntkbench.spectrum(model, x)",
+        "regression_error": "ntkbench.Kernel(model, x).regress(held_out, y, ridge=ridge)",
         "": "ntkbench.{}(model, x, {})",
     },
     "jax": {
         "alignment": "ntkbench.alignment(f, other_params, x, params=params, {})",
         "spectrum": "ntkbench.spectrum(f, x, params=params)",
+        "regression_error": "ntkbench.Kernel(f, x, params=params).regress(held_out, y, ridge=ridge)",
         "": "ntkbench.{}(f, x, params=params, {})",
     },
 }

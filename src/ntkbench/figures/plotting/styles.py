@@ -12,9 +12,10 @@ import pandas as pd
 from ntkbench.figures.plotting import labels
 from ntkbench.figures.plotting.base import KINDS
 
-# Okabe and Ito's colour-blind safe colours without yellow (too pale for a line), and three of Paul Tol's "muted".
-BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2"
-VERMILION, PINK, WINE, INDIGO, OLIVE = "#D55E00", "#CC79A7", "#882255", "#332288", "#999933"
+# Okabe and Ito's colour-blind safe colours without yellow, and three of Paul Tol's "muted". Pale ones are darkened to a
+# contrast of 3:1 with white, and their neighbours with them, so that they stay apart under deuteranopia.
+BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#CC8400", "#3A9BDC", "#009E73", "#005A93"
+VERMILION, PINK, WINE, INDIGO, OLIVE = "#B83F00", "#CC79A7", "#882255", "#332288", "#8A9A5B"
 GREY = "#6B6B6B"
 """Colour of text beside the data."""
 COLOURS = (ORANGE, BLUE, VERMILION, GREEN, PINK, SKY, WINE, INDIGO, BLACK, OLIVE)

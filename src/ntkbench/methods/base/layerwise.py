@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,11 +12,12 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
-from ntkbench.methods.base import Ledger, Method, eigenvalues
+from ntkbench.methods.base import Ledger, Method, kernel_metrics
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays, torch_network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.problems.base.outputs import change_by_training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +37,7 @@ class Layerwise(Method):
     needs_independent_samples = True
     prepares = "trace"
     kernel: ClassVar[str] = "full"
-    spectral = metrics.SPECTRAL
+    kernel_metrics = metrics.OF_KERNEL
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.layerwise import sample_kernels
@@ -46,10 +48,10 @@ class Layerwise(Method):
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta, Theta_f and their product if these are of two networks; otherwise they are computed in blocks.
 
-        Eigenvalues take the kernel and its decomposition in float64.
+        Metrics of the whole kernel take it and its decomposition in float64.
         """
-        if metric in metrics.SPECTRAL:
-            return eigenvalues.bytes_needed(problem.n if self.kernel == "full" else problem.N, target)
+        if metric in metrics.OF_KERNEL:
+            return kernel_metrics.bytes_needed(problem.n if self.kernel == "full" else problem.N, target)
         whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
         return 3 * problem.n**2 * target.itemsize if whole else 0
 
@@ -74,8 +76,8 @@ class Layerwise(Method):
         from ntkbench.layerwise import sample_kernels
 
         metrics.check_any(metric)
-        if metric in metrics.SPECTRAL:
-            return self._of_eigenvalues(prepared, metric)
+        if metric in metrics.OF_KERNEL:
+            return self._of_whole(prepared, metric)
         ends = prepared.ends(metric)
         ledger = ledger_of(ends)
         moments = _moments(sample_kernels.get(self.kernel), ends, metric)
@@ -87,11 +89,12 @@ class Layerwise(Method):
             rounding = rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
         return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
 
-    def _of_eigenvalues(self, prepared: TracedProblem, metric: str) -> Estimate:
-        """A metric of the eigenvalues, by the decomposition of the whole kernel in float64 on the host.
+    def _of_whole(self, prepared: TracedProblem, metric: str) -> Estimate:
+        """A metric of the whole kernel, which is decomposed in float64 on the host.
 
         Raises:
-            Unavailable: the condition number is asked for, and Theta is singular or may be.
+            Unavailable: the condition number is asked for, and Theta is singular or may be; or the regression error is
+                not defined.
         """
         from ntkbench.layerwise import sample_kernels
 
@@ -102,7 +105,8 @@ class Layerwise(Method):
         P = sum(w.numel() for w in end.parameters)
         copies = end.engine.O if kernel.between_samples else 1
         epsilon = arrays.epsilon(end.parameters[0])
-        value, rounding = eigenvalues.of_kernel(metric, made, P, epsilon, certificate, copies=copies)
+        change = prepared.change if metric == metrics.REGRESSION else None
+        value, rounding = kernel_metrics.of_kernel(metric, made, P, epsilon, certificate, copies=copies, change=change)
         known = rounding if self.kind == "exact" else None
         return Estimate(value, None, spent, self.name, notes, metric, certificate=certificate, rounding=known)
 
@@ -159,6 +163,11 @@ class TracedProblem:
         if self._ends and not _two_networks(self._problem):
             return TracedNetwork(self.engine, list(weights.values()), self.x)
         return TracedNetwork(reuse.traced(module, weights, x, self._target.memory), list(weights.values()), x)
+
+    @functools.cached_property
+    def change(self) -> np.ndarray:
+        """Change of the outputs by training ``[N, O]``, in float64 on the host."""
+        return change_by_training(self._problem, self._target.device)
 
     def certify_again(self) -> None:
         """Compare the next kernels with plain autograd even if they were compared before."""

@@ -26,7 +26,7 @@ class Method(ABC):
         source: paper and equation, or program, that the method comes from.
         backends: backends that it runs on, the default first.
         metrics: metrics that it computes, of those that are functions of moments.
-        spectral: metrics of eigenvalues that it computes.
+        kernel_metrics: metrics of the whole kernel that it computes.
         needs_independent_samples: whether it requires that each output depends only on its own sample.
         needs_recurrence: whether it requires a module that declares a recurrence over time.
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
@@ -38,7 +38,7 @@ class Method(ABC):
     source: ClassVar[str]
     backends: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
-    spectral: ClassVar[tuple[str, ...]] = ()
+    kernel_metrics: ClassVar[tuple[str, ...]] = ()
     needs_independent_samples: ClassVar[bool] = False
     needs_recurrence: ClassVar[bool] = False
     prepares: ClassVar[str] = "operators"
@@ -58,7 +58,7 @@ class Method(ABC):
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
         """Why the method does not support a problem, metric, target or budget; ``None`` if it does."""
-        if metric not in (given := (*self.metrics, *self.spectral)):
+        if metric not in (given := (*self.metrics, *self.kernel_metrics)):
             return f"gives {', '.join(given)} only"
         if target.backend not in self.backends:
             return f"runs on {', '.join(self.backends)} only"
@@ -69,6 +69,10 @@ class Method(ABC):
             return "the problem has no network in JAX"
         if metric == "alignment" and problem.theta_f is None:
             return "the problem has no trained weights to align with"
+        if metric == metrics.REGRESSION and (problem.theta_f is None or problem.other is not None):
+            return "the problem has no trained weights, whose outputs are predicted"
+        if metric == metrics.REGRESSION and problem.module is None:
+            return "the problem has no network in torch, which gives the outputs"
         if self.needs_one_network and networks[-1] is not problem:
             return "aligns two sets of weights of one network, and these are of two networks"
         if self.needs_independent_samples and problem.samples_interact:
@@ -106,7 +110,7 @@ class Method(ABC):
 
         Args:
             prepared: the result of :meth:`prepare`.
-            metric: one of ``self.metrics`` or ``self.spectral``.
+            metric: one of ``self.metrics`` or ``self.kernel_metrics``.
             passes: upper limit on the passes of a stochastic method; ``None`` for the others.
             seed: seed of the probes; the same seed gives the same estimate.
         """

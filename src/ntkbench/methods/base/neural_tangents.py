@@ -10,19 +10,20 @@ import numpy as np
 
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
-from ntkbench.methods.base import Method, eigenvalues
+from ntkbench.methods.base import Method, kernel_metrics
 from ntkbench.metrics import Moments
 from ntkbench.operators import certificate, plain_gradient, programs
 from ntkbench.operators.neural_tangents import is_installed, load
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.problems.base.outputs import change_by_training
 
 if TYPE_CHECKING:
     import jax
 
 
 KERNEL = "kernel"
-"""What a program computes for metrics of eigenvalues."""
+"""What a program computes for metrics of the whole kernel."""
 FEW_ROWS, CERTIFIED_ROWS = 16, 64
 """Rows of J that the certificate of a trace takes: of samples that have no more than the first number together, or of
 one sample that has no more than the second."""
@@ -31,8 +32,8 @@ one sample that has no more than the second."""
 class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
-    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f; for eigenvalues it goes to the host
-    and is decomposed in float64. The trace is requested by traced
+    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f; for metrics of the whole
+    kernel it goes to the host and is decomposed in float64. The trace is requested by traced
     and diagonal axes, so that an implementation may hold only ``[N]`` numbers. The program is compiled at the first
     estimate of a metric and kept. It is refused if it takes more memory than
     :func:`ntkbench.operators.programs.memory_limit` allows.
@@ -46,7 +47,7 @@ class NeuralTangents(Method):
     needs_independent_samples = True
     prepares = ""
     needs_one_network = True
-    spectral = metrics.SPECTRAL
+    kernel_metrics = metrics.OF_KERNEL
     implementation: ClassVar[str]
 
     def unsupported_reason(
@@ -56,9 +57,9 @@ class NeuralTangents(Method):
         return reason or (None if is_installed() else "neural-tangents is not installed")
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta (and Theta_f), for eigenvalues with its decomposition; for the trace the traces of diagonal blocks."""
-        if metric in metrics.SPECTRAL:
-            return eigenvalues.bytes_needed(problem.n, target)
+        """Theta (and Theta_f), and its decomposition for metrics of the whole kernel; for the trace N numbers."""
+        if metric in metrics.OF_KERNEL:
+            return kernel_metrics.bytes_needed(problem.n, target)
         numbers = problem.N if metric == "trace" else len(metrics.parameter_sets(metric)) * problem.n**2
         return numbers * target.itemsize
 
@@ -80,12 +81,12 @@ class NeuralTangents(Method):
             Unavailable: the condition number is asked for, and Theta is singular or may be.
         """
         metrics.check_any(metric)
-        if metric in metrics.SPECTRAL:
+        if metric in metrics.OF_KERNEL:
             theta = prepared.kernel()
-            value, rounding = eigenvalues.of_kernel(
-                metric, theta.astype(np.float64), prepared.P, float(np.finfo(theta.dtype).eps), prepared.certificate
+            found, change = prepared.certificate, prepared.change if metric == metrics.REGRESSION else None
+            value, rounding = kernel_metrics.of_kernel(
+                metric, theta.astype(np.float64), prepared.P, float(np.finfo(theta.dtype).eps), found, change=change
             )
-            found = prepared.certificate
             return Estimate(value, None, None, self.name, metric=metric, certificate=found, rounding=rounding)
         moments = prepared.moments(metric)
         return Estimate.of_moments(metric, moments, None, self.name, certificate=prepared.certificate)
@@ -142,6 +143,11 @@ class CompiledPrograms:
         """
         theta: np.ndarray = self._made(KERNEL)
         return theta.transpose(0, 2, 1, 3).reshape(self._problem.n, self._problem.n)
+
+    @functools.cached_property
+    def change(self) -> np.ndarray:
+        """Change of the outputs by training ``[N, O]``, in float64 on the host."""
+        return change_by_training(self._problem)
 
     def _made(self, what: str) -> Any:
         """The moments of a metric, or the kernel, on the host; certified at the first call."""

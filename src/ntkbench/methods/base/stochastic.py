@@ -150,10 +150,19 @@ class Incremental(Stochastic):
     Attributes:
         first_batch: number of probes before the first check of the standard error, if there is a tolerance.
         order: power of the number of probes by which errors fall at best; a half for means, one for pairs.
+        by_sample: whether the variance of the trace is estimated sample by sample.
     """
 
     first_batch: ClassVar[int] = 16
     order: ClassVar[float] = 0.5
+    by_sample: ClassVar[bool] = False
+
+    def probes_to_decide(self, problem: Problem, metric: str) -> int:
+        """Probes without which a tolerance is hardly ever reached: their error has too few degrees of freedom."""
+        probes = max(self.first_batch, self.fewest_probes)
+        if metric == "trace" and self.by_sample:
+            return max(probes, 1 + math.ceil(LEAST_DEGREES / problem.N))
+        return probes
 
     @abstractmethod
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
@@ -187,7 +196,8 @@ class Incremental(Stochastic):
             rtol: tolerance; probes are drawn until the interval of every metric extends at most ``rtol`` times the
                 value to either side. The interval is checked only a few times; see :func:`_growth`.
             confidence: confidence level of the interval.
-            exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more.
+            exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more than
+                :data:`WORTH` times as many.
 
         Raises:
             ExactIsCheaper: it is given up. The estimates so far are not returned, as their errors did not decide.
@@ -229,9 +239,10 @@ class Incremental(Stochastic):
             progress_bar.say(f", within {100 * width:.2g} % of {100 * rtol:.2g} %")
             looks.append((drawn, width / rtol))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
-            if needed * spent / drawn > exact_passes and spent + exact_passes <= passes:
+            remaining = spent * (needed / drawn - 1)
+            if remaining > WORTH * exact_passes and spent + exact_passes <= passes:
                 raise ExactIsCheaper(spent)
-            batch = min(most - drawn, max(fewest, further))
+            batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
             if not (width := estimate.relative_width(confidence)) <= rtol:
                 note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
@@ -239,6 +250,19 @@ class Incremental(Stochastic):
         return found
 
 
+STEP = 4
+"""Numbers of probes after the first look are multiples of this, so that few programs are traced or compiled."""
+
+
+def _rounded(probes: int, first: int) -> int:
+    """A number of probes, rounded up: by at most a quarter from 16 on, by less where the first look is smaller."""
+    step = min(STEP, first) * 2 ** max(0, int(math.log2(probes / (4 * STEP))) if probes > 4 * STEP else 0)
+    return step * math.ceil(probes / step)
+
+
+WORTH = 0.5
+"""Share of the passes of exact values up to which more probes are worth it: how many are needed is uncertain, and exact
+values end the matter."""
 MOST_EXCESS = 1e100
 """Ratio of error to tolerance beyond which larger ratios make no difference."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ class StructuredUStatistics(Incremental):
     needs_independent_samples = True
     first_batch = 4
     order = 1.0
+    by_sample = True
     max_gradients: ClassVar[int] = 1024
     max_group: ClassVar[int] = 2048
     least_with_pilot: ClassVar[int] = 8
@@ -67,6 +69,10 @@ class StructuredUStatistics(Incremental):
         ends, known = self.networks(prepared, widest(names))
         accumulator = GroupedUStatistics(ends, names, seed, self.max_group, self.least_with_pilot, known)
         return accumulator, with_notes(ledger_of(ends), accumulator)
+
+
+PIECES = 16
+"""Largest number of pieces that probes for a trace are drawn in, after the first ones."""
 
 
 def widest(names: Sequence[str]) -> str:
@@ -118,8 +124,9 @@ class GroupedUStatistics(Accumulator):
     def extend(self, probes: int) -> None:
         if self._names == ("trace",):
             end = self._ends[0]
-            traces = end.engine.diagonal(end.parameters, end.x, self._directions(probes))
-            self._traces.append(arrays.to_numpy(traces.T, np.float64))
+            for k in self._pieces(probes):
+                traces = end.engine.diagonal(end.parameters, end.x, self._directions(k))
+                self._traces.append(arrays.to_numpy(traces.T, np.float64))
             return
         passes: float = probes
         if self._choice:
@@ -131,6 +138,14 @@ class GroupedUStatistics(Accumulator):
             passes -= self._cost(k, len(self._choice))
             self._groups.append((k, self._group(k)))
         self._unspent = passes
+
+    def _pieces(self, probes: int) -> list[int]:
+        """Numbers of probes, of which there are few different ones: the network is traced anew for each."""
+        if not self._traces:
+            return [probes]
+        size = len(self._traces[0]) * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * len(self._traces[0])))))
+        whole, rest = divmod(probes, size)
+        return [size] * whole + [rest] * bool(rest)
 
     def estimate(self, metric: str) -> PointEstimate:
         if self._names == ("trace",):

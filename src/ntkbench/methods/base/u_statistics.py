@@ -149,6 +149,7 @@ class OneSidedPerSample(Accumulating):
     metrics = ("trace",)
     needs_independent_samples = True
     first_batch = 4
+    by_sample = True
     side: ClassVar[Side]
 
     def passes_per_probe(self, metric: str) -> int:
@@ -199,6 +200,7 @@ class StratifiedUStatistics(Accumulating):
     backends = ("torch", "jax")
     needs_independent_samples = True
     order = 1.0
+    by_sample = True
     max_gradients: ClassVar[int] = 1024
 
     @abstractmethod

@@ -22,13 +22,15 @@ import numpy as np
 
 from ntkbench import paths, problems
 from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, Unavailable, Undefined, summary
+from ntkbench.estimators.regression import regression_error
 from ntkbench.estimators.rows import moments_from_rows
-from ntkbench.metrics import METRICS, SPECTRAL, Moments, of_eigenvalues, squared_norm
+from ntkbench.metrics import METRICS, REGRESSION, SPECTRAL, Moments, of_eigenvalues, squared_norm
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.problems import base
 from ntkbench.problems.base import storage, weights
+from ntkbench.problems.base.outputs import change_by_training
 
 MEMORY = 2**32
 """Bytes that a block of rows of J may take."""
@@ -58,11 +60,12 @@ def exact(problem: Problem) -> dict[str, float]:
     return record["metrics"]
 
 
-def spectral(problem: Problem) -> dict[str, float]:
-    """Metric of the eigenvalues to exact value, from the cache, or computed now (and cached).
+def of_kernel(problem: Problem) -> dict[str, float]:
+    """Metric of the whole kernel to exact value, from the cache, or computed now (and cached).
 
-    The condition number is missing where the smallest eigenvalue may be zero. Cost: a backward pass for each row of J,
-    and the decomposition of the smaller of Theta and J^T J in float64.
+    The condition number is missing where the smallest eigenvalue may be zero, the regression error where there are no
+    trained weights, or Theta does not fit in :data:`MEMORY`. Cost: a backward pass for each row of J, the decomposition
+    of the smaller of Theta and J^T J in float64, and a Cholesky factor of a quarter of Theta.
 
     Raises:
         Unavailable: J or the smaller matrix takes more than :data:`MEMORY`.
@@ -76,7 +79,7 @@ def spectral(problem: Problem) -> dict[str, float]:
         raise Unavailable(
             f"exact eigenvalues of {problem.name} take {needed / 2**30:.1f} GiB, over {MEMORY / 2**30:.0f} GiB"
         )
-    file = paths.cache() / "spectral" / f"{problem.name}.json"
+    file = paths.cache() / "of_kernel" / f"{problem.name}.json"
     with _explained(problem):
         digest = problem.digest()
         if (stored := storage.read(file)) is not None and stored.get("digest") == digest:
@@ -92,6 +95,13 @@ def spectral(problem: Problem) -> dict[str, float]:
         for metric in SPECTRAL:
             with contextlib.suppress(Undefined):
                 found[metric] = of_eigenvalues(metric, values, error=error)
+        if problem.theta_f is not None and problem.other is None and 8 * 3 * n**2 <= MEMORY:
+            theta = gram if n <= P else (J @ J.T).cpu().numpy()
+            if not problem.samples_interact:  # rows are in the order of the blocks
+                order = np.argsort(np.concatenate([jacobian.row_numbers(*block) for block in blocks]))
+                theta = theta[np.ix_(order, order)]
+            with contextlib.suppress(Undefined):
+                found[REGRESSION] = regression_error(theta, change_by_training(problem))
     storage.write(file, {"problem": problem.name, "metrics": found, "digest": digest})
     return found
 

@@ -1,4 +1,4 @@
-"""Metrics of eigenvalues of a kernel that is written out, with bounds on their rounding."""
+"""Metrics of a kernel that is written out, with bounds on their rounding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.errors import Unavailable, Undefined
 from ntkbench.estimate import rounding_bound
+from ntkbench.estimators.regression import regression_error, sensitivity
 from ntkbench.estimators.spectrum import entropy_rounding
 from ntkbench.options import Target
 
@@ -20,30 +21,46 @@ def bytes_needed(rows: int, target: Target) -> int:
 
 
 def of_kernel(
-    metric: str, kernel: np.ndarray, P: int, epsilon: float, certificate: float | None, *, copies: int = 1
+    metric: str,
+    kernel: np.ndarray,
+    P: int,
+    epsilon: float,
+    certificate: float | None,
+    *,
+    copies: int = 1,
+    change: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """A metric of the eigenvalues of A (x) I, and a bound on its relative rounding.
+    """A metric of A (x) I, and a bound on its relative rounding.
 
     By Weyl's inequality no eigenvalue changes by more than the norm of the kernel's rounding.
 
     Args:
-        metric: one of :data:`ntkbench.metrics.SPECTRAL`.
+        metric: one of :data:`ntkbench.metrics.OF_KERNEL`.
         kernel: A, in float64 on the host.
         P: number of parameters that A is a sum over.
         epsilon: relative rounding of the numbers that A was computed with.
         certificate: relative difference from plain autograd.
         copies: size of the identity matrix.
+        change: change of the outputs by training ``[N, O]``, for the regression error.
 
     Raises:
-        Unavailable: the condition number is asked for, and the kernel is singular or may be; or the kernel is zero.
+        Unavailable: the condition number is asked for, and the kernel is singular or may be; or the kernel is zero; or
+            the regression error is not defined.
     """
     rows = len(kernel)
+    share = rounding_bound("trace", epsilon, max(rows, P), certificate)
+    if metric == metrics.REGRESSION and change is not None:
+        try:
+            value = regression_error(kernel, change)
+        except Undefined as undefined:
+            raise Unavailable(str(undefined)) from None
+        bound = sensitivity(kernel, change, share)
+        return value, bound / value if value else 0.0
     if metric == "condition_number" and copies == 1 and rows > P:
         raise Unavailable(f"the kernel of {rows} rows is singular, as there are {P} parameters")
     values = np.linalg.eigvalsh(kernel)
     largest, smallest, trace = float(values.max()), float(values.min()), float(abs(values).sum())
     # The rounding of the kernel, and that of the decomposition.
-    share = rounding_bound("trace", epsilon, max(rows, P), certificate)
     error = share * trace + rows * float(np.finfo(np.float64).eps) * float(abs(values).max())
     try:
         value = metrics.of_eigenvalues(metric, values, copies=copies, error=2 * error)
