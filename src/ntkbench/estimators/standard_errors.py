@@ -245,6 +245,13 @@ class PairSums:
 
 
 def _outer(y: np.ndarray) -> np.ndarray:
-    """Products of any two moments, summed over all other axes: ``[m, ...] -> [m, m]``."""
-    flat = y.reshape(len(y), math.prod(y.shape[1:]))
-    return flat @ flat.T
+    """Products of any two moments, summed over all other axes: ``[m, ...] -> [m, m]``.
+
+    By torch, whose threads also run the network. Those of the BLAS of NumPy wait actively for some 20 ms afterwards, and
+    on two cores slow the network's next products down several times.
+    """
+    import torch
+
+    flat = torch.from_numpy(np.ascontiguousarray(y.reshape(len(y), math.prod(y.shape[1:]))))
+    found: np.ndarray = (flat @ flat.T).numpy()
+    return found
