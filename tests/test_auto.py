@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import ladder, methods
+from ntkbench import ladder, methods, problems
 from ntkbench.errors import NtkbenchError
 from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 SEEDS = 5
 MARGIN = 1.5
@@ -180,3 +182,42 @@ def test_an_exact_value_that_memory_makes_dearer_than_an_estimate_is_left():
     assert any(note.startswith("not by structured_derivatives: ") for note in tight.notes)
     assert abs(float(tight) / float(roomy) - 1) < 0.2
     assert ntkbench.norm(model, x, memory=2**21, passes=1000).standard_error is None
+
+
+def recurrent(N: int) -> Problem:
+    return problems.load(f"rnn_flipflop[H=32,N={N}]")
+
+
+@pytest.mark.parametrize(("N", "few"), [(8, True), (20, True), (100, False)])
+def test_inner_products_of_gradients_count_where_a_run_needs_many_probes(N, few):
+    """With few trials pooled probes are faster; 12 probes on 100 trials are not worth a change."""
+    problem = recurrent(N)
+    assert (methods.get("group_u_statistics").worthwhile_probes(problem) <= 60) == few
+    assert methods.get("hutchinson").worthwhile_probes(problem) == math.inf
+
+
+def test_a_recurrent_network_turns_to_pooled_probes_where_group_statistics_need_many():
+    problem, target = recurrent(8), Target(device="cpu")
+    kernel = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x))
+    loose = kernel.norm(rtol=0.5)
+    assert loose.method == "group_u_statistics" and not loose.notes
+    tight = kernel.norm(rtol=0.03)
+    assert tight.method != "group_u_statistics"
+    assert any("of group_u_statistics came first: methods without inner products" in note for note in tight.notes)
+    assert tight.covers(kernel.norm(method="structured_derivatives").value, "float32")
+    asked = kernel.norm(rtol=0.03, method="group_u_statistics")
+    assert asked.method == "group_u_statistics"
+    bounded = kernel.norm(rtol=0.03, passes=64)
+    assert bounded.passes <= 64 and not any("without inner products" in note for note in bounded.notes)
+    exact = ladder.exact_methods(problem, "norm", target)
+    assert min(exact.values()) > min(ladder.exact_methods(problem, "trace", target).values())
+
+
+def test_group_statistics_are_taken_up_again_where_nothing_else_works(monkeypatch):
+    problem = recurrent(8)
+    alone = lambda *_: ["group_u_statistics"]  # noqa: E731
+    monkeypatch.setattr(ladder, "_estimators", alone)
+    monkeypatch.setattr(ladder, "exact_methods", lambda *_: {})
+    monkeypatch.setattr(ladder, "FLOOR", "hutchinson")
+    found = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x)).norm(rtol=0.03)
+    assert found.method == "group_u_statistics" and found.relative_width() <= 0.03

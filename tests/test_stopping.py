@@ -7,10 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import chdtri
 
+import ntkbench
+from ntkbench import methods
 from ntkbench.estimators.accumulators import ProbeMeans, StratifiedTrace
-from ntkbench.methods.base import ExactIsCheaper, Incremental
+from ntkbench.methods.base import ExactIsCheaper, Incremental, stochastic
 
 RTOL, SEEDS = 0.1, 1000
 
@@ -73,6 +78,59 @@ def test_a_run_that_is_given_up_for_exact_values_gives_no_estimate():
         with pytest.raises(ExactIsCheaper) as stopped:
             Drawn(LAWS["normal"], 0.05, 1).estimates(None, ("trace",), 1000, seed, RTOL, exact_passes=20)
         assert stopped.value.passes == 4
+
+
+def test_numbers_of_probes_are_few_different_ones():
+    """A network is traced anew for each of them."""
+    drawn: set[int] = set()
+    for seed in range(200):
+        method = Drawn(LAWS["normal"], math.log1p(RTOL) * math.sqrt(60) / 1.96, 1)
+        begin = method.begin
+
+        def noted(*arguments, begin=begin):
+            accumulator, ledger = begin(*arguments)
+            extend = accumulator.extend
+            accumulator.extend = lambda probes: (drawn.add(probes), extend(probes))
+            return accumulator, ledger
+
+        method.begin = noted
+        method.estimates(None, ("trace",), 10**5, seed, RTOL)
+    assert len(drawn) < 25 and all(probes % 4 == 0 for probes in drawn)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([1, 2, 4, 16, 40]))
+def test_probes_are_rounded_up_by_a_quarter_at_most(probes, first):
+    rounded = stochastic._rounded(probes, first)
+    assert probes <= rounded < probes + max(4, probes / 4)
+
+
+@pytest.mark.parametrize(("passes", "turns"), [(39, False), (1000, True)])
+def test_a_run_is_given_up_where_it_would_take_half_of_the_exact_values_passes(passes, turns):
+    """About 100 probes are needed. There is no point in giving up if the budget does not allow exact values."""
+    deviation, given_up = math.log1p(RTOL) * math.sqrt(100) / 1.96, 0
+    for seed in range(50):
+        method = Drawn(LAWS["normal"], deviation, 1)
+        try:
+            method.estimates(None, ("trace",), passes, seed, RTOL, exact_passes=40)
+        except ExactIsCheaper:
+            given_up += 1
+    assert given_up > 40 if turns else given_up == 0
+    kept = 0
+    for seed in range(50):
+        found = Drawn(LAWS["normal"], deviation, 1).estimates(None, ("trace",), 10**4, seed, RTOL, exact_passes=4000)
+        kept += found["trace"].relative_width() <= RTOL
+    assert kept == 50
+
+
+@pytest.mark.parametrize(("N", "least"), [(1, 61), (4, 16), (60, 2), (1000, 2)])
+def test_a_trace_of_few_samples_is_not_decided_by_few_probes(N, least):
+    """Each sample has the degrees of freedom of its own probes."""
+    problem = ntkbench.from_module(torch.nn.Linear(2, 3), torch.zeros(N, 2))
+    for name in ("structured_block_u_statistics", "per_sample_trace", "block_u_statistics", "group_u_statistics"):
+        fewest = max(methods.get(name).first_batch, methods.get(name).fewest_probes)
+        assert methods.get(name).probes_to_decide(problem, "trace") == max(least, fewest)
+        assert methods.get(name).probes_to_decide(problem, "norm") <= 4
+    assert methods.get("one_sided_reverse").probes_to_decide(problem, "trace") == 16
 
 
 def test_a_run_that_stops_after_few_probes_states_the_upper_limit_of_its_error():

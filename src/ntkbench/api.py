@@ -150,7 +150,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     ``rtol``, and where it does not fit), and ``gram_reverse``. Traces are estimated on the side with fewer dimensions:
     outputs or parameters.
 
-    With ``rtol`` an exact method takes over as soon as the remaining probes would bring the total above its passes.
+    With ``rtol`` an exact method takes over as soon as the remaining probes would take more than half of its passes. It
+    comes first if a batch is so small that an error with enough degrees of freedom takes more passes.
     Methods are tried in turn, and one that fails on the network is passed over. ``Estimate.method`` names the method
     that was used, and ``Estimate.notes`` says why others were not.
 

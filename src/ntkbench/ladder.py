@@ -13,7 +13,7 @@ from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
-from ntkbench.methods.base import ExactIsCheaper, Incremental, Stochastic, wide
+from ntkbench.methods.base import ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
@@ -44,6 +44,9 @@ BY_PARAMETERS = "parameter_gram"
 
 HEAD, NARROW = "wide_head", 0.5
 """Taken if it needs at most this share of the passes of the whole network: its set-up and certificate are separate."""
+
+DENSE = 4.0
+"""How many times as many operations a second the products of large matrices do as passes of recurrent networks."""
 
 HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
@@ -136,6 +139,9 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
     for name, limit in _steps(problem, metric, target, options, search.exact):
         if found := search.tried(name, limit):
             return found
+    for name in list(search.given_up):  # nothing else worked
+        if found := search.tried(name, math.inf):
+            return found
     reasons = "; ".join(remark.removeprefix("not by ") for remark in search.remarks)
     raise BadInput(f"no method gives the {' and '.join(names)} of this network: {reasons}")
 
@@ -146,6 +152,7 @@ class _Search:
     Attributes:
         exact: remaining exact methods, the cheapest first, with the passes that each takes.
         remarks: why others were not used, and what was tried first.
+        given_up: methods whose probes became dearer than those of others.
     """
 
     def __init__(
@@ -156,6 +163,7 @@ class _Search:
         self._spent = 0.0
         self.exact = exact_methods(problem, names[-1], target)
         self.remarks: list[str] = []
+        self.given_up: list[str] = []
 
     def tried(self, name: str, limit: float) -> Estimates | None:
         """Estimates by a method, or by an exact one if that costs less than a tolerance; ``None`` if it fails.
@@ -172,7 +180,8 @@ class _Search:
         left = _most(options)
         stop = min((passes for passes in self.exact.values() if passes <= left), default=math.inf)
         try:
-            found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop)
+            most = self._most_probes(step)
+            found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop, most)
         except ExactIsCheaper as stopped:
             self._spent += stopped.passes
             why = f"rtol={options.rtol:g} seemed to need more than exact values"
@@ -182,6 +191,11 @@ class _Search:
                 if exact := self.tried(other, left):
                     return exact
             return self.tried(name, limit)
+        except OthersAreCheaper as stopped:
+            self._spent += stopped.passes
+            self.given_up.append(name)
+            self.remarks.append(f"{stopped.passes:g} passes of {name} came first: {stopped.cheaper} are cheaper")
+            return None
         except Dearer as error:
             self.remarks.append(f"not by {name}: {error}")
             self.exact[name] = max(needed, error.passes)
@@ -196,6 +210,12 @@ class _Search:
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
+
+    def _most_probes(self, method: Method) -> float:
+        """Probes beyond which a method is given up; a budget of the user's own is better spent on accurate probes."""
+        if not isinstance(method, Incremental) or self._options.passes is not None or method.name in self.given_up:
+            return math.inf
+        return method.worthwhile_probes(self._problem)
 
     def _refused(self, name: str, reason: str) -> None:
         """Note why a method does not serve, once for all methods with the same reason."""
@@ -293,7 +313,11 @@ def choices(
 
 
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
-    """The exact methods that apply, the cheapest first, with their passes if everything fits in memory."""
+    """The exact methods that apply, the cheapest first, with their passes if everything fits in memory.
+
+    A pass of a recurrent network takes so few operations that the inner products of the rows of J, or of its columns,
+    take most of the time. They count as so many passes as take the same time.
+    """
     ends = len(metrics.parameter_sets(metric))
     names = list(EXACT[target.backend])
     if problem.n > problem.P:
@@ -311,8 +335,17 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
             needed = method.passes_needed(problem, metric, target)
             if name == HEAD and needed is not None and needed > NARROW * ends * problem.O:
                 continue
-            found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
+            passes = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
+            found[name] = passes + _products_in_passes(problem, metric, name)
     return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _products_in_passes(problem: Problem, metric: str, name: str) -> float:
+    """The n^2 P or n P^2 multiplications for a kernel, in passes of 6 N T P each; see :data:`DENSE`."""
+    if metric == "trace" or not declares(problem.module):
+        return 0.0
+    rows, kernels = problem.P if name == BY_PARAMETERS else problem.n, 3 if metric == "alignment" else 1
+    return kernels * problem.n * rows / (DENSE * 6 * problem.N * problem.x.shape[1])
 
 
 def _is_short(problem: Problem, metric: str, target: Target) -> bool:
@@ -328,7 +361,9 @@ def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
     independent, whole = STOCHASTIC[metric]
     if declares(problem.module):
         # Traced layer by layer, a recurrence is unrolled.
-        independent = independent[1:] if metric == "trace" else (OF_RECURRENT, *independent)
+        if metric != "trace":
+            return [OF_RECURRENT, *(_forward_first(whole) if problem.n > problem.P else whole), *independent]
+        independent = independent[1:]
     if problem.P < problem.O:
         independent = _forward_first(independent)
     if _is_short(problem, metric, target):
@@ -466,19 +501,22 @@ def _by(
     method: Method,
     limit: float = math.inf,
     stop: float = math.inf,
+    most: float = math.inf,
 ) -> dict[str, Estimate]:
     """Metrics by one method.
 
     Args:
         limit: passes that a deterministic method may take in the target's memory.
         stop: passes of an exact value; a tolerance is given up once it takes more.
+        most: probes beyond which it is given up.
 
     Raises:
         Dearer: the method takes more passes than ``limit``.
+        GivenUp: a tolerance is given up.
         BadInput: it does not apply, or its result is not finite.
         OverMemory: it would need more than the target's memory at once.
     """
-    found = _computed(problem, names, target, options, prepare, method, limit, stop)
+    found = _computed(problem, names, target, options, prepare, method, limit, stop, most)
     if not _is_large(problem, target, found):
         check_range(problem, names, target)
     return found
@@ -493,6 +531,7 @@ def _computed(
     method: Method,
     limit: float,
     stop: float,
+    most: float,
 ) -> dict[str, Estimate]:
     budget = None
     if isinstance(method, Stochastic):
@@ -522,7 +561,7 @@ def _computed(
         with progress_bar.of_passes(f"{', '.join(names)} by {method.name}", problem.N, total):
             if budget is not None and isinstance(method, Incremental):
                 wanted = (options.seed, options.rtol, options.confidence)
-                found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop)
+                found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop, most_probes=most)
             else:
                 found = {metric: method.estimate(prepared, metric, budget, options.seed) for metric in names}
     except Undefined:

@@ -247,8 +247,8 @@ class PairSums:
 def _outer(y: np.ndarray) -> np.ndarray:
     """Products of any two moments, summed over all other axes: ``[m, ...] -> [m, m]``.
 
-    By torch, whose threads also run the network. Those of the BLAS of NumPy wait actively for some 20 ms afterwards, and
-    on two cores slow the network's next products down several times.
+    By torch, whose threads also run the network. Those of NumPy's BLAS wait actively for some 20 ms after a product.
+    On two cores this slows the network's next products down several times.
     """
     import torch
 

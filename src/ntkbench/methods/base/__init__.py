@@ -6,8 +6,10 @@ from ntkbench.methods.base.stochastic import (
     Accumulating,
     ExactIsCheaper,
     FixedBudget,
+    GivenUp,
     Incremental,
     Ledger,
+    OthersAreCheaper,
     Stochastic,
 )
 
@@ -17,9 +19,11 @@ __all__ = [
     "Deterministic",
     "ExactIsCheaper",
     "FixedBudget",
+    "GivenUp",
     "Incremental",
     "Ledger",
     "Method",
+    "OthersAreCheaper",
     "PreparedProblem",
     "Stochastic",
 ]

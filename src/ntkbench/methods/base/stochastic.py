@@ -131,17 +131,32 @@ Ledger = Callable[[], tuple[float, tuple[str, ...], float | None]]
 """Returns the passes spent so far, the notes, and the certificate."""
 
 
-class ExactIsCheaper(NtkbenchError):
-    """The probes that a tolerance still takes cost more than exact values.
+class GivenUp(NtkbenchError):
+    """The probes that a tolerance still takes cost more than something else.
 
     Attributes:
         passes: spent so far.
+        cheaper: what costs less.
     """
+
+    cheaper: ClassVar[str]
 
     def __init__(self, passes: float) -> None:
         """See the attributes."""
-        super().__init__(f"after {passes:g} passes exact values are cheaper")
+        super().__init__(f"after {passes:g} passes {self.cheaper} are cheaper")
         self.passes = passes
+
+
+class ExactIsCheaper(GivenUp):
+    """Exact values are cheaper."""
+
+    cheaper = "exact values"
+
+
+class OthersAreCheaper(GivenUp):
+    """Methods whose cost is linear in the number of probes are cheaper."""
+
+    cheaper = "methods without inner products of gradients"
 
 
 class Incremental(Stochastic):
@@ -164,6 +179,10 @@ class Incremental(Stochastic):
             return max(probes, 1 + math.ceil(LEAST_DEGREES / problem.N))
         return probes
 
+    def worthwhile_probes(self, problem: Problem) -> float:
+        """Probes beyond which methods whose cost is linear in their number are cheaper."""
+        return math.inf
+
     @abstractmethod
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         """An empty accumulator for several metrics, and a ledger of its cost."""
@@ -185,6 +204,7 @@ class Incremental(Stochastic):
         confidence: float = 0.95,
         *,
         exact_passes: float = math.inf,
+        most_probes: float = math.inf,
     ) -> dict[str, Estimate]:
         """Several metrics from the same probes. Each estimate has the cost of all of them together.
 
@@ -198,9 +218,10 @@ class Incremental(Stochastic):
             confidence: confidence level of the interval.
             exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more than
                 :data:`WORTH` times as many.
+            most_probes: probes beyond which it is given up; see :meth:`worthwhile_probes`.
 
         Raises:
-            ExactIsCheaper: it is given up. The estimates so far are not returned, as their errors did not decide.
+            GivenUp: it is given up. The estimates so far are not returned, as their errors did not decide.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
         most = passes // max(self.passes_per_probe(name) for name in names)
@@ -237,11 +258,13 @@ class Incremental(Stochastic):
                 break
             width = max(each.relative_width(confidence) for each in found.values())
             progress_bar.say(f", within {100 * width:.2g} % of {100 * rtol:.2g} %")
-            looks.append((drawn, width / rtol))
+            looks.append((drawn, _excess(found.values(), rtol, confidence)))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             remaining = spent * (needed / drawn - 1)
             if remaining > WORTH * exact_passes and spent + exact_passes <= passes:
                 raise ExactIsCheaper(spent)
+            if needed > most_probes:
+                raise OthersAreCheaper(spent)
             batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
             if not (width := estimate.relative_width(confidence)) <= rtol:
@@ -263,8 +286,19 @@ def _rounded(probes: int, first: int) -> int:
 WORTH = 0.5
 """Share of the passes of exact values up to which more probes are worth it: how many are needed is uncertain, and exact
 values end the matter."""
-MOST_EXCESS = 1e100
+MOST_EXCESS = 1e4
 """Ratio of error to tolerance beyond which larger ratios make no difference."""
+
+
+def _excess(found: Collection[Estimate], rtol: float, confidence: float) -> float:
+    """Ratio of the errors to those that a tolerance allows, within a tenth; 1 if they are within it.
+
+    It is that for many degrees of freedom. Few of them widen an interval, but more probes have more.
+    """
+    sure, excess = [replace(each, degrees=math.inf) for each in found], 1.0
+    while excess < MOST_EXCESS and any(_after(e, excess**2, None).relative_width(confidence) > rtol for e in sure):
+        excess *= 1.1
+    return excess if all(math.isfinite(each.standard_error or 0.0) for each in found) else math.inf
 
 
 def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
@@ -279,7 +313,7 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
         return 0.0
     if drawn > first and math.isfinite(at_first):
         order = min(max(math.log(at_first / excess) / math.log(drawn / first), 0.5), order)
-    return float(drawn * min(excess, MOST_EXCESS) ** (1 / order))
+    return float(drawn * excess ** (1 / order))
 
 
 LEAST_DEGREES = 60
