@@ -367,7 +367,7 @@ def test_many_statistics_from_one_block_of_probes():
 
 
 def test_interacting_samples_are_left_to_whole_passes():
-    model, x = nn.Sequential(nn.Linear(4, 70), nn.BatchNorm1d(70)), data(4)  # n = 280, P = 490
+    model, x = nn.Sequential(nn.Linear(4, 700), nn.BatchNorm1d(700)), data(4)  # n = 2800, P = 4900
     assert {e.method for e in ntkbench.metrics_of(model, x, rtol=0.5).values()} == {"hutchinson"}
     assert ntkbench.trace(model, x).method == "hutchpp_adaptive"
     assert ntkbench.norm(model, x).method == "nystrom_loo"

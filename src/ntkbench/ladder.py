@@ -361,16 +361,14 @@ def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
     independent, whole = STOCHASTIC[metric]
     if declares(problem.module):
         # Traced layer by layer, a recurrence is unrolled.
-        if metric != "trace":
-            return [OF_RECURRENT, *(_forward_first(whole) if problem.n > problem.P else whole), *independent]
-        independent = independent[1:]
+        independent = independent[1:] if metric == "trace" else (OF_RECURRENT, *whole, *independent)
     if problem.P < problem.O:
         independent = _forward_first(independent)
     if _is_short(problem, metric, target):
         independent = (HEAD_PAIRS, *independent)
     if problem.n > problem.P:
         whole = _forward_first(whole)
-    return list(whole if problem.samples_interact else (*independent, *whole))
+    return list(whole if problem.samples_interact else dict.fromkeys((*independent, *whole)))
 
 
 def _forward_first(names: Sequence[str]) -> tuple[str, ...]:

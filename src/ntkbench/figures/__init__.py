@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CLAIMED_FROM", "ROOM", "claims", "draw", "draw_all", "names", "study_of"]
 
-CLAIMED_FROM = ("paper_cpu", "default")
+CLAIMED_FROM = ("head_to_head", "paper_cpu", "default")
 """Committed tables that the papers' claims are judged by: for each study the first of these profiles that has it."""
 
 Drawn = tuple[outcomes.Outcome, list[dict[str, Any]]]
