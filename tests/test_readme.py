@@ -26,7 +26,14 @@ def checkout(tmp_path):
     (tmp_path / "docs").mkdir()
     for page in readme.PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
-    for name in (*readme.HEAD_TO_HEAD.values(), readme.CALIBRATION, "default/table", "gpu/large", "claims"):
+    for name in (
+        *readme.HEAD_TO_HEAD.values(),
+        readme.CALIBRATION,
+        readme.AUTO_CHOICE,
+        "default/table",
+        "gpu/large",
+        "claims",
+    ):
         there = tmp_path / "results" / "reference" / f"{name}.csv"
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "results" / "reference" / f"{name}.csv", there)
