@@ -152,7 +152,7 @@ class _Search:
     Attributes:
         exact: remaining exact methods, the cheapest first, with the passes that each takes.
         remarks: why others were not used, and what was tried first.
-        given_up: methods whose probes became dearer than those of others.
+        given_up: methods that were given up because other methods cost less.
     """
 
     def __init__(
@@ -315,8 +315,8 @@ def choices(
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
     """The exact methods that apply, the cheapest first, with their passes if everything fits in memory.
 
-    A pass of a recurrent network takes so few operations that the inner products of the rows of J, or of its columns,
-    take most of the time. They count as so many passes as take the same time.
+    On recurrent networks most of the time goes to the inner products of the rows of J, or of its columns. They count as
+    the passes that take the same time.
     """
     ends = len(metrics.parameter_sets(metric))
     names = list(EXACT[target.backend])

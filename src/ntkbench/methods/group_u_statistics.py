@@ -10,8 +10,8 @@ from ntkbench.operators import Array, JacobianOperator, declares
 from ntkbench.problem import Problem
 
 DEAR = 8.0
-"""Ratio of the operations of inner products to those of passes from which on pooled estimators are faster, as measured
-on recurrent networks of 4 to 100 trials."""
+"""Operations of inner products, relative to those of passes, above which pooled estimators are faster; measured on
+recurrent networks with 4 to 100 trials."""
 
 
 class GroupUStatistics(StratifiedUStatistics):
@@ -41,7 +41,7 @@ class GroupUStatistics(StratifiedUStatistics):
         return min(N, self.max_groups)
 
     def worthwhile_probes(self, problem: Problem) -> float:
-        """K from which (K g)^2 P multiplications of inner products are :data:`DEAR` times the 6 K N T P of passes."""
+        """K at which inner products, (K g)^2 P multiplications, cost :data:`DEAR` times the passes, 6 K N T P."""
         steps = problem.x.shape[1] if declares(problem.module) else 1
         return DEAR * 6 * problem.N * steps / self.groups(problem.N) ** 2
 

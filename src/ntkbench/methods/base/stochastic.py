@@ -173,7 +173,7 @@ class Incremental(Stochastic):
     by_sample: ClassVar[bool] = False
 
     def probes_to_decide(self, problem: Problem, metric: str) -> int:
-        """Probes without which a tolerance is hardly ever reached: their error has too few degrees of freedom."""
+        """Fewest probes that can usually decide: with fewer, the error has too few degrees of freedom."""
         probes = max(self.first_batch, self.fewest_probes)
         if metric == "trace" and self.by_sample:
             return max(probes, 1 + math.ceil(LEAST_DEGREES / problem.N))
@@ -284,8 +284,8 @@ def _rounded(probes: int, first: int) -> int:
 
 
 WORTH = 0.5
-"""Share of the passes of exact values up to which more probes are worth it: how many are needed is uncertain, and exact
-values end the matter."""
+"""Largest share of the passes of exact values that the remaining probes may take. It is below 1, because the number of
+probes that are needed is uncertain and that of an exact value is not."""
 MOST_EXCESS = 1e4
 """Ratio of error to tolerance beyond which larger ratios make no difference."""
 
@@ -293,7 +293,7 @@ MOST_EXCESS = 1e4
 def _excess(found: Collection[Estimate], rtol: float, confidence: float) -> float:
     """Ratio of the errors to those that a tolerance allows, within a tenth; 1 if they are within it.
 
-    It is that for many degrees of freedom. Few of them widen an interval, but more probes have more.
+    The ratio is for many degrees of freedom: few of them widen the interval now, but not after more probes.
     """
     sure, excess = [replace(each, degrees=math.inf) for each in found], 1.0
     while excess < MOST_EXCESS and any(_after(e, excess**2, None).relative_width(confidence) > rtol for e in sure):

@@ -140,7 +140,7 @@ class GroupedUStatistics(Accumulator):
         self._unspent = passes
 
     def _pieces(self, probes: int) -> list[int]:
-        """Numbers of probes, of which there are few different ones: the network is traced anew for each."""
+        """Sizes in which probes are drawn; few different ones, because the network is traced anew for each size."""
         if not self._traces:
             return [probes]
         size = len(self._traces[0]) * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * len(self._traces[0])))))
