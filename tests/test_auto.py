@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -147,6 +148,28 @@ def test_ten_samples_with_seventy_outputs_are_exact():
     turned = ntkbench.trace(model, x, rtol=0.005)
     assert (turned.method, turned.standard_error) == ("wide_head", None)
     assert 16 <= turned.passes <= 26
+
+
+@pytest.mark.parametrize(
+    ("N", "metric", "rtol", "exact"),
+    [
+        (64, "norm", 0.1, False),
+        (64, "effective_rank", 0.01, True),
+        (32, "norm", 0.01, True),
+        (4, "norm", 0.1, True),
+        (4, "trace", 0.01, False),
+        (4, "alignment", 0.01, False),
+    ],
+)
+def test_a_tolerance_that_pairs_of_probes_reach_at_no_lower_cost_is_met_by_the_exact_value_at_once(
+    N, metric, rtol, exact
+):
+    """To a relative error e ||Theta||^2 takes about 2 / (N e) probes at best, and an exact value 10 passes."""
+    model, x = network(lambda: nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 10), nn.Tanh()), N, 4)
+    problem = ntkbench.Kernel(model, x).problem
+    problem = dataclasses.replace(problem, theta_f=problem.theta_0)
+    first = ladder.choices(problem, metric, Target(dtype="float64", device="cpu"), rtol=rtol)[0]
+    assert first == ("structured_derivatives" if exact else "structured_block_u_statistics")
 
 
 def test_two_hundred_interacting_outputs_are_exact():

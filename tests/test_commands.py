@@ -97,12 +97,13 @@ def test_a_check_says_what_there_is_to_do_and_how_long_it_took_before(tmp_path, 
     took = pd.read_csv(paths.REFERENCE / "default" / "timings.csv")["seconds"].sum()
     assert said[0].startswith(f"{default}: profile default, ")
     minutes = float(said[1].removesuffix(" min last time").rpartition(" ")[2])
-    assert "steps have no output yet" in said[1] and minutes == pytest.approx(took / 60, rel=0.2)
+    assert said[1].startswith("steps without output: ") and minutes == pytest.approx(took / 60, rel=0.2)
     done = tmp_path / "results" / "default" / "studies" / "training.csv"
     done.parent.mkdir(parents=True)
     done.touch()
     fewer = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()
-    assert int(fewer[1].split()[0]) == int(said[1].split()[0]) - 1
+    count, one_less = (int(lines[1].split(": ")[1].partition(",")[0]) for lines in (said, fewer))
+    assert one_less == count - 1
     timed = tmp_path / "results" / "default" / "timings" / "draw.tsv"
     timed.parent.mkdir()
     timed.write_text("s\tcpu_time\n3600\t1\n", encoding="utf-8")

@@ -151,7 +151,7 @@ def test_a_check_predicts_how_long_the_grid_takes(tmp_path, monkeypatch):
     found = CliRunner().invoke(main, ["check", "--predict", str(file)])
     assert found.exit_code == 0, found.output
     lines = found.stdout.splitlines()
-    assert "2 cells are predicted to take about" in found.stdout and "1 cells have no prediction" in lines[-1]
+    assert "cells with a prediction: 2, about" in found.stdout and "cells without a prediction: 1 " in lines[-1]
     assert any(line.startswith(f"the slowest is {LABEL}/") for line in lines)
 
 

@@ -30,6 +30,7 @@ def checkout(tmp_path):
         *readme.HEAD_TO_HEAD.values(),
         readme.CALIBRATION,
         readme.AUTO_CHOICE,
+        readme.REAL_SIZE,
         "default/table",
         "gpu/large",
         "claims",
@@ -135,6 +136,19 @@ def test_the_coverage_of_each_method_is_counted(tmp_path):
         "| `hutchinson` | 4 | 2 | 0 | 1 | 0 | 1 | 93 (80 to 95.1) | 1.2 (1 to 2) |",
     ]
     assert lines[4:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa.*"]
+
+
+def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
+    asked = {"problem": "gpt2", "metric": "effective_rank", "rtol": 0.05}
+    sizes = {"n": 6_432_896, "P": 124_439_808, "passes_spent": 20.0, "allowed_bytes": 2**31, "weights_bytes": 2**29}
+    found = {"value": 1.23456e10, "low": 1.2e10, "high": 1.3e10, "seconds": 91.0, "memory_bytes": 2**31, "by": "some"}
+    rows = [asked | sizes | found, asked | {"status": "failed", "reason": "a | b"}]
+    lines = block_of(tmp_path, "real size", readme.REAL_SIZE, rows)
+    assert lines[2] == (
+        "| `gpt2` | effective rank, 5 % | `some` | 6,432,896 | 124,439,808 | 20 | 1.235e+10 (1.2e+10 to 1.3e+10) "
+        "| 1.5 min | 2 GiB of 2.5 GiB |"
+    )
+    assert lines[3] == r"| `gpt2` | effective rank, 5 % | a \| b |  |  |  |  |  |  |"
 
 
 def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):

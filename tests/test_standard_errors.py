@@ -162,6 +162,21 @@ def test_below_four_probes_the_variance_is_bounded_from_above(N, K):
         assert np.mean([each.standard_error(moment) ** 2 for each in found]) >= (1 - 1e-12) * variance
 
 
+@pytest.mark.parametrize(("N", "K", "outputs"), [(3, 6, 2), (6, 5, 10), (12, 3, 4)])
+def test_no_kernel_gives_the_norm_to_a_given_error_with_fewer_probes_than_one_of_identical_blocks(N, K, outputs):
+    """The blocks of the first kernel are I, so that it needs as many as the formula says. Those of the second differ."""
+    rng, off = np.random.default_rng(K), ~np.eye(N, dtype=bool)
+    probes = rng.choice([-1.0, 1.0], (20_000, N, K, outputs))
+    random = rng.standard_normal((outputs, outputs))
+    for block, least, most in ((np.eye(outputs), 0.9, 1.03), (random @ random.T, 0.0, 0.9)):
+        y = np.einsum("tbko,op,tclp->tbkcl", probes, block, probes, optimize=True) ** 2
+        same = y[:, np.arange(N), :, np.arange(N)].sum(0)  # blocks b = c, [trials, K, K]
+        between = y.mean((2, 4))[:, off].sum(1)
+        found = between + (same.sum((1, 2)) - same.trace(axis1=1, axis2=2)) / (K * (K - 1))
+        error = found.std() / (N**2 * (block**2).sum())
+        assert least < standard_errors.PairSums.least_probes(N, outputs, error) / K < most
+
+
 def additive(effects: np.ndarray) -> standard_errors.MomentEstimates:
     """Estimates where y_bc^kl = effects[b, k] + effects[c, l]: the variance is due to single probes alone."""
     N, K = effects.shape

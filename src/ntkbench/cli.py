@@ -229,15 +229,15 @@ def check(config_file: Path, predict: bool) -> None:
         run = Run(Config.read(config_file))
         took = timings.known(run.results, run.config.profile)
     click.echo(
-        f"{config_file}: profile {run.config.profile}, {len(run.cells)} cells, {len(run.config.studies)} studies"
+        f"{config_file}: profile {run.config.profile}, cells: {len(run.cells)}, studies: {len(run.config.studies)}"
     )
     left = run.expected() if run.config.source == "measured" else {}
     timed, new = ([step for step in left if (step in took) == known] for known in (True, False))
     if timed:
         seconds = seconds_label(sum(took[step] for step in timed))
-        click.echo(f"{len(timed)} steps have no output yet; they took {seconds} last time")
+        click.echo(f"steps without output: {len(timed)}, {seconds} last time")
     if new:
-        click.echo(f"{len(new)} steps have no output yet and were never timed: {', '.join(new)}")
+        click.echo(f"steps without output, never timed: {', '.join(new)}")
     if predict:
         from ntkbench.measure import forecast
 

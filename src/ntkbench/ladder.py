@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri
 
 from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
-from ntkbench.methods.base import ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
+from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
@@ -260,7 +261,8 @@ def _steps(
 def _expected_passes(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> float:
     """Passes that a method takes before its error is checked; a cheaper exact method is tried first.
 
-    They are 0 if it does not apply, and the whole budget if one is given.
+    To a tolerance that takes more probes even at best, it is the passes of exact values that those are worth. They are
+    0 if the method does not apply, and the whole budget if one is given.
     """
     if method.unsupported_reason(problem, metric, target) is not None:
         return 0.0
@@ -268,7 +270,9 @@ def _expected_passes(problem: Problem, metric: str, target: Target, options: Opt
         return default_passes(problem, metric, method) if options.passes is None else options.passes
     if not isinstance(method, Incremental):
         return 0.0
-    first = method.cost(metric, method.probes_to_decide(problem, metric))
+    quantile = float(ndtri(0.5 + options.confidence / 2))
+    best = method.probes_to_reach(problem, metric, options.rtol / quantile)
+    first = method.cost(metric, max(method.probes_to_decide(problem, metric), math.ceil(best / WORTH)))
     return first if options.passes is None else min(first, options.passes)
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from ntkbench.errors import BadInput, unknown
 from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
+from ntkbench.units import bytes_label, percent_label, seconds_label
 
 TITLES = {
     "bare matrix products": "the bare matrix products in it",
@@ -308,6 +309,29 @@ def large_networks(tables: Tables) -> str:
     return _markdown(columns, rows) + f"\n\n*{', '.join(table['device_name'].unique())}; commit {commits}.*"
 
 
+def real_size(tables: Tables) -> str:
+    """First calls of ``auto`` on networks of real size: what they take, and the interval that they give."""
+    table = tables.read(REAL_SIZE)
+    rows = []
+    for _, row in table.iterrows():
+        asked = [f"`{row['problem']}`", f"{row['metric'].replace('_', ' ')}, {percent_label(row['rtol'])}"]
+        if row["status"] != "ok":
+            rows.append([*asked, _cell(str(row["reason"])), "", "", "", "", "", ""])
+            continue
+        rows.append(
+            [
+                *asked,
+                f"`{row['by']}`",
+                *(f"{row[size]:,.0f}" for size in ("n", "P", "passes_spent")),
+                f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})",
+                seconds_label(row["seconds"]),
+                f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+            ]
+        )
+    columns = ["problem", "metric, tolerance", "method", "n", "P", "passes", "value (95 % interval)", "time"]
+    return _markdown([*columns, "memory, of `memory=` and weights"], rows) + _provenance(table)
+
+
 def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
     """Ours and theirs; where they were not measured the reason stands for theirs."""
     if pd.isna(row["ratio"]):
@@ -361,7 +385,8 @@ def _listed(values: Iterable[object]) -> str:
 
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
-"""Where the tables of intervals and of choices lie in ``results/reference/``."""
+REAL_SIZE = "language/studies/real_size"
+"""Where the tables of intervals, of choices and of large networks lie in ``results/reference/``."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
@@ -378,6 +403,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "large networks": large_networks,
     "prepared": prepared,
     "products": products,
+    "real size": real_size,
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
     "claims reproduced": lambda tables: _reproduced(tables.read("claims")),

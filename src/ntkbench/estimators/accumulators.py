@@ -299,6 +299,25 @@ def complement(moments: Mapping[str, float]) -> float | None:
     return Moments(**moments).complement if "difference" in moments else None
 
 
+SQUARES = {"norm": 2.0, "effective_rank": 1.0}
+"""Relative error of ||Theta||_F^2 per relative error of a metric that it causes."""
+
+
+def least_probes(metric: str, strata: int, n: int, error: float) -> float:
+    """Probes with which pairs of them give a metric to a relative standard error, at best; 0 if this is not known.
+
+    Not for the trace, to which the diagonal of Theta adds no variance, nor for the alignment, whose errors cancel.
+
+    Args:
+        metric: the metric.
+        strata: groups of samples that have their own gradients.
+        n: outputs in all.
+        error: relative standard error.
+    """
+    scale = SQUARES.get(metric)
+    return 0.0 if scale is None else PairSums.least_probes(strata, n / strata, scale * error)
+
+
 def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
     """A metric from estimates of the moments of these names, with the standard error of the linearised metric.
 

@@ -169,6 +169,16 @@ class PairSums:
         moments: moments.
     """
 
+    @staticmethod
+    def least_probes(N: int, O: float, error: float) -> float:  # noqa: E741 - the field's symbol
+        """Probes with which ||Theta||_F^2 has a relative standard error, of strata of O outputs, at best.
+
+        The square of v^T M w over random signs has at least the relative variance 2 (1 - 1/O), which is that of M = I,
+        unless few outputs contribute most of ||M||_F^2. Different pairs are uncorrelated then, and about N^2 K^2 / 2 of
+        them contribute, equally at best, so that the relative variance is 4 (1 - 1/O) / (N K)^2.
+        """
+        return 2 * math.sqrt(1 - 1 / O) / (N * error)
+
     def __init__(self, N: int, K: int, moments: int) -> None:
         self._rows = np.zeros((moments, N, K))
         self._diagonal = np.zeros((moments, N, K, K))

@@ -106,14 +106,14 @@ def summary(config: Config, every: Sequence[Cell], begin: Callable[[str], None])
     walls = {cell: min(one.wall(cell), 2 * config.limits.time_s) for cell, one in kept.items()}
     slowest, largest = max(walls, key=walls.__getitem__), max(kept, key=lambda cell: kept[cell].bytes or 0)
     lines = [
-        f"{len(kept)} cells are predicted to take about {seconds_label(sum(walls.values()))}",
+        f"cells with a prediction: {len(kept)}, about {seconds_label(sum(walls.values()))} in all",
         f"the slowest is {slowest.label}, {seconds_label(walls[slowest])}; the largest is {largest.label}, "
         f"{bytes_label(kept[largest].bytes or 0)}",
     ]
     if skipped:
-        lines.append(f"{len(skipped)} cells would be skipped, because they are predicted to be too slow")
+        lines.append(f"cells that would be skipped as too slow: {len(skipped)}")
     if left := len(every) - len(found):
-        lines.append(f"{left} cells have no prediction: their methods do not apply, or their metric is of eigenvalues")
+        lines.append(f"cells without a prediction: {left} (the method does not apply, or the metric is of eigenvalues)")
     return lines
 
 

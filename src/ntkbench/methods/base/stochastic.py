@@ -179,6 +179,10 @@ class Incremental(Stochastic):
             return max(probes, 1 + math.ceil(LEAST_DEGREES / problem.N))
         return probes
 
+    def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
+        """Probes with which the relative standard error of a metric is as small as this, at best; 0 if not known."""
+        return 0.0
+
     def worthwhile_probes(self, problem: Problem) -> float:
         """Probes beyond which methods whose cost is linear in their number are cheaper."""
         return math.inf

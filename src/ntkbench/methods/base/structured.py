@@ -14,7 +14,14 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors, strata
-from ntkbench.estimators.accumulators import Accumulator, complement, delta_method, moment_products, required_moments
+from ntkbench.estimators.accumulators import (
+    Accumulator,
+    complement,
+    delta_method,
+    least_probes,
+    moment_products,
+    required_moments,
+)
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
@@ -55,6 +62,9 @@ class StructuredUStatistics(Incremental):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
+    def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
+        return least_probes(metric, problem.N, problem.n, error)
+
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         grams = (2 * problem.N) ** 2 * len(metrics.parameter_sets(metric))
         return 0 if metric == "trace" else grams * (target.itemsize + 5 * 8)
@@ -71,7 +81,7 @@ class StructuredUStatistics(Incremental):
         return accumulator, with_notes(ledger_of(ends), accumulator)
 
 
-PIECES = 16
+PIECES = 4
 """Largest number of pieces that probes for a trace are drawn in, after the first ones."""
 
 

@@ -16,6 +16,7 @@ from ntkbench.estimators.accumulators import (
     UStatistics,
     crossed_network_kernel,
     delta_method,
+    least_probes,
     required_moments,
     shared_probe_kernel,
     with_squared_trace,
@@ -216,6 +217,9 @@ class StratifiedUStatistics(Accumulating):
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
+
+    def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
+        return least_probes(metric, self.groups(problem.N), problem.n, error)
 
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         j = jacobians[0]
