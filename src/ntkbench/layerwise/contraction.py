@@ -3,7 +3,7 @@
 Theta_(bo)(cp) = sum_{s,t} (a_bs . a_ct) (g_bos . g_cpt), with positions s and t (see ``factors.py``).
 
 - *pairwise* (also called ghost): inner products of inputs and of cotangents first, without any gradient.
-- *explicit*: the gradients sum_s g_bos (x) a_bs, some channels at a time, then their inner products.
+- *explicit*: the gradients sum_s g_bos ⊗ a_bs, some channels at a time, then their inner products.
 
 Pairwise is cheaper for few positions and many channels, explicit for many positions. Of a symmetric kernel only the
 lower triangle is computed, by blocks of samples; entries above the diagonal blocks are not touched.

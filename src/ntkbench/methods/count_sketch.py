@@ -19,7 +19,7 @@ from ntkbench.problem import Problem
 
 
 class CountSketch(Deterministic):
-    """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) (x) I_O.
+    """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) ⊗ I_O.
 
     K = (1/R) sum_r Phi_r Phi_r^T for R random sign vectors v_r over the outputs, which all samples share, and E K =
     tr_O Theta, O times the trace kernel. Probes and hashes are fixed, so the value is deterministic. It differs from

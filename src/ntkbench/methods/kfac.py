@@ -18,7 +18,7 @@ INSTALL = "einconv einops linear_operator opt-einsum && pip install --no-deps cu
 
 
 class KFAC(Method):
-    """The metrics of (+)_l A_l (x) B_l, which approximates J^T J; trace and norm of J^T J are those of Theta.
+    """The metrics of ⊕_l A_l ⊗ B_l, which approximates J^T J; trace and norm of J^T J are those of Theta.
 
     A_l = (1 / (N S)) sum a a^T is the mean over samples and the S positions of a layer's inputs (with a one for the
     bias), and B_l = sum g g^T the sum over them and all outputs of the cotangents: the type-2 Fisher matrix of half the

@@ -5,7 +5,7 @@ a change of the parameters to injections with the inputs of all operations held 
 of the outputs, so that J = P S and, with K = S S^T, Theta = P K P*.
 
 - K depends on the inputs of the layers alone. That of a weight with inputs a_s and C outputs at the positions s of all
-  samples is (A A^T) (x) I_C, with the a_s as rows of A; a bias appends a 1 to them. K follows from a forward pass, and
+  samples is (A A^T) ⊗ I_C, with the a_s as rows of A; a bias appends a 1 to them. K follows from a forward pass, and
   is exact. Different weights are orthogonal blocks of K. A matrix that is used as it is and transposed has a block
   between both uses.
 - P depends on the layers' Jacobians alone, and does not mix samples. P* u are the cotangents of a backward pass with u

@@ -4,7 +4,7 @@ The layer gives f_t = W h_t + b at T positions of a sample, with V outputs each,
 d < V. With W = U R, where U has d orthonormal columns, the network g_t = R h_t with a fixed R has T d outputs in place
 of T V, and
 
-    Theta = (I (x) U) Theta_g (I (x) U^T) + G (x) I_V,    G_ts = h_t . h_s (+ 1 with a bias),
+    Theta = (I ⊗ U) Theta_g (I ⊗ U^T) + G ⊗ I_V,    G_ts = h_t . h_s (+ 1 with a bias),
 
 with t and s the positions of all samples: the first term is the contribution of the parameters in front of the layer,
 the second that of the layer. All moments of Theta therefore follow from Theta_g and G:
@@ -18,7 +18,7 @@ e_t is U^T W_f h_t at the other weights.
 Estimators run on a network f' with a head whose parameters count. Let Q, ``[V, r]``, have orthonormal columns that span
 those of W, or those of W and W_f: r = d or 2 d. With the head Q^T W, f' has T r outputs, and
 
-    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T)
+    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I_V - Q Q^T)
 
 as for tied heads (see :mod:`ntkbench.methods.base.tied_head`). The second term is exact; probes estimate the first one.
 """
@@ -398,7 +398,7 @@ class ShortHeads:
         return [network for _, network in self._of(metric)[1]]
 
     def known(self, metric: str) -> Moments:
-        """The moments of G (x) (I_V - Q Q^T)."""
+        """The moments of G ⊗ (I_V - Q Q^T)."""
         V, r = self._of(metric)[0].shape
         ends = self._headed.ends(metric)
         return moments_of_grams(*(end.G for end in ends)).times(V - r)

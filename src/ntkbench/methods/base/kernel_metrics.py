@@ -30,7 +30,7 @@ def of_kernel(
     copies: int = 1,
     change: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """A metric of A (x) I, and a bound on its relative rounding.
+    """A metric of A ⊗ I, and a bound on its relative rounding.
 
     By Weyl's inequality no eigenvalue changes by more than the norm of the kernel's rounding.
 

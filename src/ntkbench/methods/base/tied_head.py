@@ -10,7 +10,7 @@ a network f' with r outputs in place of V, whose tokens have the same rows, so t
 W is a change A of W', in either part. A change orthogonal to Q moves no h, since it is zero in the rows of tokens, and
 no output within the span of Q. So
 
-    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T),    G_ts = h_t . h_s (+ 1 with a bias),
+    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I_V - Q Q^T),    G_ts = h_t . h_s (+ 1 with a bias),
 
 with t and s the positions of all samples. The cross terms are within Theta', only in the rows of tokens. The two terms
 act on orthogonal spaces, so their moments add up:
@@ -402,7 +402,7 @@ class TiedProblem:
         return self
 
     def known(self, metric: str) -> Moments:
-        """The moments of G (x) (I_V - Q Q^T)."""
+        """The moments of G ⊗ (I_V - Q Q^T)."""
         ends = self.ends(metric)
         V, r = ends[0]._basis.shape
         return moments_of_grams(*(end.G for end in ends)).times(V - r)
