@@ -57,7 +57,7 @@ def of_kernel(
         bound = sensitivity(kernel, change, share)
         return value, bound / value if value else 0.0
     if metric == "condition_number" and copies == 1 and rows > P:
-        raise Unavailable(f"the kernel of {rows} rows is singular, as there are {P} parameters")
+        raise Unavailable(f"the kernel of {rows} rows is singular, as there are only {P} parameters")
     values = np.linalg.eigvalsh(kernel)
     largest, smallest, trace = float(values.max()), float(values.min()), float(abs(values).sum())
     # The rounding of the kernel, and that of the decomposition.

@@ -1,4 +1,4 @@
-"""Networks whose wide head is their embedding as well: their kernel by one with a shorter vocabulary.
+"""Networks whose wide head is also their embedding: their kernel from that of one with a shorter vocabulary.
 
 W, ``[V, d]``, is both the table in which tokens are looked up and the head, f_t = W h_t + b at T positions of a sample.
 A gradient with respect to W has two parts: that of the head, h_t in the row of the output, and that of the table,
@@ -50,7 +50,7 @@ from ntkbench.problem import Problem
 
 
 def tables(problem: Problem) -> list[str]:
-    """Embeddings that may be the wide head of a network as well, by their sizes."""
+    """Embeddings that may also be the wide head of a network, by their sizes."""
     if problem.module is None:
         return []
     return [
@@ -268,7 +268,7 @@ class TiedNetwork:
         use = self._head(engine)
         positions = _positions(engine.trace.graph.graph, use.node, basis.shape[1])
         if positions is None:
-            raise Unsupported(f"its outputs are not those of its embedding, {whole.table}, as they are")
+            raise Unsupported(f"its outputs are not the unchanged products with its embedding, {whole.table}")
         (h,) = engine.operands([use], self.inner.parameters, self.inner.x)
         self._h = h[:, positions.to(h.device)].flatten(0, 1).double()
         self.G = Gram(self._h, whole.bias in whole.parameters)
@@ -408,7 +408,7 @@ class TiedProblem:
         return moments_of_grams(*(end.G for end in ends)).times(V - r)
 
     def moments(self, metric: str) -> Moments:
-        """The moments that a metric is a function of."""
+        """The moments that a metric depends on."""
         outside = self.known(metric)
         if metric == "trace":
             (inner,) = self.networks(metric)
