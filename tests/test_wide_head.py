@@ -136,7 +136,7 @@ def twice() -> nn.Module:
 REFUSED = {
     "unchanged": softmax,
     "no wider": lambda: vectors(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)),
-    "not those of": lambda: nn.Sequential(Language(), Sliced()),
+    "not the unchanged results of": lambda: nn.Sequential(Language(), Sliced()),
     "used more than once": twice,
 }
 

@@ -99,7 +99,7 @@ def check_result(rows: int, columns: int, target: Target) -> None:
     """Refuse a matrix that the target's device cannot hold.
 
     Raises:
-        OverMemory: it cannot; says the sizes.
+        OverMemory: it cannot; the message gives the sizes.
         Unavailable: the device is not present.
     """
     needed = rows * columns * target.itemsize

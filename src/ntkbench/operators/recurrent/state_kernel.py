@@ -7,9 +7,9 @@ theta adds O.
 
 - S maps a tangent of the parameters to injections: dW to dW v_(bt), with v = phi(h_(t-1)), x_t or 1.
 - K = S S^T is the one-step parameter operator on ``[B, T, E]``: (V V^T) ⊗ I, for the GRU a direct sum of such terms.
-  It depends on the representation alone: on inner products between states, and between inputs, of any two trials and
+  It depends only on the representation: on inner products between states, and between inputs, of any two trials and
   steps.
-- P propagates injections along the linearised recurrence. It depends on the dynamics alone and does not mix trials.
+- P propagates injections along the linearised recurrence. It depends only on the dynamics and does not mix trials.
 
 Injecting before the nonlinearities, rather than into the state, makes K a Gram matrix for every kind of cell, and lets
 the P of an LSTM carry (h, c) while only h is read out.
