@@ -230,8 +230,8 @@ def _add_positions(
 def _carried(gram: Tensor, h: Tensor) -> Tensor:
     """Products of ``gram`` ``[count, rows, T]`` with ``h`` ``[count, K, T, C]``, ``[count, K, rows, C]``.
 
-    They are written where they belong, in as few batches as this allows: rearranged afterwards, they would pass through
-    memory twice more.
+    They are written to their final places, in as few batches as this allows. Rearranging them afterwards would move
+    them through memory twice more.
     """
     count, K, T, C = h.shape
     found = h.new_empty(count, K, gram.shape[1], C)

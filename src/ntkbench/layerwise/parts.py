@@ -1,4 +1,4 @@
-"""Rectangles of a kernel that are asked for one by one, for results that are larger than memory."""
+"""Rectangles of a kernel that are requested one by one, for results that are larger than memory."""
 
 from __future__ import annotations
 
