@@ -101,7 +101,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[np.ndarray, ...]], int]] = {
     "delayed_response": (delayed_response, 5),
     "match_to_sample": (match_to_sample, 5),
 }
-"""Generator of one trial of each task, and the fewest steps in which there is something to remember."""
+"""Generator of one trial of each task, and the minimum number of steps with something to remember."""
 
 
 def channels(task: str) -> tuple[int, int]:
@@ -123,7 +123,7 @@ def check(task: str, T: int, N: int = 1) -> None:
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     if (shortest := TASKS[task][1]) > T or N < 1:
-        raise BadInput(f"task {task} takes N of at least 1 and T of at least {shortest}; got N={N}, T={T}")
+        raise BadInput(f"task {task} needs N of at least 1 and T of at least {shortest}; got N={N}, T={T}")
 
 
 def trials(task: str, N: int, T: int, seed: int = 0) -> Trials:

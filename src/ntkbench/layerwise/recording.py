@@ -171,8 +171,8 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         if function in _READS and self._operations.moves(args):
             raise Unsupported(
-                "the forward pass passes a value that depends on x or the parameters to Python or NumPy and cannot be "
-                "traced"
+                "the forward pass converts a value that depends on x or the parameters to Python or NumPy and cannot "
+                "be traced"
             )
         if function is torch.Tensor.register_hook:
             raise Unsupported("a hook on a gradient cannot be traced")
