@@ -1,8 +1,8 @@
 """Generated, seeded tasks for recurrent networks: inputs, targets, and a mask of the targets that count.
 
 All arrays are float32, ``[N, T, channels]``. Trials for training and for kernels differ in their seed.
-Trial i of a seed is the same for any number of trials, so fewer trials are the first ones of more. Networks are scored
-by the share of the targets' power that they miss, so that losses are comparable across tasks.
+Trial i of a seed is the same for any number of trials, so a smaller set of trials is the beginning of a larger one.
+Networks are scored by the share of the targets' power that they miss, so that losses are comparable across tasks.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class UStatistics(Accumulator):
         return self._names[0] == "trace"
 
     def _tables(self, one: Sequence[Array], other: Sequence[Array]) -> list[np.ndarray]:
-        """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment but the trace."""
+        """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment except the trace."""
         if self._names == ("trace",):
             return []
         (k, n, _), (k2, n2, _) = one[0].shape, other[0].shape

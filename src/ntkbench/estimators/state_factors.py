@@ -74,7 +74,7 @@ def _check(metric: str, at_f: StateKernel | None) -> None:
 
 
 def _moments_by_probe(metric: str, propagations: Sequence[BlockOperator], u: Array) -> list[Array]:
-    """Each probe's unbiased estimates of the moments of P P* that a metric is a function of, ``[k]`` each."""
+    """Each probe's unbiased estimates of the moments of P P* that a metric depends on, ``[k]`` each."""
     pulled = [p.T(u) for p in propagations]
     if metric == "trace":
         return [(pulled[0] ** 2).sum(1)]

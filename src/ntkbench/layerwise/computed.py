@@ -4,7 +4,7 @@ Let w = phi(theta_l), with Jacobian J_phi, enter operations that have a rule, an
 form. The gradient by theta_l is J_phi^T G, and inner products of such gradients are <G, M G'> with M = J_phi J_phi^T.
 
 Normalisations act on blocks of entries: output channels, input channels or the whole weight. In each block M is a
-multiple of the identity but for a few directions, M = c I + Q^T diag(b) Q. For weight normalisation of rows, for
+multiple of the identity except in a few directions, M = c I + Q^T diag(b) Q. For weight normalisation of rows, for
 example, w = g v / |v| has c = (g / |v|)^2 and the one direction q = v / |v| with b = 1 - c. The part of the kernel is
 then that of a plain weight, its cotangents or inputs times sqrt(c), and inner products of the few numbers Q G.
 

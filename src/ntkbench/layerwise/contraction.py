@@ -287,7 +287,7 @@ def _crossed(left: Tied, right: Tied, sums: str, memory: int) -> Tensor:
     for t in _slices(T, _pieces(T, copied + pair, memory // 2)):
         for s in _slices(S, _pieces(S, (t.stop - t.start) * pair, memory // 2)):
             found = found + _crossed_at(one.positions(s), other.positions(t), sums)
-    assert isinstance(found, Tensor)  # there is one position at least
+    assert isinstance(found, Tensor)  # there is at least one position
     return found[:, None, :, None] if sums == SUMMED else found
 
 

@@ -77,7 +77,7 @@ class Lookups:
     g: Tensor
 
     def gradient(self, c: Tensor, count: int) -> Tensor:
-        """See :meth:`Products.gradient`; ``[count, C]`` for a table of so many rows."""
+        """See :meth:`Products.gradient`; ``[count, C]`` for a table of ``count`` rows."""
         mixed = (c[:, None] @ self.g.flatten(2)).view(len(c), *self.g.shape[2:]).mT.flatten(0, 1)
         rows = self.rows.reshape(-1)
         return mixed.new_zeros(count, mixed.shape[1]).index_add_(0, rows.clamp(min=0), mixed * (rows >= 0)[:, None])

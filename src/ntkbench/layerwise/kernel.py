@@ -220,7 +220,7 @@ class LayerwiseKernel:
             theta[left.samples, at_left, right.samples, at_right] += part
             if x2 is None and left != right:
                 theta[right.samples, at_right, left.samples, at_left] += part.permute(2, 3, 0, 1)
-        assert theta is not None  # there is one block at least
+        assert theta is not None  # there is at least one block
         return theta.flatten(2).flatten(0, 1)
 
     def blocks(

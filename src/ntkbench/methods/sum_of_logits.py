@@ -1,4 +1,4 @@
-"""pNTK: the N x N kernel of the sum of logits, standing for Theta as pNTK ⊗ I_O."""
+"""pNTK: the N x N kernel of the sum of logits, approximating Theta as pNTK ⊗ I_O."""
 
 from __future__ import annotations
 

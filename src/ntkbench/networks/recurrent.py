@@ -63,7 +63,7 @@ class Recurrent(nn.Module):
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
             raise BadInput(f"sizes of a recurrent network must be at least 1; got {', '.join(wrong)}")
         if (kind == "ctrnn") != (alpha is not None) or (alpha is not None and not 0 < alpha <= 1):
-            raise BadInput(f"alpha, in (0, 1], is the step of a ctrnn and of no other kind; got {alpha} for {kind!r}")
+            raise BadInput(f"a ctrnn needs alpha, its step, in (0, 1]; other kinds have none; got {alpha} for {kind!r}")
         rows = GATES[kind] * hidden
         self.weight_ih = nn.Parameter(torch.empty(rows, inputs))
         self.weight_hh = nn.Parameter(torch.empty(rows, hidden))

@@ -63,7 +63,7 @@ def linearise(
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Array], Array]:
     """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the unmodified network.
 
-    It is torch's ``backward`` of the module, whatever the target's backend, or ``jax.vjp`` if there is no module: over
+    It is torch's ``backward`` of the module, for every backend, or ``jax.vjp`` if there is no module: over
     the whole batch, without vmap, jit or a trace.
 
     Args:

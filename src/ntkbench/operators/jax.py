@@ -80,7 +80,7 @@ def device(target: Target) -> jax.Device:
     """The device of a target on this machine. TF32 is turned off on a GPU.
 
     Raises:
-        Unavailable: ``cuda`` was asked for and JAX sees none.
+        Unavailable: ``cuda`` was requested and JAX sees none.
     """
     if target.device == "cpu":
         return jax.devices("cpu")[0]

@@ -68,7 +68,7 @@ def device(target: Target) -> torch.device:
     """The device of :func:`place`. TF32 is turned on or off there, as the target says.
 
     Raises:
-        Unavailable: ``cuda`` was asked for and torch sees none.
+        Unavailable: ``cuda`` was requested and torch sees none.
     """
     where = place(target)
     if where.type == "cuda":
@@ -80,7 +80,7 @@ def place(target: Target) -> torch.device:
     """The device of a target on this machine; of several GPUs the current one.
 
     Raises:
-        Unavailable: ``cuda`` was asked for and torch sees none.
+        Unavailable: ``cuda`` was requested and torch sees none.
     """
     check_device(target)
     if target.device == "cpu" or not torch.cuda.is_available():

@@ -44,7 +44,7 @@ def of_kernel(
         change: change of the outputs by training ``[N, O]``, for the regression error.
 
     Raises:
-        Unavailable: the condition number is asked for, and the kernel is singular or may be; or the kernel is zero; or
+        Unavailable: the condition number is requested, and the kernel is singular or may be; or the kernel is zero; or
             the regression error is not defined.
     """
     rows = len(kernel)

@@ -93,7 +93,7 @@ class Layerwise(Method):
         """A metric of the whole kernel, which is decomposed in float64 on the host.
 
         Raises:
-            Unavailable: the condition number is asked for, and Theta is singular or may be; or the regression error is
+            Unavailable: the condition number is requested, and Theta is singular or may be; or the regression error is
                 not defined.
         """
         from ntkbench.layerwise import sample_kernels

@@ -70,9 +70,9 @@ class Method(ABC):
         if metric == "alignment" and problem.theta_f is None:
             return "the problem has no trained weights to align with"
         if metric == metrics.REGRESSION and (problem.theta_f is None or problem.other is not None):
-            return "the problem has no trained weights, whose outputs are predicted"
+            return "the problem has no trained weights, so there is no change of the outputs to predict"
         if metric == metrics.REGRESSION and problem.module is None:
-            return "the problem has no network in torch, which gives the outputs"
+            return "the problem has no network in torch, which computes the outputs"
         if self.needs_one_network and networks[-1] is not problem:
             return "aligns two sets of weights of one network, but these belong to two networks"
         if self.needs_independent_samples and problem.samples_interact:
@@ -97,7 +97,7 @@ class Method(ABC):
         return 0.0
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Bytes that have to be in memory at once, whatever the block size; for a stochastic method, at this budget."""
+        """Bytes that must be in memory at once for any block size; for a stochastic method, at this budget."""
         return 0
 
     def prepare(self, problem: Problem, target: Target) -> Any:

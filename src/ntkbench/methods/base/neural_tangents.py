@@ -77,7 +77,7 @@ class NeuralTangents(Method):
         Raises:
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than allowed.
-            Unavailable: the condition number is asked for, and Theta is singular or may be.
+            Unavailable: the condition number is requested, and Theta is singular or may be.
         """
         metrics.check_any(metric)
         if metric in metrics.OF_KERNEL:

@@ -202,7 +202,7 @@ class GroupedUStatistics(Accumulator):
         return sums.moments(traces[first:]).plus([float(traces[:first].sum(dtype=np.float64)), *exact])
 
     def _tables(self, k: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The pairs' values for each moment but the trace, ``[inputs, k, inputs, k]``, and squares ``[inputs, k]``.
+        """The pairs' values for each moment except the trace, ``[inputs, k, inputs, k]``, and squares ``[inputs, k]``.
 
         The inputs are the exact samples, each repeated so that k directions of each hold its O unit vectors, and then
         the others.

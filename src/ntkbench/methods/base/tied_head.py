@@ -276,8 +276,8 @@ class TiedNetwork:
     def certify(self) -> float:
         """Compare a gradient of the network with that of f' and the head's; 2 plain backward passes.
 
-        With a cotangent c at the outputs, all parameters but W and b have the gradient that f' has with Q^T c. That of
-        W is Q times the one of W' there, and outside of the span of Q that of the head, c h^T.
+        With a cotangent c at the outputs, all parameters except W and b have the gradient that f' has with Q^T c. The
+        gradient of W is Q times that of W' in f', and outside of the span of Q it is that of the head, c h^T.
 
         Returns:
             The relative difference.
@@ -303,7 +303,7 @@ class TiedNetwork:
         self._traced.certify_again()
 
     def _head(self, engine: LayerwiseKernel) -> Use:
-        """The use of W as the head, of two uses in all."""
+        """The use of W as the head, which is one of its two uses."""
         whole = self._whole
         layers = [each for each in engine.layers if isinstance(each, Layer) and whole.weight in each.parameters]
         uses = [use for layer in layers for use in layer.uses]
