@@ -142,7 +142,7 @@ def test_few_features_on_a_side_are_said():
     """In the calibration 76 % of the intervals of a transformer's norm with one on each side contained it."""
     method = methods.get("kronecker_projection")
     few, more = (method.estimate(prepared("kronecker_projection"), "norm", 2 * 8 * d**2) for d in (2, 3))
-    assert "features on each side of a layer: 2" in few.notes[0] and not more.notes
+    assert "only 2 features on each side of a layer" in few.notes[0] and not more.notes
 
 
 # --- unbiased, with the published scaling
