@@ -150,7 +150,7 @@ def test_vectors_that_do_not_fit_are_recomputed_at_the_stated_cost(vectors):
 
 def test_too_few_passes_to_recompute_are_refused():
     accumulator = Fixture(memory=1).accumulator()
-    with pytest.raises(OverMemory, match=r"with memory of 1 each is computed .* too few passes"):
+    with pytest.raises(OverMemory, match=r"with memory of 1 each vector is computed .* too few passes"):
         accumulator.extend(4)
 
 

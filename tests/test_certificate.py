@@ -115,7 +115,7 @@ def test_products_by_sample_are_those_of_plain_autograd(kind):
     pushed = torch.einsum("kbp,bop->kbo", w, by_sample)
     torch.testing.assert_close(j.sample_jvp(slice(1, 4), w[:, 1:4]), pushed[:, 1:4], rtol=1e-10, atol=1e-12)
     if kind is Branching:
-        assert "per-sample VJP is by plain autograd" in " ".join(j.notes)
+        assert "per-sample VJP is computed by plain autograd" in " ".join(j.notes)
 
 
 def test_samples_that_interact_after_all_have_no_products_of_their_own():
@@ -212,7 +212,7 @@ def test_the_certificate_of_some_probes_covers_all_outputs(probes):
     problem, J = problem_of(Partly)
     j = linearise(problem, "theta_0", FLOAT64)
     j.vjp(probes(j))
-    assert "VJP is by plain autograd" in " ".join(j.notes)
+    assert "VJP is computed by plain autograd" in " ".join(j.notes)
     torch.testing.assert_close(j.fresh().vjp(j.basis(0, j.n)), J, rtol=1e-10, atol=1e-12)
 
 

@@ -133,7 +133,7 @@ def test_recommend_prints_a_table_and_the_line_to_run(here):
     assert found.exit_code == 0, found.output
     table, _, line = found.stdout.strip().rpartition("\n")
     assert table.startswith("method ") and "effective rank" in table
-    assert "hutchinson" in table and "the problem is no recurrent network" in table
+    assert "hutchinson" in table and "the problem is not a recurrent network" in table
     model, inputs, call = their_networks.called()
     value = eval(line, {"ntkbench": ntkbench, "model": model, "inputs": inputs, "call": call})
     assert abs(value - ntkbench.trace(model, inputs, call=call, dtype="float64")) < 0.4 * value

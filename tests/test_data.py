@@ -1,4 +1,4 @@
-"""Data files: where they are found, in what order, and one line where they cannot be had."""
+"""Data files: where they are found, in what order, and one line if they are not found."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_users_folder_comes_first_then_the_cache_then_a_download(places, mon
 @pytest.mark.parametrize("label", ["mnist_mlp", "resnet20_cifar", "resnet56_cifar", "transformer_small"])
 def test_data_that_cannot_be_had_are_one_line_that_says_how_to_provide_them(places, label, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(Unavailable, match=r"cannot be had: there is no .* in \$NTKBENCH_DATA or .*cache/data") as error:
+    with pytest.raises(Unavailable, match=r"not found: there is no .* in \$NTKBENCH_DATA or .*cache/data") as error:
         problems.load(label)
     assert "provide it there" in str(error.value) and "\n" not in str(error.value)
 
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_one_line(places, file, read):
 
 def test_images_of_another_number_are_not_mnists_test_file(places):
     put(places[0], images.MNIST[0].name, idx(digits(60)[0]))
-    with pytest.raises(Corrupt, match="it holds no 10,000 entries of bytes"):
+    with pytest.raises(Corrupt, match="it does not hold 10,000 entries of bytes"):
         images.mnist()
 
 

@@ -352,7 +352,7 @@ def test_derivatives_of_the_functions_own_are_taken_in_forward_mode_by_two_rever
     problem, J = from_function(f, x, params), jacobian(f, x, params)
     found = methods.get("direct").estimate(methods.get("direct").prepare(problem, TARGET), "norm")
     assert found.value == pytest.approx(metrics_of(J @ J.T)["norm"], rel=1e-9)
-    assert "each JVP is by two reverse passes" in " ".join(found.notes)
+    assert "each JVP is computed by two reverse passes" in " ".join(found.notes)
     assert found.passes == 3 * problem.n
     j = linearise(problem, "theta_0", TARGET)
     w = rng(2).standard_normal((2, 4, problem.P))

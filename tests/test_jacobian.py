@@ -438,7 +438,7 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
     j, w = j.fresh(), torch.randn(3, j.P, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert close(j.jvp(w), host(w @ J.T))
     assert j.passes == 6
-    assert "each JVP is by two reverse passes" in j.notes[0]
+    assert "each JVP is computed by two reverse passes" in j.notes[0]
     for method, passes, spent in (
         ("one_sided_forward", 8, 16),
         ("per_sample_trace_forward", 8, 16),
@@ -447,7 +447,7 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
     ):
         estimate = ntkbench.trace(model, x, method=method, passes=passes)
         assert estimate.passes == spent
-        assert "JVP is by two reverse passes" in estimate.notes[0]
+        assert "JVP is computed by two reverse passes" in estimate.notes[0]
     assert not ntkbench.trace(model, x, method="one_sided_reverse", passes=8).notes
 
 

@@ -154,7 +154,7 @@ def test_large_shapes_have_their_parameters(size, head, parameters):
 
 
 def test_heads_that_do_not_share_the_width_are_refused():
-    with pytest.raises(BadInput, match="d=6 is no multiple of 4"):
+    with pytest.raises(BadInput, match="d=6 is not a multiple of 4"):
         language.Size(7, 6, 6, 2, 4)
 
 

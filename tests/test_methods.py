@@ -259,7 +259,7 @@ def test_refuses_budgets_that_are_too_small(method, metric):
             loaded(label), metric, target, passes
         )
     assert method.unsupported_reason(loaded(label), metric, target, enough) is None
-    with pytest.raises(BadInput, match=f"{method.name} is stochastic and needs passes"):
+    with pytest.raises(BadInput, match=f"{method.name} is stochastic and needs a positive number of passes"):
         method.estimate(prepared(method, label, method.backends[0]), metric)
 
 

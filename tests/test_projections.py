@@ -142,7 +142,7 @@ def test_few_features_on_a_side_are_said():
     """In the calibration 76 % of the intervals of a transformer's norm with one on each side contained it."""
     method = methods.get("kronecker_projection")
     few, more = (method.estimate(prepared("kronecker_projection"), "norm", 2 * 8 * d**2) for d in (2, 3))
-    assert "features on each side of a layer: 2" in few.notes[0] and not more.notes
+    assert "only 2 features on each side of a layer" in few.notes[0] and not more.notes
 
 
 # --- unbiased, with the published scaling
@@ -330,14 +330,14 @@ class Tied(nn.Module):
 def test_layers_that_are_not_covered_are_refused_by_name():
     x = torch.zeros(2, 3)
     assert refusal("kronecker_projection", Tied(), x) == (
-        "projects layers one by one, and one.weight is other.weight as well"
+        "projects each layer separately, and one.weight is also other.weight"
     )
     normalised = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
     assert "computed from parameters" in refusal("kronecker_projection", normalised, x)
     scaled = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     assert refusal("kronecker_projection", scaled, x) is None
     assert refusal("kfac", scaled, x) == (
-        "has rules for Linear and ungrouped Conv2d alone, and 1.weight is of LayerNorm"
+        "has rules for Linear and ungrouped Conv2d only, and 1.weight is of LayerNorm"
     )
     assert "one vector of outputs" in refusal("kfac", nn.Linear(3, 2), torch.zeros(2, 4, 3))
 

@@ -384,5 +384,5 @@ def test_bad_arguments_for_metrics_of_the_factors_are_refused():
 def test_parameters_outside_the_recurrence_are_refused():
     module = network("rnn")
     module.scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(BadInput, match="'scale' is no part of the recurrence"):
+    with pytest.raises(BadInput, match="'scale' is not part of the recurrence"):
         linearise(from_recurrent(module, X), "theta_0", Target())

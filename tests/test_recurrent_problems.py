@@ -148,7 +148,7 @@ def test_checkpoints_are_log_spaced_and_end_with_the_last_step(steps):
 
 
 def test_the_states_do_not_come_from_the_readout():
-    with pytest.raises(BadInput, match="states do not come from the readout: parameters=readout needs read=outputs"):
+    with pytest.raises(BadInput, match="states do not depend on the readout: parameters=readout needs read=outputs"):
         problems.load("gru_flipflop[parameters=readout]")
 
 

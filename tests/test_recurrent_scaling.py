@@ -70,7 +70,7 @@ def test_settings_that_cannot_be_are_refused(wrong, says):
 
 
 def test_too_few_steps_are_refused_before_anything_is_timed():
-    with pytest.raises(ValidationError, match=r"task flipflop takes .* T of at least 2"):
+    with pytest.raises(ValidationError, match=r"task flipflop needs .* T of at least 2"):
         studies.settings("recurrent_scaling", TINY | {"T": [1, 4, 8]})
 
 

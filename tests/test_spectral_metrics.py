@@ -129,7 +129,7 @@ def test_kernels_between_samples_stand_for_a_kronecker_product():
 def test_a_condition_number_that_is_not_known_is_refused():
     wide = testing.smooth_problem("singular", N=20, inputs=2, hidden=2, outputs=4)  # n = 80, P = 18
     method = methods.get("structured_derivatives")
-    with pytest.raises(Unavailable, match="singular, as there are 18 parameters"):
+    with pytest.raises(Unavailable, match="singular, as there are only 18 parameters"):
         method.estimate(method.prepare(wide, TARGET), "condition_number")
     assert set(reference.of_kernel(wide)) == {"largest_eigenvalue", "entropy_effective_rank", REGRESSION}
     with pytest.raises(Undefined, match="may be zero"):

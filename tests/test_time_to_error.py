@@ -59,7 +59,7 @@ def test_every_method_and_backend_is_a_row_with_a_budget_or_a_reason(table):
 
 def test_a_kernel_for_logits_is_not_scored_on_states(table):
     kernels = {name for name in methods.names() if methods.get(name).kind == "approximate"}
-    assert set(table.loc[[*kernels], "reason"]) == {"stands for Theta where outputs are logits, and these are states"}
+    assert set(table.loc[[*kernels], "reason"]) == {"approximates Theta for logits only, and these outputs are states"}
 
 
 def test_other_backends_take_the_budget_of_the_first_and_its_band(table):

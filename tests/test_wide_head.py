@@ -134,9 +134,9 @@ def twice() -> nn.Module:
 
 
 REFUSED = {
-    "as they are": softmax,
+    "unchanged": softmax,
     "no wider": lambda: vectors(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)),
-    "not those of": lambda: nn.Sequential(Language(), Sliced()),
+    "not the unchanged results of": lambda: nn.Sequential(Language(), Sliced()),
     "used more than once": twice,
 }
 
@@ -396,7 +396,7 @@ def test_inputs_of_several_kinds():
 
 REFUSED_TIED = {
     "must be used exactly twice, there and as the head": (ThirdUse, ReadTwice),
-    "as they are": (Scaled,),
+    "unchanged": (Scaled,),
     "no tokens are looked up": (OfVectors,),
     "is not larger than its": (lambda: Language(tied=True),),
     "is frozen or not selected": (lambda: partly_frozen("table"),),

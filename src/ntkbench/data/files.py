@@ -1,7 +1,8 @@
 """Data files: where they are looked up, and how missing ones are fetched.
 
-A file is taken from the folder that ``$NTKBENCH_DATA`` names, else from the cache, else a library fetches it into the
-cache. The content of a file is part of the identity of the problems that use it, and of the fingerprints of rows.
+A file is looked up in the folder that ``$NTKBENCH_DATA`` names, then in the cache. If it is in neither, a library
+fetches it into the cache. The content of a file is part of the identity of the problems that use it, and of the
+fingerprints of rows.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class DataFile:
 
         Raises:
             BadInput: the variable does not name a folder.
-            Unavailable: it is not on this machine and cannot be fetched; says how to provide it.
+            Unavailable: it is not on this machine and cannot be fetched; the message says how to provide it.
         """
         if found := self.here():
             return found
-        missing = f"{self.what} cannot be had: there is no {self.name} in ${VARIABLE} or {_cached()}"
+        missing = f"{self.what} not found: there is no {self.name} in ${VARIABLE} or {_cached()}"
         if self.fetch is None:
             raise Unavailable(f"{missing}; provide it there ({self.source})")
         try:

@@ -80,7 +80,7 @@ def _idx(file: Path) -> np.ndarray:
     zeros, kind, axes = struct.unpack(">HBB", data[:4])
     shape = struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes])
     if (zeros, kind) != (0, 8) or shape[0] != MNIST_TEST:
-        raise ValueError(f"it holds no {MNIST_TEST:,} entries of bytes")
+        raise ValueError(f"it does not hold {MNIST_TEST:,} entries of bytes")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 

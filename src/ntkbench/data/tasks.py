@@ -1,8 +1,8 @@
 """Generated, seeded tasks for recurrent networks: inputs, targets, and a mask of the targets that count.
 
 All arrays are float32, ``[N, T, channels]``. Trials for training and for kernels differ in their seed.
-Trial i of a seed is the same for any number of trials, so fewer trials are the first ones of more. Networks are scored
-by the share of the targets' power that they miss, so that losses are comparable across tasks.
+Trial i of a seed is the same for any number of trials, so a smaller set of trials is the beginning of a larger one.
+Networks are scored by the share of the targets' power that they miss, so that losses are comparable across tasks.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[np.ndarray, ...]], int]] = {
     "delayed_response": (delayed_response, 5),
     "match_to_sample": (match_to_sample, 5),
 }
-"""Generator of one trial of each task, and the fewest steps in which there is something to remember."""
+"""Generator of one trial of each task, and the minimum number of steps with something to remember."""
 
 
 def channels(task: str) -> tuple[int, int]:
@@ -123,7 +123,7 @@ def check(task: str, T: int, N: int = 1) -> None:
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     if (shortest := TASKS[task][1]) > T or N < 1:
-        raise BadInput(f"task {task} takes N of at least 1 and T of at least {shortest}; got N={N}, T={T}")
+        raise BadInput(f"task {task} needs N of at least 1 and T of at least {shortest}; got N={N}, T={T}")
 
 
 def trials(task: str, N: int, T: int, seed: int = 0) -> Trials:

@@ -1,4 +1,4 @@
-"""Accumulators of random probes: they grow in batches, and give an estimate of any metric at any time."""
+"""Accumulators draw probes in batches and estimate any metric, with its standard error, from all probes so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ntkbench.operators import Array, JacobianOperator, arrays
 
 
 def required_moments(metrics: Sequence[str]) -> tuple[str, ...]:
-    """Moments that the metrics are functions of, in the order of :class:`ntkbench.metrics.Moments`."""
+    """Moments that the metrics depend on, in the order of :class:`ntkbench.metrics.Moments`."""
     needed = {moment for metric in metrics for moment in MOMENTS[metric]}
     return tuple(moment for moment in Moments.__dataclass_fields__ if moment in needed)
 
@@ -50,7 +50,7 @@ class Accumulator(ABC):
 
 
 class ProbeMeans(Accumulator):
-    """Means over independent probes, each of which estimates every moment; the jackknife over probes.
+    """Means over independent probes, each of which estimates every moment, with jackknife standard errors.
 
     Args:
         moments: names of the moments.
@@ -109,8 +109,8 @@ Vectors = Callable[[Array, slice], Sequence[Array]]
 Kernel = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
 """Kernel of a U-statistic of degree 2.
 
-Takes two sets of vectors, ``[r, D]`` and ``[r', D]`` for each operator, and returns ``[r, r']`` for each moment but the
-trace. Two sets that are the same object may be treated as symmetric.
+Takes two sets of vectors, ``[r, D]`` and ``[r', D]`` for each operator, and returns ``[r, r']`` for each moment except
+the trace. Two sets that are the same object may be treated as symmetric.
 """
 
 
@@ -129,15 +129,15 @@ class UStatistics(Accumulator):
     Args:
         moments: names of the moments: some of ``trace`` and ``square``, or all but the trace, or all.
         strata: N.
-        dim: D, the largest where operators differ in it.
+        dim: D; the largest if operators differ in it.
         jacobians: the operators; one, or two for alignment.
         sign: draws a number of probes.
         vectors: see :data:`Vectors`.
         kernel: see :data:`Kernel`.
-        min_group: smallest number of probes in a group; the variance has an unbiased estimate from 4 on.
-        max_vectors: largest number of vectors in a group. The Gram matrix of more vectors costs much more than the
-            vectors themselves, and gains little.
-        stratum: what a stratum is, in the singular, for notes.
+        min_group: minimum number of probes in a group; from 4 on, the variance has an unbiased estimate.
+        max_vectors: maximum number of vectors in a group. The Gram matrix of more vectors costs much more than the
+            vectors themselves and gains little.
+        stratum: name of a stratum in notes, in the singular.
     """
 
     def __init__(
@@ -175,12 +175,12 @@ class UStatistics(Accumulator):
 
     @property
     def recompute_factor(self) -> float:
-        """Passes spent on a probe, relative to those it takes if its vectors are kept."""
+        """Passes per probe, relative to those of a probe whose vectors are kept."""
         sizes = [chunk.stop - chunk.start for chunk in self._chunks]
         return sum(size * (len(sizes) - i) for i, size in enumerate(sizes)) / self._strata
 
     def extend(self, probes: int) -> None:
-        """Draw probes; if their vectors are recomputed, as many as take the passes of ``probes`` kept ones.
+        """Draw probes. If vectors are recomputed, draw as many as the passes of ``probes`` kept ones allow.
 
         Raises:
             OverMemory: the vectors have to be recomputed, and the passes are not enough for one group.
@@ -208,8 +208,8 @@ class UStatistics(Accumulator):
             wanted = self._min_group * self._bytes_per_probe
             raise OverMemory(
                 f"the vectors of {self._min_group} probes take {wanted} bytes; with memory of "
-                f"{self._jacobians[0].memory} each is computed {self.recompute_factor:.3g} times on average, "
-                "for which there are too few passes"
+                f"{self._jacobians[0].memory} each vector is computed {self.recompute_factor:.3g} times on average, "
+                "and there are too few passes for that"
             )
         count = affordable // self._min_group
         for i in range(count):
@@ -234,7 +234,7 @@ class UStatistics(Accumulator):
         return self._names[0] == "trace"
 
     def _tables(self, one: Sequence[Array], other: Sequence[Array]) -> list[np.ndarray]:
-        """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment but the trace."""
+        """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment except the trace."""
         if self._names == ("trace",):
             return []
         (k, n, _), (k2, n2, _) = one[0].shape, other[0].shape
@@ -319,10 +319,10 @@ def least_probes(metric: str, strata: int, n: int, error: float) -> float:
 
 
 def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
-    """A metric from estimates of the moments of these names, with the standard error of the linearised metric.
+    """A metric from estimates of its moments, with a standard error by the delta method.
 
     The second-order bias of the effective rank is subtracted, up to half of its value: beyond that the expansion is
-    unreliable. That of the norm and of the alignment is small compared with their errors, and is not subtracted.
+    unreliable. The biases of the norm and of the alignment are small compared with their errors and are kept.
     """
 
     def of(means: np.ndarray) -> Moments:
@@ -344,7 +344,7 @@ def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) ->
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
     """Kernel for probes in output space, which are shared by all networks; see :data:`Kernel`.
 
-    With m = <w, w'> it has the products of :func:`moment_products`, in float64 on the host.
+    Returns the products of m = <w, w'> from :func:`moment_products`, in float64 on the host.
     """
     pairs = zip(one, other, strict=True)
     grams = [symmetric_gram(a) if one is other else a @ b.T for a, b in pairs]

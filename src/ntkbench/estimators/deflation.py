@@ -1,7 +1,7 @@
 """Deflation: orthonormal bases, Hutch++, and leave-one-out sketches with a calibrated standard error.
 
-Large arrays stay on the device in the operator's precision. The k x k matrices that k probes are reduced to go to the
-host in float64, so that all backends do the same small linear algebra.
+Large arrays stay on the device in the operator's precision. The k x k matrices of k probes are moved to the host in
+float64, so that all backends share the same small linear algebra.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
     Args:
         rows: ``[k, n]``.
         others: ``[r, n]``.
-        entries: entries of each that are copied at a time; at least one column.
+        entries: entries of each array that are copied at a time; at least one column.
     """
     found = np.zeros((len(rows), len(others)))
     columns = max(1, entries // max(len(rows), len(others), 1))
@@ -132,7 +132,7 @@ def from_separate_traces(
 ) -> PointEstimate:
     """A metric from independent estimates of the traces of Theta, Theta^2, Theta_f^2 and Theta Theta_f.
 
-    Only those that the metric is a function of are estimated. Products with a product of two kernels take 4 passes.
+    Only the moments that the metric depends on are estimated. Products with a product of two kernels take 4 passes.
 
     Args:
         metric: name of the metric.
@@ -359,9 +359,10 @@ def leave_one_out(
     unbiased estimate of the variance. If the spectrum has a cliff just below k, a sketch with one probe less is much
     worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
     squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger if the estimates are
-    almost the same: if few dimensions are left outside of the sketch it grows with n / (n - k + 1), and if all sketches
-    lose almost the same direction, as with a rank of k, with the covariance of estimates of that correlation. The
-    second term varies as much as a mean of few squares, and counts with :data:`COVARIANCE_DEGREES` degrees of freedom.
+    almost the same. It grows with n / (n - k + 1) if few dimensions are left outside of the sketch. If all sketches
+    lose almost the same direction, as with a rank of k, it is the ratio of the two terms for estimates whose
+    correlation is ``overlap``. The second term varies as much as a mean of few squares, and counts with
+    :data:`COVARIANCE_DEGREES` degrees of freedom.
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.

@@ -26,12 +26,12 @@ class Density:
         radau_nodes: nodes of Gauss-Radau quadrature with one of them at 0, ``[probes, steps]``. If Gauss quadrature is
             too large for a logarithm this one is too small, and vice versa.
         radau_weights: their weights, ``[probes, steps]``.
-        exhausted: of each probe, whether both rules are exact for it, as its Krylov space is exhausted, ``[probes]``.
+        exhausted: whether each probe's Krylov space is exhausted, so that both rules are exact for it, ``[probes]``.
         n: size of Theta.
         passes: passes spent.
         smallest: the smallest Ritz value: up to rounding, an upper bound on lambda_min.
         rounding: largest shift of the nodes by rounding.
-        whole: whether the nodes are all n eigenvalues, and not those that random probes see.
+        whole: whether the nodes are all n eigenvalues, and not Ritz values of random probes.
     """
 
     nodes: np.ndarray
@@ -66,7 +66,7 @@ class Density:
 
     @property
     def entropy_lower_bound(self) -> float:
-        """The least entropy effective rank that the same probes could have after any number of steps.
+        """Lower bound on the entropy effective rank of the same probes after any number of steps.
 
         Gauss quadrature is below the integral of x log x, and Gauss-Radau quadrature with a node at 0 above it, by the
         signs of the derivatives (Golub, Meurant 1994, theorems 3.1 and 3.2).
@@ -74,7 +74,7 @@ class Density:
         trace, moment = self._moments(self.nodes, self.weights)
         if not trace.sum() > 0:
             return math.nan
-        if self.nodes.shape[1] == 1 and not self.exhausted.all():  # one node at 0 says nothing
+        if self.nodes.shape[1] == 1 and not self.exhausted.all():  # one node at 0 gives no information
             return 1.0
         above = np.maximum(self._moments(self.radau_nodes, self.radau_weights)[1], moment)
         return max(math.exp(math.log(trace.sum()) - float(above.sum() / trace.sum())), 1.0)
@@ -93,11 +93,11 @@ class Density:
     def shares(self, edges: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of eigenvalues in each of the bins ``edges[i] <= lambda < edges[i + 1]``, with an interval.
 
-        They add up to 1 if the bins cover all eigenvalues. Use ``edges = [0, x]`` for the share of those below x. The
-        interval of a bin accounts for further steps, for the choice of probes and for rounding. By Chebyshev's
-        inequalities the weight of a probe below a node is correct up to the weight of that node. For k of n eigenvalues
-        the share of a random vector in their eigenspace is distributed as Beta(k / 2, (n - k) / 2), so that Wilson's
-        interval for a binomial share in probes * (n + 2) / 2 trials has its variance.
+        They add up to 1 if the bins cover all eigenvalues. Use ``edges = [0, x]`` for the share below x. The interval
+        of a bin accounts for further steps, for the choice of probes and for rounding. By Chebyshev's inequalities the
+        weight of a probe below a node is correct up to the weight of that node. The share of a random vector in the
+        eigenspace of k of n eigenvalues has the distribution Beta(k / 2, (n - k) / 2). Wilson's interval for a binomial
+        share in probes * (n + 2) / 2 trials is used, as that share has the same variance.
 
         Source: Szego 1939, section 3.41; Wilson 1927.
 
@@ -113,7 +113,7 @@ class Density:
         """
         edges = np.asarray(edges, np.float64)
         if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
-            raise BadInput("edges must be two numbers or more in ascending order")
+            raise BadInput("edges must be at least two numbers in ascending order")
         rows = np.array([self._below(probe, edges) for probe in range(len(self.nodes))])
         middle, least, most = rows.transpose(1, 0, 2)
         share = np.diff(middle, axis=1).mean(0)
@@ -127,10 +127,10 @@ class Density:
     def log_determinant(self, ridge: float, confidence: float = 0.95) -> tuple[float, float, float]:
         """log det(Theta + ridge I) = sum_i log(lambda_i + ridge), with an interval.
 
-        The interval accounts for rounding, and by products also for further steps and the choice of probes: for a
-        logarithm Gauss quadrature is above the integral and Gauss-Radau quadrature with a node at 0 below it (Golub,
-        Meurant 1994, theorems 3.1 and 3.2). The scatter of the probes gives a Student interval. By products there is no
-        lower end without a ridge.
+        The interval accounts for rounding. If the spectrum is from products, it also accounts for further steps and for
+        the choice of probes. For a logarithm, Gauss quadrature is above the integral and Gauss-Radau quadrature with a
+        node at 0 is below it (Golub, Meurant 1994, theorems 3.1 and 3.2). The scatter of the probes gives a Student
+        interval. From products there is no lower end without a ridge.
 
         Args:
             ridge: constant added to each eigenvalue; 0 or more.
@@ -154,12 +154,12 @@ class Density:
         return (value + below) / 2 if math.isfinite(below) else value, low, high
 
     def _log_determinants(self, nodes: np.ndarray, weights: np.ndarray, ridge: float, sign: int) -> np.ndarray:
-        """log det(Theta + ridge I) by each probe, ``[probes]``; with a sign, how far rounding may move it to that side.
+        """log det(Theta + ridge I) by each probe, ``[probes]``; with a sign, its bound on that side under rounding.
 
         No eigenvalue moves further than ``rounding``. The root of the sum of squares of all moves is within it too
         (Hoffman, Wielandt 1953), which is tighter for many eigenvalues: a logarithm is below its tangents.
         """
-        seen = weights > np.finfo(np.float64).eps ** 2  # others are of zero vectors
+        seen = weights > np.finfo(np.float64).eps ** 2  # the others belong to zero vectors
 
         def integral(values: np.ndarray) -> np.ndarray:
             found: np.ndarray = self.n * len(nodes) * np.where(seen, weights * values, 0.0).sum(1)
@@ -198,7 +198,7 @@ class Eigenvalues:
         values: in descending order, ``[top]``.
         errors: each value is within this distance of an eigenvalue, ``[top]``.
         passes: passes spent.
-        notes: whether the tolerance was not reached.
+        notes: a remark if the tolerance was not reached.
     """
 
     values: np.ndarray
@@ -215,11 +215,11 @@ class Ritz:
         values: in descending order, ``[top]``.
         residuals: ||Theta v - lambda v|| of each, ``[top]``: there is an eigenvalue within that distance.
         vectors: orthonormal rows, ``[top, n]``.
-        following: the next smaller Ritz value and its residual; ``None`` where there is no other.
+        following: the next smaller Ritz value and its residual; ``None`` if there is none.
         smallest: the smallest Ritz value found: up to rounding, an upper bound on lambda_min.
-        rounding: the most that rounding of the products may add to a residual.
+        rounding: upper bound on what rounding of the products adds to a residual.
         passes: passes spent.
-        notes: whether the tolerance was not reached.
+        notes: a remark if the tolerance was not reached.
     """
 
     values: np.ndarray
@@ -243,7 +243,7 @@ HELD = 4
 
 
 def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
-    """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which has their eigenvectors as well.
+    """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which also returns their eigenvectors.
 
     The errors are the residuals plus the rounding of the products.
     """
@@ -254,13 +254,13 @@ def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 
 def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Ritz:
     """The largest eigenvalues of Theta = J J^T and their eigenvectors by block Lanczos with full reorthogonalisation.
 
-    The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. Ritz values are taken until the
-    residual of each of the ``top`` largest is below ``rtol`` times its value, or both are rounding of the largest. By
-    the residual r = Theta v - lambda v there is an eigenvalue within ||r|| of lambda.
+    The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. The iteration stops when the
+    residual of each of the ``top`` largest Ritz values is below ``rtol`` times the value, or when both are within the
+    rounding of the largest. With the residual r = Theta v - lambda v, an eigenvalue is within ||r|| of lambda.
 
     Costs 2 (top + 4) passes per step. The Krylov space and its image are held in float64 on the host. If they would
-    take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; three blocks are held
-    at least.
+    take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; at least three blocks
+    are held.
 
     Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1; the restart:
     Wu, Simon 2000.
@@ -423,9 +423,9 @@ def _quadrature(matrices: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _singular(matrix: np.ndarray) -> np.ndarray:
-    """A Lanczos matrix ``[k, k]`` with the last entry that makes it singular: that of Gauss-Radau with a node at 0.
+    """A Lanczos matrix ``[k, k]``, made singular by its last entry, for Gauss-Radau quadrature with a node at 0.
 
-    In exact arithmetic that entry is not larger than before.
+    In exact arithmetic the new entry is not larger than the old one.
 
     Source: Golub 1973, section 7.
     """

@@ -3,7 +3,7 @@
 A projection gives features Phi_i = J S_i, ``[n, w]``, with E S_i S_i^T = I, so that Phi_i Phi_i^T is unbiased for
 Theta. R of them with independent S_i are replicates. The published estimator is their mean, the Gram matrix
 (1/R) sum_i Phi_i Phi_i^T of k = R w features, and its norm, the *plug-in* value. The square of that norm is biased: the
-pairs i = j add the variance of one replicate. Pairs i != j alone are unbiased, ||Phi_i^T Phi_j||_F^2 for
+pairs i = j add the variance of one replicate. Pairs i != j alone give ||Phi_i^T Phi_j||_F^2, which is unbiased for
 ||Theta||_F^2.
 """
 
@@ -29,7 +29,7 @@ def gram(features: Features) -> np.ndarray:
 
 
 def pair_tables(metric: str, features: Sequence[Features]) -> tuple[tuple[str, ...], dict[str, np.ndarray], np.ndarray]:
-    """Estimates by each pair of replicates of the moments of Theta^2 that a metric is a function of.
+    """Estimates of the moments of Theta^2 that a metric depends on, by each pair of replicates.
 
     Takes R^2 w^2 n multiplications for each pair of parameter sets.
 
@@ -73,7 +73,7 @@ def left_out(table: np.ndarray) -> np.ndarray:
 
 
 def plug_in(names: Sequence[str], tables: dict[str, np.ndarray], traces: np.ndarray) -> Moments:
-    """The moments of the published Gram matrix, over all pairs of replicates; biased but for the trace."""
+    """The moments of the published Gram matrix, over all pairs of replicates; biased except for the trace."""
     means = {name: float(tables[name].mean()) for name in names if name in tables}
     return Moments(trace=float(traces.mean()), **means)
 

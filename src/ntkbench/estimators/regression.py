@@ -1,4 +1,4 @@
-"""Kernel regression as a metric: how well a kernel at theta_0 predicts what training does to held-out outputs."""
+"""Kernel regression as a metric: how well a kernel at theta_0 predicts the change of held-out outputs by training."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def sensitivity(kernel: np.ndarray, change: np.ndarray, relative: float) -> floa
     """Bound on the change of :func:`regression_error` if entries of the kernel are off by rounding.
 
     Entries K_ij are off by ``relative`` times (K_ii K_jj)^(1/2), and so are those of the Cholesky factor's product, by
-    its rounding in float64 (Higham 2002, theorem 10.3). The bound is infinite if the Neumann series of the inverse need
-    not converge.
+    its rounding in float64 (Higham 2002, theorem 10.3). The bound is infinite if the Neumann series of the inverse may
+    diverge.
 
     Cost: the inverse of half of the kernel.
 
@@ -56,7 +56,7 @@ def sensitivity(kernel: np.ndarray, change: np.ndarray, relative: float) -> floa
     growth = relative * float(size[:train] @ (abs(inverse) @ size[:train]))
     if growth >= 1 / 2:
         return math.inf
-    reach = relative * (size[:train] @ weights)  # what the rounding of a row moves by, for each column
+    reach = relative * (size[:train] @ weights)  # bound on what the rounding of a row changes, for each column
     onto = abs(kernel[train:, :train] @ inverse)
     moved = np.outer(size[train:] + onto @ size[:train], reach) + relative * ridge * onto @ weights
     return float(np.linalg.norm(moved) / np.linalg.norm(targets[train:])) / (1 - growth)
@@ -70,7 +70,7 @@ def _solved(kernel: np.ndarray, change: np.ndarray) -> tuple[float, int, tuple[n
     """The error, the number of training rows, the Cholesky factor, and the ridge."""
     N = len(change)
     if N < 2:
-        raise Undefined("the regression error is not defined for one sample: there is none to hold out")
+        raise Undefined("the regression error is not defined for one sample: none can be held out")
     targets = _columns(kernel, change)
     train = (N + 1) // 2 * (len(kernel) // N)
     among = kernel[:train, :train].copy()

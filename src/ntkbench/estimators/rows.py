@@ -17,7 +17,7 @@ def moments_from_rows(
     rows: Callable[[JacobianOperator, Any], Array],
     count: int | None = None,
 ) -> Moments:
-    """The moments that a metric is a function of, from blocks of rows of J.
+    """The moments that a metric depends on, from blocks of rows of J.
 
     The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
     is computed. The blocks are kept if all of them fit in the memory of the operators; otherwise they are recomputed
@@ -26,7 +26,7 @@ def moments_from_rows(
     Args:
         metric: name of the metric.
         jacobians: J at theta_0 (and at theta_f, for alignment).
-        blocks: descriptions of the blocks, which are disjoint and together have all rows.
+        blocks: descriptions of the blocks, which are disjoint and together contain all rows.
         rows: computes the rows of a block, ``(jacobian, block) -> [r, P]``.
         count: number of rows; n by default.
     """

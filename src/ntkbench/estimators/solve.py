@@ -15,10 +15,10 @@ from ntkbench.operators import JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 
 RANK = 32
-"""Largest rank of the preconditioner, which takes two passes for each."""
+"""Maximum rank of the preconditioner; each rank takes two passes."""
 
 SHARE = 4
-"""The preconditioner takes at most the passes, and the memory, divided by this number."""
+"""The preconditioner takes at most one part in ``SHARE`` of the passes, and of the memory."""
 
 REFINEMENTS = 8
 """Maximum number of refinements of a solution. Each solves for the residual, which takes two passes."""
@@ -38,15 +38,15 @@ class Solution:
 
     Attributes:
         values: x, in the shape of y.
-        residual: ||(Theta + ridge I) x - y|| / ||y||, from products with J and J^T however x was computed.
+        residual: ||(Theta + ridge I) x - y|| / ||y||, always from products with J and J^T.
         error: upper bound on ||x - exact||: residual * ||y|| / ridge, up to rounding of those products, as Theta is
             positive semidefinite; infinite if the ridge is 0.
         ridge: constant added to the eigenvalues of Theta.
         iterations: number of iterations of conjugate gradients, or of refinements of the Cholesky solution.
         passes: passes spent.
         method: ``"cholesky"`` or ``"conjugate_gradients"``.
-        notes: remarks, such as that with a ridge of 0 there may be other solutions.
-        certificate: the largest relative difference between a gradient that was used and that of plain autograd.
+        notes: remarks, for example that other solutions may exist with a ridge of 0.
+        certificate: the largest relative difference between a gradient that was used and the same by plain autograd.
     """
 
     values: np.ndarray
@@ -77,7 +77,7 @@ class Regression:
         values: predictions ``[N', ...outputs]``.
         solution: the coefficients (Theta + ridge I)^-1 y and their residual.
         passes: passes spent, including those of the solution.
-        certificate: that of the products with the two Jacobians that predict.
+        certificate: the certificate of the products with both Jacobians in the prediction.
     """
 
     values: np.ndarray
@@ -101,12 +101,12 @@ def of_matrix(
 ) -> Solution:
     """By a Cholesky factor of Theta + ridge I in float64 on the host, refined by products.
 
-    Products may be more precise than Theta, and the solution then has their precision: a refinement gains more digits
-    the smaller ``eps`` times the condition number is.
+    Products may be more precise than Theta, and the solution then has their precision. A refinement gains more digits
+    if ``eps`` times the condition number is small.
 
-    Costs n^3 / 3 operations, two passes for the residual, and two for each refinement: there are none if the residual
-    is within ``rtol`` at once, and at most 8 while each one halves it. With a ridge of 0 LAPACK estimates the condition
-    number, so that a factor of mere rounding is not taken for one of Theta.
+    Costs n^3 / 3 operations, two passes for the residual, and two for each refinement. There is no refinement if the
+    residual is within ``rtol`` at once, and there are at most 8 as long as each one halves it. With a ridge of 0,
+    LAPACK estimates the condition number, so that a factor that consists of rounding is rejected.
 
     Source: iterative refinement: Higham 2002, section 12; the estimate: section 15.
 
@@ -120,8 +120,8 @@ def of_matrix(
         passes: passes spent on the matrix.
 
     Raises:
-        BadInput: Theta + ridge I is not positive definite up to rounding, says which ridge suffices; or the residual
-            stays above ``rtol``.
+        BadInput: Theta + ridge I is not positive definite up to rounding (the message says which ridge suffices), or
+            the residual stays above ``rtol``.
     """
     before = j.passes
     enough = max(SAFETY * eps * float(np.trace(theta)) / rtol, 2 * ridge)
@@ -159,7 +159,7 @@ def of_operator(
     """By SciPy's conjugate gradients on products with J J^T, preconditioned by a Nystrom approximation of Theta.
 
     The approximation has rank 32, or less if it would take more than a quarter of ``passes`` or of ``j.memory``. It
-    removes the largest eigenvalues, on which the number of iterations depends: the number then grows with the root of
+    removes the largest eigenvalues, so that the number of iterations grows with the square root of
     (lambda_33 + ridge) / (lambda_min + ridge). If the residual of the recurrence differs from that of products, the
     iteration restarts from the latter, as long as each start halves it.
 
@@ -204,7 +204,7 @@ def of_operator(
                     M=None if preconditioner is None else _linear(preconditioner, j.n),
                     callback=count,
                 )
-        except FloatingPointError:  # a breakdown, as where Theta is zero; the residual tells
+        except FloatingPointError:  # a breakdown, for example where Theta is zero; the residual shows it
             return np.zeros_like(rest)
         found: np.ndarray = x
         return found
@@ -215,7 +215,7 @@ def of_operator(
 
 
 def _refined(solve: Map, apply: Map, y: np.ndarray, rtol: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """x with apply(x) = y, its residual y - apply(x), and how often ``solve`` was used: until ``rtol`` or no gain."""
+    """Refines x until its residual is within ``rtol`` or stops falling; x, y - apply(x) and the number of solves."""
     x, rest, rounds = np.zeros_like(y), y, 0
     size = left = float(np.linalg.norm(y))
     while left > rtol * size and rounds <= REFINEMENTS:
@@ -245,21 +245,21 @@ def _solution(
     error = left / ridge if ridge > 0 else math.inf if size else 0.0
     notes = j.notes
     if ridge == 0 and method == "conjugate_gradients":
-        notes = ("with ridge=0 products do not tell whether Theta is singular and other solutions exist", *notes)
+        notes = ("with ridge=0, products cannot show whether Theta is singular and has other solutions", *notes)
     return Solution(x, left / size if size else 0.0, error, ridge, iterations, passes, method, notes, j.certificate)
 
 
 def _converged(found: Solution, rtol: float, eps: float, remedy: str) -> Solution:
-    """A solution, if its residual is within the tolerance.
+    """The solution, if its residual is within the tolerance.
 
     Raises:
-        BadInput: it is not; says what helps.
+        BadInput: it is not; the message says what helps.
     """
     if found.residual <= rtol:
         return found
     raise BadInput(
         f"the residual of (Theta + {found.ridge:g} I) x = y is {found.residual:.2g} after {found.passes:g} passes, "
-        f"above rtol={rtol:g}: take {remedy}, a larger rtol{_more_precise(eps)}"
+        f"above rtol={rtol:g}: take {remedy}, or a larger rtol{_more_precise(eps)}"
     )
 
 
@@ -268,7 +268,7 @@ def _more_precise(eps: float) -> str:
 
 
 def _shifted(j: JacobianOperator, ridge: float) -> Map:
-    """v -> (Theta + ridge I) v on the host; two passes. Products are of unit vectors, whatever the scale of v."""
+    """v -> (Theta + ridge I) v on the host; two passes. v is normalised first, so its scale does not matter."""
     like = j.basis(0, 1)
 
     def apply(v: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ PROBES, STEPS = 8, 25
 """Probes and steps of the density if Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
 
 SHARE = 4
-"""The density takes at most the passes divided by this number."""
+"""The density takes at most one part in ``SHARE`` of the passes."""
 
 SHOWN = 5
 """Number of eigenvalues in a printed spectrum."""
@@ -38,7 +38,7 @@ class Spectrum:
         vector_errors: upper bounds on the sine of each vector's angle to an eigenvector, ``[top]``; 1 if the eigenvalue
             is multiple up to its error. By products this assumes that no eigenvalue was missed.
         smallest: the smallest eigenvalue; by products the smallest Ritz value, an upper bound on it.
-        smallest_bounds: the smallest eigenvalue is between these two.
+        smallest_bounds: lower and upper bound on the smallest eigenvalue.
         entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` if
             Theta is zero. By products the interval accounts for the choice of probes and for further steps.
         density: the spectral density as weighted nodes, see :class:`ntkbench.estimators.lanczos.Density`; its
@@ -48,7 +48,7 @@ class Spectrum:
         passes: passes spent.
         method: ``"eigh"`` of all of Theta, or ``"block_lanczos"`` by products.
         notes: remarks, such as a tolerance that was not reached.
-        certificate: the largest relative difference between a gradient that was used and that of plain autograd.
+        certificate: the largest relative difference between a gradient that was used and the same by plain autograd.
     """
 
     values: np.ndarray
@@ -72,9 +72,9 @@ class Spectrum:
 
     @property
     def condition_bounds(self) -> tuple[float, float]:
-        """The condition number lambda_max / lambda_min is between these two; infinite where lambda_min may be zero.
+        """Bounds on the condition number lambda_max / lambda_min; infinite where lambda_min may be zero.
 
-        It is undefined, ``nan``, if Theta is zero.
+        They are ``nan`` if Theta is zero.
         """
         low, high = self.smallest_bounds
         top, error = self.largest, float(self.errors[0])
@@ -84,7 +84,7 @@ class Spectrum:
 
     @property
     def condition_number(self) -> float:
-        """lambda_max / lambda_min; ``nan`` where :attr:`condition_bounds` have no upper end, as by products."""
+        """lambda_max / lambda_min; ``nan`` if :attr:`condition_bounds` have no upper end, as from products."""
         low, high = self.condition_bounds
         if math.isinf(low):
             return math.inf

@@ -210,7 +210,7 @@ class PairSums:
         self._squares += _outer(y) - 2 * K * _outer(rows) + K**2 * _outer(means)
 
     def add_singles(self, values: ArrayLike) -> None:
-        """Add a term that depends on one probe of one stratum: its mean over probes, summed over strata, is estimated.
+        """Add a term that depends on one probe of one stratum; the estimate includes its mean, summed over strata.
 
         Args:
             values: ``[moments, N, K]``.
@@ -257,8 +257,8 @@ class PairSums:
 def _outer(y: np.ndarray) -> np.ndarray:
     """Products of any two moments, summed over all other axes: ``[m, ...] -> [m, m]``.
 
-    By torch, whose threads also run the network. Those of NumPy's BLAS wait actively for some 20 ms after a product.
-    On two cores this slows the network's next products down several times.
+    Uses torch, whose threads also run the network. NumPy's BLAS threads spin for about 20 ms after a product, which
+    makes the network's next products several times slower on two cores.
     """
     import torch
 

@@ -52,7 +52,7 @@ def metric_of_p(
     """
     _check(metric, at_f)
     if probes < 2:
-        raise BadInput(f"probes must be at least 2, to have a standard error; got {probes}")
+        raise BadInput(f"probes must be at least 2 for a standard error; got {probes}")
     j, kernels = kernel.jacobian, [kernel] if at_f is None else [kernel, at_f]
     rng, propagations = j.rng(seed), [each.P for each in kernels]
     blocks = (_moments_by_probe(metric, propagations, rng.sign(k, j.n)) for k in j.blocks(probes))
@@ -70,11 +70,11 @@ def _check(metric: str, at_f: StateKernel | None) -> None:
     metrics.check(metric)
     if (metric == "alignment") != (at_f is not None):
         given = "none" if at_f is None else "one"
-        raise BadInput(f"at_f is the kernel to align with, and for alignment alone; got {given} for {metric}")
+        raise BadInput(f"at_f, the kernel to align with, is required for alignment only; got {given} for {metric}")
 
 
 def _moments_by_probe(metric: str, propagations: Sequence[BlockOperator], u: Array) -> list[Array]:
-    """Each probe's unbiased estimates of the moments of P P* that a metric is a function of, ``[k]`` each."""
+    """Each probe's unbiased estimates of the moments of P P* that a metric depends on, ``[k]`` each."""
     pulled = [p.T(u) for p in propagations]
     if metric == "trace":
         return [(pulled[0] ** 2).sum(1)]

@@ -1,4 +1,4 @@
-"""Strata that are taken exactly: the few that have most of ||Theta||_F^2, where few do."""
+"""Strata that are taken exactly: if few strata have most of ||Theta||_F^2, those few."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNEVEN = 4
 """Strata are uneven if their effective number is smaller than their number by more than this factor."""
 
 GAIN = 2
-"""Strata are taken exactly if that divides the predicted variance by more than this factor."""
+"""Strata are taken exactly if that reduces the predicted variance by more than this factor."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Choice:
 
     Attributes:
         exact: their indices, in ascending order.
-        share: about their share of the whole.
+        share: their approximate share of the whole.
         uneven: whether few strata have most of it.
         of: the quantity that is shared.
     """
@@ -86,7 +86,7 @@ def choose(
     Args:
         shares: shares of the strata, ``[N]``; see :func:`shares`.
         passes: remaining passes; K probes of all strata take K.
-        rows: rows of a stratum that is exact, beside K probes of the others; a probe has one row in each stratum.
+        rows: number of rows of an exact stratum beside K probes of the others; a probe has one row in each stratum.
         max_probes: probes in a group, each of which takes the exact strata again.
         max_exact: maximum number of exact strata.
         drawn: number of probes so far, which are lost to the estimate if any stratum is exact.

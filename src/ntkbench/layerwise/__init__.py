@@ -11,8 +11,8 @@ factors.py         per-sample gradients of a layer in factored form
 contraction.py     from factors to a layer's part of Theta, by the cheaper of two orders of summation
 blocks.py          one block of a kernel
 kernel.py          the kernel: as a whole, block by block, or its diagonal
-reuse.py           the same, with the trace of an equal network where there is one
-certificate.py     the gradient that its factors make, compared with plain autograd
+reuse.py           the same, with the trace of an equal network if one is kept
+certificate.py     the gradient that its factors give, compared with plain autograd
 sample_kernels.py  kernels between samples that approximate the NTK
 tuning.py          sizes and costs that affect speed alone
 

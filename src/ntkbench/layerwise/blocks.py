@@ -94,7 +94,7 @@ class Task:
     ) -> Tensor:
         """An off-diagonal block: rows from :meth:`collected`, columns from a separate run.
 
-        ``again`` says that the columns were visited before.
+        ``again`` tells whether the columns were visited before.
         """
         theta = self.zeros(parameters, row, column)
 

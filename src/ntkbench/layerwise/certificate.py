@@ -1,4 +1,4 @@
-"""The certificate of a kernel: the gradient that its factors make, compared with plain automatic differentiation.
+"""The certificate of a kernel: the gradient that its factors give, compared with plain automatic differentiation.
 
 A kernel's rows are gradients of directions u_bk . f_b. With random signs c the factors of all layers add up to the
 gradient of sum_(b, k) c_bk u_bk . f_b, which one plain backward pass over the whole batch gives as well. The

@@ -4,7 +4,7 @@ Let w = phi(theta_l), with Jacobian J_phi, enter operations that have a rule, an
 form. The gradient by theta_l is J_phi^T G, and inner products of such gradients are <G, M G'> with M = J_phi J_phi^T.
 
 Normalisations act on blocks of entries: output channels, input channels or the whole weight. In each block M is a
-multiple of the identity but for a few directions, M = c I + Q^T diag(b) Q. For weight normalisation of rows, for
+multiple of the identity except in a few directions, M = c I + Q^T diag(b) Q. For weight normalisation of rows, for
 example, w = g v / |v| has c = (g / |v|)^2 and the one direction q = v / |v| with b = 1 - c. The part of the kernel is
 then that of a plain weight, its cotangents or inputs times sqrt(c), and inner products of the few numbers Q G.
 
@@ -34,7 +34,7 @@ EXACT = 1e-9
 """Largest relative difference from M, in float64, for which the form counts as exact."""
 
 PERIOD = 4099
-"""Random numbers that are drawn for a test vector, which repeats them; a prime, unlike sizes of blocks."""
+"""Period of the random numbers of a test vector; a prime, unlike sizes of blocks."""
 
 NUDGE = 0.5
 """Noise of perturbed parameters, relative to each parameter's root mean square."""
@@ -80,7 +80,7 @@ class Derivative:
         return self._w.device
 
     def pull(self, z: Tensor) -> list[Tensor]:
-        """J_phi^T z by each parameter, for z of the shape of w."""
+        """J_phi^T z for each parameter, for z of the shape of w."""
         return self._grad(self._w, self._leaves, z)
 
     def product(self, z: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Gram:
 
 @dataclass(frozen=True)
 class Computed:
-    """A weight that is computed from parameters alone, with M as said above.
+    """A weight that is computed from parameters alone, with M in the form of this module's docstring.
 
     Attributes:
         node: the weight, in the graph of one sample.
@@ -152,8 +152,10 @@ class Computed:
         derivative, dtype = make(), parameters[0].dtype
         found = _gram(derivative, self.axis, self.rank)
         if tested and not _difference(found, derivative, self.axis) <= EXACT:
-            raise Uncertified(f"gradients by {', '.join(self.parameters)} have other inner products than when traced")
-        # What a derivative saves takes several times the memory of the weight, and is needed once.
+            raise Uncertified(
+                f"gradients with respect to {', '.join(self.parameters)} have other inner products than when traced"
+            )
+        # The values that a derivative saves take several times the memory of the weight and are needed once.
         return Gram(found.c.to(dtype), found.b.to(dtype), found.q.to(dtype), lambda z: make().pull(z))
 
 
@@ -172,10 +174,10 @@ def computed(
         node: the weight.
         names: the parameters that it is computed from.
         entries: indices of its entries as its rule arranges them, ``[groups, C, D]``.
-        parameters: in the order of ``graph.parameters``; perturbed, for normalised weights are often special at first.
+        parameters: in the order of ``graph.parameters``; perturbed, because normalised weights often start out special.
         constants: in the order of ``graph.constants``.
     """
-    with contextlib.suppress(Exception):  # whatever derivatives of phi, in float64, lead to
+    with contextlib.suppress(Exception):  # derivatives of phi in float64 may fail in any way
         numbers = _random()
         values = [
             _perturbed(w, numbers) if name in names else w for name, w in zip(graph.parameters, parameters, strict=True)
@@ -233,8 +235,8 @@ def _out_of_blocks(t: Tensor, axis: int | None, shape: torch.Size) -> Tensor:
 def _gram(derivative: Derivative, axis: int | None, rank: int) -> Gram:
     """c, b and Q of M, if M has this form with directions of at most this rank.
 
-    Of 2 ``rank`` + 1 eigenvalues of M on a random subspace more than half are c, for a change of rank ``rank`` moves no
-    more than ``rank`` of them. M - c I maps the subspace to the span of the directions.
+    On a random subspace M has 2 ``rank`` + 1 eigenvalues. More than half of them are c, because a change of rank
+    ``rank`` moves at most ``rank`` of them. M - c I maps the subspace to the span of the directions.
     """
     shape, where = derivative.shape, derivative.device
     B = 1 if axis is None else shape[axis]

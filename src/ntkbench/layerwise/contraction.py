@@ -3,7 +3,7 @@
 Theta_(bo)(cp) = sum_{s,t} (a_bs . a_ct) (g_bos . g_cpt), with positions s and t (see ``factors.py``).
 
 - *pairwise* (also called ghost): inner products of inputs and of cotangents first, without any gradient.
-- *explicit*: the gradients sum_s g_bos (x) a_bs, some channels at a time, then their inner products.
+- *explicit*: the gradients sum_s g_bos ⊗ a_bs, some channels at a time, then their inner products.
 
 Pairwise is cheaper for few positions and many channels, explicit for many positions. Of a symmetric kernel only the
 lower triangle is computed, by blocks of samples; entries above the diagonal blocks are not touched.
@@ -230,8 +230,8 @@ def _add_positions(
 def _carried(gram: Tensor, h: Tensor) -> Tensor:
     """Products of ``gram`` ``[count, rows, T]`` with ``h`` ``[count, K, T, C]``, ``[count, K, rows, C]``.
 
-    They are written where they belong, in as few batches as this allows: rearranged afterwards, they would pass through
-    memory twice more.
+    They are written to their final places, in as few batches as this allows. Rearranging them afterwards would move
+    them through memory twice more.
     """
     count, K, T, C = h.shape
     found = h.new_empty(count, K, gram.shape[1], C)
@@ -287,7 +287,7 @@ def _crossed(left: Tied, right: Tied, sums: str, memory: int) -> Tensor:
     for t in _slices(T, _pieces(T, copied + pair, memory // 2)):
         for s in _slices(S, _pieces(S, (t.stop - t.start) * pair, memory // 2)):
             found = found + _crossed_at(one.positions(s), other.positions(t), sums)
-    assert isinstance(found, Tensor)  # there is one position at least
+    assert isinstance(found, Tensor)  # there is at least one position
     return found[:, None, :, None] if sums == SUMMED else found
 
 

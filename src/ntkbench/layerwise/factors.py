@@ -1,7 +1,7 @@
 """Per-sample gradients of a layer in factored form.
 
 The gradient of output o of sample b with respect to a layer's weights is a sum over the positions s at which the layer
-is applied (pixels, time steps, calls): sum_s g_bos (x) a_bs, with a the layer's inputs and g the cotangents of its
+is applied (pixels, time steps, calls): sum_s g_bos ⊗ a_bs, with a the layer's inputs and g the cotangents of its
 outputs. The classes here hold such sums by their factors, for K output directions in place of the O outputs.
 """
 
@@ -20,7 +20,7 @@ from ntkbench.layerwise.computed import Gram
 @final
 @dataclass(frozen=True)
 class Products:
-    """Gradients sum_s g_s (x) a_s of a linear map, in ``groups`` that share no weights.
+    """Gradients sum_s g_s ⊗ a_s of a linear map, in ``groups`` that share no weights.
 
     Attributes:
         a: inputs ``[N, groups, D, S]``.
@@ -77,7 +77,7 @@ class Lookups:
     g: Tensor
 
     def gradient(self, c: Tensor, count: int) -> Tensor:
-        """See :meth:`Products.gradient`; ``[count, C]`` for a table of so many rows."""
+        """See :meth:`Products.gradient`; ``[count, C]`` for a table of ``count`` rows."""
         mixed = (c[:, None] @ self.g.flatten(2)).view(len(c), *self.g.shape[2:]).mT.flatten(0, 1)
         rows = self.rows.reshape(-1)
         return mixed.new_zeros(count, mixed.shape[1]).index_add_(0, rows.clamp(min=0), mixed * (rows >= 0)[:, None])
@@ -123,7 +123,7 @@ class Rows:
 class Tied:
     """Gradients of a matrix W that is used as it is and transposed, such as an embedding that is also the readout.
 
-    They are sum_s g_s (x) a_s + (sum_t h_t (x) b_t)^T, with the sizes of a and h, and of g and b, the same.
+    They are sum_s g_s ⊗ a_s + (sum_t h_t ⊗ b_t)^T, with the sizes of a and h, and of g and b, the same.
 
     Attributes:
         one: the former, of one group.

@@ -142,7 +142,7 @@ class LayerwiseKernel:
         return {layer.parameters[0]: layer.fallback for layer in explicit if layer.fallback}
 
     def difference(self, parameters: ParameterValues, x: Tensor) -> float:
-        """The relative difference between the trace and plain autograd, in a gradient of one sample; 2 passes of it.
+        """The relative difference between the trace and plain autograd, in a gradient of one sample; 2 passes over it.
 
         Args:
             parameters: values of the trainable parameters, in the constructor's order.
@@ -220,7 +220,7 @@ class LayerwiseKernel:
             theta[left.samples, at_left, right.samples, at_right] += part
             if x2 is None and left != right:
                 theta[right.samples, at_right, left.samples, at_left] += part.permute(2, 3, 0, 1)
-        assert theta is not None  # there is one block at least
+        assert theta is not None  # there is at least one block
         return theta.flatten(2).flatten(0, 1)
 
     def blocks(
@@ -414,7 +414,7 @@ class LayerwiseKernel:
         )
 
     def _certify(self, task: Task, sets: Sequence[ParameterValues], inputs: Sequence[Tensor]) -> None:
-        """Compare what a task has gathered with plain autograd.
+        """Compare the gradients that a task has gathered with plain autograd.
 
         Raises:
             Uncertified: they differ.
@@ -455,7 +455,7 @@ class LayerwiseKernel:
             (part.stop - part.start, part.start) for part in (everything.samples, everything.directions)
         )
         item = (parameters or sets[0])[0].element_size()
-        # The unit vectors that fit in memory show the cost of a direction; all of them are O x O.
+        # The unit vectors that fit in memory give the cost of a direction; all of them are O x O.
         tried = K if task.directions is not None else min(K, max(1, self.memory // (self.O * item)))
         trial = Block(everything.samples, slice(first_direction, first_direction + tried))
         program = task.program(parameters or sets[0], x, trial)

@@ -226,7 +226,7 @@ def _computed(
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The value whose entries a node has, rearranged."""
+    """The value whose entries a node rearranges."""
     while node.target in MOVEMENTS:
         (before,) = node.all_input_nodes
         if before.target not in MOVEMENTS and not isinstance(before.meta["val"], Tensor):

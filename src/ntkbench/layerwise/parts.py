@@ -1,4 +1,4 @@
-"""Rectangles of a kernel that are asked for one by one, for results that are larger than memory."""
+"""Rectangles of a kernel that are requested one by one, for results that are larger than memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class KernelParts:
                 theta[*at, *beside] += found
                 if symmetric and left != right:
                     theta[*beside, *at] += found.permute(2, 3, 0, 1)
-        assert theta is not None  # there is one block at least
+        assert theta is not None  # there is at least one block
         return theta.flatten(2).flatten(0, 1)
 
     def _certified_task(self) -> Task:

@@ -1,8 +1,8 @@
-"""Recording a forward pass so that the derivative of what is recorded is what autograd computes.
+"""Records a forward pass so that the derivative of the record is the one that autograd computes.
 
 A tracer records operations below autograd. It does not see ``torch.no_grad``, takes the copies that autograd saves for
 ``detach``, replaces a custom ``autograd.Function`` by its forward pass, and turns values into constants wherever they
-leave PyTorch. The modes here record the first two as autograd means them and refuse the others.
+leave PyTorch. The modes here record the first two as autograd treats them and refuse the others.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Operations(TorchDispatchMode):
     """ATen operations, one level below autograd.
 
     Attributes:
-        stopping: whether the user calls ``detach``; autograd calls it as well, for what it saves.
+        stopping: whether the user calls ``detach``; autograd calls it as well, for values that it saves.
     """
 
     def __init__(self, moving: Iterable[Tensor]) -> None:
@@ -115,8 +115,8 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in function.tags:
             if moving:
                 raise DataDependent(
-                    f"the forward pass asks for a value that depends on x or the parameters ({function}), as branches "
-                    "on data do, and cannot be traced"
+                    f"the forward pass reads a value that depends on x or the parameters ({function}), for example to "
+                    "branch on data, and cannot be traced"
                 )
             with disable_proxy_modes_tracing():
                 return function(*args, **kwargs)
@@ -171,8 +171,8 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         if function in _READS and self._operations.moves(args):
             raise Unsupported(
-                "the forward pass hands a value that depends on x or the parameters to Python or NumPy and cannot be "
-                "traced"
+                "the forward pass converts a value that depends on x or the parameters to Python or NumPy and cannot "
+                "be traced"
             )
         if function is torch.Tensor.register_hook:
             raise Unsupported("a hook on a gradient cannot be traced")

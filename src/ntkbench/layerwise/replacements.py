@@ -1,8 +1,8 @@
 """Replacements of ATen operations whose derivatives are missing or wrong where one sample's graph runs under ``vmap``.
 
-Some derivatives ask for the layout of a tensor, which is not the same while they are traced and while they run. For
-these the replacement is f(A) + L(A - A0), with f and its derivative L evaluated at a constant A0 that equals A: the
-value is exact, and so is the first derivative.
+Some derivatives depend on the layout of a tensor, which differs between tracing and running. For these the replacement
+is f(A) + L(A - A0), with f and its derivative L evaluated at a constant A0 that equals A: the value is exact, and so is
+the first derivative.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _solve(A: Tensor, b: Tensor, *, left: bool = True, check_errors: bool = Fals
 
 
 def _vectors(A: Tensor, b: Tensor) -> bool:
-    """Whether right-hand sides are vectors, as ``torch.linalg.solve`` has it."""
+    """Whether right-hand sides are vectors, by the convention of ``torch.linalg.solve``."""
     return b.ndim == 1 or (A.ndim == b.ndim + 1 and b.shape == A.shape[:-1])
 
 
@@ -86,7 +86,7 @@ def _lu_solve(LU: Tensor, pivots: Tensor, b: Tensor, *, left: bool = True, adjoi
 
 
 def _det(A: Tensor) -> tuple[Tensor, None, None]:
-    """det A with d det A = det A tr(A^(-1) dA), which is zero for singular A, as autograd has it."""
+    """det A with d det A = det A tr(A^(-1) dA), which is zero for singular A, as in autograd."""
     A0 = A.detach()
     det, inverse = torch.linalg.det(A0), torch.linalg.inv_ex(A0).inverse
     adjugate = torch.where((det == 0)[..., None, None], 0, det[..., None, None] * inverse)

@@ -88,7 +88,7 @@ def _keep(key: Hashable, trace: Trace, difference: float, epsilon: float) -> Non
 
 
 def _structure(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Hashable:
-    """What two networks have in common if they have the same classes, settings and shapes; it holds no class."""
+    """A key that two networks share if they have the same classes, settings and shapes; it holds no class."""
     layers = tuple(
         (name, weakref.ref(type_before_parametrizations(layer)), _settings(layer))
         for name, layer in module.named_modules(remove_duplicate=False)

@@ -42,7 +42,7 @@ class Use:
 
     @property
     def overlaps(self) -> bool:
-        """Whether each result of the operation is a sum over several positions, as of a transposed convolution."""
+        """Whether each result of the operation is a sum over several positions, as in a transposed convolution."""
         return self.factors.func is _transposed_factors
 
     @property

@@ -1,6 +1,6 @@
 """Kernels between samples that approximate the NTK, and the NTK itself: their directions and layers.
 
-A kernel A between samples approximates Theta by A (x) I_O. The trace kernel is the best of them in the Frobenius norm.
+A kernel A between samples approximates Theta by A ⊗ I_O. The trace kernel is the best of them in the Frobenius norm.
 """
 
 from __future__ import annotations

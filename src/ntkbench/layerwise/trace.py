@@ -93,7 +93,7 @@ class SampleGraph:
         """
         found = self.prelude.run(fixed_tensors(module, self.parameters))
         if [(t.shape, t.dtype) for t in found] != list(self.constants.values()):
-            raise BadInput("what the network computes of its buffers has other shapes than when it was traced")
+            raise BadInput("tensors computed from the buffers have other shapes than when the network was traced")
         return [t.to(device) for t in found]
 
     def run(
@@ -192,7 +192,7 @@ def trace(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Sam
         own = (t.clone() if key in buffers else t for key, t in fixed.items())
         return [*trained, *own, x[:1].detach().cpu()]
 
-    # Tensors that the network makes without a device must not go to a GPU meanwhile.
+    # Tensors that the network creates without a device must not go to a GPU meanwhile.
     with TRACING, untraceable("its forward pass"), plain_operations(module), torch.device("cpu"):
         # Twice: in-place changes inside a composite operation only show once it is decomposed.
         with torch.enable_grad():
@@ -318,8 +318,8 @@ def untraceable(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise Unsupported(
-            f"{what} cannot be traced as a graph of operations, as branches on data cannot; methods that call the "
-            f"network as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
+            f"{what} cannot be traced as a graph of operations, for example because of branches on data; methods that "
+            f"call the network as it is are jacobian_contraction and naive_jacobian ({type(error).__name__}: "
             f"{textwrap.shorten(str(error), 160)})"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Sizes and costs that decide how kernels are computed, and not what they are."""
+"""Sizes and costs that determine how kernels are computed, but not their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes and costs by which blocks and orders of summation are chosen. They change results by rounding only.
+    """Sizes and costs that choose blocks and orders of summation. They change results by rounding only.
 
     Attributes:
         triangle_blocks: largest number of row blocks into which a symmetric kernel is split. Only blocks on and below
@@ -21,7 +21,7 @@ class Tuning:
         entry_cost: cost of moving one entry through memory, in multiplications of a matrix product.
         group_cost: overhead of one group of a grouped layer, in the same unit.
         tile: rows and columns of the tiles in which a triangle is mirrored.
-        certified: whether kernels are certified; only operations that are counted and not run are not.
+        certified: whether kernels are certified; ``False`` only where operations are counted without being run.
     """
 
     triangle_blocks: int = 8

@@ -1,4 +1,4 @@
-"""The ways of computing NTK metrics, one file each.
+"""Methods that compute NTK metrics, one file each.
 
 To add a method, drop a file here with a subclass of :class:`ntkbench.methods.base.Method` (most easily of
 ``Deterministic`` or ``Stochastic``). It then appears in the grid, the asv suite, the contract tests, the table and the
@@ -69,11 +69,11 @@ def _checked(source: Source, module: ModuleType, name: str) -> Method:
     for attribute in ("title", "source", "kind"):
         value = getattr(cls, attribute, None)
         if not isinstance(value, str) or not value.strip():
-            raise fault(attribute, f"{attribute} must be a string that says something; got {value!r}")
+            raise fault(attribute, f"{attribute} must be a string that is not empty; got {value!r}")
     if cls.kind not in KINDS:
         raise fault("kind", str(unknown("kind", cls.kind, KINDS)))
     if (cls.kind == "stochastic") != issubclass(cls, Stochastic):
-        raise fault("kind", f"kind is {cls.kind!r}: 'stochastic' is for subclasses of Stochastic, and for all of them")
+        raise fault("kind", f"kind is {cls.kind!r}: 'stochastic' is for all subclasses of Stochastic and for no others")
     _check_words(cls, "backends", "backend", BACKENDS, fault)
     _check_words(cls, "metrics", "metric", METRICS, fault)
     if cls.kernel_metrics:
@@ -93,7 +93,7 @@ def _check_words(
 ) -> None:
     value = getattr(cls, attribute, None)
     if not isinstance(value, tuple | list) or not value or len(set(map(repr, value))) < len(value):
-        raise fault(attribute, f"{attribute} must be a tuple of different {what}s, one at least; got {value!r}")
+        raise fault(attribute, f"{attribute} must be a tuple of one or more different {what}s; got {value!r}")
     for word in value:
         if word not in allowed:
             raise fault(attribute, str(unknown(what, word, allowed)))

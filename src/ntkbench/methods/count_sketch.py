@@ -19,13 +19,13 @@ from ntkbench.problem import Problem
 
 
 class CountSketch(Deterministic):
-    """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) (x) I_O.
+    """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) ⊗ I_O.
 
     K = (1/R) sum_r Phi_r Phi_r^T for R random sign vectors v_r over the outputs, which all samples share, and E K =
-    tr_O Theta, O times the trace kernel. Probes and hashes are fixed, so the value is deterministic. It differs from
-    Theta like the trace kernel, which omits the cross terms between outputs, and by the noise of the probes, at most
-    about sqrt(2 / R), and of the hash, about sqrt(effective rank / width). The trace is unbiased over draws. The square
-    of the norm is too large by the variance of K, and so the effective rank, of an N x N kernel, is too small.
+    tr_O Theta, O times the trace kernel. Probes and hashes are fixed, so the value is deterministic. Like the trace
+    kernel, K omits the cross terms between outputs. It also has the noise of the probes, at most about sqrt(2 / R), and
+    of the hash, about sqrt(effective rank / width). The trace is unbiased over draws. The variance of K makes the
+    square of the norm too large, and so the effective rank, of an N x N kernel, too small.
 
     ``probes`` passes for each parameter set, N P ``probes`` additions.
 

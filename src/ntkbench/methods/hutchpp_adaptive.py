@@ -9,7 +9,7 @@ class HutchPPAdaptive(AdaptiveSketch):
     """tr Q^T Theta Q + mean of ||J^T (I - Q Q^T) g||^2, where Q grows while that lowers the variance.
 
     The probes g are random signs in output space, and Q is an orthonormal basis of Theta s for other random signs s. A
-    column of Q takes 4 passes, a residual probe 1 VJP; the rule by which Q grows is in
+    column of Q takes 4 passes, a residual probe 1 VJP; the rule for growing Q is in
     :class:`ntkbench.methods.base.adaptive_sketch.AdaptiveSketch`. Unbiased. On a flat spectrum it is
     ``one_sided_reverse`` less one block of columns. Holds 2 vectors of length n for each column and 1 for each probe.
     """

@@ -17,8 +17,8 @@ class HutchPPPaper(FixedBudget):
     more column if m - q is odd. It counts these as m, although the sketch is multiplied twice and the residual once:
     about 0.75 m products with the operator, of 2 passes each for Theta, and 4 for Theta^2 and Theta Theta_f. Here the
     budget is in passes, and m is the largest number that it allows. m is at least 5, for a sketch and two residual
-    probes. The script multiplies the identity instead once m exceeds n. Here that happens as soon as n products are no
-    more than those of Hutch++.
+    probes. If m exceeds n, the script multiplies the operator with the identity instead. Here that happens as soon as n
+    products are no more than those of Hutch++.
 
     Unbiased, with the variance of Hutchinson on (I - Q Q^T) A (I - Q Q^T), 2 (||.||_F^2 - sum of its squared diagonal)
     over the residual probes; the standard error is that of the residual's mean.

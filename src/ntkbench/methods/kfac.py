@@ -18,13 +18,13 @@ INSTALL = "einconv einops linear_operator opt-einsum && pip install --no-deps cu
 
 
 class KFAC(Method):
-    """The metrics of (+)_l A_l (x) B_l, which approximates J^T J; trace and norm of J^T J are those of Theta.
+    """The metrics of ⊕_l A_l ⊗ B_l, which approximates J^T J; trace and norm of J^T J are those of Theta.
 
     A_l = (1 / (N S)) sum a a^T is the mean over samples and the S positions of a layer's inputs (with a one for the
-    bias), and B_l = sum g g^T the sum over them and all outputs of the cotangents: the type-2 Fisher matrix of half the
-    squared error, K-FAC-expand. K-FAC treats A_l and B_l as independent and different layers as orthogonal, so every
-    metric is biased, including the trace if the norms of inputs and of cotangents are correlated. The alignment is that
-    of the two matrices. Only Linear and Conv2d layers are supported.
+    bias), and B_l = sum g g^T is the sum over samples, positions and outputs of its cotangents: the type-2 Fisher
+    matrix of half the squared error, K-FAC-expand. K-FAC treats A_l and B_l as independent and different layers as
+    orthogonal, so every metric is biased, including the trace if the norms of inputs and of cotangents are correlated.
+    The alignment is that of the two matrices. Only Linear and Conv2d layers are supported.
 
     O passes for each parameter set.
     """
@@ -77,13 +77,13 @@ def _not_covered(problem: Problem) -> str | None:
     from torch import nn
 
     if len(problem.output_shape) != 2:
-        return f"takes one vector of outputs a sample, and these are {list(problem.output_shape[1:])}"
+        return f"takes one vector of outputs per sample, and these are {list(problem.output_shape[1:])}"
     for name, module in problem.network.named_modules():
         own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
         trained = [key for key in own if key in problem.theta_0]
         grouped = isinstance(module, nn.Conv2d) and module.groups > 1
         if trained and (grouped or type(module) not in (nn.Linear, nn.Conv2d)):
-            return f"has rules for Linear and ungrouped Conv2d alone, and {trained[0]} is of {type(module).__name__}"
+            return f"has rules for Linear and ungrouped Conv2d only, and {trained[0]} is of {type(module).__name__}"
     return None
 
 

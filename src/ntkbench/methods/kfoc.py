@@ -18,21 +18,21 @@ from ntkbench.problem import Problem
 
 
 class KFOC(Method):
-    """The metrics of (+)_l A_l (x) B_l, where each product is the nearest one to its layer's block of J^T J.
+    """The metrics of ⊕_l A_l ⊗ B_l, where each product is the nearest one to its layer's block of J^T J.
 
     With the gradients G_r of the n outputs r with respect to a layer's weight, its block is sum_r vec(G_r) vec(G_r)^T.
-    The nearest B (x) A in the Frobenius norm is the leading singular pair of the rearranged block (Van Loan and
-    Pitsianis 1993): A = sum_r G_r^T B G_r and B = sum_r G_r A G_r^T up to scale, in turn until they do not change. The
-    bias is an input that is always one, and a parameter that is a vector has its whole block. Different layers
-    count as orthogonal, so that all metrics are biased, the trace as well; no other Kronecker products are closer to
-    J^T J, those of :mod:`ntkbench.methods.kfac` included.
+    The nearest B ⊗ A in the Frobenius norm is the leading singular pair of the rearranged block (Van Loan and
+    Pitsianis 1993): A = sum_r G_r^T B G_r and B = sum_r G_r A G_r^T up to scale, computed in turn until they no longer
+    change. The bias is an input that is always one, and a parameter that is a vector has its whole block. Different
+    layers count as orthogonal, so that all metrics are biased, including the trace; no other Kronecker products are
+    closer to J^T J, those of :mod:`ntkbench.methods.kfac` included.
 
     O passes for each parameter set. J is held in float64 on the host; an iteration over a layer of D inputs and C
     outputs takes 2 n C D (C + D) multiplications.
 
     Attributes:
-        iterations: largest number of them.
-        tolerance: relative change of the norm at which they end.
+        iterations: maximum number of iterations.
+        tolerance: relative change of the norm at which they stop.
     """
 
     title = "KFOC"

@@ -38,8 +38,8 @@ class KroneckerProjection(Projected):
 
     Attributes:
         replicates: R.
-        few: d below which estimates say that their intervals may be too short. On a transformer 76 % of the 95 %
-            intervals with d = 1 contained the norm.
+        few: d below which estimates have a note that their intervals may be too short. On a transformer 76 % of the
+            95 % intervals with d = 1 contained the norm.
     """
 
     title = "two-sided projection (LoGra)"
@@ -58,7 +58,7 @@ class KroneckerProjection(Projected):
         return reason or _not_covered(problem)
 
     def least_passes(self, problem: Problem, metric: str) -> int:
-        """One feature for each parameter, as there are no fewer layers, and replicate at least."""
+        """The passes of one feature for each parameter tensor and replicate; there are no more layers than tensors."""
         tensors = max(len(problem.theta_0), 1)
         return self.cost(metric, max(problem.O, self.replicates * tensors))
 
@@ -79,7 +79,7 @@ class KroneckerProjection(Projected):
             least = max(ends[0].engine.O, R * len(ends[0].engine.layers))
             raise BadInput(f"{self.name}: k must be at least {least} for this network; got {k}")
         ledger = ledger_of(ends)
-        few = f"features on each side of a layer: {d}; products of so few have heavy tails, and intervals are too short"
+        few = f"only {d} features on each side of a layer: their products have heavy tails, and intervals are too short"
 
         def counted() -> tuple[float, tuple[str, ...], float | None]:
             spent, notes, found = ledger()
@@ -89,13 +89,13 @@ class KroneckerProjection(Projected):
 
 
 def _not_covered(problem: Problem) -> str | None:
-    """Why the factors of some layer are not those of a linear map, as far as the module says so."""
+    """Why the factors of some layer are not those of a linear map, as far as the module shows."""
     names: dict[int, str] = {}
     for name, w in problem.network.named_parameters(remove_duplicate=False):
         if ".parametrizations." in name or name.startswith("parametrizations."):
             return f"projects layers by their weights, and that of {name} is computed from parameters"
         if names.setdefault(id(w), name) != name:
-            return f"projects layers one by one, and {names[id(w)]} is {name} as well"
+            return f"projects each layer separately, and {names[id(w)]} is also {name}"
     return None
 
 
@@ -145,7 +145,7 @@ class _Projections:
             p = self._side(number, 0, (1, factors.rows.shape[2]), self._d**2, factors.rows)[:, 0]
             return torch.einsum("rip,nkp->rnki", p, factors.rows)
         names = ", ".join(self._end.engine.layers[number].parameters)
-        raise Unavailable(f"projects linear maps alone, and the gradient of {names} is not that of one")
+        raise Unavailable(f"projects linear maps only, and the gradient of {names} is not that of one")
 
     def _side(self, number: int, side: int, sizes: tuple[int, ...], d: int, like: Tensor) -> Tensor:
         """Projections of one side of a layer, ``[R, groups, d, entries]``; those with few entries are left alone."""

@@ -6,7 +6,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class RandomVector(Layerwise):
-    """The kernel A of g(x) = u . f(x) with a fixed random unit vector u, approximating Theta as A (x) I_O.
+    """The kernel A of g(x) = u . f(x) with a fixed random unit vector u, approximating Theta as A ⊗ I_O.
 
     1 pass for each parameter set.
     """

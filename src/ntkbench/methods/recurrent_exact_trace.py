@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RecurrentExactTrace(Deterministic):
-    """tr Theta = sum_(b, t, o) ||J_b^T e_(t, o)||^2, for all trials b in one pass, which goes back from step t.
+    """tr Theta = sum_(b, t, o) ||J_b^T e_(t, o)||^2, for all trials b in one backward pass from step t.
 
     Trials do not interact, so T O' backward passes compute the B T O' rows of J, with O' outputs per step. The one from
     step t takes the fraction t / T of a pass, which makes O' (T + 1) / 2 passes in all. Squared norms of gradients are

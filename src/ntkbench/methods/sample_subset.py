@@ -91,7 +91,7 @@ class SampleSubset(Incremental):
 
 
 def _samples(problem: Problem, metric: str, passes: int) -> int:
-    """Samples within a budget."""
+    """Number of samples within a budget."""
     return min(problem.N, int(passes * problem.N / (problem.O * len(metrics.parameter_sets(metric)))))
 
 
@@ -120,7 +120,7 @@ class _Subset(Accumulator):
         left_out = self._N - len(self._traces)
         if not left_out:
             return ()
-        few = f"only {left_out} of {self._N} samples left out: the interval takes their effects for normal"
+        few = f"only {left_out} of {self._N} samples left out: the interval assumes that their effects are normal"
         return (*self._choice.notes("sample"), *([few] if left_out < self._min_samples else []))
 
     def extend(self, probes: int) -> None:
@@ -152,7 +152,7 @@ class _Subset(Accumulator):
         return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
     def _affordable(self, passes: int) -> int:
-        """Samples whose kernel the budget pays for, beside a number of passes."""
+        """Number of samples whose kernel the budget allows, after a number of other passes."""
         return min(self._N, int((self._passes - passes) * self._N / (self._O * len(self._ends)) + 1e-9))
 
     def _shares_at(self, end: TracedNetwork) -> np.ndarray:
@@ -177,15 +177,15 @@ class _Subset(Accumulator):
         return Moments(trace=float(trace), **dict(zip(self._moments, map(float, sums), strict=True)))
 
     def _weights(self) -> tuple[float, float]:
-        """Samples, and pairs of them, that one that is drawn stands for."""
+        """Numbers of samples, and of pairs of them, that one of those drawn represents."""
         count = len(self._choice)
         N, S = self._N - count, len(self._traces) - count
         return N / max(S, 1), N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
 
     def _drawn(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """What each sample that is drawn adds by itself, ``[S]``, and the table of these, ``[S, S]``, by moment."""
+        """Terms of each sample drawn by itself, ``[S]``, and of pairs of samples drawn, ``[S, S]``, by moment."""
         count = len(self._choice)
-        # By itself: its own block, and those with the samples that are in every subset.
+        # By itself: its own block, and its blocks with the samples that are in every subset.
         own = [table.diagonal()[count:] + 2 * table[:count, count:].sum(0) for table in self._tables]
         return own, [table[count:, count:] for table in self._tables]
 

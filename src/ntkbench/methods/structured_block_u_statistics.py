@@ -23,7 +23,7 @@ class StructuredBlockUStatistics(StructuredUStatistics):
     layer of I inputs and I' outputs they take I + I' multiplications instead of I I'. Probes are processed in groups,
     and pairs are taken within a group only. Probes that are added later form groups of their own. If the kernel of a
     group does not fit in memory, the passes of its columns are repeated, and fewer probes are drawn, or groups are
-    smaller. The budget is kept in any case.
+    smaller. The budget is never exceeded.
 
     If few samples have most of ||Theta||_F^2, as outliers do, they are treated exactly, in all O outputs, and the
     others by probes (see :mod:`ntkbench.estimators.strata`). An exact sample h takes O / N of a pass in each group of

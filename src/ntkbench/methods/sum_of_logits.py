@@ -1,4 +1,4 @@
-"""pNTK: the N x N kernel of the sum of logits, standing for Theta as pNTK (x) I_O."""
+"""pNTK: the N x N kernel of the sum of logits, approximating Theta as pNTK ⊗ I_O."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ntkbench.problem import Problem
 class SumOfLogits(Deterministic):
     """g(x) = O^{-1/2} sum_o f_o(x), with the kernel <grad g(x), grad g(x')>.
 
-    1 pass for each parameter set, and N^2 P multiplications. The metrics are those of pNTK (x) I_O; its difference from
+    1 pass for each parameter set, and N^2 P multiplications. The metrics are those of pNTK ⊗ I_O; its difference from
     Theta counts as error.
     """
 

@@ -6,12 +6,12 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class TraceKernel(Layerwise):
-    """A = (1/O) tr_O Theta, approximating Theta as A (x) I_O. No n x n matrix is formed.
+    """A = (1/O) tr_O Theta, approximating Theta as A ⊗ I_O. No n x n matrix is formed.
 
     O passes for each parameter set. The trace of Theta is exact.
     """
 
     title = "trace kernel"
     kind = "approximate"
-    source = "folklore; the projection of Theta on matrices A (x) I_O"
+    source = "folklore; the projection of Theta onto Kronecker products with I_O"
     kernel = "trace"

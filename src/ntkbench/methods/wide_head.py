@@ -36,7 +36,7 @@ class WideHead(WideHeadMethod):
 
         by_width = tied_head.passes(problem, metric) | head.passes(problem, metric)
         needed = for_head(problem, by_width)
-        assert needed is not None  # the method serves
+        assert needed is not None  # the method supports the problem
         return needed
 
     def planned_passes(self, prepared: HeadedProblem | TiedProblem, metric: str) -> float:

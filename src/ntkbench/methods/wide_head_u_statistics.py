@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs in place of V.
 
-    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I - Q Q^T), where Theta' is the kernel of the network with the head
+    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I - Q Q^T), where Theta' is the kernel of the network with the head
     Q^T W. The moments of both terms add up. Those of the second one, which has V - r of V dimensions, are exact. Probes
     estimate only Theta', with T r outputs in place of T V. With an untied head r = d, or 2 d for the alignment; with a
     head that is tied to the embedding r is larger by the number of distinct tokens. See

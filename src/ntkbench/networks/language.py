@@ -43,7 +43,7 @@ class Size:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise BadInput(f"heads must share the width evenly: d={self.width} is no multiple of {self.heads}")
+            raise BadInput(f"heads must share the width evenly: d={self.width} is not a multiple of {self.heads}")
 
 
 class Block(nn.Module):
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
 
 
 def part(network: Transformer, size: Size, head: Head, read: Read) -> Transformer:
-    """A network with another ``read``, and copies of those weights of ``network`` that it needs."""
+    """A network with another ``read``, and copies of the weights of ``network`` that it needs."""
     with torch.random.fork_rng(devices=[]):
         chosen = Transformer(size, head, read)
     own = network.state_dict()

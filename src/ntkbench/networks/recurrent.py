@@ -63,7 +63,7 @@ class Recurrent(nn.Module):
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
             raise BadInput(f"sizes of a recurrent network must be at least 1; got {', '.join(wrong)}")
         if (kind == "ctrnn") != (alpha is not None) or (alpha is not None and not 0 < alpha <= 1):
-            raise BadInput(f"alpha is the step of a ctrnn, in (0, 1], and of no other kind; got {alpha} for {kind!r}")
+            raise BadInput(f"a ctrnn needs alpha, its step, in (0, 1]; other kinds have none; got {alpha} for {kind!r}")
         rows = GATES[kind] * hidden
         self.weight_ih = nn.Parameter(torch.empty(rows, inputs))
         self.weight_hh = nn.Parameter(torch.empty(rows, hidden))
@@ -85,7 +85,7 @@ class Recurrent(nn.Module):
 
 
 class States(nn.Module):
-    """Outputs of a torch recurrent layer at all steps: inputs ``[N, T, I]`` to ``[N, T, ...]``, whatever its layout.
+    """Outputs of a torch recurrent layer at all steps: inputs ``[N, T, I]`` to ``[N, T, ...]``, for any layout.
 
     It declares a ``recurrence`` for an unmodified ``nn.RNN`` (tanh), ``nn.GRU`` or ``nn.LSTM`` of one layer and one
     direction. Other kinds, subclasses, and layers with hooks or parametrisations may compute something else; they are
@@ -185,7 +185,7 @@ def part(network: Recurrent, read: str, parameters: str) -> Recurrent:
         BadInput: the states do not depend on the parameters.
     """
     if read == "state" and parameters == "readout":
-        raise BadInput("the states do not come from the readout: parameters=readout needs read=outputs")
+        raise BadInput("the states do not depend on the readout: parameters=readout needs read=outputs")
     outputs, hidden = network.readout.weight.shape
     recurrence = network.recurrence
     sizes = network.weight_ih.shape[1], hidden, outputs if read == "outputs" else None
@@ -200,7 +200,7 @@ def part(network: Recurrent, read: str, parameters: str) -> Recurrent:
 def jax_forward(module: nn.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     """The network of a module with a recurrence as a pure function of JAX arrays, ``(weights, x) -> [N, T, ...]``.
 
-    Frozen parameters are fixed at their present values.
+    Frozen parameters are fixed at their current values.
     """
     recurrence = declared(module)
     fixed = {key: w.detach().cpu().numpy().copy() for key, w in module.named_parameters() if not w.requires_grad}

@@ -63,7 +63,7 @@ def linearise(
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Array], Array]:
     """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the unmodified network.
 
-    It is torch's ``backward`` of the module, whatever the target's backend, or ``jax.vjp`` if there is no module: over
+    It is torch's ``backward`` of the module, for every backend, or ``jax.vjp`` if there is no module: over
     the whole batch, without vmap, jit or a trace.
 
     Args:
@@ -99,7 +99,7 @@ def check_result(rows: int, columns: int, target: Target) -> None:
     """Refuse a matrix that the target's device cannot hold.
 
     Raises:
-        OverMemory: it cannot; says the sizes.
+        OverMemory: it cannot; the message gives the sizes.
         Unavailable: the device is not present.
     """
     needed = rows * columns * target.itemsize

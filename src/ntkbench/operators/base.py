@@ -261,12 +261,12 @@ class JacobianOperator(ABC):
         difference: Callable[[Array, Reference], float],
         probes: int = 2,
     ) -> Array:
-        """A product by the backend's first method that agrees with the reference, which is compared at the first use.
+        """A product by the backend's first method that agrees with the reference. Compared at the first use.
 
         Batched rules may be right for one probe and wrong for several, so both are certified separately.
 
         Raises:
-            Uncertified: none does; says why for each.
+            Uncertified: no method agrees; the message gives the reason for each.
         """
         checked = kind if probes > 1 else f"{kind} of one probe"
         if self.reference is None or checked in self.reference.differences:
@@ -281,12 +281,12 @@ class JacobianOperator(ABC):
                     certificate.check_plain(off, self.reference, self.basis(0, 1), self.n)
                 else:
                     certificate.check(off, arrays.epsilon(found))
-            except Exception as error:  # whatever this way of computing it does to this network
+            except Exception as error:  # a method may fail on a network in any way
                 self._sample_passes = spent
                 reasons.append(errors.reason(error))
                 if not self._next_way(kind, reasons[-1]):
                     raise Uncertified(f"{kind} products: {'; '.join(dict.fromkeys(reasons))}") from error
-                for other in (kind, f"{kind} of one probe"):  # certified in a way that is left
+                for other in (kind, f"{kind} of one probe"):  # certified by the method that is given up
                     self.reference.differences.pop(other, None)
             else:
                 self.reference.differences[checked] = off
@@ -297,7 +297,7 @@ class JacobianOperator(ABC):
         return False
 
     def _next_way(self, kind: str, reason: str) -> bool:
-        """Use the next method for a kind of product from now on; whether there is one."""
+        """Use the next method for a kind of product from now on; returns whether there is one."""
         return False
 
     def _adjoint_difference(self, w: Array, image: Array, reference: Reference) -> float:

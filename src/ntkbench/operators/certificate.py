@@ -24,14 +24,14 @@ def tolerance(epsilon: float) -> float:
 
 
 PLAIN = 1 / 32
-"""The same for products by plain autograd itself, whose own rounding may reach it in a network of bfloat16."""
+"""The same for products by plain autograd itself: rounding alone may reach it in a bfloat16 network."""
 
 
 def check(difference: float, epsilon: float) -> None:
-    """Refuse what is off by more than rounding.
+    """Refuse a difference that exceeds rounding.
 
     Raises:
-        Uncertified: it is.
+        Uncertified: it exceeds rounding.
     """
     if not difference <= tolerance(epsilon):
         raise Uncertified(
@@ -42,10 +42,10 @@ def check(difference: float, epsilon: float) -> None:
 
 
 def check_plain(difference: float, reference: Reference, like: Array, n: int) -> None:
-    """Refuse products by plain autograd where its backward pass is no linear function of the cotangent.
+    """Refuse products by plain autograd if its backward pass is not a linear function of the cotangent.
 
-    Only rounding may come between a linear backward pass and its combinations. Multiplying a cotangent by -2 rounds
-    nothing, and must give exactly -2 times the gradient.
+    A linear backward pass commutes with linear combinations up to rounding. Multiplying a cotangent by -2 is exact, so
+    it must give exactly -2 times the gradient.
 
     Args:
         difference: of a combination of products from the gradient of the combination.
@@ -64,7 +64,7 @@ def check_plain(difference: float, reference: Reference, like: Array, n: int) ->
     v, g = reference.cotangent(like, n)
     if difference > PLAIN or not distance(reference.gradient(-2 * v), -2 * g) <= tolerance(epsilon):
         raise Uncertified(
-            "its backward pass is not linear in the cotangent (are gradients clipped or normalised in it?), and a "
+            "its backward pass is not linear in the cotangent (are gradients clipped or normalised in it?), so a "
             "gradient of combined outputs is not the combination of their gradients"
         )
 
@@ -96,7 +96,7 @@ class Reference:
         return found if isinstance(found, type(v)) else arrays.asarray_like(arrays.to_numpy(found), v)
 
     def fixed_gradient(self, v: Array) -> Array:
-        """J^T v for v ``[n]`` without zeros, which :meth:`cotangent` gives from now on; 1 pass."""
+        """J^T v for v ``[n]`` without zeros, which :meth:`cotangent` returns from now on; 1 pass."""
         self._fixed = v, self.gradient(v)
         return self._fixed[1]
 

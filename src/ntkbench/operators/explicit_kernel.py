@@ -1,4 +1,4 @@
-"""A kernel from rows of J written out in blocks: for every network that can be differentiated at all."""
+"""A kernel from rows of J, computed in blocks: for every network that can be differentiated at all."""
 
 from __future__ import annotations
 

@@ -77,10 +77,10 @@ def plain_pullback(
 
 
 def device(target: Target) -> jax.Device:
-    """The device that a target stands for on this machine. TF32 is turned off on a GPU.
+    """The device of a target on this machine. TF32 is turned off on a GPU.
 
     Raises:
-        Unavailable: ``cuda`` was asked for and JAX sees none.
+        Unavailable: ``cuda`` was requested and JAX sees none.
     """
     if target.device == "cpu":
         return jax.devices("cpu")[0]
@@ -134,7 +134,7 @@ class JaxJacobian(JacobianOperator):
         self.itemsize = next(iter(parameters.values())).dtype.itemsize
         self._forward, self._parameters, self._x = forward, parameters, x
         self._programs = _programs(forward)
-        self._passed_over: dict[str, str] = {}  # why not by forward mode; shared with copies
+        self._passed_over: dict[str, str] = {}  # why forward mode is not used; shared with copies
 
     @functools.cached_property
     def _pullback(self) -> Any:
@@ -149,7 +149,9 @@ class JaxJacobian(JacobianOperator):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(f"each {SAID[kind]} is by two reverse passes: {why}" for kind, why in self._passed_over.items())
+        return tuple(
+            f"each {SAID[kind]} is computed by two reverse passes: {why}" for kind, why in self._passed_over.items()
+        )
 
     def _vjp(self, u: jax.Array) -> jax.Array:
         return self._programs.pulled_back(self._pullback, u.reshape(-1, self.N, self.O))
@@ -227,7 +229,7 @@ class _Programs:
 
 @functools.lru_cache(maxsize=16)
 def _programs(forward: NetworkFunction) -> _Programs:
-    """Programs of the most recent networks. Functions of this module would keep what JAX compiles for them forever."""
+    """Programs of the most recent networks. For functions of this module, JAX would keep compiled programs forever."""
     return _Programs(forward)
 
 

@@ -1,4 +1,4 @@
-"""The whole kernel of a network in JAX, in several ways: the fastest first, each for where those before it fail.
+"""The whole kernel of a network in JAX by several methods, the fastest first; each is used if those before it fail.
 
 Every method has the same arguments, raises if it cannot compute the kernel, and is certified by plain autograd.
 """
@@ -106,7 +106,7 @@ def in_parts(
     def part(rows: slice, columns: slice) -> jax.Array:
         if any(bound % K for each in (rows, columns) for bound in (each.start, each.stop)):
             raise BadInput(
-                "neural-tangents takes all outputs of a sample together, for which there is too little memory"
+                "neural-tangents computes all outputs of a sample together, and there is too little memory for that"
             )
         left, right = (slice(each.start // K, each.stop // K) for each in (rows, columns))
         others = None if x2 is None and rows == columns else (problem.x if x2 is None else x2)[right]

@@ -45,7 +45,7 @@ def load() -> types.ModuleType:
 
 
 def is_installed() -> bool:
-    """Whether there is a neural-tangents to load."""
+    """Whether neural-tangents is installed."""
     return importlib.util.find_spec("neural_tangents") is not None
 
 

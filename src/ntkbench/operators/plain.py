@@ -1,6 +1,6 @@
 """Plain automatic differentiation: a module as it is and ``backward``, without a functional call, vmap or a trace.
 
-It is what training computes. Certificates compare with it, and products fall back on it if nothing faster is right.
+It is what training computes. Certificates compare with it, and products fall back on it if no faster method agrees.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) ->
     try:
         with saved_values() as kept:
             forward()
-    except Exception:  # transforms of torch.func inside a network refuse to be watched
+    except Exception:  # transforms of torch.func inside a network do not allow hooks on saved tensors
         return None
     return sum(size for where, size in kept.items() if where not in without)
 

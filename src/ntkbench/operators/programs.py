@@ -1,4 +1,4 @@
-"""XLA programs whose operations and memory are known before they run, neural-tangents' kernels among them.
+"""XLA programs whose operations and memory are known before they run, including neural-tangents' kernels.
 
 A JAX function is lowered for the shapes of its arguments (:func:`lower`), which gives its operations (:func:`flops`),
 and then compiled (:func:`compile_within`), which gives its memory (:func:`needed_bytes`). A program over its budget is

@@ -68,7 +68,7 @@ def device(target: Target) -> torch.device:
     """The device of :func:`place`. TF32 is turned on or off there, as the target says.
 
     Raises:
-        Unavailable: ``cuda`` was asked for and torch sees none.
+        Unavailable: ``cuda`` was requested and torch sees none.
     """
     where = place(target)
     if where.type == "cuda":
@@ -77,10 +77,10 @@ def device(target: Target) -> torch.device:
 
 
 def place(target: Target) -> torch.device:
-    """The device that a target stands for on this machine; of several GPUs the current one.
+    """The device of a target on this machine; of several GPUs the current one.
 
     Raises:
-        Unavailable: ``cuda`` was asked for and torch sees none.
+        Unavailable: ``cuda`` was requested and torch sees none.
     """
     check_device(target)
     if target.device == "cpu" or not torch.cuda.is_available():
@@ -153,7 +153,7 @@ class TorchJacobian(JacobianOperator):
         self.memory = memory
         self.itemsize = next(iter(parameters.values())).element_size()
         self._module, self._parameters, self._x = module, dict(parameters), x
-        self._passed_over: dict[str, list[str]] = {}  # shared with copies, so that each way is tried once
+        self._passed_over: dict[str, list[str]] = {}  # shared with copies, so that each method is tried once
 
     @property
     def epsilon(self) -> float:
@@ -201,7 +201,7 @@ class TorchJacobian(JacobianOperator):
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(
-            f"each {SAID[kind]} is by {self._way(kind)}: {'; '.join(dict.fromkeys(reasons))}"
+            f"each {SAID[kind]} is computed by {self._way(kind)}: {'; '.join(dict.fromkeys(reasons))}"
             for kind, reasons in self._passed_over.items()
             if reasons
         )
@@ -296,7 +296,7 @@ class TorchJacobian(JacobianOperator):
         # term, and the flat copy).
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
         saved = saved_bytes(lambda: self._forward(leaves, self._x))
-        if saved is None:  # a network that takes no other parameters than its own
+        if saved is None:  # a network that accepts no other parameters than its own
             saved = saved_bytes(lambda: self._plain.pullback(self._x)) or 0
         return 2 * saved + 3 * self.P * self.itemsize
 

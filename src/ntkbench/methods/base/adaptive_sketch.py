@@ -28,7 +28,7 @@ class AdaptiveSketch(Accumulating):
     due to each block of columns. Once a block's share of R is smaller than the share of its passes in all residual
     probes, no further block is added. Residual probes are kept, and projected again when Q grows, so no pass is lost.
     They do not affect the decision, so the estimate is unbiased for a given budget. On a flat spectrum it is a
-    one-sided estimate less one block; on a steep one, half of the passes and more go into the sketch. Holds 2 vectors
+    one-sided estimate less one block; on a steep one, at least half of the passes go into the sketch. Holds 2 vectors
     in the space of the probes for each column and 1 for each probe.
 
     Attributes:
@@ -116,9 +116,9 @@ class GrowingSketch(Accumulator):
 def _skewed_mean(values: np.ndarray) -> PointEstimate:
     """Mean of k values, with the degrees of freedom of its variance reduced by their kurtosis.
 
-    A variance of normal values has a relative variance of 2 / (k - 1), one of values with kurtosis K of about
-    (K - 1) / k. Squares of few large numbers, as a sketch leaves them on a steep spectrum, have a kurtosis of up to 15.
-    Half of these degrees of freedom are used: such values are skewed, so that means and variances are too small at the
+    The sample variance of k normal values has a relative variance of 2 / (k - 1); with kurtosis K it is about
+    (K - 1) / k. Squares of few large numbers, which a sketch leaves on a steep spectrum, have a kurtosis of up to 15.
+    Half of these degrees of freedom are used, because such values are skewed: means and variances are too small at the
     same time, and sampling stops there first.
     """
     found = standard_errors.mean(values)

@@ -16,7 +16,7 @@ class Deterministic(Method):
 
     @abstractmethod
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        """The moments that ``metric`` is a function of.
+        """The moments that ``metric`` depends on.
 
         Args:
             metric: one of ``self.metrics``.

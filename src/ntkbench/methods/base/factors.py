@@ -4,17 +4,17 @@ An *injection* is a perturbation of the result of an operation that uses a weigh
 a change of the parameters to injections with the inputs of all operations held fixed, and P maps injections to changes
 of the outputs, so that J = P S and, with K = S S^T, Theta = P K P*.
 
-- K depends on the inputs of the layers alone. That of a weight with inputs a_s and C outputs at the positions s of all
-  samples is (A A^T) (x) I_C, with the a_s as rows of A; a bias appends a 1 to them. K follows from a forward pass, and
-  is exact. Different weights are orthogonal blocks of K. A matrix that is used as it is and transposed has a block
-  between both uses.
-- P depends on the layers' Jacobians alone, and does not mix samples. P* u are the cotangents of a backward pass with u
+- K depends only on the inputs of the layers. For a weight with inputs a_s and C outputs at the positions s of all
+  samples it is (A A^T) ⊗ I_C, where the a_s are the rows of A; a bias appends a 1 to them. K follows from a forward
+  pass and is exact. Different weights are orthogonal blocks of K. A matrix that is used both as it is and transposed
+  has a block between the two uses.
+- P depends only on the layers' Jacobians and does not mix samples. P* u are the cotangents of a backward pass with u
   at the outputs, so that the metrics of P P* have U-statistics over random signs u.
 
-Left out of S are parameters whose gradients have no factors (scales and shifts, weights that are computed from
-parameters, biases without the weight that they go with) and transposed convolutions, in which results of several
-positions overlap. P K P* is then Theta without their contribution. If a network declares its recurrence, all terms of a
-gate share one injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
+S leaves out parameters whose gradients have no factors (scales and shifts, weights that are computed from parameters,
+biases without the weight that they go with) and transposed convolutions, in which results of several positions overlap.
+P K P* is then Theta without their contribution. If a network declares its recurrence, all terms of a gate share one
+injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
 
 Source: Hazelden 2025 (arXiv 2511.10796) and the blog post on recurrent models, for recurrent networks.
 """
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     Inputs = Products | Lookups | Tied
 
 LEAST = 4
-"""Probes of a group from which the variance has an unbiased estimate."""
+"""Minimum number of probes in a group for an unbiased estimate of the variance."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,8 +56,8 @@ class Factors:
     """Metrics of the factors of Theta = P K P*.
 
     Attributes:
-        K: of K by name, exact.
-        P: of P P* by name, with standard errors unless probes are all unit vectors.
+        K: metrics of K by name, exact.
+        P: metrics of P P* by name, with standard errors unless the probes are all unit vectors.
         left_out: parameters that are in neither factor.
     """
 
@@ -119,7 +119,7 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
         raise Unsupported("no parameter that counts is a weight whose gradients have factors")
     if len({tuple(_shapes(end)) for end in ends}) > 1:
         raise Unsupported("the two networks have different layers")
-    # First P: its certificate is of cotangents and inputs alike, and makes another trace where this one fails.
+    # P comes first: its certificate covers cotangents and inputs, and traces the network again if this trace fails.
     ledger, moments = ledger_of(ends), required_moments(names)
     found, exact = _moments_of_p(ends, moments, probes, seed)
     spent, _, certificate = ledger()
@@ -141,7 +141,7 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
         )
     of_k = _moments_of_k(ends)
     if not of_k.square or of_k.square_f == 0:
-        raise Undefined("K is zero, as all inputs of layers are, and has no effective rank and no alignment")
+        raise Undefined("K is zero because all inputs of layers are, so its effective rank and alignment are undefined")
     K = {
         name: Estimate(
             of_k.metric(name),
@@ -178,11 +178,11 @@ def _layers(end: TracedNetwork) -> dict[int, Layer]:
 
 
 class _LayerSums:
-    """Inner products of one layer's K at one or two ends, from the inputs of some samples after others.
+    """Inner products of one layer's K at one or two ends, accumulated over samples.
 
     <K, K'> is C <A A^T, B B^T> = C ||A^T B||^2 for inputs A and B: products A^T B are added up over samples if inputs
-    have no more entries than there are positions, and the inputs are kept otherwise. They are kept for tables as well,
-    as numbers of rows.
+    have no more entries than there are positions, and the inputs are kept otherwise. For tables they are kept as well,
+    as row indices.
     """
 
     def __init__(self, layer: Layer, samples: int) -> None:
@@ -196,7 +196,7 @@ class _LayerSums:
 
     @property
     def entries(self) -> int:
-        """Numbers of a product A^T B, at most; 0 if the inputs are kept."""
+        """Upper bound on the entries of a product A^T B; 0 if the inputs are kept."""
         each = [use.entries.shape for use in self._uses]
         return self._parts * max(math.prod(shape[:-2]) * shape[-1] ** 2 for shape in each) if self._adds else 0
 
@@ -206,7 +206,7 @@ class _LayerSums:
 
         parts = [_parts(inputs) for inputs in ends]
         self._channels = [part.g.shape[-2] for part in parts[0]]
-        # Inputs of a layer: the numbers of rows [N S], or [groups, N S, D] in float64.
+        # Inputs of a layer: row indices [N S], or [groups, N S, D] in float64.
         values = [
             [
                 part.rows.flatten() if isinstance(part, Lookups) else part.a.double().permute(1, 0, 3, 2).flatten(1, 2)
@@ -289,7 +289,7 @@ def _moments_of_k(ends: Sequence[TracedNetwork]) -> Moments:
 
 
 def _shapes(end: TracedNetwork) -> list[tuple[object, ...]]:
-    """What layers of two networks must have in common, for their K to be matrices of the same injections."""
+    """Properties that layers of two networks must share, for their K to be matrices of the same injections."""
     return [
         (
             layer.parameters,
@@ -318,7 +318,7 @@ def _parts(inputs: Inputs) -> Sequence[Products | Lookups]:
 
 def _dot(one: Tensor, other: Tensor) -> float:
     """The inner product of all inputs of a layer with those at the other end."""
-    if one.ndim == 1:  # unit vectors, by their numbers
+    if one.ndim == 1:  # unit vectors, by their indices
         return float(((one == other) & (one >= 0)).sum())
     return float((one * other).sum())
 
@@ -368,7 +368,7 @@ def _moments_of_p(
 
 
 def _at_once(ends: Sequence[TracedNetwork], directions: int) -> int:
-    """Directions, at most so many, whose cotangents of a sample fit in memory."""
+    """Number of directions, at most ``directions``, whose cotangents of a sample fit in memory."""
     return min(end.engine.directions_at_once(end.parameters, end.x, directions) for end in ends)
 
 
@@ -394,7 +394,7 @@ def _gram(factors: Inputs) -> Tensor:
 
     from ntkbench.layerwise.factors import Lookups
 
-    # Injections at padding, whose row of the table does not count, are none.
+    # Padding has no injections, because its row of the table does not count.
     each = [
         part.g * (part.rows >= 0)[:, None, None] if isinstance(part, Lookups) else part.g for part in _parts(factors)
     ]

@@ -1,10 +1,10 @@
-"""Networks that end with a wide linear layer: their kernel by the network in front of it.
+"""Networks that end with a wide linear layer: their kernel from that of the network in front of it.
 
 The layer gives f_t = W h_t + b at T positions of a sample, with V outputs each, from hidden vectors h_t of length
 d < V. With W = U R, where U has d orthonormal columns, the network g_t = R h_t with a fixed R has T d outputs in place
 of T V, and
 
-    Theta = (I (x) U) Theta_g (I (x) U^T) + G (x) I_V,    G_ts = h_t . h_s (+ 1 with a bias),
+    Theta = (I ⊗ U) Theta_g (I ⊗ U^T) + G ⊗ I_V,    G_ts = h_t . h_s (+ 1 with a bias),
 
 with t and s the positions of all samples: the first term is the contribution of the parameters in front of the layer,
 the second that of the layer. All moments of Theta therefore follow from Theta_g and G:
@@ -18,7 +18,7 @@ e_t is U^T W_f h_t at the other weights.
 Estimators run on a network f' with a head whose parameters count. Let Q, ``[V, r]``, have orthonormal columns that span
 those of W, or those of W and W_f: r = d or 2 d. With the head Q^T W, f' has T r outputs, and
 
-    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T)
+    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I_V - Q Q^T)
 
 as for tied heads (see :mod:`ntkbench.methods.base.tied_head`). The second term is exact; probes estimate the first one.
 """
@@ -186,8 +186,8 @@ class HeadedNetwork:
 
         Args:
             matrix: ``[r, d]``.
-            counted: whether its parameters count as those of the head do; then it has a bias as well, of zeros, since
-                no gradient depends on it.
+            counted: whether its parameters count as those of the head do. It then also has the head's bias, set to
+                zero, since no gradient depends on its value.
         """
         from torch import nn
 
@@ -243,8 +243,8 @@ class HeadedNetwork:
 def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
     """The linear layer whose results are the outputs of a network: its name, itself, and the positions that count.
 
-    It is the layer that is called last. Two samples, with position and output numbers as results, show which of its
-    results are the outputs; the certificate covers the gradients of all samples.
+    It is the layer that is called last. Its results on two samples are replaced by indices of positions and of outputs,
+    which shows which of them are the outputs; the certificate covers the gradients of all samples.
     """
     import torch
     from torch import nn
@@ -265,7 +265,7 @@ def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
     numbers = torch.arange(shape[:-1].numel(), device=x.device).reshape(*shape[:-1], 1)
     give = lambda values: lambda _, __, made: values.expand(shape).to(made)  # noqa: E731
     positions = _outputs(module, x, {layer: give(numbers)})
-    # Of both signs and in no order: a ReLU or a sort behind the layer shows.
+    # Of both signs and unsorted, so that a ReLU or a sort behind the layer is detected.
     expected = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(x.device) - V // 2
     units = _outputs(module, x, {layer: give(expected)})
     of_sample = len(numbers.reshape(-1)) // len(x)
@@ -275,7 +275,7 @@ def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
         found = rows[0, :, 0].long()
         fits = bool((rows == found[:, None]).all()) and bool((found >= 0).all()) and bool((found < of_sample).all())
     if not fits:
-        raise Unsupported(f"its outputs are not those of its last linear layer, {name}, as they are")
+        raise Unsupported(f"its outputs are not the unchanged results of its last linear layer, {name}")
     return name, layer, found
 
 
@@ -344,14 +344,14 @@ class HeadedProblem:
         return max(self._certified[name] for name in metrics.parameter_sets(metric))
 
     def certify_again(self) -> None:
-        """Compare with plain autograd again, whatever was compared before."""
+        """Compare with plain autograd again, even after an earlier comparison."""
         self._certified.clear()
         self.short.certify_again()
         for end in self._ends.values():
             end.forget()
 
     def moments(self, metric: str) -> Moments:
-        """The moments that a metric is a function of."""
+        """The moments that a metric depends on."""
         from ntkbench.layerwise.kernel import mirror
 
         ends = self.ends(metric)
@@ -398,7 +398,7 @@ class ShortHeads:
         return [network for _, network in self._of(metric)[1]]
 
     def known(self, metric: str) -> Moments:
-        """The moments of G (x) (I_V - Q Q^T)."""
+        """The moments of G ⊗ (I_V - Q Q^T)."""
         V, r = self._of(metric)[0].shape
         ends = self._headed.ends(metric)
         return moments_of_grams(*(end.G for end in ends)).times(V - r)
@@ -413,7 +413,7 @@ class ShortHeads:
         return self._certified[names]
 
     def certify_again(self) -> None:
-        """Compare with plain autograd again, whatever was compared before."""
+        """Compare with plain autograd again, even after an earlier comparison."""
         self._certified.clear()
 
     def _of(self, metric: str) -> tuple[Tensor, list[tuple[Problem, TracedNetwork]]]:
@@ -441,7 +441,7 @@ class _Sums:
         trace: tr Theta_g of the first kernel.
         squares: ||Theta_g||^2 of each.
         cross: tr(Theta_g Theta_e).
-        crossed: by the numbers of a G and of a Theta_g, sum_ts G_ts tr Theta_g,ts.
+        crossed: sum_ts G_ts tr Theta_g,ts, by the indices of G and of Theta_g.
     """
 
     def __init__(self, grams: Sequence[Gram], T: int, d: int) -> None:

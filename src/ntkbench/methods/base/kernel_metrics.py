@@ -30,7 +30,7 @@ def of_kernel(
     copies: int = 1,
     change: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """A metric of A (x) I, and a bound on its relative rounding.
+    """A metric of A ⊗ I, and a bound on its relative rounding.
 
     By Weyl's inequality no eigenvalue changes by more than the norm of the kernel's rounding.
 
@@ -44,7 +44,7 @@ def of_kernel(
         change: change of the outputs by training ``[N, O]``, for the regression error.
 
     Raises:
-        Unavailable: the condition number is asked for, and the kernel is singular or may be; or the kernel is zero; or
+        Unavailable: the condition number is requested, and the kernel is singular or may be; or the kernel is zero; or
             the regression error is not defined.
     """
     rows = len(kernel)
@@ -57,7 +57,7 @@ def of_kernel(
         bound = sensitivity(kernel, change, share)
         return value, bound / value if value else 0.0
     if metric == "condition_number" and copies == 1 and rows > P:
-        raise Unavailable(f"the kernel of {rows} rows is singular, as there are {P} parameters")
+        raise Unavailable(f"the kernel of {rows} rows is singular, as there are only {P} parameters")
     values = np.linalg.eigvalsh(kernel)
     largest, smallest, trace = float(values.max()), float(values.min()), float(abs(values).sum())
     # The rounding of the kernel, and that of the decomposition.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Layerwise(Method):
-    """Moments of Theta, or of A (x) I_O for a kernel A between samples, by :class:`LayerwiseKernel`.
+    """Moments of Theta, or of A ⊗ I_O for a kernel A between samples, by :class:`LayerwiseKernel`.
 
     Attributes:
         kernel: a name in ``ntkbench.layerwise.sample_kernels``.
@@ -93,7 +93,7 @@ class Layerwise(Method):
         """A metric of the whole kernel, which is decomposed in float64 on the host.
 
         Raises:
-            Unavailable: the condition number is asked for, and Theta is singular or may be; or the regression error is
+            Unavailable: the condition number is requested, and Theta is singular or may be; or the regression error is
                 not defined.
         """
         from ntkbench.layerwise import sample_kernels
@@ -215,7 +215,7 @@ def _moments(kernel: Any, ends: Sequence[TracedNetwork], metric: str) -> Moments
         return Moments(trace=float(trace) * (engine.O if kernel.between_samples else 1))
     if kernel.between_samples or any(end.engine is not engine for end in ends):
         moments = metrics.from_gram(*(kernel.compute(end.engine, end.parameters, end.x) for end in ends))
-        # tr, squared norm and inner product of A (x) I_O are O times those of A
+        # tr, squared norm and inner product of A ⊗ I_O are O times those of A
         return moments.times(engine.O) if kernel.between_samples else moments
     sets = [end.parameters for end in ends]
     return engine.certain(

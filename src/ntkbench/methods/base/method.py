@@ -70,21 +70,21 @@ class Method(ABC):
         if metric == "alignment" and problem.theta_f is None:
             return "the problem has no trained weights to align with"
         if metric == metrics.REGRESSION and (problem.theta_f is None or problem.other is not None):
-            return "the problem has no trained weights, whose outputs are predicted"
+            return "the problem has no trained weights, so there is no change of the outputs to predict"
         if metric == metrics.REGRESSION and problem.module is None:
-            return "the problem has no network in torch, which gives the outputs"
+            return "the problem has no network in torch, which computes the outputs"
         if self.needs_one_network and networks[-1] is not problem:
-            return "aligns two sets of weights of one network, and these are of two networks"
+            return "aligns two sets of weights of one network, but these belong to two networks"
         if self.needs_independent_samples and problem.samples_interact:
             return "samples interact, so there are no per-sample Jacobians"
         if self.needs_recurrence and not all(declares(each.module) for each in networks):
-            return "the problem is no recurrent network (its module declares no recurrence)"
+            return "the problem is not a recurrent network (its module declares no recurrence)"
         return None
 
     def unscored_reason(self, problem: Problem) -> str | None:
-        """Why errors on a problem say nothing about the method; ``None`` if they do."""
+        """Why the method's errors on a problem are not scored; ``None`` if they are."""
         if self.kind == "approximate" and problem.outputs != "logits":
-            return "stands for Theta where outputs are logits, and these are states"
+            return "approximates Theta for logits only, and these outputs are states"
         return None
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
@@ -92,12 +92,12 @@ class Method(ABC):
         return None
 
     def planned_passes(self, prepared: Any, metric: str) -> float:
-        """Passes that a deterministic method is known to take once prepared, where blocks that do not fit in memory are
-        computed again; 0 where that is not known."""
+        """Passes that a deterministic method takes once prepared, including recomputed blocks that do not fit in
+        memory; 0 if their number is not known."""
         return 0.0
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Bytes that have to be in memory at once, whatever the block size; for a stochastic method, at this budget."""
+        """Bytes that must be in memory at once for any block size; for a stochastic method, at this budget."""
         return 0
 
     def prepare(self, problem: Problem, target: Target) -> Any:

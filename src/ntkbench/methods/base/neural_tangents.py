@@ -25,18 +25,17 @@ if TYPE_CHECKING:
 KERNEL = "kernel"
 """What a program computes for metrics of the whole kernel."""
 FEW_ROWS, CERTIFIED_ROWS = 16, 64
-"""Rows of J that the certificate of a trace takes: of samples that have no more than the first number together, or of
-one sample that has no more than the second."""
+"""Maximum number of rows of J in the certificate of a trace: the first number for several samples together, the second
+for one sample."""
 
 
 class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
-    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f; for metrics of the whole
-    kernel it goes to the host and is decomposed in float64. The trace is requested by traced
-    and diagonal axes, so that an implementation may hold only ``[N]`` numbers. The program is compiled at the first
-    estimate of a metric and kept. It is refused if it takes more memory than
-    :func:`ntkbench.operators.programs.memory_limit` allows.
+    Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f; for metrics of the whole kernel it
+    goes to the host and is decomposed in float64. The trace is requested by traced and diagonal axes, so that an
+    implementation may hold only ``[N]`` numbers. The program is compiled at the first estimate of a metric and kept. It
+    is refused if it takes more memory than :func:`ntkbench.operators.programs.memory_limit` allows.
 
     Attributes:
         implementation: a name in ``neural_tangents.NtkImplementation``.
@@ -78,7 +77,7 @@ class NeuralTangents(Method):
         Raises:
             BadInput: no such metric, or no trained weights to align with.
             OverMemory: the compiled program would need more memory than allowed.
-            Unavailable: the condition number is asked for, and Theta is singular or may be.
+            Unavailable: the condition number is requested, and Theta is singular or may be.
         """
         metrics.check_any(metric)
         if metric in metrics.OF_KERNEL:
@@ -95,10 +94,10 @@ class NeuralTangents(Method):
 class CompiledPrograms:
     """A problem on the device, with one compiled program for each requested metric.
 
-    A program is certified at its first use by plain autograd. Of a kernel Theta, c^T Theta c for random signs c is
-    compared with ||J^T c||^2. Of the trace, the part of the first samples is compared with the squared norms of their
-    rows of J, :data:`CERTIFIED_ROWS` at most. Where a sample has more outputs, the part of the first one is compared
-    with a kernel of that sample alone, which is certified as kernels are. Programs are shared by problems of the same
+    A program is certified at its first use by plain autograd. For a kernel Theta, c^T Theta c with random signs c is
+    compared with ||J^T c||^2. For the trace, the part of the first samples is compared with the squared norms of their
+    rows of J, at most :data:`CERTIFIED_ROWS`. If a sample has more outputs, the part of the first one is compared with
+    a kernel of that sample alone, which is certified like any kernel. Programs are shared by problems of the same
     function and shapes; certificates are not.
 
     Attributes:
@@ -124,7 +123,7 @@ class CompiledPrograms:
         self.certificate: float | None = None
 
     def moments(self, metric: str) -> Moments:
-        """The moments that ``metric`` is a function of, on the host; the first call for a metric compiles.
+        """The moments that ``metric`` depends on, on the host; the first call for a metric compiles.
 
         Raises:
             BadInput: no such metric, or no trained weights to align with.

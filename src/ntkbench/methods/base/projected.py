@@ -163,7 +163,7 @@ def signs(j: JacobianOperator, k: int, seed: int) -> Sketch:
 def hashed(j: JacobianOperator, replicates: int, width: int, seed: int, kept: int | None = None) -> Sketch:
     """CountSketches: each of the P entries goes with a random sign to one of ``width`` features of each replicate.
 
-    If ``kept`` is given, only so many random entries do, multiplied by the square root of P / ``kept``.
+    If ``kept`` is given, only that many random entries are used, multiplied by the square root of P / ``kept``.
     """
     import torch
 
@@ -177,12 +177,12 @@ def hashed(j: JacobianOperator, replicates: int, width: int, seed: int, kept: in
     if kept is not None:
         entries = torch.rand(size, generator=generator, device=device).argsort(1)[:, :kept]
         signed, buckets = signed[:, :kept], buckets[:, :kept]
-    # A matrix [R w, P] by its rows: the entries sorted by where they go.
+    # A sparse matrix [R w, P] by rows: the entries sorted by their feature.
     order = buckets.reshape(-1).argsort(stable=True)
     ends = torch.bincount(buckets.reshape(-1), minlength=replicates * width).cumsum(0)
     values = signed.reshape(-1)[order].to(like.dtype) * (1.0 if kept is None else math.sqrt(j.P / kept))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that such matrices are new in torch
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that such matrices are new
         matrix = torch.sparse_csr_tensor(
             torch.nn.functional.pad(ends, (1, 0)),
             entries.reshape(-1)[order],

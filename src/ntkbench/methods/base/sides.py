@@ -20,7 +20,7 @@ class Factor(NamedTuple):
         adjoint: product with A^T; k passes.
         dim: dimension of the probes.
         image_dim: dimension of their images.
-        basis: unit vectors of the space of the probes, from one number to another, as rows.
+        basis: unit vectors of the space of the probes, from a start to a stop index, as rows.
     """
 
     product: LinearMap

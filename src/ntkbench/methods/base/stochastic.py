@@ -27,7 +27,7 @@ class Stochastic(Method):
     Attributes:
         fewest_probes: smallest number of probes that gives a standard error.
         default_passes: the budget if the user gives none.
-        few_degrees: degrees of freedom below which an estimate with a given budget says that they are too few.
+        few_degrees: degrees of freedom below which an estimate with a given budget has a note that they are too few.
     """
 
     kind = "stochastic"
@@ -36,10 +36,10 @@ class Stochastic(Method):
     few_degrees: ClassVar[float] = 0
 
     def too_few(self, error: float, degrees: float) -> tuple[str, ...]:
-        """The note of an estimate with a standard error of so few degrees of freedom, if they are too few."""
+        """A note if the standard error has too few degrees of freedom."""
         if not error > 0 or degrees >= self.few_degrees:
             return ()
-        said = f"{degrees:.2g} degrees of freedom are too few for a 95 % interval where the batch is uneven"
+        said = f"{degrees:.2g} degrees of freedom are too few for a 95 % interval if the batch is uneven"
         return (f"few probes: {said}",)
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Stochastic(Method):
 
     def estimate(self, prepared: Any, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         if passes is None:
-            raise BadInput(f"{self.name} is stochastic and needs passes, a positive number; got none")
+            raise BadInput(f"{self.name} is stochastic and needs a positive number of passes; got none")
         if passes < (least := self.cost(metric, self.fewest_probes)):
             raise BadInput(f"{self.name}: {_takes(metric, least)}; got {passes}")
         return self.spend(prepared, metric, passes, seed)
@@ -132,11 +132,11 @@ Ledger = Callable[[], tuple[float, tuple[str, ...], float | None]]
 
 
 class GivenUp(NtkbenchError):
-    """The probes that a tolerance still takes cost more than something else.
+    """The remaining probes for a tolerance cost more than an alternative.
 
     Attributes:
         passes: spent so far.
-        cheaper: what costs less.
+        cheaper: the alternative.
     """
 
     cheaper: ClassVar[str]
@@ -164,7 +164,7 @@ class Incremental(Stochastic):
 
     Attributes:
         first_batch: number of probes before the first check of the standard error, if there is a tolerance.
-        order: power of the number of probes by which errors fall at best; a half for means, one for pairs.
+        order: the error falls at best as this power of the number of probes; a half for means, one for pairs.
         by_sample: whether the variance of the trace is estimated sample by sample.
     """
 
@@ -261,7 +261,7 @@ class Incremental(Stochastic):
             if not further or drawn == most:
                 break
             width = max(each.relative_width(confidence) for each in found.values())
-            progress_bar.say(f", within {100 * width:.2g} % of {100 * rtol:.2g} %")
+            progress_bar.say(f", within {100 * width:.2g} %, target {100 * rtol:.2g} %")
             looks.append((drawn, _excess(found.values(), rtol, confidence)))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             remaining = spent * (needed / drawn - 1)
@@ -295,7 +295,7 @@ MOST_EXCESS = 1e4
 
 
 def _excess(found: Collection[Estimate], rtol: float, confidence: float) -> float:
-    """Ratio of the errors to those that a tolerance allows, within a tenth; 1 if they are within it.
+    """Ratio of the errors to those that a tolerance allows, accurate to a tenth; 1 if the tolerance is reached.
 
     The ratio is for many degrees of freedom: few of them widen the interval now, but not after more probes.
     """
@@ -310,7 +310,7 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
 
     Args:
         looks: numbers of probes, and ratios of error to tolerance.
-        order: power of the number of probes by which errors fall at best; a half at worst.
+        order: the error falls at best as this power of the number of probes; at worst it falls as the square root.
     """
     (first, at_first), (drawn, excess) = looks[0], looks[-1]
     if not math.isfinite(excess):
@@ -321,11 +321,11 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
 
 
 LEAST_DEGREES = 60
-"""Fewest degrees of freedom with which a standard error decides at the first look whether a tolerance is reached.
+"""Fewest degrees of freedom at which a standard error decides at the first look whether a tolerance is reached.
 
-The next look comes when :data:`EXPECTED_DEGREES` are expected, and then half of these degrees are enough: the number of
-probes must hardly depend on the degrees of freedom that they turn out to have. A skewed sample without large values has
-many of them, and too small a mean.
+The next look comes when :data:`EXPECTED_DEGREES` are expected, and then half of these degrees are enough, so that the
+number of probes hardly depends on the degrees of freedom that are found. A skewed sample without large values has many
+degrees of freedom, and its mean is too small.
 """
 EXPECTED_DEGREES = 1.5 * LEAST_DEGREES
 """Degrees of freedom that a second look should have."""
@@ -340,9 +340,9 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
 
     A rule that stops as soon as the estimated error is small stops where the error is underestimated, especially with
     few degrees of freedom and skewed probes. The error is therefore checked only a few times, as in triple sampling
-    (Hall 1981). First there are so many that their error should be reliable. Then their number is raised to half
-    of the expected need, if the need is more than four times as many, and then to a number that is enough even if the
-    variance is at its upper confidence limit. Errors fall at least as the square root of the number of probes.
+    (Hall 1981). The first check takes enough probes for a reliable error. If more than four times as many are expected
+    to be needed, the next check is at half of the expected number. The last one is at a number that is enough even if
+    the variance is at its upper confidence limit. Errors fall at least as the square root of the number of probes.
 
     Args:
         found: estimates of all metrics, from the probes so far.
@@ -372,12 +372,12 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
 def _widened(estimate: Estimate, least: float) -> Estimate:
     """An estimate at which a run stops, with the upper limit of an error that has few degrees of freedom.
 
-    A run stops early if its error is underestimated. With ``gram_forward``, of the runs that stopped after 16 probes,
-    62 % of the 95 % intervals contained the exact value, and 91 % do with the upper limit.
+    A run stops early if its error is underestimated. Of the runs of ``gram_forward`` that stopped after 16 probes, 62 %
+    had a 95 % interval that contained the exact value; with the upper limit, 91 % do.
     """
     if estimate.degrees >= least or not estimate.standard_error:
         return estimate
-    note = f"far within the tolerance after few probes: the interval is that of the error's upper {SAFETY:.0%} limit"
+    note = f"far within the tolerance after few probes: the interval uses the upper {SAFETY:.0%} limit of the error"
     return replace(_after(estimate, 1.0, SAFETY), notes=(*estimate.notes, note))
 
 

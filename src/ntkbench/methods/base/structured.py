@@ -44,7 +44,7 @@ class StructuredUStatistics(Incremental):
         max_gradients: largest number of gradients in a default budget; beyond about a thousand, their inner products,
             which have quadratic cost, take most of the time.
         max_group: largest number of gradients in a group.
-        least_with_pilot: smallest number of probes of which one is spent on the choice of exact samples.
+        least_with_pilot: number of probes from which on one is spent on the choice of exact samples.
     """
 
     backends = ("torch",)
@@ -82,11 +82,11 @@ class StructuredUStatistics(Incremental):
 
 
 PIECES = 4
-"""Largest number of pieces that probes for a trace are drawn in, after the first ones."""
+"""Maximum number of pieces in which probes for a trace are drawn, after the first ones."""
 
 
 def widest(names: Sequence[str]) -> str:
-    """A metric whose networks and moments serve all of some metrics."""
+    """A metric whose networks and moments serve all of the given metrics."""
     if "alignment" in names:
         return "alignment"
     return "trace" if set(names) == {"trace"} else "norm"
@@ -100,7 +100,7 @@ class GroupedUStatistics(Accumulator):
         names: metrics.
         seed: seed of the probes.
         max_gradients: largest number of gradients in a group.
-        least_with_pilot: smallest number of probes of which one is spent on the choice of exact samples.
+        least_with_pilot: number of probes from which on one is spent on the choice of exact samples.
         known: moments that add to those of the networks' kernels.
     """
 
@@ -172,7 +172,7 @@ class GroupedUStatistics(Accumulator):
         return MomentEstimates.pooled(self._groups).plus(self._known)
 
     def _plan(self, probes: int) -> tuple[list[int], float]:
-        """Choose the exact samples if a probe for that is affordable; sizes of groups, and the passes for them."""
+        """Choose the exact samples if a probe for that is affordable; returns sizes of groups, and their passes."""
         sizes, passes = self._sizes(probes), float(probes)
         drawn = sum(k for k, _ in self._groups)
         worth = self._N > strata.UNEVEN and drawn + probes >= self._least_with_pilot
@@ -212,7 +212,7 @@ class GroupedUStatistics(Accumulator):
         return sums.moments(traces[first:]).plus([float(traces[:first].sum(dtype=np.float64)), *exact])
 
     def _tables(self, k: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The pairs' values for each moment but the trace, ``[inputs, k, inputs, k]``, and squares ``[inputs, k]``.
+        """The pairs' values for each moment except the trace, ``[inputs, k, inputs, k]``, and squares ``[inputs, k]``.
 
         The inputs are the exact samples, each repeated so that k directions of each hold its O unit vectors, and then
         the others.
@@ -248,10 +248,10 @@ class GroupedUStatistics(Accumulator):
         return -(-self._O // k)
 
     def _sizes(self, probes: int) -> list[int]:
-        """Sizes of groups that together take at most the passes of so many probes whose group fits in memory."""
+        """Sizes of groups that take at most the passes of this number of probes in a group that fits in memory."""
         if probes < 2:
             if not self._groups:
-                raise OverMemory("pairs take at least two probes")
+                raise OverMemory("pairs need at least two probes")
             return []
         max_group = max(4, self._max_gradients // self._N)
         size = -(-probes // -(-probes // max_group))
@@ -261,7 +261,7 @@ class GroupedUStatistics(Accumulator):
                 if self._groups:
                     return []
                 memory = self._ends[0].engine.memory
-                raise OverMemory(f"two probes take {cost:g} passes in memory of {memory}; there are {probes}")
+                raise OverMemory(f"two probes take {cost:g} passes with memory of {memory}; the budget is {probes}")
             size = max(4, size // 2) if size > 4 else size - 1  # the variance has an unbiased estimate from four on
             cost = self._cost(size)
         if cost > size:

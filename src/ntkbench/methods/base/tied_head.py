@@ -1,4 +1,4 @@
-"""Networks whose wide head is their embedding as well: their kernel by one with a shorter vocabulary.
+"""Networks whose wide head is also their embedding: their kernel from that of one with a shorter vocabulary.
 
 W, ``[V, d]``, is both the table in which tokens are looked up and the head, f_t = W h_t + b at T positions of a sample.
 A gradient with respect to W has two parts: that of the head, h_t in the row of the output, and that of the table,
@@ -10,7 +10,7 @@ a network f' with r outputs in place of V, whose tokens have the same rows, so t
 W is a change A of W', in either part. A change orthogonal to Q moves no h, since it is zero in the rows of tokens, and
 no output within the span of Q. So
 
-    Theta = (I (x) Q) Theta' (I (x) Q^T) + G (x) (I_V - Q Q^T),    G_ts = h_t . h_s (+ 1 with a bias),
+    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I_V - Q Q^T),    G_ts = h_t . h_s (+ 1 with a bias),
 
 with t and s the positions of all samples. The cross terms are within Theta', only in the rows of tokens. The two terms
 act on orthogonal spaces, so their moments add up:
@@ -50,7 +50,7 @@ from ntkbench.problem import Problem
 
 
 def tables(problem: Problem) -> list[str]:
-    """Embeddings that may be the wide head of a network as well, by their sizes."""
+    """Embeddings that may also be the wide head of a network, by their sizes."""
     if problem.module is None:
         return []
     return [
@@ -268,7 +268,7 @@ class TiedNetwork:
         use = self._head(engine)
         positions = _positions(engine.trace.graph.graph, use.node, basis.shape[1])
         if positions is None:
-            raise Unsupported(f"its outputs are not those of its embedding, {whole.table}, as they are")
+            raise Unsupported(f"its outputs are not the unchanged products with its embedding, {whole.table}")
         (h,) = engine.operands([use], self.inner.parameters, self.inner.x)
         self._h = h[:, positions.to(h.device)].flatten(0, 1).double()
         self.G = Gram(self._h, whole.bias in whole.parameters)
@@ -276,8 +276,8 @@ class TiedNetwork:
     def certify(self) -> float:
         """Compare a gradient of the network with that of f' and the head's; 2 plain backward passes.
 
-        With a cotangent c at the outputs, all parameters but W and b have the gradient that f' has with Q^T c. That of
-        W is Q times the one of W' there, and outside of the span of Q that of the head, c h^T.
+        With a cotangent c at the outputs, all parameters except W and b have the gradient that f' has with Q^T c. The
+        gradient of W is Q times that of W' in f', and outside of the span of Q it is that of the head, c h^T.
 
         Returns:
             The relative difference.
@@ -303,7 +303,7 @@ class TiedNetwork:
         self._traced.certify_again()
 
     def _head(self, engine: LayerwiseKernel) -> Use:
-        """The use of W as the head, of two uses in all."""
+        """The use of W as the head, which is one of its two uses."""
         whole = self._whole
         layers = [each for each in engine.layers if isinstance(each, Layer) and whole.weight in each.parameters]
         uses = [use for layer in layers for use in layer.uses]
@@ -402,13 +402,13 @@ class TiedProblem:
         return self
 
     def known(self, metric: str) -> Moments:
-        """The moments of G (x) (I_V - Q Q^T)."""
+        """The moments of G ⊗ (I_V - Q Q^T)."""
         ends = self.ends(metric)
         V, r = ends[0]._basis.shape
         return moments_of_grams(*(end.G for end in ends)).times(V - r)
 
     def moments(self, metric: str) -> Moments:
-        """The moments that a metric is a function of."""
+        """The moments that a metric depends on."""
         outside = self.known(metric)
         if metric == "trace":
             (inner,) = self.networks(metric)

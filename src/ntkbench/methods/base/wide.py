@@ -77,7 +77,7 @@ class WideHeadMethod(Method):
 
 
 def share(problem: Problem, metric: str) -> float:
-    """The outputs of a shorter head over those of the head that it stands for; 1 where there is no such head."""
+    """Ratio of the outputs of a shorter head to those of the head that it replaces; 1 if there is no such head."""
     from ntkbench import metrics
     from ntkbench.methods.base import head, tied_head
 

@@ -50,8 +50,8 @@ class RecurrentJacobian(JacobianOperator):
         roles = {name: role for role, name in recurrence.names.items()}
         if strangers := [name for name in self._parameters if name not in roles]:
             raise BadInput(
-                f"parameter {strangers[0]!r} is no part of the recurrence that the module declares, so the outputs do "
-                f"not come from it; allowed in theta: {', '.join(roles)}"
+                f"parameter {strangers[0]!r} is not part of the recurrence that the module declares, so the outputs "
+                f"are not those of the recurrence; allowed in theta: {', '.join(roles)}"
             )
         held = {**frozen, **self._parameters}
         self._by_role = {role: held[name] for role, name in recurrence.names.items()}
@@ -68,7 +68,7 @@ class RecurrentJacobian(JacobianOperator):
         outputs = self.T * (self.layout.outputs or self.layout.hidden)
         if len(self._by_role["weight_hh"]) != GATES[recurrence.kind] * self.layout.hidden or outputs != self.O:
             raise BadInput(
-                f"the module declares a {recurrence.kind} whose trajectory has {outputs} entries a trial, but it has "
+                f"the module declares a {recurrence.kind} whose trajectory has {outputs} entries per trial, but it has "
                 f"weight_hh {tuple(self._by_role['weight_hh'].shape)} and gives {self.O} outputs"
             )
 

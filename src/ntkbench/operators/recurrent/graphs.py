@@ -1,4 +1,4 @@
-"""Products on a GPU, replayed as CUDA graphs: loops over time launch many kernels, which end sooner than they start.
+"""Products on a GPU, replayed as CUDA graphs: loops over time launch many kernels, which run shorter than a launch.
 
 The first calls of a function on arrays of given shapes run normally. Then one call is recorded, which takes as long as
 several calls. Further calls copy their arrays to the buffers of the recorded kernels and replay them.
@@ -60,7 +60,7 @@ def call(key: Hashable, function: Callable[..., Any], *arrays: Any) -> Any:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if sum(t.nbytes for t in tensors) > LARGEST:
         return function(*arrays)
-    # TF32 is a choice between kernels, and would otherwise be that of the recording.
+    # The TF32 setting selects kernels, and a replay would use that of the recording.
     precision = torch.backends.cuda.matmul.fp32_precision
     whole = (key, precision, str(structure), tuple(_description(leaf) for leaf in leaves))
     with _LOCK:
@@ -70,7 +70,7 @@ def call(key: Hashable, function: Callable[..., Any], *arrays: Any) -> Any:
             return function(*arrays)
         try:
             recording = _recorded(function, leaves, structure) if isinstance(found, int) else found
-        except Exception:  # too little memory for its copies, or something that no graph may hold
+        except Exception:  # too little memory for its copies, or an operation that a graph cannot record
             _seen[whole] = NEVER
             return function(*arrays)
         _seen[whole] = recording
@@ -112,7 +112,7 @@ def _record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None], int]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()  # libraries set themselves up
+        run()  # libraries initialise themselves
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

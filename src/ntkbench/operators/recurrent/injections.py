@@ -256,7 +256,7 @@ class ParameterLayout:
         return xp.zeros((*sizes, width), dtype=like.dtype, device=array_api_compat.device(like))
 
     def groups(self, factors: InjectionFactors) -> list[InjectionGroup]:
-        """Groups of injections with a common v: K = S S^T is the direct sum of (V V^T) (x) I over the groups."""
+        """Groups of injections with a common v: K = S S^T is the direct sum of (V V^T) ⊗ I over the groups."""
         H = self.hidden
         of_inputs = self._chosen_rows("gates", factors.gates, ("weight_ih", "bias_ih"))
         of_state = self._chosen_rows("gates", factors.gates, ("weight_hh", "bias_hh"))

@@ -23,7 +23,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> JaxRecurrentJac
     """See :func:`ntkbench.operators.linearise`.
 
     Raises:
-        BadInput: theta is not of the recurrence that the problem's module declares.
+        BadInput: theta has parameters outside the recurrence that the module declares, or shapes do not fit it.
     """
     assert problem.module is not None  # it declares its recurrence
     forward, parameters, x = network(problem, weights, target)

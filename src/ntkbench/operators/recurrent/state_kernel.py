@@ -6,10 +6,10 @@ RNN, and E = 4 H for the GRU (whose third gate receives the state and the inputs
 theta adds O.
 
 - S maps a tangent of the parameters to injections: dW to dW v_(bt), with v = phi(h_(t-1)), x_t or 1.
-- K = S S^T is the one-step parameter operator on ``[B, T, E]``: (V V^T) (x) I, for the GRU a direct sum of such terms.
-  It depends on the representation alone: on inner products between states, and between inputs, of any two trials and
+- K = S S^T is the one-step parameter operator on ``[B, T, E]``: (V V^T) ⊗ I, for the GRU a direct sum of such terms.
+  It depends only on the representation: on inner products between states, and between inputs, of any two trials and
   steps.
-- P propagates injections along the linearised recurrence. It depends on the dynamics alone and does not mix trials.
+- P propagates injections along the linearised recurrence. It depends only on the dynamics and does not mix trials.
 
 Injecting before the nonlinearities, rather than into the state, makes K a Gram matrix for every kind of cell, and lets
 the P of an LSTM carry (h, c) while only h is read out.
@@ -146,6 +146,6 @@ class StateKernel:
         return by_trial.reshape(by_trial.shape[0], -1)
 
     def representation(self) -> list[InjectionGroup]:
-        """The factors ``V [V, T B]`` of K, which is the direct sum of (V V^T) (x) I over the groups of injections."""
+        """The factors ``V [V, T B]`` of K, which is the direct sum of (V V^T) ⊗ I over the groups of injections."""
         groups = self.jacobian.layout.groups(self.jacobian.linear.factors)
         return [group._replace(v=group.v.reshape(len(group.v), -1)) for group in groups]

@@ -24,7 +24,7 @@ def linearise(problem: Problem, weights: str, target: Target) -> TorchRecurrentJ
     """See :func:`ntkbench.operators.linearise`.
 
     Raises:
-        BadInput: theta is not of the recurrence that the problem's module declares.
+        BadInput: theta has parameters outside the recurrence that the module declares, or shapes do not fit it.
     """
     module, parameters, x = network(problem, weights, target)
     j = TorchRecurrentJacobian(module, parameters, x, problem.output_shape, target.memory)
@@ -57,7 +57,7 @@ class TorchRecurrentJacobian(RecurrentJacobian, TorchJacobian):
         return parts[0] if chunks == 1 else torch.cat(parts)
 
     def _next_way(self, kind: str, reason: str) -> bool:
-        return False  # the derivatives are by hand
+        return False  # the derivatives are explicit
 
     def _is_plain(self, kind: str) -> bool:
         return False
