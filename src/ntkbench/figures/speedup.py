@@ -1,4 +1,4 @@
-"""How much faster than the naive Jacobian families of methods are, at equal accuracy."""
+"""Speed-ups of families of methods over the naive Jacobian, at equal accuracy."""
 
 from __future__ import annotations
 
