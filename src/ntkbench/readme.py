@@ -98,7 +98,7 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
 
 
 def fastest_estimators(tables: Tables) -> str:
-    """For each goal of ``time_to_error``: the fastest exact or unbiased method of this suite, and the fastest published.
+    """For each goal of ``time_to_error``: our fastest exact or unbiased method, and the fastest published one.
 
     Biased kernels between samples are named if they are faster and their bias is within the error.
     """
@@ -214,7 +214,7 @@ def _median_and_range(values: pd.Series, how: str) -> str:
 
 
 def choices(tables: Tables) -> str:
-    """For each problem of ``auto_choice``: the number of tasks with ``auto`` about as fast as the fastest, and the worst."""
+    """For each problem of ``auto_choice``: how often ``auto`` is about as fast as the fastest, and the worst task."""
     table = tables.read(AUTO_CHOICE)
     tasks = _tasks(table)
     rows = []
