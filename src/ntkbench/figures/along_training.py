@@ -107,12 +107,10 @@ def _caption(shown: pd.DataFrame) -> str:
     what = "the states" if one["read"] == "state" else "the outputs"
     return (
         f"The NTK of {what} of a recurrent network ({_network(shown)}; parameters: {one['parameters']}) along "
-        "training, and its factors: K for the representation, and P for the dynamics, shown as P P*. One line per "
-        f"network. Theta and P P* are estimated from {one['probes']:g} probes, the same at all steps; K is exact. "
-        "Bars: one standard error of the ratio to step 0, over paired probes and for a given network; other networks "
-        "vary as the lines do. Ranks below full: recurrent weights truncated to their largest singular values at an "
-        "unchanged norm. Alignment of Theta with step 0 after training, 1 for lazy learning: "
-        f"{_last_alignments(shown)}."
+        "training, and its factors K (representation, exact) and P P* (dynamics). One line per network. Bars: one "
+        f"standard error of the network's ratio to step 0, from {one['probes']:g} paired probes. Ranks below full: "
+        "recurrent weights truncated to their largest singular values at an unchanged norm. Alignment of Theta with "
+        f"step 0 after training, 1 for lazy learning: {_last_alignments(shown)}."
     )
 
 

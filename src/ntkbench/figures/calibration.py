@@ -184,12 +184,11 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
     names = lost.groupby("title").size().sort_values(ascending=False, kind="stable")
     said = ", ".join(f"{labels.plain(title)} {count}" for title, count in names.items())
     return (
-        "Root mean square of the measured errors over that of the stated standard errors (left), and share of 95 % "
-        f"intervals that contain the exact value (right), over seeds, on {points['problem'].nunique()} networks. A "
-        "case is out of range if Wilson's 95 % interval of its coverage and its target are disjoint and its estimates "
-        f"have no note: {len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. {exact} cases with only exact "
-        f"answers are not drawn. {beyond} ratios and {under} coverages beyond an axis are drawn at its end."
-        f"{_stopping(table)}"
+        "Root-mean-square measured error over root-mean-square stated error (left), and coverage of 95 % intervals "
+        f"(right), over seeds, on {points['problem'].nunique()} networks. Out of range (no note, and Wilson's 95 % "
+        "interval of the coverage disjoint from the target): "
+        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Not drawn: {exact} cases with only exact "
+        f"answers. At the end of an axis: {beyond} ratios and {under} coverages beyond it.{_stopping(table)}"
     )
 
 

@@ -116,9 +116,8 @@ def _caption(plotted: pd.DataFrame) -> str:
     outside = int(((plotted["high"] < TARGET[0]) | (plotted["low"] > TARGET[1])).sum())
     total = plotted["seeds"].sum()
     return (
-        "Share of 95 % intervals that contain the exact value, pooled over problems, backends and budgets: "
-        f"{int(total)} estimates for {len(plotted)} pairs of method and metric (and group of effective ranks). "
+        "Share of 95 % intervals that contain the exact value, pooled over problems, backends and budgets, for "
+        f"{len(plotted)} pairs of method and metric (and group of effective ranks). Bars: Wilson's 95 % intervals. "
         f"{inside} pairs are within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %; for {outside} the "
-        "whole Wilson 95 % interval (bar) is outside. Open markers: problems of an effective rank below "
-        f"{FEW}. Overall, {_held(plotted):.1f} % of the intervals contain the value."
+        f"whole bar is outside. Overall, {_held(plotted):.1f} % of {int(total)} intervals contain the value."
     )

@@ -140,10 +140,9 @@ def _caption(plotted: pd.DataFrame) -> str:
     said = ", ".join(f"{title} {count}" for title, count in counts.items())
     alone = int((wins["tied"] == 1).sum())
     return (
-        "For Jacobians of prescribed spectra (rows, by the effective rank of Theta, on the right) and budgets "
-        "of passes (columns): the method of the least median error |estimate - exact| / |exact| over seeds, and those "
-        f"that a test at 95 % does not distinguish from it, at most {MOST} in all. Errors below {FLOOR:g} count as "
-        "exact, and the fewest passes spent then come first. Methods that need per-sample gradients are left out: "
-        f"these Jacobians have no samples. Of {len(wins)} places, with {labels.range_label(wins['seeds'])} seeds each, "
+        "The method of the least median error |estimate - exact| / |exact| over seeds, and those that a test at 95 % "
+        f"does not distinguish from it, at most {MOST} in all, by effective rank of Theta (on the right) and budget. "
+        f"Errors below {FLOOR:g} count as exact; the fewest passes spent then come first. Methods that need per-sample "
+        f"gradients are left out. Of {len(wins)} places, with {labels.range_label(wins['seeds'])} seeds each, "
         f"the first goes to {said}; in {alone} of them it is distinguished from all others."
     )

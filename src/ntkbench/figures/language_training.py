@@ -112,7 +112,6 @@ def _caption(shown: pd.DataFrame) -> str:
         f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, for all parameters "
         "and for parts of them, whose kernels add up to the whole. The loss of a batch, in nats per token, goes from "
         f"{labels.rounded(losses.iloc[0], 3)} to {labels.rounded(losses.iloc[-1], 3)}. Bars: 95 % intervals from "
-        f"{shown['probes'].max():g} probes, the same for all parts and steps, for this network alone and not for other "
-        "initialisations. Final alignment with the kernel at step 0: "
+        f"{shown['probes'].max():g} probes, for this network alone. Final alignment with the kernel at step 0: "
         f"{'; '.join(said)}."
     )

@@ -82,10 +82,9 @@ def _title(profiles: pd.DataFrame) -> str:
 def _caption(profiles: pd.DataFrame) -> str:
     text = (
         "A task is a metric of a problem within a tolerance of the median relative error. A line starts at the share "
-        "of tasks on which the method is the fastest and ends at the share that it solves at all. "
-        f"{tasks.RULE} A task on which a method was not measured counts as "
-        "not solved, so heights also depend on how much of the grid the method was given. Exact: at most "
-        f"{tasks.TOLERANCES['exact']:g}, exact methods alone."
+        "of tasks on which the method is the fastest and ends at the share that it solves at all; tasks on which it "
+        f"was not measured count as unsolved. {tasks.RULE} Exact: at most {tasks.TOLERANCES['exact']:g}, exact methods "
+        "alone."
     )
     from scipy.stats import binomtest
 

@@ -175,10 +175,9 @@ def _title(points: pd.DataFrame) -> str:
 def _caption(points: pd.DataFrame) -> str:
     titles = points.drop_duplicates("method").set_index("method")["title"]
     text = (
-        "Relative root-mean-square errors over seeds from k random features of each row of J: Gram matrix (Frobenius "
-        "norm), its pNTK, norm and alignment. Dashed: from the Gram matrix, as published; solid: from pairs of "
-        "independent parts of the projection, unbiased before the root or ratio. Estimators, approximations and exact "
-        f"kernels are compared against seconds; errors below {FLOOR:g} are drawn there. Approximations by a kernel A "
+        "Relative root-mean-square errors over seeds from k random features of each row of J (Gram matrix: Frobenius "
+        "norm). Dashed: from the Gram matrix, as published; solid: unbiased before the root or ratio, from pairs of "
+        f"independent parts of the projection. Errors below {FLOOR:g} are drawn there. Approximations by a kernel A "
         "between samples stand for Theta as A ⊗ I_O. Bytes are those of the features or the kernel, not the peak."
     )
     for problem, here in points.groupby("problem", sort=False):

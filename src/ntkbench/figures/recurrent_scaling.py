@@ -79,11 +79,10 @@ def _panel(
 
 def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
     text = (
-        "Seconds of one estimate, medians with quartiles of interleaved calls, against one size with the others fixed; "
-        "slopes are those of a straight line through the logarithms. Shared-probe alignment takes four passes a probe "
-        "(two networks), one-sided traces one. The expected slope is 1, or less for small sizes, where the overhead of "
-        "a call shows. Exceptions against steps: 2 to 3 for the exact trace, which goes back from every step and takes "
-        "products between steps; less than 1 for the per-sample trace, whose tangents do not grow with the steps."
+        "Seconds of one estimate against one size with the others fixed, medians with quartiles of interleaved calls; "
+        "slopes are fitted to the logarithms. Shared-probe alignment takes four passes per probe, one-sided traces "
+        "one. The expected slope is 1, or less at small sizes, where the overhead of a call shows; against steps it is "
+        "2 to 3 for the exact trace, which goes back from every step, and less than 1 for the per-sample trace."
     )
     known = {key: pair for key, pair in slopes.items() if math.isfinite(pair[1])}
     linear = [pair for (_, size, method), pair in known.items() if (method, size) not in NOT_LINEAR]

@@ -148,10 +148,9 @@ def _title(points: pd.DataFrame) -> str:
 def _caption(points: pd.DataFrame, shown: list[str]) -> str:
     text = (
         "Median errors over seeds, relative to float64 eigenvalues, against the passes spent; for the density, the "
-        "Wasserstein-1 distance of log10(eigenvalue + ridge), in decades. Of several eigenvalues the worst counts. "
-        "ntkbench.spectrum splits its passes between block Lanczos, which stops at its tolerance, and stochastic "
-        "Lanczos, which takes a quarter, at most 400. Stated are bounds, each with an eigenvalue within, and 95 % "
-        "intervals. matfree's passes are those of the network in JAX. "
+        "Wasserstein-1 distance of log10(eigenvalue + ridge), in decades; of several eigenvalues, the worst. "
+        "ntkbench.spectrum splits its passes between block Lanczos and stochastic Lanczos (a quarter, at most 400). "
+        "Stated are bounds, each with an eigenvalue within, and 95 % intervals. "
         f"Errors below {FLOOR:g}, of the largest eigenvalues below {FLOORS['top']:g}, are drawn there."
     )
     for problem, here in points.groupby("problem", sort=False):

@@ -299,16 +299,13 @@ def _caption(plotted: pd.DataFrame) -> str:
     known = rows[rows["winner_in_passes"] != "deflated"]
     agreed = (known["winner_in_passes"] == "exact") == (known["winner_in_theory"] == "exact")
     text = (
-        "The method with the fewest passes (left half of a mark) and the least seconds (right half) to a relative "
-        "root-mean-square error: exact, per sample or pooled. Kernels have a prescribed number of outputs O, effective "
-        "rank of a sample's block, and share of ||Theta||^2 between samples. Exact takes O passes. In theory a "
-        "per-sample trace takes 2 (1 / rank - 1 / O) / (N error^2) passes, and a pooled one has rank (1 - share) in "
-        "place of the rank, so exact is cheaper for about N O rank < 2 / error^2. Lines: O passes of an estimate have "
-        "the error of the panel. Without cross-sample terms, per-sample and pooled traces have the same variance. "
-        "Passes beyond the largest budget are "
-        f"extrapolated as 1 / error^2. Errors are over {labels.range_label(rows['seeds'])} seeds. "
-        f"Measured: exact takes the fewest passes in {exact['passes'].sum()} and the least seconds in "
-        f"{exact['seconds'].sum()} of {len(rows)} cases"
+        "The fewest passes (left half of a mark) and least seconds (right half) to a relative root-mean-square error, "
+        "on kernels with prescribed O, effective rank of a sample's block, and share of ||Theta||^2 between samples. "
+        "Exact takes O passes. In theory a per-sample trace takes 2 (1 / rank - 1 / O) / (N error^2) passes, and a "
+        "pooled one has rank (1 - share) in place of the rank, so exact is cheaper for about N O rank < 2 / error^2. "
+        "Lines: O passes of an estimate have the panel's error. Passes beyond the largest budget are extrapolated as "
+        f"1 / error^2. Measured over {labels.range_label(rows['seeds'])} seeds: exact takes the fewest passes in "
+        f"{exact['passes'].sum()} and the least seconds in {exact['seconds'].sum()} of {len(rows)} cases"
     )
     by_error = [
         f"{words}: {(exact['passes'] & (rows['error'] == error)).sum()} and "

@@ -14,9 +14,9 @@ from ntkbench.measure import laws
 TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, and allows for float32's rounding."""
 RULE = (
-    "The time of a method is where a law fitted to all its measured budgets crosses the tolerance (errors fall at "
-    "least as fast as the root of the passes grows, seconds grow), without extrapolation; its 95 % band and the "
-    "number of seeds behind it are in the CSV."
+    "A method's time is where a law fitted to all its measured budgets crosses the tolerance, without extrapolation "
+    "(errors fall at least as fast as 1 / sqrt(passes), and seconds grow with passes). Its 95 % band and its number of "
+    "seeds are in the CSV."
 )
 """How a method's time is derived, for captions."""
 SURE = 0.95
