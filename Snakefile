@@ -124,7 +124,7 @@ onstart:
 
 
 onsuccess:
-    LINES[0].stop(f"ntkbench: done; look at {' and '.join(str(each.results) for each in writing())}")
+    LINES[0].stop(f"ntkbench: done, see {' and '.join(str(each.results) for each in writing())}")
 
 
 onerror:

@@ -119,7 +119,7 @@ def test_every_study_has_a_table_with_its_provenance(results):
 
 def test_a_run_says_how_far_it_is_and_where_to_look(finished):
     assert re.search(r"ntkbench: +\d+% after \d+ s", finished[1])
-    assert finished[1].rstrip().endswith("ntkbench: done; look at results/smoke")
+    assert finished[1].rstrip().endswith("ntkbench: done, see results/smoke")
     assert "localrule" not in finished[1] and "Job stats" not in finished[1]
 
 

@@ -32,7 +32,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each baseline, a column for each network."""
     plotted = speedups(table)
     if not plotted["speedup"].notna().any():
-        return base.nothing(plotted, "No estimate reached 99 % beside a measured baseline.")
+        return base.nothing(plotted, "No estimate reached 99 % on a network with a measured baseline.")
     looks = {name: look for name, look in curves.looks(table).items() if name in set(plotted["method"])}
     networks = [name for name in NETWORKS if name in set(plotted["network"])]
     baselines = [name for name in BASELINES if plotted.loc[plotted["baseline"] == name, "speedup"].notna().any()]

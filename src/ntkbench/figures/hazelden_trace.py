@@ -157,7 +157,7 @@ def _at_equal_samples(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def _rate(rows: pd.DataFrame, network: str, method: str) -> claims.Claim | None:
-    """How errors fall with m, where the estimator is one-sided and there are points enough for an interval."""
+    """How errors fall with m, if the estimator is one-sided and has enough points for an interval."""
     if method == "hutchpp_paper":
         return None
     slope, half = curves.slope(rows["m"], rows["error"])

@@ -60,7 +60,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _key(parts: Sequence[str], colours: Mapping[str, str]) -> Key:
-    """A heading for each block, and one for what is outside of them."""
+    """A heading for each block, and one for the parameters outside of blocks."""
     found: dict[str, list[tuple[Line2D, str]]] = {}
     for part in parts:
         block, _, inside = part.partition(", ")

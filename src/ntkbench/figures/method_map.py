@@ -28,7 +28,7 @@ Line = tuple[str, dict[str, Any], float]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A row of maps for each metric, a column for each tolerance; beside them the conclusions, in words."""
+    """A row of maps for each metric, a column for each tolerance, and the conclusions in words."""
     known = table[table[["n", "O"]].gt(0).all(axis=1)]
     chosen = _choices(known)
     if not chosen["method"].notna().any():
@@ -80,7 +80,7 @@ def _choices(known: pd.DataFrame) -> pd.DataFrame:
 
 
 def _contested(chosen: pd.DataFrame, tolerance: str) -> pd.DataFrame:
-    """The tasks measured with several families, of which one solves them."""
+    """The tasks measured with several families and solved by at least one."""
     return chosen[(chosen["tolerance"] == tolerance) & chosen["measured"].str.contains(",") & chosen["method"].notna()]
 
 

@@ -85,7 +85,7 @@ def _title(plotted: pd.DataFrame, titles: pd.Series) -> str:
 
 
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
-    """What is drawn, and which loss takes the pNTK nearest to the last layer's kernel."""
+    """What is drawn, and which loss brings the pNTK closest to the last layer's kernel."""
     text = (
         "Relative difference of kernels between samples from Theta along training on scikit-learn's digits (above), "
         "and of the pNTK from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, "

@@ -36,10 +36,10 @@ CASE = ["network", "N", "O", *base.SETTINGS]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Operations (lines) and seconds (markers) over those of structured derivatives here, against O."""
+    """Operations (lines) and seconds (markers) over those of our structured derivatives, against O."""
     plotted = ratios(table)
     if not len(plotted):
-        why = f"Nothing was measured beside structured derivatives.\n{labels.why_not(table)}"
+        why = f"No program was measured together with structured derivatives.\n{labels.why_not(table)}"
         return base.nothing(table, why if (table["status"] == "ok").any() else labels.why_not(table))
     there = _published_ratios(table)
     looks = curves.looks(plotted)

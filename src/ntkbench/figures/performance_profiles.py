@@ -13,7 +13,7 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 FACTORS = np.geomspace(1, 1000, 121)
 TOLD_APART = 6
-"""Number of a panel's highest lines in their method's colour and marker; the others are many, low, and overlap."""
+"""Number of a panel's highest lines that have their method's colour and marker; the others are low and overlap."""
 LINE = ["tolerance", "method", "backend"]
 PALE: dict[str, Any] = {"color": canvas.PALE, "linewidth": 0.8}
 

@@ -109,7 +109,7 @@ def _panel(
 
 
 def _columns(error: str) -> list[tuple[str, bool]]:
-    """Columns of an error, and whether each is of the published value beside an unbiased one."""
+    """Columns of an error, each with whether it is of the published, biased value."""
     if error in ("norm", "alignment"):
         return [(f"{error}_unbiased", False), (f"{error}_plug_in", True)]
     return [(error, False)]

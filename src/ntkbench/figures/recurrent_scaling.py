@@ -1,4 +1,4 @@
-"""How seconds of NTK metrics of recurrent networks grow with trials, steps and probes: measured slopes."""
+"""Growth of the seconds of NTK metrics of recurrent networks with trials, steps and probes: measured slopes."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ FAMILIES = {
     "pooled": (styles.ORANGE, "pooled"),
     "deflated": (styles.WINE, "pooled, deflated"),
 }
-"""Colours and words, in the order in which ties go."""
+"""Colours and words; the first family wins a tie."""
 LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
-"""Of theory's boundaries for pooled estimates, by share."""
+"""Line styles of the theoretical boundaries for pooled estimates, by share."""
 PREDICTED = ("per-sample", "pooled")
 """Families with a theoretical error."""
 

@@ -233,7 +233,7 @@ def _studies(folder: Path) -> dict[str, pd.DataFrame]:
 def _figure(picture: Path, figures: str | None) -> dict[str, Any]:
     caption = picture.with_suffix(".txt")
     if not caption.exists():
-        raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
+        raise BadInput(f"{picture} has no caption: {caption.name} is missing")
     first, _, settings = caption.read_text(encoding="utf-8").partition("\n")
     name, _, text = first.partition(". ")
     with Image.open(picture) as image:
