@@ -1,4 +1,4 @@
-"""Spectral quantities by products: errors and seconds against passes, and those of the decomposition of all of Theta."""
+"""Spectral quantities by products: errors and seconds against passes, and of the decomposition of all of Theta."""
 
 from __future__ import annotations
 
