@@ -1,14 +1,14 @@
-"""From a configuration to tables, figures and a page that shows them: problems, the grid's cells, studies, drawing.
+"""From a configuration to tables, figures and a report: problems, the grid's cells, studies, drawing.
 
 snakemake --cores all                                     config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml      another one
 snakemake paper_figures --cores all                       the papers' figures and their studies alone: config/paper.yaml
 snakemake figures --cores all --config source=reference   a configuration's figures from committed tables alone
-snakemake --cores all --config retry=failed               measure again what failed, took too long or too much memory
-snakemake --report steps.html                             what a finished run has made, in one file
+snakemake --cores all --config retry=failed               remeasure what failed, took too long or too much memory
+snakemake --report steps.html                             the results of a finished run, in one file
 snakemake --workflow-profile profiles/slurm               on a cluster
 
-Targets come before --configfile, which takes all that follows it as files.
+Targets come before --configfile, which takes all following words as files.
 """
 
 import functools
@@ -33,7 +33,7 @@ min_version("9.0")
 report: "report/workflow.rst"
 
 
-# The run's own line says how far it is. What Snakemake says, but for errors, goes to its log alone (.snakemake/log).
+# The run has its own line of progress. Snakemake's output, except errors, only goes to its log (.snakemake/log).
 said = workflow.logger_manager.settings
 if not (said.dryrun or said.verbose or workflow.remote_exec):
     for handler in logger.handlers:
@@ -44,9 +44,9 @@ ROOT = Path(workflow.basedir)
 OWN_PATH = f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH" '
 if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
     OWN_PATH = ""
-# The steps of this run belong to it: they end when it does. What is installed may be another checkout than this one.
-# They run in the Python that runs Snakemake, whether or not its environment is activated, unless rules have their own.
-# Backends share a GPU, and are only begun in the processes that measure.
+# The steps of this run end when it does. The installed package may be another checkout than this one.
+# Steps use the Python that runs Snakemake, even if its environment is not activated, unless rules have their own.
+# Backends share a GPU and only start in measuring processes.
 shell.prefix(
     f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(paths.python_path(ROOT))} PYTHONUTF8=1 "
     f"{OWN_PATH}"
@@ -61,11 +61,11 @@ if not WHOLE:
 
 
 def read(name):
-    """The run of the configuration on the command line; of one in config/ where that is none or only changes it."""
+    """The run of the command line's configuration, or of one in config/ if that is missing or only overrides values."""
     with errors.as_one_line():
-        # Read again, since Snakemake's own reading loses what is given twice, and lines.
+        # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
         files = GIVEN if WHOLE else [ROOT / "config" / name, *GIVEN]
-        # A run on a cluster is begun on another machine than those that measure.
+        # A run on a cluster starts on another machine than those that measure.
         here = workflow.resource_settings.nodes is None and not workflow.remote_exec
         return Run(configuration.Config.of_files(files, workflow.config_settings.config, here))
 
@@ -101,13 +101,13 @@ LOCKS, LINES = [], []
 
 
 def writing():
-    """The runs that write something now."""
+    """The runs that write something in this call."""
     folders = {job.wildcards.profile: job.wildcards for job in workflow.dag.jobs if "profile" in job.wildcards.keys()}
     return [run_of(wildcards) for wildcards in folders.values()]
 
 
 onstart:
-    # Not before, since a dry run writes nothing.
+    # Not earlier, since a dry run writes nothing.
     with errors.as_one_line():
         for each in writing():
             paths.writable(each.results)
@@ -124,12 +124,12 @@ onstart:
 
 
 onsuccess:
-    LINES[0].stop(f"ntkbench: done; look at {' and '.join(str(each.results) for each in writing())}")
+    LINES[0].stop(f"ntkbench: done, see {' and '.join(str(each.results) for each in writing())}")
 
 
 onerror:
     folders = " and ".join(str(each.results) for each in writing())
-    LINES[0].stop(f"ntkbench: some steps failed, see logs/ in {folders}; what could be done is there")
+    LINES[0].stop(f"ntkbench: some steps failed, see logs/ in {folders}; the results of the others are there")
 
 
 TIMED = "|".join(filter(studies.is_timed, studies.ROOM.found()))
@@ -151,7 +151,7 @@ wildcard_constraints:
     study=rf"(?!({TIMED})\.csv)\w+",
 
 
-# Steps that take times have their machine to themselves: see `timer` in the profiles. On a cluster each node is one.
+# Timed steps have their machine to themselves: see `timer` in the profiles. On a cluster each node is one.
 resource_scopes:
     timer="local",
 
@@ -261,7 +261,7 @@ rule table:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
-# A study without times; they may run beside one another.
+# A study without times; such studies may run at the same time.
 rule study:
     output:
         report(

@@ -1,8 +1,8 @@
 """One side of ``ntkbench compare-commits``: measures the history's cases with the ntkbench of one checkout.
 
-It reads requests and writes answers, a line of JSON each, on standard input and output. A name is that of a case, for
-which a process is forked, so that no case meets what another one left. That process answers ``[question, arguments]``
-about the case until ``["end"]``. Once it is gone, however that happened, its exit status is the last answer.
+It reads requests and writes answers, a line of JSON each, on standard input and output. The label of a case forks a
+process for it, so that cases do not affect each other. That process answers ``[question, arguments]`` about the case
+until ``["end"]``. When it ends, for whatever reason, its exit status is the last answer.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from history import cases
 
 os.environ |= cases.ALONE
-requests = os.fdopen(os.dup(0), "rb", buffering=0)  # unbuffered, since forked processes read on where this one stopped
+requests = os.fdopen(os.dup(0), "rb", buffering=0)  # unbuffered, since forked processes continue reading
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)  # what else is printed is no answer
+os.dup2(2, 1)  # other output is not an answer
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def serve(label: str) -> None:
-    """Answer for a case, and end this process."""
+    """Answer questions about a case, and end this process."""
     try:
         case = cases.Case(label)
         answer(found=None)
@@ -52,7 +52,7 @@ def serve(label: str) -> None:
 
 
 def block(case: cases.Case, calls: int, seed: int) -> float:
-    """CPU seconds of as many calls, with seeds from one on."""
+    """CPU seconds of this many calls, with consecutive seeds from ``seed``."""
     start = time.process_time()
     for number in range(calls):
         case.call(seed + number)

@@ -203,7 +203,7 @@ def test_a_set_of_figures_has_its_claims_beside_it_and_on_the_page(tmp_path):
     assert list(dict.fromkeys(table["figure"])) == ["novak_flops", "novak_time"]
     assert {"claims.csv", "claims.txt", "claims.png", "claims.pdf"} <= {path.name for path in tmp_path.iterdir()}
     page = report.page(sorted(tmp_path.glob("*.png")), "Two")
-    assert page.index(">What of the papers reproduces</h2>") < page.index('id="novak_time"')
+    assert page.index(">Reproduction of the papers</h2>") < page.index('id="novak_time"')
     assert page.count('<th scope="row">') == len(table) and page.count('<th scope="col">') == 6
     assert re.search(
         r'<h3 id="(.*?)">All \d+ claims</h3>\s*<div class="scroll" role="region" aria-labelledby="\1"', page

@@ -57,7 +57,7 @@ def test_bad_input_is_refused(file, asked, said):
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     (tmp_path / "empty.csv").touch()
-    with pytest.raises(BadInput, match=r"empty\.csv is no table"):
+    with pytest.raises(BadInput, match=r"empty\.csv is not a table"):
         view.rows_of(tmp_path / "empty.csv")
 
 

@@ -215,5 +215,5 @@ def test_a_commit_without_a_package_is_named(repository, tmp_path):
 
 
 def test_code_of_another_checkout_is_not_measured(tmp_path):
-    with Side(tmp_path) as side, pytest.raises(NtkbenchError, match="which is not of it"):
+    with Side(tmp_path) as side, pytest.raises(NtkbenchError, match="which is not part of it"):
         side.start()

@@ -128,7 +128,7 @@ def test_the_figure_says_what_the_table_does(table, tmp_path):
     made = figures.draw(NAME, known, tmp_path)
     caption = made[1].read_text()
     assert "Training multiplies the factor by (geometric mean over runs): MLP 0.25, Vision Transformer 0.25" in caption
-    assert "It is 5 at least in all 12 cases" in caption and "2 runs" in caption and "nan" not in caption
+    assert "It is at least 5 in all 12 cases" in caption and "2 runs" in caption and "nan" not in caption
     plotted = pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["norm_ratio"], known["norm_ratio"])
     from ntkbench.figures.plotting import base

@@ -176,7 +176,7 @@ def test_coverage_pools_seeds_and_keeps_low_ranks_apart(table, tmp_path):
     n, p, z = 50 * cells[True], 0.5, 1.959963985
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert plotted.loc["below", "high"] - plotted.loc["below", "low"] == pytest.approx(2 * half)
-    assert "2 of them within the target" in (tmp_path / "coverage.txt").read_text()  # one a metric
+    assert "2 pairs are within the target" in (tmp_path / "coverage.txt").read_text()  # one a metric
     figures.draw("coverage", rows.drop(columns="covered"), tmp_path)
     assert "no column 'covered'" in (tmp_path / "coverage.txt").read_text()
 
@@ -605,7 +605,7 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
     assert list(made) == list(tables)
     failed = {name: outcome.reason for name, outcome in made.items() if outcome.status == "failed"}
     assert set(made) - set(failed) == {"coverage", "exact_cost"}
-    assert failed["ends_its_process"] == "it ended the process that was to draw it"
+    assert failed["ends_its_process"] == "the process that draws it died"
     assert failed["exits"] == "SystemExit: bye" and "cannot_be_imported.py:2" in failed["cannot_be_imported"]
     assert failed["raises"].startswith("ValueError: <b> $x_ ") and "AttributeError" in failed["returns_nothing"]
     assert "lacks columns that this figure needs: nowhere" in failed["needs_a_column"]

@@ -83,7 +83,7 @@ def test_each_way_has_its_status_and_its_reason(table, budget):
     [
         (PROBLEM, "ok", ""),
         ("raising", "failed", "ValueError: no such network"),
-        ("never_ready", "timeout", "not done after the limit of 20 s"),
+        ("never_ready", "timeout", "not finished within the limit of 20 s"),
         ("too_large", "out_of_memory", "over the limit"),
         ("zero", "failed", "not defined"),
     ],

@@ -119,7 +119,7 @@ def test_every_study_has_a_table_with_its_provenance(results):
 
 def test_a_run_says_how_far_it_is_and_where_to_look(finished):
     assert re.search(r"ntkbench: +\d+% after \d+ s", finished[1])
-    assert finished[1].rstrip().endswith("ntkbench: done; look at results/smoke")
+    assert finished[1].rstrip().endswith("ntkbench: done, see results/smoke")
     assert "localrule" not in finished[1] and "Job stats" not in finished[1]
 
 
@@ -225,7 +225,7 @@ def test_figures_of_the_reference_are_drawn_without_measuring(tmp_path):
     assert code == 0 and "report.html" in out + err
     assert not re.search(r"^(local)?rule (measure|problems|study|table):", out + err, re.MULTILINE)
     code, _, err = run_snakemake(tmp_path, "figures", "--configfile", str(CONFIG), "--config", "source=reference")
-    assert code != 0 and "no measured tables of the profile 'smoke' are kept" in err
+    assert code != 0 and "no measured tables of the profile 'smoke' are committed" in err
 
 
 @pytest.mark.parametrize("config", [None, paths.ROOT / "config" / "default.yaml"])

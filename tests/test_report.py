@@ -104,7 +104,7 @@ def test_an_exact_method_off_the_reference_is_an_error(table):
 
 def test_the_control_notices_references_of_other_problems(table):
     check = found(table, "Control")
-    assert check.severity == "passed" and check.text.startswith("With them, 2 of 2")
+    assert check.severity == "passed" and check.text.startswith("2 of 2")
     same = table.assign(reference=10.0, value=table["value"].where(table["value"].isna(), 10.0))
     assert found(same, "Control").severity == "note", "references that cannot be told apart"
     blind = table.assign(value=table["value"].where(table["problem"] != "other", 10.0))

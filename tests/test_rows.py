@@ -58,8 +58,8 @@ def test_shards_are_put_together_in_the_order_of_the_cells():
     ("chosen", "said"),
     [
         (CELLS[1:], r"missing \['digits_conv\[N=3\]/direct/torch/trace'\]"),
-        ([*CELLS, CELLS[0]], r"twice \['digits_conv\[N=3\]/direct/torch/trace'\]"),
-        ([*CELLS, cells.Cell("mlp_he", "direct", "torch", "trace", None)], r"no cells \['mlp_he/direct/torch/trace'\]"),
+        ([*CELLS, CELLS[0]], r"duplicate \['digits_conv\[N=3\]/direct/torch/trace'\]"),
+        ([*CELLS, cells.Cell("mlp_he", "direct", "torch", "trace", None)], r"unknown \['mlp_he/direct/torch/trace'\]"),
     ],
 )
 def test_a_table_that_is_not_one_row_a_cell_is_refused(chosen, said):

@@ -76,7 +76,7 @@ def test_rows_from_several_kinds_of_machines_are_marked():
     assert provenance.several_machines(table.assign(device=["cpu", "cpu", "H200"])) == "", "one machine with a GPU"
     assert provenance.several_machines(table.assign(machine=["A", "A", "B"], status=["ok", "ok", "failed"])) == ""
     said = provenance.several_machines(table.assign(machine=["A", "B", "A"]))
-    assert "not to be compared" in said and "A, cpu: 2" in said and "B, cpu: 1" in said
+    assert "not comparable" in said and "A, cpu: 2" in said and "B, cpu: 1" in said
     assert "H100: 1" in provenance.several_machines(table.assign(device=["H200", "H100", "cpu"]))
 
 

@@ -337,7 +337,7 @@ def test_costs_of_resnets_are_there_or_say_why_not(tables):
 def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
     settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
     left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
-    assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("anew for every pair of blocks").all()
+    assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("recomputed for every pair").all()
 
 
 @pytest.mark.parametrize("depth", list(residual.RESNETS))
@@ -473,7 +473,7 @@ def test_programs_for_images_are_compared_with_ours_and_captions_say_what_is_mis
     assert len(plotted) == 5 * (len(values) - 2) - lost.sum()
     caption = (tmp_path / "novak_images.txt").read_text()
     assert f"Not measured: {lost.sum()} of {len(several)} cases, mostly: no rule." in caption
-    winners = re.search(r"With O = 2, neural-tangents takes the fewest by (.*?)\.", caption)[1]
+    winners = re.search(r"At O = 2, neural-tangents' program with the fewest operations is (.*?)\.", caption)[1]
     counted = one[one["quantity"] == "flops"].set_index("method")["flops"].filter(like="nt_")
     assert winners == f"{novak_images_figure.NAMES[counted.idxmin()]} for 4 of 4 networks"
 

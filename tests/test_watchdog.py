@@ -48,7 +48,7 @@ def test_a_process_over_its_time_is_ended_even_if_it_stopped_itself():
     process = hog(1, 50)
     process.send_signal(signal.SIGSTOP)
     code, verdict = watched(process, 0.5, 2**33)
-    assert code == -signal.SIGKILL and verdict == ("timeout", "not done after the limit of 0.5 s")
+    assert code == -signal.SIGKILL and verdict == ("timeout", "not finished within the limit of 0.5 s")
 
 
 def test_a_process_over_its_memory_is_ended():

@@ -1,4 +1,4 @@
 """The suite that asv runs over commits, and that ``ntkbench compare-commits`` takes its cases from.
 
-It calls public functions of the installed ntkbench alone, on networks of its own, so that it runs on commits far back.
+It only calls public functions of the installed ntkbench, on its own networks, so that it runs on old commits.
 """

@@ -1,7 +1,7 @@
-"""The history's cases: how each is called, what it gives, how wrong that is, and the memory it takes.
+"""The history's cases: the call of each, its values and errors, and its memory.
 
-A case is a line of ``cases.txt``, ``network/method/backend/function[/passes]``. asv knows a case by its place in that
-list, so it is only ever added to, at its end. What a commit does not have is n/a there.
+A case is a line of ``cases.txt``, ``network/method/backend/function[/passes]``. asv identifies a case by its place in
+that list, so new cases are only added at the end. Cases that a commit does not support are n/a there.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LEFT_OUT: dict[str, str] = {}
 """Methods without a case, and why."""
 
 SEEDS = 20
-"""Over which the error of a random method is the median; others have one."""
+"""Number of seeds for the median error of a random method; others have one."""
 
 ALONE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-"""Environment of a process that measures, before it imports a backend."""
+"""Environment of a measuring process, before it imports a backend."""
 
 
 class Absent(NotImplementedError):
-    """The commit does not have what a case calls; asv takes it for n/a."""
+    """The commit does not have what a case calls; asv treats it as n/a."""
 
 
 def one_thread() -> None:
-    """Keep this process to one thread: torch is told, and XLA goes by the processors that the process may use."""
+    """Keep this process to one thread: torch by its setting, XLA by the processors that the process may use."""
     import torch
 
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def import_early() -> None:
 
         ntkbench.trace  # noqa: B018 (imported when it is first named)
     except Exception as error:
-        print(f"not imported early: {error!r}")  # whoever needs it meets the error again
+        print(f"not imported early: {error!r}")  # the case that needs it raises the error again
     gc.freeze()
 
 
@@ -59,10 +59,10 @@ class Case:
     """A case in this process, called once."""
 
     def __init__(self, label: str) -> None:
-        """Make the network and call the function, which is then traced and compiled.
+        """Make the network and call the function once, which traces and compiles it.
 
         Args:
-            label: of the case.
+            label: label of the case.
 
         Raises:
             Absent: the commit lacks the function, an argument of it, or the method.
@@ -100,7 +100,7 @@ class Case:
             raise Absent(f"{by} answers for {method}")
 
     def values(self, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
-        """What calls give, one number each, and their errors relative to exact values."""
+        """The values of calls, one number each, and their errors relative to exact values."""
         found = [np.asarray(self._number(self.call(seed)), np.float64) for seed in seeds]
         exact = self._exact()
         errors = [np.linalg.norm(self._comparable(value) - exact) / np.linalg.norm(exact) for value in found]
@@ -116,7 +116,7 @@ class Case:
 
     @staticmethod
     def _summary(value: np.ndarray) -> float:
-        """A number that changes when an entry of a kernel does."""
+        """A number that changes if any entry of a kernel changes."""
         if value.ndim == 0:
             return float(value)
         v = np.random.default_rng(0).standard_normal(len(value))
@@ -140,7 +140,7 @@ class Case:
         return first
 
     def _comparable(self, value: np.ndarray) -> np.ndarray:
-        """A kernel ``[N, N]`` stands for Theta as A (x) I_O."""
+        """A kernel ``[N, N]`` stands for Theta as A ⊗ I_O."""
         if value.ndim == 0:
             return value
         outputs = len(self._exact()) // len(value)
@@ -148,7 +148,7 @@ class Case:
 
 
 def settled_bytes() -> int | None:
-    """Give freed memory back and forget the process's peak; resident bytes, ``None`` where Linux does not tell."""
+    """Release freed memory and reset the process's peak; returns resident bytes, ``None`` without kernel support."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -159,7 +159,7 @@ def settled_bytes() -> int | None:
 
 
 def peak_bytes() -> int:
-    """The most resident bytes since :func:`settled_bytes`."""
+    """Peak resident bytes since :func:`settled_bytes`."""
     return _status("VmHWM")
 
 

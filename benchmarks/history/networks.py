@@ -1,7 +1,7 @@
 """The networks of the history's cases, small and with fixed weights: a change to one of them cuts its history.
 
 Weights and inputs are drawn by NumPy, whose streams stay the same from version to version. Exact values come from the
-Jacobian by plain autograd in float64, and so from nothing that ntkbench computes.
+Jacobian by plain autograd in float64, independent of ntkbench.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 AFTER_TRAINING = 0.5
-"""Of the second set of weights: its distance from the first, relative to each weight's scale."""
+"""Distance of the second set of weights from the first, relative to each weight's scale."""
 
 
 class Network(NamedTuple):
     """A network at two sets of weights.
 
     Attributes:
-        model: at the first.
-        model_f: at the second.
+        model: at the first set.
+        model_f: at the second set.
         x: inputs.
     """
 
@@ -91,7 +91,7 @@ def _mlp_in_jax(params: list[tuple[Any, Any]], x: Any) -> Any:
 
 
 def jacobian(model: nn.Module, x: Tensor) -> np.ndarray:
-    """J ``[n, P]`` in float64: a backward pass for each output."""
+    """J ``[n, P]`` in float64: one backward pass per output."""
     model = copy.deepcopy(model).double()
     parameters = list(model.parameters())
     outputs = model(x.double())

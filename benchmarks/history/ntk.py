@@ -1,4 +1,4 @@
-"""What asv measures of each case: CPU seconds of a call, its peak memory, and its error.
+"""What asv measures for each case: CPU seconds of a call, its peak memory, and its error.
 
 Versions are fixed, so that a refactoring does not cut the history; raise one by hand when a number's meaning changes.
 """
@@ -13,11 +13,11 @@ from . import cases
 
 os.environ |= cases.ALONE
 if "run_server" in sys.argv:
-    cases.import_early()  # asv's fork server: what is imported here is paid for once and not once a case
+    cases.import_early()  # asv's fork server: modules imported here are imported once, not once per case
 
 
 class _Case:
-    """A case that is ready once a process, however often asv calls setup."""
+    """A case, prepared once per process, however often asv calls ``setup``."""
 
     params = (cases.CASES,)
     param_names = ("case",)
@@ -26,7 +26,7 @@ class _Case:
     def setup(self, label: str) -> None:
         if hasattr(self, "case"):
             return
-        os.environ["NTKBENCH_CACHE"] = os.getcwd()  # a folder of asv's, which goes when the process has ended
+        os.environ["NTKBENCH_CACHE"] = os.getcwd()  # a folder of asv, removed when the process ends
         cases.one_thread()
         self.case = cases.Case(label)
 
@@ -43,7 +43,7 @@ class Memory(_Case):
     def track_peak(self, label: str) -> int:
         before = cases.settled_bytes()
         if before is None:
-            raise NotImplementedError("peaks of memory are those that Linux keeps")
+            raise NotImplementedError("peak memory is only available on Linux")
         self.case.call(0)
         return max(0, cases.peak_bytes() - before)
 

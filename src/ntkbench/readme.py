@@ -29,9 +29,9 @@ TITLES = {
     "nt_structured_derivatives": "neural-tangents, structured derivatives",
     "sum_of_logits": "pNTK by vmap and one product",
 }
-"""What the pages call what a method is compared with."""
+"""Names of the compared methods on the pages."""
 NAMED = {"structured_sum_of_logits": " (pNTK)", "wide_head": " (trace alone)"}
-"""What is said of a problem where a row is not of its whole kernel, by the method of this suite."""
+"""Additions to a problem's name if a row is not on its whole kernel, by method of this suite."""
 AUTO = "auto"
 CLOSE = 1.5
 """``auto`` is about as fast as the fastest method if it takes at most this many times its seconds."""
@@ -80,7 +80,7 @@ class Tables:
 
 
 def written(text: str, tables: Tables) -> tuple[str, list[str]]:
-    """The text with every block written anew, and the names of those that this changes."""
+    """The text with every block rewritten, and the names of those that changed."""
     stale: list[str] = []
 
     def block(found: re.Match[str]) -> str:
@@ -99,9 +99,9 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
 
 
 def fastest_estimators(tables: Tables) -> str:
-    """For each goal of ``time_to_error`` the fastest exact or unbiased method of this suite, and the fastest published.
+    """For each goal of ``time_to_error``: our fastest exact or unbiased method, and the fastest published one.
 
-    Kernels between samples that are biased, and within the error by their bias, are named where they are faster.
+    Biased kernels between samples are named if they are faster and their bias is within the error.
     """
     table = tables.read(HEAD_TO_HEAD["time_to_error"])
     rows = []
@@ -163,7 +163,7 @@ def kernels(tables: Tables) -> str:
 
 
 def certificates(tables: Tables) -> str:
-    """What certificates add to an estimate, as a share of it and in plain passes."""
+    """The cost of certificates, as a share of an estimate and in plain passes."""
     table = tables.read(HEAD_TO_HEAD["certificate_cost"])
     rows = [
         [
@@ -188,7 +188,7 @@ def certificates(tables: Tables) -> str:
 
 
 def calibration(tables: Tables) -> str:
-    """For each method how many cases of ``calibration`` keep their coverage, their coverage, and errors over stated."""
+    """For each method the verdicts of its cases of ``calibration``, their coverage, and errors over stated ones."""
     table = tables.read(CALIBRATION)
     table = table[table["status"] == "ok"]
     order = sorted(table["method"].unique(), key=lambda method: method != AUTO)
@@ -215,7 +215,7 @@ def _median_and_range(values: pd.Series, how: str) -> str:
 
 
 def choices(tables: Tables) -> str:
-    """For each problem of ``auto_choice`` in how many tasks ``auto`` is about as fast as the fastest, and the worst."""
+    """For each problem of ``auto_choice``: how often ``auto`` is about as fast as the fastest, and the worst task."""
     table = tables.read(AUTO_CHOICE)
     tasks = _tasks(table)
     rows = []
@@ -237,7 +237,7 @@ def choices(tables: Tables) -> str:
 
 
 def _tasks(table: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each task of ``auto_choice``, with the seconds of ``auto`` and what it stood for."""
+    """The fastest method of each task of ``auto_choice``, with the seconds of ``auto`` and its choice."""
     task = ["problem", "metric", "rtol"]
     auto = table.loc[table["method"] == AUTO, [*task, "by", "seconds"]].rename(columns={"seconds": "auto_seconds"})
     fastest = table[table["fastest"].eq(True)].drop(columns="by")
@@ -245,7 +245,7 @@ def _tasks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims(tables: Tables) -> str:
-    """How many claims of each source are reproduced, partly, not, or not addressed."""
+    """Numbers of claims of each source by verdict."""
     table = tables.read("claims")
     counts = table.groupby([table["source"].str.split(",").str[0], "verdict"], sort=False).size().unstack(fill_value=0)
     rows = [
@@ -257,7 +257,7 @@ def claims(tables: Tables) -> str:
 
 
 def prepared(tables: Tables) -> str:
-    """Seconds of first, later and prepared calls, and their ratios to what a user would write."""
+    """Seconds of first, later and prepared calls, and their ratios to the alternatives that a user would write."""
     table = tables.read(HEAD_TO_HEAD["prepared_kernel"])
     ways = ("engine", "prepared", "later", "first", "textbook", "hooks")
     ratios = ("prepared_over_engine", "first_over_textbook", "later_over_textbook")
@@ -289,7 +289,7 @@ def _times(row: pd.Series) -> tuple[str, str]:
 
 
 def large_networks(tables: Tables) -> str:
-    """Large cases on a GPU: seconds, as multiples of what the device's peak rate allows, and against a rival."""
+    """Large cases on a GPU: seconds, as multiples of those at the device's peak rate, and against a rival."""
     table = tables.read("gpu/large")
     rows = [
         [
@@ -333,7 +333,7 @@ def real_size(tables: Tables) -> str:
 
 
 def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
-    """Ours and theirs; where they were not measured the reason stands for theirs."""
+    """Our seconds and theirs; if they were not measured, the reason in place of theirs."""
     if pd.isna(row["ratio"]):
         return "", _cell(re.sub(r"^\w+: ", "", str(row["reason"])))
     return _seconds(row["seconds"]), _seconds(row["rival_seconds"])
@@ -365,7 +365,7 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _provenance(table: pd.DataFrame) -> str:
-    """A line below a table: where and from which code its numbers are."""
+    """A line below a table with the machine, threads and commit of its numbers."""
     commits = table[["git_sha", "git_dirty"]].drop_duplicates()
     code = ", ".join(f"{sha[:10]}{' with uncommitted changes' if dirty else ''}" for sha, dirty in commits.to_numpy())
     threads = table["threads"].unique()
@@ -374,7 +374,7 @@ def _provenance(table: pd.DataFrame) -> str:
 
 
 def _reproduced(table: pd.DataFrame) -> str:
-    """How many of the published numbers that were measured are reproduced."""
+    """The number of reproduced values among the published numbers that were measured."""
     numbers = table.loc[(table["relation"] == "about") & (table["verdict"] != "not addressed"), "verdict"]
     return f"{(numbers == 'reproduced').sum()} of {len(numbers)}"
 
@@ -386,12 +386,12 @@ def _listed(values: Iterable[object]) -> str:
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
 REAL_SIZE = "language/studies/real_size"
-"""Where the tables of intervals, of choices and of large networks lie in ``results/reference/``."""
+"""Where the tables of intervals, of choices and of large networks are in ``results/reference/``."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
 }
-"""Where the tables of comparisons in turn lie in ``results/reference/``."""
+"""Where the tables of comparisons in turn are in ``results/reference/``."""
 
 TABLES: dict[str, Callable[[Tables], str]] = {
     "calibration": calibration,

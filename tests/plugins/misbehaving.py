@@ -113,9 +113,9 @@ WAYS: list[tuple[str, str, Callable[[], Any]]] = [
     ("failed", "SIGKILL", lambda: signal.raise_signal(signal.SIGKILL)),
     ("failed", "Ü without a message", raises(type("Ü", (Exception,), {})(""))),
     ("failed", "its message cannot be read", raises(Unreadable())),
-    ("timeout", "not done after", hang),
-    ("timeout", "not done after", lambda: ctypes.PyDLL(None).sleep(100)),  # holds the interpreter's lock
-    ("timeout", "not done after", lambda: signal.raise_signal(signal.SIGSTOP)),
+    ("timeout", "not finished within", hang),
+    ("timeout", "not finished within", lambda: ctypes.PyDLL(None).sleep(100)),  # holds the interpreter's lock
+    ("timeout", "not finished within", lambda: signal.raise_signal(signal.SIGSTOP)),
     ("out_of_memory", "over the limit", hog),
     ("out_of_memory", "OverMemory without a message", raises(OverMemory(""))),
     ("out_of_memory", "CUDA out of memory", allocate_on_gpu),

@@ -1,4 +1,4 @@
-"""What each method takes on a network, in passes, seconds and bytes, and how far off it is: predicted, not measured.
+"""Predicted cost and error of each method on a network: passes, seconds, bytes and relative error.
 
 Nothing is known beforehand about the machine or the network. The products of the network are timed in a few sizes
 (``rates``), and a few probes give its effective ranks (``pilot``). Methods that need only products run on a small dense

@@ -64,14 +64,14 @@ class Costs(list[Cost]):
         return self[0] if self and self.meets(self[0]) else None
 
     def meets(self, cost: Cost) -> bool:
-        """Whether a method is within the tolerance; one with a bias never is, whatever it is on a few samples."""
+        """Whether a method is within the tolerance; a biased one never is, whatever its error on a few samples."""
         return cost.kind != "approximate" and cost.within is not None and cost.within <= self.rtol
 
     def code(self, *more: str) -> str:
         """The line of Python that uses the best method; empty if there is none.
 
         Args:
-            more: further arguments as source text; those of the set-up, such as ``call=call``, are not known here.
+            more: further arguments as source text, such as ``call=call``, which are not known here.
         """
         if (best := self.best) is None:
             return ""

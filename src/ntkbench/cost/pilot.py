@@ -21,7 +21,7 @@ class Pilot:
     Attributes:
         effective_rank: of Theta, from 1 to the smaller of n and P.
         block_rank: effective rank of a sample's own block, from 1 to O; ``None`` where samples interact.
-        alignment: with Theta_f; 1 without one.
+        alignment: with Theta_f; 1 if there is none.
         passes: passes spent.
     """
 
@@ -33,7 +33,7 @@ class Pilot:
     def __str__(self) -> str:
         of_blocks = "unknown" if self.block_rank is None else f"{self.block_rank:.3g}"
         ranks = f"effective rank {self.effective_rank:.3g}, of a sample's block {of_blocks}"
-        return f"errors by {self.passes:g} pilot passes: {ranks}"
+        return f"errors from {self.passes:g} pilot passes: {ranks}"
 
 
 def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int = 0) -> Pilot:
@@ -41,7 +41,7 @@ def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int
 
     With y_i = J^T u_i over random signs u_i: tr Theta = E ||y_i||^2 and ||Theta||_F^2 = E <y_i, y_j>^2. The variance
     over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal), with a diagonal that is
-    assumed to be even.
+    assumed to be constant.
 
     Args:
         jacobians: J at theta_0, and at theta_f for alignment.
@@ -57,7 +57,7 @@ def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int
     rank = min(max(trace**2 / square, 1.0), most) if square > 0 else float(most)
     block_rank = None
     if independent and j.N > 1:
-        with contextlib.suppress(NtkbenchError):  # what takes gradients of samples will say why not
+        with contextlib.suppress(NtkbenchError):  # methods that take gradients of samples give the reason
             squares = arrays.to_numpy(j.sample_squares(u.reshape(probes, j.N, j.O)), np.float64)
             means = (squares.mean(0) ** 2).sum()
             blocks = squares.var(0, ddof=1).sum() / 2 + means / j.O
@@ -72,7 +72,7 @@ def _gram(rows: Array) -> np.ndarray:
 
 
 def _pairs(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean over pairs of different probes of the products of two Gram matrices."""
+    """Mean product of two Gram matrices over pairs of different probes."""
     k = len(one)
     products = one * other
     return float(products.sum() - products.trace()) / (k * (k - 1))

@@ -26,25 +26,25 @@ from ntkbench.units import bytes_label
 MOST_ROWS, MOST_COLUMNS = 1024, 512
 """Rows and columns of a stand-in."""
 WIDE, OPERATIONS = 2**14, 1e9
-"""Columns of another one, which tells what P takes, and the operations of products with it."""
+"""Columns of a wider stand-in, which shows how times grow with P, and the maximum operations of its products."""
 FEWEST_SAMPLES = 16
-"""Samples that it keeps while the outputs of each are cut."""
+"""Minimum number of samples of a stand-in; the outputs of each are reduced instead."""
 FIRST = 16
-"""Passes that stochastic methods are first tried with."""
+"""First budget of stochastic methods."""
 STEPS = 5
 """Number of budgets that are tried."""
 SEEDS = 3
 """Number of estimates with each budget."""
 LONG = 0.3
-"""Seconds of such estimates; larger budgets are extrapolated."""
+"""Maximum seconds of these estimates; larger budgets are extrapolated."""
 STEEPEST = 3.0
-"""Power of the budget by which seconds grow at most."""
+"""Maximum power of the budget by which seconds grow."""
 CLOSE = 2.0
-"""Ratio of a budget that is enough to one that is not, at which no other is tried between them."""
+"""Ratio of a sufficient to an insufficient budget at which the search between them stops."""
 LESS = 0.9
-"""Share of a budget below which a method is taken to spend passes that do not depend on it."""
+"""Share of a budget below which a method's passes are assumed not to depend on it."""
 EXACT = 1e-3
-"""Share of the tolerance below which an interval says that a stand-in was too small, and not how wide it is."""
+"""Share of the tolerance below which an interval means that the stand-in was too small; its width is then unknown."""
 
 
 def predict(
@@ -91,8 +91,8 @@ def of_budgets(
 ) -> dict[tuple[str, int | None], Cost]:
     """Predicted costs of methods with given budgets, by pairs of a method's name and its passes.
 
-    As :func:`predict`, without a search for the budget that a tolerance takes. A method that does not apply has a
-    reason, and no seconds.
+    As :func:`predict`, without a search for the budget that a tolerance needs. A method that does not apply has a
+    reason and no seconds.
 
     Args:
         problem: network and inputs.
@@ -113,13 +113,13 @@ class _Trial:
     """Estimates with one budget on a stand-in.
 
     Attributes:
-        budget: passes that were given; ``None`` for a method that takes none.
-        passes: spent by one of them.
+        budget: given passes; ``None`` for a method that takes none.
+        passes: passes spent by one estimate.
         width: relative half-width of the interval.
         error: relative standard error.
-        products: that one of them asked for, how many of each kind and size.
-        seconds: of one of them, less those of the products.
-        took: seconds of all of them.
+        products: numbers of products of one estimate, by kind and size.
+        seconds: seconds of one estimate, minus those of its products.
+        took: seconds of all estimates.
     """
 
     budget: int | None
@@ -131,12 +131,12 @@ class _Trial:
     took: float
 
     def times(self, factor: float, before: _Trial | None, order: float) -> _Trial:
-        """The same with so many times the budget.
+        """The trial with a larger budget, extrapolated.
 
         Args:
-            factor: one or more.
+            factor: the budget is multiplied by this; at least 1.
             order: power of the budget by which errors fall.
-            before: with a smaller budget; passes and seconds grow as they did since then, or else in proportion.
+            before: trial with a smaller budget, which gives the growth of passes and seconds; proportional if ``None``.
         """
         budget, more, power = math.ceil(factor * (self.budget or 0)), factor, 1.0
         if before is not None and before.budget and self.budget:
@@ -148,7 +148,7 @@ class _Trial:
 
 
 class _Work:
-    """All that is measured for the methods of one problem."""
+    """All measurements for the methods of one problem."""
 
     def __init__(self, problem: Problem, metric: str, target: Target, rtol: float, confidence: float) -> None:
         self._problem, self._metric, self._target = problem, metric, target
@@ -164,11 +164,11 @@ class _Work:
 
     @functools.cached_property
     def known(self) -> Pilot:
-        """What the pilot finds."""
+        """The result of the pilot."""
         return pilot(self._operators, independent=not self._problem.samples_interact)
 
     def cost(self, method: Method, passes: int | None = None) -> Cost:
-        """What a method takes, with a budget or else to the tolerance, or why it does not serve."""
+        """The cost of a method with a budget, or to the tolerance; or the reason why it does not apply."""
         try:
             if reason := method.unsupported_reason(self._problem, self._metric, self._target, passes):
                 return Cost(method.name, method.kind, reason=reason)
@@ -178,7 +178,7 @@ class _Work:
             return Cost(method.name, method.kind, reason=errors.reason(error))
 
     def _stood_in_for(self, method: Method, given: int | None) -> Cost:
-        """A method that needs products alone."""
+        """The cost of a method that needs only products, from a stand-in."""
         problem, metric = self._problem, self._metric
         if not isinstance(method, Stochastic):
             self._check_memory(method, None)
@@ -206,7 +206,7 @@ class _Work:
         )
 
     def _rehearsed(self, method: Method, given: int | None) -> Cost:
-        """A method that has to see the network."""
+        """The cost of a method that needs the network, from runs on a few samples."""
         problem, metric = self._problem, self._metric
         budget = samples.budget(method, problem, metric) if given is None else given
         for again in (given is None, False):
@@ -214,7 +214,7 @@ class _Work:
             passes = method.passes_needed(problem, metric, self._target) if budget is None else budget
             slow = 0.0 if passes is None else self._rates.seconds("vjp", passes)
             found = self._rehearsals.run(method, budget, slow)
-            # Samples add up like independent ones.
+            # Errors average over samples as if these were independent.
             fewer = (found.samples / problem.N) ** 0.5
             width = fewer * found.estimate.relative_width(self._confidence)
             if not (again and isinstance(method, Stochastic) and budget is not None and math.isfinite(width)):
@@ -268,7 +268,7 @@ class _Work:
             raise OverMemory(f"needs {bytes_label(needed)} at once; memory is {bytes_label(memory)}")
 
     def _search(self, method: Stochastic) -> tuple[_Trial, _Trial]:
-        """A trial, and the same with about the smallest budget that is enough, or with the largest there is."""
+        """A trial, and the same with about the smallest sufficient budget, or with the largest possible one."""
         least = method.least_passes(self._problem, self._metric)
         most, begun = max(TOLERANCE_PASSES, least), time.perf_counter()
         before: _Trial | None = None
@@ -306,7 +306,7 @@ class _Work:
         return float(method.cost(self._metric, probes))
 
     def _next(self, method: Stochastic, budget: int, width: float) -> int:
-        """A budget that is expected to be enough."""
+        """A budget that is expected to suffice."""
         factor = self._factor(method, width) if math.isfinite(width) else 2.0
         least = method.least_passes(self._problem, self._metric)
         return int(min(max(math.ceil(1.05 * factor * budget), least), max(TOLERANCE_PASSES, least)))
@@ -316,7 +316,7 @@ class _Work:
         return method.order if isinstance(method, Incremental) and self._metric != "trace" else 0.5
 
     def _factor(self, method: Method, width: float) -> float:
-        """How many times the budget the tolerance takes, for an interval of this relative half-width."""
+        """The factor on the budget that the tolerance needs, given an interval of this relative half-width."""
         return float((width / self._rtol) ** (1 / self._order(method)))
 
     def _trial(self, method: Method, budget: int | None, shape: tuple[int, int, int], seeds: int = SEEDS) -> _Trial:
@@ -352,9 +352,9 @@ class _Work:
         return self._stand_ins[shape]
 
     def _host(self, method: Method, trial: _Trial, larger: _Trial) -> float:
-        """Seconds of a trial besides those of products, extrapolated from other stand-ins where this one is reduced.
+        """Seconds of a trial except its products, extrapolated from other stand-ins if this one is reduced.
 
-        In P they are a line, or a power where that grows faster, and a power of the number of rows.
+        They grow linearly in P, or as a power if that is faster, and as a power of the number of rows.
         """
         N, O, P = self._shape  # noqa: E741 - the field's symbol
         found = trial.seconds
@@ -371,7 +371,7 @@ class _Work:
         return found * larger.seconds / trial.seconds if trial.seconds else found
 
     def _block_bytes(self, products: Mapping[tuple[str, float], float]) -> int:
-        """Bytes of the largest block of a product; of products that are taken one by one, which are kept, all."""
+        """Bytes of the largest block of a product; of rows, which are kept, the bytes of all of them."""
         j, held = self._j, 0
         for (kind, size), count in products.items():
             each = j.bytes_per_probe()
@@ -384,14 +384,14 @@ class _Work:
 
 
 def _power(seconds: float, fewer: float, factor: float, most: float = 2.0) -> float:
-    """Power of a size by which seconds grow, from those of a size that is smaller by a factor; from 0 to the most."""
+    """Power of a size by which seconds grow, from those at a size smaller by ``factor``; between 0 and ``most``."""
     return min(max(math.log(seconds / fewer) / math.log(factor), 0.0), most) if min(seconds, fewer) > 0 else 1.0
 
 
 def _reduced(problem: Problem) -> tuple[int, int, int]:
-    """Sizes of the stand-in for a problem; where samples interact, they are all outputs of one.
+    """Sizes of the stand-in for a problem; if samples interact, it has one sample with all outputs.
 
-    Rows are not more than columns where they are not, as some methods go by which there are fewer of.
+    It has at most as many rows as columns if the problem does, since some methods depend on which are fewer.
     """
     most = MOST_ROWS if problem.n > problem.P else min(problem.P, MOST_COLUMNS)
     N, O = (1, problem.n) if problem.samples_interact else (problem.N, problem.O)  # noqa: E741

@@ -11,10 +11,10 @@ import numpy as np
 from ntkbench.operators import Array, JacobianOperator, arrays
 
 GRID = (1, 4, 16, 64)
-"""Passes in one product, of which those are measured that do not take too long."""
+"""Passes in one product; sizes that take too long are not measured."""
 
 LONG = 0.2
-"""Seconds of a product from which on no larger one is measured, nor the same one again."""
+"""Seconds of a product above which no larger one is measured, and it is not repeated."""
 
 GROUPS = 24
 """Groups of samples whose gradients are measured together."""
@@ -23,11 +23,11 @@ GROUPS = 24
 class Rates:
     """Seconds of each kind of product, by its size in passes.
 
-    A kind is measured when it is first asked for. Between the measured sizes times are interpolated by a power law;
+    A kind is measured at its first use. Between the measured sizes times are interpolated by a power law;
     beyond them a pass takes as long as in the largest one.
 
     Args:
-        jacobian: an operator; its products are certified on the way, as always.
+        jacobian: an operator; its products are certified as usual.
     """
 
     def __init__(self, jacobian: JacobianOperator) -> None:
@@ -43,7 +43,7 @@ class Rates:
             size: in passes.
 
         Raises:
-            Uncertified: products of this kind are not right on this network.
+            Uncertified: products of this kind are wrong on this network.
         """
         if kind not in self._curves:
             self._curves[kind] = self._measured(kind)
@@ -85,7 +85,7 @@ def _seconds(product: Callable[[], Array]) -> float:
 
 
 def _product(j: JacobianOperator, kind: str, wanted: int) -> tuple[float, Callable[[], Array]]:
-    """A product of about so many passes, and how many it really is: what is held must fit in memory."""
+    """A product of about the wanted number of passes, and the actual number, which memory may limit."""
     sign, probes = j.rng(0).sign, max(1, min(wanted, j.memory // j.bytes_per_probe()))
     if kind == "row":
         return 1, lambda: j.row(0)

@@ -1,4 +1,4 @@
-"""Methods that trace or compile a network, on a few of its samples: what they take there says what they take on all."""
+"""Methods that trace or compile a network, run on a few of its samples to predict their cost on all of them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 SIZES = (2, 8, 32, 128)
-"""Samples, all of them at the most."""
+"""Numbers of samples, at most all."""
 
 LONG = 0.1
-"""Seconds of an estimate from which on no more samples are taken, once there are two sizes."""
+"""Seconds of an estimate above which no larger number of samples is tried, once two are measured."""
 
 PATIENCE = 2.0
-"""Seconds with a method after which no more samples are taken."""
+"""Seconds spent on a method after which no larger number of samples is tried."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A method on some of the samples.
+    """A method's run on some of the samples.
 
     Attributes:
-        samples: the most that were taken.
-        seconds: of an estimate on all samples, extrapolated.
-        estimate: on the most samples that were taken.
-        bytes: that a traced program holds at its peak, in proportion to the samples; 0 where nothing is traced.
+        samples: largest number of samples tried.
+        seconds: seconds of an estimate on all samples, extrapolated.
+        estimate: the estimate on that number of samples.
+        bytes: peak bytes of a traced program, in proportion to the samples; 0 if nothing is traced.
         exact: the exact value on the same samples; ``None`` if it is not available.
     """
 
@@ -50,9 +50,9 @@ class Rehearsals:
     """Methods on the first samples of a problem.
 
     Args:
-        problem: of all samples.
-        metric: what is estimated.
-        target: where.
+        problem: the problem with all samples.
+        metric: the estimated metric.
+        target: where methods run.
     """
 
     def __init__(self, problem: Problem, metric: str, target: Target) -> None:
@@ -62,16 +62,16 @@ class Rehearsals:
         self._exact: dict[int, float | None] = {}
 
     def run(self, method: Method, passes: int | None, slow: float) -> Rehearsal:
-        """A method on more and more samples, until it takes long enough to tell.
+        """Run a method on increasing numbers of samples until its time can be extrapolated.
 
         Args:
-            method: one that serves the problem.
-            passes: budget of a stochastic one.
-            slow: about how many seconds the products of an estimate take on all samples; sizes that would take too
+            method: a method that applies to the problem.
+            passes: budget of a stochastic method.
+            slow: approximate seconds of an estimate's products on all samples; sizes that would take too
                 long are left out.
 
         Raises:
-            NtkbenchError: the method serves no number of samples; says why not the last one.
+            NtkbenchError: the method runs on no number of samples; gives the reason for the last one.
         """
         points: list[tuple[int, float]] = []
         begun, reason, N = time.perf_counter(), "would take too long on two samples", self._problem.N
@@ -110,7 +110,7 @@ class Rehearsals:
         """A method prepared for the first m samples.
 
         Raises:
-            NtkbenchError: it does not serve them.
+            NtkbenchError: it does not apply to them.
         """
         some = self._some(m)
         if reason := method.unsupported_reason(some, self._metric, self._target, passes):
@@ -145,7 +145,7 @@ def first_samples(problem: Problem, m: int) -> Problem:
 
 
 def extrapolated(points: list[tuple[int, float]], at: int) -> float:
-    """a + b m + c m^2 >= 0 through points (m, seconds), by least squares of relative errors, at another m."""
+    """Extrapolate points (m, seconds) to another m by a + b m + c m^2 >= 0, a least-squares fit of relative errors."""
     sizes, times = np.array(points, dtype=float).T
     if sizes[-1] == at:
         return float(times[-1])
@@ -155,22 +155,22 @@ def extrapolated(points: list[tuple[int, float]], at: int) -> float:
 
 
 def needs_network(method: Method) -> bool:
-    """Whether a method has to be run on the network itself.
+    """Whether a method must run on the network itself.
 
-    Those that prepare something of their own, those that need more of a recurrence than products, and those with a
-    bias, which depends on the network.
+    These are methods with their own preparation, methods that need more than products of a recurrence, and methods
+    with a bias, which depends on the network.
     """
     return method.prepares != "operators" or method.needs_recurrence or method.kind == "approximate"
 
 
 def _peak(prepared: Any, m: int) -> int:
-    """Bytes that the largest program of a traced network on m samples holds."""
+    """Peak bytes of the largest program of a traced network on m samples."""
     programs = prepared.engine.trace.programs if hasattr(prepared, "engine") else {}
     return max((program.peak for (shape, *_), program in programs.items() if shape[0] == m), default=0)
 
 
 def budget(method: Method, problem: Problem, metric: str) -> int | None:
-    """Passes that a method is first tried with; ``None`` for what takes none."""
+    """First budget of a method; ``None`` if it takes none."""
     if not isinstance(method, Stochastic):
         return None
     return max(method.least_passes(problem, metric), ladder.default_passes(problem, metric, method))

@@ -1,4 +1,4 @@
-"""A small dense Jacobian that stands for a network's, and takes down which products it is asked for."""
+"""A small dense Jacobian that stands in for a network's and records the requested products."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 STEEPEST = 12.0
-"""Power at which the spectrum of a stand-in decays at most."""
+"""Maximum power with which the spectrum of a stand-in decays."""
 TURNED = 512
-"""Columns up to which they are turned into a random basis; wider ones serve for times alone."""
+"""Maximum columns for a rotation to a random basis; wider stand-ins only serve for times."""
 ALIKE = 0.98
-"""Largest share that the rows of one sample have in common."""
+"""Largest common share of the rows of one sample."""
 
 
 @dataclass
 class Asked:
-    """What was asked of stand-ins.
+    """The products requested from stand-ins.
 
     Attributes:
-        products: how many products of each kind and size; sizes are in passes.
-        seconds: that they took here.
+        products: number of products by kind and size, with sizes in passes.
+        seconds: their total seconds on stand-ins.
     """
 
     products: Counter[tuple[str, float]] = field(default_factory=Counter)
@@ -53,7 +53,7 @@ class StandIn(DenseJacobian):
         rng: makes the generator of probes for a seed.
         memory: bytes that one block may fill.
         probe_bytes: bytes held for one probe.
-        asked: takes down all products.
+        asked: record of all products.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class StandIn(DenseJacobian):
     def _noted(self, kind: str, size: float, product: Callable[..., Array], *arguments: Any) -> Array:
         start = time.perf_counter()
         found = product(*arguments)
-        float(found.reshape(-1)[-1])  # a GPU has then finished
+        float(found.reshape(-1)[-1])  # waits for a GPU
         self._asked.seconds += time.perf_counter() - start
         self._asked.products[kind, size] += 1
         return found
@@ -104,19 +104,19 @@ class StandIn(DenseJacobian):
 
 
 class PreparedStandIn:
-    """What :class:`ntkbench.methods.base.PreparedProblem` is to a method, of stand-ins.
+    """Stand-ins in place of the operators of :class:`ntkbench.methods.base.PreparedProblem`.
 
     Attributes:
         N, O, P: sizes.
-        asked: of all its operators.
+        asked: products requested from all its operators.
 
     Args:
         like: an operator of the network.
         shape: N, O and P of the stand-in.
-        known: of Theta.
-        ends: parameter sets.
-        dtype: of the network.
-        device: of torch.
+        known: properties of Theta.
+        ends: number of parameter sets.
+        dtype: dtype of the network.
+        device: device of torch.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class PreparedStandIn:
 
         self.N, self.O, self.P = shape
         self.asked = Asked()
-        # As many rows of J fit in memory, relative to all of them, and as many probes.
+        # The same share of the rows of J fits in memory as for the network, and the same number of probes.
         scale = self.N * self.O * self.P / (like.n * like.P)
         memory, probe_bytes = (max(1, int(scale * size)) for size in (like.memory, like.bytes_per_probe()))
         self._operators = [
@@ -148,11 +148,11 @@ class PreparedStandIn:
 def matrices(
     shape: tuple[int, int, int], known: Pilot, ends: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """Random Jacobians ``[N, O, P]`` with given effective ranks and, of two, about a given alignment.
+    """Random Jacobians ``[N, O, P]`` with given effective ranks and, for two of them, about a given alignment.
 
     The rows of J are of unit norm and normal, with variances that fall with a power of the column's number. The two
-    ranks give the mean squares c of Theta between samples and v within a sample, off its diagonal. Where v is the
-    larger one, rows of a sample have a part in common. Where it is the smaller one, as in wide networks, whose outputs
+    ranks give the mean squares c of Theta between samples and v within a sample, off its diagonal. If v is the
+    larger one, rows of a sample have a part in common. If it is the smaller one, as in wide networks, whose outputs
     have almost orthogonal gradients, a share of each row is in columns that only the rows of the same output have.
     """
     import torch

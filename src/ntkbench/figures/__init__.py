@@ -1,4 +1,4 @@
-"""Figures: a table in; PDF, PNG, the plotted numbers as CSV and a caption out; and the claims of papers with a verdict.
+"""Figures: from a table to PDF, PNG, the plotted numbers as CSV and a caption; and verdicts on the papers' claims.
 
 One file is one figure, drawn under the file's name. It has one function, ``draw(table) -> Drawing``. The table has at
 least one row that is ok. It is the results table, as :func:`ntkbench.figures.plotting.base.checked` returns it, or the
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["CLAIMED_FROM", "ROOM", "claims", "draw", "draw_all", "names", "study_of"]
 
 CLAIMED_FROM = ("head_to_head", "paper_cpu", "default")
-"""Committed tables that the papers' claims are judged by: for each study the first of these profiles that has it."""
+"""Profiles whose committed tables the papers' claims are judged by: for each study, the first of these that has it."""
 
 Drawn = tuple[outcomes.Outcome, list[dict[str, Any]]]
 """How a figure ended, and a row for each of its claims."""
 
 
 def names() -> list[str]:
-    """Every figure whose source shows no fault, sorted; none of them is imported."""
+    """The names of all figures without a fault in their source, sorted; no figure is imported."""
     return ROOM.found()
 
 
@@ -67,7 +67,7 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def table_of(name: str, folder: Path) -> Path:
-    """The file of the table that a figure is drawn from, of the run whose results are in ``folder``."""
+    """The file of the table that a figure is drawn from, in a run's results ``folder``."""
     study = study_of(name)
     return folder / "studies" / f"{study}.csv" if study else folder / "table.csv"
 
@@ -76,7 +76,7 @@ def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
     """Verdicts on the papers' claims: ``claims.csv``, see :data:`ntkbench.figures.plotting.claims.COLUMNS`.
 
     Args:
-        folders: of results; a table is taken from the first folder that has it. By default those of the committed
+        folders: folders of results; a table is taken from the first one that has it. By default those of the committed
             tables, :data:`CLAIMED_FROM`.
 
     Raises:
@@ -116,7 +116,7 @@ def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Out
 
 
 def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
-    """Draw figures in a separate process; if one of them ends it, draw each in its own process."""
+    """Draw figures in a separate process; if it dies, draw each in its own process."""
     from ntkbench.figures.plotting import files
 
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
@@ -125,7 +125,7 @@ def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
         except concurrent.futures.process.BrokenProcessPool:
             if len(tables) > 1:
                 return {n: found for one in tables.items() for n, found in _draw_apart(dict([one]), folder).items()}
-    outcome = outcomes.Outcome(outcomes.FAILED, "it ended the process that was to draw it")
+    outcome = outcomes.Outcome(outcomes.FAILED, "the process that draws it died")
     for name in tables:
         files.write_failed(name, outcome, folder)
     return dict.fromkeys(tables, (outcome, []))
@@ -159,7 +159,7 @@ def _find(source: Source) -> Mapping[str, int]:
         if table not in studies:
             raise Fault(f"TABLE: {unknown('study', table, studies)}", source.line("TABLE"))
         if not source.binds("COLUMNS"):
-            raise Fault("is drawn from a study, and must name the COLUMNS that it reads", source.line("TABLE"))
+            raise Fault("is drawn from a study and must name the COLUMNS that it reads", source.line("TABLE"))
     return registry.one_a_file(source)
 
 

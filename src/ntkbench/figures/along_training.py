@@ -53,7 +53,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, grid = canvas.sheet(
         rows,
         len(OPERATORS),
-        title="What training does to the NTK, and to which of its factors",
+        title="How training changes the NTK and its factors",
         subtitle=f"{_network(shown)}  ·  {base.settings_line(table)}",
         key=[("gain of recurrent weights", of_gains), ("their rank", of_ranks)],
         left=0.95,
@@ -107,17 +107,15 @@ def _caption(shown: pd.DataFrame) -> str:
     what = "the states" if one["read"] == "state" else "the outputs"
     return (
         f"The NTK of {what} of a recurrent network ({_network(shown)}; parameters: {one['parameters']}) along "
-        "training, and its factors: K, which knows of the representation alone, and P, which knows of the dynamics "
-        f"alone and is shown as P P*. One line a network. Theta and P P* from {one['probes']:g} probes, the same at "
-        "all steps; bars are one standard error of the ratio to step 0, from pairs of what a probe says at both, so "
-        "they are of these networks: what other networks would do is seen from line to line. K is exact. Ranks below "
-        "the full one: recurrent weights cut to their largest singular values at an unchanged norm. The alignment of "
-        f"Theta with step 0 once trained, 1 for lazy learning: {_last_alignments(shown)}."
+        "training, and its factors K (representation, exact) and P P* (dynamics). One line per network. Bars: one "
+        f"standard error of the network's ratio to step 0, from {one['probes']:g} paired probes. Ranks below full: "
+        "recurrent weights truncated to their largest singular values at an unchanged norm. Alignment of Theta with "
+        f"step 0 after training, 1 for lazy learning: {_last_alignments(shown)}."
     )
 
 
 def _last_alignments(shown: pd.DataFrame) -> str:
-    """For each start the range over its networks."""
+    """For each initialisation, the range over its networks."""
     rows = shown[(shown["operator"] == "Theta") & (shown["quantity"] == "alignment")].sort_values("step")
     last = rows.groupby(["init", "network"])["value"].last()
     ranges = {init: (last[init].min(), last[init].max()) for init in shown["init"].unique() if init in last}

@@ -19,10 +19,10 @@ COLUMNS += ("covered_high", "target_low", "target_high", "ratio", "rmse", "noted
 
 AUTO = "auto"
 RATIOS, COVERED = (0.4, 2.5), (0.70, 1.0)
-"""Ranges of the axes; points beyond are drawn at their ends."""
+"""Ranges of the axes; points beyond are drawn at the ends."""
 TICKS = {"ratio": [0.5, 1.0, 2.0], "covered": [0.75, 0.85, 0.95]}
 MARKERS = {"default": "o", "passes": "s", "rtol": "^"}
-"""By the way that an estimate is asked for."""
+"""Markers by how an estimate is requested."""
 WAYS = {"default": "by default", "passes": "with passes=", "rtol": "with rtol="}
 COLOURS = {
     "trace": styles.BLUE,
@@ -34,7 +34,7 @@ LOST = ("below", "above")
 """Verdicts out of range."""
 RING: dict[str, Any] = {"color": styles.BLACK, "marker": "o", "markersize": 8, "fillstyle": "none", "linestyle": ""}
 BANDS = {False: ("#E3EFE8", "the others"), True: ("#C9DFD3", AUTO)}
-"""Colour of the target, and whose it is: of ``auto`` or not."""
+"""Colour of the target and whose target it is, by whether the method is ``auto``."""
 
 KEPT = ["problem", "metric", "method", "title", "way", "ratio", "covered", "covered_low", "covered_high", "noted"]
 KEPT += ["exact", "passes_spent", "rmse", "seeds", "target_low", "target_high", "verdict"]
@@ -184,18 +184,16 @@ def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
     names = lost.groupby("title").size().sort_values(ascending=False, kind="stable")
     said = ", ".join(f"{labels.plain(title)} {count}" for title, count in names.items())
     return (
-        "Root mean square of the errors against the exact value over that of the standard errors stated (left), and "
-        "share of 95 % intervals that hold the exact value (right), over seeds, on "
-        f"{points['problem'].nunique()} networks. A case is out of range where Wilson's "
-        "95 % interval of its coverage has nothing in common with its target and its estimates have no note: "
-        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. {exact} cases in which all answers are exact "
-        f"are not drawn. {beyond} ratios and {under} coverages beyond an axis are "
-        f"drawn at its end.{_stopping(table)}"
+        "Root-mean-square measured error over root-mean-square stated error (left), and coverage of 95 % intervals "
+        f"(right), over seeds, on {points['problem'].nunique()} networks. Out of range (no note, and Wilson's 95 % "
+        "interval of the coverage disjoint from the target): "
+        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Not drawn: {exact} cases with only exact "
+        f"answers. At the end of an axis: {beyond} ratios and {under} coverages beyond it.{_stopping(table)}"
     )
 
 
 def _stopping(table: pd.DataFrame) -> str:
-    """The cost of stopping at a tolerance, relative to a fixed budget of as many passes."""
+    """The cost of stopping at a tolerance, relative to a fixed budget of equally many passes."""
     rows = base.measured(table, "covered", "rmse", "passes_spent")
     case = ["problem", "metric", "method"]
     both = rows[rows["way"] == "rtol"].merge(rows[rows["way"] == "matched"], on=case, suffixes=("", "_fixed"))
@@ -205,7 +203,7 @@ def _stopping(table: pd.DataFrame) -> str:
     cost = (both["rmse"] / both["rmse_fixed"]) ** 2 * both["passes_spent"] / both["passes_spent_fixed"]
     held, fixed = (100 * both[column].mean() for column in ("covered", "covered_fixed"))
     return (
-        f" Stopping at a tolerance takes {cost.median():.2f} times the passes of a fixed budget of the same error (the "
-        f"median of {len(both)} cases); {held:.1f} % of its intervals hold the value, and {fixed:.1f} % of those of "
+        f" Stopping at a tolerance takes {cost.median():.2f} times the passes of a fixed budget for the same error "
+        f"(median of {len(both)} cases); {held:.1f} % of its intervals contain the value, against {fixed:.1f} % for "
         "fixed budgets."
     )

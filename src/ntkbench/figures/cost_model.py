@@ -22,11 +22,11 @@ PANELS = {
 COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
 FACTOR = 2.0
 FLOOR = 0.5
-"""MiB; less counts as this, since it is lost in the other memory of the process."""
+"""MiB; smaller peaks count as this, since they are lost in the process's other memory."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A point for each problem, metric and method; on the diagonal predictions are right."""
+    """A point for each problem, metric and method; predictions on the diagonal are right."""
     points = base.measured(table, "predicted_seconds", "seconds").copy()
     if not len(points):
         return base.nothing(table, labels.why_not(table))
@@ -83,7 +83,7 @@ def _within(ratios: pd.Series) -> float:
 
 
 def _median(ratios: pd.Series) -> float:
-    """The median factor of error of the predictions, to either side."""
+    """The median factor by which predictions are off, in either direction."""
     return float(np.exp(np.log(ratios.dropna()).abs().median()))
 
 
@@ -91,22 +91,22 @@ def _finding(points: pd.DataFrame) -> str:
     ratios = points["seconds_ratio"]
     return (
         f"Predicted seconds: {labels.share_label(_within(ratios))} within a factor of {FACTOR:g}, "
-        f"off by a factor of {labels.rounded(_median(ratios))} in the median"
+        f"median error a factor of {labels.rounded(_median(ratios))}"
     )
 
 
 def _caption(points: pd.DataFrame, skipped: int) -> str:
     memory = points["memory_ratio"].dropna()
     text = (
-        f"Predicted against measured seconds of an estimate, for {len(points)} methods on problems; "
+        f"Predicted against measured seconds of an estimate, for {len(points)} cases of problem, metric and method; "
         f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
         f"prediction is off by a factor of {labels.rounded(_median(points['seconds_ratio']))}."
     )
     if skipped:
-        text += f" {skipped} others were predicted to take too long, and were not measured."
+        text += f" {skipped} others were predicted to take too long and were not measured."
     if len(memory):
         text += (
-            f" Peaks of memory, of which less than {FLOOR:g} MiB counts as that: "
-            f"{labels.share_label(_within(memory))} of {len(memory)} within a factor of {FACTOR:g}."
+            f" Memory peaks: {labels.share_label(_within(memory))} of {len(memory)} within a factor of {FACTOR:g}; "
+            f"those below {FLOOR:g} MiB count as {FLOOR:g} MiB."
         )
-    return f"{text} Budgets of stochastic methods are those that were predicted to reach the tolerance."
+    return f"{text} Budgets of stochastic methods are those predicted to reach the tolerance."

@@ -1,4 +1,4 @@
-"""How honest standard errors are: the share of 95 % intervals that hold the exact value, by method and metric."""
+"""Calibration of standard errors: the share of 95 % intervals that contain the exact value, by method and metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles
 from ntkbench.figures.plotting.styles import Look, looks
 
 TARGET = (0.90, 0.98)
-"""Where the coverage of a 95 % interval is good enough."""
+"""Accepted coverage of a 95 % interval."""
 FEW = 20
 """Below this effective rank few directions dominate a metric, and few probes say little about their spread."""
 GROUPS = {"other": 0.0, "below": 0.26}
@@ -24,7 +24,7 @@ GROUPS = {"other": 0.0, "below": 0.26}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Coverage with its Wilson interval, pooled over problems, backends and budgets; those of low rank apart."""
+    """Coverage with its Wilson interval, pooled over problems, backends and budgets; low effective ranks apart."""
     if "covered" not in table:
         return base.nothing(table, "The table has no column 'covered'.")
     rows = base.measured(table, "covered", "seeds")
@@ -116,9 +116,8 @@ def _caption(plotted: pd.DataFrame) -> str:
     outside = int(((plotted["high"] < TARGET[0]) | (plotted["low"] > TARGET[1])).sum())
     total = plotted["seeds"].sum()
     return (
-        "Share of seeds whose 95 % interval holds the exact value, pooled over problems, backends and budgets: "
-        f"{int(total)} estimates of {len(plotted)} pairs of method and metric (and group of effective ranks), {inside} "
-        f"of them within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %, and {outside} further from it "
-        "than their bar is long. Bars are Wilson's 95 % intervals for the share. Open markers: problems of an "
-        f"effective rank below {FEW}. Over all of them {_held(plotted):.1f} % are held."
+        "Share of 95 % intervals that contain the exact value, pooled over problems, backends and budgets, for "
+        f"{len(plotted)} pairs of method and metric (and group of effective ranks). Bars: Wilson's 95 % intervals. "
+        f"{inside} pairs are within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %; for {outside} the "
+        f"whole bar is outside. Overall, {_held(plotted):.1f} % of {int(total)} intervals contain the value."
     )

@@ -1,4 +1,4 @@
-"""How much variance leaves with the cross-sample terms of a trace estimate, along the training of four networks."""
+"""The variance that the cross-sample terms add to a trace estimate, along the training of four networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE = "cross_sample_share"
 COLUMNS: tuple[str, ...] = ("network", "title", "init", "step", "N", "O", "P", "factor", "norm_ratio", "accuracy")
 COLUMNS += ("effective_rank", "block_rank")
 MEASURED = ["measured", "measured_low", "measured_high", "estimates"]
-"""There where variances were measured."""
+"""Present where variances were measured."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -89,7 +89,7 @@ def _reading() -> list[tuple[Line2D, str]]:
 
 
 def _range(values: pd.Series, digits: int = 3) -> str:
-    """One number, or from the least to the largest."""
+    """One number, or the smallest and the largest."""
     low, high = (labels.rounded(value, digits) for value in (values.min(), values.max()))
     return low if low == high else f"{low} to {high}"
 
@@ -99,7 +99,7 @@ def _runs(rows: pd.DataFrame) -> str:
 
 
 def _ends(plotted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of each network's first step, and of its last one."""
+    """The rows of each network's first step, and of its last."""
     steps = plotted.groupby("network")["step"]
     return plotted[plotted["step"] == steps.transform("min")], plotted[plotted["step"] == steps.transform("max")]
 
@@ -120,9 +120,9 @@ def _caption(plotted: pd.DataFrame) -> str:
             f"{_range(before['norm_ratio'])} and {_range(after['norm_ratio'])}; {_runs(before)})"
         )
     text = (
-        "The variance of a pooled one-sided estimate of the trace over that of a per-sample one with as many passes, "
+        "Variance of a pooled one-sided trace estimate over that of a per-sample one at equal passes, "
         "(||Theta||^2 - D) / (sum_b ||Theta_bb||^2 - D) with D = sum_i Theta_ii^2, and the ratio of squared norms "
-        "||Theta||^2 / sum_b ||Theta_bb||^2, at most N. Both are exact, between held-out images, along training by "
+        "||Theta||^2 / sum_b ||Theta_bb||^2, at most N. Both are exact, on held-out images, along training by "
         f"gradient descent on the cross-entropy. Range over runs: {'; '.join(said)}."
     )
     seen = plotted[plotted["measured"].notna()]
@@ -131,14 +131,15 @@ def _caption(plotted: pd.DataFrame) -> str:
         ratios = seen["measured"] / seen["factor"]
         text += (
             f" Measured from {labels.range_label(seen['estimates'])} estimates each, the ratio of variances is "
-            f"{_range(ratios, 2)} times the exact one; its 95 % interval covers that in {inside} of {len(seen)} cases."
+            f"{_range(ratios, 2)} times the exact one; its 95 % interval contains the latter in {inside} of "
+            f"{len(seen)} cases."
         )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]
     means = {name: math.exp(part.map(math.log).mean()) for name, part in change.groupby("network", sort=False)}
     titles = plotted.drop_duplicates("network").set_index("network")["title"]
     turned = ", ".join(f"{titles[name]} {labels.rounded(value)}" for name, value in means.items())
     return (
-        f"{text} Training multiplies the factor by (geometric mean over runs): {turned}. It is "
-        f"{labels.rounded(plotted['factor'].min())} at least in all {len(plotted)} cases: to the same error, a "
-        "per-sample estimate of the trace takes as many times fewer passes."
+        f"{text} Training multiplies the factor by (geometric mean over runs): {turned}. It is at least "
+        f"{labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases: at equal error, a per-sample trace "
+        "estimate takes that many times fewer passes."
     )

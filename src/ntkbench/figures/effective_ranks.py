@@ -1,4 +1,4 @@
-"""Effective rank of which kernel: of Theta and of kernels between samples, by BatchNorm's statistics and weights."""
+"""Effective ranks of Theta and of kernels between samples, by weights and BatchNorm's statistics."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def _title(points: pd.DataFrame) -> str:
 def _caption(points: pd.DataFrame) -> str:
     text = (
         "Effective rank (tr A)^2 / ||A||_F^2 of Theta, n x n, and of kernels between samples, N x N, of networks with "
-        "BatchNorm in eval mode; of single logits the median, from the least to the most. Statistics are those of "
-        "training, those of these images, or means of 0 and variances of 1, as without any."
+        "BatchNorm in eval mode; for single logits, the median with the range. BatchNorm's statistics are those of "
+        "training, those of these images, or means of 0 and variances of 1, as without statistics."
     )
     for problem, here in points.groupby("problem", sort=False):
         said = []

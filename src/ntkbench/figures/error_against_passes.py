@@ -1,4 +1,4 @@
-"""How wrong against how many Jacobian passes: what theory speaks of, whatever the machine."""
+"""Relative error against Jacobian passes: the cost in theory, independent of the machine."""
 
 from __future__ import annotations
 

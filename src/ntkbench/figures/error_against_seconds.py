@@ -1,4 +1,4 @@
-"""How wrong against how long."""
+"""Relative error against seconds."""
 
 from __future__ import annotations
 

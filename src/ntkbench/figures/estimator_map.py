@@ -23,9 +23,9 @@ COLUMNS += ("title", "kind", "passes", "passes_spent", "error", "error_q25", "er
 FLOOR = 1e-5
 """Errors below are rounding in float32: methods below it are equally good."""
 TIE = 1.96
-"""Standard deviations over seeds between two median errors, below which seeds do not tell them apart: a tie."""
+"""Two median errors closer than this many standard deviations over seeds tie."""
 MOST = 3
-"""Markers in one place of the map."""
+"""Maximum number of markers at one place of the map."""
 
 SMALL: dict[str, Any] = {"fontsize": 8.5, "color": styles.GREY}
 
@@ -50,7 +50,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         len(ratios),
         title="The most accurate estimator at equal passes",
         subtitle=base.settings_line(table),
-        key=[("best, or as good", _entries(style)), ("how to read", _reading())],
+        key=[("best, or tied", _entries(style)), ("how to read", _reading())],
         left=0.35 + canvas.text_width(shown, 9.5),
         gap=0.25,
     )
@@ -73,7 +73,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _winners(points: pd.DataFrame) -> pd.DataFrame:
-    """The best methods of every place of the map, best first: those that tie with the least error, at most so many."""
+    """The best methods at each place of the map, best first: those that tie with the least error, at most ``MOST``."""
     place = ["metric", "outputs_per_parameter", "spectrum", "passes"]
     points = points.assign(drawn=points["error"].clip(lower=FLOOR))
     # Among methods that are exact to rounding, the one with the fewest passes comes first.
@@ -104,7 +104,7 @@ def _shape(ratio: float, sizes: pd.DataFrame) -> str:
 
 
 def _place(panel: Axes, x: int, y: int, best: pd.DataFrame, style: dict[str, Look]) -> None:
-    """One place: the ground in the winner's colour, its error, and markers of those that are as good."""
+    """One place: the background in the winner's colour, its error, and markers of the methods that tie."""
     if not len(best):
         panel.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=canvas.SHADE, linewidth=0))
         return
@@ -129,7 +129,7 @@ def _reading() -> list[key.Entry]:
     small: dict[str, Any] = {"color": styles.GREY, "linestyle": "", "marker": "o"}
     return [
         (Line2D([], [], **small, markersize=6.5), "the least median error, written below it"),
-        (Line2D([], [], **small, markersize=4.4), "not told apart from it by its seeds"),
+        (Line2D([], [], **small, markersize=4.4), "tied with it, given the seeds"),
         (Line2D([], [], color=canvas.SHADE, linestyle="", marker="s", markersize=9), "no method takes so few passes"),
     ]
 
@@ -140,10 +140,9 @@ def _caption(plotted: pd.DataFrame) -> str:
     said = ", ".join(f"{title} {count}" for title, count in counts.items())
     alone = int((wins["tied"] == 1).sum())
     return (
-        "For Jacobians of prescribed spectra (rows, by the effective rank of Theta, on the right) and budgets "
-        "of passes (columns): the method of the least median error |estimate - exact| / |exact| over seeds, and those "
-        f"that a test at 95 % does not tell apart from it, at most {MOST} in all. Errors below {FLOOR:g} are taken for "
-        "exact, and the fewest passes spent then come first. Methods that need per-sample gradients do not take part: "
-        f"these Jacobians have no samples. Of {len(wins)} places, with {labels.range_label(wins['seeds'])} seeds each, "
-        f"the first goes to {said}; in {alone} of them the first is told apart from all others."
+        "The method of the least median error |estimate - exact| / |exact| over seeds, and those that a test at 95 % "
+        f"does not distinguish from it, at most {MOST} in all, by effective rank of Theta (on the right) and budget. "
+        f"Errors below {FLOOR:g} count as exact; the fewest passes spent then come first. Methods that need per-sample "
+        f"gradients are left out. Of {len(wins)} places, with {labels.range_label(wins['seeds'])} seeds each, "
+        f"the first goes to {said}; in {alone} of them it is distinguished from all others."
     )

@@ -1,4 +1,4 @@
-"""What exactness costs: seconds and peak memory of exact methods against n, the size of Theta."""
+"""The cost of exact methods: seconds and peak memory against n, the size of Theta."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASIDE = 0.15
 """Inches between the markers of methods that were measured at a single size."""
 MIB = 2.0**20
 FLOOR = 0.1
-"""MiB; less is drawn here, since a peak less a baseline can come out as nothing or below."""
+"""MiB; smaller values are drawn here, since a peak minus a baseline can be zero or negative."""
 QUANTITIES = {"seconds": "seconds", "memory_mib_drawn": "peak memory [MiB]"}
 NETWORK = ["family", "setting"]
 LINE = [*NETWORK, "method", "backend"]
@@ -94,20 +94,20 @@ def _metric(exact: pd.DataFrame) -> str:
 
 
 def _one_network(cells: pd.DataFrame) -> pd.DataFrame:
-    """Of a family whose network changes with its sizes, the rows of the one network that has the most n."""
+    """Of a family whose network changes with its sizes, the rows of the network with the most n."""
     counts = cells.groupby("P", dropna=False)["n"].nunique()
     most = counts.index[int(np.argmax(counts))]
     return cells[cells["P"].isna() if pd.isna(most) else cells["P"] == most]
 
 
 def _extent(cells: pd.DataFrame) -> tuple[int, int]:
-    """By which networks are chosen and sorted: how many lines, and how many sizes there are."""
+    """The key that networks are chosen and sorted by: the number of lines, and the number of sizes."""
     measured = base.measured(cells, "n")
     return len(measured.drop_duplicates(LINE)), measured["n"].nunique()
 
 
 def _with_slopes(plotted: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the exponents of n by which seconds and memory of their line grow between the two largest n."""
+    """The rows with the exponents of n at which their line's seconds and memory grow between the two largest n."""
     for quantity in QUANTITIES:
         ends = base.measured(plotted[(plotted["n"] > 0) & (plotted[quantity] > 0)], "n", quantity)
         slopes = {name: _slope(line.groupby("n")[quantity].median()) for name, line in ends.groupby(LINE)}
@@ -153,7 +153,7 @@ def _costs(panel: Axes, cells: pd.DataFrame, quantity: str, style: dict[str, Loo
 
 
 def _aside(panel: Axes, place: int, count: int, transform: Any = None) -> Any:
-    """Where the marker of a place among ``count`` ones side by side is."""
+    """The position of one of ``count`` markers side by side."""
     step = min(ASIDE, 0.8 * panel.get_position().width * canvas.WIDTH / count)
     beside = ScaledTranslation(step * (place - (count - 1) / 2), 0, panel.figure.dpi_scale_trans)
     return (panel.transData if transform is None else transform) + beside
@@ -172,7 +172,7 @@ def _guides(panel: Axes) -> None:
 
 
 def _lost(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
-    """Markers on the upper edge, over their n, of what did not finish."""
+    """Markers of unfinished cells on the upper edge, at their n."""
     for _, here in cells[cells["status"] != "ok"].groupby("n"):
         for i, row in enumerate(here.itertuples()):
             spot = _aside(panel, i, len(here), panel.get_xaxis_transform())
@@ -182,7 +182,7 @@ def _lost(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
 def _names(
     panel: Axes, cells: pd.DataFrame, quantity: str, names: dict[tuple[str, str], str], style: dict[str, Look]
 ) -> None:
-    """The methods to the right of the last column, as high as their lines end there, and those that it lacks below."""
+    """Names of the methods right of the last column, at the heights of their lines' ends; below, those it lacks."""
     low, high = np.log(panel.get_ylim())
     points = base.measured(cells[cells[quantity] > 0], quantity)
     ends = {pair: line[quantity].iloc[-1] for pair, line in points.groupby(["method", "backend"])}
@@ -212,13 +212,13 @@ def _title(plotted: pd.DataFrame, style: dict[str, Look], metric: str) -> str:
     first = max(fastest.index, key=lambda m: (fastest[m], least.get(m, 0)))
     text = f"Of exact methods, {labels.short(style[first].title, 40)} is fastest on {fastest[first]} of {fastest.sum()}"
     networks = "networks" if plotted["setting"].nunique() == 1 else "panels"
-    return f"{text} {networks}, and takes the least memory on {least.get(first, 0)}"
+    return f"{text} {networks} and takes the least memory on {least.get(first, 0)}"
 
 
 def _caption(metric: str, plotted: pd.DataFrame, problems: int) -> str:
     best = _best(plotted, "seconds")
     said = ", ".join(f"{labels.name_label(row.family)} {row.title}" for row in best.itertuples())
-    text = f"Seconds (with quartiles) and peak memory of one exact {metric.replace('_', ' ')} against n."
+    text = f"Seconds (with quartiles) and peak memory of an exact {metric.replace('_', ' ')} against n."
     text += f" Fastest at the largest n: {said}." if said else ""
     for quantity, grows in (("seconds", "Seconds grow"), ("memory", "Memory grows")):
         slopes = plotted[f"slope_{quantity}"].dropna()

@@ -17,8 +17,8 @@ COLUMNS = ("problem", "metric", "method", "title", "m", "n", "P", "passes", "ref
 CLAIMED_SAMPLES, CLAIMED_SECONDS, CLAIMED_ERROR = 50, 0.33, 0.01
 CAPTION = (
     "Runtime, estimate and relative error against passes (one Jacobian product each), medians over reruns with "
-    "quartiles. Numbers at points are samples: columns in the sketch of Hutch++, as many in its residual, and probes "
-    "of shared-probe alignment. Black: the exact value."
+    "quartiles. Numbers at points are samples: columns in the sketch of Hutch++ (and as many residual probes), or "
+    "probes of shared-probe alignment. Black: the exact value."
 )
 
 
@@ -59,7 +59,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
-    """How many samples each point of a line has: above errors; over Hutch++'s seconds, and under the others'."""
+    """The number of samples of each point: above errors and the seconds of Hutch++, below the seconds of others."""
     where: dict[str, Any] = {"xytext": (0, 7), "ha": "center"}
     if quantity == "seconds":
         above = line["method"].iloc[0] == "hutchpp"
@@ -70,7 +70,7 @@ def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
 
 
 def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
-    """Seconds and error of shared probes beside the post's, and these against Hutch++."""
+    """Seconds and error of shared probes against the post's, and shared probes against Hutch++."""
     compared = claims.shared_probes(points, "hutchpp")
     shared = points[points["method"] == claims.SHARED]
     rows = shared[shared["m"] == CLAIMED_SAMPLES].to_dict("records")

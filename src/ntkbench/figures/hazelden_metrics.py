@@ -97,12 +97,12 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 
 def _caption(plotted: pd.DataFrame) -> str:
     share = plotted["baseline_share"].min()
-    timed = f"timed on {labels.share_label(share)} of its columns at least" if share < 1 else "timed in full"
+    timed = f"timed on at least {labels.share_label(share)} of its columns" if share < 1 else "timed in full"
     return (
         f"Relative errors for a trained network ({labels.name_label(plotted['problem'].iloc[0])}) against runtime in "
         f"percent of direct, {timed}; medians over reruns with quartiles. Hutch++ takes a separate trace for each of "
-        "Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all three. Panels state the factor to percentages "
-        "of direct in blocks. Crosses: published."
+        "Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all three. Panels state the factor that converts to "
+        "percentages of direct in blocks. Crosses: published."
     )
 
 

@@ -1,4 +1,4 @@
-"""Hazelden 2025, figure 1: how much faster than an exact trace an estimate is, at equal accuracy."""
+"""Hazelden 2025, figure 1: the speed-up of an estimated trace over an exact one, at equal accuracy."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ BASELINES = {
 }
 NETWORKS = ("mlp", "gru")
 CAPTION = (
-    "Time of an exact trace over that of an estimate with a median error of 1 - accuracy: a law fitted to all "
-    "numbers of samples, with its 95 % band and nothing extrapolated. Rows are baselines: Theta column by column, "
-    "one product at a time as in the paper's script, or in blocks, and the exact trace by layers, which is not in "
-    "the paper. Crosses are published."
+    "Time of an exact trace over that of an estimate with a median error of 1 - accuracy, from a law fitted to all "
+    "numbers of samples, with its 95 % band and without extrapolation. Rows are baselines: Theta column by column, "
+    "one product at a time as in the paper's script or in blocks, and the exact trace by layers, which is not in "
+    "the paper. Crosses: published."
 )
 ACCURACIES = np.geomspace(1e-2, 1e-5, 20)
-"""One less the accuracies of the paper's axis, 99 % to 99.999 %."""
+"""One minus the accuracies on the paper's axis, 99 % to 99.999 %."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A row for each baseline, a column for each network."""
     plotted = speedups(table)
     if not plotted["speedup"].notna().any():
-        return base.nothing(plotted, "No estimate reached 99 % beside a measured baseline.")
+        return base.nothing(plotted, "No estimate reached 99 % on a network with a measured baseline.")
     looks = {name: look for name, look in curves.looks(table).items() if name in set(plotted["method"])}
     networks = [name for name in NETWORKS if name in set(plotted["network"])]
     baselines = [name for name in BASELINES if plotted.loc[plotted["baseline"] == name, "speedup"].notna().any()]

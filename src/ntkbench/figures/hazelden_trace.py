@@ -16,12 +16,12 @@ QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q 
 COLUMNS = ("problem", "network", "method", "title", "grid", "m", "n", "P", "reference", "seeds", *QUANTITIES)
 FLOOR = 1e-8
 RATE = -0.5
-"""Power of m that errors of independent probes fall with."""
+"""Power of m with which errors of independent probes fall."""
 CAPTION = (
-    "Estimates of tr Theta by the three estimators of the paper's script, medians over reruns with quartiles: on the "
-    "left over the exact value against the script's m, then their relative errors against the seconds of one "
-    f"estimate, for large and for small m. Errors below {FLOOR:g}, which are rounding, are drawn there. Crosses are "
-    "the published medians, estimates to three digits."
+    "Estimates of tr Theta by the three estimators of the paper's script, medians over reruns with quartiles. Left: "
+    "estimate over exact value, against the script's m. Then: relative error against the seconds of one estimate, "
+    f"for large and for small m. Errors below {FLOOR:g}, which are rounding, are drawn there. Crosses: published "
+    "medians, estimates to three digits."
 )
 
 
@@ -157,7 +157,7 @@ def _at_equal_samples(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def _rate(rows: pd.DataFrame, network: str, method: str) -> claims.Claim | None:
-    """How errors fall with m, where the estimator is one-sided and there are points enough for an interval."""
+    """How errors fall with m, if the estimator is one-sided and has enough points for an interval."""
     if method == "hutchpp_paper":
         return None
     slope, half = curves.slope(rows["m"], rows["error"])
@@ -181,8 +181,8 @@ def _rate(rows: pd.DataFrame, network: str, method: str) -> claims.Claim | None:
 def published_errors(network: str, size: str, series: str) -> pd.DataFrame:
     """Published errors with their m, which the figures do not show.
 
-    Points are in the order of m, the first ones where some lack; not always in that of runtimes, since the script's
-    first estimate is slower than its second.
+    Points are in the order of m; if some are missing, those present have the first m. The order of runtimes can
+    differ, since the script's first estimate is slower than its second.
     """
     there = sources.values("hazelden_figures", figure=f"trace_error_{size}_m", problem=network, series=series)
     return there.assign(m=_samples()[network, size][: len(there)])

@@ -60,7 +60,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _key(parts: Sequence[str], colours: Mapping[str, str]) -> Key:
-    """A heading for each block, and one for what is outside of them."""
+    """A heading for each block, and one for the parameters outside of blocks."""
     found: dict[str, list[tuple[Line2D, str]]] = {}
     for part in parts:
         block, _, inside = part.partition(", ")
@@ -109,10 +109,9 @@ def _caption(shown: pd.DataFrame) -> str:
         row = _last(shown, "alignment", part)
         said.append(f"{part} {labels.interval_label(row['value'], row['low'], row['high'])}")
     return (
-        f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, by all parameters "
-        "and by parts of them, whose kernels add up to the whole. The loss of a batch, in nats a token, goes from "
-        f"{labels.rounded(losses.iloc[0], 3)} to {labels.rounded(losses.iloc[-1], 3)}. Bars are 95 % intervals "
-        f"from {shown['probes'].max():g} probes, the same for all parts and steps. They are of this network alone: "
-        "what another start would do is not seen. Alignment with the kernel at step 0 at the end: "
+        f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, for all parameters "
+        "and for parts of them, whose kernels add up to the whole. The loss of a batch, in nats per token, goes from "
+        f"{labels.rounded(losses.iloc[0], 3)} to {labels.rounded(losses.iloc[-1], 3)}. Bars: 95 % intervals from "
+        f"{shown['probes'].max():g} probes, for this network alone. Final alignment with the kernel at step 0: "
         f"{'; '.join(said)}."
     )

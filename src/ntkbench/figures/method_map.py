@@ -28,7 +28,7 @@ Line = tuple[str, dict[str, Any], float]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A row of maps for each metric, a column for each tolerance; beside them what follows, in words."""
+    """A row of maps for each metric, a column for each tolerance, and the conclusions in words."""
     known = table[table[["n", "O"]].gt(0).all(axis=1)]
     chosen = _choices(known)
     if not chosen["method"].notna().any():
@@ -80,7 +80,7 @@ def _choices(known: pd.DataFrame) -> pd.DataFrame:
 
 
 def _contested(chosen: pd.DataFrame, tolerance: str) -> pd.DataFrame:
-    """The tasks on which several families were measured, and that one of them solves."""
+    """The tasks measured with several families and solved by at least one."""
     return chosen[(chosen["tolerance"] == tolerance) & chosen["measured"].str.contains(",") & chosen["method"].notna()]
 
 
@@ -122,7 +122,7 @@ def _word(kind: str) -> str:
 
 
 def _rule(here: pd.DataFrame, name: str) -> str:
-    """Which family wins where in a panel, if the number of outputs tells."""
+    """Which family wins where in a panel, if the number of outputs decides it."""
     if name == "exact":
         return f"an exact method on {here['method'].notna().sum()} of {len(here)} tasks"
     rows = _contested(here, name).sort_values("O")
@@ -131,7 +131,7 @@ def _rule(here: pd.DataFrame, name: str) -> str:
     by_outputs = rows.groupby("O")["kind"].unique()
     runs = [kind for kind, _ in itertools.groupby(by_outputs.map(lambda kinds: " / ".join(map(_word, kinds))))]
     if by_outputs.map(len).max() > 1 or len(runs) > 2:
-        return "O alone does not tell"
+        return "O alone does not decide"
     if len(runs) == 1:
         without = "" if rows["measured"].str.contains("exact").any() else "; no exact value"
         return f"{runs[0]} {len(rows)} of {len(rows)}{without}"
@@ -155,7 +155,7 @@ def _key(chosen: pd.DataFrame) -> key.Key:
 
 
 def _advice(chosen: pd.DataFrame) -> list[Line]:
-    """Questions with what the tasks answer for each metric, down to a line of code."""
+    """Questions with the tasks' answers for each metric, and a line of code."""
     bold: dict[str, Any] = {"fontweight": "bold", "fontsize": 10.5}
     made: list[Line] = []
     for name, question in QUESTIONS.items():

@@ -10,15 +10,15 @@ from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sour
 TABLE = "mohamadi_cost"
 COLUMNS = ("depth", "N", "O", "P", "method", "title", "kernel", "seconds", "seconds_per_pair", "pairs")
 PUBLISHED = {"eNTK": "jacobian_contraction", "pNTK": "sum_of_logits"}
-"""Kernels in the published figure and the methods nearest to how they were computed."""
+"""Kernels in the published figure and the methods closest to their computation."""
 BEST = {"structured_derivatives": "structured_sum_of_logits", "jacobian_contraction": "sum_of_logits"}
 """Pairs of methods for NTK and pNTK that work alike."""
 WAYS = {"structured_derivatives": "by layers", "jacobian_contraction": "gradients written out"}
 """How both kernels are computed, by the method of the NTK."""
 CAPTION = (
     "Seconds of the NTK (all O x O entries) over those of the pNTK (one) for ResNets: two images alone, and all pairs "
-    "of N images. Both are computed by layers, or from gradients written out. Theory: O where passes dominate, "
-    "and O^2, where products do. Crosses: published, at O = 200, other images and hardware."
+    "of N images. Both are computed by layers or from gradients written out. Theory: O where passes dominate, "
+    "O^2 where products do. Crosses: published, at O = 200, on other images and hardware."
 )
 
 
@@ -59,7 +59,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             for _, line in rows[rows["method"] == method].groupby("depth" if x == "O" else "O"):
                 curves.line(panel, line, x, "ratio", looks[method])
         curves.published(panel, known, "black", x, "ratio")
-        if x == "depth":  # of other outputs than ours
+        if x == "depth":  # at another O than ours
             where = known[["depth", "ratio"]].iloc[-1]
             panel.annotate(published, where, xytext=(4, -15), textcoords="offset points", ha="right", fontsize=9)
         curves.logarithmic(panel, sizes, [*found["ratio"], *known["ratio"], low, high**2])

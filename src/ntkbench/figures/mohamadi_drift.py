@@ -66,7 +66,7 @@ def _summary(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ends(plotted: pd.DataFrame, titles: pd.Series) -> dict[str, pd.Series]:
-    """The pNTK at the last step, by the title of the loss, the nearest to the last layer's kernel first."""
+    """The pNTK at the last step, by the title of the loss, nearest to the last layer's kernel first."""
     once = plotted[plotted["kernel"] == "sum_of_logits"]
     ends = {titles[loss]: rows.iloc[-1] for loss, rows in once.groupby("loss", sort=False)}
     return dict(sorted(ends.items(), key=lambda item: item[1][TO_LAST]))
@@ -85,11 +85,11 @@ def _title(plotted: pd.DataFrame, titles: pd.Series) -> str:
 
 
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
-    """What is drawn, and which loss takes the pNTK nearest to the last layer's kernel."""
+    """What is drawn, and which loss brings the pNTK closest to the last layer's kernel."""
     text = (
-        "How far kernels between samples are from Theta along training on scikit-learn's digits (above), and how far "
-        "the pNTK is from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, so "
-        "weight decay shrinks the readout V along their sum, and the pNTK keeps gradients in the last layer alone."
+        "Relative difference of kernels between samples from Theta along training on scikit-learn's digits (above), "
+        "and of the pNTK from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, "
+        "so weight decay shrinks the readout V along their sum, and the pNTK keeps gradients in the last layer alone."
     )
     ends = _ends(plotted, titles)
     if not ends:
@@ -97,9 +97,9 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     nearest = next(iter(ends))
     others = [last[f"{TO_LAST}_q25"] for title, last in ends.items() if title != nearest]
     apart = (
-        "its quartile is below all others'"
+        "its upper quartile is below the lower quartiles of all others"
         if ends[nearest][f"{TO_LAST}_q75"] < min(others, default=0)
-        else "quartiles do not tell it from the others"
+        else "the quartiles of others overlap with its own"
     )
     near = labels.interval_label(*(ends[nearest][f"{TO_LAST}{end}"] for end in ("", "_q25", "_q75")))
-    return f"{text} At the last step the pNTK is nearest to that kernel with {nearest}, at {near}: {apart}."
+    return f"{text} At the last step the pNTK is closest to that kernel with {nearest}, at {near}: {apart}."

@@ -17,9 +17,9 @@ COLUMNS = pntk.COLUMNS
 RATE = -0.5
 """Power of the width that the theorem gives."""
 CAPTION = (
-    "Kernels A between samples that stand for Theta as A (x) I, for networks with He initialisation on "
+    "Kernels A between samples that stand for Theta as A ⊗ I, for networks with He initialisation on "
     "scikit-learn's digits (O = 10), against width (channels, or WideResNet's factor); medians over initialisations "
-    "with quartiles. The trace kernel is the best of all in the Frobenius norm, the floor of the first row. Kernel "
+    "with quartiles. The trace kernel is the best in the Frobenius norm, the floor of the first row. Kernel "
     "regression is on held-out images. Condition numbers of the NTK may be at float64's limit."
 )
 

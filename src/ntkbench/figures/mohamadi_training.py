@@ -73,7 +73,7 @@ def _title(points: pd.DataFrame) -> str:
 
 
 def _trained(points: pd.DataFrame) -> pd.DataFrame:
-    """The rows of networks that were looked at after initialisation as well."""
+    """The rows of networks that were also measured after initialisation."""
     return points[points.groupby(["family", "width", "init"])["step"].transform("max") > 0]
 
 
@@ -125,7 +125,7 @@ def _along(panel: Axes, steps: Sequence[float]) -> None:
 def _caption(points: pd.DataFrame) -> str:
     one = points.iloc[0]
     text = (
-        f"Relative Frobenius error of the pNTK along training on scikit-learn's digits ({one['batch']:g} images a "
+        f"Relative Frobenius error of the pNTK along training on scikit-learn's digits ({one['batch']:g} images per "
         f"step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); medians over initialisations."
     )
     ends = _ends(points[points["kernel"] == PNTK])
@@ -135,7 +135,7 @@ def _caption(points: pd.DataFrame) -> str:
     if {"full", PNTK} <= set(accuracy):
         gained = claims.median(list((accuracy[PNTK] - accuracy["full"]).dropna()))
         if np.isfinite(gained[0]):
-            text += f" Its accuracy in kernel regression less that of Theta: {labels.interval_label(*gained)}."
+            text += f" Its accuracy in kernel regression minus that of Theta: {labels.interval_label(*gained)}."
     return text
 
 

@@ -11,11 +11,11 @@ COLUMNS = ("N", "O", "width", "P", "method", "title", "flops", "flops_per_entry"
 THEIRS = "nt_structured_derivatives"
 OTHERS = ("nt_jacobian_contraction", "nt_ntk_vector_products")
 WIDEST = 4096
-"""The width from which on the setting is the paper's."""
+"""The width from which the setting is the paper's."""
 CAPTION = (
     "Floating-point operations of the whole NTK over its N^2 O^2 entries. neural-tangents' programs and the Jacobian "
-    "alone: by the cost analysis of the lowered program, nothing is run. Our kernel by layers: matrix products by "
-    "their shapes, without element-wise work; of a symmetric kernel it computes a triangle where that pays."
+    "alone: from the cost analysis of the lowered program, which is not run. Our kernel by layers: from the shapes of "
+    "its matrix products, without element-wise work; it computes a triangle of a symmetric kernel where that pays."
 )
 
 
@@ -69,7 +69,7 @@ def _title(points: pd.DataFrame) -> str:
 
 
 def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
-    """That structured derivatives take fewer operations."""
+    """The claim that structured derivatives take fewer operations."""
     ratios, widest = _ratios(points), points["width"].max()
     if not len(ratios):
         return ()

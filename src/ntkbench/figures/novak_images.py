@@ -1,4 +1,4 @@
-"""Novak et al. 2022, figures 2 and 4: operations and seconds of programs for an NTK of networks for images."""
+"""Novak et al. 2022, figures 2 and 4: operations and seconds of NTK programs for image networks."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ KINDS = {"ResNet": "o", "WideResNet": "D", "ViT": "^", "Mixer": "v"}
 OTHER = "s"
 """Marker of other networks."""
 OWN = (styles.PINK, "structured derivatives here")
-"""Colour and name of what all is compared with."""
+"""Colour and name of the reference."""
 CASE = ["network", "N", "O", *base.SETTINGS]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Operations (lines) and seconds (markers) over those of structured derivatives here, against O."""
+    """Operations (lines) and seconds (markers) over those of our structured derivatives, against O."""
     plotted = ratios(table)
     if not len(plotted):
-        why = f"Nothing was measured beside structured derivatives.\n{labels.why_not(table)}"
+        why = f"No program was measured together with structured derivatives.\n{labels.why_not(table)}"
         return base.nothing(table, why if (table["status"] == "ok").any() else labels.why_not(table))
     there = _published_ratios(table)
     looks = curves.looks(plotted)
@@ -89,7 +89,7 @@ def _published_ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _kind(network: str) -> str:
-    """The kind that a network is of; empty if it is of none."""
+    """The kind of a network; empty if it has none."""
     return next((kind for kind in KINDS if network.startswith(kind)), "")
 
 
@@ -156,7 +156,7 @@ def _reading(plotted: pd.DataFrame, there: pd.DataFrame) -> key.Key:
         entries.append((handle, labels.short(", ".join(names), 50)))
     reading: list[key.Entry] = [
         (Line2D([], [], color=styles.GREY, linewidth=1.6), "line: operations, median over the networks"),
-        (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "band: from the least to the most"),
+        (Patch(color=styles.GREY, alpha=0.25, linewidth=0), "band: minimum to maximum"),
         (Line2D([], [], color=styles.GREY, marker="o", markersize=7, linestyle=""), "marker: seconds of one network"),
     ]
     if len(there):
@@ -166,14 +166,14 @@ def _reading(plotted: pd.DataFrame, there: pd.DataFrame) -> key.Key:
 
 
 def _title(plotted: pd.DataFrame) -> str:
-    """How many times the operations and seconds of ours the best program of neural-tangents takes."""
+    """Operations and seconds of neural-tangents' best program over ours."""
     theirs = plotted[plotted["method"].isin(set(NAMES) - {OURS})]
     best = theirs.groupby([*CASE, "quantity"], dropna=False)["ratio"].min().groupby("quantity")
     spans = {quantity: labels.span(found) for quantity, found in best}
     words = [
         f"{spans[q]} times our {name}" for q, name in (("flops", "operations"), ("seconds", "seconds")) if q in spans
     ]
-    return f"neural-tangents' best program takes {' and '.join(words)}" if words else "Programs for images"
+    return f"neural-tangents' best program takes {' and '.join(words)}" if words else "NTK programs for image networks"
 
 
 def published(table: pd.DataFrame) -> pd.DataFrame:
@@ -205,11 +205,11 @@ def _fewest(operations: pd.DataFrame) -> str:
     last = theirs.xs(most, level="O")
     fewest = last.idxmin(axis=1).map(NAMES).value_counts()
     said = ", ".join(f"{name} for {count} of {len(last)} networks" for name, count in fewest.items())
-    return f" With O = {most:g}, neural-tangents takes the fewest by {said}."
+    return f" At O = {most:g}, neural-tangents' program with the fewest operations is {said}."
 
 
 def _left_out(table: pd.DataFrame) -> str:
-    """How much was not measured, and the main reason; the plotted numbers have each reason."""
+    """The number of cases not measured, and the main reason; the plotted numbers have all reasons."""
     lost = table[table["status"] != "ok"]
     if not len(lost):
         return ""
@@ -233,7 +233,7 @@ def _claims(table: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def _claim(same: pd.DataFrame, known: pd.DataFrame, method: str) -> claims.Claim:
-    """One implementation over structured derivatives, at the sizes of the rows that are known of it.
+    """One implementation over structured derivatives, at the sizes of its published rows.
 
     Args:
         same: rows of the notebook's network.

@@ -20,7 +20,7 @@ LABELS = {"seconds": "seconds", "memory_mib": "memory [MiB]"}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Seconds above, memory below; a column for each O. What would go over the budget is at the top of its panel."""
+    """Seconds above, memory below; a column for each O. Programs over budget are at the top of their panel."""
     table = table.assign(memory_mib=table["memory_bytes"] / MIB)
     points = base.measured(table, "seconds", "N", "O", "width")
     if not len(points):
@@ -80,12 +80,12 @@ def _lost(panel: Axes, lost: pd.DataFrame, looks: dict[str, styles.Look]) -> Non
 
 def _caption(table: pd.DataFrame) -> str:
     text = (
-        "Seconds (without compiling) and memory of the whole NTK. Memory of the JAX programs: arguments, results and "
-        "temporaries as the compiler plans them; of ours: the peak over that before the call, and the arguments. "
-        f"Programs over the budget of {table['budget_mb'].iloc[0]:g} MiB (dashed) are compiled and not run."
+        "Seconds (without compilation) and memory of the whole NTK. Memory of the JAX programs: arguments, results and "
+        "temporaries as the compiler plans them; of ours: the peak above that before the call, plus the arguments. "
+        f"Programs over the budget of {table['budget_mb'].iloc[0]:g} MiB (dashed) are compiled but not run."
     )
     if (table["status"] == "skipped").any():
-        text += " What else is not drawn would take more operations than this run allows."
+        text += " Other missing points would take more operations than this run allows."
     return text
 
 

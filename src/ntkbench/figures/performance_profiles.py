@@ -13,7 +13,7 @@ from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 FACTORS = np.geomspace(1, 1000, 121)
 TOLD_APART = 6
-"""Lines of a panel that have their method's colour and marker; the rest are many, low, and on top of each other."""
+"""Number of a panel's highest lines that have their method's colour and marker; the others are low and overlap."""
 LINE = ["tolerance", "method", "backend"]
 PALE: dict[str, Any] = {"color": canvas.PALE, "linewidth": 0.8}
 
@@ -70,7 +70,7 @@ def highest(profiles: pd.DataFrame) -> np.ndarray:
 
 
 def _title(profiles: pd.DataFrame) -> str:
-    """The method that is most often the fastest, to the tolerance that is next to 1 %."""
+    """The method that is most often the fastest, to 1 % or else the first tolerance."""
     name = "1 %" if "1 %" in set(profiles["tolerance"]) else profiles["tolerance"].iloc[0]
     firsts = profiles[(profiles["tolerance"] == name) & (profiles["factor"] == profiles["factor"].min())]
     top = firsts.loc[firsts["share"].idxmax()]
@@ -81,11 +81,10 @@ def _title(profiles: pd.DataFrame) -> str:
 
 def _caption(profiles: pd.DataFrame) -> str:
     text = (
-        "A task is a metric of a problem within a tolerance of the median relative error; on the left the share of "
-        "tasks on which a method is the fastest, on the right the share that it solves at all. "
-        f"{tasks.RULE} A task on which a method was not measured counts as "
-        "not solved, so a line's height says as well how much of the grid the method was given. Exact: at most "
-        f"{tasks.TOLERANCES['exact']:g}, exact methods alone."
+        "A task is a metric of a problem within a tolerance of the median relative error. A line starts at the share "
+        "of tasks on which the method is the fastest and ends at the share that it solves at all; tasks on which it "
+        f"was not measured count as unsolved. {tasks.RULE} Exact: at most {tasks.TOLERANCES['exact']:g}, exact methods "
+        "alone."
     )
     from scipy.stats import binomtest
 

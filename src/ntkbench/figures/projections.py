@@ -36,7 +36,7 @@ FEATURES = "features of a row, k"
 COSTS = {"seconds": "seconds (of the norm)", "bytes": "bytes kept"}
 SHOWN = ("projection", "estimator", "approximate", "exact")
 FLOOR = 1e-4
-"""Errors below are drawn at it; they are of exact kernels."""
+"""Smaller errors are drawn at this value; they are those of exact kernels."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -109,7 +109,7 @@ def _panel(
 
 
 def _columns(error: str) -> list[tuple[str, bool]]:
-    """Columns of an error, and whether each is of the published value beside an unbiased one."""
+    """Columns of an error, each with whether it is of the published, biased value."""
     if error in ("norm", "alignment"):
         return [(f"{error}_unbiased", False), (f"{error}_plug_in", True)]
     return [(error, False)]
@@ -140,7 +140,7 @@ def _reading() -> list[tuple[Line2D, str]]:
 
 
 def slopes(points: pd.DataFrame) -> pd.Series:
-    """Power of the kept features by which the error of the Gram matrix falls, by problem and method.
+    """Power of the kept features with which the error of the Gram matrix falls, by problem and method.
 
     It is a fit in logarithms; a method with fewer than three numbers of features has none.
     """
@@ -175,12 +175,10 @@ def _title(points: pd.DataFrame) -> str:
 def _caption(points: pd.DataFrame) -> str:
     titles = points.drop_duplicates("method").set_index("method")["title"]
     text = (
-        "Relative errors, as root mean squares over seeds, of what k random features of each row of J give: the Gram "
-        "matrix (Frobenius norm), its pNTK, norm and alignment. Dashed: from the Gram matrix, as published; solid: "
-        "from pairs of independent parts of the projection, unbiased before the root or ratio is taken. Estimators, "
-        "approximations and exact kernels are beside them against seconds; errors below "
-        f"{FLOOR:g} are drawn there. Approximations by a kernel A between samples stand for Theta as A (x) I_O. Bytes "
-        "are those of the features or the kernel, not the peak."
+        "Relative root-mean-square errors over seeds from k random features of each row of J (Gram matrix: Frobenius "
+        "norm). Dashed: from the Gram matrix, as published; solid: unbiased before the root or ratio, from pairs of "
+        f"independent parts of the projection. Errors below {FLOOR:g} are drawn there. Approximations by a kernel A "
+        "between samples stand for Theta as A ⊗ I_O. Bytes are those of the features or the kernel, not the peak."
     )
     for problem, here in points.groupby("problem", sort=False):
         text += f" {labels.name_label(str(problem))}: {_found(here, titles)}"
@@ -190,7 +188,7 @@ def _caption(points: pd.DataFrame) -> str:
 def _found(here: pd.DataFrame, titles: pd.Series) -> str:
     slope = slopes(here).droplevel(0)
     parts = [f"{titles[method]} {labels.rounded(value)}" for method, value in slope.items()]
-    said = [f"the Gram matrix's error falls with k by a power of {', '.join(parts)}"] if parts else []
+    said = [f"the Gram matrix's error falls as k to the power of {', '.join(parts)}"] if parts else []
     projections = here[here["kind"] == "projection"]
     for method, rows in projections.groupby("method", sort=False):
         first, last = rows.loc[rows["kept"].idxmin()], rows.loc[rows["kept"].idxmax()]

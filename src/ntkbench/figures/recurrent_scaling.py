@@ -1,4 +1,4 @@
-"""How seconds of NTK metrics of recurrent networks grow with trials, steps and probes: measured slopes."""
+"""Growth of the seconds of NTK metrics of recurrent networks with trials, steps and probes: measured slopes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTITIES = ("seconds", "seconds_q25", "seconds_q75")
 COLUMNS = ("task", "kind", "H", "varied", "N", "T", "probes", "method", "title", "metric", "passes", *QUANTITIES)
 SIZES = {"N": "trials N", "T": "steps T", "probes": "probes"}
 NOT_LINEAR = {("recurrent_exact_trace", "T"), ("per_sample_trace_forward", "T")}
-"""What is not expected to be: the one goes back from every step, the other draws a tangent of each trial."""
+"""Not expected to be linear: the one goes back from every step, the other draws a tangent for each trial."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -79,11 +79,10 @@ def _panel(
 
 def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
     text = (
-        "Seconds of one estimate, medians with quartiles of calls in turn, against one size with the others fixed; the "
-        "slope is that of a straight line through the logarithms. Shared-probe alignment takes four passes a probe "
-        "(two networks), one-sided traces one. Expected is 1, less for small sizes, where the cost of a call shows; "
-        "but against steps 2 to 3 for the exact trace, which goes back from every step and takes products between "
-        "steps, and less than 1 for the per-sample trace, whose tangents of each trial are no longer for more steps."
+        "Seconds of one estimate against one size with the others fixed, medians with quartiles of interleaved calls; "
+        "slopes are fitted to the logarithms. Shared-probe alignment takes four passes per probe, one-sided traces "
+        "one. The expected slope is 1, or less at small sizes, where the overhead of a call shows; against steps it is "
+        "2 to 3 for the exact trace, which goes back from every step, and less than 1 for the per-sample trace."
     )
     known = {key: pair for key, pair in slopes.items() if math.isfinite(pair[1])}
     linear = [pair for (_, size, method), pair in known.items() if (method, size) not in NOT_LINEAR]
@@ -91,8 +90,8 @@ def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float
         values = [slope for slope, _ in linear]
         steeper = sum(slope - half > 1 for slope, half in linear)
         text += (
-            f" Claim: linear in each size. Measured over {len(linear)} lines: a slope of "
-            f"{np.median(values):.2f} in the median, {min(values):.2f} to {max(values):.2f}. Conclusion: {steeper} of "
+            f" Claim: linear in each size. Measured over {len(linear)} lines: a median slope of "
+            f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f}). Conclusion: {steeper} of "
             "them are steeper than 1 by their 95 % interval."
         )
     exact = [

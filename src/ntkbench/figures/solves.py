@@ -93,8 +93,8 @@ def _methods(points: pd.DataFrame, look: dict[str, Look]) -> list[key.Entry]:
 def _reading() -> list[tuple[Line2D, str]]:
     sample: dict[str, Any] = {"color": styles.GREY, "marker": "o", "linestyle": "", "markersize": 5}
     return [
-        (Line2D([], [], **sample), "the residual of products is within the tolerance"),
-        (Line2D([], [], **sample, markerfacecolor="white"), "it is not"),
+        (Line2D([], [], **sample), "residual by products within the tolerance"),
+        (Line2D([], [], **sample, markerfacecolor="white"), "above the tolerance"),
     ]
 
 
@@ -134,9 +134,9 @@ def _title(points: pd.DataFrame) -> str:
 
 def _caption(points: pd.DataFrame, problems: list[str]) -> str:
     text = (
-        "Seconds from weights to a solution with that relative residual, as median over right-hand sides, against the "
-        "condition number of Theta + ridge I. The factor's time has the computation of Theta in it, and its refinement "
-        "by products. Residuals are those of products in float64."
+        "Seconds from weights to a solution with the given relative residual, medians over right-hand sides, against "
+        "the condition number of Theta + ridge I. The factor's time includes the computation of Theta and refinement "
+        "by products. Residuals are computed by products in float64."
     )
     found = fastest(points)
     for problem in problems:
@@ -167,7 +167,7 @@ def _saved(here: pd.DataFrame) -> str:
         return ""
     ours, plain = last.loc["nystrom"], last.loc["plain"]
     return (
-        f" At the largest condition number and a residual of {ours['rtol']:g} the preconditioner takes "
-        f"{ours['iterations']:g} iterations and {ours['passes_spent']:g} passes in place of {plain['iterations']:g} "
+        f" At the largest condition number and a residual of {ours['rtol']:g}, the preconditioned solver takes "
+        f"{ours['iterations']:g} iterations and {ours['passes_spent']:g} passes instead of {plain['iterations']:g} "
         f"and {plain['passes_spent']:g}."
     )

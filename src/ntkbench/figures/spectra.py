@@ -1,4 +1,4 @@
-"""Spectral quantities by products: errors and seconds against passes, beside the decomposition of all of Theta."""
+"""Spectral quantities by products: errors and seconds against passes, and of the decomposition of all of Theta."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ LOOKS = {
 EXACT, WHOLE = "eigh", "spectrum"
 FLOORS = {"largest": 1e-8, "top": 1e-8}
 FLOOR = 1e-4
-"""Errors below are drawn at it; of the largest eigenvalues, at a floor of their own."""
+"""Smaller errors are drawn at this value; those of the largest eigenvalues at a floor of their own."""
 ROUNDING = 1e-6
-"""Errors below are called rounding, of float32."""
+"""Smaller errors are called rounding, that of float32."""
 RIGHT = 0.9
-"""Share of seeds in which a statement must be true for a filled marker."""
+"""Share of seeds for which a stated bound must hold for a filled marker."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -117,8 +117,8 @@ def _methods(points: pd.DataFrame, look: dict[str, Look]) -> key.Key:
 def _reading() -> list[tuple[Line2D, str]]:
     sample: dict[str, Any] = {"color": styles.GREY, "marker": "o", "linestyle": "", "markersize": 5}
     return [
-        (Line2D([], [], **sample), "what is stated holds, or nothing is"),
-        (Line2D([], [], **sample, markerfacecolor="white"), f"it holds in less than {100 * RIGHT:g} % of the seeds"),
+        (Line2D([], [], **sample), "stated bounds hold, or none are stated"),
+        (Line2D([], [], **sample, markerfacecolor="white"), f"they hold for less than {100 * RIGHT:g} % of the seeds"),
     ]
 
 
@@ -147,11 +147,10 @@ def _title(points: pd.DataFrame) -> str:
 
 def _caption(points: pd.DataFrame, shown: list[str]) -> str:
     text = (
-        "Median errors over seeds against the passes that were spent, relative to float64 eigenvalues; that of the "
-        "density is the Wasserstein-1 distance of log10(eigenvalue + ridge), in decades. Of several eigenvalues the "
-        "worst counts. ntkbench.spectrum shares its passes between block Lanczos, which stops at its tolerance, and "
-        "stochastic Lanczos, which takes a quarter and 400 at most. What is stated are bounds on eigenvalues (there "
-        "is one within them), and 95 % intervals. matfree's passes are those of the network in JAX. "
+        "Median errors over seeds, relative to float64 eigenvalues, against the passes spent; for the density, the "
+        "Wasserstein-1 distance of log10(eigenvalue + ridge), in decades; of several eigenvalues, the worst. "
+        "ntkbench.spectrum splits its passes between block Lanczos and stochastic Lanczos (a quarter, at most 400). "
+        "Stated are bounds, each with an eigenvalue within, and 95 % intervals. "
         f"Errors below {FLOOR:g}, of the largest eigenvalues below {FLOORS['top']:g}, are drawn there."
     )
     for problem, here in points.groupby("problem", sort=False):
@@ -178,7 +177,8 @@ def _found(here: pd.DataFrame, shown: list[str]) -> str:
     for method, rows in stated.groupby("title", sort=False):
         worst = rows.loc[rows["holds"].idxmin()]
         where = f" ({QUANTITIES[worst['quantity']][0]}, {worst['passes_spent']:g} passes)" if worst["holds"] < 1 else ""
-        said.append(f"what {method} states holds in {labels.share_label(float(worst['holds']))} at least{where}")
+        share = labels.share_label(float(worst["holds"]))
+        said.append(f"bounds and intervals of {method} hold for at least {share} of seeds{where}")
     return "; ".join(said) + "."
 
 

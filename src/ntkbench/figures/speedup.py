@@ -1,4 +1,4 @@
-"""How much faster than the naive Jacobian families of methods are, at equal accuracy."""
+"""Speed-ups of families of methods over the naive Jacobian, at equal accuracy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     compared = plotted[plotted[f"{BASELINE}_seconds"].notna()]
     compared = compared[(compared["method"] != BASELINE) & (compared["outcome"] != "skipped")]
     if not len(compared):
-        why = f"No method was measured where the naive Jacobian was.\n{labels.why_not(table)}"
+        why = f"No method was measured on a task of the naive Jacobian.\n{labels.why_not(table)}"
         return base.nothing(everything, why)
     style = styles.looks(table)
     families = [family for family in ORDER if family in set(compared["family"])]

@@ -1,4 +1,4 @@
-"""Seconds until a metric is right to a given error: the fastest method of each kind, and all others behind them."""
+"""Seconds until a metric reaches a given error: the fastest method of each kind, and all others."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     if not any((rows["role"] == "published").any() for _, rows in goals):
         return "No published method reaches any of these errors"
     if not times:
-        return "Seconds until a metric is right to a given error"
+        return "Seconds until a metric reaches a given error"
     span = labels.rounded(times[0]) if len(times) == 1 else f"{labels.rounded(times[0])} to {labels.rounded(times[-1])}"
     return f"To the same error, the best method here is {span} times as fast as the best published one"
 

@@ -26,11 +26,11 @@ FAMILIES = {
     "pooled": (styles.ORANGE, "pooled"),
     "deflated": (styles.WINE, "pooled, deflated"),
 }
-"""Colours and words, in the order in which ties go."""
+"""Colours and words; the first family wins a tie."""
 LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
-"""Of theory's boundaries for pooled estimates, by share."""
+"""Line styles of the theoretical boundaries for pooled estimates, by share."""
 PREDICTED = ("per-sample", "pooled")
-"""Families whose errors theory gives."""
+"""Families with a theoretical error."""
 
 
 class Cost(NamedTuple):
@@ -87,7 +87,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 def cost(rows: pd.DataFrame, error: float) -> Cost:
     """The passes and seconds of one method on one kernel to a relative error.
 
-    Between budgets passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes go on
+    Between budgets passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes grow
     as 1 / error^2, except for deflating methods, whose errors fall faster, and seconds are proportional to passes.
 
     Args:
@@ -115,7 +115,7 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
 
 
 def predicted_passes(kernel: Kernel, metric: str, family: str, error: float) -> float:
-    """The passes to a relative error in theory; as many as two at least."""
+    """The theoretical passes to a relative error; at least two."""
     from scipy.optimize import brentq
 
     def excess(log_passes: float) -> float:
@@ -166,7 +166,7 @@ def _least(costs: dict[str, float]) -> str:
 
 
 class Theory(NamedTuple):
-    """Errors of estimates with the passes that exact takes.
+    """Errors of estimates with as many passes as exact takes.
 
     Attributes:
         outputs, ranks: O and ranks of a block, ``[ranks, octaves]``.
@@ -299,16 +299,13 @@ def _caption(plotted: pd.DataFrame) -> str:
     known = rows[rows["winner_in_passes"] != "deflated"]
     agreed = (known["winner_in_passes"] == "exact") == (known["winner_in_theory"] == "exact")
     text = (
-        "Which of an exact method, a per-sample and a pooled estimator takes the fewest passes (left half of a mark) "
-        "and the least seconds (right half) to a relative root-mean-square error, on kernels with a prescribed number "
-        "of outputs O, effective rank of a sample's block, and share of ||Theta||^2 between samples. Exact takes O "
-        "passes. For the trace theory asks for 2 (1 / rank - 1 / O) / (N error^2) passes per sample, and with "
-        "rank (1 - share) in place of the rank pooled; so exact is cheaper about where N O rank < 2 / error^2. "
-        "Lines: where O passes of an estimate have the error of the panel. Where samples share nothing, per-sample and "
-        "pooled traces have the same variance. Passes beyond the largest budget are "
-        f"extrapolated as 1 / error^2. Errors are over {labels.range_label(rows['seeds'])} seeds. "
-        f"Measured: exact takes the fewest passes in {exact['passes'].sum()} and the least seconds in "
-        f"{exact['seconds'].sum()} of {len(rows)} cases"
+        "The fewest passes (left half of a mark) and least seconds (right half) to a relative root-mean-square error, "
+        "on kernels with prescribed O, effective rank of a sample's block, and share of ||Theta||^2 between samples. "
+        "Exact takes O passes. In theory a per-sample trace takes 2 (1 / rank - 1 / O) / (N error^2) passes, and a "
+        "pooled one has rank (1 - share) in place of the rank, so exact is cheaper for about N O rank < 2 / error^2. "
+        "Lines: O passes of an estimate have the panel's error. Passes beyond the largest budget are extrapolated as "
+        f"1 / error^2. Measured over {labels.range_label(rows['seeds'])} seeds: exact takes the fewest passes in "
+        f"{exact['passes'].sum()} and the least seconds in {exact['seconds'].sum()} of {len(rows)} cases"
     )
     by_error = [
         f"{words}: {(exact['passes'] & (rows['error'] == error)).sum()} and "
@@ -318,15 +315,15 @@ def _caption(plotted: pd.DataFrame) -> str:
     text += f" ({'; '.join(by_error)})."
     if len(known):
         text += (
-            f" Whether exact wins is as theory says in {int(agreed.sum())} of {len(known)} cases where no deflating "
+            f" Theory predicts whether exact wins in {int(agreed.sum())} of {len(known)} cases where no deflating "
             "estimator wins."
         )
     ruled = int(_by_rule(rows).sum())
-    text += f" N O rank < 2 / error^2, which knows neither metric nor share, tells {ruled} of {len(rows)}."
+    text += f" N O rank < 2 / error^2, which ignores metric and share, predicts {ruled} of {len(rows)}."
     if len(ratio):
         low, middle, high = np.quantile(ratio, (0.025, 0.5, 0.975))
         text += (
-            f" Measured over predicted passes, where budgets were tried: {labels.rounded(middle)} "
+            f" Measured over predicted passes, within measured budgets: {labels.rounded(middle)} "
             f"({labels.rounded(low)} to {labels.rounded(high)} in 95 % of {len(ratio)} cases)."
         )
     return text

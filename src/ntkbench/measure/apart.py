@@ -1,4 +1,4 @@
-"""A function in a process of its own under the limits; what it finds is passed on through a JSON file."""
+"""A function in a separate process under the limits; its result is passed on through a JSON file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkbench.measure.outcomes import Outcome
 def run(
     function: Callable[..., Mapping[str, Any]], arguments: tuple[Any, ...], limits: Limits, threads: int, part: Path
 ) -> dict[str, Any]:
-    """What a function finds, with ``status`` and ``reason``; once more if something other than the limits killed it.
+    """A function's result, with ``status`` and ``reason``; it runs again if something other than the limits killed it.
 
     Args:
         function: returns what a JSON file can hold.
@@ -36,7 +36,7 @@ def run(
 def _once(
     function: Callable[..., Mapping[str, Any]], arguments: tuple[Any, ...], limits: Limits, threads: int, part: Path
 ) -> tuple[dict[str, Any], bool]:
-    """What was found, and whether something other than the limits killed the process that finds it."""
+    """The result, and whether something other than the limits killed the process."""
     part.unlink(missing_ok=True)
     child = multiprocessing.get_context("fork").Process(target=_find, args=(function, arguments, threads, part))
     child.start()

@@ -226,9 +226,9 @@ def chosen(pattern: str) -> list[str]:
     try:
         found = [label for label in CASES.read_text(encoding="utf-8").split() if re.search(pattern, label)]
     except re.error as error:
-        raise BadInput(f"{pattern!r} is no regular expression: {error}") from None
+        raise BadInput(f"{pattern!r} is not a regular expression: {error}") from None
     if not found:
-        raise BadInput(f"{pattern!r} is found in the name of no case; they are in {CASES.relative_to(paths.ROOT)}")
+        raise BadInput(f"no case has a name that matches {pattern!r}; the cases are in {CASES.relative_to(paths.ROOT)}")
     return found
 
 
@@ -240,7 +240,7 @@ def commit(repository: Path, name: str) -> str:
     """
     done = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if done.returncode:
-        raise BadInput(f"{name!r} is no commit of {repository}")
+        raise BadInput(f"{name!r} is not a commit of {repository}")
     return done.stdout.decode().strip()
 
 
@@ -315,7 +315,7 @@ class Side:
         except Lost as error:
             raise NtkbenchError(f"a commit cannot be measured: {error.reason}") from None
         if not package.is_relative_to(self._checkout.resolve()):
-            raise NtkbenchError(f"a commit cannot be measured: its process imports {package}, which is not of it")
+            raise NtkbenchError(f"a commit cannot be measured: its process imports {package}, which is not part of it")
 
     def begin(self, label: str) -> None:
         """Prepare a case.

@@ -72,7 +72,7 @@ class Block(Strict):
         if takers and not self.passes:
             raise BadInput(f"passes: empty, but {', '.join(takers)} need a list of positive budgets")
         if not any({*method.metrics, *method.kernel_metrics} & set(self.metrics) for method in chosen):
-            raise BadInput(f"no method of this block gives {' or '.join(self.metrics)}, so that it has no cells")
+            raise BadInput(f"no method of this block gives {' or '.join(self.metrics)}, so it has no cells")
         return self
 
 
@@ -221,7 +221,7 @@ class Config(Settings):
         kept |= {file.parent.parent.name for file in paths.REFERENCE.glob("*/studies/*.csv")}
         if self.profile not in kept:
             raise BadInput(
-                f"source: 'reference': no measured tables of the profile {self.profile!r} are kept; "
+                f"source: 'reference': no measured tables of the profile {self.profile!r} are committed; "
                 f"allowed: measured, or one of the profiles {', '.join(sorted(kept))}"
             )
         return paths.REFERENCE / self.profile
@@ -314,7 +314,7 @@ def _message(error: Mapping[str, Any], place: Place) -> str:
         case "extra_forbidden":
             return str(unknown("key", place[-1], _keys_beside(place)))
         case "missing":
-            return "missing, it must be given"
+            return "missing; it must be given"
         case "literal_error":
             words = re.findall("'([^']*)'", error["ctx"]["expected"])
             close = difflib.get_close_matches(str(error["input"])[:80], words, n=1)

@@ -94,7 +94,7 @@ class Engine:
         if watch.verdict:
             return Result(None, [], Outcome(*watch.verdict))
         if code == asv.util.TIMEOUT_RETCODE:
-            reason = f"not done after the limit of {self._limits.time_s:g} s"
+            reason = f"not finished within the limit of {self._limits.time_s:g} s"
             return Result(None, [], Outcome(outcomes.TIMEOUT, reason))
         if code == asv.runner.JSON_ERROR_RETCODE:
             return Result(None, [], outcomes.of_exit(0))

@@ -35,7 +35,7 @@ AROUND = {
     "cell": ("measure/shard.py", "measure/engine.py"),
     "study": ("studies/base/runner.py",),
 }
-"""Files that turn a process's results into a row. Their imports, which run processes and keep rows, do not count."""
+"""Files that turn a process's results into a row. Their imports, which run processes and store rows, do not count."""
 LIMITS_OF_CELLS = {"time_s", "memory_mb", "block_mb", "passes"}
 """The limits that apply to cells; the others apply to problems and studies."""
 LIMITS_OF_FORECASTS = {"times_exact", "patience_s"}
@@ -100,7 +100,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def figure(name: str) -> str:
-    """What a figure's looks, and those of the page that shows it, depend on; published values are among it."""
+    """Fingerprint of a figure and of the page that shows it, including published values."""
     files = sources(registry.room("figure").module(name), REPORT)
     plotting = PACKAGE / "figures" / "plotting"
     files |= {*plotting.glob("*.mplstyle"), *plotting.glob("*.html")}

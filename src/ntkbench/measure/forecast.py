@@ -1,4 +1,4 @@
-"""Predicted costs of cells: they prune the grid, and say how long it takes before it runs."""
+"""Predicted costs of cells: they prune the grid, and tell how long it takes before it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ntkbench.units import bytes_label, seconds_label
 BESIDE = 1.0
 """Seconds of a cell besides its estimates: processes, the problem, preparing and tracing."""
 OFF = 2.0
-"""Factor by which predictions are commonly off."""
+"""Factor by which predictions are typically off."""
 
 
 class Forecast(NamedTuple):
@@ -66,7 +66,7 @@ def make(
 
 
 def rivals(some: Iterable[Cell], every: Iterable[Cell]) -> list[Cell]:
-    """The exact methods' cells of the same tasks as some cells, which those are compared with."""
+    """The cells of exact methods on the same tasks as some cells, which are compared with them."""
     tasks = {(cell.problem, cell.metric) for cell in some}
     return [cell for cell in every if _is_exact(cell) and (cell.problem, cell.metric) in tasks]
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: code, packages, machine."""
+"""The provenance of a number: code, packages, machine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def several_machines(table: pd.DataFrame) -> str:
     if max(done["machine"].nunique(), len(gpus)) < 2:
         return ""
     rows = "; ".join(f"{place}: {count}" for place, count in places.items())
-    return f"Rows come from several kinds of machines, whose seconds are not to be compared (rows of each: {rows})."
+    return f"Rows come from several kinds of machines, whose seconds are not comparable (rows of each: {rows})."
 
 
 def _outside() -> list[str]:

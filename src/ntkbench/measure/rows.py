@@ -102,5 +102,6 @@ def combine(tables: Iterable[pd.DataFrame], expected: Iterable[Cell]) -> pd.Data
     if sorted(labels) != sorted(wanted):
         missing, extra = sorted(set(wanted) - set(labels)), sorted(set(labels) - set(wanted))
         twice = sorted({label for label in labels if labels.count(label) > 1})
-        raise NtkbenchError(f"the table is not one row a cell: missing {missing}, no cells {extra}, twice {twice}")
+        said = f"missing {missing}, unknown {extra}, duplicate {twice}"
+        raise NtkbenchError(f"the table does not have one row per cell: {said}")
     return table.iloc[sorted(range(len(labels)), key=lambda i: wanted[labels[i]])].reset_index(drop=True)

@@ -145,7 +145,7 @@ def _measure(asv: Engine, cell: Cell, index: int, work: Path) -> tuple[Outcome, 
     samples, baseline = results["seconds"].samples, memory["baseline_bytes"]
     peak = results["memory"].value
     if len(samples) != cell.calls or peak is None:
-        return Outcome(outcomes.FAILED, "asv recorded no result, although the case ended well"), {}
+        return Outcome(outcomes.FAILED, "asv recorded no result, although the case ended without an error"), {}
     measured = {
         **{name: value for name, value in accuracy.items() if name in rows.MEASURED},
         **timing.quartiles("seconds", samples),

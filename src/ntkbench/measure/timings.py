@@ -1,4 +1,4 @@
-"""Where the time of a run went, and the expected time of the next one."""
+"""The time of each step of a run, and the expected time of the next run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def report(results: Path) -> str:
     """
     table = of_run(results).sort_values("seconds", ascending=False)
     if table.empty:
-        raise BadInput(f"{results}: no {FOLDER}/*.tsv there; allowed: the results folder of a run, as results/default")
+        raise BadInput(f"{results}: no {FOLDER}/*.tsv there; allowed: a run's results folder, such as results/default")
     total = table[["seconds", "cpu_seconds", "measured_seconds"]].sum()
     lines = [f"{'step':32} {'seconds':>9} {'CPU':>9} {'measured':>9}"]
     for row in table.itertuples():

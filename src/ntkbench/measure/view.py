@@ -52,7 +52,7 @@ def rows_of(
     try:
         table = pd.read_csv(file, low_memory=False)
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
-        raise BadInput(f"{file} is no table: {summary(error)}") from None
+        raise BadInput(f"{file} is not a table: {summary(error)}") from None
     for name in (*(columns or ()), *([sort] if sort else ())):
         if name not in table:
             raise unknown("column", name, list(table))

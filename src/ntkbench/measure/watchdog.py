@@ -83,7 +83,7 @@ class Watch(threading.Thread):
             held_gib, allowed = held / 2**30, self._memory / 2**30
             self._end(process, "out_of_memory", f"held {held_gib:.3g} GiB, over the limit of {allowed:.3g} GiB")
         elif time.monotonic() - since > seconds:
-            self._end(process, "timeout", f"not done after the limit of {seconds:g} s")
+            self._end(process, "timeout", f"not finished within the limit of {seconds:g} s")
 
     def _end(self, process: psutil.Process, status: str, reason: str) -> None:
         self.verdict = self.verdict or (status, reason)

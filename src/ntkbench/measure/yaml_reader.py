@@ -17,7 +17,7 @@ Place = tuple[str | int, ...]
 MAX_BYTES = 2**18
 MAX_DEPTH = 16
 MAX_VALUES = 10_000
-"""Values in a file; values that an alias repeats count again."""
+"""Values in a file; values repeated by an alias count again."""
 
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
@@ -30,7 +30,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     """The mapping that a YAML file holds, and the line of each value in it.
 
     Raises:
-        BadInput: the file cannot be read or holds no such mapping; names the file and, where there is one, the line.
+        BadInput: the file cannot be read or holds no such mapping; names the file and, if there is one, the line.
     """
     text = _text(file)
     try:
@@ -103,7 +103,7 @@ class _Reader:
         if len(place) > MAX_DEPTH:
             raise self._bad(node, f"nested too deeply; at most {MAX_DEPTH} levels are allowed")
         if self._values > MAX_VALUES:
-            raise self._bad(node, f"more than {MAX_VALUES} values, where what an alias repeats counts again")
+            raise self._bad(node, f"more than {MAX_VALUES} values, counting those repeated by aliases")
         self._check_tag(node)
         if isinstance(node, yaml.MappingNode):
             return {key: self.value(below, (*place, key)) for key, below in self._items(node, place)}

@@ -1,7 +1,7 @@
-"""How good the choice of ``method="auto"`` is: its time beside that of every method that states the same tolerance.
+"""The choice of ``method="auto"``: its time against that of every method that states the same tolerance.
 
 A task is a metric of a problem to a relative tolerance. Exact methods take part, and estimators that stop where their
-95 % interval is within the tolerance. Approximate methods do not state an error, and do not take part. Methods are
+95 % interval is within the tolerance. Approximate methods do not state an error and do not take part. Methods are
 prepared, as in a :class:`ntkbench.Kernel` that is used more than once, and those that may be the fastest are timed in
 turn with ``auto``.
 """
@@ -69,7 +69,7 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each task and method, that of ``auto`` first.
 
     ``ratio`` is that of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest`` marks
-    the method that took least. ``by`` is the method that ``auto`` stood for.
+    the fastest of these methods. ``by`` is the method that ``auto`` chose.
     """
     return base.table(
         row
@@ -128,7 +128,7 @@ def _estimate(settings: Settings, task: dict[str, Any], name: str, seed: int) ->
 
 
 def _alone(settings: Settings, task: dict[str, Any], name: str) -> dict[str, Any]:
-    """A method's estimates with two seeds: what it reaches, and the time of the second one.
+    """A method's estimates with two seeds: the interval that it reaches, and the time of the second one.
 
     Raises:
         Unavailable: it does not apply, takes too long, or does not reach the tolerance.
@@ -173,7 +173,7 @@ def _check(settings: Settings, problem: Problem, metric: str, method: Method) ->
 
 
 def _calls(settings: Settings, task: dict[str, Any], name: str) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
-    """The timed call, with one of a few seeds each time, and a first one with each of them.
+    """The timed call, which cycles through a few seeds, and a warm-up with each of them.
 
     Numbers of probes depend on the seed, and programs for a new number are traced at the first call. Methods share
     these programs, so that the first one in a turn would otherwise trace for all.

@@ -1,4 +1,4 @@
-"""Whether 95 % intervals hold the exact value: ``auto`` and every stochastic method, on kernels of many kinds.
+"""Whether 95 % intervals contain the exact value: ``auto`` and every stochastic method, on kernels of many kinds.
 
 Networks are trained: Theta is the kernel at the weights after training, and the alignment is with the kernel at
 initialisation. Each case is estimated with many seeds, in four modes: by default, with a budget of passes, to a
@@ -223,7 +223,7 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
 
 
 def _contains(estimate: Estimate, exact: float) -> bool:
-    """Whether the interval contains a value, without the allowance for rounding, which errors may be as small as."""
+    """Whether the interval contains a value, without an allowance for rounding: errors may be as small."""
     low, high = estimate.interval()
     return low <= exact <= high
 

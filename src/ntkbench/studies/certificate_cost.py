@@ -1,4 +1,4 @@
-"""What certificates cost: estimates that are certified and estimates that are not, in turn with plain backward passes.
+"""The cost of certificates: estimates with and without certification, in turn with plain backward passes.
 
 A prepared method is certified at its first estimate, once for each kind of product that it uses. Here every second
 estimate is certified again. The cost is given as a share of the estimate, and in plain backward passes over the whole
@@ -50,7 +50,7 @@ class Certified(Strict):
     def _can_be_certified(self) -> Certified:
         method = methods.get(self.method)
         if "torch" not in method.backends:
-            raise BadInput(f"{self.method} does not run on torch, and only methods that do are certified anew")
+            raise BadInput(f"{self.method} does not run on torch; only methods that do can be certified again")
         if method.takes_passes != (self.passes is not None):
             raise BadInput(f"{self.method} takes {'a' if method.takes_passes else 'no'} number of passes")
         return self

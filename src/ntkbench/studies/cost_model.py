@@ -1,4 +1,4 @@
-"""How right predicted costs are: seconds, bytes and passes of methods as predicted and as measured.
+"""The accuracy of predicted costs: predicted and measured seconds, bytes and passes of methods.
 
 Predictions are made once for each problem and metric, before its measurements. Estimates with the predicted budget are
 measured, after a first call. A method that is predicted to take longer than ``limits.patience_s`` is left out.

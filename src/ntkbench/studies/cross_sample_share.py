@@ -1,4 +1,4 @@
-"""How much of the variance of a trace estimate comes from between samples, along the training of four networks.
+"""The share of a trace estimate's variance that comes from cross-sample terms, along the training of four networks.
 
 A pooled estimate of tr Theta, ||J^T u||^2 for random signs u, has the variance 2 (||Theta||_F^2 - D) / K after K
 passes, with D = sum_i Theta_ii^2: the terms 2 u_i u_j Theta_ij of all pairs i < j are uncorrelated, each with variance

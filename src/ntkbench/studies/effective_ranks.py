@@ -1,10 +1,10 @@
-"""Effective rank of which kernel: of Theta and of kernels between samples, by BatchNorm's statistics.
+"""Effective ranks of Theta and of kernels between samples, by BatchNorm's statistics.
 
 Networks with BatchNorm in eval mode have different kernels with different statistics: those stored with the weights,
 those of the images themselves (``calibrated``: one pass in train mode), or means of 0 and variances of 1
 (``uncalibrated``), as in a network that was never trained. Theta is n x n with n = N O; the pNTK, the trace kernel and
-those of single logits are N x N and read off Theta's entries. The effective rank is (tr A)^2 / ||A||_F^2, beside the
-entropy effective rank.
+those of single logits are N x N and read off Theta's entries. The table has the effective rank (tr A)^2 / ||A||_F^2 and
+the entropy effective rank.
 """
 
 from __future__ import annotations
@@ -140,11 +140,11 @@ def effective_ranks(kernel: np.ndarray) -> tuple[float, float, float]:
     """Effective rank, entropy effective rank, and the share of the largest eigenvalue in the trace.
 
     Raises:
-        Unavailable: the kernel is zero, and has no effective rank.
+        Unavailable: the kernel is zero and has no effective rank.
     """
     values = np.maximum(np.linalg.eigvalsh(kernel), 0.0)
     if not values.any():
-        raise Unavailable("a kernel of this network is zero, and has no effective rank")
+        raise Unavailable("a kernel of this network is zero and has no effective rank")
     shares = values / values.sum()
     known = shares[shares > 0]
     return float(1 / (shares**2).sum()), float(np.exp(-(known * np.log(known)).sum())), float(shares.max())

@@ -1,4 +1,4 @@
-"""Every estimator on Jacobians of prescribed spectra, at equal passes: what wins is a matter of the spectrum.
+"""Every estimator on Jacobians of prescribed spectra, at equal passes: the winner depends on the spectrum.
 
 J = U S V^T has random orthogonal U and V, and the square roots of given eigenvalues in S. It is stored as a matrix, so
 that a pass is a matrix product and the exact metrics are known. With n outputs and P parameters there are min(n, P)

@@ -92,7 +92,7 @@ def _check(settings: Settings, method: Method, problem: Problem, flops: float) -
         size = problem.n * problem.P * target.itemsize
         if size > target.memory:
             kept = (
-                f"over limits.block_mb ({settings.limits.block_mb:g}): it would be made anew for every pair of blocks"
+                f"over limits.block_mb ({settings.limits.block_mb:g}): it would be recomputed for every pair of blocks"
             )
             raise Unavailable(f"J takes {size / 2**20:.0f} MiB, {kept}")
     settings.limits.check_operations(needed)

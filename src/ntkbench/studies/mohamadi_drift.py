@@ -48,7 +48,7 @@ class Settings(base.Settings):
     @model_validator(mode="after")
     def _looks_differ(self) -> Settings:
         if self.looks > self.steps + 1:
-            raise ValueError(f"looks: {self.looks} are more than {self.steps} steps have; at most steps + 1")
+            raise ValueError(f"looks: {self.looks} is more than {self.steps} steps allow; at most steps + 1")
         return self
 
 

@@ -1,4 +1,4 @@
-"""How well the pNTK and its siblings stand for the NTK, against width and along training (Mohamadi et al. 2023).
+"""How well the pNTK and similar kernels approximate the NTK, against width and along training (Mohamadi et al. 2023).
 
 Figures 2 to 6 of the paper, on scikit-learn's digits: relative Frobenius difference, largest eigenvalue, condition
 number, off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and their accuracy; and the
@@ -77,7 +77,7 @@ class Settings(base.Settings):
     @classmethod
     def _from_initialisation_on(cls, steps: list[int]) -> list[int]:
         if steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
-            raise ValueError("steps begin with 0, initialisation, and grow")
+            raise ValueError("steps must begin with 0 (initialisation) and rise")
         return steps
 
     def of(self, family: str) -> Settings:

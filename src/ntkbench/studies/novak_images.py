@@ -1,4 +1,4 @@
-"""Operations and seconds for an NTK of networks for images (Novak et al. 2022, figures 2 and 4).
+"""Operations and seconds of NTK programs for image networks (Novak et al. 2022, figures 2 and 4).
 
 ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
 of 32x32. Operations are counted without running the kernels: those of neural-tangents' programs after lowering, those

@@ -1,4 +1,4 @@
-"""What a kernel costs by the front door: first, later and prepared calls, in turn with the computation inside them.
+"""The cost of a kernel by the public API: first, later and prepared calls, in turn with the computation inside them.
 
 A first call checks, copies and traces the network; a later call reuses the trace of an equal network; a prepared call
 is one of a :class:`ntkbench.Kernel`. All of them run the same engine. The alternatives are what a user would write

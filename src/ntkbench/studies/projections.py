@@ -1,10 +1,10 @@
-"""Projected gradients beside estimators, approximations and exact kernels: errors against k, seconds and bytes.
+"""Projected gradients, estimators, approximations and exact kernels: errors against k, seconds and bytes.
 
 A projection gives k features of each row of J, and their Gram matrix approximates Theta. Its relative error in the
 Frobenius norm is compared at equal k, at equal seconds and at equal bytes, and so are its norm, its alignment and its
 pNTK. The norm and the alignment are computed twice from the same features: from the Gram matrix, as published
 (``plug_in``), and from pairs of independent parts of the projection (``unbiased``). Other methods give only their
-estimates. An N x N kernel A approximates Theta as A (x) I_O.
+estimates. An N x N kernel A approximates Theta as A ⊗ I_O.
 
 Seconds are those of the norm, from weights to a number. Bytes are those of the stored n k features, or of the kernel.
 """

@@ -1,7 +1,7 @@
-"""What one call takes on networks of real size: seconds, passes, memory, and the interval that it gives.
+"""The cost of one call on networks of real size: seconds, passes, memory, and the resulting interval.
 
 A row is a first call with ``method="auto"`` and a tolerance, on a problem that is loaded: trace, certificate, estimate.
-Exact values of these networks are not available, so that errors are those that the estimates state.
+Exact values of these networks are not available, so errors are those that the estimates state.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each case.
 
-    ``seconds`` and ``memory_bytes`` are those of one call, the latter what it adds to the process at its peak;
-    ``allowed_bytes`` is what ``memory=`` was, and ``weights_bytes`` the size of the parameters. ``low`` and ``high``
-    are the ends of the 95 % interval.
+    ``seconds`` and ``memory_bytes`` are those of one call; memory is its increase of the process's peak.
+    ``allowed_bytes`` is the value of ``memory=``, and ``weights_bytes`` the size of the parameters. ``low`` and
+    ``high`` are the ends of the 95 % interval.
     """
     return base.table(
         base.row(case.model_dump(), functools.partial(_measure, settings, case)) for case in settings.cases

@@ -1,8 +1,8 @@
-"""Seconds of NTK metrics of recurrent networks against trials, steps and probes, and the slopes that they grow with.
+"""Seconds of NTK metrics of recurrent networks against trials, steps and probes, with their slopes.
 
-One size at a time is varied around a middle. The cost of estimates should grow linearly with each. An exact trace has
-no probes and runs backward from every step, so that its cost grows at least with the square of the steps. Networks are
-untrained, since seconds do not depend on weights.
+One size at a time is varied, with the others at a middle value. The cost of estimates should grow linearly with each.
+An exact trace has no probes and runs backward from every step, so that its cost grows at least with the square of the
+steps. Networks are untrained, since seconds do not depend on weights.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _line(
         if rows[-1]["status"] == outcomes.OK:
             turns.append(base.Turn(rows[-1], point.call, point.first))
             if rows[-1]["seconds"] > settings.limits.patience_s:
-                slow = f"the size before took over limits.patience_s ({settings.limits.patience_s:g})"
+                slow = f"the previous size took over limits.patience_s ({settings.limits.patience_s:g})"
     base.in_turn(common, turns, settings.calls)
     return rows
 

@@ -1,4 +1,4 @@
-"""Two computations of one thing in turn: the ratio of their seconds, whenever the machine is slow.
+"""Two computations of the same quantity in turn: the ratio of their seconds, even if the machine slows down.
 
 A ratio of seconds measured minutes apart depends on the machine as much as on the methods. Here subject and rival take
 turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is measured in separate processes.

@@ -1,4 +1,4 @@
-"""Spectral quantities by products against passes, beside the decomposition of all of Theta.
+"""Spectral quantities by products against passes, and the decomposition of all of Theta.
 
 Quantities are the largest eigenvalue, the ``top`` largest eigenvalues (with the largest error among them), the
 condition number of Theta + ridge, the entropy effective rank, log det(I + Theta / ridge) and the spectral density.

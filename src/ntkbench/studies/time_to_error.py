@@ -337,7 +337,7 @@ class Entrant:
             if enough:
                 passes = max(least, passes // 2)
             else:
-                # Errors fall at least as the root of the budget; steps are large while the goal is far.
+                # Errors fall at least as fast as budget^-1/2; steps are large while the goal is far.
                 passes = self._more(passes, min(max((error / self._goal.error) ** 1.5, 2**0.5), 4.0), points)
 
     def _more(self, passes: int, step: float, points: Sequence[tuple[int, Reruns]]) -> int:

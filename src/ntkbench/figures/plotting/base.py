@@ -132,7 +132,7 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
 
 
 def settings_line(table: pd.DataFrame) -> str:
-    """Device, precision, threads, seeds and code on one line, for below a figure's title.
+    """Device, precision, threads, seeds and code on one line, for the subtitle of a figure.
 
     The line warns of rows from several kinds of machines.
     """

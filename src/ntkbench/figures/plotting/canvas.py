@@ -64,7 +64,7 @@ def sheet(
         BadInput: there is no panel.
     """
     if not rows or columns < 1:
-        raise BadInput("rows of the table do not say what they are of, so that there is no panel to draw")
+        raise BadInput("the rows of the table lack the names of their panels, so there is no panel to draw")
     left = min(left, WIDTH / 2)
     figure = Figure(figsize=(WIDTH, 4.0))
     drawn = legend(figure, key, WIDTH - 2 * MARGIN)

@@ -68,7 +68,7 @@ class Claim:
         best: for a speed-up, the same with the best exact method in place of the published baseline.
         best_title: title of that method.
         addressed: whether the measurement tests the claim; if not, ``note`` says why.
-        note: what a reader must know besides the numbers.
+        note: what a reader must know in addition to the numbers.
     """
 
     source: str

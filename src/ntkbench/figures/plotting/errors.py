@@ -1,4 +1,4 @@
-"""Errors against cost: families of methods on the tasks on which most was measured."""
+"""Errors against cost: families of methods on the tasks with the most measurements."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Cost:
         label: label of the axis, also in the title.
         slopes: slopes of guide lines, keys of :data:`SLOPES`.
         caption: what the horizontal axis is, and how to read it.
-        least: the least of it, for the title.
+        least: words for the least cost, for the title.
         spread: columns of quartiles of the cost, if it varies.
     """
 
@@ -64,7 +64,7 @@ class Cost:
 
 
 def draw(table: pd.DataFrame, cost: Cost) -> base.Drawing:
-    """Relative error against a cost: a panel for each of the tasks on which most was measured, families of methods."""
+    """Relative error against a cost: families of methods, a panel for each of the tasks with the most points."""
     rows, left_out = _with_a_choice(table, cost)
     rows = rows.sort_values(["family", "n", "problem", "setting", "metric", "method", "backend", "passes"])
     plotted = rows[[*KEPT, cost.column, *cost.spread, *DRAWN, "seeds"]].copy()
@@ -117,7 +117,7 @@ def _cases(points: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _best(points: pd.DataFrame, cost: Cost) -> pd.Series:
-    """Whether a point is the most accurate one of its family at its cost or less, task by task."""
+    """Whether a point is its family's most accurate at its cost or less, task by task."""
     ordered = points.sort_values([cost.column, "error"])
     least = ordered.groupby([*CASE, "series"], sort=False)["error"].cummin()
     before = least.groupby([ordered[c] for c in [*CASE, "series"]], sort=False).shift(fill_value=math.inf)
@@ -211,7 +211,7 @@ def _guides(panel: Axes, points: pd.DataFrame, cost: Cost) -> None:
 
 
 def _knee(points: pd.DataFrame) -> float | None:
-    """The decade below which only exact methods have errors, where they leave a wide gap to the others."""
+    """The decade below which only exact methods have errors, if a wide gap separates them from the others."""
     others = points[points["kind"] != "exact"]
     if not len(others):
         return None
@@ -243,7 +243,7 @@ def _caption(points: pd.DataFrame, cost: Cost, knee: float | None, panels: int) 
         f"quartiles. Guide lines have theory's slopes. {panels} of {len(points.drop_duplicates(CASE))} tasks are drawn."
     )
     if knee:
-        text += f" Below {knee:g}, where only exact methods are, decades are squeezed."
+        text += f" Below {knee:g}, with exact methods only, decades are squeezed."
     if clipped:
         text += f" {clipped} errors below {FLOOR:g} are drawn at {FLOOR:g}."
     return text

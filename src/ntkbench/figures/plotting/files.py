@@ -23,7 +23,7 @@ def read(table: Path) -> pd.DataFrame:
     """A table from its CSV file.
 
     Raises:
-        BadInput: there is no such file, or it is no table.
+        BadInput: there is no such file, or it is not a table.
     """
     try:
         return pd.read_csv(table, low_memory=False, encoding="utf-8")

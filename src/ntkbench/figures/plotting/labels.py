@@ -13,7 +13,7 @@ from ntkbench.measure.outcomes import one_line
 from ntkbench.metrics import SYMBOLS
 
 GROUPS = {
-    "claims": "What of the papers reproduces",
+    "claims": "Reproduction of the papers",
     "hazelden": "Hazelden: trace estimation",
     "mohamadi": "Mohamadi, Bae, Sutherland: the pNTK",
     "novak": "Novak, Sohl-Dickstein, Schoenholz: fast finite-width kernels",

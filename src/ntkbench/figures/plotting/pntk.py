@@ -21,7 +21,7 @@ QUANTITIES = {
 COLUMNS = ("family", "width", "init", "step", "train", "test", "kernel", "title", "P", *QUANTITIES)
 PNTK = "sum_of_logits"
 METHODS = {"trace": "trace_kernel"}
-"""Kernels whose method, which has the look, has another name."""
+"""Methods, which have the looks, of kernels with another name."""
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
 
 

@@ -11,19 +11,19 @@ from scipy.stats import binomtest
 from ntkbench.figures.plotting import base, labels
 
 ERROR, WARNING, NOTE, PASSED = SEVERITIES = ("error", "warning", "note", "passed")
-"""From the worst."""
+"""The worst first."""
 OFF = {"float32": 1e-3, "float64": 1e-8}
-"""Relative error from which an exact method is off the reference, far above its rounding, by precision."""
+"""Relative error above which an exact method disagrees with the reference, far above rounding, by precision."""
 DISTINCT = 10
-"""Factor by which two references must differ by more than that, to be told apart in any case."""
+"""Two references whose relative difference exceeds this many times that error are always told apart."""
 CONFIDENCE = 0.95
-"""Of the intervals whose coverage is tested."""
+"""Nominal coverage of the tested intervals."""
 UNLIKELY = 0.01
 """Probability of any false alarm about coverage in a table."""
 NOISY = 0.5
-"""Quartile range of the seconds of a cell, relative to their median, from which its timing is noisy."""
+"""Quartile range of the seconds of a cell, relative to their median, above which its timing is noisy."""
 FEWEST = 3
-"""Timed calls from which their quartiles tell anything."""
+"""Minimum number of timed calls for meaningful quartiles."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def _exact(table: pd.DataFrame) -> Check:
     off = exact[_is_off(exact, exact["reference"])]
     if not len(exact):
         return Check(NOTE, "Exact methods against the reference", "No exact method has a value and a reference.")
-    text = f"{len(exact) - len(off)} of {len(exact)} values of exact methods are those of the reference."
+    text = f"{len(exact) - len(off)} of {len(exact)} values of exact methods agree with the reference."
     return Check(ERROR if len(off) else PASSED, "Exact methods against the reference", text, _cases(off))
 
 
 def _control(table: pd.DataFrame) -> Check:
-    """The same check where each problem has the reference of another, which it must notice.
+    """The same check with the reference of another problem, which it must detect.
 
-    That is the one that differs most; problems whose references hardly differ are left out.
+    The other problem is the one that differs most; problems whose references hardly differ are left out.
     """
     exact = _compared(table)
     others: dict[tuple[str, str], float] = {}
@@ -93,8 +93,8 @@ def _control(table: pd.DataFrame) -> Check:
     wrong = pd.Series([others[key] for key in keys if key in others], index=exchanged.index, dtype=float)
     seen = int(_is_off(exchanged, wrong).sum())
     if not len(exchanged):
-        return Check(NOTE, "Control: references of other problems", "There are not two problems with distinct values.")
-    text = f"With them, {seen} of {len(exchanged)} values of exact methods are found to be off; all of them should be."
+        return Check(NOTE, "Control: references of other problems", "No two problems have distinct values.")
+    text = f"{seen} of {len(exchanged)} values of exact methods disagree with another problem's reference; all should."
     return Check(PASSED if seen == len(exchanged) else ERROR, "Control: references of other problems", text)
 
 
@@ -126,8 +126,8 @@ def _coverage(table: pd.DataFrame) -> Check:
     low = rows[np.array(chances) < limit]
     share = hits.sum() / rows["seeds"].sum()
     text = (
-        f"{labels.share_label(share)} of {int(rows['seeds'].sum())} intervals hold the reference. "
-        f"In {len(low)} of {len(rows)} cells fewer do than chance explains."
+        f"{labels.share_label(share)} of {int(rows['seeds'].sum())} intervals contain the reference. "
+        f"Coverage is lower than chance explains in {len(low)} of {len(rows)} cells."
     )
     cases = tuple(
         f"{case}: {labels.share_label(covered)} of {seeds:g}"
@@ -144,7 +144,7 @@ def _timings(table: pd.DataFrame) -> Check:
     spread = (rows["seconds_q75"] - rows["seconds_q25"]) / rows["seconds"]
     noisy = rows[spread > NOISY]
     text = (
-        f"{len(noisy)} of {len(rows)} cells with {FEWEST} timed calls or more have quartiles that are further apart "
+        f"{len(noisy)} of {len(rows)} cells with {FEWEST} timed calls or more have quartiles further apart "
         f"than {100 * NOISY:.0f} % of the median."
     )
     return Check(NOTE if len(noisy) else PASSED, "Noise of timings", text, _cases(noisy))

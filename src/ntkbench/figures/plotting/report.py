@@ -1,6 +1,6 @@
-"""The report of a run: one page of HTML that needs no other file, from the answer to where its numbers come from.
+"""The report of a run: one self-contained page of HTML, from the answer to the provenance of its numbers.
 
-In this order: which method to use, what of the papers reproduces, the figures with their captions, all cells of the
+In this order: which method to use, the reproduction of the papers, the figures with their captions, all cells of the
 grid, checks of the tables, and provenance. Figures that failed are marked.
 """
 
@@ -22,7 +22,7 @@ from ntkbench.units import bytes_label, percent_label, seconds_label
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PICTURE: dict[str, Any] = {"format": "WEBP", "quality": 86, "method": 4}
-"""How pictures are embedded: a third of the bytes of PNG, so that a report stays below 5 MB."""
+"""Format of embedded pictures: a third of the bytes of PNG, so that a report stays below 5 MB."""
 CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
     "problem": str,
     "metric": lambda metric: metric.replace("_", " "),
@@ -35,7 +35,7 @@ CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
     "status": labels.status_label,
     "reason": str,
 }
-"""Columns of the table of all cells, and what makes a cell of a value."""
+"""Columns of the table of all cells, each with the function that formats its values."""
 PROVENANCE = ("git_sha", "git_dirty", "machine", "device", "dtype", "threads", "versions", "python")
 CALLS = {
     "torch": {
@@ -102,7 +102,7 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
 
     Returns:
         For each metric its name and rows; a row has the problem, its sizes, and a choice for each tolerance, ``None``
-        where nothing that was measured reaches it.
+        where no measured method reaches it.
     """
     table = table[table["kind"] != "approximate"]
     chosen = tasks.winners(table)
@@ -194,7 +194,7 @@ def cells(table: pd.DataFrame) -> list[list[dict[str, str]]]:
 
 
 def provenance(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """What each table was measured with: for each column its values, and how its rows ended."""
+    """The provenance of each table: for each column its values, and how its rows ended."""
     found = []
     for name, table in tables.items():
         values = {column: _distinct(table[column]) for column in PROVENANCE if column in table}
@@ -233,7 +233,7 @@ def _studies(folder: Path) -> dict[str, pd.DataFrame]:
 def _figure(picture: Path, figures: str | None) -> dict[str, Any]:
     caption = picture.with_suffix(".txt")
     if not caption.exists():
-        raise BadInput(f"{picture} has no caption: {caption.name} is not beside it")
+        raise BadInput(f"{picture} has no caption: {caption.name} is missing")
     first, _, settings = caption.read_text(encoding="utf-8").partition("\n")
     name, _, text = first.partition(". ")
     with Image.open(picture) as image:

@@ -12,15 +12,15 @@ from ntkbench.figures.plotting import base, styles
 from ntkbench.measure import laws
 
 TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
-"""Largest median relative error; the last one is for exact methods only, which get float32's rounding."""
+"""Largest median relative error; the last one is for exact methods only, and allows for float32's rounding."""
 RULE = (
-    "The time of a method is where a law fitted to all its measured budgets crosses the tolerance (errors fall at "
-    "least as the root of the passes, seconds grow), and no budget is extrapolated; its 95 % band and the number of "
-    "seeds behind it are in the CSV."
+    "A method's time is where a law fitted to all its measured budgets crosses the tolerance, without extrapolation "
+    "(errors fall at least as fast as 1 / sqrt(passes), and seconds grow with passes). Its 95 % band and its number of "
+    "seeds are in the CSV."
 )
-"""How a method's time comes about, in the words of captions."""
+"""How a method's time is derived, for captions."""
 SURE = 0.95
-"""Share of bootstrap reruns in which the fastest method must be so, to be named without a question mark."""
+"""Share of bootstrap reruns in which the fastest method must win to be named without a question mark."""
 FAMILIES = {
     "exact": styles.Look("exact", "exact", "exact", styles.BLUE, "s"),
     "approximate": styles.Look("approximate", "approximate", "approximate", styles.GREEN, "*"),

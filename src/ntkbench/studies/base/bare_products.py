@@ -1,4 +1,4 @@
-"""The matrix products and convolutions that a computation contains, without the rest of it."""
+"""The matrix products and convolutions of a computation, by themselves."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def standing_in(full: Tensor, features: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def difference(full: Tensor, kernel: Tensor) -> float:
-    """||A (x) I - Theta||_F / ||Theta||_F."""
+    """||A ⊗ I - Theta||_F / ||Theta||_F."""
     diagonal = torch.einsum("aobo->abo", full)
     # Only the blocks' diagonals differ from Theta's own: ||Theta||^2 - ||diagonals||^2 + ||diagonals - A||^2.
     squares = (full**2).sum() - (diagonal**2).sum() + ((diagonal - kernel[:, :, None]) ** 2).sum()

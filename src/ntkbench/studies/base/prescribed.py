@@ -1,6 +1,6 @@
-"""Networks whose NTK is Theta = G (x) S, with prescribed parts, and the variances of trace and norm estimators on it.
+"""Networks whose NTK is Theta = G ⊗ S, with prescribed parts, and the variances of trace and norm estimators on it.
 
-G is between N samples, 1 on its diagonal and rho elsewhere, and S is every sample's block. The network is
+G is the kernel between N samples, 1 on its diagonal and rho elsewhere, and S is every sample's block. The network is
 f(x) = A Q W x with trainable W, frozen A and frozen orthogonal Q, so that G = X X^T and S = A A^T. Three numbers are
 prescribed independently:
 
@@ -19,7 +19,7 @@ Variances for probes u of random signs, with M_b = (Theta^2)_bb, the part of The
   unbiased, so that the relative variance per sample is 2 (1 / rank - 1 / O) / (N K) here.
 - ||Theta||_F^2 by pairs of probes, Hoeffding's two terms (:class:`ntkbench.estimators.standard_errors.PairSums`).
   Single probes: alpha_b(u) = u^T M_b u - tr M_b, so that Var(2 alpha_b) = 8 (||M_b||_F^2 - sum_i (M_b)_ii^2), summed
-  over b and divided by K. Pairs: y = (u^T B v)^2 for a block B = Theta_bc, less its means over u and over v, has the
+  over b and divided by K. Pairs: y = (u^T B v)^2 for a block B = Theta_bc, minus its means over u and over v, has the
   variance gamma(B) of :attr:`Sums.pair_variance`; 2 gamma / K^2 for b != c and 2 gamma / (K (K - 1)) for b = c. Pooled,
   all samples are one stratum. The norm's relative error is half that of its square (delta method).
 
@@ -42,7 +42,7 @@ from ntkbench.problem import Problem, split
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the entries of a symmetric matrix M that determine variances. Those of M (x) M' are products.
+    """Sums over the entries of a symmetric matrix M that determine variances. Those of M ⊗ M' are products.
 
     Attributes:
         trace: tr M.
@@ -79,7 +79,7 @@ class Sums:
 
     @property
     def pair_variance(self) -> float:
-        """Variance of (u^T M v)^2, less its means over u and over v, for independent random signs u and v.
+        """Variance of (u^T M v)^2, minus its means over u and over v, for independent random signs u and v.
 
         E (u^T M v)^4 = 3 ((tr A)^2 + 2 (||A||_F^2 - sum_i A_ii^2)) - 6 sum_i A_ii^2 + 4 sum_ij M_ij^4 with A = M M^T,
         from the fourth moments of random signs. (tr A)^2 and twice 2 (||A||_F^2 - sum_i A_ii^2) are subtracted.
@@ -89,7 +89,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Theta = G (x) S.
+    """Theta = G ⊗ S.
 
     Attributes:
         N: samples, at least 2.

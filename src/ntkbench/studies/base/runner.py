@@ -24,7 +24,7 @@ from ntkbench.measure.settings import Settings
 
 
 def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
-    """Measure a study; its table goes to ``output``, also if rows fail.
+    """Measure a study; its table goes to ``output``, even if rows fail.
 
     Finished rows are kept in a journal beside it. A separate process measures. If a row exceeds a limit, or the process
     dies, that row has the reason, and another process continues with the next row.

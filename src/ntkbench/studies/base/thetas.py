@@ -1,4 +1,4 @@
-"""Theta of a problem as a matrix on the host, which studies of spectra and solutions compare with, and time."""
+"""Theta of a problem as a matrix on the host: the timed reference of the studies of spectra and solutions."""
 
 from __future__ import annotations
 
