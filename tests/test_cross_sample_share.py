@@ -135,7 +135,7 @@ def test_the_figure_says_what_the_table_does(table, tmp_path):
 
     with base.style():
         drawing = figure.draw(base.checked_study(known, figure.COLUMNS))
-    assert any("20 times less variance before training, 5 after" in text.get_text() for text in drawing.figure.texts)
+    assert any("20 times smaller before training, 5 after" in text.get_text() for text in drawing.figure.texts)
 
 
 def test_a_figure_without_measured_variances_or_of_nothing(table, tmp_path):

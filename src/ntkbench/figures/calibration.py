@@ -54,7 +54,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         2,
         title=_finding(points),
         subtitle=base.settings_line(table).replace("median over", "over"),
-        key=[("metric", _metrics(points)), ("asked for", _ways(points)), ("how to read", _reading(points))],
+        key=[("metric", _metrics(points)), ("requested", _ways(points)), ("how to read", _reading(points))],
         left=0.3 + canvas.text_width(titles, 9.5),
         gap=0.3,
     )

@@ -84,7 +84,7 @@ def _reading() -> list[tuple[Line2D, str]]:
             Line2D([], [], color=styles.BLACK, marker="D", markersize=4, linestyle=""),
             "variances over seeds, 95 % interval",
         ),
-        (Line2D([], [], color=styles.GREY, linestyle=":"), "N, the most that the dashed line can be"),
+        (Line2D([], [], color=styles.GREY, linestyle=":"), "N, the maximum of the dashed line"),
     ]
 
 
@@ -106,7 +106,7 @@ def _ends(plotted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _title(plotted: pd.DataFrame) -> str:
     first, last = (_range(rows["factor"], 2) for rows in _ends(plotted))
-    return f"Without cross-sample terms a trace has {first} times less variance before training, {last} after"
+    return f"Without cross-sample terms, the variance of a trace is {first} times smaller before training, {last} after"
 
 
 def _caption(plotted: pd.DataFrame) -> str:

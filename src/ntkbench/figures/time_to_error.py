@@ -195,7 +195,7 @@ def _named(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
 
 def _others(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
     dot = Line2D([], [], color=canvas.PALE, marker="o", markersize=4, linestyle="")
-    return [(dot, "all other methods that get there")] if (plotted["role"] == "").any() else []
+    return [(dot, "all other methods that reach the goal")] if (plotted["role"] == "").any() else []
 
 
 def _wanted(metric: str, goal: float) -> str:

@@ -260,7 +260,7 @@ def _reading(shares: list[float]) -> list[key.Entry]:
         (Line2D([], [], linestyle=""), f"side by side: {said} of ‖Θ‖² between samples"),
         (
             Patch(color=canvas.SHADE),
-            f"theory: exact takes fewer passes than per sample, there with {100 * shares[0]:g} %",
+            f"theory: exact takes fewer passes than per sample, with {100 * shares[0]:g} %",
         ),
         (Line2D([], [], color=FAMILIES["per-sample"][0]), "theory: O passes per sample have this error"),
         *pooled,
@@ -281,7 +281,7 @@ def _title(plotted: pd.DataFrame) -> str:
     of = (rows["error"] == rows["error"].iloc[0]).sum()
     return (
         f"Exact wins {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %; "
-        f"N O rank < 2 / error² tells {100 * _by_rule(rows).mean():.0f} % of them"
+        f"N O rank < 2 / error² predicts {100 * _by_rule(rows).mean():.0f} % of them"
     )
 
 
