@@ -38,7 +38,8 @@ class _Case:
         index = PLAN.labels.index(label)
         cell = PLAN.cells[index]
         try:
-            self.execution = Execution(cell, PLAN.config, execution.record_file(PLAN.records, index, self.aspect))
+            record = execution.record_file(PLAN.records, index, self.aspect)
+            self.execution = Execution(cell, PLAN.config, record, PLAN.contents.get(cell.problem))
         except Unavailable as error:
             raise NotImplementedError(str(error)) from None  # asv's way of saying n/a
         self.prepare(cell.problem)

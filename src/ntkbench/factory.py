@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
+import json
 import keyword
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +26,10 @@ from ntkbench.problems.base import factories, problem
 @problem
 def {name}():
     """The network of {factory}."""
-    # The file that defines it has the SHA-256 digest {digest}.
-    return factories.definition({factory!r}, {folder!r})
+    return factories.definition({factory!r}, {folder!r}, {known!r})
 '''
-"""A problem as a plug-in; the digest changes the fingerprints of its rows when the user's file changes."""
+"""A problem as a plug-in. Its text, and so the fingerprints of its rows, changes with what is known of the network."""
+DESCRIBE = "import sys; from ntkbench.problems.base import factories; factories.describe(*sys.argv[1:])"
 
 
 class Made(NamedTuple):
@@ -84,13 +86,14 @@ def make(name: str, folder: str | None = None) -> Made:
 def as_problems(factories: Mapping[str, str]) -> None:
     """Make problems of factories, under names of their own, in this process and in those that it starts.
 
-    Their networks stay untrained. The functions are not called.
+    Their networks stay untrained. Each function is called once, in a process of its own. A process that loads the
+    problem later refuses it if its source files, weights or inputs have changed.
 
     Args:
         factories: ``module:function`` by the name of the problem.
 
     Raises:
-        BadInput: a name is invalid or taken, or there is no such module.
+        BadInput: a name is invalid or taken, or :func:`make` refuses the function; says why.
     """
     room, texts = registry.room("problem"), dict[str, str]()
     for name, factory in factories.items():
@@ -109,18 +112,22 @@ def as_problems(factories: Mapping[str, str]) -> None:
 def _plugin(name: str, factory: str) -> str:
     """The text of a plug-in that defines a factory's problem."""
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise BadInput(f"{name!r} is no name of a problem; allowed: letters, digits and _, and no word of Python")
-    module_name, _ = _parts(factory)
+        raise BadInput(f"{name!r} is not a name of a problem; allowed: letters, digits and _, and no word of Python")
+    _parts(factory)
     here = os.getcwd()
-    _search(here)
-    try:
-        spec = importlib.util.find_spec(module_name)
-    except (Exception, SystemExit):  # the packages around it are imported
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise BadInput(f"there is no module {module_name!r} in {here} or among the installed ones")
-    digest = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-    return PLUGIN.format(name=name, factory=factory, folder=here, digest=digest)
+    with tempfile.TemporaryDirectory(prefix="ntkbench-") as folder:
+        file = Path(folder) / "known.json"
+        done = subprocess.run(
+            [sys.executable, "-c", DESCRIBE, factory, here, str(file)], capture_output=True, text=True, check=False
+        )
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            last = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+            raise BadInput(f"{factory} ended its process: {last}") from None
+    if "error" in known:
+        raise BadInput(known["error"])
+    return PLUGIN.format(name=name, factory=factory, folder=here, known=known)
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -159,6 +159,19 @@ class Problem:
             hash_arrays(digest, {"x": self.other.x})
         return digest.hexdigest()[:16]
 
+    def contents(self) -> str:
+        """Hash of inputs, weights and all other tensors of the network, which is not run."""
+        digest = hashlib.sha256()
+        hash_arrays(digest, {"x": self.x})
+        for which in ("theta_0", "theta_f"):
+            if getattr(self, which) is not None:
+                problem, name = self.end(which)
+                for arrays in (problem.weights(name), problem.fixed(name), problem._others(name)):
+                    hash_arrays(digest, arrays)
+        if self.other is not None:
+            hash_arrays(digest, {"x": self.other.x})
+        return digest.hexdigest()[:16]
+
     def identity(self) -> dict[str, str]:
         """What the kernel at theta_0 depends on: hashes by name, which :meth:`digest` combines. Cost as there.
 

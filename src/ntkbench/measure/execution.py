@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import methods, operators, paths, problems
-from ntkbench.errors import Unavailable
+from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import cells, outcomes, seeds, timing
 from ntkbench.measure.cells import Cell
@@ -31,16 +31,18 @@ ASPECTS = ("memory", "seconds")
 class Execution:
     """A cell in this process, ready to be estimated."""
 
-    def __init__(self, cell: Cell, config: Config, record: Path) -> None:
+    def __init__(self, cell: Cell, config: Config, record: Path, contents: str | None = None) -> None:
         """Load the problem and prepare the method, without an estimate.
 
         Args:
             cell: what is measured.
             config: the settings.
             record: file for the results.
+            contents: hash of the weights and inputs that the exact values are of; not compared if it is not given.
 
         Raises:
             Unavailable: the cell is skipped.
+            NtkbenchError: the problem has other weights or inputs.
         """
         self._cell, self._config, self._record = cell, config, record
         self._found: dict[str, Any] = {}
@@ -49,6 +51,11 @@ class Execution:
         with self.recorded():
             timing.use_threads(config.threads)
             self._problem = problems.load(cell.problem)
+            if contents is not None and self._problem.contents() != contents:
+                raise NtkbenchError(
+                    f"{cell.problem} has other weights or inputs than when its exact values were computed: "
+                    "make it the same in every process, with seeded random numbers or with weights in one cache"
+                )
             if reason := cells.unsupported(cell, self._problem, config):
                 raise Unavailable(reason)
             self._method = methods.get(cell.method)

@@ -15,7 +15,8 @@ from ntkbench.measure.progress import Progress
 SIZES = ("N", "O", "P", "n")
 
 Facts = dict[str, Any]
-"""Facts of one problem: status and reason; if it is ready, also its sizes and ``exact``, which maps metric to value."""
+"""Facts of one problem: status and reason; if it is ready, also its sizes, ``exact``, which maps metric to value, and
+``contents``, the hash of the weights and inputs that the values are of."""
 
 
 def make(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts]:
@@ -59,4 +60,5 @@ def _find(label: str) -> Facts:
     from ntkbench.problems.base import reference
 
     problem = problems.load(label)
-    return {**{size: getattr(problem, size) for size in SIZES}, "exact": reference.exact(problem)}
+    sizes = {size: getattr(problem, size) for size in SIZES}
+    return {**sizes, "exact": reference.exact(problem), "contents": problem.contents()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ntkbench import paths
@@ -24,12 +24,14 @@ class Plan:
         cells: in the order of asv's cases.
         exact: exact values of each problem's metrics; the values of missing problems are looked up.
         records: folder of the run's records.
+        contents: hashes of the weights and inputs that these values are of, by problem.
     """
 
     config: Config
     cells: list[Cell]
     exact: dict[str, dict[str, float]]
     records: Path
+    contents: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def current(cls) -> Plan:
@@ -39,7 +41,7 @@ class Plan:
         limits = Limits(**written["settings"].pop("limits"))
         config = Config.model_construct(**written["settings"], limits=limits)
         made = [Cell(**cell) for cell in written["cells"]]
-        return cls(config, made, written["exact"], Path(written["records"]))
+        return cls(config, made, written["exact"], Path(written["records"]), written["contents"])
 
     @property
     def labels(self) -> list[str]:
@@ -53,5 +55,6 @@ class Plan:
             "cells": [asdict(cell) for cell in self.cells],
             "exact": self.exact,
             "records": str(self.records),
+            "contents": self.contents,
         }
         paths.write_atomically(file, json.dumps(plan))

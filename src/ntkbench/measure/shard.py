@@ -68,13 +68,12 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
                     row = rows.row(
                         cell, config, made_for[cell], Outcome(outcomes.SKIPPED, reason), known[cell.problem], {}
                     )
-                    kept.begin(cell.label, made_for[cell])
-                    kept.finish(cell.label, made_for[cell], row)
-                    done[cell] = row
+                    done[cell] = row  # not kept: the prediction depends on other methods and on the machine
                     pending.remove(cell)
             expected = _expected(pending, [row for row in done.values() if row], forecasts)
             exact = {label: found["exact"] for label, found in known.items() if "exact" in found}
-            plan = Plan(config, pending, exact, work)
+            contents = {label: found["contents"] for label, found in known.items() if "contents" in found}
+            plan = Plan(config, pending, exact, work, contents)
             plan.write(work / "plan.json")
             with (
                 Progress(output.parents[1], output.stem, sum(expected.values())) as progress,
