@@ -89,10 +89,10 @@ def here(folder, monkeypatch):
         (["their_networks:four"], "must return (model, inputs) or (model, inputs, call), got tuple of 4"),
         (["their_networks:no_call"], "and its call is str"),
         (["their_networks:no_model"], "model must be a torch.nn.Module"),
-        (["their_networks:make", "--metric", "alignment"], "name its function by --other"),
+        (["their_networks:make", "--metric", "alignment"], "the alignment needs a second network: give --other"),
         (
             ["their_networks:make", "--other", "their_networks:trained"],
-            "the trace is of one network: leave --other out",
+            "the trace is of one network: omit --other",
         ),
         (["their_networks:make", "--rtol", "2"], "rtol must be a number between 0 and 1"),
         (["their_networks:make", "--device", "cuda:77"], "cuda:77"),

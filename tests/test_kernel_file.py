@@ -407,7 +407,7 @@ def test_folders_and_paths_that_cannot_be_used(tmp_path, computed):
         ntkbench.ntk(net(), inputs(5), file="/proc/theta.npy")
     with pytest.raises(BadInput, match="is there already"):
         ntkbench.ntk(net(), inputs(5), file=tmp_path)
-    with pytest.raises(BadInput, match=r"a file holds one kernel: with groups of parameters take ntkbench\.Kernel"):
+    with pytest.raises(BadInput, match=r"a file holds one kernel: for groups of parameters use ntkbench\.Kernel"):
         ntkbench.ntk(net(), inputs(5), parameters={"first": "0.*"}, file=tmp_path / "theta.npy")
     assert computed == []
     ntkbench.ntk(net(), inputs(5), file=tmp_path / "new" / "folder" / "theta.npy")
@@ -462,7 +462,7 @@ def test_without_a_way_there_is_no_file(tmp_path, monkeypatch):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(Kernel, "_checked", broken)
-    with pytest.raises(BadInput, match=r"no way of computing this kernel works: .*RuntimeError: broken"):
+    with pytest.raises(BadInput, match=r"no method can compute this kernel: .*RuntimeError: broken"):
         ntkbench.ntk(net(), inputs(5), file=tmp_path / "theta.npy")
     assert os.listdir(tmp_path) == []
 

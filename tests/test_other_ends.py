@@ -160,7 +160,7 @@ def test_targets_that_are_none_are_refused():
     for wrong in (None, "y", [1.0, 2.0]):
         with pytest.raises(BadInput, match=r"with a Kernel, a torch.nn.Module"):
             kernel.alignment(wrong)
-    with pytest.raises(BadInput, match="leave method, passes and rtol out"):
+    with pytest.raises(BadInput, match="omit method, passes and rtol"):
         kernel.alignment(torch.eye(6), method="hutchinson", passes=8)
 
 
