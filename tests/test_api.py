@@ -273,7 +273,7 @@ def test_whether_samples_interact_is_measured(model, x, interact):
     problem = ntkbench.from_module(model, x)
     assert problem.samples_interact is interact
     if interact:
-        with pytest.raises(ntkbench.BadInput, match=r"jacobian_contraction cannot give the norm .*samples interact"):
+        with pytest.raises(ntkbench.BadInput, match=r"jacobian_contraction cannot compute the norm .*samples interact"):
             ntkbench.norm(model, x, method="jacobian_contraction")
     for method in ("direct", "naive_jacobian"):
         value = ntkbench.norm(model, x, method=method, dtype="float64").value
@@ -369,19 +369,19 @@ class Raw(nn.Module):
         bad("passes must be a whole number, got True", lambda: ntkbench.trace(net(), X, passes=True)),
         bad("seed must be a whole number, got '1'", lambda: ntkbench.trace(net(), X, seed="1")),
         bad(
-            "direct is exact and takes no passes.*leave passes out",
+            "direct is exact and takes no budget of passes: omit passes",
             lambda: ntkbench.trace(net(), X, method="direct", passes=10),
         ),
         bad(
-            "sum_of_logits is approximate and takes no passes",
+            "sum_of_logits is approximate and takes no budget of passes",
             lambda: ntkbench.norm(net(), X, method="sum_of_logits", passes=10),
         ),
         bad(
-            "hutchpp cannot give the norm of this network: norm takes at least 24 passes",
+            "hutchpp cannot compute the norm of this network: norm takes at least 24 passes",
             lambda: ntkbench.norm(net(), X, method="hutchpp", passes=23),
         ),
         bad(
-            "one_sided_reverse cannot give the norm of this network: gives trace only",
+            "one_sided_reverse cannot compute the norm of this network: gives trace only",
             lambda: ntkbench.norm(net(), X, method="one_sided_reverse"),
         ),
         bad("unknown dtype 'float16'", lambda: ntkbench.trace(net(), X, dtype=torch.float16)),

@@ -87,7 +87,7 @@ def here(folder, monkeypatch):
         (["their_networks:leaves"], "their_networks:leaves failed: SystemExit: 3"),
         (["their_networks:alone"], "must return (model, inputs) or (model, inputs, call), got Linear"),
         (["their_networks:four"], "must return (model, inputs) or (model, inputs, call), got tuple of 4"),
-        (["their_networks:no_call"], "and its call is str"),
+        (["their_networks:no_call"], "but its call is of type str"),
         (["their_networks:no_model"], "model must be a torch.nn.Module"),
         (["their_networks:make", "--metric", "alignment"], "the alignment needs a second network: give --other"),
         (

@@ -337,7 +337,7 @@ def test_a_tolerance_out_of_reach_is_said():
         ("confidence must be .* got 95", {"rtol": 0.1, "confidence": 95}),
         ("confidence must be .* got None", {"confidence": None}),
         (
-            "hutchpp takes no rtol: its probes cannot be added to; allowed: .*gram_reverse.*hutchinson",
+            "hutchpp takes no rtol, because it cannot add probes; allowed: .*gram_reverse.*hutchinson",
             {"rtol": 0.1, "method": "hutchpp"},
         ),
         ("direct takes no rtol", {"rtol": 0.1, "method": "direct"}),

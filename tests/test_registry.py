@@ -134,7 +134,7 @@ BROKEN = [
     ("problem", but("problem", '    """Mine."""\n', ""), 7, "mine has no docstring"),
     ("problem", PROBLEM + PROBLEM, 16, "mine is defined twice"),
     ("problem", PROBLEM + "NAMES = tuple('ab')\n", 10, "NAMES must be written out as a literal"),
-    ("problem", PROBLEM + "NAMES = ('a b',)\n", 10, "'a b' is no name of a problem"),
+    ("problem", PROBLEM + "NAMES = ('a b',)\n", 10, "'a b' is not a valid problem name"),
     (
         "problem",
         PROBLEM + "def f(N: int = 2): 'F.'\nother = problem(f)\n",
@@ -233,7 +233,7 @@ def test_a_broken_plug_in_says_why_and_harms_nobody(drop, kind, source, line, sa
 def test_a_file_name_must_be_a_name(drop, kind, name):
     drop(kind, name, GOOD[kind])
     (broken,) = registry.room(kind).broken()
-    assert "is no name of a plug-in" in broken.reason and broken.file.name == name
+    assert "is not a valid plug-in name" in broken.reason and broken.file.name == name
 
 
 @pytest.mark.parametrize(

@@ -634,7 +634,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (locked(), X, "cannot be copied because of its attribute '0.lock': TypeError"),
         (generating(), X, "cannot be copied because of its attribute 'steps'"),
         (nn.Sequential(Copied(lambda layer: 1 / 0)), X, "copied by the __deepcopy__ of Copied: ZeroDivisionError"),
-        (Copied(lambda layer: None), X, "copied by the __deepcopy__ of Copied: it gives NoneType"),
+        (Copied(lambda layer: None), X, "copied by the __deepcopy__ of Copied: it returns NoneType"),
         (
             Copied(lambda layer: layer),
             X,
