@@ -258,7 +258,7 @@ def test_one_file_may_hold_a_problem_that_works_and_one_that_does_not(drop):
     drop("problem", "several.py", PROBLEM + "NAMES = ('other',)\n")
     (broken,) = problems.ROOM.broken()
     assert (broken.name, broken.line) == ("other", 10)
-    assert broken.reason == "other is no function that was declared by @problem"
+    assert broken.reason == "other is not a function declared by @problem"
     assert "mine" in problems.names() and "other" not in problems.names()
 
 

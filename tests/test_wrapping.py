@@ -615,7 +615,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (LAYER, X.to(torch.complex64), "must be real or integer"),
         (nn.Linear(4, 3, device="meta"), X, "'weight' is a meta one"),
         (FAKE_LAYER, X, "'weight' is a fake one"),
-        (Two(), X, rf"takes 2 inputs, forward\(x, mask\), and x is one tensor: {WRAP}"),
+        (Two(), X, rf"takes 2 inputs, forward\(x, mask\), but x is one tensor: {WRAP}"),
         (Returns(lambda y: SimpleNamespace(logits=y)), X, f"got SimpleNamespace: {WRAP}"),
         (Returns(lambda y: (y, y)), X, f"got tuple: {WRAP}"),
         (Returns(lambda y: y.detach()), X, "no output of the model depends on a trainable parameter"),
@@ -627,7 +627,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (
             Lambda(starting, started=torch.tensor(False)),
             X,
-            "sets its parameter 'layer.weight' when it is called: call it once before",
+            "sets its parameter 'layer.weight' when it is called: call it once first",
         ),
         (closing_over_itself(), X, "a function in the model uses the model itself"),
         (with_nan(), X, "has nan or infinite weights: 'weight'"),
