@@ -314,7 +314,7 @@ def row(case: Case) -> dict[str, Any]:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]))
 @click.option("--few", is_flag=True, help="One problem, and every tenth of its methods.")
-@click.option("--share", nargs=2, type=int, default=(0, 1), help="Number of this process, and of all processes.")
+@click.option("--share", nargs=2, type=int, default=(0, 1), help="Index of this process, and number of processes.")
 def main(file: Path, device: str, few: bool, share: tuple[int, int]) -> None:
     """Check the cases of one share and write their rows."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // share[1]))

@@ -376,7 +376,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
     """Draw figures from the tables of a folder, and write the report of a run.
 
-    In place of a figure that cannot be drawn, the report says why.
+    A figure that cannot be drawn is replaced by the reason.
     """
     _report(names, tables, title, folder, output)
 
