@@ -1,4 +1,4 @@
-"""What a researcher types, against J written out by plain autograd."""
+"""The public functions against J written out by plain autograd."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_approximate_methods_by_name():
     assert estimate.value == pytest.approx(np.linalg.norm(np.kron(g @ g.T, np.eye(3))), rel=1e-9)
 
 
-def test_frozen_parameters_are_no_part_of_theta():
+def test_frozen_parameters_are_not_part_of_theta():
     model = net()
     whole = truth(model, X)["trace"]
     model[0].weight.requires_grad_(False)
@@ -311,7 +311,7 @@ def test_wrapping_says_what_it_wraps():
         ("alignment", (4, 3), 2**30, 6, "structured_derivatives"),
     ],
 )
-def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
+def test_auto_chooses_by_passes_and_memory(metric, size, memory, passes, chosen):
     N, O = size  # noqa: E741 - the field's symbol
     inputs = 200 if N == 100 else 4
     x, model = torch.ones(N, inputs), seeded(lambda: nn.Linear(inputs, O))
@@ -319,7 +319,7 @@ def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
     assert ladder.choices(problem, metric, Target(device="cpu", memory=memory), passes)[0] == chosen
 
 
-def test_auto_says_what_it_took_and_stays_in_its_budget():
+def test_auto_reports_its_method_and_stays_within_its_budget():
     model, x = seeded(lambda: nn.Linear(4, 70)), X
     exact = ntkbench.trace(model, x)
     assert (exact.method, exact.passes, exact.standard_error) == ("parameter_gram", 70, None)
@@ -491,7 +491,7 @@ def test_a_kernel_of_zero_has_a_norm_and_no_effective_rank(method):
         ntkbench.effective_rank(model, torch.randn(6, 4), method=method, **options)
 
 
-def test_a_gpu_that_is_not_there_is_said_to_be_missing(monkeypatch):
+def test_an_absent_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ntkbench.Unavailable, match="'cuda' was asked for"):
         ntkbench.trace(net(), X, device="cuda")
@@ -544,7 +544,7 @@ def test_intervals_are_symmetric_on_the_scale_of_the_metric():
     assert estimate("trace", 1.0, 0).interval() == (-math.inf, math.inf)
 
 
-def test_an_unknown_name_comes_with_what_was_meant_and_what_there_is():
+def test_an_unknown_name_comes_with_the_closest_and_the_allowed_names():
     assert str(unknown("fruit", "aple", ["pear", "apple"])) == (
         "unknown fruit 'aple' (did you mean 'apple'?); allowed: apple, pear"
     )

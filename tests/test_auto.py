@@ -1,4 +1,4 @@
-"""``method="auto"`` against every other method: what it takes is never less accurate and dearer."""
+"""``method="auto"`` against every other method: its choice is never both less accurate and costlier."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def runs(name, metric, seeds=SEEDS, rtol=None, **wishes):
 
 
 def dominated(ours, rival, ratio):
-    """Dearer on the mean over seeds, and less accurate or not within a tolerance that the rival reaches."""
+    """Costlier on the mean over seeds, and less accurate or not within a tolerance that the rival reaches."""
     worse = ours.error > MARGIN * rival.error + ROUNDING or (rival.reached and not ours.reached)
     return ours.passes > ratio * rival.passes and worse
 
@@ -101,7 +101,7 @@ def dominated(ours, rival, ratio):
 @pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.slow
-def test_auto_is_never_less_accurate_and_dearer_than_another_method(name, metric):
+def test_auto_is_never_both_less_accurate_and_costlier_than_another_method(name, metric):
     rivals = [m for m in map(methods.get, methods.names()) if m.kind != "approximate" and "torch" in m.backends]
     for rtol, ratio in ((None, CHEAPER), (0.05, STEPS)):
         ours = runs(name, metric, rtol=rtol)
@@ -172,7 +172,7 @@ def test_the_side_of_a_trace_is_that_of_fewer_dimensions_and_the_notes_say_so(N,
     assert side[outputs] in found.notes
 
 
-def test_an_exact_value_that_memory_makes_dearer_than_an_estimate_is_left():
+def test_an_exact_value_that_memory_makes_costlier_than_an_estimate_is_passed_over():
     model, x = network(lambda: nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 10)), 100, 30)
     roomy = ntkbench.norm(model, x)
     assert (roomy.method, roomy.passes) == ("structured_derivatives", 10)

@@ -32,7 +32,7 @@ def test_bad_usage_is_one_line(arguments, said):
     assert found.stderr.startswith("ntkbench: ") and said in found.stderr and found.stderr.count("\n") == 1
 
 
-def test_help_is_no_error():
+def test_help_is_not_an_error():
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
     assert "Commands:" in CliRunner().invoke(main, []).stderr
 

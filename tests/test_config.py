@@ -1,4 +1,4 @@
-"""Configurations: what is refused, with file, line, key, value and what is allowed, and nothing else than that."""
+"""Configurations: errors name file, line, key, value and what is allowed; whatever is valid is accepted."""
 
 import copy
 import json
@@ -234,7 +234,7 @@ def test_settings_of_a_study_are_refused_before_it_runs(study, given, said):
     refused(f"studies.{study}", *said, studies={study: given})
 
 
-def test_all_that_is_wrong_is_said_at_once_line_by_line():
+def test_all_faults_are_reported_at_once_line_by_line():
     with pytest.raises(BadInput) as caught:
         config(studies={"training": {"H": 3, "T": "x"}, "novak_time": {"widths": [0, "y"]}})
     lines = str(caught.value).splitlines()

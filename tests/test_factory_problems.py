@@ -1,4 +1,4 @@
-"""Functions of the user's own as problems of a configuration."""
+"""User functions as problems of a configuration."""
 
 from __future__ import annotations
 

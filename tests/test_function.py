@@ -158,7 +158,7 @@ CASES = {
 
 
 def jacobian(f, x, params) -> np.ndarray:
-    """J by one plain ``jax.vjp`` pass an output, with respect to all arrays of real numbers; columns by leaf."""
+    """J by one plain ``jax.vjp`` pass per output, with respect to all arrays of real numbers; columns by leaf."""
     leaves, structure = jax.tree.flatten(params)
     real = [i for i, leaf in enumerate(leaves) if getattr(getattr(leaf, "dtype", None), "kind", "") == "f"]
 
@@ -581,7 +581,7 @@ def test_the_shape_of_outputs_needs_no_numbers():
     assert dataclasses.replace(problem, _shape=[]).output_shape == (4, 2)
 
 
-def test_a_result_that_memory_does_not_hold_is_refused():
+def test_a_result_that_does_not_fit_in_memory_is_refused():
     with pytest.raises(ntkbench.OverMemory, match="GiB are free"):
         check_result(10**9, 10**9, TARGET)
     check_result(10, 10, TARGET)
@@ -650,7 +650,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("said", REFUSED)
 @pytest.mark.filterwarnings("ignore:divide by zero")
-def test_what_is_no_function_of_parameters_and_samples_is_refused_in_one_line(said):
+def test_invalid_functions_are_refused_in_one_line(said):
     f, x, params, *more = REFUSED[said]
     params_f, dtype = (*more, None, None)[:2]
     with pytest.raises(BadInput, match=said) as caught:
@@ -696,5 +696,5 @@ else:
 """
 
 
-def test_jax_is_imported_for_functions_alone_and_said_to_be_missing():
+def test_jax_is_imported_only_for_functions_and_reported_if_missing():
     subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True)

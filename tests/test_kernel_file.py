@@ -368,7 +368,7 @@ def test_other_memory(tmp_path, computed):
     assert len(computed) == 5, "four rectangles of the size that they were begun in, and the kernel in memory"
 
 
-def test_no_room_on_the_disk_is_said_before_work_starts(tmp_path, monkeypatch, computed):
+def test_a_full_disk_is_reported_before_work_starts(tmp_path, monkeypatch, computed):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=15 * 15 * 8 - 1))
     with pytest.raises(BadInput, match=r"15 x 15 entries in float64, takes 1\.68e-06 GiB, but only 1\.68e-06 GiB are"):
@@ -377,7 +377,7 @@ def test_no_room_on_the_disk_is_said_before_work_starts(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync"])
-def test_a_disk_that_fails_on_the_way(tmp_path, monkeypatch, call):
+def test_a_disk_that_fails_during_writing(tmp_path, monkeypatch, call):
     file = tmp_path / "theta.npy"
 
     def full(*_: Any) -> None:

@@ -177,7 +177,7 @@ def test_an_untrained_network_has_no_alignment():
     assert exact["trace"] == pytest.approx((J**2).sum(), rel=1e-9) and "alignment" not in exact
 
 
-def test_exact_values_out_of_reach_are_refused_before_anything_is_computed(tmp_path, monkeypatch):
+def test_infeasible_exact_values_are_refused_before_anything_is_computed(tmp_path, monkeypatch):
     problem = problems.load("gpt2_small[T=3,V=9,d=64,L=1]")
     monkeypatch.setattr(reference, "OPERATIONS", 2 * problem.n**2 * problem.P)
     reference.exact(problem)

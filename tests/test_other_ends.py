@@ -1,4 +1,4 @@
-"""What a kernel is brought to or compared with: other weights, networks, targets and loaders, as users have them."""
+"""Kernels at other weights, and alignments with networks, targets and loaders, as users have them."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_the_scale_of_a_target_does_not_count(scale, dtype):
         assert float(kernel.alignment(target)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_targets_that_are_none_are_refused():
+def test_invalid_targets_are_refused():
     kernel = Kernel(net(), X)
     with pytest.raises(BadInput, match="real numbers"):
         kernel.alignment(1j * Y)

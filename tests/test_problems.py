@@ -316,7 +316,7 @@ def test_only_weights_of_the_default_sizes_are_committed(toy, monkeypatch):
     assert toy.load().theta_f["weight"][0, 0] == 3.5
 
 
-def test_a_damaged_cache_of_weights_is_made_anew(toy, tmp_path, caplog):
+def test_a_damaged_cache_of_weights_is_recreated(toy, tmp_path, caplog):
     toy.load()
     (file,) = (tmp_path / "cache" / "weights").iterdir()
     whole = file.read_bytes()

@@ -1,4 +1,4 @@
-"""The exact values: both sides of J, what counts as stored, and the committed ones made again."""
+"""The exact values: both sides of J, valid stored values, and the committed ones recomputed."""
 
 from __future__ import annotations
 

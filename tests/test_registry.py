@@ -213,7 +213,7 @@ def test_a_dropped_in_plug_in_is_found_and_works(drop, kind):
 
 
 @pytest.mark.parametrize(("kind", "source", "line", "says"), BROKEN)
-def test_a_broken_plug_in_says_why_and_harms_nobody(drop, kind, source, line, says):
+def test_a_broken_plug_in_gives_the_reason_and_affects_no_other(drop, kind, source, line, says):
     room = registry.room(kind)
     before = room.names()
     file = drop(kind, "mine.py", source)
@@ -262,7 +262,7 @@ def test_one_file_may_hold_a_problem_that_works_and_one_that_does_not(drop):
     assert "mine" in problems.names() and "other" not in problems.names()
 
 
-def test_what_is_no_plug_in_is_left_alone(drop):
+def test_files_that_are_not_plug_ins_are_left_alone(drop):
     drop("method", ".#mine.py", "(").with_name("mine.txt").write_text("(")
     folder = drop("method", "__main__.py", "(").parent
     (folder / "folder.py").mkdir()
@@ -308,7 +308,7 @@ def test_a_broken_file_runs_once(drop, tmp_path):
     assert count.read_text() == "x"
 
 
-def test_the_users_interrupt_is_no_fault_of_the_plug_in(drop):
+def test_the_users_interrupt_is_not_a_fault_of_the_plug_in(drop):
     drop("method", "mine.py", "import signal\nsignal.raise_signal(signal.SIGINT)\n" + METHOD)
     with pytest.raises(KeyboardInterrupt):
         methods.get("mine")
@@ -338,7 +338,7 @@ def test_a_name_that_is_taken_is_refused_whatever_is_imported_first(drop, first,
         problems.check("mlp_he[N=51]")
 
 
-def test_unknown_names_are_refused_with_what_there_is():
+def test_unknown_names_are_refused_with_the_allowed_ones():
     with pytest.raises(BadInput, match=r"unknown method 'hutch\+\+' \(did you mean 'hutchpp'\?\); allowed: .*direct"):
         methods.get("hutch++")
     with pytest.raises(BadInput, match="unknown figure 'speedups'"):
@@ -520,7 +520,7 @@ def test_installed_packages_bring_plug_ins(folder):
     looks_right(in_a_process(LOOK, PYTHONPATH=path), folder)
 
 
-def test_an_entry_point_that_names_no_package_is_said_and_breaks_nothing(folder):
+def test_an_entry_point_without_a_package_is_reported_and_breaks_nothing(folder):
     info = folder.parent / "of_mine-1.0.dist-info"
     info.mkdir()
     info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: of-mine\nVersion: 1.0\n", encoding="utf-8")

@@ -153,7 +153,7 @@ def test_a_factor_in_float32_is_refined_in_float64():
     np.testing.assert_allclose(found.values.reshape(-1), expected, atol=1e-7 * abs(expected).max())
 
 
-def test_a_network_that_runs_in_float32_alone_is_refined_in_that():
+def test_a_float32_only_network_is_refined_in_float32():
     class Single(nn.Module):
         def __init__(self) -> None:
             super().__init__()

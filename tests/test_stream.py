@@ -1,4 +1,4 @@
-"""The trace over the batches of a loader: that it is that of all samples, and that batches are dropped."""
+"""The trace over the batches of a loader: it is that of all samples, and batches are dropped."""
 
 from __future__ import annotations
 

@@ -496,7 +496,7 @@ def test_the_last_layer_of_a_linear_readout_is_the_kernel_of_its_features(networ
 
 
 def test_pythagoras_of_the_trace_kernel(network):
-    """||pNTK (x) I - Theta||^2 = ||T (x) I - Theta||^2 + O ||pNTK - T||^2; lambda_max(pNTK) <= lambda_max(Theta)."""
+    """||pNTK ⊗ I - Theta||^2 = ||T ⊗ I - Theta||^2 + O ||pNTK - T||^2; lambda_max(pNTK) <= lambda_max(Theta)."""
     model, x, _ = network
     theta, pntk, T = (ntkbench.ntk(model, x, kernel=k) for k in ("full", "sum_of_logits", "trace"))
     eye = torch.eye(4).double()

@@ -188,7 +188,7 @@ def test_honest_methods_pass_in_all_backends(monkeypatch, name, cls):
     check(monkeypatch, cls, name)
 
 
-def test_standard_errors_that_are_too_small_are_found_out(monkeypatch):
+def test_standard_errors_that_are_too_small_are_detected(monkeypatch):
     testing.check_calibration("hutchinson", "trace")
     with pytest.raises(AssertionError, match=r"standard errors imply a variance of .*, but over seeds it is"):
         check(monkeypatch, Overconfident, "mine", testing.check_calibration, "trace")

@@ -203,7 +203,7 @@ def test_what_was_computed_from_parameters_before_is_refused(place, taken):
         ntkbench.trace(module, X.float())
 
 
-def test_what_is_computed_anew_at_each_call_is_fine():
+def test_what_is_recomputed_at_each_call_is_fine():
     class Cached(nn.Module):
         def __init__(self) -> None:
             super().__init__()

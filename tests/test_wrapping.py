@@ -1,4 +1,4 @@
-"""What a network is wrapped into: precision, randomness, interaction, state, ambient settings, refusals."""
+"""Wrapping a network: precision, randomness, interaction, state, ambient settings, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ X = seeded(lambda: torch.randn(6, 4))
 
 
 def explicit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Theta of the model as it is, one plain backward pass an output, in float64."""
+    """Theta of the model as it is, one plain backward pass per output, in float64."""
     model = modules.cast(modules.copied(model), torch.float64)
     theta = [w for w in model.parameters() if w.requires_grad]
     outputs = model(x.double() if x.is_floating_point() else x)
@@ -194,7 +194,7 @@ INTERACTING = {
 
 
 @pytest.mark.parametrize("kind", INTERACTING)
-def test_samples_that_interact_are_seen(kind):
+def test_interacting_samples_are_detected(kind):
     model = seeded(INTERACTING[kind])
     assert ntkbench.from_module(model, X).samples_interact
     check(model, X)
@@ -218,7 +218,7 @@ INDEPENDENT = {
 
 @pytest.mark.parametrize("kind", INDEPENDENT)
 @pytest.mark.parametrize("dtype", ["float32", None])
-def test_samples_that_do_not_interact_are_seen_too(kind, dtype):
+def test_independent_samples_are_detected_too(kind, dtype):
     model = seeded(INDEPENDENT[kind])
     if kind.startswith("weights"):
         nn.init.zeros_(model.layer.bias)
@@ -644,7 +644,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (nn.Linear(4, 3).half(), X, "choose the precision to compute in"),
     ],
 )
-def test_what_cannot_be_wrapped_is_said_in_one_line(model, x, says):
+def test_what_cannot_be_wrapped_is_refused_in_one_line(model, x, says):
     for call in (ntkbench.trace, ntkbench.ntk):
         with pytest.raises(ntkbench.BadInput, match=says) as caught:
             call(model, x)
