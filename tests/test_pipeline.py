@@ -186,9 +186,7 @@ def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
         ("studies/mohamadi_drift.py", "studies/mohamadi_drift.csv", "figures"),
     ],
 )
-def test_a_failed_step_runs_again_although_later_outputs_exist(
-    finished, results, edited, source, step, target
-):
+def test_a_failed_step_runs_again_although_later_outputs_exist(finished, results, edited, source, step, target):
     """A step that fails leaves nothing behind, and what was made of its output before is older than the sources."""
     whole = (results / step).read_bytes()
     edited(f"src/ntkbench/{source}", lambda text: f"{text}# changed\n")

@@ -605,7 +605,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (LAYER, {"x": X}, r"cannot be called on inputs\['x'\] .*unexpected keyword argument 'x'"),
         (LAYER, UserDict(x=X), r"cannot be called on inputs\['x'\] .*unexpected keyword argument 'x'"),
         (LAYER, (X, X), r"cannot be called on inputs\[0\] .*takes 2 positional arguments but 3 were given"),
-        (LAYER, [[1.0], [1.0, 2.0]], "inputs must hold a tensor"),
+        (LAYER, [[1.0], [1.0, 2.0]], "inputs must hold at least one tensor"),
         (LAYER, X.numpy(), "got ndarray: use torch.from_numpy"),
         (LAYER, torch.nested.nested_tensor([X, X[:2]]), "got a nested one"),
         (LAYER, X.to_sparse(), "got a sparse coo one"),

@@ -363,7 +363,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
     from ntkbench.studies.base import runner
 
     with _one_line():
-        # Without times a study takes one thread, whatever the configuration says.
+        # An untimed study uses one thread, regardless of the configuration.
         runner.measure_rows(Config.read(config_file, here=studies.is_timed(name)), name, output)
 
 

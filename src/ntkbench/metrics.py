@@ -319,7 +319,7 @@ class MomentSums:
 
 
 def double(block: Array) -> Array:
-    """An array in float64; one of JAX as it is, since JAX has float64 only where the whole program does."""
+    """An array in float64; a JAX array stays as it is, since JAX has float64 only if the whole program does."""
     if array_api_compat.is_jax_array(block):
         return block
     xp = array_api_compat.array_namespace(block)

@@ -220,7 +220,7 @@ class Inputs:
 
 
 class FlatFunction:
-    """A function of pytrees as one of arrays by name and a single array of inputs, ``(weights, x) -> [N, ...outputs]``.
+    """A function of pytrees as a function of named arrays and one array of inputs, ``(weights, x) -> [N, ...outputs]``.
 
     Outputs have the precision of the parameters. Unless ``alone``, instances with the same function and structure are
     equal, so they share what JAX has compiled.

@@ -502,9 +502,7 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
     again = call(1)
     buffers, parameters = dict(net.named_buffers()), dict(net.named_parameters())
     if started := [key for key, w in trial.named_parameters() if not _same(w.detach(), parameters[key].detach())]:
-        raise BadInput(
-            f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once first"
-        )
+        raise BadInput(f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once first")
     moved = [
         key
         for key, b in trial.named_buffers()
