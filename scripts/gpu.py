@@ -1,18 +1,18 @@
-"""All that needs a GPU, in one call: whether every path is correct on it, and what the suite measures on it.
+"""Run all that needs a GPU: correctness checks of every path, large networks, and the suite's own measurements.
 
     python scripts/gpu.py                            all parts, in less than nine minutes on one H100
-    python scripts/gpu.py --parts correctness        one of them
+    python scripts/gpu.py --parts correctness        one part
     python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
 
-correctness   methods, the API and their limits against float64 on the CPU; a row a case in OUT/correctness.jsonl
-large         large networks as fractions of the device's limit, and rivals in turn; a row a case and rival in
+correctness   methods, the API and their limits against float64 on the CPU; one row per case in OUT/correctness.jsonl
+large         large networks as fractions of the device's limit, and rivals in turn; one row per case and rival in
               OUT/large.csv, and the operations that take longest in OUT/profiles.txt
-study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, also those of a run that
-              was stopped, in OUT/study.csv
+study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, including those of an
+              interrupted run, in OUT/study.csv
 
-A part runs in processes of its own and is ended at its time limit; the other parts run whatever becomes of it. Rows are
-written as they are found. The device and the versions are in OUT/machine.json. The exit status is 0 if all parts were
-finished and nothing in them is wrong. What was skipped is counted and does not matter to it.
+Each part runs in its own processes and is terminated at its time limit; the other parts run regardless. Rows are
+written as soon as they are known. The device and the versions are in OUT/machine.json. The exit status is 0 if all
+parts finished without a wrong result. Skipped cases are counted, but do not affect it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ PINS = ("requirements.txt", "requirements-no-deps.txt")
 SECONDS = {"correctness": 240.0, "large": 240.0, "study": 480.0}
 """Time limit of each part."""
 TOLERANCE = 1e-3
-"""Of the relative error of an exact method in the study."""
+"""Largest relative error of an exact method in the study."""
 RESTART = 3
-"""Exit status of a process of the first part that lost the device."""
+"""Exit status of a process of the first part that has lost the device."""
 ENVIRONMENT = {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -66,11 +66,11 @@ def _installed(name: str) -> bool:
 
 
 def needs() -> dict[str, set[str]]:
-    """What each part cannot do without, and what JAX's share of them takes besides; names as pip has them."""
+    """Packages that each part requires, and those that its JAX cases require in addition; names as in pip."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: _names(listed) for name, listed in project["optional-dependencies"].items()}
     library = _names(project["dependencies"])
-    # The digits that some problems are about are scikit-learn's.
+    # Some problems use scikit-learn's digits.
     return {
         "correctness": library | {"scikit-learn"},
         "JAX": extras["jax"] | {"neural-tangents"},
@@ -88,7 +88,7 @@ def _normal(name: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Device, driver, clocks, versions and commit; what cannot be told is left out."""
+    """Device, driver, clocks, versions and commit; unknown values are left out."""
     asked = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit")
     said = _output("nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader")
     packages = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
@@ -109,9 +109,9 @@ def _output(*command: str) -> str:
 
 
 def run(commands: Sequence[Sequence[str]], seconds: float) -> bool:
-    """Run commands beside each other; whether all of them ended by themselves and well.
+    """Run commands in parallel; returns whether all of them ended by themselves and without an error.
 
-    At the limit they are killed, with all that they have started. One that lost the device is started again.
+    At the limit they are killed with all their children. A command that lost the device is started again.
 
     Args:
         commands: each a program with its arguments.
@@ -141,10 +141,10 @@ def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def correctness(out: Path, tiny: bool, seconds: float) -> bool:
-    """The first part: whether all cases were looked at, and are correct."""
+    """The first part; returns whether all cases were checked and are correct."""
     file = out / "correctness.jsonl"
     file.unlink(missing_ok=True)
-    # Compiling takes most of the time, and cores enough to do much of it at once.
+    # Compilation takes most of the time, and runs in parallel on the cores.
     shares = max(1, 3 * len(os.sched_getaffinity(0)) // 4)
     case = [sys.executable, str(ROOT / "scripts" / "gpu_correctness.py"), str(file.resolve())]
     options = ["--device", "cpu", "--few"] if tiny else []
@@ -155,7 +155,7 @@ def correctness(out: Path, tiny: bool, seconds: float) -> bool:
 
 
 def large(out: Path, tiny: bool, seconds: float) -> bool:
-    """The second part: whether all cases ran."""
+    """The second part; returns whether all cases ran."""
     file = out / "large.jsonl"
     for old in (file, profiles := out / "profiles.txt"):
         old.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def large(out: Path, tiny: bool, seconds: float) -> bool:
 
 
 def table(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> Any:
-    """A row for each large case and rival, with where it was measured."""
+    """A row for each large case and rival, with the machine, versions and commit."""
     import pandas as pd
 
     where = {
@@ -188,7 +188,7 @@ def table(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> Any:
 
 
 def study(out: Path, tiny: bool, seconds: float) -> bool:
-    """The third part: whether every cell has a row, none has failed, and no exact method is wrong."""
+    """The third part; returns whether every cell has a row, none failed, and no exact method is wrong."""
     profile = "smoke" if tiny else "gpu"
     file, target = ROOT / "config" / f"{profile}.yaml", f"results/{profile}/table.csv"
     command = [sys.executable, "-m", "snakemake", target, "--cores", "all", "--configfile", str(file)]
@@ -204,7 +204,7 @@ def study(out: Path, tiny: bool, seconds: float) -> bool:
 
 
 def measured(file: Path) -> Any:
-    """The rows of a configuration's cells that are finished and fresh, those of a run that was stopped among them."""
+    """The finished, valid rows of a configuration's cells, including those of an interrupted run."""
     from ntkbench.measure import fingerprints, rows
     from ntkbench.measure.cells import cells
     from ntkbench.measure.config import Config
@@ -218,7 +218,7 @@ def measured(file: Path) -> Any:
 
 
 def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
-    """One line: how many rows of each status, and where they are."""
+    """Print the number of rows of each status, and the file that holds them."""
     count: dict[str, int] = {}
     for status in statuses:
         count[status] = count.get(status, 0) + 1
@@ -227,12 +227,12 @@ def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--parts", default=",".join(SECONDS), help="Names, with commas between them.")
+@click.option("--parts", default=",".join(SECONDS), help="Comma-separated names.")
 @click.option("--tiny", is_flag=True, help="On the CPU, at sizes whose numbers mean nothing.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "results" / "gpu")
 @click.option("--time-limit", type=float, default=530.0, help="Seconds for all parts together.")
 def main(parts: str, tiny: bool, out: Path, time_limit: float) -> None:
-    """Say what is missing on this machine, and run the parts."""
+    """List the packages that are missing on this machine, and run the parts."""
     begun, chosen = time.monotonic(), parts.split(",")
     if unknown := set(chosen) - set(SECONDS):
         raise click.BadParameter(f"unknown parts {', '.join(sorted(unknown))}; allowed: {', '.join(SECONDS)}")
@@ -253,7 +253,7 @@ def main(parts: str, tiny: bool, out: Path, time_limit: float) -> None:
         seconds = min(SECONDS[part], time_limit - (time.monotonic() - begun))
         try:
             good = {"correctness": correctness, "large": large, "study": study}[part](out, tiny, seconds) and good
-        except Exception as error:  # the other part is run all the same
+        except Exception as error:  # the other parts still run
             print(f"{part}: {type(error).__name__}: {error}", flush=True)
             good = False
     sys.exit(not good)

@@ -1,6 +1,6 @@
-"""Whether every path is correct on a device: one row a case, against float64 on the CPU. Run by ``scripts/gpu.py``.
+"""Check every path on a device against float64 on the CPU: one row per case. Run by ``scripts/gpu.py``.
 
-python scripts/gpu_correctness.py cuda rows.jsonl          cases that the file has already are left out
+python scripts/gpu_correctness.py cuda rows.jsonl          cases that are already in the file are left out
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ HEADED = "transformer_tiny[N=2,T=3,V=20]"
 METRICS = {"alignment", "effective_rank"}
 """Between them these take all moments of Theta. A method that gives neither is checked on one that it gives."""
 PASSES = 400
-"""Of a stochastic method."""
+"""Budget of a stochastic method."""
 STANDARD_ERRORS = 6
-"""By which an estimate may be off."""
+"""Number of standard errors by which an estimate may be off."""
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
-"""Of relative errors of metrics and kernels."""
+"""Tolerance of relative errors of metrics and kernels."""
 TOLERANCE_OF_PRODUCTS = {"float32": 1e-5, "float64": 1e-12}
-"""Of relative errors of products with J, in the Frobenius norm. Those of TF32 are about 3e-4, and do not pass."""
+"""The same for products with J, in the Frobenius norm. Errors of TF32 are about 3e-4, and do not pass."""
 CPU = Target("torch", "float64", "cpu")
 DEVICE_LOST = 3
-"""Exit status where a CUDA error has left the process unable to go on; another process can."""
+"""Exit status after a CUDA error that only a new process can recover from."""
 
 
 class Finding(NamedTuple):
-    """What a case found: it is correct where ``error``, relative to the reference, is at most ``tolerance``."""
+    """The result of a case: it is correct if ``error``, relative to the reference, is at most ``tolerance``."""
 
     value: float
     reference: float
@@ -69,12 +69,12 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> dict[str, str]:
-        """Columns that say which case it is."""
+        """Columns that identify the case."""
         return {name: getattr(self, name) for name in self._fields[:4]}
 
 
 def cases(device: str, labels: Iterable[str] = PROBLEMS) -> Iterator[Case]:
-    """All cases on ``"cuda"`` or ``"cpu"``, those that the others rest on first.
+    """All cases on ``"cuda"`` or ``"cpu"``, the basic ones first.
 
     Args:
         device: where everything but the references is computed.
@@ -129,7 +129,7 @@ def entrywise(found: Tensor, exact: Tensor, tolerance: float) -> Finding:
 
 
 def furthest_off(findings: Iterable[Finding]) -> Finding:
-    """Of several findings the worst."""
+    """The worst of several findings."""
     return max(findings, key=lambda finding: finding.error / finding.tolerance)
 
 
@@ -141,7 +141,7 @@ def trusted(estimate: Estimate, exact: float) -> Finding:
     """
     spread = STANDARD_ERRORS * (estimate.standard_error or 0.0) / abs(exact)
     if not spread < 1:
-        raise ArithmeticError(f"the standard error is {estimate.standard_error}, of {exact:g}")
+        raise ArithmeticError(f"the standard error is {estimate.standard_error}, for a value of {exact:g}")
     return near(estimate.value, exact, spread + TOLERANCE["float32"])
 
 
@@ -165,10 +165,10 @@ def _on_host(array: Any) -> Tensor:
 
 
 def of_method(method: Method, metric: str, label: str, target: Target) -> Finding:
-    """A method on the device: exact, as approximate as on the CPU, or within its error; and one seed, one number.
+    """A method on the device: exact, as approximate as on the CPU, or within its error; a seed gives one number.
 
     Raises:
-        ArithmeticError: a second call gave another number.
+        ArithmeticError: two calls gave different numbers.
     """
     passes = PASSES if method.takes_passes else None
     prepared = method.prepare(problems.load(label), target)
@@ -192,7 +192,7 @@ def linear(samples: int, inputs: int) -> Problem:
 
 
 def _trace(problem: Problem, target: Target) -> float:
-    """By all columns of Theta, at once where the target's memory allows."""
+    """The trace by all columns of Theta, at once if the target's memory allows."""
     method = methods.get("direct")
     return method.estimate(method.prepare(problem, target), "trace").value
 
@@ -202,7 +202,7 @@ TOO_MANY = 700_001
 
 
 def out_of_memory(target: Target) -> Finding:
-    """A Theta that no device can hold is an error that the suite knows as such, and what comes next is computed.
+    """A Theta that no device can hold is reported as out of memory, and the next computation works.
 
     Raises:
         MemoryError: there was no error.
@@ -213,11 +213,11 @@ def out_of_memory(target: Target) -> Finding:
         if outcomes.of_exception(error).status != outcomes.OUT_OF_MEMORY:
             raise
         return near(_trace(linear(8, 4), target), 32, TOLERANCE["float32"])
-    raise MemoryError(f"{TOO_MANY}^2 entries of Theta at once met no limit")
+    raise MemoryError(f"{TOO_MANY}^2 entries of Theta at once exceeded no limit")
 
 
 def peak(target: Target) -> Finding:
-    """The allocator's peak is at least what is known to have been held.
+    """The allocator's peak is at least the memory that is known to have been held.
 
     Raises:
         Unavailable: nothing counts on the CPU.
@@ -248,7 +248,7 @@ WITH_KERNEL = ("convolutions", "transformer")
 
 
 def networks() -> dict[str, tuple[nn.Module, nn.Module, Tensor]]:
-    """Networks as users have them: two sets of weights each, and inputs."""
+    """Networks such as users have: two sets of weights each, and inputs."""
 
     def convolutions() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 5))
@@ -285,7 +285,7 @@ def of_api(
 
 
 def of_ntk(model: nn.Module, x: Tensor, place: str) -> Finding:
-    """The whole kernel, entry by entry, and that it lies where the model does.
+    """The whole kernel, entry by entry, on the device of the model.
 
     Raises:
         RuntimeError: it lies elsewhere.
@@ -314,7 +314,7 @@ def row(case: Case) -> dict[str, Any]:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]))
 @click.option("--few", is_flag=True, help="One problem, and every tenth of its methods.")
-@click.option("--share", nargs=2, type=int, default=(0, 1), help="Of so many processes, the cases of one.")
+@click.option("--share", nargs=2, type=int, default=(0, 1), help="Index of this process, and number of processes.")
 def main(file: Path, device: str, few: bool, share: tuple[int, int]) -> None:
     """Check the cases of one share and write their rows."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // share[1]))

@@ -1,4 +1,4 @@
-"""Large cases on a device, as fractions of its limit: one row a case, with rivals in turn. Run by ``scripts/gpu.py``.
+"""Large cases on a device, as fractions of its limit: one row per case, with rivals in turn. Run by ``scripts/gpu.py``.
 
 python scripts/gpu_large.py rows.jsonl                     all cases on CUDA
 python scripts/gpu_large.py rows.jsonl --cases GPT-2       those whose names contain this
@@ -35,16 +35,16 @@ from ntkbench.studies.base import programs
 from ntkbench.studies.base.computations import COMPUTATIONS
 
 PEAK = {"float32": 67e12, "tf32": 495e12}
-"""Operations a second of an H100 (SXM) outside its matrix units, and in them in TF32; NVIDIA's data sheet."""
+"""Operations per second of an H100 (SXM) outside its matrix units, and in them in TF32; NVIDIA's data sheet."""
 CALLS = 3
-"""Of each, in turn, after the first."""
+"""Timed calls of each, in turn, after the first call."""
 
 Call = Callable[[], float]
 """A timed region: from device-ready inputs to a number on the host."""
 
 
 class Case(NamedTuple):
-    """What is timed, and against what."""
+    """A timed computation and its rivals."""
 
     name: str
     make: Callable[[], Call]
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of all cases."""
+    """Sizes of all cases."""
 
     device: str
     samples: int
@@ -231,7 +231,7 @@ def _operations(call: Call) -> float:
 
 
 def _profile(call: Call, on_gpu: bool) -> str:
-    """The operations that take longest, and how long the device is at work."""
+    """The operations that take longest, and how long the device is busy."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

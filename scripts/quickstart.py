@@ -1,4 +1,4 @@
-"""What an installed ntkbench does with its declared dependencies alone: kernels, metrics, a spectrum and a solution."""
+"""Kernels, metrics, a spectrum and a solution by an installed ntkbench with its declared dependencies alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import ntkbench
 
 
 def main() -> None:
-    """Print the version, where it is installed, and a metric of each kind; the kernel is that of plain autograd."""
+    """Print the version, its folder and the metrics, and compare the kernel with plain autograd."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
     x = torch.randn(8, 3, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a researcher types, against J written out by plain autograd."""
+"""The public functions against J written out by plain autograd."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_approximate_methods_by_name():
     assert estimate.value == pytest.approx(np.linalg.norm(np.kron(g @ g.T, np.eye(3))), rel=1e-9)
 
 
-def test_frozen_parameters_are_no_part_of_theta():
+def test_frozen_parameters_are_not_part_of_theta():
     model = net()
     whole = truth(model, X)["trace"]
     model[0].weight.requires_grad_(False)
@@ -273,7 +273,7 @@ def test_whether_samples_interact_is_measured(model, x, interact):
     problem = ntkbench.from_module(model, x)
     assert problem.samples_interact is interact
     if interact:
-        with pytest.raises(ntkbench.BadInput, match=r"jacobian_contraction cannot give the norm .*samples interact"):
+        with pytest.raises(ntkbench.BadInput, match=r"jacobian_contraction cannot compute the norm .*samples interact"):
             ntkbench.norm(model, x, method="jacobian_contraction")
     for method in ("direct", "naive_jacobian"):
         value = ntkbench.norm(model, x, method=method, dtype="float64").value
@@ -311,7 +311,7 @@ def test_wrapping_says_what_it_wraps():
         ("alignment", (4, 3), 2**30, 6, "structured_derivatives"),
     ],
 )
-def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
+def test_auto_chooses_by_passes_and_memory(metric, size, memory, passes, chosen):
     N, O = size  # noqa: E741 - the field's symbol
     inputs = 200 if N == 100 else 4
     x, model = torch.ones(N, inputs), seeded(lambda: nn.Linear(inputs, O))
@@ -319,7 +319,7 @@ def test_auto_goes_by_passes_and_memory(metric, size, memory, passes, chosen):
     assert ladder.choices(problem, metric, Target(device="cpu", memory=memory), passes)[0] == chosen
 
 
-def test_auto_says_what_it_took_and_stays_in_its_budget():
+def test_auto_reports_its_method_and_stays_within_its_budget():
     model, x = seeded(lambda: nn.Linear(4, 70)), X
     exact = ntkbench.trace(model, x)
     assert (exact.method, exact.passes, exact.standard_error) == ("parameter_gram", 70, None)
@@ -369,19 +369,19 @@ class Raw(nn.Module):
         bad("passes must be a whole number, got True", lambda: ntkbench.trace(net(), X, passes=True)),
         bad("seed must be a whole number, got '1'", lambda: ntkbench.trace(net(), X, seed="1")),
         bad(
-            "direct is exact and takes no passes.*leave passes out",
+            "direct is exact and takes no budget of passes: omit passes",
             lambda: ntkbench.trace(net(), X, method="direct", passes=10),
         ),
         bad(
-            "sum_of_logits is approximate and takes no passes",
+            "sum_of_logits is approximate and takes no budget of passes",
             lambda: ntkbench.norm(net(), X, method="sum_of_logits", passes=10),
         ),
         bad(
-            "hutchpp cannot give the norm of this network: norm takes at least 24 passes",
+            "hutchpp cannot compute the norm of this network: norm takes at least 24 passes",
             lambda: ntkbench.norm(net(), X, method="hutchpp", passes=23),
         ),
         bad(
-            "one_sided_reverse cannot give the norm of this network: gives trace only",
+            "one_sided_reverse cannot compute the norm of this network: gives trace only",
             lambda: ntkbench.norm(net(), X, method="one_sided_reverse"),
         ),
         bad("unknown dtype 'float16'", lambda: ntkbench.trace(net(), X, dtype=torch.float16)),
@@ -491,7 +491,7 @@ def test_a_kernel_of_zero_has_a_norm_and_no_effective_rank(method):
         ntkbench.effective_rank(model, torch.randn(6, 4), method=method, **options)
 
 
-def test_a_gpu_that_is_not_there_is_said_to_be_missing(monkeypatch):
+def test_an_absent_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ntkbench.Unavailable, match="'cuda' was asked for"):
         ntkbench.trace(net(), X, device="cuda")
@@ -544,7 +544,7 @@ def test_intervals_are_symmetric_on_the_scale_of_the_metric():
     assert estimate("trace", 1.0, 0).interval() == (-math.inf, math.inf)
 
 
-def test_an_unknown_name_comes_with_what_was_meant_and_what_there_is():
+def test_an_unknown_name_comes_with_the_closest_and_the_allowed_names():
     assert str(unknown("fruit", "aple", ["pear", "apple"])) == (
         "unknown fruit 'aple' (did you mean 'apple'?); allowed: apple, pear"
     )

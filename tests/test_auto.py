@@ -1,4 +1,4 @@
-"""``method="auto"`` against every other method: what it takes is never less accurate and dearer."""
+"""``method="auto"`` against every other method: its choice is never both less accurate and costlier."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def runs(name, metric, seeds=SEEDS, rtol=None, **wishes):
 
 
 def dominated(ours, rival, ratio):
-    """Dearer on the mean over seeds, and less accurate or not within a tolerance that the rival reaches."""
+    """Costlier on the mean over seeds, and less accurate or not within a tolerance that the rival reaches."""
     worse = ours.error > MARGIN * rival.error + ROUNDING or (rival.reached and not ours.reached)
     return ours.passes > ratio * rival.passes and worse
 
@@ -102,7 +102,7 @@ def dominated(ours, rival, ratio):
 @pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.slow
-def test_auto_is_never_less_accurate_and_dearer_than_another_method(name, metric):
+def test_auto_is_never_both_less_accurate_and_costlier_than_another_method(name, metric):
     rivals = [m for m in map(methods.get, methods.names()) if m.kind != "approximate" and "torch" in m.backends]
     for rtol, ratio in ((None, CHEAPER), (0.05, STEPS)):
         ours = runs(name, metric, rtol=rtol)
@@ -189,20 +189,20 @@ def test_the_side_of_a_trace_is_that_of_fewer_dimensions_and_the_notes_say_so(N,
     found = ntkbench.trace(model, x, passes=10)
     assert found.method == method
     side = {
-        300: "forward side: 1215 parameters are fewer than 3600 outputs",
-        2: "reverse side: 12 outputs are no more than 23 parameters",
+        300: "forward side: fewer parameters (1215) than outputs (3600)",
+        2: "reverse side: no more outputs (12) than parameters (23)",
     }
     assert side[outputs] in found.notes
 
 
-def test_an_exact_value_that_memory_makes_dearer_than_an_estimate_is_left():
+def test_an_exact_value_that_memory_makes_costlier_than_an_estimate_is_passed_over():
     model, x = network(lambda: nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 10)), 100, 30)
     roomy = ntkbench.norm(model, x)
     assert (roomy.method, roomy.passes) == ("structured_derivatives", 10)
     tight = ntkbench.norm(model, x, memory=2**21)
     assert tight.standard_error is not None
     assert tight.passes <= 16
-    assert any(note.startswith("not by structured_derivatives: ") for note in tight.notes)
+    assert any(note.startswith("passed over structured_derivatives: ") for note in tight.notes)
     assert abs(float(tight) / float(roomy) - 1) < 0.2
     assert ntkbench.norm(model, x, memory=2**21, passes=1000).standard_error is None
 

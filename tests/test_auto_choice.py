@@ -1,4 +1,4 @@
-"""The study of what ``auto`` takes beside the fastest method to the same tolerance."""
+"""The study of the time of ``auto`` compared with the fastest method to the same tolerance."""
 
 from __future__ import annotations
 

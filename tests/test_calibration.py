@@ -55,7 +55,7 @@ def test_inputs_are_skewed_as_they_say_at_both_ends_of_training(end):
     assert np.sort(distances)[-1] > 5 * np.sort(distances)[-2]
 
 
-def test_the_transformer_gives_sequences_back_to_front_once_trained():
+def test_the_trained_transformer_reverses_sequences():
     problem = problems.load("reversing_transformer")
     x = torch.from_numpy(problem.x)
     tokens = x[..., :8].argmax(-1)
@@ -156,7 +156,7 @@ def test_errors_as_small_as_rounding_are_not_given_an_allowance_for_it():
     assert study.columns("hutchinson", found)["verdict"] == "exact"
 
 
-def test_a_value_that_claims_to_be_exact_and_is_not_is_an_interval_that_misses():
+def test_a_wrong_exact_value_is_an_interval_that_misses():
     made = study.columns("hutchinson", estimates((10.1, None), (10.0, None)))
     assert (made["exact"], made["covered"], made["intervals"]) == (0.5, 0.5, 1) and made["ratio"] is None
 

@@ -366,13 +366,13 @@ def test_outputs_out_of_range_are_refused_in_one_line(kind):
 
 
 @pytest.mark.parametrize("output", [True, "logits", 1.5, (), (0, None), [0.5], ([0], [1]), slice(None, None, -1)])
-def test_what_is_no_index_is_refused(output):
+def test_invalid_indices_are_refused(output):
     with pytest.raises(BadInput, match="output must be a whole number, a slice"):
         as_module(seeded(Mixed), BATCH, output=output)
 
 
 @pytest.mark.parametrize("call", [None, lambda m, x: m(x)])
-def test_outputs_that_are_no_tensor_are_not_guessed(call):
+def test_non_tensor_outputs_are_not_guessed(call):
     inputs = SEQUENCES if call else {"x": SEQUENCES}
     with pytest.raises(BadInput, match=r"got dict with logits, states: .* call=.*\.logits"):
         from_module(*as_module(seeded(Steps), inputs, call))
@@ -383,7 +383,7 @@ def test_outputs_that_are_no_tensor_are_not_guessed(call):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_recurrent_layers_are_called_as_one_says(kind):
+def test_recurrent_layers_are_called_as_specified(kind):
     layer = seeded(lambda: kind(4, 3, batch_first=True))
     problem = check(layer, SEQUENCES, lambda m, x: m(x)[0][:, -1], call=lambda m, x: m(x)[0][:, -1])
     assert problem.output_shape == (N, 3)
@@ -408,8 +408,8 @@ WRONG = {
         {"tokens": TOKENS, "features": FEATURES.numpy()},
         r"inputs\['features'\] .*got ndarray: use torch.from",
     ),
-    "no tensor": ({"tokens": [1, 2]}, "inputs must hold a tensor"),
-    "text": ("abc", "inputs must hold a tensor"),
+    "no tensor": ({"tokens": [1, 2]}, "inputs must hold at least one tensor"),
+    "text": ("abc", "inputs must hold at least one tensor"),
     "other lengths": ((TOKENS, FEATURES[:3]), r"inputs\[0\] has 5, inputs\[1\] has 3"),
     "no sample": ((TOKENS[:0], FEATURES[:0]), r"at least one sample.*\(0, 6\)"),
     "sparse": ((TOKENS, FEATURES.to_sparse()), r"inputs\[1\] must be an ordinary dense tensor, got a sparse coo one"),
@@ -425,7 +425,7 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(kind):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_model_and_no_call_is_refused():
+def test_invalid_models_and_calls_are_refused():
     with pytest.raises(BadInput, match=r"model must be a torch.nn.Module, got function"):
         as_module(lambda x: x, BATCH)
     with pytest.raises(BadInput, match="call must be a function"):
@@ -553,7 +553,7 @@ def test_both_ends_are_restricted():
     [
         ("1.weight", "parameters='1.weight' matches no parameter; the nearest names are .*0.weight"),
         ("wieght", "nearest names are .*weight"),
-        ("4.bias", "parameters='4.bias' matches frozen parameters alone"),
+        ("4.bias", "parameters='4.bias' matches only frozen parameters"),
         (["0.*", "Linear*"], r"parameters='Linear\*' matches no parameter"),
         ([], "parameters must be a name or a pattern"),
         (3, "parameters must be a name or a pattern"),

@@ -1,4 +1,4 @@
-"""Certificates: what contradicts plain autograd is not given, and the next way of computing it is taken."""
+"""Certificates: a result that contradicts plain autograd is rejected, and the next method is used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT64 = Target("torch", "float64", "cpu")
 
 
 def explicit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """J by one plain backward pass an output."""
+    """J by one plain backward pass per output."""
     weights = [w for w in model.parameters() if w.requires_grad]
     rows = [torch.autograd.grad(y, weights, retain_graph=True, allow_unused=True) for y in model(x).reshape(-1)]
     zero = lambda g, w: torch.zeros_like(w) if g is None else g  # noqa: E731
@@ -130,7 +130,7 @@ def test_samples_that_interact_after_all_have_no_products_of_their_own():
 
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize("metric", ["trace", "norm", "alignment"])
-def test_a_wrong_network_function_is_found_out_by_every_method(name, metric):
+def test_every_method_detects_a_wrong_network_function(name, metric):
     """What the operators and kernels compute is made wrong; no method may give a value."""
     method = methods.get(name)
     if metric not in method.metrics or method.needs_recurrence or "torch" not in method.backends:
@@ -216,7 +216,7 @@ def test_the_certificate_of_some_probes_covers_all_outputs(probes):
     torch.testing.assert_close(j.fresh().vjp(j.basis(0, j.n)), J, rtol=1e-10, atol=1e-12)
 
 
-def test_another_way_is_certified_anew():
+def test_another_way_is_recertified():
     problem, _ = problem_of(Clipped)
     j = linearise(problem, "theta_0", FLOAT64)
     j._certified("jvp", lambda: torch.zeros(2, dtype=torch.float64), lambda *_: 0.0, 2)
@@ -226,7 +226,7 @@ def test_another_way_is_certified_anew():
     assert not j.reference.differences
 
 
-def test_a_kernel_is_certified_anew_where_a_value_was_written():
+def test_a_kernel_is_recertified_where_a_value_was_written():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 2), torch.randn(5, 4)
     parameters = {name: w.detach().clone() for name, w in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What certificates cost: measured in turn, against estimates that take none."""
+"""The cost of certificates, measured in turn against estimates without one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_certificate_is_one_plain_pass_at_each_parameter_set(monkeypatch, meth
         ({"method": "x"}, "unknown method 'x'"),
     ],
 )
-def test_what_cannot_be_certified_anew_is_refused_before_anything_runs(given, said):
+def test_what_cannot_be_recertified_is_refused_before_anything_runs(given, said):
     with pytest.raises((ValidationError, Exception), match=said):
         studies.settings("certificate_cost", {"threads": 1, "estimates": [{"problem": SMALL} | given]})
 

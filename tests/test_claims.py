@@ -246,7 +246,7 @@ def test_captions_are_short_with_a_sentence_for_each_claim(name):
 
 def test_the_committed_claims_are_those_of_the_committed_tables():
     committed = (paths.REFERENCE / "claims.csv").read_text(encoding="utf-8")
-    assert claims.to_csv(figures.claims()) == committed, "out of date; `ntkbench claims` writes it anew"
+    assert claims.to_csv(figures.claims()) == committed, "out of date; `ntkbench claims` updates it"
 
 
 def test_the_committed_picture_is_that_of_the_committed_claims(tmp_path):
@@ -254,7 +254,7 @@ def test_the_committed_picture_is_that_of_the_committed_claims(tmp_path):
     made, committed = (
         np.asarray(Image.open(folder / "claims.png").convert("L"), float) for folder in (tmp_path, paths.REFERENCE)
     )
-    assert made.shape == committed.shape and np.abs(made - committed).mean() < 1, "`ntkbench claims` draws it anew"
+    assert made.shape == committed.shape and np.abs(made - committed).mean() < 1, "`ntkbench claims` redraws it"
 
 
 def test_published_numbers_are_kept_files_or_theory():

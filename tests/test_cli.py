@@ -32,7 +32,7 @@ def test_bad_usage_is_one_line(arguments, said):
     assert found.stderr.startswith("ntkbench: ") and said in found.stderr and found.stderr.count("\n") == 1
 
 
-def test_help_is_no_error():
+def test_help_is_not_an_error():
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
     assert "Commands:" in CliRunner().invoke(main, []).stderr
 
@@ -87,12 +87,12 @@ def here(folder, monkeypatch):
         (["their_networks:leaves"], "their_networks:leaves failed: SystemExit: 3"),
         (["their_networks:alone"], "must return (model, inputs) or (model, inputs, call), got Linear"),
         (["their_networks:four"], "must return (model, inputs) or (model, inputs, call), got tuple of 4"),
-        (["their_networks:no_call"], "and its call is str"),
+        (["their_networks:no_call"], "but its call is of type str"),
         (["their_networks:no_model"], "model must be a torch.nn.Module"),
-        (["their_networks:make", "--metric", "alignment"], "name its function by --other"),
+        (["their_networks:make", "--metric", "alignment"], "the alignment needs a second network: give --other"),
         (
             ["their_networks:make", "--other", "their_networks:trained"],
-            "the trace is of one network: leave --other out",
+            "the trace is of one network: omit --other",
         ),
         (["their_networks:make", "--rtol", "2"], "rtol must be a number between 0 and 1"),
         (["their_networks:make", "--device", "cuda:77"], "cuda:77"),

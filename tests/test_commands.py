@@ -55,7 +55,7 @@ def test_bad_input_is_refused(file, asked, said):
         view.rows_of(file, **asked)
 
 
-def test_a_file_that_is_no_table_is_refused(tmp_path):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path):
     (tmp_path / "empty.csv").touch()
     with pytest.raises(BadInput, match=r"empty\.csv is not a table"):
         view.rows_of(tmp_path / "empty.csv")
@@ -90,7 +90,7 @@ def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):
         assert refused.exit_code == 1 and len(called) == 1 and len(refused.output.splitlines()) == 1
 
 
-def test_a_check_says_what_there_is_to_do_and_how_long_it_took_before(tmp_path, monkeypatch):
+def test_a_check_reports_the_work_left_and_how_long_it_took_before(tmp_path, monkeypatch):
     default = paths.ROOT / "config" / "default.yaml"
     monkeypatch.chdir(tmp_path)
     said = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()

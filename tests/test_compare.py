@@ -1,4 +1,4 @@
-"""The comparison of two commits: what is worse is said, what is not is not, and nothing measured is no success."""
+"""The comparison of two commits: regressions are reported, and only those; measuring nothing is a failure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_slowdown_is_found():
     assert not passed and f"{LABEL}: slower" in said and "SLOWER" in verdicts[0].line()
 
 
-def test_what_looks_slower_is_looked_at_again():
+def test_apparent_slowdowns_are_measured_again():
     slow, fine = (Found(seconds=[(1.0, ratio)] * 3, errors=ERRORS) for ratio in (1.3, 1.24))
     look, asked = looks(slow, fine)
     assert judge(LABEL, look).worse == [] and asked == [PAIRS, PAIRS_AGAIN]

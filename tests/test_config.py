@@ -1,4 +1,4 @@
-"""Configurations: what is refused, with file, line, key, value and what is allowed, and nothing else than that."""
+"""Configurations: errors name file, line, key, value and what is allowed; whatever is valid is accepted."""
 
 import copy
 import json
@@ -122,18 +122,18 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(changes, said):
         ({"problems": ["digits_conv[M=4]"]}, ["'M=4'", "N=<positive integer"]),
         ({"problems": ["digits_conv[N=257]"]}, ["N can be at most 256"]),
         ({"problems": ["digits_conv[N=0]"]}, ["'N=0'"]),
-        ({"problems": ["digits_conv[N=٤]"]}, ["is no size"]),
-        ({"problems": [f"fc_relu[N={'9' * 5000}]"]}, ["is no size"]),
+        ({"problems": ["digits_conv[N=٤]"]}, ["is not a size"]),
+        ({"problems": [f"fc_relu[N={'9' * 5000}]"]}, ["is not a size"]),
         ({"problems": ["digits_conv[N=4,N=4]"]}, ["N is given twice"]),
-        ({"problems": ["mlp_hazelden[,]"]}, ["'mlp_hazelden[,]'", "'' is no size"]),
-        ({"problems": ["mlp_hazelden[]"]}, ["'' is no size"]),
-        ({"problems": ["mlp_hazelden[N=2,]"]}, ["'' is no size"]),
+        ({"problems": ["mlp_hazelden[,]"]}, ["'mlp_hazelden[,]'", "'' is not a size"]),
+        ({"problems": ["mlp_hazelden[]"]}, ["'' is not a size"]),
+        ({"problems": ["mlp_hazelden[N=2,]"]}, ["'' is not a size"]),
         ({"problems": ["mlp_hazelden\n"]}, [r"'mlp_hazelden\n'", "malformed problem"]),
-        ({"problems": ["mlp_hazelden[N=2\n]"]}, ["is no size"]),
+        ({"problems": ["mlp_hazelden[N=2\n]"]}, ["is not a size"]),
         ({"problems": ["\tmlp_hazelden"]}, ["malformed problem"]),
         ({"problems": ["digits_conv[N=4]", "digits_conv[N=04]"]}, ["'digits_conv[N=4]' is given twice"]),
         ({"problems": ["digits_conv", "digits_conv[N=256]"]}, ["'digits_conv' is given twice"]),
-        ({"problems": ["rnn_flipflop[read=all]"]}, ["'read=all' is no choice", "state or outputs"]),
+        ({"problems": ["rnn_flipflop[read=all]"]}, ["'read=all' is not a choice", "state or outputs"]),
         ({"problems": []}, ["problems: []", "at least 1"]),
         ({"problems": "digits_conv"}, ["problems: 'digits_conv'", "valid list"]),
         ({"problems": [4]}, ["problems[0]: 4", "valid string"]),
@@ -234,7 +234,7 @@ def test_settings_of_a_study_are_refused_before_it_runs(study, given, said):
     refused(f"studies.{study}", *said, studies={study: given})
 
 
-def test_all_that_is_wrong_is_said_at_once_line_by_line():
+def test_all_faults_are_reported_at_once_line_by_line():
     with pytest.raises(BadInput) as caught:
         config(studies={"training": {"H": 3, "T": "x"}, "novak_time": {"widths": [0, "y"]}})
     lines = str(caught.value).splitlines()

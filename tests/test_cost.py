@@ -142,9 +142,9 @@ def test_groups_of_parameters_have_a_table_each():
     [
         ({"metric": "rank"}, "unknown metric 'rank'"),
         ({"rtol": 2}, "rtol must be a number between 0 and 1"),
-        ({"metric": "alignment"}, "the alignment is with another network: give other"),
-        ({"other": nn.Linear(3, 2)}, "the trace is of one network: leave other out"),
-        ({"metric": "alignment", "other": torch.ones(4, 2)}, "of two networks, got a target array"),
+        ({"metric": "alignment"}, "the alignment needs a second network: give other"),
+        ({"other": nn.Linear(3, 2)}, "the trace is of one network: omit other"),
+        ({"metric": "alignment", "other": torch.ones(4, 2)}, "between two networks, got a target array"),
         ({"memry": 3}, "unknown keyword 'memry'"),
     ],
 )

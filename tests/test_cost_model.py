@@ -35,7 +35,7 @@ def test_bytes_are_those_of_the_process_where_they_are_many(table):
     assert (large["predicted_bytes"] / large["memory_bytes"]).between(1 / 4, 4).all(), large.to_string()
 
 
-def test_what_would_take_too_long_is_left_out():
+def test_computations_that_take_too_long_are_left_out():
     cases = [{"problem": SMALL, "metric": "trace", "methods": ["direct"]}]
     given = {"threads": 1, "device": "cpu", "calls": 1, "cases": cases, "limits": {"patience_s": 1e-9}}
     (row,) = studies.run("cost_model", studies.settings("cost_model", given)).to_dict("records")

@@ -1,4 +1,4 @@
-"""Data files: where they are found, in what order, and one line if they are not found."""
+"""Data files: where they are looked for, in which order, and an error of one line if they are missing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_users_folder_comes_first_then_the_cache_then_a_download(places, mon
 
 
 @pytest.mark.parametrize("label", ["mnist_mlp", "resnet20_cifar", "resnet56_cifar", "transformer_small"])
-def test_data_that_cannot_be_had_are_one_line_that_says_how_to_provide_them(places, label, monkeypatch):
+def test_missing_data_are_one_line_that_says_how_to_provide_them(places, label, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(Unavailable, match=r"not found: there is no .* in \$NTKBENCH_DATA or .*cache/data") as error:
         problems.load(label)
@@ -172,7 +172,7 @@ def test_a_download_of_text_is_checked_by_its_digest(places, monkeypatch):
     assert text.characters()[2] == "ab"
 
 
-def test_rows_are_measured_anew_when_their_data_change(places):
+def test_rows_are_measured_again_when_their_data_change(places):
     given, _ = places
     file, labels = images.MNIST[0], ("mnist_mlp", "digits_mlp")
     before = [fingerprints.problem(label) for label in labels]

@@ -386,7 +386,7 @@ def test_exact_with_a_probe_an_output_and_full_rank(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("name", "metric"), CASES)
-def test_spectra_that_decay_to_nothing_are_no_trouble(name, metric, dtype):
+def test_spectra_that_decay_to_zero_are_handled(name, metric, dtype):
     """Sketches far wider than the numerical rank, a network of rank one, and one that does not depend on theta."""
     method = methods.get(name)
     for base_of in (0.3, 0.7):

@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU alone, tried on a CPU: where tensors are made, what starts a device, which GPU it is."""
+"""Faults that occur only on a GPU, tested on a CPU: where tensors are made, what starts a device, which GPU it is."""
 
 from __future__ import annotations
 

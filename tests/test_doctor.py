@@ -1,4 +1,4 @@
-"""The doctor: what an installation has, and every kind of thing that can be broken in it."""
+"""The doctor: the parts of an installation, and every kind of fault in it."""
 
 from __future__ import annotations
 

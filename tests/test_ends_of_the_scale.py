@@ -1,4 +1,4 @@
-"""Alignments close to 1, exact values with a bound on their rounding, and intervals where few probes tell little."""
+"""Alignments close to 1, exact values with a bound on their rounding, and intervals from few probes."""
 
 from __future__ import annotations
 
@@ -376,7 +376,7 @@ def sketched(name: str, metric: str, prepared: Any, probes: int, seed: int) -> E
 
 
 READY: dict[tuple[str, Target], Any] = {}
-"""What methods have prepared, since JAX compiles for each preparation anew."""
+"""What methods have prepared, since JAX compiles again for each preparation."""
 
 
 def ready(method: Method, target: Target) -> Any:

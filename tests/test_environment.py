@@ -1,4 +1,4 @@
-"""The conda environment: it stands by itself, and has the pins of the requirements."""
+"""The conda environment: it is self-contained, and has the pins of the requirements."""
 
 import re
 

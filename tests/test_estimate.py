@@ -15,7 +15,7 @@ from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, Estimates, rounding_bound
 from ntkbench.metrics import Moments
 
-E = Estimate(12.5, 0.5, 64.0, "hutchinson", ("not by <a>: why",), "trace", certificate=1e-7)
+E = Estimate(12.5, 0.5, 64.0, "hutchinson", ("passed over <a>: why",), "trace", certificate=1e-7)
 
 
 def test_it_computes_and_compares_like_its_value():
@@ -61,11 +61,12 @@ def test_it_formats_like_its_value():
 def test_it_shows_all_that_is_known():
     assert repr(E).splitlines() == [
         "trace = 12.5, 95 % in [11.5574, 13.5194] (hutchinson, 64 passes), certified to 1.0e-07",
-        "  not by <a>: why",
+        "  passed over <a>: why",
     ]
     assert repr(Estimate(1.0, None, None, "direct")) == "value = 1 (direct)"
     page = E._repr_html_()
-    assert "<td>[11.5574, 13.5194]</td><td>64</td>" in page and "not by &lt;a&gt;: why" in page and "1.0e-07" in page
+    assert "<td>[11.5574, 13.5194]</td><td>64</td>" in page and "1.0e-07" in page
+    assert "passed over &lt;a&gt;: why" in page
 
 
 def test_several_print_as_a_table():
@@ -74,7 +75,7 @@ def test_several_print_as_a_table():
         "metric  value  95 % interval       passes  method      certificate",
         "trace   12.5   [11.5574, 13.5194]  64      hutchinson  1.0e-07",
         "norm    3.25   -                   64      direct",
-        "not by <a>: why",
+        "passed over <a>: why",
     ]
     assert both._repr_html_().count("<tr>") == 3
     assert both["trace"] is E and isinstance(both, dict)
@@ -121,7 +122,7 @@ def test_an_interval_of_a_complement_far_below_its_error_stays_in_proportion_to_
         assert 0 <= low <= complement and 1e-8 < high < 3e-6
     assert aligned(0.0, 0.0).interval() == (1, 1)
     assert aligned(0.1, math.nan).complement_interval() == (-math.inf, math.inf)
-    with pytest.raises(BadInput, match=r"m does not compute 1 - alignment by itself; take interval\(\)"):
+    with pytest.raises(BadInput, match=r"m does not compute 1 - alignment separately; use interval\(\)"):
         Estimate(0.9, 0.1, 8, "m", metric="alignment").complement_interval()
 
 

@@ -1,4 +1,4 @@
-"""The better estimators against their theory: unbiased, as variable as the formula, exact where it says so."""
+"""Estimators against their theory: unbiased, with the variance of the formula, and exact where stated."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_more_groups_mean_less_variance_at_the_same_passes(monkeypatch):
     assert spread[0] > 1.5 * spread[1] > 1.5 * spread[2]
 
 
-def test_what_does_not_fit_is_made_anew_within_the_budget():
+def test_what_does_not_fit_is_recomputed_within_the_budget():
     ready = prepared("block_u_statistics", "wide", memory=200_000)
     method = methods.get("block_u_statistics")
     estimate = method.estimate(ready, "norm", 40, 0)
@@ -319,7 +319,7 @@ def test_a_tolerance_costs_no_more_than_it_needs():
     assert ntkbench.norm(model, x, rtol=0.01).standard_error is None  # exact is cheap here
 
 
-def test_a_tolerance_out_of_reach_is_said():
+def test_an_unreachable_tolerance_is_noted():
     estimate = ntkbench.trace(net(), data(), method="one_sided_reverse", rtol=1e-4, passes=50)
     assert estimate.passes == 50
     assert "50 passes did not reach rtol=0.0001 at confidence 0.95" in estimate.notes[0]
@@ -337,7 +337,7 @@ def test_a_tolerance_out_of_reach_is_said():
         ("confidence must be .* got 95", {"rtol": 0.1, "confidence": 95}),
         ("confidence must be .* got None", {"confidence": None}),
         (
-            "hutchpp takes no rtol: its probes cannot be added to; allowed: .*gram_reverse.*hutchinson",
+            "hutchpp takes no rtol, because it cannot add probes; allowed: .*gram_reverse.*hutchinson",
             {"rtol": 0.1, "method": "hutchpp"},
         ),
         ("direct takes no rtol", {"rtol": 0.1, "method": "direct"}),

@@ -1,4 +1,4 @@
-"""Executions and their records, whatever becomes of them."""
+"""Executions and their records, however they end."""
 
 import os
 
@@ -100,7 +100,7 @@ def test_a_cell_that_is_left_out_is_recorded_as_skipped(config, record):
     assert execution.read(record)["status"] == "skipped"
 
 
-def test_a_problem_that_is_not_there_is_recorded(config, record, monkeypatch):
+def test_a_missing_problem_is_recorded(config, record, monkeypatch):
     monkeypatch.delenv("NTKBENCH_DATA", raising=False)
     with pytest.raises(Unavailable):
         Execution(Cell("mnist_mlp[N=3]", CELL.method, "torch", "trace", 8), config, record)

@@ -1,4 +1,4 @@
-"""Functions of the user's own as problems of a configuration."""
+"""User functions as problems of a configuration."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_rows_are_measured_again_if_the_file_changes(mine, name):
 @pytest.mark.parametrize(
     ("factories", "said"),
     [
-        ({"digits_mlp": f"{MINE}:make"}, "digits_mlp is a problem already; choose another name"),
-        ({"not a name": f"{MINE}:make"}, "'not a name' is no name of a problem"),
-        ({"class": f"{MINE}:make"}, "'class' is no name of a problem"),
+        ({"digits_mlp": f"{MINE}:make"}, "digits_mlp is already a problem; choose another name"),
+        ({"not a name": f"{MINE}:make"}, "'not a name' is not a valid problem name"),
+        ({"class": f"{MINE}:make"}, "'class' is not a valid problem name"),
         ({"never_made": MINE}, "a factory is named module:function"),
         ({"never_made": "no_such_module_here:make"}, "there is no module 'no_such_module_here'"),
     ],

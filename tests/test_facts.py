@@ -1,4 +1,4 @@
-"""Facts of problems: what is known of them is what was found, and is made again where it is not there any more."""
+"""Facts of problems: they are what was found, and are recomputed if they are missing."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_changed_digit_is_noticed(config, made, tmp_path):
     assert facts.read(config, [LABEL], output) == first and len(made) == 2
 
 
-def test_a_problem_that_was_edited_meanwhile_has_failed(config, made, tmp_path, monkeypatch):
+def test_a_problem_edited_in_the_meantime_has_failed(config, made, tmp_path, monkeypatch):
     seen = iter("abc")
     monkeypatch.setattr(fingerprints, "problem", lambda label: next(seen))
     row = facts.make(config, [LABEL], tmp_path / "problems.json")[LABEL]

@@ -144,7 +144,7 @@ def imported(tmp_path_factory):
     jobs |= {("study", name): ["study", name, ONE | given] for name, given in (STUDIES | PARTLY).items()}
     jobs |= {("figure", name): ["figure", name, str(DRAWN_FROM / file), str(fresh)] for name, file in FIGURES.items()}
     found = _run(jobs)
-    # Weights and exact values are to be made anew, which is when most is imported.
+    # Weights and exact values are to be recreated, which is when most is imported.
     return found | _run({("problem", label): ["problem", label] for label in PROBLEMS}, NTKBENCH_CACHE=str(fresh))
 
 
@@ -324,7 +324,7 @@ def test_committed_weights_count(monkeypatch, tmp_path):
     assert after[0] != before[0] and after[1] == before[1]
 
 
-def test_a_broken_file_concerns_those_that_use_it_alone(copy):
+def test_a_broken_file_affects_only_its_users(copy):
     before = all_fingerprints()
     (copy / "methods" / "torn.py").write_text("def f(:")
     (copy / "problems" / "mlp.py").write_bytes(b"\xff")

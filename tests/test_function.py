@@ -158,7 +158,7 @@ CASES = {
 
 
 def jacobian(f, x, params) -> np.ndarray:
-    """J by one plain ``jax.vjp`` pass an output, with respect to all arrays of real numbers; columns by leaf."""
+    """J by one plain ``jax.vjp`` pass per output, with respect to all arrays of real numbers; columns by leaf."""
     leaves, structure = jax.tree.flatten(params)
     real = [i for i, leaf in enumerate(leaves) if getattr(getattr(leaf, "dtype", None), "kind", "") == "f"]
 
@@ -330,7 +330,7 @@ def test_methods_in_torch_say_that_there_is_no_network():
             assert said == "the problem has no network in torch"
     with pytest.raises(BadInput, match="has no network in torch; allowed backends for it: jax"):
         linearise(problem, "theta_0", Target("torch"))
-    with pytest.raises(BadInput, match="take kernel='trace'"):
+    with pytest.raises(BadInput, match="use kernel='trace'"):
         problems.base.module.last_layer(problem)
 
 
@@ -581,7 +581,7 @@ def test_the_shape_of_outputs_needs_no_numbers():
     assert dataclasses.replace(problem, _shape=[]).output_shape == (4, 2)
 
 
-def test_a_result_that_memory_does_not_hold_is_refused():
+def test_a_result_that_does_not_fit_in_memory_is_refused():
     with pytest.raises(ntkbench.OverMemory, match="GiB are free"):
         check_result(10**9, 10**9, TARGET)
     check_result(10, 10, TARGET)
@@ -616,7 +616,7 @@ REFUSED = {
     "one without leaves": (linear, [], W),
     "at least one sample": (linear, X[:0], W),
     "x must be real or integer; 'x' is complex128": (linear, X * 1j, W),
-    "one number of samples": (lambda p, x: x["a"] @ p["w"], {"a": X, "b": X[:2]}, W),
+    "the same number of samples": (lambda p, x: x["a"] @ p["w"], {"a": X, "b": X[:2]}, W),
     r"cannot be called as f\(params, x\): TypeError": (lambda p: p, X, W),
     "one array .*got tuple: wrap it": (lambda p, x: (linear(p, x), 0), X, W),
     r"a row for each of the N = 4 samples, got shape \(2, 4\)": (lambda p, x: linear(p, x).T, X, W),
@@ -633,24 +633,24 @@ REFUSED = {
         W,
     ),
     "unknown dtype 'float16'": (functools.partial(linear), X, W, None, "float16"),
-    "'n' has integers beyond 16777216, which float32 does not hold": (
+    "'n' has integers beyond 16777216, which float32 cannot hold": (
         lambda p, x: linear(p, x["x"]) * x["n"][:, None],
         {"x": X, "n": np.full(4, 2**24 + 1)},
         W,
         None,
         "float32",
     ),
-    "one structure": (linear, X, W, {"v": W["w"]}),
+    "the same structure": (linear, X, W, {"v": W["w"]}),
     r"the same arrays; 'w' is \(3, 2\) of float64 and \(3, 3\) of float64": (linear, X, W, {"w": np.ones((3, 3))}),
     "the same arrays; 'v' is .* and no array": (linear, X, W | {"v": X}, W | {"v": "none"}),
-    "the values of arrays alone; 'act' differs": (linear, X, W | {"act": np.sin}, W | {"act": np.cos}),
+    "only in the values of arrays; 'act' differs": (linear, X, W | {"act": np.sin}, W | {"act": np.cos}),
     "f with params_f returns nan": (lambda p, x: linear(p, x) / (p["w"][0, 0] + 7), X, W, {"w": np.full((3, 2), -7.0)}),
 }
 
 
 @pytest.mark.parametrize("said", REFUSED)
 @pytest.mark.filterwarnings("ignore:divide by zero")
-def test_what_is_no_function_of_parameters_and_samples_is_refused_in_one_line(said):
+def test_invalid_functions_are_refused_in_one_line(said):
     f, x, params, *more = REFUSED[said]
     params_f, dtype = (*more, None, None)[:2]
     with pytest.raises(BadInput, match=said) as caught:
@@ -671,7 +671,7 @@ def test_columns_must_be_like_the_rows():
         (good | {"image": good["image"][:, :1]}, "samples like those of x"),
         (good | {"words": good["words"] * 1.0}, "samples like those of x"),
         (good | {"words": good["words"] > 0}, "samples like those of x"),
-        (good | {"words": good["words"][:1]}, "one number of samples"),
+        (good | {"words": good["words"][:1]}, "the same number of samples"),
     ):
         with pytest.raises(BadInput, match=said):
             with_columns(problem, wrong)
@@ -696,5 +696,5 @@ else:
 """
 
 
-def test_jax_is_imported_for_functions_alone_and_said_to_be_missing():
+def test_jax_is_imported_only_for_functions_and_reported_if_missing():
     subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True)

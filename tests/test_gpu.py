@@ -1,4 +1,4 @@
-"""The script for GPU machines, tried on a CPU: its cases, what fails them, its processes, what it measures."""
+"""The script for GPU machines, tested on a CPU: its cases and their failures, its processes, its measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite that asv runs over commits: its list is only added to, and its numbers are of what they say."""
+"""The suite that asv runs over commits: cases are only appended, and its numbers measure what they claim."""
 
 from __future__ import annotations
 

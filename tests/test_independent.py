@@ -1,4 +1,4 @@
-"""Agreement with libraries that others wrote: curvlinops for PyTorch, matfree for JAX.
+"""Agreement with independent libraries: curvlinops for PyTorch, matfree for JAX.
 
 Their operators are made by their own means (or plain ``jax.vjp`` and ``jax.jvp``), and where an estimator exists on
 both sides, both get the same probes, so that answers agree to round-off and not just on average.

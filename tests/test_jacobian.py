@@ -376,7 +376,7 @@ def test_a_backend_without_the_network_is_refused(tiny):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_missing_gpu_is_said_to_be_missing(backend, tiny, monkeypatch):
+def test_a_missing_gpu_is_reported(backend, tiny, monkeypatch):
     import jax
     import torch
 

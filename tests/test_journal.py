@@ -1,4 +1,4 @@
-"""Rows on disk: what is stopped goes on behind its last row, and nothing stale counts."""
+"""Rows on disk: interrupted runs resume after their last row, and stale rows do not count."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_rows_with_another_fingerprint_do_not_count_and_are_not_lost(tmp_path):
 @pytest.mark.parametrize(
     "edit", [(b"0.3333", b"0.8333"), (b'"row": {', b'"row": [1], "x": {'), (b'"key": "', b'"key": 1, "x": "')]
 )
-def test_a_line_that_was_changed_is_no_entry(tmp_path, edit):
+def test_a_changed_line_is_not_an_entry(tmp_path, edit):
     path = tmp_path / "study.journal"
     measured(path, [1, 2])
     path.write_bytes(path.read_bytes().replace(*edit))
@@ -70,7 +70,7 @@ def test_rows_that_were_made_now_can_be_taken_back(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(2, 40, 3))
-def test_a_line_that_is_not_whole_is_no_entry(tmp_path, cut):
+def test_an_incomplete_line_is_not_an_entry(tmp_path, cut):
     path = tmp_path / "study.journal"
     measured(path, [1, 2])
     whole = path.read_bytes()
@@ -81,7 +81,7 @@ def test_a_line_that_is_not_whole_is_no_entry(tmp_path, cut):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\n", b"[]\n", b'"text"\n', b"{}\n", b"3\nnull\n"])
-def test_a_journal_that_is_none_counts_as_empty(tmp_path, content):
+def test_a_file_that_is_not_a_journal_counts_as_empty(tmp_path, content):
     path = tmp_path / "study.journal"
     path.write_bytes(content)
     assert measured(path, [1])[1] == [1]

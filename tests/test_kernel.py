@@ -201,13 +201,13 @@ def test_alignment_with_a_target():
 @pytest.mark.parametrize(
     ("says", "other"),
     [
-        ("a target must be like the outputs, \\(5, 3\\), or a kernel \\(15, 15\\) or \\(5, 5\\)", torch.ones(4, 4)),
+        (r"a target must be shaped like the outputs, \(5, 3\), or a kernel \(15, 15\) or \(5, 5\)", torch.ones(4, 4)),
         ("finite and not zero", torch.zeros(5, 3)),
         ("finite and not zero", torch.full((5, 3), torch.nan)),
         ("5 samples of 3 outputs and Linear has 5 of 2: N and O must be equal", nn.Linear(4, 2).double()),
     ],
 )
-def test_what_a_kernel_cannot_be_aligned_with_is_said(says, other):
+def test_invalid_ends_of_an_alignment_are_refused(says, other):
     with pytest.raises(ntkbench.BadInput, match=says):
         ntkbench.Kernel(net(), X).alignment(other)
 
@@ -253,7 +253,7 @@ def test_eigenvalues_of_a_large_theta_are_by_products_and_say_where_they_stopped
         ("passes must be a whole number", {"passes": 1.5}),
     ],
 )
-def test_eigenvalues_that_cannot_be_had_are_refused(says, given):
+def test_eigenvalues_that_cannot_be_computed_are_refused(says, given):
     with pytest.raises(ntkbench.BadInput, match=says):
         ntkbench.Kernel(net(), X).eigenvalues(**given)
 

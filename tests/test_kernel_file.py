@@ -329,7 +329,7 @@ DAMAGES = {
     "longer": (longer, "is damaged"),
     "other array": (other_array, "is damaged"),
     "empty": (lambda file: file.write_bytes(b""), "is damaged"),
-    "no note": (no_note, r"is there already, and no theta\.npy\.progress says of what"),
+    "no note": (no_note, r"already exists, but theta\.npy\.progress does not"),
     "empty note": (other_note(""), "cannot be read"),
     "other note": (other_note("[1]"), "cannot be read"),
     "later note": (other_note('{"format": 2, "of": {}, "most": 1, "done": 1}'), "another version"),
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_refused(tmp_path, case):
 def test_other_memory(tmp_path, computed):
     file = tmp_path / "theta.npy"
     begun(file)
-    with pytest.raises(BadInput, match=r"was begun with more memory: give memory=1152 at least"):
+    with pytest.raises(BadInput, match=r"was begun with more memory: give at least memory=1152"):
         ntkbench.ntk(net(), inputs(5), file=file, memory=1151)
     computed.clear()
     found = ntkbench.ntk(net(), inputs(5), file=file, memory=10**6)
@@ -368,16 +368,16 @@ def test_other_memory(tmp_path, computed):
     assert len(computed) == 5, "four rectangles of the size that they were begun in, and the kernel in memory"
 
 
-def test_no_room_on_the_disk_is_said_before_work_starts(tmp_path, monkeypatch, computed):
+def test_a_full_disk_is_reported_before_work_starts(tmp_path, monkeypatch, computed):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=15 * 15 * 8 - 1))
-    with pytest.raises(BadInput, match=r"15 x 15 entries in float64, takes 1\.68e-06 GiB, and 1\.68e-06 GiB are free"):
+    with pytest.raises(BadInput, match=r"15 x 15 entries in float64, takes 1\.68e-06 GiB, but only 1\.68e-06 GiB are"):
         ntkbench.ntk(net(), inputs(5), file=tmp_path / "theta.npy")
     assert computed == [] and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync"])
-def test_a_disk_that_fails_on_the_way(tmp_path, monkeypatch, call):
+def test_a_disk_that_fails_during_writing(tmp_path, monkeypatch, call):
     file = tmp_path / "theta.npy"
 
     def full(*_: Any) -> None:
@@ -385,7 +385,7 @@ def test_a_disk_that_fails_on_the_way(tmp_path, monkeypatch, call):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
-        with pytest.raises(NtkbenchError, match="cannot be written: No space left on device; the same call goes on"):
+        with pytest.raises(NtkbenchError, match="cannot be written: No space left on device; repeat the call"):
             ntkbench.ntk(net(), inputs(5), file=file)
     found = ntkbench.ntk(net(), inputs(5), file=file)
     np.testing.assert_allclose(found, ntkbench.ntk(net(), inputs(5)).numpy(), rtol=1e-12)
@@ -405,9 +405,9 @@ def test_folders_and_paths_that_cannot_be_used(tmp_path, computed):
             ntkbench.ntk(net(), inputs(5), file=file)
     with pytest.raises(BadInput, match=r"the folder of file='/proc/theta\.npy', /proc cannot be written to"):
         ntkbench.ntk(net(), inputs(5), file="/proc/theta.npy")
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="already exists"):
         ntkbench.ntk(net(), inputs(5), file=tmp_path)
-    with pytest.raises(BadInput, match=r"a file holds one kernel: with groups of parameters take ntkbench\.Kernel"):
+    with pytest.raises(BadInput, match=r"a file holds one kernel: for groups of parameters use ntkbench\.Kernel"):
         ntkbench.ntk(net(), inputs(5), parameters={"first": "0.*"}, file=tmp_path / "theta.npy")
     assert computed == []
     ntkbench.ntk(net(), inputs(5), file=tmp_path / "new" / "folder" / "theta.npy")
@@ -462,7 +462,7 @@ def test_without_a_way_there_is_no_file(tmp_path, monkeypatch):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(Kernel, "_checked", broken)
-    with pytest.raises(BadInput, match=r"no way of computing this kernel works: .*RuntimeError: broken"):
+    with pytest.raises(BadInput, match=r"no method can compute this kernel: .*RuntimeError: broken"):
         ntkbench.ntk(net(), inputs(5), file=tmp_path / "theta.npy")
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""A small run killed at random moments and taken up again gives the table of an undisturbed one."""
+"""A small run that is killed at random moments and resumed gives the table of an undisturbed one."""
 
 import contextlib
 import os

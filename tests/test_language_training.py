@@ -104,7 +104,7 @@ def test_steps_behind_the_end_of_the_recipe_are_rows_that_say_so():
     assert f"trained for fewer than {length + 1} steps" in rows.loc[length + 1, "reason"]
 
 
-def test_the_first_problem_is_taken_whose_data_is_there(monkeypatch):
+def test_the_first_problem_with_available_data_is_used(monkeypatch):
     def define(label):
         if label.startswith("transformer_small"):
             raise Unavailable("no text")

@@ -1,4 +1,4 @@
-"""Batches in which few samples have most of the kernel: what is taken exactly, what errors say, and what notes say."""
+"""Batches in which few samples have most of the kernel: exact samples, errors and notes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_even_samples_are_left_to_chance(method, batch):
 
 
 @pytest.mark.parametrize(("method", "passes"), [("block_u_statistics", 8), ("group_u_statistics", 8), (STRUCTURED, 2)])
-def test_uneven_samples_that_are_left_to_chance_are_said(method, passes):
+def test_uneven_samples_that_are_left_to_chance_are_noted(method, passes):
     for each in found(method, "one outlier", passes, 3):
         assert "have most of ||Theta||^2, and none is taken exactly" in each["norm"].notes[0]
 

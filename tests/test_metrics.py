@@ -1,4 +1,4 @@
-"""The moments of Theta against dense NumPy, by every road to them."""
+"""The moments of Theta against dense NumPy, by every way of computing them."""
 
 from __future__ import annotations
 

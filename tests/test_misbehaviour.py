@@ -1,4 +1,4 @@
-"""What misbehaves in any way we know, through the real pipeline: each cell is one row, and neighbours are measured."""
+"""Plug-ins that misbehave in every known way, in the pipeline: each cell is one row, and neighbours are measured."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def table(finished):
     return pd.read_csv(finished[0] / "table.csv", keep_default_na=False)
 
 
-def test_the_run_ends_well_and_every_cell_is_one_row(finished, table):
+def test_the_run_succeeds_and_every_cell_is_one_row(finished, table):
     folder, code, said = finished
     assert code == 0, said[-3000:]
     assert len(table) == len(BUDGETS) + 5
@@ -127,7 +127,7 @@ def test_a_second_run_measures_nothing_again(finished):
     assert (folder / "shards" / "shard-0.journal").read_bytes() == before
 
 
-def test_what_is_broken_in_an_installation_is_said(finished):
+def test_faults_of_an_installation_are_reported(finished):
     root = finished[0].parents[1]
     command = [sys.executable, "-m", "ntkbench", "doctor"]
     environment = os.environ | {"PYTHONPATH": str(root / "src")}

@@ -293,7 +293,7 @@ def test_operations_are_read_off_a_dict_or_a_list(analysis):
 
 
 @pytest.mark.parametrize("analysis", [None, [], {"bytes accessed": 1.0}])
-def test_operations_that_xla_does_not_count_are_said_to_be_missing(analysis):
+def test_operations_that_xla_does_not_count_are_reported_as_missing(analysis):
     with pytest.raises(Unavailable, match="no floating-point operations"):
         programs.flops(types.SimpleNamespace(cost_analysis=lambda: analysis))
 

@@ -1,4 +1,4 @@
-"""What a kernel is brought to or compared with: other weights, networks, targets and loaders, as users have them."""
+"""Kernels at other weights, and alignments with networks, targets and loaders, as users have them."""
 
 from __future__ import annotations
 
@@ -153,14 +153,14 @@ def test_the_scale_of_a_target_does_not_count(scale, dtype):
         assert float(kernel.alignment(target)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_targets_that_are_none_are_refused():
+def test_invalid_targets_are_refused():
     kernel = Kernel(net(), X)
     with pytest.raises(BadInput, match="real numbers"):
         kernel.alignment(1j * Y)
     for wrong in (None, "y", [1.0, 2.0]):
-        with pytest.raises(BadInput, match=r"with a Kernel, a torch.nn.Module"):
+        with pytest.raises(BadInput, match=r"must be a Kernel, a torch.nn.Module"):
             kernel.alignment(wrong)
-    with pytest.raises(BadInput, match="leave method, passes and rtol out"):
+    with pytest.raises(BadInput, match="omit method, passes and rtol"):
         kernel.alignment(torch.eye(6), method="hutchinson", passes=8)
 
 
@@ -181,7 +181,7 @@ def test_functions_in_jax_have_targets_in_their_precision():
     with pytest.raises(BadInput, match="one backend"):
         kernel.alignment(Kernel(net(), X))
     for wrong in (None, lambda params, x: x):
-        with pytest.raises(BadInput, match="a pytree of its parameters"):
+        with pytest.raises(BadInput, match="a pytree of the function's parameters"):
             kernel.alignment(wrong)
     with pytest.raises(BadInput, match=r"follows a torch.nn.Module"):
         ntkbench.Tracker(lambda params, x: x @ params, X.numpy(), params=w)

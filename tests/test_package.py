@@ -1,4 +1,4 @@
-"""The package as it is installed: what it declares, where it writes, and what it does without."""
+"""The installed package: what it declares, where it writes, and what it does not need."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_every_study_has_a_table_with_its_provenance(results):
             assert column in table and table.loc[table["status"] == "ok", column].notna().all(), column
 
 
-def test_a_run_says_how_far_it_is_and_where_to_look(finished):
+def test_a_run_reports_its_progress_and_where_to_look(finished):
     assert re.search(r"ntkbench: +\d+% after \d+ s", finished[1])
     assert finished[1].rstrip().endswith("ntkbench: done, see results/smoke")
     assert "localrule" not in finished[1] and "Job stats" not in finished[1]
@@ -160,7 +160,7 @@ def test_a_new_method_is_measured_beside_what_is_there(finished, edited):
     assert [line.split()[0] for line in said[1:]] == ["brand_new"]
 
 
-def test_a_broken_method_is_said_and_the_others_are_measured(finished, edited):
+def test_a_broken_method_is_reported_and_the_others_are_measured(finished, edited):
     edited("src/ntkbench/methods/brand_new.py", "def (:")
     assert not smoke(finished[0])
     assert re.search(
@@ -186,9 +186,7 @@ def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
         ("studies/mohamadi_drift.py", "studies/mohamadi_drift.csv", "figures"),
     ],
 )
-def test_a_step_that_failed_is_done_though_what_was_made_of_it_is_there(
-    finished, results, edited, source, step, target
-):
+def test_a_failed_step_runs_again_although_later_outputs_exist(finished, results, edited, source, step, target):
     """A step that fails leaves nothing behind, and what was made of its output before is older than the sources."""
     whole = (results / step).read_bytes()
     edited(f"src/ntkbench/{source}", lambda text: f"{text}# changed\n")

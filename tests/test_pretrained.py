@@ -141,7 +141,7 @@ def test_another_bit_of_given_weights_is_another_recipe():
 
 
 @pytest.mark.parametrize(("depth", "share"), [(20, 0.813), (56, 0.831)])
-def test_pretrained_networks_are_as_accurate_as_they_are_said_to_be(depth, share):
+def test_pretrained_networks_have_their_stated_accuracy(depth, share):
     try:
         values, (x, y) = pretrained.resnet(depth), images.cifar10("test")
     except Unavailable as reason:

@@ -69,15 +69,15 @@ def test_described_before_anything_else_was_asked():
         ("digits_mpl", r"unknown problem 'digits_mpl' \(did you mean 'digits_mlp'\?\); allowed: .*gru_hazelden"),
         ("digits_mpl[N=4]", "did you mean 'digits_mlp'"),
         ("zzz", r"unknown problem 'zzz'; allowed: conv_relu, ctrnn_delayed_response, .*digits_conv"),
-        ("digits_mlp[M=4]", r"'M=4' is no size of digits_mlp; allowed: N=<positive integer, 512 if not given>"),
-        ("gru_hazelden[N=4,H=2]", "'H=2' is no size of gru_hazelden; allowed: N=.*, T="),
-        ("digits_mlp[N=0]", "'N=0' is no size"),
-        ("digits_mlp[N=-3]", "'N=-3' is no size"),
-        ("digits_mlp[N=2.5]", "'N=2.5' is no size"),
-        ("digits_mlp[N=]", "'N=' is no size"),
-        ("digits_mlp[N]", "'N' is no size"),
-        ("digits_mlp[]", "'' is no size"),
-        ("digits_mlp[4]", "'4' is no size"),
+        ("digits_mlp[M=4]", r"'M=4' is not a size of digits_mlp; allowed: N=<positive integer, 512 if not given>"),
+        ("gru_hazelden[N=4,H=2]", "'H=2' is not a size of gru_hazelden; allowed: N=.*, T="),
+        ("digits_mlp[N=0]", "'N=0' is not a size"),
+        ("digits_mlp[N=-3]", "'N=-3' is not a size"),
+        ("digits_mlp[N=2.5]", "'N=2.5' is not a size"),
+        ("digits_mlp[N=]", "'N=' is not a size"),
+        ("digits_mlp[N]", "'N' is not a size"),
+        ("digits_mlp[]", "'' is not a size"),
+        ("digits_mlp[4]", "'4' is not a size"),
         ("digits_mlp[N=513]", "N can be at most 512"),
         ("gru_hazelden[T=51]", "T can be at most 50"),
         ("digits_mlp[N=4", "malformed problem"),
@@ -85,16 +85,16 @@ def test_described_before_anything_else_was_asked():
         ("digits_mlp[N=4][N=5]", "malformed problem"),
         ("../digits_mlp", "malformed problem"),
         ("", "malformed problem"),
-        ("digits_mlp[N=\N{SUPERSCRIPT TWO}]", "is no size"),
+        ("digits_mlp[N=\N{SUPERSCRIPT TWO}]", "is not a size"),
         ("digits_mlp[N=4,N=8]", "N is given twice"),
         (
             "rnn_flipflop[read=states]",
-            "'read=states' is no choice of rnn_flipflop; allowed: read=<state or out",
+            "'read=states' is not a choice of rnn_flipflop; allowed: read=<state or out",
         ),
         ("rnn_flipflop[parameters=]", "allowed: parameters=<all or recurrent or inputs or readout, all if not given>"),
         (
             "rnn_flipflop[H=big]",
-            "'H=big' is no size of rnn_flipflop; allowed: N=<positive integer, 20 .*read=<state",
+            "'H=big' is not a size of rnn_flipflop; allowed: N=<positive integer, 20 .*read=<state",
         ),
     ],
 )
@@ -316,7 +316,7 @@ def test_only_weights_of_the_default_sizes_are_committed(toy, monkeypatch):
     assert toy.load().theta_f["weight"][0, 0] == 3.5
 
 
-def test_a_damaged_cache_of_weights_is_made_anew(toy, tmp_path, caplog):
+def test_a_damaged_cache_of_weights_is_recreated(toy, tmp_path, caplog):
     toy.load()
     (file,) = (tmp_path / "cache" / "weights").iterdir()
     whole = file.read_bytes()

@@ -1,4 +1,4 @@
-"""What steps say of themselves while they run: only what they can have said counts."""
+"""Progress that steps report while they run; files that no step wrote are left out."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_a_file_that_no_step_wrote_is_left_out(tmp_path, text):
     assert progress.Line(tmp_path, dict).text().startswith("ntkbench:")
 
 
-def test_a_step_says_all_that_is_read_of_it(tmp_path):
+def test_a_step_writes_all_keys_that_are_read(tmp_path):
     with Progress(tmp_path, "one", 2.0):
         said = json.loads((tmp_path / progress.FOLDER / "one.json").read_text())
     assert said.keys() == progress.KEYS

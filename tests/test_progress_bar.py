@@ -79,7 +79,7 @@ def test_any_standard_error_will_do(stderr, monkeypatch):
     assert ntkbench.trace(NET, X).value > 0
 
 
-def test_a_bar_that_fails_loses_no_result(shown, monkeypatch):
+def test_a_failing_bar_does_not_lose_the_result(shown, monkeypatch):
     monkeypatch.setattr("tqdm.auto.tqdm.update", lambda *_: 1 / 0)
     assert ntkbench.trace(NET, X, method="hutchinson", passes=8).value > 0
 

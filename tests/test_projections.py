@@ -138,7 +138,7 @@ def test_sides_that_are_not_larger_than_the_projection_are_exact():
     assert estimate.value == pytest.approx(metrics_of(J @ J.T)["norm"]) and estimate.standard_error < 1e-9
 
 
-def test_few_features_on_a_side_are_said():
+def test_few_features_on_a_side_are_noted():
     """In the calibration 76 % of the intervals of a transformer's norm with one on each side contained it."""
     method = methods.get("kronecker_projection")
     few, more = (method.estimate(prepared("kronecker_projection"), "norm", 2 * 8 * d**2) for d in (2, 3))
@@ -228,7 +228,7 @@ def test_count_sketch_is_that_of_the_gradients_of_the_probes():
 
 
 def kfac_by_hand(module, x):
-    """A (x) B of each layer of an MLP of Linear and Tanh, by autograd row by row."""
+    """A ⊗ B of each layer of an MLP of Linear and Tanh, by autograd row by row."""
     layers = [layer for layer in module if isinstance(layer, nn.Linear)]
     inputs, outputs, value = [], [], x
     for layer in module:

@@ -17,7 +17,7 @@ README = ROOT / "README.md"
 
 
 def test_the_pages_have_the_numbers_of_the_committed_tables():
-    assert readme.update(ROOT, check=True) == [], "out of date; `ntkbench readme` writes these blocks anew"
+    assert readme.update(ROOT, check=True) == [], "out of date; `ntkbench readme` updates these blocks"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The study of one call on a network of real size, on small ones."""
+"""The study of single calls on networks of real size, tested on small ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recurrent problems: initial weights, training that arrives, and the NTK of a part of a network."""
+"""Recurrent problems: initial weights, training that reaches its goal, and the NTK of a part of a network."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_gains_are_in_units_of_the_edge_of_chaos():
 
 
 @pytest.mark.parametrize("wrong", [{"gain": 0.0}, {"gain": float("nan")}, {"rank": 0}, {"rank": 9}])
-def test_initialisations_that_cannot_be_are_refused(wrong):
+def test_impossible_initialisations_are_refused(wrong):
     with pytest.raises(BadInput, match="gain must be positive and rank from 1 to H=8"):
         recurrent.initialised("rnn", CHANNELS, 8, **wrong)
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_training_arrives_at_the_stated_loss(kind):
+def test_training_reaches_the_stated_loss(kind):
     import torch
 
     trials = tasks.trials("match_to_sample", 16, 5, seed=1)
@@ -116,7 +116,7 @@ def test_training_that_fails_is_one_error_and_leaves_nothing(impatient):
     assert [path for path in impatient.rglob("*") if path.is_file()] == []
 
 
-def test_a_loss_that_is_no_number_ends_training():
+def test_a_nan_loss_ends_training():
     import torch
 
     w = torch.nn.Parameter(torch.tensor(1.0))

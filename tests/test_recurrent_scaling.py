@@ -64,7 +64,7 @@ def test_larger_sizes_are_left_out_once_a_method_is_slow():
         ({"kinds": []}, "kinds"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong, says):
+def test_impossible_settings_are_refused(wrong, says):
     with pytest.raises(ValidationError, match=says):
         studies.settings("recurrent_scaling", TINY | wrong)
 
@@ -111,7 +111,7 @@ def test_a_call_that_fails_later_is_one_row_and_the_others_are_timed(monkeypatch
     assert (table.loc[~lost, "status"] == "ok").all() and (table.loc[~lost, "calls"] == 3).all()
 
 
-def test_a_study_that_was_stopped_goes_on_with_the_same_rows(tmp_path, monkeypatch):
+def test_an_interrupted_study_resumes_with_the_same_rows(tmp_path, monkeypatch):
     """Stopped before the sizes of the second method take turns; its first calls are known, and it has to warm up."""
     whole = run()
 

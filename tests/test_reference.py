@@ -1,4 +1,4 @@
-"""The exact values: both sides of J, what counts as stored, and the committed ones made again."""
+"""The exact values: both sides of J, valid stored values, and the committed ones recomputed."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_matrices_beyond_the_machines_memory_are_refused_before_they_are_made(ow
     monkeypatch.setattr(
         "psutil.virtual_memory", lambda: SimpleNamespace(total=3 * 8 * problem.P**2 - 1, available=2**40)
     )
-    with pytest.raises(OverMemory, match=r"exact values of net: 3 matrices of P x P with P = 25 take .* GiB, and this"):
+    with pytest.raises(OverMemory, match=r"exact values of net: 3 matrices of P x P with P = 25 take .* GiB, but this"):
         reference.exact(problem)
 
 

@@ -134,7 +134,7 @@ BROKEN = [
     ("problem", but("problem", '    """Mine."""\n', ""), 7, "mine has no docstring"),
     ("problem", PROBLEM + PROBLEM, 16, "mine is defined twice"),
     ("problem", PROBLEM + "NAMES = tuple('ab')\n", 10, "NAMES must be written out as a literal"),
-    ("problem", PROBLEM + "NAMES = ('a b',)\n", 10, "'a b' is no name of a problem"),
+    ("problem", PROBLEM + "NAMES = ('a b',)\n", 10, "'a b' is not a valid problem name"),
     (
         "problem",
         PROBLEM + "def f(N: int = 2): 'F.'\nother = problem(f)\n",
@@ -213,7 +213,7 @@ def test_a_dropped_in_plug_in_is_found_and_works(drop, kind):
 
 
 @pytest.mark.parametrize(("kind", "source", "line", "says"), BROKEN)
-def test_a_broken_plug_in_says_why_and_harms_nobody(drop, kind, source, line, says):
+def test_a_broken_plug_in_gives_the_reason_and_affects_no_other(drop, kind, source, line, says):
     room = registry.room(kind)
     before = room.names()
     file = drop(kind, "mine.py", source)
@@ -233,7 +233,7 @@ def test_a_broken_plug_in_says_why_and_harms_nobody(drop, kind, source, line, sa
 def test_a_file_name_must_be_a_name(drop, kind, name):
     drop(kind, name, GOOD[kind])
     (broken,) = registry.room(kind).broken()
-    assert "is no name of a plug-in" in broken.reason and broken.file.name == name
+    assert "is not a valid plug-in name" in broken.reason and broken.file.name == name
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,11 @@ def test_one_file_may_hold_a_problem_that_works_and_one_that_does_not(drop):
     drop("problem", "several.py", PROBLEM + "NAMES = ('other',)\n")
     (broken,) = problems.ROOM.broken()
     assert (broken.name, broken.line) == ("other", 10)
-    assert broken.reason == "other is no function that was declared by @problem"
+    assert broken.reason == "other is not a function declared by @problem"
     assert "mine" in problems.names() and "other" not in problems.names()
 
 
-def test_what_is_no_plug_in_is_left_alone(drop):
+def test_files_that_are_not_plug_ins_are_left_alone(drop):
     drop("method", ".#mine.py", "(").with_name("mine.txt").write_text("(")
     folder = drop("method", "__main__.py", "(").parent
     (folder / "folder.py").mkdir()
@@ -308,7 +308,7 @@ def test_a_broken_file_runs_once(drop, tmp_path):
     assert count.read_text() == "x"
 
 
-def test_the_users_interrupt_is_no_fault_of_the_plug_in(drop):
+def test_the_users_interrupt_is_not_a_fault_of_the_plug_in(drop):
     drop("method", "mine.py", "import signal\nsignal.raise_signal(signal.SIGINT)\n" + METHOD)
     with pytest.raises(KeyboardInterrupt):
         methods.get("mine")
@@ -338,7 +338,7 @@ def test_a_name_that_is_taken_is_refused_whatever_is_imported_first(drop, first,
         problems.check("mlp_he[N=51]")
 
 
-def test_unknown_names_are_refused_with_what_there_is():
+def test_unknown_names_are_refused_with_the_allowed_ones():
     with pytest.raises(BadInput, match=r"unknown method 'hutch\+\+' \(did you mean 'hutchpp'\?\); allowed: .*direct"):
         methods.get("hutch++")
     with pytest.raises(BadInput, match="unknown figure 'speedups'"):
@@ -520,7 +520,7 @@ def test_installed_packages_bring_plug_ins(folder):
     looks_right(in_a_process(LOOK, PYTHONPATH=path), folder)
 
 
-def test_an_entry_point_that_names_no_package_is_said_and_breaks_nothing(folder):
+def test_an_entry_point_without_a_package_is_reported_and_breaks_nothing(folder):
     info = folder.parent / "of_mine-1.0.dist-info"
     info.mkdir()
     info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: of-mine\nVersion: 1.0\n", encoding="utf-8")

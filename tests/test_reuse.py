@@ -363,7 +363,7 @@ def test_what_shows_in_other_samples_than_the_first_is_found_by_the_certificate(
     assert float(norm) == pytest.approx(float(explicit(models[0], x).norm()), rel=1e-10)
 
 
-def test_a_contradiction_of_the_network_itself_is_said(traces):
+def test_a_network_that_contradicts_itself_is_reported(traces):
     model = Call(nn.Linear(5, 1), lambda layer, x: layer(x) * (1 + torch.relu(-x[:, 0]).sum())).double()
     x = torch.randn(4, 5).double()
     x[:, 0] = torch.tensor([1, 1, -1, 1])  # the third one changes the others

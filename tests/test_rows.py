@@ -1,4 +1,4 @@
-"""The tidy table: one row a cell, whatever became of it."""
+"""The tidy table: one row per cell, however it ended."""
 
 import pandas as pd
 import pytest
@@ -19,7 +19,7 @@ def table(chosen, outcome=OK, **measured):
     return rows.frame(rows.row(cell, CONFIG, "abc", outcome, SIZES, measured) for cell in chosen)
 
 
-def test_a_row_says_what_how_and_whence():
+def test_a_row_has_its_settings_and_provenance():
     made = table(CELLS[:1], seconds=0.5, seeds=20, calls=5)
     assert list(made.columns) == list(rows.COLUMNS)
     row = made.iloc[0]

@@ -1,4 +1,4 @@
-"""A run as a scheduler sees it: what each step asks for, and how finely the grid is dealt out."""
+"""A run as a scheduler sees it: the resources of each step, and the distribution of the grid over shards."""
 
 import math
 

@@ -49,7 +49,7 @@ def test_notes_are_single_lines():
         (replace(estimate(), certificate="x"), "certificate is a str"),
     ],
 )
-def test_what_is_no_estimate_is_refused(found, said):
+def test_results_that_are_not_estimates_are_refused(found, said):
     with pytest.raises(BadEstimate, match=said):
         seeds.checked(found)
 

@@ -162,6 +162,6 @@ def test_every_comparison_can_be_asked_for_in_a_configuration():
         ({"problem": SMALL, "rounds": 3}, "rounds"),
     ],
 )
-def test_comparisons_that_cannot_be_are_refused(wrong, says):
+def test_impossible_comparisons_are_refused(wrong, says):
     with pytest.raises(ValidationError, match=says):
         run(wrong)

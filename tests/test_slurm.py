@@ -159,7 +159,7 @@ def jobs() -> dict[str, tuple[str, str]]:
     return {job: (comment, share) for job, share, comment in (line.split(maxsplit=2) for line in lines)}
 
 
-def test_a_killed_job_is_made_up_for_by_a_second_start(cluster, tmp_path):
+def test_a_second_start_completes_a_killed_job(cluster, tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     results = tmp_path / "results" / "cluster"

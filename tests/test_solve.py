@@ -92,7 +92,7 @@ def test_a_short_budget_is_kept_and_what_does_not_converge_refused():
 @pytest.mark.parametrize("memory", [None, 4000])
 def test_theta_of_few_parameters_needs_a_ridge(memory):
     singular = nn.Linear(4, 1).double()
-    with pytest.raises(ntkbench.BadInput, match="Theta is singular, as 5 parameters are fewer than 20 outputs"):
+    with pytest.raises(ntkbench.BadInput, match="Theta is singular with 5 parameters for 20 outputs"):
         ntkbench.solve(singular, MANY, torch.ones(20, 1), ridge=0.0, memory=memory)
     assert ntkbench.solve(singular, MANY, torch.ones(20, 1), ridge=1e-3, memory=memory).residual < 1e-5
 
@@ -153,7 +153,7 @@ def test_a_factor_in_float32_is_refined_in_float64():
     np.testing.assert_allclose(found.values.reshape(-1), expected, atol=1e-7 * abs(expected).max())
 
 
-def test_a_network_that_runs_in_float32_alone_is_refined_in_that():
+def test_a_float32_only_network_is_refined_in_float32():
     class Single(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -238,12 +238,12 @@ def test_a_function_in_jax_and_groups_of_parameters():
         ("ridge must be a finite number that is not negative, got nan", {"ridge": float("nan")}),
         ("rtol must be a number between 0 and 1", {"rtol": 0}),
         ("passes must be a positive number", {"passes": -1}),
-        (r"y must be like the outputs, \(5, 3\), got shape \(4, 3\)", {"y": np.ones((4, 3))}),
+        (r"y must be shaped like the outputs, \(5, 3\), got shape \(4, 3\)", {"y": np.ones((4, 3))}),
         ("y must be finite", {"y": np.full((5, 3), np.inf)}),
-        ("y must be of real numbers", {"y": np.full((5, 3), "a")}),
-        ("y must be of real numbers", {"y": None}),
+        ("y must hold real numbers", {"y": np.full((5, 3), "a")}),
+        ("y must hold real numbers", {"y": None}),
         ("y must be an array", {"y": [[1.0], [1.0, 2.0]]}),
-        (r"y must be like the outputs, \(5, 3\), got shape \(\)", {"y": 1.0}),
+        (r"y must be shaped like the outputs, \(5, 3\), got shape \(\)", {"y": 1.0}),
         ("unknown keyword 'method'", {"method": "hutchpp"}),
     ],
 )

@@ -231,7 +231,7 @@ def test_the_bound_on_the_regression_error_holds_for_rounded_kernels(relative):
     assert regression.sensitivity(theta, change, 0.1) == math.inf
 
 
-def test_a_regression_error_that_is_not_defined_is_refused():
+def test_an_undefined_regression_error_is_refused():
     with pytest.raises(Undefined, match="one sample"):
         regression.regression_error(np.ones((1, 1)), np.ones((1, 1)))
     with pytest.raises(Undefined, match="Theta is zero"):

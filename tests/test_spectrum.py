@@ -301,7 +301,7 @@ def test_what_a_spectrum_prints_and_its_groups():
         ("unknown keyword 'method'", {"method": "hutchpp"}),
     ],
 )
-def test_spectra_that_cannot_be_had_are_refused(says, given):
+def test_spectra_that_cannot_be_computed_are_refused(says, given):
     with pytest.raises(ntkbench.BadInput, match=says) as caught:
         ntkbench.spectrum(net(), X, **given)
     assert "\n" not in str(caught.value)

@@ -81,7 +81,7 @@ def test_a_run_that_is_given_up_for_exact_values_gives_no_estimate():
 
 
 def test_numbers_of_probes_are_few_different_ones():
-    """A network is traced anew for each of them."""
+    """A network is traced again for each of them."""
     drawn: set[int] = set()
     for seed in range(200):
         method = Drawn(LAWS["normal"], math.log1p(RTOL) * math.sqrt(60) / 1.96, 1)

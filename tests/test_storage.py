@@ -1,4 +1,4 @@
-"""Stored weights and exact values: what is damaged is noticed, and a cache file that is damaged is made anew."""
+"""Stored weights and exact values: damage is detected, and damaged cache files are recreated."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_damaged_cache_file_counts_as_none_and_a_committed_one_is_an_error(
     assert storage.read(path) is None
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{path} is damaged: ")
-    assert record.getMessage().endswith("; it is made anew")
+    assert record.getMessage().endswith("; it is recreated")
     assert "\n" not in record.getMessage()
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     with pytest.raises(Corrupt, match=r"/file\.\w+ is damaged: .*; restore the committed file, or") as error:

@@ -1,4 +1,4 @@
-"""The trace over the batches of a loader: that it is that of all samples, and that batches are dropped."""
+"""The trace over the batches of a loader: it is that of all samples, and batches are dropped."""
 
 from __future__ import annotations
 
@@ -176,11 +176,11 @@ def test_recurrent_layers(layer):
     ("batches", "says"),
     [
         ([], "gives no batch"),
-        ([X[:90], X[:90, :3]], "samples from 90 on of the DataLoader: .*got shape"),
+        ([X[:90], X[:90, :3]], "samples of the DataLoader from index 90 on: .*got shape"),
         ([X[:90], X[:4], X[:4, :3]], "batch 2 of the DataLoader must be like the first one"),
-        ([X[:90], {"x": X[:90]}], "samples from 90 on of the DataLoader"),
-        ([X[:90], X[:90].long()], "samples from 90 on of the DataLoader: .*int64"),
-        ([X[:90], X[:90] * float("nan")], "samples from 90 on of the DataLoader: .*its gradient is not finite"),
+        ([X[:90], {"x": X[:90]}], "samples of the DataLoader from index 90 on"),
+        ([X[:90], X[:90].long()], "samples of the DataLoader from index 90 on: .*int64"),
+        ([X[:90], X[:90] * float("nan")], "samples of the DataLoader from index 90 on: .*its gradient is not finite"),
     ],
 )
 def test_batches_that_do_not_fit_are_named(batches, says):

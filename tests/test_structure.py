@@ -1,4 +1,4 @@
-"""The package's structure: imports point one way, underscores stay at home."""
+"""The package's structure: imports point one way, and names with underscores stay private."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_nothing_imports_from_a_room_above(edges):
     assert {(importer, imported) for importer, imported in edges if floor(imported) > floor(importer)} == UPWARD
 
 
-def test_imports_go_in_no_circle(edges):
+def test_imports_have_no_cycles(edges):
     left = edges - UPWARD
     graph: dict[str, set[str]] = {}
     for importer, imported in left:

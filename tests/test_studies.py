@@ -324,7 +324,7 @@ def test_gradient_descent_on_cross_entropy_leaves_the_readouts_sum_alone():
     torch.testing.assert_close(network[-1].weight.sum(0).detach(), before)
 
 
-def test_costs_of_resnets_are_there_or_say_why_not(tables):
+def test_costs_of_resnets_are_given_or_have_a_reason(tables):
     table = ok(tables["mohamadi_cost"])
     assert set(table["N"]) == {2, 3} and set(table["method"]) == set(mohamadi_cost.METHODS)
     np.testing.assert_allclose(table["seconds_per_pair"] * table["pairs"], table["seconds"])
@@ -334,7 +334,7 @@ def test_costs_of_resnets_are_there_or_say_why_not(tables):
 
 
 @pytest.mark.slow
-def test_contracting_a_jacobian_that_memory_does_not_hold_is_left_out():
+def test_contracting_a_jacobian_that_does_not_fit_in_memory_is_left_out():
     settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
     left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("recomputed for every pair").all()

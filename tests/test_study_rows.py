@@ -1,4 +1,4 @@
-"""What studies share: rows that are there whatever fails, set-ups that are made once, and calls that take turns."""
+"""What studies share: rows that are kept whatever fails, set-ups that are made once, and calls that take turns."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_value_that_cannot_be_kept_is_a_failed_row(tmp_path):
     assert (made["status"], made["reason"]) == ("failed", "TypeError: object cannot be kept in a journal")
 
 
-def test_an_interrupt_is_no_row():
+def test_an_interrupt_is_not_a_row():
     with pytest.raises(KeyboardInterrupt):
         base.row({}, raising(KeyboardInterrupt()))
 

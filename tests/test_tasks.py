@@ -1,4 +1,4 @@
-"""Tasks of recurrent networks: they ask for what they say they do."""
+"""Tasks of recurrent networks: targets follow the stated rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract checks: plug-ins that break a promise are told which one."""
+"""The contract checks: a plug-in that breaks the contract gets a message that says how."""
 
 from __future__ import annotations
 
@@ -154,26 +154,26 @@ def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *
         (changed(value=math.nan), "has the value nan"),
         (changed(value=np.float64(1)), "has the value np.float64"),
         (changed(value=1j), "has the value 1j"),
-        (changed(method="other"), "calls itself 'other'"),
-        (changed(metric="norm"), "says that this is the metric 'norm'"),
-        (changed(standard_error=0.1), "is deterministic, and has a standard error of 0.1"),
-        (changed(passes=7.0), "says 7.0 passes, and its operators counted 12"),
-        (Wrong, "as it should be in float64"),
-        (Rounding, "as it should be in float32"),
+        (changed(method="other"), "names itself 'other'"),
+        (changed(metric="norm"), "reports the metric 'norm'"),
+        (changed(standard_error=0.1), "is deterministic, but has a standard error of 0.1"),
+        (changed(passes=7.0), "reports 7.0 passes, but its operators counted 12"),
+        (Wrong, "instead of .* in float64"),
+        (Rounding, "instead of .* in float32"),
         (Drifting, "two calls differ"),
-        (Hungry, "as it should be with memory for one row at a time"),
-        (Announcing, "announced 13 passes, and spent 12"),
-        (Number, "returns a float and no Estimate"),
+        (Hungry, "instead of .* with memory for one row at a time"),
+        (Announcing, "announced 13 passes, but spent 12"),
+        (Number, "returns a float, not an Estimate"),
         (Silent, "gives no reason against the metric"),
         (Verbose, "a reason must be one line"),
-        (Running, "runs the network in order to say what it does not support"),
-        (Careless, "needs_independent_samples is True; of samples that interact it says None"),
+        (Running, "runs the network to determine what it does not support"),
+        (Careless, "needs_independent_samples is True; for interacting samples it says None"),
         (Guessing, "bytes_needed must be known beforehand"),
         (Spending, "spent .* passes"),
-        (Miscounting, "and its operators counted"),
+        (Miscounting, "but its operators counted"),
         (Unseeded, "one seed gives"),
         (Fixed, "another seed gives the same number"),
-        (Biased, "and six standard errors are"),
+        (Biased, "but six standard errors are"),
         (Eager, "estimates without a budget"),
         (Undemanding, "gives no reason against"),
     ],
@@ -188,9 +188,9 @@ def test_honest_methods_pass_in_all_backends(monkeypatch, name, cls):
     check(monkeypatch, cls, name)
 
 
-def test_standard_errors_that_are_too_small_are_found_out(monkeypatch):
+def test_standard_errors_that_are_too_small_are_detected(monkeypatch):
     testing.check_calibration("hutchinson", "trace")
-    with pytest.raises(AssertionError, match=r"standard errors claim a variance of .*, over seeds it is"):
+    with pytest.raises(AssertionError, match=r"standard errors imply a variance of .*, but over seeds it is"):
         check(monkeypatch, Overconfident, "mine", testing.check_calibration, "trace")
     with pytest.raises(AssertionError, match="a bias of"):
         check(monkeypatch, Shifted, "mine", testing.check_calibration, "trace")
@@ -245,10 +245,10 @@ def test_a_good_problem_passes(monkeypatch):
     ("changes", "says"),
     [
         ({"x": lambda p: p.x + np.random.default_rng().random()}, "is not the same at every load"),
-        ({"x": lambda p: p.x[::-1].copy()}, "with N=3 has not its first three inputs"),
+        ({"x": lambda p: p.x[::-1].copy()}, "with N=3 does not have its first three inputs"),
         ({"theta_0": lambda p: p.theta_0 if p.N == 4 else moved(p.theta_0)}, "with N=3 has another theta_0"),
-        ({"theta_f": lambda p: dict(p.theta_0)}, "training leaves 0.weight where it was"),
-        ({"theta_f": lambda p: {k: w * np.nan for k, w in p.theta_f.items()}}, "training spoils 0.weight"),
+        ({"theta_f": lambda p: dict(p.theta_0)}, "training leaves 0.weight unchanged"),
+        ({"theta_f": lambda p: {k: w * np.nan for k, w in p.theta_f.items()}}, "training makes 0.weight invalid"),
         ({"jax_forward": lambda p: lambda w, x: 2 * p.jax_forward(w, x)}, "torch and JAX differ by 1 at theta_0"),
         ({"samples_interact": lambda p: True}, "samples_interact is True; it is False"),
     ],

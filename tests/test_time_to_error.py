@@ -1,4 +1,4 @@
-"""Budgets that reach an error, and methods at theirs in turn."""
+"""Budgets that reach an error, and methods measured in turn at these budgets."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_budget_that_cannot_be_enough_is_given_up_before_all_seeds_are_drawn(m
     assert {count for passes, count in drawn.items() if 100 / passes > 0.5} == {1 + time_to_error.LOOK}
 
 
-def test_a_budget_is_not_given_up_for_what_chance_may_do():
+def test_a_budget_is_not_given_up_because_of_chance():
     entrant = Entrant(time_to_error.Settings(), Goal(problem=LABEL, metric="trace", error=0.5), None, "hutchinson")
     tried = Reruns(1.0, "float64")
     for value in [2.0] * 9 + [1.0] * 42:
@@ -221,7 +221,7 @@ def test_a_method_that_takes_longer_than_the_patience_gets_no_larger_budget(monk
     assert max(fake.asked) < 400
 
 
-def test_an_estimate_stands_for_an_exact_value_that_cannot_be_had():
+def test_an_estimate_replaces_an_unavailable_exact_value():
     label, error, settings = "mlp_hazelden[N=8]", 0.3, time_to_error.Settings()
     assert Truth(settings, Goal(problem=label, metric="norm", error=error)).columns()["reference_error"] == 0
     found = Truth(settings, Goal(problem=label, metric="norm", error=error, exact=False)).columns()
@@ -264,7 +264,7 @@ def test_every_goal_can_be_asked_for_in_a_configuration():
         ({"problem": LABEL, "metric": "trace"}, "error"),
     ],
 )
-def test_goals_that_cannot_be_are_refused(wrong, says):
+def test_impossible_goals_are_refused(wrong, says):
     with pytest.raises(ValidationError, match=says):
         run(wrong)
 

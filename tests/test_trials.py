@@ -69,7 +69,7 @@ def test_stochastic_methods_have_one_budget_or_one_tolerance():
     assert "takes no rtol" in told["hutchpp"].reason and told["hutchinson"].value is not None
 
 
-def test_a_method_that_fails_later_is_said_and_the_others_stand():
+def test_a_method_that_fails_later_is_reported_and_the_others_are_kept():
     def failing(seed):
         if seed:
             raise ValueError("only once")

@@ -1,4 +1,4 @@
-"""Seconds and bytes as one reads them."""
+"""Readable seconds and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes over a limit is ended and said, what does not is left alone, and nothing is left behind."""
+"""Processes over a limit are terminated and reported, others are left alone, and nothing is left behind."""
 
 import os
 import signal

@@ -80,7 +80,7 @@ def test_networks_have_the_kernels_that_are_prescribed(kernel):
         ((4, 4, 2, 0.8), r"share must be from 0 to 1 - 1 / N \(0.75\); got 0.8"),
     ],
 )
-def test_kernels_that_cannot_be_are_refused(sizes, says):
+def test_impossible_kernels_are_refused(sizes, says):
     with pytest.raises(BadInput, match=says):
         Kernel(*sizes)
 

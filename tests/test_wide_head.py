@@ -560,7 +560,7 @@ def test_estimates_in_float32_and_of_some_parameters(chosen):
         assert estimate.rounding > 1e-7 and estimate.certificate < 1e-5
 
 
-def test_a_tolerance_that_rounding_exceeds_is_said():
+def test_a_tolerance_below_rounding_is_noted():
     make = lambda: nn.Sequential(nn.Embedding(64, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 64))  # noqa: E731
     model, x = seeded(make).eval(), torch.arange(12).reshape(3, 4)
     asked = {"rtol": 2e-6, "dtype": "float32"}

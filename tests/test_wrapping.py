@@ -1,4 +1,4 @@
-"""What a network is wrapped into: precision, randomness, interaction, state, ambient settings, refusals."""
+"""Wrapping a network: precision, randomness, interaction, state, ambient settings, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ X = seeded(lambda: torch.randn(6, 4))
 
 
 def explicit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Theta of the model as it is, one plain backward pass an output, in float64."""
+    """Theta of the model as it is, one plain backward pass per output, in float64."""
     model = modules.cast(modules.copied(model), torch.float64)
     theta = [w for w in model.parameters() if w.requires_grad]
     outputs = model(x.double() if x.is_floating_point() else x)
@@ -194,7 +194,7 @@ INTERACTING = {
 
 
 @pytest.mark.parametrize("kind", INTERACTING)
-def test_samples_that_interact_are_seen(kind):
+def test_interacting_samples_are_detected(kind):
     model = seeded(INTERACTING[kind])
     assert ntkbench.from_module(model, X).samples_interact
     check(model, X)
@@ -218,7 +218,7 @@ INDEPENDENT = {
 
 @pytest.mark.parametrize("kind", INDEPENDENT)
 @pytest.mark.parametrize("dtype", ["float32", None])
-def test_samples_that_do_not_interact_are_seen_too(kind, dtype):
+def test_independent_samples_are_detected_too(kind, dtype):
     model = seeded(INDEPENDENT[kind])
     if kind.startswith("weights"):
         nn.init.zeros_(model.layer.bias)
@@ -605,7 +605,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (LAYER, {"x": X}, r"cannot be called on inputs\['x'\] .*unexpected keyword argument 'x'"),
         (LAYER, UserDict(x=X), r"cannot be called on inputs\['x'\] .*unexpected keyword argument 'x'"),
         (LAYER, (X, X), r"cannot be called on inputs\[0\] .*takes 2 positional arguments but 3 were given"),
-        (LAYER, [[1.0], [1.0, 2.0]], "inputs must hold a tensor"),
+        (LAYER, [[1.0], [1.0, 2.0]], "inputs must hold at least one tensor"),
         (LAYER, X.numpy(), "got ndarray: use torch.from_numpy"),
         (LAYER, torch.nested.nested_tensor([X, X[:2]]), "got a nested one"),
         (LAYER, X.to_sparse(), "got a sparse coo one"),
@@ -615,7 +615,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (LAYER, X.to(torch.complex64), "must be real or integer"),
         (nn.Linear(4, 3, device="meta"), X, "'weight' is a meta one"),
         (FAKE_LAYER, X, "'weight' is a fake one"),
-        (Two(), X, rf"takes 2 inputs, forward\(x, mask\), and x is one tensor: {WRAP}"),
+        (Two(), X, rf"takes 2 inputs, forward\(x, mask\), but x is one tensor: {WRAP}"),
         (Returns(lambda y: SimpleNamespace(logits=y)), X, f"got SimpleNamespace: {WRAP}"),
         (Returns(lambda y: (y, y)), X, f"got tuple: {WRAP}"),
         (Returns(lambda y: y.detach()), X, "no output of the model depends on a trainable parameter"),
@@ -627,14 +627,14 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (
             Lambda(starting, started=torch.tensor(False)),
             X,
-            "sets its parameter 'layer.weight' when it is called: call it once before",
+            "sets its parameter 'layer.weight' when it is called: call it once first",
         ),
         (closing_over_itself(), X, "a function in the model uses the model itself"),
         (with_nan(), X, "has nan or infinite weights: 'weight'"),
         (locked(), X, "cannot be copied because of its attribute '0.lock': TypeError"),
         (generating(), X, "cannot be copied because of its attribute 'steps'"),
         (nn.Sequential(Copied(lambda layer: 1 / 0)), X, "copied by the __deepcopy__ of Copied: ZeroDivisionError"),
-        (Copied(lambda layer: None), X, "copied by the __deepcopy__ of Copied: it gives NoneType"),
+        (Copied(lambda layer: None), X, "copied by the __deepcopy__ of Copied: it returns NoneType"),
         (
             Copied(lambda layer: layer),
             X,
@@ -644,7 +644,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
         (nn.Linear(4, 3).half(), X, "choose the precision to compute in"),
     ],
 )
-def test_what_cannot_be_wrapped_is_said_in_one_line(model, x, says):
+def test_what_cannot_be_wrapped_is_refused_in_one_line(model, x, says):
     for call in (ntkbench.trace, ntkbench.ntk):
         with pytest.raises(ntkbench.BadInput, match=says) as caught:
             call(model, x)

@@ -1,6 +1,6 @@
 """Metrics of the finite-width Neural Tangent Kernel: every known way of computing them, and what each costs.
 
-``import ntkbench`` loads nothing but this file; names are found when they are first used, and torch with them.
+``import ntkbench`` loads only this file. Names, and torch with them, are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-            globals()[name] = value  # found once is enough
+            globals()[name] = value  # looked up only once
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

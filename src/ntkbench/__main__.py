@@ -6,7 +6,7 @@ from ntkbench import errors
 
 
 def main() -> None:
-    """The command, whose packages the library does without."""
+    """Run the command, after a check for the packages that only the command needs."""
     with errors.as_one_line():
         for module in ("click", "pandas", "pydantic", "yaml"):
             errors.need(module, "the ntkbench command", "'.[pipeline]' (in ntkbench's checkout)")

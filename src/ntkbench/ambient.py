@@ -1,4 +1,4 @@
-"""The settings of PyTorch and JAX that public functions work under, whatever the caller's are."""
+"""Settings of PyTorch and JAX that public functions use, independent of the caller's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
 def cores() -> int:
-    """Processors that this process may use; all of them where the system does not tell, as on macOS and Windows."""
+    """Number of processors that this process may use, or of all where the system does not say (macOS, Windows)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -24,17 +24,16 @@ def cores() -> int:
 def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: bool = False) -> Iterator[None]:
     """Switch off what changes derivatives or precision, and restore the caller's settings at the end.
 
-    Gradients are recorded whatever ``torch.no_grad`` or ``torch.inference_mode`` says outside. Autocast and
-    float32 products of lower precision are off, TF32 among them unless it is asked for, and so are hooks on saved
-    tensors.
+    Gradients are recorded even inside the caller's ``torch.no_grad`` or ``torch.inference_mode``. Autocast, float32
+    products of lower precision (TF32 unless requested) and hooks on saved tensors are off.
 
     Args:
-        dtype: ``"float32"`` or ``"float64"``: tensors that a network makes without a precision get this one.
-        device: tensors that a network makes without a device are put there; ``None`` leaves the caller's default.
+        dtype: ``"float32"`` or ``"float64"``, for tensors that a network creates without a precision.
+        device: device of tensors that a network creates without one; ``None`` leaves the caller's default.
         tf32: whether float32 products on a GPU are in TF32.
 
     Raises:
-        BadInput: tensors are fake, because of a ``FakeTensorMode`` outside.
+        BadInput: the caller is inside a ``FakeTensorMode``, where tensors have no values.
     """
     import torch
     from torch._guards import active_fake_mode
@@ -59,9 +58,9 @@ def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: b
 
 @contextlib.contextmanager
 def _without_saving_hooks() -> Iterator[None]:
-    """Save tensors as they are, whatever ``torch.autograd.graph.saved_tensors_hooks`` do to them outside.
+    """Save tensors unchanged, without the caller's ``torch.autograd.graph.saved_tensors_hooks``.
 
-    They are taken off: transforms of ``torch.func`` refuse to run under any hooks, those that do nothing included.
+    The hooks are removed: transforms of ``torch.func`` refuse to run under any hooks, even those that do nothing.
     """
     import torch
 
@@ -79,7 +78,7 @@ def _without_saving_hooks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _precision(tf32: bool) -> Iterator[None]:
-    """float32 products in float32, or on a GPU in TF32, whichever of torch's two sets of flags the caller uses.
+    """Compute float32 products in float32, or in TF32 on a GPU, whichever of torch's two sets of flags the caller uses.
 
     torch keeps them consistent only where they are set; reading an old flag fails after a new one was set.
     """
@@ -112,10 +111,10 @@ def _precision(tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_jax_settings(dtype: str) -> Iterator[None]:
-    """The same for JAX: 64-bit numbers as the precision needs them, and JAX's own defaults for what may be in the way.
+    """The same for JAX: 64-bit numbers if the precision needs them, and JAX's defaults for settings that interfere.
 
     Args:
-        dtype: ``"float32"`` or ``"float64"``. Arrays that a network makes without a precision get this one.
+        dtype: ``"float32"`` or ``"float64"``, also for arrays that a network creates without a precision.
     """
     import jax
 

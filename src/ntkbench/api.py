@@ -1,4 +1,4 @@
-"""What a researcher types: the NTK of a network, or a metric of it with its error and its cost.
+"""The public functions: the NTK of a network, or a metric of it with its error and its cost.
 
 Each function makes a :class:`ntkbench.Kernel` and uses it once; make one yourself to use it many times.
 
@@ -68,7 +68,7 @@ def ntk(
     """The NTK between two sets of inputs, exact and without a Jacobian, or a kernel between samples in its place.
 
     ``kernel="full"`` is Theta itself, ``[N1 * O, N2 * O]`` with rows sample-major. The others are ``[N1, N2]`` matrices
-    A, which approximate Theta as A (x) I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
+    A, which approximate Theta as A ⊗ I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
     first output), ``random_vector`` (one random combination of outputs, drawn from ``seed``), ``trace`` ((1/O) tr_O
     Theta, the best of them in the Frobenius norm) and ``last_layer`` (the trace kernel of the last layer's parameters).
 
@@ -109,16 +109,16 @@ def ntk(
         ``file`` it is a read-only ``numpy.memmap`` of the file.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or no method can compute the kernel, says why; or
-            the file holds something else, is damaged, cannot be written, or does not fit on the disk.
+        BadInput: an argument cannot be used, no method can compute the kernel, or the file holds something else, is
+            damaged, cannot be written or does not fit on the disk; says why.
         NtkbenchError: writing the file failed.
         OverMemory: the result itself would not fit in memory.
         Unavailable: the device is not available.
     """
     if file is not None and isinstance(setup.get("parameters"), Mapping):
         raise BadInput(
-            "a file holds one kernel: with groups of parameters take ntkbench.Kernel(...).groups(...), and of each of "
-            "these ntk(file=...) with a file of its own"
+            "a file holds one kernel: for groups of parameters use ntkbench.Kernel(...).groups(...), and call "
+            "ntk(file=...) of each group with a file of its own"
         )
     keywords = {"seed": seed, **setup}
     found: torch.Tensor = _use(model, x1, keywords, (), lambda k, _: k.ntk(x2, kernel=kernel, seed=seed, file=file))
@@ -128,8 +128,8 @@ def ntk(
 def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr Theta of a network at its current weights, Theta = J J^T with J the Jacobian of all outputs.
 
-    ``method="auto"`` takes an exact method if that takes no more passes than the estimate would, within ``memory``, and
-    otherwise an estimator. The exact methods are
+    ``method="auto"`` uses an exact method if it takes no more passes than the estimate would, within ``memory``, and an
+    estimator otherwise. The exact methods are
 
     - ``recurrent_exact_trace``, if the network declares its recurrence;
     - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs (plus
@@ -151,7 +151,7 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     outputs or parameters.
 
     With ``rtol`` an exact method takes over as soon as the remaining probes would take more than half of its passes. It
-    comes first if a batch is so small that an error with enough degrees of freedom takes more passes.
+    comes first if a batch is so small that a reliable standard error would take more passes.
     Methods are tried in turn, and one that fails on the network is passed over. ``Estimate.method`` names the method
     that was used, and ``Estimate.notes`` says why others were not.
 
@@ -181,8 +181,7 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
             an estimate for each group.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or no method, or not the requested one, applies to
-            this network, says why.
+        BadInput: an argument cannot be used, or no method, or not the requested one, applies to this network; says why.
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not available.
     """
@@ -207,9 +206,9 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
 
     ``model_f`` may be the same network with other weights (buffers, such as BatchNorm's running statistics, and frozen
     parameters may differ as well; each set of weights goes with its own), another network with as many outputs, values
-    of the parameters by name, or a target: a tensor y like the outputs, which stands for the kernel y y^T, or a matrix
-    ``[n, n]`` or ``[N, N]``. For a JAX function it is a pytree of parameters. Precision and device default to those of
-    ``model_0``. Other arguments and errors as for :func:`trace`.
+    of the parameters by name, or a target: a tensor y shaped like the outputs, which stands for the kernel y y^T, or a
+    matrix ``[n, n]`` or ``[N, N]``. For a JAX function it is a pytree of parameters. Precision and device default to
+    those of ``model_0``. Other arguments and errors as for :func:`trace`.
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")
@@ -276,7 +275,7 @@ def spectrum(
             with a spectrum for each group.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or no method can compute the kernel.
+        BadInput: an argument cannot be used, or no method can compute the kernel; says why.
         Unavailable: the device is not available.
     """
     found: Spectrum = _use(model, x, setup, (), lambda k, _: k.spectrum(top, rtol=rtol, passes=passes, seed=seed), ())
@@ -330,8 +329,8 @@ def solve(
         ``method``.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or Theta + ridge I is singular up to rounding, says
-            which ridge suffices; or the residual stays above ``rtol``, says what helps.
+        BadInput: an argument cannot be used, Theta + ridge I is singular up to rounding, or the residual stays above
+            ``rtol``; says what is allowed, which ridge suffices or what helps.
         Unavailable: the device is not available.
     """
     found: Solution = _use(
@@ -387,7 +386,7 @@ def recommend(
         A list of :class:`ntkbench.cost.Cost`, with ``best`` and, as a line of Python, ``code()``.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed; or products with the Jacobian are wrong.
+        BadInput: an argument cannot be used, or products with the Jacobian are wrong; says why.
         Unavailable: the device is not available.
     """
     found: Costs = _use(
@@ -415,12 +414,12 @@ def compare(
 ) -> Trials:
     """Measured results and costs of methods for a metric of a network, side by side.
 
-    Take it to choose a method for many similar networks. Prints as a table, the fastest method first. A method that
-    refuses the network, or fails, has a line that says why. Stochastic methods have the same budget or tolerance;
-    look at their errors before their seconds.
+    Use it to choose a method for many similar networks. Prints as a table, the fastest method first. A method that
+    fails or refuses the network has a line with the reason. Stochastic methods have the same budget or tolerance;
+    compare their errors before their seconds.
 
     Cost: for each method a first call, which prepares it and is not timed, and ``calls`` timed ones, in turn. Seconds
-    from a machine that does something else meanwhile are worth little.
+    are unreliable if the machine does other work at the same time.
 
     >>> import torch, ntkbench
     >>> methods = ["structured_derivatives", "hutchinson"]
@@ -432,10 +431,10 @@ def compare(
         model, inputs: see :class:`ntkbench.Kernel`.
         other: the other network or weights of an alignment; see :meth:`ntkbench.Kernel.alignment`.
         metric: trace, norm, effective_rank or alignment.
-        methods: names; by default ``auto``, the methods that it stands for, and those of the papers.
+        methods: names; by default ``auto``, the methods that it tries, and those of the papers.
         passes, rtol: of stochastic methods, see :func:`ntkbench.trace`; 64 passes if neither is given. Those that take
             no tolerance refuse it.
-        calls: timed ones of each method, each with a seed of its own.
+        calls: number of timed calls of each method, each with its own seed.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
             with a table for each group.
 
@@ -443,7 +442,7 @@ def compare(
         A list of :class:`ntkbench.trials.Trial`; ``csv()`` has all numbers.
 
     Raises:
-        BadInput: an argument cannot be used, says what is allowed.
+        BadInput: an argument cannot be used; says what is allowed.
         Unavailable: the device is not available.
     """
     asked: dict[str, Any] = {"metric": metric, "methods": methods, "passes": passes, "rtol": rtol, "calls": calls}
@@ -465,7 +464,7 @@ def _use(
     *,
     streamed: bool = False,
 ) -> Any:
-    """The result of a use of a kernel; with groups of parameters, one for each.
+    """Apply ``use`` to a kernel; with groups of parameters, return a dict with a result for each.
 
     Args:
         names: requested metrics, none for a kernel; options that do not apply are refused before work starts.

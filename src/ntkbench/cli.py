@@ -1,4 +1,4 @@
-"""The ``ntkbench`` command: the steps of the pipeline, and what there is to know about an installation or a run."""
+"""The ``ntkbench`` command: the steps of the pipeline, and information about an installation or a run.
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def _of_a_network(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.argument("factory", metavar=FACTORY),
         click.option(
-            "--metric", type=click.Choice(METRICS), default="trace", show_default=True, help="What is wanted."
+            "--metric", type=click.Choice(METRICS), default="trace", show_default=True, help="Metric of the NTK."
         ),
         click.option(
             "--other",
             metavar=FACTORY,
-            help="For an alignment: what returns the other network; its inputs and call are not used.",
+            help="For an alignment: the function that returns the other network; its inputs and call are ignored.",
         ),
         click.option("--device", help="cpu, cuda, cuda:1 or auto.  [default: that of the parameters]"),
         click.option("--dtype", help="float32 or float64.  [default: that of the parameters]"),
-        click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="MiB that blocks may fill."),
+        click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="Memory limit in MiB."),
     )
     for option in reversed(options):
         command = option(command)
@@ -48,7 +48,7 @@ OUTPUT = click.option("--output", type=NEW, required=True, help="The file to wri
 
 
 class OneLine(click.Group):
-    """Commands whose usage errors are one line, as those of all other input are."""
+    """Commands that report usage errors on one line, like all other errors."""
 
     def main(self, *args: Any, **more: Any) -> Any:
         """Run a command, and end with its exit status."""
@@ -87,14 +87,14 @@ my_networks.py is in the current folder, and make() in it returns (model, inputs
     help="A folder with methods/, problems/, studies/ or figures/ of your own.",
 )
 def main(plugins: tuple[str, ...]) -> None:
-    """Metrics of the finite-width Neural Tangent Kernel: your own network's, benchmark, figures and facts."""
+    """Metrics of the finite-width Neural Tangent Kernel: of your own network, and a benchmark of methods."""
     with _one_line():
         registry.use(plugins)
 
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Errors that a user can act on as one line; a full disk is one of them."""
+    """Print errors that a user can act on, such as a full disk, as one line."""
     with errors.as_one_line():
         yield
 
@@ -108,9 +108,9 @@ Examples:
 """
 )
 @_of_a_network
-@click.option("--rtol", type=float, default=0.01, show_default=True, help="Relative error that the metric may have.")
+@click.option("--rtol", type=float, default=0.01, show_default=True, help="Tolerated relative error.")
 def recommend(factory: str, other: str | None, metric: str, rtol: float, **setup: Any) -> None:
-    """Say which method to take for a network: predicted passes, seconds, memory and error of each.
+    """Predict passes, seconds, memory and error of each method for a network.
 
     MODULE:FUNCTION is a function without arguments that returns (model, inputs) or (model, inputs, call), as
     ntkbench.Kernel takes them. Errors and budgets are rough; see ntkbench.recommend.
@@ -135,13 +135,13 @@ Examples:
 """
 )
 @_of_a_network
-@click.option("--method", default="auto", show_default=True, help="Name of a method, as `ntkbench list` has it.")
-@click.option("--passes", type=int, help="The most passes to spend.")
+@click.option("--method", default="auto", show_default=True, help="Name of a method, as in `ntkbench list`.")
+@click.option("--passes", type=int, help="Maximum number of passes.")
 @click.option("--rtol", type=float, help="Draw probes until the interval is within this share of the value.")
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of that interval.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the probes.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Confidence level of the interval.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probes.")
 def estimate(factory: str, other: str | None, metric: str, **more: Any) -> None:
-    """Compute a metric of a network, with its interval, its cost, and what there is to say about it.
+    """Compute a metric of a network, with its interval, cost and notes.
 
     MODULE:FUNCTION is as for `ntkbench recommend`.
     """
@@ -162,11 +162,11 @@ Examples:
 """
 )
 @_of_a_network
-@click.option("--method", "methods", multiple=True, help="A method to measure.  [default: auto and what it stands for]")
-@click.option("--passes", type=int, help="The most passes of stochastic methods.  [default: 64]")
-@click.option("--rtol", type=float, help="A tolerance, in place of passes.")
+@click.option("--method", "methods", multiple=True, help="A method to measure.  [default: auto and what it tries]")
+@click.option("--passes", type=int, help="Maximum number of passes of stochastic methods.  [default: 64]")
+@click.option("--rtol", type=float, help="Tolerance, in place of a number of passes.")
 @click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls per method.")
-@click.option("--output", type=NEW, help="A file for all numbers, as comma-separated values.")
+@click.option("--output", type=NEW, help="CSV file for all numbers.")
 def compare(
     factory: str,
     other: str | None,
@@ -178,7 +178,7 @@ def compare(
     output: Path | None,
     **setup: Any,
 ) -> None:
-    """Measure methods side by side on a network: what each gives, and what it takes.
+    """Measure values and costs of methods side by side on a network.
 
     MODULE:FUNCTION is as for `ntkbench recommend`.
     """
@@ -196,7 +196,7 @@ def compare(
 def _networks(
     factory: str, other: str | None, metric: str, setup: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the functions of the library take: a network, the other one of an alignment, and inputs; and keywords.
+    """Arguments of the library's functions: a network, the other one of an alignment, and inputs; and keywords.
 
     Raises:
         BadInput: a factory cannot be used, or an alignment lacks its other network.
@@ -204,8 +204,8 @@ def _networks(
     from ntkbench import factory as factories
 
     if (other is None) == (metric == "alignment"):
-        said = "is with another network: name its function by --other" if other is None else "is of one network: leave"
-        raise errors.BadInput(f"the {metric} {said}{'' if other is None else ' --other out'}")
+        said = "needs a second network: give --other" if other is None else "is of one network: omit --other"
+        raise errors.BadInput(f"the {metric} {said}")
     made = factories.make(factory)
     given = {key: value for key, value in setup.items() if value is not None}
     if "memory" in given:
@@ -220,7 +220,7 @@ def _networks(
 @click.argument("config_file", type=FILE)
 @click.option("--predict", is_flag=True, help="Also predict the time of the grid, from a few passes on each problem.")
 def check(config_file: Path, predict: bool) -> None:
-    """Check a configuration, and say how much there is to measure and how long it took before."""
+    """Check a configuration, and say how much is left to measure and how long it took last time."""
     from ntkbench.measure import timings
     from ntkbench.run import Run
     from ntkbench.units import seconds_label
@@ -255,7 +255,7 @@ Examples:
 """,
 )
 @click.argument("config_file", type=FILE)
-@click.option("--cores", default="all", show_default=True, help="How many to use.")
+@click.option("--cores", default="all", show_default=True, help="Number of cores.")
 @click.argument("more", nargs=-1, metavar="[SNAKEMAKE OPTIONS]...", type=click.UNPROCESSED)
 def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     """Run a study: check its configuration, measure, draw its figures into results/<profile>.
@@ -271,7 +271,7 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
         if any(option.startswith("--configfile") for option in more):
             raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
-    # In place of this process, so that an interrupt is Snakemake's.
+    # Snakemake replaces this process, so that it receives interrupts.
     os.execv(sys.executable, [*command, "--configfile", str(config_file)])
 
 
@@ -279,7 +279,7 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
 @click.argument("config_file", type=FILE)
 @click.option("--results", type=NEW, help="The run's results folder.  [default: results/<profile>]")
 def pending(config_file: Path, results: Path | None) -> None:
-    """Say which cells a run would measure, by method, because nothing that still holds is known of them."""
+    """Count the cells that a run would measure, by method: those without a valid row."""
     from collections import Counter
 
     from ntkbench.measure import cells, shard
@@ -297,7 +297,7 @@ def pending(config_file: Path, results: Path | None) -> None:
 @CONFIG
 @OUTPUT
 def problems(config_file: Path, output: Path) -> None:
-    """Make the grid's problems ready: trained weights and exact metrics."""
+    """Prepare the grid's problems: trained weights and exact metrics."""
     from ntkbench.measure import cells, facts
 
     with _one_line():
@@ -311,11 +311,11 @@ def problems(config_file: Path, output: Path) -> None:
 @main.command(hidden=True)
 @CONFIG
 @click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--problems", "problems_file", type=FILE, required=True, help="What `ntkbench problems` wrote.")
-@click.option("--log", type=NEW, required=True, help="What asv and the measured methods print.")
+@click.option("--problems", "problems_file", type=FILE, required=True, help="File written by `ntkbench problems`.")
+@click.option("--log", type=NEW, required=True, help="File for the output of asv and the methods.")
 @OUTPUT
 def measure(config_file: Path, shard: int, problems_file: Path, log: Path, output: Path) -> None:
-    """Measure the cells of a shard, each one row."""
+    """Measure the cells of a shard, one row per cell."""
     from ntkbench.measure import shard as measuring
 
     with _one_line():
@@ -327,7 +327,7 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
 @CONFIG
 @OUTPUT
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
-    """Put shards together as one table with one row a cell."""
+    """Combine shards into a table with one row per cell."""
     from ntkbench import paths
     from ntkbench.measure import cells, provenance, rows
 
@@ -345,7 +345,7 @@ def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
 @CONFIG
 @OUTPUT
 def study(name: str, config_file: Path, output: Path) -> None:
-    """Measure a study as the configuration has it."""
+    """Measure a study with the settings of the configuration."""
     from ntkbench import studies
     from ntkbench.studies.base import runner
 
@@ -363,20 +363,20 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
     from ntkbench.studies.base import runner
 
     with _one_line():
-        # Without times a study takes one thread, whatever the configuration says.
+        # An untimed study uses one thread, regardless of the configuration.
         runner.measure_rows(Config.read(config_file, here=studies.is_timed(name)), name, output)
 
 
 @main.command(hidden=True)
 @click.argument("names", nargs=-1)
 @click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
-@click.option("--title", required=True, help="Of the page.")
-@click.option("--figures", "folder", type=NEW, required=True, help="The folder to draw into.")
+@click.option("--title", required=True, help="Title of the page.")
+@click.option("--figures", "folder", type=NEW, required=True, help="Folder for the figures.")
 @OUTPUT
 def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
     """Draw figures from the tables of a folder, and write the report of a run.
 
-    A figure that cannot be drawn says why in its place.
+    A figure that cannot be drawn is replaced by the reason.
     """
     _report(names, tables, title, folder, output)
 
@@ -389,9 +389,9 @@ Examples:
 )
 @click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--output", type=NEW, help="The page; report.html in RESULTS if not given.")
-@click.option("--alone", is_flag=True, help="Keep no folder of figures beside the page.")
+@click.option("--alone", is_flag=True, help="Do not keep a folder of figures beside the page.")
 def report(results: Path, output: Path | None, alone: bool) -> None:
-    """Draw all figures that the tables in RESULTS serve, and write the report: one page of HTML.
+    """Draw all figures whose tables are in RESULTS, and write the report: one page of HTML.
 
     RESULTS is a folder with table.csv, or with tables of studies in studies/. Nothing is measured. Figures go to
     figures/ beside the page, as PNG, PDF and CSV.
@@ -401,7 +401,7 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
     with _one_line():
         names = [name for name in figures.names() if figures.table_of(name, results).exists()]
         if not names:
-            raise errors.BadInput(f"{results} has no table from which a figure is drawn: table.csv, or studies/*.csv")
+            raise errors.BadInput(f"{results} has no table to draw a figure from: table.csv, or studies/*.csv")
     page = results / "report.html" if output is None else output
     title = f"ntkbench: report of {results.resolve().name}"
     with tempfile.TemporaryDirectory() as folder:
@@ -410,7 +410,7 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
 
 
 def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True) -> None:
-    """Draw figures into a folder, write the report, and say how each figure ended."""
+    """Draw figures into a folder, write the report, and print the outcome of each figure."""
     from ntkbench import figures, paths
     from ntkbench.figures.plotting import claims
     from ntkbench.figures.plotting import report as reports
@@ -428,7 +428,7 @@ def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output
 @main.command()
 @OUTPUT
 def schema(output: Path) -> None:
-    """Write the JSON schema of configurations, by which editors complete and check them."""
+    """Write the JSON schema of configurations, which editors use to complete and check them."""
     from ntkbench import paths
     from ntkbench.measure import config
 
@@ -445,9 +445,9 @@ Examples:
   ntkbench list --backend jax
 """,
 )
-@click.option("--metric", type=click.Choice(METRICS), help="Only methods that give it.")
+@click.option("--metric", type=click.Choice(METRICS), help="Only methods that compute this metric.")
 @click.option("--kind", type=click.Choice(KINDS), help="Only methods of this kind.")
-@click.option("--backend", type=click.Choice(["torch", "jax"]), help="Only methods that run on it.")
+@click.option("--backend", type=click.Choice(["torch", "jax"]), help="Only methods that run on this backend.")
 def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
     """List problems, methods and studies; with a filter, only the methods that match."""
     from ntkbench import methods, problems, studies
@@ -475,10 +475,10 @@ Examples:
 """
 )
 @click.argument("file", type=FILE)
-@click.option("--where", metavar="EXPRESSION", help="Only rows for which it is true, as pandas' eval takes it.")
+@click.option("--where", metavar="EXPRESSION", help="Only rows for which this pandas expression is true.")
 @click.option("--columns", metavar="NAMES", help="Separated by commas.  [default: those that tell rows apart]")
-@click.option("--sort", metavar="COLUMN", help="Order of the rows.")
-@click.option("--rows", type=click.IntRange(min=1), default=40, show_default=True, help="The most to show.")
+@click.option("--sort", metavar="COLUMN", help="Column to sort the rows by.")
+@click.option("--rows", type=click.IntRange(min=1), default=40, show_default=True, help="Maximum number of rows.")
 def show(file: Path, where: str | None, columns: str | None, sort: str | None, rows: int) -> None:
     """Print the rows of a results table."""
     from ntkbench.measure import view
@@ -491,7 +491,7 @@ def show(file: Path, where: str | None, columns: str | None, sort: str | None, r
 
 @main.command()
 def doctor() -> None:
-    """Say what an installation has, and what is broken in it: plug-ins, caches, versions, devices."""
+    """Report versions, devices, caches and plug-ins of an installation, and what is broken in it."""
     from ntkbench import doctor as looking
 
     with _one_line():
@@ -514,7 +514,7 @@ def reference(labels: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.option("--check", is_flag=True, help="Only say which are out of date.")
+@click.option("--check", is_flag=True, help="Only list what is out of date.")
 def readme(check: bool) -> None:
     """Write the measured numbers of README.md and docs/measured.md from the committed tables."""
     from ntkbench import paths
@@ -532,7 +532,7 @@ def readme(check: bool) -> None:
 @main.command()
 @click.option("--check", is_flag=True, help="Only say whether claims.csv is out of date.")
 def claims(check: bool) -> None:
-    """Judge the papers' claims by the committed tables: results/reference/claims.csv with its picture."""
+    """Judge the papers' claims by the committed tables, and write results/reference/claims.csv with its picture."""
     from ntkbench import figures, paths
     from ntkbench.figures.plotting import claims as claimed
     from ntkbench.figures.plotting import files
@@ -546,14 +546,14 @@ def claims(check: bool) -> None:
     for verdict, count in table["verdict"].value_counts().items():
         click.echo(f"{count:3} {verdict}")
     if check and stale:
-        click.echo(f"ntkbench: {file} is out of date; `ntkbench claims` writes it anew", err=True)
+        click.echo(f"ntkbench: {file} is out of date; `ntkbench claims` updates it", err=True)
         sys.exit(1)
 
 
 @main.command()
 @click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def timings(results: Path) -> None:
-    """Say where the time of a run went: seconds of each step, and how much of them was inside measured calls."""
+    """Show where a run spent its time: seconds of each step, and the part of them inside measured calls."""
     from ntkbench.measure import timings as spent
 
     with _one_line():
@@ -563,9 +563,9 @@ def timings(results: Path) -> None:
 @main.command()
 @click.argument("base")
 @click.argument("head", default="HEAD")
-@click.option("--cases", default="", metavar="REGEX", help="Only the cases in whose names it is found.")
+@click.option("--cases", default="", metavar="REGEX", help="Only cases whose names match.")
 def compare_commits(base: str, head: str, cases: str) -> None:
-    """Measure two commits in turn; exit status 1 where HEAD is slower, larger or less accurate than BASE."""
+    """Measure two commits in turn; exit status 1 if HEAD is slower, larger or less accurate than BASE."""
     from ntkbench.measure import compare as comparison
 
     with _one_line():

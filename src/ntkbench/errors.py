@@ -22,7 +22,7 @@ class Unavailable(NtkbenchError):
 
 
 class Unsupported(BadInput, Unavailable):
-    """A network that a method does not apply to, which only shows once the method is prepared; tables skip it."""
+    """A network that a method turns out not to support once it is prepared; tables skip it."""
 
 
 class OverMemory(NtkbenchError, MemoryError):

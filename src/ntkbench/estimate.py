@@ -48,7 +48,7 @@ VISIBLE = 1e-4
 """Relative difference of two values that is more than rounding in any precision."""
 
 ROUNDING = 100
-"""Machine epsilons, relative to the exact value, by which an interval may miss it and still cover it."""
+"""An interval covers the exact value if it misses it by at most this many machine epsilons, relative to the value."""
 
 STEPS = 32
 """Assumed rounding error of a network's passes, in machine epsilons, unless the certificate shows more."""
@@ -192,7 +192,7 @@ class Estimate:
             BadInput: 1 - alignment was not computed separately.
         """
         if self.complement is None:
-            raise BadInput(f"{self.method} does not compute 1 - alignment by itself; take interval()")
+            raise BadInput(f"{self.method} does not compute 1 - alignment separately; use interval()")
         c, spread = self.complement, self._reach(confidence)
         if math.isinf(spread):
             return -math.inf, math.inf

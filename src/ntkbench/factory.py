@@ -79,7 +79,7 @@ def make(name: str, folder: str | None = None) -> Made:
         size = f" of {len(made)}" if isinstance(made, tuple) else ""
         raise BadInput(f"{name} {RETURNS}, got {type(made).__name__}{size}")
     if len(made) == 3 and made[2] is not None and not callable(made[2]):
-        raise BadInput(f"{name} {RETURNS}, and its call is {type(made[2]).__name__}")
+        raise BadInput(f"{name} {RETURNS}, but its call is of type {type(made[2]).__name__}")
     return Made(*made)
 
 
@@ -100,7 +100,7 @@ def as_problems(factories: Mapping[str, str]) -> None:
         if name not in room.found():
             texts[name] = _plugin(name, factory)
         elif f"factories.definition({factory!r}, " not in room.file(name).read_text(encoding="utf-8"):
-            raise BadInput(f"{name} is a problem already; choose another name")
+            raise BadInput(f"{name} is already a problem; choose another name")
     if texts:  # the others were made by the process that started this one
         folder = paths.cache() / "factories" / hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
         (folder / "problems").mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def as_problems(factories: Mapping[str, str]) -> None:
 def _plugin(name: str, factory: str) -> str:
     """The text of a plug-in that defines a factory's problem."""
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise BadInput(f"{name!r} is not a name of a problem; allowed: letters, digits and _, and no word of Python")
+        raise BadInput(f"{name!r} is not a valid problem name; allowed: letters, digits and _, but no Python keyword")
     _parts(factory)
     here = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="ntkbench-") as folder:

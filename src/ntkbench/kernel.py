@@ -160,7 +160,7 @@ class Kernel:
         Args:
             other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
                 values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
-                outputs, which stands for y y^T, or else a matrix ``[n, n]``, or ``[N, N]`` for A (x) I_O. What
+                outputs, which stands for y y^T, or else a matrix ``[n, n]``, or ``[N, N]`` for A ⊗ I_O. What
                 ``parameters`` names counts in the other network as well.
             wishes: see :class:`ntkbench.options.Options`.
 
@@ -219,15 +219,15 @@ class Kernel:
 
         probes, seed = options.positive("probes", probes), options.seed(seed)
         if self._target.backend == "jax":
-            raise BadInput("a function in JAX has no layers, and so no factors K and P")
+            raise BadInput("a JAX function has no layers, and therefore no factors K and P")
         if probes < factors.LEAST:
-            raise BadInput(f"probes must be at least {factors.LEAST}, to have a standard error; got {probes}")
+            raise BadInput(f"probes must be at least {factors.LEAST} for a standard error, got {probes}")
         if other is not None and _is_array(other):
-            raise BadInput("the factors are those of networks, got an array as the other one")
+            raise BadInput("other must be a network or weights, got an array")
         names = metrics.METRICS if other is not None else tuple(n for n in metrics.METRICS if n != "alignment")
         kernel = self if other is None else self._beside(other)
         if kernel.problem.samples_interact:
-            raise BadInput("samples interact, as in BatchNorm in train mode, so that P would mix them")
+            raise BadInput("samples interact, as with BatchNorm in train mode, so P would mix them")
         with self._settings():
             if operators.declares(kernel.problem.module):
                 return factors.of_recurrence(kernel.problem, self._target, names, probes, seed)
@@ -285,10 +285,10 @@ class Kernel:
         """
         metrics.check(metric)
         if (other is None) == (metric == "alignment"):
-            said = "is with another network: give other" if other is None else "is of one network: leave other out"
+            said = "needs a second network: give other" if other is None else "is of one network: omit other"
             raise BadInput(f"the {metric} {said}")
         if _is_array(other):
-            raise BadInput("this alignment is of two networks, got a target array")
+            raise BadInput("this alignment is between two networks, got a target array")
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
         """Theta ``[N O, N O]``, or Theta between these inputs and others ``[N O, N2 O]``; see :func:`ntkbench.ntk`.
@@ -355,12 +355,12 @@ class Kernel:
                     if not prepared:
                         prepared.append(ways[0](problem, columns, chosen, self._target, seed))
                     return self._checked(prepared[0](*where))
-                except Exception as error:  # whatever a way does to a network, the next one may work
+                except Exception as error:  # whatever the error, the next method may work
                     if ladder.concerns_all_methods(error):
                         raise
                     reasons.append(f"{_said(ways.pop(0))}: {errors.reason(error)}")
                     prepared.clear()
-            raise BadInput(f"no way of computing this kernel works: {'; '.join(reasons)}")
+            raise BadInput(f"no method can compute this kernel: {'; '.join(reasons)}")
 
         return part
 
@@ -449,8 +449,7 @@ class Kernel:
         right = self._like_outputs(y)
         if ridge == 0 and self.problem.n > self.problem.P:
             raise BadInput(
-                f"Theta is singular, as {self.problem.P} parameters are fewer than {self.problem.n} outputs: take a "
-                "ridge above 0"
+                f"Theta is singular with {self.problem.P} parameters for {self.problem.n} outputs: use a ridge above 0"
             )
         size = float(np.linalg.norm(right)) or 1.0
         unit = right.reshape(-1) / size
@@ -525,7 +524,7 @@ class Kernel:
                 with self._source.settings(target, self._index):
                     j = linearise(self.problem, "theta_0", target)
                     j.ntk(j.basis(0, 1))
-            except Exception:  # a network that runs in its own precision alone
+            except Exception:  # a network that runs only in its own precision
                 target = self._target
             self._prepared["float64"] = target
         found: Target = self._prepared["float64"]
@@ -535,8 +534,8 @@ class Kernel:
         """Refuse a kernel between two batches where samples interact."""
         if self.problem.samples_interact:
             raise BadInput(
-                "samples interact in this network, so a kernel between two batches is not defined: leave the second "
-                "inputs out, or call model.eval() where it has BatchNorm in train mode"
+                "samples interact in this network, so a kernel between two batches is not defined: omit the second "
+                "inputs, or call model.eval() if it has BatchNorm in train mode"
             )
 
     def _like_outputs(self, y: Any) -> np.ndarray:
@@ -548,12 +547,12 @@ class Kernel:
         p = self.problem
         try:
             given = to_numpy(y.detach() if hasattr(y, "detach") else y)
-        except ValueError as error:  # a list of lists of several lengths
+        except ValueError as error:  # a list of lists of different lengths
             raise BadInput(f"y must be an array: {errors.reason(error)}") from None
         if given.dtype.kind not in "fiub":
-            raise BadInput(f"y must be of real numbers, got {given.dtype}")
+            raise BadInput(f"y must hold real numbers, got {given.dtype}")
         if given.ndim == 0 or given.size != p.n or given.shape[0] not in (p.N, p.n):
-            raise BadInput(f"y must be like the outputs, {p.output_shape}, got shape {given.shape}")
+            raise BadInput(f"y must be shaped like the outputs, {p.output_shape}, got shape {given.shape}")
         if not np.isfinite(given).all():
             raise BadInput("y must be finite")
         return given.astype(np.float64)
@@ -566,8 +565,8 @@ class Kernel:
                 name, such as a ``state_dict`` (a pytree, for a JAX function). Those that are not given stay the same.
 
         Raises:
-            BadInput: there are no such parameters, or they have other shapes; or the network computes something other
-                than this one does with the same values.
+            BadInput: there are no such parameters, they have other shapes, or with the same values the network computes
+                something else.
         """
         with self._settings():
             return self._derived(self._source.at(self.problem, weights))
@@ -610,7 +609,7 @@ class Kernel:
         from ntkbench.problems.base.module import paired
 
         if isinstance(other, Kernel) and other._target.backend != self._target.backend:
-            raise BadInput("one kernel is of a torch.nn.Module and one of a JAX function: take both in one backend")
+            raise BadInput("one kernel is of a torch.nn.Module, the other of a JAX function: use one backend for both")
         with self._settings():
             end = other.problem if isinstance(other, Kernel) else self._end(other)
             return self._derived(paired(self.problem, end))
@@ -654,11 +653,11 @@ class Kernel:
 
         p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
         if target.dtype.kind not in "fiub":
-            raise BadInput(f"the target of an alignment must be of real numbers, got {target.dtype}")
+            raise BadInput(f"the target of an alignment must hold real numbers, got {target.dtype}")
         if not np.isfinite(target).all() or not target.any():
             raise BadInput("the target of an alignment must be finite and not zero")
         target = target.astype(np.float64)
-        target /= abs(target).max()  # its scale does not count, and must not overflow
+        target /= abs(target).max()  # the alignment does not depend on its scale, which must not overflow
         target /= np.linalg.norm(target)
         if target.shape == p.output_shape or (target.size == p.n and target.shape[0] == p.N):
             norm = self._estimates(("norm",), asked)["norm"]
@@ -674,11 +673,11 @@ class Kernel:
             return replace(norm, value=value, standard_error=error, passes=passes, metric="alignment")
         if target.shape not in ((p.n, p.n), (p.N, p.N)):
             raise BadInput(
-                f"a target must be like the outputs, {p.output_shape}, or a kernel ({p.n}, {p.n}) or ({p.N}, {p.N}); "
-                f"got shape {target.shape}"
+                f"a target must be shaped like the outputs, {p.output_shape}, or a kernel ({p.n}, {p.n}) or "
+                f"({p.N}, {p.N}); got shape {target.shape}"
             )
         if replace(asked, seed=0, confidence=0.95) != Options():
-            raise BadInput("the alignment with a matrix is of all of Theta: leave method, passes and rtol out")
+            raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
         theta = to_numpy(self.ntk(), np.float64)
         if not theta.any():
             raise Undefined("alignment is not defined where Theta is zero")
@@ -726,7 +725,7 @@ def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Part]]:
         @functools.wraps(way)
         def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> Part:
             if kernel.last_layer:
-                raise BadInput("a function in JAX has no last layer: name its parameters, parameters='...'")
+                raise BadInput("a JAX function has no last layer: select its parameters by parameters='...'")
             directions = None if kernel.directions is None else kernel.directions(problem.O, seed)
             arguments = problem, x2, directions, kernel.averaged, target
             in_parts = functools.cache(lambda: jax_kernel.in_parts(way, *arguments))
@@ -780,7 +779,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _inner_with_samples(theta: np.ndarray, target: np.ndarray) -> float:
-    """<Theta, A (x) I_O> for A ``[N, N]``."""
+    """<Theta, A ⊗ I_O> for A ``[N, N]``."""
     N = len(target)
     blocks = theta.reshape(N, len(theta) // N, N, -1)
     return float((np.einsum("aobo->ab", blocks) * target).sum())

@@ -132,7 +132,7 @@ class KernelFile:
             os.fsync(self._descriptor)
         except OSError as error:
             raise NtkbenchError(
-                f"{self.path} cannot be written: {error.strerror or error}; the same call goes on where this stopped"
+                f"{self.path} cannot be written: {error.strerror or error}; repeat the call to resume"
             ) from error
         self._note(self._done + 1)
 
@@ -151,7 +151,7 @@ class KernelFile:
             noted = json.loads(self._progress.read_text(encoding="utf-8"))
             form, of, most, done = noted["format"], dict(noted["of"]), int(noted["most"]), int(noted["done"])
         except FileNotFoundError:
-            raise BadInput(f"{self.path} is there already, and no {self._progress.name} says of what: {new}") from None
+            raise BadInput(f"{self.path} already exists, but {self._progress.name} does not: {new}") from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{self._progress} cannot be read ({type(error).__name__}): {new}") from None
         if form != FORMAT:
@@ -161,10 +161,10 @@ class KernelFile:
             what = f"{key} {of.get(key)}, not {self._identity.get(key)}" if key in READABLE else f"other {key}"
             raise BadInput(f"{self.path} holds another kernel ({what}): {new}")
         if not self._is_whole():
-            raise BadInput(f"{self.path} is damaged, it is not the whole npy file that was begun: {new}")
+            raise BadInput(f"{self.path} is damaged, or not the npy file that was begun: {new}")
         needed = most**2 * self._dtype.itemsize * SHARE // 2
         if memory < needed:
-            raise BadInput(f"{self.path} was begun with more memory: give memory={needed} at least, or {new}")
+            raise BadInput(f"{self.path} was begun with more memory: give at least memory={needed}, or {new}")
         self._most, self._done = most, done
         self._parts = self._rectangles()
         if not 0 <= done <= len(self._parts):
@@ -184,8 +184,8 @@ class KernelFile:
         if needed > free:
             raise BadInput(
                 f"the kernel, {self._shape[0]} x {self._shape[1]} entries in {self._dtype}, takes "
-                f"{needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free in {self.path.parent}: name a file on "
-                "another disk"
+                f"{needed / 2**30:.3g} GiB, but only {free / 2**30:.3g} GiB are free in {self.path.parent}: name a "
+                "file on another disk"
             )
 
     def _created(self) -> int:
@@ -195,7 +195,7 @@ class KernelFile:
         try:
             self._lock(descriptor)
             if self.path.exists():
-                raise BadInput(f"{self.path} was made by another process meanwhile: name another file")
+                raise BadInput(f"{self.path} was created by another process in the meantime: name another file")
             try:
                 os.ftruncate(descriptor, 0)
                 header = {"descr": self._dtype.str, "fortran_order": False, "shape": self._shape}

@@ -1,4 +1,4 @@
-"""Which methods a metric is tried by, in which order, and what becomes of those that fail."""
+"""The order in which ``auto`` tries methods for a metric, and how it goes on if one fails."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ the Gram matrix of parameters comes first where it is the smaller one."""
 BY_PARAMETERS = "parameter_gram"
 
 HEAD, NARROW = "wide_head", 0.5
-"""Taken if it needs at most this share of the passes of the whole network: its set-up and certificate are separate."""
+"""Used if it takes at most this share of the passes of the whole network: its set-up and certificate are separate."""
 
 DENSE = 4.0
-"""How many times as many operations a second the products of large matrices do as passes of recurrent networks."""
+"""Operations per second of products of large matrices, relative to those of passes of recurrent networks."""
 
 HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
@@ -61,11 +61,11 @@ HEAD_PAIRS = "wide_head_u_statistics"
 PAIRS = ("structured_block_u_statistics", "block_u_statistics")
 
 WHOLE = ("nystrom_loo", "hutchinson", "gram_reverse")
-"""The first is the most accurate where the spectrum decays, and as good elsewhere, but its probes cannot be added to.
-The last takes no JVPs, which not every network has."""
+"""The first is the most accurate where the spectrum decays, and as good elsewhere, but it cannot add probes. The last
+takes no JVPs, which some networks do not support."""
 
 OF_RECURRENT = "group_u_statistics"
-"""Tried before these where the network declares its recurrence: a trial's gradient would take more than its pass."""
+"""Tried before these if the network declares its recurrence: the gradient of one trial costs more than its pass."""
 
 STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trace": (("structured_block_u_statistics", "per_sample_trace"), ("hutchpp_adaptive", "one_sided_reverse")),
@@ -73,8 +73,8 @@ STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "effective_rank": (PAIRS, WHOLE),
     "alignment": (PAIRS, WHOLE),
 }
-"""What ``method="auto"`` falls back on where samples are independent, and then or where not, on products over the whole
-batch."""
+"""Estimators of ``method="auto"``: those for independent samples, then those by products over the whole batch, which
+also allow samples to interact."""
 
 OTHER_SIDE = {
     "per_sample_trace": "per_sample_trace_forward",
@@ -86,7 +86,7 @@ OTHER_SIDE = {
 SIDES = (*OTHER_SIDE, *OTHER_SIDE.values())
 
 FLOOR = "naive_jacobian"
-"""Tried last: row by row, a backward pass that is not linear in its cotangent is right as well."""
+"""Tried last: row by row, results are right even if the backward pass is not linear in its cotangent."""
 
 
 class Dearer(errors.NtkbenchError):
@@ -99,7 +99,7 @@ class Dearer(errors.NtkbenchError):
     """
 
     def __init__(self, passes: float, limit: float, memory: int) -> None:
-        super().__init__(f"{passes:g} passes in {memory} bytes of memory, where an estimate takes {limit:g}")
+        super().__init__(f"{passes:g} passes in {memory} bytes of memory, more than the {limit:g} of an estimate")
         self.passes = passes
 
 
@@ -108,7 +108,7 @@ class Underflow(BadInput):
 
 
 def concerns_all_methods(error: Exception) -> bool:
-    """Whether an error is of the kernel or of the machine, so that no other method works either."""
+    """Whether an error comes from the kernel or the machine, so that no other method can work."""
     return isinstance(error, (Undefined, Unavailable, Underflow)) and not isinstance(error, Unsupported)
 
 
@@ -143,8 +143,8 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
     for name in list(search.given_up):  # nothing else worked
         if found := search.tried(name, math.inf):
             return found
-    reasons = "; ".join(remark.removeprefix("not by ") for remark in search.remarks)
-    raise BadInput(f"no method gives the {' and '.join(names)} of this network: {reasons}")
+    reasons = "; ".join(remark.removeprefix("passed over ") for remark in search.remarks)
+    raise BadInput(f"no method can compute the {' and '.join(names)} of this network: {reasons}")
 
 
 class _Search:
@@ -185,7 +185,7 @@ class _Search:
             found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop, most)
         except ExactIsCheaper as stopped:
             self._spent += stopped.passes
-            why = f"rtol={options.rtol:g} seemed to need more than exact values"
+            why = f"rtol={options.rtol:g} seemed to need more passes than exact values"
             self.remarks.append(f"{self._spent:g} passes of {name} came first: {why}")
             left -= stopped.passes
             for other in [other for other, passes in self.exact.items() if passes <= left]:
@@ -198,16 +198,16 @@ class _Search:
             self.remarks.append(f"{stopped.passes:g} passes of {name} came first: {stopped.cheaper} are cheaper")
             return None
         except Dearer as error:
-            self.remarks.append(f"not by {name}: {error}")
+            self.remarks.append(f"passed over {name}: {error}")
             self.exact[name] = max(needed, error.passes)
             return None
-        except Exception as error:  # whatever a method does to a network, the next one may work
+        except Exception as error:  # whatever the error, the next method may work
             if concerns_all_methods(error):
                 raise
             self._refused(name, errors.reason(error))
             return None
         if not isinstance(step, Stochastic) and not _reached(found, options):
-            self.remarks.append(f"rounding may exceed rtol={options.rtol:g}: take dtype='float64'")
+            self.remarks.append(f"rounding may exceed rtol={options.rtol:g}: choose dtype='float64'")
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
@@ -219,12 +219,12 @@ class _Search:
         return method.worthwhile_probes(self._problem)
 
     def _refused(self, name: str, reason: str) -> None:
-        """Note why a method does not serve, once for all methods with the same reason."""
+        """Note why a method cannot be used; methods with the same reason share a remark."""
         for i, remark in enumerate(self.remarks):
-            if remark.startswith("not by ") and remark.endswith(f": {reason}"):
+            if remark.startswith("passed over ") and remark.endswith(f": {reason}"):
                 self.remarks[i] = f"{remark.removesuffix(f': {reason}')} and {name}: {reason}"
                 return
-        self.remarks.append(f"not by {name}: {reason}")
+        self.remarks.append(f"passed over {name}: {reason}")
 
     def _noted(self, estimate: Estimate) -> Estimate:
         """An estimate with the passes that were spent before it, and the remarks so far."""
@@ -294,16 +294,16 @@ def _reached(found: Mapping[str, Estimate], options: Options) -> bool:
 
 def _side(problem: Problem, name: str) -> str:
     """Why a trace is estimated on one side."""
-    said = f"{problem.O} outputs of a sample" if name.startswith("per_sample") else f"{problem.n} outputs"
+    said = f"outputs of a sample ({problem.O})" if name.startswith("per_sample") else f"outputs ({problem.n})"
     if name in OTHER_SIDE:
-        return f"reverse side: {said} are no more than {problem.P} parameters"
-    return f"forward side: {problem.P} parameters are fewer than {said}"
+        return f"reverse side: no more {said} than parameters ({problem.P})"
+    return f"forward side: fewer parameters ({problem.P}) than {said}"
 
 
 def choices(
     problem: Problem, metric: str, target: Target, passes: int | None = None, rtol: float | None = None
 ) -> list[str]:
-    """The methods that ``method="auto"`` stands for, the first one that works; the rule is in :func:`ntkbench.trace`.
+    """The methods that ``method="auto"`` tries, in turn; the rule is in :func:`ntkbench.trace`.
 
     Args:
         passes: maximum number of passes; ``None`` for the defaults.
@@ -319,8 +319,8 @@ def choices(
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
     """The exact methods that apply, the cheapest first, with their passes if everything fits in memory.
 
-    On recurrent networks most of the time goes to the inner products of the rows of J, or of its columns. They count as
-    the passes that take the same time.
+    On recurrent networks most of the time goes to inner products of rows of J, or of its columns. These count as the
+    number of passes that take the same time.
     """
     ends = len(metrics.parameter_sets(metric))
     names = list(EXACT[target.backend])
@@ -329,7 +329,7 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
     found = {}
     for name in names:
         method = methods.get(name)
-        # The trace takes every row once; the others would make rows anew for every pair of blocks that do not fit.
+        # The trace uses every row once; other metrics recompute rows for every pair of blocks that does not fit.
         fits = (
             metric == "trace"
             or name in HOLDS_NO_ROWS
@@ -401,13 +401,13 @@ def check(names: Sequence[str], options: Options) -> None:
     method = methods.get(options.method)
     if not set(names) <= set(method.metrics):
         given = ", ".join(method.metrics)
-        raise BadInput(f"{method.name} cannot give the {' and '.join(names)} of this network: gives {given} only")
+        raise BadInput(f"{method.name} cannot compute the {' and '.join(names)} of this network: gives {given} only")
     if options.passes is not None and not method.takes_passes:
-        raise BadInput(f"{method.name} is {method.kind} and takes no passes: it spends what it needs; leave passes out")
+        raise BadInput(f"{method.name} is {method.kind} and takes no budget of passes: omit passes")
     if options.rtol is not None and not isinstance(method, Incremental):
         able = (name for name in methods.names() if isinstance(methods.get(name), Incremental))
         allowed = ", ".join(name for name in able if set(names) <= set(methods.get(name).metrics))
-        raise BadInput(f"{method.name} takes no rtol: its probes cannot be added to; allowed: {allowed}")
+        raise BadInput(f"{method.name} takes no rtol, because it cannot add probes; allowed: {allowed}")
 
 
 def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
@@ -482,7 +482,7 @@ def _row_norm(problem: Problem, weights: str, target: Target) -> float:
 
 def _named(run: Callable[[], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
     """The result of a method requested by name, or one line that says why there is none."""
-    refused = f"{method.name} cannot give the {' and '.join(names)} of this network"
+    refused = f"{method.name} cannot compute the {' and '.join(names)} of this network"
     try:
         return run()
     except Uncertified as error:
@@ -547,7 +547,7 @@ def _computed(
     for metric in names:
         reason = method.unsupported_reason(problem, metric, target, budget)
         if reason:
-            raise BadInput(f"{method.name} cannot give the {metric} of this network: {reason}")
+            raise BadInput(f"{method.name} cannot compute the {metric} of this network: {reason}")
         needed = method.bytes_needed(problem, metric, target, budget)
         if needed > target.memory:
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")

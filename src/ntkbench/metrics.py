@@ -87,7 +87,7 @@ def check_any(metric: str) -> None:
 
 
 def of_eigenvalues(metric: str, values: np.ndarray, *, copies: int = 1, error: float = 0.0) -> float:
-    """A metric of the eigenvalues of A (x) I.
+    """A metric of the eigenvalues of A ⊗ I.
 
     Args:
         metric: one of :data:`SPECTRAL`.
@@ -96,7 +96,7 @@ def of_eigenvalues(metric: str, values: np.ndarray, *, copies: int = 1, error: f
         error: of an eigenvalue.
 
     Raises:
-        Undefined: A is zero, or the condition number is asked for and the smallest eigenvalue may be.
+        Undefined: A is zero, or the condition number is asked for and the smallest eigenvalue may be zero.
     """
     values = np.maximum(values, 0.0)
     largest, smallest = float(values.max()), float(values.min())
@@ -137,7 +137,7 @@ class Moments:
     squared_trace: float = math.nan
 
     def times(self, factor: float) -> Moments:
-        """Moments of Theta (x) I, with the identity matrix of size ``factor``; it has no ``squared_trace``."""
+        """Moments of Theta ⊗ I, with the identity matrix of size ``factor``; it has no ``squared_trace``."""
         sums = (self.trace, self.square, self.square_f, self.cross, self.difference, self.difference_cross)
         return Moments(*(factor * m for m in sums))
 
@@ -158,7 +158,7 @@ class Moments:
         if name == "norm":
             return math.sqrt(self.square)
         if self.square == 0 or (name == "alignment" and self.square_f == 0):
-            raise Undefined(f"{name} is not defined where Theta is zero: no parameter that counts moves any output")
+            raise Undefined(f"{name} is not defined where Theta is zero: no parameter in theta affects any output")
         if name == "effective_rank":
             return (self.trace**2 if math.isnan(self.squared_trace) else self.squared_trace) / self.square
         if self._is_close:
@@ -319,7 +319,7 @@ class MomentSums:
 
 
 def double(block: Array) -> Array:
-    """An array in float64; one of JAX as it is, since JAX has float64 only where the whole program does."""
+    """An array in float64; a JAX array stays as it is, since JAX has float64 only if the whole program does."""
     if array_api_compat.is_jax_array(block):
         return block
     xp = array_api_compat.array_namespace(block)

@@ -19,8 +19,7 @@ from ntkbench.errors import BadInput, summary
 def copied(module: nn.Module, role: str = "the model") -> nn.Module:
     """A deep copy, with the hooks on parameters, which tensors lose when they are copied.
 
-    Tensors that belong to a graph or to inference mode become ordinary ones; what belonged to a graph asks for
-    gradients as before.
+    Tensors that belong to a graph or to inference mode become ordinary ones with the same ``requires_grad``.
 
     Raises:
         BadInput: an attribute cannot be copied, or a ``__deepcopy__`` makes no copy; says which.
@@ -74,7 +73,7 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor], inputs: tuple[A
 
 @torch.no_grad()
 def load(module: nn.Module, values: Mapping[str, Tensor | np.ndarray]) -> nn.Module:
-    """Set parameters and buffers by name, in place; those that are not persistent as well."""
+    """Set parameters and buffers by name, in place, including those that are not persistent."""
     own = dict((*module.named_buffers(remove_duplicate=False), *module.named_parameters(remove_duplicate=False)))
     for name, value in values.items():
         own[name].copy_(torch.as_tensor(value))
@@ -82,7 +81,7 @@ def load(module: nn.Module, values: Mapping[str, Tensor | np.ndarray]) -> nn.Mod
 
 
 def values(module: nn.Module, but: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Parameters and buffers by name, on the host and to the bit; those that no state_dict has too."""
+    """Parameters and buffers by name, bit for bit on the host, including those outside the state_dict."""
     each = (*module.named_parameters(), *module.named_buffers())
     return {name: _on_host(t.detach()) for name, t in each if name not in but}
 
@@ -123,7 +122,7 @@ class _OrdinaryTensors(TorchFunctionMode):
 def _no_copy(module: nn.Module, made: object) -> str:
     """Why something is not a copy of a module; empty if it is one."""
     if not isinstance(made, nn.Module):
-        return f"it gives {type(made).__name__}"
+        return f"it returns {type(made).__name__}"
     own, others = dict(module.named_parameters()), dict(made.named_parameters())
     for key in (*own, *others):
         if key not in own or key not in others or own[key].shape != others[key].shape:

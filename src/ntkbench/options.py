@@ -46,7 +46,7 @@ class Target:
             if value not in allowed:
                 raise unknown(kind, value, allowed)
         if self.tf32 and (self.backend, self.dtype) != ("torch", "float32"):
-            raise BadInput(f"tf32 is of torch in float32, got {self.backend} in {self.dtype}: leave it out")
+            raise BadInput(f"tf32 is for torch in float32 only, got {self.backend} in {self.dtype}: omit it")
         if self.memory <= 0:
             raise BadInput(f"memory must be a positive number of bytes, got {self.memory}")
 

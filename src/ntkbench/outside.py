@@ -74,7 +74,7 @@ def files() -> list[Path]:
             candidates = (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("."))
             found += [file for file in candidates if file.is_file()]
             if len(found) > MOST_FILES:
-                raise BadInput(f"{root} has more than {MOST_FILES} Python files; name a folder with plug-ins alone")
+                raise BadInput(f"{root} has more than {MOST_FILES} Python files; name a folder of plug-ins only")
     return sorted(found)
 
 

@@ -64,7 +64,7 @@ def check_folder(folder: Path) -> None:
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise BadInput(f"the results folder {folder} cannot be written to: {there} is no folder")
+        raise BadInput(f"the results folder {folder} cannot be written to: {there} is not a folder")
 
 
 def writable(folder: Path, name: str = "the results folder") -> Path:

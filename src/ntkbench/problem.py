@@ -187,7 +187,7 @@ class Problem:
         }
 
     def _others(self, which: str) -> Weights:
-        """What the network holds beside the values of a parameter set: tables, masks, inputs of several kinds."""
+        """What the network holds besides the values of a parameter set: tables, masks, inputs of several kinds."""
         if self.module is None:
             return {}
         from ntkbench.modules import values
@@ -199,7 +199,7 @@ class Problem:
         own = str(next(iter(self.weights(which).values())).dtype)
         try:
             return self._behaviour_in("float64", which, x)
-        except Exception:  # a network that runs in its own precision alone
+        except Exception:  # a network that runs only in its own precision
             if own == "float64":
                 raise
         return self._behaviour_in(own, which, x)

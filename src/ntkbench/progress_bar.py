@@ -16,7 +16,7 @@ from typing import Any
 DELAY = 3.0
 """Seconds after which a computation is long enough for a bar."""
 INTERVAL = 0.1
-"""Least seconds between two drawings of a bar."""
+"""Minimum number of seconds between two updates of a bar."""
 FORMAT = "{desc}: {n:.0f}/{total_fmt} passes [{elapsed}<{remaining}]"
 OPEN = "{desc}: {n:.0f} passes [{elapsed}]{postfix}"
 """Where the number of passes is not known beforehand."""
@@ -26,10 +26,10 @@ _CURRENT: contextvars.ContextVar[_Bar | None] = contextvars.ContextVar("progress
 
 @contextlib.contextmanager
 def of_passes(what: str, samples: int, total: float | None = None) -> Iterator[None]:
-    """Show the passes of a computation while it runs; one that is part of another has no bar of its own.
+    """Show the passes of a computation while it runs; a nested one has no bar of its own.
 
     Nothing is shown, and tqdm not imported, if standard error is neither a terminal nor a notebook's. A bar that cannot
-    be drawn is dropped; the computation goes on.
+    be drawn is dropped, and the computation continues.
 
     Args:
         what: what is computed.
@@ -101,7 +101,7 @@ class _Bar:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception:  # of the terminal, or of tqdm: no reason to lose a result
+        except Exception:  # an error of the terminal or of tqdm must not lose a result
             self._bar = None
 
 

@@ -371,7 +371,7 @@ class Room(Generic[T]):
         """
         name = file.stem
         if not (name.isidentifier() and name.isascii()) or name.startswith("_"):
-            raise Fault(f"{name!r} is no name of a plug-in; allowed: letters, digits and underscores, a letter first")
+            raise Fault(f"{name!r} is not a valid plug-in name; use letters, digits and underscores, a letter first")
         there = getattr(sys.modules.get(self.package), name, None)
         hides = there is not None and getattr(there, "__file__", None) != str(file)
         if hides or (file.with_suffix("") / "__init__.py").exists():

@@ -85,7 +85,7 @@ class Run:
         return {name: file for name, file in self.figures.items() if file.name != "table.csv"}
 
     def expected(self) -> dict[str, float]:
-        """Seconds that the steps are expected to take whose outputs are not there; the others count once they begin."""
+        """Expected seconds of the steps whose outputs are missing; other steps count once they begin."""
         steps = {"problems": "problems.json", "draw": "report.html"}
         steps |= {f"shard-{number}": f"shards/shard-{number}.csv" for number in self.shards}
         steps |= {f"study-{study}": f"studies/{study}.csv" for study in self.config.studies}

@@ -74,7 +74,7 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
                     own = kernel._on(batch)
                     parts[name].append(own.trace(**asked))
                 except BadInput as error:
-                    raise BadInput(f"samples from {sum(sizes)} on of the DataLoader: {error}") from error
+                    raise BadInput(f"samples of the DataLoader from index {sum(sizes)} on: {error}") from error
             sizes.append(own.problem.N)
     totals = {name: total(found, sizes) for name, found in parts.items()}
     return totals[""] if groups is None else totals

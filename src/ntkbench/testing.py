@@ -1,4 +1,4 @@
-"""Contract checks for plug-ins: what ntkbench relies on, each with an ``AssertionError`` that says what was broken.
+"""Contract checks for plug-ins: what ntkbench relies on, each with an ``AssertionError`` that says what is broken.
 
 >>> from ntkbench import testing
 >>> testing.check_method("my_method")                           # doctest: +SKIP
@@ -55,7 +55,7 @@ ROUNDING = {"float64": 1e-9, "float32": 1e-4}
 """Relative errors that exact methods may have."""
 
 
-# --- small problems and the truth about them
+# --- small problems and their exact metrics
 
 
 @functools.cache
@@ -151,8 +151,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
       that are too small, a network that is missing in JAX, trained weights that are missing, samples that interact.
     - It returns an :class:`~ntkbench.estimate.Estimate` of finite floats under its own name.
     - The same seed gives the same number; another one gives another, unless the estimate is exact.
-    - It spends no more passes than its budget, or just those that it announced; they are those that its operators
-      counted.
+    - It spends no more passes than its budget, or exactly those that it announced. Its operators count the same number.
     - An exact method agrees with J written out, in float64, in float32, and with memory for one row at a time.
     - The error of a stochastic method is below six standard errors, in the same three cases.
 
@@ -165,7 +164,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
 
     Raises:
         BadInput: there is no such method, or it is broken.
-        AssertionError: it does not keep the contract; says how.
+        AssertionError: it breaks the contract; says how.
     """
     method = methods.get(name)
     for one in (backend,) if backend else method.backends:
@@ -216,22 +215,25 @@ def check_calibration(
     with _said(f"method {name!r}, {metric}, {budget} passes"):
         _require(
             (1 - slack) * variance < claimed < (1 + slack) * variance,
-            f"standard errors claim a variance of {claimed:.3g}, over seeds it is {variance:.3g}",
+            f"standard errors imply a variance of {claimed:.3g}, but over seeds it is {variance:.3g}",
         )
         bias = abs(values.mean() - _truth(problem, metric))
-        _require(bias < 0.5 * math.sqrt(variance), f"a bias of {bias:.3g} at a deviation of {math.sqrt(variance):.3g}")
+        _require(
+            bias < 0.5 * math.sqrt(variance),
+            f"a bias of {bias:.3g} at a standard deviation of {math.sqrt(variance):.3g}",
+        )
 
 
 def _check_unsupported(method: Method, problem: Problem, metric: str, backend: str) -> None:
     target = Target(backend, "float64", "cpu")
 
     def shapes_only(_: Any, arguments: tuple[Any, ...]) -> None:
-        _require(all(x.is_meta for x in arguments), "runs the network in order to say what it does not support")
+        _require(all(x.is_meta for x in arguments), "runs the network to determine what it does not support")
 
     def jax_forward(weights: Mapping[str, Any], x: Any) -> Any:
         import jax
 
-        _require(isinstance(x, jax.core.Tracer), "runs the network in order to say what it does not support")
+        _require(isinstance(x, jax.core.Tracer), "runs the network to determine what it does not support")
         assert problem.jax_forward is not None
         return problem.jax_forward(weights, x)
 
@@ -261,7 +263,7 @@ def _check_unsupported(method: Method, problem: Problem, metric: str, backend: s
     mixed = reason(dataclasses.replace(idle, samples_interact=True), metric, target)
     _require(
         bool(mixed) == method.needs_independent_samples,
-        f"needs_independent_samples is {method.needs_independent_samples}; of samples that interact it says {mixed!r}",
+        f"needs_independent_samples is {method.needs_independent_samples}; for interacting samples it says {mixed!r}",
     )
     if method.needs_recurrence:
         _require(reason(smooth_problem(), metric, target), "gives no reason against a network without a recurrence")
@@ -274,10 +276,10 @@ def _check_deterministic(method: Method, problem: Problem, metric: str, backend:
     roomy, tight, single = _estimators(method, problem, metric, backend)
     first, second = roomy(None, seed=0), roomy(None, seed=1)
     _require(first == second, f"two calls differ: {first} and {second}")
-    _require(first.standard_error is None, f"is deterministic, and has a standard error of {first.standard_error}")
+    _require(first.standard_error is None, f"is deterministic, but has a standard error of {first.standard_error}")
     needed = method.passes_needed(problem, metric, Target(backend, "float64", "cpu"))
     known = first.passes is None if needed is None else first.passes is not None and math.isclose(first.passes, needed)
-    _require(known, f"announced {needed} passes, and spent {first.passes}")
+    _require(known, f"announced {needed} passes, but spent {first.passes}")
     little = tight(None)
     _close(little.value, first.value, 1e-12, "with memory for one row at a time")
     fewer = first.passes is not None and (little.passes is None or little.passes < first.passes)
@@ -307,7 +309,7 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
         _require(first == again, f"one seed gives {first} and {again}")
         error = _standard_error(first)
         _require(not error < 0, f"has a standard error of {error}")
-        exact = error <= 1e-6 * abs(first.value)  # as some are with more probes than outputs
+        exact = error <= 1e-6 * abs(first.value)  # as for some methods with more probes than outputs
         # Values at the end of the metric's range are equal, but their errors are not.
         same = first.value == other.value and first.standard_error == other.standard_error
         _require(exact or not same, f"another seed gives the same number, {first.value!r}")
@@ -315,12 +317,12 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
     for estimate, where in zip(estimators, ("", " with memory for one probe", " in float32"), strict=True):
         found = estimate(30 * least)
         wrong, allowed = abs(found.value - truth), 6 * _standard_error(found) + 1e-5 * abs(truth)
-        _require(wrong <= allowed, f"is wrong by {wrong:.3g}{where}, and six standard errors are {allowed:.3g}")
+        _require(wrong <= allowed, f"is wrong by {wrong:.3g}{where}, but six standard errors are {allowed:.3g}")
 
 
 def _standard_error(found: Estimate) -> float:
     if found.standard_error is None:
-        raise AssertionError("is stochastic, and has no standard error")
+        raise AssertionError("is stochastic, but has no standard error")
     return found.standard_error
 
 
@@ -332,7 +334,7 @@ def _smallest_budget(method: Method, problem: Problem, metric: str, target: Targ
 
 
 class _Estimator:
-    """Estimates that are what an estimate must be, from one preparation."""
+    """Estimates from one preparation, checked against the contract."""
 
     def __init__(self, method: Method, problem: Problem, metric: str, target: Target) -> None:
         self._method, self._metric = method, metric
@@ -349,17 +351,17 @@ class _Estimator:
     def __call__(self, passes: int | None, seed: int = 0) -> Estimate:
         """Finite floats, the method's name, and passes as its operators counted them."""
         found = self._method.estimate(self._prepared, self._metric, passes, seed)
-        _require(isinstance(found, Estimate), f"returns a {type(found).__name__} and no Estimate")
+        _require(isinstance(found, Estimate), f"returns a {type(found).__name__}, not an Estimate")
         _require(type(found.value) is float and math.isfinite(found.value), f"has the value {found.value!r}")
-        _require(found.method == self._method.name, f"calls itself {found.method!r}")
-        _require(found.metric == self._metric, f"says that this is the metric {found.metric!r}")
+        _require(found.method == self._method.name, f"names itself {found.method!r}")
+        _require(found.metric == self._metric, f"reports the metric {found.metric!r}")
         if found.passes is not None:
             _require(math.isfinite(found.passes) and found.passes > 0, f"spent {found.passes!r} passes")
         if passes is not None:
             _require(found.passes is not None and found.passes <= passes, f"spent {found.passes} of {passes} passes")
         if self._operators:
             counted = sum(operator.passes for operator in self._operators)
-            _require(found.passes == counted, f"says {found.passes} passes, and its operators counted {counted}")
+            _require(found.passes == counted, f"reports {found.passes} passes, but its operators counted {counted}")
         return found
 
 
@@ -385,7 +387,7 @@ def check_problem(label: str) -> None:
     - Samples interact if it says so, and only then.
     - Training moves every weight, to finite numbers in float32, if the network is trained at all.
 
-    Cost: the problem is loaded twice (and trained twice, if no trained weights are kept).
+    Cost: the problem is loaded twice (and trained twice, if trained weights are not kept).
 
     Args:
         label: of the problem, with smaller sizes than its own where that is large.
@@ -393,7 +395,7 @@ def check_problem(label: str) -> None:
     Raises:
         BadInput: there is no such problem, or it is broken.
         Unavailable: its data are not available.
-        AssertionError: it does not keep the contract; says how.
+        AssertionError: it breaks the contract; says how.
     """
     import torch
 
@@ -410,13 +412,13 @@ def check_problem(label: str) -> None:
         for key, w in whole.theta_0.items():
             trained = whole.weights(ends[-1])[key]
             _require(w.dtype == trained.dtype == np.float32, f"{key} is not kept in float32")
-            _require(w.shape == trained.shape and np.isfinite(trained).all(), f"training spoils {key}")
+            _require(w.shape == trained.shape and np.isfinite(trained).all(), f"training makes {key} invalid")
             moved = whole.theta_f is None or not np.array_equal(w, trained)
-            _require(moved, f"training leaves {key} where it was")
+            _require(moved, f"training leaves {key} unchanged")
         fewer = _with_three_samples(whole.name)
         few = problems.load(fewer)
-        _require(few.name == fewer, f"calls itself {few.name!r} with N=3")
-        _require(few.N == 3 and np.array_equal(few.x, whole.x[:3]), "with N=3 has not its first three inputs")
+        _require(few.name == fewer, f"names itself {few.name!r} with N=3")
+        _require(few.N == 3 and np.array_equal(few.x, whole.x[:3]), "with N=3 does not have its first three inputs")
         for end in ends:
             same = all(np.array_equal(few.weights(end)[key], w) for key, w in whole.weights(end).items())
             _require(same and list(few.weights(end)) == list(whole.weights(end)), f"with N=3 has another {end}")
@@ -489,7 +491,7 @@ def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
 
     Raises:
         BadInput: there is no such study, or it is broken.
-        AssertionError: it does not keep the contract; says how.
+        AssertionError: it breaks the contract; says how.
     """
     studies = importlib.import_module(registry.PACKAGES["study"])
     statuses = importlib.import_module("ntkbench.measure.outcomes").STATUSES
@@ -508,7 +510,7 @@ def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
 def check_figure(name: str, table: pd.DataFrame) -> None:
     """The contract of a figure.
 
-    - It draws a table, a table without rows, and one in which nothing was measured.
+    - It draws a table, a table without rows, and one without measurements.
     - It leaves the table as it was.
     - The same table gives the same bytes.
     - There is a caption, and the numbers that are plotted are written beside the picture.
@@ -519,7 +521,7 @@ def check_figure(name: str, table: pd.DataFrame) -> None:
 
     Raises:
         BadInput: there is no such figure, it is broken, or the table lacks columns.
-        AssertionError: it does not keep the contract; says how.
+        AssertionError: it breaks the contract; says how.
     """
     figures = importlib.import_module(registry.PACKAGES["figure"])
 
@@ -536,15 +538,15 @@ def check_figure(name: str, table: pd.DataFrame) -> None:
             _require(first[form] == again[form], f"gives another {form} for the same table")
         failed = table.assign(status="failed", reason="for a test")
         for other in (table.iloc[:0], failed):
-            _require(drawn(other)[".png"], "has no picture of a table in which nothing was measured")
+            _require(drawn(other)[".png"], "draws no picture of a table without measurements")
 
 
-# --- how it is said
+# --- messages
 
 
 @contextlib.contextmanager
 def _said(subject: str) -> Iterator[None]:
-    """Put a subject in front of what is said within."""
+    """Prefix assertion messages with their subject."""
     try:
         yield
     except AssertionError as error:
@@ -557,6 +559,4 @@ def _require(holds: object, says: str) -> None:
 
 
 def _close(value: float, expected: float, tolerance: float, where: str) -> None:
-    _require(
-        math.isclose(value, expected, rel_tol=tolerance), f"is {value!r} and not {expected!r}, as it should be {where}"
-    )
+    _require(math.isclose(value, expected, rel_tol=tolerance), f"is {value!r} instead of {expected!r} {where}")

@@ -74,7 +74,7 @@ class Tracker:
                 raise unknown("keyword", key, ("every", "metrics", "log", *SETUP, *WISHES))
         if keywords.get("params") is not None:
             raise BadInput(
-                "a tracker follows a torch.nn.Module; of a JAX function take Kernel(f, x, params=...).at(params)"
+                "a tracker follows a torch.nn.Module; for a JAX function use Kernel(f, x, params=...).at(params)"
             )
         if log is not None and not callable(log):
             raise BadInput(f"log must be a function of the step and the estimates, got {log!r}")

@@ -1,4 +1,4 @@
-"""Numbers and tables as one reads them."""
+"""Readable numbers and tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _label(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """A number with two digits in the largest unit of which it is one at least, once rounded; in the last one else."""
+    """A number with two digits, in the largest unit in which it is at least 1 after rounding; else in the last one."""
     scaled = [(float(f"{value / size:.2g}"), unit) for size, unit in units]
     number, unit = next((each for each in scaled if each[0] >= 1), scaled[-1])
     return f"{number:g} {unit}"

@@ -149,7 +149,7 @@ def _find(source: Source) -> dict[str, int]:
     if not found:
         raise Fault("defines no problem: a function under @problem, or names in NAMES")
     if wrong := [name for name in found if not name.isidentifier()]:
-        raise Fault(f"{wrong[0]!r} is no name of a problem", found[wrong[0]])
+        raise Fault(f"{wrong[0]!r} is not a valid problem name", found[wrong[0]])
     return found
 
 
@@ -165,7 +165,7 @@ def _checked(source: Source, module: ModuleType, name: str) -> Callable[..., Def
         raise Fault(f"{unlisted[0]} is a problem that NAMES does not list", source.line("NAMES"))
     line = _find(source)[name]
     if name not in declared or declared[name].__name__ != name:
-        raise Fault(f"{name} is no function that was declared by @problem", line)
+        raise Fault(f"{name} is not a function declared by @problem", line)
     define = declared[name]
     if not (define.__doc__ or "").strip():
         raise Fault(f"{name} has no docstring", line)
@@ -177,9 +177,9 @@ def _checked(source: Source, module: ModuleType, name: str) -> Callable[..., Def
         default, hint = parameter.default, hints.get(key)
         if isinstance(default, str):
             if get_origin(hint) is not Literal or default not in get_args(hint):
-                raise Fault(f"{said}: a choice needs Literal[...] as its type, its default among the words", line)
+                raise Fault(f"{said}: a choice needs Literal[...] as its type, with its default among the words", line)
             if not all(isinstance(word, str) for word in get_args(hint)):
-                raise Fault(f"{said}: a choice must be among words", line)
+                raise Fault(f"{said}: choices must be words", line)
         elif type(default) is not int or default < 1 or hint not in (None, int):
             raise Fault(f"{said}: a size needs a positive whole number as its default, and int as its type", line)
     return define

@@ -52,7 +52,7 @@ def small_mlp(
 
 @problem
 def reversing_transformer(N: int = SAMPLES) -> Definition:
-    """One block of width 8, 2 heads, that gives sequences of 9 tokens out of 8 back to front: logits of all tokens.
+    """One block of width 8, 2 heads, that reverses sequences of 9 tokens from a vocabulary of 8: logits of all tokens.
 
     Inputs are one-hot tokens concatenated with one-hot positions. The bias of the keys is frozen, because no output
     depends on it. Trained by 60 epochs of Adam on 256 separate sequences.

@@ -84,7 +84,7 @@ def transformer_flipflop(
     head: Head = "untied",
     read: Read = "logits",
 ) -> Definition:
-    """Transformer of 2 blocks, d = 32 and 4 heads that says the bits of a 3-bit flip-flop; it needs no text.
+    """Transformer of 2 blocks, d = 32 and 4 heads that outputs the bits of a 3-bit flip-flop; it needs no text.
 
     An input token encodes the pulses of one step, one of 27. The target token encodes the bits that the pulses have set
     so far, also one of 27. Trained by Adam for 400 steps of 32 trials.

@@ -35,9 +35,9 @@ def _pretrained(depth: int, N: int) -> Definition:
 
 @problem(any_size=True, data=(images.CIFAR10,))
 def resnet18_cifar(N: int = 32, width: int = 16) -> Definition:
-    """ResNet-18 of some width on N held-out images of CIFAR-10 (JPEG copies).
+    """ResNet-18 of a given width on N held-out images of CIFAR-10 (JPEG copies).
 
-    Trained by 5 epochs of Adam on 5,000 images, after which it is right for 41 % of the held-out ones at a width of 16.
+    Trained by 5 epochs of Adam on 5,000 images, to an accuracy of 41 % on held-out images at a width of 16.
     """
     from ntkbench.networks import residual
     from ntkbench.networks.initialisation import scaled_normal, seeded
@@ -51,7 +51,7 @@ def resnet18_cifar(N: int = 32, width: int = 16) -> Definition:
 def vit_cifar(N: int = 32) -> Definition:
     """Vision Transformer of 4 blocks, d = 64 and patches of 4x4 on N held-out images of CIFAR-10 (JPEG copies).
 
-    Trained by 10 epochs of Adam on 5,000 images, after which it is right for 45 % of the held-out ones.
+    Trained by 10 epochs of Adam on 5,000 images, to an accuracy of 45 % on held-out images.
     """
     from ntkbench.networks import transformer
     from ntkbench.networks.initialisation import seeded
@@ -63,7 +63,7 @@ def vit_cifar(N: int = 32) -> Definition:
 
 
 def _trained(recipe: type[training.Adam], epochs: int) -> training.Adam:
-    """On the part of CIFAR-10 that is for training."""
+    """A recipe on the training part of CIFAR-10."""
     import torch
     from torch.nn import functional
 

@@ -98,16 +98,16 @@ def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
             raise BadInput(f"problem {label!r}: {key} is given twice")
         if key in choices:
             if value not in choices[key]:
-                raise BadInput(f"problem {label!r}: {part!r} is no choice of {name}; allowed: {_allowed(name, key)}")
+                raise BadInput(f"problem {label!r}: {part!r} is not a choice of {name}; allowed: {_allowed(name, key)}")
             options[key] = value
             continue
         if key not in defaults or not re.fullmatch("0*[1-9][0-9]{0,8}", value):
             raise BadInput(
-                f"problem {label!r}: {part!r} is no size of {name}; allowed: "
+                f"problem {label!r}: {part!r} is not a size of {name}; allowed: "
                 + ", ".join(_allowed(name, key) for key in defaults)
             )
         if int(value) > defaults[key] and not getattr(REGISTRY[name], "any_size", False):
-            raise BadInput(f"problem {label!r}: {key} can be at most {defaults[key]}, the size it is defined at")
+            raise BadInput(f"problem {label!r}: {key} can be at most {defaults[key]}, its default")
         options[key] = int(value)
     return name, options
 

@@ -31,7 +31,7 @@ class Named(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"the inputs have no {name!r}: there are {', '.join(map(str, self))}") from None
+            raise AttributeError(f"the inputs have no {name!r}; available: {', '.join(map(str, self))}") from None
 
 
 class Calling(nn.Module):
@@ -95,8 +95,8 @@ class Calling(nn.Module):
         outputs = self.output(outputs) if callable(self.output) else outputs
         if not isinstance(outputs, Tensor):
             raise BadInput(
-                f"the model must give one tensor [N, ...outputs], got {_kind(outputs)}: say which part of it with "
-                "call=, as in call=lambda model, inputs: model(**inputs).logits, or wrap it in a module that does"
+                f"the model must return one tensor [N, ...outputs], got {_kind(outputs)}: select a part of it with "
+                "call=, as in call=lambda model, inputs: model(**inputs).logits, or in a module around the model"
             )
         if self.output is None or callable(self.output):
             return outputs

@@ -313,11 +313,11 @@ def _has_rows(leaf: Any) -> bool:
 
 def _check_rows(rows: Mapping[str, Tensor]) -> None:
     if not rows:
-        raise BadInput("inputs must hold a tensor [N, ...] at least, alone or in a tuple, list, dict or other pytree")
+        raise BadInput("inputs must hold at least one tensor [N, ...], alone or in a tuple, list, dict or other pytree")
     if len({len(leaf) for leaf in rows.values()}) > 1:
         listed = ", ".join(f"{name} has {len(leaf)}" for name, leaf in rows.items())
         raise BadInput(
-            f"tensors of the inputs must have one first axis, the samples; {listed}: hand what all share on in call="
+            f"tensors of the inputs must share their first axis, the samples; {listed}: pass what all share in call="
         )
     for name, leaf in rows.items():
         if not leaf.numel():
@@ -367,7 +367,7 @@ def _matching(problem: Problem, patterns: str | Sequence[str]) -> set[str]:
         if not keys_of:
             raise BadInput(f"parameters={pattern!r} matches no parameter; {_nearest(pattern, list(names))}")
         if keys_of.isdisjoint(problem.theta_0):
-            raise BadInput(f"parameters={pattern!r} matches frozen parameters alone: give them requires_grad=True")
+            raise BadInput(f"parameters={pattern!r} matches only frozen parameters: set requires_grad=True")
         found |= keys_of
     return found
 

@@ -199,8 +199,8 @@ class Inputs:
         for name, leaf in leaves.items():
             if not _is_real(leaf) and not -largest <= int(leaf.min()) <= int(leaf.max()) <= largest:
                 raise BadInput(
-                    f"{name!r} has integers beyond {largest}, which {dtype} does not hold: choose dtype='float64', or "
-                    "close over what they stand for"
+                    f"{name!r} has integers beyond {largest}, which {dtype} cannot hold: choose dtype='float64', or "
+                    "close over them in f"
                 )
         return np.concatenate([leaf.reshape(len(leaf), -1).astype(dtype) for leaf in leaves.values()], axis=1)
 
@@ -220,7 +220,7 @@ class Inputs:
 
 
 class FlatFunction:
-    """A function of pytrees as one of arrays by name and a single array of inputs, ``(weights, x) -> [N, ...outputs]``.
+    """A function of pytrees as a function of named arrays and one array of inputs, ``(weights, x) -> [N, ...outputs]``.
 
     Outputs have the precision of the parameters. Unless ``alone``, instances with the same function and structure are
     equal, so they share what JAX has compiled.
@@ -271,7 +271,7 @@ def _named_leaves(tree: Any, role: str) -> tuple[Any, dict[str, Any]]:
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     except Exception as error:  # unsortable keys, or a container's own code, raise anything
-        raise BadInput(f"{role} is no pytree that JAX can flatten: {summary(error)}") from error
+        raise BadInput(f"{role} is not a pytree that JAX can flatten: {summary(error)}") from error
     names = [jax.tree_util.keystr(path, simple=True, separator=".") or role for path, _ in leaves]
     if len(set(names)) < len(names):  # a key with a dot in it
         names = [f"{i}: {name}" for i, name in enumerate(names)]
@@ -306,7 +306,7 @@ def _parameters(params: Any, role: str) -> tuple[Tree, Arrays, Arrays]:
             fixed[name] = array
         else:
             raise BadInput(
-                f"{role} has {name!r}, an array of {array.dtype}; allowed are real numbers, integers and truth values: "
+                f"{role} has {name!r}, an array of {array.dtype}; allowed are real numbers, integers and booleans: "
                 "pass real and imaginary parts, or close over it in f"
             )
     if not any(w.size for w in theta.values()):
@@ -338,7 +338,7 @@ def _inputs(x: Any, role: str) -> tuple[Inputs, Arrays]:
         raise BadInput(f"{role} must be an array [N, ...] or a pytree of them; got one without leaves")
     if len(counts := {name: len(array) for name, array in arrays.items()}) > 1 and len(set(counts.values())) > 1:
         said = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
-        raise BadInput(f"all arrays of {role} must have one number of samples along their first axis: {said}")
+        raise BadInput(f"all arrays of {role} must have the same number of samples along their first axis: {said}")
     dtypes = tuple(None if _is_real(array) else array.dtype.name for array in arrays.values())
     return Inputs(structure, tuple(arrays), tuple(array.shape[1:] for array in arrays.values()), dtypes), arrays
 
@@ -356,7 +356,7 @@ def _is_array(leaf: Any, role: str, name: str) -> bool:
     import jax
 
     if any(base.__module__.partition(".")[0] == "torch" for base in type(leaf).__mro__):
-        raise BadInput(f"{role} must be of arrays of JAX or NumPy; {name!r} is a torch {type(leaf).__name__}")
+        raise BadInput(f"{role} must consist of JAX or NumPy arrays; {name!r} is a torch {type(leaf).__name__}")
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
@@ -375,7 +375,7 @@ def _is_real(array: np.ndarray) -> bool:
 
 
 def _sort(array: np.ndarray) -> str:
-    return "real" if _is_real(array) else "truth values" if array.dtype == bool else "integers"
+    return "real" if _is_real(array) else "booleans" if array.dtype == bool else "integers"
 
 
 def _on_host(leaf: Any, role: str, name: str) -> np.ndarray:
@@ -406,7 +406,7 @@ def _dtype(theta: Arrays, dtype: str | None) -> str:
 def _check_same(tree: Tree, tree_f: Tree, arrays: Arrays, arrays_f: Arrays) -> None:
     """Refuse parameters that differ in more than the values of arrays."""
     if tree.structure != tree_f.structure:
-        raise BadInput(f"params and params_f must have one structure; got {tree.structure} and {tree_f.structure}")
+        raise BadInput(f"params and params_f must have the same structure; got {tree.structure} and {tree_f.structure}")
     shapes, shapes_f = (
         {name: (w.shape, _is_real(w)) for name, w in each.items()} | dict.fromkeys(of, ())
         for each, of in ((arrays, dict(tree.static)), (arrays_f, dict(tree_f.static)))
@@ -419,7 +419,7 @@ def _check_same(tree: Tree, tree_f: Tree, arrays: Arrays, arrays_f: Arrays) -> N
             )
     for (name, leaf), (_, leaf_f) in zip(tree.static, tree_f.static, strict=True):
         if leaf is not leaf_f and not bool(np.all(leaf == leaf_f)):
-            raise BadInput(f"params and params_f must differ in the values of arrays alone; {name!r} differs")
+            raise BadInput(f"params and params_f must differ only in the values of arrays; {name!r} differs")
 
 
 def _said(array: np.ndarray | None) -> str:
@@ -461,7 +461,9 @@ def _checked(
             f"got shape {outputs.shape}"
         )
     if not jax.dtypes.issubdtype(outputs.dtype, np.floating):
-        raise BadInput(f"{role} must return real numbers, got {outputs.dtype}: {WRAP}, such as of two parts")
+        raise BadInput(
+            f"{role} must return real numbers, got {outputs.dtype}: {WRAP}, such as the real and imaginary parts"
+        )
     if not np.isfinite(np.asarray(outputs, "float64")).all():
         raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
     if not _close(forward.plainly(weights, inputs), outputs):
@@ -471,11 +473,11 @@ def _checked(
             compiled = _compiled(twin)(weights, inputs)
         except Exception as error:
             raise BadInput(
-                f"{role} cannot be compiled by jax.jit, as branches on values cannot: {summary(error)}"
+                f"{role} cannot be compiled by jax.jit, as with branches on values: {summary(error)}"
             ) from error
         if _close(compiled, outputs):
             return twin, tuple(outputs.shape)
-    raise BadInput(f"{role} gives other values under jax.jit: is it random, or does it round to few digits inside?")
+    raise BadInput(f"{role} gives other values under jax.jit: is it random, or does it round intermediate values?")
 
 
 @functools.lru_cache(maxsize=16)

@@ -46,7 +46,7 @@ CALLS = 8
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 WRAP = (
-    "wrap the model in a module that takes one tensor and returns one tensor, or say how it is called on a tuple or a "
+    "wrap the model in a module that takes one tensor and returns one tensor, or pass call= for a tuple or a "
     "dict of inputs, as in call=lambda model, inputs: model(**inputs).logits"
 )
 
@@ -177,7 +177,7 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
     if frozen := problem.theta_0.keys() - _trainable(net).keys():
         raise OtherTheta(
             f"{role} has requires_grad=False for {own_name(net, min(frozen))!r}, which is trainable in the first "
-            "network: give both the same trainable parameters, or name those that count, parameters=..."
+            "network: give both the same trainable parameters, or select some by parameters=..."
         )
     x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
     swapped = load(copied(problem.network).to(x.device), values)
@@ -187,8 +187,8 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
     _check_finite(net, x, some, outputs, role, model)
     if not _close(outputs, _Call(swapped, some, 0).outputs):
         raise BadInput(
-            f"the first network with the values of {role} does not compute what {role} computes: they must be one "
-            "network, in one mode (train or eval)"
+            f"the first network with the values of {role} does not compute what {role} computes: they must be the "
+            "same network, in the same mode (train or eval)"
         )
     return {key: w.cpu() for key, w in values.items()}
 
@@ -246,8 +246,8 @@ def last_layer(problem: Problem) -> Problem:
     """
     if problem.module is None:
         raise BadInput(
-            f"{problem.name} is a function, and which of its parameters are the last layer's is not known: put those "
-            "alone in params, close over the others, and take kernel='trace'"
+            f"{problem.name} is a function whose last layer is not known: put that layer's parameters alone in params, "
+            "close over the others, and use kernel='trace'"
         )
     net = load(copied(problem.network), {**problem.fixed_0, **problem.theta_0})
     own = dict(net.named_parameters())
@@ -313,8 +313,8 @@ def _dtype(model: nn.Module, dtype: str | None) -> str:
         raise BadInput("model has no parameters with requires_grad=True, so there is nothing to differentiate by")
     if named := [key for key, w in model.named_parameters() if w.requires_grad and w.is_complex()]:
         raise BadInput(
-            f"model has complex parameters, such as {own_name(model, named[0])!r}, and the NTK here is that of real "
-            "ones: hold real and imaginary parts in one real parameter [..., 2], with torch.view_as_complex in forward"
+            f"model has complex parameters, such as {own_name(model, named[0])!r}, but the NTK needs real ones: hold "
+            "real and imaginary parts in one real parameter [..., 2], with torch.view_as_complex in forward"
         )
     if dtype is not None:
         if dtype not in DTYPES:
@@ -341,7 +341,7 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     for key, w in tensors:
         # A sparse constant, such as the adjacency of a graph, is part of the function.
         if (wrong := unusual(w)) and (w.requires_grad or w.layout not in SPARSE):
-            raise BadInput(f"{role} must be of ordinary dense tensors, and {key!r} is a {wrong} one")
+            raise BadInput(f"{role} must consist of ordinary dense tensors, but {key!r} is a {wrong} one")
     if len(devices := {str(w.device) for _, w in tensors}) > 1:
         raise BadInput(f"{role} is spread over {', '.join(sorted(devices))}; it must be on one device")
     for key, w in own.named_parameters():
@@ -488,23 +488,21 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
     if not first.differentiable:
         raise BadInput(
-            f"no output of {role} depends on a trainable parameter: are they detached, or made without gradients?"
+            f"no output of {role} depends on a trainable parameter: are they detached, or computed without gradients?"
         )
     computed = {id(w): key for key, w in _computed(unwrapped(original), trial)}
     if constant := [computed[id(w)] for w in first.leaves if id(w) in computed]:
         raise BadInput(
-            f"{role} uses its attribute {own_name(net, constant[0])!r}, which was computed from parameters before and "
+            f"{role} uses its attribute {own_name(net, constant[0])!r}, which was computed from parameters earlier and "
             "is no longer a function of them: compute it in forward"
         )
     outside = {id(w) for w in original.parameters()}
     if any(id(w) in outside for w in first.leaves):
-        raise BadInput(f"call= or a function in {role} uses {role} itself, and must use what it is given, a copy")
+        raise BadInput(f"call= or a function in {role} uses {role} itself; it must use the copy that it is given")
     again = call(1)
     buffers, parameters = dict(net.named_buffers()), dict(net.named_parameters())
     if started := [key for key, w in trial.named_parameters() if not _same(w.detach(), parameters[key].detach())]:
-        raise BadInput(
-            f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once before"
-        )
+        raise BadInput(f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once first")
     moved = [
         key
         for key, b in trial.named_buffers()
@@ -599,7 +597,7 @@ def _check_signature(net: nn.Module, role: str) -> None:
         return  # compiled, with a signature that Python does not see
     needed = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(needed) > 1:
-        raise BadInput(f"{role} takes {len(needed)} inputs, forward({', '.join(needed)}), and x is one tensor: {WRAP}")
+        raise BadInput(f"{role} takes {len(needed)} inputs, forward({', '.join(needed)}), but x is one tensor: {WRAP}")
 
 
 def _precision(net: nn.Module) -> str:

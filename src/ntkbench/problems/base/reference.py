@@ -174,7 +174,7 @@ def compute(problem: Problem) -> dict[str, Any]:
 
 
 def _check_operations(problem: Problem) -> None:
-    """Check that exact values are within reach, before anything is computed.
+    """Check that exact values are feasible, before anything is computed.
 
     Raises:
         Unavailable: they are not.
@@ -185,7 +185,7 @@ def _check_operations(problem: Problem) -> None:
     if needed > OPERATIONS:
         raise Unavailable(
             f"exact values of {problem.name} (n = {n:,}, P = {P:,}) would take {needed:.1g} floating-point operations, "
-            f"and {OPERATIONS:.0g} are within reach: without them no error can be measured"
+            f"more than the limit of {OPERATIONS:.0g}: without them no error can be measured"
         )
 
 
@@ -241,7 +241,7 @@ def by_parameters(problem: Problem) -> Moments:
     needed, there = len(pairs) * problem.P**2 * 8, psutil.virtual_memory().total
     if needed > there:
         raise OverMemory(
-            f"{len(pairs)} matrices of P x P with P = {problem.P} take {needed / 2**30:.1f} GiB, and this machine has "
+            f"{len(pairs)} matrices of P x P with P = {problem.P} take {needed / 2**30:.1f} GiB, but this machine has "
             f"{there / 2**30:.1f} GiB"
         )
     blocks, rows = _blocks(problem, jacobians[0])

@@ -43,7 +43,7 @@ def by_trial(
         return model, model_f, x
     _check_sequences(model, x)
     if isinstance(model_f, nn.RNNBase) and model_f.batch_first != model.batch_first:
-        raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
+        raise BadInput("model_0 and model_f must take their inputs in the same layout; batch_first differs")
     network_f = States(model_f) if isinstance(model_f, nn.RNNBase) else model_f
     return States(model), network_f, x if model.batch_first else x.transpose(0, 1)
 
@@ -53,7 +53,7 @@ def _check_sequences(model: nn.Module, x: Tensor) -> None:
         raise BadInput(f"sequences must be a tensor [N, T, ...] of one length T; got {_lengths(x)}")
     time_first = isinstance(model, nn.RNNBase) and not model.batch_first
     if x.ndim < 3 or x.shape[not time_first] == 0:
-        layout = "[T, N, ...], for batch_first is False," if time_first else "[N, T, ...]"
+        layout = "[T, N, ...], since batch_first is False," if time_first else "[N, T, ...]"
         raise BadInput(f"sequences must be a tensor {layout} with T > 0; got shape {tuple(x.shape)}")
 
 
@@ -146,7 +146,7 @@ def _check_comes_from(outputs: Tensor, theta: list[Tensor]) -> None:
         grads = torch.autograd.grad((outputs.reshape(-1) * weights).sum(), theta, allow_unused=True)
         if any(g is not None and g.abs().max() > 0 for g in grads):
             return
-    raise BadInput("the states do not come from the parameters: no output depends on a parameter that is trainable")
+    raise BadInput("the states do not come from the parameters: no output depends on a trainable parameter")
 
 
 @torch.no_grad()
@@ -162,6 +162,6 @@ def _check_declared(net: nn.Module, x: Tensor, outputs: Tensor) -> None:
     off = torch.inf if states.shape != outputs.shape else (states - outputs).abs().max()
     if off > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.abs().max():
         raise BadInput(
-            f"the module declares a recurrence of kind {recurrence.kind!r}, but what it gives is not the trajectory of "
-            f"one that starts at zero with the parameters {', '.join(recurrence.names.values())}"
+            f"the module declares a recurrence of kind {recurrence.kind!r}, but its outputs are not the trajectory of "
+            f"such a recurrence from a zero state with the parameters {', '.join(recurrence.names.values())}"
         )

@@ -136,7 +136,7 @@ class TorchSource(Source):
             key = keys[name]
             value = as_value(name, value)
             if key in found and not torch.equal(found[key], value):
-                raise BadInput(f"{name!r} is tied to another parameter, and the two are given different values")
+                raise BadInput(f"{name!r} is tied to another parameter, but the two have different values")
             found[key] = value
         return found
 
@@ -146,15 +146,15 @@ class TorchSource(Source):
 
         layers = [layer for layer in (self._module, model) if isinstance(layer, nn.RNNBase)]
         if len({layer.batch_first for layer in layers}) > 1:
-            raise BadInput("model_0 and model_f must take their inputs in one layout; batch_first differs")
+            raise BadInput("model_0 and model_f must take their inputs in the same layout; batch_first differs")
 
     def check_end(self, other: Any) -> None:
         from torch import nn
 
         if not isinstance(other, nn.Module | Mapping):
             raise BadInput(
-                "an alignment is with a Kernel, a torch.nn.Module, values of its parameters by name or a target "
-                f"tensor, got {type(other).__name__}"
+                "the other end of an alignment must be a Kernel, a torch.nn.Module, values of its parameters by name "
+                f"or a target tensor, got {type(other).__name__}"
             )
 
     def of(self, model: Any) -> Problem | None:
@@ -205,8 +205,8 @@ class JaxSource(Source):
     def check_end(self, other: Any) -> None:
         if other is None or callable(other):
             raise BadInput(
-                "an alignment of a JAX function is with a Kernel, a pytree of its parameters or a target array, got "
-                f"{type(other).__name__}: take ntkbench.Kernel(f, x, params=...) of another function"
+                "the other end of an alignment must be a Kernel, a pytree of the function's parameters or a target "
+                f"array, got {type(other).__name__}; for another function use ntkbench.Kernel(f, x, params=...)"
             )
 
     def at(self, problem: Problem, weights: Any) -> Problem:

@@ -47,8 +47,8 @@ def read(path: Path) -> dict[str, Any] | None:
         return parse(path)
     except Corrupt as error:
         if path.is_relative_to(paths.REFERENCE):
-            raise Corrupt(f"{error}; restore the committed file, or delete it to have it made anew") from error
-        logging.getLogger("ntkbench").warning("%s; it is made anew", error)
+            raise Corrupt(f"{error}; restore the committed file, or delete it to recreate it") from error
+        logging.getLogger("ntkbench").warning("%s; it is recreated", error)
         return None
 
 
@@ -72,7 +72,7 @@ def parse(path: Path) -> dict[str, Any]:
 def _record(path: Path) -> dict[str, Any]:
     record = json.loads(path.read_bytes())
     if not isinstance(record, dict):
-        raise ValueError(f"it holds a {type(record).__name__} and no record")
+        raise ValueError(f"it holds a {type(record).__name__}, not a record")
     return record
 
 
