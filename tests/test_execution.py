@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from ntkbench import methods
-from ntkbench.errors import Unavailable
+from ntkbench import methods, problems
+from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.measure import execution
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
@@ -54,6 +54,13 @@ def test_given_exact_values_are_used(config, record):
     made.errors({"trace": 1e9, "effective_rank": 2.0})
     kept = execution.read(record)
     assert kept["reference"] == 1e9 and kept["effective_rank"] == 2.0 and kept["error"] == pytest.approx(1, abs=0.01)
+
+
+def test_exact_values_of_other_weights_or_inputs_are_not_compared_with(config, record):
+    with pytest.raises(NtkbenchError, match=r"digits_conv\[N=3\] has other weights or inputs than when its exact values"):
+        Execution(CELL, config, record, "of another network")
+    assert execution.read(record)["status"] == "failed"
+    Execution(CELL, config, record, problems.load(CELL.problem).contents())
 
 
 def test_memory_notes_the_bytes_held_before_the_call(config, record):

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 from ntkbench import factory, methods, outside, problems, registry
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.measure import fingerprints
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
@@ -80,12 +82,57 @@ def test_processes_that_it_starts_know_it_in_any_folder(mine, name, tmp_path):
     assert done.stdout.strip() == "8"
 
 
-def test_rows_are_measured_again_if_the_file_changes(mine, name):
+WITH_CHECKPOINT = """
+import torch
+from torch import nn
+from my_layers_of_tests import layer
+
+def make():
+    torch.manual_seed(0)
+    model = layer()
+    model.load_state_dict(torch.load("weights.pt"))
+    return model, torch.ones(4, 3)
+"""
+CHANGES = {
+    "the file": lambda here: (here / f"{MINE}.py").write_text(f"{WITH_CHECKPOINT}\n# changed\n"),
+    "a file that it imports": lambda here: (here / "my_layers_of_tests.py").write_text(f"{LAYER}\n# changed\n"),
+    "weights that it loads": lambda here: torch.save(nn.Linear(3, 2).state_dict(), here / "weights.pt"),
+}
+LAYER = "from torch import nn\n\ndef layer():\n    return nn.Linear(3, 2)\n"
+
+
+@pytest.fixture
+def checkpoint(mine):
+    (mine / f"{MINE}.py").write_text(WITH_CHECKPOINT)
+    (mine / "my_layers_of_tests.py").write_text(LAYER)
+    torch.save(nn.Linear(3, 2).state_dict(), mine / "weights.pt")
+    yield mine
+    sys.modules.pop("my_layers_of_tests", None)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_are_measured_again_if_anything_changes_that_the_network_is_made_of(checkpoint, name, change):
     one = factory._plugin(name, f"{MINE}:make")
-    (mine / f"{MINE}.py").write_text(f"{MODULE}\n# changed\n")
-    assert one != factory._plugin(name, f"{MINE}:make")
+    assert factory._plugin(name, f"{MINE}:make") == one
+    CHANGES[change](checkpoint)
+    assert factory._plugin(name, f"{MINE}:make") != one
     config({name: f"{MINE}:make"}, name)
     assert registry.room("problem").file(name) in fingerprints.sources(problems.module_of(name))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_changes_during_a_run_is_refused(checkpoint, name, change):
+    config({name: f"{MINE}:make"}, name)
+    CHANGES[change](checkpoint)
+    with pytest.raises(NtkbenchError, match=r"start the run again"):
+        problems.load(name)
+
+
+def test_a_network_of_random_numbers_without_a_seed_is_refused(mine, name):
+    (mine / f"{MINE}.py").write_text(MODULE.replace("torch.manual_seed(0)", "torch.seed()"))
+    config({name: f"{MINE}:make"}, name)
+    with pytest.raises(NtkbenchError, match=r"seed its random numbers, or start the run again"):
+        problems.load(name)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +151,13 @@ def test_bad_factories_are_named_in_one_line(mine, factories, said):
     assert "factories" in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
-def test_what_a_factory_returns_is_checked_where_the_problem_is_loaded(mine, name):
+def test_what_a_factory_returns_is_checked_before_anything_is_measured(mine, name):
     (mine / f"{MINE}.py").write_text("def make():\n    return 1\n")
-    config({name: f"{MINE}:make"}, name)
     with pytest.raises(BadInput, match=r"must return \(model, inputs\)"):
-        problems.load(name)
+        config({name: f"{MINE}:make"}, name)
+
+
+def test_a_factory_that_ends_its_process_is_one_line(mine, name):
+    (mine / f"{MINE}.py").write_text("import os\ndef make():\n    os._exit(3)\n")
+    with pytest.raises(BadInput, match=f"{MINE}:make ended its process: exit status 3"):
+        config({name: f"{MINE}:make"}, name)

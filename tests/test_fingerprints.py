@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ntkbench import paths, problems
@@ -317,11 +318,36 @@ def test_a_problems_size_counts():
 def test_committed_weights_count(monkeypatch, tmp_path):
     shutil.copytree(paths.REFERENCE / "weights", tmp_path / "weights")
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    before = [fingerprints.problem(label) for label in PROBLEMS[:2]]
+
+    def found():
+        goals = [{"problem": label, "metric": "trace", "error": 0.1} for label in PROBLEMS[:2]]
+        chosen = [config(studies={"time_to_error": {"goals": [goal]}}) for goal in goals]
+        studies = [fingerprints.study(each, "time_to_error") for each in chosen]
+        return [*map(fingerprints.problem, PROBLEMS[:2]), *studies]
+
+    before = found()
     with (tmp_path / "weights" / "digits_conv.npz").open("ab") as file:
         file.write(b"x")
-    after = [fingerprints.problem(label) for label in PROBLEMS[:2]]
-    assert after[0] != before[0] and after[1] == before[1]
+    changed = [one != other for one, other in zip(found(), before, strict=True)]
+    assert changed == [True, False, True, False]
+
+
+def test_the_versions_of_packages_count_for_what_is_measured(monkeypatch):
+    before = all_fingerprints()
+    monkeypatch.setattr(fingerprints, "packages", lambda: ("torch 99",))
+    changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    assert changed == {key for key in before if key.startswith(("cell", "study"))}
+
+
+def test_studies_that_run_methods_in_jax_cover_the_operators_of_jax():
+    """The backends of a study's rows are in its committed table."""
+    tables = {table.stem: pd.read_csv(table) for table in paths.REFERENCE.glob("*/studies/*.csv")}
+    found = {name for name, table in tables.items() if "jax" in set(table.get("backend", ()))}
+    for name in {*found, "side_by_side"}:
+        given = config(studies={name: {}}).study(name).model_dump(mode="json")
+        files = named(fingerprints.sources(*fingerprints.study_roots(name, given), backend="torch"))
+        assert {"operators/jax.py", "operators/recurrent/jax.py"} <= files, name
+    assert "time_to_error" in found
 
 
 def test_a_broken_file_affects_only_its_users(copy):

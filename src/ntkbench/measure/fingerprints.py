@@ -20,6 +20,7 @@ from typing import Any
 from ntkbench import methods, outside, paths, problems, registry
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
+from ntkbench.measure.provenance import packages
 from ntkbench.problems.base import parse_label, reference, weights
 from ntkbench.registry import BrokenPlugin, Fault, Source
 
@@ -47,7 +48,7 @@ DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 
 
 def cell(config: Config, cell: Cell) -> str:
-    """Fingerprint of a cell's row: its method, its problem, its backend, the measuring core, and its settings.
+    """Fingerprint of a cell's row: its method, its problem, its backend, the measuring core, settings and packages.
 
     Raises:
         Unavailable: ntkbench is not in a checkout, which holds the suite that measures cells.
@@ -58,7 +59,7 @@ def cell(config: Config, cell: Cell) -> str:
     settings = config.model_dump(mode="json", include={"device", "dtype", "threads"})
     applied = LIMITS_OF_CELLS | (LIMITS_OF_FORECASTS if config.limits.times_exact else set())
     limits = config.limits.model_dump(mode="json", include=applied)
-    return _hash(files, asdict(cell), settings, limits)
+    return _hash(files, asdict(cell), settings, limits, packages())
 
 
 def cell_roots(cell: Cell) -> list[str]:
@@ -73,11 +74,12 @@ def problem(label: str) -> str:
 
 
 def study(config: Config, name: str) -> str:
-    """Fingerprint of a study's table: its file, the plug-ins that it names, their data, and its settings."""
+    """Fingerprint of a study's table: its file, the plug-ins that it names, their data, its settings and packages."""
     settings = config.study(name).model_dump(mode="json")
     files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
-    named = {text.partition("[")[0] for text in _strings(settings)} & set(problems.ROOM.found())
-    return _hash(files.union(*map(_data_files, named)), name, settings)
+    known = problems.ROOM.found()
+    labels = {text for text in _strings(settings) if text.partition("[")[0] in known}
+    return _hash(files.union(*map(_data_of_problem, labels)), name, settings, packages())
 
 
 def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:

@@ -51,9 +51,15 @@ def provenance() -> Provenance:
         git_sha=sha or "unknown",
         git_dirty=None if changes is None else bool(changes),
         machine=f"{_processor()} ({os.cpu_count()} cores)",
-        versions=", ".join([*(f"{name} {found}" for name in PACKAGES if (found := _version(name))), *_outside()]),
+        versions=", ".join([*packages(), *_outside()]),
         python=platform.python_version(),
     )
+
+
+@functools.cache
+def packages() -> tuple[str, ...]:
+    """The packages that compute, each with its version."""
+    return tuple(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
 
 
 def several_machines(table: pd.DataFrame) -> str:

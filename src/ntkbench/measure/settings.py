@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
@@ -54,8 +55,18 @@ class Settings(Strict):
         return device
 
     def target(self, backend: str = "torch", dtype: str | None = None) -> Target:
-        """Where these settings run a backend."""
-        return Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
+        """Where these settings run a backend.
+
+        Raises:
+            Unavailable: ``device: auto`` is a GPU for PyTorch, and the CPU for the other backend.
+        """
+        made = Target(backend, dtype or self.dtype, self.device, self.limits.block_bytes, self.limits.memory_bytes)
+        if backend != "torch" and self.device == "auto":
+            from ntkbench import operators
+
+            if operators.device_name(made) == "cpu" != operators.device_name(replace(made, backend="torch")):
+                raise Unavailable(f"{backend} has no GPU here, and PyTorch has one: install it there, or set device: cpu")
+        return made
 
 
 def _here(info: ValidationInfo) -> bool:

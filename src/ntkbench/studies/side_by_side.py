@@ -26,12 +26,7 @@ from ntkbench.studies import base
 from ntkbench.studies.base.computations import COMPUTATIONS
 
 TIMED = True
-PLUGINS = tuple(
-    sorted(
-        {methods.ROOM.module(name) for name in methods.ROOM.found()}
-        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
-    )
-)
+PLUGINS = (*base.methods_and_problems(), *base.JAX)
 NEURAL_TANGENTS = ["nt_structured_derivatives", "nt_jacobian_contraction", "nt_ntk_vector_products"]
 BARE = "bare matrix products"
 

@@ -33,7 +33,7 @@ from ntkbench.problems.base import reference
 from ntkbench.studies import base
 
 TIMED = True
-PLUGINS = base.methods_and_problems()
+PLUGINS = (*base.methods_and_problems(), *base.JAX)
 AS_PUBLISHED = (
     "hutchpp",
     "hutchpp_paper",

@@ -166,6 +166,10 @@ class Once(Generic[T]):
         return self._made
 
 
+JAX = ("ntkbench.operators.jax", "ntkbench.operators.recurrent.jax")
+"""Modules that methods in JAX load by name, for studies that run methods on other backends than torch."""
+
+
 def methods_and_problems() -> tuple[str, ...]:
     """Modules of all methods and problems, for studies that load them by names in their settings."""
     rooms: tuple[Room[Any], ...] = (methods.ROOM, problems.ROOM)

@@ -61,7 +61,8 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
                     _write(config, name, output, [*rows.rows(fingerprints.study(config, name)), outcome.columns()])
                     break
                 case = json.loads(key[: key.rindex("}") + 1])
-                rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns()})
+                row = {**case, **outcome.columns(), **_whence(_settings(config, name))}
+                rows.finish(key, fingerprints.study(config, name), row)
         with contextlib.suppress(OSError, ValueError):
             progress.measured = float(_measured(output).read_text(encoding="utf-8"))
 
@@ -102,10 +103,10 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
     made_for = fingerprints.study(config, name)
     with Journal(_journal(output)) as kept:
         say = Progress(output.parents[1], f"study-{name}", 0).begin
-        rows = Rows(kept, made_for, provenance().columns(), say)
+        chosen = _settings(config, name)
+        rows = Rows(kept, made_for, _whence(chosen), say)
         with journal.kept(rows):
             try:
-                chosen = _settings(config, name)
                 timing.use_threads(chosen.threads, pinned=studies.is_timed(name))
                 table = studies.run(name, chosen).to_dict("records")
             except Exception as error:
@@ -125,15 +126,19 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
     chosen = _settings(config, name)
     table = studies.base.table(rows)
     columns = {
-        "device": operators.device_name(chosen.target()),
         "dtype": chosen.dtype,
         "threads": chosen.threads,
         "fingerprint": fingerprints.study(config, name),
-        **provenance().columns(),
+        **_whence(chosen),
     }
     # Earlier rows have their own provenance.
     table = table.assign(**{k: table[k].where(table[k].notna(), v) if k in table else v for k, v in columns.items()})
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _whence(chosen: Settings) -> dict[str, object]:
+    """Where rows that are made now come from: code, versions, machine and device."""
+    return {**provenance().columns(), "device": operators.device_name(chosen.target())}
 
 
 def _settings(config: Config, name: str) -> Settings:
