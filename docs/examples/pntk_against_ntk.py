@@ -1,6 +1,6 @@
 """The pNTK against the NTK: how far the sum of logits is from the kernel that it stands for, by width.
 
-The pNTK is an N x N kernel K that stands for Theta as K (x) I. The trace kernel is the best of these, and its distance
+The pNTK is an N x N kernel K that stands for Theta as K ⊗ I. The trace kernel is the best of these, and its distance
 from Theta is the floor.
 
 Run it with ``python docs/examples/pntk_against_ntk.py``; it takes a few seconds.
@@ -17,7 +17,7 @@ SAMPLES, OUTPUTS, WIDTHS = 32, 10, (32, 128, 512)
 
 
 def distance(theta: Tensor, kernel: Tensor) -> float:
-    """||Theta - K (x) I||_F / ||Theta||_F."""
+    """||Theta - K ⊗ I||_F / ||Theta||_F."""
     return float((theta - torch.kron(kernel, torch.eye(OUTPUTS))).norm() / theta.norm())
 
 

@@ -119,7 +119,7 @@ def _measure(
     if method != AUTO:
         named = methods.get(method)
         if asked.rtol is not None and not isinstance(named, Incremental):
-            raise Unavailable("takes no rtol: its probes cannot be added to")
+            raise Unavailable("takes no rtol, because it cannot add probes")
         budget = asked.passes or getattr(named, "default_passes", None)
         if reason := named.unsupported_reason(subject.problem(), metric, settings.target(), budget):
             raise Unavailable(reason)

@@ -63,7 +63,7 @@ class Settings(base.Settings):
     def _patches_tile(self) -> Settings:
         for name in (*self.transformers, *self.mixers):
             if self.side % (patch := int(name.partition("/")[2])):
-                raise ValueError(f"side {self.side} is no multiple of {patch}, the side of the patches of {name}")
+                raise ValueError(f"side {self.side} is not a multiple of {patch}, the side of the patches of {name}")
         return self
 
 
