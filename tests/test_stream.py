@@ -129,9 +129,10 @@ def test_an_error_that_is_not_known_leaves_that_of_the_sum_unknown(error, degree
         assert found.interval() == (-np.inf, np.inf) and found.relative_width() == np.inf
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in methods.names() if methods.get(name).takes_passes and "trace" in methods.get(name).metrics]
-)
+STOCHASTIC = [name for name in methods.names() if methods.get(name).takes_passes]
+
+
+@pytest.mark.parametrize("method", [name for name in STOCHASTIC if "trace" in methods.get(name).metrics])
 def test_a_last_part_of_one_sample_with_one_output(method):
     """Most methods draw no more probes than there are outputs, and one probe shows no scatter."""
     loader = DataLoader(X[:65], batch_size=64)
