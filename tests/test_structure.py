@@ -126,8 +126,8 @@ def test_fingerprints_read_the_same_imports_as_grimp():
 
 POSIX = {
     "os": "sched_getaffinity sched_setaffinity fork forkpty killpg getpgid getpgrp setsid setpgid getuid geteuid "
-    "getgid pidfd_open pwrite pread posix_fallocate posix_fadvise sysconf uname getloadavg nice wait3 wait4 WNOHANG mkfifo "
-    "memfd_create statvfs sync fdatasync chown O_DIRECTORY O_NOFOLLOW O_CLOEXEC",
+    "getgid pidfd_open pwrite pread posix_fallocate posix_fadvise sysconf uname getloadavg nice wait3 wait4 WNOHANG "
+    "mkfifo memfd_create statvfs sync fdatasync chown O_DIRECTORY O_NOFOLLOW O_CLOEXEC",
     "signal": "SIGKILL SIGALRM SIGHUP SIGUSR1 SIGUSR2 SIGCHLD SIGSTOP SIGCONT SIGPIPE alarm setitimer pause sigwait",
     "select": "poll epoll kqueue POLLIN",
     "multiprocessing": "get_context set_start_method",
