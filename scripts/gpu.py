@@ -142,10 +142,12 @@ def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def correctness(out: Path, tiny: bool, seconds: float) -> bool:
     """The first part; returns whether all cases were checked and are correct."""
+    from ntkbench import ambient
+
     file = out / "correctness.jsonl"
     file.unlink(missing_ok=True)
     # Compilation takes most of the time, and runs in parallel on the cores.
-    shares = max(1, 3 * len(os.sched_getaffinity(0)) // 4)
+    shares = max(1, 3 * ambient.cores() // 4)
     case = [sys.executable, str(ROOT / "scripts" / "gpu_correctness.py"), str(file.resolve())]
     options = ["--device", "cpu", "--few"] if tiny else []
     done = run([[*case, *options, "--share", str(share), str(shares)] for share in range(shares)], seconds)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkbench
-from ntkbench import methods, operators, problems
+from ntkbench import ambient, methods, operators, problems
 from ntkbench.errors import Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes
@@ -317,7 +316,7 @@ def row(case: Case) -> dict[str, Any]:
 @click.option("--share", nargs=2, type=int, default=(0, 1), help="Index of this process, and number of processes.")
 def main(file: Path, device: str, few: bool, share: tuple[int, int]) -> None:
     """Check the cases of one share and write their rows."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // share[1]))
+    torch.set_num_threads(max(1, ambient.cores() // share[1]))
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     done = [{name: row[name] for name in Case._fields[:4]} for row in map(json.loads, lines)]
     chosen = list(cases(device, PROBLEMS[:1] if few else PROBLEMS))

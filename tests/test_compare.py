@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from ntkbench import paths
-from ntkbench.errors import NtkbenchError
+from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.measure import compare
 from ntkbench.measure.compare import ABSENT, FAILED, OK, PAIRS, PAIRS_AGAIN, Found, Side, Verdict, judge, summary
 
@@ -204,6 +205,12 @@ def test_commits_are_compared(repository, short, capsys):
             assert "accurate" not in line.lower() or method == "last_layer", line
     assert "4 of 5 cases compared, worse in 5" in said
     assert sorted(file for file in (repository / ".git").rglob("*") if file.is_file()) == before
+
+
+def test_a_system_that_forks_no_processes_is_named(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(Unavailable, match="forks a process for each case, which this system does not do"):
+        compare.run("HEAD", "HEAD")
 
 
 def test_a_commit_without_a_package_is_named(repository, tmp_path):

@@ -13,7 +13,7 @@ from conftest import metrics_of
 
 from ntkbench import methods
 from ntkbench.estimators import deflation, standard_errors
-from ntkbench.methods.base import Accumulating, Stochastic
+from ntkbench.methods.base import Accumulating, FixedBudget, Stochastic
 from ntkbench.operators import arrays, base, dense
 
 n, P = 200, 230
@@ -42,6 +42,8 @@ TRACES = (
 )
 DEFLATED = (*LEAVE_ONE_OUT, "hutchpp", "hutchpp_one_sided", "nystrompp", "nystrom_loo")
 CASES = [(name, metric) for name in sorted({*TRACES, *DEFLATED}) for metric in methods.get(name).metrics]
+
+STOCHASTIC = [name for name in methods.names() if isinstance(methods.get(name), Accumulating | FixedBudget)]
 
 
 class Probes(base.Rng):
@@ -382,6 +384,17 @@ def test_exact_with_a_probe_an_output_and_full_rank(name):
     value, error = estimate(name, metric, spectrum, 12)
     assert value == pytest.approx(truth(metric, spectrum), rel=1e-7)
     assert error <= 1e-6 * value
+
+
+@pytest.mark.parametrize("parameters", [1, P])
+@pytest.mark.parametrize(("name", "metric"), [(name, m) for name in STOCHASTIC for m in methods.get(name).metrics])
+def test_one_output_is_exact_with_any_number_of_probes(name, metric, parameters):
+    """One probe is a basis of a space of one dimension, and shows no scatter."""
+    method = methods.get(name)
+    matrices = [jacobian((1.7,), seed, parameters) for seed in range(2 if metric == "alignment" else 1)]
+    value, error, _ = drawn(method, metric, matrices, method.fewest_probes, 0)
+    assert math.isfinite(error)
+    assert abs(value - metrics_of(*(J @ J.T for J in matrices))[metric]) <= 6 * error + 1e-7
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import multiprocessing.context
 import re
 import subprocess
 import sys
@@ -621,6 +622,14 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
     assert page.count('class="failed"') == page.count("<em>could not be drawn</em>") == len(failed)
     assert "&lt;b&gt; $x_" in page and "<b>" not in page
     assert len(re.findall("<figure ", page)) == len(made)
+
+
+def test_figures_are_drawn_where_no_process_can_be_forked(table, tmp_path, monkeypatch):
+    monkeypatch.delitem(multiprocessing.context._concrete_contexts, "fork")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    made = figures.draw_all({"exact_cost": tmp_path / "table.csv"}, tmp_path / "out")
+    assert made["exact_cost"].status == "ok"
+    assert (tmp_path / "out" / "exact_cost.png").stat().st_size > 1000
 
 
 def test_an_interrupt_ends_the_drawing(table, tmp_path, dropped_in):

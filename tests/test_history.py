@@ -117,6 +117,15 @@ def test_a_call_leaves_nothing_behind(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_threads_are_one_also_where_no_process_is_kept_to_its_processors(monkeypatch):
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    for name in ("sched_setaffinity", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    cases.one_thread()
+    assert threads == [1]
+
+
 def test_a_peak_of_memory_is_seen_after_it_is_gone():
     before = cases.settled_bytes()
     held = b"x" * 2**26

@@ -92,6 +92,39 @@ def test_products_are_those_of_the_jacobian_written_out(backend, label, load, de
         assert abs(adjoint[0] - adjoint[1]) <= 1e-12 * np.abs(host(j.jvp(put(w, like))) * u).sum()
 
 
+PRODUCTS = {
+    "vjp": (lambda j, v: j.vjp(v), lambda j: (j.n,)),
+    "jvp": (lambda j, v: j.jvp(v), lambda j: (j.P,)),
+    "ntk": (lambda j, v: j.ntk(v), lambda j: (j.n,)),
+    "sample_vjp": (lambda j, v: j.sample_vjp(slice(0, j.N), v), lambda j: (j.N, j.O)),
+    "sample_jvp": (lambda j, v: j.sample_jvp(slice(0, j.N), v), lambda j: (j.N, j.P)),
+    "sample_squares": (lambda j, v: j.sample_squares(v), lambda j: (j.N, j.O)),
+    "group_gradients": (lambda j, v: j.group_gradients([slice(0, 1), slice(1, j.N)], v), lambda j: (j.N, j.O)),
+}
+"""A product of an operator with vectors, and the shape of each vector."""
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("label", ["tanh_net", "gru_hazelden[N=2,T=2]"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_with_other_axes_are_refused(backend, label, product, load):
+    """Whatever reshaping would make of them: rows as columns, one vector alone, axes in another order or all in one."""
+    j = operator(load(label), backend)
+    multiply, shape = PRODUCTS[product][0], PRODUCTS[product][1](j)
+    right = np.random.default_rng(0).standard_normal((2, *shape))
+    multiply(j, put(right, j.basis(0, 1)))
+    spent = j.passes
+    wrong = [right[0], right.T, right.reshape(2, -1, 1), right[None], right.reshape(1, -1), np.repeat(right, 2, axis=1)]
+    wrong += [right.swapaxes(1, 2), right.reshape(2, -1)] if len(shape) == 2 else []
+    for vectors in wrong:
+        if vectors.shape[1:] == shape:
+            continue
+        with pytest.raises(BadInput, match="vectors of a product must be") as caught:
+            multiply(j, put(vectors, j.basis(0, 1)))
+        assert str(vectors.shape) in str(caught.value)
+    assert j.passes == spent
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_basis_and_row_numbers_are_sample_major(backend, tiny, dense):
     j = operator(tiny, backend)

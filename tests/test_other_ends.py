@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -162,6 +164,71 @@ def test_invalid_targets_are_refused():
             kernel.alignment(wrong)
     with pytest.raises(BadInput, match="omit method, passes and rtol"):
         kernel.alignment(torch.eye(6), method="hutchinson", passes=8)
+
+
+def in_axes(*outputs: int) -> nn.Sequential:
+    """A network with several axes of outputs."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, math.prod(outputs)), nn.Tanh(), nn.Unflatten(1, outputs)).double()
+
+
+USES = {
+    "solve": lambda kernel, y: kernel.solve(y, ridge=1.0).values.reshape(-1),
+    "regress": lambda kernel, y: kernel.regress(X[:2], y, ridge=1.0).values.reshape(-1),
+    "alignment": lambda kernel, y: kernel.alignment(y).value,
+    "metrics": lambda kernel, y: kernel.metrics(y)["alignment"].value,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("outputs", [(2, 5), (5, 2), (10,), (1, 10), ()])
+def test_labels_have_the_shape_of_the_outputs_or_are_flat(use, outputs):
+    """All other shapes of as many numbers are refused, whatever they were meant to be."""
+    model, of = in_axes(*outputs) if outputs else nn.Sequential(in_axes(1), nn.Flatten(0)), USES[use]
+    N, O, kernel = len(X), math.prod(outputs), Kernel(model, X)  # noqa: N806, E741 - the field's symbols
+    y = torch.randn(N, *outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    allowed = {(N, *outputs), (N, O), (N * O,)}
+    for shape in allowed:
+        np.testing.assert_allclose(of(kernel, y.reshape(shape)), of(kernel, y), rtol=1e-9)
+    others = {(O, N), (1, N * O), (N * O, 1), (N, 1, O), (N, O, 1), (2, N * O // 2)}
+    for shape in {*itertools.permutations((N, *outputs)), *others} - allowed:
+        with pytest.raises(BadInput, match=r"like the outputs, \(6.* got shape \(") as caught:
+            of(kernel, y.reshape(shape))
+        assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("outputs", [(6,), (2, 3), (3, 2)])
+def test_a_target_that_may_be_labels_or_a_kernel_is_refused(outputs, monkeypatch):
+    """Where a sample has N outputs; the message has a way to say either."""
+    kernel, target = Kernel(in_axes(*outputs), X), X @ X.T
+    matrix = theta(in_axes(*outputs))
+    assert kernel.alignment(target.reshape(-1)).value == pytest.approx(
+        cosine(matrix, target.reshape(-1, 1) @ target.reshape(1, -1))
+    )
+    between = torch.kron(target, torch.eye(6, dtype=torch.float64))
+    assert kernel.alignment(between).value == pytest.approx(cosine(matrix, between))
+    np.testing.assert_array_equal(  # a right-hand side is no kernel
+        kernel.solve(target, ridge=1.0).values.reshape(-1), kernel.solve(target.reshape(-1), ridge=1.0).values
+    )
+    monkeypatch.setattr(Kernel, "_estimates", lambda *given: pytest.fail("it is refused first"))
+    for refused in (kernel.alignment, kernel.metrics):
+        with pytest.raises(BadInput, match=r"\(6, 6\) may be y or .* N = O = 6: .*\(36,\), y.reshape\(-1\).*eye\(6\)"):
+            refused(target)
+
+
+def test_one_output_has_no_ambiguous_targets():
+    kernel, target = Kernel(in_axes(1), X), X @ X.T
+    assert kernel.alignment(target).value == pytest.approx(cosine(theta(in_axes(1)), target))
+
+
+def test_targets_are_checked_before_other_metrics_are_computed(monkeypatch):
+    kernel = Kernel(net(), X)
+    monkeypatch.setattr(Kernel, "_estimates", lambda *given: pytest.fail("the target is checked first"))
+    for wrong, says in ((Y.T, "like the outputs"), (0 * Y, "not zero"), (1j * Y, "real numbers")):
+        with pytest.raises(BadInput, match=says):
+            kernel.metrics(wrong)
+    with pytest.raises(BadInput, match="leave method, passes and rtol out"):
+        kernel.metrics(torch.eye(6), passes=8)
 
 
 def test_metrics_take_what_an_alignment_takes():

@@ -94,6 +94,10 @@ def test_degrees_of_a_sum_of_equal_variances_add_up_and_a_single_variance_keeps_
     assert standard_errors.satterthwaite([1.0, 2.0], [4, 6]) == pytest.approx(9 / (1 / 4 + 4 / 6))
     assert standard_errors.satterthwaite([0.0, 0.0], 3) == math.inf
     assert standard_errors.satterthwaite([1.0, 1.0], [5, 0]) == pytest.approx(0, abs=1e-6)
+    assert standard_errors.satterthwaite([1.0, 0.0], [5, 0]) == pytest.approx(5)
+    assert standard_errors.satterthwaite([1.0, math.nan], [5, 0]) == 0
+    assert standard_errors.satterthwaite([1.0, math.nan], [5, math.inf]) == 0
+    assert standard_errors.satterthwaite([1.0, 0.0], [5, math.inf]) == pytest.approx(5)
 
 
 def test_degrees_of_two_samples_are_those_of_welchs_test():
@@ -233,4 +237,5 @@ def test_negative_estimates_of_variance_do_not_count_below_half_of_the_pairs():
 def test_orthonormal_probes_have_no_error_once_they_are_a_basis():
     estimate = standard_errors.PointEstimate(3.0, 2.0, 5)
     assert standard_errors.finite_population(estimate, 3, 12) == pytest.approx((3.0, 2 * math.sqrt(0.75), 5))
-    assert standard_errors.finite_population(estimate, 12, 12) == (3.0, 0.0, 5)
+    assert standard_errors.finite_population(estimate, 12, 12) == (3.0, 0.0, math.inf)
+    assert standard_errors.finite_population(standard_errors.mean(np.array([3.0])), 1, 1) == (3.0, 0.0, math.inf)

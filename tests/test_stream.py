@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ntkbench
+from ntkbench import methods
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.stream import total
@@ -112,7 +113,37 @@ def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
     assert (found.value, found.passes, found.method) == (3.0, 7.0, "a, b")
     assert found.standard_error == pytest.approx(0.1**0.5)
     assert found.degrees == pytest.approx(0.1**2 / (0.09**2 / 3 + 0.01**2 / 9))
-    assert np.isnan(total([*parts, Estimate(1.0, float("nan"), 1, "a", metric="trace")], [1, 3, 1]).standard_error)
+    for more in (Estimate(1.0, 0.0, 1, "a", metric="trace", degrees=0), Estimate(1.0, None, 1, "a", metric="trace")):
+        assert total([*parts, more], [1, 3, 1]).degrees == pytest.approx(found.degrees)
+
+
+@pytest.mark.parametrize("degrees", [0, 3, np.inf])
+@pytest.mark.parametrize("error", [0.0, 0.3, None])
+def test_an_error_that_is_not_known_leaves_that_of_the_sum_unknown(error, degrees):
+    unknown = Estimate(1.0, float("nan"), 4, "a", metric="trace", degrees=degrees)
+    known = Estimate(2.0, error, 4, "a", metric="trace", degrees=9)
+    for parts in ([unknown, known], [known, unknown], [unknown, unknown]):
+        found = total(parts, [1, 1])
+        assert found.value == sum(each.value for each in parts)
+        assert np.isnan(found.standard_error) and found.degrees == 0
+        assert found.interval() == (-np.inf, np.inf) and found.relative_width() == np.inf
+
+
+STOCHASTIC = [name for name in methods.names() if methods.get(name).takes_passes]
+
+
+@pytest.mark.parametrize("method", [name for name in STOCHASTIC if "trace" in methods.get(name).metrics])
+def test_a_last_part_of_one_sample_with_one_output(method):
+    """Most methods draw no more probes than there are outputs, and one probe shows no scatter."""
+    loader = DataLoader(X[:65], batch_size=64)
+    try:
+        found = ntkbench.trace(network(1), loader, method=method, passes=16)
+    except BadInput as error:  # the method takes other networks
+        assert "samples from 64" not in str(error)
+        return
+    exact = ntkbench.trace(network(1), X[:65]).value
+    assert np.isfinite(found.standard_error) and found.degrees > 0
+    assert abs(found.value - exact) <= 6 * found.standard_error + 1e-6 * exact
 
 
 def test_a_tolerance_holds_for_the_sum():

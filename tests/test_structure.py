@@ -122,3 +122,41 @@ def test_fingerprints_read_the_same_imports_as_grimp():
         read = fingerprints.imports(module, file) & graph.modules
         packages = {name.rpartition(".")[0] for name in read}  # grimp leaves out those that an import passes through
         assert read - packages <= graph.find_modules_directly_imported_by(module) <= read, module
+
+
+POSIX = {
+    "os": "sched_getaffinity sched_setaffinity fork forkpty killpg getpgid getpgrp setsid setpgid getuid geteuid "
+    "getgid pidfd_open pwrite pread posix_fallocate posix_fadvise sysconf uname getloadavg nice wait3 wait4 WNOHANG "
+    "mkfifo memfd_create statvfs sync fdatasync chown O_DIRECTORY O_NOFOLLOW O_CLOEXEC",
+    "signal": "SIGKILL SIGALRM SIGHUP SIGUSR1 SIGUSR2 SIGCHLD SIGSTOP SIGCONT SIGPIPE alarm setitimer pause sigwait",
+    "select": "poll epoll kqueue POLLIN",
+    "multiprocessing": "get_context set_start_method",
+}
+"""What Windows or macOS lack, or what depends on how the system starts processes."""
+
+HANDLED = {
+    ("src/ntkbench/ambient.py", "get_context"): "falls back",
+    ("src/ntkbench/studies/side_by_side.py", "get_context"): "spawns, which every system does",
+    ("src/ntkbench/measure/compare.py", "killpg"): "refuses a system without fork before",
+    ("src/ntkbench/measure/compare.py", "SIGKILL"): "the same",
+    ("benchmarks/side.py", "fork"): "is started by the former",
+    ("src/ntkbench/measure/watchdog.py", "poll"): "falls back",
+    ("src/ntkbench/measure/watchdog.py", "POLLIN"): "the same",
+    ("src/ntkbench/measure/watchdog.py", "pidfd_open"): "the same",
+    ("src/ntkbench/measure/watchdog.py", "SIGKILL"): "is used after loading a library that only others have",
+}
+"""Uses that no ``hasattr`` guards, and why they need none."""
+
+
+def test_what_only_some_systems_have_is_guarded():
+    """By ``hasattr`` in the same file; a system that has the name may still refuse the call."""
+    either = lambda name: name.replace("sched_get", "sched_set")  # noqa: E731 - systems have both or neither
+    used = set()
+    for file in (*PACKAGE.rglob("*.py"), *(paths.ROOT / "benchmarks").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr"]
+        asked = {either(call.args[1].value) for call in calls if isinstance(call.args[1], ast.Constant)}
+        found = [node for node in nodes if isinstance(node, ast.Attribute) and either(node.attr) not in asked]
+        names = [node.attr for node in found if node.attr in POSIX.get(ast.unparse(node.value), "").split()]
+        used |= {(file.relative_to(paths.ROOT).as_posix(), name) for name in names}
+    assert used == set(HANDLED)

@@ -1,6 +1,9 @@
 """Processes over a limit are terminated and reported, others are left alone, and nothing is left behind."""
 
+import ctypes
+import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -10,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ntkbench.measure import watchdog
+from benchmarks.history import cases
+from ntkbench.measure import timing, watchdog
 from ntkbench.measure.watchdog import Watch, Watched
 
 HOG = "import sys, time; held = bytearray(int(sys.argv[1])); time.sleep(float(sys.argv[2]))"
@@ -131,8 +135,31 @@ def test_without_the_kernels_list_children_are_found_too(monkeypatch):
     child.wait()
 
 
-def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(monkeypatch):
-    monkeypatch.delattr(os, "pidfd_open", raising=False)
+def refuses(code, allowed=0):
+    """``pidfd_open`` of a kernel that refuses it with an error, after as many calls as it allows."""
+    left = iter(range(allowed))
+
+    def pidfd_open(pid):
+        if next(left, None) is None:
+            raise OSError(code, os.strerror(code))
+        return os.open(os.devnull, os.O_RDONLY)
+
+    return lambda patch: patch.setattr(os, "pidfd_open", pidfd_open, raising=False)
+
+
+WITHOUT = {
+    "before Linux 5.3": refuses(errno.ENOSYS),
+    "a sandbox": refuses(errno.EPERM),
+    "no more files": refuses(errno.EMFILE, allowed=1),
+    "macOS": lambda patch: patch.delattr(os, "pidfd_open", raising=False),
+    "Windows": lambda patch: (patch.delattr(os, "pidfd_open", raising=False), patch.delattr(select, "poll")),
+}
+"""Systems that do not report the end of processes."""
+
+
+@pytest.mark.parametrize("system", WITHOUT)
+def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(system, monkeypatch):
+    WITHOUT[system](monkeypatch)
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
     process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     assert not watchdog._is_gone(process.pid)
@@ -140,3 +167,42 @@ def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(monkey
     assert watchdog._first_gone([os.getpid(), process.pid]) == {process.pid}
     process.communicate()
     assert watchdog._is_gone(process.pid)
+
+
+@pytest.mark.parametrize("system", WITHOUT)
+def test_without_the_kernels_word_a_guardian_ends_what_a_step_left(system, monkeypatch):
+    """The step is gone, and so is the run: in the second case the step itself is ended."""
+    WITHOUT[system](monkeypatch)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+    for gone_first in ("step", "run"):
+        mark = f"{gone_first}-{time.time_ns()}"
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={watchdog.STEP: mark})
+        pids = {name: hog(1, 100) for name in ("step", "run")}
+        pids[gone_first].kill()
+        watchdog._guardian(pids["step"].pid, pids["run"].pid, mark)
+        assert all_gone([left.pid])
+        assert pids["step"].wait(timeout=60) == -signal.SIGKILL
+        pids["run"].kill()
+        pids["run"].wait()
+        left.communicate()
+
+
+def test_a_process_that_may_not_be_looked_at_is_there(monkeypatch):
+    def denied(pid):
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", denied)
+    assert not watchdog._is_gone(os.getpid())
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_a_system_without_the_c_librarys_calls_does_without(error, monkeypatch):
+    """Windows has no library of that name (``TypeError``), and others lack the function or forbid to load it."""
+
+    def library(name):
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    watchdog.end_with_parent()
+    timing.settle_memory()
+    cases.settled_bytes()

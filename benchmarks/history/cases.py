@@ -33,11 +33,15 @@ class Absent(NotImplementedError):
 
 
 def one_thread() -> None:
-    """Keep this process to one thread: torch by its setting, XLA by the processors that the process may use."""
+    """Keep this process to one thread: torch by its setting, XLA by the processors that the process may use.
+
+    macOS and Windows do not restrict a process to some processors; XLA takes all there.
+    """
     import torch
 
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 
 
 def import_early() -> None:
@@ -153,7 +157,7 @@ def settled_bytes() -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):
         return None
     return _status("VmRSS")
 

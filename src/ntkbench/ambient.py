@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntkbench.errors import BadInput
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkContext, SpawnContext
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
@@ -18,6 +22,14 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processes() -> ForkContext | SpawnContext:
+    """How to start processes: as forks, which find modules imported, or where there are none, as on Windows, afresh."""
+    try:
+        return multiprocessing.get_context("fork")
+    except ValueError:
+        return multiprocessing.get_context("spawn")
 
 
 @contextlib.contextmanager

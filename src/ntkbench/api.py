@@ -206,9 +206,10 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
 
     ``model_f`` may be the same network with other weights (buffers, such as BatchNorm's running statistics, and frozen
     parameters may differ as well; each set of weights goes with its own), another network with as many outputs, values
-    of the parameters by name, or a target: a tensor y shaped like the outputs, which stands for the kernel y y^T, or a
-    matrix ``[n, n]`` or ``[N, N]``. For a JAX function it is a pytree of parameters. Precision and device default to
-    those of ``model_0``. Other arguments and errors as for :func:`trace`.
+    of the parameters by name, or a target: a tensor y shaped like the outputs, ``[N, O]`` or ``[n]``, which stands for the
+    kernel y y^T, or a matrix ``[n, n]`` or ``[N, N]``. Where N = O a target ``[N, N]`` may be either, and is refused.
+    For a JAX function ``model_f`` is a pytree of parameters. Precision and device default to those of ``model_0``.
+    Other arguments and errors as for :func:`trace`.
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")
@@ -316,7 +317,8 @@ def solve(
 
     Args:
         model, x: network and inputs; see :class:`ntkbench.Kernel`.
-        y: the right-hand side, like the outputs ``[N, ...outputs]``, or ``[N O]`` with outputs sample-major.
+        y: the right-hand side, like the outputs ``[N, ...outputs]``, or ``[N, O]`` or ``[N O]`` with outputs
+            sample-major.
         ridge: constant added to the eigenvalues of Theta, in their units; 0 or more.
         rtol: ||(Theta + ridge I) x - y|| / ||y|| at which the iteration stops.
         passes: maximum number of passes of products.

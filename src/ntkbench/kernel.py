@@ -160,17 +160,18 @@ class Kernel:
         Args:
             other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
                 values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
-                outputs, which stands for y y^T, or else a matrix ``[n, n]``, or ``[N, N]`` for A ⊗ I_O. What
-                ``parameters`` names counts in the other network as well.
+                outputs, ``[N, O]`` or ``[n]``, which stands for y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
+                A ⊗ I_O. What ``parameters`` names counts in the other network as well.
             wishes: see :class:`ntkbench.options.Options`.
 
         Raises:
-            BadInput: there are no such weights, or the two kernels are not of the same outputs; or as for the others.
+            BadInput: there are no such weights, or the two kernels are not of the same outputs; or a target may be
+                either y or a matrix, as N = O; or as for the others.
         """
         asked = options.asked(wishes)
         ladder.check(("alignment",), asked)
         if _is_array(other):
-            return self._alignment_with(other, asked)
+            return self._alignment_with(self._checked_target(other, asked), asked)
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
     def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
@@ -184,7 +185,8 @@ class Kernel:
             return self._estimates(own, asked)
         ladder.check(metrics.METRICS, asked)
         if _is_array(other):
-            return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(other, asked)})
+            target = self._checked_target(other, asked)
+            return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(target, asked)})
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
     def factors(self, other: Any = None, *, probes: int = 32, seed: int = 0) -> Factors:
@@ -483,7 +485,7 @@ class Kernel:
 
         Args:
             inputs: x', like the kernel's own.
-            y: targets ``[N, ...outputs]`` of the kernel's own inputs.
+            y: targets of the kernel's own inputs, ``[N, ...outputs]``, ``[N, O]`` or ``[n]``.
             ridge, rtol, passes, seed: see :func:`ntkbench.solve`.
 
         Returns:
@@ -544,18 +546,22 @@ class Kernel:
         Raises:
             BadInput: they are not.
         """
-        p = self.problem
         try:
             given = to_numpy(y.detach() if hasattr(y, "detach") else y)
         except ValueError as error:  # a list of lists of different lengths
             raise BadInput(f"y must be an array: {errors.reason(error)}") from None
         if given.dtype.kind not in "fiub":
             raise BadInput(f"y must hold real numbers, got {given.dtype}")
-        if given.ndim == 0 or given.size != p.n or given.shape[0] not in (p.N, p.n):
-            raise BadInput(f"y must be shaped like the outputs, {p.output_shape}, got shape {given.shape}")
+        if given.shape not in (shapes := self._shapes_of_outputs()):
+            raise BadInput(f"y must be shaped like the outputs, {_one_of(shapes)}, got shape {given.shape}")
         if not np.isfinite(given).all():
             raise BadInput("y must be finite")
         return given.astype(np.float64)
+
+    def _shapes_of_outputs(self) -> list[tuple[int, ...]]:
+        """The shapes that numbers like the outputs may have. Others may have their axes in another order."""
+        p = self.problem
+        return list(dict.fromkeys([p.output_shape, (p.N, p.O), (p.n,)]))
 
     def at(self, weights: Any) -> Kernel:
         """The kernel of the same network at other weights, which shares the trace; the same seed draws the same probes.
@@ -647,10 +653,12 @@ class Kernel:
             raise found.with_traceback(None)
         return found
 
-    def _alignment_with(self, given: Any, asked: Options) -> Estimate:
-        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""
-        from ntkbench.operators import linearise
+    def _checked_target(self, given: Any, asked: Options) -> np.ndarray:
+        """The target of an alignment, with a norm of 1: numbers like the outputs ``[n]``, or a matrix.
 
+        Raises:
+            BadInput: it is neither, or may be both; or it is a matrix, and options are given.
+        """
         p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
         if target.dtype.kind not in "fiub":
             raise BadInput(f"the target of an alignment must hold real numbers, got {target.dtype}")
@@ -659,7 +667,29 @@ class Kernel:
         target = target.astype(np.float64)
         target /= abs(target).max()  # the alignment does not depend on its scale, which must not overflow
         target /= np.linalg.norm(target)
-        if target.shape == p.output_shape or (target.size == p.n and target.shape[0] == p.N):
+        like, kernels = self._shapes_of_outputs(), list(dict.fromkeys([(p.n, p.n), (p.N, p.N)]))
+        if target.shape in like and target.shape in kernels:
+            raise BadInput(
+                f"a target of shape {target.shape} may be y or a kernel between samples, as N = O = {p.N}: give y as "
+                f"({p.n},), y.reshape(-1), or the kernel A as ({p.n}, {p.n}), kron(A, eye({p.O}))"
+            )
+        if target.shape in like:
+            return target.reshape(-1)
+        if target.shape not in kernels:
+            raise BadInput(
+                f"a target must be shaped like the outputs, {_one_of(like)}, or a kernel {_one_of(kernels)}; "
+                f"got shape {target.shape}"
+            )
+        if replace(asked, seed=0, confidence=0.95) != Options():
+            raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
+        return target
+
+    def _alignment_with(self, target: np.ndarray, asked: Options) -> Estimate:
+        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""
+        from ntkbench.operators import linearise
+
+        p = self.problem
+        if target.ndim == 1:
             norm = self._estimates(("norm",), asked)["norm"]
             with self._settings():
                 j = linearise(p, "theta_0", self._target)
@@ -671,13 +701,6 @@ class Kernel:
             error = None if norm.standard_error is None else norm.standard_error / norm.value * value
             passes = None if norm.passes is None else norm.passes + 1
             return replace(norm, value=value, standard_error=error, passes=passes, metric="alignment")
-        if target.shape not in ((p.n, p.n), (p.N, p.N)):
-            raise BadInput(
-                f"a target must be shaped like the outputs, {p.output_shape}, or a kernel ({p.n}, {p.n}) or "
-                f"({p.N}, {p.N}); got shape {target.shape}"
-            )
-        if replace(asked, seed=0, confidence=0.95) != Options():
-            raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
         theta = to_numpy(self.ntk(), np.float64)
         if not theta.any():
             raise Undefined("alignment is not defined where Theta is zero")
@@ -776,6 +799,10 @@ def _said(way: Callable[..., Any]) -> str:
 def _is_array(value: Any) -> bool:
     """Whether a value is one array, of any library, and not a tree of them."""
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, Mapping)
+
+
+def _one_of(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " or ".join(map(str, shapes))
 
 
 def _inner_with_samples(theta: np.ndarray, target: np.ndarray) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
+from ntkbench.estimators.standard_errors import satterthwaite
 from ntkbench.kernel import Kernel, Setup
 from ntkbench.options import Options, Wishes
 
@@ -88,23 +89,23 @@ def _seed(seed: int, part: int) -> int:
 def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:
     """The sum of independent estimates of parts with these numbers of samples.
 
-    Degrees of freedom follow Welch and Satterthwaite. Passes are over all samples.
+    Degrees of freedom follow Welch and Satterthwaite. The error is not known if that of a part is not. Passes are over
+    all samples.
     """
     if len(parts) == 1:
         return parts[0]
     squares = [(e.standard_error or 0.0) ** 2 for e in parts]
-    error, spread = math.fsum(squares), math.fsum(s**2 / e.degrees for s, e in zip(squares, parts, strict=True) if s)
     passes = [e.passes for e in parts]
     known = [p for p in passes if p is not None]
     weighted = math.fsum(p * size for p, size in zip(known, sizes, strict=False)) / sum(sizes)
     return replace(
         parts[0],
         value=math.fsum(e.value for e in parts),
-        standard_error=None if all(e.standard_error is None for e in parts) else math.sqrt(error),
+        standard_error=None if all(e.standard_error is None for e in parts) else math.sqrt(math.fsum(squares)),
         passes=weighted if len(known) == len(parts) else None,
         method=", ".join(dict.fromkeys(e.method for e in parts)),
         notes=(*dict.fromkeys(note for e in parts for note in e.notes), f"the sum over {len(parts)} parts"),
-        degrees=error**2 / spread if spread else math.inf,
+        degrees=satterthwaite(squares, [e.degrees for e in parts]),
         certificate=max((e.certificate for e in parts if e.certificate is not None), default=None),
         rounding=max((e.rounding for e in parts if e.rounding is not None), default=None),
     )

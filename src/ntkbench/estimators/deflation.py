@@ -92,7 +92,8 @@ def add(known: float, residual: PointEstimate) -> PointEstimate:
 def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -> PointEstimate:
     """Trace of a square matrix by Hutch++ with random signs: ``2 * columns + residual`` products.
 
-    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased.
+    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased. A sketch of n columns
+    leaves no residual.
 
     Args:
         product: product with the matrix.
@@ -103,6 +104,8 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
     """
     q = orthonormal(product(rng.sign(columns, n)))
     inside = float((q * product(q)).sum())
+    if columns == n:
+        return PointEstimate(inside, 0.0)
     g = project_out(rng.sign(residual, n), q)
     return add(inside, standard_errors.mean(arrays.gather([(g * product(g)).sum(1)])))
 
@@ -366,7 +369,8 @@ def leave_one_out(
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
-        n: the largest rank that the matrix may have. There are at most n - k degrees of freedom.
+        n: the largest rank that the matrix may have. There are at most n - k degrees of freedom. If it is 1, a single
+            probe is exact: there is one only if the space of the probes has one dimension.
         overlap: the mean squared cosine between the directions that two sketches lose (:attr:`Sketch.overlap`).
         cautious: whether the covariance counts with its absolute value, and up to 30 times the first term. For ratios
             of moments of steep spectra, whose errors have long tails, this raises the coverage with a few probes from
@@ -374,6 +378,8 @@ def leave_one_out(
     """
     k = len(table)
     value, error, degrees = standard_errors.mean(table.diagonal())
+    if k == n == 1:
+        return PointEstimate(value, 0.0)
     gained = table.diagonal()[:, None] - table
     covariance = (gained * gained.T).sum() / (k * (k - 1)) if k > 1 else math.nan
     most = max((30 if cautious else 8) / max(1 - (k - 1) / n, 1 / n), k * overlap / max(1 - overlap, 1e-9))

@@ -63,9 +63,12 @@ def satterthwaite(variances: ArrayLike, degrees: ArrayLike) -> float:
 
     Args:
         variances: the estimates, ``[m]``.
-        degrees: degrees of freedom of each, ``[m]``, or one number for all. The sum has none if one estimate has none.
+        degrees: degrees of freedom of each, ``[m]``, or one number for all. The sum has none if one estimate has none,
+            or is ``nan``.
     """
     variances = np.asarray(variances, dtype=np.float64)
+    if np.isnan(variances).any():
+        return 0.0
     squares = (variances**2 / np.maximum(degrees, 1e-9)).sum()
     return float(variances.sum() ** 2 / squares) if squares > 0 else math.inf
 
@@ -91,8 +94,10 @@ def finite_population(estimate: PointEstimate, k: int, n: int) -> PointEstimate:
 
     The quadratic forms of a complete orthonormal basis add up to a trace, so k of n probes are a draw without
     replacement. The finite-population correction is exact for one mean, and holds to first order for smooth functions
-    of means.
+    of means. A complete basis has no error, also where n = 1 and a single probe does not show any.
     """
+    if k == n:
+        return PointEstimate(estimate.value, 0.0)
     return estimate._replace(standard_error=estimate.standard_error * math.sqrt(1 - k / n))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import inspect
-import multiprocessing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -119,7 +118,7 @@ def _draw_apart(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
     """Draw figures in a separate process; if it dies, draw each in its own process."""
     from ntkbench.figures.plotting import files
 
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, ambient.processes()) as pool:
         try:
             return pool.submit(_draw_some, tables, folder).result()
         except concurrent.futures.process.BrokenProcessPool:

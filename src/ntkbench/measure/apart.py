@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +10,13 @@ from typing import Any
 
 import psutil
 
+from ntkbench import ambient
 from ntkbench.measure import journal, outcomes, timing, watchdog
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.outcomes import Outcome
+
+KILLED = -9
+"""Exit status of a process that was killed; Windows has no name for the signal."""
 
 
 def run(
@@ -38,7 +40,7 @@ def _once(
 ) -> tuple[dict[str, Any], bool]:
     """The result, and whether something other than the limits killed the process."""
     part.unlink(missing_ok=True)
-    child = multiprocessing.get_context("fork").Process(target=_find, args=(function, arguments, threads, part))
+    child = ambient.processes().Process(target=_find, args=(function, arguments, threads, part))
     child.start()
     watched = watchdog.Watched(psutil.Process(child.pid), time.monotonic(), limits.problem_s)
     with watchdog.Watch(lambda: [watched], limits.memory_bytes) as watch:
@@ -48,7 +50,7 @@ def _once(
     try:
         return dict(json.loads(part.read_text(encoding="utf-8"))), False
     except (OSError, ValueError):
-        return dict(outcomes.of_exit(child.exitcode or 0).columns()), child.exitcode == -signal.SIGKILL
+        return dict(outcomes.of_exit(child.exitcode or 0).columns()), child.exitcode == KILLED
     finally:
         part.unlink(missing_ok=True)
 

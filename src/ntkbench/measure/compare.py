@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import paths
-from ntkbench.errors import BadInput, NtkbenchError, one_line
+from ntkbench.errors import BadInput, NtkbenchError, Unavailable, one_line
 
 SUITE = paths.ROOT / "benchmarks"
 CASES = SUITE / "history" / "cases.txt"
@@ -193,10 +193,12 @@ def run(first: str, second: str, pattern: str = "", repository: Path = paths.ROO
 
     Raises:
         BadInput: there is no such commit, or no such case.
-        Unavailable: ntkbench is not in a checkout.
+        Unavailable: ntkbench is not in a checkout, or the system does not fork processes.
         NtkbenchError: a commit cannot be measured at all.
     """
     paths.checkout("ntkbench compare-commits")
+    if not hasattr(os, "fork"):
+        raise Unavailable("ntkbench compare-commits forks a process for each case, which this system does not do")
     labels = chosen(pattern)
     commits = [commit(repository, name) for name in (first, second)]
     with contextlib.ExitStack() as stack:

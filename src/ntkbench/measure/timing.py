@@ -120,7 +120,7 @@ def settle_memory() -> int | None:
     import psutil
 
     gc.collect()
-    with contextlib.suppress(AttributeError):  # the GNU library has it
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the GNU library has it
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -149,7 +149,7 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
 
 def end_with_parent() -> None:
     """Have the kernel kill this process as soon as its parent is gone (Linux)."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems lack the call, or such a library
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -166,11 +166,24 @@ def _start_guardian(*arguments: str) -> None:
 
 
 def _first_gone(pids: Sequence[int]) -> set[int]:
-    """Wait until some of the processes are gone; returns those. Linux reports this, other systems are polled."""
-    if not hasattr(os, "pidfd_open"):
-        while not (gone := {pid for pid in pids if _is_gone(pid)}):
-            time.sleep(LOOK_SECONDS)
-        return gone
+    """Wait until some of the processes are gone; returns those. Processes are looked at if the system reports none.
+
+    Linux reports them from 5.3 on, unless a sandbox forbids it.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        return _first_reported(pids)
+    while not (gone := {pid for pid in pids if _is_gone(pid)}):
+        time.sleep(LOOK_SECONDS)
+    return gone
+
+
+def _first_reported(pids: Sequence[int]) -> set[int]:
+    """Wait for the kernel's report.
+
+    Raises:
+        AttributeError: the system has no such reports.
+        OSError: the kernel refuses them.
+    """
     poll, watched, gone = select.poll(), {}, set()
     for pid in pids:
         try:
@@ -184,16 +197,16 @@ def _first_gone(pids: Sequence[int]) -> set[int]:
 def _is_gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    except psutil.Error as error:  # or it may not be looked at, and so is there
+        return isinstance(error, psutil.NoSuchProcess)
 
 
 def _guardian(step_pid: int, run_pid: int, mark: str) -> None:
     """Wait until the step or the run is gone; then end the processes that the step started."""
     gone = _first_gone([pid for pid in (step_pid, run_pid) if pid])
     if step_pid not in gone:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(step_pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(step_pid).kill()
     end_marked(mark)
 
 

@@ -31,5 +31,7 @@ class HutchPPOneSided(FixedBudget):
         k = min(probes, j.n)
         q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))
         inside = float(deflation.squared_norms(j, j.vjp, q).sum())
+        if k == j.n:
+            return PointEstimate(inside, 0.0)
         g = deflation.project_out(rng.sign(k, j.n), q)
         return deflation.add(inside, standard_errors.mean(deflation.squared_norms(j, j.vjp, g)))

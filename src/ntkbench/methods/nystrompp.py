@@ -44,6 +44,8 @@ def _trace(product: deflation.LinearMap, k: int, n: int, rng: Rng) -> PointEstim
     kept = values > k * arrays.epsilon(y) * max(values[-1], 0.0)
     # A' = b^T b
     b = arrays.asarray_like((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
+    if n == 1:
+        return PointEstimate(float((b**2).sum()), 0.0)
     g = rng.normal(k, n)
     residual = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
     return deflation.add(float((b**2).sum()), standard_errors.mean(arrays.gather([residual])))

@@ -12,6 +12,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench import errors, progress_bar
+from ntkbench.errors import BadInput
 from ntkbench.operators import arrays, certificate
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.certificate import Reference, Uncertified
@@ -46,6 +47,8 @@ class JacobianOperator(ABC):
     rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
     passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
     themselves do not cover the whole batch, such as products with unit vectors or by sample.
+
+    All products refuse vectors of other shapes with ``BadInput``, other orders of the axes included.
 
     Attributes:
         N: samples.
@@ -121,6 +124,7 @@ class JacobianOperator(ABC):
                 image = self._vjp(_halves(v)).sum(0)
             return certificate.distance(image, reference.fixed_gradient(v))
 
+        _check_shape(u, self.n)
         return self._certified("vjp", lambda: self._in_blocks(self._vjp, u, self.N), difference, len(u))
 
     def jvp(self, w: Array) -> Array:
@@ -130,6 +134,7 @@ class JacobianOperator(ABC):
             mix = certificate.random_weights(len(w), w)
             return self._adjoint_difference(mix @ w, mix @ found, reference)
 
+        _check_shape(w, self.P)
         return self._certified("jvp", lambda: self._in_blocks(self._jvp, w, self.N), difference, len(w))
 
     def ntk(self, u: Array) -> Array:
@@ -159,6 +164,7 @@ class JacobianOperator(ABC):
 
         Valid only if samples do not interact. Costs k * (number of samples) / N passes.
         """
+        _check_shape(v, samples.stop - samples.start, self.O)
         k, count = v.shape[:2]
         found = self._certified_sample_vjp(v) if count == self.N else None
         if found is None:
@@ -178,6 +184,7 @@ class JacobianOperator(ABC):
             groups: consecutive slices of samples.
             v: cotangents of all samples in the groups.
         """
+        _check_shape(v, groups[-1].stop - groups[0].start, self.O)
         self._certify_sample_vjp()
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
@@ -192,6 +199,7 @@ class JacobianOperator(ABC):
         Valid only if samples do not interact. Costs k * (number of samples) / N passes, twice that without forward
         mode.
         """
+        _check_shape(w, samples.stop - samples.start, self.P)
         self._certify_sample_jvp()
         self._sample_passes += w.shape[0] * w.shape[1]
         return self._sample_jvp(samples, w)
@@ -202,6 +210,7 @@ class JacobianOperator(ABC):
         Gradients are reduced in chunks of ``chunk_bytes.sample_squares`` and never held all at once. Valid only if
         samples do not interact.
         """
+        _check_shape(v, self.N, self.O)
         self._certify_sample_vjp()
         xp = array_api_compat.array_namespace(v)
         self._sample_passes += v.shape[0] * v.shape[1]
@@ -436,6 +445,13 @@ class JacobianOperator(ABC):
     @abstractmethod
     def _eye(self, size: int, start: int, stop: int) -> Array:
         """Rows ``start`` to ``stop - 1`` of the identity matrix of order ``size``."""
+
+
+def _check_shape(vectors: Array, *shape: int) -> None:
+    """Refuse all but ``[k, *shape]``: products reshape their vectors, and would take those of other axes for these."""
+    if tuple(vectors.shape[1:]) != shape:
+        allowed, given = ", ".join(map(str, ("k", *shape))), tuple(vectors.shape)
+        raise BadInput(f"vectors of a product must be [{allowed}], one for each probe, got shape {given}")
 
 
 def _halves(signs: Array) -> Array:
