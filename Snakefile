@@ -54,7 +54,8 @@ shell.prefix(
 )
 
 GIVEN = list(workflow.overwrite_configfiles)
-WHOLE = "grid" in config
+with errors.as_one_line():
+    WHOLE = configuration.is_whole(GIVEN, workflow.config_settings.config)
 if not WHOLE:
 
     configfile: ROOT / "config" / "default.yaml"
@@ -63,11 +64,11 @@ if not WHOLE:
 def read(name):
     """The run of the command line's configuration, or of one in config/ if that is missing or only overrides values."""
     with errors.as_one_line():
-        # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
-        files = GIVEN if WHOLE else [ROOT / "config" / name, *GIVEN]
         # A run on a cluster starts on another machine than those that measure.
         here = workflow.resource_settings.nodes is None and not workflow.remote_exec
-        return Run(configuration.Config.of_files(files, workflow.config_settings.config, here))
+        # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
+        overrides = workflow.config_settings.config
+        return Run(configuration.Config.of_run(GIVEN, overrides, here, ROOT / "config" / name))
 
 
 RUN = read("default.yaml")

@@ -3,13 +3,15 @@
 import os
 import sys
 
+import click
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from ntkbench import BadInput, paths
 from ntkbench.cli import main
-from ntkbench.measure import view
+from ntkbench.measure import cells, view
+from ntkbench.measure.config import Config
 
 TABLE = pd.DataFrame(
     {
@@ -88,6 +90,27 @@ def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):
     for given in ([str(tmp_path / "broken.yaml")], [str(config), "--configfile", "other.yaml"]):
         refused = CliRunner().invoke(main, ["run", *given])
         assert refused.exit_code == 1 and len(called) == 1 and len(refused.output.splitlines()) == 1
+
+
+TAKE_A_CONFIGURATION = [
+    name
+    for name, command in main.commands.items()
+    if any(isinstance(given, click.Argument) and given.name == "config_file" for given in command.params)
+]
+
+
+@pytest.mark.parametrize("name", TAKE_A_CONFIGURATION)
+def test_every_command_takes_a_configuration_without_a_grid(tmp_path, monkeypatch, name):
+    assert {"check", "pending", "run"} <= set(TAKE_A_CONFIGURATION)
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, command: called.append(command))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part.yaml").write_text("profile: mine\nseeds: 5\n", encoding="utf-8")
+    done = CliRunner().invoke(main, [name, "part.yaml"])
+    assert done.exit_code == 0, done.output
+    count = len(cells.cells(Config.read(paths.ROOT / "config" / "default.yaml")))
+    said = {"check": f"profile mine, cells: {count}, ", "pending": f"{count} of {count} cells"}
+    assert said.get(name, "") in done.output and len(called) == (name == "run")
 
 
 def test_a_check_reports_the_work_left_and_how_long_it_took_before(tmp_path, monkeypatch):

@@ -237,6 +237,15 @@ def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_pa
     assert not re.search(r"^(local)?rule (measure|table):", out + err, re.MULTILINE)
 
 
+def test_a_configuration_without_a_grid_is_the_same_to_snakemake_and_to_the_command(tmp_path):
+    (tmp_path / "part.yaml").write_text("profile: mine\nthreads: 1\n", encoding="utf-8")
+    code, out, err = run_snakemake(tmp_path, "--configfile", "part.yaml", "--dry-run")
+    assert code == 0, err[-3000:]
+    assert set(re.findall(r"results/(\w+)/", out + err)) == {"mine"}
+    checked = ntkbench(paths.ROOT, "check", tmp_path / "part.yaml")
+    assert checked.returncode == 0 and ": profile mine, " in checked.stdout
+
+
 def test_a_job_step_of_an_executor_has_the_papers_configuration(tmp_path):
     """It is told its job, and neither the target nor a configuration file."""
     step = ("--target-jobs", "study:profile=paper,study=novak_flops", "--allowed-rules", "study", "--mode", "remote")

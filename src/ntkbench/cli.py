@@ -226,7 +226,7 @@ def check(config_file: Path, predict: bool) -> None:
     from ntkbench.units import seconds_label
 
     with _one_line():
-        run = Run(Config.read(config_file))
+        run = Run(Config.of_run([config_file]))
         took = timings.known(run.results, run.config.profile)
     click.echo(
         f"{config_file}: profile {run.config.profile}, cells: {len(run.cells)}, studies: {len(run.config.studies)}"
@@ -267,7 +267,7 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     with _one_line():
         errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
-        Config.read(config_file)
+        Config.of_run([config_file])
         if any(option.startswith("--configfile") for option in more):
             raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
@@ -285,7 +285,7 @@ def pending(config_file: Path, results: Path | None) -> None:
     from ntkbench.measure import cells, shard
 
     with _one_line():
-        config = Config.read(config_file)
+        config = Config.of_run([config_file])
         left = shard.pending(config, results or Path("results") / config.folder)
         total = len(cells.cells(config))
     click.echo(f"{len(left)} of {total} cells")
