@@ -80,6 +80,18 @@ def paper():
     return RUN if WHOLE else read("paper.yaml")
 
 
+def page_of_papers(wildcards):
+    """The page of the papers' figures. Its run must have its own folder, by which jobs know their run."""
+    made = paper()
+    if made is not RUN and made.config.folder == RUN.config.folder:
+        with errors.as_one_line():
+            raise errors.BadInput(
+                f"paper_figures: the profile {made.config.profile!r} is given to config/paper.yaml and to "
+                "config/default.yaml alike; leave it out, or give --configfile config/paper.yaml, before other files"
+            )
+    return made.results / "paper_figures.html"
+
+
 def run_of(wildcards):
     """The run that a job belongs to."""
     made = RUN if wildcards.profile == RUN.config.folder else paper()
@@ -179,7 +191,7 @@ rule figures:
 
 rule paper_figures:
     input:
-        lambda wildcards: paper().results / "paper_figures.html",
+        page_of_papers,
 
 
 rule problems:
