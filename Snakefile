@@ -265,6 +265,8 @@ rule table:
         "results/{profile}/timings/table.tsv"
     conda:
         "environment.yml"
+    resources:
+        timer=1,
     params:
         config="results/{profile}/config.yaml",
         cells=lambda wildcards: [cell.label for cell in run_of(wildcards).cells],

@@ -355,6 +355,16 @@ def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_no_step_runs_beside_one_that_takes_times(tmp_path):
+    """A timed step takes the whole `timer` of profiles/default, and each other step a part of it."""
+    code, out, err = run_snakemake(tmp_path, "all", "paper_figures", "--configfile", str(CONFIG), "--dry-run")
+    assert code == 0, err[-3000:]
+    jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: {4}.*\n)+)", out + err, re.MULTILINE)
+    written = re.findall(r"^(?:use rule \w+ as|rule) (\w+)", (paths.ROOT / "Snakefile").read_text("utf-8"), re.MULTILINE)
+    assert {rule for rule, _ in jobs} == {*written} - {"figures"}, "the dry run does not have every rule"
+    assert {rule for rule, said in jobs if " output:" in said and not re.search(r"\btimer=[12]\b", said)} == set()
+
+
 def test_an_unwritable_results_folder_is_refused(tmp_path):
     (tmp_path / "results").write_text("a file in the way")
     code, _, err = run_snakemake(tmp_path, "--configfile", str(CONFIG))
