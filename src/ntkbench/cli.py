@@ -1,4 +1,4 @@
-"""The ``ntkbench`` command: the steps of the pipeline, and information about an installation or a run.
+"""The ``ntkbench`` command: the steps of the pipeline, and information about an installation or a run."""
 
 from __future__ import annotations
 
