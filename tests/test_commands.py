@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ntkbench import BadInput, paths
+from ntkbench import BadInput, figures, paths
 from ntkbench.cli import main
 from ntkbench.measure import cells, view
 from ntkbench.measure.config import Config
@@ -151,6 +151,19 @@ def test_the_report_of_a_folder_of_tables(tmp_path):
     assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text(
         "utf-8"
     )
+
+
+@pytest.mark.parametrize("page", [None, "elsewhere/page.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_a_figure_is_drawn(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(figures, "draw_all", lambda *_: pytest.fail("figures are drawn"))
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "novak_flops.csv").write_text("status\n", encoding="utf-8")
+    output = tmp_path / (page or "report.html")
+    output.parent.mkdir(exist_ok=True)
+    (output.parent / "figures").write_text("in the way", encoding="utf-8")
+    found = CliRunner().invoke(main, ["report", str(tmp_path), *(["--output", str(output)] if page else [])])
+    assert found.exit_code == 1 and len(found.output.splitlines()) == 1, found.output
+    assert f"{output.parent / 'figures'} cannot be written: " in found.output
 
 
 def test_a_folder_without_tables_has_no_report(tmp_path):

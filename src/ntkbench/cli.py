@@ -12,13 +12,28 @@ from typing import Any
 
 import click
 
-from ntkbench import errors, registry
+from ntkbench import errors, paths, registry
 from ntkbench.measure.config import Config
 from ntkbench.methods.base.method import KINDS
 from ntkbench.metrics import METRICS
 
+
+class _New(click.Path):
+    """A path to write. One that cannot be written is refused before any work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        try:
+            paths.check_output(Path(os.fsdecode(path)), folder=not self.file_okay)
+        except errors.BadInput as error:
+            self.fail(str(error), param, ctx)
+        return path
+
+
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-NEW = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+NEW = _New(path_type=Path, dir_okay=False)
+NEW_FOLDER = _New(path_type=Path, file_okay=False)
 FACTORY = "MODULE:FUNCTION"
 
 
@@ -182,7 +197,7 @@ def compare(
 
     MODULE:FUNCTION is as for `ntkbench recommend`.
     """
-    from ntkbench import api, paths
+    from ntkbench import api
 
     with _one_line():
         (model, *others, inputs), given = _networks(factory, other, metric, setup)
@@ -262,8 +277,6 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
 
     The same as `snakemake --cores all --configfile CONFIG_FILE`. Options after the file are Snakemake's.
     """
-    from ntkbench import paths
-
     with _one_line():
         errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
@@ -277,7 +290,11 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("config_file", type=FILE)
-@click.option("--results", type=NEW, help="The run's results folder.  [default: results/<profile>]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The run's results folder.  [default: results/<profile>]",
+)
 def pending(config_file: Path, results: Path | None) -> None:
     """Count the cells that a run would measure, by method: those without a valid row."""
     from collections import Counter
@@ -328,7 +345,6 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
 @OUTPUT
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
     """Combine shards into a table with one row per cell."""
-    from ntkbench import paths
     from ntkbench.measure import cells, provenance, rows
 
     with _one_line():
@@ -371,7 +387,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 @click.argument("names", nargs=-1)
 @click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--title", required=True, help="Title of the page.")
-@click.option("--figures", "folder", type=NEW, required=True, help="Folder for the figures.")
+@click.option("--figures", "folder", type=NEW_FOLDER, required=True, help="Folder for the figures.")
 @OUTPUT
 def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
     """Draw figures from the tables of a folder, and write the report of a run.
@@ -387,7 +403,7 @@ Examples:
   ntkbench report results/default
   ntkbench report results/reference/default --output report.html --alone"""
 )
-@click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("results", type=FOLDER)
 @click.option("--output", type=NEW, help="The page; report.html in RESULTS if not given.")
 @click.option("--alone", is_flag=True, help="Do not keep a folder of figures beside the page.")
 def report(results: Path, output: Path | None, alone: bool) -> None:
@@ -402,16 +418,19 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
         names = [name for name in figures.names() if figures.table_of(name, results).exists()]
         if not names:
             raise errors.BadInput(f"{results} has no table to draw a figure from: table.csv, or studies/*.csv")
-    page = results / "report.html" if output is None else output
+        page = results / "report.html" if output is None else output
+        drawn = page.parent / "figures"
+        paths.check_output(page)
+        paths.check_output(drawn, folder=True)
     title = f"ntkbench: report of {results.resolve().name}"
     with tempfile.TemporaryDirectory() as folder:
-        _report(names, results, title, Path(folder) if alone else page.parent / "figures", page, links=not alone)
+        _report(names, results, title, Path(folder) if alone else drawn, page, links=not alone)
     click.echo(page)
 
 
 def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True) -> None:
     """Draw figures into a folder, write the report, and print the outcome of each figure."""
-    from ntkbench import figures, paths
+    from ntkbench import figures
     from ntkbench.figures.plotting import claims
     from ntkbench.figures.plotting import report as reports
 
@@ -429,7 +448,6 @@ def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output
 @OUTPUT
 def schema(output: Path) -> None:
     """Write the JSON schema of configurations, which editors use to complete and check them."""
-    from ntkbench import paths
     from ntkbench.measure import config
 
     with _one_line():
@@ -517,7 +535,6 @@ def reference(labels: tuple[str, ...]) -> None:
 @click.option("--check", is_flag=True, help="Only list what is out of date.")
 def readme(check: bool) -> None:
     """Write the measured numbers of README.md and docs/measured.md from the committed tables."""
-    from ntkbench import paths
     from ntkbench import readme as pages
 
     with _one_line():
@@ -533,7 +550,7 @@ def readme(check: bool) -> None:
 @click.option("--check", is_flag=True, help="Only say whether claims.csv is out of date.")
 def claims(check: bool) -> None:
     """Judge the papers' claims by the committed tables, and write results/reference/claims.csv with its picture."""
-    from ntkbench import figures, paths
+    from ntkbench import figures
     from ntkbench.figures.plotting import claims as claimed
     from ntkbench.figures.plotting import files
 
@@ -551,7 +568,7 @@ def claims(check: bool) -> None:
 
 
 @main.command()
-@click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("results", type=FOLDER)
 def timings(results: Path) -> None:
     """Show where a run spent its time: seconds of each step, and the part of them inside measured calls."""
     from ntkbench.measure import timings as spent
