@@ -325,8 +325,6 @@ rule draw:
     resources:
         timer=2,
     params:
-        names=lambda wildcards: sorted(run_of(wildcards).figures),
-        tables=lambda wildcards: run_of(wildcards).tables,
         captions=lambda wildcards: run_of(wildcards).results / "figures",
         title=lambda wildcards: f"ntkbench: report of the {run_of(wildcards).config.profile} configuration",
         measured=lambda wildcards: [
@@ -334,8 +332,8 @@ rule draw:
         ],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, run_of(wildcards).figures)),
     shell:
-        "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} "
-        "--figures {output.figures:q} --output {output.page:q} > {log:q} 2>&1"
+        "python -m ntkbench draw {input:q} --title {params.title:q} --figures {output.figures:q} "
+        "--output {output.page:q} > {log:q} 2>&1"
 
 
 use rule draw as draw_paper with:
@@ -349,7 +347,6 @@ use rule draw as draw_paper with:
     benchmark:
         "results/{profile}/timings/paper_figures.tsv"
     params:
-        names=lambda wildcards: sorted(run_of(wildcards).of_papers),
         captions=lambda wildcards: run_of(wildcards).results / "paper_figures",
         measured=lambda wildcards: [
             run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).of_papers.values()

@@ -1,6 +1,7 @@
 """Rows of results tables on the command line."""
 
 import os
+import re
 import sys
 
 import click
@@ -151,6 +152,23 @@ def test_the_report_of_a_folder_of_tables(tmp_path):
     assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text(
         "utf-8"
     )
+
+
+def test_a_page_of_tables_reads_no_others_of_their_folder(tmp_path):
+    """The others may be of an earlier run, from which the code or the configuration has changed."""
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    kept = studies / "novak_flops.csv"
+    kept.write_bytes((paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv").read_bytes())
+    for other in (tmp_path / "table.csv", studies / "training.csv"):
+        other.write_text("an older table\n", encoding="utf-8")
+    page = tmp_path / "page.html"
+    given = ("--title", "Some", "--figures", str(tmp_path / "figures"), "--output", str(page))
+    done = CliRunner().invoke(main, ["draw", str(kept), *given])
+    assert done.exit_code == 0 and done.output.splitlines() == ["novak_flops: ok"], done.output
+    said = page.read_text(encoding="utf-8")
+    assert 'id="novak_flops"' in said and "study novak flops" in said and "study training" not in said
+    assert not re.search(r'id="(answer|cells|checks)"', said), "there is no table of the grid"
 
 
 @pytest.mark.parametrize("page", [None, "elsewhere/page.html"])

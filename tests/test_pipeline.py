@@ -355,6 +355,17 @@ def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_page_is_made_from_the_tables_that_are_inputs_of_its_rule(tmp_path):
+    """A table that only lies in the folder may be older than the code, since no rule makes it for this page."""
+    given = ("all", "paper_figures", "--configfile", str(CONFIG), "--dry-run", "--printshellcmds")
+    code, out, err = run_snakemake(tmp_path, *given)
+    assert code == 0, err[-3000:]
+    for rule, page in (("draw", "report"), ("draw_paper", "paper_figures")):
+        inputs = re.search(rf"^(?:local)?rule {rule}:\n    input: (.*)\n", out + err, re.MULTILINE)[1].split(", ")
+        command = re.search(rf"ntkbench draw (.*) --title .* --output \S*/{page}\.html", out + err)[1].split()
+        assert command == inputs and ("results/smoke/table.csv" in command) == (rule == "draw")
+
+
 def test_no_step_runs_beside_one_that_takes_times(tmp_path):
     """A timed step takes the whole `timer` of profiles/default, and each other step a part of it."""
     code, out, err = run_snakemake(tmp_path, "all", "paper_figures", "--configfile", str(CONFIG), "--dry-run")

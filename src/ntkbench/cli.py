@@ -384,17 +384,16 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 
 
 @main.command(hidden=True)
-@click.argument("names", nargs=-1)
-@click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
+@click.argument("tables", nargs=-1, type=FILE)
 @click.option("--title", required=True, help="Title of the page.")
 @click.option("--figures", "folder", type=NEW_FOLDER, required=True, help="Folder for the figures.")
 @OUTPUT
-def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
-    """Draw figures from the tables of a folder, and write the report of a run.
+def draw(tables: tuple[Path, ...], title: str, folder: Path, output: Path) -> None:
+    """Draw the figures of tables, and write the report of these tables alone.
 
     A figure that cannot be drawn is replaced by the reason.
     """
-    _report(names, tables, title, folder, output)
+    _report(tables, title, folder, output)
 
 
 @main.command(
@@ -415,8 +414,8 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
     from ntkbench import figures
 
     with _one_line():
-        names = [name for name in figures.names() if figures.table_of(name, results).exists()]
-        if not names:
+        tables = [file for file in (results / "table.csv", *sorted(results.glob("studies/*.csv"))) if file.exists()]
+        if not figures.of_tables(tables):
             raise errors.BadInput(f"{results} has no table to draw a figure from: table.csv, or studies/*.csv")
         page = results / "report.html" if output is None else output
         drawn = page.parent / "figures"
@@ -424,20 +423,20 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
         paths.check_output(drawn, folder=True)
     title = f"ntkbench: report of {results.resolve().name}"
     with tempfile.TemporaryDirectory() as folder:
-        _report(names, results, title, Path(folder) if alone else drawn, page, links=not alone)
+        _report(tables, title, Path(folder) if alone else drawn, page, links=not alone)
     click.echo(page)
 
 
-def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True) -> None:
+def _report(tables: Sequence[Path], title: str, folder: Path, output: Path, *, links: bool = True) -> None:
     """Draw figures into a folder, write the report, and print the outcome of each figure."""
     from ntkbench import figures
     from ntkbench.figures.plotting import claims
     from ntkbench.figures.plotting import report as reports
 
     with _one_line():
-        made = figures.draw_all({name: figures.table_of(name, tables) for name in names}, folder)
+        made = figures.draw_all(figures.of_tables(tables), folder)
         judged = folder / f"{claims.NAME}.png"
-        pictures = [folder / f"{name}.png" for name in names] + [judged] * judged.exists()
+        pictures = [folder / f"{name}.png" for name in made] + [judged] * judged.exists()
         beside = Path(os.path.relpath(folder, output.parent)).as_posix() if links else None
         paths.write_atomically(output, reports.page(pictures, title, tables, beside))
     for name, outcome in made.items():
