@@ -54,7 +54,8 @@ shell.prefix(
 )
 
 GIVEN = list(workflow.overwrite_configfiles)
-WHOLE = "grid" in config
+with errors.as_one_line():
+    WHOLE = configuration.is_whole(GIVEN, workflow.config_settings.config)
 if not WHOLE:
 
     configfile: ROOT / "config" / "default.yaml"
@@ -63,11 +64,11 @@ if not WHOLE:
 def read(name):
     """The run of the command line's configuration, or of one in config/ if that is missing or only overrides values."""
     with errors.as_one_line():
-        # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
-        files = GIVEN if WHOLE else [ROOT / "config" / name, *GIVEN]
         # A run on a cluster starts on another machine than those that measure.
         here = workflow.resource_settings.nodes is None and not workflow.remote_exec
-        return Run(configuration.Config.of_files(files, workflow.config_settings.config, here))
+        # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
+        overrides = workflow.config_settings.config
+        return Run(configuration.Config.of_run(GIVEN, overrides, here, ROOT / "config" / name))
 
 
 RUN = read("default.yaml")
@@ -77,6 +78,18 @@ RUN = read("default.yaml")
 def paper():
     """The run of the papers' figures: at the papers' sizes, unless a configuration is chosen."""
     return RUN if WHOLE else read("paper.yaml")
+
+
+def page_of_papers(wildcards):
+    """The page of the papers' figures. Its run must have its own folder, by which jobs know their run."""
+    made = paper()
+    if made is not RUN and made.config.folder == RUN.config.folder:
+        with errors.as_one_line():
+            raise errors.BadInput(
+                f"paper_figures: the profile {made.config.profile!r} is given to config/paper.yaml and to "
+                "config/default.yaml alike; leave it out, or give --configfile config/paper.yaml, before other files"
+            )
+    return made.results / "paper_figures.html"
 
 
 def run_of(wildcards):
@@ -178,7 +191,7 @@ rule figures:
 
 rule paper_figures:
     input:
-        lambda wildcards: paper().results / "paper_figures.html",
+        page_of_papers,
 
 
 rule problems:
@@ -252,6 +265,8 @@ rule table:
         "results/{profile}/timings/table.tsv"
     conda:
         "environment.yml"
+    resources:
+        timer=1,
     params:
         config="results/{profile}/config.yaml",
         cells=lambda wildcards: [cell.label for cell in run_of(wildcards).cells],
@@ -310,8 +325,6 @@ rule draw:
     resources:
         timer=2,
     params:
-        names=lambda wildcards: sorted(run_of(wildcards).figures),
-        tables=lambda wildcards: run_of(wildcards).tables,
         captions=lambda wildcards: run_of(wildcards).results / "figures",
         title=lambda wildcards: f"ntkbench: report of the {run_of(wildcards).config.profile} configuration",
         measured=lambda wildcards: [
@@ -319,8 +332,8 @@ rule draw:
         ],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.figure, run_of(wildcards).figures)),
     shell:
-        "python -m ntkbench draw {params.names} --tables {params.tables:q} --title {params.title:q} "
-        "--figures {output.figures:q} --output {output.page:q} > {log:q} 2>&1"
+        "python -m ntkbench draw {input:q} --title {params.title:q} --figures {output.figures:q} "
+        "--output {output.page:q} > {log:q} 2>&1"
 
 
 use rule draw as draw_paper with:
@@ -334,7 +347,6 @@ use rule draw as draw_paper with:
     benchmark:
         "results/{profile}/timings/paper_figures.tsv"
     params:
-        names=lambda wildcards: sorted(run_of(wildcards).of_papers),
         captions=lambda wildcards: run_of(wildcards).results / "paper_figures",
         measured=lambda wildcards: [
             run_of(wildcards).made_for.table(f.stem) for f in run_of(wildcards).of_papers.values()

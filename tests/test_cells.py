@@ -54,7 +54,7 @@ def test_shards_share_out_all_cells(shards):
     [
         ("direct", {}, None),
         ("direct", {"passes": 10}, "limits.passes (10)"),
-        ("hutchpp", {"passes": 10}, "limits.passes (10)"),
+        ("hutchpp", {"passes": 10}, None),
         ("hutchpp", {"memory_mb": 0.001}, "limits.memory_mb (0.001)"),
     ],
 )
@@ -64,3 +64,15 @@ def test_a_cell_over_a_limit_is_left_out_with_the_reason(method, limits, said):
     for cell in cells.cells(chosen):
         reason = cells.unsupported(cell, problem, chosen)
         assert reason is None if said is None else said in reason
+
+
+def test_the_limit_of_passes_skips_deterministic_methods_alone():
+    chosen = config(limits={"passes": 1}, grid=[BLOCK | {"methods": "all", "metrics": "all"}])
+    problem = problems.load("digits_conv[N=4]")
+    over = {
+        cell.method
+        for cell in cells.cells(chosen)
+        if "limits.passes" in (cells.unsupported(cell, problem, chosen) or "")
+    }
+    assert {name for name in over if methods.get(name).takes_passes} == set()
+    assert {"direct", "naive_jacobian", "structured_derivatives"} <= over

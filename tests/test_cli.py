@@ -32,6 +32,33 @@ def test_bad_usage_is_one_line(arguments, said):
     assert found.stderr.startswith("ntkbench: ") and said in found.stderr and found.stderr.count("\n") == 1
 
 
+WRITE = {
+    (name, option.opts[0])
+    for name, command in main.commands.items()
+    for option in command.params
+    if isinstance(option, click.Option) and isinstance(option.type, click.Path) and not option.type.exists
+} - {("pending", "--results")}
+"""Commands, and their options for files and folders that they write."""
+
+
+@pytest.mark.parametrize("where", ["new", "deeper/new"])
+@pytest.mark.parametrize(("name", "option"), sorted(WRITE))
+def test_a_path_that_cannot_be_written_is_refused_before_anything_else(tmp_path, name, option, where):
+    assert {("compare", "--output"), ("draw", "--figures"), ("measure", "--log"), ("study", "--output")} <= WRITE
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    path = tmp_path / "file" / where
+    found = CliRunner().invoke(main, [name, option, str(path)])
+    assert found.exit_code == 2 and found.stdout == ""
+    assert found.stderr.startswith("ntkbench: ") and found.stderr.count("\n") == 1
+    assert f"{path} cannot be written: Not a directory: {tmp_path / 'file'}" in found.stderr
+
+
+@pytest.mark.parametrize(("name", "option"), sorted(WRITE))
+def test_a_check_of_a_path_leaves_nothing_behind(tmp_path, name, option):
+    CliRunner().invoke(main, [name, option, str(tmp_path / "deeper" / "new")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_is_not_an_error():
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
     assert "Commands:" in CliRunner().invoke(main, []).stderr

@@ -1,15 +1,18 @@
 """Rows of results tables on the command line."""
 
 import os
+import re
 import sys
 
+import click
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ntkbench import BadInput, paths
+from ntkbench import BadInput, figures, paths
 from ntkbench.cli import main
-from ntkbench.measure import view
+from ntkbench.measure import cells, view
+from ntkbench.measure.config import Config
 
 TABLE = pd.DataFrame(
     {
@@ -90,6 +93,27 @@ def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):
         assert refused.exit_code == 1 and len(called) == 1 and len(refused.output.splitlines()) == 1
 
 
+TAKE_A_CONFIGURATION = [
+    name
+    for name, command in main.commands.items()
+    if any(isinstance(given, click.Argument) and given.name == "config_file" for given in command.params)
+]
+
+
+@pytest.mark.parametrize("name", TAKE_A_CONFIGURATION)
+def test_every_command_takes_a_configuration_without_a_grid(tmp_path, monkeypatch, name):
+    assert {"check", "pending", "run"} <= set(TAKE_A_CONFIGURATION)
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, command: called.append(command))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part.yaml").write_text("profile: mine\nseeds: 5\n", encoding="utf-8")
+    done = CliRunner().invoke(main, [name, "part.yaml"])
+    assert done.exit_code == 0, done.output
+    count = len(cells.cells(Config.read(paths.ROOT / "config" / "default.yaml")))
+    said = {"check": f"profile mine, cells: {count}, ", "pending": f"{count} of {count} cells"}
+    assert said.get(name, "") in done.output and len(called) == (name == "run")
+
+
 def test_a_check_reports_the_work_left_and_how_long_it_took_before(tmp_path, monkeypatch):
     default = paths.ROOT / "config" / "default.yaml"
     monkeypatch.chdir(tmp_path)
@@ -128,6 +152,36 @@ def test_the_report_of_a_folder_of_tables(tmp_path):
     assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text(
         "utf-8"
     )
+
+
+def test_a_page_of_tables_reads_no_others_of_their_folder(tmp_path):
+    """The others may be of an earlier run, from which the code or the configuration has changed."""
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    kept = studies / "novak_flops.csv"
+    kept.write_bytes((paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv").read_bytes())
+    for other in (tmp_path / "table.csv", studies / "training.csv"):
+        other.write_text("an older table\n", encoding="utf-8")
+    page = tmp_path / "page.html"
+    given = ("--title", "Some", "--figures", str(tmp_path / "figures"), "--output", str(page))
+    done = CliRunner().invoke(main, ["draw", str(kept), *given])
+    assert done.exit_code == 0 and done.output.splitlines() == ["novak_flops: ok"], done.output
+    said = page.read_text(encoding="utf-8")
+    assert 'id="novak_flops"' in said and "study novak flops" in said and "study training" not in said
+    assert not re.search(r'id="(answer|cells|checks)"', said), "there is no table of the grid"
+
+
+@pytest.mark.parametrize("page", [None, "elsewhere/page.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_a_figure_is_drawn(tmp_path, monkeypatch, page):
+    monkeypatch.setattr(figures, "draw_all", lambda *_: pytest.fail("figures are drawn"))
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "novak_flops.csv").write_text("status\n", encoding="utf-8")
+    output = tmp_path / (page or "report.html")
+    output.parent.mkdir(exist_ok=True)
+    (output.parent / "figures").write_text("in the way", encoding="utf-8")
+    found = CliRunner().invoke(main, ["report", str(tmp_path), *(["--output", str(output)] if page else [])])
+    assert found.exit_code == 1 and len(found.output.splitlines()) == 1, found.output
+    assert f"{output.parent / 'figures'} cannot be written: " in found.output
 
 
 def test_a_folder_without_tables_has_no_report(tmp_path):

@@ -56,7 +56,7 @@ def test_a_committed_picture_is_that_of_the_committed_table(picture, tmp_path):
         np.asarray(Image.open(folder / picture.name).convert("L"), float) for folder in (tmp_path, picture.parent)
     )
     same = made.shape == committed.shape and np.abs(made - committed).mean() < 0.3
-    assert same, f"`ntkbench draw {picture.stem} --tables {picture.parent}` redraws it"
+    assert same, f"`ntkbench report {picture.parent} --output new/report.html` redraws it, in new/figures"
 
 
 def test_rows_of_two_commits_or_of_none_are_noticed():

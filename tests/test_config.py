@@ -354,6 +354,20 @@ def test_files_are_merged_key_by_key_and_the_command_line_wins(write):
     assert merged.studies == {"training": {"N": 2, "T": 5}}
 
 
+def test_files_without_a_grid_override_keys_of_the_default(write):
+    default, smoke = (paths.ROOT / "config" / f"{name}.yaml" for name in ("default", "smoke"))
+    part = write("seeds: 5\nlimits: {time_s: 7}\n")
+    made = Config.of_run([part])
+    assert made == Config.of_files([default, part]) and (made.profile, made.seeds) == ("default", 5)
+    assert Config.of_run([]) == Config.read(default) and Config.of_run([smoke]) == Config.read(smoke)
+    assert Config.of_run([part], {"calls": 9}, default=smoke) == Config.of_files([smoke, part], {"calls": 9})
+    assert Config.of_run([smoke, part]).seeds == 5
+    with pytest.raises(BadInput, match=": profile: missing"):
+        Config.of_run([part], {"grid": [BLOCK]})
+    with pytest.raises(BadInput, match=r"part\.yaml:1: seeds: 0"):
+        Config.of_run([write("seeds: 0\n", "part.yaml")])
+
+
 @pytest.mark.parametrize(
     ("second", "overrides", "said"),
     [

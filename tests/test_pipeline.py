@@ -237,6 +237,41 @@ def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_pa
     assert not re.search(r"^(local)?rule (measure|table):", out + err, re.MULTILINE)
 
 
+PAPERS = ("paper_figures", "--dry-run", "--config", "threads=1")
+
+
+@pytest.mark.parametrize(
+    ("given", "file"), [(["profile=mine"], ""), (["profile=paper"], ""), ([], "profile: mine\n"), ([], "profile: paper\n")]
+)
+def test_the_papers_figures_are_not_drawn_from_another_run_of_the_same_profile(tmp_path, given, file):
+    (tmp_path / "part.yaml").write_text(file, encoding="utf-8")
+    files = ["--configfile", "part.yaml"] if file else []
+    code, out, err = run_snakemake(tmp_path, *PAPERS, *given, *files)
+    said = [line for line in (out + err).splitlines() if line.startswith("ntkbench: ")]
+    assert code != 0 and len(said) == 1 and "--configfile config/paper.yaml" in said[0], (out + err)[-3000:]
+    assert "Traceback" not in out + err and "rule " not in out + err
+
+
+def test_the_papers_figures_have_any_profile_at_the_papers_sizes(tmp_path):
+    (tmp_path / "part.yaml").write_text("profile: mine\n", encoding="utf-8")
+    files = [str(paths.ROOT / "config" / "paper.yaml"), "part.yaml"]
+    code, out, err = run_snakemake(tmp_path, *PAPERS, "--configfile", *files)
+    assert code == 0, err[-3000:]
+    assert set(re.findall(r"results/(\w+)/", out + err)) == {"mine"}
+    # A run of the default configuration may have the profile too.
+    code, out, err = run_snakemake(tmp_path, "figures", *PAPERS[1:], "profile=mine")
+    assert code == 0 and "results/mine/report.html" in out + err, err[-3000:]
+
+
+def test_a_configuration_without_a_grid_is_the_same_to_snakemake_and_to_the_command(tmp_path):
+    (tmp_path / "part.yaml").write_text("profile: mine\nthreads: 1\n", encoding="utf-8")
+    code, out, err = run_snakemake(tmp_path, "--configfile", "part.yaml", "--dry-run")
+    assert code == 0, err[-3000:]
+    assert set(re.findall(r"results/(\w+)/", out + err)) == {"mine"}
+    checked = ntkbench(paths.ROOT, "check", tmp_path / "part.yaml")
+    assert checked.returncode == 0 and ": profile mine, " in checked.stdout
+
+
 def test_a_job_step_of_an_executor_has_the_papers_configuration(tmp_path):
     """It is told its job, and neither the target nor a configuration file."""
     step = ("--target-jobs", "study:profile=paper,study=novak_flops", "--allowed-rules", "study", "--mode", "remote")
@@ -318,6 +353,27 @@ def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
     assert checked.returncode == 1 and checked.stderr.startswith(f"ntkbench: {config}")
     assert len(checked.stderr.splitlines()) == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_a_page_is_made_from_the_tables_that_are_inputs_of_its_rule(tmp_path):
+    """A table that only lies in the folder may be older than the code, since no rule makes it for this page."""
+    given = ("all", "paper_figures", "--configfile", str(CONFIG), "--dry-run", "--printshellcmds")
+    code, out, err = run_snakemake(tmp_path, *given)
+    assert code == 0, err[-3000:]
+    for rule, page in (("draw", "report"), ("draw_paper", "paper_figures")):
+        inputs = re.search(rf"^(?:local)?rule {rule}:\n    input: (.*)\n", out + err, re.MULTILINE)[1].split(", ")
+        command = re.search(rf"ntkbench draw (.*) --title .* --output \S*/{page}\.html", out + err)[1].split()
+        assert command == inputs and ("results/smoke/table.csv" in command) == (rule == "draw")
+
+
+def test_no_step_runs_beside_one_that_takes_times(tmp_path):
+    """A timed step takes the whole `timer` of profiles/default, and each other step a part of it."""
+    code, out, err = run_snakemake(tmp_path, "all", "paper_figures", "--configfile", str(CONFIG), "--dry-run")
+    assert code == 0, err[-3000:]
+    jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: {4}.*\n)+)", out + err, re.MULTILINE)
+    written = re.findall(r"^(?:use rule \w+ as|rule) (\w+)", (paths.ROOT / "Snakefile").read_text("utf-8"), re.MULTILINE)
+    assert {rule for rule, _ in jobs} == {*written} - {"figures"}, "the dry run does not have every rule"
+    assert {rule for rule, said in jobs if " output:" in said and not re.search(r"\btimer=[12]\b", said)} == set()
 
 
 def test_an_unwritable_results_folder_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from conftest import metrics_of, written_out
 
 from ntkbench import paths, problems
-from ntkbench.errors import NoExactValue, NtkbenchError, OverMemory, Unavailable
+from ntkbench.errors import BadInput, NoExactValue, NtkbenchError, OverMemory, Unavailable
 from ntkbench.metrics import METRICS
 from ntkbench.problems import base
 from ntkbench.problems.base import reference, storage, weights
@@ -167,6 +167,13 @@ def test_remaking_writes_weights_and_values_where_they_are_committed(own_cache):
     stored = storage.read(own_cache / "reference" / "weights" / "digits_conv.npz")
     np.testing.assert_array_equal(stored["theta_f/0.weight"], problem.theta_f["0.weight"])
     problems.load.cache_clear()
+
+
+def test_values_that_cannot_be_written_are_not_computed(own_cache, monkeypatch):
+    (own_cache / "reference").write_text("in the way", encoding="utf-8")
+    monkeypatch.setattr(reference, "compute", lambda problem: pytest.fail("computed"))
+    with pytest.raises(BadInput, match="reference cannot be written: "):
+        reference.commit(["digits_conv[N=2]"])
 
 
 def test_networks_with_the_same_weights_do_not_share_a_value(own_cache, tiny):

@@ -140,7 +140,7 @@ def test_the_page_of_a_run(table, tmp_path):
     study = pd.DataFrame([{"status": "ok", "reason": "", "git_sha": "b" * 40, "git_dirty": True}])
     study.to_csv(tmp_path / "studies" / "some_study.csv", index=False)
     picture = figures.draw("coverage", pd.read_csv(tmp_path / "table.csv"), tmp_path / "figures")[2]
-    page = report.page([picture], "A run", tmp_path)
+    page = report.page([picture], "A run", [tmp_path / "table.csv", tmp_path / "studies" / "some_study.csv"])
     order = [page.index(f'<h2 id="{name}">') for name in ("answer", "figures", "cells", "checks", "provenance")]
     assert order == sorted(order) and 'id="papers"' not in page
     assert page.count('class="hole"') == 4 + 0 and page.count("<tr><td data-key=") == len(table)
@@ -156,9 +156,9 @@ def test_the_page_of_a_run(table, tmp_path):
 
 def test_a_run_without_results_has_a_page(tmp_path):
     pd.DataFrame([cell(status="failed", reason="no")]).to_csv(tmp_path / "table.csv", index=False)
-    page = report.page([], "Nothing", tmp_path)
+    page = report.page([], "Nothing", [tmp_path / "table.csv"])
     assert page.count('class="hole"') == len(tasks.TOLERANCES) and '<li class="error">' in page
-    assert "<h2" not in report.page([], "No table", tmp_path / "nowhere")
+    assert "<h2" not in report.page([], "No table")
 
 
 @pytest.mark.parametrize("profile", ["default"])

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from ntkbench import methods, problems, studies
-from ntkbench.errors import DidNotTrain
+from ntkbench.errors import DidNotTrain, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.figures import time_to_error as figure
 from ntkbench.figures.plotting import base as sheets
@@ -178,6 +178,13 @@ def test_a_budget_is_not_given_up_because_of_chance():
 def test_the_smallest_budget_of_all_may_be_more_than_enough(monkeypatch):
     found = Fake(monkeypatch, c=0.1).entrant(0.5).search()
     assert found["passes"] == methods.get("hutchinson").least_passes(problems.load(LABEL), "trace")
+
+
+def test_limits_passes_is_for_deterministic_methods_and_most_passes_for_the_others(monkeypatch):
+    fake = Fake(monkeypatch)
+    assert fake.entrant(0.5, limits={"passes": 1}).search()["passes"] in (200, 201)
+    with pytest.raises(Unavailable, match=r"takes at least \d+ passes, and no more than 1 are tried"):
+        fake.entrant(0.5, most_passes=1).search()
 
 
 def test_a_budget_that_another_backend_found_is_confirmed_and_no_more(monkeypatch):

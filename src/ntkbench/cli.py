@@ -1,4 +1,4 @@
-"""The ``ntkbench`` command: the steps of the pipeline, and information about an installation or a run.
+"""The ``ntkbench`` command: the steps of the pipeline, and information about an installation or a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ from typing import Any
 
 import click
 
-from ntkbench import errors, registry
+from ntkbench import errors, paths, registry
 from ntkbench.measure.config import Config
 from ntkbench.methods.base.method import KINDS
 from ntkbench.metrics import METRICS
 
+
+class _New(click.Path):
+    """A path to write. One that cannot be written is refused before any work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        try:
+            paths.check_output(Path(os.fsdecode(path)), folder=not self.file_okay)
+        except errors.BadInput as error:
+            self.fail(str(error), param, ctx)
+        return path
+
+
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-NEW = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+NEW = _New(path_type=Path, dir_okay=False)
+NEW_FOLDER = _New(path_type=Path, file_okay=False)
 FACTORY = "MODULE:FUNCTION"
 
 
@@ -182,7 +197,7 @@ def compare(
 
     MODULE:FUNCTION is as for `ntkbench recommend`.
     """
-    from ntkbench import api, paths
+    from ntkbench import api
 
     with _one_line():
         (model, *others, inputs), given = _networks(factory, other, metric, setup)
@@ -226,7 +241,7 @@ def check(config_file: Path, predict: bool) -> None:
     from ntkbench.units import seconds_label
 
     with _one_line():
-        run = Run(Config.read(config_file))
+        run = Run(Config.of_run([config_file]))
         took = timings.known(run.results, run.config.profile)
     click.echo(
         f"{config_file}: profile {run.config.profile}, cells: {len(run.cells)}, studies: {len(run.config.studies)}"
@@ -262,12 +277,10 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
 
     The same as `snakemake --cores all --configfile CONFIG_FILE`. Options after the file are Snakemake's.
     """
-    from ntkbench import paths
-
     with _one_line():
         errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
-        Config.read(config_file)
+        Config.of_run([config_file])
         if any(option.startswith("--configfile") for option in more):
             raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
@@ -277,7 +290,11 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("config_file", type=FILE)
-@click.option("--results", type=NEW, help="The run's results folder.  [default: results/<profile>]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The run's results folder.  [default: results/<profile>]",
+)
 def pending(config_file: Path, results: Path | None) -> None:
     """Count the cells that a run would measure, by method: those without a valid row."""
     from collections import Counter
@@ -285,7 +302,7 @@ def pending(config_file: Path, results: Path | None) -> None:
     from ntkbench.measure import cells, shard
 
     with _one_line():
-        config = Config.read(config_file)
+        config = Config.of_run([config_file])
         left = shard.pending(config, results or Path("results") / config.folder)
         total = len(cells.cells(config))
     click.echo(f"{len(left)} of {total} cells")
@@ -328,7 +345,6 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
 @OUTPUT
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
     """Combine shards into a table with one row per cell."""
-    from ntkbench import paths
     from ntkbench.measure import cells, provenance, rows
 
     with _one_line():
@@ -368,17 +384,16 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 
 
 @main.command(hidden=True)
-@click.argument("names", nargs=-1)
-@click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
+@click.argument("tables", nargs=-1, type=FILE)
 @click.option("--title", required=True, help="Title of the page.")
-@click.option("--figures", "folder", type=NEW, required=True, help="Folder for the figures.")
+@click.option("--figures", "folder", type=NEW_FOLDER, required=True, help="Folder for the figures.")
 @OUTPUT
-def draw(names: tuple[str, ...], tables: Path, title: str, folder: Path, output: Path) -> None:
-    """Draw figures from the tables of a folder, and write the report of a run.
+def draw(tables: tuple[Path, ...], title: str, folder: Path, output: Path) -> None:
+    """Draw the figures of tables, and write the report of these tables alone.
 
     A figure that cannot be drawn is replaced by the reason.
     """
-    _report(names, tables, title, folder, output)
+    _report(tables, title, folder, output)
 
 
 @main.command(
@@ -387,7 +402,7 @@ Examples:
   ntkbench report results/default
   ntkbench report results/reference/default --output report.html --alone"""
 )
-@click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("results", type=FOLDER)
 @click.option("--output", type=NEW, help="The page; report.html in RESULTS if not given.")
 @click.option("--alone", is_flag=True, help="Do not keep a folder of figures beside the page.")
 def report(results: Path, output: Path | None, alone: bool) -> None:
@@ -399,26 +414,29 @@ def report(results: Path, output: Path | None, alone: bool) -> None:
     from ntkbench import figures
 
     with _one_line():
-        names = [name for name in figures.names() if figures.table_of(name, results).exists()]
-        if not names:
+        tables = [file for file in (results / "table.csv", *sorted(results.glob("studies/*.csv"))) if file.exists()]
+        if not figures.of_tables(tables):
             raise errors.BadInput(f"{results} has no table to draw a figure from: table.csv, or studies/*.csv")
-    page = results / "report.html" if output is None else output
+        page = results / "report.html" if output is None else output
+        drawn = page.parent / "figures"
+        paths.check_output(page)
+        paths.check_output(drawn, folder=True)
     title = f"ntkbench: report of {results.resolve().name}"
     with tempfile.TemporaryDirectory() as folder:
-        _report(names, results, title, Path(folder) if alone else page.parent / "figures", page, links=not alone)
+        _report(tables, title, Path(folder) if alone else drawn, page, links=not alone)
     click.echo(page)
 
 
-def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output: Path, *, links: bool = True) -> None:
+def _report(tables: Sequence[Path], title: str, folder: Path, output: Path, *, links: bool = True) -> None:
     """Draw figures into a folder, write the report, and print the outcome of each figure."""
-    from ntkbench import figures, paths
+    from ntkbench import figures
     from ntkbench.figures.plotting import claims
     from ntkbench.figures.plotting import report as reports
 
     with _one_line():
-        made = figures.draw_all({name: figures.table_of(name, tables) for name in names}, folder)
+        made = figures.draw_all(figures.of_tables(tables), folder)
         judged = folder / f"{claims.NAME}.png"
-        pictures = [folder / f"{name}.png" for name in names] + [judged] * judged.exists()
+        pictures = [folder / f"{name}.png" for name in made] + [judged] * judged.exists()
         beside = Path(os.path.relpath(folder, output.parent)).as_posix() if links else None
         paths.write_atomically(output, reports.page(pictures, title, tables, beside))
     for name, outcome in made.items():
@@ -429,7 +447,6 @@ def _report(names: Sequence[str], tables: Path, title: str, folder: Path, output
 @OUTPUT
 def schema(output: Path) -> None:
     """Write the JSON schema of configurations, which editors use to complete and check them."""
-    from ntkbench import paths
     from ntkbench.measure import config
 
     with _one_line():
@@ -517,7 +534,6 @@ def reference(labels: tuple[str, ...]) -> None:
 @click.option("--check", is_flag=True, help="Only list what is out of date.")
 def readme(check: bool) -> None:
     """Write the measured numbers of README.md and docs/measured.md from the committed tables."""
-    from ntkbench import paths
     from ntkbench import readme as pages
 
     with _one_line():
@@ -533,7 +549,7 @@ def readme(check: bool) -> None:
 @click.option("--check", is_flag=True, help="Only say whether claims.csv is out of date.")
 def claims(check: bool) -> None:
     """Judge the papers' claims by the committed tables, and write results/reference/claims.csv with its picture."""
-    from ntkbench import figures, paths
+    from ntkbench import figures
     from ntkbench.figures.plotting import claims as claimed
     from ntkbench.figures.plotting import files
 
@@ -551,7 +567,7 @@ def claims(check: bool) -> None:
 
 
 @main.command()
-@click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("results", type=FOLDER)
 def timings(results: Path) -> None:
     """Show where a run spent its time: seconds of each step, and the part of them inside measured calls."""
     from ntkbench.measure import timings as spent

@@ -82,6 +82,21 @@ def writable(folder: Path, name: str = "the results folder") -> Path:
     return folder
 
 
+def check_output(path: Path, *, folder: bool = False) -> None:
+    """Check that a file, or with ``folder`` the files of a folder, can be written; leaves nothing behind.
+
+    Raises:
+        BadInput: they cannot.
+    """
+    above = [*([path] if folder else []), *path.absolute().parents]
+    there = next((each for each in above if os.path.exists(each)), path)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}: {there}") from None
+
+
 def git(*arguments: str) -> str | None:
     """Output of git for the checkout; ``None`` if there is no checkout, no git, no repository or no commit."""
     if not IN_CHECKOUT:  # an environment may lie in another repository

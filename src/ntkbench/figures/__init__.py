@@ -71,6 +71,12 @@ def table_of(name: str, folder: Path) -> Path:
     return folder / "studies" / f"{study}.csv" if study else folder / "table.csv"
 
 
+def of_tables(tables: Iterable[Path]) -> dict[str, Path]:
+    """The figures that are drawn from some tables, each with the file of its table; none of them is imported."""
+    found = {file.name: file for file in tables}
+    return {name: found[file] for name in names() if (file := table_of(name, Path()).name) in found}
+
+
 def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
     """Verdicts on the papers' claims: ``claims.csv``, see :data:`ntkbench.figures.plotting.claims.COLUMNS`.
 

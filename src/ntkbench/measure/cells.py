@@ -60,7 +60,8 @@ def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
     if reason:
         return reason
     try:
-        config.limits.check_passes(cell.passes or method.passes_needed(problem, cell.metric, target))
+        if cell.passes is None:
+            config.limits.check_passes(method.passes_needed(problem, cell.metric, target))
         config.limits.check_memory(method.bytes_needed(problem, cell.metric, target, cell.passes))
     except (Unavailable, OverMemory) as error:
         return str(error)

@@ -146,6 +146,29 @@ class Config(Settings):
         return cls.of_files([file], here=here)
 
     @classmethod
+    def of_run(
+        cls,
+        files: Sequence[Path],
+        overrides: Mapping[str, Any] | None = None,
+        here: bool = True,
+        default: Path | None = None,
+    ) -> Self:
+        """The configuration of a run: :meth:`of_files`, where files without a grid override keys of ``default``.
+
+        Args:
+            files, overrides, here: as in :meth:`of_files`.
+            default: a whole configuration, by default ``config/default.yaml`` in the checkout.
+
+        Raises:
+            BadInput: as :meth:`of_files`.
+            Unavailable: there is no grid, and ntkbench is not in a checkout.
+        """
+        if not is_whole(files, overrides):
+            default = default or paths.checkout("a configuration without a grid") / "config" / "default.yaml"
+            files = [default, *files]
+        return cls.of_files(files, overrides, here)
+
+    @classmethod
     def of_files(cls, files: Sequence[Path], overrides: Mapping[str, Any] | None = None, here: bool = True) -> Self:
         """The configuration from files and the command line.
 
@@ -233,6 +256,15 @@ class Config(Settings):
         if isinstance(given := own.get("limits"), dict):
             own["limits"] = self.limits.model_dump() | given
         return _settings_of(name).model_validate(common | own, context={"here": self._here})
+
+
+def is_whole(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> bool:
+    """Whether files or the command line give a grid; otherwise they override keys of another configuration.
+
+    Raises:
+        BadInput: a file cannot be read.
+    """
+    return "grid" in (overrides or {}) or any("grid" in yaml_reader.read(Path(file))[0] for file in files)
 
 
 def write(config: Config, file: Path) -> Path:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PACKAGES = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
+CODE = ("src", "benchmarks", "results/reference/exact", "results/reference/weights")
+"""Folders of the checkout whose files change what is measured: code, exact values and trained weights."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Provenance:
 
     Attributes:
         git_sha: commit of the checkout, ``"unknown"`` without git.
-        git_dirty: whether tracked files differ from the commit, ``None`` without git.
+        git_dirty: whether tracked files differ from the commit, or :data:`CODE` has files that are not in it; ``None``
+            without git.
         machine: processor model.
         versions: versions of the packages that compute, ``"torch 2.13.0, jax 0.10.2, ..."``, and a hash of the plug-ins
             outside of ntkbench, if there are any.
@@ -47,9 +50,10 @@ class Provenance:
 def provenance() -> Provenance:
     """The provenance of this process."""
     sha, changes = paths.git("rev-parse", "HEAD"), paths.git("status", "--porcelain", "--untracked-files=no")
+    added = paths.git("ls-files", "--others", "--exclude-standard", "--", *CODE)
     return Provenance(
         git_sha=sha or "unknown",
-        git_dirty=None if changes is None else bool(changes),
+        git_dirty=None if changes is None or added is None else bool(changes or added),
         machine=f"{_processor()} ({os.cpu_count()} cores)",
         versions=", ".join([*packages(), *_outside()]),
         python=platform.python_version(),

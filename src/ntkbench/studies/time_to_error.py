@@ -264,7 +264,8 @@ class Entrant:
             raise Unavailable(reason)
         if isinstance(method, Stochastic):
             least = method.least_passes(problem, goal.metric)
-            self._settings.limits.check_passes(least)
+            if least > (most := self._settings.most_passes):
+                raise Unavailable(f"takes at least {least:,} passes, and no more than {most:,} are tried")
             columns = self._smallest_budget(least)
         else:
             self._settings.limits.check_passes(method.passes_needed(problem, goal.metric, self._target))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,28 @@ OF_SPECTRUM = {
 """Attributes of a spectrum by metric."""
 
 
-def page(pictures: Sequence[Path], title: str, tables: Path | None = None, figures: str | None = "figures") -> str:
+def page(pictures: Sequence[Path], title: str, tables: Iterable[Path] = (), figures: str | None = "figures") -> str:
     """The page.
 
     Args:
         pictures: PNG files, each with its caption beside it as ``.txt``; that of all claims is ``claims.png``, with
             ``claims.csv``.
         title: heading of the page.
-        tables: folder of the tables, ``table.csv`` and ``studies/*.csv``.
+        tables: files of the tables to show, the grid's ``table.csv`` and ``<study>.csv``; no others are read.
         figures: address of the folder of the pictures, relative to the page; ``None`` for no links to it.
 
     Raises:
-        BadInput: a picture has no caption.
+        BadInput: a picture has no caption, or a table cannot be read.
     """
     groups: dict[str, list[dict[str, Any]]] = {labels.OWN: [], **{name: [] for name in labels.GROUPS.values()}}
     for picture in sorted(pictures, key=lambda path: path.stem):
         groups[labels.group(picture.stem)].append(_figure(picture, figures))
     claimed = groups.pop(labels.GROUPS[claims.NAME])
-    table = None if tables is None else _table(tables / "table.csv")
-    studies = {} if tables is None else _studies(tables / "studies")
+    read = {file: files.read(file) for file in tables}
+    table = next((base.checked(found) for file, found in read.items() if file.name == "table.csv"), None)
+    studies = {
+        f"study {file.stem.replace('_', ' ')}": found for file, found in read.items() if file.name != "table.csv"
+    }
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     return environment.get_template(TEMPLATE.name).render(
         title=title,
@@ -220,14 +223,6 @@ def provenance(tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
 def _distinct(column: pd.Series) -> list[str]:
     """The values of a column as words, each once; whole numbers without decimals."""
     return sorted({f"{value:g}" if isinstance(value, float) else str(value) for value in column.dropna()} - {""})
-
-
-def _table(file: Path) -> pd.DataFrame | None:
-    return base.checked(files.read(file)) if file.exists() else None
-
-
-def _studies(folder: Path) -> dict[str, pd.DataFrame]:
-    return {f"study {file.stem.replace('_', ' ')}": files.read(file) for file in sorted(folder.glob("*.csv"))}
 
 
 def _figure(picture: Path, figures: str | None) -> dict[str, Any]:

@@ -114,10 +114,12 @@ def commit(labels: Iterable[str]) -> list[dict[str, Any]]:
 
     Raises:
         BadInput, Unavailable, DidNotTrain, Corrupt: see :func:`ntkbench.problems.load`.
+        BadInput: ``results/reference`` cannot be written.
         Unavailable: ntkbench is not in a checkout.
         NoExactValue, OverMemory, NtkbenchError: see :func:`exact`.
     """
     paths.checkout("ntkbench reference")
+    paths.check_output(paths.REFERENCE, folder=True)
     records = []
     for label in labels:
         problem, definition = problems.load(label), problems.define(label)

@@ -1,0 +1,48 @@
+"""Provenance of rows: the commit, and whether it is what was measured."""
+
+import subprocess
+
+import pytest
+
+from ntkbench import paths
+from ntkbench.measure import provenance
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A checkout with one commit, from which ntkbench seems to be imported."""
+    for folder in (*provenance.CODE, "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "committed.py").write_text("1\n", encoding="utf-8")
+    (tmp_path / ".gitignore").write_text("__pycache__/\nresults/*\n!results/reference/\n", encoding="utf-8")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+    for command in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "--message", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "IN_CHECKOUT", True)
+    provenance.provenance.cache_clear()
+    yield tmp_path
+    provenance.provenance.cache_clear()
+
+
+@pytest.mark.parametrize("file", [f"{folder}/{name}.py" for folder in provenance.CODE for name in ("committed", "mine")])
+def test_a_changed_file_and_a_new_one_in_a_folder_of_code_are_uncommitted_changes(repository, file):
+    (repository / file).write_text("2\n", encoding="utf-8")
+    assert provenance.provenance().git_dirty is True
+
+
+@pytest.mark.parametrize("file", ["docs/notes.md", "mine.yaml", "src/__pycache__/mine.pyc", "results/mine/table.csv"])
+def test_new_files_elsewhere_are_no_uncommitted_changes(repository, file):
+    (repository / file).parent.mkdir(parents=True, exist_ok=True)
+    (repository / file).write_text("2\n", encoding="utf-8")
+    assert provenance.provenance().git_dirty is False
+
+
+def test_plug_ins_exact_values_and_weights_are_in_folders_of_code():
+    from ntkbench.problems.base import reference, weights
+    from ntkbench.registry import PACKAGES, files
+
+    read = [file for package in PACKAGES.values() for file in files(package)]
+    read += [weights.committed_file("mlp_he"), reference.file_of("mlp_he", paths.REFERENCE)]
+    folders = [paths.ROOT / folder for folder in provenance.CODE]
+    assert [file for file in read if not any(file.is_relative_to(folder) for folder in folders)] == []
