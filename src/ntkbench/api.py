@@ -206,10 +206,10 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
 
     ``model_f`` may be the same network with other weights (buffers, such as BatchNorm's running statistics, and frozen
     parameters may differ as well; each set of weights goes with its own), another network with as many outputs, values
-    of the parameters by name, or a target: a tensor y shaped like the outputs, ``[N, O]`` or ``[n]``, which stands for the
-    kernel y y^T, or a matrix ``[n, n]`` or ``[N, N]``. Where N = O a target ``[N, N]`` may be either, and is refused.
-    For a JAX function ``model_f`` is a pytree of parameters. Precision and device default to those of ``model_0``.
-    Other arguments and errors as for :func:`trace`.
+    of the parameters by name, or a target: a tensor y shaped like the outputs, ``[N, O]`` or ``[n]``, which stands for
+    the kernel y y^T, or a matrix ``[n, n]`` or ``[N, N]``. Where N = O a target ``[N, N]`` may be either, and is
+    refused. For a JAX function ``model_f`` is a pytree of parameters. Precision and device default to those of
+    ``model_0``. Other arguments and errors as for :func:`trace`.
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")
