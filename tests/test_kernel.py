@@ -228,6 +228,20 @@ def test_largest_eigenvalues_are_within_their_errors_of_the_exact_ones(n, rank, 
     assert (found.errors <= 1e-6 * np.maximum(exact, 1e-6 * exact[0]) + 1e-9 * exact[0]).all() or found.notes == ()
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_eigenvalues_of_a_small_theta_in_float32_are_within_their_errors(outputs):
+    """Most of the error is that of the network's own passes, and not of the decomposition."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layers = [layer for _ in range(12) for layer in (nn.Linear(4, 4), nn.Tanh())]
+        model, x = nn.Sequential(*layers, nn.Linear(4, outputs)), torch.randn(1, 4)
+        exact = np.linalg.eigvalsh(theta(copy.deepcopy(model).double(), x.double()))[::-1]
+        kernel = ntkbench.Kernel(model, x)
+        found = kernel.eigenvalues(outputs)
+        assert (abs(found.values - exact) <= found.errors).all()
+        np.testing.assert_array_equal(found.errors, kernel.spectrum(outputs).errors)
+
+
 def dense(j: np.ndarray) -> DenseJacobian:
     return DenseJacobian(torch.from_numpy(j), lambda seed: TorchRng(seed, torch.float64, torch.device("cpu")))
 

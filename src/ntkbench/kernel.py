@@ -378,8 +378,9 @@ class Kernel:
     ) -> Eigenvalues:
         """The largest eigenvalues of Theta, in descending order; a small Theta is decomposed as a whole.
 
-        Cost: that of :meth:`ntk` for up to 1024 outputs if Theta fits in memory; else about 2 (top + 4) passes for each
-        step of a block Krylov method (see :func:`ntkbench.estimators.lanczos.largest`).
+        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if Theta fits in memory (see
+        :func:`ntkbench.estimators.spectrum.of_matrix`); else about 2 (top + 4) passes for each step of a block Krylov
+        method (see :func:`ntkbench.estimators.lanczos.largest`).
 
         Args:
             top: number of eigenvalues; by default 10, or all if there are fewer.
@@ -388,16 +389,19 @@ class Kernel:
             seed: seed of the first block.
 
         Returns:
-            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue), ``passes``.
+            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, with the expected
+            rounding of the network's own passes), ``passes``.
         """
-        from ntkbench.estimators import lanczos
+        from ntkbench.estimators import lanczos, spectrum
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
         if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
             theta = to_numpy(self.ntk(), np.float64)
-            epsilon = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
-            return lanczos.of_matrix(theta, top, epsilon, float(self.problem.O))
+            with self._settings():
+                j = linearise(self.problem, "theta_0", self._target)
+                found = spectrum.of_matrix(theta, j, top, float(self.problem.O))
+            return lanczos.Eigenvalues(found.values, found.errors, found.passes, found.notes)
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
