@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import loaded, metrics_of, written_out
 
 from ntkbench import methods, testing
@@ -272,6 +273,39 @@ def test_estimates_of_no_probes_are_refused():
     method = methods.get("hutchinson")
     with pytest.raises(BadInput, match="hutchinson: norm takes at least 4 passes; got 1"):
         method.estimate(prepared(method, "tanh_net", "torch"), "norm", 1)
+
+
+@functools.cache
+def one_dimensional(which: str) -> Problem:
+    """A kernel with one output in all, or with one parameter."""
+    if which == "output":
+        return testing.smooth_problem("one_output", 1, 3, 4, 1)
+    ends = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    weights = [{"weight": np.full((1, 1), value, np.float32)} for value in (0.5, 2.0)]
+    forward = lambda weights, x: x @ weights["weight"].T  # noqa: E731
+    return Problem("one_parameter", ends[0], np.array([[1.0], [-2.0], [0.5]], np.float32), *weights, forward)
+
+
+@pytest.mark.parametrize("which", ["output", "parameter"])
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+def test_errors_are_known_where_one_probe_spans_the_space(method, backend, metric, which):
+    problem, target, done = one_dimensional(which), Target(backend, "float64", "cpu"), 0
+    if method.unsupported_reason(problem, metric, target, 10**6):
+        pytest.skip("does not apply")
+    J, J_f = written_out(problem), written_out(problem, "theta_f")
+    exact = metrics_of(J @ J.T, J_f @ J_f.T)[metric]
+    ready, least = method.prepare(problem, target), method.least_passes(problem, metric)
+    for passes in (least, least + 1, 10 * least):
+        try:
+            e = method.estimate(ready, metric, passes)
+        except BadInput as error:  # some features need more than others
+            assert "must be at least" in str(error)
+            continue
+        done += 1
+        assert math.isfinite(e.standard_error), passes
+        if e.standard_error <= 1e-9 * e.value:
+            assert e.value == pytest.approx(exact, rel=1e-6), passes
+    assert done
 
 
 def test_interacting_samples_are_served_by_whole_passes(tiny):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import JacobianOperator, Rng
@@ -32,4 +32,4 @@ class HutchPPOneSided(FixedBudget):
         q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))
         inside = float(deflation.squared_norms(j, j.vjp, q).sum())
         g = deflation.project_out(rng.sign(k, j.n), q)
-        return deflation.add(inside, standard_errors.mean(deflation.squared_norms(j, j.vjp, g)))
+        return deflation.add(inside, deflation.mean(deflation.squared_norms(j, j.vjp, g), j.n))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import JacobianOperator, Rng, arrays
@@ -46,4 +46,4 @@ def _trace(product: deflation.LinearMap, k: int, n: int, rng: Rng) -> PointEstim
     b = arrays.asarray_like((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
     g = rng.normal(k, n)
     residual = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
-    return deflation.add(float((b**2).sum()), standard_errors.mean(arrays.gather([residual])))
+    return deflation.add(float((b**2).sum()), deflation.mean(arrays.gather([residual]), n))
