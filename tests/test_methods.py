@@ -12,7 +12,7 @@ import torch
 from conftest import loaded, metrics_of, written_out
 
 from ntkbench import methods, testing
-from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench.errors import BadInput, OverMemory, Unavailable, Unsupported
 from ntkbench.measure import outcomes
 from ntkbench.methods.base import Incremental, Method
 from ntkbench.metrics import METRICS
@@ -131,6 +131,76 @@ def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(me
                     continue
                 assert all(each.passes <= passes for each in found), (metric, memory)
                 done += 1
+    assert done > 3
+
+
+class Squared(torch.autograd.Function):
+    """A function of the user's own, which has no forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Squares(torch.nn.Module):
+    def forward(self, x):
+        return Squared.apply(x)
+
+
+def squares_in_jax(weights, x):
+    import jax
+
+    squared = jax.custom_vjp(lambda h: h * h)
+    squared.defvjp(lambda h: (h * h, h), lambda h, g: (2 * g * h,))
+    return squared(x @ weights["0.weight"].T + weights["0.bias"]) @ weights["2.weight"].T + weights["2.bias"]
+
+
+@functools.cache
+def narrow(forward_mode: bool) -> Problem:
+    """A problem with more outputs than hidden units, whose network has or has no forward mode."""
+    smooth = testing.smooth_problem("narrow", 6, 4, 3, 5)
+    if forward_mode:
+        return smooth
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), Squares(), torch.nn.Linear(3, 5))
+    return Problem("reverse_only", module, smooth.x, smooth.theta_0, smooth.theta_f, squares_in_jax)
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(method, backend, metric, forward_mode):
+    """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line."""
+    problem, target, done = narrow(forward_mode), Target(backend, "float64", "cpu"), 0
+    if method.unsupported_reason(problem, metric, target, 10**6):
+        pytest.skip("does not apply")
+    try:
+        ready = method.prepare(problem, target)
+    except Unsupported as refusal:
+        pytest.skip(str(refusal))
+    least = method.least_passes(problem, metric)
+    for passes in sorted({least, least + 1, 2 * least - 1, 2 * least, 5 * least, 64 + least}):
+        try:
+            found = [method.estimate(ready, metric, passes)]
+            if isinstance(method, Incremental):
+                found.append(method.estimates(ready, (metric,), passes, rtol=1e-12)[metric])
+        except (BadInput, OverMemory) as error:
+            assert len(str(error).splitlines()) == 1 and passes < 2 * least
+            continue
+        assert all(each.passes <= passes for each in found), passes
+        # Of what is left, less than a probe: a budget is not just halved.
+        if not forward_mode and method.name in ("hutchinson", "one_sided_forward", "gram_forward"):
+            share = method.jvp_share(metric)
+            assert passes - found[0].passes < (1 + share) * (method.passes_per_probe(metric) + 1)
+        done += 1
     assert done > 3
 
 

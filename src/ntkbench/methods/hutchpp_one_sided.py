@@ -26,6 +26,9 @@ class HutchPPOneSided(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 4
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)

@@ -30,6 +30,9 @@ class NystromPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 4, "norm": 8, "effective_rank": 12}[metric]
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)

@@ -66,6 +66,33 @@ class Stochastic(Method):
         """The largest nominal number of probes within a budget."""
         return passes // self.passes_per_probe(metric)
 
+    def jvp_share(self, metric: str) -> float:
+        """The largest share of :meth:`cost` that are JVPs, which take two passes on a network without forward mode."""
+        return 0.0
+
+    def passes_per_jvp(self, j: JacobianOperator) -> int:
+        """Passes of a JVP of the kind that the method takes."""
+        return j.passes_per_jvp()
+
+    def affordable(self, prepared: Any, names: Sequence[str], passes: int) -> int:
+        """The cost, with JVPs of one pass each, that a budget pays for on a network.
+
+        Raises:
+            BadInput: it is less than that of the fewest probes.
+        """
+        share = max(map(self.jvp_share, names))
+        if not share:
+            return passes
+        widest = "alignment" if "alignment" in names else names[0]
+        each = max(map(self.passes_per_jvp, prepared.jacobians(widest)))
+        factor = 1 + share * (each - 1)
+        found = int(passes / factor + ROUNDING)
+        for metric in names:
+            if found < (least := self.cost(metric, self.fewest_probes)):
+                needed = _takes(metric, math.ceil(least * factor - ROUNDING))
+                raise BadInput(f"{self.name}: {needed}, as a JVP of this network takes {each}; got {passes}")
+        return found
+
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
@@ -84,6 +111,10 @@ class Stochastic(Method):
 
 def _takes(metric: str, least: int) -> str:
     return f"{metric} takes at least {least} passes"
+
+
+ROUNDING = 1e-9
+"""Of a number of passes."""
 
 
 class FixedBudget(Stochastic):
@@ -105,7 +136,8 @@ class FixedBudget(Stochastic):
 
     def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
         jacobians = prepared.jacobians(metric)
-        value, error, degrees = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
+        probes = self.probes(metric, self.affordable(prepared, (metric,), passes))
+        value, error, degrees = self.draw(metric, jacobians, probes, jacobians[0].rng(seed))
         spent = sum(j.passes for j in jacobians)
         found = certificate(jacobians)
         terms = max(jacobians[0].n, *(j.P for j in jacobians))
@@ -228,7 +260,7 @@ class Incremental(Stochastic):
             GivenUp: it is given up. The estimates so far are not returned, as their errors did not decide.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
-        most = passes // max(self.passes_per_probe(name) for name in names)
+        most = self.affordable(prepared, names, passes) // max(self.passes_per_probe(name) for name in names)
         fewest = max(self.fewest_probes, accumulator.least)
         looks: list[tuple[int, float]] = []
         drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, fewest))
