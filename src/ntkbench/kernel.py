@@ -170,7 +170,7 @@ class Kernel:
         asked = options.asked(wishes)
         ladder.check(("alignment",), asked)
         if _is_array(other):
-            return self._alignment_with(other, asked)
+            return self._alignment_with(other, asked)["alignment"]
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
     def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
@@ -184,7 +184,7 @@ class Kernel:
             return self._estimates(own, asked)
         ladder.check(metrics.METRICS, asked)
         if _is_array(other):
-            return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(other, asked)})
+            return self._alignment_with(other, asked, own)
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
     def factors(self, other: Any = None, *, probes: int = 32, seed: int = 0) -> Factors:
@@ -651,8 +651,14 @@ class Kernel:
             raise found.with_traceback(None)
         return found
 
-    def _alignment_with(self, given: Any, asked: Options) -> Estimate:
-        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""
+    def _alignment_with(self, given: Any, asked: Options, own: Sequence[str] = ()) -> Estimates:
+        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta.
+
+        Args:
+            given: y, or the matrix.
+            asked: the requested options; ``passes`` pay for everything.
+            own: metrics of this kernel that are computed as well, the norm among them.
+        """
         from ntkbench.operators import linearise
 
         p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
@@ -664,7 +670,8 @@ class Kernel:
         target /= abs(target).max()  # the alignment does not depend on its scale, which must not overflow
         target /= np.linalg.norm(target)
         if target.shape == p.output_shape or (target.size == p.n and target.shape[0] == p.N):
-            norm = self._estimates(("norm",), asked)["norm"]
+            found = self._estimates(own or ("norm",), self._less_one_pass(asked, own or ("norm",)))
+            norm = found["norm"]
             with self._settings():
                 j = linearise(p, "theta_0", self._target)
                 image = j.vjp(asarray_like(target.reshape(1, -1), j.basis(0, 1)))
@@ -673,8 +680,10 @@ class Kernel:
                 raise Undefined("alignment is not defined where Theta is zero")
             value = inner / norm.value
             error = None if norm.standard_error is None else norm.standard_error / norm.value * value
-            passes = None if norm.passes is None else norm.passes + 1
-            return replace(norm, value=value, standard_error=error, passes=passes, metric="alignment")
+            aligned = replace(norm, value=value, standard_error=error, metric="alignment")
+            if error is None:  # exact metrics have their own cost each
+                return Estimates({**found, "alignment": _with_pass(aligned)})
+            return Estimates({name: _with_pass(e) for name, e in {**found, "alignment": aligned}.items()})
         if target.shape not in ((p.n, p.n), (p.N, p.N)):
             raise BadInput(
                 f"a target must be shaped like the outputs, {p.output_shape}, or a kernel ({p.n}, {p.n}) or "
@@ -682,12 +691,32 @@ class Kernel:
             )
         if replace(asked, seed=0, confidence=0.95) != Options():
             raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
+        found = self._estimates(own, asked) if own else Estimates()
         theta = to_numpy(self.ntk(), np.float64)
         if not theta.any():
             raise Undefined("alignment is not defined where Theta is zero")
         inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
         size = 1 if len(target) == p.n else p.O**0.5
-        return Estimate(inner / (float(np.linalg.norm(theta)) * size), None, p.O, "ntk", (), "alignment")
+        value = inner / (float(np.linalg.norm(theta)) * size)
+        return Estimates({**found, "alignment": Estimate(value, None, p.O, "ntk", (), "alignment")})
+
+    def _less_one_pass(self, asked: Options, names: Sequence[str]) -> Options:
+        """The options of some metrics if one pass of the budget is kept.
+
+        Raises:
+            BadInput: the rest is too small.
+        """
+        from ntkbench import methods
+
+        if asked.passes is None:
+            return asked
+        least = 2
+        if asked.method != "auto":
+            least = 1 + ladder.least_passes(self.problem, names, methods.stochastic(asked.method))
+        if asked.passes < least:
+            said = f"{' and '.join(names)} by {asked.method}, and the alignment with a target,"
+            raise BadInput(f"{said} take at least {least} passes together; got {asked.passes}")
+        return replace(asked, passes=asked.passes - 1)
 
     def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Part]]:
         """Functions that prepare a kernel, the fastest first."""
@@ -771,6 +800,11 @@ def _traced(problem: Problem, target: Target) -> TracedProblem:
     from ntkbench.methods.base.layerwise import TracedProblem
 
     return TracedProblem(problem, target)
+
+
+def _with_pass(estimate: Estimate) -> Estimate:
+    """An estimate that took one pass more."""
+    return replace(estimate, passes=None if estimate.passes is None else estimate.passes + 1)
 
 
 def _said(way: Callable[..., Any]) -> str:
