@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import loaded, metrics_of, written_out
 
+import ntkbench
 from ntkbench import methods, testing
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Unsupported
 from ntkbench.measure import outcomes
@@ -202,6 +203,33 @@ def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(met
             assert passes - found[0].passes < (1 + share) * (method.passes_per_probe(metric) + 1)
         done += 1
     assert done > 3
+
+
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+def test_no_interval_is_narrower_than_rounding(method, backend, metric):
+    """With one output a sample some methods have no other error, which is not a tolerance that is reached."""
+    problem, target = testing.smooth_problem("one_each", 4, 3, 5, 1), Target(backend, "float32", "cpu")
+    if method.unsupported_reason(problem, metric, target, 10**6):
+        pytest.skip("does not apply")
+    ready, passes = method.prepare(problem, target), 8 * method.least_passes(problem, metric)
+    found = [method.estimate(ready, metric, passes)]
+    if isinstance(method, Incremental):
+        found.append(method.estimates(ready, (metric,), passes, rtol=1e-9)[metric])
+        assert found[1].relative_width() > 1e-9
+        assert any("rounding may exceed rtol=1e-09" in s or "not reach rtol=1e-09" in s for s in found[1].notes)
+    for e in found:
+        low, high = e.interval()
+        assert 1e-6 < e.rounding < 1e-3 and high > low
+        assert metric == "alignment" or high - low > e.rounding * e.value
+
+
+def test_values_without_an_error_but_rounding_say_that_a_tolerance_is_below_it():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)), torch.randn(4, 3)
+    found = ntkbench.trace(model, x, method="per_sample_trace", rtol=1e-9)
+    assert found.standard_error == 0 and found.interval()[0] < found.value < found.interval()[1]
+    assert "rounding may exceed rtol=1e-09: choose dtype='float64'" in found.notes
+    assert not ntkbench.trace(model, x, method="per_sample_trace", rtol=1e-9, dtype="float64").notes
 
 
 def test_no_two_methods_have_one_title():

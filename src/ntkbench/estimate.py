@@ -81,6 +81,11 @@ def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float |
     return moments * (epsilon * (STEPS + math.sqrt(terms)) + SAFETY * (certificate or 0.0))
 
 
+def rounding_note(rtol: float) -> str:
+    """A note on an estimate whose rounding may exceed a tolerance."""
+    return f"rounding may exceed rtol={rtol:g}: choose dtype='float64'"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """One metric of the NTK as one method computed it.

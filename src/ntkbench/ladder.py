@@ -12,7 +12,7 @@ from scipy.special import ndtri
 
 from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
-from ntkbench.estimate import Estimate, Estimates
+from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
 from ntkbench.operators import arrays, declares
@@ -209,8 +209,8 @@ class _Search:
                 raise
             self._refused(name, errors.reason(error))
             return None
-        if not isinstance(step, Stochastic) and not _reached(found, options):
-            self.remarks.append(f"rounding may exceed rtol={options.rtol:g}: choose dtype='float64'")
+        if options.rtol is not None and not isinstance(step, Stochastic) and not _reached(found, options):
+            self.remarks.append(rounding_note(options.rtol))
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})

@@ -12,10 +12,10 @@ from scipy.special import chdtri
 
 from ntkbench import metrics, progress_bar
 from ntkbench.errors import BadInput, NtkbenchError
-from ntkbench.estimate import Estimate, rounding_bound
+from ntkbench.estimate import Estimate, rounding_note
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
-from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
+from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes, rounding
 from ntkbench.operators import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -140,7 +140,6 @@ class FixedBudget(Stochastic):
         value, error, degrees = self.draw(metric, jacobians, probes, jacobians[0].rng(seed))
         spent = sum(j.passes for j in jacobians)
         found = certificate(jacobians)
-        terms = max(jacobians[0].n, *(j.P for j in jacobians))
         return Estimate(
             value,
             error,
@@ -150,7 +149,7 @@ class FixedBudget(Stochastic):
             metric,
             degrees,
             found,
-            rounding=rounding_bound(metric, jacobians[0].epsilon, terms, found),
+            rounding=rounding(jacobians, metric, found),
         )
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
@@ -224,7 +223,7 @@ class Incremental(Stochastic):
         """An empty accumulator for several metrics, and a ledger of its cost."""
 
     def rounding(self, prepared: Any, names: Sequence[str], metric: str, certified: float | None) -> float | None:
-        """A bound on the rounding error of a metric, if its standard error may be smaller than that."""
+        """A bound on the rounding error of a metric; ``None`` if it is not known."""
         return None
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
@@ -250,7 +249,8 @@ class Incremental(Stochastic):
             passes: upper limit on the passes.
             seed: seed of the probes.
             rtol: tolerance; probes are drawn until the interval of every metric extends at most ``rtol`` times the
-                value to either side. The interval is checked only a few times; see :func:`_growth`.
+                value to either side. The interval is checked only a few times; see :func:`_growth`. Rounding that takes
+                more than half of the tolerance has a note in place of more probes, which do not reduce it.
             confidence: confidence level of the interval.
             exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more than
                 :data:`WORTH` times as many.
@@ -287,14 +287,15 @@ class Incremental(Stochastic):
             if rtol is None:
                 return found
             least = LEAST_DEGREES / (2 if looks else 1)
-            further = math.ceil(drawn * (_growth(found.values(), rtol, confidence, most / drawn, least) - 1))
+            deciding = [_deciding(each, rtol, confidence) for each in found.values()]
+            further = math.ceil(drawn * (_growth(deciding, rtol, confidence, most / drawn, least) - 1))
             if not further:
                 found = {name: _widened(estimate, least) for name, estimate in found.items()}
             if not further or drawn == most:
                 break
-            width = max(each.relative_width(confidence) for each in found.values())
+            width = max(each.relative_width(confidence) for each in deciding)
             progress_bar.say(f", within {100 * width:.2g} %, target {100 * rtol:.2g} %")
-            looks.append((drawn, _excess(found.values(), rtol, confidence)))
+            looks.append((drawn, _excess(deciding, rtol, confidence)))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             remaining = spent * (needed / drawn - 1)
             if remaining > WORTH * exact_passes and spent + exact_passes <= passes:
@@ -303,10 +304,20 @@ class Incremental(Stochastic):
                 raise OthersAreCheaper(spent)
             batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
-            if not (width := estimate.relative_width(confidence)) <= rtol:
+            if not (width := _deciding(estimate, rtol, confidence).relative_width(confidence)) <= rtol:
                 note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
-                found[name] = replace(found[name], notes=(*found[name].notes, note))
+            elif not estimate.relative_width(confidence) <= rtol:
+                note = rounding_note(rtol)
+            else:
+                continue
+            found[name] = replace(found[name], notes=(*found[name].notes, note))
         return found
+
+
+def _deciding(estimate: Estimate, rtol: float, confidence: float) -> Estimate:
+    """An estimate as it counts for a tolerance: without its rounding if that takes more than half of it."""
+    share = replace(estimate, standard_error=None).relative_width(confidence)
+    return replace(estimate, rounding=None) if share > rtol / 2 else estimate
 
 
 STEP = 4
@@ -432,3 +443,6 @@ class Accumulating(Incremental):
         jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
         accumulator = self.accumulator(names, jacobians, jacobians[0].rng(seed))
         return accumulator, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
+
+    def rounding(self, prepared: PreparedProblem, names: Sequence[str], metric: str, certified: float | None) -> float:
+        return rounding(prepared.jacobians(metric), metric, certified)
