@@ -385,7 +385,7 @@ class Kernel:
         Args:
             top: number of eigenvalues; by default 10, or all if there are fewer.
             rtol: residual, relative to each eigenvalue, at which the iteration stops.
-            passes: maximum number of passes.
+            passes: maximum number of passes of products.
             seed: seed of the first block.
 
         Returns:
