@@ -449,7 +449,7 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
         assert estimate.passes == spent
         assert "JVP is computed by two reverse passes" in estimate.notes[0]
     assert not ntkbench.trace(model, x, method="one_sided_reverse", passes=8).notes
-    with pytest.raises(BadInput, match="xtrace: trace takes at least 8 passes, as a JVP of this network takes 2; got 7"):
+    with pytest.raises(BadInput, match="trace takes at least 8 passes, as a JVP of this network takes 2; got 7"):
         ntkbench.trace(model, x, method="xtrace", passes=7)
 
 

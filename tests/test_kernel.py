@@ -239,7 +239,7 @@ def test_methods_that_cannot_add_probes_say_how_they_split_a_budget():
     for e, part in zip(found.values(), (16, 33, 50), strict=True):
         assert e.passes == sum(spent)
         assert f"the metrics share no probes: {part} of 100 passes are for the {e.metric}" in e.notes
-    with pytest.raises(BadInput, match="hutchpp: trace and norm and effective_rank take at least 72 passes together; got 71"):
+    with pytest.raises(BadInput, match="trace and norm and effective_rank take at least 72 passes together; got 71"):
         kernel.metrics(method="hutchpp", passes=71)
     y = torch.ones(N, O)
     with pytest.raises(BadInput, match="norm by gram_reverse, and the alignment with a target, take at least 5 passes"):

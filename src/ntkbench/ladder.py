@@ -603,7 +603,7 @@ def _computed(
     if not isinstance(method, Stochastic):
         total = _all_passes(problem, names, target, prepared, method)
         if total is not None and options.passes is not None and total > options.passes:
-            raise BadInput(f"{total:g} passes in {target.memory} bytes of memory, more than the {options.passes} allowed")
+            raise BadInput(f"{total:g} passes in {target.memory} bytes of memory, and {options.passes} are allowed")
     try:
         with progress_bar.of_passes(f"{', '.join(names)} by {method.name}", problem.N, total):
             if budget is not None and isinstance(method, Incremental):
