@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ntkbench.errors import BadInput
-from ntkbench.estimate import Estimate, Estimates, rounding_bound
+from ntkbench.estimate import RANGES, Estimate, Estimates, rounding_bound
 from ntkbench.metrics import Moments
 
 E = Estimate(12.5, 0.5, 64.0, "hutchinson", ("passed over <a>: why",), "trace", certificate=1e-7)
@@ -102,6 +102,28 @@ def aligned(complement: float, error: float | None, **more: object) -> Estimate:
     return Estimate(1 - complement, error, 8, "m", metric="alignment", complement=complement, **more)
 
 
+@pytest.mark.parametrize("rounding", [None, 1e-3])
+@pytest.mark.parametrize("error", [None, 0.0, 1e-12, 0.02, 0.5])
+@pytest.mark.parametrize("offset", [-0.3, -1e-9, 0.0, 1e-9, 0.3])
+@pytest.mark.parametrize(("metric", "end"), [(metric, end) for metric, ends in RANGES.items() for end in ends])
+def test_an_interval_contains_its_value_and_is_within_the_range_of_the_metric(metric, end, offset, error, rounding):
+    """A deterministic value may be outside, as the alignment with a matrix that is not semidefinite is."""
+    given = (end if math.isfinite(end) else 5.0) + offset
+    (least, most), known = RANGES[metric], {None, 1 - given} if metric == "alignment" else {None}
+    for complement in known:
+        e = Estimate(given, error, 8, "m", metric=metric, degrees=4, complement=complement, rounding=rounding)
+        low, high = e.interval()
+        assert low <= e.value <= high
+        if error is not None or complement is not None:
+            assert least <= low and high <= most
+        else:
+            assert e.value == given
+        if complement is not None:
+            low, high = e.complement_interval()
+            assert 0 <= low <= e.complement <= high <= 1
+            assert e.value == pytest.approx(1 - e.complement, abs=1e-15)
+
+
 @pytest.mark.parametrize("complement", [1e-14, 1e-10, 1e-3, 0.3, 0.6])
 def test_an_interval_near_one_is_that_of_one_minus_alignment(complement):
     e = aligned(complement, 0.1 * complement * (2 - complement))
@@ -136,8 +158,8 @@ def test_rounding_widens_an_interval_and_turns_the_angle_of_an_alignment():
         low, high = aligned(2 * math.sin(angle / 2) ** 2, None, rounding=rounding).complement_interval()
         assert high == pytest.approx(2 * math.sin((angle + rounding) / 2) ** 2)
         assert low == pytest.approx(2 * math.sin(max(angle - rounding, 0) / 2) ** 2)
-    low, high = aligned(2.0, None, rounding=0.1).complement_interval()
-    assert low == pytest.approx(1 + math.cos(0.1)) and high == 2
+    low, high = aligned(1.0, None, rounding=0.1).complement_interval()
+    assert low == pytest.approx(1 - math.sin(0.1)) and high == 1
     assert Estimate(math.inf, None, 8, "m", metric="trace").interval() == (math.inf, math.inf)
 
 

@@ -473,15 +473,17 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
     assert j.passes == 6
     assert "each JVP is computed by two reverse passes" in j.notes[0]
     for method, passes, spent in (
-        ("one_sided_forward", 8, 16),
-        ("per_sample_trace_forward", 8, 16),
-        ("hutchinson", 8, 12),
-        ("xtrace", 6, 8),
+        ("one_sided_forward", 8, 8),
+        ("per_sample_trace_forward", 8, 8),
+        ("hutchinson", 8, 6),
+        ("xtrace", 8, 8),
     ):
         estimate = ntkbench.trace(model, x, method=method, passes=passes)
         assert estimate.passes == spent
         assert "JVP is computed by two reverse passes" in estimate.notes[0]
     assert not ntkbench.trace(model, x, method="one_sided_reverse", passes=8).notes
+    with pytest.raises(BadInput, match="trace takes at least 8 passes, as a JVP of this network takes 2; got 7"):
+        ntkbench.trace(model, x, method="xtrace", passes=7)
 
 
 IMPORTS = """

@@ -16,7 +16,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import kernel as kernels
-from ntkbench import metrics
+from ntkbench import methods, metrics, progress_bar
 from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimators import lanczos
 from ntkbench.layerwise import kernel as layerwise
@@ -193,9 +193,58 @@ def test_alignment_with_a_target():
     samples = X @ X.T
     assert kernel.alignment(samples.numpy()).value == pytest.approx(cosine(exact, torch.kron(samples, torch.eye(O))))
     estimated = kernel.alignment(y, method="hutchinson", passes=2000)
-    assert estimated.standard_error > 0 and estimated.passes <= 2001
+    assert estimated.standard_error > 0 and estimated.passes <= 2000
     assert estimated.interval(0.9999)[0] <= cosine(exact, outer) <= estimated.interval(0.9999)[1]
     assert ntkbench.alignment(model, y, X).value == pytest.approx(cosine(exact, outer))
+
+
+BUDGETED = [method.name for method in map(methods.get, methods.names()) if method.takes_passes]
+
+
+@pytest.mark.parametrize("method", ["auto", *BUDGETED])
+def test_passes_pay_for_all_metrics_and_a_target_together(monkeypatch, method):
+    """Or the budget is refused in one line."""
+    counted: list[float] = []
+    monkeypatch.setattr(progress_bar, "advance", counted.append)
+    kernel, y = ntkbench.Kernel(net(), X), torch.randn(N, O, dtype=torch.float64)
+    uses = {
+        "alone": lambda **asked: kernel.metrics(**asked),
+        "with a network": lambda **asked: kernel.metrics(net(1), **asked),
+        "with a target": lambda **asked: kernel.metrics(y, **asked),
+        "target alone": lambda **asked: {"alignment": kernel.alignment(y, **asked)},
+    }
+    done, gives = 0, metrics.METRICS if method == "auto" else methods.get(method).metrics
+    for name, use in uses.items():
+        for passes in (1, 2, 7, 33, 64, 100, 145, 400):
+            try:
+                use(method=method, passes=passes)  # products are certified
+                counted.clear()
+                found = use(method=method, passes=passes)
+            except ntkbench.NtkbenchError as error:
+                assert len(str(error).splitlines()) == 1
+                continue
+            done += 1
+            assert all(e.passes <= passes for e in found.values()), (name, passes)
+            if name != "with a network":  # whose products are certified again
+                assert sum(counted) / N <= passes + 1e-9, (name, passes)
+                if any(e.standard_error is not None for e in found.values()):
+                    assert [e.passes for e in found.values()] == pytest.approx([sum(counted) / N] * len(found))
+    assert done or not {"trace", "norm"} <= set(gives) or method == "wide_head_u_statistics"
+
+
+def test_methods_that_cannot_add_probes_say_how_they_split_a_budget():
+    kernel = ntkbench.Kernel(net(), X)
+    found = kernel.metrics(method="hutchpp", passes=100)
+    spent = [16 // 6 * 6, 33 // 12 * 12, 50 // 18 * 18]
+    for e, part in zip(found.values(), (16, 33, 50), strict=True):
+        assert e.passes == sum(spent)
+        assert f"the metrics share no probes: {part} of 100 passes are for the {e.metric}" in e.notes
+    with pytest.raises(BadInput, match="trace and norm and effective_rank take at least 72 passes together; got 71"):
+        kernel.metrics(method="hutchpp", passes=71)
+    y = torch.ones(N, O)
+    with pytest.raises(BadInput, match="norm by gram_reverse, and the alignment with a target, take at least 5 passes"):
+        kernel.alignment(y, method="gram_reverse", passes=4)
+    assert kernel.alignment(y, method="gram_reverse", passes=5).passes == 5
 
 
 @pytest.mark.parametrize(
@@ -226,6 +275,20 @@ def test_largest_eigenvalues_are_within_their_errors_of_the_exact_ones(n, rank, 
     found = lanczos.largest(dense(j), top, rtol=1e-6, passes=10**6, seed=seed)
     np.testing.assert_allclose(found.values, exact, atol=1e-5 * exact[0])
     assert (found.errors <= 1e-6 * np.maximum(exact, 1e-6 * exact[0]) + 1e-9 * exact[0]).all() or found.notes == ()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_eigenvalues_of_a_small_theta_in_float32_are_within_their_errors(outputs):
+    """Most of the error is that of the network's own passes, and not of the decomposition."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layers = [layer for _ in range(12) for layer in (nn.Linear(4, 4), nn.Tanh())]
+        model, x = nn.Sequential(*layers, nn.Linear(4, outputs)), torch.randn(1, 4)
+        exact = np.linalg.eigvalsh(theta(copy.deepcopy(model).double(), x.double()))[::-1]
+        kernel = ntkbench.Kernel(model, x)
+        found = kernel.eigenvalues(outputs)
+        assert (abs(found.values - exact) <= found.errors).all()
+        np.testing.assert_array_equal(found.errors, kernel.spectrum(outputs).errors)
 
 
 def dense(j: np.ndarray) -> DenseJacobian:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import loaded, metrics_of, written_out
 
+import ntkbench
 from ntkbench import methods, testing
 from ntkbench.errors import BadInput, OverMemory, Unavailable
 from ntkbench.measure import outcomes
@@ -131,6 +133,104 @@ def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(me
                 assert all(each.passes <= passes for each in found), (metric, memory)
                 done += 1
     assert done > 3
+
+
+class Squared(torch.autograd.Function):
+    """A function of the user's own, which has no forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Squares(torch.nn.Module):
+    def forward(self, x):
+        return Squared.apply(x)
+
+
+def squares_in_jax(weights, x):
+    import jax
+
+    squared = jax.custom_vjp(lambda h: h * h)
+    squared.defvjp(lambda h: (h * h, h), lambda h, g: (2 * g * h,))
+    return squared(x @ weights["0.weight"].T + weights["0.bias"]) @ weights["2.weight"].T + weights["2.bias"]
+
+
+@functools.cache
+def narrow(forward_mode: bool) -> Problem:
+    """A problem with more outputs than hidden units, whose network has or has no forward mode."""
+    smooth = testing.smooth_problem("narrow", 6, 4, 3, 5)
+    if forward_mode:
+        return smooth
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), Squares(), torch.nn.Linear(3, 5))
+    return Problem("reverse_only", module, smooth.x, smooth.theta_0, smooth.theta_f, squares_in_jax)
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(method, backend, metric, forward_mode):
+    """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line."""
+    problem, target, done = narrow(forward_mode), Target(backend, "float64", "cpu"), 0
+    if method.unsupported_reason(problem, metric, target, 10**6):
+        pytest.skip("does not apply")
+    try:
+        ready = method.prepare(problem, target)
+    except BadInput as refusal:  # it cannot be traced, or has no head
+        pytest.skip(str(refusal))
+    least = method.least_passes(problem, metric)
+    for passes in sorted({least, least + 1, 2 * least - 1, 2 * least, 5 * least, 64 + least}):
+        try:
+            found = [method.estimate(ready, metric, passes)]
+            if isinstance(method, Incremental):
+                found.append(method.estimates(ready, (metric,), passes, rtol=1e-12)[metric])
+        except (BadInput, OverMemory) as error:
+            assert len(str(error).splitlines()) == 1 and passes < 2 * least
+            continue
+        assert all(each.passes <= passes for each in found), passes
+        # Of what is left, less than a probe: a budget is not just halved.
+        if not forward_mode and method.name in ("hutchinson", "one_sided_forward", "gram_forward"):
+            share = method.jvp_share(metric)
+            assert passes - found[0].passes < (1 + share) * (method.passes_per_probe(metric) + 1)
+        done += 1
+    assert done > 3
+
+
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+def test_no_interval_is_narrower_than_rounding(method, backend, metric):
+    """With one output a sample some methods have no other error, which is not a tolerance that is reached."""
+    problem, target = testing.smooth_problem("one_each", 4, 3, 5, 1), Target(backend, "float32", "cpu")
+    if method.unsupported_reason(problem, metric, target, 10**6):
+        pytest.skip("does not apply")
+    ready, passes = method.prepare(problem, target), 8 * method.least_passes(problem, metric)
+    found = [method.estimate(ready, metric, passes)]
+    if isinstance(method, Incremental):
+        found.append(method.estimates(ready, (metric,), passes, rtol=1e-9)[metric])
+        assert found[1].relative_width() > 1e-9
+        assert any("rounding may exceed rtol=1e-09" in s or "not reach rtol=1e-09" in s for s in found[1].notes)
+    for e in found:
+        low, high = e.interval()
+        assert 1e-6 < e.rounding < 1e-3 and high > low
+        assert metric == "alignment" or high - low > e.rounding * e.value
+
+
+def test_values_without_an_error_but_rounding_say_that_a_tolerance_is_below_it():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)), torch.randn(4, 3)
+    found = ntkbench.trace(model, x, method="per_sample_trace", rtol=1e-9)
+    assert found.standard_error < 1e-12 and found.relative_width() > 1e-6
+    said = "rounding may exceed rtol=1e-09: choose dtype='float64'"
+    assert said in found.notes
+    assert said not in ntkbench.trace(model, x, method="per_sample_trace", rtol=1e-9, dtype="float64").notes
 
 
 def test_no_two_methods_have_one_title():
@@ -272,6 +372,39 @@ def test_estimates_of_no_probes_are_refused():
     method = methods.get("hutchinson")
     with pytest.raises(BadInput, match="hutchinson: norm takes at least 4 passes; got 1"):
         method.estimate(prepared(method, "tanh_net", "torch"), "norm", 1)
+
+
+@functools.cache
+def one_dimensional(which: str) -> Problem:
+    """A kernel with one output in all, or with one parameter."""
+    if which == "output":
+        return testing.smooth_problem("one_output", 1, 3, 4, 1)
+    ends = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    weights = [{"weight": np.full((1, 1), value, np.float32)} for value in (0.5, 2.0)]
+    forward = lambda weights, x: x @ weights["weight"].T  # noqa: E731
+    return Problem("one_parameter", ends[0], np.array([[1.0], [-2.0], [0.5]], np.float32), *weights, forward)
+
+
+@pytest.mark.parametrize("which", ["output", "parameter"])
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+def test_errors_are_known_where_one_probe_spans_the_space(method, backend, metric, which):
+    problem, target, done = one_dimensional(which), Target(backend, "float64", "cpu"), 0
+    if method.unsupported_reason(problem, metric, target, 10**6):
+        pytest.skip("does not apply")
+    J, J_f = written_out(problem), written_out(problem, "theta_f")
+    exact = metrics_of(J @ J.T, J_f @ J_f.T)[metric]
+    ready, least = method.prepare(problem, target), method.least_passes(problem, metric)
+    for passes in (least, least + 1, 10 * least):
+        try:
+            e = method.estimate(ready, metric, passes)
+        except BadInput as error:  # some features need more than others
+            assert "must be at least" in str(error)
+            continue
+        done += 1
+        assert math.isfinite(e.standard_error), passes
+        if e.standard_error <= 1e-9 * e.value:
+            assert e.value == pytest.approx(exact, rel=1e-6), passes
+    assert done
 
 
 def test_interacting_samples_are_served_by_whole_passes(tiny):

@@ -237,5 +237,7 @@ def test_negative_estimates_of_variance_do_not_count_below_half_of_the_pairs():
 def test_orthonormal_probes_have_no_error_once_they_are_a_basis():
     estimate = standard_errors.PointEstimate(3.0, 2.0, 5)
     assert standard_errors.finite_population(estimate, 3, 12) == pytest.approx((3.0, 2 * math.sqrt(0.75), 5))
-    assert standard_errors.finite_population(estimate, 12, 12) == (3.0, 0.0, math.inf)
-    assert standard_errors.finite_population(standard_errors.mean(np.array([3.0])), 1, 1) == (3.0, 0.0, math.inf)
+    assert standard_errors.finite_population(estimate, 12, 12) == (3.0, 0.0, 5)
+    alone = standard_errors.mean(np.array([3.0]))
+    assert math.isnan(standard_errors.finite_population(alone, 1, 12).standard_error)
+    assert standard_errors.finite_population(alone, 1, 1) == (3.0, 0.0, 0)

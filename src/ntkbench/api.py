@@ -221,7 +221,8 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
     """Trace, norm and effective rank, and with ``model_f`` the alignment, by name, from the same probes.
 
     Each has its own standard error. The errors are not independent, since the probes are shared. With ``rtol`` probes
-    are added until all metrics are within it. ``Estimate.passes`` is the total cost of all metrics, unless an exact
+    are added until all metrics are within it. ``passes`` pay for all metrics together: methods that cannot add probes
+    spend a part on each, and ``notes`` say which. ``Estimate.passes`` is the total cost of all metrics, unless an exact
     method computed each separately. Arguments and errors as for :func:`trace` and :func:`alignment`.
     """
     names = metrics.METRICS if model_f is not None else tuple(m for m in metrics.METRICS if m != "alignment")

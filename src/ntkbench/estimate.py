@@ -81,12 +81,17 @@ def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float |
     return moments * (epsilon * (STEPS + math.sqrt(terms)) + SAFETY * (certificate or 0.0))
 
 
+def rounding_note(rtol: float) -> str:
+    """A note on an estimate whose rounding may exceed a tolerance."""
+    return f"rounding may exceed rtol={rtol:g}: choose dtype='float64'"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """One metric of the NTK as one method computed it.
 
-    A stochastic estimate outside the metric's range is replaced by the nearest possible value. A note says so if they
-    differ by more than rounding.
+    A stochastic estimate outside the metric's range is replaced by the nearest possible value, and so is an alignment
+    whose ``complement`` is known. A note says so if they differ by more than rounding.
 
     It compares, formats and computes like its value; two estimates are equal if all of their attributes are.
 
@@ -102,8 +107,8 @@ class Estimate:
         degrees: degrees of freedom of the standard error.
         certificate: the largest relative difference between a gradient that the method used and that of plain autograd;
             ``None`` where there is no network to compare with.
-        complement: 1 - alignment without cancellation, if it was computed from the difference of the kernels; its
-            standard error is that of the alignment.
+        complement: 1 - alignment without cancellation, from 0 to 1, if it was computed from the difference of the
+            kernels; its standard error is that of the alignment.
         rounding: the largest expected rounding error (see :func:`rounding_bound`): relative to ``value``, and for an
             alignment in the angle between the kernels, in radians; ``None`` where it is not known.
     """
@@ -147,7 +152,11 @@ class Estimate:
         )
 
     def __post_init__(self) -> None:
-        if not self.standard_error or not isinstance(self.value, numbers.Real) or not math.isfinite(self.value):
+        if self.complement is not None:
+            object.__setattr__(self, "complement", min(max(self.complement, 0.0), 1.0))
+        elif self.standard_error is None:
+            return
+        if not isinstance(self.value, numbers.Real) or not math.isfinite(self.value):
             return
         value = self._within_range(self.value)
         if value != self.value:
@@ -162,15 +171,15 @@ class Estimate:
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
         the scale on which the metric's errors are symmetric: log for trace, norm and effective rank, atanh for the
         alignment. The delta method transforms the standard error to that scale. With few probes on a steep spectrum
-        this raises the coverage from 75 % to 90 %. The interval is clipped to the metric's range. It is unbounded if
-        the standard error is unknown.
+        this raises the coverage from 75 % to 90 %. The interval contains the value, and is clipped to the metric's
+        range as far as the value is in it. It is unbounded if the standard error is unknown.
         """
-        if self.complement is not None:
-            low, high = self.complement_interval(confidence)
-            return 1 - high, 1 - low
         spread = self._reach(confidence)
         if math.isinf(spread):
             return -math.inf, math.inf
+        if self.complement is not None:
+            low, high = self.complement_interval(confidence)
+            return min(1 - high, self.value), max(1 - low, self.value)
         reach = self.rounding * abs(self.value) if self.rounding else 0.0
         scale = SCALES.get(self.metric)
         in_domain = self.value > 0 if scale is LOG else abs(self.value) < 1
@@ -180,7 +189,8 @@ class Estimate:
             transform, derivative, inverse = scale
             centre, spread = transform(self.value), derivative(self.value) * spread
             low, high = inverse(centre - spread), inverse(centre + spread)
-        return self._within_range(low - reach), self._within_range(high + reach)
+        least, most = RANGES.get(self.metric, (-math.inf, math.inf))
+        return min(max(low - reach, least), self.value), max(min(high + reach, most), self.value)
 
     def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval for 1 - alignment: that of :meth:`interval`, without cancellation near 0.
@@ -204,7 +214,8 @@ class Estimate:
             low, high = (2 / (1 + math.exp(min(2 * x, 700.0))) for x in (centre + spread, centre - upward))
         else:
             low, high = c, c + spread
-        return _turned(low, -(self.rounding or 0.0)), _turned(high, self.rounding or 0.0)
+        low, high = _turned(low, -(self.rounding or 0.0)), _turned(high, self.rounding or 0.0)
+        return min(low, c), max(min(high, 1.0), c)
 
     def _reach(self, confidence: float) -> float:
         """Half of the width of the interval on the scale of the value; infinite if the standard error is unknown."""

@@ -171,7 +171,7 @@ class Kernel:
         asked = options.asked(wishes)
         ladder.check(("alignment",), asked)
         if _is_array(other):
-            return self._alignment_with(self._checked_target(other, asked), asked)
+            return self._alignment_with(self._checked_target(other, asked), asked)["alignment"]
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
     def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
@@ -185,8 +185,7 @@ class Kernel:
             return self._estimates(own, asked)
         ladder.check(metrics.METRICS, asked)
         if _is_array(other):
-            target = self._checked_target(other, asked)
-            return Estimates({**self._estimates(own, asked), "alignment": self._alignment_with(target, asked)})
+            return self._alignment_with(self._checked_target(other, asked), asked, own)
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
     def factors(self, other: Any = None, *, probes: int = 32, seed: int = 0) -> Factors:
@@ -380,26 +379,30 @@ class Kernel:
     ) -> Eigenvalues:
         """The largest eigenvalues of Theta, in descending order; a small Theta is decomposed as a whole.
 
-        Cost: that of :meth:`ntk` for up to 1024 outputs if Theta fits in memory; else about 2 (top + 4) passes for each
-        step of a block Krylov method (see :func:`ntkbench.estimators.lanczos.largest`).
+        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if Theta fits in memory (see
+        :func:`ntkbench.estimators.spectrum.of_matrix`); else about 2 (top + 4) passes for each step of a block Krylov
+        method (see :func:`ntkbench.estimators.lanczos.largest`).
 
         Args:
             top: number of eigenvalues; by default 10, or all if there are fewer.
             rtol: residual, relative to each eigenvalue, at which the iteration stops.
-            passes: maximum number of passes.
+            passes: maximum number of passes of products.
             seed: seed of the first block.
 
         Returns:
-            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue), ``passes``.
+            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, with the expected
+            rounding of the network's own passes), ``passes``.
         """
-        from ntkbench.estimators import lanczos
+        from ntkbench.estimators import lanczos, spectrum
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
         if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
             theta = to_numpy(self.ntk(), np.float64)
-            epsilon = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
-            return lanczos.of_matrix(theta, top, epsilon, float(self.problem.O))
+            with self._settings():
+                j = linearise(self.problem, "theta_0", self._target)
+                found = spectrum.of_matrix(theta, j, top, float(self.problem.O))
+            return lanczos.Eigenvalues(found.values, found.errors, found.passes, found.notes)
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
@@ -684,13 +687,20 @@ class Kernel:
             raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
         return target
 
-    def _alignment_with(self, target: np.ndarray, asked: Options) -> Estimate:
-        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta."""
+    def _alignment_with(self, target: np.ndarray, asked: Options, own: Sequence[str] = ()) -> Estimates:
+        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta.
+
+        Args:
+            target: y, or the matrix.
+            asked: the requested options; ``passes`` pay for everything.
+            own: metrics of this kernel that are computed as well, the norm among them.
+        """
         from ntkbench.operators import linearise
 
         p = self.problem
         if target.ndim == 1:
-            norm = self._estimates(("norm",), asked)["norm"]
+            found = self._estimates(own or ("norm",), self._less_one_pass(asked, own or ("norm",)))
+            norm = found["norm"]
             with self._settings():
                 j = linearise(p, "theta_0", self._target)
                 image = j.vjp(asarray_like(target.reshape(1, -1), j.basis(0, 1)))
@@ -699,14 +709,36 @@ class Kernel:
                 raise Undefined("alignment is not defined where Theta is zero")
             value = inner / norm.value
             error = None if norm.standard_error is None else norm.standard_error / norm.value * value
-            passes = None if norm.passes is None else norm.passes + 1
-            return replace(norm, value=value, standard_error=error, passes=passes, metric="alignment")
+            aligned = replace(norm, value=value, standard_error=error, metric="alignment")
+            if error is None:  # exact metrics have their own cost each
+                return Estimates({**found, "alignment": _with_pass(aligned)})
+            return Estimates({name: _with_pass(e) for name, e in {**found, "alignment": aligned}.items()})
+        found = self._estimates(own, asked) if own else Estimates()
         theta = to_numpy(self.ntk(), np.float64)
         if not theta.any():
             raise Undefined("alignment is not defined where Theta is zero")
         inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
         size = 1 if len(target) == p.n else p.O**0.5
-        return Estimate(inner / (float(np.linalg.norm(theta)) * size), None, p.O, "ntk", (), "alignment")
+        value = inner / (float(np.linalg.norm(theta)) * size)
+        return Estimates({**found, "alignment": Estimate(value, None, p.O, "ntk", (), "alignment")})
+
+    def _less_one_pass(self, asked: Options, names: Sequence[str]) -> Options:
+        """The options of some metrics if one pass of the budget is kept.
+
+        Raises:
+            BadInput: the rest is too small.
+        """
+        from ntkbench import methods
+
+        if asked.passes is None:
+            return asked
+        least = 2
+        if asked.method != "auto":
+            least = 1 + ladder.least_passes(self.problem, names, methods.stochastic(asked.method))
+        if asked.passes < least:
+            said = f"{' and '.join(names)} by {asked.method}, and the alignment with a target,"
+            raise BadInput(f"{said} take at least {least} passes together; got {asked.passes}")
+        return replace(asked, passes=asked.passes - 1)
 
     def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Part]]:
         """Functions that prepare a kernel, the fastest first."""
@@ -790,6 +822,11 @@ def _traced(problem: Problem, target: Target) -> TracedProblem:
     from ntkbench.methods.base.layerwise import TracedProblem
 
     return TracedProblem(problem, target)
+
+
+def _with_pass(estimate: Estimate) -> Estimate:
+    """An estimate that took one pass more."""
+    return replace(estimate, passes=None if estimate.passes is None else estimate.passes + 1)
 
 
 def _said(way: Callable[..., Any]) -> str:

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 
 from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
-from ntkbench.estimate import Estimate, Estimates
+from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
 from ntkbench.operators import arrays, declares
@@ -162,7 +162,8 @@ class _Search:
         self._problem, self._names, self._target, self._options = problem, names, target, options
         self._prepare = prepare
         self._spent = 0.0
-        self.exact = exact_methods(problem, names[-1], target)
+        exact = exact_methods(problem, names[-1], target)
+        self.exact = {name: passes for name, passes in exact.items() if self._is_within_budget(methods.get(name))}
         self.remarks: list[str] = []
         self.given_up: list[str] = []
 
@@ -177,6 +178,8 @@ class _Search:
         if self._spent:
             options = replace(options, passes=int(_most(options) - self._spent))
         if not set(self._names) <= set(step.metrics) or (options.rtol is not None and not _takes_rtol(step)):
+            return None
+        if not self._is_within_budget(step):
             return None
         left = _most(options)
         stop = min((passes for passes in self.exact.values() if passes <= left), default=math.inf)
@@ -206,11 +209,18 @@ class _Search:
                 raise
             self._refused(name, errors.reason(error))
             return None
-        if not isinstance(step, Stochastic) and not _reached(found, options):
-            self.remarks.append(f"rounding may exceed rtol={options.rtol:g}: choose dtype='float64'")
+        if options.rtol is not None and not isinstance(step, Stochastic) and not _reached(found, options):
+            self.remarks.append(rounding_note(options.rtol))
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
+
+    def _is_within_budget(self, method: Method) -> bool:
+        """Whether a budget of the user's own pays for all metrics, if the method computes each of them separately."""
+        if self._options.passes is None or isinstance(method, Stochastic):
+            return True
+        needed = (method.passes_needed(self._problem, metric, self._target) for metric in self._names)
+        return self._spent + sum(passes or 0.0 for passes in needed) <= self._options.passes
 
     def _most_probes(self, method: Method) -> float:
         """Probes beyond which a method is given up; a budget of the user's own is better spent on accurate probes."""
@@ -390,6 +400,37 @@ def _worth(problem: Problem, metric: str, method: Stochastic) -> float:
     return math.inf if most is None else most * len(metrics.parameter_sets(metric))
 
 
+def least_passes(problem: Problem, names: Sequence[str], method: Stochastic) -> int:
+    """The smallest budget for several metrics, which share their probes if the method can add some."""
+    each = [method.least_passes(problem, metric) for metric in names]
+    return max(each) if isinstance(method, Incremental) else sum(each)
+
+
+def _budgets(problem: Problem, names: Sequence[str], method: Method, passes: int | None) -> dict[str, int | None]:
+    """The passes of each metric: all if metrics share their probes, or else a part in proportion to the fewest.
+
+    Raises:
+        BadInput: there are too few for all metrics together.
+    """
+    if passes is None or not isinstance(method, Stochastic) or isinstance(method, Incremental) or len(names) == 1:
+        return dict.fromkeys(names, passes)
+    together = least_passes(problem, names, method)
+    if passes < together:
+        raise BadInput(f"{method.name}: {' and '.join(names)} take at least {together} passes together; got {passes}")
+    return {metric: passes * method.least_passes(problem, metric) // together for metric in names}
+
+
+def _together(found: Mapping[str, Estimate], budgets: Mapping[str, int | None], passes: int) -> dict[str, Estimate]:
+    """Estimates from separate probes, each with the passes of all of them and a note on its part of the budget."""
+    spent = sum(estimate.passes or 0.0 for estimate in found.values())
+
+    def noted(metric: str, estimate: Estimate) -> Estimate:
+        note = f"the metrics share no probes: {budgets[metric]} of {passes} passes are for the {metric}"
+        return replace(estimate, passes=spent, notes=(*estimate.notes, note))
+
+    return {metric: noted(metric, estimate) for metric, estimate in found.items()}
+
+
 def check(names: Sequence[str], options: Options) -> None:
     """Refuse a method that does not exist, and options that it does not have.
 
@@ -548,7 +589,9 @@ def _computed(
         reason = method.unsupported_reason(problem, metric, target, budget)
         if reason:
             raise BadInput(f"{method.name} cannot compute the {metric} of this network: {reason}")
-        needed = method.bytes_needed(problem, metric, target, budget)
+    budgets = _budgets(problem, names, method, budget)
+    for metric in names:
+        needed = method.bytes_needed(problem, metric, target, budgets[metric])
         if needed > target.memory:
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = prepare(method)
@@ -559,13 +602,17 @@ def _computed(
     total: float | None = budget if options.rtol is None else None
     if not isinstance(method, Stochastic):
         total = _all_passes(problem, names, target, prepared, method)
+        if total is not None and options.passes is not None and total > options.passes:
+            raise BadInput(f"{total:g} passes in {target.memory} bytes of memory, and {options.passes} are allowed")
     try:
         with progress_bar.of_passes(f"{', '.join(names)} by {method.name}", problem.N, total):
             if budget is not None and isinstance(method, Incremental):
                 wanted = (options.seed, options.rtol, options.confidence)
                 found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop, most_probes=most)
             else:
-                found = {metric: method.estimate(prepared, metric, budget, options.seed) for metric in names}
+                found = {metric: method.estimate(prepared, metric, budgets[metric], options.seed) for metric in names}
+                if budget is not None and len(names) > 1:
+                    found = _together(found, budgets, budget)
     except Undefined:
         check_range(problem, names, target)
         raise

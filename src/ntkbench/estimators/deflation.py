@@ -84,6 +84,16 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
 # --- a sketch, and Hutchinson on its complement
 
 
+def mean(values: np.ndarray, dim: int) -> PointEstimate:
+    """Mean over probes and its standard error, which is 0 in a space of one dimension: any probe spans it.
+
+    Args:
+        values: one for each probe, ``[k]``.
+        dim: dimension of the probes.
+    """
+    return PointEstimate(float(values[0]), 0.0) if dim == 1 else standard_errors.mean(values)
+
+
 def add(known: float, residual: PointEstimate) -> PointEstimate:
     """The sum of a known number and an estimate."""
     return residual._replace(value=known + residual.value)
@@ -92,8 +102,7 @@ def add(known: float, residual: PointEstimate) -> PointEstimate:
 def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -> PointEstimate:
     """Trace of a square matrix by Hutch++ with random signs: ``2 * columns + residual`` products.
 
-    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased. A sketch of n columns
-    leaves no residual.
+    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased.
 
     Args:
         product: product with the matrix.
@@ -104,10 +113,8 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
     """
     q = orthonormal(product(rng.sign(columns, n)))
     inside = float((q * product(q)).sum())
-    if columns == n:
-        return PointEstimate(inside, 0.0)
     g = project_out(rng.sign(residual, n), q)
-    return add(inside, standard_errors.mean(arrays.gather([(g * product(g)).sum(1)])))
+    return add(inside, mean(arrays.gather([(g * product(g)).sum(1)]), n))
 
 
 def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:
@@ -127,7 +134,7 @@ def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: i
         return PointEstimate(inside, 0.0)
     sizes = j.blocks(probes - columns)
     outside = ((product(project_out(rng.sign(size, dim), q)) ** 2).sum(1) for size in sizes)
-    return add(inside, standard_errors.mean(arrays.gather(outside)))
+    return add(inside, mean(arrays.gather(outside), dim))
 
 
 def from_separate_traces(
@@ -369,17 +376,17 @@ def leave_one_out(
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.
-        n: the largest rank that the matrix may have. There are at most n - k degrees of freedom. If it is 1, a single
-            probe is exact: there is one only if the space of the probes has one dimension.
+        n: the largest rank that the matrix may have. There are at most n - k degrees of freedom. A single probe of a
+            matrix of rank 1 counts as exact: methods draw two or more unless their space has one dimension.
         overlap: the mean squared cosine between the directions that two sketches lose (:attr:`Sketch.overlap`).
         cautious: whether the covariance counts with its absolute value, and up to 30 times the first term. For ratios
             of moments of steep spectra, whose errors have long tails, this raises the coverage with a few probes from
             0.82 to 0.90.
     """
     k = len(table)
-    value, error, degrees = standard_errors.mean(table.diagonal())
     if k == n == 1:
-        return PointEstimate(value, 0.0)
+        return PointEstimate(float(table[0, 0]), 0.0)
+    value, error, degrees = standard_errors.mean(table.diagonal())
     gained = table.diagonal()[:, None] - table
     covariance = (gained * gained.T).sum() / (k * (k - 1)) if k > 1 else math.nan
     most = max((30 if cautious else 8) / max(1 - (k - 1) / n, 1 / n), k * overlap / max(1 - overlap, 1e-9))

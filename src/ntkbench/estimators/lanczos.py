@@ -286,7 +286,9 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
             break
         if len(basis) + len(new) > most:
             basis, images = vectors[:, :block].T @ basis, vectors[:, :block].T @ images
+        spent = j.passes
         image = _finite(to_numpy(j.ntk(asarray_like(new, like)), np.float64))
+        step = j.passes - spent  # 2 for each vector, or 3 without forward mode
         if not len(basis):  # random directions: the mean of v^T Theta v is tr Theta / n
             trace = float((new * image).sum()) * j.n / len(new)
         basis, images = np.concatenate([basis, new]), np.concatenate([images, image])
@@ -300,7 +302,7 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
         noise = NOISE * epsilon(like) * values[0]
         good = (residuals <= rtol * values[: top + 1]) | (np.maximum(residuals, values[: top + 1]) <= noise)
         reached = bool(good[:top].all())
-        if reached or len(basis) == j.n or j.passes - before + 2 * len(new) > passes:
+        if reached or len(basis) == j.n or j.passes - before + step > passes:
             break
         new = image
     following = (float(values[top]), float(residuals[top])) if len(values) > top else None
@@ -308,19 +310,6 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(values, residuals, good[:top], strict=True) if not fine]
     notes = (f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}",) if short else ()
     return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, rounding(j) * trace, spent, notes)
-
-
-def of_matrix(theta: np.ndarray, top: int, eps: float, passes: float) -> Eigenvalues:
-    """The largest eigenvalues of a whole Theta ``[n, n]``, whose entries are accurate to ``eps``.
-
-    Args:
-        theta: the matrix.
-        top: number of eigenvalues.
-        eps: relative rounding of its entries; the errors are n times that, relative to the largest eigenvalue.
-        passes: passes spent on the matrix.
-    """
-    values = np.linalg.eigvalsh(theta)[::-1]
-    return Eigenvalues(values[:top].copy(), np.full(top, len(theta) * eps * values[0]), passes)
 
 
 def _orthonormal(rows: np.ndarray, basis: np.ndarray, eps: float) -> np.ndarray:

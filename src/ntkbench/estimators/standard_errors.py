@@ -96,9 +96,8 @@ def finite_population(estimate: PointEstimate, k: int, n: int) -> PointEstimate:
     replacement. The finite-population correction is exact for one mean, and holds to first order for smooth functions
     of means. A complete basis has no error, also where n = 1 and a single probe does not show any.
     """
-    if k == n:
-        return PointEstimate(estimate.value, 0.0)
-    return estimate._replace(standard_error=estimate.standard_error * math.sqrt(1 - k / n))
+    # The scatter of a single probe is unknown, but where it spans the space it has no error.
+    return estimate._replace(standard_error=estimate.standard_error * math.sqrt(1 - k / n) if k < n else 0.0)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ class Hutchinson(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 4 if metric == "alignment" else 2
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         j, moments = jacobians[0], required_moments(names)
 

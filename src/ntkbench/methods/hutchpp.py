@@ -27,6 +27,9 @@ class HutchPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 6, "norm": 12, "effective_rank": 18, "alignment": 36}[metric]
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import JacobianOperator, Rng
@@ -26,12 +26,13 @@ class HutchPPOneSided(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 4
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)
         q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))
         inside = float(deflation.squared_norms(j, j.vjp, q).sum())
-        if k == j.n:
-            return PointEstimate(inside, 0.0)
         g = deflation.project_out(rng.sign(k, j.n), q)
-        return deflation.add(inside, standard_errors.mean(deflation.squared_norms(j, j.vjp, g)))
+        return deflation.add(inside, deflation.mean(deflation.squared_norms(j, j.vjp, g), j.n))

@@ -33,6 +33,9 @@ class HutchPPPaper(FixedBudget):
         """Passes of one product with each operator that the metric needs."""
         return {"trace": 2, "norm": 4, "effective_rank": 6, "alignment": 12}[metric]
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def cost(self, metric: str, probes: int) -> int:
         columns, residual = _split(probes)
         return (2 * columns + residual) * self.passes_per_probe(metric)

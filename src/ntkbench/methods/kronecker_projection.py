@@ -68,6 +68,11 @@ class KroneckerProjection(Projected):
 
         return TracedProblem(problem, target)
 
+    def rounding(self, prepared: TracedProblem, metric: str, certified: float | None) -> float:
+        from ntkbench.methods.base.layerwise import rounding_of
+
+        return rounding_of(prepared.ends(metric), metric, certified)
+
     def features(
         self, prepared: TracedProblem, metric: str, k: int, seed: int, *, replicates: int | None = None
     ) -> tuple[list[Features], Ledger]:

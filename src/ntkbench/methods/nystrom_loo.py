@@ -39,6 +39,9 @@ class NystromLOO(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 8 if metric == "alignment" else 3
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 4 if metric == "alignment" else 1 / 3
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         u = rng.normal(min(probes, n), n)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators import deflation
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import FixedBudget
 from ntkbench.operators import JacobianOperator, Rng, arrays
@@ -30,6 +30,9 @@ class NystromPP(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return {"trace": 4, "norm": 8, "effective_rank": 12}[metric]
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         n = jacobians[0].n
         k = min(probes, n)
@@ -44,8 +47,6 @@ def _trace(product: deflation.LinearMap, k: int, n: int, rng: Rng) -> PointEstim
     kept = values > k * arrays.epsilon(y) * max(values[-1], 0.0)
     # A' = b^T b
     b = arrays.asarray_like((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
-    if n == 1:
-        return PointEstimate(float((b**2).sum()), 0.0)
     g = rng.normal(k, n)
     residual = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)
-    return deflation.add(float((b**2).sum()), standard_errors.mean(arrays.gather([residual])))
+    return deflation.add(float((b**2).sum()), deflation.mean(arrays.gather([residual]), n))

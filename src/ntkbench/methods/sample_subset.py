@@ -77,6 +77,11 @@ class SampleSubset(Incremental):
 
         return TracedProblem(problem, target)
 
+    def rounding(self, prepared: TracedProblem, names: Sequence[str], metric: str, certified: float | None) -> float:
+        from ntkbench.methods.base.layerwise import rounding_of
+
+        return rounding_of(prepared.ends(metric), metric, certified)
+
     def begin(self, prepared: TracedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         from ntkbench.methods.base.layerwise import ledger_of
 

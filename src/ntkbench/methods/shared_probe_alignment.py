@@ -27,6 +27,9 @@ class SharedProbeAlignment(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 4
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         j, n = jacobians[0], jacobians[0].n
         u = deflation.random_orthonormal(rng, probes, n)

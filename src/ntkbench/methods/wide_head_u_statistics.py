@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ntkbench.estimate import rounding_bound
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.methods.base import Ledger
 from ntkbench.methods.base.structured import StructuredUStatistics, widest
 from ntkbench.methods.base.wide import WideHeadMethod
 from ntkbench.metrics import Moments
-from ntkbench.operators import arrays
 
 if TYPE_CHECKING:
     from ntkbench.methods.base.head import HeadedProblem
@@ -44,9 +42,9 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
         self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], metric: str, certified: float | None
     ) -> float:
         """Where the head has most of Theta, errors may be as small as the rounding of its part."""
-        networks = prepared.short.networks(widest(names))
-        terms = max(max(len(each.x) * each.engine.O, sum(w.numel() for w in each.parameters)) for each in networks)
-        return rounding_bound(metric, arrays.epsilon(networks[0].parameters[0]), terms, certified)
+        from ntkbench.methods.base.layerwise import rounding_of
+
+        return rounding_of(prepared.short.networks(widest(names)), metric, certified)
 
     def begin(
         self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], seed: int

@@ -28,6 +28,9 @@ class XTrace(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 3
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 3
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)

@@ -46,7 +46,8 @@ class JacobianOperator(ABC):
     unmodified network over the whole batch (see :mod:`ntkbench.operators.certificate`). If a kind differs by more than
     rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
     passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
-    themselves do not cover the whole batch, such as products with unit vectors or by sample.
+    themselves do not cover the whole batch, such as products with unit vectors or by sample. A budget that pays for
+    JVPs takes two more as well.
 
     All products refuse vectors of other shapes with ``BadInput``, other orders of the axes included.
 
@@ -262,6 +263,29 @@ class JacobianOperator(ABC):
     def parameter_basis(self, start: int, stop: int) -> Array:
         """Unit vectors ``start`` to ``stop - 1`` of parameter space, ``[stop - start, P]``."""
         return self._eye(self.P, start, stop)
+
+    def passes_per_jvp(self, by_sample: bool = False) -> int:
+        """Passes of a JVP: 1, or 2 for a network without forward mode.
+
+        The first call settles this by products that are compared with the reference, and are not counted.
+
+        Args:
+            by_sample: that of :meth:`sample_jvp`.
+        """
+        return 1
+
+    def _settle(self, kind: str) -> None:
+        """Find the backend's first method that works for JVPs, before a budget depends on their cost."""
+        if self.reference is None or kind in self.reference.settled:
+            return
+        if kind == "sample_jvp":
+            self._certify_sample_jvp()
+        elif kind not in self.reference.differences:
+            spent = self._sample_passes
+            self.jvp(_halves(certificate.random_signs(self.P, self.basis(0, 1))))
+            self._sample_passes = spent
+            del self.reference.differences[kind]  # the products that are asked for are compared as well
+        self.reference.settled.add(kind)
 
     def _certified(
         self,

@@ -74,6 +74,7 @@ class Reference:
 
     Attributes:
         differences: the relative difference found for each kind of product; shared by all copies of an operator.
+        settled: kinds of product whose method is known, so that their cost is.
 
     Args:
         gradient: makes the function from v ``[n]``, an array of the operator, to J^T v ``[P]``, an array of any
@@ -82,6 +83,7 @@ class Reference:
 
     def __init__(self, gradient: Callable[[], Callable[[Array], Array]]) -> None:
         self.differences: dict[str, float] = {}
+        self.settled: set[str] = set()
         self._gradient = functools.cache(gradient)
         self._fixed: tuple[Array, Array] | None = None
 

@@ -147,6 +147,11 @@ class JaxJacobian(JacobianOperator):
         self._passed_over[kind] = reason
         return True
 
+    def passes_per_jvp(self, by_sample: bool = False) -> int:
+        kind = "sample_jvp" if by_sample else "jvp"
+        self._settle(kind)
+        return 2 if kind in self._passed_over else 1
+
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(

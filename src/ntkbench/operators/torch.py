@@ -195,6 +195,11 @@ class TorchJacobian(JacobianOperator):
     def _is_plain(self, kind: str) -> bool:
         return kind in ("vjp", "row") and self._way(kind) == PLAIN
 
+    def passes_per_jvp(self, by_sample: bool = False) -> int:
+        kind = "sample_jvp" if by_sample else "jvp"
+        self._settle(kind)
+        return 1 if self._way(kind) == FORWARD else 2
+
     def _way(self, kind: str) -> str:
         return WAYS[kind][len(self._passed_over.get(kind, ()))]
 
@@ -213,7 +218,7 @@ class TorchJacobian(JacobianOperator):
 
     def _jvp(self, w: Tensor) -> Tensor:
         way = self._way("jvp")
-        if way != FORWARD:
+        if way != FORWARD:  # see passes_per_jvp
             self._sample_passes += len(w) * self.N
         if way == PLAIN:
             push = self._plain.pushforward(self._x)

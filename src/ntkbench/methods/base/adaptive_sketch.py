@@ -16,7 +16,7 @@ from ntkbench.methods.base.stochastic import Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 
 PASSES_PER_COLUMN = 4
-"""Two to sketch, G s = A^T A s, and two for G q = A^T A q of the column q that is added to the basis."""
+"""Two to sketch, G s = A^T A s, and two for G q = A^T A q of the column q that is added to the basis. Half are JVPs."""
 
 
 class AdaptiveSketch(Accumulating):
@@ -28,8 +28,9 @@ class AdaptiveSketch(Accumulating):
     due to each block of columns. Once a block's share of R is smaller than the share of its passes in all residual
     probes, no further block is added. Residual probes are kept, and projected again when Q grows, so no pass is lost.
     They do not affect the decision, so the estimate is unbiased for a given budget. On a flat spectrum it is a
-    one-sided estimate less one block; on a steep one, at least half of the passes go into the sketch. Holds 2 vectors
-    in the space of the probes for each column and 1 for each probe.
+    one-sided estimate less one block; on a steep one, at least half of the passes go into the sketch. Without forward
+    mode a column takes 6 passes, and a probe of the forward side 2. Holds 2 vectors in the space of the probes for each
+    column and 1 for each probe.
 
     Attributes:
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
@@ -47,6 +48,9 @@ class AdaptiveSketch(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
+    def jvp_share(self, metric: str) -> float:
+        return float(self.side == "forward")  # the sketch of the other side counts its JVPs itself
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         (j,) = jacobians
         return GrowingSketch(j, self.side, rng, self.block, self.min_residual)
@@ -60,21 +64,32 @@ class GrowingSketch(Accumulator):
     """
 
     def __init__(self, jacobian: JacobianOperator, side: Side, rng: Rng, block: int, min_residual: int) -> None:
-        self._j, self._A, self._rng = jacobian, factor(jacobian, side), rng
+        self._j, self._A, self._side, self._rng = jacobian, factor(jacobian, side), side, rng
         self._block, self._min_residual = block, min_residual
         self.q = self._image = self._g = self._A.basis(0, 0)  # Q, G Q and g, rows
         self._norms: list[Array] = []  # ||A g||^2
         self._growing = True
 
     def extend(self, probes: int) -> None:
-        left, cost = probes, PASSES_PER_COLUMN * self._block
-        while self._growing and left >= cost + self._min_residual and len(self.q) + self._block <= self._A.dim:
+        left = probes
+        while self._growing and self._affords_columns(left):
             self._grow(len(self._g) + left)
-            left -= cost
+            left -= self._cost
         if left:
             g = self._rng.sign(left, self._A.dim)
             self._norms.append(deflation.squared_norms(self._j, self._A.product, g))
             self._g = array_api_compat.array_namespace(g).concat([self._g, g])
+
+    def _affords_columns(self, passes: int) -> bool:
+        if len(self.q) + self._block > self._A.dim or passes < PASSES_PER_COLUMN * self._block + self._min_residual:
+            return False
+        return passes >= self._cost + self._min_residual
+
+    @property
+    def _cost(self) -> int:
+        """Residual probes that a block of columns costs, at most."""
+        extra = 0 if self._side == "forward" else self._j.passes_per_jvp() - 1
+        return (PASSES_PER_COLUMN + 2 * extra) * self._block
 
     def _grow(self, probes: int) -> None:
         """Add a block of columns; ``probes`` is the number of residual probes without it."""
@@ -87,7 +102,7 @@ class GrowingSketch(Accumulator):
         across, own = (arrays.to_numpy(rows @ image.T, np.float64) for rows in (self.q, q))
         decrease = 2 * float((arrays.to_numpy(image, np.float64) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
         self.q, self._image = xp.concat([self.q, q]), xp.concat([self._image, image])
-        self._growing = decrease * probes > PASSES_PER_COLUMN * self._block * before
+        self._growing = decrease * probes > self._cost * before
 
     def _gram(self, u: Array) -> Array:
         """G u = A^T A u for each row of ``u``; one block of products is held at a time."""

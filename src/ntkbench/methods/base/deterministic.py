@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from ntkbench.estimate import Estimate, rounding_bound
-from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
+from ntkbench.estimate import Estimate
+from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes, rounding
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
 
@@ -27,8 +27,5 @@ class Deterministic(Method):
         jacobians = prepared.jacobians(metric)
         moments = self.moments(metric, jacobians)
         spent, found = sum(j.passes for j in jacobians), certificate(jacobians)
-        rounding = None
-        if self.kind == "exact":
-            terms = max(jacobians[0].n, *(j.P for j in jacobians))
-            rounding = rounding_bound(metric, jacobians[0].epsilon, terms, found)
-        return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), found, rounding)
+        bound = rounding(jacobians, metric, found) if self.kind == "exact" else None
+        return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), found, bound)

@@ -82,11 +82,7 @@ class Layerwise(Method):
         ledger = ledger_of(ends)
         moments = _moments(sample_kernels.get(self.kernel), ends, metric)
         spent, notes, certificate = ledger()
-        rounding = None
-        if self.kind == "exact":
-            sizes = [sum(w.numel() for w in end.parameters) for end in ends]
-            terms = max(len(ends[0].x) * ends[0].engine.O, *sizes)
-            rounding = rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
+        rounding = rounding_of(ends, metric, certificate) if self.kind == "exact" else None
         return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
 
     def _of_whole(self, prepared: TracedProblem, metric: str) -> Estimate:
@@ -206,6 +202,13 @@ def ledger_of(ends: Sequence[TracedNetwork]) -> Ledger:
         return spent, tuple(dict.fromkeys(notes)), max(found, default=None)
 
     return ledger
+
+
+def rounding_of(ends: Sequence[TracedNetwork], metric: str, certificate: float | None) -> float:
+    """A bound on the rounding error of a metric; see :func:`ntkbench.estimate.rounding_bound`."""
+    sizes = [sum(w.numel() for w in end.parameters) for end in ends]
+    terms = max(len(ends[0].x) * ends[0].engine.O, *sizes)
+    return rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
 
 
 def _moments(kernel: Any, ends: Sequence[TracedNetwork], metric: str) -> Moments:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ntkbench import metrics
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.operators import JacobianOperator, declares, linearise
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -148,3 +148,8 @@ def notes(jacobians: Sequence[JacobianOperator]) -> tuple[str, ...]:
 def certificate(jacobians: Sequence[JacobianOperator]) -> float | None:
     """The largest of all operators' certificates; ``None`` if there is none."""
     return max((j.certificate for j in jacobians if j.certificate is not None), default=None)
+
+
+def rounding(jacobians: Sequence[JacobianOperator], metric: str, certificate: float | None) -> float:
+    """A bound on the rounding error of a metric; see :func:`ntkbench.estimate.rounding_bound`."""
+    return rounding_bound(metric, jacobians[0].epsilon, max(jacobians[0].n, *(j.P for j in jacobians)), certificate)

@@ -30,6 +30,9 @@ class OneSided(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 1
 
+    def jvp_share(self, metric: str) -> float:
+        return float(self.side == "forward")
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         (j,) = jacobians
         A = factor(j, self.side)
@@ -56,6 +59,9 @@ class OneSidedPaper(FixedBudget):
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
+
+    def jvp_share(self, metric: str) -> float:
+        return float(self.side == "forward")
 
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians

@@ -17,7 +17,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.estimators import accumulators, projections
 from ntkbench.estimators.projections import Features
 from ntkbench.estimators.standard_errors import PointEstimate, mean
-from ntkbench.methods.base.method import PreparedProblem, certificate, notes
+from ntkbench.methods.base.method import PreparedProblem, certificate, notes, rounding
 from ntkbench.methods.base.stochastic import Ledger, Stochastic
 from ntkbench.methods.base.u_statistics import jackknifed_rank
 from ntkbench.operators import Array, JacobianOperator, arrays
@@ -59,6 +59,10 @@ class Projected(Stochastic):
             The features, and a ledger of their cost.
         """
 
+    @abstractmethod
+    def rounding(self, prepared: Any, metric: str, certified: float | None) -> float:
+        """A bound on the rounding error of a metric."""
+
     def passes_per_probe(self, metric: str) -> int:
         return len(metrics.parameter_sets(metric))
 
@@ -74,9 +78,8 @@ class Projected(Stochastic):
         features, ledger = self.features(prepared, metric, self.probes(metric, passes), seed)
         (value, error, degrees), complement = estimated(metric, features)
         spent, remarks, found = ledger()
-        return Estimate(
-            value, error, spent, self.name, remarks, metric, degrees, certificate=found, complement=complement
-        )
+        bound = self.rounding(prepared, metric, found)
+        return Estimate(value, error, spent, self.name, remarks, metric, degrees, found, complement, bound)
 
 
 def estimated(metric: str, features: Sequence[Features]) -> tuple[PointEstimate, float | None]:
@@ -114,6 +117,9 @@ class ProjectedRows(Projected):
             raise BadInput(f"{self.name}: rows of J take {jacobians[0].O} passes for each set of weights; got {k}")
         found = [_project_rows(j, self.sketch(j, k, seed, replicates)) for j in jacobians]
         return found, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
+
+    def rounding(self, prepared: PreparedProblem, metric: str, certified: float | None) -> float:
+        return rounding(prepared.jacobians(metric), metric, certified)
 
 
 class HashedRows(ProjectedRows):

@@ -12,10 +12,10 @@ from scipy.special import chdtri
 
 from ntkbench import metrics, progress_bar
 from ntkbench.errors import BadInput, NtkbenchError
-from ntkbench.estimate import Estimate, rounding_bound
+from ntkbench.estimate import Estimate, rounding_note
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
-from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes
+from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes, rounding
 from ntkbench.operators import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -66,6 +66,33 @@ class Stochastic(Method):
         """The largest nominal number of probes within a budget."""
         return passes // self.passes_per_probe(metric)
 
+    def jvp_share(self, metric: str) -> float:
+        """The largest share of :meth:`cost` that are JVPs, which take two passes on a network without forward mode."""
+        return 0.0
+
+    def passes_per_jvp(self, j: JacobianOperator) -> int:
+        """Passes of a JVP of the kind that the method takes."""
+        return j.passes_per_jvp()
+
+    def affordable(self, prepared: Any, names: Sequence[str], passes: int) -> int:
+        """The cost, with JVPs of one pass each, that a budget pays for on a network.
+
+        Raises:
+            BadInput: it is less than that of the fewest probes.
+        """
+        share = max(map(self.jvp_share, names))
+        if not share:
+            return passes
+        widest = "alignment" if "alignment" in names else names[0]
+        each = max(map(self.passes_per_jvp, prepared.jacobians(widest)))
+        factor = 1 + share * (each - 1)
+        found = int(passes / factor + ROUNDING)
+        for metric in names:
+            if found < (least := self.cost(metric, self.fewest_probes)):
+                needed = _takes(metric, math.ceil(least * factor - ROUNDING))
+                raise BadInput(f"{self.name}: {needed}, as a JVP of this network takes {each}; got {passes}")
+        return found
+
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
@@ -84,6 +111,10 @@ class Stochastic(Method):
 
 def _takes(metric: str, least: int) -> str:
     return f"{metric} takes at least {least} passes"
+
+
+ROUNDING = 1e-9
+"""Of a number of passes."""
 
 
 class FixedBudget(Stochastic):
@@ -105,10 +136,10 @@ class FixedBudget(Stochastic):
 
     def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
         jacobians = prepared.jacobians(metric)
-        value, error, degrees = self.draw(metric, jacobians, self.probes(metric, passes), jacobians[0].rng(seed))
+        probes = self.probes(metric, self.affordable(prepared, (metric,), passes))
+        value, error, degrees = self.draw(metric, jacobians, probes, jacobians[0].rng(seed))
         spent = sum(j.passes for j in jacobians)
         found = certificate(jacobians)
-        terms = max(jacobians[0].n, *(j.P for j in jacobians))
         return Estimate(
             value,
             error,
@@ -118,7 +149,7 @@ class FixedBudget(Stochastic):
             metric,
             degrees,
             found,
-            rounding=rounding_bound(metric, jacobians[0].epsilon, terms, found),
+            rounding=rounding(jacobians, metric, found),
         )
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
@@ -192,7 +223,7 @@ class Incremental(Stochastic):
         """An empty accumulator for several metrics, and a ledger of its cost."""
 
     def rounding(self, prepared: Any, names: Sequence[str], metric: str, certified: float | None) -> float | None:
-        """A bound on the rounding error of a metric, if its standard error may be smaller than that."""
+        """A bound on the rounding error of a metric; ``None`` if it is not known."""
         return None
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
@@ -218,7 +249,8 @@ class Incremental(Stochastic):
             passes: upper limit on the passes.
             seed: seed of the probes.
             rtol: tolerance; probes are drawn until the interval of every metric extends at most ``rtol`` times the
-                value to either side. The interval is checked only a few times; see :func:`_growth`.
+                value to either side. The interval is checked only a few times; see :func:`_growth`. Rounding that takes
+                more than half of the tolerance has a note in place of more probes, which do not reduce it.
             confidence: confidence level of the interval.
             exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more than
                 :data:`WORTH` times as many.
@@ -228,7 +260,7 @@ class Incremental(Stochastic):
             GivenUp: it is given up. The estimates so far are not returned, as their errors did not decide.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
-        most = passes // max(self.passes_per_probe(name) for name in names)
+        most = self.affordable(prepared, names, passes) // max(self.passes_per_probe(name) for name in names)
         fewest = max(self.fewest_probes, accumulator.least)
         looks: list[tuple[int, float]] = []
         drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, fewest))
@@ -255,14 +287,15 @@ class Incremental(Stochastic):
             if rtol is None:
                 return found
             least = LEAST_DEGREES / (2 if looks else 1)
-            further = math.ceil(drawn * (_growth(found.values(), rtol, confidence, most / drawn, least) - 1))
+            deciding = [_deciding(each, rtol, confidence) for each in found.values()]
+            further = math.ceil(drawn * (_growth(deciding, rtol, confidence, most / drawn, least) - 1))
             if not further:
                 found = {name: _widened(estimate, least) for name, estimate in found.items()}
             if not further or drawn == most:
                 break
-            width = max(each.relative_width(confidence) for each in found.values())
+            width = max(each.relative_width(confidence) for each in deciding)
             progress_bar.say(f", within {100 * width:.2g} %, target {100 * rtol:.2g} %")
-            looks.append((drawn, _excess(found.values(), rtol, confidence)))
+            looks.append((drawn, _excess(deciding, rtol, confidence)))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             remaining = spent * (needed / drawn - 1)
             if remaining > WORTH * exact_passes and spent + exact_passes <= passes:
@@ -271,10 +304,20 @@ class Incremental(Stochastic):
                 raise OthersAreCheaper(spent)
             batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
-            if not (width := estimate.relative_width(confidence)) <= rtol:
+            if not (width := _deciding(estimate, rtol, confidence).relative_width(confidence)) <= rtol:
                 note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
-                found[name] = replace(found[name], notes=(*found[name].notes, note))
+            elif not estimate.relative_width(confidence) <= rtol:
+                note = rounding_note(rtol)
+            else:
+                continue
+            found[name] = replace(found[name], notes=(*found[name].notes, note))
         return found
+
+
+def _deciding(estimate: Estimate, rtol: float, confidence: float) -> Estimate:
+    """An estimate as it counts for a tolerance: without its rounding if that takes more than half of it."""
+    share = replace(estimate, standard_error=None).relative_width(confidence)
+    return replace(estimate, rounding=None) if share > rtol / 2 else estimate
 
 
 STEP = 4
@@ -400,3 +443,6 @@ class Accumulating(Incremental):
         jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
         accumulator = self.accumulator(names, jacobians, jacobians[0].rng(seed))
         return accumulator, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
+
+    def rounding(self, prepared: PreparedProblem, names: Sequence[str], metric: str, certified: float | None) -> float:
+        return rounding(prepared.jacobians(metric), metric, certified)

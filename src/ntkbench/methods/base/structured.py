@@ -73,6 +73,11 @@ class StructuredUStatistics(Incremental):
     def networks(self, prepared: Any, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
         """The traced networks of a metric, and the moments that are known exactly and add to those of their kernels."""
 
+    def rounding(self, prepared: Any, names: Sequence[str], metric: str, certified: float | None) -> float:
+        from ntkbench.methods.base.layerwise import rounding_of
+
+        return rounding_of(prepared.ends(widest(names)), metric, certified)
+
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         from ntkbench.methods.base.layerwise import ledger_of
 

@@ -52,6 +52,9 @@ class GramMatrix(Accumulating):
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
 
+    def jvp_share(self, metric: str) -> float:
+        return float(self.side == "forward")
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> UStatistics:
         factors = [factor(j, self.side) for j in jacobians]
 
@@ -155,6 +158,12 @@ class OneSidedPerSample(Accumulating):
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
+
+    def jvp_share(self, metric: str) -> float:
+        return float(self.side == "forward")
+
+    def passes_per_jvp(self, j: JacobianOperator) -> int:
+        return j.passes_per_jvp(by_sample=True)
 
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> StratifiedTrace:
         (j,) = jacobians

@@ -35,6 +35,9 @@ class FactoredXNysTrace(FixedBudget):
     def passes_per_probe(self, metric: str) -> int:
         return 2
 
+    def jvp_share(self, metric: str) -> float:
+        return 1 / 2
+
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         A = factor(j, self.side)

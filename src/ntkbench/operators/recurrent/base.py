@@ -106,6 +106,9 @@ class RecurrentJacobian(JacobianOperator):
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         """A function of :mod:`ntkbench.operators.recurrent.products` with the backend's loops, compiled in JAX."""
 
+    def passes_per_jvp(self, by_sample: bool = False) -> int:
+        return 1  # the derivatives are explicit
+
     def bytes_per_probe(self) -> int:
         H, readout = self.layout.hidden, self.layout.outputs
         # The probe, its pullback to h, the injections, the state of a step, and three gradients.
