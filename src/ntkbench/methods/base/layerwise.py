@@ -61,7 +61,8 @@ class Layerwise(Method):
             return 0.0
         if any(end.engine is not ends[0].engine for end in ends):  # two networks, each with its own kernel
             return sum(end.engine.passes([end.parameters], end.x) for end in ends)
-        return sum(end.engine.passes([other.parameters for other in ends], end.x) for end in ends)
+        sets = [end.parameters for end in ends]
+        return sum(end.engine.passes(sets, end.x, kept=False) for end in ends)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """Move weights and inputs to the device and trace the network.
