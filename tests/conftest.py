@@ -82,9 +82,15 @@ def offline() -> Iterator[None]:
         yield
 
 
-NETWORKS = {"tanh_net": (3, 3, 4, 2), "wide": (40, 6, 10, 8), "headed": (3, 3, 2, 5), "wide_headed": (40, 6, 3, 8)}
-"""Smooth problems that only the tests have: 6 x 26, and 320 x 158 for what needs many more outputs than probes; and as
-many samples for methods that need a head with more outputs than inputs."""
+NETWORKS = {
+    "tanh_net": (3, 3, 4, 2),
+    "wide": (40, 6, 10, 8),
+    "headed": (3, 3, 2, 5),
+    "wide_headed": (40, 6, 3, 8),
+    "active": (40, 6, 400, 2),
+}
+"""Smooth problems that only the tests have: 6 x 26, and 320 x 158 for what needs many more outputs than probes; as many
+samples for methods that need a head with more outputs than inputs; and activations that take more memory than Theta."""
 
 
 @functools.cache

@@ -409,6 +409,24 @@ def test_a_subset_grows_within_its_budget_until_it_is_exact():
     assert "takes at least 4 passes" in method.unsupported_reason(loaded("wide"), "alignment", Target(), 3)
 
 
+def test_a_subset_that_is_computed_in_blocks_keeps_its_budget():
+    """A block's columns are run again for each block of rows, so that fewer samples are affordable."""
+    method, label, memory, sizes = methods.get("sample_subset"), "active", 2**18, []
+    for metric, budget in (("norm", 2), ("alignment", 3), ("norm", 1000)):
+        ready = prepared("sample_subset", label, memory=memory)
+        assert ready.engine.passes([ready.ends("norm")[0].parameters], ready.x) > 2, "a pass for each output is enough"
+        subset, ledger = method.begin(ready, [metric], 0)
+        subset.extend(budget)
+        assert 0 < ledger()[0] <= budget
+        sizes.append(len(subset._traces))
+    assert 8 <= sizes[0] < 40 and 8 <= sizes[1] < 40 and sizes[2] == 40
+    with pytest.raises(OverMemory, match=r"^8 samples take [\d.]+ passes with memory of 1; the budget is 2$"):
+        method.estimate(prepared("sample_subset", label, memory=1), "norm", 2, 0)
+    found = method.estimates(prepared("sample_subset", label, memory=memory), ("norm",), 100, rtol=1e-12)["norm"]
+    assert found.standard_error == 0 and found.passes <= 100
+    assert found.value == pytest.approx(method.estimate(prepared("sample_subset", label), "norm", 2, 0).value)
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 5, 26, 30])
 @pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
 def test_the_parameter_gram_matrix_in_any_chunks(chunks, metric, monkeypatch):

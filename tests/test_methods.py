@@ -70,7 +70,7 @@ def skip_refused(method: Method, label: str, metric: str, backend: str) -> None:
 def served(method: Method, label: str) -> str:
     """A problem of the tests, or the one with a wide head in its place that a method serves."""
     target = Target(method.backends[0], "float64", "cpu")
-    others = {"tanh_net": "headed", "wide": "wide_headed"}
+    others = {"tanh_net": "headed", "wide": "wide_headed", "active": "wide_headed"}
     return label if method.unsupported_reason(loaded(label), method.metrics[0], target) is None else others[label]
 
 
@@ -111,11 +111,15 @@ def test_standard_errors_are_calibrated(method, metric):
     testing.check_calibration(method.name, metric, passes=passes, seeds=SEEDS_OF_ERRORS)
 
 
+@pytest.mark.parametrize("label", ["wide", "active"])
 @pytest.mark.parametrize("method", STOCHASTIC, ids=lambda m: m.name)
 @pytest.mark.slow
-def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(method):
-    """What does not fit is computed again, which counts; a budget that is too small for that is refused in one line."""
-    problem, done = loaded(served(method, "wide")), 0
+def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(method, label):
+    """What does not fit is computed again, which counts; a budget that is too small for that is refused in one line.
+
+    Little memory holds few rows of a kernel, or the activations of few samples.
+    """
+    problem, done = loaded(served(method, label)), 0
     for metric in sorted({"norm", "alignment"} & set(method.metrics)) or method.metrics:
         for memory in (2**10, 2**15, 2**17, 2**18, 2**19, 2**20):
             target, probes = Target(method.backends[0], "float64", "cpu", memory), method.fewest_probes

@@ -650,7 +650,7 @@ def test_memory_of_two_whole_kernels_is_announced():
     assert method.bytes_needed(problem, "alignment", FLOAT64) == 3 * 8**2 * 8
     assert method.bytes_needed(problem, "norm", FLOAT64) == 0
     assert method.bytes_needed(testing.smooth_problem(), "alignment", FLOAT64) == 0
-    assert methods.get("trace_kernel").bytes_needed(problem, "alignment", FLOAT64) == 0
+    assert methods.get("trace_kernel").bytes_needed(problem, "alignment", FLOAT64) == 3 * 4**2 * 8
 
 
 def test_one_network_is_aligned_in_blocks_by_one_engine():

@@ -16,6 +16,7 @@ import numpy as np
 from ntkbench.estimators.accumulators import required_moments
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums
 from ntkbench.metrics import Moments
+from ntkbench.operators import arrays
 
 Features = np.ndarray
 """Features of R replicates at one parameter set, ``[R, n, w]`` in float64."""
@@ -78,8 +79,17 @@ def plug_in(names: Sequence[str], tables: dict[str, np.ndarray], traces: np.ndar
     return Moments(trace=float(traces.mean()), **means)
 
 
+ENTRIES = 2**20
+"""Largest number of entries of a product of features, or a single row of them."""
+
+
 def _products(one: Features, other: Features) -> np.ndarray:
-    """||A_i^T B_j||_F^2 for all replicates, ``[R, R]``; one row of blocks is held at a time."""
+    """||A_i^T B_j||_F^2 for all replicates, ``[R, R]``."""
     flat = other.transpose(1, 0, 2).reshape(other.shape[1], -1)
-    rows = ((each.T @ flat) ** 2 for each in one)
-    return np.array([row.reshape(len(row), len(other), -1).sum((0, 2)) for row in rows])
+    parts = arrays.strips(one.shape[2], flat.shape[1], ENTRIES)
+
+    def squares(features: np.ndarray) -> np.ndarray:
+        found: np.ndarray = ((features.T @ flat) ** 2).reshape(features.shape[1], len(other), -1).sum((0, 2))
+        return found
+
+    return np.array([sum(squares(each[:, part]) for part in parts) for each in one])

@@ -7,7 +7,7 @@ from typing import Any
 
 from ntkbench import metrics
 from ntkbench.metrics import Moments
-from ntkbench.operators import Array, JacobianOperator
+from ntkbench.operators import Array, JacobianOperator, arrays
 
 
 def moments_from_rows(
@@ -21,7 +21,7 @@ def moments_from_rows(
 
     The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
     is computed. The blocks are kept if all of them fit in the memory of the operators; otherwise they are recomputed
-    for every pair.
+    for every pair. Their products take at most a quarter of the memory at a time, however many rows blocks have.
 
     Args:
         metric: name of the metric.
@@ -53,6 +53,7 @@ def moments_from_rows(
         sums.trace += metrics.squared_norm(left[0])
         for k in range(i + 1):
             right = left if k == i else computed(k)
-            grams = [a @ b.T for a, b in zip(left, right, strict=True)]
-            sums.add(*grams, copies=1 if k == i else 2)
+            for part in arrays.strips(len(left[0]), len(right[0]), j.memory / (4 * len(jacobians) * j.itemsize)):
+                grams = [a[part] @ b.T for a, b in zip(left, right, strict=True)]
+                sums.add(*grams, copies=1 if k == i else 2)
     return sums.moments()

@@ -23,7 +23,8 @@ def moments_of_k(kernel: StateKernel, at_f: StateKernel | None = None) -> Moment
     for one, two in zip(kernel.representation(), (at_f or kernel).representation(), strict=True):
         sums["trace"] += one.width * float((one.v**2).sum())
         for name, (a, b) in {"square": (one, one), "square_f": (two, two), "cross": (one, two)}.items():
-            sums[name] += one.width * float(((a.v @ b.v.T) ** 2).sum())
+            strips = arrays.strips(len(a.v), len(b.v), kernel.jacobian.memory / (4 * kernel.jacobian.itemsize))
+            sums[name] += one.width * sum(float(((a.v[strip] @ b.v.T) ** 2).sum()) for strip in strips)
     return Moments(**sums) if at_f else Moments(sums["trace"], sums["square"])
 
 

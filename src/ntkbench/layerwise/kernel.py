@@ -209,7 +209,8 @@ class LayerwiseKernel:
         count = self.O if directions is None else directions.shape[-2]
         shape = [n for x in (x1, x1 if x2 is None else x2) for n in (len(x), 1 if fold else count)]
         theta = None
-        for left, right, (part,) in self.blocks([parameters], x1, x2, directions, last_layer=last_layer, fold=fold):
+        made = self.blocks([parameters], x1, x2, directions, last_layer=last_layer, fold=fold, kept=True)
+        for left, right, (part,) in made:
             if x2 is None and left == right:
                 mirror(part, self._tuning.tile)
             if theta is None and left.rows == right.rows == len(x1) * count and list(part.shape) == shape:
@@ -232,6 +233,7 @@ class LayerwiseKernel:
         *,
         last_layer: bool = False,
         fold: bool = False,
+        kept: bool = False,
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
         """The kernels at several parameter sets in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
 
@@ -242,6 +244,7 @@ class LayerwiseKernel:
         Args:
             sets: one or more parameter sets.
             x1, x2, directions, last_layer, fold: see :meth:`kernel`.
+            kept: whether all blocks are kept, so that a single one may be larger than the memory.
 
         Yields:
             The block's rows, its columns, and its entries at each parameter set.
@@ -251,14 +254,14 @@ class LayerwiseKernel:
         """
         inputs = [x1] if x2 is None else [x1, x2]
         task = self._task(directions, last_layer, fold, [(parameters, x) for parameters in sets for x in inputs])
-        yield from self._all_blocks(task, sets, x1, x2)
+        yield from self._all_blocks(task, sets, x1, x2, kept)
         self._certify(task, sets, inputs)
 
     def _all_blocks(
-        self, task: Task, sets: Sequence[ParameterValues], x1: Tensor, x2: Tensor | None
+        self, task: Task, sets: Sequence[ParameterValues], x1: Tensor, x2: Tensor | None, kept: bool
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
         columns_of = x1 if x2 is None else x2
-        rows = self._blocks(task, sets, x1, whole=x2 is None)
+        rows = self._blocks(task, sets, x1, whole=x2 is None and (kept or self._fits(task, sets, x1)))
         if x2 is None and len(rows) == 1:
             yield rows[0], rows[0], [task.symmetric(parameters, x1, rows[0]) for parameters in sets]
             return
@@ -374,9 +377,12 @@ class LayerwiseKernel:
         """Certify the next kernel even if it was certified before."""
         self._certified.clear()
 
-    def passes(self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None) -> float:
-        """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set."""
-        rows = self._blocks(self._task(directions), sets, x, whole=True)
+    def passes(
+        self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None, *, kept: bool = True
+    ) -> float:
+        """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set, with ``kept`` there."""
+        task = self._task(directions)
+        rows = self._blocks(task, sets, x, whole=kept or self._fits(task, sets, x))
         return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)
 
     def program(
@@ -426,6 +432,11 @@ class LayerwiseKernel:
                 self._certified = [entry for entry in self._certified if entry[0].alive()]
                 self._certified.append((_Values((*parameters, x)), task.count, _names(task.layers)))
                 self.certificate = max(off, self.certificate or 0.0)
+
+    def _fits(self, task: Task, sets: Sequence[ParameterValues], x: Tensor) -> bool:
+        """Whether the kernels at all parameter sets fit in memory as a whole."""
+        rows = len(x) * (1 if task.fold else task.count)
+        return len(sets) * rows**2 * sets[0][0].element_size() <= self.memory
 
     def _blocks(
         self,

@@ -5,13 +5,15 @@ A kernel A between samples approximates Theta by A ⊗ I_O. The trace kernel is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from ntkbench.errors import unknown
+from ntkbench.layerwise.blocks import Block
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.parts import KernelParts
 from ntkbench.operators import arrays
@@ -69,6 +71,20 @@ class SampleKernel:
         part = KernelParts(engine, parameters, x1, x2, directions, last_layer=self.last_layer, fold=self.averaged)
         return lambda rows, columns: part(rows, columns).div_(engine.O if self.averaged else 1)
 
+    def blocks(
+        self, engine: LayerwiseKernel, sets: Sequence[Sequence[Tensor]], x: Tensor, seed: int = 0
+    ) -> Iterator[tuple[bool, list[Tensor]]]:
+        """The kernels at several parameter sets in blocks that fit in memory; see :meth:`LayerwiseKernel.blocks`.
+
+        Yields:
+            Whether the block is on the diagonal, and its entries at each parameter set, ``[rows, columns]``.
+        """
+        directions = self.drawn(engine.O, seed, sets[0][0])
+        made = engine.blocks(sets, x, None, directions, last_layer=self.last_layer, fold=self.averaged)
+        for left, right, parts in _over_directions(made, engine.O) if self.averaged else made:
+            flat = [part.flatten(0, 1).flatten(1) for part in parts]
+            yield left == right, [part.div_(engine.O) for part in flat] if self.averaged else flat
+
     def diagonal(self, engine: LayerwiseKernel, parameters: Sequence[Tensor], x: Tensor, seed: int = 0) -> Tensor:
         """The kernel's diagonal, ``[N]`` (``[N * O]`` for the NTK), in as many passes as the kernel."""
         directions = self.drawn(engine.O, seed, parameters[0])
@@ -80,6 +96,24 @@ class SampleKernel:
         if self.directions is None:
             return None
         return arrays.asarray_like(self.directions(outputs, seed), like)
+
+
+def _over_directions(
+    blocks: Iterable[tuple[Block, Block, list[Tensor]]], outputs: int
+) -> Iterator[tuple[Block, Block, list[Tensor]]]:
+    """Sums over directions of blocks that have some of them each; those of the same rows are held at a time."""
+    for _, strip in itertools.groupby(blocks, key=lambda block: block[0].samples):
+        held: list[tuple[Block, Block, list[Tensor]]] = []
+        for left, right, parts in strip:
+            same = next((sums for _, column, sums in held if column.samples == right.samples), None)
+            if left.directions == slice(0, outputs):
+                yield left, right, parts
+            elif same is None:
+                held.append((left, right, parts))
+            else:
+                for total, part in zip(same, parts, strict=True):
+                    total += part
+        yield from held
 
 
 def _sum_of_logits(outputs: int, seed: int) -> np.ndarray:

@@ -39,8 +39,8 @@ class BatchedJacobian(Deterministic):
         held = sum(each.n * each.P * each.itemsize for each in jacobians)
         if jacobians[-1].names == jacobians[0].names and _by_columns(j.n, j.P, held, j.memory):
             return _moments_from_columns(metric, jacobians)
-        # A quarter of the memory for a block, as two blocks of each J are held at a time.
-        most = max(1, j.memory // (4 * j.P * j.itemsize))
+        # A quarter of the memory for a block, as two blocks of each J are held at a time, and for its unit vectors.
+        most = max(1, j.memory // (4 * max(j.P, j.n) * j.itemsize))
         blocks = arrays.chunks(j.n, max(len(j.blocks(j.n)), -(-j.n // most)))
         return moments_from_rows(metric, jacobians, blocks, lambda each, b: each.vjp(each.basis(b.start, b.stop)))
 

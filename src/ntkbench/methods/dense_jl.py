@@ -19,5 +19,8 @@ class DenseJL(ProjectedRows):
     source = "Johnson and Lindenstrauss 1984; Park et al. 2023 (TRAK, arXiv 2303.14186)"
     backends = ("torch", "jax")
 
+    def parts(self, k: int) -> int:
+        return k
+
     def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
         return signs(j, k, seed)

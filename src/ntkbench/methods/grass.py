@@ -11,10 +11,10 @@ class GraSS(HashedRows):
     """Phi = J M S, where M keeps some random parameters, rescaled, and S is the projection of ``sparse_jl``.
 
     Each of the ``nonzeros`` blocks of k / ``nonzeros`` features has its own mask, of ``kept`` parameters per feature:
-    O passes for each parameter set as for all projections, P ``nonzeros`` random numbers for the masks, and only
-    n k ``kept`` additions in place of n P ``nonzeros``. Unbiased. The mask adds variance, which is large if few
-    parameters have most of the gradient: use this method for many rows of J whose projection takes longer than the
-    passes, and ``sparse_jl`` otherwise. The published method may also train a mask, which would be biased.
+    O passes for each parameter set as for all projections, and only n k ``kept`` additions in place of n P
+    ``nonzeros``. Unbiased. The mask adds variance, which is large if few parameters have most of the gradient: use this
+    method for many rows of J whose projection takes longer than the passes, and ``sparse_jl`` otherwise. The published
+    method may also train a mask, which would be biased.
 
     Attributes:
         nonzeros: number of blocks; more than in ``sparse_jl``, as masks make blocks differ more.

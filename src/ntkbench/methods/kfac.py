@@ -7,7 +7,7 @@ from typing import Any
 
 from ntkbench import errors, metrics
 from ntkbench.estimate import Estimate
-from ntkbench.methods.base import Method
+from ntkbench.methods.base import Method, kronecker
 from ntkbench.metrics import Moments
 from ntkbench.operators import torch_network
 from ntkbench.options import Target
@@ -47,6 +47,10 @@ class KFAC(Method):
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return problem.output_shape[-1] * len(metrics.parameter_sets(metric))
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The factors, in their own precision and in float64."""
+        return len(metrics.parameter_sets(metric)) * (target.itemsize + 8) * kronecker.entries(problem.theta_0)
 
     def prepare(self, problem: Problem, target: Target) -> dict[str, Any]:
         """The network at each set of weights with its inputs.

@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkbench import metrics
 from ntkbench.estimate import Estimate
-from ntkbench.methods.base import Method, PreparedProblem
+from ntkbench.methods.base import Method, PreparedProblem, kronecker
 from ntkbench.methods.base.method import certificate, notes
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator, arrays
@@ -48,8 +48,10 @@ class KFOC(Method):
         return problem.O * len(metrics.parameter_sets(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """J in float64, and the products of a layer with one of its factors."""
-        return 2 * 8 * problem.n * problem.P
+        """J and the blocks that it is made of, or J and copies and products of one layer, and all factors; in float64."""
+        largest = max((w.size for w in problem.theta_0.values()), default=0)
+        factors = len(metrics.parameter_sets(metric)) * kronecker.entries(problem.theta_0)
+        return 8 * (problem.n * max(2 * problem.P, problem.P + 4 * largest) + factors)
 
     def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians, weights = prepared.jacobians(metric), prepared.problem.theta_0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from ntkbench.errors import BadInput, Unavailable
+from ntkbench.estimators import projections
 from ntkbench.estimators.projections import Features
 from ntkbench.methods.base.projected import Ledger, Projected
 from ntkbench.operators import arrays
@@ -15,7 +17,7 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from ntkbench.layerwise.blocks import Block
     from ntkbench.layerwise.factors import GradientFactors
@@ -50,6 +52,16 @@ class KroneckerProjection(Projected):
     replicates: ClassVar[int] = 8
     few: ClassVar[int] = 3
     fewest_probes = replicates
+
+    def parts(self, k: int) -> int:
+        return self.replicates
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The features, and the projections of the largest layer on both sides."""
+        features = super().bytes_needed(problem, metric, target, passes)
+        d = math.isqrt(self.probes(metric, self.default_passes if passes is None else passes) // self.replicates)
+        sides = max((len(w) + w.size // len(w) for w in problem.theta_0.values() if w.ndim > 1), default=0)
+        return features + self.replicates * d * sides * target.itemsize
 
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
@@ -135,22 +147,60 @@ class _Projections:
         if isinstance(factors, Products):
             a = self._side(number, 0, factors.a.shape[1:3], self._d, factors.a)
             b = self._side(number, 1, factors.g.shape[2:4], self._d, factors.g)
-            inputs = torch.einsum("rgid,ngds->rngis", a, factors.a)
-            cotangents = torch.einsum("rgjc,nkgcs->rnkgjs", b, factors.g)
-            return torch.einsum("rnkgjs,rngis->rnkgji", cotangents, inputs).flatten(3)
+
+            def of_some(a: Tensor, b: Tensor) -> Tensor:
+                inputs = torch.einsum("rgid,ngds->rngis", a, factors.a)
+                cotangents = torch.einsum("rgjc,nkgcs->rnkgjs", b, factors.g)
+                return torch.einsum("rnkgjs,rngis->rnkgji", cotangents, inputs).flatten(3)
+
+            return self._by_replicates(of_some, a, b, factors.a.nbytes + factors.g.nbytes)
         if isinstance(factors, Lookups):
             (layer,) = (layer for i, layer in enumerate(self._end.engine.layers) if i == number)
             entries = int(layer.uses[0].entries.shape[0])
             a = self._side(number, 0, (1, entries), self._d, factors.g)[:, 0]
             b = self._side(number, 1, (1, factors.g.shape[2]), self._d, factors.g)[:, 0]
-            inputs = a[:, :, factors.rows.clamp(min=0)] * (factors.rows >= 0)  # [R, d, N, S]
-            cotangents = torch.einsum("rjc,nkcs->rnkjs", b, factors.g)
-            return torch.einsum("rnkjs,rins->rnkji", cotangents, inputs).flatten(3)
+
+            def of_looked_up(a: Tensor, b: Tensor) -> Tensor:
+                inputs = a[:, :, factors.rows.clamp(min=0)] * (factors.rows >= 0)  # [R, d, N, S]
+                cotangents = torch.einsum("rjc,nkcs->rnkjs", b, factors.g)
+                return torch.einsum("rnkjs,rins->rnkji", cotangents, inputs).flatten(3)
+
+            looked_up = a.shape[1] * factors.rows.numel() * a.element_size()
+            return self._by_replicates(of_looked_up, a, b, looked_up + factors.g.nbytes)
         if isinstance(factors, Rows):
-            p = self._side(number, 0, (1, factors.rows.shape[2]), self._d**2, factors.rows)[:, 0]
-            return torch.einsum("rip,nkp->rnki", p, factors.rows)
+            return self._densely(number, factors.rows)
         names = ", ".join(self._end.engine.layers[number].parameters)
         raise Unavailable(f"projects linear maps only, and the gradient of {names} is not that of one")
+
+    def _by_replicates(self, project: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, nbytes: int) -> Tensor:
+        """``project`` for as many replicates at a time as a quarter of the memory allows, with bytes for each."""
+        import torch
+
+        size = max(1, self._end.engine.memory // 4 // nbytes)
+        return torch.cat([project(*some) for some in zip(a.split(size), b.split(size), strict=True)])
+
+    def _densely(self, number: int, rows: Tensor) -> Tensor:
+        """Rows ``[N, K, entries]`` by dense projections to d^2 numbers, ``[R, N, K, d^2]``; few entries are left alone.
+
+        The projections are drawn for some entries at a time.
+        """
+        import torch
+
+        if rows.shape[2] <= self._d**2:
+            return rows.expand(self._replicates, -1, -1, -1)
+        generator, shape = self._generator(number, 0, rows), (self._replicates, self._d**2)
+        found = rows.new_zeros(self._replicates, *rows.shape[:2], self._d**2)
+        for part in rows.split(max(1, projections.ENTRIES // math.prod(shape)), 2):
+            p = torch.randn((*shape, part.shape[2]), generator=generator, dtype=rows.dtype, device=rows.device)
+            found += torch.einsum("rip,nkp->rnki", p, part)
+        return found / self._d
+
+    def _generator(self, number: int, side: int, like: Tensor) -> Generator:
+        """The random numbers of one side of a layer, the same at all parameter sets."""
+        import torch
+
+        seeds = np.random.SeedSequence((self._seed, number, side)).generate_state(1, np.uint64)
+        return torch.Generator(like.device).manual_seed(int(seeds[0] >> 1))
 
     def _side(self, number: int, side: int, sizes: tuple[int, ...], d: int, like: Tensor) -> Tensor:
         """Projections of one side of a layer, ``[R, groups, d, entries]``; those with few entries are left alone."""
@@ -159,7 +209,5 @@ class _Projections:
         groups, entries = sizes
         if entries <= d:
             return torch.eye(entries).to(like).expand(self._replicates, groups, -1, -1)
-        seeds = np.random.SeedSequence((self._seed, number, side)).generate_state(1, np.uint64)
-        generator = torch.Generator(like.device).manual_seed(int(seeds[0] >> 1))
-        shape = (self._replicates, groups, d, entries)
+        shape, generator = (self._replicates, groups, d, entries), self._generator(number, side, like)
         return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device) / math.sqrt(d)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from ntkbench import metrics
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
-from ntkbench.operators import JacobianOperator
+from ntkbench.operators import Array, JacobianOperator, arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -28,11 +30,14 @@ class NtkVectorProducts(Deterministic):
         return (problem.n + problem.O) * len(metrics.parameter_sets(metric))
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        j = jacobians[0]
-        return metrics.from_rows_of_theta(
-            (
-                j.row_numbers(samples, outputs),
-                [jacobian.jvp(jacobian.sample_rows(samples, outputs)) for jacobian in jacobians],
-            )
-            for samples, outputs in j.rectangles(1 / 2)
-        )
+        return metrics.from_rows_of_theta(_rows_of_theta(jacobians))
+
+
+def _rows_of_theta(jacobians: Sequence[JacobianOperator]) -> Iterator[tuple[np.ndarray, list[Array]]]:
+    """Numbers of some rows, and these rows at each parameter set, within a quarter of the memory."""
+    j = jacobians[0]
+    for rectangle in j.rectangles(1 / 2):
+        numbers = j.row_numbers(*rectangle)
+        rows = [jacobian.sample_rows(*rectangle) for jacobian in jacobians]
+        for part in arrays.strips(len(numbers), j.n, j.memory / (4 * len(jacobians) * j.itemsize)):
+            yield numbers[part], [jacobian.jvp(row[part]) for jacobian, row in zip(jacobians, rows, strict=True)]

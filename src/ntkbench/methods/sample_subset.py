@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ntkbench import metrics
+from ntkbench.errors import OverMemory
 from ntkbench.estimators import strata
 from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
 from ntkbench.estimators.standard_errors import PointEstimate, degrees_of_variance
@@ -26,12 +28,17 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
 
 
+ROUNDING = 1e-9
+"""Passes by which a sum of fractions of passes may be off."""
+
+
 class SampleSubset(Incremental):
     """Blocks Theta_bc between S of N samples, drawn without replacement, by layers as in ``structured_derivatives``.
 
     ||Theta||_F^2 = E [N (N - 1) / (S (S - 1)) sum_(b != c) ||Theta_bc||_F^2 + N / S sum_b ||Theta_bb||_F^2] over the
     samples drawn, tr(Theta Theta_f) likewise, and tr Theta = E N / S sum_b tr Theta_bb. All are unbiased; the square
-    root and the ratios are biased at order 1/S. S O / N passes, and as many at theta_f. The variance comes from the
+    root and the ratios are biased at order 1/S. S O / N passes, and as many at theta_f, or more if the kernel of the
+    subset is computed in blocks because it does not fit in memory: then S is smaller. The variance comes from the
     choice of samples alone. It is small if samples are alike, and smaller for ratios, which vary little between
     subsets. A few dozen samples often suffice for effective rank and alignment. Exact once S = N.
 
@@ -68,8 +75,10 @@ class SampleSubset(Incremental):
         return self._passes(problem.N, problem.O, len(metrics.parameter_sets(metric)))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        rows = _samples(problem, metric, self.default_passes if passes is None else passes) * problem.O
-        return 2 * len(metrics.parameter_sets(metric)) * rows**2 * target.itemsize
+        """The kernels with what they are made from, and the tables of all moments with what they are made from."""
+        samples = _samples(problem, metric, self.default_passes if passes is None else passes)
+        kernels = 2 * len(metrics.parameter_sets(metric)) * problem.O**2 * target.itemsize
+        return samples**2 * (kernels + 2 * (len(required_moments([metric])) + 2) * 8)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
@@ -87,7 +96,7 @@ class SampleSubset(Incremental):
 
         ends = prepared.ends("alignment" if "alignment" in names else names[0])
         subset = _Subset(ends, names, seed, self.min_samples, self.max_entries)
-        subset.least = self._passes(len(prepared.x), prepared.engine.O, len(ends))
+        subset.least = math.ceil(subset.cost(min(self.min_samples, len(prepared.x))) - ROUNDING)
         return subset, with_notes(ledger_of(ends), subset)
 
     def _passes(self, N: int, O: int, parameter_sets: int) -> int:  # noqa: E741 - the field's symbol
@@ -133,13 +142,19 @@ class _Subset(Accumulator):
         N, held, ends = self._N, len(self._traces), len(self._ends)
         if held == N:
             return
-        if self._shares is None and self._affordable(0) < N and self._affordable(ends) >= max(self._min_samples, held):
+        beyond = self._in_one_block(self._passes) < N or self._affordable(0) < N
+        if self._shares is None and beyond and self._affordable(ends) >= max(self._min_samples, held):
             self._passes -= ends
             self._shares = np.mean([self._shares_at(end) for end in self._ends], axis=0)
         size = self._affordable(0)
+        if not held and size < (least := min(self._min_samples, N)) <= self._in_one_block(self._passes):
+            needed, memory = self.cost(least), self._ends[0].engine.memory
+            raise OverMemory(
+                f"{least} samples take {needed:g} passes with memory of {memory}; the budget is {self._passes:g}"
+            )
         if size <= held:
             return
-        self._passes -= size * self._O * ends / N
+        self._passes -= self.cost(size)
         if self._shares is not None:
             self._choice = strata.choose_certain(self._shares, size, self._min_samples)
         drawn = self._order[~np.isin(self._order, self._choice.exact)][: size - len(self._choice)]
@@ -156,9 +171,22 @@ class _Subset(Accumulator):
         products = moment_products([theta.double() for theta in thetas])[: len(self._moments)]
         return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
+    def cost(self, samples: int) -> float:
+        """Passes that the kernels of a number of samples take, those of blocks that are computed again included."""
+        each = (end.engine.passes([end.parameters], end.x[:samples]) for end in self._ends)
+        return sum(each) * samples / self._N
+
     def _affordable(self, passes: int) -> int:
         """Number of samples whose kernel the budget allows, after a number of other passes."""
-        return min(self._N, int((self._passes - passes) * self._N / (self._O * len(self._ends)) + 1e-9))
+        left = self._passes - passes
+        most = self._in_one_block(left)
+        if most < 1 or self.cost(most) <= left + ROUNDING:
+            return most
+        return bisect.bisect(range(1, most), left + ROUNDING, key=self.cost)
+
+    def _in_one_block(self, passes: float) -> int:
+        """Number of samples whose kernel takes this number of passes in one block."""
+        return min(self._N, int((passes + ROUNDING) * self._N / (self._O * len(self._ends))))
 
     def _shares_at(self, end: TracedNetwork) -> np.ndarray:
         """Shares of the trace by one probe, ``[N]``."""

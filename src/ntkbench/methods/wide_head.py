@@ -42,7 +42,7 @@ class WideHead(WideHeadMethod):
     def planned_passes(self, prepared: HeadedProblem | TiedProblem, metric: str) -> float:
         if metric == "trace":
             return 0.0
-        return sum(each.engine.passes([each.parameters], each.x) for each in prepared.networks(metric))
+        return sum(each.engine.passes([each.parameters], each.x, kept=False) for each in prepared.networks(metric))
 
     def estimate(
         self, prepared: HeadedProblem | TiedProblem, metric: str, passes: int | None = None, seed: int = 0

@@ -65,3 +65,8 @@ def slices(sizes: Sequence[int]) -> list[slice]:
 def chunks(size: int, count: int) -> list[slice]:
     """``range(size)`` in ``count`` adjacent slices of almost equal length."""
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
+
+
+def strips(rows: int, columns: int, most: float) -> list[slice]:
+    """``range(rows)`` in adjacent slices, each of at most ``most`` entries in all of ``columns``, or a single row."""
+    return chunks(rows, -(-rows // max(1, int(most / columns))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ntkbench.operators.arrays import Array
+from ntkbench.operators.arrays import Array, strips
 from ntkbench.operators.base import JacobianOperator
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.operators.ranges import rectangle, within
@@ -67,18 +67,20 @@ def _kernel(
     xp, device = array_api_compat.array_namespace(directions), array_api_compat.device(directions)
     size = (rows.stop - rows.start, columns.stop - columns.start)
     theta = xp.empty(size, dtype=directions.dtype, device=device)
-    for row in _blocks(left, rows, K):
+    for row in _blocks(left, rows, K, independent):
         one = _rows(left, row, directions, independent)
-        for column in _blocks(columns_of, columns, K):
+        for column in _blocks(columns_of, columns, K, independent):
             if symmetric and column.start > row.start:
                 break
             same = symmetric and column == row
             other = one if same else _rows(columns_of, column, directions, independent)
-            block = one @ other.T
-            above, before = _moved(row, -rows.start), _moved(column, -columns.start)
-            theta = _written(theta, above, before, block)
-            if symmetric and not same:
-                theta = _written(theta, before, above, block.T)
+            before = _moved(column, -columns.start)
+            for strip in strips(len(one), len(other), left.memory / (4 * left.itemsize)):
+                block = one[strip] @ other.T
+                above = _moved(strip, row.start - rows.start)
+                theta = _written(theta, above, before, block)
+                if symmetric and not same:
+                    theta = _written(theta, before, above, block.T)
     return theta
 
 
@@ -94,9 +96,13 @@ def _written(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
     return theta
 
 
-def _blocks(j: JacobianOperator, rows: slice, K: int) -> list[slice]:
-    """Rows of the kernel in blocks of a quarter of the memory: whole samples, or some directions of one."""
-    return within(rows, K, max(1, j.memory // (4 * j.P * j.itemsize)))
+def _blocks(j: JacobianOperator, rows: slice, K: int, independent: bool) -> list[slice]:
+    """Rows of the kernel in blocks of a quarter of the memory: whole samples, or some directions of one.
+
+    Gradients of interacting samples have cotangents of the whole batch.
+    """
+    width = j.P if independent else max(j.P, j.n)
+    return within(rows, K, max(1, j.memory // (4 * width * j.itemsize)))
 
 
 def _rows(j: JacobianOperator, rows: slice, directions: Array, independent: bool) -> Array:

@@ -297,13 +297,13 @@ class TorchJacobian(JacobianOperator):
 
     @functools.cached_property
     def _bytes_per_probe(self) -> int:
-        # Twice what autograd saves of a forward pass (values and cotangents), and three gradients (a sum, its next
-        # term, and the flat copy).
+        # Twice what autograd saves of a forward pass (values and cotangents), three gradients (a sum, its next term, and
+        # the flat copy), and two vectors of outputs (the probe, and its image).
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
         saved = saved_bytes(lambda: self._forward(leaves, self._x))
         if saved is None:  # a network that accepts no other parameters than its own
             saved = saved_bytes(lambda: self._plain.pullback(self._x)) or 0
-        return 2 * saved + 3 * self.P * self.itemsize
+        return 2 * saved + (3 * self.P + 2 * self.n) * self.itemsize
 
     def _unflat(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([w.numel() for w in self._parameters.values()])

@@ -367,9 +367,14 @@ def _moments_of_p(
     return MomentEstimates.pooled(groups), False
 
 
+TABLES = 8
+"""Tables in float64 of all pairs of a sample's directions: those of each end and of each moment."""
+
+
 def _at_once(ends: Sequence[TracedNetwork], directions: int) -> int:
-    """Number of directions, at most ``directions``, whose cotangents of a sample fit in memory."""
-    return min(end.engine.directions_at_once(end.parameters, end.x, directions) for end in ends)
+    """Number of directions, at most ``directions``, whose cotangents of a sample fit in memory, and whose tables do."""
+    most = min(directions, math.isqrt(ends[0].engine.memory // (2 * TABLES * 8 * len(ends[0].x))))
+    return min(end.engine.directions_at_once(end.parameters, end.x, most) for end in ends)
 
 
 def _grams(end: TracedNetwork, u: Tensor | None, k: int) -> np.ndarray:

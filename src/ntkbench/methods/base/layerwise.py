@@ -46,14 +46,14 @@ class Layerwise(Method):
         return directions * len(metrics.parameter_sets(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta, Theta_f and their product if these are of two networks; otherwise they are computed in blocks.
+        """Both kernels and their product if these are of two networks; otherwise they are computed in blocks.
 
         Metrics of the whole kernel take it and its decomposition in float64.
         """
+        rows = problem.n if self.kernel == "full" else problem.N
         if metric in metrics.OF_KERNEL:
-            return kernel_metrics.bytes_needed(problem.n if self.kernel == "full" else problem.N, target)
-        whole = metric == "alignment" and self.kernel == "full" and _two_networks(problem)
-        return 3 * problem.n**2 * target.itemsize if whole else 0
+            return kernel_metrics.bytes_needed(rows, target)
+        return 3 * rows**2 * target.itemsize if metric == "alignment" and _two_networks(problem) else 0
 
     def planned_passes(self, prepared: TracedProblem, metric: str) -> float:
         ends = prepared.ends(metric)
@@ -61,7 +61,8 @@ class Layerwise(Method):
             return 0.0
         if any(end.engine is not ends[0].engine for end in ends):  # two networks, each with its own kernel
             return sum(end.engine.passes([end.parameters], end.x) for end in ends)
-        return sum(end.engine.passes([other.parameters for other in ends], end.x) for end in ends)
+        sets = [end.parameters for end in ends]
+        return sum(end.engine.passes(sets, end.x, kept=False) for end in ends)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """Move weights and inputs to the device and trace the network.
@@ -216,14 +217,10 @@ def _moments(kernel: Any, ends: Sequence[TracedNetwork], metric: str) -> Moments
     if metric == "trace":
         trace = kernel.diagonal(engine, ends[0].parameters, x).sum()
         return Moments(trace=float(trace) * (engine.O if kernel.between_samples else 1))
-    if kernel.between_samples or any(end.engine is not engine for end in ends):
+    if any(end.engine is not engine for end in ends):
         moments = metrics.from_gram(*(kernel.compute(end.engine, end.parameters, end.x) for end in ends))
-        # tr, squared norm and inner product of A ⊗ I_O are O times those of A
-        return moments.times(engine.O) if kernel.between_samples else moments
-    sets = [end.parameters for end in ends]
-    return engine.certain(
-        lambda: metrics.from_blocks_of_theta(
-            (left == right, [part.flatten(0, 1).flatten(1) for part in parts])
-            for left, right, parts in engine.blocks(sets, x)
-        )
-    )
+    else:
+        sets = [end.parameters for end in ends]
+        moments = engine.certain(lambda: metrics.from_blocks_of_theta(kernel.blocks(engine, sets, x)))
+    # tr, squared norm and inner product of A ⊗ I_O are O times those of A
+    return moments.times(engine.O) if kernel.between_samples else moments

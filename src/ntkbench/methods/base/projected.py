@@ -25,6 +25,10 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
+TABLES = 6
+"""Tables of all pairs of replicates that are held for each moment."""
+
+
 class Projected(Stochastic):
     """Metrics from k random features of each row of J, ``Phi = J S``, by the same S at all parameter sets.
 
@@ -63,6 +67,10 @@ class Projected(Stochastic):
     def rounding(self, prepared: Any, metric: str, certified: float | None) -> float:
         """A bound on the rounding error of a metric."""
 
+    @abstractmethod
+    def parts(self, k: int) -> int:
+        """R for k features of a row."""
+
     def passes_per_probe(self, metric: str) -> int:
         return len(metrics.parameter_sets(metric))
 
@@ -70,9 +78,10 @@ class Projected(Stochastic):
         return self.cost(metric, max(self.fewest_probes, problem.O))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The features, in their own precision and in float64."""
+        """The features, in their own precision and in float64, and the tables of pairs of replicates."""
         k = self.probes(metric, self.default_passes if passes is None else passes)
-        return len(metrics.parameter_sets(metric)) * problem.n * k * (target.itemsize + 8)
+        tables = 0 if metric == "trace" else self.parts(k) ** 2 * len(accumulators.required_moments([metric]))
+        return len(metrics.parameter_sets(metric)) * problem.n * k * (target.itemsize + 8) + TABLES * 8 * tables
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
         features, ledger = self.features(prepared, metric, self.probes(metric, passes), seed)
@@ -137,20 +146,35 @@ class HashedRows(ProjectedRows):
     nonzeros: ClassVar[int]
     kept: ClassVar[int | None] = None
 
+    def parts(self, k: int) -> int:
+        return self.nonzeros
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The features, the signs, and the numbers of those parameters that are kept, which are drawn from all."""
+        features = super().bytes_needed(problem, metric, target, passes)
+        if self.kept is None:
+            return features + self.nonzeros * (2 * problem.P + HASHING * min(problem.P, CHUNK))
+        k = self.probes(metric, self.default_passes if passes is None else passes)
+        kept = self._of_all(problem.P, k // self.nonzeros)
+        return features + 10 * self.nonzeros * kept + 8 * problem.P + HASHING * min(kept, CHUNK)
+
     def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
         blocks = replicates or self.nonzeros
         width = k // blocks
-        return hashed(j, blocks, width, seed, None if self.kept is None else min(j.P, self.kept * width))
+        return hashed(j, blocks, width, seed, None if self.kept is None else self._of_all(j.P, width))
+
+    def _of_all(self, P: int, width: int) -> int:
+        """Number of parameters that are kept for all features of a block."""
+        return min(P, (self.kept or P) * width)
 
 
 def _project_rows(j: JacobianOperator, sketch: Sketch) -> Features:
-    blocks, order = [], []
-    for samples, outputs in j.rectangles(0.5):
-        blocks.append(sketch(j.sample_rows(samples, outputs)))
-        order.append(j.row_numbers(samples, outputs))
-    rows = arrays.gather(blocks)
-    features = np.empty_like(rows)
-    features[np.concatenate(order)] = rows
+    features: np.ndarray | None = None
+    for rectangle in j.rectangles(0.5):
+        made = arrays.to_numpy(sketch(j.sample_rows(*rectangle)), np.float64)
+        features = np.empty((j.n, *made.shape[1:])) if features is None else features
+        features[j.row_numbers(*rectangle)] = made
+    assert features is not None  # there is at least one rectangle
     return features.transpose(1, 0, 2)
 
 
@@ -166,34 +190,57 @@ def signs(j: JacobianOperator, k: int, seed: int) -> Sketch:
     return sketch
 
 
+CHUNK = 2**15
+"""Entries that are hashed at a time; the number of one and its sign fit in 16 bits."""
+HASHING = 56
+"""Bytes that are held for an entry while it is hashed."""
+
+
 def hashed(j: JacobianOperator, replicates: int, width: int, seed: int, kept: int | None = None) -> Sketch:
     """CountSketches: each of the P entries goes with a random sign to one of ``width`` features of each replicate.
 
-    If ``kept`` is given, only that many random entries are used, multiplied by the square root of P / ``kept``.
+    Holds 2 bytes for each entry and replicate.
+
+    If ``kept`` is given, only that many random entries of each replicate are used, multiplied by the square root of
+    P / ``kept``.
     """
     import torch
 
     like = j.basis(0, 1)
-    device, size = like.device, (replicates, j.P)
-    generator = torch.Generator(device).manual_seed(seed)
-    signed = torch.randint(2, size, generator=generator, device=device) * 2 - 1
-    buckets = torch.randint(width, size, generator=generator, device=device)
-    buckets += width * torch.arange(replicates, device=device)[:, None]
-    entries = torch.arange(j.P, device=device).expand(size)
-    if kept is not None:
-        entries = torch.rand(size, generator=generator, device=device).argsort(1)[:, :kept]
-        signed, buckets = signed[:, :kept], buckets[:, :kept]
-    # A sparse matrix [R w, P] by rows: the entries sorted by their feature.
-    order = buckets.reshape(-1).argsort(stable=True)
-    ends = torch.bincount(buckets.reshape(-1), minlength=replicates * width).cumsum(0)
-    values = signed.reshape(-1)[order].to(like.dtype) * (1.0 if kept is None else math.sqrt(j.P / kept))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that such matrices are new
-        matrix = torch.sparse_csr_tensor(
-            torch.nn.functional.pad(ends, (1, 0)),
-            entries.reshape(-1)[order],
-            values,
-            (replicates * width, j.P),
-            check_invariants=False,
-        )
-    return lambda block: (matrix @ block.T.contiguous()).T.reshape(len(block), replicates, width)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    if kept is None:
+        return _count_sketches(j.P, replicates, width, like, generator)
+    rng, parts = np.random.default_rng(seed), []
+    for _ in range(replicates):
+        entries = torch.from_numpy(rng.choice(j.P, kept, replace=False, shuffle=False)).to(like.device)
+        parts.append((entries, _count_sketches(kept, 1, width, like, generator)))
+    return lambda rows: torch.cat([part(rows[:, some]) for some, part in parts], 1) * math.sqrt(j.P / kept)
+
+
+def _count_sketches(P: int, replicates: int, width: int, like: Array, generator: Any) -> Sketch:
+    import torch
+
+    device, tables = like.device, []
+    for start in range(0, P, CHUNK):
+        size = (replicates, min(CHUNK, P - start))
+        features = torch.randint(width, size, generator=generator, device=device)
+        features += width * torch.arange(replicates, device=device)[:, None]
+        entries = torch.arange(size[1], device=device)
+        signed = torch.where(torch.randint(2, size, generator=generator, device=device) > 0, entries, ~entries)
+        # A sparse matrix [R w, entries] by rows: the entries sorted by their feature.
+        order = features.reshape(-1).argsort(stable=True)
+        ends = torch.bincount(features.reshape(-1), minlength=replicates * width).cumsum(0)
+        tables.append((torch.nn.functional.pad(ends, (1, 0)).int(), signed.reshape(-1)[order].short()))
+
+    def sketch(rows: Array) -> Array:
+        found = rows.new_zeros(replicates * width, len(rows))
+        for part, (ends, signed) in zip(rows.split(CHUNK, 1), tables, strict=True):
+            entries, values = torch.where(signed < 0, ~signed, signed).int(), torch.where(signed < 0, -1.0, 1.0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch warns that such matrices are new
+                size = (replicates * width, part.shape[1])
+                matrix = torch.sparse_csr_tensor(ends, entries, values.to(rows.dtype), size, check_invariants=False)
+            found += matrix @ part.T.contiguous()
+        return found.T.reshape(len(rows), replicates, width)
+
+    return sketch

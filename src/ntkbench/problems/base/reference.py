@@ -214,7 +214,7 @@ def _blocks(problem: Problem, jacobian: Any) -> tuple[list[Any], Any]:
     """Blocks of rows and a function that computes one: per sample if samples are independent, else by whole passes."""
     if not problem.samples_interact:
         return list(jacobian.rectangles(0.25)), lambda j, rectangle: j.sample_rows(*rectangle)
-    size = max(1, MEMORY // 4 // (problem.P * jacobian.itemsize))
+    size = max(1, MEMORY // 4 // (max(problem.P, problem.n) * jacobian.itemsize))
     ranges = [(i, min(i + size, problem.n)) for i in range(0, problem.n, size)]
     return ranges, lambda j, span: j.vjp(j.basis(*span))
 
