@@ -241,7 +241,8 @@ PAPERS = ("paper_figures", "--dry-run", "--config", "threads=1")
 
 
 @pytest.mark.parametrize(
-    ("given", "file"), [(["profile=mine"], ""), (["profile=paper"], ""), ([], "profile: mine\n"), ([], "profile: paper\n")]
+    ("given", "file"),
+    [(["profile=mine"], ""), (["profile=paper"], ""), ([], "profile: mine\n"), ([], "profile: paper\n")],
 )
 def test_the_papers_figures_are_not_drawn_from_another_run_of_the_same_profile(tmp_path, given, file):
     (tmp_path / "part.yaml").write_text(file, encoding="utf-8")
@@ -371,7 +372,8 @@ def test_no_step_runs_beside_one_that_takes_times(tmp_path):
     code, out, err = run_snakemake(tmp_path, "all", "paper_figures", "--configfile", str(CONFIG), "--dry-run")
     assert code == 0, err[-3000:]
     jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: {4}.*\n)+)", out + err, re.MULTILINE)
-    written = re.findall(r"^(?:use rule \w+ as|rule) (\w+)", (paths.ROOT / "Snakefile").read_text("utf-8"), re.MULTILINE)
+    text = (paths.ROOT / "Snakefile").read_text(encoding="utf-8")
+    written = re.findall(r"^(?:use rule \w+ as|rule) (\w+)", text, re.MULTILINE)
     assert {rule for rule, _ in jobs} == {*written} - {"figures"}, "the dry run does not have every rule"
     assert {rule for rule, said in jobs if " output:" in said and not re.search(r"\btimer=[12]\b", said)} == set()
 

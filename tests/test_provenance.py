@@ -25,7 +25,10 @@ def repository(tmp_path, monkeypatch):
     provenance.provenance.cache_clear()
 
 
-@pytest.mark.parametrize("file", [f"{folder}/{name}.py" for folder in provenance.CODE for name in ("committed", "mine")])
+FILES = [f"{folder}/{name}.py" for folder in provenance.CODE for name in ("committed", "mine")]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_changed_file_and_a_new_one_in_a_folder_of_code_are_uncommitted_changes(repository, file):
     (repository / file).write_text("2\n", encoding="utf-8")
     assert provenance.provenance().git_dirty is True
