@@ -4,6 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from ntkbench import paths
 from ntkbench.cli import main
 
 
@@ -53,9 +54,9 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_else(tmp_path,
     assert f"{path} cannot be written: Not a directory: {tmp_path / 'file'}" in found.stderr
 
 
-@pytest.mark.parametrize(("name", "option"), sorted(WRITE))
-def test_a_check_of_a_path_leaves_nothing_behind(tmp_path, name, option):
-    CliRunner().invoke(main, [name, option, str(tmp_path / "deeper" / "new")])
+def test_a_check_of_a_path_leaves_nothing_behind(tmp_path):
+    paths.check_output(tmp_path / "deeper" / "new")
+    paths.check_output(tmp_path / "deeper", folder=True)
     assert list(tmp_path.iterdir()) == []
 
 
