@@ -671,7 +671,7 @@ class Kernel:
         target /= abs(target).max()  # the alignment does not depend on its scale, which must not overflow
         target /= np.linalg.norm(target)
         like, kernels = self._shapes_of_outputs(), list(dict.fromkeys([(p.n, p.n), (p.N, p.N)]))
-        if target.shape in like and target.shape in kernels:
+        if target.shape in like and target.shape in kernels and p.n > 1:
             raise BadInput(
                 f"a target of shape {target.shape} may be y or a kernel between samples, as N = O = {p.N}: give y as "
                 f"({p.n},), y.reshape(-1), or the kernel A as ({p.n}, {p.n}), kron(A, eye({p.O}))"
