@@ -380,7 +380,7 @@ class LayerwiseKernel:
     def passes(
         self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None, *, kept: bool = True
     ) -> float:
-        """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set, with ``kept`` there."""
+        """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set, as ``kept`` says."""
         task = self._task(directions)
         rows = self._blocks(task, sets, x, whole=kept or self._fits(task, sets, x))
         return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)

@@ -48,7 +48,7 @@ class KFOC(Method):
         return problem.O * len(metrics.parameter_sets(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """J and the blocks that it is made of, or J and copies and products of one layer, and all factors; in float64."""
+        """J and the blocks it is made of, or J and copies and products of a layer, and all factors; in float64."""
         largest = max((w.size for w in problem.theta_0.values()), default=0)
         factors = len(metrics.parameter_sets(metric)) * kronecker.entries(problem.theta_0)
         return 8 * (problem.n * max(2 * problem.P, problem.P + 4 * largest) + factors)

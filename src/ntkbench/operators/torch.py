@@ -297,7 +297,7 @@ class TorchJacobian(JacobianOperator):
 
     @functools.cached_property
     def _bytes_per_probe(self) -> int:
-        # Twice what autograd saves of a forward pass (values and cotangents), three gradients (a sum, its next term, and
+        # Twice what autograd saves of a forward pass (values and cotangents), three gradients (a sum, its next term and
         # the flat copy), and two vectors of outputs (the probe, and its image).
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
         saved = saved_bytes(lambda: self._forward(leaves, self._x))
