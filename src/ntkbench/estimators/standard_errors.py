@@ -93,6 +93,8 @@ def finite_population(estimate: PointEstimate, k: int, n: int) -> PointEstimate:
     replacement. The finite-population correction is exact for one mean, and holds to first order for smooth functions
     of means.
     """
+    if k == n:  # exact, even if the one probe that there is does not tell its error
+        return estimate._replace(standard_error=0.0)
     return estimate._replace(standard_error=estimate.standard_error * math.sqrt(1 - k / n))
 
 
@@ -113,6 +115,12 @@ class MomentEstimates:
     double: np.ndarray
     bound: np.ndarray
     degrees: float
+
+    @classmethod
+    def nothing(cls, moments: int) -> MomentEstimates:
+        """Moments of nothing: they are 0, and have no error."""
+        none = np.zeros((moments, moments))
+        return cls(np.zeros(moments), none, none, none, math.inf)
 
     @classmethod
     def pooled(cls, groups: Sequence[tuple[int, MomentEstimates]]) -> MomentEstimates:
@@ -225,6 +233,8 @@ class PairSums:
                 first moment of the result.
         """
         m, N, K = self._rows.shape
+        if not N:  # nothing is left to estimate
+            return MomentEstimates.nothing(m + (traces is not None))
         off = ~np.eye(K, dtype=bool)
         pairs = self._diagonal[..., off].reshape(m, N, K, K - 1)
         row_means = pairs.mean(3)
