@@ -174,6 +174,9 @@ def test_no_more_memory_is_taken_than_is_allowed(strata, dim, moments, batches, 
     fixture = Fixture(memory, dim=dim, strata=strata)
     accumulator = fixture.accumulator(moments, operators=operators)
     factor = accumulator.recompute_factor
+    few = Fixture().accumulator()  # imports what it uses
+    few.extend(4)
+    few.moments()
     tracemalloc.start()
     try:
         for k in batches:

@@ -88,7 +88,7 @@ def test_a_large_budget_beside_exact_samples_is_divided_at_once(outputs, monkeyp
 
 
 def test_tables_beside_exact_samples_fit_in_memory():
-    for memory in (10_000, 100_000, 1_000_000):
+    for memory in (100_000, 300_000, 1_000_000):
         accumulator = grouped(20, 5, memory=memory)
         sizes = accumulator._sizes_beside(2, 100)
         assert sizes
