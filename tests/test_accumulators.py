@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from test_deflation import Dense
 
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import accumulators, standard_errors
-from ntkbench.estimators.accumulators import UStatistics
+from ntkbench.estimators.accumulators import PairBytes, UStatistics
 from ntkbench.operators import arrays
 
 STRATA, DIM = 5, 3
@@ -46,12 +48,17 @@ def test_a_gram_matrix_by_its_lower_triangle_is_the_gram_matrix(rows, chunks, mi
 class Fixture:
     """Probes of normal vectors, a number of them drawn in advance, as the vectors of two networks."""
 
-    def __init__(self, memory: int = 2**30, probes: int = 40) -> None:
+    def __init__(
+        self, memory: int = 2**30, probes: int = 40, dim: int = DIM, strata: int = STRATA, uneven: bool = False
+    ) -> None:
         rng = np.random.default_rng(0)
-        self.vectors = rng.standard_normal((2, probes, STRATA, DIM))
+        self.strata, self.dim = strata, dim
+        self.vectors = rng.standard_normal((2, probes, strata, dim))
+        if uneven:
+            self.vectors[:, :, 1] *= 100
         self.asked = 0
         self.computed = 0
-        self.jacobians = [Dense(np.ones((STRATA, DIM))) for _ in range(2)]
+        self.jacobians = [Dense(np.ones((strata, dim))) for _ in range(2)]
         for j in self.jacobians:
             j.memory = memory
 
@@ -60,11 +67,12 @@ class Fixture:
         return np.arange(self.asked - k, self.asked)
 
     def of(self, u: np.ndarray, strata: slice) -> list[np.ndarray]:
-        self.computed += len(u) * len(range(STRATA)[strata])
-        return [each[u][:, strata] for each in self.vectors]
+        self.computed += len(u) * len(range(self.strata)[strata])
+        return [each[:, strata][u] for each in self.vectors]
 
-    def accumulator(self, moments: tuple[str, ...] = MOMENTS, **sizes: Any) -> UStatistics:
-        return UStatistics(moments, STRATA, DIM, self.jacobians, self.sign, self.of, **sizes)
+    def accumulator(self, moments: tuple[str, ...] = MOMENTS, operators: int = 2, **sizes: Any) -> UStatistics:
+        self.vectors, jacobians = self.vectors[:operators], self.jacobians[:operators]
+        return UStatistics(moments, self.strata, self.dim, jacobians, self.sign, self.of, **sizes)
 
     def by_hand(self, probes: slice) -> np.ndarray:
         """The four moments from pairs of some probes, by the definition."""
@@ -131,21 +139,65 @@ def test_few_vectors_at_a_time_are_as_good_as_all():
         assert getattr(found[0], part) == pytest.approx(getattr(found[1], part), rel=1e-12)
 
 
-@pytest.mark.parametrize("vectors", [3, 5, 8, 11])
-def test_vectors_that_do_not_fit_are_recomputed_at_the_stated_cost(vectors):
-    """Chunks of strata meet in pairs; moments and their covariance are those of vectors that are kept."""
-    memory = vectors * 2 * 2 * DIM * 8
-    fixture, kept = Fixture(memory), Fixture()
-    accumulator, reference = fixture.accumulator(), kept.accumulator()
+@pytest.mark.parametrize("strata", [1, 2])
+@pytest.mark.parametrize("dim", [3, 2000])
+def test_what_does_not_fit_is_processed_in_chunks(dim, strata):
+    """Moments, their covariance and notes are those of tables that are kept; long vectors are computed again."""
+    kept = Fixture(dim=dim, uneven=True)
+    reference = kept.accumulator()
+    reference.extend(5)
+    sizes = PairBytes(STRATA, 2, 3, 8, dim)
+    held = sizes.vectors(5, STRATA)
+    memory = sizes.recomputed(5, strata) if dim > 3 else held + sizes.tables(5, 5 * strata)
+    fixture = Fixture(memory, dim=dim, uneven=True)
+    accumulator = fixture.accumulator()
     factor = accumulator.recompute_factor
-    assert factor > 1
+    assert (factor > 1) == (dim > 3)
     assert accumulator.least == np.ceil(4 * factor)
-    accumulator.extend(int(np.ceil(7 * factor)))
-    assert fixture.asked == 7
-    assert fixture.computed == pytest.approx(7 * STRATA * factor)
-    reference.extend(7)
+    accumulator.extend(int(np.ceil(5 * factor)))
+    assert fixture.asked == 5
+    assert fixture.computed == pytest.approx(5 * STRATA * factor)
     for part in ("means", "single", "double", "bound", "degrees"):
         assert getattr(accumulator.moments(), part) == pytest.approx(getattr(reference.moments(), part), rel=1e-9)
+    assert accumulator.notes == reference.notes != ()
+
+
+@pytest.mark.parametrize("batches", [(2,), (4,), (4, 3), (6, 11), (23,)])
+@pytest.mark.parametrize("moments", [("trace", "square"), MOMENTS])
+@pytest.mark.parametrize(("strata", "dim"), [(1, 20_000), (30, 3), (30, 500)])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0, 4.0])
+def test_no_more_memory_is_taken_than_is_allowed(strata, dim, moments, batches, share):
+    """Down to the smallest amount that is said to be needed; what NumPy allocates is counted."""
+    operators = 1 if moments == MOMENTS[:2] else 2
+    sizes = PairBytes(strata, operators, len(moments) - 1, 8, dim)
+    memory = max(sizes.least(), int(share * sizes.whole(8)))
+    fixture = Fixture(memory, dim=dim, strata=strata)
+    accumulator = fixture.accumulator(moments, operators=operators)
+    factor = accumulator.recompute_factor
+    few = Fixture().accumulator()  # imports what it uses
+    few.extend(4)
+    few.moments()
+    tracemalloc.start()
+    try:
+        for k in batches:
+            if k < 4 and factor > 1:
+                continue
+            accumulator.extend(math.ceil(k * factor))
+            accumulator.moments()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= memory + 100_000
+
+
+def test_the_trace_alone_keeps_no_vectors():
+    fixture = Fixture(memory=1)
+    accumulator = fixture.accumulator(("trace",))
+    accumulator.extend(3)
+    accumulator.extend(4)
+    assert fixture.asked == 7
+    assert accumulator.moments().means == pytest.approx(fixture.by_hand(slice(0, 7))[:1], rel=1e-12)
+    assert not accumulator._held
 
 
 def test_too_few_passes_to_recompute_are_refused():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import loaded, metrics_of, written_out
+from torch import nn
 
 import ntkbench
 from ntkbench import methods, testing
@@ -427,3 +428,43 @@ def test_interacting_samples_are_served_by_whole_passes(tiny):
             estimate = method.estimate(method.prepare(problem, target), "norm")
             assert estimate.value == pytest.approx(np.linalg.norm(J @ J.T), rel=1e-9)
     assert {"direct", "naive_jacobian"} <= set(served)
+
+
+SMALLEST = {f"{N} x {outputs}": (N, 3, 4, outputs) for N, outputs in ((1, 1), (6, 1), (1, 3), (2, 2))}
+
+
+@pytest.mark.parametrize("size", SMALLEST)
+@pytest.mark.parametrize("method", [m for m in STOCHASTIC if isinstance(m, Incremental)], ids=lambda m: m.name)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_estimate_of_which_nothing_is_left_to_chance_has_no_error(method, size):
+    """With one output of all, or more probes than outputs; the error is never unknown, and the interval covers."""
+    target, problem = Target(method.backends[0], "float64", "cpu"), testing.smooth_problem(size, *SMALLEST[size])
+    if reason := method.unsupported_reason(problem, method.metrics[0], target):
+        pytest.skip(reason)
+    J, J_f = written_out(problem), written_out(problem, "theta_f")
+    exact = metrics_of(J @ J.T, J_f @ J_f.T)
+    ready = method.prepare(problem, target)
+    for metric in method.metrics:
+        least = method.least_passes(problem, metric)
+        for passes in (least, 4 * least, 40 * least):
+            found = method.estimate(ready, metric, passes, 1)
+            assert math.isfinite(found.standard_error), (metric, passes)
+            wrong = abs(found.value - exact[metric])
+            assert wrong <= 10 * found.standard_error + 1e-6 * exact[metric], (metric, passes)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_samples_that_are_all_taken_exactly_leave_no_error():
+    """One output and one large sample; a group of one probe has no pairs, and needs none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 1)), torch.randn(32, 8)
+    x[3] *= 100
+    for metric in ("norm", "effective_rank"):
+        compute = functools.partial(getattr(ntkbench, metric), model, x, dtype="float64")
+        exact = compute(method="structured_derivatives")
+        for wanted in ({"passes": 16}, {"rtol": 0.01}):
+            found = compute(method="structured_block_u_statistics", **wanted)
+            assert found.standard_error <= 1e-6 * float(found)
+            assert float(found) == pytest.approx(float(exact), rel=1e-9)
+            assert found.passes <= 16

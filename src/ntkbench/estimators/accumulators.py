@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import array_api_compat
 import numpy as np
@@ -114,6 +117,66 @@ the trace. Two sets that are the same object may be treated as symmetric.
 """
 
 
+MIN_GROUP = 4
+"""Smallest number of probes in a group: with fewer, the variance has no unbiased estimate."""
+
+SPARE = 1
+"""Probes beyond the smallest group for which there is room where a group is processed in chunks."""
+
+
+@dataclass(frozen=True)
+class PairBytes:
+    """Bytes that probes and their pairs take, with the copies that are made on the way.
+
+    Attributes:
+        strata: N.
+        operators: number of networks.
+        moments: moments that take a table of pairs: all but the trace. Without any, no vectors are kept.
+        itemsize: bytes of one number of a vector.
+        dim: numbers in a vector; 0 if vectors are not written out.
+    """
+
+    strata: int
+    operators: int
+    moments: int
+    itemsize: int
+    dim: int = 0
+
+    def vectors(self, probes: int, strata: int) -> int:
+        """Bytes of vectors, and of the blocks that they are copied from."""
+        return 2 * self.operators * strata * self.dim * self.itemsize * probes * bool(self.moments)
+
+    def tables(self, probes: int, rows: int) -> int:
+        """Bytes of the tables of as many rows and columns, and of the sums over pairs of probes.
+
+        Inner products of vectors are copied once, and again in float64. Their products are copied where probes are
+        added, and where they are summed. :class:`PairSums` takes up to five copies of the strata's own pairs.
+        """
+        entry = self.operators * (2 * self.itemsize + 8) + 3 * 8 * self.moments
+        return (entry * rows**2 + 5 * 8 * self.moments * self.strata * probes**2) * bool(self.moments)
+
+    def whole(self, probes: int) -> int:
+        """Bytes of probes all of whose vectors and tables are kept."""
+        return self.vectors(probes, self.strata) + self.tables(probes, self.strata * probes)
+
+    def recomputed(self, probes: int, strata: int) -> int:
+        """Bytes of two chunks of strata, one of them with the block that it is copied from, and of their tables."""
+        return 3 * self.vectors(probes, strata) // 2 + self.tables(probes, strata * probes)
+
+    def least(self, min_group: int = MIN_GROUP) -> int:
+        """Bytes that a group of at least ``min_group`` probes takes in any case."""
+        return min(self.whole(min_group), self.recomputed(min_group + SPARE, 1))
+
+    def most_probes(self, memory: int, limit: int) -> int:
+        """The largest number of probes, up to a limit, that fits in memory as a whole; 0 if none does."""
+        return largest(self.whole, memory, limit)
+
+
+def largest(needed: Callable[[int], int], memory: int, limit: int) -> int:
+    """The largest number from 0 to ``limit`` that needs no more than ``memory``, which grows with it."""
+    return bisect.bisect_right(range(1, limit + 1), memory, key=needed)
+
+
 class UStatistics(Accumulator):
     """U-statistics of degree 2: any two probes estimate the moments of Theta^2.
 
@@ -122,9 +185,10 @@ class UStatistics(Accumulator):
     sum_b ||w_b^k||^2 is unbiased for the trace. ||Theta||_F^2 is the sum over b and c of the mean of
     <w_b^k, w_c^l>^2 over all pairs of probes (k, l), over k != l where b = c.
 
-    The vectors are kept, up to ``memory`` bytes of the operators. Probes beyond that start a new group, and pairs are
-    taken within a group only. If not even ``min_group`` probes fit, each group is processed in pairs of chunks of
-    strata. Vectors are then recomputed for each pair of chunks, which costs passes.
+    The vectors and the tables of their pairs are kept, up to ``memory`` bytes of the operators; see :class:`PairBytes`.
+    Probes beyond that start a new group, and pairs are taken within a group only. If not even ``min_group`` probes fit,
+    each group is processed in pairs of chunks of strata, whose tables are not kept. If its vectors take more than half
+    of the memory, they are recomputed for each pair of chunks, which costs passes. The trace alone keeps nothing.
 
     Args:
         moments: names of the moments: some of ``trace`` and ``square``, or all but the trace, or all.
@@ -134,7 +198,7 @@ class UStatistics(Accumulator):
         sign: draws a number of probes.
         vectors: see :data:`Vectors`.
         kernel: see :data:`Kernel`.
-        min_group: minimum number of probes in a group; from 4 on, the variance has an unbiased estimate.
+        min_group: minimum number of probes in a group.
         max_vectors: maximum number of vectors in a group. The Gram matrix of more vectors costs much more than the
             vectors themselves and gains little.
         stratum: name of a stratum in notes, in the singular.
@@ -150,32 +214,50 @@ class UStatistics(Accumulator):
         vectors: Vectors,
         kernel: Kernel | None = None,
         *,
-        min_group: int = 4,
+        min_group: int = MIN_GROUP,
         max_vectors: int = 2048,
         stratum: str = "sample",
     ) -> None:
         self._names, self._strata, self._jacobians = tuple(moments), strata, jacobians
         self._sign, self._vectors, self._kernel = sign, vectors, kernel or shared_probe_kernel
         self._min_group, self._max_vectors, self._stratum = min_group, max_vectors, stratum
-        j = jacobians[0]
-        self._bytes_per_probe = 2 * len(jacobians) * strata * dim * j.itemsize  # and the block that it is copied from
-        fit = j.memory // self._bytes_per_probe
-        self.max_group = max(min_group, min(fit, max_vectors // strata))
-        count = 1 if fit >= min_group else min(strata, -(-2 * min_group * self._bytes_per_probe // j.memory))
-        self._chunks = arrays.chunks(strata, count)
+        self._bytes = PairBytes(strata, len(jacobians), len(moments) - self._has_trace, jacobians[0].itemsize, dim)
+        memory = jacobians[0].memory
+        self.max_group = max(min_group, self._bytes.most_probes(memory, max_vectors // strata))
+        self._chunks, self._keeps = self._arranged(memory)
         self.least = math.ceil(min_group * self.recompute_factor) if len(self._chunks) > 1 else 1
         self._closed: list[tuple[int, MomentEstimates]] = []
+        self._strata_sums = [np.zeros((strata, 1, 1, 1)) for _ in range(self._bytes.moments)]  # of tables not kept
         self._clear()
+
+    def _arranged(self, memory: int) -> tuple[list[slice], bool]:
+        """Chunks of strata, and whether the vectors of all of them are kept."""
+        if self._bytes.whole(self._min_group) <= memory:
+            return [slice(0, self._strata)], True
+        probes = self._min_group + SPARE
+        held = self._bytes.vectors(probes, self._strata)
+        keeps = 2 * held <= memory
+
+        def needed(size: int) -> int:
+            if keeps:
+                return held + self._bytes.tables(probes, size * probes)
+            return self._bytes.recomputed(probes, size)
+
+        size = max(1, largest(needed, memory, self._strata))
+        return arrays.chunks(self._strata, -(-self._strata // size)), keeps
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if not self._table:
+        tables = self._table or self._strata_sums
+        if not tables:
             return ()
-        return strata.Choice(uneven=strata.are_uneven(strata.shares(self._table))).notes(self._stratum)
+        return strata.Choice(uneven=strata.are_uneven(strata.shares(tables))).notes(self._stratum)
 
     @property
     def recompute_factor(self) -> float:
         """Passes per probe, relative to those of a probe whose vectors are kept."""
+        if self._keeps:
+            return 1.0
         sizes = [chunk.stop - chunk.start for chunk in self._chunks]
         return sum(size * (len(sizes) - i) for i, size in enumerate(sizes)) / self._strata
 
@@ -186,12 +268,12 @@ class UStatistics(Accumulator):
             OverMemory: the vectors have to be recomputed, and the passes are not enough for one group.
         """
         if len(self._chunks) > 1:
-            return self._extend_recomputing(probes)
-        if self._held and self._count < self.max_group:
+            return self._extend_in_chunks(probes)
+        if self._count and self._count < self.max_group:
             k = min(probes, self.max_group - self._count)
             self._grow(k)
             probes -= k
-        if probes < (self._min_group if self._held or self._closed else 1):
+        if probes < (self._min_group if self._count or self._closed else 1):
             return None  # too few for a group of their own
         count = -(-probes // self.max_group)
         if count > 1 and probes // count < self._min_group:
@@ -202,32 +284,44 @@ class UStatistics(Accumulator):
             self._grow(probes // count + (i < probes % count))
         return None
 
-    def _extend_recomputing(self, probes: int) -> None:
+    def _extend_in_chunks(self, probes: int) -> None:
         affordable = int(probes / self.recompute_factor)
-        if affordable < self._min_group and not self._closed:
-            wanted = self._min_group * self._bytes_per_probe
-            raise OverMemory(
-                f"the vectors of {self._min_group} probes take {wanted} bytes; with memory of "
-                f"{self._jacobians[0].memory} each vector is computed {self.recompute_factor:.3g} times on average, "
-                "and there are too few passes for that"
-            )
         count = affordable // self._min_group
+        if not count and not self._closed:
+            if not self._keeps:
+                raise OverMemory(
+                    f"{self._min_group} probes and their pairs take {self._bytes.whole(self._min_group)} bytes; with "
+                    f"memory of {self._jacobians[0].memory} each vector is computed {self.recompute_factor:.3g} times "
+                    "on average, and there are too few passes for that"
+                )
+            count = 1
         for i in range(count):
-            k = affordable // count + (i < affordable % count)
-            u = self._sign(k)
-            sums = PairSums(self._strata, k, len(self._names) - self._has_trace)
-            traces = []
-            for a, chunk in enumerate(self._chunks):
-                held = self._vectors(u, chunk)
-                if self._has_trace:
-                    traces.append(_squared_norms(held[0]))
-                for b in range(a + 1):
-                    other = held if a == b else self._vectors(u, self._chunks[b])
-                    tables = self._tables(held, other)
-                    sums.add(chunk.start, self._chunks[b].start, tables)
-                    if a != b:
-                        sums.add(self._chunks[b].start, chunk.start, [t.transpose(2, 3, 0, 1) for t in tables])
-            self._closed.append((k, sums.moments(np.concatenate(traces, axis=1).T if self._has_trace else None)))
+            self._add_in_chunks(min(affordable // count + (i < affordable % count), self._min_group + SPARE))
+
+    def _add_in_chunks(self, k: int) -> None:
+        """Add a group of probes, of whose tables one is held at a time."""
+        vectors: Callable[[slice], Sequence[Array]]
+        if self._keeps:
+            vectors = functools.partial(_part, self._drawn(k))
+        else:
+            vectors = functools.partial(self._vectors, self._sign(k))
+        sums = PairSums(self._strata, k, self._bytes.moments)
+        traces = []
+        for a, chunk in enumerate(self._chunks):
+            held = vectors(chunk)
+            if self._has_trace:
+                traces.append(_squared_norms(held[0]))
+            for b, columns in enumerate(self._chunks[: a + 1]):
+                tables = self._tables(held, held if a == b else vectors(columns))
+                self._add(sums, chunk, columns, tables)
+                if a != b:
+                    self._add(sums, columns, chunk, [t.transpose(2, 3, 0, 1) for t in tables])
+        self._closed.append((k, sums.moments(np.concatenate(traces, axis=1).T if self._has_trace else None)))
+
+    def _add(self, sums: PairSums, rows: slice, columns: slice, tables: Sequence[np.ndarray]) -> None:
+        sums.add(rows.start, columns.start, tables)
+        for total, table in zip(self._strata_sums, tables, strict=True):
+            total[rows] += np.abs(table).sum((1, 2, 3), keepdims=True)
 
     @property
     def _has_trace(self) -> bool:
@@ -235,14 +329,13 @@ class UStatistics(Accumulator):
 
     def _tables(self, one: Sequence[Array], other: Sequence[Array]) -> list[np.ndarray]:
         """The kernel of all pairs, ``[strata, k, strata', k']`` for each moment except the trace."""
-        if self._names == ("trace",):
+        if not self._bytes.moments:
             return []
         (k, n, _), (k2, n2, _) = one[0].shape, other[0].shape
         flat = [w.reshape(-1, w.shape[-1]) for w in one]
-        tables = self._kernel(flat, flat if one is other else [w.reshape(-1, w.shape[-1]) for w in other])[
-            : len(self._names) - self._has_trace
-        ]
-        return [arrays.to_numpy(t).reshape(k, n, k2, n2).transpose(1, 0, 3, 2) for t in tables]
+        tables = self._kernel(flat, flat if one is other else [w.reshape(-1, w.shape[-1]) for w in other])
+        wanted = tables[: self._bytes.moments]
+        return [arrays.to_numpy(t).reshape(k, n, k2, n2).transpose(1, 0, 3, 2) for t in wanted]
 
     def _clear(self) -> None:
         self._held: list[Sequence[Array]] = []
@@ -250,9 +343,25 @@ class UStatistics(Accumulator):
         self._traces: list[np.ndarray] = []
         self._count = 0
 
+    def _blocks(self, k: int) -> Iterator[Sequence[Array]]:
+        """The vectors of all strata, of blocks of new probes that fit in memory."""
+        for size in self._jacobians[0].blocks(k):
+            yield self._vectors(self._sign(size), slice(0, self._strata))
+
+    def _drawn(self, k: int) -> Sequence[Array]:
+        """The vectors of all strata, of new probes."""
+        blocks = list(self._blocks(k))
+        if len(blocks) == 1:
+            return blocks[0]
+        return [array_api_compat.array_namespace(parts[0]).concat(parts) for parts in zip(*blocks, strict=True)]
+
     def _grow(self, k: int) -> None:
         """Add probes to the open group."""
-        new = self._vectors(self._sign(k), self._chunks[0])
+        self._count += k
+        if not self._bytes.moments:
+            self._traces += [_squared_norms(vectors[0]) for vectors in self._blocks(k)]
+            return
+        new = self._drawn(k)
         own = self._tables(new, new)
         across = [self._tables(held, new) for held in self._held]
         if across:
@@ -268,10 +377,9 @@ class UStatistics(Accumulator):
         self._held.append(new)
         if self._has_trace:
             self._traces.append(_squared_norms(new[0]))
-        self._count += k
 
     def _close(self) -> None:
-        if self._held:
+        if self._count:
             self._closed.append((self._count, self._open()))
         self._clear()
 
@@ -285,7 +393,7 @@ class UStatistics(Accumulator):
 
     def moments(self) -> MomentEstimates:
         """The moments, in the order of their names, from all probes so far."""
-        return MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._held else []))
+        return MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._count else []))
 
     def estimate(self, metric: str) -> PointEstimate:
         return delta_method(metric, self._names, self.moments())
@@ -409,3 +517,8 @@ def symmetric_gram(a: Array, *, chunks: int = 4, min_rows: int = 32) -> Array:
 
 def _squared_norms(w: Array) -> np.ndarray:
     return arrays.to_numpy(arrays.squared_norms(w))
+
+
+def _part(vectors: Sequence[Array], strata: slice) -> list[Array]:
+    """The vectors of some strata."""
+    return [w[:, strata] for w in vectors]

@@ -119,6 +119,12 @@ class MomentEstimates:
     degrees: float
 
     @classmethod
+    def nothing(cls, moments: int) -> MomentEstimates:
+        """Moments of nothing: they are 0, and have no error."""
+        none = np.zeros((moments, moments))
+        return cls(np.zeros(moments), none, none, none, math.inf)
+
+    @classmethod
     def pooled(cls, groups: Sequence[tuple[int, MomentEstimates]]) -> MomentEstimates:
         """The mean of independent groups, weighted by their numbers of probes."""
         sizes = np.array([size for size, _ in groups], dtype=np.float64)
@@ -229,6 +235,8 @@ class PairSums:
                 first moment of the result.
         """
         m, N, K = self._rows.shape
+        if not N:  # nothing is left to estimate
+            return MomentEstimates.nothing(m + (traces is not None))
         off = ~np.eye(K, dtype=bool)
         pairs = self._diagonal[..., off].reshape(m, N, K, K - 1)
         row_means = pairs.mean(3)

@@ -11,6 +11,8 @@ from ntkbench.estimators.accumulators import ProbeMeans
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base import Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class OneSidedOrthonormal(Accumulating):
@@ -29,6 +31,11 @@ class OneSidedOrthonormal(Accumulating):
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The probes, and a copy of them where further ones are added."""
+        probes = min(self.default_passes if passes is None else passes, problem.n)
+        return 2 * probes * problem.n * target.itemsize
 
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         (j,) = jacobians

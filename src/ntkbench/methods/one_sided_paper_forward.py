@@ -14,4 +14,3 @@ class OneSidedPaperForward(OneSidedPaper):
 
     title = "one-sided forward (paper's script)"
     side = "forward"
-    gradients_held = 0.5

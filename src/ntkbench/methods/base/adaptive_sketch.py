@@ -30,7 +30,7 @@ class AdaptiveSketch(Accumulating):
     They do not affect the decision, so the estimate is unbiased for a given budget. On a flat spectrum it is a
     one-sided estimate less one block; on a steep one, at least half of the passes go into the sketch. Without forward
     mode a column takes 6 passes, and a probe of the forward side 2. Holds 2 vectors in the space of the probes for each
-    column and 1 for each probe.
+    column, and 1 for each probe as long as Q may grow. Q no longer grows once these would not fit in memory.
 
     Attributes:
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
@@ -59,6 +59,9 @@ class AdaptiveSketch(Accumulating):
 class GrowingSketch(Accumulator):
     """A sketch and residual probes, both of which grow. The number of probes is the number of passes.
 
+    Residual probes are kept as long as the sketch may grow. It no longer grows once its vectors and the probes would
+    take more than ``memory`` bytes of the operator.
+
     Attributes:
         q: basis of the sketch, rows.
     """
@@ -66,24 +69,36 @@ class GrowingSketch(Accumulator):
     def __init__(self, jacobian: JacobianOperator, side: Side, rng: Rng, block: int, min_residual: int) -> None:
         self._j, self._A, self._side, self._rng = jacobian, factor(jacobian, side), side, rng
         self._block, self._min_residual = block, min_residual
-        self.q = self._image = self._g = self._A.basis(0, 0)  # Q, G Q and g, rows
-        self._norms: list[Array] = []  # ||A g||^2
+        self.q = self._image = self._A.basis(0, 0)  # Q and G Q, rows
+        self._norms: list[np.ndarray] = []  # ||A g||^2
+        self._kept: list[Array] = []  # g
+        self._inside: list[tuple[np.ndarray, np.ndarray]] = []  # see _coordinates, of g that are not kept
         self._growing = True
 
     def extend(self, probes: int) -> None:
-        left = probes
-        while self._growing and self._affords_columns(left):
-            self._grow(len(self._g) + left)
+        left, drawn = probes, sum(map(len, self._norms))
+        while self._may_grow(drawn + left) and self._affords_columns(left):
+            self._grow(drawn + left)
             left -= self._cost
-        if left:
-            g = self._rng.sign(left, self._A.dim)
+        self._growing = self._may_grow(drawn + left)
+        for size in self._j.blocks(left) if left else ():
+            g = self._rng.sign(size, self._A.dim)
             self._norms.append(deflation.squared_norms(self._j, self._A.product, g))
-            self._g = array_api_compat.array_namespace(g).concat([self._g, g])
+            self._kept.append(g)
+            if not self._growing:
+                self._inside += map(self._coordinates, self._kept)
+                self._kept.clear()
+
+    def _may_grow(self, residual: int) -> bool:
+        """Whether the sketch may grow by a block beside as many residual probes; vectors are copied where it grows."""
+        columns = len(self.q) + self._block
+        fits = (4 * columns + residual) * self._A.dim * self._j.itemsize <= self._j.memory
+        return self._growing and fits and columns <= self._A.dim
 
     def _affords_columns(self, passes: int) -> bool:
-        if len(self.q) + self._block > self._A.dim or passes < PASSES_PER_COLUMN * self._block + self._min_residual:
-            return False
-        return passes >= self._cost + self._min_residual
+        """Whether passes pay for a block beside the fewest residual probes; the cost of a JVP is not asked for in vain."""
+        least = PASSES_PER_COLUMN * self._block + self._min_residual
+        return passes >= least and passes >= self._cost + self._min_residual
 
     @property
     def _cost(self) -> int:
@@ -120,12 +135,16 @@ class GrowingSketch(Accumulator):
             return PointEstimate(inside, 0.0)
         # ||A (g - Q c)||^2 with c = Q^T g
         norms = arrays.gather(self._norms)
-        c, core, crossed = (
-            arrays.to_numpy(rows @ others.T, np.float64)
-            for rows, others in ((self._g, self.q), (self.q, self._image), (self._g, self._image))
-        )
+        inside_of = [*self._inside, *map(self._coordinates, self._kept)]
+        c, crossed = (np.concatenate(parts) for parts in zip(*inside_of, strict=True))
+        core = arrays.to_numpy(self.q @ self._image.T, np.float64)
         residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
         return deflation.add(inside, _skewed_mean(residual))
+
+    def _coordinates(self, g: Array) -> tuple[np.ndarray, np.ndarray]:
+        """g^T Q and g^T G Q."""
+        c, crossed = (arrays.to_numpy(g @ rows.T, np.float64) for rows in (self.q, self._image))
+        return c, crossed
 
 
 def _skewed_mean(values: np.ndarray) -> PointEstimate:

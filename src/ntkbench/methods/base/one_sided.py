@@ -11,6 +11,8 @@ from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, FixedBudget
 from ntkbench.operators import JacobianOperator, Rng
+from ntkbench.options import Target
+from ntkbench.problem import Problem
 
 
 class OneSided(Accumulating):
@@ -62,6 +64,12 @@ class OneSidedPaper(FixedBudget):
 
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The random vectors of the basis, their QR factorisation and Q."""
+        dim = problem.n if self.side == "reverse" else problem.P
+        columns = min((self.default_passes if passes is None else passes) // 6, dim)
+        return 3 * columns * dim * target.itemsize
 
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors, strata
 from ntkbench.estimators.accumulators import (
     Accumulator,
+    PairBytes,
     complement,
     delta_method,
     least_probes,
@@ -66,8 +66,9 @@ class StructuredUStatistics(Incremental):
         return least_probes(metric, problem.N, problem.n, error)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        grams = (2 * problem.N) ** 2 * len(metrics.parameter_sets(metric))
-        return 0 if metric == "trace" else grams * (target.itemsize + 5 * 8)
+        """The tables of two probes."""
+        ends = len(metrics.parameter_sets(metric))
+        return pair_bytes(problem.N, ends, required_moments((metric,)), target.itemsize).whole(2)
 
     @abstractmethod
     def networks(self, prepared: Any, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
@@ -84,6 +85,11 @@ class StructuredUStatistics(Incremental):
         ends, known = self.networks(prepared, widest(names))
         accumulator = GroupedUStatistics(ends, names, seed, self.max_group, self.least_with_pilot, known)
         return accumulator, with_notes(ledger_of(ends), accumulator)
+
+
+def pair_bytes(N: int, ends: int, moments: Sequence[str], itemsize: int) -> PairBytes:
+    """Bytes of the tables of pairs of probes of N samples, without vectors."""
+    return PairBytes(N, ends, len(moments) - (moments[0] == "trace"), itemsize)
 
 
 PIECES = 4
@@ -124,7 +130,12 @@ class GroupedUStatistics(Accumulator):
         self._names = required_moments(names)
         self._known = [getattr(known, name) for name in self._names]
         self._of = "the estimated part of ||Theta||^2" if any(self._known) else "||Theta||^2"
-        self._max_gradients, self._least_with_pilot = max_gradients, least_with_pilot
+        self._least_with_pilot = least_with_pilot
+        memory, itemsize = ends[0].engine.memory, ends[0].parameters[0].element_size()
+        self._bytes = pair_bytes(self._N, len(ends), self._names, itemsize)
+        wanted = max(4, max_gradients // self._N)
+        self._most = max(2, self._bytes.most_probes(memory, wanted))  # probes in a group
+        self._max_gradients = max_gradients if self._most == wanted else self._most * self._N
         self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
         self._traces: list[np.ndarray] = []
         self._groups: list[tuple[int, MomentEstimates]] = []
@@ -156,9 +167,12 @@ class GroupedUStatistics(Accumulator):
 
     def _pieces(self, probes: int) -> list[int]:
         """Sizes in which probes are drawn; few different ones, because the network is traced anew for each size."""
-        if not self._traces:
-            return [probes]
-        size = len(self._traces[0]) * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * len(self._traces[0])))))
+        size = probes
+        if self._traces:
+            first = len(self._traces[0])
+            size = first * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * first))))
+        signs = 4 * self._N * self._O * self._bytes.itemsize  # of a probe, with the copies that are made on the way
+        size = min(size, max(1, self._ends[0].engine.memory // signs))
         whole, rest = divmod(probes, size)
         return [size] * whole + [rest] * bool(rest)
 
@@ -179,19 +193,23 @@ class GroupedUStatistics(Accumulator):
     def _plan(self, probes: int) -> tuple[list[int], float]:
         """Choose the exact samples if a probe for that is affordable; returns sizes of groups, and their passes."""
         sizes, passes = self._sizes(probes), float(probes)
+        if not sizes and not self._groups:
+            needed, memory = self._cost(2), self._ends[0].engine.memory
+            raise OverMemory(f"two probes take {needed:g} passes with memory of {memory}; the budget is {probes}")
         drawn = sum(k for k, _ in self._groups)
         worth = self._N > strata.UNEVEN and drawn + probes >= self._least_with_pilot
         if self._shares is None and worth and sizes and sizes[0] >= 4:
-            self._shares = strata.shares(self._tables(1)[0])
-            passes -= self._cost(1)
-            sizes = self._sizes(int(passes))
+            left = probes - self._cost(1)
+            if fewer := self._sizes(int(left)):
+                self._shares = strata.shares(self._tables(1)[0])
+                sizes, passes = fewer, left
         if self._shares is None:
             return sizes, passes
         choice = strata.choose(
             self._shares,
             passes,
             lambda k: self._repeats(k) * k,
-            max_probes=max(4, self._max_gradients // self._N),
+            max_probes=self._most,
             max_exact=self._max_gradients // (2 * self._O),
             drawn=drawn,
         )
@@ -253,25 +271,23 @@ class GroupedUStatistics(Accumulator):
         return -(-self._O // k)
 
     def _sizes(self, probes: int) -> list[int]:
-        """Sizes of groups that take at most the passes of this number of probes in a group that fits in memory."""
+        """Sizes of groups that take at most the passes of this number of probes in a group; none if these are too few.
+
+        From four probes on the variance has an unbiased estimate. Groups are smaller only if those do not fit.
+        """
         if probes < 2:
-            if not self._groups:
-                raise OverMemory("pairs need at least two probes")
             return []
-        max_group = max(4, self._max_gradients // self._N)
-        size = -(-probes // -(-probes // max_group))
+        size = -(-probes // -(-probes // self._most))
         cost = self._cost(size)
         while cost > probes:
             if size == 2:
-                if self._groups:
-                    return []
-                memory = self._ends[0].engine.memory
-                raise OverMemory(f"two probes take {cost:g} passes with memory of {memory}; the budget is {probes}")
-            size = max(4, size // 2) if size > 4 else size - 1  # the variance has an unbiased estimate from four on
+                return []
+            size = max(4, size // 2) if size > 4 else size - 1
             cost = self._cost(size)
         if cost > size:
             return [size] * int(probes / cost)
-        count = -(-probes // size)
+        count = min(-(-probes // size), probes // 2)
+        probes = min(probes, count * size)
         return [probes // count + (i < probes % count) for i in range(count)]
 
     def _sizes_beside(self, exact: int, passes: float) -> list[int]:
@@ -279,18 +295,26 @@ class GroupedUStatistics(Accumulator):
         others = self._N - exact
         if not others:
             k = min(self._O, max(1, self._max_gradients // self._N))
-            return [k] if not self._choice and self._cost(k, exact) <= passes else []
+            fits = self._fits(k, exact) and not self._choice
+            return [k] if fits and self._cost(k, exact) <= passes else []
         most = max(4, (self._max_gradients - exact * self._O) // others)
-        affordable = range(2, int(passes * self._N / others) + 1)
-        for count in itertools.count(1):
-            k = max((k for k in affordable if count * self._rows(k, exact) <= passes * self._N), default=0)
-            if k <= most:
-                break
+        # From O on, the rows grow with the number of probes.
+        affordable = range(2, min(int(passes * self._N / others), max(most, self._O) + 1) + 1)
+        rows = {k: taken for k in affordable if (taken := self._rows(k, exact)) <= passes * self._N}
+        # The fewest groups that leave none too large.
+        count = int(passes * self._N / min((rows[k] for k in rows if k > most), default=math.inf)) + 1
+        fitting = (k for k in rows if k <= most and count * rows[k] <= passes * self._N and self._fits(k, exact))
+        k = max(fitting, default=0)
         while k >= 2:
-            if (cost := self._cost(k, exact)) <= passes:
+            if self._fits(k, exact) and (cost := self._cost(k, exact)) <= passes:
                 return [k] * int(passes / cost + 1e-9)
             k = k // 2 if k > 4 else k - 1
         return []
+
+    def _fits(self, k: int, exact: int) -> bool:
+        """Whether the tables of a group beside a number of exact samples fit in memory."""
+        sizes = replace(self._bytes, strata=self._N - exact)
+        return sizes.tables(k, self._rows(k, exact)) <= self._ends[0].engine.memory
 
     def _rows(self, k: int, exact: int) -> int:
         """Rows of a group's kernel."""

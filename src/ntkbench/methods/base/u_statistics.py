@@ -9,9 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from ntkbench import metrics
 from ntkbench.estimators.accumulators import (
     Accumulator,
     Kernel,
+    PairBytes,
     StratifiedTrace,
     UStatistics,
     crossed_network_kernel,
@@ -26,6 +28,7 @@ from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, Ledger
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
+from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 
@@ -55,6 +58,11 @@ class GramMatrix(Accumulating):
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")
 
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The smallest group; see :class:`ntkbench.estimators.accumulators.PairBytes`."""
+        dim = problem.n if self.side == "forward" else None
+        return _least_bytes(problem, metric, target, self._moments((metric,)), 1, dim)
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> UStatistics:
         factors = [factor(j, self.side) for j in jacobians]
 
@@ -62,14 +70,17 @@ class GramMatrix(Accumulating):
             return [A.product(u)[:, None] for A in factors]
 
         A, dim = factors[0], max(each.image_dim for each in factors)
-        moments = required_moments(names)
-        kernel: Kernel = shared_probe_kernel
-        if self.side == "forward":
-            kernel = crossed_network_kernel
-            moments = tuple(moment for moment in moments if "difference" not in moment)
+        kernel: Kernel = crossed_network_kernel if self.side == "forward" else shared_probe_kernel
         if "effective_rank" in names:
-            moments, kernel = (*moments, "squared_trace"), with_squared_trace(kernel)
+            kernel = with_squared_trace(kernel)
+        moments = self._moments(names)
         return _GramStatistics(moments, 1, dim, jacobians, lambda k: rng.sign(k, A.dim), products, kernel)
+
+    def _moments(self, names: Sequence[str]) -> tuple[str, ...]:
+        moments = required_moments(names)
+        if self.side == "forward":
+            moments = tuple(moment for moment in moments if "difference" not in moment)
+        return (*moments, "squared_trace") if "effective_rank" in names else moments
 
 
 class _GramStatistics(UStatistics):
@@ -230,6 +241,10 @@ class StratifiedUStatistics(Accumulating):
     def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
         return least_probes(metric, self.groups(problem.N), problem.n, error)
 
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """The smallest group; see :class:`ntkbench.estimators.accumulators.PairBytes`."""
+        return _least_bytes(problem, metric, target, required_moments((metric,)), self.groups(problem.N))
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         j = jacobians[0]
         if tuple(names) == ("trace",):
@@ -249,6 +264,15 @@ class StratifiedUStatistics(Accumulating):
     def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         accumulator, ledger = super().begin(prepared, names, seed)
         return accumulator, with_notes(ledger, accumulator)
+
+
+def _least_bytes(
+    problem: Problem, metric: str, target: Target, moments: Sequence[str], strata: int, dim: int | None = None
+) -> int:
+    """Bytes of the smallest group of U-statistics of vectors of ``dim`` numbers; ``None`` for gradients."""
+    ends = [problem.end(name)[0] for name in metrics.parameter_sets(metric)]
+    tables = len(moments) - (moments[0] == "trace")
+    return PairBytes(strata, len(ends), tables, target.itemsize, dim or max(each.P for each in ends)).least()
 
 
 def with_notes(ledger: Ledger, accumulator: Accumulator) -> Ledger:

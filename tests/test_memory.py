@@ -1,0 +1,110 @@
+"""What methods with random probes hold at a time, against the memory that they are given."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import ntkbench
+from ntkbench import methods, testing
+from ntkbench.errors import OverMemory
+from ntkbench.methods.base import Stochastic
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+STOCHASTIC = [method for name in methods.names() if isinstance(method := methods.get(name), Stochastic)]
+SIZES = {"many samples": (400, 3, 4, 2), "one output": (256, 3, 4, 1), "many parameters": (6, 300, 40, 2)}
+TIMES = 3
+"""Programs, vectors and tables may each take all of the memory."""
+SLACK = 2**18
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes that torch held, and most that NumPy held, from here on."""
+    tracemalloc.start()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run()
+        numpy = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most + numpy
+
+
+def test_the_peak_is_that_of_what_is_held():
+    def run() -> None:
+        held = [torch.ones(1000, 1000)]
+        held.append(held[0] * 2)
+        del held[0]
+        held.append(torch.zeros(500, 1000).numpy().copy())
+
+    assert 10e6 <= peak_bytes(run) <= 10.2e6
+
+
+def served(method: Stochastic, size: str) -> Problem:
+    target, shape = Target(method.backends[0], "float32", "cpu"), SIZES[size]
+    few = (testing.smooth_problem(size, *shape), testing.smooth_problem(f"{size}, head", *shape[:2], 2, 8))
+    return next((each for each in few if method.unsupported_reason(each, method.metrics[0], target) is None), few[0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", STOCHASTIC, ids=lambda method: method.name)
+def test_methods_hold_no_more_than_they_may(method, size):
+    """Whatever the memory, unless they need more and say so."""
+    problem, done = served(method, size), 0
+    for metric in sorted({"trace", "norm", "alignment"} & set(method.metrics)):
+        for memory in (2**18, 2**20, 2**22):
+            target = Target(method.backends[0], "float32", "cpu", memory)
+            passes = max(64, 2 * method.least_passes(problem, metric))
+            if method.unsupported_reason(problem, metric, target, passes) is not None:
+                continue
+            if method.bytes_needed(problem, metric, target, passes) > memory:
+                done += 1
+                continue
+            ready = method.prepare(problem, target)
+            try:
+                method.estimate(ready, metric, passes)  # traced and certified
+                peak = peak_bytes(lambda ready=ready, passes=passes: method.estimate(ready, metric, passes))
+            except OverMemory:
+                continue
+            assert peak <= TIMES * memory + SLACK, (metric, memory, peak)
+            done += 1
+    if not done:
+        pytest.skip("does not apply")
+
+
+def net(outputs: int = 2, inputs: int = 3) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(inputs, outputs)
+
+
+@pytest.mark.parametrize("name", ["gram_reverse", "one_sided_orthonormal", "one_sided_paper_forward"])
+def test_vectors_that_do_not_fit_are_refused_before_any_work(name):
+    """By the method that is asked for; there is no way around them."""
+    model, x = net(inputs=1000), torch.randn(300, 1000)
+    metric = methods.get(name).metrics[-1] if name != "gram_reverse" else "norm"
+    with pytest.raises(OverMemory, match=rf"{name} needs \d+ bytes at once for the {metric}; memory is 10000"):
+        getattr(ntkbench, metric)(model, x, method=name, memory=10_000, passes=64)
+
+
+def test_many_samples_are_left_to_chunks_of_tables():
+    """Tables of all pairs of two probes would take 40 MB."""
+    x = torch.randn(500, 3)
+    found = ntkbench.norm(net(20), x, memory=2**22, passes=8)
+    exact = ntkbench.norm(net(20), x, dtype="float64", method="parameter_gram")
+    assert found.method == "block_u_statistics"
+    assert any(note.startswith("passed over structured_block_u_statistics: ") for note in found.notes)
+    assert float(found) == pytest.approx(float(exact), rel=0.05)
