@@ -57,7 +57,9 @@ def test_given_exact_values_are_used(config, record):
 
 
 def test_exact_values_of_other_weights_or_inputs_are_not_compared_with(config, record):
-    with pytest.raises(NtkbenchError, match=r"digits_conv\[N=3\] has other weights or inputs than when its exact values"):
+    with pytest.raises(
+        NtkbenchError, match=r"digits_conv\[N=3\] has other weights or inputs than when its exact values"
+    ):
         Execution(CELL, config, record, "of another network")
     assert execution.read(record)["status"] == "failed"
     Execution(CELL, config, record, problems.load(CELL.problem).contents())

@@ -185,7 +185,7 @@ USES = {
 def test_labels_have_the_shape_of_the_outputs_or_are_flat(use, outputs):
     """All other shapes of as many numbers are refused, whatever they were meant to be."""
     model, of = in_axes(*outputs) if outputs else nn.Sequential(in_axes(1), nn.Flatten(0)), USES[use]
-    N, O, kernel = len(X), math.prod(outputs), Kernel(model, X)  # noqa: N806, E741 - the field's symbols
+    N, O, kernel = len(X), math.prod(outputs), Kernel(model, X)  # noqa: E741 - the field's symbols
     y = torch.randn(N, *outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     allowed = {(N, *outputs), (N, O), (N * O,)}
     for shape in allowed:

@@ -65,7 +65,9 @@ class Settings(Strict):
             from ntkbench import operators
 
             if operators.device_name(made) == "cpu" != operators.device_name(replace(made, backend="torch")):
-                raise Unavailable(f"{backend} has no GPU here, and PyTorch has one: install it there, or set device: cpu")
+                raise Unavailable(
+                    f"{backend} has no GPU here, and PyTorch has one: install it there, or set device: cpu"
+                )
         return made
 
 

@@ -24,7 +24,6 @@ from ntkbench.operators import Array, JacobianOperator, arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
-
 TABLES = 6
 """Tables of all pairs of replicates that are held for each moment."""
 
