@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +77,7 @@ def test_methods_hold_no_more_than_they_may(method, size):
             ready = method.prepare(problem, target)
             try:
                 method.estimate(ready, metric, passes)  # traced and certified
-                peak = peak_bytes(lambda ready=ready, passes=passes: method.estimate(ready, metric, passes))
+                peak = peak_bytes(functools.partial(method.estimate, ready, metric, passes))
             except OverMemory:
                 continue
             assert peak <= TIMES * memory + SLACK, (metric, memory, peak)

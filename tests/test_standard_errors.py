@@ -168,7 +168,7 @@ def test_below_four_probes_the_variance_is_bounded_from_above(N, K):
 
 @pytest.mark.parametrize(("N", "K", "outputs"), [(3, 6, 2), (6, 5, 10), (12, 3, 4)])
 def test_no_kernel_gives_the_norm_to_a_given_error_with_fewer_probes_than_one_of_identical_blocks(N, K, outputs):
-    """The blocks of the first kernel are I, and it needs as many as the formula says. Those of the second differ."""
+    """The blocks of the first kernel are I, and it needs as many as the formula says; those of the second differ."""
     rng, off = np.random.default_rng(K), ~np.eye(N, dtype=bool)
     probes = rng.choice([-1.0, 1.0], (20_000, N, K, outputs))
     random = rng.standard_normal((outputs, outputs))

@@ -268,15 +268,15 @@ class LayerwiseKernel:
         columns = rows if x2 is None else self._blocks(task, sets, x2, whole=False)
         seen: list[Block] = []
         for i, row in enumerate(rows):
-            kept = [task.collected(parameters, x1, row) for parameters in sets]
+            held = [task.collected(parameters, x1, row) for parameters in sets]
             if x2 is None:
-                yield row, row, [task.own(parts, p, row) for parts, p in zip(kept, sets, strict=True)]
+                yield row, row, [task.own(parts, p, row) for parts, p in zip(held, sets, strict=True)]
             for column in columns[:i] if x2 is None else columns:
                 # A sum over directions pairs each with itself.
                 if not task.fold or row.directions == column.directions:
                     again = x2 is None or column in seen
                     seen.append(column)
-                    both = zip(kept, sets, strict=True)
+                    both = zip(held, sets, strict=True)
                     found = [task.between(parts, row, p, columns_of, column, again=again) for parts, p in both]
                     yield row, column, found
 

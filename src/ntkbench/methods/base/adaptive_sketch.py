@@ -96,7 +96,7 @@ class GrowingSketch(Accumulator):
         return self._growing and fits and columns <= self._A.dim
 
     def _affords_columns(self, passes: int) -> bool:
-        """Whether passes pay for a block beside the fewest residual probes; the cost of a JVP is not asked for in vain."""
+        """Whether passes pay for a block beside the fewest residual probes; a JVP's cost is not asked for in vain."""
         least = PASSES_PER_COLUMN * self._block + self._min_residual
         return passes >= least and passes >= self._cost + self._min_residual
 
