@@ -13,8 +13,9 @@ from conftest import loaded, metrics_of, written_out
 from torch import nn
 
 import ntkbench
-from ntkbench import methods, testing
+from ntkbench import methods, operators, testing
 from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench.estimators import solve, spectrum
 from ntkbench.measure import outcomes
 from ntkbench.methods.base import Incremental, Method
 from ntkbench.metrics import METRICS
@@ -208,6 +209,18 @@ def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(met
             assert passes - found[0].passes < (1 + share) * (method.passes_per_probe(metric) + 1)
         done += 1
     assert done > 3
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("forward_mode", [True, False])
+def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backend):
+    problem = narrow(forward_mode)
+    y = np.random.default_rng(0).standard_normal(problem.n)
+    for passes in (70, 100, 150):
+        j = operators.linearise(problem, "theta_0", Target(backend, "float64", "cpu"))
+        assert spectrum.of_operator(j, 2, rtol=1e-12, passes=passes).passes <= passes
+        j = operators.linearise(problem, "theta_0", Target(backend, "float64", "cpu"))
+        assert solve.of_operator(j, y, ridge=1e3, rtol=1e-3, passes=passes).passes <= passes
 
 
 @pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))

@@ -40,8 +40,8 @@ class Tracker:
     >>> tracker.table()["step"].tolist()
     [0, 10, 20]
 
-    Cost of each measured step: that of the metrics (see :func:`ntkbench.metrics_of`), three forward passes for checks,
-    and one plain backward pass for the certificate.
+    Cost of each measured step: that of the metrics (see :func:`ntkbench.metrics_of`) and of the alignment, each within
+    ``passes`` if given, three forward passes for checks, and one plain backward pass for the certificate.
 
     Args:
         model: the network that is trained; it is never changed.

@@ -179,8 +179,9 @@ def of_operator(
     Raises:
         BadInput: the residual stays above ``rtol``.
     """
+    product = 1 + j.passes_per_jvp()
     before, iterations = j.passes, 0
-    rank = min(rank, j.n, passes // (2 * SHARE), j.memory // (SHARE * 8 * j.n))
+    rank = min(rank, j.n, passes // (product * SHARE), j.memory // (SHARE * 8 * j.n))
     preconditioner = _nystrom(j, rank, ridge, seed) if rank else None
     apply = _shifted(j, ridge)
 
@@ -189,7 +190,7 @@ def of_operator(
         iterations += 1
 
     def solve(rest: np.ndarray) -> np.ndarray:
-        left = (passes - int(j.passes - before)) // 2 - 1
+        left = (passes - int(j.passes - before)) // product - 1
         if left < 1 and iterations:
             return np.zeros_like(rest)
         target = rtol * float(np.linalg.norm(y)) / 2  # the residual of products is a little larger

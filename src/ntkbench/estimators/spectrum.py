@@ -192,9 +192,10 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
         passes: maximum number of passes; two steps of the density and one of block Lanczos are always taken.
         seed: seed of all random vectors.
     """
+    product = 1 + j.passes_per_jvp()
     before = j.passes
     fit = j.memory // (SHARE * PROBES * j.n * j.itemsize)
-    steps = max(2, min(STEPS, passes // (SHARE * 2 * PROBES), fit))
+    steps = max(2, min(STEPS, passes // (SHARE * product * PROBES), fit))
     density = lanczos.density(j, probes=PROBES, steps=steps, seed=seed)
     left = max(1, passes - int(j.passes - before))
     found = lanczos.ritz_pairs(j, top, rtol=rtol, passes=left, seed=seed)
