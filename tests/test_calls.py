@@ -158,7 +158,7 @@ def test_pytrees_are_handed_on_as_they_are_to_a_call(kind):
         call = lambda m, b: m(b.tokens, b.features, mask=b["mask"])  # noqa: E731
         problem = from_module(*as_module(model, UserDict(BATCH), call), dtype="float64")
         agree(layer_by_layer(problem), jacobian(model, lambda m: m(**double(BATCH))))
-        with pytest.raises(BadInput, match="no 'token': there are tokens, features, mask"):
+        with pytest.raises(BadInput, match="no 'token'; available: tokens, features, mask"):
             from_module(*as_module(model, BATCH, lambda m, b: m(b.token)))
     elif kind == "nested":
         inputs = {"text": (TOKENS, {"mask": UserDict(at=MASK)}), "features": [FEATURES, None], "scale": 2}

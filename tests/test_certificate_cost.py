@@ -52,7 +52,8 @@ def test_a_certificate_is_one_plain_pass_at_each_parameter_set(monkeypatch, meth
     gradient = PlainNetwork.gradient
     monkeypatch.setattr(PlainNetwork, "gradient", lambda *given: taken.append(1) or gradient(*given))
     prepared = methods.get(method).prepare(problems.load(SMALL), Target("torch", "float64"))
-    for expected in (sets, sets):
+    # Before the first budget that pays for JVPs beside VJPs, a JVP settles what they cost.
+    for expected in (2 * sets if method == "hutchpp" else sets, sets):
         taken.clear()
         methods.get(method).estimate(prepared, metric, passes)
         assert len(taken) == expected
