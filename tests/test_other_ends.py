@@ -227,7 +227,7 @@ def test_targets_are_checked_before_other_metrics_are_computed(monkeypatch):
     for wrong, says in ((Y.T, "like the outputs"), (0 * Y, "not zero"), (1j * Y, "real numbers")):
         with pytest.raises(BadInput, match=says):
             kernel.metrics(wrong)
-    with pytest.raises(BadInput, match="leave method, passes and rtol out"):
+    with pytest.raises(BadInput, match="omit method, passes and rtol"):
         kernel.metrics(torch.eye(6), passes=8)
 
 

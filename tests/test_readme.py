@@ -30,7 +30,6 @@ def checkout(tmp_path):
         *readme.HEAD_TO_HEAD.values(),
         readme.CALIBRATION,
         readme.AUTO_CHOICE,
-        readme.REAL_SIZE,
         "default/table",
         "gpu/large",
         "claims",

@@ -26,5 +26,5 @@ def test_the_default_cases_are_problems():
         {"cases": [case.model_dump() for case in real_size.CASES], "threads": 1}
     )
     assert len(settings.cases) == len(real_size.CASES)
-    with pytest.raises(ValueError, match="no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         real_size.Settings.model_validate({"cases": [{"problem": "gpt2_small[X=1]"}]})

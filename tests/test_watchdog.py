@@ -173,6 +173,8 @@ def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(system
 def test_without_the_kernels_word_a_guardian_ends_what_a_step_left(system, monkeypatch):
     """The step is gone, and so is the run: in the second case the step itself is ended."""
     WITHOUT[system](monkeypatch)
+    # psutil has asked the system before.
+    monkeypatch.setattr("psutil._psposix.can_use_pidfd_open", lambda: False, raising=False)
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
     for gone_first in ("step", "run"):
         mark = f"{gone_first}-{time.time_ns()}"

@@ -180,7 +180,7 @@ BEHIND = {
 def test_what_stands_behind_the_last_layer_is_seen(behind):
     model = seeded(lambda: nn.Sequential(Language(), Function(BEHIND[behind]))).eval()
     problem = from_module(model, TOKENS, dtype="float64")
-    with pytest.raises(BadInput, match="not those of its last linear layer"):
+    with pytest.raises(BadInput, match="not the unchanged results of its last linear layer"):
         methods.get("wide_head").prepare(problem, Target("torch", "float64", "cpu"))
 
 

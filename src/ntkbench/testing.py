@@ -343,13 +343,15 @@ class _Estimator:
         if jacobians := getattr(self._prepared, "jacobians", None):
 
             def noted(*args: Any) -> Any:
-                self._operators[:] = jacobians(*args)
-                return list(self._operators)
+                made = jacobians(*args)
+                self._operators += made
+                return list(made)
 
             self._prepared.jacobians = noted
 
     def __call__(self, passes: int | None, seed: int = 0) -> Estimate:
         """Finite floats, the method's name, and passes as its operators counted them."""
+        self._operators.clear()
         found = self._method.estimate(self._prepared, self._metric, passes, seed)
         _require(isinstance(found, Estimate), f"returns a {type(found).__name__}, not an Estimate")
         _require(type(found.value) is float and math.isfinite(found.value), f"has the value {found.value!r}")
