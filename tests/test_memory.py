@@ -31,8 +31,10 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     tracemalloc.start()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
             run()
-        numpy = tracemalloc.get_traced_memory()[1]
+            numpy = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
     events = profiled.profiler.kineto_results.events()
