@@ -246,7 +246,7 @@ PAPERS = ("paper_figures", "--dry-run", "--config", "threads=1")
 )
 def test_the_papers_figures_are_not_drawn_from_another_run_of_the_same_profile(tmp_path, given, file):
     (tmp_path / "part.yaml").write_text(file, encoding="utf-8")
-    files = ["--configfile", "part.yaml"] if file else []
+    files = ["--configfile", str(tmp_path / "part.yaml")] if file else []
     code, out, err = run_snakemake(tmp_path, *PAPERS, *given, *files)
     said = [line for line in (out + err).splitlines() if line.startswith("ntkbench: ")]
     assert code != 0 and len(said) == 1 and "--configfile config/paper.yaml" in said[0], (out + err)[-3000:]
@@ -255,7 +255,7 @@ def test_the_papers_figures_are_not_drawn_from_another_run_of_the_same_profile(t
 
 def test_the_papers_figures_have_any_profile_at_the_papers_sizes(tmp_path):
     (tmp_path / "part.yaml").write_text("profile: mine\n", encoding="utf-8")
-    files = [str(paths.ROOT / "config" / "paper.yaml"), "part.yaml"]
+    files = [str(paths.ROOT / "config" / "paper.yaml"), str(tmp_path / "part.yaml")]
     code, out, err = run_snakemake(tmp_path, *PAPERS, "--configfile", *files)
     assert code == 0, err[-3000:]
     assert set(re.findall(r"results/(\w+)/", out + err)) == {"mine"}
@@ -266,7 +266,7 @@ def test_the_papers_figures_have_any_profile_at_the_papers_sizes(tmp_path):
 
 def test_a_configuration_without_a_grid_is_the_same_to_snakemake_and_to_the_command(tmp_path):
     (tmp_path / "part.yaml").write_text("profile: mine\nthreads: 1\n", encoding="utf-8")
-    code, out, err = run_snakemake(tmp_path, "--configfile", "part.yaml", "--dry-run")
+    code, out, err = run_snakemake(tmp_path, "--configfile", str(tmp_path / "part.yaml"), "--dry-run")
     assert code == 0, err[-3000:]
     assert set(re.findall(r"results/(\w+)/", out + err)) == {"mine"}
     checked = ntkbench(paths.ROOT, "check", tmp_path / "part.yaml")
