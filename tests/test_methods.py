@@ -113,7 +113,10 @@ def test_standard_errors_are_calibrated(method, metric):
     testing.check_calibration(method.name, metric, passes=passes, seeds=SEEDS_OF_ERRORS)
 
 
-@pytest.mark.parametrize("label", ["wide", "active"])
+MEMORIES = {"wide": (2**10, 2**15, 2**17, 2**18, 2**19, 2**20), "active": (2**18, 2**20, 2**22, 2**24)}
+
+
+@pytest.mark.parametrize("label", MEMORIES)
 @pytest.mark.parametrize("method", STOCHASTIC, ids=lambda m: m.name)
 @pytest.mark.slow
 def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(method, label):
@@ -123,7 +126,7 @@ def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(me
     """
     problem, done = loaded(served(method, label)), 0
     for metric in sorted({"norm", "alignment"} & set(method.metrics)) or method.metrics:
-        for memory in (2**10, 2**15, 2**17, 2**18, 2**19, 2**20):
+        for memory in MEMORIES[label]:
             target, probes = Target(method.backends[0], "float64", "cpu", memory), method.fewest_probes
             ready = method.prepare(problem, target)
             for passes in (method.least_passes(problem, metric), 15 * method.cost(metric, probes)):
