@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from ntkbench import paths, problems, testing
@@ -150,3 +151,21 @@ def run_snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT) -> tup
     process = snakemake(folder, *arguments, root=root)
     out, err = process.communicate(timeout=900)
     return process.returncode, out, err
+
+
+class Squared(torch.autograd.Function):
+    """A function of the user's own, which has no forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]

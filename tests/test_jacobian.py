@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, written_out
+from conftest import SMALL, Squared, written_out
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -440,28 +440,13 @@ def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
 
     import ntkbench
 
-    class Square(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(x):
-            return x * x
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs)
-
-        @staticmethod
-        def backward(ctx, g):
-            return 2 * g * ctx.saved_tensors[0]
-
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(4, 3)
 
         def forward(self, x):
-            return Square.apply(self.layer(x))
+            return Squared.apply(self.layer(x))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

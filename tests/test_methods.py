@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import loaded, metrics_of, written_out
+from conftest import Squared, loaded, metrics_of, written_out
 from torch import nn
 
 import ntkbench
@@ -142,24 +142,6 @@ def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(me
                 assert all(each.passes <= passes for each in found), (metric, memory)
                 done += 1
     assert done > 3
-
-
-class Squared(torch.autograd.Function):
-    """A function of the user's own, which has no forward mode."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g * ctx.saved_tensors[0]
 
 
 class Squares(torch.nn.Module):
