@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ntkbench.measure import fingerprints
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
 from ntkbench.options import Target
+from ntkbench.problems.base import factories
 
 MODULE = """
 import torch
@@ -118,6 +120,13 @@ def test_rows_are_measured_again_if_anything_changes_that_the_network_is_made_of
     assert factory._plugin(name, f"{MINE}:make") != one
     config({name: f"{MINE}:make"}, name)
     assert registry.room("problem").file(name) in fingerprints.sources(problems.module_of(name))
+
+
+def test_installed_packages_are_not_sources_of_a_network(tmp_path):
+    assert factories._is_local(tmp_path / "my_layers.py")
+    for folder in ("site-packages", "dist-packages"):
+        assert not factories._is_local(tmp_path / folder / "torch" / "nn.py")
+    assert not factories._is_local(Path(os.__file__)) and not factories._is_local(Path(factories.__file__))
 
 
 @pytest.mark.parametrize("change", CHANGES)

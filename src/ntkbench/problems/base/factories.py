@@ -19,6 +19,8 @@ from ntkbench.problems.base import Definition
 from ntkbench.problems.base.calls import as_module
 
 PACKAGE = Path(__file__).parents[2]
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders of installed packages, those of the user and of the system among them."""
 
 
 def definition(factory: str, folder: str, known: Mapping[str, Any]) -> Definition:
@@ -81,6 +83,8 @@ def _file(module: Any) -> Path | None:
 
 
 def _is_local(file: Path) -> bool:
+    if INSTALLED & set(file.parts):
+        return False
     installed = [PACKAGE, *(Path(sysconfig.get_paths()[kind]).resolve() for kind in ("stdlib", "purelib", "platlib"))]
     return not any(file.is_relative_to(folder) for folder in installed)
 
