@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as extra
 from scipy import stats
 
-from ntkbench.estimators import standard_errors
+from ntkbench.estimators import accumulators, standard_errors
 from ntkbench.operators import arrays
 
 SAMPLES = extra.arrays(np.float64, st.integers(2, 30), elements=st.floats(-1e3, 1e3))
@@ -164,6 +164,21 @@ def test_below_four_probes_the_variance_is_bounded_from_above(N, K):
     for moment in np.eye(3):
         variance = (means @ moment).var()
         assert np.mean([each.standard_error(moment) ** 2 for each in found]) >= (1 - 1e-12) * variance
+
+
+@pytest.mark.parametrize(("N", "K", "pairs"), [(1, 2, 1), (1, 3, 3)])
+def test_pairs_of_one_stratum_are_the_degrees_of_freedom(N, K, pairs):
+    """Two probes give one pair: an alignment from it is 1 or -1 whatever the kernels are, and its error is unknown."""
+    found, _ = all_outcomes(N, K, np.random.default_rng(0))
+    assert {each.degrees for each in found} == {pairs - 1}
+    names = ("square", "square_f", "cross")
+    y = np.random.default_rng(1).standard_normal((3, 1, K, 1, K))
+    y = (y + y.transpose(0, 3, 4, 1, 2)) ** 2
+    y[2] = np.sqrt(y[0] * y[1])
+    sums = standard_errors.PairSums(1, K, 3)
+    sums.add(0, 0, y)
+    value, error, _ = accumulators.delta_method("alignment", names, sums.moments())
+    assert math.isnan(error) == (K == 2) and (value == pytest.approx(1)) == (K == 2)
 
 
 @pytest.mark.parametrize(("N", "K", "outputs"), [(3, 6, 2), (6, 5, 10), (12, 3, 4)])

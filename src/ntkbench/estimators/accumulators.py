@@ -188,7 +188,7 @@ class UStatistics(Accumulator):
     The vectors and the tables of their pairs are kept, up to ``memory`` bytes of the operators; see :class:`PairBytes`.
     Probes beyond that start a new group, and pairs are taken within a group only. If not even ``min_group`` probes fit,
     each group is processed in pairs of chunks of strata, whose tables are not kept. If its vectors take more than half
-    of the memory, they are recomputed for each pair of chunks, which costs passes. The trace alone keeps nothing.
+    of the memory, or leave no room for tables, they are recomputed for each pair of chunks, which costs passes. The trace alone keeps nothing.
 
     Args:
         moments: names of the moments: some of ``trace`` and ``square``, or all but the trace, or all.
@@ -236,14 +236,14 @@ class UStatistics(Accumulator):
             return [slice(0, self._strata)], True
         probes = self._min_group + SPARE
         held = self._bytes.vectors(probes, self._strata)
-        keeps = 2 * held <= memory
 
-        def needed(size: int) -> int:
-            if keeps:
-                return held + self._bytes.tables(probes, size * probes)
-            return self._bytes.recomputed(probes, size)
+        def kept(size: int) -> int:
+            return held + self._bytes.tables(probes, size * probes)
 
-        size = max(1, largest(needed, memory, self._strata))
+        size = largest(kept, memory, self._strata) if 2 * held <= memory else 0
+        keeps = size > 0
+        if not keeps:
+            size = max(1, largest(functools.partial(self._bytes.recomputed, probes), memory, self._strata))
         return arrays.chunks(self._strata, -(-self._strata // size)), keeps
 
     @property
@@ -446,7 +446,8 @@ def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) ->
     if metric == "effective_rank":
         bias = moments.second_order_bias(lambda means: of(means).metric(metric))
         value -= min(max(bias, -value / 2), value / 2)
-    return PointEstimate(value, error, moments.degrees)
+    # Ratios of the moments of a single pair do not vary at all.
+    return PointEstimate(value, error if moments.degrees > 0 else math.nan, moments.degrees)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

@@ -171,7 +171,7 @@ class PairSums:
     rank. It would also have K - 1 degrees of freedom, whereas the strata together have N (K - 1).
 
     Below K = 4 the blocks b = c have no unbiased estimate. Their variance is then bounded by their second moment, and
-    treated as fully correlated with the rest.
+    treated as fully correlated with the rest. A single pair, of two probes in one stratum, has no degrees of freedom.
 
     Args:
         N: strata.
@@ -263,6 +263,8 @@ class PairSums:
             means = np.concatenate([[traces.mean(1).sum()], means])
             noise, double, bound = (np.pad(part, ((1, 0), (1, 0))) for part in (noise, double, bound))
         degrees = min(map(satterthwaite, (effects**2).sum(2), degrees_of_variance(effects)))
+        if N == 1 and K < 4:  # all that is known comes from the K (K - 1) / 2 pairs of one block
+            degrees = min(degrees, K * (K - 1) / 2 - 1)
         return MomentEstimates(means, (_outer(effects) / (K - 1) - noise) / K, double, bound, degrees)
 
 

@@ -153,11 +153,11 @@ def _timings(table: pd.DataFrame) -> Check:
 def _code(table: pd.DataFrame) -> Check:
     dirty = table["git_dirty"].str.lower().isin({"true", "1", "1.0", "yes"})
     kinds = {"git_sha": "commits", "machine": "machines", "device": "devices", "versions": "sets of package versions"}
-    counts = [len(set(table[column]) - {""}) for column in kinds]
-    text = ", ".join(f"{name}: {count}" for name, count in zip(kinds.values(), counts, strict=True))
+    counts = {name: len(set(table[column]) - {""}) for column, name in kinds.items() if column in table}
+    text = ", ".join(f"{name}: {count}" for name, count in counts.items())
     if dirty.any():
         return Check(WARNING, "Where the numbers come from", f"{text}; {dirty.sum()} cells with uncommitted changes.")
-    return Check(PASSED if max(counts) <= 1 else NOTE, "Where the numbers come from", f"{text}.")
+    return Check(PASSED if max(counts.values()) <= 1 else NOTE, "Where the numbers come from", f"{text}.")
 
 
 def _cases(rows: pd.DataFrame) -> tuple[str, ...]:
