@@ -504,3 +504,40 @@ def test_digest_sees_buffers_and_frozen_parameters(tiny):
 
     digests = [problem(*args).digest() for args in ((0.0,), (0.1,), (0.0, 2.0), (0.1, 2.0))]
     assert len(set(digests)) == 4
+
+
+class Counted(torch.nn.Linear):
+    """A layer whose operations cannot be counted, as it looks at who counts them."""
+
+    def forward(self, x):
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise RuntimeError("counted")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "reuse"),
+    [
+        (lambda: [torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3)], (5, 30), (1, 1)),
+        (lambda: [torch.nn.Conv1d(4, 8, 3, bias=False)], (2, 4, 22), (20, 20)),
+        (lambda: [torch.nn.Linear(30, 40, bias=False)], (5, 7, 30), (7, 7)),
+        (lambda: [torch.nn.GRU(3, 4, batch_first=True)], (2, 9, 3), (9, 9)),
+        (lambda: [Counted(30, 40)], (5, 7, 30), (1, 1)),
+        (lambda: [torch.nn.Embedding(100, 2)], (5, 7), (1, 1)),
+    ],
+)
+def test_weights_are_used_once_at_each_position(layers, shape, reuse):
+    """By the multiplications of a forward pass on shapes, all samples together."""
+    layers = layers()
+    model = layers[0] if len(layers) == 1 else torch.nn.Sequential(*layers)
+    x = torch.zeros(shape, dtype=torch.long) if isinstance(model, torch.nn.Embedding) else torch.randn(shape)
+    call = (lambda m, x: m(x)[0]) if isinstance(model, torch.nn.GRU) else None
+    kernel = ntkbench.Kernel(model, x) if call is None else ntkbench.Kernel(model, x, call=call)
+    assert reuse[0] <= kernel.problem.reuse <= reuse[1]
+
+
+def test_a_function_in_jax_counts_as_a_network_that_uses_weights_once():
+    import jax.numpy as jnp
+
+    problem = ntkbench.from_function(lambda w, x: x @ w["w"], jnp.ones((4, 5, 3)), {"w": jnp.ones((3, 2))})
+    assert problem.reuse == 1

@@ -104,6 +104,22 @@ def test_probes_are_rounded_up_by_a_quarter_at_most(probes, first):
     assert probes <= rounded < probes + max(4, probes / 4)
 
 
+@given(st.floats(1, 50), st.floats(1.01, 2), st.floats(1, 10**4), st.floats(0.5, 10**5))
+def test_the_first_step_that_is_enough_is_found_without_trying_all(start, ratio, most, least):
+    tried: list[float] = []
+
+    def enough(factor):
+        tried.append(factor)
+        return factor >= least
+
+    expected = start
+    while expected < most and expected < least:
+        expected *= ratio
+    found = stochastic._first(start, ratio, most, enough)
+    assert found == pytest.approx(expected, rel=1e-6) or found == pytest.approx(expected * ratio, rel=1e-6)
+    assert found >= min(least, most) * (1 - 1e-9) and len(tried) <= 11
+
+
 @pytest.mark.parametrize(("passes", "turns"), [(39, False), (1000, True)])
 def test_a_run_is_given_up_where_it_would_take_half_of_the_exact_values_passes(passes, turns):
     """About 100 probes are needed. There is no point in giving up if the budget does not allow exact values."""
@@ -122,14 +138,15 @@ def test_a_run_is_given_up_where_it_would_take_half_of_the_exact_values_passes(p
     assert kept == 50
 
 
-@pytest.mark.parametrize(("N", "least"), [(1, 61), (4, 16), (60, 2), (1000, 2)])
-def test_a_trace_of_few_samples_is_not_decided_by_few_probes(N, least):
-    """Each sample has the degrees of freedom of its own probes."""
+@pytest.mark.parametrize(("N", "least", "of_groups"), [(1, 91, 91), (4, 24, 24), (45, 3, 5), (1000, 2, 5)])
+def test_few_samples_are_not_decided_by_few_probes(N, least, of_groups):
+    """Each sample, or each group of samples, has the degrees of freedom of its own probes."""
     problem = ntkbench.from_module(torch.nn.Linear(2, 3), torch.zeros(N, 2))
     for name in ("structured_block_u_statistics", "per_sample_trace", "block_u_statistics", "group_u_statistics"):
         fewest = max(methods.get(name).first_batch, methods.get(name).fewest_probes)
         assert methods.get(name).probes_to_decide(problem, "trace") == max(least, fewest)
-        assert methods.get(name).probes_to_decide(problem, "norm") <= 4
+        expected = of_groups if name == "group_u_statistics" else least
+        assert methods.get(name).probes_to_decide(problem, "norm") == max(expected, fewest)
     assert methods.get("one_sided_reverse").probes_to_decide(problem, "trace") == 16
 
 

@@ -151,7 +151,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     outputs or parameters.
 
     With ``rtol`` an exact method takes over as soon as the remaining probes would take more than half of its passes. It
-    comes first if a batch is so small that a reliable standard error would take more passes.
+    comes first if the estimate is expected to take as long: if a batch is so small that a reliable standard error takes
+    more passes, if the tolerance is tight, and for traces of small networks.
     Methods are tried in turn, and one that fails on the network is passed over. ``Estimate.method`` names the method
     that was used, and ``Estimate.notes`` says why others were not.
 

@@ -14,7 +14,7 @@ from ntkbench import errors, methods, metrics, operators, progress_bar
 from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
-from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
+from ntkbench.methods.base import ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
@@ -51,6 +51,13 @@ DENSE = 4.0
 
 HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
+
+TYPICAL = 2.5
+"""Probes that a tolerance takes, relative to the fewest possible: 2 to 3 on the networks of the study ``auto_choice``."""
+
+RUN = 1.5e8
+"""Operations that take as long as a run of a traced network on few numbers, some 2 ms: the calls of its operations. The
+forward pass, about a pass, adds to these."""
 
 TOLERANCE_PASSES = 4096
 """Maximum number of passes to a tolerance if no budget is given."""
@@ -269,10 +276,11 @@ def _steps(
 
 
 def _expected_passes(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> float:
-    """Passes that a method takes before its error is checked; a cheaper exact method is tried first.
+    """Passes that a method is expected to take; an exact method that takes no more is tried first.
 
-    To a tolerance that takes more probes even at best, it is the passes of exact values that those are worth. They are
-    0 if the method does not apply, and the whole budget if one is given.
+    To a tolerance these are the passes before the error is first checked. If that is too early, a further run of the
+    network counts as well (see :data:`RUN`), and for a trace, whose exact value takes no products of kernels, always.
+    They are 0 if the method does not apply, and the whole budget if one is given.
     """
     if method.unsupported_reason(problem, metric, target) is not None:
         return 0.0
@@ -281,9 +289,20 @@ def _expected_passes(problem: Problem, metric: str, target: Target, options: Opt
     if not isinstance(method, Incremental):
         return 0.0
     quantile = float(ndtri(0.5 + options.confidence / 2))
-    best = method.probes_to_reach(problem, metric, options.rtol / quantile)
-    first = method.cost(metric, max(method.probes_to_decide(problem, metric), math.ceil(best / WORTH)))
-    return first if options.passes is None else min(first, options.passes)
+    like = "norm" if metric == "alignment" else metric
+    typical = TYPICAL * method.probes_to_reach(problem, like, options.rtol / quantile)
+    first = method.probes_to_decide(problem, metric)
+    expected = float(method.cost(metric, max(first, math.ceil(typical))))
+    if metric == "trace" or typical > first:
+        expected += _passes_of_a_run(problem, metric)
+    return expected if options.passes is None else min(expected, options.passes)
+
+
+def _passes_of_a_run(problem: Problem, metric: str) -> float:
+    """Passes that take as long as what is independent of their number: see :data:`RUN`."""
+    ends = len(metrics.parameter_sets(metric))
+    forward = 2 * problem.N * problem.P * problem.reuse
+    return ends * (1 + RUN / (forward if metric == "trace" else 2 * forward))
 
 
 def _takes_rtol(method: Method) -> bool:

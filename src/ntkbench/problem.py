@@ -60,6 +60,7 @@ class Problem:
     other: Problem | None = None
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
     _row_norms: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _reuse: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.other is not None:
@@ -98,6 +99,16 @@ class Problem:
         """Number of parameters, of the larger network where there are two."""
         own = sum(w.size for w in self.theta_0.values())
         return own if self.other is None else max(own, self.other.P)
+
+    @property
+    def reuse(self) -> float:
+        """Multiplications of a forward pass for each parameter and sample, at least 1; 1 also for functions in JAX.
+
+        It is 1 for an MLP, and the number of positions in an image or a sequence for layers that share weights.
+        """
+        if not self._reuse:
+            self._reuse.append(max(1.0, _multiplications(self) / (self.N * self.P)))
+        return self._reuse[0]
 
     def end(self, which: str) -> tuple[Problem, str]:
         """The problem whose network ``"theta_0"`` or ``"theta_f"`` belongs to, and their name there."""
@@ -287,22 +298,45 @@ def hash_arrays(digest: Any, arrays: Weights) -> None:
 
 
 def _output_shape(problem: Problem) -> tuple[int, ...]:
-    module, weights, x = problem.module, problem.theta_0, problem.x
-    if module is None:
+    if problem.module is None:
         import jax
 
         assert problem.jax_forward is not None
-        return tuple(jax.eval_shape(problem.jax_forward, {**problem.fixed_0, **weights}, x).shape)
+        return tuple(jax.eval_shape(problem.jax_forward, {**problem.fixed_0, **problem.theta_0}, problem.x).shape)
+    return tuple(_on_shapes(problem, problem.module).shape)
+
+
+def _multiplications(problem: Problem) -> float:
+    """Those of matrix products and convolutions in a forward pass of all samples; 0 if they cannot be counted."""
+    if problem.module is None:
+        return 0.0
+    from ntkbench.operators import declares
+
+    if declares(problem.module):  # without a count of each of its steps
+        return float(problem.N * problem.P * problem.x.shape[1])
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with FlopCounterMode(display=False) as counter:
+            _on_shapes(problem, problem.module)
+    except Exception:  # a network that runs, but not while its operations are counted
+        return 0.0
+    return counter.get_total_flops() / 2
+
+
+def _on_shapes(problem: Problem, module: nn.Module) -> Tensor:
+    """Outputs without values, from a forward pass on shapes."""
     import torch
 
     from ntkbench.modules import with_values
 
+    weights, x = problem.theta_0, problem.x
     arrays = {key: torch.empty(w.shape, device="meta") for key, w in weights.items()}
     fixed = (*module.named_buffers(), *((key, w) for key, w in module.named_parameters() if key not in arrays))
     arrays |= {key: torch.empty_like(b, device="meta") for key, b in fixed}
     inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
     inputs = inputs.float() if inputs.is_floating_point() else inputs
-    return tuple(with_values(module, arrays, (inputs,)).shape)
+    return with_values(module, arrays, (inputs,))
 
 
 def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:

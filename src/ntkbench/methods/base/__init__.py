@@ -3,7 +3,6 @@
 from ntkbench.methods.base.deterministic import Deterministic
 from ntkbench.methods.base.method import KINDS, Method, PreparedProblem
 from ntkbench.methods.base.stochastic import (
-    WORTH,
     Accumulating,
     ExactIsCheaper,
     FixedBudget,
@@ -16,7 +15,6 @@ from ntkbench.methods.base.stochastic import (
 
 __all__ = [
     "KINDS",
-    "WORTH",
     "Accumulating",
     "Deterministic",
     "ExactIsCheaper",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -196,19 +197,20 @@ class Incremental(Stochastic):
     Attributes:
         first_batch: number of probes before the first check of the standard error, if there is a tolerance.
         order: the error falls at best as this power of the number of probes; a half for means, one for pairs.
-        by_sample: whether the variance of the trace is estimated sample by sample.
     """
 
     first_batch: ClassVar[int] = 16
     order: ClassVar[float] = 0.5
-    by_sample: ClassVar[bool] = False
+
+    def strata(self, problem: Problem, metric: str) -> int:
+        """Independent parts of a probe that have degrees of freedom of their own; 0 if a probe is taken as a whole."""
+        return 0
 
     def probes_to_decide(self, problem: Problem, metric: str) -> int:
         """Fewest probes that can usually decide: with fewer, the error has too few degrees of freedom."""
-        probes = max(self.first_batch, self.fewest_probes)
-        if metric == "trace" and self.by_sample:
-            return max(probes, 1 + math.ceil(LEAST_DEGREES / problem.N))
-        return probes
+        strata = self.strata(problem, metric)
+        enough = 1 + math.ceil(EXPECTED_DEGREES / strata) if strata else 0
+        return max(self.first_batch, self.fewest_probes, enough)
 
     def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
         """Probes with which the relative standard error of a metric is as small as this, at best; 0 if not known."""
@@ -342,10 +344,26 @@ def _excess(found: Collection[Estimate], rtol: float, confidence: float) -> floa
 
     The ratio is for many degrees of freedom: few of them widen the interval now, but not after more probes.
     """
-    sure, excess = [replace(each, degrees=math.inf) for each in found], 1.0
-    while excess < MOST_EXCESS and any(_after(e, excess**2, None).relative_width(confidence) > rtol for e in sure):
-        excess *= 1.1
-    return excess if all(math.isfinite(each.standard_error or 0.0) for each in found) else math.inf
+    if not all(math.isfinite(each.standard_error or 0.0) for each in found):
+        return math.inf
+    sure = [replace(each, degrees=math.inf) for each in found]
+    return _first(1.0, 1.1, MOST_EXCESS, lambda excess: _is_within(sure, excess**2, None, rtol, confidence))
+
+
+def _first(start: float, ratio: float, most: float, enough: Callable[[float], bool]) -> float:
+    """The first of ``start``, ``start ratio``, ``start ratio^2``, ... that is enough, or is not less than ``most``.
+
+    All that follow one that is enough are also enough, so that few of them are tried.
+    """
+    steps = max(0, math.ceil(math.log(most / start) / math.log(ratio)))
+    return start * ratio ** bisect.bisect_left(range(steps), True, key=lambda i: enough(start * ratio**i))
+
+
+def _is_within(
+    found: Collection[Estimate], factor: float, safety: float | None, rtol: float, confidence: float
+) -> bool:
+    """Whether a tolerance is expected to be reached with ``factor`` times the probes; see :func:`_after`."""
+    return all(_after(each, factor, safety).relative_width(confidence) <= rtol for each in found)
 
 
 def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
@@ -394,14 +412,8 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
         least: degrees of freedom of a reliable error.
     """
 
-    def reached(factor: float, safety: float | None) -> bool:
-        return all(_after(e, factor, safety).relative_width(confidence) <= rtol for e in found)
-
     def needed(safety: float | None) -> float:
-        factor = 1.25
-        while factor < most and not reached(factor, safety):
-            factor *= 1.05
-        return factor
+        return _first(1.25, 1.05, most, lambda factor: _is_within(found, factor, safety, rtol, confidence))
 
     widest = max(e.relative_width(confidence) for e in found)
     if (degrees := min(e.degrees for e in found)) < least and not widest * FAR_WITHIN <= rtol:

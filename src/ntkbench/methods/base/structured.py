@@ -51,7 +51,6 @@ class StructuredUStatistics(Incremental):
     needs_independent_samples = True
     first_batch = 4
     order = 1.0
-    by_sample = True
     max_gradients: ClassVar[int] = 1024
     max_group: ClassVar[int] = 2048
     least_with_pilot: ClassVar[int] = 8
@@ -61,6 +60,9 @@ class StructuredUStatistics(Incremental):
 
     def passes_per_probe(self, metric: str) -> int:
         return 2 if metric == "alignment" else 1
+
+    def strata(self, problem: Problem, metric: str) -> int:
+        return problem.N
 
     def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
         return least_probes(metric, problem.N, problem.n, error)

@@ -164,11 +164,13 @@ class OneSidedPerSample(Accumulating):
     metrics = ("trace",)
     needs_independent_samples = True
     first_batch = 4
-    by_sample = True
     side: ClassVar[Side]
 
     def passes_per_probe(self, metric: str) -> int:
         return 1
+
+    def strata(self, problem: Problem, metric: str) -> int:
+        return problem.N
 
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")
@@ -221,12 +223,14 @@ class StratifiedUStatistics(Accumulating):
     backends = ("torch", "jax")
     needs_independent_samples = True
     order = 1.0
-    by_sample = True
     max_gradients: ClassVar[int] = 1024
 
     @abstractmethod
     def groups(self, N: int) -> int:
         """Number of groups of N samples."""
+
+    def strata(self, problem: Problem, metric: str) -> int:
+        return problem.N if metric == "trace" else self.groups(problem.N)
 
     @abstractmethod
     def gradients(self, j: JacobianOperator, groups: Sequence[slice], v: Array) -> Array:
