@@ -73,7 +73,9 @@ def test_shards_keep_sixteen_nodes_busy():
 def test_rows_from_several_kinds_of_machines_are_marked():
     table = pd.DataFrame({"status": "ok", "machine": ["A (2 cores)"] * 3, "device": "cpu"})
     assert provenance.several_machines(table) == ""
-    assert provenance.several_machines(table.assign(device=["cpu", "cpu", "H200"])) == "", "one machine with a GPU"
+    mixed = table.assign(device=["cpu", "cpu", "H200"], seconds=[1.0, 2.0, 3.0])
+    assert "A (2 cores), cpu: 2" in provenance.several_machines(mixed), "resumed on a machine with a GPU"
+    assert provenance.several_machines(mixed.assign(seconds=[None, None, 3.0])) == "", "counts have no device"
     assert provenance.several_machines(table.assign(machine=["A", "A", "B"], status=["ok", "ok", "failed"])) == ""
     said = provenance.several_machines(table.assign(machine=["A", "B", "A"]))
     assert "not comparable" in said and "A, cpu: 2" in said and "B, cpu: 1" in said

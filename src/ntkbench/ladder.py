@@ -18,7 +18,7 @@ from ntkbench.methods.base import ExactIsCheaper, Incremental, OthersAreCheaper,
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
-from ntkbench.problem import Problem
+from ntkbench.problem import Problem, on_shapes
 
 EXACT = {
     "torch": (
@@ -53,7 +53,7 @@ HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PAR
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
 
 TYPICAL = 2.5
-"""Probes that a tolerance takes, relative to the fewest possible: 2 to 3 on the networks of the study ``auto_choice``."""
+"""Probes that a tolerance takes, relative to the fewest possible; 2 to 3 in the study ``auto_choice``."""
 
 RUN = 1.5e8
 """Operations that take as long as a run of a traced network on few numbers, some 2 ms: the calls of its operations. The
@@ -301,8 +301,34 @@ def _expected_passes(problem: Problem, metric: str, target: Target, options: Opt
 def _passes_of_a_run(problem: Problem, metric: str) -> float:
     """Passes that take as long as what is independent of their number: see :data:`RUN`."""
     ends = len(metrics.parameter_sets(metric))
-    forward = 2 * problem.N * problem.P * problem.reuse
+    forward = 2 * problem.N * problem.P * reuse(problem)
     return ends * (1 + RUN / (forward if metric == "trace" else 2 * forward))
+
+
+def reuse(problem: Problem) -> float:
+    """Multiplications of a forward pass for each parameter and sample, at least 1; 1 also where they are not known.
+
+    It is 1 for an MLP, and the number of positions in an image or a sequence for layers that share weights.
+    """
+    if not problem._reuse:
+        problem._reuse.append(max(1.0, _multiplications(problem) / (problem.N * problem.P)))
+    return problem._reuse[0]
+
+
+def _multiplications(problem: Problem) -> float:
+    """Those of matrix products and convolutions in a forward pass of all samples; 0 if they cannot be counted."""
+    if problem.module is None:
+        return 0.0
+    if declares(problem.module):  # without a count of each of its steps
+        return float(problem.N * problem.P * problem.x.shape[1])
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with FlopCounterMode(display=False) as counter:
+            on_shapes(problem, problem.module)
+    except Exception:  # a network that runs, but not while its operations are counted
+        return 0.0
+    return counter.get_total_flops() / 2
 
 
 def _takes_rtol(method: Method) -> bool:

@@ -100,16 +100,6 @@ class Problem:
         own = sum(w.size for w in self.theta_0.values())
         return own if self.other is None else max(own, self.other.P)
 
-    @property
-    def reuse(self) -> float:
-        """Multiplications of a forward pass for each parameter and sample, at least 1; 1 also for functions in JAX.
-
-        It is 1 for an MLP, and the number of positions in an image or a sequence for layers that share weights.
-        """
-        if not self._reuse:
-            self._reuse.append(max(1.0, _multiplications(self) / (self.N * self.P)))
-        return self._reuse[0]
-
     def end(self, which: str) -> tuple[Problem, str]:
         """The problem whose network ``"theta_0"`` or ``"theta_f"`` belongs to, and their name there."""
         return (self, which) if self.other is None or which == "theta_0" else (self.other, "theta_0")
@@ -303,29 +293,11 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
 
         assert problem.jax_forward is not None
         return tuple(jax.eval_shape(problem.jax_forward, {**problem.fixed_0, **problem.theta_0}, problem.x).shape)
-    return tuple(_on_shapes(problem, problem.module).shape)
+    return tuple(on_shapes(problem, problem.module).shape)
 
 
-def _multiplications(problem: Problem) -> float:
-    """Those of matrix products and convolutions in a forward pass of all samples; 0 if they cannot be counted."""
-    if problem.module is None:
-        return 0.0
-    from ntkbench.operators import declares
-
-    if declares(problem.module):  # without a count of each of its steps
-        return float(problem.N * problem.P * problem.x.shape[1])
-    from torch.utils.flop_counter import FlopCounterMode
-
-    try:
-        with FlopCounterMode(display=False) as counter:
-            _on_shapes(problem, problem.module)
-    except Exception:  # a network that runs, but not while its operations are counted
-        return 0.0
-    return counter.get_total_flops() / 2
-
-
-def _on_shapes(problem: Problem, module: nn.Module) -> Tensor:
-    """Outputs without values, from a forward pass on shapes."""
+def on_shapes(problem: Problem, module: nn.Module) -> Tensor:
+    """Outputs without values of a problem's module, from a forward pass on shapes, which computes nothing."""
     import torch
 
     from ntkbench.modules import with_values

@@ -188,7 +188,8 @@ class UStatistics(Accumulator):
     The vectors and the tables of their pairs are kept, up to ``memory`` bytes of the operators; see :class:`PairBytes`.
     Probes beyond that start a new group, and pairs are taken within a group only. If not even ``min_group`` probes fit,
     each group is processed in pairs of chunks of strata, whose tables are not kept. If its vectors take more than half
-    of the memory, or leave no room for tables, they are recomputed for each pair of chunks, which costs passes. The trace alone keeps nothing.
+    of the memory, or leave no room for tables, they are recomputed for each pair of chunks, which costs passes. The
+    trace alone keeps nothing.
 
     Args:
         moments: names of the moments: some of ``trace`` and ``square``, or all but the trace, or all.

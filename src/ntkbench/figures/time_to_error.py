@@ -20,10 +20,10 @@ LATER = ["backend", "ratio_low", "ratio_high"]
 """Columns that older tables do not have."""
 
 ROLES = {
-    "published": (styles.BLACK, "o", "published"),
+    "published": (styles.BLACK, "o", "published method"),
     "estimated": (styles.VERMILION, "o", "estimator of this suite"),
     "exact": (styles.BLUE, "s", "exact, of this suite"),
-    "biased": (styles.GREY, "D", "biased kernel of this suite, within the error here"),
+    "biased": (styles.GREY, "D", "biased, of this suite, within the error here"),
 }
 """Colour, marker and meaning of the methods that are named."""
 ABOVE = ("published", "estimated")

@@ -16,7 +16,10 @@ from ntkbench import outside, paths
 if TYPE_CHECKING:
     import pandas as pd
 
-PACKAGES = ("torch", "jax", "jaxlib", "neural-tangents", "numpy")
+PACKAGES = (
+    *("torch", "jax", "jaxlib", "neural-tangents", "numpy", "scipy"),
+    *("scikit-learn", "curvlinops-for-pytorch", "matfree"),  # data, and methods that are compared
+)
 CODE = ("src", "benchmarks", "results/reference/exact", "results/reference/weights")
 """Folders of the checkout whose files change what is measured: code, exact values and trained weights."""
 
@@ -69,15 +72,16 @@ def packages() -> tuple[str, ...]:
 def several_machines(table: pd.DataFrame) -> str:
     """A warning if rows come from more than one kind of machine; else an empty string.
 
-    Kinds are processors and GPUs; seconds of different kinds are not comparable.
+    Kinds are processors and devices; seconds of different kinds are not comparable. Rows without seconds do not count.
 
     Args:
         table: with the columns ``status``, ``machine`` and ``device``.
     """
     done = table[table["status"] == "ok"]
+    if "seconds" in done:
+        done = done[done["seconds"].notna()]
     places = done[["machine", "device"]].fillna("").astype(str).agg(", ".join, axis=1).value_counts().sort_index()
-    gpus = set(done["device"].dropna()) - {"cpu", ""}
-    if max(done["machine"].nunique(), len(gpus)) < 2:
+    if max(done["machine"].nunique(), len(set(done["device"].dropna()) - {""})) < 2:
         return ""
     rows = "; ".join(f"{place}: {count}" for place, count in places.items())
     return f"Rows come from several kinds of machines, whose seconds are not comparable (rows of each: {rows})."

@@ -15,5 +15,5 @@ class HutchPPAdaptive(AdaptiveSketch):
     """
 
     title = "Hutch++ (adaptive)"
-    source = "Persson, Cortinovis, Kressner 2022, section 2 (A-Hutch++), one-sided and with another rule of stopping"
+    source = "this suite, one-sided, with another rule of stopping; Persson, Cortinovis, Kressner 2022, section 2"
     side = "reverse"

@@ -17,5 +17,5 @@ class HutchPPAdaptiveForward(AdaptiveSketch):
     """
 
     title = "Hutch++ (adaptive, forward)"
-    source = "Persson, Cortinovis, Kressner 2022, section 2 (A-Hutch++), on J^T J and with another rule of stopping"
+    source = "this suite, on J^T J, with another rule of stopping; Persson, Cortinovis, Kressner 2022, section 2"
     side = "forward"

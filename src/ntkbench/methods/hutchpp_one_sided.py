@@ -19,7 +19,7 @@ class HutchPPOneSided(FixedBudget):
     """
 
     title = "Hutch++ (one-sided)"
-    source = "Meyer, Musco, Musco, Woodruff 2021, algorithm 1, with the last two products replaced by VJPs"
+    source = "this suite; Meyer, Musco, Musco, Woodruff 2021, algorithm 1, with the last two products replaced by VJPs"
     backends = ("torch", "jax")
     metrics = ("trace",)
 

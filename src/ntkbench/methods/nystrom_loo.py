@@ -31,7 +31,7 @@ class NystromLOO(FixedBudget):
     """
 
     title = "leave-one-out Nystrom"
-    source = "ntkbench, after XNysTrace of Epperly, Tropp, Webber 2024"
+    source = "this suite; after XNysTrace of Epperly, Tropp, Webber 2024"
     backends = ("torch", "jax")
     metrics = ("norm", "effective_rank", "alignment")
     gradients_held = 4

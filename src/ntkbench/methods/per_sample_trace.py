@@ -15,5 +15,5 @@ class PerSampleTrace(OneSidedPerSample):
     """
 
     title = "per-sample trace"
-    source = "Hutchinson 1990 on each sample's block; per-sample gradients as in Goodfellow 2015 (arXiv 1510.01799)"
+    source = "this suite; Hutchinson 1990 on each block; per-sample gradients of Goodfellow 2015 (arXiv 1510.01799)"
     side = "reverse"

@@ -15,4 +15,4 @@ class StructuredDerivatives(Layerwise):
 
     title = "structured derivatives"
     kind = "exact"
-    source = "Novak et al. 2022, section 3, adapted to ATen graphs; ghost norms for the trace"
+    source = "this suite, on ATen graphs; Novak et al. 2022, section 3; ghost norms for the trace"

@@ -13,5 +13,5 @@ class StructuredSumOfLogits(Layerwise):
 
     title = "pNTK by layers"
     kind = "approximate"
-    source = "Mohamadi, Bae, Sutherland 2023, the sum-of-logits pNTK"
+    source = "this suite; the sum-of-logits pNTK of Mohamadi, Bae, Sutherland 2023"
     kernel = "sum_of_logits"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.head import HeadedProblem
     from ntkbench.methods.base.layerwise import TracedNetwork
     from ntkbench.methods.base.tied_head import TiedProblem
+    from ntkbench.problem import Problem
 
 
 class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):

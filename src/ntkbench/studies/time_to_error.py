@@ -34,19 +34,6 @@ from ntkbench.studies import base
 
 TIMED = True
 PLUGINS = (*base.methods_and_problems(), *base.JAX)
-AS_PUBLISHED = (
-    "hutchpp",
-    "hutchpp_paper",
-    "one_sided_paper_reverse",
-    "one_sided_paper_forward",
-    "nystrompp",
-    "shared_probe_alignment",
-    "sum_of_logits",
-    "nt_jacobian_contraction",
-    "nt_ntk_vector_products",
-    "nt_structured_derivatives",
-)
-"""Hazelden's estimators and those of its sources, Mohamadi's pNTK, Novak's programs; ratios are to the fastest one."""
 TOO_LONG = 5
 """Multiple of a goal's patience after which a method is given up."""
 LOOK = 10
@@ -137,7 +124,7 @@ def _rows(settings: Settings, goal: Goal) -> list[base.Row]:
         for backend in method.backends if goal.metric in method.metrics else ():
             entrant = Entrant(settings, goal, truth, method.name, backend, known)
             case = {**goal_columns, "method": method.name, "backend": backend, "title": method.title}
-            case |= {"kind": method.kind, "published": method.name in AS_PUBLISHED}
+            case |= {"kind": method.kind, "published": not method.is_own}
             rows.append(base.row(case, entrant.search))
             known = known or entrant.known(rows[-1])
             if rows[-1]["status"] == outcomes.OK:

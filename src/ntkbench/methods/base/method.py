@@ -14,6 +14,9 @@ from ntkbench.problem import Problem
 
 KINDS = ("exact", "approximate", "stochastic")
 
+OWN = "this suite"
+"""How the source of the suite's own methods begins."""
+
 
 class Method(ABC):
     """A way of computing metrics of the NTK.
@@ -23,7 +26,8 @@ class Method(ABC):
     Attributes:
         title: name in figures and tables.
         kind: ``exact``, ``approximate`` (deterministic and biased) or ``stochastic`` (takes passes and a seed).
-        source: paper and equation, or program, that the method comes from.
+        source: paper and equation, or program, that the method comes from. It begins with ``this suite`` if the
+            estimator or its algorithm is the suite's own.
         backends: backends that it runs on, the default first.
         metrics: metrics that it computes, of those that are functions of moments.
         kernel_metrics: metrics of the whole kernel that it computes.
@@ -48,6 +52,11 @@ class Method(ABC):
     def name(self) -> str:
         """Name of the file that defines the method."""
         return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the estimator or its algorithm is the suite's own; all others are published elsewhere."""
+        return self.source.startswith(OWN)
 
     @property
     def takes_passes(self) -> bool:

@@ -45,7 +45,7 @@ class GramMatrix(Accumulating):
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
     """
 
-    source = "U-statistics of Hoeffding 1948; Kong and Valiant 2017 (arXiv 1602.00061) for spectral moments"
+    source = "this suite; U-statistics of Hoeffding 1948; Kong and Valiant 2017 (arXiv 1602.00061) for spectral moments"
     backends = ("torch", "jax")
     fewest_probes = 4
     few_degrees = 20
