@@ -14,6 +14,7 @@ import torch
 from ntkbench.errors import BadInput
 from ntkbench.estimate import RANGES, Estimate, Estimates, rounding_bound
 from ntkbench.metrics import Moments
+from ntkbench.options import Options
 
 E = Estimate(12.5, 0.5, 64.0, "hutchinson", ("passed over <a>: why",), "trace", certificate=1e-7)
 
@@ -161,6 +162,25 @@ def test_rounding_widens_an_interval_and_turns_the_angle_of_an_alignment():
     low, high = aligned(1.0, None, rounding=0.1).complement_interval()
     assert low == pytest.approx(1 - math.sin(0.1)) and high == 1
     assert Estimate(math.inf, None, 8, "m", metric="trace").interval() == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.9, 0.02, 0.0, -0.5])
+def test_rounding_of_an_alignment_is_an_angle_also_without_its_complement(value):
+    """Relative to a small alignment it is much more."""
+    low, high = Estimate(value, None, 8, "m", metric="alignment", rounding=1e-3).interval()
+    angle = math.acos(value)
+    assert low == pytest.approx(math.cos(angle + 1e-3), abs=1e-12)
+    assert high == pytest.approx(math.cos(max(angle - 1e-3, 0.0)), abs=1e-12)
+
+
+@pytest.mark.parametrize("confidence", [95, 0, -0.5, 1, 1e-17, 1 - 1e-16, math.nan, "0.9"])
+def test_a_confidence_level_that_is_none_is_refused(confidence):
+    e = aligned(0.1, 0.01)
+    for what in (e.interval, e.complement_interval, e.relative_width):
+        with pytest.raises(BadInput, match="^confidence must be "):
+            what(confidence)
+    with pytest.raises(BadInput, match="^confidence must be "):
+        Options(confidence=confidence)
 
 
 def test_one_minus_alignment_is_shown_near_one():

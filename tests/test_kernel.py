@@ -386,6 +386,17 @@ def test_examples_in_docstrings_run(name):
     assert found.failed == 0 and (found.attempted > 0 or name == "kernel")
 
 
+def test_a_tracker_refuses_steps_that_start_again():
+    """As those of a loop over epochs that counts batches, of which it would measure the first epoch alone."""
+    tracker = ntkbench.Tracker(net(), X, every=2, metrics=("trace",))
+    for step in range(4):
+        tracker(step)
+    tracker(3)
+    with pytest.raises(BadInput, match="^steps must not go back, got 0 after 3: count over all epochs$"):
+        tracker(0)
+    assert tracker.table()["step"].tolist() == [0, 2]
+
+
 def test_the_trainer_of_hugging_face_calls_a_tracker():
     pytest.importorskip("transformers")
     tracker = ntkbench.Tracker(net(), X, every=10, metrics=("trace",))

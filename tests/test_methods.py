@@ -430,6 +430,37 @@ def test_interacting_samples_are_served_by_whole_passes(tiny):
     assert {"direct", "naive_jacobian"} <= set(served)
 
 
+@pytest.mark.parametrize("metric", ["trace", "norm", "alignment"])
+@pytest.mark.parametrize("memory", [2**30, 2**18, 2**14, 1])
+def test_rows_that_are_recomputed_count_as_passes(metric, memory):
+    """Where not all of J fits, so that a budget is kept also by the last method that auto tries."""
+    problem, target = testing.smooth_problem("rows", 12, 20, 30, 4), Target("torch", "float64", "cpu", memory)
+    method = methods.get("naive_jacobian")
+    found = method.estimate(method.prepare(problem, target), metric)
+    assert found.passes == method.passes_needed(problem, metric, target)
+
+
+@pytest.mark.parametrize("wishes", [{}, {"rtol": 0.01}], ids=["a few passes", "a tolerance"])
+@pytest.mark.parametrize("method", [m for m in STOCHASTIC if isinstance(m, Incremental)], ids=lambda m: m.name)
+def test_probes_that_agree_by_chance_do_not_look_exact(method, wishes):
+    """Two equal outputs of one sample: a square has two values, and few probes often have the same one."""
+    first, last = nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False)
+    for layer in (first, last):
+        nn.init.ones_(layer.weight)
+    last.requires_grad_(False)
+    problem = ntkbench.Kernel(nn.Sequential(first, last), torch.ones(1, 3)).problem
+    target, exact = Target("torch", "float64", "cpu"), {"trace": 6.0, "norm": 6.0, "effective_rank": 1.0}
+    ready = method.prepare(problem, target)
+    for metric in sorted(exact.keys() & set(method.metrics)):
+        if method.unsupported_reason(problem, metric, target):
+            continue
+        for seed in range(16):
+            passes = 400 if wishes else method.least_passes(problem, metric)
+            found = method.estimates(ready, (metric,), passes, seed, **wishes)[metric]
+            if found.standard_error == 0:
+                assert found.value == pytest.approx(exact[metric]), (metric, seed)
+
+
 SMALLEST = {f"{N} x {outputs}": (N, 3, 4, outputs) for N, outputs in ((1, 1), (6, 1), (1, 3), (2, 2))}
 
 

@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 
 from ntkbench.errors import BadInput
 from ntkbench.metrics import Moments
+from ntkbench.options import check_confidence
 
 Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]
 """A monotone map, its derivative and its inverse."""
@@ -173,6 +174,9 @@ class Estimate:
         alignment. The delta method transforms the standard error to that scale. With few probes on a steep spectrum
         this raises the coverage from 75 % to 90 %. The interval contains the value, and is clipped to the metric's
         range as far as the value is in it. It is unbounded if the standard error is unknown.
+
+        Raises:
+            BadInput: the confidence level is not between 0 and 1.
         """
         spread = self._reach(confidence)
         if math.isinf(spread):
@@ -180,7 +184,6 @@ class Estimate:
         if self.complement is not None:
             low, high = self.complement_interval(confidence)
             return min(1 - high, self.value), max(1 - low, self.value)
-        reach = self.rounding * abs(self.value) if self.rounding else 0.0
         scale = SCALES.get(self.metric)
         in_domain = self.value > 0 if scale is LOG else abs(self.value) < 1
         if spread == 0 or scale is None or not in_domain:
@@ -189,8 +192,18 @@ class Estimate:
             transform, derivative, inverse = scale
             centre, spread = transform(self.value), derivative(self.value) * spread
             low, high = inverse(centre - spread), inverse(centre + spread)
+        low, high = self._with_rounding(low, high)
         least, most = RANGES.get(self.metric, (-math.inf, math.inf))
-        return min(max(low - reach, least), self.value), max(min(high + reach, most), self.value)
+        return min(max(low, least), self.value), max(min(high, most), self.value)
+
+    def _with_rounding(self, low: float, high: float) -> tuple[float, float]:
+        """An interval, widened by ``rounding``."""
+        if not self.rounding:
+            return low, high
+        if self.metric == "alignment":
+            return 1 - _turned(1 - low, self.rounding), 1 - _turned(1 - high, -self.rounding)
+        reach = self.rounding * abs(self.value)
+        return low - reach, high + reach
 
     def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval for 1 - alignment: that of :meth:`interval`, without cancellation near 0.
@@ -199,7 +212,7 @@ class Estimate:
         between the kernels by a bounded amount, so it widens the interval of that angle.
 
         Raises:
-            BadInput: 1 - alignment was not computed separately.
+            BadInput: 1 - alignment was not computed separately, or the confidence level is not between 0 and 1.
         """
         if self.complement is None:
             raise BadInput(f"{self.method} does not compute 1 - alignment separately; use interval()")
@@ -219,6 +232,7 @@ class Estimate:
 
     def _reach(self, confidence: float) -> float:
         """Half of the width of the interval on the scale of the value; infinite if the standard error is unknown."""
+        check_confidence(confidence)
         if not self.standard_error:
             return 0.0
         if math.isnan(self.standard_error) or self.degrees <= 0:
@@ -368,7 +382,7 @@ def _words(low: float, high: float) -> str:
 
 def _turned(complement: float, angle: float) -> float:
     """1 - cos of an angle that is larger than that of 1 - cos = ``complement`` by ``angle``, and not negative."""
-    half = math.asin(math.sqrt(min(complement / 2, 1.0)))
+    half = math.asin(math.sqrt(min(max(complement / 2, 0.0), 1.0)))
     return 2 * math.sin(min(max(half + angle / 2, 0.0), math.pi / 2)) ** 2
 
 

@@ -94,7 +94,7 @@ class Options:
         object.__setattr__(self, "seed", seed(self.seed))
         if self.passes is not None:
             object.__setattr__(self, "passes", positive("passes", self.passes))
-        _check_share("confidence", self.confidence)
+        check_confidence(self.confidence)
         if self.rtol is not None:
             _check_share("rtol", self.rtol)
 
@@ -134,6 +134,21 @@ def positive(what: str, value: object, unit: str = "") -> int:
     if number <= 0:
         raise BadInput(f"{what} must be a positive number{unit}, got {value!r}")
     return number
+
+
+LEAST = 1e-6
+"""Smallest confidence level, and smallest distance of one from 1: rounding of the quantile is negligible between."""
+
+
+def check_confidence(confidence: object) -> None:
+    """Refuse a confidence level outside of (0, 1), or so close to its ends that the quantile is 0 or infinite.
+
+    Raises:
+        BadInput: it is not a number, or not allowed.
+    """
+    _check_share("confidence", confidence)
+    if not LEAST <= float(confidence) <= 1 - LEAST:  # type: ignore[arg-type]
+        raise BadInput(f"confidence must be from {LEAST:g} to {1 - LEAST:g}, got {confidence!r}")
 
 
 def _check_share(what: str, value: object) -> None:

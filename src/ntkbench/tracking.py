@@ -89,12 +89,16 @@ class Tracker:
         self._modes = {name: layer.training for name, layer in self._model.named_modules()}
         self._trainable = {name: w.requires_grad for name, w in self._model.named_parameters()}
         self._first: Kernel | None = None
+        self._last: int | None = None
         self.history: list[tuple[int, dict[str, Estimate]]] = []
 
     def __call__(self, step: int) -> dict[str, Estimate] | None:
         """Measure if a measurement is due; returns the estimates by name, ``None`` between two measurements."""
         if not isinstance(step, numbers.Integral):
             raise BadInput(f"step must be a whole number, got {step!r}")
+        if self._last is not None and step < self._last:
+            raise BadInput(f"steps must not go back, got {step} after {self._last}: count over all epochs")
+        self._last = step
         if self.history and step < self.history[-1][0] + self._every:
             return None
         kernel = self._kernel.at(self._present())

@@ -12,6 +12,7 @@ from ntkbench.errors import BadInput
 from ntkbench.estimate import rounding_bound
 from ntkbench.operators import Array, JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
+from ntkbench.options import check_confidence
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +110,9 @@ class Density:
             Shares and the lower and upper ends of their intervals, each ``[bins]``.
 
         Raises:
-            BadInput: fewer than two edges, or they do not ascend.
+            BadInput: fewer than two edges, or they do not ascend; or a confidence level that is not allowed.
         """
+        check_confidence(confidence)
         edges = np.asarray(edges, np.float64)
         if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
             raise BadInput("edges must be at least two numbers in ascending order")
@@ -139,8 +141,11 @@ class Density:
         Returns:
             The value, and the lower and upper ends of its interval; some are ``-inf`` if an eigenvalue plus ridge may
             be 0.
-        """
 
+        Raises:
+            BadInput: the confidence level is not between 0 and 1.
+        """
+        check_confidence(confidence)
         gauss, radau = (self.nodes, self.weights), (self.radau_nodes, self.radau_weights)
         value, below = (float(self._log_determinants(*rule, ridge, 0).mean()) for rule in (gauss, radau))
         least, most = self._log_determinants(*radau, ridge, -1), self._log_determinants(*gauss, ridge, 1)

@@ -8,6 +8,7 @@ from ntkbench import metrics
 from ntkbench.estimators.accumulators import ProbeMeans, required_moments
 from ntkbench.methods.base import Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng
+from ntkbench.problem import Problem
 
 
 class Hutchinson(Accumulating):
@@ -26,6 +27,9 @@ class Hutchinson(Accumulating):
 
     def jvp_share(self, metric: str) -> float:
         return 1 / 2
+
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.n
 
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         j, moments = jacobians[0], required_moments(names)

@@ -16,7 +16,10 @@ from ntkbench.problem import Problem
 
 
 class NaiveJacobian(Deterministic):
-    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set."""
+    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set if J fits in memory.
+
+    Blocks of rows that do not fit are recomputed for every pair of blocks.
+    """
 
     title = "naive Jacobian"
     kind = "exact"
@@ -24,16 +27,24 @@ class NaiveJacobian(Deterministic):
     backends = ("torch",)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
-        return problem.n * len(metrics.parameter_sets(metric))
+        n, ends = problem.n, len(metrics.parameter_sets(metric))
+        if metric == "trace" or ends * n * problem.P * target.itemsize <= target.memory:
+            return n * ends
+        sizes = [len(block) for block in _blocks(n, problem.P, target.memory, target.itemsize)]
+        return ends * sum(size * (len(sizes) - i) for i, size in enumerate(sizes))
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = max(jacobians, key=lambda j: j.P)
-        # A quarter of the memory for a block, as two blocks of each J are held at a time.
-        size = max(1, j.memory // (4 * j.P * j.itemsize))
-        blocks = [range(i, min(i + size, j.n)) for i in range(0, j.n, size)]
+        blocks = _blocks(j.n, j.P, j.memory, j.itemsize)
 
         def rows(jacobian: JacobianOperator, block: range) -> Array:
             found = [jacobian.row(i) for i in block]
             return array_api_compat.array_namespace(found[0]).stack(found)
 
         return moments_from_rows(metric, jacobians, blocks, rows)
+
+
+def _blocks(n: int, P: int, memory: int, itemsize: int) -> list[range]:
+    """Rows of a quarter of the memory, as two blocks of each J are held at a time."""
+    size = max(1, memory // (4 * P * itemsize))
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]

@@ -40,6 +40,10 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
         """0, as the exact moments of the head often make the error of few probes small."""
         return 0
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        """0, as nothing may be left to estimate beside the exact moments."""
+        return 0
+
     def networks(self, prepared: HeadedProblem | TiedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
         return prepared.short.networks(metric), prepared.short.known(metric)
 

@@ -127,6 +127,7 @@ class TracedProblem:
     """A problem on the device, its network traced.
 
     Attributes:
+        problem: the problem.
         engine: computes kernels of the network at theta_0.
         x: inputs on the device.
 
@@ -136,7 +137,7 @@ class TracedProblem:
     """
 
     def __init__(self, problem: Problem, target: Target) -> None:
-        self._problem, self._target = problem, target
+        self.problem, self._target = problem, target
         self._ends: dict[str, TracedNetwork] = {}
         (first,) = self.ends("trace")
         self.engine, self.x = first.engine, first.x
@@ -156,15 +157,15 @@ class TracedProblem:
     def _traced(self, name: str) -> TracedNetwork:
         from ntkbench.layerwise import reuse
 
-        module, weights, x = torch_network(self._problem, name, self._target)
-        if self._ends and not _two_networks(self._problem):
+        module, weights, x = torch_network(self.problem, name, self._target)
+        if self._ends and not _two_networks(self.problem):
             return TracedNetwork(self.engine, list(weights.values()), self.x)
         return TracedNetwork(reuse.traced(module, weights, x, self._target.memory), list(weights.values()), x)
 
     @functools.cached_property
     def change(self) -> np.ndarray:
         """Change of the outputs by training ``[N, O]``, in float64 on the host."""
-        return change_by_training(self._problem, self._target.device)
+        return change_by_training(self.problem, self._target.device)
 
     def certify_again(self) -> None:
         """Compare the next kernels with plain autograd even if they were compared before."""

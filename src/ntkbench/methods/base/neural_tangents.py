@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Method, kernel_metrics
 from ntkbench.metrics import Moments
 from ntkbench.operators import certificate, plain_gradient, programs
@@ -87,8 +87,9 @@ class NeuralTangents(Method):
                 metric, theta.astype(np.float64), prepared.P, float(np.finfo(theta.dtype).eps), found, change=change
             )
             return Estimate(value, None, None, self.name, metric=metric, certificate=found, rounding=rounding)
-        moments = prepared.moments(metric)
-        return Estimate.of_moments(metric, moments, None, self.name, certificate=prepared.certificate)
+        moments, found = prepared.moments(metric), prepared.certificate
+        bound = rounding_bound(metric, prepared.epsilon, max(prepared.n, prepared.P), found)
+        return Estimate.of_moments(metric, moments, None, self.name, certificate=found, rounding=bound)
 
 
 class CompiledPrograms:
@@ -101,7 +102,8 @@ class CompiledPrograms:
     function and shapes; certificates are not.
 
     Attributes:
-        P: number of parameters.
+        n, P: numbers of outputs and of parameters.
+        epsilon: machine epsilon of the target's precision.
         certificate: the largest relative difference found; ``None`` before the first metric.
 
     Raises:
@@ -114,7 +116,7 @@ class CompiledPrograms:
         from ntkbench.operators.jax import network
 
         self._implementation, self._problem, self._target = implementation, problem, target
-        self.P = problem.P
+        self.n, self.P, self.epsilon = problem.n, problem.P, float(np.finfo(target.dtype).eps)
         self._networks = {"theta_0": network(problem, "theta_0", target)}
         if problem.theta_f is not None:
             self._networks["theta_f"] = network(problem, "theta_f", target)

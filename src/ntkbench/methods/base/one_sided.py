@@ -35,6 +35,9 @@ class OneSided(Accumulating):
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.n if self.side == "reverse" else problem.P
+
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> ProbeMeans:
         (j,) = jacobians
         A = factor(j, self.side)

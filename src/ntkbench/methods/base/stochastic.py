@@ -116,6 +116,12 @@ def _takes(metric: str, least: int) -> str:
 
 ROUNDING = 1e-9
 """Of a number of passes."""
+ALIKE = 12
+"""Pairs of independent parts that are equal up to sign, from which on this is not a coincidence.
+
+A square takes only two values if there are two signs, so that K probes agree with the probability 2^(1 - K). A standard
+error of 0 from fewer pairs is unknown.
+"""
 
 
 class FixedBudget(Stochastic):
@@ -206,6 +212,23 @@ class Incremental(Stochastic):
         """Independent parts of a probe that have degrees of freedom of their own; 0 if a probe is taken as a whole."""
         return 0
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        """Random signs in an independent part of a probe; 0 where probes are not signs, or an error of 0 is exact."""
+        return 0
+
+    def _with_unknown_error(self, prepared: Any, metric: str, probes: int, point: PointEstimate) -> PointEstimate:
+        """An estimate whose error of 0 may mean that all probes are alike by chance; see :data:`ALIKE`.
+
+        A single sign leaves nothing to chance: squares do not depend on it.
+        """
+        problem = getattr(prepared, "problem", None)
+        if point.standard_error != 0 or problem is None or self.signs(problem, metric) < 2:
+            return point
+        degrees = (probes - 1) * max(1, self.strata(problem, metric))
+        if degrees >= ALIKE:
+            return point
+        return PointEstimate(point.value, math.nan, min(point.degrees, degrees))
+
     def probes_to_decide(self, problem: Problem, metric: str) -> int:
         """Fewest probes that can usually decide: with fewer, the error has too few degrees of freedom."""
         strata = self.strata(problem, metric)
@@ -269,7 +292,9 @@ class Incremental(Stochastic):
         while True:
             accumulator.extend(batch)
             drawn += batch
-            points = {name: accumulator.estimate(name) for name in names}
+            points = {
+                name: self._with_unknown_error(prepared, name, drawn, accumulator.estimate(name)) for name in names
+            }
             spent, remarks, certified = ledger()
             found = {
                 name: Estimate(

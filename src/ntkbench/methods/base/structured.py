@@ -64,6 +64,9 @@ class StructuredUStatistics(Incremental):
     def strata(self, problem: Problem, metric: str) -> int:
         return problem.N
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.O
+
     def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
         return least_probes(metric, problem.N, problem.n, error)
 

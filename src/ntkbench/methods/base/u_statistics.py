@@ -58,6 +58,9 @@ class GramMatrix(Accumulating):
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.n if self.side == "reverse" else problem.P
+
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """The smallest group; see :class:`ntkbench.estimators.accumulators.PairBytes`."""
         dim = problem.n if self.side == "forward" else None
@@ -172,6 +175,9 @@ class OneSidedPerSample(Accumulating):
     def strata(self, problem: Problem, metric: str) -> int:
         return problem.N
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.O if self.side == "reverse" else problem.P
+
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")
 
@@ -231,6 +237,9 @@ class StratifiedUStatistics(Accumulating):
 
     def strata(self, problem: Problem, metric: str) -> int:
         return problem.N if metric == "trace" else self.groups(problem.N)
+
+    def signs(self, problem: Problem, metric: str) -> int:
+        return math.ceil(problem.n / self.strata(problem, metric))
 
     @abstractmethod
     def gradients(self, j: JacobianOperator, groups: Sequence[slice], v: Array) -> Array:
