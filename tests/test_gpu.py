@@ -217,7 +217,7 @@ def test_a_large_case_that_is_not_reached_is_a_row_with_the_reason(tmp_path, mon
     made = table.drop_duplicates(["case", "dtype"])
     wanted = [(case.name, case.dtype) for case in (first, *others)]
     assert list(made[["case", "dtype"]].itertuples(index=False, name=None)) == wanted
-    assert made["status"].tolist() == ["ok"] + ["timeout"] * len(others)
+    assert made["status"].tolist() == ["ok", *["timeout"] * len(others)]
     assert made["reason"].iloc[1:].str.contains("stopped first").all()
     assert table["rival_reason"].iloc[0] == "too large"
     against = table[table["rival"].isin(gpu_large.NEURAL_TANGENTS)]
