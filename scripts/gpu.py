@@ -5,8 +5,9 @@
     python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
 
 correctness   methods, the API and their limits against float64 on the CPU; one row per case in OUT/correctness.jsonl
-large         large networks as fractions of the device's limit, and rivals in turn; one row per case and rival in
-              OUT/large.csv, and the operations that take longest in OUT/profiles.txt
+large         large networks as fractions of the device's limit, and rivals in turn; one row per case and rival, or
+              the reason for each that was not measured, in OUT/large.csv, and the operations that take longest in
+              OUT/profiles.txt
 study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, including those of an
               interrupted run, in OUT/study.csv
 
@@ -164,13 +165,14 @@ def large(out: Path, tiny: bool, seconds: float) -> bool:
     command = [sys.executable, str(ROOT / "scripts" / "gpu_large.py"), str(file.resolve())]
     done = run([[*command, "--profile", str(profiles.resolve()), *(["--tiny"] if tiny else [])]], seconds)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = list({(row["case"], row["dtype"]): row for row in rows}.values())  # the last one of each case
     table(rows, machine()).to_csv(out / "large.csv", index=False)
     summary("large", done, (row["status"] for row in rows), out / "large.csv")
     return done and all(row["status"] == "ok" for row in rows)
 
 
 def table(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> Any:
-    """A row for each large case and rival, with the machine, versions and commit."""
+    """A row for each large case and rival, or the reason why it was not measured; with machine, versions and commit."""
     import pandas as pd
 
     where = {
@@ -182,10 +184,10 @@ def table(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> Any:
     found = []
     for row in rows:
         plain = {name: value for name, value in row.items() if not isinstance(value, dict)}
-        seconds = row.get("rival_seconds") or {"": None}
-        for rival, taken in seconds.items():
-            compared = {"rival": rival, "rival_seconds": taken, "ratio": row.get("ratios", {}).get(rival)}
-            found.append({**plain, **compared, **where})
+        seconds, left_out = row.get("rival_seconds", {}), row.get("rivals_left_out", {})
+        for rival in {**seconds, **left_out} or {"": None}:
+            compared = {"rival": rival, "rival_seconds": seconds.get(rival), "ratio": row.get("ratios", {}).get(rival)}
+            found.append({**plain, **compared, "rival_reason": left_out.get(rival), **where})
     return pd.DataFrame(found)
 
 

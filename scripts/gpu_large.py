@@ -4,8 +4,9 @@ python scripts/gpu_large.py rows.jsonl                     all cases on CUDA
 python scripts/gpu_large.py rows.jsonl --cases GPT-2       those whose names contain this
 
 The limit of a case is its floating-point operations, as torch counts them in a call, over the peak rate of the device.
-A case that fails is a row with its reason, and the next one runs. With ``--profile`` the operations that take longest
-are written to a file.
+A case that fails is a row with its reason, and the next one runs. All cases begin as rows that say that they were not
+measured; of two rows of a case the later one counts. With ``--profile`` the operations that take longest are written to
+a file.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ PEAK = {"float32": 67e12, "tf32": 495e12}
 """Operations per second of an H100 (SXM) outside its matrix units, and in them in TF32; NVIDIA's data sheet."""
 CALLS = 3
 """Timed calls of each, in turn, after the first call."""
+CUT = outcomes.Outcome(outcomes.TIMEOUT, "not measured: the cases were stopped first, by their time limit or an error")
+"""Outcome of a case that the process did not reach or did not finish."""
 
 Call = Callable[[], float]
 """A timed region: from device-ready inputs to a number on the host."""
@@ -174,13 +177,20 @@ def _gpt2(sizes: Sizes, tf32: bool) -> Call:
 
 def row(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]:
     """Time a case and its rivals, whatever happens."""
-    made: dict[str, Any] = {"case": case.name, "device": sizes.device, "dtype": case.dtype}
     try:
-        made |= _measured(case, sizes, profiles)
-        made |= outcomes.Outcome(outcomes.OK).columns()
+        return {**_about(case, sizes), **_measured(case, sizes, profiles), **outcomes.Outcome(outcomes.OK).columns()}
     except Exception as error:
-        made |= outcomes.of_exception(error).columns()
-    return made
+        return without(case, sizes, outcomes.of_exception(error))
+
+
+def without(case: Case, sizes: Sizes, outcome: outcomes.Outcome) -> dict[str, Any]:
+    """The row of a case and of its rivals without measurements."""
+    lost = dict.fromkeys(case.rivals, outcome.reason)
+    return {**_about(case, sizes), **outcome.columns(), "rivals_left_out": lost}
+
+
+def _about(case: Case, sizes: Sizes) -> dict[str, Any]:
+    return {"case": case.name, "device": sizes.device, "dtype": case.dtype}
 
 
 def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]:
@@ -247,12 +257,13 @@ def _profile(call: Call, on_gpu: bool) -> str:
 @click.option("--profile", "profiles", type=click.Path(path_type=Path, dir_okay=False), help="File of profiles.")
 @click.option("--cases", "wanted", default="", help="Part of the names of the cases to run.")
 def main(file: Path, tiny: bool, profiles: Path | None, wanted: str) -> None:
-    """Time the cases and write their rows."""
+    """Time the cases and write their rows; each has one that says that it was not measured until it was."""
     sizes = TINY if tiny else FULL
+    chosen = [case for case in cases(sizes) if wanted in case.name]
     with file.open("a", encoding="utf-8") as rows:
-        for case in cases(sizes):
-            if wanted not in case.name:
-                continue
+        rows.writelines(json.dumps(without(case, sizes, CUT)) + "\n" for case in chosen)
+        rows.flush()
+        for case in chosen:
             start = time.perf_counter()
             made = row(case, sizes, profiles)
             rows.write(json.dumps(made) + "\n")

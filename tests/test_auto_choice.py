@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ntkbench import methods
+from ntkbench.errors import Unavailable
 from ntkbench.studies import auto_choice
 
 
@@ -52,3 +55,18 @@ def test_what_takes_no_part_has_its_reason(table):
 def test_a_tolerance_is_reached(table):
     measured = table[(table["status"] == "ok") & (table["method"] != "auto")]
     assert (measured["relative_width"] <= 0.3).all()
+
+
+def test_a_rival_reaches_the_tolerance_with_each_timed_seed(monkeypatch):
+    settings, task = auto_choice.Settings(threads=1), {"problem": "digits_mlp[N=4]", "metric": "trace", "rtol": 0.3}
+    found = auto_choice._alone(settings, task, "hutchinson")
+    assert found["seeds"] == len(auto_choice.SEEDS) and found["relative_width"] <= 0.3
+    estimate = auto_choice._estimate
+
+    def last_is_wide(settings, task, name, seed):
+        made = estimate(settings, task, name, seed)
+        return dataclasses.replace(made, standard_error=made.value) if seed == auto_choice.SEEDS[-1] else made
+
+    monkeypatch.setattr(auto_choice, "_estimate", last_is_wide)
+    with pytest.raises(Unavailable, match="reaches"):
+        auto_choice._alone(settings, task, "hutchinson")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ntkbench import figures, methods, problems, studies, testing
+from ntkbench import figures, methods, paths, problems, readme, studies, testing
 from ntkbench.estimate import Estimate
+from ntkbench.figures import calibration as figure
 from ntkbench.measure.seeds import Reruns
 from ntkbench.metrics import METRICS
 from ntkbench.studies import calibration as study
@@ -95,7 +97,8 @@ def test_fixed_budgets_are_matched_to_the_passes_of_the_tolerance(table):
     for (metric, method, way), row in ways.iterrows():
         if way == "matched":
             assert row["passes"] == round(ways.loc[(metric, method, "rtol"), "passes_spent"])
-            assert row["passes_spent"] <= row["passes"]
+            assert row["exact"] == 1 or row["passes_spent"] <= row["passes"]
+            assert row["by"] == row["mostly"] == ways.loc[(metric, method, "rtol"), "mostly"]
         elif way == "rtol":
             assert row["rtol"] == 0.25 and 0 <= row["within"] <= 1 and row["passes_spent"] <= row["passes"] == 128
         elif way == "passes":
@@ -109,6 +112,16 @@ def test_without_a_tolerance_there_is_nothing_to_match():
     (row,) = study.run(chosen).to_dict("records")
     said = "no passes to match: there are no estimates to the tolerance"
     assert (row["status"], row["reason"]) == ("skipped", said)
+
+
+def test_what_is_matched_is_the_most_frequent_method_as_if_requested_by_name():
+    found = estimates(*[(10.5, 0.5)] * 3)
+    found.estimates[0] = dataclasses.replace(found.estimates[0], method="direct")
+    stopped = study.columns("auto", found)
+    assert (stopped["by"], stopped["mostly"]) == ("direct, hutchinson", "hutchinson")
+    chosen = settings(seeds=2, dtype="float64")
+    made = study._measure(chosen, study.Subject(chosen, "small_mlp[N=3]"), "trace", "auto", "matched", stopped)
+    assert made["by"] == "hutchinson" and (made["target_low"], made["target_high"]) == study.TARGET
 
 
 def test_the_truth_is_that_of_the_trained_network(table):
@@ -217,6 +230,36 @@ def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, t
     out = drawn["verdict"].isin(["below", "above"]).sum()
     assert f"{out} of {len(drawn)} cases" in said and "Stopping at a tolerance takes" in said
     testing.check_figure("calibration", table)
+
+
+def test_auto_is_counted_where_it_chose():
+    """Fixed budgets that match those of its runs to the tolerance are a comparison, and no cases of it."""
+    case = {"status": "ok", "problem": "ordinary", "metric": "trace", "method": "auto", "covered": 0.95, "rmse": 0.2}
+    rows = pd.DataFrame(
+        [
+            {**case, "way": "default", "verdict": "in range", "passes_spent": 40},
+            {**case, "way": "rtol", "verdict": "in range", "passes_spent": 30},
+            {**case, "way": "matched", "verdict": "below", "passes_spent": 30, "covered": 0.5, "rmse": 0.1},
+            {**case, "metric": "norm", "way": "passes", "verdict": "exact", "covered": None},
+            {**case, "metric": "norm", "way": "matched", "verdict": "exact", "covered": None},
+        ]
+    )
+    counts = figure.counts(figure.cases(rows)).loc["auto"].to_dict()
+    assert counts == {"in range": 2, "noted": 0, "below": 0, "above": 0, "exact": 1}
+    assert figure.stopping(rows).startswith("Stopping at a tolerance takes 4.00 times the passes of a fixed budget")
+    assert "95.0 % of its intervals contain the value, against 50.0 %" in figure.stopping(rows)
+
+
+@pytest.mark.slow
+def test_the_figure_and_the_page_count_the_same_cases(tmp_path):
+    committed = pd.read_csv(figures.table_of("calibration", paths.REFERENCE / "calibration"), low_memory=False)
+    figures.draw("calibration", committed, tmp_path)
+    drawn = pd.read_csv(tmp_path / "calibration.csv")["method"].value_counts()
+    for line in readme.calibration(readme.Tables(paths.REFERENCE)).splitlines():
+        if line.startswith("| `"):
+            method, total, *numbers = [cell.strip(" `") for cell in line.strip("|").split("|")]
+            assert sum(map(int, numbers[:5])) == int(total) == drawn.get(method, 0) + int(numbers[4])
+    assert figure.stopping(committed) in (tmp_path / "calibration.txt").read_text(encoding="utf-8")
 
 
 # --- coverage at a reduced size

@@ -65,6 +65,11 @@ def test_help_is_not_an_error():
     assert "Commands:" in CliRunner().invoke(main, []).stderr
 
 
+def test_help_says_that_skipped_cells_are_predicted_again():
+    said = " ".join(CliRunner().invoke(main, ["pending", "--help"]).stdout.split())
+    assert "include cells that were skipped as too slow, which each run predicts again" in said
+
+
 NETWORKS = """
 import torch
 from torch import nn

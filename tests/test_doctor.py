@@ -93,6 +93,15 @@ def test_versions_are_compared_with_those_that_are_declared(one_room, monkeypatc
     assert f"package {name} {version or 'missing'}" in "\n".join(found.lines())
 
 
+def test_the_lowest_versions_are_not_the_tested_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "requirements.txt").write_text("# numpy==1.0\nnumpy==2.4.6\ntorch==2.13.0 --hash=x\n", encoding="utf-8")
+    (tmp_path / doctor.FLOORS).write_text("numpy==2.0\nscipy==1.14\n", encoding="utf-8")
+    (tmp_path / "requirements-no-deps.txt").write_text("neural-tangents==0.6.5\n", encoding="utf-8")
+    assert doctor._tested() == {"numpy": "2.4.6", "torch": "2.13.0", "neural-tangents": "0.6.5"}
+    assert (paths.REFERENCE.parents[1] / doctor.FLOORS).exists()
+
+
 def test_without_a_checkout_what_is_declared_comes_from_the_installed_package(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -191,6 +192,36 @@ def test_a_large_case_that_fails_is_a_row_and_a_rival_that_fails_a_reason():
     made = gpu_large.row(case._replace(rivals={"broken": broken}), gpu_large.TINY, None)
     assert made["status"] == "ok"
     assert "too large" in made["rivals_left_out"]["broken"]
+
+
+def test_a_large_case_that_is_not_reached_is_a_row_with_the_reason(tmp_path, monkeypatch):
+    """The first case is measured without its rival, and the process ends in the second one."""
+    first, *others = gpu_large.cases(gpu_large.TINY)
+    begun = []
+
+    def row(case, sizes, profiles):
+        begun.append(case)
+        if len(begun) > 1:
+            raise SystemExit
+        made = {"case": case.name, "device": "cpu", "dtype": case.dtype, "status": "ok", "reason": "", "seconds": 1.0}
+        return made | {"times_limit": 2.0, "ratios": {}, "rivals_left_out": {"torch.func": "too large"}}
+
+    def run(commands, seconds):
+        CliRunner().invoke(gpu_large.main, [str(tmp_path / "large.jsonl"), "--tiny"])
+        return False
+
+    monkeypatch.setattr(gpu_large, "row", row)
+    monkeypatch.setattr(gpu, "run", run)
+    assert not gpu.large(tmp_path, True, 60)
+    table = pd.read_csv(tmp_path / "large.csv")
+    made = table.drop_duplicates(["case", "dtype"])
+    wanted = [(case.name, case.dtype) for case in (first, *others)]
+    assert list(made[["case", "dtype"]].itertuples(index=False, name=None)) == wanted
+    assert made["status"].tolist() == ["ok", *["timeout"] * len(others)]
+    assert made["reason"].iloc[1:].str.contains("stopped first").all()
+    assert table["rival_reason"].iloc[0] == "too large"
+    against = table[table["rival"].isin(gpu_large.NEURAL_TANGENTS)]
+    assert len(against) == 2 * len(gpu_large.TINY.rivals) and (against["rival_reason"] == gpu_large.CUT.reason).all()
 
 
 def test_every_package_that_a_part_needs_is_pinned(monkeypatch):

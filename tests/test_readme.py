@@ -51,13 +51,13 @@ def change(checkout, name, edit):
 
 def test_a_changed_number_is_noticed_and_then_written(checkout):
     change(checkout, readme.HEAD_TO_HEAD["side_by_side"], lambda t: t.assign(rival_seconds=12.345))
-    change(checkout, "default/table", lambda t: t.iloc[:17])
+    change(checkout, "default/table", lambda t: t.iloc[:17].assign(status=["skipped", *["ok"] * 16]))
     before = text_of(checkout)
     assert readme.update(checkout, check=True) == ["default cells", "kernels", "products"]
     assert text_of(checkout) == before, "a check wrote"
     assert readme.update(checkout) == ["default cells", "kernels", "products"]
     after = text_of(checkout)
-    assert after.count("12.3 s") >= 30 and "-->17<!-- end --> cells" in after
+    assert after.count("12.3 s") >= 30 and "-->16 of 17<!-- end --> cells" in after
     assert readme.update(checkout) == []
     blocks = re.compile(r"<!-- (?:table|value).*?<!-- end -->", re.DOTALL)
     assert blocks.split(after) == blocks.split(before), "text outside of the blocks was changed"
@@ -121,20 +121,25 @@ def block_of(folder, block, name, rows):
 
 
 def test_the_coverage_of_each_method_is_counted(tmp_path):
+    case = {"problem": "p", "metric": "trace", "way": "passes", "seeds": 300, "rmse": 0.1, "passes_spent": 40}
+    hutchinson, auto = case | {"method": "hutchinson"}, case | {"method": "auto"}
     rows = [
-        {"method": "hutchinson", "verdict": "in range", "covered": 0.951, "ratio": 1.0, "seeds": 300},
-        {"method": "hutchinson", "verdict": "in range", "covered": 0.93, "ratio": 1.234, "seeds": 300},
-        {"method": "hutchinson", "verdict": "below", "covered": 0.8, "ratio": 2.0, "seeds": 300},
-        {"method": "hutchinson", "verdict": "exact", "seeds": 300},
-        {"method": "auto", "verdict": "noted", "covered": 0.5, "ratio": 3.0, "seeds": 300},
+        hutchinson | {"verdict": "in range", "covered": 0.951, "ratio": 1.0},
+        hutchinson | {"verdict": "in range", "covered": 0.93, "ratio": 1.234},
+        hutchinson | {"verdict": "noted", "covered": 0.8, "ratio": 2.0},
+        hutchinson | {"verdict": "exact"},
+        auto | {"verdict": "below", "covered": 0.5, "ratio": 3.0, "way": "rtol"},
+        auto | {"verdict": "above", "covered": 0.9, "ratio": 9.0, "way": "matched", "rmse": 0.05, "git_sha": "b" * 40},
         {"method": "never", "status": "skipped"},
     ]
     lines = block_of(tmp_path, "calibration", readme.CALIBRATION, rows)
-    assert lines[2:4] == [
-        "| `auto` | 1 | 0 | 1 | 0 | 0 | 0 | 50 (50 to 50) | 3 (3 to 3) |",
-        "| `hutchinson` | 4 | 2 | 0 | 1 | 0 | 1 | 93 (80 to 95.1) | 1.2 (1 to 2) |",
+    assert lines[2:5] == [
+        "| `auto` | 1 | 0 | 0 | 1 | 0 | 0 | 50 (50 to 50) | 3 (3 to 3) |",
+        "| `hutchinson` | 4 | 2 | 1 | 0 | 0 | 1 | 93 (80 to 95.1) | 1.2 (1 to 2) |",
+        "",
     ]
-    assert lines[4:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa.*"]
+    assert lines[5].startswith("Stopping at a tolerance takes 4.00 times") and "against 90.0 %" in lines[5]
+    assert lines[6:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa (6 rows), bbbbbbbbbb (1 rows).*"]
 
 
 def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
@@ -151,22 +156,52 @@ def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
 
 
 def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):
+    """Tasks in which it does not reach the tolerance, or which have no rival, count as well."""
     small, large = ({"problem": p, "metric": "effective_rank", "rtol": 0.1, "calls": 9} for p in ("small", "large"))
+    auto = {"method": "auto", "by": "direct", "relative_width": 0.1}
     worst = {"seconds": 0.1, "ratio": 4.0, "ratio_q25": 3.0, "ratio_q75": 5.0, "fastest": True}
     rows = [
-        {**small, "method": "auto", "by": "direct", "seconds": 0.1},
+        {**small, **auto, "seconds": 0.1},
         {**small, "method": "direct", "by": "direct", "seconds": 0.1, "ratio": 1.0, "fastest": True},
         {**small, "method": "hutchpp", "by": "hutchpp", "seconds": 0.2, "ratio": 0.5, "fastest": False},
-        {**large, "method": "auto", "by": "direct", "seconds": 0.4},
+        {**large, **auto, "seconds": 0.4},
         {**large, "method": "hutchpp", "by": "hutchpp", **worst},
-        {**large, "rtol": 0.01, "method": "auto", "seconds": 0.4},  # alone
+        {**large, **auto, "metric": "norm", "seconds": 0.4},
+        {**large, "metric": "norm", "method": "hutchpp", "status": "skipped"},
+        {**large, **auto, "rtol": 0.01, "seconds": 0.4},
+        {**small, **auto, "metric": "trace", "relative_width": 0.2, "seconds": 0.1},
+        {**small, "metric": "trace", "method": "direct", "seconds": 0.1, "ratio": 1.0, "fastest": True},
+        {**small, **auto, "metric": "norm", "status": "failed", "relative_width": 0.0},
+        {**small, **auto, "metric": "alignment", "status": "skipped"},
+        {**small, "metric": "alignment", "method": "direct", "status": "skipped"},
+        {**small, "problem": "alone", **auto, "seconds": 0.4},
     ]
     lines = block_of(tmp_path, "choices", readme.AUTO_CHOICE, rows)
     said = "4 (3 to 5) | effective rank, 10 %: `direct` in 400 ms, `hutchpp` in 100 ms |"
-    assert lines[2:5] == [
-        "| `small` | 1 | 1 | 1 | 1 | effective rank, 10 %: `direct` in 100 ms, `direct` in 100 ms |",
-        f"| `large` | 1 | 0 | 4 | {said}",
-        f"| all | 2 | 1 | 2.5 | {said}",
+    assert lines[2:6] == [
+        "| `small` | 3 | 1 | 1 | 2 | 1 | 1 | effective rank, 10 %: `direct` in 100 ms, `direct` in 100 ms |",
+        f"| `large` | 3 | 1 | 2 | 1 | 4 | {said}",
+        "| `alone` | 1 | 1 | 1 | 0 |  |  |  |",
+        f"| all | 7 | 3 | 4 | 3 | 1 | {said}",
+    ]
+
+
+def test_a_large_case_that_was_not_measured_has_its_reason(tmp_path):
+    case = {"dtype": "float32", "device_name": "D", "rival": "nt_jacobian_contraction", "calls": 3}
+    measured = case | {"case": "a", "seconds": 0.5, "times_limit": 2.0, "error": 0.001, "ratio": 0.5}
+    late = {"status": "timeout", "reason": "cut | off", "rival_reason": "cut | off", "calls": None}
+    rows = [
+        measured,
+        measured | {"ratio": None, "rival_reason": "too large"},
+        case | {"case": "b"} | late,
+        case | {"case": "c", "rival": None} | late,
+    ]
+    lines = block_of(tmp_path, "large networks", "gpu/large", rows)
+    assert lines[2:6] == [
+        "| a | float32 | 500 ms | 2 | neural-tangents, Jacobian contraction: **0.5** | 0.001 | 3 |",
+        "| a | float32 | 500 ms | 2 | neural-tangents, Jacobian contraction: too large | 0.001 | 3 |",
+        r"| b | float32 | cut \| off |  | neural-tangents, Jacobian contraction: cut \| off |  |  |",
+        r"| c | float32 | cut \| off |  |  |  |  |",
     ]
 
 

@@ -296,7 +296,10 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     help="The run's results folder.  [default: results/<profile>]",
 )
 def pending(config_file: Path, results: Path | None) -> None:
-    """Count the cells that a run would measure, by method: those without a valid row."""
+    """Count the cells that a run would measure, by method: those without a valid row.
+
+    With limits.times_exact these include cells that were skipped as too slow, which each run predicts again.
+    """
     from collections import Counter
 
     from ntkbench.measure import cells, shard
@@ -533,7 +536,7 @@ def reference(labels: tuple[str, ...]) -> None:
 @main.command()
 @click.option("--check", is_flag=True, help="Only list what is out of date.")
 def readme(check: bool) -> None:
-    """Write the measured numbers of README.md and docs/measured.md from the committed tables."""
+    """Write the measured numbers of the README and of the documentation from the committed tables."""
     from ntkbench import readme as pages
 
     with _one_line():

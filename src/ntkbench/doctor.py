@@ -20,6 +20,8 @@ UNDECLARED = ("jaxlib", "neural-tangents")
 """Packages that compute but are not declared: one comes with jax, the other requires more than it needs."""
 STORED = ("exact/*.json", "weights/*.npz")
 """Files of a store that have a checksum."""
+FLOORS = "requirements-floors.txt"
+"""The requirements file of the lowest versions, which is not that of the tests."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,11 @@ def _declared() -> Mapping[str, Sequence[str]]:
 
 
 def _tested() -> dict[str, str]:
-    """Exact versions in the checkout's requirements files."""
+    """Exact versions in the checkout's requirements files, without the lowest ones."""
     lines = (
         line
-        for file in paths.ROOT.glob("requirements*.txt")
+        for file in sorted(paths.ROOT.glob("requirements*.txt"))
+        if file.name != FLOORS
         for line in file.read_text(encoding="utf-8").splitlines()
         if "==" in line and not line.startswith("#")
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ntkbench.errors import BadInput, unknown
+from ntkbench.figures import calibration as coverage
 from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
 from ntkbench.units import bytes_label, percent_label, seconds_label
@@ -35,7 +36,6 @@ NAMED = {"structured_sum_of_logits": " (pNTK)", "wide_head": " (trace alone)"}
 AUTO = "auto"
 CLOSE = 1.5
 """``auto`` is about as fast as the fastest method if it takes at most this many times its seconds."""
-COVERAGE_VERDICTS = ("in range", "noted", "below", "above", "exact")
 PAGES = ("README.md", "docs/measured.md", "docs/papers.md")
 """The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
@@ -194,25 +194,28 @@ def certificates(tables: Tables) -> str:
 
 
 def calibration(tables: Tables) -> str:
-    """For each method the verdicts of its cases of ``calibration``, their coverage, and errors over stated ones."""
+    """For each method the verdicts of its cases of ``calibration``, their coverage, and errors over stated ones.
+
+    Below the table is the cost of stopping at a tolerance. The figure counts and compares by the same functions.
+    """
     table = tables.read(CALIBRATION)
-    table = table[table["status"] == "ok"]
-    order = sorted(table["method"].unique(), key=lambda method: method != AUTO)
+    cases = coverage.cases(table)
+    counts = coverage.counts(cases)
     rows = []
-    for method in order:
-        cases = table[table["method"] == method]
-        counts = cases["verdict"].value_counts()
+    for method in sorted(counts.index, key=lambda method: method != AUTO):
+        here = cases[cases["method"] == method]
         rows.append(
             [
                 f"`{method}`",
-                str(len(cases)),
-                *(str(counts.get(verdict, 0)) for verdict in COVERAGE_VERDICTS),
-                _median_and_range(100 * cases["covered"], ".3g"),
-                _median_and_range(cases["ratio"], ".2g"),
+                str(len(here)),
+                *map(str, counts.loc[method]),
+                _median_and_range(100 * here["covered"], ".3g"),
+                _median_and_range(here["ratio"], ".2g"),
             ]
         )
-    columns = ["method", "cases", *COVERAGE_VERDICTS, "coverage, %: median (range)", "error / stated: median (range)"]
-    return _markdown(columns, rows) + f"\n\n*{_listed(table['seeds'].unique())} seeds; {_provenance(table)[3:]}"
+    columns = ["method", "cases", *counts, "coverage, %: median (range)", "error / stated: median (range)"]
+    below = f"\n\n{coverage.stopping(table)}".rstrip()
+    return _markdown(columns, rows) + f"{below}\n\n*{_listed(cases['seeds'].unique())} seeds; {_provenance(table)[3:]}"
 
 
 def _median_and_range(values: pd.Series, how: str) -> str:
@@ -221,33 +224,56 @@ def _median_and_range(values: pd.Series, how: str) -> str:
 
 
 def choices(tables: Tables) -> str:
-    """For each problem of ``auto_choice``: how often ``auto`` is about as fast as the fastest, and the worst task."""
+    """For each problem of ``auto_choice``: how often ``auto`` is about as fast as the fastest, and the worst task.
+
+    A task without a rival counts if ``auto`` reaches the tolerance, and no task counts where it does not.
+    """
     table = tables.read(AUTO_CHOICE)
     tasks = _tasks(table)
     rows = []
     for problem, here in [*tasks.groupby("problem", sort=False), ("all", tasks)]:
-        worst = here.loc[here["ratio"].idxmax()]
         rows.append(
             [
                 "all" if problem == "all" else f"`{problem}`",
                 str(len(here)),
-                str(int((here["ratio"] <= CLOSE).sum())),
-                f"{here['ratio'].median():.2g}",
-                _ratio(worst),
-                f"{worst['metric'].replace('_', ' ')}, {100 * worst['rtol']:g} %: `{worst['by']}` in "
-                f"{_seconds(worst['auto_seconds'])}, `{worst['method']}` in {_seconds(worst['seconds'])}",
+                str(here["within"].sum()),
+                str(here["ratio"].isna().sum()),
+                str((~here["reached"]).sum()),
+                *_worst(here[here["ratio"].notna()]),
             ]
         )
-    columns = ["problem", "tasks", f"within {CLOSE:g} times the fastest", "median ratio", "largest ratio", "its task"]
-    return _markdown(columns, rows) + _provenance(table)
+    counts = ["tasks", f"within {CLOSE:g} times the fastest", "without a rival", "tolerance not reached"]
+    return _markdown(["problem", *counts, "median ratio", "largest ratio", "its task"], rows) + _provenance(table)
 
 
 def _tasks(table: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each task of ``auto_choice``, with the seconds of ``auto`` and its choice."""
+    """All tasks of ``auto_choice``: the choice of ``auto``, and the fastest rival if there is one.
+
+    ``reached`` tells whether ``auto`` states the tolerance, and ``within`` whether it is also about as fast.
+    """
     task = ["problem", "metric", "rtol"]
-    auto = table.loc[table["method"] == AUTO, [*task, "by", "seconds"]].rename(columns={"seconds": "auto_seconds"})
-    fastest = table[table["fastest"].eq(True)].drop(columns="by")
-    return fastest.merge(auto, on=task)
+    auto = table.loc[table["method"] == AUTO, [*task, "status", "by", "seconds", "relative_width"]]
+    rival = ["method", "seconds", "calls", "ratio", "ratio_q25", "ratio_q75"]
+    rivals = table.loc[table["fastest"].eq(True), [*task, *rival]]
+    tried = table.loc[table["status"] != "skipped", task].drop_duplicates()  # not alignments of untrained networks
+    tasks = tried.merge(auto.rename(columns={"seconds": "auto_seconds"}), on=task, how="left")
+    tasks = tasks.merge(rivals, on=task, how="left")
+    tasks["reached"] = (tasks["status"] == "ok") & (tasks["relative_width"] <= tasks["rtol"])
+    tasks["within"] = tasks["reached"] & ~(tasks["ratio"] > CLOSE)
+    return tasks
+
+
+def _worst(compared: pd.DataFrame) -> list[str]:
+    """The median ratio of tasks with a rival, the largest one, and its task."""
+    if not len(compared):
+        return ["", "", ""]
+    worst = compared.loc[compared["ratio"].idxmax()]
+    return [
+        f"{compared['ratio'].median():.2g}",
+        _ratio(worst),
+        f"{worst['metric'].replace('_', ' ')}, {percent_label(worst['rtol'])}: `{worst['by']}` in "
+        f"{_seconds(worst['auto_seconds'])}, `{worst['method']}` in {_seconds(worst['seconds'])}",
+    ]
 
 
 def claims(tables: Tables) -> str:
@@ -295,24 +321,38 @@ def _times(row: pd.Series) -> tuple[str, str]:
 
 
 def large_networks(tables: Tables) -> str:
-    """Large cases on a GPU: seconds, as multiples of those at the device's peak rate, and against a rival."""
+    """Large cases on a GPU: seconds, as multiples of those at the device's peak rate, and against a rival.
+
+    A case that was not measured has the reason in place of its seconds.
+    """
     table = tables.read("gpu/large")
-    rows = [
-        [
-            _cell(str(row["case"])),
-            {"float32": "float32", "tf32": "TF32"}[row["dtype"]],
-            _seconds(row["seconds"]),
-            f"{row['times_limit']:.2g}" if row["times_limit"] > 0 else "not counted",
-            "" if pd.isna(row["ratio"]) else f"{row['rival']}: **{row['ratio']:.2g}**",
-            "" if pd.isna(row["error"]) else f"{row['error']:.1g}",
-            f"{row['calls']:g}",
-        ]
-        for _, row in table.iterrows()
-    ]
+    rows = []
+    for _, row in table.iterrows():
+        known = row["status"] == "ok"
+        limit = f"{row['times_limit']:.2g}" if row["times_limit"] > 0 else "not counted"
+        rows.append(
+            [
+                _cell(str(row["case"])),
+                {"float32": "float32", "tf32": "TF32"}[row["dtype"]],
+                _seconds(row["seconds"]) if known else _cell(str(row["reason"])),
+                limit if known else "",
+                _against(row),
+                "" if pd.isna(row["error"]) else f"{row['error']:.1g}",
+                f"{row['calls']:g}" if known else "",
+            ]
+        )
     columns = ["case", "products in", "time", "time / operations at the peak rate"]
     columns += ["time, ours / theirs", "error", "calls"]
     commits = ", ".join(sha[:10] for sha in table["git_sha"].unique())
     return _markdown(columns, rows) + f"\n\n*{', '.join(table['device_name'].unique())}; commit {commits}.*"
+
+
+def _against(row: pd.Series) -> str:
+    """The rival of a large case with the ratio of times, or with the reason why there is none; empty if it has none."""
+    if pd.isna(row["rival"]):
+        return ""
+    said = _cell(str(row["rival_reason"])) if pd.isna(row["ratio"]) else f"**{row['ratio']:.2g}**"
+    return f"{TITLES.get(row['rival'], row['rival'])}: {said}"
 
 
 def real_size(tables: Tables) -> str:
@@ -371,12 +411,20 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _provenance(table: pd.DataFrame) -> str:
-    """A line below a table with the machine, threads and commit of its numbers."""
-    commits = table[["git_sha", "git_dirty"]].drop_duplicates()
-    code = ", ".join(f"{sha[:10]}{' with uncommitted changes' if dirty else ''}" for sha, dirty in commits.to_numpy())
+    """A line below a table with the machine, threads and commit of its numbers; with the rows of each of several."""
+    commits = table.groupby(["git_sha", "git_dirty"], sort=False).size()
+    code = ", ".join(
+        f"{sha[:10]}{' with uncommitted changes' if dirty else ''}{f' ({rows} rows)' if len(commits) > 1 else ''}"
+        for (sha, dirty), rows in commits.items()
+    )
     threads = table["threads"].unique()
     said = [*map(str, table["machine"].unique()), f"{_listed(threads)} thread{'' if list(threads) == [1] else 's'}"]
     return f"\n\n*{', '.join(said)}; commit {code}.*"
+
+
+def _measured(table: pd.DataFrame) -> str:
+    """The number of cells with a value, of all cells."""
+    return f"{(table['status'] == 'ok').sum()} of {len(table)}"
 
 
 def _reproduced(table: pd.DataFrame) -> str:
@@ -413,7 +461,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
     "claims reproduced": lambda tables: _reproduced(tables.read("claims")),
-    "default cells": lambda tables: str(len(tables.read("default/table"))),
+    "default cells": lambda tables: _measured(tables.read("default/table")),
     "default machine": lambda tables: ", ".join(tables.read("default/table")["machine"].unique()),
     "head-to-head machine": lambda tables: ", ".join(tables.read(HEAD_TO_HEAD["time_to_error"])["machine"].unique()),
     "default threads": lambda tables: _listed(tables.read("default/table")["threads"].unique()),

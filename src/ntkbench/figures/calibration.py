@@ -30,6 +30,8 @@ COLOURS = {
     "effective_rank": styles.GREEN,
     "alignment": styles.PINK,
 }
+VERDICTS = ("in range", "noted", "below", "above", "exact")
+"""Verdicts on a case. ``noted``: out of range, but at least half of the estimates have a note; never for ``auto``."""
 LOST = ("below", "above")
 """Verdicts out of range."""
 RING: dict[str, Any] = {"color": styles.BLACK, "marker": "o", "markersize": 8, "fillstyle": "none", "linestyle": ""}
@@ -40,10 +42,28 @@ KEPT = ["problem", "metric", "method", "title", "way", "ratio", "covered", "cove
 KEPT += ["exact", "passes_spent", "rmse", "seeds", "target_low", "target_high", "verdict"]
 
 
+def cases(table: pd.DataFrame) -> pd.DataFrame:
+    """The cases of each method as it is requested: all measured rows but the ``matched`` ones.
+
+    Those request the method that runs of ``auto`` to the tolerance used by its name; they are for :func:`stopping`.
+    """
+    return table[(table["status"] == "ok") & table["way"].isin(WAYS)]
+
+
+def counts(some: pd.DataFrame) -> pd.DataFrame:
+    """The number of cases of each verdict, by method.
+
+    Args:
+        some: rows of :func:`cases`.
+    """
+    return pd.DataFrame(
+        {verdict: (some["verdict"] == verdict).groupby(some["method"], sort=False).sum() for verdict in VERDICTS}
+    )
+
+
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A line for each method, with the cases of all problems: errors on the left, coverage on the right."""
-    points = base.measured(table, "covered", "ratio")
-    points = points[points["way"].isin(MARKERS)]
+    points = base.measured(cases(table), "covered", "ratio")
     if not len(points):
         return base.nothing(table, labels.why_not(table))
     style = {m: look for m, look in looks(table).items() if m in set(points["method"])}
@@ -120,19 +140,13 @@ def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int])
             panel.plot(min(max(row[column], low), high), y, **RING, zorder=4, clip_on=False)
 
 
-def _counts(points: pd.DataFrame) -> dict[bool, tuple[int, int]]:
-    """Cases in range and all of them, for ``auto`` and for the others."""
-    good = points["verdict"] == "in range"
-    auto = points["method"] == AUTO
-    return {one: (int(good[auto == one].sum()), int((auto == one).sum())) for one in (True, False)}
-
-
 def _finding(points: pd.DataFrame) -> str:
-    counts = _counts(points)
+    found = counts(points)
+    is_auto = found.index == AUTO
     said = [
-        f"{name} in {good} of {total} cases"
-        for name, (good, total) in (("auto", counts[True]), ("the other methods", counts[False]))
-        if total
+        f"{name} in {rows['in range'].sum()} of {rows.to_numpy().sum()} cases"
+        for name, rows in (("auto", found[is_auto]), ("the other methods", found[~is_auto]))
+        if len(rows)
     ]
     return f"95 % intervals keep their coverage: {', '.join(said)}"
 
@@ -160,7 +174,7 @@ def _reading(points: pd.DataFrame) -> list[key.Entry]:
     hollow: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 5, "markerfacecolor": "white"}
     entries: list[key.Entry] = []
     if (points["noted"] >= 0.5).any():
-        entries.append((Line2D([], [], **hollow, linestyle=""), "estimates have a note"))
+        entries.append((Line2D([], [], **hollow, linestyle=""), "at least half have a note"))
     if points["verdict"].isin(LOST).any():
         entries.append((Line2D([], [], **RING), "coverage out of range"))
     return [
@@ -179,21 +193,22 @@ def _reading(points: pd.DataFrame) -> list[key.Entry]:
 def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
     beyond = int(((points["ratio"] < RATIOS[0]) | (points["ratio"] > RATIOS[1])).sum())
     under = int((points["covered"] < COVERED[0]).sum())
-    exact = int((base.measured(table, "exact")["exact"] == 1).sum())
+    exact = counts(cases(table))["exact"].sum()
     lost = points[points["verdict"].isin(LOST)]
     names = lost.groupby("title").size().sort_values(ascending=False, kind="stable")
     said = ", ".join(f"{labels.plain(title)} {count}" for title, count in names.items())
     return (
         "Root-mean-square measured error over root-mean-square stated error (left), and coverage of 95 % intervals "
-        f"(right), over seeds, on {points['problem'].nunique()} networks. Out of range (no note, and Wilson's 95 % "
-        "interval of the coverage disjoint from the target): "
+        f"(right), over seeds, on {points['problem'].nunique()} networks. Hollow: at least half of the estimates have "
+        "a note, which excuses all methods but auto. Out of range (Wilson's 95 % interval of the coverage disjoint "
+        "from the target, and not excused): "
         f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Not drawn: {exact} cases with only exact "
-        f"answers. At the end of an axis: {beyond} ratios and {under} coverages beyond it.{_stopping(table)}"
-    )
+        f"answers. At the end of an axis: {beyond} ratios and {under} coverages beyond it. {stopping(table)}"
+    ).rstrip()
 
 
-def _stopping(table: pd.DataFrame) -> str:
-    """The cost of stopping at a tolerance, relative to a fixed budget of equally many passes."""
+def stopping(table: pd.DataFrame) -> str:
+    """The cost of stopping at a tolerance, relative to a fixed budget of equally many passes; empty if not measured."""
     rows = base.measured(table, "covered", "rmse", "passes_spent")
     case = ["problem", "metric", "method"]
     both = rows[rows["way"] == "rtol"].merge(rows[rows["way"] == "matched"], on=case, suffixes=("", "_fixed"))
@@ -203,7 +218,7 @@ def _stopping(table: pd.DataFrame) -> str:
     cost = (both["rmse"] / both["rmse_fixed"]) ** 2 * both["passes_spent"] / both["passes_spent_fixed"]
     held, fixed = (100 * both[column].mean() for column in ("covered", "covered_fixed"))
     return (
-        f" Stopping at a tolerance takes {cost.median():.2f} times the passes of a fixed budget for the same error "
-        f"(median of {len(both)} cases); {held:.1f} % of its intervals contain the value, against {fixed:.1f} % for "
-        "fixed budgets."
+        f"Stopping at a tolerance takes {cost.median():.2f} times the passes of a fixed budget for the same error "
+        f"(median of {len(both)} cases that are not exact); {held:.1f} % of its intervals contain the value, against "
+        f"{fixed:.1f} % for fixed budgets."
     )

@@ -28,8 +28,9 @@ class Limits(Strict):
         gigaflop: floating-point operations, in 10^9, above which a case is skipped, if they are known beforehand.
         patience_s: seconds of one call. A study that increases sizes or budgets step by step stops there with a method
             whose call took longer.
-        times_exact: if it is given, the costs of cells are predicted first. A cell is skipped whose call is predicted
-            to take longer than ``patience_s``, and more than this many times as long as the fastest exact method.
+        times_exact: if it is given, the costs of cells are predicted first, in each run. A cell is skipped whose call
+            is predicted to take longer than twice ``time_s``; or longer than ``patience_s``, and more than this many
+            times as long as the fastest exact method.
     """
 
     time_s: Positive = 60
