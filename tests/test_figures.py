@@ -244,8 +244,9 @@ def one_task(table: pd.DataFrame, **named: str) -> pd.DataFrame:
     return pd.concat([here[here["method"] == of].assign(method=name, title=name) for name, of in named.items()])
 
 
-def taking(rows: pd.DataFrame, seconds: float) -> pd.DataFrame:
-    return rows.assign(**dict.fromkeys(("seconds", "seconds_q25", "seconds_q75"), seconds))
+def taking(rows: pd.DataFrame, seconds: float | pd.Series) -> pd.DataFrame:
+    """The rows with seconds that do not vary."""
+    return rows.assign(**dict.fromkeys(MEASUREMENTS[:3], seconds))
 
 
 @pytest.mark.parametrize(("factor", "sure"), [(1.05, False), (3.0, True)])
@@ -300,6 +301,22 @@ def test_times_at_budgets_that_are_not_too_large_are_no_upper_bounds(table):
     drawing = drawn_from("time_to_accuracy", bounded(table, 0.1, easy=False))
     assert "upper bound" not in key_of(drawing) and "Triangles" not in drawing.caption
     assert "exact wins 1 (1 surely)" in drawing.figure.texts[0].get_text() and "10×" in said_in(drawing)
+
+
+@pytest.mark.parametrize("name", ["error_against_passes", "error_against_seconds"])
+def test_titles_of_errors_are_by_laws_and_without_approximations(table, name):
+    """Neither a budget that is lucky nor an approximation that is close by chance has the least cost."""
+    kept = ("direct", "hutchinson", "sum_of_logits")
+    rows = one_task(table, **dict(zip(kept, kept, strict=True))).reset_index(drop=True)
+    cost = rows["passes"].fillna(50.0).mask(rows["method"] == "sum_of_logits", 1.0)
+    error = (0.2 / rows["passes"] ** 0.5).mask(rows["passes"] == 32, 0.009).fillna(0.005)
+    rows = taking(rows, 1e-3 * cost).assign(passes_spent=cost)
+    rows = rows.assign(error=error, error_q25=0.45 * error, error_q75=1.75 * error)
+    drawing = drawn_from(name, rows)
+    assert drawing.figure.texts[0].get_text().endswith(" to 1 %: exact methods on 1 of 1 tasks")
+    assert "Undecided: 0 of 1" in drawing.caption and "approximations state no error" in drawing.caption
+    far = drawn_from(name, rows[(rows["kind"] != "exact") & ~rows["passes"].isin([32, 512, 2048])])
+    assert far.figure.texts[0].get_text().endswith(": no exact method or estimate is within 1 %")
 
 
 def said_in(drawing: base.Drawing) -> list[str]:
