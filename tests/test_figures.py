@@ -238,6 +238,96 @@ def test_which_of_two_equal_methods_is_the_fastest_is_not_told(table):
     assert found["fastest"].sum() == pytest.approx(1) and found["fastest"].between(0.2, 0.8).all()
 
 
+def one_task(table: pd.DataFrame, **named: str) -> pd.DataFrame:
+    """The rows of methods of the table for one task, under other names."""
+    here = table.query("problem == 'digits_mlp[N=64]' and metric == 'trace' and backend == 'torch'")
+    return pd.concat([here[here["method"] == of].assign(method=name, title=name) for name, of in named.items()])
+
+
+def taking(rows: pd.DataFrame, seconds: float | pd.Series) -> pd.DataFrame:
+    """The rows with seconds that do not vary."""
+    return rows.assign(**dict.fromkeys(MEASUREMENTS[:3], seconds))
+
+
+@pytest.mark.parametrize(("factor", "sure"), [(1.05, False), (3.0, True)])
+def test_methods_that_were_timed_once_are_told_apart_only_where_they_are_far_apart(table, factor, sure):
+    rows = [taking(one_task(table, **{name: "direct"}), seconds) for name, seconds in (("a", 1.0), ("b", factor))]
+    rows = base.checked(pd.concat(rows).assign(calls=1))
+    solved, won = tasks.solutions(rows), tasks.winners(rows)
+    assert (solved["seconds_low"] < solved["seconds"]).all() and (solved["seconds"] < solved["seconds_high"]).all()
+    assert set(won["method"]) == {"a"} and len(won) == len(tasks.TOLERANCES)
+    assert ((won["fastest"] >= tasks.SURE) == sure).all()
+
+
+def bounded(table: pd.DataFrame, exact_seconds: float, easy: bool) -> pd.DataFrame:
+    """An exact method and an estimate, whose errors are a hundredth at all budgets if the task is easy for it."""
+    estimate = taking(one_task(table, hutchinson="hutchinson"), 1.0)
+    errors = MEASUREMENTS[3:6]
+    estimate[errors] = estimate[errors] * (0.01 if easy else 1.0)
+    return pd.concat([taking(one_task(table, direct="direct"), exact_seconds), estimate]).assign(calls=20)
+
+
+@pytest.mark.parametrize("easy", [False, True])
+def test_no_method_surely_wins_over_a_time_that_is_an_upper_bound(table, easy):
+    """Where even the smallest budget is far too large for an estimate, a smaller one may be faster than exact."""
+    for seconds, winner in ((0.1, "direct"), (10.0, "hutchinson")):
+        rows = base.checked(bounded(table, seconds, easy))
+        solved = tasks.solutions(rows, {"1 %": 0.01}).set_index("method")
+        assert list(solved.loc[["direct", "hutchinson"], "at_most"]) == [False, easy]
+        choice = report.answer(rows)[0]["rows"][0]["choices"][1]
+        assert choice["method"] == winner and choice["sure"] == (winner == "hutchinson" or not easy)
+        assert choice["seconds"].startswith("at most ") == (winner == "hutchinson" and easy)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "title", "factor", "in_map"),
+    [
+        (0.1, "exact wins 1 (0 surely)", "\N{LESS-THAN OR EQUAL TO}10×?", "10×?"),
+        (10.0, "1 of 1 tasks (1 surely)", "\N{GREATER-THAN OR EQUAL TO}10×", "\N{GREATER-THAN OR EQUAL TO}10×"),
+    ],
+)
+def test_figures_mark_times_that_are_upper_bounds(table, seconds, title, factor, in_map):
+    rows = bounded(table, seconds, easy=True)
+    drawing = drawn_from("time_to_accuracy", rows)
+    (panel,) = drawing.figure.axes
+    assert [line.get_marker() for line in panel.lines].count("v") == 1
+    assert title in drawing.figure.texts[0].get_text() and factor in said_in(drawing)
+    assert "Triangles (1)" in drawing.caption and "at most, an upper bound: 1 tasks" in key_of(drawing)
+    assert any("1 of 2 times are upper bounds" in text for text in said_in(drawn_from("performance_profiles", rows)))
+    assert in_map in said_in(drawn_from("method_map", rows))
+
+
+def test_times_at_budgets_that_are_not_too_large_are_no_upper_bounds(table):
+    drawing = drawn_from("time_to_accuracy", bounded(table, 0.1, easy=False))
+    assert "upper bound" not in key_of(drawing) and "Triangles" not in drawing.caption
+    assert "exact wins 1 (1 surely)" in drawing.figure.texts[0].get_text() and "10×" in said_in(drawing)
+
+
+@pytest.mark.parametrize("name", ["error_against_passes", "error_against_seconds"])
+def test_titles_of_errors_are_by_laws_and_without_approximations(table, name):
+    """Neither a budget that is lucky nor an approximation that is close by chance has the least cost."""
+    kept = ("direct", "hutchinson", "sum_of_logits")
+    rows = one_task(table, **dict(zip(kept, kept, strict=True))).reset_index(drop=True)
+    cost = rows["passes"].fillna(50.0).mask(rows["method"] == "sum_of_logits", 1.0)
+    error = (0.2 / rows["passes"] ** 0.5).mask(rows["passes"] == 32, 0.009).fillna(0.005)
+    rows = taking(rows, 1e-3 * cost).assign(passes_spent=cost)
+    rows = rows.assign(error=error, error_q25=0.45 * error, error_q75=1.75 * error)
+    drawing = drawn_from(name, rows)
+    assert drawing.figure.texts[0].get_text().endswith(" to 1 %: exact methods on 1 of 1 tasks")
+    assert "Undecided: 0 of 1" in drawing.caption and "approximations state no error" in drawing.caption
+    far = drawn_from(name, rows[(rows["kind"] != "exact") & ~rows["passes"].isin([32, 512, 2048])])
+    assert far.figure.texts[0].get_text().endswith(": no exact method or estimate is within 1 %")
+
+
+def said_in(drawing: base.Drawing) -> list[str]:
+    """Texts in the panels."""
+    return [text.get_text() for panel in drawing.figure.axes for text in panel.texts]
+
+
+def key_of(drawing: base.Drawing) -> str:
+    return " ".join(text.get_text() for key in drawing.figure.legends for text in key.get_texts())
+
+
 def blog_points(factor: float, seeds: int = 100) -> pd.DataFrame:
     """Shared probes, and three Hutch++ traces whose error at equal passes is larger by a factor."""
     rows = []

@@ -105,3 +105,41 @@ def test_a_deterministic_method_has_one_error_and_its_seconds_vary():
 def test_a_budget_measured_twice_counts_with_both():
     table = measured(np.random.default_rng(0), 5, budgets=(100, 100)).assign(error=[0.02, 0.005])
     assert laws.fit(table).error(100)[0] == pytest.approx(0.01)
+
+
+def timed(seconds: float, calls: int, spread: float = 0.0) -> pd.DataFrame:
+    """A deterministic method; with a single call both quartiles are the value."""
+    row = {"passes": np.nan, "seeds": 1, "calls": calls, "error": 0.0, "error_q25": 0.0, "error_q75": 0.0}
+    row |= {"seconds": seconds, "seconds_q25": seconds * (1 - spread), "seconds_q75": seconds * (1 + spread)}
+    return pd.DataFrame([row])
+
+
+def width(law: laws.Law) -> float:
+    found = law.reached(0.01)
+    return np.log(found.seconds_high / found.seconds_low)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 1000])
+def test_seconds_are_never_certain(calls):
+    """Neither where quartiles of few calls are equal, nor where many calls agree: machines drift between rows."""
+    found = width(laws.fit(timed(1.0, calls)))
+    assert 2 * 1.96 * laws.DRIFT * 0.7 < found < 2 * 1.96 * laws.DRIFT * 1.4
+    assert width(laws.fit(timed(1.0, calls), drift=0.0)) == 0, "a cost that is counted"
+    assert width(laws.fit(timed(1.0, calls).assign(seconds_q25=np.nan, seconds_q75=np.nan))) > 0
+
+
+def test_few_calls_have_the_typical_spread_of_their_table():
+    rows = [timed(1.0, 1), timed(2.0, 9, 0.3), timed(3.0, 9, 0.4), timed(3.0, 9, 0.5), timed(4.0, 2)]
+    table = pd.concat(rows, ignore_index=True)
+    typical = laws.typical_spread(table)
+    assert typical == pytest.approx(np.log(1.4 / 0.6) / 1.349)
+    one_call, nine_calls, *_ = map(width, laws.fits(table.assign(method=range(5)), ["method"]).values())
+    assert one_call == pytest.approx(2 * 1.96 * typical * np.sqrt(np.pi / 2), rel=0.4)
+    assert one_call > nine_calls
+    assert laws.typical_spread(timed(1.0, 2, 0.5)) == 0, "of no row with enough calls"
+
+
+def test_a_smallest_budget_that_is_far_too_large_gives_an_upper_bound():
+    table = measured(np.random.default_rng(0), 5)
+    law = laws.fit(table.assign(error=0.2 / table["passes"] ** 0.5))  # 0.07 at the smallest budget
+    assert law.at_most(0.25) and not law.at_most(0.2) and not law.at_most(0.01)

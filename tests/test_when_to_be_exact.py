@@ -215,7 +215,12 @@ def test_costs_follow_the_law_that_errors_follow():
         assert found.passes == pytest.approx((0.8 / error) ** 2) and found.tried == (error >= 0.1)
     assert figure.cost(law, 0.2).seconds == pytest.approx(2.0)
     assert figure.cost(law, 0.05).seconds == pytest.approx(6.0 * 256 / 64)
-    assert figure.cost(rows([0.4, 0.5, 0.1], [1.0, 2.0, 6.0]), 0.2).passes == pytest.approx(32)
+    middle = math.sqrt(0.4 * 0.5)  # errors that rise with passes do so by chance
+    between = math.log(middle / 0.2) / math.log(middle / 0.1)
+    found = figure.cost(rows([0.4, 0.5, 0.1], [1.0, 2.0, 6.0]), 0.2)
+    assert found.passes == pytest.approx(16 * 4**between) and found.tried
+    lucky = figure.cost(rows([0.4, 0.1, 0.2], [1.0, 2.0, 6.0]), 0.12)
+    assert not lucky.tried and lucky.passes == pytest.approx(64 * 0.1 * 0.2 / 0.12**2)
     one = figure.cost(rows([0.4], [2.0], passes=(4,)), 0.2)
     assert (one.passes, one.seconds) == pytest.approx((16, 8))
     assert math.isnan(figure.cost(rows([0.4, 0.2, 0.1], [1.0, 2.0, 6.0], "deflated"), 0.05).passes)
@@ -249,6 +254,23 @@ def test_the_figure_says_who_wins(table, tmp_path):
     wins = plotted[(plotted["family"] == "exact") & (plotted["winner_in_passes"] == "exact")]
     caption = made[1].read_text()
     assert f"exact takes the fewest passes in {len(wins)} and" in caption and "nan" not in caption
+
+
+def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
+    with plotting.style():
+        drawing = figure.draw(plotting.checked_study(table.assign(rms=table["rms"] / 4), figure.COLUMNS))
+    estimates = drawing.plotted[drawing.plotted["family"].isin(figure.PREDICTED)]
+    below = [panel for panel in drawing.figure.axes if panel.get_xlabel() == "predicted passes / O"]
+    marks = [line for panel in below for line in panel.lines if line.get_marker() in figure.MARKERS.values()]
+    for tried in (True, False):
+        shown = [len(line.get_xdata()) for line in marks if (line.get_markerfacecolor() != "none") == tried]
+        assert sum(shown) == 2 * (estimates["tried"] == tried).sum() > 0, "passes and seconds of each"
+    count = estimates["tried"].sum()
+    assert f"{count} of {len(estimates)} estimates are measured" in drawing.caption
+    assert len(drawing.caption.split()) <= 60
+    assert "hollow" in " ".join(text.get_text() for key in drawing.figure.legends for text in key.get_texts())
+    title = " ".join(drawing.figure.texts[0].get_text().split())
+    assert title.startswith("Exact takes the fewest passes in ") and title.endswith("% of all 36")
 
 
 @pytest.mark.parametrize("metric", ["trace", "norm"])

@@ -98,9 +98,11 @@ def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]
             contested = "," in row.measured or row.tolerance == "exact"
             mark = _mark(row.kind, contested)
             panel.plot(x, y, **mark, transform=panel.figure.dpi_scale_trans, clip_on=False, zorder=3)
-            lead = f"{row.lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if row.lead == row.lead else "only"
+            sure = row.fastest >= tasks.SURE
+            least = "\N{GREATER-THAN OR EQUAL TO}" if sure and row.at_most else ""
+            lead = f"{least}{row.lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if row.lead == row.lead else "only"
             shown = contested and row.tolerance != "exact" and isinstance(row.method, str)
-            spots.append(((x, y), lead + ("" if row.fastest >= tasks.SURE else "?") if shown else ""))
+            spots.append(((x, y), lead + ("" if sure else "?") if shown else ""))
     taken = [at for at, _ in spots]
     for (x, y), words in spots:
         if words:
@@ -208,7 +210,8 @@ def _caption(chosen: pd.DataFrame, lost: int) -> str:
     return (
         "Family of the fastest method. Numbers: time of the next method over that of the fastest"
         + (f" (median {lead:.2g})" if math.isfinite(lead) else "")
-        + f"; ?: fewer than {100 * tasks.SURE:g} % of bootstrap reruns agree ({unsure} of {len(contested)}). "
-        f"Small: only one family measured, not counted. Hollow: no measured median error is small enough. {without} of "
+        + f"; ?: fewer than {100 * tasks.SURE:g} % of bootstrap reruns agree, or another method has only an upper "
+        f"bound of its time ({unsure} of {len(contested)}); \N{GREATER-THAN OR EQUAL TO}: the fastest has one. "
+        f"Small: one family measured, not counted. Hollow: no median error is small enough. {without} of "
         f"{len(contested)} choices lack exact methods." + (f" {lost} cells lack sizes." if lost else "")
     )

@@ -49,7 +49,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         for panel, name in zip(panels, row, strict=False):
             here = profiles[profiles["tolerance"] == name]
             words = "exact methods" if name == "exact" else f"within {name}"
-            canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks")
+            bounds = solved.loc[solved["tolerance"] == name, "at_most"]
+            detail = f"; {bounds.sum()} of {len(bounds)} times are upper bounds" if bounds.any() else ""
+            canvas.title(panel, words, f"{here['tasks'].iloc[0]} tasks{detail}")
             for (method, backend), line in here.groupby(["method", "backend"], sort=False):
                 high = line["told_apart"].all()
                 drawn = style[method].line(backend) | {"markevery": 15, "zorder": 3} if high else PALE
@@ -59,7 +61,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
             panel.tick_params(labelleft=panel is panels[0])
-    return base.Drawing(figure, profiles, _caption(profiles))
+    return base.Drawing(figure, profiles, _caption(profiles, solved))
 
 
 def highest(profiles: pd.DataFrame) -> np.ndarray:
@@ -79,7 +81,7 @@ def _title(profiles: pd.DataFrame) -> str:
     return f"Most often the fastest {words}: {title}, on {100 * top['share']:.0f} % of {top['tasks']:g} tasks"
 
 
-def _caption(profiles: pd.DataFrame) -> str:
+def _caption(profiles: pd.DataFrame, solved: pd.DataFrame) -> str:
     text = (
         "A task is a metric of a problem within a tolerance of the median relative error. A line starts at the share "
         "of tasks on which the method is the fastest and ends at the share that it solves at all; tasks on which it "
@@ -96,4 +98,8 @@ def _caption(profiles: pd.DataFrame) -> str:
         bounds = binomtest(round(top["share"] * count), count).proportion_ci(method="wilson")
         share = f"{top['share']:.0%} ({bounds.low:.0%} to {bounds.high:.0%}) of {count}"
         said.append(f"{name}: {top['title']} ({styles.TITLES.get(top['backend'], top['backend'])}), {share}")
-    return f"{text} Most often the fastest, with Wilson's 95 % interval over tasks: {'; '.join(said)}."
+    won = solved.loc[solved.groupby(tasks.TASK)["seconds"].idxmin(), "fastest"]
+    return (
+        f"{text} Most often the fastest, with Wilson's 95 % interval over tasks: {'; '.join(said)}. Undecided, by "
+        f"bootstrap or beside an upper bound: {(won < tasks.SURE).sum()} of {len(won)}."
+    )

@@ -15,6 +15,7 @@ from ntkbench.figures.plotting import base, canvas, curves, key, labels, styles,
 TOLERANCE = {"1 %": 0.01}
 COLUMNS = 3
 CASE = ["metric", "setting"]
+LEAST, MOST = "\N{GREATER-THAN OR EQUAL TO}", "\N{LESS-THAN OR EQUAL TO}"
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -54,22 +55,25 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _best(known: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each kind and task, by size."""
+    """The fastest method of each kind and task, by size; ``at_most`` if that of any method of the kind is a bound."""
     solved = tasks.solutions(known, TOLERANCE)
     solved = solved[solved["kind"].isin(tasks.FAMILIES)]
+    solved = solved.assign(at_most=solved.groupby([*tasks.TASK, "kind"])["at_most"].transform("any"))
     best = solved.loc[solved.groupby([*tasks.TASK, "kind"], sort=False)["seconds"].idxmin()]
     return best.sort_values(["metric", "setting", "n", "problem", "kind"]).reset_index(drop=True)
 
 
 def _pairs(best: pd.DataFrame) -> pd.DataFrame:
-    """Tasks with an exact method and an estimate: ``ratio`` of their seconds, and ``sure`` if their bands are apart."""
+    """Tasks with an exact method and an estimate: ``ratio`` of their seconds, and ``sure`` if their bands are apart.
+
+    An exact method is not surely faster than an estimate whose seconds are an upper bound.
+    """
     exact, estimate = (best[best["kind"] == kind] for kind in ("exact", "stochastic"))
     both = exact.merge(estimate, on=tasks.TASK, suffixes=("", "_estimated"))
     pays = both["seconds_estimated"] < both["seconds"]
     apart = both["seconds_high_estimated"] < both["seconds_low"], both["seconds_high"] < both["seconds_low_estimated"]
-    return both.assign(
-        pays=pays, ratio=both["seconds"] / both["seconds_estimated"], sure=apart[0].where(pays, apart[1])
-    )
+    sure = apart[0].where(pays, apart[1] & ~both["at_most_estimated"])
+    return both.assign(pays=pays, ratio=both["seconds"] / both["seconds_estimated"], sure=sure)
 
 
 def _panel(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame) -> None:
@@ -86,8 +90,8 @@ def _panel(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame) -> None:
         panel.plot([at, at], ends, color=colour, linewidth=1.6, zorder=2)
     for row in here.itertuples():
         at = places[row.problem]
-        panel.plot(at, row.seconds, **_mark(row.kind), zorder=3)
-        ends = [[row.seconds - row.seconds_low], [row.seconds_high - row.seconds]]
+        panel.plot(at, row.seconds, **_mark(row.kind, row.at_most), zorder=3)
+        ends = [[0.0 if row.at_most else row.seconds - row.seconds_low], [row.seconds_high - row.seconds]]
         if np.isfinite(ends).all():
             panel.errorbar(at, row.seconds, np.clip(ends, 0, None), color=tasks.FAMILIES[row.kind].colour, capsize=3)
     _label(panel, here, pairs, places)
@@ -107,15 +111,17 @@ def _label(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame, places: dict[st
         line = np.geomspace(row.seconds, row.seconds_estimated, 12)
         taken += [tuple(at) for at in inches(row.problem, line)]
     for row in pairs.itertuples():
-        words = f"{max(row.ratio, 1 / row.ratio):.2g}\N{MULTIPLICATION SIGN}{'' if row.sure else '?'}"
+        sign = (LEAST if row.pays else MOST) if row.at_most_estimated else ""
+        words = f"{sign}{max(row.ratio, 1 / row.ratio):.2g}\N{MULTIPLICATION SIGN}{'' if row.sure else '?'}"
         (x, low), (_, high) = inches(row.problem, sorted([row.seconds, row.seconds_estimated]))
         side, middle = 0.04 * len(words) + 0.1, (low + high) / 2
         tasks.label(panel, words, [(x, high + 0.16), (x, low - 0.16), (x - side, middle), (x + side, middle)], taken)
 
 
-def _mark(kind: str) -> dict[str, Any]:
-    """Keywords for a point; approximate methods, whose error no budget lowers, are hollow."""
-    return tasks.FAMILIES[kind].line("jax" if kind == "approximate" else "torch") | {"linestyle": ""}
+def _mark(kind: str, at_most: bool = False) -> dict[str, Any]:
+    """Keywords for a point; approximate methods, whose error no budget lowers, are hollow, and bounds point down."""
+    style = tasks.FAMILIES[kind].line("jax" if kind == "approximate" else "torch") | {"linestyle": ""}
+    return style | ({"marker": "v"} if at_most else {})
 
 
 def _key(best: pd.DataFrame) -> key.Key:
@@ -125,6 +131,8 @@ def _key(best: pd.DataFrame) -> key.Key:
         for kind, text in words.items()
         if kind in set(best["kind"])
     ]
+    if bounds := best["at_most"].sum():
+        entries.append((Line2D([], [], **_mark("stochastic", True)), f"at most, an upper bound: {bounds} tasks"))
     lines: list[key.Entry] = [
         (Line2D([], [], color=tasks.FAMILIES["stochastic"].colour), "the estimate is faster"),
         (Line2D([], [], color=tasks.FAMILIES["exact"].colour), "exact is faster"),
@@ -133,7 +141,11 @@ def _key(best: pd.DataFrame) -> key.Key:
 
 
 def _crossing(pairs: pd.DataFrame) -> float:
-    """The n from which estimates are faster, by a power law of the ratio; 0 if the pairs do not give it."""
+    """The n from which estimates are faster, by a power law of the ratio; 0 if the pairs do not give it.
+
+    Ratios to upper bounds are left out.
+    """
+    pairs = pairs[~pairs["at_most_estimated"]]
     if len(pairs) < 4 or pairs["n"].nunique() < 3 or pairs["pays"].nunique() < 2:
         return 0.0
     slope, half = curves.slope(list(pairs["n"]), list(pairs["ratio"]))
@@ -161,7 +173,8 @@ def _title(pairs: pd.DataFrame) -> str:
     if len(pays):
         text += f" ({pays['sure'].sum()} surely), by up to {pays['ratio'].max():.2g}\N{MULTIPLICATION SIGN}"
     if len(exact):
-        text += f"; exact wins {len(exact)}, by up to {1 / exact['ratio'].min():.2g}\N{MULTIPLICATION SIGN}"
+        text += f"; exact wins {len(exact)} ({exact['sure'].sum()} surely)"
+        text += f", by up to {1 / exact['ratio'].min():.2g}\N{MULTIPLICATION SIGN}"
     return text
 
 
@@ -172,6 +185,8 @@ def _caption(best: pd.DataFrame, known: pd.DataFrame) -> str:
         "Seconds of the fastest exact method and of the fastest estimate with a median error of 1 %, with 95 % bands; "
         "? where bands overlap or are not bounded. Approximate methods within 1 % are hollow. "
     )
+    if bounds := best["at_most"].sum():
+        text += f"Triangles ({bounds}): at most, as the error at the smallest budget is below a third of 1 %. "
     unsolved = len(tried) - len(best.drop_duplicates(tasks.TASK))
     if len(pairs):
         ratio = pairs["ratio"]

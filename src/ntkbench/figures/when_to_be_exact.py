@@ -31,6 +31,8 @@ LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
 """Line styles of the theoretical boundaries for pooled estimates, by share."""
 PREDICTED = ("per-sample", "pooled")
 """Families with a theoretical error."""
+MARKERS = {"passes": "o", "seconds": "s"}
+"""Markers of costs against theory; hollow where the cost is extrapolated."""
 
 
 class Cost(NamedTuple):
@@ -87,29 +89,33 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 def cost(rows: pd.DataFrame, error: float) -> Cost:
     """The passes and seconds of one method on one kernel to a relative error.
 
-    Between budgets passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes grow
-    as 1 / error^2, except for deflating methods, whose errors fall faster, and seconds are proportional to passes.
+    Errors are a non-increasing curve fitted to all budgets, by isotonic regression of logarithms. Between budgets,
+    passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes grow as 1 / error^2,
+    except for deflating methods, whose errors fall faster, and seconds are proportional to passes.
 
     Args:
         rows: of one method and kernel, one for each budget.
         error: the requested error.
     """
+    from scipy.optimize import isotonic_regression
+
     rows = rows.sort_values("passes")
     passes, seconds = rows["passes"].to_numpy(float), rows["seconds"].to_numpy(float)
     if rows["family"].iloc[0] == "exact":
         return Cost(passes[0], seconds[0], True)
     # Errors rise with passes only by chance, and an error of zero has no logarithm.
-    rms = np.minimum.accumulate(rows["rms"].to_numpy(float).clip(min=1e-15))
-    if tried := rms[-1] <= error:
-        enough = int(np.argmax(rms <= error))
+    logs = isotonic_regression(np.log(rows["rms"].to_numpy(float).clip(min=1e-15)), increasing=False).x
+    wanted_log = math.log(error)
+    if tried := logs[-1] <= wanted_log:
+        enough = int(np.argmax(logs <= wanted_log))
         if not enough:
             return Cost(passes[0], seconds[0], True)
         step = slice(enough, enough - 2 if enough > 1 else None, -1)
-        wanted = math.exp(np.interp(math.log(error), np.log(rms[step]), np.log(passes[step])))
+        wanted = math.exp(np.interp(wanted_log, logs[step], np.log(passes[step])))
     elif rows["family"].iloc[0] == "deflated":
         return Cost(math.nan, math.nan, False)
     else:
-        wanted = passes[-1] * (rms[-1] / error) ** 2
+        wanted = passes[-1] * math.exp(2 * (logs[-1] - wanted_log))
     within = float(np.interp(wanted, passes, seconds))
     return Cost(wanted, within * max(1.0, wanted / passes[-1]), bool(tried))
 
@@ -218,17 +224,16 @@ def _map(panel: Axes, here: pd.DataFrame, level: float, shares: list[float], the
 
 
 def _against_theory(panel: Axes, here: pd.DataFrame) -> None:
-    """Passes and seconds of estimates over those of exact, against predicted passes over O."""
+    """Passes and seconds of estimates over those of exact, against predicted passes over O; hollow if extrapolated."""
     here = here[here["predicted_passes"].notna() & (here["family"] != "exact")]
     x = here["predicted_passes"] / here["exact_passes"]
-    measured = here["passes"] / here["exact_passes"], here["seconds"] / here["exact_seconds"]
-    both = (*x, *measured[0], *measured[1])
+    costs = {quantity: here[quantity] / here[f"exact_{quantity}"] for quantity in MARKERS}
+    both = (*x, *costs["passes"], *costs["seconds"])
     panel.set(xscale="log", yscale="log", xlim=canvas.limits(x), ylim=canvas.limits(both))
-    for family in PREDICTED:
-        own = here["family"] == family
-        style: dict[str, Any] = {"color": FAMILIES[family][0], "marker": "o", "linestyle": "", "markersize": 4}
-        panel.plot(x[own], measured[0][own], **style, zorder=3)
-        panel.plot(x[own], measured[1][own], **style, markerfacecolor="none", alpha=0.6)
+    for family, (quantity, marker), tried in itertools.product(PREDICTED, MARKERS.items(), (True, False)):
+        own, colour = (here["family"] == family) & (here["tried"] == tried), FAMILIES[family][0]
+        style: dict[str, Any] = {"color": colour, "markerfacecolor": colour if tried else "none"}
+        panel.plot(x[own], costs[quantity][own], **style, marker=marker, linestyle="", markersize=4, zorder=3)
     ends = canvas.limits(x)
     panel.plot(ends, ends, color=canvas.PALE, linewidth=1.2, zorder=1)
     panel.axhline(1, color=styles.GREY, linewidth=0.8, linestyle=":")
@@ -255,7 +260,7 @@ def _reading(shares: list[float]) -> list[key.Entry]:
         (Line2D([], [], color=FAMILIES["pooled"][0], linestyle=line), f"the same, pooled, with {100 * share:g} %")
         for share, line in zip(shares, itertools.cycle(LINES), strict=False)
     ]
-    small: dict[str, Any] = {"color": styles.GREY, "marker": "o", "markersize": 4, "linestyle": ""}
+    small: dict[str, Any] = {"color": styles.GREY, "markersize": 4, "linestyle": ""}
     return [
         (Line2D([], [], linestyle=""), f"side by side: {said} of ‖Θ‖² between samples"),
         (
@@ -264,8 +269,9 @@ def _reading(shares: list[float]) -> list[key.Entry]:
         ),
         (Line2D([], [], color=FAMILIES["per-sample"][0]), "theory: O passes per sample have this error"),
         *pooled,
-        (Line2D([], [], **small), "below: passes over O"),
-        (Line2D([], [], **small, markerfacecolor="none"), "below: seconds over those of exact"),
+        (Line2D([], [], **small, marker=MARKERS["passes"]), "below: passes over O"),
+        (Line2D([], [], **small, marker=MARKERS["seconds"]), "below: seconds over those of exact"),
+        (Line2D([], [], **small, marker="o", markerfacecolor="none"), "below, hollow: extrapolated, not measured"),
     ]
 
 
@@ -280,8 +286,8 @@ def _title(plotted: pd.DataFrame) -> str:
     *first, last = map(str, wins)
     of = (rows["error"] == rows["error"].iloc[0]).sum()
     return (
-        f"Exact wins {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %; "
-        f"N O rank < 2 / error² predicts {100 * _by_rule(rows).mean():.0f} % of them"
+        f"Exact takes the fewest passes in {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %; "
+        f"N O rank < 2 / error² predicts this in {100 * _by_rule(rows).mean():.0f} % of all {len(rows)}"
     )
 
 
@@ -293,37 +299,17 @@ def _by_rule(rows: pd.DataFrame) -> pd.Series:
 
 def _caption(plotted: pd.DataFrame) -> str:
     rows = _kernels(plotted)
-    estimated = plotted[plotted["family"].isin(PREDICTED) & plotted["tried"] & (plotted["passes"] > 4)]
-    ratio = (estimated["passes"] / estimated["predicted_passes"]).to_numpy()
-    exact = {by: rows[f"winner_in_{by}"] == "exact" for by in ("passes", "seconds", "theory")}
-    known = rows[rows["winner_in_passes"] != "deflated"]
-    agreed = (known["winner_in_passes"] == "exact") == (known["winner_in_theory"] == "exact")
+    wins = {by: (rows[f"winner_in_{by}"] == "exact").sum() for by in MARKERS}
+    estimates = plotted[plotted["family"].isin(PREDICTED)]
     text = (
-        "The fewest passes (left half of a mark) and least seconds (right half) to a relative root-mean-square error, "
-        "on kernels with prescribed O, effective rank of a sample's block, and share of ||Theta||^2 between samples. "
-        "Exact takes O passes. In theory a per-sample trace takes 2 (1 / rank - 1 / O) / (N error^2) passes, and a "
-        "pooled one has rank (1 - share) in place of the rank, so exact is cheaper for about N O rank < 2 / error^2. "
-        "Lines: O passes of an estimate have the panel's error. Passes beyond the largest budget are extrapolated as "
-        f"1 / error^2. Measured over {labels.range_label(rows['seeds'])} seeds: exact takes the fewest passes in "
-        f"{exact['passes'].sum()} and the least seconds in {exact['seconds'].sum()} of {len(rows)} cases"
+        "Fewest passes (left half) and least seconds (right) to a relative root-mean-square error: exact takes the "
+        f"fewest passes in {wins['passes']} and the least seconds in {wins['seconds']} of {len(rows)} cases. Lines and "
+        f"shade: theory. Below: {estimates['tried'].sum()} of {len(estimates)} estimates are measured; hollow ones are "
+        "extrapolated as 1 / error^2."
     )
-    by_error = [
-        f"{words}: {(exact['passes'] & (rows['error'] == error)).sum()} and "
-        f"{(exact['seconds'] & (rows['error'] == error)).sum()} of {(rows['error'] == error).sum()}"
-        for error, words in TOLERANCES.items()
-    ]
-    text += f" ({'; '.join(by_error)})."
-    if len(known):
-        text += (
-            f" Theory predicts whether exact wins in {int(agreed.sum())} of {len(known)} cases where no deflating "
-            "estimator wins."
-        )
-    ruled = int(_by_rule(rows).sum())
-    text += f" N O rank < 2 / error^2, which ignores metric and share, predicts {ruled} of {len(rows)}."
-    if len(ratio):
-        low, middle, high = np.quantile(ratio, (0.025, 0.5, 0.975))
-        text += (
-            f" Measured over predicted passes, within measured budgets: {labels.rounded(middle)} "
-            f"({labels.rounded(low)} to {labels.rounded(high)} in 95 % of {len(ratio)} cases)."
-        )
+    inside = estimates[estimates["tried"] & (estimates["passes"] > 4)]
+    if len(inside):
+        ratio = inside["passes"] / inside["predicted_passes"]
+        low, middle, high = map(labels.rounded, ratio.quantile([0.025, 0.5, 0.975]))
+        text += f" Measured over predicted passes: {middle} ({low} to {high} in 95 %)."
     return text

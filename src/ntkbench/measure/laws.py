@@ -27,6 +27,13 @@ CONFIDENCE = 0.95
 """Confidence level of bands."""
 FLOOR = 1e-9
 """Smaller errors count as this one; float32 does not resolve them."""
+FEWEST_CALLS = 3
+"""With fewer timed calls, quartiles do not tell the spread of seconds."""
+DRIFT = 0.1
+"""Minimum standard deviation of the logarithm of median seconds. Rows are timed one after another, in processes of
+their own, on machines whose speed drifts, and more calls in the same process do not average that out."""
+SLACK = 1 / 3
+"""If the error at the smallest budget is below this share of a tolerance, its seconds are an upper bound."""
 HALF_NORMAL = math.log(1.1503 / 0.3186) / 1.3490
 """Standard deviation of the logarithm of a lognormal number whose ratio of quartiles is that of |x|, x normal."""
 COLUMNS = ("passes", "error", "error_q25", "error_q75", "seeds", "seconds", "seconds_q25", "seconds_q75")
@@ -62,7 +69,7 @@ class Law:
     def budgets(self, error: float) -> np.ndarray:
         """Passes at which the median error is ``error``, ``[1 + RERUNS]``; ``nan`` where no budget reaches it.
 
-        The smallest budget stands for all errors that it reaches.
+        The smallest budget stands for all errors that it reaches; see :meth:`at_most`.
         """
         within = self.errors <= error
         after = within.argmax(1)
@@ -71,6 +78,10 @@ class Law:
         share = np.where(after > 0, (high - math.log(error)) / np.where(after > 0, high - low, 1), 0)
         x = np.log(self.passes)
         return np.where(within[:, -1], np.exp(x[before] + share * (x[after] - x[before])), np.nan)
+
+    def at_most(self, error: float) -> bool:
+        """Whether even the smallest budget is far too large for an error, so that its seconds are an upper bound."""
+        return bool(self.errors[0, 0] < SLACK * error)
 
     def seconds(self, budgets: np.ndarray) -> np.ndarray:
         """Seconds of each rerun at its budget, ``[1 + RERUNS]``; ``nan`` where the budget is ``nan``."""
@@ -105,24 +116,28 @@ def banded(draws: np.ndarray) -> tuple[float, float, float]:
     return float(draws[0]), low if math.isfinite(low) else math.nan, high if math.isfinite(high) else math.nan
 
 
-def fit(points: pd.DataFrame, seed: int = 0) -> Law:
+def fit(points: pd.DataFrame, seed: int = 0, *, typical: float | None = None, drift: float = DRIFT) -> Law:
     """The law of one method on one problem.
 
     The bootstrap is parametric: the median of k errors varies like that of k lognormal numbers with the same quartiles,
     or with those of |x|, x normal, if these are further apart. A method without passes is deterministic: its error does
-    not vary. Seconds vary like medians of lognormal numbers with the same quartiles. Unless ``first_seed`` shows that
-    budgets have different seeds, all their errors may be low together, and the bootstrap varies them together.
+    not vary. Seconds vary like medians of lognormal numbers with the same quartiles; with fewer than
+    :data:`FEWEST_CALLS` calls their spread is at least the typical one. Unless ``first_seed`` shows that budgets have
+    different seeds, all their errors may be low together, and the bootstrap varies them together.
 
     Args:
         points: a row for each measured budget (a single one without passes), with :data:`COLUMNS`.
         seed: seed of the bootstrap.
+        typical: what :func:`typical_spread` gives for the table; by default for these points.
+        drift: minimum standard deviation of the logarithm of median seconds.
     """
     points = points.sort_values("passes", kind="stable")
     passes = points["passes"].fillna(1.0).clip(lower=1.0).to_numpy(float)
     errors, deviations = median_errors(points)
-    seconds, seconds_spread = _logarithms(points, "seconds", 1e-12)
-    seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
-    calls = points.get("calls", points["seeds"]).fillna(1).clip(lower=1).to_numpy(float)
+    seconds, spread = _logarithms(points, "seconds", 1e-12)
+    typical = typical_spread(points) if typical is None else typical
+    spread = np.where(_spread_is_known(points), spread, np.maximum(spread, typical))
+    seeds, calls = points["seeds"].fillna(1).clip(lower=1).to_numpy(float), _calls(points)
 
     rng = np.random.default_rng(seed)
     x, place = np.unique(np.log(passes), return_inverse=True)
@@ -135,7 +150,7 @@ def fit(points: pd.DataFrame, seed: int = 0) -> Law:
     return Law(
         np.exp(x),
         np.exp([of_errors(errors + row, seeds) for row in noise[0] * deviations]),
-        np.exp([of_seconds(seconds + row, calls) for row in noise[1] * _of_median(seconds_spread, calls)]),
+        np.exp([of_seconds(seconds + row, calls) for row in noise[1] * np.maximum(_of_median(spread, calls), drift)]),
     )
 
 
@@ -150,13 +165,37 @@ def median_errors(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return middle, np.where(points["passes"].isna(), 0.0, _of_median(np.maximum(spread, HALF_NORMAL), seeds))
 
 
+def typical_spread(points: pd.DataFrame) -> float:
+    """Median spread of seconds over the rows of a table whose quartiles tell it; 0 if there is none.
+
+    Args:
+        points: as for :func:`fit`, of any number of methods.
+    """
+    _, spread = _logarithms(points, "seconds", 1e-12)
+    known = spread[_spread_is_known(points)]
+    return float(np.median(known)) if len(known) else 0.0
+
+
+def _spread_is_known(points: pd.DataFrame) -> np.ndarray:
+    quartiles = points[["seconds_q25", "seconds_q75"]].notna().all(axis=1).to_numpy(bool)
+    return quartiles & (_calls(points) >= FEWEST_CALLS)
+
+
+def _calls(points: pd.DataFrame) -> np.ndarray:
+    return points.get("calls", points["seeds"]).fillna(1).clip(lower=1).to_numpy(float)
+
+
 def _of_median(spread: np.ndarray, count: np.ndarray) -> np.ndarray:
     return spread * np.sqrt(math.pi / 2 / count)
 
 
-def fits(points: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[object, ...], Law]:
+def fits(points: pd.DataFrame, keys: Sequence[str], drift: float = DRIFT) -> dict[tuple[object, ...], Law]:
     """The laws of all methods in a table, by the values of the columns ``keys``."""
-    return {case: fit(rows, zlib.crc32(repr(case).encode())) for case, rows in points.groupby(list(keys), sort=False)}
+    typical = typical_spread(points) if len(points) else 0.0
+    return {
+        case: fit(rows, zlib.crc32(repr(case).encode()), typical=typical, drift=drift)
+        for case, rows in points.groupby(list(keys), sort=False)
+    }
 
 
 def _logarithms(points: pd.DataFrame, name: str, floor: float) -> tuple[np.ndarray, np.ndarray]:

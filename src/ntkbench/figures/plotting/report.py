@@ -164,7 +164,7 @@ def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
     return {
         "method": winner["method"],
         "title": winner["title"] + (" in JAX" if winner["backend"] == "jax" else ""),
-        "seconds": seconds_label(winner["seconds"]),
+        "seconds": ("at most " if winner["at_most"] else "") + seconds_label(winner["seconds"]),
         "facts": ", ".join(filter(None, facts)),
         "sure": winner["fastest"] >= tasks.SURE,
         "call": _call(winner),

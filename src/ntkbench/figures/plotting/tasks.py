@@ -15,8 +15,9 @@ TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, and allows for float32's rounding."""
 RULE = (
     "A method's time is where a law fitted to all its measured budgets crosses the tolerance, without extrapolation "
-    "(errors fall at least as fast as 1 / sqrt(passes), and seconds grow with passes). Its 95 % band and its number of "
-    "seeds are in the CSV."
+    "(errors fall at least as fast as 1 / sqrt(passes), and seconds grow with passes). It is an upper bound "
+    "('at most') if the error at the smallest budget is below a third of the tolerance. Its 95 % band and its number "
+    "of seeds are in the CSV."
 )
 """How a method's time is derived, for captions."""
 SURE = 0.95
@@ -64,23 +65,28 @@ COLUMNS = [
     "seeds",
     *laws.Reached._fields,
 ]
-COLUMNS += ["fastest"]
+COLUMNS += ["at_most", "fastest"]
 
 
-def solutions(table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES) -> pd.DataFrame:
+def solutions(
+    table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES, drift: float = laws.DRIFT
+) -> pd.DataFrame:
     """The time of each method and backend for each task that it solves, by the law of :mod:`ntkbench.measure.laws`.
 
-    ``seeds`` are the estimates behind the law, ``passes`` and ``seconds`` have 95 % bands, and ``fastest`` is the share
-    of bootstrap reruns in which nothing else solves the task faster.
+    ``seeds`` are the estimates behind the law, ``passes`` and ``seconds`` have 95 % bands. ``at_most`` says whether the
+    seconds are an upper bound, because even the smallest budget is far too large. ``fastest`` is the share of bootstrap
+    reruns in which nothing else solves the task faster; it is 0 if another method has an upper bound, which may be as
+    fast.
 
     Args:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
         tolerances: names to largest median errors; ``exact`` counts exact methods alone.
+        drift: as for :func:`ntkbench.measure.laws.fit`; 0 for costs that are counted.
     """
     points = base.measured(table[table["seconds"] > 0], "seconds", "error")
     firsts = points.drop_duplicates(LINE).set_index(LINE, drop=False)
     seeds = points.groupby(LINE)["seeds"].sum()
-    fitted = laws.fits(points, LINE)
+    fitted = laws.fits(points, LINE, drift)
     made: list[dict[str, object]] = []
     for name, largest in tolerances.items():
         draws: dict[tuple[object, ...], dict[int, np.ndarray]] = {}
@@ -90,21 +96,31 @@ def solutions(table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES)
             if np.isnan(reached.seconds) or (name == "exact" and first["kind"] != "exact"):
                 continue
             draws.setdefault(case[:3], {})[len(made)] = law.seconds(law.budgets(largest))[1:]
-            passes = reached.passes if np.isfinite(first["passes"]) else np.nan
+            budgeted = bool(np.isfinite(first["passes"]))
             error = law.error(reached.passes)[0]
             row = first.to_dict() | reached._asdict() | {"tolerance": name, "error": error, "seeds": seeds[case]}
-            made.append(row | ({} if np.isfinite(passes) else dict.fromkeys(laws.Reached._fields[:3], np.nan)))
+            row["at_most"] = budgeted and law.at_most(largest)
+            made.append(row | ({} if budgeted else dict.fromkeys(laws.Reached._fields[:3], np.nan)))
         for rivals in draws.values():
             times = np.nan_to_num(np.stack(list(rivals.values())), nan=np.inf)
             wins = (times <= times.min(0)).mean(1)
+            bounds = {i for i in rivals if made[i]["at_most"]}
             for i, share in zip(rivals, wins, strict=True):
-                made[i]["fastest"] = float(share)
-    return pd.DataFrame(made, columns=COLUMNS)
+                made[i]["fastest"] = 0.0 if bounds - {i} else float(share)
+    return pd.DataFrame(made, columns=COLUMNS).astype({"at_most": bool})
 
 
-def winners(table: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower."""
-    solved = solutions(table)
+def winners(
+    table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES, drift: float = laws.DRIFT
+) -> pd.DataFrame:
+    """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower.
+
+    Args:
+        table: as for :func:`solutions`, with the other arguments.
+        tolerances: as for it.
+        drift: as for it.
+    """
+    solved = solutions(table, tolerances, drift)
     if not len(solved):
         return solved.assign(lead=pd.Series(dtype=float))
     found = []
@@ -114,7 +130,7 @@ def winners(table: pd.DataFrame) -> pd.DataFrame:
         found.append(first.to_dict() | {"lead": others.min() / first["seconds"]})
     order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
     chosen = pd.DataFrame(found)
-    place = chosen["metric"].map(order), chosen["tolerance"].map(list(TOLERANCES).index)
+    place = chosen["metric"].map(order), chosen["tolerance"].map(list(tolerances).index)
     chosen = chosen.assign(_metric=place[0], _tolerance=place[1])
     chosen = chosen.sort_values(["_metric", "n", "P", "problem", "setting", "_tolerance"])
     return chosen.drop(columns=["_metric", "_tolerance"]).reset_index(drop=True)
