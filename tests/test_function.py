@@ -422,6 +422,51 @@ def test_without_neural_tangents_its_methods_say_so_and_kernels_go_by_rows(monke
     assert all(close(way(problem, None, None, False, TARGET), J @ J.T) for way in by_rows)
 
 
+@pytest.mark.parametrize("lacking", ["the package", "the analysis of memory"])
+def test_all_of_a_kernel_goes_by_rows_without(lacking, monkeypatch):
+    _, J, _ = case("dicts")
+    theta, y = J @ J.T, np.ones((4, 2))
+    if lacking == "the package":
+        monkeypatch.setattr(neural_tangents, "is_installed", lambda: False)
+        neural_tangents.load.cache_clear()
+    else:
+        monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    jax_kernel._compiled.cache_clear()
+    kernel = ntkbench.Kernel(mlp, rows(3)(4), params=mlp_params())
+    assert close(kernel.ntk(), theta)
+    largest = np.linalg.eigvalsh(theta)[:4:-1]
+    assert close(kernel.eigenvalues(3).values, largest, 1e-8)
+    assert close(kernel.spectrum(3).values, largest, 1e-8)
+    assert close(kernel.solve(y, ridge=1.0).values.reshape(-1), np.linalg.solve(theta + np.eye(8), y.reshape(-1)), 1e-4)
+    assert float(kernel.trace()) == pytest.approx(np.trace(theta))
+
+
+def test_programs_that_need_more_than_the_memory_of_a_kernel_are_not_run(monkeypatch, tmp_path):
+    _, J, _ = case("dicts")
+    run, compiled = [], programs.compile_within
+    monkeypatch.setattr(programs, "compile_within", lambda *given: run.append(compiled(*given)) or run[-1])
+    jax_kernel._compiled.cache_clear()
+    x, params = rows(3)(4), mlp_params()
+    small = ntkbench.Kernel(mlp, x, params=params, memory=500)  # the arguments of a program take more
+    assert close(small.ntk(), J @ J.T) and close(small.ntk(file=tmp_path / "theta.npy"), J @ J.T)
+    with pytest.raises(ntkbench.OverMemory, match="for mlp would need .* GiB, over the budget"):
+        small.trace(method="nt_structured_derivatives")
+    assert not run
+    assert close(ntkbench.ntk(mlp, x, params=params), J @ J.T) and run
+
+
+def test_the_precision_of_the_process_is_not_changed_on_a_gpu(monkeypatch):
+    changed = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: changed.append(name))
+    x, params = rows(3)(4), mlp_params()
+    kernel = ntkbench.Kernel(mlp, x, params=params)
+    kernel.trace(), kernel.ntk(), kernel.spectrum()
+    assert "jax_default_matmul_precision" not in changed
+    linearise(from_function(mlp, x, params), "theta_0", Target("jax", "float32"))
+    assert "jax_default_matmul_precision" in changed, "as in measurements, which have no settings of their own"
+
+
 def test_a_row_does_not_depend_on_what_the_forward_pass_keeps():
     """Truth values of a relu come first among what is kept; a linear function keeps nothing."""
     for f in (lambda p, x: jax.nn.relu(x @ p["w"]), lambda p, x: jnp.broadcast_to(p["w"].sum(0), (len(x), 2))):

@@ -304,6 +304,7 @@ def test_memory_limit(monkeypatch):
 
     device = jax.devices("cpu")[0]
     assert programs.memory_limit(device, dataclasses.replace(target(), program_memory=12345)) == 12345
+    assert programs.memory_limit(device, dataclasses.replace(target(), program_memory=12345), result=5) == 12350
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
     assert programs.memory_limit(device, target()) == 800
     gpu = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 500})

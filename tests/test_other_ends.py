@@ -64,6 +64,15 @@ def test_parameters_that_count_also_count_in_another_network():
         ntkbench.alignment(one, nn.Sequential(nn.Identity(), net()), X, parameters="0.*")
 
 
+@pytest.mark.parametrize("inputs", [X, {"input": X}], ids=["a tensor", "a mapping"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_network_is_evaluated_in_the_precision_of_the_first(dtype, inputs):
+    one, other = net(), net(1, width=7).to(dtype)
+    expected = cosine(theta(one), theta(copy.deepcopy(other).double()))
+    assert float(ntkbench.alignment(one, other, inputs)) == pytest.approx(expected, rel=1e-11)
+    assert float(ntkbench.alignment(other, one, inputs, dtype="float64")) == pytest.approx(expected, rel=1e-11)
+
+
 def test_two_networks_with_other_trainable_parameters_are_refused_or_symmetric():
     one, other = net(), net(1)
     one[0].bias.requires_grad_(False)

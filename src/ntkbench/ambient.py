@@ -6,6 +6,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkContext, SpawnContext
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+_TURN = threading.RLock()
+"""Held while torch has the settings of a call: all threads share the default precision and most flags."""
 
 
 def cores() -> int:
@@ -37,7 +41,8 @@ def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: b
     """Switch off what changes derivatives or precision, and restore the caller's settings at the end.
 
     Gradients are recorded even inside the caller's ``torch.no_grad`` or ``torch.inference_mode``. Autocast, float32
-    products of lower precision (TF32 unless requested) and hooks on saved tensors are off.
+    products of lower precision (TF32 unless requested) and hooks on saved tensors are off. Calls of several threads
+    take turns, as most of these settings are those of the whole process.
 
     Args:
         dtype: ``"float32"`` or ``"float64"``, for tensors that a network creates without a precision.
@@ -53,6 +58,7 @@ def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: b
     if active_fake_mode() is not None:
         raise BadInput("inside a FakeTensorMode tensors have no values: call ntkbench outside of it")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_TURN)
         stack.enter_context(_without_saving_hooks())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.enter_context(_precision(tf32))

@@ -21,6 +21,10 @@ class Unavailable(NtkbenchError):
     """Something that is not available here: a data set, a device, operations over a limit; tables have the reason."""
 
 
+class Missing(Unavailable):
+    """A package that is not installed, or an analysis that a library does not give; methods that do without it work."""
+
+
 class Unsupported(BadInput, Unavailable):
     """A network that a method turns out not to support once it is prepared; tables skip it."""
 
@@ -53,7 +57,7 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
 
 
-def missing(module: str, what: str, install: str) -> Unavailable:
+def missing(module: str, what: str, install: str) -> Missing:
     """The error for a module that is not installed.
 
     Args:
@@ -61,14 +65,14 @@ def missing(module: str, what: str, install: str) -> Unavailable:
         what: what needs the module; begins the message.
         install: arguments of ``pip install``.
     """
-    return Unavailable(f"{what} needs {module}, which is not installed; install it with: pip install {install}")
+    return Missing(f"{what} needs {module}, which is not installed; install it with: pip install {install}")
 
 
 def need(module: str, what: str, install: str) -> None:
     """Check that an optional module is installed; arguments as of :func:`missing`.
 
     Raises:
-        Unavailable: it is not.
+        Missing: it is not.
     """
     if importlib.util.find_spec(module) is None:
         raise missing(module, what, install)

@@ -124,7 +124,8 @@ class Kernel:
         with ambient.own_settings():
             self._source = source(model, inputs, call, output, params, name)
             target, self._index = self._source.target(device)
-            self._target = replace(target, tf32=tf32, memory=memory or operators.working_memory(target))
+            memory = memory or operators.working_memory(target)
+            self._target = replace(target, tf32=tf32, memory=memory, program_memory=memory)
             self.problem = self._source.problem
             if parameters is not None:
                 from ntkbench.problems.base.calls import restricted

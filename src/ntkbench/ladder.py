@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from ntkbench import errors, methods, metrics, operators, progress_bar
-from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
+from ntkbench.errors import BadInput, Missing, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
@@ -116,7 +116,7 @@ class Underflow(BadInput):
 
 def concerns_all_methods(error: Exception) -> bool:
     """Whether an error comes from the kernel or the machine, so that no other method can work."""
-    return isinstance(error, (Undefined, Unavailable, Underflow)) and not isinstance(error, Unsupported)
+    return isinstance(error, (Undefined, Unavailable, Underflow)) and not isinstance(error, (Missing, Unsupported))
 
 
 Prepare = Callable[[Method], Any]

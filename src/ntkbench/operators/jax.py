@@ -77,7 +77,19 @@ def plain_pullback(
 
 
 def device(target: Target) -> jax.Device:
-    """The device of a target on this machine. TF32 is turned off on a GPU.
+    """The device of :func:`place`. TF32 is turned off on a GPU, for the whole process unless it is off in this thread.
+
+    Raises:
+        Unavailable: ``cuda`` was requested and JAX sees none.
+    """
+    where, setting = place(target), "jax_default_matmul_precision"
+    if target.device != "cpu" and jax.default_backend() == "gpu" and jax.config.values[setting] != "highest":
+        jax.config.update(setting, "highest")
+    return where
+
+
+def place(target: Target) -> jax.Device:
+    """The device of a target on this machine.
 
     Raises:
         Unavailable: ``cuda`` was requested and JAX sees none.
@@ -86,25 +98,23 @@ def device(target: Target) -> jax.Device:
         return jax.devices("cpu")[0]
     if target.device == "cuda" and jax.default_backend() != "gpu":
         raise Unavailable("device 'cuda' was asked for, but JAX sees no CUDA device; allowed here: auto, cpu")
-    if jax.default_backend() == "gpu":
-        jax.config.update("jax_default_matmul_precision", "highest")
     return jax.devices()[0]
 
 
 def device_name(target: Target) -> str:
     """See :func:`ntkbench.operators.device_name`."""
-    return device(target).device_kind
+    return place(target).device_kind
 
 
 def device_memory(target: Target) -> int | None:
     """See :func:`ntkbench.operators.device_memory`."""
-    statistics = device(target).memory_stats()
+    statistics = place(target).memory_stats()
     return statistics["peak_bytes_in_use"] if statistics else None
 
 
 def free_memory(target: Target) -> int:
     """Bytes that an array on the device may take."""
-    statistics = device(target).memory_stats()
+    statistics = place(target).memory_stats()
     return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else free_on_host()
 
 

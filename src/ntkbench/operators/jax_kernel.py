@@ -5,6 +5,7 @@ Every method has the same arguments, raises if it cannot compute the kernel, and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,9 +54,10 @@ def structured_derivatives(
 
     Raises:
         BadInput: the network has a long recurrence.
-        OverMemory: the program would take more memory than allowed.
+        Missing: neural-tangents is not installed.
+        OverMemory: the program would take more than ``target.program_memory`` besides the kernel.
         Uncertified: plain autograd contradicts the kernel.
-        Unavailable: neural-tangents is not installed, or the device is not available.
+        Unavailable: the device is not available.
     """
     if reason := programs.scan_too_long(problem):
         raise BadInput(f"neural-tangents {reason}")
@@ -91,7 +93,7 @@ def in_parts(
     """The kernel of a method in rectangles: a function of rows and columns, ranges of :mod:`ntkbench.operators.ranges`.
 
     Methods by neural-tangents compile a program for each shape of a rectangle and certify each rectangle separately.
-    The others are certified once.
+    The others are certified once. ``target.program_memory`` includes the rectangle.
 
     Args:
         way: one of :func:`ways`; the other arguments are those of the method.
@@ -110,7 +112,11 @@ def in_parts(
             )
         left, right = (slice(each.start // K, each.stop // K) for each in (rows, columns))
         others = None if x2 is None and rows == columns else (problem.x if x2 is None else x2)[right]
-        return way(problem.with_inputs(problem.x[left]), others, directions, averaged, target)
+        limit = target.program_memory
+        if limit is not None:  # includes the rectangle
+            limit -= (rows.stop - rows.start) * (columns.stop - columns.start) * target.itemsize
+        within = dataclasses.replace(target, program_memory=limit)
+        return way(problem.with_inputs(problem.x[left]), others, directions, averaged, within)
 
     return part
 
@@ -176,8 +182,10 @@ def _compiled(
             theta = theta.transpose(0, 2, 1, 3).reshape(len(a), len(b))
         return theta, a @ theta @ b, jnp.linalg.norm(theta)
 
-    lowered = programs.lower(program, *jax.tree.unflatten(structure, shapes))
-    limit = programs.memory_limit(device(target), target)
+    arguments = jax.tree.unflatten(structure, shapes)
+    a, b = arguments[2:4]
+    limit = programs.memory_limit(device(target), target, a.size * b.size * target.itemsize)
+    lowered = programs.lower(program, *arguments)
     return programs.compile_within(limit, lowered, f"neural-tangents' {implementation}")
 
 

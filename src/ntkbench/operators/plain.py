@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +50,11 @@ class PlainNetwork:
         """
         samples = len(x) if memory is None or len(x) < 3 else max(2, memory // max(1, self._saved_bytes(x[:1])))
         if samples >= len(x):
-            return self._backward(called(self._module, x), v, retain=False)
+            return self._backward(*self._called(x), v, retain=False)
         v, total = v.reshape(len(x), -1), [torch.zeros_like(leaf) for leaf in self._leaves]
         for start in range(0, len(x), samples):
             where = slice(start, start + samples)
-            for sum_, g in zip(
-                total, self._backward(called(self._module, x[where]), v[where], retain=False), strict=True
-            ):
+            for sum_, g in zip(total, self._backward(*self._called(x[where]), v[where], retain=False), strict=True):
                 sum_ += g
         return total
 
@@ -69,16 +68,16 @@ class PlainNetwork:
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
         """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass if its graph allows that."""
         with torch.enable_grad():
-            outputs = called(self._module, x)
+            made = self._called(x)
 
         @torch.enable_grad()
         def pull(v: Tensor) -> list[Tensor]:
-            nonlocal outputs
+            nonlocal made
             try:
-                return self._backward(outputs, v, retain=True)
+                return self._backward(*made, v, retain=True)
             except RuntimeError:  # a graph that can be used once
-                outputs = called(self._module, x)
-                return self._backward(outputs, v, retain=True)
+                made = self._called(x)
+                return self._backward(*made, v, retain=True)
 
         return pull
 
@@ -98,13 +97,45 @@ class PlainNetwork:
 
         return push
 
-    def _backward(self, outputs: Tensor, v: Tensor, *, retain: bool) -> list[Tensor]:
+    def _called(self, x: Tensor) -> tuple[Tensor, list[Tensor] | None]:
+        """f(x), and the leaves of its graph that the backward pass may write to; ``None`` for all of them.
+
+        Functions of the user, such as ``call=``, may use tensors of the user, whose gradients and graphs must stay as
+        they are. The graphs of a network and of its copy share these tensors, and no others. If there are none, nothing
+        is left out: some gradients are only found during the backward pass, as by reentrant checkpointing.
+        """
+        outputs = called(self._module, x)
+        found, own = leaves(outputs), {id(w) for w in (*self._leaves, x)}
+        if all(id(w) in own for w in found):
+            return outputs, None
+        others = leaves(called(copied(self._module), x.detach().clone()))
+        shared = {id(w) for w in others}
+        into = [w for w in found if id(w) not in shared]
+        return outputs, None if len(into) == len(found) else into
+
+    def _backward(self, outputs: Tensor, into: list[Tensor] | None, v: Tensor, *, retain: bool) -> list[Tensor]:
         for leaf in self._leaves:
             leaf.grad = None
-        if outputs.requires_grad:
-            outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain)
+        if outputs.requires_grad and (into is None or into):
+            outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain, inputs=into)
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         return [g.to_dense() if g.is_sparse else g for g in found]
+
+
+def leaves(outputs: Tensor) -> list[Tensor]:
+    """The tensors at which a graph ends."""
+    if outputs.grad_fn is None:
+        return [outputs] if outputs.requires_grad else []
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    left: list[Any] = [outputs.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            left.extend(before for before, _ in node.next_functions)
+    return found
 
 
 def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) -> int | None:

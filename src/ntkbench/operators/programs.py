@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkbench.errors import OverMemory, Unavailable
+from ntkbench.errors import Missing, OverMemory
 from ntkbench.operators.neural_tangents import load
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -41,7 +41,7 @@ def kernel_function(
         diagonal_axes: axes of ``[N, O]`` of which only the diagonal is kept.
 
     Raises:
-        Unavailable: neural-tangents is not installed.
+        Missing: neural-tangents is not installed.
     """
     neural_tangents = load()
     kernel = neural_tangents.empirical_ntk_fn(
@@ -119,12 +119,12 @@ def flops(lowered: jax.stages.Lowered) -> float:
     """Floating-point operations of a lowered program, by XLA's cost analysis.
 
     Raises:
-        Unavailable: this version of JAX gives no such analysis.
+        Missing: this version of JAX gives no such analysis.
     """
     analysis = lowered.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) and analysis else analysis  # a list in some versions of JAX
     if not analysis or "flops" not in analysis:
-        raise Unavailable("XLA's cost analysis gives no floating-point operations for this program")
+        raise Missing("XLA's cost analysis gives no floating-point operations for this program")
     return float(analysis["flops"])
 
 
@@ -132,18 +132,24 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes that a compiled program takes: arguments, results and temporaries.
 
     Raises:
-        Unavailable: the device's compiler gives no such analysis.
+        Missing: the device's compiler gives no such analysis.
     """
     sizes = compiled.memory_analysis()
     if sizes is None:
-        raise Unavailable("XLA's memory analysis gives no sizes for this program")
+        raise Missing("XLA's memory analysis gives no sizes for this program")
     return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
 
 
-def memory_limit(device: jax.Device, target: Target) -> int:
-    """Bytes that one program may take: ``target.program_memory``, or 80 % of the free memory of the device."""
+def memory_limit(device: jax.Device, target: Target, result: int = 0) -> int:
+    """Bytes that one program may take: ``target.program_memory``, or 80 % of the free memory of the device.
+
+    Args:
+        device: where the program runs.
+        target: the limit.
+        result: bytes of a result that ``program_memory`` does not count.
+    """
     if target.program_memory is not None:
-        return target.program_memory
+        return target.program_memory + result
     statistics = device.memory_stats()
     if statistics is None:  # the CPU
         import psutil

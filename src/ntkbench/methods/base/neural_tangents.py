@@ -56,7 +56,11 @@ class NeuralTangents(Method):
         return reason or (None if is_installed() else "neural-tangents is not installed")
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta (and Theta_f), and its decomposition for metrics of the whole kernel; for the trace N numbers."""
+        """Theta (and Theta_f), and its decomposition for metrics of the whole kernel; for the trace N numbers.
+
+        The program may take more, which is known once it is compiled: see
+        :func:`ntkbench.operators.programs.memory_limit`.
+        """
         if metric in metrics.OF_KERNEL:
             return kernel_metrics.bytes_needed(problem.n, target)
         numbers = problem.N if metric == "trace" else len(metrics.parameter_sets(metric)) * problem.n**2

@@ -26,7 +26,7 @@ from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import owner
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.arrays import to_numpy
-from ntkbench.operators.plain import PlainNetwork, flat
+from ntkbench.operators.plain import PlainNetwork, flat, leaves
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
 from ntkbench.problems.base.adapter import Calling, own_name
@@ -393,22 +393,8 @@ class _Call:
             outputs = net(x)
             self.after = _states(net, x)
         self.differentiable = isinstance(outputs, Tensor) and outputs.requires_grad
-        self.leaves = _leaves(outputs) if self.differentiable else []
+        self.leaves = leaves(outputs) if self.differentiable else []
         self.outputs = outputs.detach().clone() if isinstance(outputs, Tensor) else outputs
-
-
-def _leaves(outputs: Tensor) -> list[Tensor]:
-    """The tensors at which a graph ends."""
-    found: list[Tensor] = []
-    seen: set[Any] = set()
-    left: list[Any] = [outputs.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found += [node.variable] if hasattr(node, "variable") else []
-            left.extend(before for before, _ in node.next_functions)
-    return found
 
 
 @contextlib.contextmanager

@@ -74,22 +74,22 @@ class TorchSource(Source):
         from ntkbench.problems.base import calls
         from ntkbench.problems.base.sequences import wrapped
 
-        self._dtype = dtype
         self._module, x = calls.as_module(model, inputs, call, output)
-        self._x = x.clone() if isinstance(x, torch.Tensor) else x  # the caller may write to its own tensor
+        # The caller may write to its own tensor, and frees its graph.
+        self._x = x.detach().clone() if isinstance(x, torch.Tensor) else x
         self.problem = wrapped(self._module, self._x, dtype=dtype)
+        self._dtype = str(next(iter(self.problem.theta_0.values())).dtype)
 
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         kind, index = _device(self._module, device)
-        own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
-        return Target("torch", self._dtype or own, kind), index
+        return Target("torch", self._dtype, kind), index
 
     def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Tensor]:
         from ntkbench.problems.base import calls
 
         adapted = isinstance(problem.module, calls.Calling)
         module, _, x2 = calls.with_more(problem.network if adapted else self._module, self._x, inputs)
-        return dataclasses.replace(problem, module=module) if adapted else problem, x2
+        return dataclasses.replace(problem, module=module) if adapted else problem, x2.detach()
 
     def at(self, problem: Problem, weights: Any) -> Problem:
         from torch import nn
