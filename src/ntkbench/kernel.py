@@ -17,6 +17,7 @@ from ntkbench import ambient, errors, ladder, metrics, options, progress_bar
 from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.methods import Method
+from ntkbench.methods.base import Ledger
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
 from ntkbench.options import Options, Target, Wishes
 from ntkbench.problem import Problem, hashed
@@ -41,6 +42,9 @@ Output = Any
 Patterns = str | Sequence[str]
 Part = Callable[..., Any]
 """A kernel as a function of rows and columns (see :mod:`ntkbench.operators.ranges`); without them, the whole kernel."""
+
+Way = Callable[..., tuple[Part, Ledger]]
+"""Prepares a kernel, from a problem, the inputs of the columns, how it is computed, a target and a seed."""
 
 WRITTEN_OUT = 2**22
 """Entries of J up to which writing it out takes less time than tracing the network, for the first use of a kernel."""
@@ -301,23 +305,29 @@ class Kernel:
             file: where to write the kernel, rectangle by rectangle within ``memory``; an interrupted computation
                 resumes.
         """
-        from ntkbench import operators
         from ntkbench.layerwise import sample_kernels
 
         chosen, seed = sample_kernels.get(kernel), options.seed(seed)
-        if inputs is not None:
-            self._check_columns()
+        problem, columns = (self.problem, None) if inputs is None else self._columns(inputs)
         with self._settings():
-            problem, columns = (self.problem, None) if inputs is None else self._source.columns(self.problem, inputs)
             rows = 1 if chosen.between_samples else problem.O
-            N2 = problem.N if columns is None else len(columns)
-            part = self._in_parts(problem, columns, chosen, seed)
+            part, _ = self._in_parts(problem, columns, chosen, seed)
             if file is not None:
                 drawn = seed if kernel == "random_vector" else 0
                 return self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
-            operators.check_result(problem.N * rows, N2 * rows, self._target)
-            with progress_bar.of_passes("kernel", problem.N, rows * (1 if columns is None else 1 + N2 / problem.N)):
-                return part()
+            return self._at_once(part, problem, rows, None if columns is None else len(columns))
+
+    def _at_once(self, part: Part, problem: Problem, rows: int, N2: int | None = None) -> Any:
+        """All of a kernel with this number of rows per sample; its columns are those of N2 samples, or its rows.
+
+        Raises:
+            OverMemory: the device cannot hold it.
+        """
+        from ntkbench import operators
+
+        operators.check_result(problem.N * rows, (N2 or problem.N) * rows, self._target)
+        with progress_bar.of_passes("kernel", problem.N, rows * (1 + (N2 or 0) / problem.N)):
+            return part()
 
     def _in_file(
         self, file: File, problem: Problem, columns: Any, rows: int, part: Part, asked: Mapping[str, object]
@@ -344,30 +354,40 @@ class Kernel:
                     stored.write(*where, to_numpy(part(*where)))
             return stored.result()
 
-    def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> Part:
-        """A kernel as a function of rows and columns, by the fastest method that works; without them, all of it."""
+    def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> tuple[Part, Ledger]:
+        """A kernel as a function of rows and columns, by the fastest method that works; without them, all of it.
+
+        The ledger counts the passes of the methods that failed as well, and notes why they did.
+        """
         ways = self._ways(problem, columns)
-        prepared: list[Part] = []
+        prepared: list[tuple[Part, Ledger]] = []
         reasons: list[str] = []
+        lost = 0.0
 
         def part(*where: slice) -> Any:
+            nonlocal lost
             while ways:
                 try:
                     if not prepared:
                         prepared.append(ways[0](problem, columns, chosen, self._target, seed))
-                    return self._checked(prepared[0](*where))
+                    return self._checked(prepared[0][0](*where))
                 except Exception as error:  # whatever the error, the next method may work
                     if ladder.concerns_all_methods(error):
                         raise
                     reasons.append(f"{_said(ways.pop(0))}: {errors.reason(error)}")
+                    lost = ledger()[0]
                     prepared.clear()
             raise BadInput(f"no method can compute this kernel: {'; '.join(reasons)}")
 
-        return part
+        def ledger() -> tuple[float, tuple[str, ...], float | None]:
+            spent, notes, certificate = prepared[0][1]() if prepared else (0.0, (), None)
+            return lost + spent, (*(f"passed over {reason}" for reason in reasons), *notes), certificate
+
+        return part, ledger
 
     def _checked(self, kernel: Any) -> Any:
         """A kernel, if its entries are neither too large nor too small for the precision."""
-        largest = float(abs(kernel).max())
+        largest = _largest(kernel)
         if not largest < math.inf:
             raise BadInput("the kernel has entries that are nan or infinite: gradients are not finite, or overflow")
         if not ladder.is_large(self.problem, self._target, largest):
@@ -379,7 +399,7 @@ class Kernel:
     ) -> Eigenvalues:
         """The largest eigenvalues of Theta, in descending order; a small Theta is decomposed as a whole.
 
-        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if Theta fits in memory (see
+        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if the decomposition fits in memory (see
         :func:`ntkbench.estimators.spectrum.of_matrix`); else about 2 (top + 4) passes for each step of a block Krylov
         method (see :func:`ntkbench.estimators.lanczos.largest`).
 
@@ -393,15 +413,11 @@ class Kernel:
             ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, with the expected
             rounding of the network's own passes), ``passes``.
         """
-        from ntkbench.estimators import lanczos, spectrum
+        from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
-        if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
-            theta = to_numpy(self.ntk(), np.float64)
-            with self._settings():
-                j = linearise(self.problem, "theta_0", self._target)
-                found = spectrum.of_matrix(theta, j, top, float(self.problem.O))
+        if self.problem.n <= SMALL and (found := self._decomposed(top)) is not None:
             return lanczos.Eigenvalues(found.values, found.errors, found.passes, found.notes)
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
@@ -418,15 +434,26 @@ class Kernel:
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
-        theta = self._whole(DECOMPOSED)
+        if (found := self._decomposed(top)) is not None:
+            return found
         with self._settings():
-            if theta is None:
-                ladder.check_range(self.problem, ("norm",), self._target)
+            ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
-            if theta is not None:
-                return spectrum.of_matrix(theta, j, top, float(self.problem.O))
             with progress_bar.of_passes("spectrum", self.problem.N):
                 return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
+
+    def _decomposed(self, top: int) -> Spectrum | None:
+        """The spectrum of all of Theta; ``None`` if its decomposition does not fit in memory."""
+        from ntkbench.estimators import spectrum
+        from ntkbench.operators import linearise
+
+        if (whole := self._whole(DECOMPOSED)) is None:
+            return None
+        theta, spent, notes = whole
+        with self._settings():
+            j = linearise(self.problem, "theta_0", self._target)
+            found = spectrum.of_matrix(theta, j, top, spent)
+        return replace(found, notes=(*notes, *found.notes))
 
     def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
         """The number of eigenvalues, the passes and the seed, checked."""
@@ -437,11 +464,21 @@ class Kernel:
             raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
         return top, passes, seed
 
-    def _whole(self, matrices: int) -> np.ndarray | None:
-        """Theta in float64 on the host, if this number of matrices fits in memory beside the kernel; else ``None``."""
-        if self.problem.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
+    def _whole(self, matrices: int) -> tuple[np.ndarray, float, tuple[str, ...]] | None:
+        """Theta in float64 on the host, the passes that were spent on it, and notes on how.
+
+        It is ``None`` if this number of float64 matrices does not fit in memory beside the kernel.
+        """
+        from ntkbench.layerwise import sample_kernels
+
+        p = self.problem
+        if p.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
             return None
-        return to_numpy(self.ntk(), np.float64)
+        with self._settings():
+            part, ledger = self._in_parts(p, None, sample_kernels.get("full"), 0)
+            theta = to_numpy(self._at_once(part, p, p.O), np.float64)
+        spent, notes, _ = ledger()
+        return theta, spent, notes
 
     def solve(self, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0) -> Solution:
         """(Theta + ridge I)^-1 y with its residual; see :func:`ntkbench.solve`."""
@@ -458,13 +495,13 @@ class Kernel:
             )
         size = float(np.linalg.norm(right)) or 1.0
         unit = right.reshape(-1) / size
-        theta = self._whole(FACTORED)
-        if theta is not None:
+        if (whole := self._whole(FACTORED)) is not None:
+            theta, spent, notes = whole
             target = self._precise()
             with self._source.settings(target, self._index):
                 j = linearise(self.problem, "theta_0", target)
-                eps = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
-                found = solve.of_matrix(theta, eps, j, unit, ridge, rtol=rtol, passes=float(self.problem.O))
+                found = solve.of_matrix(theta, self._epsilon, j, unit, ridge, rtol=rtol, passes=spent)
+            found = replace(found, notes=(*notes, *found.notes))
         else:
             with self._settings():
                 ladder.check_range(self.problem, ("norm",), self._target)
@@ -472,6 +509,11 @@ class Kernel:
                 with progress_bar.of_passes("solution", self.problem.N):
                     found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
         return replace(found, values=(found.values * size).reshape(right.shape), error=found.error * size)
+
+    @property
+    def _epsilon(self) -> float:
+        """Machine epsilon of products."""
+        return TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
 
     def regress(
         self, inputs: Any, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0
@@ -499,17 +541,14 @@ class Kernel:
         """
         from ntkbench.estimators.solve import Regression
         from ntkbench.operators import linearise
-        from ntkbench.problems.base.module import on_inputs
 
-        self._check_columns()
-        with self._settings():
-            problem, columns = self._source.columns(self.problem, inputs)
+        problem, columns = self._columns(inputs)
         solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
         size = float(np.linalg.norm(solution.values)) or 1.0
         target = self._precise()
         with self._source.settings(target, self._index):
             own = linearise(self.problem, "theta_0", target)
-            others = problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
+            others = _on_columns(problem, columns)
             j = linearise(others, "theta_0", target)
             weights = own.vjp(asarray_like(solution.values.reshape(1, -1) / size, own.basis(0, 1)))
             predicted = to_numpy(j.jvp(weights), np.float64)[0] * size
@@ -535,13 +574,24 @@ class Kernel:
         found: Target = self._prepared["float64"]
         return found
 
-    def _check_columns(self) -> None:
-        """Refuse a kernel between two batches where samples interact."""
-        if self.problem.samples_interact:
-            raise BadInput(
-                "samples interact in this network, so a kernel between two batches is not defined: omit the second "
-                "inputs, or call model.eval() if it has BatchNorm in train mode"
-            )
+    def _columns(self, inputs: Any) -> tuple[Problem, Any]:
+        """A problem that also holds other inputs, and these inputs, for a kernel between the two.
+
+        A batch of one sample does not show whether samples interact: it is tested beside the others.
+
+        Raises:
+            BadInput: the inputs are not like those of this kernel, or samples interact.
+        """
+        if not self.problem.samples_interact:
+            with self._settings():
+                problem, columns = self._source.columns(self.problem, inputs)
+            with ambient.own_settings():
+                if problem.N > 1 or not _interact(problem, columns):
+                    return problem, columns
+        raise BadInput(
+            "samples interact in this network, so a kernel between two batches is not defined: omit the second "
+            "inputs, or call model.eval() if it has BatchNorm in train mode"
+        )
 
     def _like_outputs(self, y: Any) -> np.ndarray:
         """Numbers y like the outputs, in float64.
@@ -740,11 +790,11 @@ class Kernel:
             raise BadInput(f"{said} take at least {least} passes together; got {asked.passes}")
         return replace(asked, passes=asked.passes - 1)
 
-    def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Part]]:
+    def _ways(self, problem: Problem, columns: Any) -> list[Way]:
         """Functions that prepare a kernel, the fastest first."""
         if self._target.backend == "jax":
             return _in_jax(problem, columns)
-        ways: list[Callable[..., Part]] = []
+        ways: list[Way] = []
         if not problem.samples_interact:
             ways = [self._layer_by_layer, _sample_by_sample]
             if not self._used and problem.n * problem.P <= WRITTEN_OUT:
@@ -754,14 +804,16 @@ class Kernel:
 
     def _layer_by_layer(
         self, problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int
-    ) -> Part:
+    ) -> tuple[Part, Ledger]:
+        from ntkbench.methods.base.layerwise import ledger_of
+
         traced = self._traced() if problem is self.problem else _traced(problem, target)
         for name, why in traced.engine.fallbacks().items():
             logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
         (end,) = traced.ends("trace")
         arguments = end.engine, end.parameters, end.x, None if x2 is None else x2.to(end.x), seed
         in_parts = kernel.parts(*arguments)
-        return lambda *where: in_parts(*where) if where else kernel.compute(*arguments)
+        return lambda *where: in_parts(*where) if where else kernel.compute(*arguments), ledger_of([end])
 
     def _traced(self) -> TracedProblem:
         from ntkbench import methods
@@ -773,47 +825,56 @@ class Kernel:
         return self._source.settings(self._target, self._index)
 
 
-def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Part]]:
+def _in_jax(problem: Problem, columns: Any) -> list[Way]:
     from ntkbench.operators import jax_kernel
 
-    def adapted(way: jax_kernel.Way) -> Callable[..., Part]:
+    def adapted(way: jax_kernel.Way) -> Way:
         @functools.wraps(way)
-        def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> Part:
+        def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:
             if kernel.last_layer:
                 raise BadInput("a JAX function has no last layer: select its parameters by parameters='...'")
             directions = None if kernel.directions is None else kernel.directions(problem.O, seed)
             arguments = problem, x2, directions, kernel.averaged, target
             in_parts = functools.cache(lambda: jax_kernel.in_parts(way, *arguments))
-            return lambda *where: in_parts()(*where) if where else way(*arguments)
+            K, spent = problem.O if directions is None else len(directions), 0.0
+            rows = problem.N * (1 if kernel.averaged else K)
+
+            def part(*where: slice) -> Any:
+                nonlocal spent
+                found = in_parts()(*where) if where else way(*arguments)
+                ends = where[:1] if where[:1] == where[1:] else where
+                spent += K * (sum(each.stop - each.start for each in ends) / rows if where else 1)
+                return found
+
+            return part, lambda: (spent, (), None)  # neural-tangents counts no passes: those of rows and columns
 
         return prepare
 
-    return [adapted(way) for way in jax_kernel.ways(problem, columns)]
+    own: dict[jax_kernel.Way, Way] = {
+        jax_kernel.sample_by_sample: _sample_by_sample,
+        jax_kernel.row_by_row: _row_by_row,
+    }
+    return [own[way] if way in own else adapted(way) for way in jax_kernel.ways(problem, columns)]
 
 
 def _sample_by_sample(
-    problem: Problem,
-    x2: torch.Tensor | None,
-    kernel: SampleKernel,
-    target: Target,
-    seed: int,
-    *,
-    independent: bool = True,
-) -> Part:
+    problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int, *, independent: bool = True
+) -> tuple[Part, Ledger]:
     from ntkbench.operators import linearise
     from ntkbench.operators.explicit_kernel import explicit_kernel
-    from ntkbench.problems.base.module import last_layer, on_inputs
+    from ntkbench.problems.base.module import last_layer
 
     problem = last_layer(problem) if kernel.last_layer else problem
     left = linearise(problem, "theta_0", target)
-    right = None if x2 is None else linearise(on_inputs(problem, x2), "theta_0", target)
+    right = None if x2 is None else linearise(_on_columns(problem, x2), "theta_0", target)
     directions = kernel.drawn(problem.O, seed, left.basis(0, 1))
-    return functools.partial(
+    part = functools.partial(
         explicit_kernel, left, right, directions, averaged=kernel.averaged, independent=independent
     )
+    return part, lambda: (left.passes + (right.passes if right else 0.0), left.notes, left.certificate)
 
 
-def _row_by_row(problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int) -> Part:
+def _row_by_row(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:
     """By products over the whole batch, which allows samples to interact."""
     return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
 
@@ -824,6 +885,30 @@ def _traced(problem: Problem, target: Target) -> TracedProblem:
     return TracedProblem(problem, target)
 
 
+def _on_columns(problem: Problem, columns: Any) -> Problem:
+    """The problem on other inputs, a tensor or an array, whose samples must not interact."""
+    from ntkbench.problems.base.module import on_inputs
+
+    return problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
+
+
+def _interact(problem: Problem, columns: Any) -> bool:
+    """Whether the only sample of a problem interacts with some others."""
+    from ntkbench.problems.base.function import from_function
+    from ntkbench.problems.base.module import TOGETHER, from_module
+
+    x = np.concatenate([problem.x, _on_columns(problem, columns).x[: TOGETHER - 1]])
+    values = {**problem.fixed_0, **problem.theta_0}
+    if problem.module is None:
+        assert problem.jax_forward is not None
+        return from_function(problem.jax_forward, x, values).samples_interact
+    import torch
+
+    from ntkbench.modules import copied, load
+
+    return from_module(load(copied(problem.module), values), torch.from_numpy(x)).samples_interact
+
+
 def _with_pass(estimate: Estimate) -> Estimate:
     """An estimate that took one pass more."""
     return replace(estimate, passes=None if estimate.passes is None else estimate.passes + 1)
@@ -831,6 +916,11 @@ def _with_pass(estimate: Estimate) -> Estimate:
 
 def _said(way: Callable[..., Any]) -> str:
     return way.__name__.strip("_").replace("_", " ")
+
+
+def _largest(array: Any) -> float:
+    """The largest absolute value in an array of any library, without a copy of it; ``nan`` if an entry is."""
+    return max(abs(float(array.max())), abs(float(array.min())))
 
 
 def _is_array(value: Any) -> bool:
