@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ntkbench import ambient, errors, ladder, metrics, options, progress_bar
-from ntkbench.errors import BadInput, Undefined
-from ntkbench.estimate import Estimate, Estimates
+from ntkbench.errors import BadInput, OverMemory, Undefined
+from ntkbench.estimate import Estimate, Estimates, rounding_bound, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import Ledger
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
+from ntkbench.operators.ranges import row_ranges
 from ntkbench.options import Options, Target, Wishes
 from ntkbench.problem import Problem, hashed
 from ntkbench.problems.base.source import source
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ntkbench.layerwise.sample_kernels import SampleKernel
     from ntkbench.methods.base.factors import Factors
     from ntkbench.methods.base.layerwise import TracedProblem
+    from ntkbench.operators import JacobianOperator
     from ntkbench.trials import Trials
 
 Call = Callable[[Any, Any], Any]
@@ -58,6 +60,15 @@ DECOMPOSED = 4
 
 FACTORED = 2
 """The same for its Cholesky factorisation."""
+
+ALIGNED = 4
+"""The same for the alignment with a matrix."""
+
+SHARE = 8
+"""Where these do not fit, a block of Theta in float64 fills at most this fraction of the memory."""
+
+TRIES = 2
+"""Number of times that a norm is estimated again for the tolerance of an alignment with labels."""
 
 
 class Setup(TypedDict, total=False):
@@ -165,7 +176,8 @@ class Kernel:
             other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
                 values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
                 outputs, ``[N, O]`` or ``[n]``, which stands for y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
-                A ⊗ I_O. What ``parameters`` names counts in the other network as well.
+                A ⊗ I_O. What ``parameters`` names counts in the other network as well. For y the method must give the
+                norm of Theta itself. A matrix takes all of Theta, block by block, and no method, passes or rtol.
             wishes: see :class:`ntkbench.options.Options`.
 
         Raises:
@@ -707,19 +719,17 @@ class Kernel:
         return found
 
     def _checked_target(self, given: Any, asked: Options) -> np.ndarray:
-        """The target of an alignment, with a norm of 1: numbers like the outputs ``[n]``, or a matrix.
+        """The target of an alignment: numbers like the outputs ``[n]``, of length 1, or a matrix of any scale.
 
         Raises:
-            BadInput: it is neither, or may be both; or it is a matrix, and options are given.
+            BadInput: it is neither, or may be both; or the options do not apply to it.
         """
         p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
         if target.dtype.kind not in "fiub":
             raise BadInput(f"the target of an alignment must hold real numbers, got {target.dtype}")
-        if not np.isfinite(target).all() or not target.any():
+        largest = _largest(target) if target.size else 0.0
+        if not 0 < largest < math.inf:
             raise BadInput("the target of an alignment must be finite and not zero")
-        target = target.astype(np.float64)
-        target /= abs(target).max()  # the alignment does not depend on its scale, which must not overflow
-        target /= np.linalg.norm(target)
         like, kernels = self._shapes_of_outputs(), list(dict.fromkeys([(p.n, p.n), (p.N, p.N)]))
         if target.shape in like and target.shape in kernels and p.n > 1:
             raise BadInput(
@@ -727,7 +737,10 @@ class Kernel:
                 f"({p.n},), y.reshape(-1), or the kernel A as ({p.n}, {p.n}), kron(A, eye({p.O}))"
             )
         if target.shape in like:
-            return target.reshape(-1)
+            self._check_gives_norm(asked.method)
+            y = target.reshape(-1).astype(np.float64) / largest  # the scale does not count, and must not overflow
+            unit: np.ndarray = y / np.linalg.norm(y)
+            return unit
         if target.shape not in kernels:
             raise BadInput(
                 f"a target must be shaped like the outputs, {_one_of(like)}, or a kernel {_one_of(kernels)}; "
@@ -737,40 +750,113 @@ class Kernel:
             raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
         return target
 
+    def _check_gives_norm(self, name: str) -> None:
+        """Refuse a method without the norm of Theta itself, by which y^T Theta y is divided.
+
+        Raises:
+            BadInput: says what is allowed.
+        """
+        from ntkbench import methods
+
+        def gives(method: Method) -> bool:
+            return method.kind != "approximate" and "norm" in method.metrics
+
+        if name != "auto" and not gives(methods.get(name)):
+            every = map(methods.get, methods.names())
+            able = (each.name for each in every if gives(each) and self._target.backend in each.backends)
+            raise BadInput(
+                f"the alignment with a target needs the norm of Theta itself, which {name} does not give; "
+                f"allowed: auto, {', '.join(able)}"
+            )
+
     def _alignment_with(self, target: np.ndarray, asked: Options, own: Sequence[str] = ()) -> Estimates:
-        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta.
+        """The alignment with a target, and metrics of this kernel.
 
         Args:
-            target: y, or the matrix.
+            target: y of length 1, or a matrix.
             asked: the requested options; ``passes`` pay for everything.
             own: metrics of this kernel that are computed as well, the norm among them.
         """
+        return (self._with_labels if target.ndim == 1 else self._with_matrix)(target, asked, own)
+
+    def _with_labels(self, y: np.ndarray, asked: Options, own: Sequence[str]) -> Estimates:
+        """The alignment with y y^T, exact but for the norm.
+
+        To a tolerance, the norm is estimated again if its own does not suffice for the alignment, as long as this
+        leaves more passes than the norm took.
+        """
         from ntkbench.operators import linearise
 
+        names = own or ("norm",)
+        found = self._estimates(names, self._less_one_pass(asked, names))
+        with self._settings():
+            j = linearise(self.problem, "theta_0", self._target)
+            image = j.vjp(asarray_like(y.reshape(1, -1), j.basis(0, 1)))
+            square = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
+        norm = found["norm"]
+        is_exact, aligned = norm.standard_error is None, _aligned(norm, square, j)
+        most = ladder.TOLERANCE_PASSES if asked.passes is None else asked.passes
+        for _ in range(TRIES):
+            closer, spent = _closer(aligned, asked), norm.passes or 0.0
+            left = int(most - j.passes - spent)
+            if closer is None or left <= spent:
+                break
+            try:
+                again = self._estimates(("norm",), replace(asked, rtol=closer, passes=left))["norm"]
+            except (BadInput, OverMemory):  # what there is stands
+                break
+            note = f"the norm is taken to rtol={closer:g}, for the alignment to be within rtol={asked.rtol:g}"
+            norm = replace(_with_passes(again, spent), notes=(*again.notes, note))
+            aligned = _aligned(norm, square, j)
+        aligned = replace(aligned, notes=tuple(dict.fromkeys((*aligned.notes, *_missed(aligned, asked)))))
+        if is_exact:  # each metric has its own cost
+            return Estimates({**found, "alignment": _with_passes(aligned, j.passes)})
+        together = _with_passes(norm, j.passes).passes
+        found = Estimates({**found, "norm": norm, "alignment": aligned})
+        return Estimates({name: replace(each, passes=together) for name, each in found.items()})
+
+    def _with_matrix(self, target: np.ndarray, asked: Options, own: Sequence[str]) -> Estimates:
+        """The alignment with a matrix ``[n, n]``, or with A ⊗ I_O for A ``[N, N]``, by blocks of Theta.
+
+        In the Frobenius norm, rounding changes Theta by at most a share of its trace.
+        """
+        from ntkbench.layerwise import sample_kernels
+
         p = self.problem
-        if target.ndim == 1:
-            found = self._estimates(own or ("norm",), self._less_one_pass(asked, own or ("norm",)))
-            norm = found["norm"]
-            with self._settings():
-                j = linearise(p, "theta_0", self._target)
-                image = j.vjp(asarray_like(target.reshape(1, -1), j.basis(0, 1)))
-                inner = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
-            if norm.value == 0:
-                raise Undefined("alignment is not defined where Theta is zero")
-            value = inner / norm.value
-            error = None if norm.standard_error is None else norm.standard_error / norm.value * value
-            aligned = replace(norm, value=value, standard_error=error, metric="alignment")
-            if error is None:  # exact metrics have their own cost each
-                return Estimates({**found, "alignment": _with_pass(aligned)})
-            return Estimates({name: _with_pass(e) for name, e in {**found, "alignment": aligned}.items()})
         found = self._estimates(own, asked) if own else Estimates()
-        theta = to_numpy(self.ntk(), np.float64)
-        if not theta.any():
-            raise Undefined("alignment is not defined where Theta is zero")
-        inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
-        size = 1 if len(target) == p.n else p.O**0.5
-        value = inner / (float(np.linalg.norm(theta)) * size)
-        return Estimates({**found, "alignment": Estimate(value, None, p.O, "ntk", (), "alignment")})
+        scale, trace, square, size, inner = _largest(target), 0.0, 0.0, 0.0, 0.0
+        with self._settings():
+            part, ledger = self._in_parts(p, None, sample_kernels.get("full"), 0)
+            rectangles = self._rectangles()
+            whole = len(rectangles) == 1
+            with progress_bar.of_passes("alignment", p.N):
+                for rows, columns in rectangles:
+                    theta = to_numpy(self._at_once(part, p, p.O) if whole else part(rows, columns), np.float64)
+                    trace += float(theta.trace()) if rows == columns else 0.0
+                    mirrored = [(theta.T, columns, rows)] if rows != columns else []
+                    for block, own_rows, own_columns in [(theta, rows, columns), *mirrored]:
+                        entries = np.divide(_entries(target, own_rows, own_columns, p.n), scale, dtype=np.float64)
+                        square += _inner(block, block)
+                        size += _inner(entries, entries)
+                        inner += _inner(block, entries)
+            if square == 0:
+                ladder.check_range(p, ("norm",), self._target)
+                raise Undefined("alignment is not defined where Theta is zero")
+            if not square < math.inf:
+                raise BadInput("the alignment is not finite, as squares of Theta overflow: scale the outputs")
+        spent, notes, certificate = ledger()
+        value = inner / math.sqrt(square) / math.sqrt(size)
+        off = rounding_bound("norm", self._epsilon, max(p.n, p.P), certificate) * trace / math.sqrt(square)
+        rounding = off * (1 + 1 / abs(value)) if value else None
+        aligned = Estimate(value, None, spent, "ntk", notes, "alignment", certificate=certificate, rounding=rounding)
+        return Estimates({**found, "alignment": aligned})
+
+    def _rectangles(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of Theta on and below the diagonal: all of it, if the alignment then fits in memory."""
+        p, memory = self.problem, self._target.memory
+        fits = p.n**2 * (self._target.itemsize + ALIGNED * 8) <= memory
+        ranges = row_ranges(p.N, p.O, p.n if fits else math.isqrt(memory // (8 * SHARE)))
+        return [(rows, columns) for i, rows in enumerate(ranges) for columns in ranges[: i + 1]]
 
     def _less_one_pass(self, asked: Options, names: Sequence[str]) -> Options:
         """The options of some metrics if one pass of the budget is kept.
@@ -909,9 +995,62 @@ def _interact(problem: Problem, columns: Any) -> bool:
     return from_module(load(copied(problem.module), values), torch.from_numpy(x)).samples_interact
 
 
-def _with_pass(estimate: Estimate) -> Estimate:
-    """An estimate that took one pass more."""
-    return replace(estimate, passes=None if estimate.passes is None else estimate.passes + 1)
+def _with_passes(estimate: Estimate, more: float) -> Estimate:
+    """An estimate that took more passes."""
+    return replace(estimate, passes=None if estimate.passes is None else estimate.passes + more)
+
+
+def _aligned(norm: Estimate, square: float, j: JacobianOperator) -> Estimate:
+    """The alignment with y y^T for y of length 1, from ||Theta||_F and y^T Theta y = ||J^T y||^2.
+
+    Rounding changes row i of J by a share of its norm, and J^T y by at most that share of sum_i |y_i| ||J_i||, which is
+    at most the root of tr Theta <= min(n, P)^(1/2) ||Theta||_F. It is large where the rows cancel, as for centred y.
+
+    Raises:
+        Undefined: Theta is zero.
+    """
+    if norm.value == 0:
+        raise Undefined("alignment is not defined where Theta is zero")
+    value, rounding = square / norm.value, norm.rounding
+    error = None if norm.standard_error is None else norm.standard_error / norm.value * value
+    if value:
+        share = rounding_bound("norm", j.epsilon, max(j.n, j.P), j.certificate)
+        share *= (min(j.n, j.P) ** 0.5 / value) ** 0.5
+        rounding = (rounding or 0.0) + share * (2 + share)
+    return replace(
+        norm,
+        value=min(value, 1.0) if error is None else value,
+        standard_error=error,
+        notes=tuple(dict.fromkeys((*norm.notes, *j.notes))),
+        metric="alignment",
+        certificate=max((c for c in (norm.certificate, j.certificate) if c is not None), default=None),
+        rounding=rounding,
+    )
+
+
+def _closer(aligned: Estimate, asked: Options) -> float | None:
+    """The tolerance of the norm for an alignment with y y^T to be within its own; ``None`` if it is, or if none helps.
+
+    The interval is symmetric in atanh A, which a relative change h of the norm changes by h A / (1 - A^2). Rounding
+    that takes more than half of the tolerance does not count, as more probes do not reduce it.
+    """
+    value, rtol = aligned.value, asked.rtol
+    if rtol is None or not aligned.standard_error or not 0 < value < 1:
+        return None
+    rounding = aligned.rounding if aligned.rounding and aligned.rounding <= rtol / 2 else 0.0
+    if replace(aligned, rounding=rounding).relative_width(asked.confidence) <= rtol:
+        return None
+    reach = math.atanh(value) - math.atanh((1 - rtol + rounding) * value)
+    return reach * (1 - value**2) / value
+
+
+def _missed(aligned: Estimate, asked: Options) -> tuple[str, ...]:
+    """A note if an alignment is not within its tolerance."""
+    if asked.rtol is None or (width := aligned.relative_width(asked.confidence)) <= asked.rtol:
+        return ()
+    if replace(aligned, rounding=None).relative_width(asked.confidence) <= asked.rtol:
+        return (rounding_note(asked.rtol),)
+    return (f"the alignment did not reach rtol={asked.rtol:g} at confidence {asked.confidence:g}: {width:.2g}",)
 
 
 def _said(way: Callable[..., Any]) -> str:
@@ -932,8 +1071,15 @@ def _one_of(shapes: Sequence[tuple[int, ...]]) -> str:
     return " or ".join(map(str, shapes))
 
 
-def _inner_with_samples(theta: np.ndarray, target: np.ndarray) -> float:
-    """<Theta, A ⊗ I_O> for A ``[N, N]``."""
-    N = len(target)
-    blocks = theta.reshape(N, len(theta) // N, N, -1)
-    return float((np.einsum("aobo->ab", blocks) * target).sum())
+def _entries(target: np.ndarray, rows: slice, columns: slice, n: int) -> np.ndarray:
+    """Some entries of a matrix ``[n, n]``, or of A ⊗ I_O for A ``[N, N]``."""
+    if len(target) == n:
+        return target[rows, columns]
+    (i, output), (j, other) = (divmod(np.arange(each.start, each.stop), n // len(target)) for each in (rows, columns))
+    found: np.ndarray = target[np.ix_(i, j)] * (output[:, None] == other)
+    return found
+
+
+def _inner(one: np.ndarray, other: np.ndarray) -> float:
+    """Sum of the products of corresponding entries, without an array of these."""
+    return float(np.einsum("ij,ij->", one, other))
