@@ -465,7 +465,7 @@ class Kernel:
         with self._settings():
             j = linearise(self.problem, "theta_0", self._target)
             found = spectrum.of_matrix(theta, j, top, spent)
-        return replace(found, notes=(*notes, *found.notes))
+        return replace(found, notes=tuple(dict.fromkeys((*notes, *found.notes))))
 
     def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
         """The number of eigenvalues, the passes and the seed, checked."""
@@ -513,7 +513,7 @@ class Kernel:
             with self._source.settings(target, self._index):
                 j = linearise(self.problem, "theta_0", target)
                 found = solve.of_matrix(theta, self._epsilon, j, unit, ridge, rtol=rtol, passes=spent)
-            found = replace(found, notes=(*notes, *found.notes))
+            found = replace(found, notes=tuple(dict.fromkeys((*notes, *found.notes))))
         else:
             with self._settings():
                 ladder.check_range(self.problem, ("norm",), self._target)
