@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import importlib
+import math
 import pickle
 
 import numpy as np
@@ -12,16 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtri
 from torch import nn
 
 import ntkbench
 from ntkbench import kernel as kernels
-from ntkbench import methods, metrics, progress_bar
+from ntkbench import ladder, methods, metrics, progress_bar
 from ntkbench.errors import BadInput, Undefined
-from ntkbench.estimators import lanczos
+from ntkbench.estimate import Estimate
+from ntkbench.estimators import lanczos, spectrum
 from ntkbench.layerwise import kernel as layerwise
+from ntkbench.layerwise.certificate import Certificate
 from ntkbench.operators.dense import DenseJacobian
 from ntkbench.operators.torch import TorchRng
+from ntkbench.options import Options
 
 N, O = 5, 3  # noqa: E741 - the field's symbol
 
@@ -196,6 +202,146 @@ def test_alignment_with_a_target():
     assert estimated.standard_error > 0 and estimated.passes <= 2000
     assert estimated.interval(0.9999)[0] <= cosine(exact, outer) <= estimated.interval(0.9999)[1]
     assert ntkbench.alignment(model, y, X).value == pytest.approx(cosine(exact, outer))
+
+
+APPROXIMATE = [method.name for method in map(methods.get, methods.names()) if method.kind == "approximate"]
+
+
+@pytest.mark.parametrize("method", [*APPROXIMATE, "shared_probe_alignment"])
+def test_labels_are_aligned_with_theta_itself(method):
+    """A kernel that stands for Theta has another norm, with which the alignment may exceed 1."""
+    kernel, y = ntkbench.Kernel(net(), X), torch.ones(N, O)
+    says = f"norm of Theta itself, which {method} does not give; allowed: auto, "
+    with pytest.raises(BadInput, match=says) as caught:
+        kernel.alignment(y, method=method)
+    allowed = str(caught.value).partition("allowed: ")[2].split(", ")
+    assert {"structured_derivatives", "hutchinson"} <= set(allowed) and not {*APPROXIMATE, method} & set(allowed)
+    with pytest.raises(BadInput) as caught:
+        kernel.metrics(y, method=method)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_alignment_with_labels_is_at_most_one():
+    model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False)).double()
+    model[1].weight = nn.Parameter(torch.tensor([[1.0], [0.0]], dtype=torch.float64), requires_grad=False)
+    x, y = torch.ones(1, 3, dtype=torch.float64), torch.tensor([[1.0, 0.0]])
+    assert 1 - 1e-9 < float(ntkbench.alignment(model, y, x)) <= 1
+    with pytest.raises(BadInput, match="norm of Theta itself"):
+        ntkbench.alignment(model, y, x, method="sum_of_logits")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4, 1e-6])
+def test_rounding_is_within_the_interval_where_labels_cancel(scale):
+    """Rows of J are alike up to ``scale``, so that centred labels leave only their differences."""
+    for seed in range(5):
+        model = net(seed, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        x = 1 + scale * torch.randn(20, 4, generator=generator)
+        y = torch.randn(20, O, dtype=torch.float64, generator=generator)
+        y -= y.mean(0)
+        exact = cosine(theta(copy.deepcopy(model).double(), x.double()), y.reshape(-1, 1) @ y.reshape(1, -1))
+        found = ntkbench.Kernel(model, x).alignment(y)
+        low, high = found.interval()
+        assert low <= exact <= high
+        assert found.rounding < 0.1 or scale < 1
+
+
+def near(value: float, n: int = 20) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    """A network, inputs and labels of this alignment: Theta = I + (q - 1) y y^T."""
+    q = ((n - 1) / (value**-2 - 1)) ** 0.5
+    y = torch.full((n, 1), n**-0.5, dtype=torch.float64)
+    x = torch.cat([(q - 1) ** 0.5 * y, torch.eye(n, dtype=torch.float64)], 1)
+    return nn.Linear(n + 1, 1, bias=False).double(), x, y
+
+
+@pytest.mark.parametrize("passes", [None, 600])
+@pytest.mark.parametrize("value", [0.3, 0.6, 0.9, 0.97, 0.9995])
+def test_an_alignment_with_labels_is_within_its_tolerance_or_says_that_it_is_not(value, passes):
+    model, x, y = near(value)
+    kernel = ntkbench.Kernel(model, x)
+    assert kernel.alignment(y).value == pytest.approx(value)
+    for seed in range(3):
+        asked = {"method": "hutchinson", "rtol": 0.1, "passes": passes, "seed": seed}
+        for found in (kernel.alignment(y, **asked), kernel.metrics(y, **asked)["alignment"]):
+            assert found.passes <= (passes or ladder.TOLERANCE_PASSES)
+            missed = any("the alignment did not reach rtol=0.1 at confidence 0.95" in note for note in found.notes)
+            assert missed == (found.relative_width() > 0.1)
+            low, high = found.interval(0.9999)
+            assert low <= value <= high
+    found = kernel.metrics(y, rtol=0.1, passes=passes)
+    assert found["alignment"].relative_width() <= 0.1 and found["alignment"].value == pytest.approx(value, rel=0.2)
+
+
+def test_a_norm_is_estimated_again_where_the_alignment_needs_it():
+    model, x, y = near(0.9)
+    kernel, closer = ntkbench.Kernel(model, x), []
+    for seed in range(5):
+        asked = {"method": "hutchinson", "rtol": 0.1, "seed": seed}
+        once, found = kernel.norm(**asked), kernel.alignment(y, **asked)
+        assert found.relative_width() <= 0.1
+        closer += [found.passes > once.passes + 1]
+        assert closer[-1] == any(note.startswith("the norm is taken to rtol=") for note in found.notes)
+    assert any(closer)
+
+
+@given(value=st.floats(0.01, 0.9999), rtol=st.floats(1e-3, 0.5), share=st.floats(0, 0.5))
+def test_the_tolerance_of_a_norm_suffices_for_that_of_the_alignment(value, rtol, share):
+    loose = Estimate(value, value, 64.0, "hutchinson", metric="alignment", rounding=share * rtol)
+    closer = kernels._closer(loose, Options(rtol=rtol))
+    assert 0 < closer <= rtol * (1 + 1e-9)
+    error = value * math.log1p(closer) / float(ndtri(0.975))  # of a norm that is within this tolerance
+    assert dataclasses.replace(loose, standard_error=error).relative_width() <= rtol * (1 + 1e-9)
+    assert kernels._closer(dataclasses.replace(loose, standard_error=0.9 * error), Options(rtol=rtol)) is None
+
+
+@pytest.mark.parametrize("memory", [None, 20_000, 2000, 64])
+@pytest.mark.parametrize("case", ["written out", "traced", "interacting"])
+def test_the_alignment_with_a_matrix_does_not_depend_on_the_memory(case, memory):
+    """Theta as a whole, blocks of samples, and single rows."""
+    make = (lambda: normed().train()) if case == "interacting" else net
+    exact, generator = theta(make()), torch.Generator().manual_seed(5)
+    for size, dtype in ((N * O, torch.float64), (N, torch.float64), (N, torch.float32), (N, torch.int64)):
+        target = (10 * torch.randn(size, size, dtype=torch.float64, generator=generator)).to(dtype)
+        whole = target.double() if size == N * O else torch.kron(target.double(), torch.eye(O, dtype=torch.float64))
+        kernel = ntkbench.Kernel(make(), X, memory=memory)
+        kernel._used = case == "traced"
+        found = kernel.alignment(target)
+        assert found.value == pytest.approx(cosine(exact, whole), rel=1e-9, abs=1e-12)
+        assert found.standard_error is None and found.rounding > 0
+
+
+@pytest.mark.parametrize("memory", [None, 2000])
+@pytest.mark.parametrize("case", ["written out", "traced", "interacting", "contradicted"])
+def test_passes_of_results_from_all_of_theta_are_those_that_were_spent(monkeypatch, case, memory):
+    """With those of ways that failed, which are named."""
+    counted: list[float] = []
+    monkeypatch.setattr(progress_bar, "advance", counted.append)
+    if case == "contradicted":
+        monkeypatch.setattr(Certificate, "difference", lambda *_: 1.0)
+    kernel = ntkbench.Kernel(normed().train() if case == "interacting" else net(), X, memory=memory)
+    uses = {
+        "spectrum": lambda: kernel.spectrum(2),
+        "eigenvalues": lambda: kernel.eigenvalues(2),
+        "solution": lambda: kernel.solve(torch.ones(N, O), ridge=1.0),
+        "alignment": lambda: kernel.alignment(torch.eye(N * O)),
+    }
+    least = {"interacting": N * O, "contradicted": 2 * O}.get(case, O)
+    for name, use in uses.items():
+        kernel._used = case in ("traced", "contradicted")
+        counted.clear()
+        found = use()
+        assert found.passes == pytest.approx(sum(counted) / N), name
+        if memory is None or name == "alignment":
+            assert found.passes >= least
+            failed = any(note.startswith("passed over layer by layer: ") for note in found.notes)
+            assert failed == (case == "contradicted")
+
+
+def test_eigenvalues_are_by_products_where_a_decomposition_does_not_fit(monkeypatch):
+    """Theta itself would fit twice."""
+    monkeypatch.setattr(spectrum, "of_matrix", lambda *given: pytest.fail("it holds four matrices"))
+    found = ntkbench.Kernel(net(), X, memory=2 * 8 * (N * O) ** 2).eigenvalues(3, rtol=1e-6)
+    np.testing.assert_allclose(found.values, torch.linalg.eigvalsh(theta(net())).flip(0)[:3], rtol=1e-8)
 
 
 BUDGETED = [method.name for method in map(methods.get, methods.names()) if method.takes_passes]

@@ -516,6 +516,7 @@ def test_samples_that_interact_in_jax(tmp_path):
 
     J = torch.autograd.functional.jacobian(same, w).flatten(1)
     np.testing.assert_allclose(found, (J @ J.T).numpy(), rtol=1e-9, atol=1e-12)
+    assert ntkbench.spectrum(f, x, params=params).passes == 15 + 2, "a pass for each row"
 
 
 def test_the_identity_of_a_problem_names_what_differs():

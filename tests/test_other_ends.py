@@ -254,6 +254,8 @@ def test_functions_in_jax_have_targets_in_their_precision():
     kernel = Kernel(lambda params, x: x @ params, X.numpy(), params=w, dtype="float64")
     expected = cosine(torch.kron(X @ X.T, torch.eye(O, dtype=X.dtype)), Y.reshape(-1, 1) @ Y.reshape(1, -1))
     assert float(kernel.alignment(Y.numpy())) == pytest.approx(expected, rel=1e-13)
+    with pytest.raises(BadInput, match="norm of Theta itself, which sum_of_logits does not give"):
+        kernel.alignment(Y.numpy(), method="sum_of_logits")
     with pytest.raises(BadInput, match="one backend"):
         kernel.alignment(Kernel(net(), X))
     for wrong in (None, lambda params, x: x):

@@ -260,3 +260,48 @@ def test_no_regression_where_samples_interact():
         np.testing.assert_allclose(found.values.reshape(-1), exact(normed().train(), X, Y[:5], 1.0), rtol=1e-6)
     with pytest.raises(ntkbench.BadInput, match="samples interact"):
         kernel.regress(X2, Y[:5], ridge=1.0)
+
+
+def images() -> nn.Sequential:
+    """BatchNorm that takes a single sample in train mode."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27, O)
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *layers).double()
+
+
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: {"input": x}], ids=["a tensor", "a mapping"])
+def test_a_batch_of_one_sample_does_not_hide_that_samples_interact(given):
+    """Predictions would depend on what else is predicted."""
+    y, kernel = Y[:1], ntkbench.Kernel(images(), given(X[:1]))
+    assert not kernel.problem.samples_interact, "nothing shows it"
+    trace, predictions = (lambda x: kernel.ntk(x, kernel="trace")), (lambda x: kernel.regress(x, y, ridge=1.0))
+    for new in (X2, X2[:1], torch.cat([X[:1], X2])):
+        for use in (kernel.ntk, trace, predictions):
+            with pytest.raises(ntkbench.BadInput, match=r"samples interact in this network, .* call model.eval\(\)"):
+                use(given(new))
+    for model in (images().eval(), net()):
+        kernel, between = ntkbench.Kernel(model, given(X[:1])), rows(model, X2) @ rows(model, X[:1]).T
+        for weights in (model, model.state_dict()):
+            torch.testing.assert_close(kernel.at(weights).ntk(given(X2)), between.T)
+        expected = between.numpy() @ exact(model, X[:1], y, 0.5)
+        found = kernel.regress(given(X2), y, ridge=0.5, rtol=1e-9)
+        np.testing.assert_allclose(found.values.reshape(-1), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_one_sample_of_a_function_in_jax():
+    jnp = pytest.importorskip("jax.numpy")
+
+    def scaled(params, x):
+        h = x @ params["w"] + params["b"]
+        return jnp.tanh(h / jnp.sqrt((h**2).mean()))
+
+    def plain(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"])
+
+    weights = {"w": np.arange(12.0).reshape(4, 3) / 10, "b": np.ones(3)}
+    x, x2 = X[:1].numpy(), X2.numpy()
+    for new in (x2, x2[:1]):
+        with pytest.raises(ntkbench.BadInput, match="samples interact"):
+            ntkbench.ntk(scaled, x, new, params=weights)
+    whole = np.asarray(ntkbench.ntk(plain, np.concatenate([x, x2]), params=weights))
+    np.testing.assert_allclose(ntkbench.ntk(plain, x, x2, params=weights), whole[:3, 3:], rtol=1e-9)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import ntkbench
 from ntkbench import methods, operators, testing
-from ntkbench.errors import OverMemory
+from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimators import projections
 from ntkbench.methods.base import Method, projected
 from ntkbench.operators import arrays
@@ -101,6 +101,59 @@ def test_blocks_of_a_kernel_from_rows_stay_within_the_memory(independent, hidden
     np.testing.assert_allclose(rows, theta[:40, 40:100], rtol=1e-8, atol=1e-10)
     found = explicit_kernel(j, None, None, averaged=False, independent=independent)
     np.testing.assert_allclose(found, theta, rtol=1e-8, atol=1e-10)
+
+
+class Whole(TorchDispatchMode):
+    """Addresses of the tensors that have at least some number of bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes, self.found = nbytes, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        storages = [t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+        self.found |= {storage.data_ptr() for storage in storages if storage.nbytes() >= self.nbytes}
+        return made
+
+
+def test_an_averaged_kernel_from_rows_is_the_only_array_of_its_size():
+    problem = testing.smooth_problem("rows", 200, 1, 3, 2)
+    j = operators.linearise(problem, "theta_0", Target("torch", "float64", "cpu", 2**16))
+    theta = testing.explicit_jacobian(problem)
+    theta = (theta @ theta.T).reshape(200, 2, 200, 2)
+    with Whole(8 * 200**2) as whole:
+        found = explicit_kernel(j, None, None, averaged=True, independent=True)
+    assert len(whole.found) == 1
+    np.testing.assert_allclose(found, np.einsum("aobo->ab", theta) / 2, rtol=1e-8, atol=1e-10)
+
+
+def test_a_kernel_is_checked_without_a_copy():
+    made = torch.rand(300, 300)
+    with Largest() as largest:
+        assert ntkbench.Kernel(torch.nn.Linear(3, 2), torch.ones(4, 3))._checked(made) is made
+    assert largest.nbytes < made.nbytes / 2
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        made[200, 100] = wrong
+        with pytest.raises(BadInput, match="nan or infinite"):
+            ntkbench.Kernel(torch.nn.Linear(3, 2), torch.ones(4, 3))._checked(made)
+
+
+@pytest.mark.parametrize("size", [1400, 700])
+def test_the_alignment_with_a_matrix_holds_no_whole_kernel(size):
+    """Neither Theta, nor another matrix of its size than the one that is given."""
+    memory, target = 2**20, np.random.default_rng(0).standard_normal((size, size))
+    kernel = ntkbench.Kernel(torch.nn.Linear(3, 2), torch.randn(700, 3), memory=memory)
+    for _ in range(2):  # from rows, then layer by layer, which traces the programs
+        kernel.alignment(target)
+    tracemalloc.start()
+    try:
+        with Largest() as largest:
+            kernel.alignment(target)
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest.nbytes <= memory and held <= memory + OVERHEAD
 
 
 @pytest.mark.parametrize(("rows", "columns", "most"), [(5, 3, 6), (5, 3, 5.9), (5, 3, 1), (1, 9, 100), (7, 1, 0)])

@@ -211,6 +211,13 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
     the kernel y y^T, or a matrix ``[n, n]`` or ``[N, N]``. Where N = O a target ``[N, N]`` may be either, and is
     refused. For a JAX function ``model_f`` is a pytree of parameters. Precision and device default to those of
     ``model_0``. Other arguments and errors as for :func:`trace`.
+
+    The alignment with y y^T is y^T Theta y / ||Theta||_F for y of length 1. One pass gives the numerator exactly, and
+    ``method`` the norm, which must be that of Theta itself: approximate methods are refused. With ``rtol`` the norm is
+    estimated to a smaller tolerance where the alignment needs it. ``rounding`` includes that of the numerator, which
+    is large where terms cancel, as for centred labels: choose ``dtype="float64"``. The alignment with a matrix is
+    exact. It takes all of Theta, in blocks where it does not fit in ``memory``, and no ``method``, ``passes`` or
+    ``rtol``.
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")

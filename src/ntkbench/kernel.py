@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ntkbench import ambient, errors, ladder, metrics, options, progress_bar
-from ntkbench.errors import BadInput, Undefined
-from ntkbench.estimate import Estimate, Estimates
+from ntkbench.errors import BadInput, OverMemory, Undefined
+from ntkbench.estimate import Estimate, Estimates, rounding_bound, rounding_note
 from ntkbench.methods import Method
+from ntkbench.methods.base import Ledger
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
+from ntkbench.operators.ranges import row_ranges
 from ntkbench.options import Options, Target, Wishes
 from ntkbench.problem import Problem, hashed
 from ntkbench.problems.base.source import source
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from ntkbench.layerwise.sample_kernels import SampleKernel
     from ntkbench.methods.base.factors import Factors
     from ntkbench.methods.base.layerwise import TracedProblem
+    from ntkbench.operators import JacobianOperator
     from ntkbench.trials import Trials
 
 Call = Callable[[Any, Any], Any]
@@ -41,6 +44,9 @@ Output = Any
 Patterns = str | Sequence[str]
 Part = Callable[..., Any]
 """A kernel as a function of rows and columns (see :mod:`ntkbench.operators.ranges`); without them, the whole kernel."""
+
+Way = Callable[..., tuple[Part, Ledger]]
+"""Prepares a kernel, from a problem, the inputs of the columns, how it is computed, a target and a seed."""
 
 WRITTEN_OUT = 2**22
 """Entries of J up to which writing it out takes less time than tracing the network, for the first use of a kernel."""
@@ -54,6 +60,15 @@ DECOMPOSED = 4
 
 FACTORED = 2
 """The same for its Cholesky factorisation."""
+
+ALIGNED = 4
+"""The same for the alignment with a matrix."""
+
+SHARE = 8
+"""Where these do not fit, a block of Theta in float64 fills at most this fraction of the memory."""
+
+TRIES = 2
+"""Number of times that a norm is estimated again for the tolerance of an alignment with labels."""
 
 
 class Setup(TypedDict, total=False):
@@ -162,7 +177,8 @@ class Kernel:
             other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
                 values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
                 outputs, ``[N, O]`` or ``[n]``, which stands for y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
-                A ⊗ I_O. What ``parameters`` names counts in the other network as well.
+                A ⊗ I_O. What ``parameters`` names counts in the other network as well. For y the method must give the
+                norm of Theta itself. A matrix takes all of Theta, block by block, and no method, passes or rtol.
             wishes: see :class:`ntkbench.options.Options`.
 
         Raises:
@@ -302,23 +318,29 @@ class Kernel:
             file: where to write the kernel, rectangle by rectangle within ``memory``; an interrupted computation
                 resumes.
         """
-        from ntkbench import operators
         from ntkbench.layerwise import sample_kernels
 
         chosen, seed = sample_kernels.get(kernel), options.seed(seed)
-        if inputs is not None:
-            self._check_columns()
+        problem, columns = (self.problem, None) if inputs is None else self._columns(inputs)
         with self._settings():
-            problem, columns = (self.problem, None) if inputs is None else self._source.columns(self.problem, inputs)
             rows = 1 if chosen.between_samples else problem.O
-            N2 = problem.N if columns is None else len(columns)
-            part = self._in_parts(problem, columns, chosen, seed)
+            part, _ = self._in_parts(problem, columns, chosen, seed)
             if file is not None:
                 drawn = seed if kernel == "random_vector" else 0
                 return self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
-            operators.check_result(problem.N * rows, N2 * rows, self._target)
-            with progress_bar.of_passes("kernel", problem.N, rows * (1 if columns is None else 1 + N2 / problem.N)):
-                return part()
+            return self._at_once(part, problem, rows, None if columns is None else len(columns))
+
+    def _at_once(self, part: Part, problem: Problem, rows: int, N2: int | None = None) -> Any:
+        """All of a kernel with this number of rows per sample; its columns are those of N2 samples, or its rows.
+
+        Raises:
+            OverMemory: the device cannot hold it.
+        """
+        from ntkbench import operators
+
+        operators.check_result(problem.N * rows, (N2 or problem.N) * rows, self._target)
+        with progress_bar.of_passes("kernel", problem.N, rows * (1 + (N2 or 0) / problem.N)):
+            return part()
 
     def _in_file(
         self, file: File, problem: Problem, columns: Any, rows: int, part: Part, asked: Mapping[str, object]
@@ -345,30 +367,40 @@ class Kernel:
                     stored.write(*where, to_numpy(part(*where)))
             return stored.result()
 
-    def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> Part:
-        """A kernel as a function of rows and columns, by the fastest method that works; without them, all of it."""
+    def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> tuple[Part, Ledger]:
+        """A kernel as a function of rows and columns, by the fastest method that works; without them, all of it.
+
+        The ledger counts the passes of the methods that failed as well, and notes why they did.
+        """
         ways = self._ways(problem, columns)
-        prepared: list[Part] = []
+        prepared: list[tuple[Part, Ledger]] = []
         reasons: list[str] = []
+        lost = 0.0
 
         def part(*where: slice) -> Any:
+            nonlocal lost
             while ways:
                 try:
                     if not prepared:
                         prepared.append(ways[0](problem, columns, chosen, self._target, seed))
-                    return self._checked(prepared[0](*where))
+                    return self._checked(prepared[0][0](*where))
                 except Exception as error:  # whatever the error, the next method may work
                     if ladder.concerns_all_methods(error):
                         raise
                     reasons.append(f"{_said(ways.pop(0))}: {errors.reason(error)}")
+                    lost = ledger()[0]
                     prepared.clear()
             raise BadInput(f"no method can compute this kernel: {'; '.join(reasons)}")
 
-        return part
+        def ledger() -> tuple[float, tuple[str, ...], float | None]:
+            spent, notes, certificate = prepared[0][1]() if prepared else (0.0, (), None)
+            return lost + spent, (*(f"passed over {reason}" for reason in reasons), *notes), certificate
+
+        return part, ledger
 
     def _checked(self, kernel: Any) -> Any:
         """A kernel, if its entries are neither too large nor too small for the precision."""
-        largest = float(abs(kernel).max())
+        largest = _largest(kernel)
         if not largest < math.inf:
             raise BadInput("the kernel has entries that are nan or infinite: gradients are not finite, or overflow")
         if not ladder.is_large(self.problem, self._target, largest):
@@ -380,7 +412,7 @@ class Kernel:
     ) -> Eigenvalues:
         """The largest eigenvalues of Theta, in descending order; a small Theta is decomposed as a whole.
 
-        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if Theta fits in memory (see
+        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if the decomposition fits in memory (see
         :func:`ntkbench.estimators.spectrum.of_matrix`); else about 2 (top + 4) passes for each step of a block Krylov
         method (see :func:`ntkbench.estimators.lanczos.largest`).
 
@@ -394,15 +426,11 @@ class Kernel:
             ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, with the expected
             rounding of the network's own passes), ``passes``.
         """
-        from ntkbench.estimators import lanczos, spectrum
+        from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
-        if self.problem.n <= SMALL and self.problem.n**2 * self._target.itemsize <= self._target.memory:
-            theta = to_numpy(self.ntk(), np.float64)
-            with self._settings():
-                j = linearise(self.problem, "theta_0", self._target)
-                found = spectrum.of_matrix(theta, j, top, float(self.problem.O))
+        if self.problem.n <= SMALL and (found := self._decomposed(top)) is not None:
             return lanczos.Eigenvalues(found.values, found.errors, found.passes, found.notes)
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
@@ -419,15 +447,26 @@ class Kernel:
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
-        theta = self._whole(DECOMPOSED)
+        if (found := self._decomposed(top)) is not None:
+            return found
         with self._settings():
-            if theta is None:
-                ladder.check_range(self.problem, ("norm",), self._target)
+            ladder.check_range(self.problem, ("norm",), self._target)
             j = linearise(self.problem, "theta_0", self._target)
-            if theta is not None:
-                return spectrum.of_matrix(theta, j, top, float(self.problem.O))
             with progress_bar.of_passes("spectrum", self.problem.N):
                 return spectrum.of_operator(j, top, rtol=rtol, passes=passes, seed=seed)
+
+    def _decomposed(self, top: int) -> Spectrum | None:
+        """The spectrum of all of Theta; ``None`` if its decomposition does not fit in memory."""
+        from ntkbench.estimators import spectrum
+        from ntkbench.operators import linearise
+
+        if (whole := self._whole(DECOMPOSED)) is None:
+            return None
+        theta, spent, notes = whole
+        with self._settings():
+            j = linearise(self.problem, "theta_0", self._target)
+            found = spectrum.of_matrix(theta, j, top, spent)
+        return replace(found, notes=tuple(dict.fromkeys((*notes, *found.notes))))
 
     def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
         """The number of eigenvalues, the passes and the seed, checked."""
@@ -438,11 +477,21 @@ class Kernel:
             raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
         return top, passes, seed
 
-    def _whole(self, matrices: int) -> np.ndarray | None:
-        """Theta in float64 on the host, if this number of matrices fits in memory beside the kernel; else ``None``."""
-        if self.problem.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
+    def _whole(self, matrices: int) -> tuple[np.ndarray, float, tuple[str, ...]] | None:
+        """Theta in float64 on the host, the passes that were spent on it, and notes on how.
+
+        It is ``None`` if this number of float64 matrices does not fit in memory beside the kernel.
+        """
+        from ntkbench.layerwise import sample_kernels
+
+        p = self.problem
+        if p.n**2 * (self._target.itemsize + matrices * 8) > self._target.memory:
             return None
-        return to_numpy(self.ntk(), np.float64)
+        with self._settings():
+            part, ledger = self._in_parts(p, None, sample_kernels.get("full"), 0)
+            theta = to_numpy(self._at_once(part, p, p.O), np.float64)
+        spent, notes, _ = ledger()
+        return theta, spent, notes
 
     def solve(self, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0) -> Solution:
         """(Theta + ridge I)^-1 y with its residual; see :func:`ntkbench.solve`."""
@@ -459,13 +508,13 @@ class Kernel:
             )
         size = float(np.linalg.norm(right)) or 1.0
         unit = right.reshape(-1) / size
-        theta = self._whole(FACTORED)
-        if theta is not None:
+        if (whole := self._whole(FACTORED)) is not None:
+            theta, spent, notes = whole
             target = self._precise()
             with self._source.settings(target, self._index):
                 j = linearise(self.problem, "theta_0", target)
-                eps = TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
-                found = solve.of_matrix(theta, eps, j, unit, ridge, rtol=rtol, passes=float(self.problem.O))
+                found = solve.of_matrix(theta, self._epsilon, j, unit, ridge, rtol=rtol, passes=spent)
+            found = replace(found, notes=tuple(dict.fromkeys((*notes, *found.notes))))
         else:
             with self._settings():
                 ladder.check_range(self.problem, ("norm",), self._target)
@@ -473,6 +522,11 @@ class Kernel:
                 with progress_bar.of_passes("solution", self.problem.N):
                     found = solve.of_operator(j, unit, ridge, rtol=rtol, passes=passes, seed=seed)
         return replace(found, values=(found.values * size).reshape(right.shape), error=found.error * size)
+
+    @property
+    def _epsilon(self) -> float:
+        """Machine epsilon of products."""
+        return TF32 if self._target.tf32 else float(np.finfo(self._target.dtype).eps)
 
     def regress(
         self, inputs: Any, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0
@@ -500,17 +554,14 @@ class Kernel:
         """
         from ntkbench.estimators.solve import Regression
         from ntkbench.operators import linearise
-        from ntkbench.problems.base.module import on_inputs
 
-        self._check_columns()
-        with self._settings():
-            problem, columns = self._source.columns(self.problem, inputs)
+        problem, columns = self._columns(inputs)
         solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
         size = float(np.linalg.norm(solution.values)) or 1.0
         target = self._precise()
         with self._source.settings(target, self._index):
             own = linearise(self.problem, "theta_0", target)
-            others = problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
+            others = _on_columns(problem, columns)
             j = linearise(others, "theta_0", target)
             weights = own.vjp(asarray_like(solution.values.reshape(1, -1) / size, own.basis(0, 1)))
             predicted = to_numpy(j.jvp(weights), np.float64)[0] * size
@@ -536,13 +587,24 @@ class Kernel:
         found: Target = self._prepared["float64"]
         return found
 
-    def _check_columns(self) -> None:
-        """Refuse a kernel between two batches where samples interact."""
-        if self.problem.samples_interact:
-            raise BadInput(
-                "samples interact in this network, so a kernel between two batches is not defined: omit the second "
-                "inputs, or call model.eval() if it has BatchNorm in train mode"
-            )
+    def _columns(self, inputs: Any) -> tuple[Problem, Any]:
+        """A problem that also holds other inputs, and these inputs, for a kernel between the two.
+
+        A batch of one sample does not show whether samples interact: it is tested beside the others.
+
+        Raises:
+            BadInput: the inputs are not like those of this kernel, or samples interact.
+        """
+        if not self.problem.samples_interact:
+            with self._settings():
+                problem, columns = self._source.columns(self.problem, inputs)
+            with ambient.own_settings():
+                if problem.N > 1 or not _interact(problem, columns):
+                    return problem, columns
+        raise BadInput(
+            "samples interact in this network, so a kernel between two batches is not defined: omit the second "
+            "inputs, or call model.eval() if it has BatchNorm in train mode"
+        )
 
     def _like_outputs(self, y: Any) -> np.ndarray:
         """Numbers y like the outputs, in float64.
@@ -658,19 +720,17 @@ class Kernel:
         return found
 
     def _checked_target(self, given: Any, asked: Options) -> np.ndarray:
-        """The target of an alignment, with a norm of 1: numbers like the outputs ``[n]``, or a matrix.
+        """The target of an alignment: numbers like the outputs ``[n]``, of length 1, or a matrix of any scale.
 
         Raises:
-            BadInput: it is neither, or may be both; or it is a matrix, and options are given.
+            BadInput: it is neither, or may be both; or the options do not apply to it.
         """
         p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
         if target.dtype.kind not in "fiub":
             raise BadInput(f"the target of an alignment must hold real numbers, got {target.dtype}")
-        if not np.isfinite(target).all() or not target.any():
+        largest = _largest(target) if target.size else 0.0
+        if not 0 < largest < math.inf:
             raise BadInput("the target of an alignment must be finite and not zero")
-        target = target.astype(np.float64)
-        target /= abs(target).max()  # the alignment does not depend on its scale, which must not overflow
-        target /= np.linalg.norm(target)
         like, kernels = self._shapes_of_outputs(), list(dict.fromkeys([(p.n, p.n), (p.N, p.N)]))
         if target.shape in like and target.shape in kernels and p.n > 1:
             raise BadInput(
@@ -678,7 +738,10 @@ class Kernel:
                 f"({p.n},), y.reshape(-1), or the kernel A as ({p.n}, {p.n}), kron(A, eye({p.O}))"
             )
         if target.shape in like:
-            return target.reshape(-1)
+            self._check_gives_norm(asked.method)
+            y = target.reshape(-1).astype(np.float64) / largest  # the scale does not count, and must not overflow
+            unit: np.ndarray = y / np.linalg.norm(y)
+            return unit
         if target.shape not in kernels:
             raise BadInput(
                 f"a target must be shaped like the outputs, {_one_of(like)}, or a kernel {_one_of(kernels)}; "
@@ -688,40 +751,113 @@ class Kernel:
             raise BadInput("the alignment with a matrix uses all of Theta: omit method, passes and rtol")
         return target
 
+    def _check_gives_norm(self, name: str) -> None:
+        """Refuse a method without the norm of Theta itself, by which y^T Theta y is divided.
+
+        Raises:
+            BadInput: says what is allowed.
+        """
+        from ntkbench import methods
+
+        def gives(method: Method) -> bool:
+            return method.kind != "approximate" and "norm" in method.metrics
+
+        if name != "auto" and not gives(methods.get(name)):
+            every = map(methods.get, methods.names())
+            able = (each.name for each in every if gives(each) and self._target.backend in each.backends)
+            raise BadInput(
+                f"the alignment with a target needs the norm of Theta itself, which {name} does not give; "
+                f"allowed: auto, {', '.join(able)}"
+            )
+
     def _alignment_with(self, target: np.ndarray, asked: Options, own: Sequence[str] = ()) -> Estimates:
-        """The alignment with y y^T, exact but for the norm, or with a given matrix, from all of Theta.
+        """The alignment with a target, and metrics of this kernel.
 
         Args:
-            target: y, or the matrix.
+            target: y of length 1, or a matrix.
             asked: the requested options; ``passes`` pay for everything.
             own: metrics of this kernel that are computed as well, the norm among them.
         """
+        return (self._with_labels if target.ndim == 1 else self._with_matrix)(target, asked, own)
+
+    def _with_labels(self, y: np.ndarray, asked: Options, own: Sequence[str]) -> Estimates:
+        """The alignment with y y^T, exact but for the norm.
+
+        To a tolerance, the norm is estimated again if its own does not suffice for the alignment, as long as this
+        leaves more passes than the norm took.
+        """
         from ntkbench.operators import linearise
 
+        names = own or ("norm",)
+        found = self._estimates(names, self._less_one_pass(asked, names))
+        with self._settings():
+            j = linearise(self.problem, "theta_0", self._target)
+            image = j.vjp(asarray_like(y.reshape(1, -1), j.basis(0, 1)))
+            square = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
+        norm = found["norm"]
+        is_exact, aligned = norm.standard_error is None, _aligned(norm, square, j)
+        most = ladder.TOLERANCE_PASSES if asked.passes is None else asked.passes
+        for _ in range(TRIES):
+            closer, spent = _closer(aligned, asked), norm.passes or 0.0
+            left = int(most - j.passes - spent)
+            if closer is None or left <= spent:
+                break
+            try:
+                again = self._estimates(("norm",), replace(asked, rtol=closer, passes=left))["norm"]
+            except (BadInput, OverMemory):  # what there is stands
+                break
+            note = f"the norm is taken to rtol={closer:g}, for the alignment to be within rtol={asked.rtol:g}"
+            norm = replace(_with_passes(again, spent), notes=(*again.notes, note))
+            aligned = _aligned(norm, square, j)
+        aligned = replace(aligned, notes=tuple(dict.fromkeys((*aligned.notes, *_missed(aligned, asked)))))
+        if is_exact:  # each metric has its own cost
+            return Estimates({**found, "alignment": _with_passes(aligned, j.passes)})
+        together = _with_passes(norm, j.passes).passes
+        found = Estimates({**found, "norm": norm, "alignment": aligned})
+        return Estimates({name: replace(each, passes=together) for name, each in found.items()})
+
+    def _with_matrix(self, target: np.ndarray, asked: Options, own: Sequence[str]) -> Estimates:
+        """The alignment with a matrix ``[n, n]``, or with A ⊗ I_O for A ``[N, N]``, by blocks of Theta.
+
+        In the Frobenius norm, rounding changes Theta by at most a share of its trace.
+        """
+        from ntkbench.layerwise import sample_kernels
+
         p = self.problem
-        if target.ndim == 1:
-            found = self._estimates(own or ("norm",), self._less_one_pass(asked, own or ("norm",)))
-            norm = found["norm"]
-            with self._settings():
-                j = linearise(p, "theta_0", self._target)
-                image = j.vjp(asarray_like(target.reshape(1, -1), j.basis(0, 1)))
-                inner = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
-            if norm.value == 0:
-                raise Undefined("alignment is not defined where Theta is zero")
-            value = inner / norm.value
-            error = None if norm.standard_error is None else norm.standard_error / norm.value * value
-            aligned = replace(norm, value=value, standard_error=error, metric="alignment")
-            if error is None:  # exact metrics have their own cost each
-                return Estimates({**found, "alignment": _with_pass(aligned)})
-            return Estimates({name: _with_pass(e) for name, e in {**found, "alignment": aligned}.items()})
         found = self._estimates(own, asked) if own else Estimates()
-        theta = to_numpy(self.ntk(), np.float64)
-        if not theta.any():
-            raise Undefined("alignment is not defined where Theta is zero")
-        inner = float((theta * target).sum()) if len(target) == p.n else _inner_with_samples(theta, target)
-        size = 1 if len(target) == p.n else p.O**0.5
-        value = inner / (float(np.linalg.norm(theta)) * size)
-        return Estimates({**found, "alignment": Estimate(value, None, p.O, "ntk", (), "alignment")})
+        scale, trace, square, size, inner = _largest(target), 0.0, 0.0, 0.0, 0.0
+        with self._settings():
+            part, ledger = self._in_parts(p, None, sample_kernels.get("full"), 0)
+            rectangles = self._rectangles()
+            whole = len(rectangles) == 1
+            with progress_bar.of_passes("alignment", p.N):
+                for rows, columns in rectangles:
+                    theta = to_numpy(self._at_once(part, p, p.O) if whole else part(rows, columns), np.float64)
+                    trace += float(theta.trace()) if rows == columns else 0.0
+                    mirrored = [(theta.T, columns, rows)] if rows != columns else []
+                    for block, own_rows, own_columns in [(theta, rows, columns), *mirrored]:
+                        entries = np.divide(_entries(target, own_rows, own_columns, p.n), scale, dtype=np.float64)
+                        square += _inner(block, block)
+                        size += _inner(entries, entries)
+                        inner += _inner(block, entries)
+            if square == 0:
+                ladder.check_range(p, ("norm",), self._target)
+                raise Undefined("alignment is not defined where Theta is zero")
+            if not square < math.inf:
+                raise BadInput("the alignment is not finite, as squares of Theta overflow: scale the outputs")
+        spent, notes, certificate = ledger()
+        value = inner / math.sqrt(square) / math.sqrt(size)
+        off = rounding_bound("norm", self._epsilon, max(p.n, p.P), certificate) * trace / math.sqrt(square)
+        rounding = off * (1 + 1 / abs(value)) if value else None
+        aligned = Estimate(value, None, spent, "ntk", notes, "alignment", certificate=certificate, rounding=rounding)
+        return Estimates({**found, "alignment": aligned})
+
+    def _rectangles(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of Theta on and below the diagonal: all of it, if the alignment then fits in memory."""
+        p, memory = self.problem, self._target.memory
+        fits = p.n**2 * (self._target.itemsize + ALIGNED * 8) <= memory
+        ranges = row_ranges(p.N, p.O, p.n if fits else math.isqrt(memory // (8 * SHARE)))
+        return [(rows, columns) for i, rows in enumerate(ranges) for columns in ranges[: i + 1]]
 
     def _less_one_pass(self, asked: Options, names: Sequence[str]) -> Options:
         """The options of some metrics if one pass of the budget is kept.
@@ -741,11 +877,11 @@ class Kernel:
             raise BadInput(f"{said} take at least {least} passes together; got {asked.passes}")
         return replace(asked, passes=asked.passes - 1)
 
-    def _ways(self, problem: Problem, columns: Any) -> list[Callable[..., Part]]:
+    def _ways(self, problem: Problem, columns: Any) -> list[Way]:
         """Functions that prepare a kernel, the fastest first."""
         if self._target.backend == "jax":
             return _in_jax(problem, columns)
-        ways: list[Callable[..., Part]] = []
+        ways: list[Way] = []
         if not problem.samples_interact:
             ways = [self._layer_by_layer, _sample_by_sample]
             if not self._used and problem.n * problem.P <= WRITTEN_OUT:
@@ -755,14 +891,16 @@ class Kernel:
 
     def _layer_by_layer(
         self, problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int
-    ) -> Part:
+    ) -> tuple[Part, Ledger]:
+        from ntkbench.methods.base.layerwise import ledger_of
+
         traced = self._traced() if problem is self.problem else _traced(problem, target)
         for name, why in traced.engine.fallbacks().items():
             logging.getLogger("ntkbench").warning("gradients of %s are written out: %s", name, why)
         (end,) = traced.ends("trace")
         arguments = end.engine, end.parameters, end.x, None if x2 is None else x2.to(end.x), seed
         in_parts = kernel.parts(*arguments)
-        return lambda *where: in_parts(*where) if where else kernel.compute(*arguments)
+        return lambda *where: in_parts(*where) if where else kernel.compute(*arguments), ledger_of([end])
 
     def _traced(self) -> TracedProblem:
         from ntkbench import methods
@@ -774,47 +912,56 @@ class Kernel:
         return self._source.settings(self._target, self._index)
 
 
-def _in_jax(problem: Problem, columns: Any) -> list[Callable[..., Part]]:
+def _in_jax(problem: Problem, columns: Any) -> list[Way]:
     from ntkbench.operators import jax_kernel
 
-    def adapted(way: jax_kernel.Way) -> Callable[..., Part]:
+    def adapted(way: jax_kernel.Way) -> Way:
         @functools.wraps(way)
-        def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> Part:
+        def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:
             if kernel.last_layer:
                 raise BadInput("a JAX function has no last layer: select its parameters by parameters='...'")
             directions = None if kernel.directions is None else kernel.directions(problem.O, seed)
             arguments = problem, x2, directions, kernel.averaged, target
             in_parts = functools.cache(lambda: jax_kernel.in_parts(way, *arguments))
-            return lambda *where: in_parts()(*where) if where else way(*arguments)
+            K, spent = problem.O if directions is None else len(directions), 0.0
+            rows = problem.N * (1 if kernel.averaged else K)
+
+            def part(*where: slice) -> Any:
+                nonlocal spent
+                found = in_parts()(*where) if where else way(*arguments)
+                ends = where[:1] if where[:1] == where[1:] else where
+                spent += K * (sum(each.stop - each.start for each in ends) / rows if where else 1)
+                return found
+
+            return part, lambda: (spent, (), None)  # neural-tangents counts no passes: those of rows and columns
 
         return prepare
 
-    return [adapted(way) for way in jax_kernel.ways(problem, columns)]
+    own: dict[jax_kernel.Way, Way] = {
+        jax_kernel.sample_by_sample: _sample_by_sample,
+        jax_kernel.row_by_row: _row_by_row,
+    }
+    return [own[way] if way in own else adapted(way) for way in jax_kernel.ways(problem, columns)]
 
 
 def _sample_by_sample(
-    problem: Problem,
-    x2: torch.Tensor | None,
-    kernel: SampleKernel,
-    target: Target,
-    seed: int,
-    *,
-    independent: bool = True,
-) -> Part:
+    problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int, *, independent: bool = True
+) -> tuple[Part, Ledger]:
     from ntkbench.operators import linearise
     from ntkbench.operators.explicit_kernel import explicit_kernel
-    from ntkbench.problems.base.module import last_layer, on_inputs
+    from ntkbench.problems.base.module import last_layer
 
     problem = last_layer(problem) if kernel.last_layer else problem
     left = linearise(problem, "theta_0", target)
-    right = None if x2 is None else linearise(on_inputs(problem, x2), "theta_0", target)
+    right = None if x2 is None else linearise(_on_columns(problem, x2), "theta_0", target)
     directions = kernel.drawn(problem.O, seed, left.basis(0, 1))
-    return functools.partial(
+    part = functools.partial(
         explicit_kernel, left, right, directions, averaged=kernel.averaged, independent=independent
     )
+    return part, lambda: (left.passes + (right.passes if right else 0.0), left.notes, left.certificate)
 
 
-def _row_by_row(problem: Problem, x2: torch.Tensor | None, kernel: SampleKernel, target: Target, seed: int) -> Part:
+def _row_by_row(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:
     """By products over the whole batch, which allows samples to interact."""
     return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
 
@@ -825,13 +972,95 @@ def _traced(problem: Problem, target: Target) -> TracedProblem:
     return TracedProblem(problem, target)
 
 
-def _with_pass(estimate: Estimate) -> Estimate:
-    """An estimate that took one pass more."""
-    return replace(estimate, passes=None if estimate.passes is None else estimate.passes + 1)
+def _on_columns(problem: Problem, columns: Any) -> Problem:
+    """The problem on other inputs, a tensor or an array, whose samples must not interact."""
+    from ntkbench.problems.base.module import on_inputs
+
+    return problem.with_inputs(columns) if isinstance(columns, np.ndarray) else on_inputs(problem, columns)
+
+
+def _interact(problem: Problem, columns: Any) -> bool:
+    """Whether the only sample of a problem interacts with some others."""
+    from ntkbench.problems.base.function import from_function
+    from ntkbench.problems.base.module import TOGETHER, from_module
+
+    x = np.concatenate([problem.x, _on_columns(problem, columns).x[: TOGETHER - 1]])
+    values = {**problem.fixed_0, **problem.theta_0}
+    if problem.module is None:
+        assert problem.jax_forward is not None
+        return from_function(problem.jax_forward, x, values).samples_interact
+    import torch
+
+    from ntkbench.modules import copied, load
+
+    return from_module(load(copied(problem.module), values), torch.from_numpy(x)).samples_interact
+
+
+def _with_passes(estimate: Estimate, more: float) -> Estimate:
+    """An estimate that took more passes."""
+    return replace(estimate, passes=None if estimate.passes is None else estimate.passes + more)
+
+
+def _aligned(norm: Estimate, square: float, j: JacobianOperator) -> Estimate:
+    """The alignment with y y^T for y of length 1, from ||Theta||_F and y^T Theta y = ||J^T y||^2.
+
+    Rounding changes row i of J by a share of its norm, and J^T y by at most that share of sum_i |y_i| ||J_i||, which is
+    at most the root of tr Theta <= min(n, P)^(1/2) ||Theta||_F. It is large where the rows cancel, as for centred y.
+
+    Raises:
+        Undefined: Theta is zero.
+    """
+    if norm.value == 0:
+        raise Undefined("alignment is not defined where Theta is zero")
+    value, rounding = square / norm.value, norm.rounding
+    error = None if norm.standard_error is None else norm.standard_error / norm.value * value
+    if value:
+        share = rounding_bound("norm", j.epsilon, max(j.n, j.P), j.certificate)
+        share *= (min(j.n, j.P) ** 0.5 / value) ** 0.5
+        rounding = (rounding or 0.0) + share * (2 + share)
+    return replace(
+        norm,
+        value=min(value, 1.0) if error is None else value,
+        standard_error=error,
+        notes=tuple(dict.fromkeys((*norm.notes, *j.notes))),
+        metric="alignment",
+        certificate=max((c for c in (norm.certificate, j.certificate) if c is not None), default=None),
+        rounding=rounding,
+    )
+
+
+def _closer(aligned: Estimate, asked: Options) -> float | None:
+    """The tolerance of the norm for an alignment with y y^T to be within its own; ``None`` if it is, or if none helps.
+
+    The interval is symmetric in atanh A, which a relative change h of the norm changes by h A / (1 - A^2). Rounding
+    that takes more than half of the tolerance does not count, as more probes do not reduce it.
+    """
+    value, rtol = aligned.value, asked.rtol
+    if rtol is None or not aligned.standard_error or not 0 < value < 1:
+        return None
+    rounding = aligned.rounding if aligned.rounding and aligned.rounding <= rtol / 2 else 0.0
+    if replace(aligned, rounding=rounding).relative_width(asked.confidence) <= rtol:
+        return None
+    reach = math.atanh(value) - math.atanh((1 - rtol + rounding) * value)
+    return reach * (1 - value**2) / value
+
+
+def _missed(aligned: Estimate, asked: Options) -> tuple[str, ...]:
+    """A note if an alignment is not within its tolerance."""
+    if asked.rtol is None or (width := aligned.relative_width(asked.confidence)) <= asked.rtol:
+        return ()
+    if replace(aligned, rounding=None).relative_width(asked.confidence) <= asked.rtol:
+        return (rounding_note(asked.rtol),)
+    return (f"the alignment did not reach rtol={asked.rtol:g} at confidence {asked.confidence:g}: {width:.2g}",)
 
 
 def _said(way: Callable[..., Any]) -> str:
     return way.__name__.strip("_").replace("_", " ")
+
+
+def _largest(array: Any) -> float:
+    """The largest absolute value in an array of any library, without a copy of it; ``nan`` if an entry is."""
+    return max(abs(float(array.max())), abs(float(array.min())))
 
 
 def _is_array(value: Any) -> bool:
@@ -843,8 +1072,15 @@ def _one_of(shapes: Sequence[tuple[int, ...]]) -> str:
     return " or ".join(map(str, shapes))
 
 
-def _inner_with_samples(theta: np.ndarray, target: np.ndarray) -> float:
-    """<Theta, A ⊗ I_O> for A ``[N, N]``."""
-    N = len(target)
-    blocks = theta.reshape(N, len(theta) // N, N, -1)
-    return float((np.einsum("aobo->ab", blocks) * target).sum())
+def _entries(target: np.ndarray, rows: slice, columns: slice, n: int) -> np.ndarray:
+    """Some entries of a matrix ``[n, n]``, or of A ⊗ I_O for A ``[N, N]``."""
+    if len(target) == n:
+        return target[rows, columns]
+    (i, output), (j, other) = (divmod(np.arange(each.start, each.stop), n // len(target)) for each in (rows, columns))
+    found: np.ndarray = target[np.ix_(i, j)] * (output[:, None] == other)
+    return found
+
+
+def _inner(one: np.ndarray, other: np.ndarray) -> float:
+    """Sum of the products of corresponding entries, without an array of these."""
+    return float(np.einsum("ij,ij->", one, other))

@@ -44,17 +44,18 @@ def explicit_kernel(
     K = 1 if averaged else len(directions)
     rows = slice(0, left.N * K) if rows is None else rows
     columns = slice(0, (right or left).N * K) if columns is None else columns
-    if not averaged:
-        return _kernel(left, right, directions, rows, columns, independent)
-    parts = (_kernel(left, right, u[None], rows, columns, independent) for u in directions)
-    total = next(parts)
-    for part in parts:
-        total += part
-    total /= len(directions)
-    return total
+    xp, device = array_api_compat.array_namespace(directions), array_api_compat.device(directions)
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    theta = xp.zeros(size, dtype=directions.dtype, device=device)
+    for some in directions[:, None] if averaged else [directions]:
+        theta = _with_kernel(theta, left, right, some, rows, columns, independent)
+    if averaged:
+        theta /= len(directions)
+    return theta
 
 
-def _kernel(
+def _with_kernel(
+    theta: Array,
     left: JacobianOperator,
     right: JacobianOperator | None,
     directions: Array,
@@ -62,11 +63,9 @@ def _kernel(
     columns: slice,
     independent: bool,
 ) -> Array:
+    """An array with the kernel of some directions added to it, block by block."""
     K, columns_of = len(directions), right or left
     symmetric = right is None and rows == columns
-    xp, device = array_api_compat.array_namespace(directions), array_api_compat.device(directions)
-    size = (rows.stop - rows.start, columns.stop - columns.start)
-    theta = xp.empty(size, dtype=directions.dtype, device=device)
     for row in _blocks(left, rows, K, independent):
         one = _rows(left, row, directions, independent)
         for column in _blocks(columns_of, columns, K, independent):
@@ -78,9 +77,9 @@ def _kernel(
             for strip in strips(len(one), len(other), left.memory / (4 * left.itemsize)):
                 block = one[strip] @ other.T
                 above = _moved(strip, row.start - rows.start)
-                theta = _written(theta, above, before, block)
+                theta = _with_block(theta, above, before, block)
                 if symmetric and not same:
-                    theta = _written(theta, before, above, block.T)
+                    theta = _with_block(theta, before, above, block.T)
     return theta
 
 
@@ -88,11 +87,11 @@ def _moved(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-def _written(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
-    """The kernel with a block written: in place, or a copy where arrays cannot change."""
+def _with_block(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
+    """An array with a block added: in place, or a copy where arrays cannot change."""
     if array_api_compat.is_jax_array(theta):
-        return theta.at[rows, columns].set(block)
-    theta[rows, columns] = block
+        return theta.at[rows, columns].add(block)
+    theta[rows, columns] += block
     return theta
 
 
