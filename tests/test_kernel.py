@@ -286,7 +286,7 @@ def test_a_norm_is_estimated_again_where_the_alignment_needs_it():
 
 @given(value=st.floats(0.01, 0.9999), rtol=st.floats(1e-3, 0.5), share=st.floats(0, 0.5))
 def test_the_tolerance_of_a_norm_suffices_for_that_of_the_alignment(value, rtol, share):
-    loose = Estimate(value, value, 64.0, "hutchinson", metric="alignment", rounding=share * rtol)
+    loose = Estimate(value, value, 64.0, "hutchinson", metric="alignment", rounding=share * rtol * value)
     closer = kernels._closer(loose, Options(rtol=rtol))
     assert 0 < closer <= rtol * (1 + 1e-9)
     error = value * math.log1p(closer) / float(ndtri(0.975))  # of a norm that is within this tolerance

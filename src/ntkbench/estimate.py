@@ -111,7 +111,8 @@ class Estimate:
         complement: 1 - alignment without cancellation, from 0 to 1, if it was computed from the difference of the
             kernels; its standard error is that of the alignment.
         rounding: the largest expected rounding error (see :func:`rounding_bound`): relative to ``value``, and for an
-            alignment in the angle between the kernels, in radians; ``None`` where it is not known.
+            alignment absolute, and with ``complement`` in the angle between the kernels, in radians; ``None`` where it
+            is not known.
     """
 
     value: float
@@ -197,12 +198,12 @@ class Estimate:
         return min(max(low, least), self.value), max(min(high, most), self.value)
 
     def _with_rounding(self, low: float, high: float) -> tuple[float, float]:
-        """An interval, widened by ``rounding``."""
-        if not self.rounding:
-            return low, high
-        if self.metric == "alignment":
-            return 1 - _turned(1 - low, self.rounding), 1 - _turned(1 - high, -self.rounding)
-        reach = self.rounding * abs(self.value)
+        """An interval, widened by ``rounding``.
+
+        An inner product is rounded relative to the norms of both kernels, also where it is much smaller. Where the
+        difference of the kernels is not computed, rounding near 1 is as large as elsewhere.
+        """
+        reach = (self.rounding or 0.0) * (1.0 if self.metric == "alignment" else abs(self.value))
         return low - reach, high + reach
 
     def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
@@ -382,7 +383,7 @@ def _words(low: float, high: float) -> str:
 
 def _turned(complement: float, angle: float) -> float:
     """1 - cos of an angle that is larger than that of 1 - cos = ``complement`` by ``angle``, and not negative."""
-    half = math.asin(math.sqrt(min(max(complement / 2, 0.0), 1.0)))
+    half = math.asin(math.sqrt(min(complement / 2, 1.0)))
     return 2 * math.sin(min(max(half + angle / 2, 0.0), math.pi / 2)) ** 2
 
 

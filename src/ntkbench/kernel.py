@@ -848,7 +848,7 @@ class Kernel:
         spent, notes, certificate = ledger()
         value = inner / math.sqrt(square) / math.sqrt(size)
         off = rounding_bound("norm", self._epsilon, max(p.n, p.P), certificate) * trace / math.sqrt(square)
-        rounding = off * (1 + 1 / abs(value)) if value else None
+        rounding = off * (1 + abs(value))
         aligned = Estimate(value, None, spent, "ntk", notes, "alignment", certificate=certificate, rounding=rounding)
         return Estimates({**found, "alignment": aligned})
 
@@ -1017,7 +1017,7 @@ def _aligned(norm: Estimate, square: float, j: JacobianOperator) -> Estimate:
     if value:
         share = rounding_bound("norm", j.epsilon, max(j.n, j.P), j.certificate)
         share *= (min(j.n, j.P) ** 0.5 / value) ** 0.5
-        rounding = (rounding or 0.0) + share * (2 + share)
+        rounding = value * ((rounding or 0.0) + share * (2 + share))
     return replace(
         norm,
         value=min(value, 1.0) if error is None else value,
@@ -1038,10 +1038,10 @@ def _closer(aligned: Estimate, asked: Options) -> float | None:
     value, rtol = aligned.value, asked.rtol
     if rtol is None or not aligned.standard_error or not 0 < value < 1:
         return None
-    rounding = aligned.rounding if aligned.rounding and aligned.rounding <= rtol / 2 else 0.0
+    rounding = aligned.rounding if aligned.rounding and aligned.rounding <= rtol * value / 2 else 0.0
     if replace(aligned, rounding=rounding).relative_width(asked.confidence) <= rtol:
         return None
-    reach = math.atanh(value) - math.atanh((1 - rtol + rounding) * value)
+    reach = math.atanh(value) - math.atanh((1 - rtol) * value + rounding)
     return reach * (1 - value**2) / value
 
 
