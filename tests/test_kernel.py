@@ -538,7 +538,7 @@ def test_a_tracker_refuses_steps_that_start_again():
     for step in range(4):
         tracker(step)
     tracker(3)
-    with pytest.raises(BadInput, match="^steps must not go back, got 0 after 3: count over all epochs$"):
+    with pytest.raises(BadInput, match=r"^steps must not go back, got 0 after 3: count over all epochs$"):
         tracker(0)
     assert tracker.table()["step"].tolist() == [0, 2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def solutions(
     firsts = points.drop_duplicates(LINE).set_index(LINE, drop=False)
     seeds = points.groupby(LINE)["seeds"].sum()
     fitted = laws.fits(points, LINE, drift)
-    made: list[dict[str, object]] = []
+    made: list[dict[str, Any]] = []
     for name, largest in tolerances.items():
         draws: dict[tuple[object, ...], dict[int, np.ndarray]] = {}
         for case, law in fitted.items():
