@@ -175,9 +175,9 @@ def test_rounding_of_an_alignment_without_its_complement_is_absolute(value):
 def test_a_confidence_level_that_is_none_is_refused(confidence):
     e = aligned(0.1, 0.01)
     for what in (e.interval, e.complement_interval, e.relative_width):
-        with pytest.raises(BadInput, match="^confidence must be "):
+        with pytest.raises(BadInput, match=r"^confidence must be "):
             what(confidence)
-    with pytest.raises(BadInput, match="^confidence must be "):
+    with pytest.raises(BadInput, match=r"^confidence must be "):
         Options(confidence=confidence)
 
 

@@ -449,7 +449,7 @@ def test_programs_that_need_more_than_the_memory_of_a_kernel_are_not_run(monkeyp
     x, params = rows(3)(4), mlp_params()
     small = ntkbench.Kernel(mlp, x, params=params, memory=500)  # the arguments of a program take more
     assert close(small.ntk(), J @ J.T) and close(small.ntk(file=tmp_path / "theta.npy"), J @ J.T)
-    with pytest.raises(ntkbench.OverMemory, match="for mlp would need .* GiB, over the budget"):
+    with pytest.raises(ntkbench.OverMemory, match=r"for mlp would need .* GiB, over the budget"):
         small.trace(method="nt_structured_derivatives")
     assert not run
     assert close(ntkbench.ntk(mlp, x, params=params), J @ J.T) and run
