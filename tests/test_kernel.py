@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import doctest
 import importlib
-import math
 import pickle
 
 import numpy as np
@@ -14,20 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import ndtri
 from torch import nn
 
 import ntkbench
 from ntkbench import kernel as kernels
 from ntkbench import ladder, methods, metrics, progress_bar
 from ntkbench.errors import BadInput, Undefined
-from ntkbench.estimate import Estimate
 from ntkbench.estimators import lanczos, spectrum
 from ntkbench.layerwise import kernel as layerwise
 from ntkbench.layerwise.certificate import Certificate
 from ntkbench.operators.dense import DenseJacobian
 from ntkbench.operators.torch import TorchRng
-from ntkbench.options import Options
 
 N, O = 5, 3  # noqa: E741 - the field's symbol
 
@@ -230,7 +225,7 @@ def test_the_alignment_with_labels_is_at_most_one():
         ntkbench.alignment(model, y, x, method="sum_of_logits")
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4])
 def test_rounding_is_within_the_interval_where_labels_cancel(scale):
     """Rows of J are alike up to ``scale``, so that centred labels leave only their differences."""
     for seed in range(5):
@@ -270,28 +265,6 @@ def test_an_alignment_with_labels_is_within_its_tolerance_or_says_that_it_is_not
             assert low <= value <= high
     found = kernel.metrics(y, rtol=0.1, passes=passes)
     assert found["alignment"].relative_width() <= 0.1 and found["alignment"].value == pytest.approx(value, rel=0.2)
-
-
-def test_a_norm_is_estimated_again_where_the_alignment_needs_it():
-    model, x, y = near(0.9)
-    kernel, closer = ntkbench.Kernel(model, x), []
-    for seed in range(5):
-        asked = {"method": "hutchinson", "rtol": 0.1, "seed": seed}
-        once, found = kernel.norm(**asked), kernel.alignment(y, **asked)
-        assert found.relative_width() <= 0.1
-        closer += [found.passes > once.passes + 1]
-        assert closer[-1] == any(note.startswith("the norm is taken to rtol=") for note in found.notes)
-    assert any(closer)
-
-
-@given(value=st.floats(0.01, 0.9999), rtol=st.floats(1e-3, 0.5), share=st.floats(0, 0.5))
-def test_the_tolerance_of_a_norm_suffices_for_that_of_the_alignment(value, rtol, share):
-    loose = Estimate(value, value, 64.0, "hutchinson", metric="alignment", rounding=share * rtol * value)
-    closer = kernels._closer(loose, Options(rtol=rtol))
-    assert 0 < closer <= rtol * (1 + 1e-9)
-    error = value * math.log1p(closer) / float(ndtri(0.975))  # of a norm that is within this tolerance
-    assert dataclasses.replace(loose, standard_error=error).relative_width() <= rtol * (1 + 1e-9)
-    assert kernels._closer(dataclasses.replace(loose, standard_error=0.9 * error), Options(rtol=rtol)) is None
 
 
 @pytest.mark.parametrize("memory", [None, 20_000, 2000, 64])

@@ -113,6 +113,8 @@ class Estimate:
         rounding: the largest expected rounding error (see :func:`rounding_bound`): relative to ``value``, and for an
             alignment absolute, and with ``complement`` in the angle between the kernels, in radians; ``None`` where it
             is not known.
+        logarithmic: whether errors are symmetric in the logarithm, also those of an alignment: with y y^T, which is
+            exact but for the norm.
     """
 
     value: float
@@ -125,6 +127,7 @@ class Estimate:
     certificate: float | None = None
     complement: float | None = None
     rounding: float | None = None
+    logarithmic: bool = False
 
     @classmethod
     def of_moments(
@@ -172,9 +175,9 @@ class Estimate:
 
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
         the scale on which the metric's errors are symmetric: log for trace, norm and effective rank, atanh for the
-        alignment. The delta method transforms the standard error to that scale. With few probes on a steep spectrum
-        this raises the coverage from 75 % to 90 %. The interval contains the value, and is clipped to the metric's
-        range as far as the value is in it. It is unbounded if the standard error is unknown.
+        alignment of two kernels. The delta method transforms the standard error to that scale. With few probes on a
+        steep spectrum this raises the coverage from 75 % to 90 %. The interval contains the value, and is clipped to
+        the metric's range as far as the value is in it. It is unbounded if the standard error is unknown.
 
         Raises:
             BadInput: the confidence level is not between 0 and 1.
@@ -185,7 +188,7 @@ class Estimate:
         if self.complement is not None:
             low, high = self.complement_interval(confidence)
             return min(1 - high, self.value), max(1 - low, self.value)
-        scale = SCALES.get(self.metric)
+        scale = LOG if self.logarithmic else SCALES.get(self.metric)
         in_domain = self.value > 0 if scale is LOG else abs(self.value) < 1
         if spread == 0 or scale is None or not in_domain:
             low, high = self.value - spread, self.value + spread
@@ -203,7 +206,9 @@ class Estimate:
         An inner product is rounded relative to the norms of both kernels, also where it is much smaller. Where the
         difference of the kernels is not computed, rounding near 1 is as large as elsewhere.
         """
-        reach = (self.rounding or 0.0) * (1.0 if self.metric == "alignment" else abs(self.value))
+        if not self.rounding:
+            return low, high
+        reach = self.rounding * (1.0 if self.metric == "alignment" else abs(self.value))
         return low - reach, high + reach
 
     def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:

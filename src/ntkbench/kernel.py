@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from ntkbench import ambient, errors, ladder, metrics, options, progress_bar
-from ntkbench.errors import BadInput, OverMemory, Undefined
+from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimate import Estimate, Estimates, rounding_bound, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import Ledger
@@ -66,9 +66,6 @@ ALIGNED = 4
 
 SHARE = 8
 """Where these do not fit, a block of Theta in float64 fills at most this fraction of the memory."""
-
-TRIES = 2
-"""Number of times that a norm is estimated again for the tolerance of an alignment with labels."""
 
 
 class Setup(TypedDict, total=False):
@@ -781,11 +778,7 @@ class Kernel:
         return (self._with_labels if target.ndim == 1 else self._with_matrix)(target, asked, own)
 
     def _with_labels(self, y: np.ndarray, asked: Options, own: Sequence[str]) -> Estimates:
-        """The alignment with y y^T, exact but for the norm.
-
-        To a tolerance, the norm is estimated again if its own does not suffice for the alignment, as long as this
-        leaves more passes than the norm took.
-        """
+        """The alignment with y y^T, exact but for the norm: it is within a tolerance if the norm is."""
         from ntkbench.operators import linearise
 
         names = own or ("norm",)
@@ -795,26 +788,11 @@ class Kernel:
             image = j.vjp(asarray_like(y.reshape(1, -1), j.basis(0, 1)))
             square = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
         norm = found["norm"]
-        is_exact, aligned = norm.standard_error is None, _aligned(norm, square, j)
-        most = ladder.TOLERANCE_PASSES if asked.passes is None else asked.passes
-        for _ in range(TRIES):
-            closer, spent = _closer(aligned, asked), norm.passes or 0.0
-            left = int(most - j.passes - spent)
-            if closer is None or left <= spent:
-                break
-            try:
-                again = self._estimates(("norm",), replace(asked, rtol=closer, passes=left))["norm"]
-            except (BadInput, OverMemory):  # what there is stands
-                break
-            note = f"the norm is taken to rtol={closer:g}, for the alignment to be within rtol={asked.rtol:g}"
-            norm = replace(_with_passes(again, spent), notes=(*again.notes, note))
-            aligned = _aligned(norm, square, j)
+        aligned = _aligned(norm, square, j)
         aligned = replace(aligned, notes=tuple(dict.fromkeys((*aligned.notes, *_missed(aligned, asked)))))
-        if is_exact:  # each metric has its own cost
+        if norm.standard_error is None:  # each metric has its own cost
             return Estimates({**found, "alignment": _with_passes(aligned, j.passes)})
-        together = _with_passes(norm, j.passes).passes
-        found = Estimates({**found, "norm": norm, "alignment": aligned})
-        return Estimates({name: replace(each, passes=together) for name, each in found.items()})
+        return Estimates({name: _with_passes(e, j.passes) for name, e in {**found, "alignment": aligned}.items()})
 
     def _with_matrix(self, target: np.ndarray, asked: Options, own: Sequence[str]) -> Estimates:
         """The alignment with a matrix ``[n, n]``, or with A ⊗ I_O for A ``[N, N]``, by blocks of Theta.
@@ -1024,25 +1002,10 @@ def _aligned(norm: Estimate, square: float, j: JacobianOperator) -> Estimate:
         standard_error=error,
         notes=tuple(dict.fromkeys((*norm.notes, *j.notes))),
         metric="alignment",
+        logarithmic=True,
         certificate=max((c for c in (norm.certificate, j.certificate) if c is not None), default=None),
         rounding=rounding,
     )
-
-
-def _closer(aligned: Estimate, asked: Options) -> float | None:
-    """The tolerance of the norm for an alignment with y y^T to be within its own; ``None`` if it is, or if none helps.
-
-    The interval is symmetric in atanh A, which a relative change h of the norm changes by h A / (1 - A^2). Rounding
-    that takes more than half of the tolerance does not count, as more probes do not reduce it.
-    """
-    value, rtol = aligned.value, asked.rtol
-    if rtol is None or not aligned.standard_error or not 0 < value < 1:
-        return None
-    rounding = aligned.rounding if aligned.rounding and aligned.rounding <= rtol * value / 2 else 0.0
-    if replace(aligned, rounding=rounding).relative_width(asked.confidence) <= rtol:
-        return None
-    reach = math.atanh(value) - math.atanh((1 - rtol) * value + rounding)
-    return reach * (1 - value**2) / value
 
 
 def _missed(aligned: Estimate, asked: Options) -> tuple[str, ...]:

@@ -397,7 +397,7 @@ class UStatistics(Accumulator):
         return MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._count else []))
 
     def estimate(self, metric: str) -> PointEstimate:
-        return delta_method(metric, self._names, self.moments())
+        return delta_method(metric, self._names, self.moments(), single=self._jacobians[0].n == self._strata)
 
     def complement(self) -> float | None:
         return complement(dict(zip(self._names, self.moments().means.tolist(), strict=True)))
@@ -427,11 +427,17 @@ def least_probes(metric: str, strata: int, n: int, error: float) -> float:
     return 0.0 if scale is None else PairSums.least_probes(strata, n / strata, scale * error)
 
 
-def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) -> PointEstimate:
+def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates, *, single: bool = False) -> PointEstimate:
     """A metric from estimates of its moments, with a standard error by the delta method.
 
     The second-order bias of the effective rank is subtracted, up to half of its value: beyond that the expansion is
     unreliable. The biases of the norm and of the alignment are small compared with their errors and are kept.
+
+    Args:
+        metric: the metric.
+        names: names of the moments.
+        moments: their estimates.
+        single: whether a probe has one sign in each stratum, on which nothing depends.
     """
 
     def of(means: np.ndarray) -> Moments:
@@ -447,8 +453,8 @@ def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates) ->
     if metric == "effective_rank":
         bias = moments.second_order_bias(lambda means: of(means).metric(metric))
         value -= min(max(bias, -value / 2), value / 2)
-    # Ratios of the moments of a single pair do not vary at all.
-    return PointEstimate(value, error if moments.degrees > 0 else math.nan, moments.degrees)
+    # Ratios of the moments of a single pair do not vary at all; with a single sign nothing does.
+    return PointEstimate(value, error if single or moments.degrees > 0 else math.nan, moments.degrees)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

@@ -185,7 +185,7 @@ class GroupedUStatistics(Accumulator):
         if self._names == ("trace",):
             found = standard_errors.stratified_mean(np.concatenate(self._traces))
             return found._replace(value=found.value + self._known[0])
-        return delta_method(metric, self._names, self._moments())
+        return delta_method(metric, self._names, self._moments(), single=self._O == 1)
 
     def complement(self) -> float | None:
         if self._names == ("trace",):
