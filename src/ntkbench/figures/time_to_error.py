@@ -23,7 +23,7 @@ ROLES = {
     "published": (styles.BLACK, "o", "published method"),
     "estimated": (styles.VERMILION, "o", "estimator of this suite"),
     "exact": (styles.BLUE, "s", "exact, of this suite"),
-    "biased": (styles.GREY, "D", "biased, of this suite, within the error here"),
+    "biased": (styles.GREY, "D", "biased, within the error here"),
 }
 """Colour, marker and meaning of the methods that are named."""
 ABOVE = ("published", "estimated")
