@@ -14,7 +14,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import methods, operators, testing
-from ntkbench.errors import BadInput, OverMemory, Unavailable, Unsupported
+from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimators import solve, spectrum
 from ntkbench.measure import outcomes
 from ntkbench.methods.base import Incremental, Method
@@ -456,7 +456,10 @@ def test_probes_that_agree_by_chance_do_not_look_exact(method, wishes):
             continue
         for seed in range(16):
             passes = 400 if wishes else method.least_passes(problem, metric)
-            found = method.estimates(ready, (metric,), passes, seed, **wishes)[metric]
+            try:
+                found = method.estimates(ready, (metric,), passes, seed, **wishes)[metric]
+            except Undefined:  # all probes are orthogonal to the one eigenvector
+                continue
             if found.standard_error == 0:
                 assert found.value == pytest.approx(exact[metric]), (metric, seed)
 

@@ -453,8 +453,10 @@ def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates, *,
     if metric == "effective_rank":
         bias = moments.second_order_bias(lambda means: of(means).metric(metric))
         value -= min(max(bias, -value / 2), value / 2)
-    # Ratios of the moments of a single pair do not vary at all; with a single sign nothing does.
-    return PointEstimate(value, error if single or moments.degrees > 0 else math.nan, moments.degrees)
+    if single:
+        return PointEstimate(value, 0.0)
+    # Ratios of the moments of a single pair do not vary at all.
+    return PointEstimate(value, error if moments.degrees > 0 else math.nan, moments.degrees)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

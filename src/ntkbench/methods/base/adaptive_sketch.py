@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
-from ntkbench.methods.base.stochastic import Accumulating
+from ntkbench.methods.base.stochastic import ALIKE, Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 
 PASSES_PER_COLUMN = 4
@@ -139,7 +140,10 @@ class GrowingSketch(Accumulator):
         c, crossed = (np.concatenate(parts) for parts in zip(*inside_of, strict=True))
         core = arrays.to_numpy(self.q @ self._image.T, np.float64)
         residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
-        return deflation.add(inside, _skewed_mean(residual))
+        found, dim = _skewed_mean(residual), self._A.dim
+        if found.standard_error == 0 and dim > 1 and len(self.q) < dim and len(residual) <= ALIKE:
+            found = found._replace(standard_error=math.nan)
+        return deflation.add(inside, found)
 
     def _coordinates(self, g: Array) -> tuple[np.ndarray, np.ndarray]:
         """g^T Q and g^T G Q."""

@@ -219,10 +219,13 @@ class Incremental(Stochastic):
     def _with_unknown_error(self, prepared: Any, metric: str, probes: int, point: PointEstimate) -> PointEstimate:
         """An estimate whose error of 0 may mean that all probes are alike by chance; see :data:`ALIKE`.
 
-        A single sign leaves nothing to chance: squares do not depend on it.
+        A single sign leaves nothing to chance: squares do not depend on it. Nor do ratios that are 1 for a kernel of
+        rank one.
         """
         problem = getattr(prepared, "problem", None)
         if point.standard_error != 0 or problem is None or self.signs(problem, metric) < 2:
+            return point
+        if problem.n == 1 and metric == "alignment" or min(problem.n, problem.P) == 1 and metric == "effective_rank":
             return point
         degrees = (probes - 1) * max(1, self.strata(problem, metric))
         if degrees >= ALIKE:
