@@ -225,7 +225,7 @@ class Incremental(Stochastic):
         problem = getattr(prepared, "problem", None)
         if point.standard_error != 0 or problem is None or self.signs(problem, metric) < 2:
             return point
-        if problem.n == 1 and metric == "alignment" or min(problem.n, problem.P) == 1 and metric == "effective_rank":
+        if {"alignment": problem.n, "effective_rank": min(problem.n, problem.P)}.get(metric) == 1:
             return point
         degrees = (probes - 1) * max(1, self.strata(problem, metric))
         if degrees >= ALIKE:
