@@ -75,34 +75,30 @@ def sample_by_sample(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
     """From rows of J, sample by sample; see :func:`ntkbench.operators.explicit_kernel.explicit_kernel`."""
-    found: jax.Array = _by_rows(problem, x2, directions, averaged, target, independent=True)()
-    return found
+    return _by_rows(problem, x2, directions, averaged, target, independent=True)
 
 
 def row_by_row(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
     """From rows of J by products over the whole batch, which allows samples to interact."""
-    found: jax.Array = _by_rows(problem, x2, directions, averaged, target, independent=False)()
-    return found
+    return _by_rows(problem, x2, directions, averaged, target, independent=False)
 
 
 def in_parts(
     way: Way, problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> Callable[[slice, slice], jax.Array]:
-    """The kernel of a method in rectangles: a function of rows and columns, ranges of :mod:`ntkbench.operators.ranges`.
+    """The kernel by neural-tangents in rectangles: a function of rows and columns.
 
-    Methods by neural-tangents compile a program for each shape of a rectangle and certify each rectangle separately.
-    The others are certified once. ``target.program_memory`` includes the rectangle.
+    These are ranges of :mod:`ntkbench.operators.ranges`. A program is compiled for each shape of a rectangle, and each
+    rectangle is certified separately. ``target.program_memory`` includes the rectangle.
 
     Args:
-        way: one of :func:`ways`; the other arguments are those of the method.
+        way: :func:`structured_derivatives` or :func:`jacobian_contraction`; the other arguments are those of it.
 
     Raises:
-        BadInput: raised by the function for methods by neural-tangents: a rectangle has only some outputs of a sample.
+        BadInput: raised by the function: a rectangle has only some outputs of a sample.
     """
-    if way in (sample_by_sample, row_by_row):
-        return _by_rows(problem, x2, directions, averaged, target, independent=way is sample_by_sample)
     K = 1 if averaged else problem.O if directions is None else len(directions)
 
     def part(rows: slice, columns: slice) -> jax.Array:
@@ -129,12 +125,12 @@ def _by_rows(
     target: Target,
     *,
     independent: bool,
-) -> Callable[..., jax.Array]:
-    """Rectangles of the kernel by their rows and columns; without them, the whole kernel."""
+) -> jax.Array:
     left = linearise(problem, "theta_0", target)
     right = None if x2 is None else linearise(problem.with_inputs(x2), "theta_0", target)
     u = None if directions is None else arrays.asarray_like(directions, left.basis(0, 1))
-    return functools.partial(explicit_kernel, left, right, u, averaged=averaged, independent=independent)
+    found: jax.Array = explicit_kernel(left, right, u, averaged=averaged, independent=independent)
+    return found
 
 
 def _by_neural_tangents(
