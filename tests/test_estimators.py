@@ -14,9 +14,9 @@ from torch import nn
 
 import ntkbench
 from ntkbench import methods
-from ntkbench.errors import OverMemory
+from ntkbench.errors import OverMemory, Undefined
 from ntkbench.estimators import standard_errors
-from ntkbench.methods.base import Accumulating
+from ntkbench.methods.base import Accumulating, Incremental
 from ntkbench.methods.group_u_statistics import GroupUStatistics
 from ntkbench.operators import Rng
 from ntkbench.options import BACKENDS, Target
@@ -178,6 +178,49 @@ def test_one_output_a_sample_leaves_nothing_to_chance():
         assert estimate.standard_error == pytest.approx(0, abs=1e-5 * exact[metric])
     single = ntkbench.trace(nets[0], x, method="per_sample_trace", passes=2)
     assert single.value == pytest.approx(exact["trace"], rel=1e-5)
+
+
+class Opposite(nn.Module):
+    """Two outputs of opposite sign: Theta = t [[1, -1], [-1, 1]] maps half of all pairs of signs to zero."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight, 1.0], dtype=torch.float64))
+
+    def forward(self, x):
+        f = self.weight[0] ** 2 * x + self.weight[1] * x**2
+        return torch.cat([f, -f], dim=1)
+
+
+@pytest.mark.parametrize("name", [n for n in methods.names() if methods.get(n).kind == "stochastic"])
+def test_probes_without_an_image_do_not_show_that_theta_is_zero(name):
+    method, target = methods.get(name), Target("torch", "float64", "cpu", 2**30)
+    if not {"norm", "effective_rank", "alignment"} <= set(method.metrics):
+        pytest.skip("has no metric that is a ratio")
+    problem = ntkbench.from_module(Opposite(0.5), torch.ones(1, 1), Opposite(2.0), dtype="float64")
+    J, J_f = written_out(problem), written_out(problem, "theta_f")
+    exact, tried = metrics_of(J @ J.T, J_f @ J_f.T), 0
+    for metric in ("norm", "effective_rank", "alignment"):
+        for probes in (method.fewest_probes, method.fewest_probes + 1):
+            passes = max(method.cost(metric, probes), method.least_passes(problem, metric))
+            if method.unsupported_reason(problem, metric, target, passes):
+                continue
+            prepared = method.prepare(problem, target)
+            for seed in range(24):
+                tried += 1
+                try:
+                    found = method.estimate(prepared, metric, passes, seed)
+                except Undefined as error:
+                    assert "too few to show that Theta is zero" in str(error)
+                    continue
+                if found.standard_error == 0:
+                    assert found.value == pytest.approx(exact[metric], rel=1e-6), (metric, probes, seed)
+        if isinstance(method, Incremental) and not method.unsupported_reason(problem, metric, target, 4096):
+            for seed in range(24):
+                found = method.estimates(method.prepare(problem, target), (metric,), 4096, seed, 0.5)[metric]
+                assert abs(found.value - exact[metric]) <= exact[metric]
+    if not tried:
+        pytest.skip("does not apply to one sample with two outputs")
 
 
 @pytest.mark.parametrize("name", ["block_u_statistics", "gram_reverse", "gram_forward"])

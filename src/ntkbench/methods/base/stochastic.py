@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from scipy.special import chdtri
 
 from ntkbench import metrics, progress_bar
-from ntkbench.errors import BadInput, NtkbenchError
+from ntkbench.errors import BadInput, NtkbenchError, Undefined
 from ntkbench.estimate import Estimate, rounding_note
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
@@ -114,6 +114,13 @@ def _takes(metric: str, least: int) -> str:
     return f"{metric} takes at least {least} passes"
 
 
+def _check_enough(names: Sequence[str], probes: int) -> None:
+    """Check that probes whose images are all zero are enough to show that Theta is zero."""
+    if probes <= ALIKE:
+        shown = f"the images of all probes are zero, and {probes} are too few to show that Theta is zero"
+        raise Undefined(f"the {' and '.join(names)} cannot be estimated: {shown}")
+
+
 ROUNDING = 1e-9
 """Of a number of passes."""
 ALIKE = 12
@@ -144,7 +151,13 @@ class FixedBudget(Stochastic):
     def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
         jacobians = prepared.jacobians(metric)
         probes = self.probes(metric, self.affordable(prepared, (metric,), passes))
-        value, error, degrees = self.draw(metric, jacobians, probes, jacobians[0].rng(seed))
+        try:
+            value, error, degrees = self.draw(metric, jacobians, probes, jacobians[0].rng(seed))
+        except Undefined:
+            _check_enough((metric,), probes)
+            raise
+        if value == error == 0 and jacobians[0].n > 1 and probes <= ALIKE:
+            error, degrees = math.nan, 0.0
         spent = sum(j.passes for j in jacobians)
         found = certificate(jacobians)
         return Estimate(
@@ -286,6 +299,7 @@ class Incremental(Stochastic):
 
         Raises:
             GivenUp: it is given up. The estimates so far are not returned, as their errors did not decide.
+            Undefined: a metric is a ratio to the norm of a kernel that is zero, as far as its probes show.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
         most = self.affordable(prepared, names, passes) // max(self.passes_per_probe(name) for name in names)
@@ -295,7 +309,14 @@ class Incremental(Stochastic):
         while True:
             accumulator.extend(batch)
             drawn += batch
-            points = {name: accumulator.estimate(name) for name in names}
+            try:
+                points = {name: accumulator.estimate(name) for name in names}
+            except Undefined:
+                if rtol is None or drawn == most or drawn > ALIKE:
+                    _check_enough(names, drawn)
+                    raise
+                batch = min(most, max(ALIKE + 1, drawn + fewest)) - drawn
+                continue
             if "alignment" not in names or accumulator.complement() != 0:  # kernels that do not differ have no error
                 points = {name: self._with_unknown_error(prepared, name, drawn, each) for name, each in points.items()}
             spent, remarks, certified = ledger()
