@@ -199,6 +199,18 @@ def test_the_smallest_budget_of_all_may_be_more_than_enough(monkeypatch):
     assert found["passes"] == methods.get("hutchinson").least_passes(problems.load(LABEL), "trace")
 
 
+@pytest.mark.parametrize("enough", [0.7, 1.05, 1.5])
+def test_budgets_near_the_smallest_of_all_have_a_law_that_reaches_the_goal(monkeypatch, enough):
+    """The budget that is enough, as a multiple of the smallest one: no row counts a budget that its errors exclude."""
+    least = methods.get("hutchinson").least_passes(problems.load(LABEL), "trace")
+    fake = Fake(monkeypatch, 0.01 * enough * least, noise=True)
+    found = [fake.entrant(0.01, seeds=51, looks=21).search() for _ in range(40)]
+    assert all(math.isfinite(row["passes_low"]) for row in found)
+    assert np.mean([row["passes_low"] <= max(least, enough * least) for row in found]) >= 0.875
+    assert np.mean([not row["passes_high"] < enough * least for row in found]) >= 0.875
+    assert np.median([row["passes"] for row in found]) < 2 * max(1, enough) * least
+
+
 def test_limits_passes_is_for_deterministic_methods_and_most_passes_for_the_others(monkeypatch):
     fake = Fake(monkeypatch)
     assert fake.entrant(0.5, limits={"passes": 1}).search()["passes"] in (200, 201)

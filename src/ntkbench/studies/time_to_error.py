@@ -296,7 +296,9 @@ class Entrant:
                     enough[passes] = found  # counts if the refitted law gives it again: passes are whole numbers
                     continue
             self._check_patience(found, passes)
-            _, low, high, *_ = self._law(points).reached(self._goal.error)
+            reached, low, high, *_ = self._law(points).reached(self._goal.error)
+            if math.isnan(reached):  # by all errors together, no budget is enough so far
+                continue
             behind = sum(len(each.errors) for _, each in points)
             band = {"passes_low": min(low, passes), "passes_high": max(high, passes), "law_seeds": behind}
             return {"passes": passes, **band, **found.columns()}
@@ -305,7 +307,8 @@ class Entrant:
     def _around(self, passes: int, least: int) -> list[tuple[int, Reruns]]:
         """Errors with insufficient budgets, and with twice the first sufficient one.
 
-        Errors with the first sufficient budget are left out: it was chosen by them, and they may be low by luck.
+        Errors with the first sufficient budget are left out, unless it is the smallest of all: it was chosen by them,
+        and they may be low by luck.
         """
         points: list[tuple[int, Reruns]] = []
         while True:
@@ -317,11 +320,11 @@ class Entrant:
             enough = [tried for tried, each in points if _error(each) <= self._goal.error]
             if enough and (len(enough) < len(points) or min(enough) == least):
                 short = [point for point in points if _error(point[1]) > self._goal.error]
-                slow = float(np.median(found.seconds[1:] or found.seconds)) > self._patience
-                if not short or slow:
+                if float(np.median(found.seconds[1:] or found.seconds)) > self._patience:
                     return points
                 beyond = min(self._settings.most_passes, 2 * min(enough))
-                return [*short, (beyond, self._tried(beyond, self._settings.looks))]
+                # The smallest budget of all was not chosen by its errors.
+                return [*(short or points), (beyond, self._tried(beyond, self._settings.looks))]
             if enough:
                 passes = max(least, passes // 2)
             else:
