@@ -12,13 +12,13 @@ import array_api_compat
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, Undefined
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import accumulators, projections
 from ntkbench.estimators.projections import Features
 from ntkbench.estimators.standard_errors import PointEstimate, mean
 from ntkbench.methods.base.method import PreparedProblem, certificate, notes, rounding
-from ntkbench.methods.base.stochastic import Ledger, Stochastic
+from ntkbench.methods.base.stochastic import Ledger, Stochastic, check_enough
 from ntkbench.methods.base.u_statistics import jackknifed_rank
 from ntkbench.operators import Array, JacobianOperator, arrays
 from ntkbench.options import Target
@@ -84,7 +84,12 @@ class Projected(Stochastic):
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
         features, ledger = self.features(prepared, metric, self.probes(metric, passes), seed)
-        (value, error, degrees), complement = estimated(metric, features)
+        try:
+            point, complement = estimated(metric, features)
+        except Undefined:
+            check_enough((metric,), len(features[0]))
+            raise
+        value, error, degrees = self.with_unknown_error(prepared, metric, len(features[0]), point, complement)
         spent, remarks, found = ledger()
         bound = self.rounding(prepared, metric, found)
         return Estimate(value, error, spent, self.name, remarks, metric, degrees, found, complement, bound)
@@ -112,6 +117,9 @@ class ProjectedRows(Projected):
     """Features of the rows of J one by one: the rows are computed in blocks, projected and forgotten."""
 
     needs_independent_samples = True
+
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.P
 
     @abstractmethod
     def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 from scipy.special import chdtri
 
 from ntkbench import metrics, progress_bar
@@ -94,6 +95,41 @@ class Stochastic(Method):
                 raise BadInput(f"{self.name}: {needed}, as a JVP of this network takes {each}; got {passes}")
         return found
 
+    def signs(self, problem: Problem, metric: str) -> int:
+        """Random signs in an independent part of a probe; 0 where probes are not signs, or an error of 0 is exact."""
+        return 0
+
+    def strata(self, problem: Problem, metric: str) -> int:
+        """Independent parts of a probe that have degrees of freedom of their own; 0 if a probe is taken as a whole."""
+        return 0
+
+    def with_unknown_error(
+        self, prepared: Any, metric: str, probes: int, point: PointEstimate, complement: float | None = None
+    ) -> PointEstimate:
+        """An estimate whose error of 0 may mean that all probes are alike by chance; see :data:`ALIKE`.
+
+        A single sign leaves nothing to chance: squares do not depend on it. Nor do ratios that are 1 for a kernel of
+        rank one, or for networks that do not differ.
+
+        Args:
+            prepared: the result of :meth:`prepare`.
+            metric: the metric.
+            probes: number of independent probes.
+            point: the estimate.
+            complement: 1 - alignment, if it is available.
+        """
+        problem = getattr(prepared, "problem", None)
+        if point.standard_error != 0 or problem is None or self.signs(problem, metric) < 2:
+            return point
+        pairs = (probes - 1) * max(1, self.strata(problem, metric))
+        if pairs >= ALIKE:
+            return point
+        if metric in ("alignment", "effective_rank") and min(problem.n, problem.P) == 1:
+            return point
+        if metric == "alignment" and complement == 0 and _does_not_differ(problem):
+            return point
+        return PointEstimate(point.value, math.nan, min(point.degrees, pairs))
+
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
@@ -114,7 +150,13 @@ def _takes(metric: str, least: int) -> str:
     return f"{metric} takes at least {least} passes"
 
 
-def _check_enough(names: Sequence[str], probes: int) -> None:
+def _does_not_differ(problem: Problem) -> bool:
+    """Whether the two networks of an alignment have the same parameters."""
+    start, end = problem.theta_0, problem.theta_f
+    return end is not None and all(np.array_equal(start[name], end[name]) for name in start)
+
+
+def check_enough(names: Sequence[str], probes: int) -> None:
     """Check that probes whose images are all zero are enough to show that Theta is zero."""
     if probes <= ALIKE:
         shown = f"the images of all probes are zero, and {probes} are too few to show that Theta is zero"
@@ -154,7 +196,7 @@ class FixedBudget(Stochastic):
         try:
             value, error, degrees = self.draw(metric, jacobians, probes, jacobians[0].rng(seed))
         except Undefined:
-            _check_enough((metric,), probes)
+            check_enough((metric,), probes)
             raise
         if value == error == 0 and jacobians[0].n > 1 and probes <= ALIKE:
             error, degrees = math.nan, 0.0
@@ -220,30 +262,6 @@ class Incremental(Stochastic):
 
     first_batch: ClassVar[int] = 16
     order: ClassVar[float] = 0.5
-
-    def strata(self, problem: Problem, metric: str) -> int:
-        """Independent parts of a probe that have degrees of freedom of their own; 0 if a probe is taken as a whole."""
-        return 0
-
-    def signs(self, problem: Problem, metric: str) -> int:
-        """Random signs in an independent part of a probe; 0 where probes are not signs, or an error of 0 is exact."""
-        return 0
-
-    def _with_unknown_error(self, prepared: Any, metric: str, probes: int, point: PointEstimate) -> PointEstimate:
-        """An estimate whose error of 0 may mean that all probes are alike by chance; see :data:`ALIKE`.
-
-        A single sign leaves nothing to chance: squares do not depend on it. Nor do ratios that are 1 for a kernel of
-        rank one.
-        """
-        problem = getattr(prepared, "problem", None)
-        if point.standard_error != 0 or problem is None or self.signs(problem, metric) < 2:
-            return point
-        if {"alignment": problem.n, "effective_rank": min(problem.n, problem.P)}.get(metric) == 1:
-            return point
-        degrees = (probes - 1) * max(1, self.strata(problem, metric))
-        if degrees >= ALIKE:
-            return point
-        return PointEstimate(point.value, math.nan, min(point.degrees, degrees))
 
     def probes_to_decide(self, problem: Problem, metric: str) -> int:
         """Fewest probes that can usually decide: with fewer, the error has too few degrees of freedom."""
@@ -313,12 +331,15 @@ class Incremental(Stochastic):
                 points = {name: accumulator.estimate(name) for name in names}
             except Undefined:
                 if rtol is None or drawn == most or drawn > ALIKE:
-                    _check_enough(names, drawn)
+                    check_enough(names, drawn)
                     raise
                 batch = min(most, max(ALIKE + 1, drawn + fewest)) - drawn
                 continue
-            if "alignment" not in names or accumulator.complement() != 0:  # kernels that do not differ have no error
-                points = {name: self._with_unknown_error(prepared, name, drawn, each) for name, each in points.items()}
+            complement = accumulator.complement() if "alignment" in names else None
+            points = {
+                name: self.with_unknown_error(prepared, name, drawn, point, complement)
+                for name, point in points.items()
+            }
             spent, remarks, certified = ledger()
             found = {
                 name: Estimate(
@@ -330,7 +351,7 @@ class Incremental(Stochastic):
                     name,
                     degrees,
                     certified,
-                    complement=accumulator.complement() if name == "alignment" else None,
+                    complement=complement if name == "alignment" else None,
                     rounding=self.rounding(prepared, names, name, certified),
                 )
                 for name, (value, error, degrees) in points.items()
