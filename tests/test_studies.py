@@ -22,6 +22,7 @@ from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
 from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
+from ntkbench.figures import novak_time as novak_time_figure
 from ntkbench.figures.plotting import base, curves, report, sources
 from ntkbench.measure import fingerprints
 from ntkbench.measure.config import Config
@@ -370,12 +371,58 @@ def test_programs_over_the_budget_are_rows_that_say_so(tables):
     assert (table.loc[table["status"] == "ok", "memory_bytes"].dropna() >= 0).all()
 
 
-def test_programs_of_too_many_operations_are_rows_that_say_so():
+def test_programs_of_too_many_operations_are_rows_that_say_so_and_have_their_memory():
     from ntkbench.studies import novak_time
 
-    table = novak_time.run(novak_time.Settings(**QUICK, **TINY["novak_time"] | {"limits": {"gigaflop": 1e-6}}))
+    sizes = TINY["novak_time"] | {"widths": [16], "others": [{"inputs": 5, "depth": 1, "width": 3, "outputs": 2}]}
+    ran = novak_time.run(novak_time.Settings(**QUICK, **sizes | {"limits": {}}))
+    table = novak_time.run(novak_time.Settings(**QUICK, **sizes | {"limits": {"gigaflop": 1e-9}}))
     assert set(table["status"]) == {"skipped"} and table["reason"].str.contains("over limits.gigaflop").all()
-    assert table["budget_mb"].notna().all()
+    assert table["budget_mb"].notna().all() and "seconds" not in table
+    jax = table["method"] != "structured_derivatives"
+    assert (table.loc[jax, "memory_bytes"] == ran.loc[jax, "memory_bytes"]).all()
+    other = table[table["inputs"] == 5]
+    assert set(zip(other["depth"], other["width"], other["O"], strict=True)) == {(1, 3, 2)}
+    weights = 4 * (5 * 3 + 3 + 3 * 2 + 2)
+    assert (other.loc[jax, "memory_bytes"] > weights).all()
+
+
+def test_what_goes_further_in_memory_is_read_off_programs_that_were_not_run():
+    rows = []
+    for width in (16, 32, 64, 128):
+        for method, power in (("nt_structured_derivatives", 1), ("nt_jacobian_contraction", 2)):
+            row = {"N": 2, "O": 4, "width": width, "method": method, "budget_mb": 64.0, "status": "skipped"}
+            rows.append(row | {"memory_bytes": 2.0**20 * (width / 4) ** power})
+    table = pd.DataFrame(rows)
+    # 64 MiB are 4 * 64 wide at the power 1, which is more than was measured, and 4 * 8 at the power 2.
+    assert novak_time_figure.widest(table).to_dict() == {4: pytest.approx(128 / 32)}
+    assert novak_time_figure.widest(table.assign(budget_mb=1e6)).empty, "neither runs out of memory"
+    gone = table["memory_bytes"].where(table["width"] < 128)
+    assert novak_time_figure.widest(table.assign(memory_bytes=gone)).empty, "not all programs are known"
+
+
+def notebook(**changes):
+    """Rows of the study for the notebook's network, with the notebook's own seconds."""
+    there = sources.values("novak_notebooks", network=novak_time_figure.NOTEBOOK)
+    rows = [
+        {"method": row.method, "title": row.method, "seconds": row.milliseconds / 1e3, "status": "ok", "reason": ""}
+        for row in there.itertuples()
+    ]
+    table = pd.DataFrame(rows).assign(N=16, O=8, memory_bytes=1e6, budget_mb=1e4, calls=3, **novak_time_figure.SAME)
+    return table.assign(seconds_q25=table["seconds"], seconds_q75=table["seconds"], **PROVENANCE).assign(**changes)
+
+
+def test_the_notebooks_claim_is_judged_on_the_notebooks_network_alone():
+    def verdicts(extra):
+        papers = notebook(inputs=784, depth=9, width=16, seconds=1.0)
+        table = base.checked_study(pd.concat([papers, extra]), novak_time_figure.COLUMNS)
+        with base.style():
+            made = novak_time_figure.draw(table).claims
+        return [claim.verdict for claim in made if claim.source == "neural-tangents' notebook"]
+
+    assert verdicts(notebook()) == ["reproduced"] * 2
+    assert verdicts(notebook(width=1024)) == verdicts(notebook(depth=9)) == ["not addressed"] * 2
+    assert verdicts(notebook(status="skipped", reason="too large")) == ["not addressed"] * 2
 
 
 def test_lowered_programs_compute_the_kernel():

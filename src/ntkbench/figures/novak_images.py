@@ -249,9 +249,7 @@ def _claim(same: pd.DataFrame, known: pd.DataFrame, method: str) -> claims.Claim
     if operations:
         notes.append(f"in operations the ratio is {labels.rounded(operations[0]['flops'] / operations[1]['flops'])}")
     if seconds:
-        one, other = seconds
-        low, high = one["seconds_q25"] / other["seconds_q75"], one["seconds_q75"] / other["seconds_q25"]
-        measured = float(one["seconds"] / other["seconds"]), float(low), float(high)
+        measured = claims.quotient(*seconds)
     else:
         notes.append(_why(case, samples, outputs))
     name = f"ResNet18, N = {samples:g}, O = {outputs:g}"

@@ -169,10 +169,28 @@ def compile_within(limit: int, lowered: jax.stages.Lowered, name: str) -> jax.st
     Raises:
         OverMemory: the program would take more.
     """
+    made = compiled(lowered)
+    check_bytes(needed_bytes(made), limit, name)
+    return made
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The compiled program, whatever it takes; compiling allocates none of its arrays."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        compiled = lowered.compile()
-    needed = needed_bytes(compiled)
+        return lowered.compile()
+
+
+def check_bytes(needed: int, limit: int, name: str) -> None:
+    """Check that a program takes at most ``limit`` bytes.
+
+    Args:
+        needed: what :func:`needed_bytes` says of it.
+        limit: bytes.
+        name: name of the program, for the error message.
+
+    Raises:
+        OverMemory: it takes more.
+    """
     if needed > limit:
         raise OverMemory(f"{name} would need {needed / 2**30:.3g} GiB, over the budget of {limit / 2**30:.3g} GiB")
-    return compiled

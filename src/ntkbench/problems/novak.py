@@ -21,12 +21,12 @@ TRAINED_ON = 8
 
 
 @problem(any_size=True)
-def fc_relu(N: int = 128, O: int = 10, width: int = 1024, depth: int = 3) -> Definition:  # noqa: E741
-    """784-width-...-width-O ReLU network with ``depth`` hidden layers on N standard normal inputs."""
+def fc_relu(N: int = 128, O: int = 10, width: int = 1024, depth: int = 3, inputs: int = PIXELS) -> Definition:  # noqa: E741
+    """inputs-width-...-width-O ReLU network with ``depth`` hidden layers on N standard normal inputs."""
     from ntkbench.networks import fully_connected
 
-    make = functools.partial(fully_connected.network, [PIXELS, *[width] * depth, O])
-    return _on_normal_inputs(make, (N, PIXELS), O, fully_connected.forward)
+    make = functools.partial(fully_connected.network, [inputs, *[width] * depth, O])
+    return _on_normal_inputs(make, (N, inputs), O, fully_connected.forward)
 
 
 @problem(any_size=True)

@@ -1,6 +1,7 @@
 """Seconds and memory of an NTK of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, right).
 
-The memory of a program is known once it is compiled; a program that needs more than ``limits.memory_mb`` is not run.
+The memory of a program is known once it is compiled, whether or not it is run afterwards. A program that needs more
+than ``limits.memory_mb``, or more operations than ``limits.gigaflop``, is not run, and its row has its memory.
 """
 
 from __future__ import annotations
@@ -11,10 +12,23 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveInt
 
+from ntkbench.measure.schema import Strict
 from ntkbench.studies import base
 
 TIMED = True
-HIDDEN = 9
+
+
+class Network(Strict):
+    """A ReLU network that is measured in addition.
+
+    Attributes:
+        inputs, depth, width, outputs: inputs, hidden layers, units of each, and O.
+    """
+
+    inputs: PositiveInt
+    depth: PositiveInt
+    width: PositiveInt
+    outputs: PositiveInt
 
 
 class Settings(base.Settings):
@@ -22,23 +36,41 @@ class Settings(base.Settings):
 
     Attributes:
         widths, outputs: every width with every O.
+        inputs, depth: inputs and hidden layers of these networks; 784 and 9 in the paper.
         samples: N.
+        others: other networks, such as that of neural-tangents' notebook.
     """
 
     widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
+    inputs: PositiveInt = 784
+    depth: PositiveInt = 9
     samples: PositiveInt = 16
+    others: list[Network] = Field(default=[])
+
+    def networks(self) -> list[Network]:
+        """All networks that are measured."""
+        grid = [(width, outputs) for width in self.widths for outputs in self.outputs]
+        own = [Network(inputs=self.inputs, depth=self.depth, width=w, outputs=o) for w, o in grid]
+        return [*own, *self.others]
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each width, O and implementation."""
+    """One row for each network and implementation."""
     from ntkbench.studies.base import programs
 
-    sizes = {"N": settings.samples, "budget_mb": settings.limits.memory_mb}
     cases: list[dict[str, Any]] = [
-        {**sizes, "O": outputs, "width": width, "method": name, "title": title}
-        for width in settings.widths
-        for outputs in settings.outputs
+        {
+            "N": settings.samples,
+            "budget_mb": settings.limits.memory_mb,
+            "inputs": network.inputs,
+            "depth": network.depth,
+            "O": network.outputs,
+            "width": network.width,
+            "method": name,
+            "title": title,
+        }
+        for network in settings.networks()
         for name, title in programs.TITLES.items()
     ]
     measures = {"structured_derivatives": _ours}
@@ -50,7 +82,7 @@ def run(settings: Settings) -> pd.DataFrame:
 def _network(case: dict[str, Any]) -> Any:
     from ntkbench.problems.novak import fc_relu
 
-    return fc_relu(N=case["N"], O=case["O"], width=case["width"], depth=HIDDEN)
+    return fc_relu(**{name: case[name] for name in ("N", "O", "width", "depth", "inputs")})
 
 
 def _theirs(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +92,6 @@ def _theirs(settings: Settings, case: dict[str, Any]) -> dict[str, Any]:
     weights = {name: w.detach().numpy() for name, w in network.module.named_parameters()}
     shapes = {name: w.shape for name, w in weights.items()}
     made = programs.lowered(case["method"], network.jax_forward, shapes, network.x.shape)
-    settings.limits.check_operations(programs.flops(made))
     return programs.timed_program(made, weights, network.x, target, settings.limits, settings.calls)
 
 

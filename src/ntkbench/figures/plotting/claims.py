@@ -270,6 +270,12 @@ def ranged(values: Iterable[float]) -> Interval:
     return float(np.median(finite)), float(finite.min()), float(finite.max())
 
 
+def quotient(above: pd.Series, below: pd.Series) -> Interval:
+    """Seconds of one row over those of another, between the quotients of their opposite quartiles."""
+    low, high = above["seconds_q25"] / below["seconds_q75"], above["seconds_q75"] / below["seconds_q25"]
+    return float(above["seconds"] / below["seconds"]), float(low), float(high)
+
+
 def count(number: float) -> int:
     """A number of runs from a table; 0 if it is missing."""
     return 0 if math.isnan(number) else int(number)

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ntkbench.errors import OverMemory, Unavailable
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.tuning import Tuning
-from ntkbench.measure import timing
+from ntkbench.measure import outcomes, timing
 from ntkbench.measure.limits import Limits
 from ntkbench.operators import torch_network
-from ntkbench.operators.programs import compile_within, kernel_function, lower, needed_bytes
+from ntkbench.operators.programs import check_bytes, compiled, kernel_function, lower, needed_bytes
 from ntkbench.operators.programs import flops as flops
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -99,20 +100,27 @@ def timed_program(
 ) -> dict[str, Any]:
     """Columns of seconds (without compiling) and ``memory_bytes`` of a lowered program.
 
-    Raises:
-        OverMemory: the compiled program would take more memory than the limits allow; it is not run.
+    The program is compiled, which gives its memory, before its memory and its operations are compared with the limits.
+    If it is over one of them, it is not run: its columns are ``memory_bytes``, ``status`` and ``reason``.
     """
     import jax
 
     from ntkbench.operators import jax as backend
 
-    compiled = compile_within(limits.memory_bytes, made, "the program")
+    executable = compiled(made)
+    needed = needed_bytes(executable)
+    memory = {"memory_bytes": float(needed)}
+    try:
+        check_bytes(needed, limits.memory_bytes, "the program")
+        limits.check_operations(flops(made))
+    except (OverMemory, Unavailable) as error:
+        return memory | outcomes.of_exception(error).columns()
     weights, x = jax.device_put((weights, x), backend.device(target))
 
     def call() -> None:
-        jax.block_until_ready(compiled(weights, x))
+        jax.block_until_ready(executable(weights, x))
 
-    return {**timing.timed(call, calls).columns(), "memory_bytes": float(needed_bytes(compiled))}
+    return {**timing.timed(call, calls).columns(), **memory}
 
 
 def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -> dict[str, Any]:
