@@ -390,6 +390,33 @@ def test_the_claim_of_the_speed_up_has_the_tables_numbers_and_a_verdict_by_the_i
     assert (first.published, first.same, first.verdict) == (93.3, False, verdict)
     assert "to 99 % is estimated 93.3 times faster" in first.sentence() and "360 estimates" in first.sentence()
     assert last.verdict == claims.UNADDRESSED and "99.999 %" in last.sentence(), "no budget reached it"
+    assert "1 call on 100 % of its columns" in first.note and "theory" not in first.note
+
+
+def test_the_band_of_a_speed_up_has_the_spread_of_the_baseline_too():
+    def width(low, high, calls):
+        table = speedup_table(0.33)
+        exact = table["method"] == "direct_one_by_one"
+        table.loc[exact, ["seconds_q25", "seconds_q75", "calls"]] = low, high, calls
+        row = hazelden_speedup.speedups(base.checked_study(table, hazelden_speedup.COLUMNS)).iloc[0]
+        assert row["baseline_calls"] == calls
+        return row["speedup_high"] / row["speedup_low"]
+
+    assert width(50, 200, 5) > 2 * width(99, 101, 5)
+    assert width(50, 200, 500) < width(50, 200, 5), "more calls tell the median better"
+
+
+def test_a_speed_up_by_theory_is_at_the_passes_that_the_variance_requires():
+    rank = 40.0
+    table = base.checked_study(speedup_table(0.33).assign(effective_rank=rank), hazelden_speedup.COLUMNS)
+    rows = hazelden_speedup.speedups(table)
+    passes = 2 * (0.6745 / rows["inaccuracy"]) ** 2 / rank  # a pass takes a millisecond
+    within = passes.between(8, 8192)
+    np.testing.assert_allclose(rows.loc[within, "theory"], 100 / (1e-3 * passes[within]), rtol=1e-6)
+    assert within.any() and not within.all() and rows.loc[~within, "theory"].isna().all()
+    with base.style():
+        claim = hazelden_speedup.draw(table).claims[0]
+    assert f"{labels.rounded(rows['theory'].iloc[0], 3)} times by theory" in claim.note
 
 
 def test_only_tasks_with_several_families_are_choices(table):

@@ -90,6 +90,8 @@ def stochastic(
 ) -> Iterator[base.Row]:
     """A row for each number of samples: errors and seconds over seeds, which differ between numbers of samples.
 
+    ``effective_rank`` is that of the exact Theta at the initial weights.
+
     Args:
         settings: settings of the study.
         subject: the problem.
@@ -107,8 +109,8 @@ def stochastic(
         found = Reruns(subject.exact()[metric], settings.dtype, POWERS.get(metric, 1)).run(
             lambda seed: method.estimate(prepared(), metric, passes, seed), range(first, first + settings.seeds)
         )
-        cost = {"passes": passes, "first_seed": first}
-        return {**subject.columns(), **cost, **found.columns(), **found.timed.columns()}
+        known = {"effective_rank": subject.exact()["effective_rank"], "passes": passes, "first_seed": first}
+        return {**subject.columns(), **known, **found.columns(), **found.timed.columns()}
 
     for i, m in enumerate(samples):
         case = {**_case(subject, metric, name, base.title(name), columns), "m": m}
