@@ -164,6 +164,19 @@ def test_one_row_for_each_kernel_method_and_budget(table):
     assert set(table.loc[table["family"].isin(figure.PREDICTED) & (table["status"] == "ok"), "seeds"]) == {120}
 
 
+def test_budgets_beyond_an_exact_method_are_measured_until_they_take_too_long():
+    sizes = TINY | {"outputs": [4], "ranks": [2], "shares": [0], "passes": [2, 4, 8, 16, 32], "seeds": 2}
+    found = studies.run(NAME, studies.settings(NAME, sizes | {"beyond": 4}))
+    budgets = found.groupby(["metric", "family"])["passes"].max().to_dict()
+    lawful = {(metric, family): 16 for metric in ("trace", "norm") for family in figure.PREDICTED}
+    assert budgets == lawful | {("trace", "deflated"): 4, ("trace", "exact"): 4, ("norm", "exact"): 4}
+    hurried = studies.run(NAME, studies.settings(NAME, sizes | {"beyond": 4, "limits": {"patience_s": 1e-9}}))
+    lost = hurried[hurried["reason"].str.contains("patience_s")]
+    first = hurried[(hurried["status"] == "ok") & (hurried["family"] != "exact")]
+    assert len(first) == len(lawful) + 1 and len(lost) == len(found) - len(first) - 2 - (found["status"] != "ok").sum()
+    assert len(hurried) == len(found) and set(lost["status"]) == {"skipped"}
+
+
 def test_a_kernel_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypatch):
     made = Kernel.problem
 

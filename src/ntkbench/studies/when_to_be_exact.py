@@ -50,6 +50,8 @@ METHODS = {
     },
 }
 """One method of each family for each metric; ``deflated`` ones are pooled too."""
+DEFLATED = "deflated"
+"""The family without a law of errors."""
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in sorted({n for of in METHODS.values() for n in of.values()}))
 
 
@@ -64,6 +66,8 @@ class Settings(base.Settings):
         ranks: effective ranks of a sample's block; each is used with every O above it.
         shares: parts of ||Theta||_F^2 between samples, up to 1 - 1 / N.
         passes: budgets; those over O are left out, except the first one, since an exact method takes O passes.
+        beyond: for families with a law, budgets of up to this many times O are measured too, which small errors need.
+            The remaining ones are left out after one whose call took over ``limits.patience_s``.
     """
 
     seeds: int = Field(50, ge=2)
@@ -74,6 +78,7 @@ class Settings(base.Settings):
     ranks: list[Annotated[float, Field(ge=1)]] = Field(default=[1.5, 6, 24, 96], min_length=1)
     shares: list[NonNegativeFloat] = Field(default=[0, 0.8], min_length=1)
     passes: list[Annotated[int, Field(ge=2)]] = Field(default=[2, 4, 16, 64, 256], min_length=1)
+    beyond: PositiveInt = 1
 
     @model_validator(mode="after")
     def _kernels_exist(self) -> Settings:
@@ -109,7 +114,6 @@ def run(settings: Settings) -> pd.DataFrame:
 def _rows(settings: Settings, kernel: Kernel) -> Iterator[base.Row]:
     problem = base.Once(lambda: kernel.problem(settings.width, settings.depth))
     sizes = {"N": kernel.N, "O": kernel.O, "rank": kernel.rank, "share": kernel.share}
-    budgets = [passes for passes in settings.passes if passes <= max(kernel.O, settings.passes[0])]
     for metric, families in METHODS.items():
         for family, name in families.items():
             prepared = base.Once(functools.partial(_prepared, settings, problem, name))
@@ -118,9 +122,17 @@ def _rows(settings: Settings, kernel: Kernel) -> Iterator[base.Row]:
                 measure = functools.partial(_exact, settings, kernel, prepared, metric, name)
                 yield base.row({**case, "passes": kernel.O}, measure)
                 continue
-            for passes in budgets:
+            most, patience, slow = max(kernel.O, settings.passes[0]), settings.limits.patience_s, ""
+            if family != DEFLATED:
+                most *= settings.beyond
+            for passes in (passes for passes in settings.passes if passes <= most):
+                if slow:
+                    yield base.left_out({**case, "passes": passes}, slow)
+                    continue
                 measure = functools.partial(_estimated, settings, kernel, prepared, metric, family, name, passes)
-                yield base.row({**case, "passes": passes}, measure)
+                yield (row := base.row({**case, "passes": passes}, measure))
+                if row.get("seconds", 0.0) > patience:
+                    slow = f"the previous budget took over limits.patience_s ({patience:g})"
 
 
 def _prepared(settings: Settings, problem: base.Once[Problem], name: str) -> Any:
@@ -148,6 +160,6 @@ def _estimated(
     # Each row has its own seeds, so that errors of two rows are independent.
     first = zlib.crc32(f"{kernel}, {metric}, {name}, {passes}".encode())
     found.run(lambda seed: method.estimate(prepared(), metric, passes, first + seed), range(settings.seeds))
-    predicted = None if family == "deflated" else kernel.error(metric, family, passes)
+    predicted = None if family == DEFLATED else kernel.error(metric, family, passes)
     rms = float(np.sqrt(np.mean(np.square(found.errors))))
     return {"rms": rms, "predicted": predicted, "seeds": settings.seeds, **found.timed.columns()}
