@@ -16,7 +16,8 @@ import yaml
 
 import ntkbench
 from ntkbench import figures, methods, paths, problems, studies
-from ntkbench.errors import BadInput
+from ntkbench.data import images
+from ntkbench.errors import BadInput, Unavailable
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
 from ntkbench.figures import mohamadi_cost as mohamadi_cost_figure
 from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
@@ -251,6 +252,55 @@ def test_networks_learn_and_only_those_that_are_to(tables):
     once = table[(table["kernel"] == "full") & (table["init"] == 0)].set_index(["width", "step"])["network_accuracy"]
     for width in (16, 64, 256):
         assert once[width, 60] > once[width, 0] + 0.3
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A file in place of the part of CIFAR-10."""
+    file = tmp_path / images.CIFAR10.name
+    file.parent.mkdir()
+    rng, arrays = np.random.default_rng(0), {}
+    for part, each in images.CIFAR_SIZES.items():
+        arrays[f"x_{part}"] = rng.integers(0, 256, (10 * each, 32, 32, 3), np.uint8)
+        arrays[f"y_{part}"] = np.tile(np.arange(10, dtype=np.uint8), each)
+    np.savez(file, **arrays)
+    monkeypatch.setenv("NTKBENCH_DATA", str(tmp_path))
+    return file
+
+
+OF_CIFAR = {"data": "cifar10", "inits": 1, "trained": 1, "steps": [0, 2], "train": 4, "test": 2}
+
+
+def test_kernels_are_compared_on_cifar_too(cifar, tmp_path):
+    sizes = OF_CIFAR | {"widths": {"fc": [8], "conv": [2]}}
+    table = ok(mohamadi_quality.run(mohamadi_quality.Settings(**QUICK, **sizes)).assign(**PROVENANCE))
+    assert set(table["data"]) == {"cifar10"} and set(table["step"]) == {0, 2}
+    parameters = table.groupby("family")["P"].first()
+    assert parameters["fc"] == 3072 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
+    assert parameters["conv"] == 27 * 2 + 2 + 2 * (18 * 2 + 2) + 2 * 10 + 10
+    assert (512 * table["network_accuracy"] % 1 == 0).all()
+    for name in ("mohamadi_quality", "mohamadi_training"):
+        caption = figures.draw(name, table, tmp_path)[1].read_text()
+        assert "a part of CIFAR-10 (JPEG copies)" in caption and "scikit" not in caption
+    said = [mohamadi_quality_figure.pntk.data(rows) for rows in (table.assign(data="digits"), table[["family"]])]
+    assert said == ["scikit-learn's digits"] * 2, "older tables do not say it"
+
+
+def test_without_its_images_every_row_says_how_to_provide_them(cifar, monkeypatch):
+    def gone(self, read):
+        raise Unavailable("CIFAR-10 not found")
+
+    monkeypatch.setattr(type(images.CIFAR10), "read", gone)
+    table = mohamadi_quality.run(mohamadi_quality.Settings(**QUICK, **OF_CIFAR | {"widths": {"fc": [8]}}))
+    assert set(table["status"]) == {"skipped"} and set(table["reason"]) == {"CIFAR-10 not found"} and len(table) == 12
+
+
+def test_a_study_is_stale_if_its_images_change(cifar):
+    digits, pictures = (config(studies={"mohamadi_quality": {"data": data}}) for data in ("digits", "cifar10"))
+    before = [fingerprints.study(one, "mohamadi_quality") for one in (digits, pictures)]
+    cifar.write_bytes(b"other pixels")
+    after = [fingerprints.study(one, "mohamadi_quality") for one in (digits, pictures)]
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_kernel_regression_begins_with_the_network_as_it_is():
@@ -534,6 +584,7 @@ def test_programs_for_images_are_compared_with_ours_and_captions_say_what_is_mis
         ({"mohamadi_qualty": {}}, ["studies", "mohamadi_qualty", "did you mean 'mohamadi_quality'"]),
         ({"mohamadi_quality": {"inits": 0}}, ["studies.mohamadi_quality.inits", "0", "greater than 0"]),
         ({"mohamadi_quality": {"width": 3}}, ["studies.mohamadi_quality.width", "unknown key", "widths", "train"]),
+        ({"mohamadi_quality": {"train": 1286}}, ["studies.mohamadi_quality", "digits has 1285 training images"]),
         ({"mohamadi_quality": {"steps": [2, 4]}}, ["studies.mohamadi_quality.steps", "begin with 0"]),
         ({"mohamadi_quality": {"steps": [0, 4, 4]}}, ["studies.mohamadi_quality.steps", "4 is given twice"]),
         ({"mohamadi_quality": {"widths": {"mlp": [3]}}}, ["studies.mohamadi_quality.widths.mlp", "'fc'", "'conv'"]),

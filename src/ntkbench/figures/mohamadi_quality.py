@@ -17,10 +17,10 @@ COLUMNS = pntk.COLUMNS
 RATE = -0.5
 """Power of the width that the theorem gives."""
 CAPTION = (
-    "Kernels A between samples that stand for Theta as A ⊗ I, for networks with He initialisation on "
-    "scikit-learn's digits (O = 10), against width (channels, or WideResNet's factor); medians over initialisations "
-    "with quartiles. The trace kernel is the best in the Frobenius norm, the floor of the first row. Kernel "
-    "regression is on held-out images. Condition numbers of the NTK may be at float64's limit."
+    "Kernels A between samples that stand for Theta as A ⊗ I, for networks with He initialisation on {data} (O = 10), "
+    "against width (channels, or WideResNet's factor); medians over initialisations with quartiles. The trace kernel "
+    "is the best in the Frobenius norm, the floor of the first row. Kernel regression is on held-out images. "
+    "Condition numbers of the NTK may be at float64's limit."
 )
 
 
@@ -48,7 +48,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _panel(panel, rows, quantity, looks)
         if quantity == "difference":
             canvas.title(panel, family_label(family), _sloped(points[points["family"] == family]))
-    return base.Drawing(figure, plotted, CAPTION, _claims(points))
+    return base.Drawing(figure, plotted, CAPTION.format(data=pntk.data(points)), _claims(points))
 
 
 def _sloped(points: pd.DataFrame) -> str:
@@ -87,7 +87,7 @@ def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def _settings(points: pd.DataFrame) -> dict[str, Any]:
-    return {"there": "CIFAR-10", "here": f"scikit-learn's digits, {pntk.images(points)}"}
+    return {"there": "CIFAR-10", "here": f"{pntk.data(points)}, {pntk.images(points)}"}
 
 
 def _rate(rows: pd.DataFrame, family: str) -> claims.Claim | None:

@@ -125,7 +125,7 @@ def _along(panel: Axes, steps: Sequence[float]) -> None:
 def _caption(points: pd.DataFrame) -> str:
     one = points.iloc[0]
     text = (
-        f"Relative Frobenius error of the pNTK along training on scikit-learn's digits ({one['batch']:g} images per "
+        f"Relative Frobenius error of the pNTK along training on {pntk.data(points)} ({one['batch']:g} images per "
         f"step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); medians over initialisations."
     )
     ends = _ends(points[points["kernel"] == PNTK])

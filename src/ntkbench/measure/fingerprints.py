@@ -78,7 +78,10 @@ def study(config: Config, name: str) -> str:
     settings = config.study(name).model_dump(mode="json")
     files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
     known = problems.ROOM.found()
-    labels = {text for text in _strings(settings) if text.partition("[")[0] in known}
+    words = set(_strings(settings))
+    labels = {text for text in words if text.partition("[")[0] in known}
+    own = getattr(registry.room("study").get(name), "DATA", {})
+    files |= {here for word in words & set(own) for file in own[word] if (here := file.here())}
     return _hash(files.union(*map(_data_of_problem, labels)), name, settings, packages())
 
 

@@ -9,7 +9,8 @@ holds
   from :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
 - ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others;
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; the study runs again if
-  their sources change.
+  their sources change;
+- ``DATA`` (optional): data files by the word of a setting that stands for them; the study runs again if they change.
 
 Importing a study does not start a backend.
 """

@@ -1,9 +1,9 @@
 """How well the pNTK and similar kernels approximate the NTK, against width and along training (Mohamadi et al. 2023).
 
-Figures 2 to 6 of the paper, on scikit-learn's digits: relative Frobenius difference, largest eigenvalue, condition
-number, off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and their accuracy; and the
-networks' own accuracy, on all held-out images. Networks are trained on all training images, by the cross-entropy
-without weight decay.
+Figures 2 to 6 of the paper, on scikit-learn's digits or a part of CIFAR-10: relative Frobenius difference, largest
+eigenvalue, condition number, off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and their
+accuracy; and the networks' own accuracy, on 512 held-out images. Networks are trained on all training images, by the
+cross-entropy without weight decay.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from ntkbench.data.images import CIFAR10
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ntkbench.studies.base.descent import Descent
-    from ntkbench.studies.base.pntk import Theta
+    from ntkbench.studies.base.pntk import Pictures, Theta
 
 TIMED = False
 OUTPUTS = 10
@@ -32,6 +33,7 @@ FULL = {"full": "NTK"}
 """Name and title of the whole NTK among the kernels."""
 DEEP = ("resnet18", "wide_resnet")
 """Families of networks whose kernels and steps take longest."""
+DATA = {"cifar10": (CIFAR10,)}
 
 
 Widths = Annotated[list[PositiveInt], Field(min_length=1)]
@@ -45,6 +47,7 @@ class Settings(base.Settings):
     are trained on. Without momentum, gradient descent on half the squared error is stable for rates below 2.
 
     Attributes:
+        data: scikit-learn's digits (8x8 pixels), or 5,000 training images of CIFAR-10 (3x32x32).
         widths: widths of each family of networks: units, channels, channels of the first stage, or the widening factor.
         inits: initialisations at each width.
         trained: number of these that are also trained, each with its own order of images.
@@ -54,6 +57,7 @@ class Settings(base.Settings):
         deep_share: share of these images and of the steps that is used for residual networks, rounded up.
     """
 
+    data: Literal["digits", "cifar10"] = "digits"
     widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], Widths] = Field(
         default={
             "fc": [64, 128, 256, 512, 1024, 2048],
@@ -69,7 +73,7 @@ class Settings(base.Settings):
     rate: PositiveFloat = 4
     momentum: float = Field(default=0.9, ge=0, lt=1)
     batch: int = Field(default=32, ge=2)
-    train: int = Field(default=256, ge=2, le=1285)
+    train: int = Field(default=256, ge=2, le=5000)
     test: int = Field(default=128, ge=1, le=512)
     deep_share: float = Field(default=1, gt=0, le=1)
 
@@ -79,6 +83,12 @@ class Settings(base.Settings):
         if steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
             raise ValueError("steps must begin with 0 (initialisation) and rise")
         return steps
+
+    @model_validator(mode="after")
+    def _images_are_there(self) -> Settings:
+        if self.train > (most := {"digits": 1285, "cifar10": 5000}[self.data]):
+            raise ValueError(f"train: {self.data} has {most} training images; got {self.train}")
+        return self
 
     def of(self, family: str) -> Settings:
         """The settings for one family."""
@@ -111,7 +121,7 @@ def _rows(settings: Settings, family: str, width: int) -> Iterator[base.Row]:
                 found = course.look(step)
                 return [{**kernel, **found[kernel["kernel"]]} for kernel in kernels]
 
-            case = {"family": family, "width": width, "init": init, "step": step}
+            case = {"data": settings.data, "family": family, "width": width, "init": init, "step": step}
             yield from base.rows(case, measured, kernels)
 
 
@@ -127,15 +137,23 @@ class Architecture:
         """A network from its seed, on the device."""
         from ntkbench.networks import classifiers, initialisation
 
-        network = initialisation.seeded(lambda: classifiers.network(self.family, self.width, OUTPUTS), init)
-        return network.to(self._device)
+        _, *shape = self.labelled[0][0].shape
+        made = initialisation.seeded(lambda: classifiers.network(self.family, self.width, OUTPUTS, *shape[:2]), init)
+        return made.to(self._device)
+
+    @functools.cached_property
+    def labelled(self) -> tuple[Pictures, Pictures]:
+        """All training images, and the held-out ones."""
+        from ntkbench.studies.base import pntk
+
+        return pntk.labelled(self.settings.data)
 
     @functools.cached_property
     def images(self) -> dict[str, Tensor]:
         """``x`` and ``labels``, training images first."""
         from ntkbench.studies.base import pntk
 
-        made = pntk.digits(self.settings.train, self.settings.test)
+        made = pntk.pictures(self.settings.data, self.settings.train, self.settings.test)
         return {name: part.to(self._device) for name, part in made.items()}
 
     @functools.cached_property
@@ -195,6 +213,7 @@ class Course:
             momentum=settings.momentum,
             batch=settings.batch,
             seed=self._init,
+            data=self._architecture.labelled[0],
         )
 
 
@@ -208,7 +227,7 @@ def measure(architecture: Architecture, network: nn.Sequential, seed: int) -> di
     train = settings.train
     full = architecture.theta(network)
     features, outputs = pntk.features_and_outputs(network, x)
-    held_out, held_out_labels = (part.to(x.device) for part in pntk.held_out_digits())
+    held_out, held_out_labels = (part.to(x.device) for part in architecture.labelled[1])
     with torch.no_grad():
         own_accuracy = _accuracy(network(held_out), held_out_labels)
     targets = torch.nn.functional.one_hot(labels[:train], OUTPUTS).double()

@@ -22,6 +22,7 @@ COLUMNS = ("family", "width", "init", "step", "train", "test", "kernel", "title"
 PNTK = "sum_of_logits"
 METHODS = {"trace": "trace_kernel"}
 """Methods, which have the looks, of kernels with another name."""
+DATA = {"digits": "scikit-learn's digits", "cifar10": "a part of CIFAR-10 (JPEG copies)"}
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
 
 
@@ -94,6 +95,12 @@ def slope(points: pd.DataFrame, kernel: str) -> tuple[float, float]:
     """Slope of the relative difference by width, over all initialisations, with half of its 95 % interval."""
     rows = points[(points["kernel"] == kernel) & points["difference"].notna()]
     return curves.slope(rows["width"], rows["difference"])
+
+
+def data(points: pd.DataFrame) -> str:
+    """The images that networks are trained on; older tables have digits, and do not say so."""
+    names = points["data"].unique() if "data" in points else ["digits"]
+    return " and ".join(DATA.get(name, labels.name_label(name)) for name in names)
 
 
 def images(points: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Gradient descent on scikit-learn's digits that stops where a study measures the network."""
+"""Gradient descent on labelled images that stops where a study measures the network."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ class Descent:
         seed: int,
         momentum: float = 0.0,
         decay: float = 0.0,
+        data: pntk.Pictures | None = None,
     ) -> None:
         """Does not train yet.
 
         Args:
-            network: ``[N, 1, 8, 8] -> [N, O]``; trained in place.
+            network: images to ``[N, O]``; trained in place.
             loss: function of outputs ``[N, O]`` and labels ``[N]``.
             rate, batch, momentum, decay: learning rate, images per step (at least two), momentum, weight decay.
             seed: seed of the order of images.
+            data: training images and labels; by default those of scikit-learn's digits.
         """
         self.steps = 0
         self._network, self._loss, self._batch = network, loss, batch
         device = next(network.parameters()).device
-        self._images, self._labels = (part.to(device) for part in pntk.training_digits())
+        self._images, self._labels = (part.to(device) for part in data or pntk.training_digits())
         self._optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
         self._shuffle = torch.Generator().manual_seed(seed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ KERNELS = {
     "last_layer": "last layer",
 }
 """Names for ``ntkbench.ntk`` and titles; the trace kernel is the best of all in the Frobenius norm."""
+Data = Literal["digits", "cifar10"]
+"""scikit-learn's digits, or the part of CIFAR-10."""
+Pictures = tuple[Tensor, Tensor]
+"""Images and their labels."""
 RIDGE = 1e-8
 """Ridge of kernel regression, as a share of a kernel's mean diagonal."""
 
@@ -132,25 +136,33 @@ def sum_direction(network: nn.Module) -> float:
     return float(readout.sum(0).norm() / readout.norm())
 
 
-def digits(train: int, test: int) -> dict[str, Any]:
-    """scikit-learn's digits as ``[N, 1, 8, 8]`` in float32: the first training and held-out images and labels."""
-    images, labels = training_digits()
-    held_out, held_labels = held_out_digits()
-    return {
-        "x": torch.cat([images[:train], held_out[:test]]),
-        "labels": torch.cat([labels[:train], held_labels[:test]]),
-    }
+def labelled(data: Data) -> tuple[Pictures, Pictures]:
+    """Training images ``[N, channels, side, side]`` in float32 with their labels, and held-out ones, at most 512.
+
+    Raises:
+        BadInput, Unavailable, Corrupt: see :class:`ntkbench.data.files.DataFile`.
+    """
+    if data == "digits":
+        return training_digits(), held_out_digits()
+    training, held_out = ([torch.from_numpy(part) for part in images.cifar10(name)] for name in ("train", "test"))
+    return (training[0], training[1]), (held_out[0][: images.HELD_OUT], held_out[1][: images.HELD_OUT])
 
 
-def training_digits() -> tuple[Tensor, Tensor]:
+def pictures(data: Data, train: int, test: int) -> dict[str, Tensor]:
+    """The first training and held-out images as ``x``, and their ``labels``."""
+    (x, labels), (held_x, held_labels) = labelled(data)
+    return {"x": torch.cat([x[:train], held_x[:test]]), "labels": torch.cat([labels[:train], held_labels[:test]])}
+
+
+def training_digits() -> Pictures:
     """All training images ``[N, 1, 8, 8]`` in float32 and their labels."""
     return _as_pictures(*images.digits_with_labels()[:2])
 
 
-def held_out_digits() -> tuple[Tensor, Tensor]:
+def held_out_digits() -> Pictures:
     """All held-out images ``[N, 1, 8, 8]`` in float32 and their labels."""
     return _as_pictures(*images.digits_with_labels()[2:])
 
 
-def _as_pictures(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+def _as_pictures(images: np.ndarray, labels: np.ndarray) -> Pictures:
     return torch.from_numpy(images).reshape(-1, 1, 8, 8), torch.from_numpy(labels)
