@@ -262,7 +262,8 @@ def test_published_numbers_are_kept_files_or_theory():
     table = pd.read_csv(paths.REFERENCE / "claims.csv")
     kept = table["accuracy"].str.contains("read off|printed|three digits|2 %", na=False)
     sentences = table.loc[~kept & table["published"].notna(), "published"]
-    assert set(sentences) == {-0.5, 0.01, 0.33, 1.0}
+    blog = pd.read_csv(paths.PUBLISHED / "hazelden_blog.csv")["value"]
+    assert set(sentences) - set(blog) == {-0.5, 1.0}
 
 
 def test_the_command_says_where_claims_are_stale(tmp_path, monkeypatch):

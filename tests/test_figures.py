@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import hazelden_speedup, performance_profiles
+from ntkbench.figures import hazelden_blog, hazelden_speedup, performance_profiles
 from ntkbench.figures.plotting import base, canvas, claims, labels, report, styles, tasks
 from ntkbench.figures.plotting.speedups import speedups
 from ntkbench.measure import laws
@@ -348,6 +348,25 @@ def test_what_the_blog_claims_of_shared_probes_is_judged_at_equal_passes(factor,
     assert "at equal passes (400)" in claim.sentence() and claim.runs == 600 and claim.here == "net, N = 2"
     apart = blog_points(factor).query("method == 'hutchpp' or passes < 50")
     assert claims.shared_probes(apart, "hutchpp") == (), "no budget was given to both"
+
+
+def test_where_two_curves_cross_depends_on_what_counts_as_a_sample():
+    rows = []
+    for method, each, error in (
+        ("shared_probe_alignment", 4, lambda p: p**-0.5),
+        ("hutchpp", 36, lambda p: 120 / p),
+    ):
+        for m in (2, 8, 32, 128, 512, 2048, 8192):
+            row = {"method": method, "m": m, "passes": each * m, "seeds": 9, "seconds": 1.0, "error": error(each * m)}
+            row |= {"error_q25": row["error"], "error_q75": row["error"], "seconds_q25": 1.0, "seconds_q75": 1.0}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    # 120 / p = p^(-1/2) at 14,400 passes, 3,600 probes; 120 / (36 m) = (4 m)^(-1/2) at m = (120 / 18)^2.
+    found = hazelden_blog.crossings(table)
+    assert found == {"samples": pytest.approx((120 / 18) ** 2, rel=0.02), "passes": pytest.approx(3600, rel=0.02)}
+    assert hazelden_blog.crossings(table[table["m"] < 3000]) == {"samples": found["samples"]}
+    assert hazelden_blog.crossings(table[table["m"] < 30]) == {}, "the budgets leave it open"
+    assert hazelden_blog.crossings(table[table["method"] == "hutchpp"]) == {}
 
 
 def speedup_table(scale: float) -> pd.DataFrame:

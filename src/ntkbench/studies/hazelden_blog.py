@@ -15,7 +15,8 @@ from ntkbench.studies.base import estimates
 
 PLUGINS = estimates.PLUGINS
 TIMED = True
-METHODS = {"trace": ("hutchpp",), "alignment": ("shared_probe_alignment", "hutchpp")}
+SHARED = "shared_probe_alignment"
+METHODS = {"trace": ("hutchpp",), "alignment": (SHARED, "hutchpp")}
 
 
 class Settings(estimates.Settings):
@@ -24,10 +25,12 @@ class Settings(estimates.Settings):
     Attributes:
         problem: label of a problem with weights before and after training.
         samples: probes of shared-probe alignment; columns in the sketch of Hutch++, three products each.
+        shared: further probes of shared-probe alignment, which takes a ninth of the passes of three Hutch++ traces.
     """
 
     problem: ProblemLabel = "gru_hazelden"
     samples: list[PositiveInt] = Field(default=[2, 5, 10, 20, 50, 100], min_length=1)
+    shared: list[PositiveInt] = Field(default=[])
 
     @field_validator("samples")
     @classmethod
@@ -42,5 +45,7 @@ def run(settings: Settings) -> pd.DataFrame:
         row
         for metric, names in METHODS.items()
         for name in names
-        for row in estimates.stochastic(settings, subject, metric, name, settings.samples)
+        for row in estimates.stochastic(
+            settings, subject, metric, name, settings.samples + settings.shared * (name == SHARED)
+        )
     )
