@@ -364,7 +364,8 @@ def test_where_two_curves_cross_depends_on_what_counts_as_a_sample():
     # 120 / p = p^(-1/2) at 14,400 passes, 3,600 probes; 120 / (36 m) = (4 m)^(-1/2) at m = (120 / 18)^2.
     found = hazelden_blog.crossings(table)
     assert found == {"samples": pytest.approx((120 / 18) ** 2, rel=0.02), "passes": pytest.approx(3600, rel=0.02)}
-    assert hazelden_blog.crossings(table[table["m"] < 3000]) == {"samples": found["samples"]}
+    fewer = hazelden_blog.crossings(table[table["m"] < 3000])
+    assert fewer == {"samples": pytest.approx(found["samples"], rel=0.02)}
     assert hazelden_blog.crossings(table[table["m"] < 30]) == {}, "the budgets leave it open"
     assert hazelden_blog.crossings(table[table["method"] == "hutchpp"]) == {}
 
