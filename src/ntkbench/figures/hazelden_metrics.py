@@ -154,7 +154,6 @@ def _hardest(points: pd.DataFrame) -> claims.Claim | None:
         published=1.0,
         accuracy="read off a vector figure",
         relation=claims.ABOVE,
-        same="mnist" in points["problem"].iloc[0],
         measured=laws.banded(hard / np.maximum(*others)),
         runs=int(sum(rows["seeds"].sum() for rows in lines.values())),
         of="estimates",

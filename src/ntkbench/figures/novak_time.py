@@ -197,7 +197,7 @@ def _notebook(same: pd.DataFrame, there: pd.DataFrame, method: str) -> claims.Cl
     both = {method, THEIRS} <= set(rows.index)
     lost = same[same["method"].isin([method, THEIRS]) & (same["status"] != "ok")]
     note = "" if both else f"not timed here: {lost['reason'].iloc[0] if len(lost) else 'the study leaves it out'}"
-    title, device = OTHERS[method], f", {same['device'].iloc[0]}" if len(same) else ""
+    title = OTHERS[method]
     return claims.Claim(
         source="neural-tangents' notebook",
         name=f"fully connected, seconds of {title}",
@@ -205,7 +205,7 @@ def _notebook(same: pd.DataFrame, there: pd.DataFrame, method: str) -> claims.Cl
         published=known,
         accuracy="printed in a notebook",
         there=f"{NOTEBOOK}, N = {samples}, O = {outputs}, {hardware}",
-        here=f"the same network and sizes{device}",
+        here=f"the same network and sizes, {same['device'].iloc[0]}" if len(same) else "",
         measured=claims.quotient(rows.loc[method], rows.loc[THEIRS]) if both else claims.UNKNOWN,
         spread="quartiles of calls",
         runs=claims.count(rows["calls"].reindex([method, THEIRS]).min()) if both and "calls" in rows else 0,
