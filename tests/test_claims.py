@@ -244,6 +244,13 @@ def test_captions_are_short_with_a_sentence_for_each_claim(name):
         assert said.runs > 0 or said.verdict == UNADDRESSED
 
 
+def test_mnists_test_file_is_not_the_papers_setting():
+    table = files.read(paths.REFERENCE / "paper_cpu" / "studies" / "hazelden_metrics.csv")
+    with base.style():
+        made = files._drawn(figures.ROOM.get("hazelden_metrics"), table.assign(problem="mnist_mlp[N=128]"))[0].claims
+    assert made and {claim.here for claim in made} == {"MNIST MLP, N = 128"} and not any(claim.same for claim in made)
+
+
 def test_the_committed_claims_are_those_of_the_committed_tables():
     committed = (paths.REFERENCE / "claims.csv").read_text(encoding="utf-8")
     assert claims.to_csv(figures.claims()) == committed, "out of date; `ntkbench claims` updates it"

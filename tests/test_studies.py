@@ -170,6 +170,19 @@ def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
     )
 
 
+def test_the_blogs_shared_probes_may_go_further_than_hutchpp(monkeypatch):
+    from ntkbench.studies import hazelden_blog
+
+    asked = []
+    monkeypatch.setattr(estimates, "stochastic", lambda *given: asked.append(given[2:]) or [])
+    hazelden_blog.run(hazelden_blog.Settings(**QUICK, samples=[2, 5], shared=[300]))
+    assert asked == [
+        ("trace", "hutchpp", [2, 5]),
+        ("alignment", "shared_probe_alignment", [2, 5, 300]),
+        ("alignment", "hutchpp", [2, 5]),
+    ]
+
+
 @pytest.mark.parametrize("family", list(classifiers.FAMILIES))
 @pytest.mark.slow
 def test_kernels_read_off_theta_are_those_of_the_library(family):
