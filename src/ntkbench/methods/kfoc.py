@@ -66,8 +66,8 @@ class KFOC(Method):
             cross=_inner(first, last),
         )
         spent = sum(j.passes for j in jacobians)
-        found = notes(jacobians), certificate(jacobians)
-        return Estimate.of_moments(metric, moments, spent, self.name, *found, kernel=self.computes)
+        said = notes(jacobians), certificate(jacobians)
+        return Estimate.of_moments(metric, moments, spent, self.name, *said, kernel=self.computes)
 
     def _nearest(self, gradients: np.ndarray) -> Factors:
         """A and B of a layer from its gradients ``[n, C, D]``; B has the norm 1."""

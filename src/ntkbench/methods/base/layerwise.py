@@ -106,8 +106,17 @@ class Layerwise(Method):
         change = prepared.change if metric == metrics.REGRESSION else None
         value, rounding = kernel_metrics.of_kernel(metric, made, P, epsilon, certificate, copies=copies, change=change)
         known = rounding if self.kind == "exact" else None
-        found = {"certificate": certificate, "rounding": known, "kernel": self.computes}
-        return Estimate(value, None, spent, self.name, notes, metric, **found)
+        return Estimate(
+            value,
+            None,
+            spent,
+            self.name,
+            notes,
+            metric,
+            certificate=certificate,
+            rounding=known,
+            kernel=self.computes,
+        )
 
 
 @dataclass(frozen=True)
