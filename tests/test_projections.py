@@ -418,8 +418,8 @@ def test_the_study_has_a_row_for_each_method_and_size(table):
 def test_the_figure_says_what_it_shows(table, tmp_path):
     figures.draw("projections", table, tmp_path)
     said = (tmp_path / "projections.txt").read_text()
-    assert len(said.splitlines()[0].split()) < 75, "60 words and the name, or a few more with long titles"
-    assert "To save time with 95 % certainty, use for the Gram matrix " in said
+    assert len(said.splitlines()[0].split()) <= 61, "60 words and the name"
+    assert "To save time with 95 % certainty use, for the Gram matrix: " in said
     assert len(pd.read_csv(tmp_path / "projections.csv")) == len(table) - 1  # a budget is refused
     slopes = figure.slopes(table.assign(gram_error=table["kept"] ** -0.5))
     assert list(slopes) == pytest.approx([-0.5] * len(slopes)) and len(slopes) == 5

@@ -449,7 +449,7 @@ def projections(table: pd.DataFrame) -> str:
     rows = []
     for (problem, _), here in table.groupby(["problem", "method"], sort=False):
         good = here[here["status"] == "ok"]
-        row = (good if len(good) else here).iloc[-1]
+        row = (good if len(good) else here).sort_values(["k", "passes"], kind="stable").iloc[-1]
         size = f"k = {row['k']:g}" if row["k"] > 0 else f"{row['passes']:g} passes" if row["passes"] > 0 else ""
         said = [f"`{problem}`", f"`{row['method']}`", _cell(str(row["kernel"])), size]
         if not len(good):
@@ -466,13 +466,19 @@ def projections(table: pd.DataFrame) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
+SMALL = 1e-5
+"""Smaller errors and biases are called rounding, that of float32."""
+
+
 def _share(value: float) -> str:
-    return "" if pd.isna(value) else percent_label(value)
+    if pd.isna(value):
+        return ""
+    return percent_label(value) if abs(value) >= SMALL else "rounding"
 
 
 def _with_ends(row: pd.Series, name: str) -> str:
     """An error with the ends of its 95 % interval if it has one."""
-    if pd.isna(row[name]) or pd.isna(row[f"{name}_low"]) or not row[name]:
+    if pd.isna(row[f"{name}_low"]) or not abs(row[name]) >= SMALL:
         return _share(row[name])
     low, high = (percent_label(row[f"{name}_{end}"]).removesuffix(" %") for end in ("low", "high"))
     return f"{percent_label(row[name])} ({low} to {high})"

@@ -136,6 +136,8 @@ def _reading() -> list[tuple[Line2D, str]]:
     return [
         (Line2D([], [], **sample), "error; norm, alignment: unbiased"),
         (Line2D([], [], **sample, markerfacecolor="white", linestyle=(0, (3.2, 1.6))), "of the published Gram matrix"),
+        (Line2D([], [], linestyle=""), f"errors below {FLOOR:g} are drawn there"),
+        (Line2D([], [], linestyle=""), "N x N kernels A stand for A ⊗ I"),
     ]
 
 
@@ -204,8 +206,8 @@ def _title(points: pd.DataFrame) -> str:
 
 def _caption(points: pd.DataFrame) -> str:
     return (
-        f"Root-mean-square errors from k features of each row of J; below {FLOOR:g} they are drawn there. "
-        f"Dashed: from the Gram matrix, as published. A kernel A between samples stands for A ⊗ I_O. {_advice(points)}"
+        "Root-mean-square errors of random features of the rows of J, beside estimators and kernels; dashed: from the "
+        f"Gram matrix, as published. {_advice(points)}"
     )
 
 
@@ -218,5 +220,5 @@ def _advice(points: pd.DataFrame) -> str:
         for problem, here in points.groupby("problem", sort=False):
             chosen.setdefault(choice(here, error), []).append(names[problem])
         parts = [title if len(chosen) == 1 else f"{title} on {' and '.join(found)}" for title, found in chosen.items()]
-        said.append(f"for the {ERRORS[error]} {', '.join(parts)}")
-    return f"To save time with 95 % certainty, use {'; '.join(said)}."
+        said.append(f"for the {ERRORS[error]}: {', '.join(parts)}")
+    return f"To save time with 95 % certainty use, {'; '.join(said)}."
