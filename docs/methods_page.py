@@ -39,7 +39,7 @@ def _row(method: Method) -> tuple[str, ...]:
         f"[`{method.name}`](#{method.name})",
         plain(method.title),
         method.kind,
-        ", ".join(method.metrics).replace("_", " "),
+        ", ".join(method.given if isinstance(method, Stochastic) else method.metrics).replace("_", " "),
         ", ".join(method.backends),
         _passes(method),
         _bias(method),
@@ -50,7 +50,7 @@ def _row(method: Method) -> tuple[str, ...]:
 def _passes(method: Method) -> str:
     if not isinstance(method, Stochastic):
         return ""
-    passes = {metric.replace("_", " "): method.passes_per_probe(metric) for metric in method.metrics}
+    passes = {metric.replace("_", " "): method.passes_per_probe(metric) for metric in method.given}
     if len(set(passes.values())) == 1:
         return str(next(iter(passes.values())))
     return ", ".join(f"{metric} {count}" for metric, count in passes.items())

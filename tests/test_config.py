@@ -196,6 +196,16 @@ def test_other_profiles_are_not(name):
         ("hazelden_trace", {"problems": {}}, ["problems", "at least 1"]),
         ("hazelden_trace", {"small": [5]}, ["small: [5]", "takes at least 6"]),
         ("hazelden_metrics", {"problems": ["digits"]}, ["problems[0]: 'digits'", "unknown problem"]),
+        *(
+            (study, {"problems": ["digits"]}, ["problems[0]: 'digits'", "unknown problem"])
+            for study in ("effective_ranks", "language_training", "projections", "solves", "spectra")
+        ),
+        ("certificate_cost", {"estimates": [{"problem": "mlp_he", "method": "x"}]}, ["unknown method 'x'"]),
+        (
+            "certificate_cost",
+            {"estimates": [{"problem": "mlp_he", "method": "direct", "metric": "trase"}]},
+            ["estimates[0].metric", "'trase'"],
+        ),
         ("hazelden_metrics", {"samples": [12, 12]}, ["12 is given twice"]),
         ("hazelden_blog", {"problem": "gru_hazelden[T=51]"}, ["problem: 'gru_hazelden[T=51]'", "at most 50"]),
         ("hazelden_blog", {"samples": [1]}, ["takes at least 2"]),

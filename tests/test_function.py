@@ -326,7 +326,7 @@ def test_methods_in_torch_say_that_there_is_no_network():
     for name in methods.names():
         method = methods.get(name)
         if "torch" in method.backends:
-            said = method.unsupported_reason(problem, method.metrics[0], Target("torch"))
+            said = method.unsupported_reason(problem, method.given[0], Target("torch"))
             assert said == "the problem has no network in torch"
     with pytest.raises(BadInput, match="has no network in torch; allowed backends for it: jax"):
         linearise(problem, "theta_0", Target("torch"))

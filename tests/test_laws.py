@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import ndtr
 
 from ntkbench.measure import laws
 
@@ -143,3 +144,26 @@ def test_a_smallest_budget_that_is_far_too_large_gives_an_upper_bound():
     table = measured(np.random.default_rng(0), 5)
     law = laws.fit(table.assign(error=0.2 / table["passes"] ** 0.5))  # 0.07 at the smallest budget
     assert law.at_most(0.25) and not law.at_most(0.2) and not law.at_most(0.01)
+
+
+def test_the_smallest_of_some_numbers_is_certain_only_where_they_are_far_apart():
+    shares = laws.smallest(np.array([0.0, 0.1, 5.0]), np.array([0.1, 0.1, 0.1]))
+    assert shares.sum() == pytest.approx(1) and shares[2] == 0
+    assert shares[0] == pytest.approx(ndtr(0.1 / np.hypot(0.1, 0.1)), abs=0.03)
+    assert laws.smallest(np.array([1.0, 0.0]), np.zeros(2)).tolist() == [0, 1]
+
+
+def test_median_seconds_of_many_calls_vary_by_the_drift_and_of_few_by_what_is_typical():
+    points = pd.DataFrame(
+        {
+            "seconds": [1.0, 2.0],
+            "seconds_q25": [1.0, 1.0],
+            "seconds_q75": [1.0, 4.0],
+            "calls": [2, 100],
+            "seeds": [1, 1],
+        }
+    )
+    middle, deviations = laws.median_seconds(points)
+    spread = np.log(4) / 1.3490  # of the second; the first has too few calls to show its own
+    assert middle == pytest.approx(np.log([1, 2]))
+    assert deviations == pytest.approx([spread * np.sqrt(np.pi / 4), max(spread * np.sqrt(np.pi / 200), laws.DRIFT)])

@@ -73,7 +73,7 @@ def served(method: Method, label: str) -> str:
     """A problem of the tests, or the one with a wide head in its place that a method serves."""
     target = Target(method.backends[0], "float64", "cpu")
     others = {"tanh_net": "headed", "wide": "wide_headed", "active": "wide_headed"}
-    return label if method.unsupported_reason(loaded(label), method.metrics[0], target) is None else others[label]
+    return label if method.unsupported_reason(loaded(label), method.given[0], target) is None else others[label]
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def truth(label: str) -> dict[str, float]:
 @pytest.mark.parametrize("label", ["small_mlp", "reversing_transformer", "digits_conv[N=4]", "gru_hazelden[N=2,T=2]"])
 @pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
 def test_a_method_that_does_not_apply_is_skipped_and_not_failed(method, label):
-    skip_refused(method, label, method.metrics[0], method.backends[0])
+    skip_refused(method, label, method.given[0], method.backends[0])
     try:
         prepared(method, label, method.backends[0])
     except Unavailable as refusal:
@@ -125,7 +125,7 @@ def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(me
     Little memory holds few rows of a kernel, or the activations of few samples.
     """
     problem, done = loaded(served(method, label)), 0
-    for metric in sorted({"norm", "alignment"} & set(method.metrics)) or method.metrics:
+    for metric in sorted({"norm", "alignment"} & set(method.metrics)) or method.given:
         for memory in MEMORIES[label]:
             target, probes = Target(method.backends[0], "float64", "cpu", memory), method.fewest_probes
             ready = method.prepare(problem, target)
@@ -473,7 +473,7 @@ SMALLEST = {f"{N} x {outputs}": (N, 3, 4, outputs) for N, outputs in ((1, 1), (6
 def test_an_estimate_of_which_nothing_is_left_to_chance_has_no_error(method, size):
     """With one output of all, or more probes than outputs; the error is known, and the interval covers."""
     target, problem = Target(method.backends[0], "float64", "cpu"), testing.smooth_problem(size, *SMALLEST[size])
-    if reason := method.unsupported_reason(problem, method.metrics[0], target):
+    if reason := method.unsupported_reason(problem, method.given[0], target):
         pytest.skip(reason)
     J, J_f = written_out(problem), written_out(problem, "theta_f")
     exact = metrics_of(J @ J.T, J_f @ J_f.T)

@@ -40,6 +40,13 @@ def checkout(tmp_path):
     return tmp_path
 
 
+def test_a_table_that_is_not_committed_yet_is_named_in_its_place(checkout):
+    shutil.rmtree(checkout / "results" / "reference" / "projections", ignore_errors=True)
+    readme.update(checkout)
+    assert "*Not measured yet: `config/projections.yaml` writes this table.*" in text_of(checkout)
+    assert readme.update(checkout, check=True) == []
+
+
 def text_of(checkout):
     return "\n".join((checkout / page).read_text(encoding="utf-8") for page in readme.PAGES)
 

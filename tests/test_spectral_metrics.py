@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -162,6 +163,64 @@ def test_the_grid_has_cells_of_them_by_name_alone():
         Config.model_validate(
             {"profile": "x", "threads": 1, "grid": [block | {"methods": ["hutchinson"], "metrics": [SPECTRAL[0]]}]}
         )
+
+
+@functools.cache
+def decaying():
+    """A problem with n = 120 and a spectrum of several decades."""
+    return testing.smooth_problem("decaying", N=40, inputs=8, hidden=16, outputs=3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_products_give_the_largest_eigenvalue_to_within_their_residual(backend):
+    problem, method = decaying(), methods.get("block_lanczos")
+    truth = by_definition(kernel(problem))["largest_eigenvalue"]
+    prepared = method.prepare(problem, Target(backend, "float64", "cpu"))
+    found = [method.estimate(prepared, "largest_eigenvalue", 32, seed) for seed in range(20)]
+    assert all(each.value <= truth * (1 + 1e-9) and each.interval()[1] >= truth for each in found)
+    assert all(0 < each.standard_error < 0.2 * truth and each.passes <= 32 for each in found)
+    more = method.estimate(prepared, "largest_eigenvalue", 4096)
+    assert more.value == pytest.approx(truth, rel=1e-7) and more.passes < 100, "it ends at a small residual"
+    assert more.standard_error <= method.rtol * truth and more.interval()[1] >= truth
+
+
+@pytest.mark.parametrize("passes", [32, 64, 640])
+def test_intervals_of_the_entropy_effective_rank_by_products_contain_it(passes):
+    problem, method = decaying(), methods.get("block_lanczos")
+    truth = by_definition(kernel(problem))["entropy_effective_rank"]
+    prepared = method.prepare(problem, TARGET)
+    found = [method.estimate(prepared, "entropy_effective_rank", passes, seed) for seed in range(40)]
+    inside = [low <= truth <= high for low, high in (each.interval() for each in found)]
+    assert np.mean(inside) > 0.8 and {each.degrees for each in found} == {11 if passes == 640 else 7}
+    assert max(each.passes for each in found) <= passes
+    errors = [abs(each.value / truth - 1) for each in found]
+    assert np.median(errors) < {32: 0.2, 64: 0.2, 640: 0.06}[passes]
+
+
+def test_products_give_no_condition_number_and_no_moment():
+    problem, method = testing.smooth_problem(), methods.get("block_lanczos")
+    said = "gives largest_eigenvalue, entropy_effective_rank only"
+    assert method.unsupported_reason(problem, "condition_number", TARGET, 64) == said
+    with pytest.raises(BadInput, match=said):
+        ntkbench.trace(torch.nn.Linear(2, 1), torch.ones(3, 2), method="block_lanczos", passes=64)
+
+
+def test_estimates_and_rows_say_which_kernel_they_are_of():
+    problem = testing.smooth_problem()
+    for name, kernel_of in (("trace_kernel", "trace kernel ⊗ I_O"), ("structured_derivatives", "Theta")):
+        method = methods.get(name)
+        assert method.computes == kernel_of
+        for metric in ("norm", "largest_eigenvalue"):
+            assert method.estimate(method.prepare(problem, TARGET), metric).kernel == kernel_of
+    for name in methods.names():
+        method = methods.get(name)
+        assert (method.computes != "Theta") == (method.kind == "approximate"), name
+    model, x = torch.nn.Linear(2, 2), torch.ones(3, 2)
+    found = ntkbench.norm(model, x, method="sum_of_logits")
+    assert repr(found).startswith("norm of pNTK ⊗ I_O = ") and repr(ntkbench.norm(model, x)).startswith("norm = ")
+    assert type(found).from_json(found.to_json()) == found
+    several = ntkbench.metrics_of(model, x, method="sum_of_logits")
+    assert "trace of pNTK ⊗ I_O" in repr(several) and "trace of pNTK ⊗ I_O" in several._repr_html_()
 
 
 def test_other_methods_refuse_them():

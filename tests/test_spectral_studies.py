@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from ntkbench import figures, operators, studies, testing
+from ntkbench import figures, operators, readme, studies, testing
 from ntkbench.errors import Unavailable
 from ntkbench.estimators import lanczos, solve
 from ntkbench.figures import solves as solves_figure
+from ntkbench.figures import spectra as spectra_figure
 from ntkbench.figures.plotting import labels
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.studies import effective_ranks, solves, spectra
 from ntkbench.studies.base import products, thetas
 from ntkbench.testing import explicit_jacobian, smooth_problem
+from ntkbench.units import percent_label
 
 QUICK = {"threads": 1, "device": "cpu", "calls": 1}
 PROVENANCE = {"device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0123456789", "git_dirty": False}
@@ -115,10 +117,32 @@ def test_the_figure_of_spectra_says_what_it_shows(spectral, tmp_path):
     figures.draw("spectra", spectral, tmp_path)
     said = (tmp_path / "spectra.txt").read_text()
     rows = spectral[(spectral["method"] == "spectrum") & (spectral["passes"] == 128)].set_index("quantity")
-    assert f"log det(I + Θ / ridge) {labels.share_label(rows.loc['log_determinant', 'error'])}" in said
-    assert f"density {labels.rounded(rows.loc['density', 'error'])} decades" in said
+    assert len(said.splitlines()[0].split()) < 65 and "Where Θ fits, decompose it" in said
+    page = readme.spectra(spectral)
+    (line,) = (line for line in page.splitlines() if "| ntkbench.spectrum |" in line)
+    assert percent_label(rows.loc["log_determinant", "error"]) in line
+    assert f"{rows.loc['density', 'error']:.2g} decades" in line
     assert len(pd.read_csv(tmp_path / "spectra.csv")) == len(spectral)
     testing.check_figure("spectra", spectral)
+
+
+def test_a_method_leads_only_where_that_is_certain(spectral):
+    """In time and in accuracy, on every problem."""
+    points = spectral.assign(calls=5, seconds_q25=spectral["seconds"], seconds_q75=spectral["seconds"])
+    exact = points["method"] == "eigh"
+    for ratio, faster in ((1.1, False), (3.0, True)):
+        seconds = np.where(exact, 1.0, ratio)
+        given = points.assign(seconds=seconds, seconds_q25=seconds, seconds_q75=seconds)
+        assert spectra_figure.exact_is_faster(given) == {"digits_mlp[N=4]": faster}
+        assert ("it is faster than" in spectra_figure._advice(given, ["top"])) == faster
+    best = points["method"] == "arpack"
+    for factor, leads in ((1.1, False), (100.0, True)):
+        error = np.where(best, 0.01, 0.01 * factor)
+        given = points.assign(error=error, error_q25=0.5 * error, error_q75=2 * error)
+        assert ("top" in spectra_figure.most_accurate(given)) == leads
+    assert spectra_figure.most_accurate(given)["top"] == "ARPACK (SciPy)"
+    other = pd.concat([given, given.assign(problem="other", error=0.01, error_q25=0.005, error_q75=0.02)])
+    assert "top" not in spectra_figure.most_accurate(other), "not on the other problem"
 
 
 # --- solves
@@ -153,14 +177,27 @@ def test_the_figure_of_solutions_says_who_wins(solved, tmp_path):
     slow = solved.assign(seconds=solved["method"].map(seconds))
     slow.loc[slow["share"] == 1e-3, "seconds"] *= slow["method"].map({"cholesky": 1}).fillna(4)
     found = solves_figure.fastest(slow)
-    assert sorted(found["ratio"]) == [0.5, 0.5, 2, 2] and set(found["method"]) == {"nystrom"}
+    assert sorted(found["ratio"]) == [0.5, 0.5, 2, 2] and sorted(found["winner"]) == [
+        *["factor"] * 2,
+        *["products"] * 2,
+    ]
+    assert set(found.loc[found["winner"] == "products", "title"]) == {"CG, Nystrom preconditioner"}
+    close = slow.assign(seconds=slow["seconds"].where(slow["method"] != "nystrom", 0.95), share=1e-1)
+    assert set(solves_figure.fastest(close)["winner"]) == {""}, "not certain"
     figures.draw("solves", slow, tmp_path)
     said = (tmp_path / "solves.txt").read_text()
-    assert "products are faster in 2 of 4 cases, at best 2 times as fast (CG, Nystrom preconditioner" in said
+    assert "Use products (CG, Nystrom preconditioner) for n of 40 and condition numbers of" in said
+    assert (
+        "in 2 of 4 cases; use the factor elsewhere, where it is in 2." in said and len(said.split("\n")[0].split()) < 75
+    )
+    assert "| products |" in readme.solves(slow) and "| factor |" in readme.solves(slow)
     unreached = slow.assign(residual=slow["residual"].where(slow["method"] == "cholesky", 1.0))
     assert (solves_figure.fastest(unreached)["ratio"] == 0).all() and len(solves_figure.fastest(unreached)) == 4
     figures.draw("solves", unreached, tmp_path)
-    assert "faster in 0 of 4 cases, and do not reach the residual in 4" in (tmp_path / "solves.txt").read_text()
+    assert (
+        "Use the factor wherever Θ fits: it is faster with 95 % certainty in 4 of 4"
+        in (tmp_path / "solves.txt").read_text()
+    )
     both = slow.assign(residual=1.0)
     assert not len(solves_figure.fastest(both)), "no case that any of them reached"
 
@@ -238,7 +275,9 @@ def test_the_figure_of_effective_ranks_says_what_it_shows(ranks, tmp_path):
     good = ranks[ranks["status"] == "ok"]
     said = (tmp_path / "effective_ranks.txt").read_text()
     row = good[(good["weights"] == "initial") & (good["statistics"] == "calibrated")].set_index("kernel").loc["theta"]
-    words = f"initial weights, statistics of these images: Θ, all outputs {labels.rounded(row['effective_rank'])}"
-    assert words in said
+    of_theta = good[good["kernel"] == "theta"]["effective_rank"]
+    assert f"Θ, all outputs {labels.span(of_theta)}" in said
+    page = readme.effective_ranks(ranks)
+    assert any(f"| initial | of these images | {row['effective_rank']:.3g} |" in line for line in page.splitlines())
     assert len(pd.read_csv(tmp_path / "effective_ranks.csv")) == len(good)
     testing.check_figure("effective_ranks", ranks)

@@ -45,6 +45,9 @@ RANGES = {
 }
 """Values that each metric can have, as Theta and Theta_f are positive semidefinite."""
 
+THETA = "Theta"
+"""The kernel of an estimate that names no other."""
+
 VISIBLE = 1e-4
 """Relative difference of two values that is more than rounding in any precision."""
 
@@ -115,6 +118,7 @@ class Estimate:
             is not known.
         logarithmic: whether errors are symmetric in the logarithm, also those of an alignment: with y y^T, which is
             exact but for the norm.
+        kernel: the matrix that the metric is of: Theta, or one that stands for it, as pNTK ⊗ I_O does.
     """
 
     value: float
@@ -128,6 +132,7 @@ class Estimate:
     complement: float | None = None
     rounding: float | None = None
     logarithmic: bool = False
+    kernel: str = THETA
 
     @classmethod
     def of_moments(
@@ -139,6 +144,8 @@ class Estimate:
         notes: tuple[str, ...] = (),
         certificate: float | None = None,
         rounding: float | None = None,
+        *,
+        kernel: str = THETA,
     ) -> Self:
         """A metric without a standard error, from moments of Theta."""
         value, complement = moments.metric(metric), math.nan
@@ -154,6 +161,7 @@ class Estimate:
             certificate=certificate,
             complement=None if math.isnan(complement) else complement,
             rounding=rounding,
+            kernel=kernel,
         )
 
     def __post_init__(self) -> None:
@@ -359,7 +367,11 @@ class Estimate:
     def __repr__(self) -> str:
         certified = "" if self.certificate is None else f", certified to {self.certificate:.1e}"
         notes = "".join(f"\n  {note}" for note in self.notes)
-        return f"{self.metric or 'value'} = {self}{certified}{notes}"
+        return f"{self._of()} = {self}{certified}{notes}"
+
+    def _of(self) -> str:
+        """The metric, with the kernel unless it is Theta."""
+        return (self.metric or "value") + ("" if self.kernel == THETA else f" of {self.kernel}")
 
     def _repr_html_(self) -> str:
         return _html([self])
@@ -416,7 +428,7 @@ def _cells(e: Estimate) -> tuple[str, ...]:
     passes = "" if e.passes is None else f"{e.passes:g}"
     certificate = "" if e.certificate is None else f"{e.certificate:.1e}"
     interval = e._spread().removeprefix("95 % in ") or "-"
-    return e.metric, f"{e.value:.6g}", interval, passes, e.method, certificate
+    return e._of(), f"{e.value:.6g}", interval, passes, e.method, certificate
 
 
 def _all_notes(estimates: Iterable[Estimate]) -> list[str]:
@@ -435,7 +447,7 @@ def _value(other: Any) -> Any:
     return other.value if isinstance(other, Estimate) else other
 
 
-TEXTS = ("method", "metric")
+TEXTS = ("method", "metric", "kernel")
 
 
 def _read(name: str, value: Any) -> Any:

@@ -486,7 +486,7 @@ def check(names: Sequence[str], options: Options) -> None:
         return
     method = methods.get(options.method)
     if not set(names) <= set(method.metrics):
-        given = ", ".join(method.metrics)
+        given = ", ".join(method.given)
         raise BadInput(f"{method.name} cannot compute the {' and '.join(names)} of this network: gives {given} only")
     if options.passes is not None and not method.takes_passes:
         raise BadInput(f"{method.name} is {method.kind} and takes no budget of passes: omit passes")

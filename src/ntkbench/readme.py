@@ -17,6 +17,9 @@ import pandas as pd
 
 from ntkbench.errors import BadInput, unknown
 from ntkbench.figures import calibration as coverage
+from ntkbench.figures import effective_ranks as of_ranks
+from ntkbench.figures import solves as of_solves
+from ntkbench.figures import spectra as of_spectra
 from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
 from ntkbench.units import bytes_label, percent_label, seconds_label
@@ -70,6 +73,10 @@ class Tables:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.read = functools.cache(self._read)
+
+    def has(self, name: str) -> bool:
+        """Whether a table is committed."""
+        return (self._folder / f"{name}.csv").is_file()
 
     def _read(self, name: str) -> pd.DataFrame:
         path = self._folder / f"{name}.csv"
@@ -437,6 +444,123 @@ def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
+def projections(table: pd.DataFrame) -> str:
+    """Errors of projections, estimators and kernels with the most features or passes, biases, seconds and bytes."""
+    rows = []
+    for (problem, _), here in table.groupby(["problem", "method"], sort=False):
+        good = here[here["status"] == "ok"]
+        row = (good if len(good) else here).sort_values(["k", "passes"], kind="stable").iloc[-1]
+        size = f"k = {row['k']:g}" if row["k"] > 0 else f"{row['passes']:g} passes" if row["passes"] > 0 else ""
+        said = [f"`{problem}`", f"`{row['method']}`", _cell(str(row["kernel"])), size]
+        if not len(good):
+            rows.append([*said, _cell(str(row["reason"])), *[""] * 8])
+            continue
+        norms = [_with_ends(row, f"{name}_{how}") for name in ("norm", "alignment") for how in ("unbiased", "plug_in")]
+        biases = [_share(row[f"{name}_bias"]) for name in ("trace", "norm", "effective_rank")]
+        held = "" if pd.isna(row["bytes"]) else bytes_label(row["bytes"])
+        errors = [_with_ends(row, name) for name in ("gram_error", "pntk_error")]
+        each = [" / ".join(filter(None, norms[i : i + 2])) for i in (0, 2)]
+        rows.append([*said, *errors, *each, *biases, _seconds(row["seconds"]), held])
+    columns = ["problem", "method", "kernel", "size", "Gram matrix", "pNTK", "norm", "alignment"]
+    columns += ["trace, bias", "norm, bias", "effective rank, bias", "time of the norm", "bytes kept"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+SMALL = 1e-5
+"""Smaller errors and biases are called rounding, that of float32."""
+
+
+def _share(value: float) -> str:
+    if pd.isna(value):
+        return ""
+    return percent_label(value) if abs(value) >= SMALL else "rounding"
+
+
+def _with_ends(row: pd.Series, name: str) -> str:
+    """An error with the ends of its 95 % interval if it has one."""
+    if pd.isna(row[f"{name}_low"]) or not abs(row[name]) >= SMALL:
+        return _share(row[name])
+    low, high = (percent_label(row[f"{name}_{end}"]).removesuffix(" %") for end in ("low", "high"))
+    return f"{percent_label(row[name])} ({low} to {high})"
+
+
+def spectra(table: pd.DataFrame) -> str:
+    """Median errors of spectral quantities by each method with its most passes."""
+    rows = []
+    for (problem, method), here in table.groupby(["problem", "method"], sort=False):
+        good = here[here["status"] == "ok"]
+        if not len(good):
+            reason = _cell(str(here["reason"].iloc[0]))
+            rows.append([f"`{problem}`", here["title"].iloc[0], reason, *[""] * (1 + len(of_spectra.QUANTITIES))])
+            continue
+        most = of_spectra.at_most(good, method).set_index("quantity")
+        errors = [
+            f"{most['error'][name]:.2g} decades" if name == "density" else percent_label(most["error"][name])
+            for name in of_spectra.QUANTITIES
+            if name in most.index
+        ]
+        given = iter(errors)
+        cells = [next(given) if name in most.index else "" for name in of_spectra.QUANTITIES]
+        first = most.iloc[0]
+        rows.append([f"`{problem}`", first["title"], f"{first['passes_spent']:g}", _seconds(first["seconds"]), *cells])
+    named = [words for words, _ in of_spectra.QUANTITIES.values()]
+    return _markdown(["problem", "method", "passes", "time", *named], rows) + _provenance(table)
+
+
+def solves(table: pd.DataFrame) -> str:
+    """Seconds of solutions to the smallest residual, and which of factor and products is certainly faster."""
+    good = table[(table["status"] == "ok") & (table["residual"] <= of_solves.SLACK * table["rtol"])]
+    cases = ["problem", "share", "rtol"]
+    faster = of_solves.fastest(good).set_index(cases)["winner"]
+    titles = table.drop_duplicates("method").set_index("method")["title"]
+    last, rows = table["rtol"].min(), []
+    for (problem, share, rtol), here in good.groupby(cases, sort=False):
+        if rtol != last:
+            continue
+        by = here.set_index("method")
+        cells = [
+            f"{_seconds(by['seconds'][method])}, {by['passes_spent'][method]:g} passes"
+            if method in by.index
+            else "not reached"
+            for method in titles.index
+        ]
+        condition = f"{here['condition'].iloc[0]:.2g}"
+        size = f"{here['n'].iloc[0]:g}"
+        rows.append([f"`{problem}`", size, condition, *cells, faster[problem, share, rtol] or "undecided"])
+    columns = ["problem", "n", "condition number", *titles, "faster, with 95 % certainty"]
+    said = f"Solutions to a relative residual of {last:g}.\n\n"
+    return said + _markdown(columns, rows) + _provenance(table)
+
+
+def effective_ranks(table: pd.DataFrame) -> str:
+    """Effective ranks of each kernel by weights and statistics of BatchNorm."""
+    good, rows = table[table["status"] == "ok"], []
+    for (problem, weights, statistics), here in good.groupby(["problem", "weights", "statistics"], sort=False):
+        by = here.set_index("kernel")
+        cells = []
+        for kernel in of_ranks.KERNELS:
+            row = by.loc[kernel]
+            ends = (
+                f" ({row['effective_rank_low']:.3g} to {row['effective_rank_high']:.3g})" if row["kernels"] > 1 else ""
+            )
+            cells.append(f"{row['effective_rank']:.3g}{ends}")
+        rows.append([f"`{problem}`", weights, of_ranks.STATISTICS[statistics][2], *cells])
+    columns = ["problem", "weights", "statistics of BatchNorm", *of_ranks.KERNELS.values()]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def _if_measured(config: str, study: str, made: Callable[[pd.DataFrame], str]) -> Callable[[Tables], str]:
+    """A block from the table of a study of a configuration; a sentence in its place until that is committed."""
+
+    def block(tables: Tables) -> str:
+        name = f"{config}/studies/{study}"
+        if not tables.has(name):
+            return f"*Not measured yet: `config/{config}.yaml` writes this table.*"
+        return made(tables.read(name))
+
+    return block
+
+
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
 REAL_SIZE = "language/studies/real_size"
@@ -452,12 +576,16 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "certificates": certificates,
     "choices": choices,
     "claims": claims,
+    "effective ranks": _if_measured("spectra", "effective_ranks", effective_ranks),
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
     "large networks": large_networks,
     "prepared": prepared,
     "products": products,
+    "projections": _if_measured("projections", "projections", projections),
     "real size": real_size,
+    "solves": _if_measured("spectra", "solves", solves),
+    "spectra": _if_measured("spectra", "spectra", spectra),
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
     "claims reproduced": lambda tables: _reproduced(tables.read("claims")),

@@ -168,7 +168,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
     """
     method = methods.get(name)
     for one in (backend,) if backend else method.backends:
-        for each in (metric,) if metric else (*method.metrics, *(set(method.kernel_metrics) - {"condition_number"})):
+        for each in (metric,) if metric else (m for m in method.given if m != "condition_number"):
             problem = _supported(method, each, one)
             with _said(f"method {name!r}, {one}, {each}"):
                 _check_unsupported(method, problem, each, one)
@@ -275,6 +275,7 @@ def _check_unsupported(method: Method, problem: Problem, metric: str, backend: s
 def _check_deterministic(method: Method, problem: Problem, metric: str, backend: str) -> None:
     roomy, tight, single = _estimators(method, problem, metric, backend)
     first, second = roomy(None, seed=0), roomy(None, seed=1)
+    _require(first.kernel == method.computes, f"computes {method.computes}, but its estimate is of {first.kernel}")
     _require(first == second, f"two calls differ: {first} and {second}")
     _require(first.standard_error is None, f"is deterministic, but has a standard error of {first.standard_error}")
     needed = method.passes_needed(problem, metric, Target(backend, "float64", "cpu"))
@@ -306,6 +307,7 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
     roomy = estimators[0]
     for passes in (least, least + 1, 3 * least - 1, 40 * least):
         first, again, other = (roomy(passes, seed) for seed in (5, 5, 6))
+        _require(first.kernel == method.computes, f"computes {method.computes}, but its estimate is of {first.kernel}")
         _require(first == again, f"one seed gives {first} and {again}")
         error = _standard_error(first)
         _require(not error < 0, f"has a standard error of {error}")

@@ -35,7 +35,8 @@ def metric_of_k(kernel: StateKernel, metric: str, at_f: StateKernel | None = Non
         BadInput: no such metric, or ``at_f`` is missing or superfluous.
     """
     _check(metric, at_f)
-    return Estimate(moments_of_k(kernel, at_f).metric(metric), None, 0, "gram_of_the_representation", metric=metric)
+    value = moments_of_k(kernel, at_f).metric(metric)
+    return Estimate(value, None, 0, "gram_of_the_representation", metric=metric, kernel="K")
 
 
 def metric_of_p(
@@ -64,7 +65,7 @@ def metric_of_p(
 
     value, error, degrees = standard_errors.jackknife(statistic, *columns)
     products = probes * (1 if metric == "trace" else 2) * len(kernels)
-    return Estimate(value, error, products, "propagated_probes", metric=metric, degrees=degrees)
+    return Estimate(value, error, products, "propagated_probes", metric=metric, degrees=degrees, kernel="P P*")
 
 
 def _check(metric: str, at_f: StateKernel | None) -> None:

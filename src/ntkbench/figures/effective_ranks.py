@@ -110,16 +110,13 @@ def _title(points: pd.DataFrame) -> str:
 
 
 def _caption(points: pd.DataFrame) -> str:
-    text = (
-        "Effective rank (tr A)^2 / ||A||_F^2 of Theta, n x n, and of kernels between samples, N x N, of networks with "
-        "BatchNorm in eval mode; for single logits, the median with the range. BatchNorm's statistics are those of "
-        "training, those of these images, or means of 0 and variances of 1, as without statistics."
+    said = []
+    for kernel, words in KERNELS.items():
+        rows = points[points["kernel"] == kernel]
+        if len(rows):
+            said.append(f"{words} {labels.span([*rows['effective_rank_low'], *rows['effective_rank_high']])}")
+    return (
+        "Effective rank (tr A)^2 / ||A||_F^2 of Theta, n x n, and of kernels between samples, N x N, with BatchNorm in "
+        "eval mode; for single logits, the median with the range. Ranges over networks, weights and statistics, which "
+        f"must be named with a rank: {'; '.join(said)}."
     )
-    for problem, here in points.groupby("problem", sort=False):
-        said = []
-        for (weights, statistics), rows in here.groupby(["weights", "statistics"], sort=False):
-            found = rows.set_index("kernel")["effective_rank"]
-            values = [f"{KERNELS[kernel]} {labels.rounded(found[kernel])}" for kernel in KERNELS if kernel in found]
-            said.append(f"{weights} weights, statistics {STATISTICS[statistics][2]}: {', '.join(values)}")
-        text += f" {labels.name_label(str(problem))}: {'; '.join(said)}."
-    return text

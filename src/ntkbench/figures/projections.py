@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from scipy.special import ndtr
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 from ntkbench.figures.plotting.styles import Look, looks
+from ntkbench.measure import laws
 
 TABLE = "projections"
-COLUMNS: tuple[str, ...] = ("problem", "method", "title", "kind", "k", "passes", "N", "O", "P", "n", "gram_error")
-COLUMNS += ("pntk_error", "norm_plug_in", "norm_unbiased", "norm_bias", "alignment_plug_in", "alignment_unbiased")
-COLUMNS += ("bytes", "kept", "seconds", "seeds", "calls")
-
-AGAINST_K = {
+ERRORS = {
     "gram_error": "Gram matrix",
     "pntk_error": "pNTK",
     "norm": "norm",
     "alignment": "alignment",
 }
-"""Panels of the upper row of a problem, against features."""
-AGAINST_COST = (
-    ("gram_error", "seconds", "Gram matrix"),
-    ("norm", "seconds", "norm"),
-    ("alignment", "seconds", "alignment"),
-    ("gram_error", "bytes", "Gram matrix"),
-)
-"""Panels of the lower row: error, cost, and what it is the error of."""
-FEATURES = "features of a row, k"
-COSTS = {"seconds": "seconds (of the norm)", "bytes": "bytes kept"}
+"""Panels of a row, and what each is the error of."""
+VALUES = ("gram_error", "pntk_error", "norm_plug_in", "norm_unbiased", "alignment_plug_in", "alignment_unbiased")
+COLUMNS: tuple[str, ...] = ("problem", "method", "title", "kind", "kernel", "k", "passes", "N", "O", "P", "n")
+COLUMNS += tuple(f"{value}{end}" for value in VALUES for end in ("", "_low", "_high"))
+COLUMNS += ("trace_bias", "norm_bias", "effective_rank_bias", "bytes", "kept", "seconds", "seconds_q25", "seconds_q75")
+COLUMNS += ("alignment_seconds", "seeds", "calls")
+AGAINST = ("k", "seconds", "bytes")
+"""Rows of a problem, by what errors are drawn against."""
+COSTS = {
+    "k": "features of a row, k",
+    "seconds": "seconds (of the norm)",
+    "alignment_seconds": "seconds (of the alignment)",
+    "bytes": "bytes kept",
+}
 SHOWN = ("projection", "estimator", "approximate", "exact")
 FLOOR = 1e-4
 """Smaller errors are drawn at this value; they are those of exact kernels."""
+NORMAL = 1.96
+"""Half of a 95 % interval in standard deviations."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -47,10 +50,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(table, labels.why_not(table))
     shown = list(dict.fromkeys(points["problem"]))
     style = looks(points.assign(kind=points["kind"].replace({"projection": "stochastic", "estimator": "stochastic"})))
-    rows = [canvas.Row(1.9, above=0.8, below=0.45), canvas.Row(1.9, above=0.2, below=0.55)] * len(shown)
+    rows = [
+        canvas.Row(1.6, above=0.8, below=0.5),
+        canvas.Row(1.6, above=0.05, below=0.5),
+        canvas.Row(1.6, above=0.05, below=0.6),
+    ] * len(shown)
     figure, grid = canvas.sheet(
         rows,
-        len(AGAINST_K),
+        len(ERRORS),
         title=_title(points),
         subtitle=base.settings_line(table).replace("median over", "root mean square over"),
         key=[*_methods(points, style), ("how to read", _reading())],
@@ -59,21 +66,18 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     )
     for i, problem in enumerate(shown):
         here = points[points["problem"] == problem]
-        above, below = grid[2 * i], grid[2 * i + 1]
-        projections = here[here["kind"] == "projection"]
-        for panel, (error, what) in zip(above, AGAINST_K.items(), strict=True):
-            _panel(panel, projections, "k", error, style, _limits(projections))
-            canvas.title(panel, what, "")
-            panel.set_xlabel(FEATURES)
-        for panel, (error, cost, what) in zip(below, AGAINST_COST, strict=True):
-            _panel(panel, here, cost, error, style, _limits(here))
-            panel.set_xlabel(f"{what}: {COSTS[cost]}")
-        for panels in (above, below):
+        for against, panels in zip(AGAINST, grid[len(AGAINST) * i :], strict=False):
+            drawn = here[here["kind"] == "projection"] if against == "k" else here
+            for panel, (error, what) in zip(panels, ERRORS.items(), strict=True):
+                cost = "alignment_seconds" if (against, error) == ("seconds", "alignment") else against
+                _panel(panel, drawn, cost, error, style, _limits(here))
+                panel.set_xlabel(COSTS[cost])
+                panel.tick_params(labelleft=panel is panels[0])
+                if against == "k":
+                    canvas.title(panel, what, "")
             panels[0].set_ylabel("relative error")
-            for panel in panels[1:]:
-                panel.tick_params(labelleft=False)
         said = f"{labels.name_label(problem)}:  {labels.sizes_label(here, 'n', 'P', 'O')}"
-        above[0].annotate(
+        grid[len(AGAINST) * i][0].annotate(
             said, (0, 1), (0, 30), "axes fraction", "offset points", fontsize=11, fontweight="bold", color=styles.GREY
         )
     kept = points[[column for column in COLUMNS if column in points]].reset_index(drop=True)
@@ -81,8 +85,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _limits(here: pd.DataFrame) -> tuple[float, float]:
-    columns = ("gram_error", "pntk_error", "norm_plug_in", "norm_unbiased", "alignment_plug_in", "alignment_unbiased")
-    return canvas.limits(np.clip(here[list(columns)].to_numpy(float), FLOOR, None).ravel(), pad=1.5)
+    return canvas.limits(np.clip(here[list(VALUES)].to_numpy(float), FLOOR, None).ravel(), pad=1.5)
 
 
 def _panel(
@@ -133,6 +136,8 @@ def _reading() -> list[tuple[Line2D, str]]:
     return [
         (Line2D([], [], **sample), "error; norm, alignment: unbiased"),
         (Line2D([], [], **sample, markerfacecolor="white", linestyle=(0, (3.2, 1.6))), "of the published Gram matrix"),
+        (Line2D([], [], linestyle=""), f"errors below {FLOOR:g} are drawn there"),
+        (Line2D([], [], linestyle=""), "N x N kernels A stand for A ⊗ I"),
     ]
 
 
@@ -152,72 +157,68 @@ def slopes(points: pd.DataFrame) -> pd.Series:
     return pd.Series(found, dtype=float)
 
 
-def _exact_seconds(here: pd.DataFrame) -> float:
-    return float(here.loc[here["kind"] == "exact", "seconds"].min())
-
-
 def _faster(here: pd.DataFrame) -> pd.DataFrame:
-    """Projections that take less time than the fastest exact kernel, the most accurate first."""
-    rows = here[(here["kind"] == "projection") & (here["seconds"] < _exact_seconds(here))]
-    return rows.sort_values("gram_error")
+    """The rows that certainly take less time than every exact kernel, on one problem; none without an exact kernel."""
+    middle, deviations = laws.median_seconds(here)
+    exact = (here["kind"] == "exact").to_numpy()
+    if not exact.any():
+        return here.iloc[:0]
+    others = middle[exact][:, None], deviations[exact][:, None]
+    apart = (others[0] - middle) / np.hypot(others[1], deviations)
+    return here[(ndtr(apart) >= tasks.SURE).all(0) & ~exact]
+
+
+def choice(here: pd.DataFrame, error: str) -> str:
+    """The method to use on a problem in place of an exact kernel to save time: the most accurate of those that do.
+
+    Both are certain to 95 %: that a method takes less time than every exact kernel, and that its error is the smallest.
+
+    Args:
+        here: rows of one problem.
+        error: a key of :data:`ERRORS`.
+
+    Returns:
+        The title of the method, ``the exact kernel`` if none takes less time, or ``several methods`` if errors do not
+        decide.
+    """
+    rows = _faster(here)
+    found = pd.concat([rows.assign(error=rows[column], low=rows.get(f"{column}_low"), high=rows.get(f"{column}_high"))
+                       for column, _ in _columns(error)])  # fmt: skip
+    found = found[found["error"] > 0]
+    if not len(found):
+        return "the exact kernel"
+    middle = np.log(found["error"].to_numpy(float))
+    spread = np.log(found["high"].astype(float)).sub(middle).fillna(0).to_numpy() / NORMAL
+    shares = pd.Series(laws.smallest(middle, spread), index=found["title"]).groupby(level=0).sum()
+    return str(shares.idxmax()) if shares.max() >= tasks.SURE else "several methods"
 
 
 def _title(points: pd.DataFrame) -> str:
-    said = [_faster(here) for _, here in points.groupby("problem", sort=False)]
-    if not all(np.isfinite(_exact_seconds(here)) for _, here in points.groupby("problem")):
+    if not (points["kind"] == "exact").groupby(points["problem"]).any().all():
         return "Projected gradients: errors against features, seconds and bytes"
-    if not any(len(rows) for rows in said):
-        return "No projection is faster than the exact kernel on these problems"
-    least = labels.share_label(min(float(rows["gram_error"].iloc[0]) for rows in said if len(rows)))
-    return f"Of projections that are faster than the exact kernel, the best Gram matrix is off by {least}"
+    faster = pd.concat([_faster(here) for _, here in points.groupby("problem", sort=False)])
+    faster = faster[(faster["kind"] == "projection") & faster["gram_error_high"].notna()]
+    if not len(faster):
+        return "No projection is certainly faster than the exact kernel on these problems"
+    least = labels.share_label(float(faster["gram_error_high"].min()))
+    return f"Projections that are faster than the exact kernel give the Gram matrix to {least} at best"
 
 
 def _caption(points: pd.DataFrame) -> str:
-    titles = points.drop_duplicates("method").set_index("method")["title"]
-    text = (
-        "Relative root-mean-square errors over seeds from k random features of each row of J (Gram matrix: Frobenius "
-        "norm). Dashed: from the Gram matrix, as published; solid: unbiased before the root or ratio, from pairs of "
-        f"independent parts of the projection. Errors below {FLOOR:g} are drawn there. Approximations by a kernel A "
-        "between samples stand for Theta as A ⊗ I_O. Bytes are those of the features or the kernel, not the peak."
+    return (
+        "Root-mean-square errors of random features of the rows of J, beside estimators and kernels; dashed: from the "
+        f"Gram matrix, as published. {_advice(points)}"
     )
-    for problem, here in points.groupby("problem", sort=False):
-        text += f" {labels.name_label(str(problem))}: {_found(here, titles)}"
-    return text
 
 
-def _found(here: pd.DataFrame, titles: pd.Series) -> str:
-    slope = slopes(here).droplevel(0)
-    parts = [f"{titles[method]} {labels.rounded(value)}" for method, value in slope.items()]
-    said = [f"the Gram matrix's error falls as k to the power of {', '.join(parts)}"] if parts else []
-    projections = here[here["kind"] == "projection"]
-    for method, rows in projections.groupby("method", sort=False):
-        first, last = rows.loc[rows["kept"].idxmin()], rows.loc[rows["kept"].idxmax()]
-        said.append(
-            f"{titles[method]} is off by {labels.share_label(first['gram_error'])} at k = {first['kept']:g} and by "
-            f"{labels.share_label(last['gram_error'])} at {last['kept']:g} in {labels.rounded(last['seconds'])} s (its "
-            f"norm by {_signed(first['norm_bias'])} and {_signed(last['norm_bias'])} on average)"
-        )
-    for row in here[here["kind"] == "approximate"].to_dict("records"):
-        off = (
-            f"the norm by {_signed(row['norm_bias'])}, the alignment by {labels.share_label(row['alignment_plug_in'])}"
-        )
-        gram = "" if math.isnan(row["gram_error"]) else f"Theta by {labels.share_label(row['gram_error'])}, "
-        said.append(f"{row['title']} misses {gram}{off}")
-    exact = _exact_seconds(here)
-    if math.isfinite(exact):
-        best = _faster(here)
-        said.append(f"an exact kernel takes {labels.rounded(exact)} s" + _instead(best, titles))
-    return "; ".join(said) + "."
-
-
-def _instead(best: pd.DataFrame, titles: pd.Series) -> str:
-    """The alternatives that take less time than an exact kernel."""
-    if not len(best):
-        return ", less than any of these projections"
-    row = best.iloc[0]
-    error = labels.share_label(row["gram_error"])
-    return f"; in less time {titles[row['method']]} with k = {row['kept']:g} gives the Gram matrix to {error} at best"
-
-
-def _signed(share: float) -> str:
-    return f"{'+' if share > 0 else ''}{labels.share_label(share)}"
+def _advice(points: pd.DataFrame) -> str:
+    """When to use what, over all problems."""
+    names = labels.families(points["problem"])
+    said = []
+    for error in ("gram_error", "norm"):
+        chosen: dict[str, list[str]] = {}
+        for problem, here in points.groupby("problem", sort=False):
+            chosen.setdefault(choice(here, error), []).append(names[problem])
+        parts = [title if len(chosen) == 1 else f"{title} on {' and '.join(found)}" for title, found in chosen.items()]
+        said.append(f"for the {ERRORS[error]}: {', '.join(parts)}")
+    return f"To save time with 95 % certainty use, {'; '.join(said)}."

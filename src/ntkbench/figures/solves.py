@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 from ntkbench.figures.plotting.styles import Look
+from ntkbench.measure import laws
 
 TABLE = "solves"
 COLUMNS: tuple[str, ...] = ("problem", "method", "title", "share", "rtol", "condition", "seconds", "seconds_q25")
@@ -70,7 +71,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     for panel in grid[-1]:
         panel.set_xlabel("condition number of Θ + ridge")
     kept = points[[column for column in COLUMNS if column in points]].reset_index(drop=True)
-    return base.Drawing(figure, kept, _caption(points, problems))
+    return base.Drawing(figure, kept, _caption(points))
 
 
 def _panel(panel: Axes, here: pd.DataFrame, column: str, look: dict[str, Look]) -> None:
@@ -100,74 +101,64 @@ def _reading() -> list[tuple[Line2D, str]]:
 
 # --- words from the data
 
+FACTOR, PRODUCTS = "factor", "products"
+
 
 def fastest(points: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method by products against the factor, for each problem, ridge and tolerance that one reached.
+    """Products against the factor, for each problem, ridge and tolerance that one of them reached.
 
-    ``ratio`` is the seconds of the factor over those of products: above 1 products win. It is 0, without a ``method``,
-    if no products reached the residual, and infinite if the factor did not.
+    ``ratio`` is the seconds of the factor over those of the fastest method by products: above 1 products are faster. It
+    is 0 if no products reached the residual, and infinite if the factor did not. ``winner`` is :data:`FACTOR` or
+    :data:`PRODUCTS` if that is right with a probability of 95 %, and empty otherwise. ``title`` names the fastest
+    method by products if that is as certain.
     """
     good = points[points["residual"] <= SLACK * points["rtol"]]
-    cases = ["problem", "n", "share", "rtol"]
-    exact = good[good["method"] == EXACT].set_index(cases)
-    products = good[good["method"] != EXACT]
-    products = products.loc[products.groupby(cases, sort=False)["seconds"].idxmin()].set_index(cases)
-    found = products[["method", "title", "condition", "seconds", "passes_spent"]]
-    ratio = (exact["seconds"] / found["seconds"]).where(exact["seconds"].notna(), np.inf)
-    found = found.reindex(found.index.union(exact.index, sort=False))
-    both = found.assign(ratio=ratio.reindex(found.index))
-    lost = both["method"].isna()
-    return both.assign(ratio=both["ratio"].where(~lost, 0.0)).reset_index()
+    typical = laws.typical_spread(points)
+    made = []
+    for case, rows in good.groupby(["problem", "n", "share", "rtol"], sort=False):
+        shares = pd.Series(laws.smallest(*laws.median_seconds(rows, typical=typical)), index=rows.index)
+        exact = rows["method"] == EXACT
+        won = float(shares[~exact].sum())
+        seconds = rows.loc[exact, "seconds"].min(), rows.loc[~exact, "seconds"].min()
+        row = dict(zip(("problem", "n", "share", "rtol"), case, strict=True))
+        row |= {"condition": rows["condition"].iloc[0], "ratio": math.inf if math.isnan(seconds[0]) else 0.0}
+        if not any(map(math.isnan, seconds)):
+            row["ratio"] = seconds[0] / seconds[1]
+        row["winner"] = PRODUCTS if won >= tasks.SURE else FACTOR if won <= 1 - tasks.SURE else ""
+        row["title"] = rows["title"][shares.idxmax()] if shares[~exact].max() >= tasks.SURE else ""
+        made.append(row)
+    columns = ["problem", "n", "share", "rtol", "condition", "ratio", "winner", "title"]
+    return pd.DataFrame(made, columns=columns)
 
 
 def _title(points: pd.DataFrame) -> str:
     found = fastest(points)
     if not len(found):
         return "Solutions by a factor and by products: seconds to a residual"
-    won = found[found["ratio"] > 1]
-    if not len(won):
+    won = (found["winner"] == PRODUCTS).sum()
+    if (found["winner"] == FACTOR).all():
         return f"Where all of Θ fits, its Cholesky factor is the fastest in all {len(found)} cases"
-    if len(won) == len(found):
+    if won == len(found):
         return f"Conjugate gradients are faster than a Cholesky factor in all {len(found)} cases"
-    return f"Products beat a Cholesky factor in {len(won)} of {len(found)} cases"
+    return f"Products beat a Cholesky factor with 95 % certainty in {won} of {len(found)} cases"
 
 
-def _caption(points: pd.DataFrame, problems: list[str]) -> str:
-    text = (
-        "Seconds from weights to a solution with the given relative residual, medians over right-hand sides, against "
-        "the condition number of Theta + ridge I. The factor's time includes the computation of Theta and refinement "
-        "by products. Residuals are computed by products in float64."
-    )
-    found = fastest(points)
-    for problem in problems:
-        here = found[found["problem"] == problem]
-        if not len(here):
-            continue
-        won, lost = here[here["ratio"] > 1], here["method"].isna().sum()
-        text += f" {labels.name_label(problem)}: products are faster in {len(won)} of {len(here)} cases"
-        text += f", and do not reach the residual in {lost}" if lost else ""
-        here = here[here["method"].notna() & np.isfinite(here["ratio"])]
-        for place, words in (
-            ((here["ratio"].idxmax(), "at best"), (here["ratio"].idxmin(), "at worst")) if len(here) else ()
-        ):
-            row = here.loc[place]
-            text += (
-                f", {words} {labels.rounded(row['ratio'])} times as fast ({row['title']}, condition number "
-                f"{labels.rounded(row['condition'])}, residual {row['rtol']:g}, {row['passes_spent']:g} passes)"
-            )
-        text += "."
-        text += _saved(points[points["problem"] == problem])
-    return text
-
-
-def _saved(here: pd.DataFrame) -> str:
-    """The savings by the preconditioner at the largest condition number and the smallest residual."""
-    last = here[(here["rtol"] == here["rtol"].min()) & (here["share"] == here["share"].min())].set_index("method")
-    if not {"nystrom", "plain"} <= set(last.index):
-        return ""
-    ours, plain = last.loc["nystrom"], last.loc["plain"]
+def _caption(points: pd.DataFrame) -> str:
     return (
-        f" At the largest condition number and a residual of {ours['rtol']:g}, the preconditioned solver takes "
-        f"{ours['iterations']:g} iterations and {ours['passes_spent']:g} passes instead of {plain['iterations']:g} "
-        f"and {plain['passes_spent']:g}."
+        "Median seconds from weights to a solution with a relative residual, against the condition number of Θ + "
+        f"ridge. The factor's time includes that of Θ. {_advice(fastest(points))}"
+    )
+
+
+def _advice(found: pd.DataFrame) -> str:
+    """When to use what, over all cases."""
+    won, lost = (found[found["winner"] == side] for side in (PRODUCTS, FACTOR))
+    if not len(won):
+        return f"Use the factor wherever Θ fits: it is faster with 95 % certainty in {len(lost)} of {len(found)} cases."
+    titles = set(won["title"])
+    named = f" ({titles.pop()})" if len(titles) == 1 and "" not in titles else ""
+    return (
+        f"Use products{named} for n of {labels.range_label(won['n'])} and condition numbers of "
+        f"{labels.span(won['condition'])}, where they are faster with 95 % certainty in {len(won)} of {len(found)} "
+        f"cases; use the factor elsewhere, where it is in {len(lost)}."
     )

@@ -9,12 +9,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 from ntkbench.figures.plotting.styles import Look
+from ntkbench.measure import laws
 
 TABLE = "spectra"
 COLUMNS: tuple[str, ...] = ("problem", "method", "title", "kind", "quantity", "passes", "tolerance", "passes_spent")
-COLUMNS += ("error", "error_q25", "error_q75", "holds", "stated", "seconds", "seeds", "calls", "n", "P", "O")
+COLUMNS += ("error", "error_q25", "error_q75", "holds", "stated", "seconds", "seconds_q25", "seconds_q75")
+COLUMNS += ("seeds", "calls", "n", "P", "O")
 
 QUANTITIES = {
     "largest": ("largest eigenvalue", "relative error"),
@@ -25,6 +27,15 @@ QUANTITIES = {
     "density": ("spectral density", "decades"),
 }
 """Panels from above, and what their errors are."""
+SHORT = {
+    "largest": "λmax",
+    "top": "largest eigenvalues",
+    "condition": "condition number",
+    "entropy_effective_rank": "entropy rank",
+    "log_determinant": "log det",
+    "density": "density",
+}
+"""Their names in a sentence."""
 LOOKS = {
     "eigh": (styles.PINK, "P"),
     "spectrum": (styles.BLUE, "o"),
@@ -131,55 +142,69 @@ def at_most(points: pd.DataFrame, method: str) -> pd.DataFrame:
     return own.loc[own.groupby(["problem", "quantity"], sort=False)["passes_spent"].idxmax()]
 
 
+def exact_is_faster(points: pd.DataFrame) -> dict[str, bool]:
+    """For each problem whether all of Theta certainly takes less time than products with the most passes.
+
+    It is decided with a probability of 95 %. A problem without one of them is missing.
+    """
+    typical, found = laws.typical_spread(points), {}
+    for problem, here in points.groupby("problem", sort=False):
+        pair = [at_most(here, method).head(1) for method in (EXACT, WHOLE)]
+        if all(map(len, pair)):
+            shares = laws.smallest(*laws.median_seconds(pd.concat(pair), typical=typical))
+            found[str(problem)] = bool(shares[0] >= tasks.SURE)
+    return found
+
+
+def most_accurate(points: pd.DataFrame) -> dict[str, str]:
+    """The method by products that is the most accurate for a quantity on every problem, by its title.
+
+    Methods are compared with their most passes. A quantity without a method of which that is certain to 95 % on each
+    problem is missing. Errors below :data:`ROUNDING` count as equal.
+    """
+    leads: dict[str, set[str]] = {}
+    for (_, quantity), here in points[points["method"] != EXACT].groupby(["problem", "quantity"], sort=False):
+        rows = here.loc[here.groupby("method")["passes_spent"].idxmax()]
+        drawn = rows.assign(passes=rows["passes_spent"])
+        for column in ("error", "error_q25", "error_q75"):
+            drawn[column] = drawn[column].clip(lower=ROUNDING)
+        shares = laws.smallest(*laws.median_errors(drawn))
+        leads.setdefault(quantity, set()).add(rows["title"].iloc[shares.argmax()] if shares.max() >= tasks.SURE else "")
+    return {quantity: found.pop() for quantity, found in leads.items() if len(found) == 1 and "" not in found}
+
+
 def _title(points: pd.DataFrame) -> str:
-    rows = at_most(points, WHOLE)
-    worst = rows.groupby("quantity")["error"].max()
+    worst = at_most(points, WHOLE).groupby("quantity")["error"].max()
     if not {"top", "log_determinant"} <= set(worst.index):
         return "Spectral quantities by products: errors against passes"
     top, volume = (_error(quantity, float(worst[quantity])) for quantity in ("top", "log_determinant"))
     said = f"Products give the top eigenvalues to {top}, log det to {volume}"
-    exact = at_most(points, EXACT).groupby("problem")["seconds"].max()
-    products = rows.groupby("problem")["seconds"].max()
-    if len(exact) == len(products) and (exact < products).all():
-        return f"{said}; all of Θ takes less time"
-    return said
+    faster = exact_is_faster(points)
+    return f"{said}; all of Θ takes less time" if faster and all(faster.values()) else said
 
 
 def _caption(points: pd.DataFrame, shown: list[str]) -> str:
-    text = (
-        "Median errors over seeds, relative to float64 eigenvalues, against the passes spent; for the density, the "
-        "Wasserstein-1 distance of log10(eigenvalue + ridge), in decades; of several eigenvalues, the worst. "
-        "ntkbench.spectrum splits its passes between block Lanczos and stochastic Lanczos (a quarter, at most 400). "
-        "Stated are bounds, each with an eigenvalue within, and 95 % intervals. "
-        f"Errors below {FLOOR:g}, of the largest eigenvalues below {FLOORS['top']:g}, are drawn there."
+    return (
+        "Median errors relative to float64 values; of the density, the Wasserstein-1 distance of log10(eigenvalue + "
+        f"ridge); small ones are drawn at a floor. {_advice(points, shown)}"
     )
-    for problem, here in points.groupby("problem", sort=False):
-        text += f" {labels.name_label(str(problem))}: {_found(here, shown)}"
-    return text
 
 
-def _found(here: pd.DataFrame, shown: list[str]) -> str:
-    said = []
-    exact, whole = at_most(here, EXACT), at_most(here, WHOLE).set_index("quantity")
-    if len(exact):
-        row = exact.iloc[0]
-        said.append(f"all of Theta takes {labels.rounded(row['seconds'])} s and {row['passes_spent']:g} passes")
-    if len(whole):
-        row = whole.iloc[0]
-        errors = [
-            f"{QUANTITIES[name][0]} {_error(name, float(whole.loc[name, 'error']))}"
-            for name in shown
-            if name in whole.index
-        ]
-        cost = f"{labels.rounded(row['seconds'])} s and {row['passes_spent']:g} passes at most"
-        said.append(f"ntkbench.spectrum takes {cost}, with errors of {', '.join(errors)}")
-    stated = here[here["holds"].notna()]
-    for method, rows in stated.groupby("title", sort=False):
-        worst = rows.loc[rows["holds"].idxmin()]
-        where = f" ({QUANTITIES[worst['quantity']][0]}, {worst['passes_spent']:g} passes)" if worst["holds"] < 1 else ""
-        share = labels.share_label(float(worst["holds"]))
-        said.append(f"bounds and intervals of {method} hold for at least {share} of seeds{where}")
-    return "; ".join(said) + "."
+def _advice(points: pd.DataFrame, shown: list[str]) -> str:
+    """When to use what, over all problems."""
+    faster, names = exact_is_faster(points), labels.families(points["problem"])
+    where = [names[problem] for problem, is_faster in faster.items() if is_faster]
+    said = "Where Θ fits, decompose it if exact values are needed"
+    if where:
+        most = at_most(points, WHOLE)["passes_spent"].max()
+        places = "" if len(where) == len(names) else f" on {' and '.join(where)}"
+        said = f"Where Θ fits, decompose it: with 95 % certainty it is faster than {most:g} passes{places}"
+    leads: dict[str, list[str]] = {}
+    for quantity, title in most_accurate(points).items():
+        if quantity in shown:
+            leads.setdefault(title, []).append(SHORT[quantity])
+    best = [f"{title} for {' and '.join(quantities)}" for title, quantities in leads.items()]
+    return f"{said}. By products, use {', '.join(best) or 'any method: none is certainly the most accurate'}."
 
 
 def _error(quantity: str, error: float) -> str:

@@ -43,7 +43,7 @@ def cells(config: Config) -> list[Cell]:
         for problem, name, metric in itertools.product(block.problems, block.methods, block.metrics):
             method = methods.get(name)
             # A metric that a method never gives has no cell; one that it cannot give *here* has a row with the reason.
-            if metric not in (*method.metrics, *method.kernel_metrics):
+            if metric not in method.given:
                 continue
             for backend in method.backends[: 1 if block.backends == "plain" else None]:
                 for passes in block.passes if method.takes_passes else [None]:

@@ -71,7 +71,7 @@ class Block(Strict):
         takers = [method.name for method in chosen if method.takes_passes]
         if takers and not self.passes:
             raise BadInput(f"passes: empty, but {', '.join(takers)} need a list of positive budgets")
-        if not any({*method.metrics, *method.kernel_metrics} & set(self.metrics) for method in chosen):
+        if not any(set(method.given) & set(self.metrics) for method in chosen):
             raise BadInput(f"no method of this block gives {' or '.join(self.metrics)}, so it has no cells")
         return self
 

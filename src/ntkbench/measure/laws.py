@@ -134,15 +134,13 @@ def fit(points: pd.DataFrame, seed: int = 0, *, typical: float | None = None, dr
     points = points.sort_values("passes", kind="stable")
     passes = points["passes"].fillna(1.0).clip(lower=1.0).to_numpy(float)
     errors, deviations = median_errors(points)
-    seconds, spread = _logarithms(points, "seconds", 1e-12)
-    typical = typical_spread(points) if typical is None else typical
-    spread = np.where(_spread_is_known(points), spread, np.maximum(spread, typical))
+    seconds, of_seconds = median_seconds(points, typical=typical, drift=drift)
     seeds, calls = points["seeds"].fillna(1).clip(lower=1).to_numpy(float), _calls(points)
 
     rng = np.random.default_rng(seed)
     x, place = np.unique(np.log(passes), return_inverse=True)
     of_errors = functools.partial(_fitted, x, place, power=-RATE)
-    of_seconds = functools.partial(_fitted, x, place, power=0.0)
+    of_times = functools.partial(_fitted, x, place, power=0.0)
     noise = rng.standard_normal((2, 1 + RERUNS, len(passes)))
     noise[:, 0] = 0
     if "first_seed" not in points or points["first_seed"].duplicated().any():
@@ -150,7 +148,7 @@ def fit(points: pd.DataFrame, seed: int = 0, *, typical: float | None = None, dr
     return Law(
         np.exp(x),
         np.exp([of_errors(errors + row, seeds) for row in noise[0] * deviations]),
-        np.exp([of_seconds(seconds + row, calls) for row in noise[1] * np.maximum(_of_median(spread, calls), drift)]),
+        np.exp([of_times(seconds + row, calls) for row in noise[1] * of_seconds]),
     )
 
 
@@ -163,6 +161,34 @@ def median_errors(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     middle, spread = _logarithms(points, "error", FLOOR)
     seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
     return middle, np.where(points["passes"].isna(), 0.0, _of_median(np.maximum(spread, HALF_NORMAL), seeds))
+
+
+def median_seconds(
+    points: pd.DataFrame, *, typical: float | None = None, drift: float = DRIFT
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of median seconds, and their standard deviations over calls.
+
+    Args:
+        points: as for :func:`fit`.
+        typical: as for it.
+        drift: as for it.
+    """
+    middle, spread = _logarithms(points, "seconds", 1e-12)
+    typical = typical_spread(points) if typical is None else typical
+    spread = np.where(_spread_is_known(points), spread, np.maximum(spread, typical))
+    return middle, np.maximum(_of_median(spread, _calls(points)), drift)
+
+
+def smallest(middle: np.ndarray, deviations: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The probability of each of some independent normal numbers that it is the smallest, by 4,000 draws.
+
+    Args:
+        middle: means, ``[K]``.
+        deviations: standard deviations, ``[K]``.
+        seed: seed of the draws.
+    """
+    draws = middle + np.random.default_rng(seed).standard_normal((4000, len(middle))) * deviations
+    return np.bincount(draws.argmin(1), minlength=len(middle)) / len(draws)
 
 
 def typical_spread(points: pd.DataFrame) -> float:

@@ -75,7 +75,8 @@ def _checked(source: Source, module: ModuleType, name: str) -> Method:
     if (cls.kind == "stochastic") != issubclass(cls, Stochastic):
         raise fault("kind", f"kind is {cls.kind!r}: 'stochastic' is for all subclasses of Stochastic and for no others")
     _check_words(cls, "backends", "backend", BACKENDS, fault)
-    _check_words(cls, "metrics", "metric", METRICS, fault)
+    if cls.metrics != () or not cls.kernel_metrics:
+        _check_words(cls, "metrics", "metric", METRICS, fault)
     if cls.kernel_metrics:
         _check_words(cls, "kernel_metrics", "metric", OF_KERNEL, fault)
     for attribute in ("needs_independent_samples", "needs_recurrence"):

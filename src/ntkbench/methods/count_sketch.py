@@ -36,6 +36,7 @@ class CountSketch(Deterministic):
 
     title = "CountSketch, output probes"
     kind = "approximate"
+    computes = "sketched trace kernel ⊗ I_O"
     source = "Shukla 2025 (arXiv 2512.00860), output probes and a CountSketch; Charikar, Chen, Farach-Colton 2002"
     backends = ("torch",)
     needs_independent_samples = True

@@ -31,6 +31,7 @@ class KFAC(Method):
 
     title = "K-FAC"
     kind = "approximate"
+    computes = "K-FAC's approximation of J^T J"
     source = "Martens and Grosse 2015; Grosse and Martens 2016; curvlinops 3 (Dangel et al. 2025)"
     backends = ("torch",)
     needs_independent_samples = True
@@ -73,7 +74,7 @@ class KFAC(Method):
             cross=_products(first, last),
         )
         outputs = prepared["theta_0"][2]
-        return Estimate.of_moments(metric, moments, float(outputs * len(names)), self.name)
+        return Estimate.of_moments(metric, moments, float(outputs * len(names)), self.name, kernel=self.computes)
 
 
 def _not_covered(problem: Problem) -> str | None:

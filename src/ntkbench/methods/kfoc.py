@@ -25,7 +25,8 @@ class KFOC(Method):
     Pitsianis 1993): A = sum_r G_r^T B G_r and B = sum_r G_r A G_r^T up to scale, computed in turn until they no longer
     change. The bias is an input that is always one, and a parameter that is a vector has its whole block. Different
     layers count as orthogonal, so that all metrics are biased, including the trace; no other Kronecker products are
-    closer to J^T J, those of :mod:`ntkbench.methods.kfac` included.
+    closer to J^T J, those of :mod:`ntkbench.methods.kfac` included. The code is our own, as curvlinops 3.0.1 has no
+    KFOC.
 
     O passes for each parameter set. J is held in float64 on the host; an iteration over a layer of D inputs and C
     outputs takes 2 n C D (C + D) multiplications.
@@ -37,6 +38,7 @@ class KFOC(Method):
 
     title = "KFOC"
     kind = "approximate"
+    computes = "KFOC's approximation of J^T J"
     source = "Schnaus, Lee and Triebel 2021 (Kronecker-factored optimal curvature); Van Loan and Pitsianis 1993"
     backends = ("torch", "jax")
     needs_independent_samples = True
@@ -64,7 +66,8 @@ class KFOC(Method):
             cross=_inner(first, last),
         )
         spent = sum(j.passes for j in jacobians)
-        return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), certificate(jacobians))
+        said = notes(jacobians), certificate(jacobians)
+        return Estimate.of_moments(metric, moments, spent, self.name, *said, kernel=self.computes)
 
     def _nearest(self, gradients: np.ndarray) -> Factors:
         """A and B of a layer from its gradients ``[n, C, D]``; B has the norm 1."""

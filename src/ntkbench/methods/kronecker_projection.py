@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ntkbench.errors import BadInput, Unavailable
+from ntkbench.errors import Unavailable, Unsupported
 from ntkbench.estimators import projections
 from ntkbench.estimators.projections import Features
 from ntkbench.methods.base.projected import Ledger, Projected
@@ -94,7 +94,7 @@ class KroneckerProjection(Projected):
         d = math.isqrt(k // (R * len(ends[0].engine.layers)))
         if k < ends[0].engine.O or d == 0:
             least = max(ends[0].engine.O, R * len(ends[0].engine.layers))
-            raise BadInput(f"{self.name}: k must be at least {least} for this network; got {k}")
+            raise Unsupported(f"{self.name}: k must be at least {least} for this network; got {k}")
         ledger = ledger_of(ends)
         few = f"only {d} features on each side of a layer: their products have heavy tails, and intervals are too short"
 

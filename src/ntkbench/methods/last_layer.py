@@ -13,5 +13,6 @@ class LastLayer(Layerwise):
 
     title = "last layer"
     kind = "approximate"
+    computes = "last-layer trace kernel ⊗ I_O"
     source = "folklore; the conjugate kernel of the readout"
     kernel = "last_layer"

@@ -13,5 +13,6 @@ class RandomVector(Layerwise):
 
     title = "random unit vector"
     kind = "approximate"
+    computes = "kernel of a random combination ⊗ I_O"
     source = "Mohamadi, Bae, Sutherland 2023, a fixed random vector in place of the sum"
     kernel = "random_vector"

@@ -10,5 +10,6 @@ class SingleLogit(Layerwise):
 
     title = "single logit"
     kind = "approximate"
+    computes = "single-logit kernel ⊗ I_O"
     source = "Mohamadi, Bae, Sutherland 2023, the single-logit variant"
     kernel = "single_logit"

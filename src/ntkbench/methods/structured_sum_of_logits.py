@@ -13,5 +13,6 @@ class StructuredSumOfLogits(Layerwise):
 
     title = "pNTK by layers"
     kind = "approximate"
+    computes = "pNTK ⊗ I_O"
     source = "this suite; the sum-of-logits pNTK of Mohamadi, Bae, Sutherland 2023"
     kernel = "sum_of_logits"

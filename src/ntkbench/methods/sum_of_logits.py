@@ -25,6 +25,7 @@ class SumOfLogits(Deterministic):
 
     title = "pNTK (sum of logits)"
     kind = "approximate"
+    computes = "pNTK ⊗ I_O"
     source = "Mohamadi, Bae, Sutherland 2023, the sum-of-logits pNTK"
     backends = ("torch", "jax")
     needs_independent_samples = True

@@ -13,5 +13,6 @@ class TraceKernel(Layerwise):
 
     title = "trace kernel"
     kind = "approximate"
+    computes = "trace kernel ⊗ I_O"
     source = "folklore; the projection of Theta onto Kronecker products with I_O"
     kernel = "trace"

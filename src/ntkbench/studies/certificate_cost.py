@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 from ntkbench import methods, operators, problems
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure import timing
-from ntkbench.measure.schema import ProblemLabel, Strict
+from ntkbench.measure.schema import MethodName, MetricName, ProblemLabel, Strict
 from ntkbench.studies import base
 
 TIMED = True
@@ -41,8 +41,8 @@ class Certified(Strict):
     """
 
     problem: ProblemLabel
-    method: str
-    metric: str = "trace"
+    method: MethodName
+    metric: MetricName = "trace"
     passes: PositiveInt | None = None
     calls: PositiveInt | None = None
 

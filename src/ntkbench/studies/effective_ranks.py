@@ -20,6 +20,7 @@ from pydantic import Field
 
 from ntkbench import problems
 from ntkbench.errors import Unavailable
+from ntkbench.measure.schema import ProblemLabel
 from ntkbench.problem import Problem, Weights
 from ntkbench.studies import base
 from ntkbench.studies.base import thetas
@@ -40,7 +41,7 @@ class Settings(base.Settings):
         problems: labels of networks with BatchNorm, with n small enough to decompose Theta in float64.
     """
 
-    problems: list[str] = Field(default=["resnet18[N=24,O=10,width=8]"], min_length=1)
+    problems: list[ProblemLabel] = Field(default=["resnet18[N=24,O=10,width=8]"], min_length=1)
 
 
 def run(settings: Settings) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from ntkbench import problems
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import paired
+from ntkbench.measure.schema import ProblemLabel
 from ntkbench.operators import linearise
 from ntkbench.problem import Problem, split
 from ntkbench.problems.base import Definition, training
@@ -43,14 +44,11 @@ class Settings(base.Settings):
         probes: number of probes, the same for all kernels.
     """
 
-    problems: list[str] = Field(default=["transformer_small[N=4,T=16]", "transformer_flipflop[N=16]"], min_length=1)
+    problems: list[ProblemLabel] = Field(
+        default=["transformer_small[N=4,T=16]", "transformer_flipflop[N=16]"], min_length=1
+    )
     steps: list[NonNegativeInt] = Field(default=[0, 1, 3, 10, 30, 100, 300], min_length=2)
     probes: int = Field(default=100, ge=2)
-
-    @field_validator("problems")
-    @classmethod
-    def _problems_exist(cls, labels: list[str]) -> list[str]:
-        return [problems.check(label) for label in labels]
 
     @field_validator("steps")
     @classmethod

@@ -6,7 +6,10 @@ pNTK. The norm and the alignment are computed twice from the same features: from
 (``plug_in``), and from pairs of independent parts of the projection (``unbiased``). Other methods give only their
 estimates. An N x N kernel A approximates Theta as A ⊗ I_O.
 
-Seconds are those of the norm, from weights to a number. Bytes are those of the stored n k features, or of the kernel.
+Root-mean-square errors over seeds have 95 % intervals in columns ``_low`` and ``_high``. ``seconds`` are those of the
+norm, from weights to a number, and ``alignment_seconds`` those of the alignment. Bytes are those of the stored n k
+features, of the kernel, or of Kronecker factors. For methods with one value the biases of trace, norm and effective
+rank are relative to the exact values.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 from pydantic import Field
+from scipy.special import stdtrit
 
 from ntkbench import methods, problems
 from ntkbench.errors import Unavailable
 from ntkbench.estimators import projections
-from ntkbench.measure.timing import timed
+from ntkbench.measure.schema import ProblemLabel
+from ntkbench.measure.timing import Timed, quartiles, timed
 from ntkbench.methods import count_sketch
-from ntkbench.methods.base import projected
+from ntkbench.methods.base import kronecker, projected
 from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -57,7 +62,7 @@ class Settings(base.Settings):
     """
 
     seeds: int = Field(10, ge=2)
-    problems: list[str] = Field(default=["digits_mlp[N=16]", "digits_conv[N=16]"], min_length=1)
+    problems: list[ProblemLabel] = Field(default=["digits_mlp[N=16]", "digits_conv[N=16]"], min_length=1)
     k: list[Annotated[int, Field(ge=16)]] = Field(default=[16, 64, 256, 1024], min_length=2)
     passes: list[Annotated[int, Field(ge=8)]] = Field(default=[8, 32, 128], min_length=1)
 
@@ -83,6 +88,16 @@ class Truth:
     def norm(self) -> float:
         """||Theta||_F."""
         return float(np.linalg.norm(self.thetas[0]))
+
+    @functools.cached_property
+    def trace(self) -> float:
+        """tr Theta."""
+        return float(np.trace(self.thetas[0]))
+
+    @property
+    def effective_rank(self) -> float:
+        """The effective rank of Theta."""
+        return (self.trace / self.norm) ** 2
 
     @functools.cached_property
     def alignment(self) -> float:
@@ -129,6 +144,7 @@ def _of_problem(settings: Settings, label: str) -> Iterator[base.Row]:
     for name in ALL:
         prepared = base.Once(functools.partial(_prepared, settings, exact, name))
         case = {"problem": label, "method": name, "title": base.title(name), "kind": _kind(name)}
+        case["kernel"] = methods.get(name).computes
         measures: Mapping[str, Any] = {
             **dict.fromkeys(PROJECTIONS, _projection),
             SKETCH: _sketch,
@@ -156,49 +172,75 @@ def _prepared(settings: Settings, exact: base.Once[Truth], name: str) -> Any:
     return methods.get(name).prepare(exact().problem, settings.target())
 
 
-def _rms(values: list[float]) -> float:
-    return math.sqrt(float(np.mean(np.square(values))))
+def _rms(name: str, values: list[float]) -> dict[str, float]:
+    """The root mean square of errors, and its 95 % interval in the logarithm, from the scatter of their squares."""
+    squares = np.square(values)
+    found = math.sqrt(float(squares.mean()))
+    if not found:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), 0.0)
+    deviation = float(squares.std(ddof=1)) / (2 * float(squares.mean()) * math.sqrt(len(values)))
+    reach = math.exp(float(stdtrit(len(values) - 1, 0.975)) * deviation)
+    return {name: found, f"{name}_low": found / reach, f"{name}_high": found * reach}
 
 
 def _errors(exact: Truth, found: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Columns from the Gram matrices of each seed at both parameter sets."""
     norms = [float(np.linalg.norm(theta)) / exact.norm - 1 for theta, _ in found]
     return {
-        "gram_error": _rms([exact.gram_error(theta) for theta, _ in found]),
-        "pntk_error": _rms([exact.pntk_error(theta) for theta, _ in found]),
-        "norm_plug_in": _rms(norms),
+        **_rms("gram_error", [exact.gram_error(theta) for theta, _ in found]),
+        **_rms("pntk_error", [exact.pntk_error(theta) for theta, _ in found]),
+        **_rms("norm_plug_in", norms),
         "norm_bias": float(np.mean(norms)),
-        "alignment_plug_in": _rms([alignment(*both) / exact.alignment - 1 for both in found]),
+        **_rms("alignment_plug_in", [alignment(*both) / exact.alignment - 1 for both in found]),
     }
+
+
+def _check(settings: Settings, problem: Problem, name: str, budget: int | None = None) -> None:
+    """Check that a method applies, and that what it holds at a budget of the alignment is within the limits.
+
+    Raises:
+        Unavailable: it does not apply.
+        OverMemory: it holds too much.
+    """
+    method = methods.get(name)
+    if why := method.unsupported_reason(problem, "alignment", settings.target()):
+        raise Unavailable(why)
+    settings.limits.check_memory(method.bytes_needed(problem, "alignment", settings.target(), budget))
 
 
 def _projection(
     settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str, k: int, first: int
 ) -> dict[str, Any]:
     method: Any = methods.get(name)
-    replicates = PROJECTIONS[name]
+    replicates, budget = PROJECTIONS[name], method.cost("alignment", k)
+    _check(settings, exact().problem, name, budget)
 
     def features(metric: str, seed: int, published: bool = True) -> list[projections.Features]:
         found, _ = method.features(prepared(), metric, k, seed, replicates=replicates if published else None)
         made: list[projections.Features] = found
         return made
 
-    grams, norms, alignments, kept = [], [], [], 0
-    unsupported = method.unsupported_reason(
-        exact().problem, "alignment", settings.target(), method.cost("alignment", k)
-    )
-    for seed in range(first, first + settings.seeds):
-        both = features("alignment", seed)
-        kept = both[0].shape[0] * both[0].shape[2]
-        grams.append((projections.gram(both[0]), projections.gram(both[1])))
-        if not unsupported:
-            both = features("alignment", seed, published=False) if replicates else both
-            norms.append(projected.estimated("norm", both[:1])[0].value / exact().norm - 1)
-            alignments.append(projected.estimated("alignment", both)[0].value / exact().alignment - 1)
+    seeds, found = range(first, first + settings.seeds), list[list[projections.Features]]()
+    left = iter(seeds)
+
+    def one() -> float:
+        found.append(features("alignment", next(left)))
+        return alignment(projections.gram(found[-1][0]), projections.gram(found[-1][1]))
+
+    of_alignment = timed(one, settings.seeds - 1)
+    grams = [(projections.gram(both[0]), projections.gram(both[1])) for both in found]
+    kept = found[0][0].shape[0] * found[0][0].shape[2]
+    unbiased: dict[str, float] = {}
+    if not method.unsupported_reason(exact().problem, "alignment", settings.target(), budget):
+        if replicates:
+            found = [features("alignment", seed, published=False) for seed in seeds]
+        norms = [projected.estimated("norm", both[:1])[0].value / exact().norm - 1 for both in found]
+        alignments = [projected.estimated("alignment", both)[0].value / exact().alignment - 1 for both in found]
+        unbiased = {**_rms("norm_unbiased", norms), **_rms("alignment_unbiased", alignments)}
     call = timed(lambda: float(np.linalg.norm(projections.gram(features("norm", first)[0]))), settings.calls)
-    unbiased = {"norm_unbiased": _rms(norms), "alignment_unbiased": _rms(alignments)} if norms else {}
     size = {"bytes": exact().problem.n * kept * settings.target().itemsize, "kept": kept}
-    return {**base.sizes(exact().problem), **_errors(exact(), grams), **unbiased, **size, **_columns(settings, call)}
+    columns = _columns(settings, call, of_alignment)
+    return {**base.sizes(exact().problem), **_errors(exact(), grams), **unbiased, **size, **columns}
 
 
 def _sketch(
@@ -206,54 +248,67 @@ def _sketch(
 ) -> dict[str, Any]:
     probes = count_sketch.CountSketch.probes
     problem, width = exact().problem, k // probes
+    _check(settings, problem, name)
+    grams: list[tuple[np.ndarray, np.ndarray]] = []
+    seeds = iter(range(first, first + settings.seeds))
 
     def kernels(metric: str, seed: int) -> list[np.ndarray]:
         jacobians = prepared().jacobians(metric)
         return [count_sketch.kernel(count_sketch.probed(j, probes, width, seed)) for j in jacobians]
 
-    grams = [
-        tuple(np.kron(kernel / problem.O, np.eye(problem.O)) for kernel in kernels("alignment", seed))
-        for seed in range(first, first + settings.seeds)
-    ]
+    def one() -> float:
+        found = kernels("alignment", next(seeds))
+        theta, theta_f = (np.kron(kernel / problem.O, np.eye(problem.O)) for kernel in found)
+        grams.append((theta, theta_f))
+        return alignment(*found)
+
+    of_alignment = timed(one, settings.seeds - 1)
     call = timed(lambda: float(np.linalg.norm(kernels("norm", first)[0])), settings.calls)
     size = {"bytes": problem.N * probes * width * settings.target().itemsize, "kept": probes * width}
-    errors = _errors(exact(), [(theta, theta_f) for theta, theta_f in grams])
-    return {**base.sizes(problem), **errors, **size, **_columns(settings, call)}
+    return {**base.sizes(problem), **_errors(exact(), grams), **size, **_columns(settings, call, of_alignment)}
 
 
 def _estimator(
     settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str, passes: int, first: int
 ) -> dict[str, Any]:
-    method = methods.get(name)
-
-    def errors(metric: str, value: float, budget: int) -> list[float]:
-        seeds = range(first, first + settings.seeds)
-        return [method.estimate(prepared(), metric, budget, seed).value / value - 1 for seed in seeds]
-
+    method, problem = methods.get(name), exact().problem
+    seeds = range(first, first + settings.seeds)
     for metric, budget in (("norm", passes), ("alignment", 2 * passes)):
-        if why := method.unsupported_reason(exact().problem, metric, settings.target(), budget):
+        if why := method.unsupported_reason(problem, metric, settings.target(), budget):
             raise Unavailable(why)
-    found = {"norm_unbiased": _rms(errors("norm", exact().norm, passes))}
-    found["alignment_unbiased"] = _rms(errors("alignment", exact().alignment, 2 * passes))
+    settings.limits.check_memory(method.bytes_needed(problem, "alignment", settings.target(), 2 * passes))
+    norms = [method.estimate(prepared(), "norm", passes, seed).value / exact().norm - 1 for seed in seeds]
+    left, alignments = iter(seeds), list[float]()
+
+    def one() -> None:
+        found = method.estimate(prepared(), "alignment", 2 * passes, next(left)).value
+        alignments.append(found / exact().alignment - 1)
+
+    of_alignment = timed(one, settings.seeds - 1)
     call = timed(lambda: method.estimate(prepared(), "norm", passes, first), settings.calls)
-    return {**base.sizes(exact().problem), **found, **_columns(settings, call)}
+    found = {**_rms("norm_unbiased", norms), **_rms("alignment_unbiased", alignments)}
+    return {**base.sizes(problem), **found, **_columns(settings, call, of_alignment)}
 
 
 def _fixed(settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any], name: str) -> dict[str, Any]:
     method, problem = methods.get(name), exact().problem
-    if why := method.unsupported_reason(problem, "alignment", settings.target()):
-        raise Unavailable(why)
+    _check(settings, problem, name)
     call = timed(lambda: method.estimate(prepared(), "norm"), settings.calls)
+    of_alignment = timed(lambda: method.estimate(prepared(), "alignment"), settings.calls)
     off = call.first.value / exact().norm - 1
     found = {"norm_plug_in": abs(off), "norm_bias": off}
-    found["alignment_plug_in"] = abs(method.estimate(prepared(), "alignment").value / exact().alignment - 1)
+    found["alignment_plug_in"] = abs(of_alignment.first.value / exact().alignment - 1)
+    for metric in ("trace", "effective_rank"):
+        found[f"{metric}_bias"] = method.estimate(prepared(), metric).value / getattr(exact(), metric) - 1
     if method.kind == "exact":
         found |= {"gram_error": 0.0, "pntk_error": 0.0, "bytes": problem.n**2 * settings.target().itemsize}
     elif name in KERNELS:
         theta = np.kron(_between_samples(prepared(), KERNELS[name]), np.eye(problem.O))
         found |= {"gram_error": exact().gram_error(theta), "pntk_error": exact().pntk_error(theta)}
         found["bytes"] = problem.N**2 * settings.target().itemsize
-    return {**base.sizes(problem), **found, **_columns(settings, call), "seeds": 1}
+    else:
+        found["bytes"] = kronecker.entries(problem.theta_0) * settings.target().itemsize
+    return {**base.sizes(problem), **found, **_columns(settings, call, of_alignment), "seeds": 1}
 
 
 def _between_samples(prepared: Any, kernel: str) -> np.ndarray:
@@ -264,5 +319,6 @@ def _between_samples(prepared: Any, kernel: str) -> np.ndarray:
     return arrays.to_numpy(made, np.float64)
 
 
-def _columns(settings: Settings, call: Any) -> dict[str, Any]:
-    return {**call.columns(), "seeds": settings.seeds}
+def _columns(settings: Settings, call: Timed, of_alignment: Timed) -> dict[str, Any]:
+    seconds = quartiles("alignment_seconds", of_alignment.seconds)
+    return {**call.columns(), **seconds, "alignment_calls": len(of_alignment.seconds), "seeds": settings.seeds}

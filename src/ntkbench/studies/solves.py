@@ -23,6 +23,7 @@ from pydantic import Field, PositiveInt
 from ntkbench import operators, problems
 from ntkbench.estimators import solve
 from ntkbench.measure import timing
+from ntkbench.measure.schema import ProblemLabel
 from ntkbench.operators import JacobianOperator
 from ntkbench.problem import Problem
 from ntkbench.studies import base
@@ -52,7 +53,9 @@ class Settings(base.Settings):
     """
 
     seeds: int = Field(5, ge=2)
-    problems: list[str] = Field(default=["digits_mlp[N=16]", "digits_mlp[N=64]", "digits_mlp[N=200]"], min_length=1)
+    problems: list[ProblemLabel] = Field(
+        default=["digits_mlp[N=16]", "digits_mlp[N=64]", "digits_mlp[N=200]"], min_length=1
+    )
     ridges: list[Share] = Field(default=[1e-1, 1e-2, 1e-3, 1e-4], min_length=1)
     rtols: list[Share] = Field(default=[1e-2, 1e-4, 1e-6], min_length=1)
     passes: PositiveInt = 4096

@@ -27,6 +27,7 @@ from ntkbench import ambient, errors, operators, problems
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.estimators import lanczos, spectrum
 from ntkbench.measure import timing
+from ntkbench.measure.schema import ProblemLabel
 from ntkbench.operators import JacobianOperator
 from ntkbench.problem import Problem
 from ntkbench.studies import base
@@ -77,7 +78,7 @@ class Settings(base.Settings):
     """
 
     seeds: int = Field(10, ge=2)
-    problems: list[str] = Field(
+    problems: list[ProblemLabel] = Field(
         default=["digits_mlp[N=64]", "transformer_tiny[N=8]", "digits_conv[N=64]"], min_length=1
     )
     passes: list[Annotated[int, Field(ge=4 * PROBES)]] = Field(default=[64, 128, 256, 512, 1024], min_length=1)

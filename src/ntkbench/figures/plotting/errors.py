@@ -24,7 +24,7 @@ GOAL = 0.01
 """Error of the title."""
 CASE = ["problem", "setting", "metric"]
 KINDS = {"exact": "exact methods", "stochastic": "estimates"}
-COLOURS = (styles.ORANGE, styles.SKY, styles.WINE, styles.BLACK, styles.INDIGO)
+COLOURS = (styles.ORANGE, styles.SKY, styles.WINE, styles.BLACK, styles.INDIGO, styles.OLIVE)
 SERIES = {
     "exact": tasks.FAMILIES["exact"],
     "approximate": tasks.FAMILIES["approximate"],

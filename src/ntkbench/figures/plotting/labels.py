@@ -44,6 +44,16 @@ def name_label(name: str) -> str:
     return plain(", ".join([" ".join(words), *(size.strip().replace("=", " = ") for size in sizes if size)]))
 
 
+def families(names: Iterable[str]) -> dict[str, str]:
+    """Readable names of problems, with the sizes only of those whose family has several."""
+    found = list(dict.fromkeys(names))
+    families = [name.partition("[")[0] for name in found]
+    return {
+        name: name_label(name if families.count(family) > 1 else family)
+        for name, family in zip(found, families, strict=True)
+    }
+
+
 def case_label(name: str, *details: str, by: str = ", ") -> str:
     """A problem or family with the setting, if settings differ, and other details that distinguish panels."""
     return by.join(part for part in (name_label(name), *map(plain, details)) if part)

@@ -75,6 +75,7 @@ KNOWN = {
     "sparse_jl": (PINK, "D"),
     "grass": (OLIVE, "D"),
     "kronecker_projection": (GREEN, "o"),
+    "block_lanczos": (INDIGO, "D"),
 }
 """Chosen by hand, in the order of legends. A method that is not listed gets its look from its name."""
 

@@ -35,9 +35,10 @@ ESTIMATOR_MARKS = {
     "XTrace, XNysTrace": "<",
     "per sample, U-statistics": "p",
     "Gram matrices, projections": ">",
+    "Lanczos": "h",
 }
 """Families of estimators, with their markers."""
-_HUTCHINSON, _HUTCHPP, _EXCHANGEABLE, _SAMPLES, _GRAMS = ESTIMATOR_MARKS
+_HUTCHINSON, _HUTCHPP, _EXCHANGEABLE, _SAMPLES, _GRAMS, _LANCZOS = ESTIMATOR_MARKS
 ESTIMATORS = {
     **dict.fromkeys(["hutchinson", "one_sided_reverse", "one_sided_forward", "one_sided_orthonormal"], _HUTCHINSON),
     **dict.fromkeys(["one_sided_paper_reverse", "one_sided_paper_forward"], _HUTCHINSON),
@@ -49,6 +50,7 @@ ESTIMATORS = {
     **dict.fromkeys(["sample_subset"], _SAMPLES),
     **dict.fromkeys(["gram_reverse", "gram_forward", "shared_probe_alignment", "dense_jl", "sparse_jl"], _GRAMS),
     **dict.fromkeys(["grass", "kronecker_projection"], _GRAMS),
+    **dict.fromkeys(["block_lanczos"], _LANCZOS),
 }
 """The family of each estimator; those that are not listed have one of their own, by kind."""
 TASK = ["problem", "setting", "metric", "tolerance"]

@@ -28,4 +28,5 @@ class Deterministic(Method):
         moments = self.moments(metric, jacobians)
         spent, found = sum(j.passes for j in jacobians), certificate(jacobians)
         bound = rounding(jacobians, metric, found) if self.kind == "exact" else None
-        return Estimate.of_moments(metric, moments, spent, self.name, notes(jacobians), found, bound)
+        said = notes(jacobians)
+        return Estimate.of_moments(metric, moments, spent, self.name, said, found, bound, kernel=self.computes)

@@ -16,7 +16,8 @@ biases without the weight that they go with) and transposed convolutions, in whi
 P K P* is then Theta without their contribution. If a network declares its recurrence, all terms of a gate share one
 injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
 
-Source: Hazelden 2025 (arXiv 2511.10796) and the blog post on recurrent models, for recurrent networks.
+Source: Hazelden 2025 (arXiv 2511.10796) and the blog post on recurrent models, for recurrent networks; Hazelden,
+Driscoll, Shlizerman, Shea-Brown 2026 (arXiv 2605.08746) for transformers, with K from the forward pass.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
             degrees=degrees,
             certificate=certificate,
             rounding=_rounding(name, ends, certificate) if exact else None,
+            kernel="P P*",
         )
     of_k = _moments_of_k(ends)
     if not of_k.square or of_k.square_f == 0:
@@ -151,6 +153,7 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
             metric=name,
             certificate=certificate,
             rounding=_rounding(name, ends, certificate),
+            kernel="K",
         )
         for name in names
     }

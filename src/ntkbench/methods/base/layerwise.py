@@ -84,7 +84,8 @@ class Layerwise(Method):
         moments = _moments(sample_kernels.get(self.kernel), ends, metric)
         spent, notes, certificate = ledger()
         rounding = rounding_of(ends, metric, certificate) if self.kind == "exact" else None
-        return Estimate.of_moments(metric, moments, spent, self.name, notes, certificate, rounding)
+        found = notes, certificate, rounding
+        return Estimate.of_moments(metric, moments, spent, self.name, *found, kernel=self.computes)
 
     def _of_whole(self, prepared: TracedProblem, metric: str) -> Estimate:
         """A metric of the whole kernel, which is decomposed in float64 on the host.
@@ -105,7 +106,17 @@ class Layerwise(Method):
         change = prepared.change if metric == metrics.REGRESSION else None
         value, rounding = kernel_metrics.of_kernel(metric, made, P, epsilon, certificate, copies=copies, change=change)
         known = rounding if self.kind == "exact" else None
-        return Estimate(value, None, spent, self.name, notes, metric, certificate=certificate, rounding=known)
+        return Estimate(
+            value,
+            None,
+            spent,
+            self.name,
+            notes,
+            metric,
+            certificate=certificate,
+            rounding=known,
+            kernel=self.computes,
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ntkbench import metrics
-from ntkbench.estimate import Estimate, rounding_bound
+from ntkbench.estimate import THETA, Estimate, rounding_bound
 from ntkbench.operators import JacobianOperator, declares, linearise
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -31,6 +31,7 @@ class Method(ABC):
         backends: backends that it runs on, the default first.
         metrics: metrics that it computes, of those that are functions of moments.
         kernel_metrics: metrics of the whole kernel that it computes.
+        computes: the matrix that its metrics are of, or that it estimates them of; each estimate and each row has it.
         needs_independent_samples: whether it requires that each output depends only on its own sample.
         needs_recurrence: whether it requires a module that declares a recurrence over time.
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
@@ -43,6 +44,7 @@ class Method(ABC):
     backends: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
     kernel_metrics: ClassVar[tuple[str, ...]] = ()
+    computes: ClassVar[str] = THETA
     needs_independent_samples: ClassVar[bool] = False
     needs_recurrence: ClassVar[bool] = False
     prepares: ClassVar[str] = "operators"
@@ -52,6 +54,11 @@ class Method(ABC):
     def name(self) -> str:
         """Name of the file that defines the method."""
         return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """All metrics that it computes."""
+        return (*self.metrics, *self.kernel_metrics)
 
     @property
     def is_own(self) -> bool:
@@ -67,8 +74,8 @@ class Method(ABC):
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
     ) -> str | None:
         """Why the method does not support a problem, metric, target or budget; ``None`` if it does."""
-        if metric not in (given := (*self.metrics, *self.kernel_metrics)):
-            return f"gives {', '.join(given)} only"
+        if metric not in self.given:
+            return f"gives {', '.join(self.given)} only"
         if target.backend not in self.backends:
             return f"runs on {', '.join(self.backends)} only"
         networks = [problem.end(name)[0] for name in metrics.parameter_sets(metric)]

@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench import metrics
-from ntkbench.errors import BadInput, Undefined
+from ntkbench.errors import Undefined, Unsupported
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import accumulators, projections
 from ntkbench.estimators.projections import Features
@@ -130,7 +130,7 @@ class ProjectedRows(Projected):
     ) -> tuple[list[Features], Ledger]:
         jacobians = prepared.jacobians(metric)
         if k < jacobians[0].O:
-            raise BadInput(f"{self.name}: rows of J take {jacobians[0].O} passes for each set of weights; got {k}")
+            raise Unsupported(f"{self.name}: k must be at least {jacobians[0].O}, the passes of all rows of J; got {k}")
         found = [_project_rows(j, self.sketch(j, k, seed, replicates)) for j in jacobians]
         return found, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
 

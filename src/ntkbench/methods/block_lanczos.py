@@ -1,0 +1,90 @@
+"""The largest eigenvalue by block Lanczos, and the entropy effective rank by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from ntkbench.errors import Undefined
+from ntkbench.estimate import Estimate
+from ntkbench.estimators import lanczos, spectrum
+from ntkbench.methods.base import Stochastic
+from ntkbench.methods.base.method import PreparedProblem, notes
+from ntkbench.operators import JacobianOperator
+from ntkbench.options import Target
+from ntkbench.problem import Problem
+
+
+class BlockLanczos(Stochastic):
+    """Metrics of the eigenvalues by products with Theta = J J^T, as in :func:`ntkbench.spectrum` where Theta is large.
+
+    A probe is a product, 2 passes. The largest eigenvalue is the largest Ritz value of a block of 5 random vectors, up
+    to rounding a lower bound. An eigenvalue is within its residual, which is stated as the standard error; the error
+    itself is usually of the order of the residual's square. The iteration ends early at a residual of ``rtol``.
+
+    The entropy effective rank has 8 random vectors of as many Lanczos steps as the budget allows, up to 25, and more
+    vectors beyond. Its standard error is that over vectors. ``rounding`` also has half the distance, in the logarithm,
+    between Gauss and Gauss-Radau quadrature, which enclose the value after any number of further steps.
+
+    The condition number is not given: products bound the smallest eigenvalue from above only.
+
+    Attributes:
+        rtol: residual of the largest eigenvalue, relative to it.
+    """
+
+    title = "block Lanczos"
+    source = "Cullum and Donath 1974, Golub and Underwood 1977; quadrature: Ubaru, Chen and Saad 2017, algorithm 1"
+    backends = ("torch", "jax")
+    metrics = ()
+    kernel_metrics = ("largest_eigenvalue", "entropy_effective_rank")
+    fewest_probes = 2 * spectrum.PROBES
+    rtol: ClassVar[float] = 1e-4
+
+    def passes_per_probe(self, metric: str) -> int:
+        return 2
+
+    def jvp_share(self, metric: str) -> float:
+        return 0.5
+
+    def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
+        """Three blocks with their images in float64 on the host, or the Krylov spaces of all probes."""
+        if metric == "largest_eigenvalue":
+            return lanczos.HELD * 8 * problem.n * min(3 * (1 + lanczos.EXTRA), problem.n)
+        products = self.probes(metric, self.default_passes if passes is None else passes)
+        return products * problem.n * target.itemsize
+
+    def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
+        products = self.probes(metric, self.affordable(prepared, (metric,), passes))
+        (j,) = prepared.jacobians(metric)
+        found = _largest(j, self.rtol, passes, seed) if metric == "largest_eigenvalue" else _entropy(j, products, seed)
+        value, error, degrees, rounding, said = found
+        said = (*said, *notes([j]))
+        spent, certificate = j.passes, j.certificate
+        return Estimate(value, error, spent, self.name, said, metric, degrees, certificate, rounding=rounding)
+
+
+Found = tuple[float, float, float, float, tuple[str, ...]]
+"""Value, standard error with its degrees of freedom, relative rounding, and notes."""
+
+
+def _largest(j: JacobianOperator, rtol: float, passes: int, seed: int) -> Found:
+    found = lanczos.ritz_pairs(j, 1, rtol=rtol, passes=passes, seed=seed)
+    value = max(float(found.values[0]), 0.0)
+    return value, float(found.residuals[0]), math.inf, found.rounding / value if value else 0.0, found.notes
+
+
+def _entropy(j: JacobianOperator, products: int, seed: int) -> Found:
+    """The middle of both quadratures, in the logarithm.
+
+    Raises:
+        Undefined: Theta is zero.
+    """
+    steps = min(products // spectrum.PROBES, spectrum.STEPS, j.n)
+    probes = products // steps
+    density = lanczos.density(j, probes=probes, steps=steps, seed=seed)
+    high, low = density.entropy_effective_rank, density.entropy_lower_bound
+    if math.isnan(high):
+        raise Undefined("the entropy effective rank is not defined where Theta is zero")
+    middle = math.sqrt(low * high)
+    rounding = high / middle - 1 + spectrum.entropy_rounding(j.n, lanczos.rounding(j))
+    return middle, density.entropy_standard_error, probes - 1, rounding, ()
