@@ -104,8 +104,26 @@ def test_the_page_of_methods_has_every_method(methods_page):
     assert cells["direct"][2] == "exact" and cells["direct"][5:] == ["", "none", ""]
     assert cells["sum_of_logits"][6:] == ["biased", "independent samples"]
     assert cells["shared_probe_alignment"][6] == "", "its text says that it is biased"
-    source = methods_page.plain(methods.get("xtrace").source)
-    assert f"*Source:* {source}." in text
+    section = text.partition("\n## `xtrace`\n")[2].partition("\n## ")[0]
+    assert "\n\nUse it when you compare estimators of the trace;" in section
+    assert "\n\n*Variance:* falls with the tail" in section
+    assert (
+        "\n\n*Source:* Epperly et al. 2024 ([doi 10.1137/23M1548323](https://doi.org/10.1137/23M1548323))," in section
+    )
+    assert "(https://doi.org/10.1007/3-540-45465-9_59)" in text and "(https://arxiv.org/abs/2512.00860)" in text
+
+
+WORKSHOP = "Triebel 2021"
+"""A paper that has no DOI or arXiv number."""
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_says_when_to_use_it_its_variance_and_the_numbers_of_its_papers(name):
+    method = methods.get(name)
+    assert method.title and method.source and method.use_when
+    assert bool(method.variance) == (method.kind == "stochastic")
+    numbered = r"\w+ (?:et al\. )?(?:19|20)\d\d\b(?!\.|[^;]*\b(?:doi|arXiv) \d)"
+    assert set(re.findall(numbered, method.source)) <= {WORKSHOP}
 
 
 def test_docstrings_become_markdown(methods_page):

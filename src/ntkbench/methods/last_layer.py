@@ -14,4 +14,5 @@ class LastLayer(Layerwise):
     title = "last layer"
     kind = "approximate"
     source = "folklore; the conjugate kernel of the readout"
+    use_when = "the representation is fixed, or an N x N kernel of the readout alone is meant"
     kernel = "last_layer"

@@ -10,5 +10,6 @@ class SingleLogit(Layerwise):
 
     title = "single logit"
     kind = "approximate"
-    source = "Mohamadi, Bae, Sutherland 2023, the single-logit variant"
+    source = "Mohamadi et al. 2023 (arXiv 2206.12543), the single-logit variant"
+    use_when = "you need an N x N kernel in one pass, and outputs are similar to each other"
     kernel = "single_logit"

@@ -14,4 +14,5 @@ class TraceKernel(Layerwise):
     title = "trace kernel"
     kind = "approximate"
     source = "folklore; the projection of Theta onto Kronecker products with I_O"
+    use_when = "you need the best N x N kernel in the Frobenius norm, and O passes are affordable"
     kernel = "trace"
