@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import importlib
 import importlib.util
+import inspect
 import re
 
 import pages
@@ -92,6 +96,31 @@ def test_the_reference_has_every_public_name():
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\.\. auto(?:function|class|exception):: ntkbench\.(\w+)$", text, re.MULTILINE)
     assert {*documented, "__version__"} == set(ntkbench.__all__) and "`ntkbench.__version__`" in text
+
+
+@pytest.mark.parametrize("home", sorted(ntkbench._HOMES))
+def test_examples_in_docstrings_run(home):
+    found = doctest.testmod(importlib.import_module(f"ntkbench.{home}"), optionflags=pages.FLAGS)
+    assert found.failed == 0 and (found.attempted > 0 or home == "errors")
+
+
+PUBLIC = {name: getattr(ntkbench, name) for name in ntkbench.__all__ if name != "__version__"}
+DOCUMENTED = [name for name, value in PUBLIC.items() if not (isinstance(value, type) and issubclass(value, Exception))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_docstring_has_an_example_and_says_what_goes_in_and_comes_out(name):
+    value = PUBLIC[name]
+    text = inspect.getdoc(value)
+    assert doctest.DocTestParser().get_examples(text)
+    parts = re.split(r"^(Args|Attributes|Returns|Raises):\n", text, flags=re.MULTILINE)[1:]
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    if dataclasses.is_dataclass(value):
+        described, names = sections["Attributes"], [field.name for field in dataclasses.fields(value)]
+    else:
+        described, names = sections["Args"], list(inspect.signature(value).parameters)
+        assert sections["Raises"] and (isinstance(value, type) or sections["Returns"])
+    assert ", ".join(re.findall(r"^    ([\w, ]+): ", described, re.MULTILINE)).split(", ") == names
 
 
 def test_the_page_of_methods_has_every_method(methods_page):
