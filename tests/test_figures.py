@@ -125,6 +125,7 @@ def test_every_figure_gives_four_files(drawn):
         )
 
 
+@pytest.mark.slow
 def test_plotted_numbers_are_the_tables(drawn, table):
     keys = ["problem", "metric", "method", "backend", "passes"]
     passes = ["passes_spent", *MEASUREMENTS[3:6]]
@@ -729,6 +730,7 @@ def test_an_interrupt_ends_the_drawing(table, tmp_path, dropped_in):
         figures.draw_all({"interrupted": tmp_path / "table.csv"}, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font has no Chinese
 def test_titles_from_outside_do_not_become_html(table, tmp_path):
     made = figures.draw("exact_cost", table.assign(**dict.fromkeys(words(table), ODD)), tmp_path)
     page = report.page([made[2]], ODD)

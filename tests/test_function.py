@@ -205,6 +205,7 @@ def test_every_way_gives_the_kernel_of_the_jacobian_written_out(name):
         assert close(way(problem, None, None, False, TARGET), J @ J.T), way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dicts", "several inputs"])
 def test_every_way_gives_the_kernel_between_two_sets_of_inputs(name):
     f, params, inputs = CASES[name]
@@ -245,6 +246,7 @@ def test_rows_of_any_sizes(N, N2, K, memory):
     assert close(found, np.einsum("akp,bkp->ab", J, J) / K)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_precision_and_settings_are_the_problems_whatever_the_callers_are(dtype):
     problem, J, _ = case("dicts")

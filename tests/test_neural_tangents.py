@@ -108,6 +108,7 @@ def test_moments_are_those_of_the_reference(label, dtype, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_trace_has_a_program_of_its_own(dtype, name):
