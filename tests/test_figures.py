@@ -675,6 +675,7 @@ def test_dropped_in_figure_is_found(table, tmp_path, dropped_in):
     assert figures.study_of("of_a_study") == "novak_flops" and figures.study_of("own") is None
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tmp_path, dropped_in):
     bodies = {
         "exits": "import sys; sys.exit('bye')",

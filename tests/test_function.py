@@ -443,6 +443,7 @@ def test_all_of_a_kernel_goes_by_rows_without(lacking, monkeypatch):
     assert float(kernel.trace()) == pytest.approx(np.trace(theta))
 
 
+@pytest.mark.slow
 def test_programs_that_need_more_than_the_memory_of_a_kernel_are_not_run(monkeypatch, tmp_path):
     _, J, _ = case("dicts")
     run, compiled = [], programs.compile_within
@@ -743,5 +744,6 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_jax_is_imported_only_for_functions_and_reported_if_missing():
     subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True)

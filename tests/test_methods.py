@@ -43,10 +43,11 @@ def pairs(chosen: list[Method]) -> list[Any]:
     return [pytest.param(m, backend, id=f"{m.name}-{backend}") for m in chosen for backend in m.backends]
 
 
-def triples(chosen: list[Method]) -> list[Any]:
-    """Every metric in every backend of every method."""
+def triples(chosen: list[Method], slow: tuple[str, ...] = ()) -> list[Any]:
+    """Every metric in every backend of every method; some backends may be left out of the quick tests."""
+    marks = dict.fromkeys(slow, pytest.mark.slow)
     return [
-        pytest.param(m, backend, metric, id=f"{m.name}-{backend}-{metric}")
+        pytest.param(m, backend, metric, id=f"{m.name}-{backend}-{metric}", marks=marks.get(backend, ()))
         for m in chosen
         for backend in m.backends
         for metric in m.metrics
@@ -168,7 +169,7 @@ def narrow(forward_mode: bool) -> Problem:
 
 
 @pytest.mark.parametrize("forward_mode", [True, False])
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC, slow=("jax",)))
 def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(method, backend, metric, forward_mode):
     """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line."""
     problem, target, done = narrow(forward_mode), Target(backend, "float64", "cpu"), 0

@@ -295,6 +295,7 @@ assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*")}
 """
 
 
+@pytest.mark.slow
 def test_the_library_works_with_its_requirements_alone_and_without_what_only_some_systems_have(bare):
     """A missing extra is one line that names it, and nothing is written beside the package."""
     done = python(bare, "-c", LIBRARY)
