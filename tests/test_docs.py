@@ -11,6 +11,7 @@ import re
 
 import pages
 import pytest
+from conftest import mostly_slow
 
 import ntkbench
 from ntkbench import methods
@@ -32,7 +33,7 @@ def methods_page():
     return module
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", mostly_slow(RUNNABLE, 1), ids=lambda page: page.stem)
 def test_the_examples_of_a_page_give_what_it_shows(page):
     assert not (said := pages.run(page, {"__name__": page.stem})), said
 

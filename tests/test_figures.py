@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import mostly_slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -609,7 +610,7 @@ def test_no_text_is_cut_off_or_below_the_title(name):
             assert box.y1 <= title.y0 + 1 or box.x0 > title.x1, f"beside the title: {text.get_text()}"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", mostly_slow(ALL, 8))
 def test_tables_without_a_measured_row_say_why(name, source, tmp_path):
     table = source(name)
     lost = table.assign(status="failed", reason="$x$ was not there")

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -318,7 +319,7 @@ def test_eigenvalues_are_by_products_where_a_decomposition_does_not_fit(monkeypa
 BUDGETED = [method.name for method in map(methods.get, methods.names()) if method.takes_passes]
 
 
-@pytest.mark.parametrize("method", ["auto", *BUDGETED])
+@pytest.mark.parametrize("method", mostly_slow(["auto", *BUDGETED], 6))
 def test_passes_pay_for_all_metrics_and_a_target_together(monkeypatch, method):
     """Or the budget is refused in one line."""
     counted: list[float] = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Squared, loaded, metrics_of, written_out
+from conftest import Squared, loaded, metrics_of, mostly_slow, written_out
 from torch import nn
 
 import ntkbench
@@ -199,7 +199,7 @@ def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(met
     assert done >= 3
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", mostly_slow(["torch", "jax"], 1))
 @pytest.mark.parametrize("forward_mode", [True, False])
 def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backend):
     problem = narrow(forward_mode)
@@ -211,7 +211,7 @@ def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backe
         assert solve.of_operator(j, y, ridge=1e3, rtol=1e-3, passes=passes).passes <= passes
 
 
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC, slow=("jax",)))
 def test_no_interval_is_narrower_than_rounding(method, backend, metric):
     """With one output a sample some methods have no other error, which is not a tolerance that is reached."""
     problem, target = testing.smooth_problem("one_each", 4, 3, 5, 1), Target(backend, "float32", "cpu")
