@@ -14,7 +14,7 @@ READY := $(VENV)/ready
 # Tools and the programs that they start are those of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: results smoke gpu test test-quick package floors mutants compare history docs lint format clean
+.PHONY: results smoke gpu test test-quick coverage package floors mutants compare history docs lint format clean
 
 results: $(READY)
 	python -m ntkbench check $(CONFIG)
@@ -34,16 +34,29 @@ test: $(READY)
 test-quick: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not zoo and not slurm'
 
-# What pip installs, with its declared dependencies alone, in an environment of its own and outside of the checkout: with
-# the versions that are pinned, or the lowest that are allowed.
+# The quick tests, and the lines that they leave out.
+coverage: $(READY)
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not zoo and not slurm' --cov=ntkbench --cov-report=term
+
+# What pip installs, with its declared dependencies alone, in a temporary environment outside of the checkout: the versions
+# that are pinned, with each Python of PYTHONS that is on this machine, or the lowest versions that are allowed.
 package: VERSIONS := requirements.txt
+package: PYTHONS := $(PYTHON) python3.12 python3.13
 floors: VERSIONS := requirements-floors.txt
+floors: PYTHONS := $(PYTHON)
 package floors:
-	rm -rf .package
-	$(PYTHON) -m venv .package
-	.package/bin/python -m pip install --quiet --constraint $(VERSIONS) .
-	cp scripts/quickstart.py .package
-	cd .package && env -u PYTHONPATH bin/python quickstart.py
+	@$(PYTHON) --version > /dev/null
+	@set -e; folder=; trap 'rm -rf "$$folder"' EXIT; trap 'exit 1' INT TERM; \
+	for python in $(PYTHONS); do \
+		version=$$($$python --version 2> /dev/null) || { echo "skipped $$python, which is not on this machine"; continue; }; \
+		echo "installing ntkbench with $$version and the versions of $(VERSIONS)"; \
+		folder=$$(mktemp -d); \
+		$$python -m venv "$$folder/venv"; \
+		"$$folder/venv/bin/python" -m pip install --quiet --constraint $(VERSIONS) .; \
+		cp scripts/quickstart.py "$$folder"; \
+		(cd "$$folder" && env -u PYTHONPATH venv/bin/python quickstart.py); \
+		rm -rf "$$folder"; \
+	done
 
 mutants: $(READY)
 	python tests/mutants.py
@@ -92,4 +105,4 @@ $(VENV)/docs-ready: $(READY) requirements-docs.txt
 	touch $@
 
 clean:
-	rm -rf .venv .package build .snakemake .asv site docs/methods.md results/smoke results/default results/asv* results/cache
+	rm -rf .venv build .snakemake .asv site docs/methods.md results/smoke results/default results/asv* results/cache

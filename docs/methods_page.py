@@ -13,7 +13,8 @@ HEAD = """# All methods
 This page is written from the classes in `src/ntkbench/methods/` when the documentation is built.
 [Estimators](estimators.md) explains the families. The name is what `method=` takes. *Passes* are those by which a
 stochastic method divides a budget into probes: one number, or one for each metric if they differ. What a method
-spends in all, and what an exact or approximate method costs, is in its text. *Bias* is that of the trace and of the
+spends in all, and what an exact or approximate method costs, is in its text. Variances are those of the trace unless
+they say otherwise, in the notation of the text above them. *Bias* is that of the trace and of the
 squared norm; for a stochastic method the cell is empty if its text does not state it. Square roots and ratios of
 unbiased estimates have a bias that vanishes with the number of probes.
 
@@ -71,7 +72,22 @@ def _section(method: Method) -> str:
     paragraphs = [" ".join(map(str.strip, part.splitlines())) for part in text.split("\n\n")]
     body = "\n\n".join(map(plain, paragraphs))
     head = f"({method.name})=\n## `{method.name}`\n\n**{plain(method.title)}**, {method.kind}."
-    return f"{head}\n\n{body}\n\n*Source:* {plain(method.source)}.\n"
+    facts = [f"Use it when {plain(method.use_when)}."]
+    if method.kind == "stochastic":
+        facts.append(f"*Variance:* {plain(method.variance)}.")
+    facts.append(f"*Source:* {linked(plain(method.source))}.")
+    return "\n\n".join((head, body, *facts)) + "\n"
+
+
+def linked(text: str) -> str:
+    """Markdown in which DOIs and arXiv numbers are links."""
+
+    def doi(found: re.Match[str]) -> str:
+        address = found[1].replace("\\", "")
+        return f"[doi {found[1]}](https://doi.org/{address})"
+
+    text = re.sub(r"\bdoi ([^\s()]+)", doi, text)
+    return re.sub(r"\barXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def plain(text: str) -> str:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the processes that share the tests end together."""
     longest = ("test_kills.py", "test_misbehaviour.py", "test_pipeline.py")
     items.sort(key=lambda item: item.path.name not in longest)
+
+
+def mostly_slow(cases: Iterable[Any], quick: int) -> list[Any]:
+    """Parameters of a test; all but the first few of them are left out of the quick tests."""
+    every = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow if i >= quick else ()) for i, case in enumerate(every)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -137,6 +137,7 @@ def test_a_check_reports_the_work_left_and_how_long_it_took_before(tmp_path, mon
     assert "never timed" in new and "study-spectra" in new
 
 
+@pytest.mark.slow
 def test_the_report_of_a_folder_of_tables(tmp_path):
     (tmp_path / "studies").mkdir()
     table = paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv"

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import ntkbench
 from ntkbench import operators, paths
-from ntkbench.errors import OverMemory
+from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimators import lanczos
 from ntkbench.layerwise.kernel import Trace
 from ntkbench.measure import engine
@@ -47,6 +47,12 @@ def model() -> Positions:
 
 
 X = torch.linspace(-1, 1, 60).view(3, 5, 4)
+
+
+def test_mps_is_refused_in_one_line(model):
+    """It has no float64."""
+    with pytest.raises(BadInput, match=r"^unknown device 'mps'; allowed: auto, cpu, cuda$"):
+        ntkbench.trace(model, X, device="mps")
 
 
 def test_a_network_is_traced_on_the_cpu_wherever_tensors_go_by_default(model):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import importlib
 import importlib.util
+import inspect
 import re
 
 import pages
 import pytest
+from conftest import mostly_slow
 
 import ntkbench
 from ntkbench import methods
@@ -28,7 +33,7 @@ def methods_page():
     return module
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", mostly_slow(RUNNABLE, 1), ids=lambda page: page.stem)
 def test_the_examples_of_a_page_give_what_it_shows(page):
     assert not (said := pages.run(page, {"__name__": page.stem})), said
 
@@ -94,6 +99,31 @@ def test_the_reference_has_every_public_name():
     assert {*documented, "__version__"} == set(ntkbench.__all__) and "`ntkbench.__version__`" in text
 
 
+@pytest.mark.parametrize("home", sorted(ntkbench._HOMES))
+def test_examples_in_docstrings_run(home):
+    found = doctest.testmod(importlib.import_module(f"ntkbench.{home}"), optionflags=pages.FLAGS)
+    assert found.failed == 0 and (found.attempted > 0 or home == "errors")
+
+
+PUBLIC = {name: getattr(ntkbench, name) for name in ntkbench.__all__ if name != "__version__"}
+DOCUMENTED = [name for name, value in PUBLIC.items() if not (isinstance(value, type) and issubclass(value, Exception))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_docstring_has_an_example_and_says_what_goes_in_and_comes_out(name):
+    value = PUBLIC[name]
+    text = inspect.getdoc(value)
+    assert doctest.DocTestParser().get_examples(text)
+    parts = re.split(r"^(Args|Attributes|Returns|Raises):\n", text, flags=re.MULTILINE)[1:]
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    if dataclasses.is_dataclass(value):
+        described, names = sections["Attributes"], [field.name for field in dataclasses.fields(value)]
+    else:
+        described, names = sections["Args"], list(inspect.signature(value).parameters)
+        assert sections["Raises"] and (isinstance(value, type) or sections["Returns"])
+    assert ", ".join(re.findall(r"^    ([\w, ]+): ", described, re.MULTILINE)).split(", ") == names
+
+
 def test_the_page_of_methods_has_every_method(methods_page):
     text = methods_page.page()
     rows = {name: line for line in text.splitlines() for name in re.findall(r"^\| \[`(\w+)`\]", line)}
@@ -104,8 +134,26 @@ def test_the_page_of_methods_has_every_method(methods_page):
     assert cells["direct"][2] == "exact" and cells["direct"][5:] == ["", "none", ""]
     assert cells["sum_of_logits"][6:] == ["biased", "independent samples"]
     assert cells["shared_probe_alignment"][6] == "", "its text says that it is biased"
-    source = methods_page.plain(methods.get("xtrace").source)
-    assert f"*Source:* {source}." in text
+    section = text.partition("\n## `xtrace`\n")[2].partition("\n## ")[0]
+    assert "\n\nUse it when you compare estimators of the trace;" in section
+    assert "\n\n*Variance:* falls with the tail" in section
+    assert (
+        "\n\n*Source:* Epperly et al. 2024 ([doi 10.1137/23M1548323](https://doi.org/10.1137/23M1548323))," in section
+    )
+    assert "(https://doi.org/10.1007/3-540-45465-9_59)" in text and "(https://arxiv.org/abs/2512.00860)" in text
+
+
+WORKSHOP = "Triebel 2021"
+"""A paper that has no DOI or arXiv number."""
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_says_when_to_use_it_its_variance_and_the_numbers_of_its_papers(name):
+    method = methods.get(name)
+    assert method.title and method.source and method.use_when
+    assert bool(method.variance) == (method.kind == "stochastic")
+    numbered = r"\w+ (?:et al\. )?(?:19|20)\d\d\b(?!\.|[^;]*\b(?:doi|arXiv) \d)"
+    assert set(re.findall(numbered, method.source)) <= {WORKSHOP}
 
 
 def test_docstrings_become_markdown(methods_page):

@@ -22,6 +22,7 @@ def test_every_example_is_on_the_page_and_has_a_test():
     assert all(f"examples/{name}.py" in page for name in names)
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(capsys):
     metrics = result("own_model")
     assert set(metrics) == {"trace", "norm", "effective_rank"} and all(m.certificate < 1e-3 for m in metrics.values())
@@ -30,12 +31,14 @@ def test_a_model_of_ones_own(capsys):
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=2)
 
 
+@pytest.mark.slow
 def test_small_initial_weights_learn_features(capsys):
     found = result("lazy_or_rich")
     assert float(found[0.5]) < float(found[1.0]) < float(found[1.5]) < 1
     assert all("loss 0.0" in line for line in capsys.readouterr().out.splitlines())
 
 
+@pytest.mark.slow
 def test_the_pntk_comes_closer_with_width():
     pntk, floor = zip(*result("pntk_against_ntk").values(), strict=True)
     assert list(pntk) == sorted(pntk, reverse=True) and all(a > b for a, b in zip(pntk, floor, strict=True))

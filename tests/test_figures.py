@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import mostly_slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -125,6 +126,7 @@ def test_every_figure_gives_four_files(drawn):
         )
 
 
+@pytest.mark.slow
 def test_plotted_numbers_are_the_tables(drawn, table):
     keys = ["problem", "metric", "method", "backend", "passes"]
     passes = ["passes_spent", *MEASUREMENTS[3:6]]
@@ -655,7 +657,7 @@ def test_no_text_is_cut_off_or_below_the_title(name):
             assert box.y1 <= title.y0 + 1 or box.x0 > title.x1, f"beside the title: {text.get_text()}"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", mostly_slow(ALL, 8))
 def test_tables_without_a_measured_row_say_why(name, source, tmp_path):
     table = source(name)
     lost = table.assign(status="failed", reason="$x$ was not there")
@@ -721,6 +723,7 @@ def test_dropped_in_figure_is_found(table, tmp_path, dropped_in):
     assert figures.study_of("of_a_study") == "novak_flops" and figures.study_of("own") is None
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tmp_path, dropped_in):
     bodies = {
         "exits": "import sys; sys.exit('bye')",
@@ -776,6 +779,7 @@ def test_an_interrupt_ends_the_drawing(table, tmp_path, dropped_in):
         figures.draw_all({"interrupted": tmp_path / "table.csv"}, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font has no Chinese
 def test_titles_from_outside_do_not_become_html(table, tmp_path):
     made = figures.draw("exact_cost", table.assign(**dict.fromkeys(words(table), ODD)), tmp_path)
     page = report.page([made[2]], ODD)

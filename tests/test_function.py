@@ -205,6 +205,7 @@ def test_every_way_gives_the_kernel_of_the_jacobian_written_out(name):
         assert close(way(problem, None, None, False, TARGET), J @ J.T), way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dicts", "several inputs"])
 def test_every_way_gives_the_kernel_between_two_sets_of_inputs(name):
     f, params, inputs = CASES[name]
@@ -245,6 +246,7 @@ def test_rows_of_any_sizes(N, N2, K, memory):
     assert close(found, np.einsum("akp,bkp->ab", J, J) / K)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_precision_and_settings_are_the_problems_whatever_the_callers_are(dtype):
     problem, J, _ = case("dicts")
@@ -441,6 +443,7 @@ def test_all_of_a_kernel_goes_by_rows_without(lacking, monkeypatch):
     assert float(kernel.trace()) == pytest.approx(np.trace(theta))
 
 
+@pytest.mark.slow
 def test_programs_that_need_more_than_the_memory_of_a_kernel_are_not_run(monkeypatch, tmp_path):
     _, J, _ = case("dicts")
     run, compiled = [], programs.compile_within
@@ -741,5 +744,6 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_jax_is_imported_only_for_functions_and_reported_if_missing():
     subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True)

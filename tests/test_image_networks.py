@@ -160,6 +160,7 @@ def test_kernels_by_layers_have_a_rule_for_every_matrix(architecture):
     assert {n for n, w in network.named_parameters() if w.ndim > 1} - ruled <= embeddings
 
 
+@pytest.mark.slow
 @title
 def test_structured_derivatives_of_neural_tangents_give_the_kernel(architecture):
     import jax

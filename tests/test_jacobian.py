@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, Squared, written_out
+from conftest import SMALL, Squared, mostly_slow, written_out
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,7 +106,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("label", ["tanh_net", "gru_hazelden[N=2,T=2]"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS, 1))
 def test_vectors_with_other_axes_are_refused(backend, label, product, load):
     """Whatever reshaping would make of them: rows as columns, one vector alone, axes in another order or all in one."""
     j = operator(load(label), backend)

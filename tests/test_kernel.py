@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -172,7 +171,7 @@ def test_weights_of_something_else_are_refused(says, weights):
 )
 def test_alignment_with_other_weights_buffers_and_networks(first, second, method):
     exact = cosine(theta(first), theta(second))
-    wishes = {} if method in ("auto", "structured_derivatives") else {"passes": 4096}
+    wishes = {"hutchinson": {"passes": 4096}, "block_u_statistics": {"passes": 512}}.get(method, {})
     found = ntkbench.alignment(first, second, X, method=method, **wishes)
     assert not any("cannot be traced" in note for note in found.notes)
     if found.standard_error is None:
@@ -320,7 +319,7 @@ def test_eigenvalues_are_by_products_where_a_decomposition_does_not_fit(monkeypa
 BUDGETED = [method.name for method in map(methods.get, methods.names()) if method.takes_passes]
 
 
-@pytest.mark.parametrize("method", ["auto", *BUDGETED])
+@pytest.mark.parametrize("method", mostly_slow(["auto", *BUDGETED], 6))
 def test_passes_pay_for_all_metrics_and_a_target_together(monkeypatch, method):
     """Or the budget is refused in one line."""
     counted: list[float] = []
@@ -497,12 +496,6 @@ def test_a_tracker_takes_only_what_exists():
     ):
         with pytest.raises(ntkbench.BadInput, match=says):
             ntkbench.Tracker(net(), X, **keywords)
-
-
-@pytest.mark.parametrize("name", ["api", "kernel", "tracking"])
-def test_examples_in_docstrings_run(name):
-    found = doctest.testmod(importlib.import_module(f"ntkbench.{name}"), optionflags=doctest.ELLIPSIS)
-    assert found.failed == 0 and (found.attempted > 0 or name == "kernel")
 
 
 def test_a_tracker_refuses_steps_that_start_again():

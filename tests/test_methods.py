@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Squared, loaded, metrics_of, written_out
+from conftest import Squared, loaded, metrics_of, mostly_slow, written_out
 from torch import nn
 
 import ntkbench
@@ -43,10 +43,11 @@ def pairs(chosen: list[Method]) -> list[Any]:
     return [pytest.param(m, backend, id=f"{m.name}-{backend}") for m in chosen for backend in m.backends]
 
 
-def triples(chosen: list[Method]) -> list[Any]:
-    """Every metric in every backend of every method."""
+def triples(chosen: list[Method], slow: tuple[str, ...] = ()) -> list[Any]:
+    """Every metric in every backend of every method; some backends may be left out of the quick tests."""
+    marks = dict.fromkeys(slow, pytest.mark.slow)
     return [
-        pytest.param(m, backend, metric, id=f"{m.name}-{backend}-{metric}")
+        pytest.param(m, backend, metric, id=f"{m.name}-{backend}-{metric}", marks=marks.get(backend, ()))
         for m in chosen
         for backend in m.backends
         for metric in m.metrics
@@ -168,7 +169,7 @@ def narrow(forward_mode: bool) -> Problem:
 
 
 @pytest.mark.parametrize("forward_mode", [True, False])
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC, slow=("jax",)))
 def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(method, backend, metric, forward_mode):
     """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line."""
     problem, target, done = narrow(forward_mode), Target(backend, "float64", "cpu"), 0
@@ -198,7 +199,7 @@ def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(met
     assert done >= 3
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", mostly_slow(["torch", "jax"], 1))
 @pytest.mark.parametrize("forward_mode", [True, False])
 def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backend):
     problem = narrow(forward_mode)
@@ -210,7 +211,7 @@ def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backe
         assert solve.of_operator(j, y, ridge=1e3, rtol=1e-3, passes=passes).passes <= passes
 
 
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC, slow=("jax",)))
 def test_no_interval_is_narrower_than_rounding(method, backend, metric):
     """With one output a sample some methods have no other error, which is not a tolerance that is reached."""
     problem, target = testing.smooth_problem("one_each", 4, 3, 5, 1), Target(backend, "float32", "cpu")

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import loaded
+from conftest import loaded, mostly_slow
 
 from ntkbench import methods, problems
 from ntkbench.errors import BadInput, OverMemory, Unavailable
@@ -108,6 +108,7 @@ def test_moments_are_those_of_the_reference(label, dtype, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_trace_has_a_program_of_its_own(dtype, name):
@@ -118,7 +119,7 @@ def test_trace_has_a_program_of_its_own(dtype, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("outputs", [3, 64, 70])
+@pytest.mark.parametrize("outputs", mostly_slow([3, 64, 70], 1))
 def test_traces_are_certified_however_many_outputs_there_are(name, outputs, monkeypatch):
     problem = problems.load(f"fc_relu[N=3,O={outputs},width=8,depth=1]")
     prepared = methods.get(name).prepare(problem, target())

@@ -184,6 +184,44 @@ def python(bare: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return subprocess.run(command, cwd=bare.parent, env=kept | environment, capture_output=True, text=True)
 
 
+STUB = """#!/bin/sh
+echo "$PWD: $*" >> '{log}'
+case "$1 $2" in
+    "--version ") echo "Python 3.99.0" ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_package_is_installed_outside_of_the_checkout_by_each_python_that_there_is(tmp_path):
+    log, stub, folder = tmp_path / "log", tmp_path / "python", tmp_path / "temporary"
+    stub.write_text(STUB.format(log=log))
+    stub.chmod(0o755)
+    folder.mkdir()
+    command = ["make", "--silent", "-C", str(paths.ROOT), "package", f"PYTHON={stub}"]
+    command.append(f"PYTHONS=python-of-nobody {stub}")
+    done = subprocess.run(command, env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "skipped python-of-nobody, which is not on this machine",
+        "installing ntkbench with Python 3.99.0 and the versions of requirements.txt",
+    ]
+    *_, made, installed, ran = log.read_text().splitlines()
+    assert made.startswith(f"{paths.ROOT}: -m venv {folder}/")
+    assert installed == f"{paths.ROOT}: -m pip install --quiet --constraint requirements.txt ."
+    assert re.fullmatch(rf"{folder}/[^/]+: quickstart.py", ran)
+    assert not any(folder.iterdir())
+
+
+def test_a_warning_from_our_own_code_is_an_error():
+    code = compile("import warnings; warnings.warn('said')", "example.py", "exec")
+    with pytest.raises(UserWarning, match="said"):
+        exec(code, {"__name__": "ntkbench.methods.example"})
+    with pytest.warns(UserWarning, match="said"):
+        exec(code, {"__name__": "another_package"})
+
+
 LIBRARY = """
 import os, pathlib, signal, sys
 import numpy as np, psutil, scipy.special, torch
@@ -257,6 +295,7 @@ assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*")}
 """
 
 
+@pytest.mark.slow
 def test_the_library_works_with_its_requirements_alone_and_without_what_only_some_systems_have(bare):
     """A missing extra is one line that names it, and nothing is written beside the package."""
     done = python(bare, "-c", LIBRARY)

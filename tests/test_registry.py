@@ -442,6 +442,7 @@ def looks_right(done, folder):
     assert {"mine.py", "others.py", "testing.py", "shared.py"} <= set(files.split())
 
 
+@pytest.mark.slow
 def test_plug_ins_are_found_outside_of_the_checkout(folder):
     looks_right(in_a_process(LOOK, NTKBENCH_PLUGINS=str(folder)), folder)
     # Cells run in folders of their own.
@@ -473,6 +474,7 @@ def hashes(folder):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_edit_of_what_plug_ins_import_changes_what_uses_them_and_nothing_else(folder):
     lib = folder / "methods" / "lib" / "__init__.py"
     lib.parent.mkdir()

@@ -141,12 +141,14 @@ def test_a_baseline_one_by_one_takes_blocks_of_one_and_alignment_twice_the_time(
     assert row["seconds"] == pytest.approx(160) and "twice" in row["notes"]
 
 
+@pytest.mark.slow
 def test_a_baseline_is_measured_once_for_all_metrics(tables):
     rows = tables["hazelden_metrics"].set_index(["method", "metric"])["seconds"]
     for name in ("direct", estimates.ONE_BY_ONE):
         assert rows[name, "norm"] == rows[name, "effective_rank"] == rows[name, "alignment"] / 2
 
 
+@pytest.mark.slow
 def test_seeds_and_calls_are_those_of_the_settings(tables):
     for name, table in tables.items():
         good = table[table["status"] == "ok"]
@@ -159,6 +161,7 @@ def test_seeds_and_calls_are_those_of_the_settings(tables):
         assert table.loc[table["status"] != "ok", ["seeds", "calls"]].isna().all(axis=None)
 
 
+@pytest.mark.slow
 def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
     table = ok(tables["hazelden_metrics"])
     assert set(table["metric"]) == {"norm", "alignment", "effective_rank"}
@@ -226,6 +229,7 @@ def test_off_diagonal_mass_of_a_known_kernel():
     assert pntk.off_diagonal_mass(full) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_pntk_closes_in_on_theta_with_width(tables):
     table = ok(tables["mohamadi_quality"]).query("step == 0")
     found = table.groupby(["kernel", "width"])["difference"].mean()
@@ -258,6 +262,7 @@ def test_theta_traced_once_is_that_of_other_weights_too(family):
     assert (theta(other).reshape(9, 9) - expected).norm() > 0.1 * expected.norm()
 
 
+@pytest.mark.slow
 def test_networks_learn_and_only_those_that_are_to(tables):
     table = ok(tables["mohamadi_quality"])
     steps = table.groupby("init")["step"].unique()
@@ -368,6 +373,7 @@ def test_batch_norm_keeps_its_statistics_in_training_and_learns_its_scale():
     assert not same["1.weight"] and not same["1.bias"]
 
 
+@pytest.mark.slow
 def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(tables):
     ends = ok(tables["mohamadi_drift"]).query("kernel == 'sum_of_logits'").set_index(["loss", "step"])
     decayed, plain = (ends.loc[(loss, 200)] for loss in ("cross_entropy_decay", "cross_entropy"))
@@ -388,6 +394,7 @@ def test_gradient_descent_on_cross_entropy_leaves_the_readouts_sum_alone():
     torch.testing.assert_close(network[-1].weight.sum(0).detach(), before)
 
 
+@pytest.mark.slow
 def test_costs_of_resnets_are_given_or_have_a_reason(tables):
     table = ok(tables["mohamadi_cost"])
     assert set(table["N"]) == {2, 3} and set(table["method"]) == set(mohamadi_cost.METHODS)
@@ -412,6 +419,7 @@ def test_resnets_have_the_layers_of_their_name(depth):
     assert len(layers) - len(shortcuts) == depth
 
 
+@pytest.mark.slow
 def test_operations_agree_with_what_the_papers_table_says(tables):
     flops = ok(tables["novak_flops"]).set_index(["method", "O", "width"])["flops"]
     assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
@@ -426,6 +434,7 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
     np.testing.assert_allclose(entries["flops_per_entry"], entries["flops"] / (entries["N"] * entries["O"]) ** 2)
 
 
+@pytest.mark.slow
 def test_programs_over_the_budget_are_rows_that_say_so(tables):
     table = tables["novak_time"]
     lost = table[table["status"] == "out_of_memory"]
@@ -542,6 +551,7 @@ def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
     assert table.loc[table["O"] == 10, "P"].max() == 11_181_642  # torchvision's resnet18 with ten classes
 
 
+@pytest.mark.slow
 def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
     figure = novak_images_figure
     table = tables["novak_images"]
@@ -564,6 +574,7 @@ def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path
     assert all(claim.verdict == "not addressed" and "has no N = 8 with O = 8" in claim.reason for claim in others)
 
 
+@pytest.mark.slow
 def test_programs_for_images_are_compared_with_ours_and_captions_say_what_is_missing(tables, tmp_path):
     one = tables["novak_images"]
     names = ["ResNet18", "ViT-Ti/16", "Mixer-S/32", "ViT-S/16", "Mixer-S/16"]
@@ -673,6 +684,7 @@ def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path):
     assert {study for _, study in of_studies()} == set(TINY)
 
 
+@pytest.mark.slow
 def test_studies_that_found_nothing_are_drawn_as_such(tables, tmp_path):
     for name, study in of_studies():
         table = tables[study]
@@ -683,6 +695,7 @@ def test_studies_that_found_nothing_are_drawn_as_such(tables, tmp_path):
             assert "Nothing to show" in (tmp_path / f"{name}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_figure_refuses_the_table_of_another_study(tables, tmp_path):
     with pytest.raises(BadInput, match="lacks columns that this figure needs"):
         figures.draw("novak_flops", tables["mohamadi_drift"], tmp_path)
@@ -703,6 +716,7 @@ def test_published_errors_know_their_samples():
     assert (there.loc[60, "x"], there.loc[60, "y"]) == (0.06367, 0.0367)
 
 
+@pytest.mark.slow
 def test_published_ratios_say_of_how_many_outputs_they_are(tables):
     """Ours are of other numbers of outputs, and a reader must not compare them."""
     assert 200 not in set(tables["mohamadi_cost"]["O"])
@@ -716,6 +730,7 @@ def test_published_ratios_say_of_how_many_outputs_they_are(tables):
         assert "published, O = 200" in [text.get_text() for text in panel.texts]
 
 
+@pytest.mark.slow
 def test_the_figure_at_initialisation_knows_nothing_of_training(tables, tmp_path):
     table = tables["mohamadi_quality"]
     later = table["step"] > 0
@@ -793,6 +808,7 @@ def _size(picture):
     return width, height
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_other_file(tables, tmp_path):
     made = [figures.draw(name, tables[study], tmp_path)[2] for name, study in of_studies()[:2]]
     page = report.page(made, "All <figures>")

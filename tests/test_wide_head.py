@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import nn
 
 import ntkbench
@@ -98,7 +99,7 @@ def exact(metric: str, first: torch.Tensor, second: torch.Tensor) -> float:
 CASES = [(kind, 2**30) for kind in HEADED] + [("with a bias", 2**17), ("last position", 2**15)]
 
 
-@pytest.mark.parametrize(("kind", "memory"), CASES)
+@pytest.mark.parametrize(("kind", "memory"), mostly_slow(CASES, 2))
 def test_all_metrics(kind, memory):
     model, other = seeded(HEADED[kind]).eval(), seeded(HEADED[kind], 1).eval()
     problem = from_module(model, TOKENS, model_f=other, dtype="float64")
@@ -343,7 +344,9 @@ def two(make):
     return model, other
 
 
-@pytest.mark.parametrize(("kind", "memory"), [(kind, 2**30) for kind in TIED] + [("with a bias", 2**17)])
+@pytest.mark.parametrize(
+    ("kind", "memory"), mostly_slow([*((kind, 2**30) for kind in TIED), ("with a bias", 2**17)], 2)
+)
 def test_all_metrics_of_tied_heads(kind, memory):
     model, other = two(TIED[kind])
     problem = from_module(model, TOKENS, model_f=other, dtype="float64")
@@ -476,7 +479,7 @@ SPANNED = {"one position": "9 outputs are no more than the 12 dimensions"}
 """Kinds of which two heads together span all outputs, and what is said."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, 2))
 def test_shorter_heads_and_what_is_known_are_the_whole_kernel(kind):
     """Nothing is random here: the kernels of the networks that estimators run on, written out."""
     problem, thetas = ends_of(kind)

@@ -2,9 +2,10 @@
 
 Each function makes a :class:`ntkbench.Kernel` and uses it once; make one yourself to use it many times.
 
->>> ntkbench.ntk(model, x)                                      # doctest: +SKIP
->>> ntkbench.trace(model, x)                                    # doctest: +SKIP
->>> ntkbench.alignment(model_0, model_f, x, passes=1024)        # doctest: +SKIP
+>>> import torch, ntkbench
+>>> model, x = torch.nn.Linear(3, 2), torch.eye(3)
+>>> print(ntkbench.trace(model, x))
+12 (structured_derivatives, 2 passes)
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def ntk(
             dict with a kernel for each group.
 
     Returns:
-        The kernel, on the requested device and in the requested precision; a JAX array for a JAX function. With
+        The kernel, ``[N1 * O, N2 * O]`` for ``full`` and ``[N1, N2]`` for the others, in units of a squared output per
+        squared parameter, on the requested device and in the requested precision; a JAX array for a JAX function. With
         ``file`` it is a read-only ``numpy.memmap`` of the file.
 
     Raises:
@@ -153,11 +155,11 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     With ``rtol`` an exact method takes over as soon as the remaining probes would take more than half of its passes. It
     comes first if the estimate is expected to take as long: if a batch is so small that a reliable standard error takes
     more passes, if the tolerance is tight, and for traces of small networks.
-    Methods are tried in turn, and one that fails on the network is passed over. ``Estimate.method`` names the method
-    that was used, and ``Estimate.notes`` says why others were not.
+    Methods are tried one after another, and one that fails on the network is skipped. ``Estimate.method`` names the
+    method that was used, and ``Estimate.notes`` say why others were not.
 
     Every method is certified by plain ``backward`` of the unmodified network over the whole batch. A method whose
-    gradients differ by more than the square root of the machine epsilon is passed over. ``Estimate.certificate`` is the
+    gradients differ by more than the square root of the machine epsilon is skipped. ``Estimate.certificate`` is the
     relative difference.
 
     If samples do not interact, the batches of a ``DataLoader`` are read one after another, joined into parts of at
@@ -181,6 +183,10 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
             requested by name take none. With a mapping of names to patterns as ``parameters`` the result is a dict with
             an estimate for each group.
 
+    Returns:
+        The trace, in units of a squared output per squared parameter, with its interval, its passes, the method and
+        notes. It behaves like a number; see :class:`ntkbench.Estimate`.
+
     Raises:
         BadInput: an argument cannot be used, or no method, or not the requested one, applies to this network; says why.
         OverMemory: the method would need more than ``memory`` at once.
@@ -191,13 +197,47 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
 
 def norm(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
-    """||Theta||_F (not its square) of a network at its current weights. Arguments and errors as for :func:`trace`."""
+    """||Theta||_F (not its square) of a network at its current weights.
+
+    Methods and cost are those of :func:`trace`.
+
+    >>> import torch, ntkbench
+    >>> print(ntkbench.norm(torch.nn.Linear(3, 2), torch.eye(3)))
+    6 (structured_derivatives, 2 passes)
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        keywords: see :func:`trace`.
+
+    Returns:
+        The norm, in units of a squared output per squared parameter; see :class:`ntkbench.Estimate`.
+
+    Raises:
+        BadInput, OverMemory, Unavailable: see :func:`trace`.
+    """
     found: Estimate = _use(model, x, keywords, ("norm",), lambda k, wishes: k.norm(**wishes))
     return found
 
 
 def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
-    """(tr Theta)^2 / ||Theta||_F^2 of a network at its current weights. Arguments and errors as for :func:`trace`."""
+    """(tr Theta)^2 / ||Theta||_F^2 of a network at its current weights.
+
+    Methods and cost are those of :func:`trace`.
+
+    >>> import torch, ntkbench
+    >>> print(ntkbench.effective_rank(torch.nn.Linear(3, 2), torch.eye(3)))
+    4 (structured_derivatives, 2 passes)
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        keywords: see :func:`trace`.
+
+    Returns:
+        The effective rank, from 1 to n, without a unit; see :class:`ntkbench.Estimate`.
+
+    Raises:
+        BadInput, OverMemory, Unavailable: see :func:`trace`.
+    """
     found: Estimate = _use(model, x, keywords, ("effective_rank",), lambda k, wishes: k.effective_rank(**wishes))
     return found
 
@@ -205,19 +245,35 @@ def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate
 def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr(Theta_0 Theta_f) / (||Theta_0||_F ||Theta_f||_F) of two networks, or of a network and a target kernel.
 
-    ``model_f`` may be the same network with other weights (buffers, such as BatchNorm's running statistics, and frozen
-    parameters may differ as well; each set of weights goes with its own), another network with as many outputs, values
-    of the parameters by name, or a target: a tensor y shaped like the outputs, ``[N, O]`` or ``[n]``, which stands for
-    the kernel y y^T, or a matrix ``[n, n]`` or ``[N, N]``. Where N = O a target ``[N, N]`` may be either, and is
-    refused. For a JAX function ``model_f`` is a pytree of parameters. Precision and device default to those of
-    ``model_0``. Other arguments and errors as for :func:`trace`.
-
     The alignment with y y^T is y^T Theta y / ||Theta||_F for y of length 1. One pass gives the numerator exactly, and
     ``method`` the norm, which must be that of Theta itself: approximate methods are refused. With ``rtol`` the norm is
     estimated to a smaller tolerance where the alignment needs it. ``rounding`` includes that of the numerator, which
     is large where terms cancel, as for centred labels: choose ``dtype="float64"``. The alignment with a matrix is
     exact. It takes all of Theta, in blocks where it does not fit in ``memory``, and no ``method``, ``passes`` or
     ``rtol``.
+
+    Cost: twice that of :func:`trace`, once for each set of weights; with y y^T, that of :func:`norm` and one pass.
+
+    >>> import torch, ntkbench
+    >>> model, y = torch.nn.Linear(3, 2), torch.ones(3, 2)
+    >>> round(float(ntkbench.alignment(model, y, torch.eye(3))), 4)
+    0.6667
+
+    Args:
+        model_0: the network; see :class:`ntkbench.Kernel`. Precision and device default to its own.
+        model_f: the same network with other weights, another network with as many outputs, values of the parameters by
+            name (a pytree of them for a JAX function), or a target. Buffers, such as BatchNorm's running statistics,
+            and frozen parameters may differ as well; each set of weights has its own. A target is a tensor y shaped
+            like the outputs, ``[N, O]`` or ``[n]``, for the kernel y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for A ⊗
+            I_O. If N = O a target ``[N, N]`` is ambiguous, and refused.
+        x: inputs of both networks.
+        keywords: see :func:`trace`.
+
+    Returns:
+        The alignment, from 0 to 1, without a unit; see :class:`ntkbench.Estimate`.
+
+    Raises:
+        BadInput, OverMemory, Unavailable: see :func:`trace`.
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")
@@ -231,7 +287,25 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
     Each has its own standard error. The errors are not independent, since the probes are shared. With ``rtol`` probes
     are added until all metrics are within it. ``passes`` pay for all metrics together: methods that cannot add probes
     spend a part on each, and ``notes`` say which. ``Estimate.passes`` is the total cost of all metrics, unless an exact
-    method computed each separately. Arguments and errors as for :func:`trace` and :func:`alignment`.
+    method computed each separately.
+
+    Cost: see :func:`trace`.
+
+    >>> import torch, ntkbench
+    >>> found = ntkbench.metrics_of(torch.nn.Linear(3, 2), torch.eye(3))
+    >>> {name: round(float(value), 4) for name, value in found.items()}
+    {'trace': 12.0, 'norm': 6.0, 'effective_rank': 4.0}
+
+    Args:
+        model, x: network and inputs; see :class:`ntkbench.Kernel`.
+        model_f: the other network or weights of the alignment; see :func:`alignment`.
+        keywords: see :func:`trace`.
+
+    Returns:
+        A dict of :class:`ntkbench.Estimate` by name, in the units of each metric; it prints as a table.
+
+    Raises:
+        BadInput, OverMemory, Unavailable: see :func:`trace`.
     """
     names = metrics.METRICS if model_f is not None else tuple(m for m in metrics.METRICS if m != "alignment")
     found: Estimates = _use(model, x, keywords, names, lambda k, wishes: k.metrics(model_f, **wishes))
@@ -266,8 +340,8 @@ def spectrum(
     Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes; by products 2 (top + 4) passes for each step
     of block Lanczos, after at most 400 for the density.
 
-    Source: block Lanczos: Golub, Underwood 1977; quadrature: Ubaru, Chen, Saad 2017, algorithm 1; entropy effective
-    rank: Roy, Vetterli 2007, definition 1.
+    Source: block Lanczos: Golub, Underwood 1977; quadrature: Ubaru, Chen, Saad 2017 (doi 10.1137/16M1104974), algorithm
+    1; entropy effective rank: Roy, Vetterli 2007, definition 1.
 
     >>> import torch, ntkbench
     >>> found = ntkbench.spectrum(torch.nn.Linear(3, 2), torch.eye(3), top=1)
@@ -283,6 +357,11 @@ def spectrum(
         seed: seed of the random vectors of products.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
             with a spectrum for each group.
+
+    Returns:
+        Eigenvalues ``[top]`` in descending order, eigenvectors ``[top, n]``, and their errors, in float64 on the host,
+        with the other quantities; see :class:`ntkbench.Spectrum`. Eigenvalues are in units of a squared output per
+        squared parameter.
 
     Raises:
         BadInput: an argument cannot be used, or no method can compute the kernel; says why.
@@ -317,7 +396,8 @@ def solve(
     Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 20 passes; by products up to 64 passes for the
     preconditioner, and 2 for each iteration. Their number grows with the square root of the condition number.
 
-    Source: Hestenes, Stiefel 1952; the preconditioner: Frangella, Tropp, Udell 2023.
+    Source: Hestenes, Stiefel 1952 (doi 10.6028/jres.049.044); the preconditioner: Frangella, Tropp, Udell 2023
+    (arXiv 2110.02820).
 
     >>> import torch, ntkbench
     >>> found = ntkbench.solve(torch.nn.Linear(3, 1), torch.eye(3), torch.tensor([3.0, 0.0, 0.0]), ridge=1.0)
@@ -336,8 +416,8 @@ def solve(
             with a solution for each group.
 
     Returns:
-        ``values``, in the shape of y and in float64 on the host, ``residual``, ``error``, ``iterations``, ``passes``,
-        ``method``.
+        ``values``, in the shape of y and in float64 on the host, ``residual``, ``error``, ``iterations``, ``passes``
+        and ``method``; see :class:`ntkbench.Solution`. Values are in units of y over those of ``ridge``.
 
     Raises:
         BadInput: an argument cannot be used, Theta + ridge I is singular up to rounding, or the residual stays above
@@ -394,7 +474,8 @@ def recommend(
             with a table for each group.
 
     Returns:
-        A list of :class:`ntkbench.cost.Cost`, with ``best`` and, as a line of Python, ``code()``.
+        A list of :class:`ntkbench.cost.Cost`, one for each method, with seconds, bytes and relative errors. It has
+        ``best`` and, as a line of Python, ``code()``.
 
     Raises:
         BadInput: an argument cannot be used, or products with the Jacobian are wrong; says why.
@@ -429,8 +510,8 @@ def compare(
     fails or refuses the network has a line with the reason. Stochastic methods have the same budget or tolerance;
     compare their errors before their seconds.
 
-    Cost: for each method a first call, which prepares it and is not timed, and ``calls`` timed ones, in turn. Seconds
-    are unreliable if the machine does other work at the same time.
+    Cost: for each method a first call, which prepares it and is not timed, and ``calls`` timed ones, which are
+    interleaved with those of the other methods. Seconds are unreliable if the machine does other work at the same time.
 
     >>> import torch, ntkbench
     >>> methods = ["structured_derivatives", "hutchinson"]
@@ -450,7 +531,8 @@ def compare(
             with a table for each group.
 
     Returns:
-        A list of :class:`ntkbench.trials.Trial`; ``csv()`` has all numbers.
+        A list of :class:`ntkbench.trials.Trial`, one for each method, with values, passes and seconds; ``csv()`` has
+        all numbers.
 
     Raises:
         BadInput: an argument cannot be used; says what is allowed.

@@ -99,6 +99,12 @@ class Estimate:
 
     It compares, formats and computes like its value; two estimates are equal if all of their attributes are.
 
+    >>> import torch, ntkbench
+    >>> estimate = ntkbench.trace(torch.nn.Linear(3, 2), torch.eye(3), method="hutchinson", passes=40)
+    >>> low, high = estimate.interval(confidence=0.95)
+    >>> low < estimate < high, estimate.passes
+    (True, 40.0)
+
     Attributes:
         value: the metric.
         standard_error: standard error of ``value``; ``None`` for a deterministic method, ``nan`` if the budget of a

@@ -92,6 +92,13 @@ class Kernel:
     Cost: some passes for checks (see :func:`ntkbench.from_module`). The trace is made when it is first needed, and one
     plain backward pass certifies each new set of weights.
 
+    >>> import torch, ntkbench
+    >>> kernel = ntkbench.Kernel(torch.nn.Linear(3, 2), torch.eye(3))
+    >>> kernel
+    Kernel(Linear: N = 3, O = 2, P = 8, float32, torch)
+    >>> print(kernel.trace())
+    12 (structured_derivatives, 2 passes)
+
     Args:
         model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It gives ``[N, ...outputs]``;
             everything after the first axis counts as the O outputs of a sample.
@@ -173,7 +180,7 @@ class Kernel:
         Args:
             other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
                 values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
-                outputs, ``[N, O]`` or ``[n]``, which stands for y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
+                outputs, ``[N, O]`` or ``[n]``, for the kernel y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
                 A ⊗ I_O. What ``parameters`` names counts in the other network as well. For y the method must give the
                 norm of Theta itself. A matrix takes all of Theta, block by block, and no method, passes or rtol.
             wishes: see :class:`ntkbench.options.Options`.

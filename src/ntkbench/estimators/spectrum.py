@@ -30,6 +30,11 @@ class Spectrum:
     The bounds allow for the expected rounding of the network's own passes (see
     :func:`ntkbench.estimate.rounding_bound`).
 
+    >>> import torch, ntkbench
+    >>> found = ntkbench.spectrum(torch.nn.Linear(3, 2), torch.eye(3), top=4)
+    >>> found.values.round(4).tolist()
+    [4.0, 4.0, 1.0, 1.0]
+
     Attributes:
         values: the largest eigenvalues in descending order, ``[top]``.
         errors: each value is within that distance of an eigenvalue, ``[top]``; of the eigenvalue with the same index if

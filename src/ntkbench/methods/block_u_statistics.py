@@ -23,6 +23,8 @@ class BlockUStatistics(StratifiedUStatistics):
     """
 
     title = "block U-statistics"
+    use_when = "samples do not interact, the network cannot be traced, and k N gradients fit in memory"
+    variance = "trace: that of ``per_sample_trace``; norm^2: terms of order 1/k and 1/k^2 (Hoeffding 1948)"
     first_batch = 2
 
     def groups(self, N: int) -> int:

@@ -37,7 +37,11 @@ class CountSketch(Deterministic):
     title = "CountSketch, output probes"
     kind = "approximate"
     computes = "sketched trace kernel ⊗ I_O"
-    source = "Shukla 2025 (arXiv 2512.00860), output probes and a CountSketch; Charikar, Chen, Farach-Colton 2002"
+    source = (
+        "Shukla 2025 (arXiv 2512.00860), output probes and a CountSketch; Charikar et al. 2002 (doi "
+        "10.1007/3-540-45465-9_59)"
+    )
+    use_when = "you need an N x N kernel of a network with many outputs, and a bias is acceptable"
     backends = ("torch",)
     needs_independent_samples = True
     needs_one_network = True

@@ -16,7 +16,9 @@ class DenseJL(ProjectedRows):
     """
 
     title = "dense projection (JL)"
-    source = "Johnson and Lindenstrauss 1984; Park et al. 2023 (TRAK, arXiv 2303.14186)"
+    source = "Johnson and Lindenstrauss 1984 (doi 10.1090/conm/026/737400); Park et al. 2023 (TRAK, arXiv 2303.14186)"
+    use_when = "O is small, and k is much larger than the affordable number of passes"
+    variance = "that of ``gram_forward`` with k probes"
     backends = ("torch", "jax")
 
     def parts(self, k: int) -> int:

@@ -17,7 +17,8 @@ class Direct(Deterministic):
 
     title = "direct"
     kind = "exact"
-    source = "Hazelden 2025, the exact baseline of its figures"
+    source = "Hazelden 2025 (arXiv 2511.10796), the exact baseline of its figures"
+    use_when = "Theta is a black box, or as a baseline"
     backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

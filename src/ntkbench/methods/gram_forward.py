@@ -15,5 +15,7 @@ class GramForward(GramMatrix):
     """
 
     title = "forward Gram matrix"
+    use_when = "samples interact, memory is small, and J^T J is closer to diagonal than Theta"
+    variance = "that of ``gram_reverse`` with J^T J for Theta"
     side = "forward"
     needs_one_network = True

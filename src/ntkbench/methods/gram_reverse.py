@@ -18,4 +18,6 @@ class GramReverse(GramMatrix):
     """
 
     title = "reverse Gram matrix"
+    use_when = "samples interact, and memory is small or there is no forward mode"
+    variance = "norm^2: about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2; trace: that of ``one_sided_reverse``"
     side = "reverse"

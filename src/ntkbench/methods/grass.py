@@ -23,6 +23,8 @@ class GraSS(HashedRows):
 
     title = "masked sparse projection (GraSS)"
     source = "Hu et al. 2025 (GraSS, arXiv 2505.18976), SJLT after a random mask"
+    use_when = "J has so many rows that their projection takes longer than the passes"
+    variance = "that of ``sparse_jl`` and of the mask, which is large if few parameters have most of the gradient"
     kept: ClassVar[int] = 8
     nonzeros: ClassVar[int] = 16
     fewest_probes = nonzeros

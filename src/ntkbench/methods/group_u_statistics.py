@@ -34,6 +34,8 @@ class GroupUStatistics(StratifiedUStatistics):
     """
 
     title = "group U-statistics"
+    use_when = "the gradient of one sample is much cheaper than a pass, as in recurrent networks"
+    variance = "trace: that of ``per_sample_trace``; norm^2: terms of order 1/k and 1/k^2 (Hoeffding 1948)"
     first_batch = 4
     max_groups: ClassVar[int] = 24
 

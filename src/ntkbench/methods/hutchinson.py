@@ -19,7 +19,12 @@ class Hutchinson(Accumulating):
     """
 
     title = "Hutchinson"
-    source = "Hutchinson 1990; Girard 1989; Theta as a black box as in Hazelden 2025"
+    source = (
+        "Hutchinson 1990 (doi 10.1080/03610919008812866); Girard 1989 (doi 10.1007/BF01395775); Theta as a black box "
+        "as in Hazelden 2025 (arXiv 2511.10796)"
+    )
+    use_when = "samples interact, and the spectrum is flat"
+    variance = "trace: 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k; norm^2: the same with Theta^2 for Theta"
     backends = ("torch", "jax")
 
     def passes_per_probe(self, metric: str) -> int:

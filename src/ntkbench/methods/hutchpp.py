@@ -21,7 +21,12 @@ class HutchPP(FixedBudget):
     """
 
     title = "Hutch++"
-    source = "Meyer, Musco, Musco, Woodruff 2021, algorithm 1; composed operators as in Hazelden 2025"
+    source = (
+        "Meyer et al. 2021 (doi 10.1137/1.9781611976496.16), algorithm 1; composed operators as in Hazelden 2025 "
+        "(arXiv 2511.10796)"
+    )
+    use_when = "Theta is a black box, and few eigenvalues hold most of the trace"
+    variance = "2 (||B||_F^2 - sum_i B_ii^2) / k for B = (I - Q Q^T) A (I - Q Q^T), given Q"
     backends = ("torch", "jax")
 
     def passes_per_probe(self, metric: str) -> int:

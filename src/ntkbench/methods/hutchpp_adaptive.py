@@ -15,5 +15,9 @@ class HutchPPAdaptive(AdaptiveSketch):
     """
 
     title = "Hutch++ (adaptive)"
-    source = "this suite, one-sided, with another rule of stopping; Persson, Cortinovis, Kressner 2022, section 2"
+    source = (
+        "this suite, one-sided, with another rule of stopping; Persson et al. 2022 (doi 10.1137/21M1447623), section 2"
+    )
+    use_when = "a trace is needed, samples interact, and the decay of the spectrum is unknown"
+    variance = "2 (||B||_F^2 - sum_i B_ii^2) / m over m residual probes, B = (I - Q Q^T) Theta (I - Q Q^T), given Q"
     side = "reverse"

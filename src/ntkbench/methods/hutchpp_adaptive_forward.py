@@ -17,5 +17,9 @@ class HutchPPAdaptiveForward(AdaptiveSketch):
     """
 
     title = "Hutch++ (adaptive, forward)"
-    source = "this suite, on J^T J, with another rule of stopping; Persson, Cortinovis, Kressner 2022, section 2"
+    source = (
+        "this suite, on J^T J, with another rule of stopping; Persson et al. 2022 (doi 10.1137/21M1447623), section 2"
+    )
+    use_when = "``hutchpp_adaptive`` applies, and there are fewer parameters than outputs"
+    variance = "2 (||B||_F^2 - sum_i B_ii^2) / m over m residual probes, B = (I - Q Q^T) J^T J (I - Q Q^T), given Q"
     side = "forward"

@@ -19,7 +19,12 @@ class HutchPPOneSided(FixedBudget):
     """
 
     title = "Hutch++ (one-sided)"
-    source = "this suite; Meyer, Musco, Musco, Woodruff 2021, algorithm 1, with the last two products replaced by VJPs"
+    source = (
+        "this suite; Meyer et al. 2021 (doi 10.1137/1.9781611976496.16), algorithm 1, with the last two products "
+        "replaced by VJPs"
+    )
+    use_when = "a trace is needed, samples interact, and few eigenvalues hold most of it"
+    variance = "2 (||B||_F^2 - sum_i B_ii^2) / k for B = (I - Q Q^T) Theta (I - Q Q^T), given Q"
     backends = ("torch", "jax")
     metrics = ("trace",)
 

@@ -25,7 +25,12 @@ class HutchPPPaper(FixedBudget):
     """
 
     title = "Hutch++ (paper's budget)"
-    source = "Hazelden 2025, the paper's script (trace_hupp_op); Meyer, Musco, Musco, Woodruff 2021, algorithm 1"
+    source = (
+        "Hazelden 2025 (arXiv 2511.10796), the paper's script (trace_hupp_op); Meyer et al. 2021 (doi "
+        "10.1137/1.9781611976496.16), algorithm 1"
+    )
+    use_when = "you compare with the paper"
+    variance = "that of ``hutchpp`` over the residual probes, given Q"
     backends = ("torch", "jax")
     fewest_probes = 5
 

@@ -22,7 +22,8 @@ class JacobianContraction(Deterministic):
 
     title = "Jacobian contraction"
     kind = "exact"
-    source = "Novak et al. 2022, section 3; PyTorch's tutorial on neural tangent kernels"
+    source = "Novak et al. 2022 (arXiv 2206.08720), section 3; PyTorch's tutorial on neural tangent kernels"
+    use_when = "samples do not interact, and the network cannot be traced"
     backends = ("torch",)
     needs_independent_samples = True
 

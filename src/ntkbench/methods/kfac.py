@@ -32,7 +32,11 @@ class KFAC(Method):
     title = "K-FAC"
     kind = "approximate"
     computes = "K-FAC's approximation of J^T J"
-    source = "Martens and Grosse 2015; Grosse and Martens 2016; curvlinops 3 (Dangel et al. 2025)"
+    source = (
+        "Martens and Grosse 2015 (arXiv 1503.05671); Grosse and Martens 2016 (arXiv 1602.01407); curvlinops 3 (Dangel "
+        "et al. 2025, arXiv 2501.19183)"
+    )
+    use_when = "you study K-FAC itself, or have the factors anyway, and a bias is acceptable"
     backends = ("torch",)
     needs_independent_samples = True
     needs_one_network = True

@@ -39,7 +39,11 @@ class KFOC(Method):
     title = "KFOC"
     kind = "approximate"
     computes = "KFOC's approximation of J^T J"
-    source = "Schnaus, Lee and Triebel 2021 (Kronecker-factored optimal curvature); Van Loan and Pitsianis 1993"
+    source = (
+        "Schnaus, Lee and Triebel 2021 (Kronecker-factored optimal curvature); Van Loan and Pitsianis 1993 (doi "
+        "10.1007/978-94-015-8196-7_17)"
+    )
+    use_when = "the bias of ``kfac`` is too large, and J fits in the memory of the host"
     backends = ("torch", "jax")
     needs_independent_samples = True
     needs_one_network = True

@@ -46,6 +46,8 @@ class KroneckerProjection(Projected):
 
     title = "two-sided projection (LoGra)"
     source = "Choe et al. 2024 (LoGra, arXiv 2405.13954)"
+    use_when = "layers are so large that their gradients are expensive, and errors need not be small"
+    variance = "of order 1 / sqrt(k), where that of ``dense_jl`` is of order 1 / k"
     backends = ("torch",)
     needs_independent_samples = True
     prepares = "trace"

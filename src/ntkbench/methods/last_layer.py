@@ -15,4 +15,5 @@ class LastLayer(Layerwise):
     kind = "approximate"
     computes = "last-layer trace kernel ⊗ I_O"
     source = "folklore; the conjugate kernel of the readout"
+    use_when = "the representation is fixed, or an N x N kernel of the readout alone is meant"
     kernel = "last_layer"

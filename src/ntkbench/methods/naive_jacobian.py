@@ -24,6 +24,7 @@ class NaiveJacobian(Deterministic):
     title = "naive Jacobian"
     kind = "exact"
     source = "folklore; the loop over torch.autograd.grad"
+    use_when = "no other method applies, or as a reference"
     backends = ("torch",)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

@@ -13,5 +13,9 @@ class NtJacobianContraction(NeuralTangents):
     """
 
     title = "neural-tangents Jacobian contraction"
-    source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, JACOBIAN_CONTRACTION"
+    source = (
+        "Novak et al. 2022 (arXiv 2206.08720), section 3; neural-tangents 0.6.5 (arXiv 1912.02803), "
+        "JACOBIAN_CONTRACTION"
+    )
+    use_when = "the network is a JAX function whose Jacobian fits in memory"
     implementation = "JACOBIAN_CONTRACTION"

@@ -15,7 +15,10 @@ class NtNtkVectorProducts(NeuralTangents):
     """
 
     title = "neural-tangents NTK-vector products"
-    source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, NTK_VECTOR_PRODUCTS"
+    source = (
+        "Novak et al. 2022 (arXiv 2206.08720), section 3; neural-tangents 0.6.5 (arXiv 1912.02803), NTK_VECTOR_PRODUCTS"
+    )
+    use_when = "the network is a JAX function with small activations whose Jacobian does not fit in memory"
     implementation = "NTK_VECTOR_PRODUCTS"
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:

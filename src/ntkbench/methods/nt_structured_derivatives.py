@@ -18,7 +18,11 @@ class NtStructuredDerivatives(NeuralTangents):
     """
 
     title = "neural-tangents structured derivatives"
-    source = "Novak et al. 2022, section 3; neural-tangents 0.6.5, STRUCTURED_DERIVATIVES"
+    source = (
+        "Novak et al. 2022 (arXiv 2206.08720), section 3; neural-tangents 0.6.5 (arXiv 1912.02803), "
+        "STRUCTURED_DERIVATIVES"
+    )
+    use_when = "the network is a JAX function without long loops, and O is small"
     implementation = "STRUCTURED_DERIVATIVES"
 
     def unsupported_reason(

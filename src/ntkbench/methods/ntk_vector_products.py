@@ -22,7 +22,8 @@ class NtkVectorProducts(Deterministic):
 
     title = "NTK-vector products"
     kind = "exact"
-    source = "Novak et al. 2022, section 3"
+    source = "Novak et al. 2022 (arXiv 2206.08720), section 3"
+    use_when = "neither J nor Theta fits in memory, and the network cannot be traced"
     backends = ("torch",)
     needs_independent_samples = True
 

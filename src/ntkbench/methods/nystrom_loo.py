@@ -31,7 +31,9 @@ class NystromLOO(FixedBudget):
     """
 
     title = "leave-one-out Nystrom"
-    source = "this suite; after XNysTrace of Epperly, Tropp, Webber 2024"
+    source = "this suite; after XNysTrace of Epperly et al. 2024 (doi 10.1137/23M1548323)"
+    use_when = "another metric than the trace is needed, samples interact, and the spectrum decays"
+    variance = "that of ``hutchinson`` with E for Theta; 0 once k exceeds the ranks of Theta and Theta_f"
     backends = ("torch", "jax")
     metrics = ("norm", "effective_rank", "alignment")
     gradients_held = 4

@@ -23,7 +23,9 @@ class NystromPP(FixedBudget):
     """
 
     title = "Nystrom++"
-    source = "Persson, Cortinovis, Kressner 2022, algorithm 3.1 (the blog post's Nystrom++ was Hutch++)"
+    source = "Persson et al. 2022 (doi 10.1137/21M1447623), algorithm 3.1 (the blog post's Nystrom++ was Hutch++)"
+    use_when = "Theta is a black box whose spectrum decays fast"
+    variance = "2 ||A - A'||_F^2 / k, given S"
     backends = ("torch", "jax")
     metrics = ("trace", "norm", "effective_rank")
 

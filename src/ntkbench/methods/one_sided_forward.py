@@ -12,4 +12,6 @@ class OneSidedForward(OneSided):
     """
 
     title = "one-sided forward"
+    use_when = "a trace is needed, samples interact, and J^T J is closer to diagonal than Theta"
+    variance = "2 (||J^T J||_F^2 - sum_p (J^T J)_pp^2) / k"
     side = "forward"

@@ -25,7 +25,9 @@ class OneSidedOrthonormal(Accumulating):
     """
 
     title = "one-sided orthonormal"
-    source = "Hazelden 2025, one-sided trace estimates on orthonormalised directions"
+    source = "Hazelden 2025 (arXiv 2511.10796), one-sided trace estimates on orthonormalised directions"
+    use_when = "the budget is a large part of n"
+    variance = "2 n (n - k) / ((n - 1) (n + 2)) (||Theta||_F^2 - (tr Theta)^2 / n) / k"
     backends = ("torch", "jax")
     metrics = ("trace",)
 

@@ -13,4 +13,6 @@ class OneSidedPaperForward(OneSidedPaper):
     """
 
     title = "one-sided forward (paper's script)"
+    use_when = "you compare with the paper"
+    variance = "about 2 ||J^T J||_F^2 (1 - 2 q / P) / (m - q), q = m // 6"
     side = "forward"

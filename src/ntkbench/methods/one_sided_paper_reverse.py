@@ -15,4 +15,6 @@ class OneSidedPaperReverse(OneSidedPaper):
     """
 
     title = "one-sided reverse (paper's script)"
+    use_when = "you compare with the paper"
+    variance = "about 2 ||Theta||_F^2 (1 - 2 q / n) / (m - q), q = m // 6"
     side = "reverse"

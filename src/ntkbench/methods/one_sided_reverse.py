@@ -12,4 +12,6 @@ class OneSidedReverse(OneSided):
     """
 
     title = "one-sided reverse"
+    use_when = "a trace is needed, samples interact, and the spectrum is flat"
+    variance = "2 (||Theta||_F^2 - sum_i Theta_ii^2) / k"
     side = "reverse"

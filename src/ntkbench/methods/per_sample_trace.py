@@ -15,5 +15,10 @@ class PerSampleTrace(OneSidedPerSample):
     """
 
     title = "per-sample trace"
-    source = "this suite; Hutchinson 1990 on each block; per-sample gradients of Goodfellow 2015 (arXiv 1510.01799)"
+    source = (
+        "this suite; Hutchinson 1990 (doi 10.1080/03610919008812866) on each block; per-sample gradients of Goodfellow "
+        "2015 (arXiv 1510.01799)"
+    )
+    use_when = "a trace is needed, samples do not interact, and the network cannot be traced"
+    variance = "2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / k"
     side = "reverse"

@@ -18,7 +18,9 @@ class PerSampleTraceForward(OneSidedPerSample):
     """
 
     title = "per-sample trace (forward)"
-    source = "this suite; Hutchinson 1990 on J_b^T J_b of each sample"
+    source = "this suite; Hutchinson 1990 (doi 10.1080/03610919008812866) on J_b^T J_b of each sample"
+    use_when = "``per_sample_trace`` applies, and the outputs of a sample share few parameters"
+    variance = "2 sum_b (||A_b||_F^2 - sum_p (A_b)_pp^2) / k, A_b = J_b^T J_b"
     side = "forward"
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:

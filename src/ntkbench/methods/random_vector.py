@@ -14,5 +14,6 @@ class RandomVector(Layerwise):
     title = "random unit vector"
     kind = "approximate"
     computes = "kernel of a random combination ⊗ I_O"
-    source = "Mohamadi, Bae, Sutherland 2023, a fixed random vector in place of the sum"
+    source = "Mohamadi et al. 2023 (arXiv 2206.12543), a fixed random vector in place of the sum"
+    use_when = "you need an N x N kernel in one pass, and no output may be preferred to another"
     kernel = "random_vector"

@@ -21,6 +21,8 @@ class SharedProbeAlignment(FixedBudget):
 
     title = "shared-probe alignment"
     source = "Hazelden, blog post on recurrent models, op_alignment"
+    use_when = "you compare with the blog post"
+    variance = "of order 1 / m, with the factor 1 - m / n"
     backends = ("torch", "jax")
     metrics = ("alignment",)
 

@@ -11,5 +11,6 @@ class SingleLogit(Layerwise):
     title = "single logit"
     kind = "approximate"
     computes = "single-logit kernel ⊗ I_O"
-    source = "Mohamadi, Bae, Sutherland 2023, the single-logit variant"
+    source = "Mohamadi et al. 2023 (arXiv 2206.12543), the single-logit variant"
+    use_when = "you need an N x N kernel in one pass, and outputs are similar to each other"
     kernel = "single_logit"

@@ -20,6 +20,8 @@ class SparseJL(HashedRows):
     """
 
     title = "sparse projection (SJLT)"
-    source = "Kane and Nelson 2014, the block construction; Hu et al. 2025 (GraSS, arXiv 2505.18976)"
+    source = "Kane and Nelson 2014 (arXiv 1012.1577), the block construction; Hu et al. 2025 (GraSS, arXiv 2505.18976)"
+    use_when = "J has many rows, and multiplications by dense signs take too long"
+    variance = "about that of ``dense_jl`` with as many features"
     nonzeros: ClassVar[int] = 8
     fewest_probes = nonzeros

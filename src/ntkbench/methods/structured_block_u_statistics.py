@@ -33,7 +33,9 @@ class StructuredBlockUStatistics(StructuredUStatistics):
     """
 
     title = "block U-statistics by layers"
-    source = "this suite; structured derivatives of Novak et al. 2022"
+    source = "this suite; structured derivatives of Novak et al. 2022 (arXiv 2206.08720)"
+    use_when = "samples do not interact, and O is too large for an exact value"
+    variance = "that of ``block_u_statistics``, with pairs of probes of one group"
     prepares = "trace"
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:

@@ -15,4 +15,5 @@ class StructuredDerivatives(Layerwise):
 
     title = "structured derivatives"
     kind = "exact"
-    source = "this suite, on ATen graphs; Novak et al. 2022, section 3; ghost norms for the trace"
+    source = "this suite, on ATen graphs; Novak et al. 2022 (arXiv 2206.08720), section 3; ghost norms for the trace"
+    use_when = "samples do not interact, and O is small or the error must be below about 1 %"

@@ -14,5 +14,6 @@ class StructuredSumOfLogits(Layerwise):
     title = "pNTK by layers"
     kind = "approximate"
     computes = "pNTK ⊗ I_O"
-    source = "this suite; the sum-of-logits pNTK of Mohamadi, Bae, Sutherland 2023"
+    source = "this suite; the sum-of-logits pNTK of Mohamadi et al. 2023 (arXiv 2206.12543)"
+    use_when = "you need the pNTK of a network that can be traced, and a bias is acceptable"
     kernel = "sum_of_logits"

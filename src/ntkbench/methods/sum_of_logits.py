@@ -26,7 +26,8 @@ class SumOfLogits(Deterministic):
     title = "pNTK (sum of logits)"
     kind = "approximate"
     computes = "pNTK ⊗ I_O"
-    source = "Mohamadi, Bae, Sutherland 2023, the sum-of-logits pNTK"
+    source = "Mohamadi et al. 2023 (arXiv 2206.12543), the sum-of-logits pNTK"
+    use_when = "you need the pNTK of a JAX function, or of a network that cannot be traced"
     backends = ("torch", "jax")
     needs_independent_samples = True
 

@@ -15,4 +15,5 @@ class TraceKernel(Layerwise):
     kind = "approximate"
     computes = "trace kernel ⊗ I_O"
     source = "folklore; the projection of Theta onto Kronecker products with I_O"
+    use_when = "you need the best N x N kernel in the Frobenius norm, and O passes are affordable"
     kernel = "trace"

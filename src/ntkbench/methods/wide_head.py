@@ -29,7 +29,8 @@ class WideHead(WideHeadMethod):
 
     title = "wide head"
     kind = "exact"
-    source = "this suite; layer by layer as Novak et al. 2022, section 3"
+    source = "this suite; layer by layer as Novak et al. 2022 (arXiv 2206.08720), section 3"
+    use_when = "the network ends with a linear layer that is much wider than its inputs, as language models do"
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.methods.base import head, tied_head

@@ -34,7 +34,9 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     """
 
     title = "wide head, block U-statistics"
-    source = "this suite; layer by layer as Novak et al. 2022, section 3"
+    source = "this suite; layer by layer as Novak et al. 2022 (arXiv 2206.08720), section 3"
+    use_when = "``wide_head`` applies, but takes too many passes"
+    variance = "that of ``structured_block_u_statistics`` for Theta' alone"
 
     def strata(self, problem: Problem, metric: str) -> int:
         """0, as the exact moments of the head often make the error of few probes small."""

@@ -14,5 +14,10 @@ class XNysTrace(FactoredXNysTrace):
     """
 
     title = "XNysTrace"
-    source = "Epperly, Tropp, Webber 2024, section 2.3 (XNysTrace with normalisation), through a QR of J^T U"
+    source = (
+        "Epperly et al. 2024 (doi 10.1137/23M1548323), section 2.3 (XNysTrace with normalisation), through a QR of J^T "
+        "U"
+    )
+    use_when = "a trace is needed, samples interact, the spectrum decays, and k gradients fit in memory"
+    variance = "falls with the tail of the spectrum; 0 once k exceeds the rank of Theta"
     side = "reverse"

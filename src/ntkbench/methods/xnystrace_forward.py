@@ -14,5 +14,9 @@ class XNysTraceForward(FactoredXNysTrace):
     """
 
     title = "XNysTrace (forward)"
-    source = "Epperly, Tropp, Webber 2024, section 2.3 (XNysTrace with normalisation), through a QR of J W"
+    source = (
+        "Epperly et al. 2024 (doi 10.1137/23M1548323), section 2.3 (XNysTrace with normalisation), through a QR of J W"
+    )
+    use_when = "``xnystrace`` applies, and there are fewer parameters than outputs"
+    variance = "falls with the tail of the spectrum; 0 once k exceeds the rank of Theta"
     side = "forward"

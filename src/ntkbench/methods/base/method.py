@@ -27,7 +27,9 @@ class Method(ABC):
         title: name in figures and tables.
         kind: ``exact``, ``approximate`` (deterministic and biased) or ``stochastic`` (takes passes and a seed).
         source: paper and equation, or program, that the method comes from. It begins with ``this suite`` if the
-            estimator or its algorithm is the suite's own.
+            estimator or its algorithm is the suite's own. A paper has its DOI or arXiv number.
+        use_when: when to choose it, as the end of the sentence "Use it when ...".
+        variance: that of the estimate of a stochastic method, in the notation of its docstring; empty for the others.
         backends: backends that it runs on, the default first.
         metrics: metrics that it computes, of those that are functions of moments.
         kernel_metrics: metrics of the whole kernel that it computes.
@@ -41,6 +43,8 @@ class Method(ABC):
     title: ClassVar[str]
     kind: ClassVar[str]
     source: ClassVar[str]
+    use_when: ClassVar[str] = ""
+    variance: ClassVar[str] = ""
     backends: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = metrics.METRICS
     kernel_metrics: ClassVar[tuple[str, ...]] = ()

@@ -24,7 +24,7 @@ class OneSided(Accumulating):
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
     """
 
-    source = "Hazelden 2025, one-sided trace estimates"
+    source = "Hazelden 2025 (arXiv 2511.10796), one-sided trace estimates"
     backends = ("torch", "jax")
     metrics = ("trace",)
     side: ClassVar[Side]
@@ -56,7 +56,7 @@ class OneSidedPaper(FixedBudget):
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
     """
 
-    source = "Hazelden 2025, the paper's script (trace_one_sided)"
+    source = "Hazelden 2025 (arXiv 2511.10796), the paper's script (trace_one_sided)"
     backends = ("torch", "jax")
     metrics = ("trace",)
     fewest_probes = 6

@@ -45,7 +45,10 @@ class GramMatrix(Accumulating):
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
     """
 
-    source = "this suite; U-statistics of Hoeffding 1948; Kong and Valiant 2017 (arXiv 1602.00061) for spectral moments"
+    source = (
+        "this suite; U-statistics of Hoeffding 1948 (doi 10.1214/aoms/1177730196); Kong and Valiant 2017 (arXiv "
+        "1602.00061) for spectral moments"
+    )
     backends = ("torch", "jax")
     fewest_probes = 4
     few_degrees = 20
@@ -225,7 +228,7 @@ class StratifiedUStatistics(Accumulating):
             which have quadratic cost, take most of the time.
     """
 
-    source = "this suite; U-statistics of Hoeffding 1948"
+    source = "this suite; U-statistics of Hoeffding 1948 (doi 10.1214/aoms/1177730196)"
     backends = ("torch", "jax")
     needs_independent_samples = True
     order = 1.0

@@ -45,6 +45,11 @@ def from_function(
     Cost: three forward passes and one backward pass; two passes over 64 samples and two over 8 samples alone; and the
     compilation of a forward pass and of the passes over samples. The same again for ``params_f``.
 
+    >>> import jax.numpy as jnp, ntkbench
+    >>> problem = ntkbench.from_function(lambda w, x: x @ w, jnp.ones((4, 3)), jnp.ones((3, 2)))
+    >>> problem.N, problem.O, problem.P
+    (4, 2, 6)
+
     Args:
         f: ``(params, x) -> [N, ...outputs]``, pure and traceable by ``jax.jit``.
         x: inputs, an array ``[N, ...]`` or a pytree of them; real ones are converted to ``dtype``.
@@ -52,6 +57,9 @@ def from_function(
         params_f: the parameters theta_f, for alignment. Arrays that are not in theta may have other values too.
         name: name of the problem; by default that of the function.
         dtype: precision of parameters and inputs, ``"float32"`` or ``"float64"``; by default that of the parameters.
+
+    Returns:
+        The problem, whose ``theta_0`` and ``x`` are copies in NumPy.
 
     Raises:
         BadInput: the parameters have no real leaves, or differ from ``params_f`` in more than values; the function is

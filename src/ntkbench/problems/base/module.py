@@ -81,6 +81,11 @@ def from_module(
     passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
     mode takes eight forward passes instead of two.
 
+    >>> import torch, ntkbench
+    >>> problem = ntkbench.from_module(torch.nn.Linear(3, 2), torch.ones(4, 3))
+    >>> problem.N, problem.O, problem.P, problem.samples_interact
+    (4, 2, 8, False)
+
     Args:
         model: ``x -> [N, ...outputs]`` with its weights theta_0, in the intended mode (``train`` or ``eval``).
         x: inputs ``[N, ...]``, real or integer; real ones are converted to ``dtype``.
@@ -88,6 +93,9 @@ def from_module(
             BatchNorm's running statistics, may differ as well; each set of weights keeps its own.
         name: name of the problem; by default the class of the model.
         dtype: precision of weights and inputs, ``"float32"`` or ``"float64"``; by default that of the parameters.
+
+    Returns:
+        The problem, with copies of the network, its weights and its inputs on the CPU.
 
     Raises:
         BadInput: the model has no trainable parameters, is random or keeps a state from call to call; its outputs are

@@ -87,12 +87,20 @@ def from_recurrent(
 
     Cost: five forward passes and one backward pass more than ``from_module``.
 
+    >>> import torch, ntkbench
+    >>> problem = ntkbench.from_recurrent(torch.nn.GRU(3, 5), torch.zeros(7, 2, 3))
+    >>> problem.output_shape  # 2 trials, 7 steps, 5 units
+    (2, 7, 5)
+
     Args:
         model: ``[N, T, inputs] -> [N, T, ...]``, or a recurrent layer.
         x: sequences of one length, ``[N, T, ...]``, or ``[T, N, ...]`` for a recurrent layer with that layout.
         model_f: the same network with other weights, for alignment.
         name: name of the problem.
         dtype: see ``from_module``.
+
+    Returns:
+        The problem; its outputs are ``[N, T, ...]``.
 
     Raises:
         BadInput: sequences are of different lengths; an output depends on later inputs; no output depends on a
