@@ -274,7 +274,7 @@ def test_no_method_surely_wins_over_a_time_that_is_an_upper_bound(table, easy):
         rows = base.checked(bounded(table, seconds, easy))
         solved = tasks.solutions(rows, {"1 %": 0.01}).set_index("method")
         assert list(solved.loc[["direct", "hutchinson"], "at_most"]) == [False, easy]
-        choice = report.answer(rows)[0]["rows"][0]["choices"][1]
+        (choice,) = report.answer(rows)[0]["rows"][0]["cells"][1]["best"]
         assert choice["method"] == winner and choice["sure"] == (winner == "hutchinson" or not easy)
         assert choice["seconds"].startswith("at most ") == (winner == "hutchinson" and easy)
 

@@ -17,8 +17,7 @@ TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 RULE = (
     "A method's time is where a law fitted to all its measured budgets crosses the tolerance, without extrapolation "
     "(errors fall at least as fast as 1 / sqrt(passes), and seconds grow with passes). It is an upper bound "
-    "('at most') if the error at the smallest budget is below a third of the tolerance. Its 95 % band and its number "
-    "of seeds are in the CSV."
+    "('at most') if the error at the smallest budget is below a third of the tolerance."
 )
 """How a method's time is derived, for captions."""
 SURE = 0.95
