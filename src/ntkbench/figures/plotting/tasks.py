@@ -138,31 +138,6 @@ def winners(
     return chosen.drop(columns=["_metric", "_tolerance"]).reset_index(drop=True)
 
 
-def ratios(solved: pd.DataFrame) -> pd.Series:
-    """Seconds over those of the fastest on the same task."""
-    return solved["seconds"] / solved.groupby(TASK)["seconds"].transform("min")
-
-
-def shares(solved: pd.DataFrame, factors: np.ndarray) -> pd.DataFrame:
-    """Performance profiles (Dolan and More 2002): the share of tasks solved within a factor of the fastest.
-
-    A task that a method does not solve, or was not measured on, counts as not solved; tasks that nobody solves do not
-    count.
-
-    Returns:
-        one row for each method, backend and factor.
-    """
-    tasks = len(solved.drop_duplicates(TASK))
-    ratio = ratios(solved)
-    columns = ["method", "backend", "title", "kind", "factor", "share", "tasks"]
-    made = []
-    for (method, backend), own in solved.groupby(["method", "backend"]):
-        within = np.searchsorted(np.sort(ratio[own.index]), factors, side="right")
-        named = {"method": method, "backend": backend, "title": own["title"].iloc[0], "kind": own["kind"].iloc[0]}
-        made.append(pd.DataFrame({**named, "factor": factors, "share": within / tasks, "tasks": tasks}))
-    return pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=columns)
-
-
 def label(panel: Axes, words: str, places: Sequence[tuple[float, float]], taken: list[tuple[float, float]]) -> None:
     """Text at the first place that is free; at the freest one if none is. Its place is added to those taken.
 
