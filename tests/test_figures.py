@@ -23,7 +23,6 @@ from ntkbench import figures, methods
 from ntkbench.errors import BadInput
 from ntkbench.figures import hazelden_speedup
 from ntkbench.figures.plotting import base, canvas, claims, labels, report, styles, tasks
-from ntkbench.measure import laws
 from ntkbench.paths import REFERENCE
 
 BOTH, TORCH, JAX = ("torch", "jax"), ("torch",), ("jax",)
@@ -278,6 +277,33 @@ def test_figures_mark_times_that_are_upper_bounds(table, seconds, title, factor,
     assert in_map in said_in(drawn_from("method_map", rows))
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(0.5, "undecided on 1"), (10.0, "estimates are surely fastest on 1")])
+def test_only_sure_wins_count_in_the_map(table, seconds, said):
+    """The same task, undecided beside an upper bound of the other family's time, and surely won."""
+    drawing, sure = drawn_from("method_map", bounded(table, seconds, easy=True)), seconds == 10.0
+    assert said in drawing.title and drawing.title.endswith("of 1 tasks") and drawing.title.count(" on 1") == 1
+    panel = drawing.figure.axes[1]
+    (mark,) = [line for line in panel.lines if len(line.get_xdata()) == 1]
+    assert (mark.get_markerfacecolor() == "white") == (not sure)
+    (image,) = panel.images
+    pixels = image.get_array()
+    white, clear = (pixels == 1).all(-1), pixels[..., 3] == 0
+    assert clear.any() and white.any() == (not sure), "what is beyond half a decade is hatched"
+    assert (~white & ~clear).any() == sure, "a region is tinted where a family wins"
+    advice = [text.get_text() for text in drawing.figure.texts]
+    assert f"trace: {'estimate 1' if sure else 'undecided 1'}" in advice
+    assert {"ntkbench.trace(model, x, rtol=0.01)", "ntkbench.trace(model, x, rtol=0.1)"} <= set(advice)
+    assert 'ntkbench.trace(model, x,\n  method="direct")' in advice
+
+
+def test_the_family_is_sure_where_two_of_its_methods_are_equally_fast(table):
+    one = one_task(table, hutchinson="hutchinson")
+    both = pd.concat([one, one.assign(method="one_sided_reverse"), taking(one_task(table, direct="direct"), 1e3)])
+    won = tasks.winners(base.checked(both.assign(calls=20)), {"1 %": 0.01}).iloc[0]
+    assert won["fastest"] < 0.9 and won["fastest_of_kind"] == pytest.approx(1)
+    assert won["lead"] < 1.5 and won["lead_of_kind"] > 100
+
+
 def test_times_at_budgets_that_are_not_too_large_are_no_upper_bounds(table):
     drawing = drawn_from("time_to_accuracy", bounded(table, 0.1, easy=False))
     assert "upper bound" not in key_of(drawing) and "Triangles" not in drawing.caption
@@ -298,7 +324,7 @@ def test_titles_of_errors_are_by_laws_and_without_approximations(table):
     assert title(rows) == "Fewest passes to 1 %: exact methods on 1, undecided on 0 of 1 tasks"
     one = rows[rows["method"] == "hutchinson"]
     assert (
-        title(pd.concat([one, one.assign(method="one_sided_reverse")]))
+        title(pd.concat([one, one.assign(method="equal", kind="exact")]))
         == "Fewest passes to 1 %: undecided on 1 of 1 tasks"
     )
     far = rows[(rows["kind"] != "exact") & ~rows["passes"].isin([32, 512, 2048])]
@@ -387,8 +413,7 @@ def test_only_tasks_with_several_families_are_choices(table):
     contested = chosen[chosen["measured"].str.contains(",") & (chosen["tolerance"] == "1 %")]
     assert set(chosen.loc[chosen["problem"] == "alone[N=1]", "measured"]) == {"exact"}
     assert chosen.loc[chosen["problem"] == "lost[N=1]", "method"].isna().all()
-    title = drawing.figure.texts[0].get_text()
-    assert title.endswith(f" of {contested['method'].notna().sum()} tasks")
+    assert drawing.title.endswith(f" of {contested['method'].notna().sum()} tasks")
 
 
 @pytest.mark.parametrize(("factor", "pays"), [(0.01, False), (100.0, True)])

@@ -113,7 +113,7 @@ def _title(points: pd.DataFrame, won: pd.DataFrame) -> str:
     """Which kinds of methods surely reach an error of 1 % with the fewest passes, on how many tasks."""
     if not len(won):
         return f"Relative error against passes: no exact method or estimate is within {100 * GOAL:g} %"
-    sure = won[won["fastest"] >= tasks.SURE]
+    sure = won[won["fastest_of_kind"] >= tasks.SURE]
     counts = [f"{KINDS.get(kind, kind)} on {count}" for kind, count in sure["kind"].value_counts().items()]
     undecided = f"undecided on {len(won) - len(sure)}"
     total = len(points.drop_duplicates(CASE))

@@ -117,6 +117,9 @@ def winners(
 ) -> pd.DataFrame:
     """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower.
 
+    ``lead_of_kind`` is the same for methods of other kinds, and ``fastest_of_kind`` is the share of reruns in which a
+    method of this kind is the fastest.
+
     Args:
         table: as for :func:`solutions`, with the other arguments.
         tolerances: as for it.
@@ -124,12 +127,19 @@ def winners(
     """
     solved = solutions(table, tolerances, drift)
     if not len(solved):
-        return solved.assign(lead=pd.Series(dtype=float))
+        return solved.assign(**dict.fromkeys(("lead", "lead_of_kind", "fastest_of_kind"), pd.Series(dtype=float)))
     found = []
     for _, rows in solved.groupby(TASK):
         first = rows.loc[rows["seconds"].idxmin()]
-        others = rows.loc[rows["method"] != first["method"], "seconds"]
-        found.append(first.to_dict() | {"lead": others.min() / first["seconds"]})
+        others, same = rows["method"] != first["method"], rows["kind"] == first["kind"]
+        found.append(
+            first.to_dict()
+            | {
+                "lead": rows.loc[others, "seconds"].min() / first["seconds"],
+                "lead_of_kind": rows.loc[~same, "seconds"].min() / first["seconds"],
+                "fastest_of_kind": rows.loc[same, "fastest"].sum(),
+            }
+        )
     order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
     chosen = pd.DataFrame(found)
     place = chosen["metric"].map(order), chosen["tolerance"].map(list(tolerances).index)
