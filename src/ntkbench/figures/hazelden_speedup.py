@@ -19,10 +19,9 @@ BASELINES = {
 }
 NETWORKS = ("mlp", "gru")
 CAPTION = (
-    "Time of an exact trace over that of an estimate with a median error of 1 - accuracy, from a law fitted to all "
-    "numbers of samples, with its 95 % band and without extrapolation. Rows are baselines: Theta column by column, "
-    "one product at a time as in the paper's script or in blocks, and the exact trace by layers, which is not in "
-    "the paper. Crosses: published."
+    "Time of an exact trace over that of an estimate with a median error of 1 - accuracy, by a fitted law with its "
+    "95 % band. Rows are baselines: Theta column by column, one product at a time as in "
+    "the paper's script or in blocks, and the exact trace by layers, not in the paper. Crosses: published."
 )
 ACCURACIES = np.geomspace(1e-2, 1e-5, 20)
 """One minus the accuracies on the paper's axis, 99 % to 99.999 %."""

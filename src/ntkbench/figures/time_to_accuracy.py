@@ -183,12 +183,9 @@ def _caption(best: pd.DataFrame, known: pd.DataFrame) -> str:
     tried = known.drop_duplicates(tasks.TASK[:3])
     text = (
         "Seconds of the fastest exact method and of the fastest estimate with a median error of 1 %, with 95 % bands; "
-        "? where bands overlap or are not bounded. Approximate methods within 1 % are hollow. "
+        "? where bands overlap or are not bounded. Approximate methods are hollow. "
     )
     if bounds := best["at_most"].sum():
-        text += f"Triangles ({bounds}): at most, as the error at the smallest budget is below a third of 1 %. "
+        text += f"Triangles ({bounds}): upper bounds. "
     unsolved = len(tried) - len(best.drop_duplicates(tasks.TASK))
-    if len(pairs):
-        ratio = pairs["ratio"]
-        text += f"Exact over estimated time: median {ratio.median():.2g} ({ratio.min():.2g} to {ratio.max():.2g}). "
     return text + f"{len(pairs)} of {len(tried)} tasks have both, {unsolved} neither."
