@@ -232,8 +232,9 @@ def drawn(name):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_captions_have_a_line_for_each_claim(name):
+def test_captions_are_short_and_have_a_line_for_each_claim(name):
     drawing, table = drawn(name)
+    assert len(drawing.caption.split()) <= 60
     first, *lines = base.caption(name, drawing, table, figures.study_of(name)).splitlines()
     assert first == f"{labels.name_label(name)}. {drawing.caption}"
     assert len([line for line in lines if line.startswith("Claim (")]) == len(drawing.claims)
@@ -253,6 +254,8 @@ def test_the_committed_picture_is_that_of_the_committed_claims(tmp_path):
     made, committed = (
         np.asarray(Image.open(folder / "claims.png").convert("L"), float) for folder in (tmp_path, paths.REFERENCE)
     )
+    caption = verdicts.draw(pd.read_csv(paths.REFERENCE / "claims.csv")).caption
+    assert len(caption.split()) <= 60
     assert made.shape == committed.shape and np.abs(made - committed).mean() < 1, "`ntkbench claims` redraws it"
 
 

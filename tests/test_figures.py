@@ -5,6 +5,7 @@ The results table is made up from cost models; the tables of studies are the com
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import multiprocessing.context
@@ -572,10 +573,24 @@ def committed_table(name):
     return pd.read_csv(path, low_memory=False)
 
 
+@functools.cache
+def of_committed_table(name):
+    return drawn_from(name, committed_table(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+def test_captions_have_at_most_sixty_words_and_titles_are_not_names(name):
+    drawing = of_committed_table(name)
+    assert len(drawing.caption.split()) <= 60, drawing.caption
+    assert "Claim (" not in drawing.caption
+    assert re.search(r"\d", drawing.title.split("(")[0]), "a finding has a number"
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.slow
 def test_no_text_is_cut_off_or_below_the_title(name):
-    figure = drawn_from(name, committed_table(name)).figure
+    figure = of_committed_table(name).figure
     renderer = FigureCanvasAgg(figure).get_renderer()
     panels = [panel for panel in figure.axes if panel.get_visible()]
     texts = [*figure.texts[1:], *(text for key in figure.legends for text in key.get_texts())]

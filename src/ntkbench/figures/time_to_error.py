@@ -51,7 +51,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         subtitle=f"{base.settings_line(table)}  ·  {labels.range_label(plotted['calls'])} calls each, in turn",
         key=[("fastest of its kind", named[:2]), (" ", named[2:]), ("others", _others(plotted))],
         left=0.3 + canvas.text_width(names, 10),
-        widest=7.8,
+        widest=7.4,
         bottom=0.35,
     )
     _frame(panel, plotted["seconds"], names)
@@ -87,14 +87,14 @@ def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
 def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     low, high = seconds.min(), seconds.max()
     span = math.log10(high / low) or 1.0
-    panel.set(xscale="log", xlim=(low / 10 ** (0.5 * span), high * 10 ** (0.4 * span)), ylim=(len(names) - 0.4, -0.7))
+    panel.set(xscale="log", xlim=(low / 10 ** (0.6 * span), high * 10 ** (0.5 * span)), ylim=(len(names) - 0.4, -0.7))
     canvas.decades(panel.xaxis, *panel.get_xlim())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel("time until the median error is within the goal")
     panel.grid(False)
-    panel.text(1.1, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
+    panel.text(1.12, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
                fontsize=9, color=styles.GREY)  # fmt: skip
 
 
@@ -141,8 +141,8 @@ def _ratio(panel: Axes, line: int, best: pd.Series) -> None:
     said, ends = f"{labels.rounded(_times(best))}×", [labels.rounded(end) if math.isfinite(end) else "?"
                                                      for end in _band(best)]  # fmt: skip
     where: dict[str, Any] = {"transform": panel.get_yaxis_transform(), "ha": "right"}
-    panel.text(1.1, line, said, **where, va="bottom", fontweight="bold", fontsize=11, color=ROLES[best["role"]][0])
-    panel.text(1.1, line, f"{ends[0]} to {ends[1]}", **where, va="top", fontsize=9, color=styles.GREY)
+    panel.text(1.12, line, said, **where, va="bottom", fontweight="bold", fontsize=11, color=ROLES[best["role"]][0])
+    panel.text(1.12, line, f"{ends[0]} to {ends[1]}", **where, va="top", fontsize=9, color=styles.GREY)
 
 
 def _best(named: dict[str, pd.Series]) -> pd.Series | None:
