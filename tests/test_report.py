@@ -140,13 +140,43 @@ def test_an_exact_method_off_the_reference_is_an_error(table):
 
 
 def test_the_control_notices_references_of_other_problems(table):
-    check = found(table, "Control")
+    check = found(table, "Control: references")
     assert check.severity == "passed" and check.text.startswith("2 of 2")
     same = table.assign(reference=10.0, value=table["value"].where(table["value"].isna(), 10.0))
-    assert found(same, "Control").severity == "note", "references that cannot be told apart"
+    assert found(same, "Control: references").severity == "note", "references that cannot be told apart"
     blind = table.assign(value=table["value"].where(table["problem"] != "other", 10.0))
-    assert found(blind, "Control").severity == "error", "a value that the check does not find off"
-    assert found(table[table["problem"] == "small"], "Control").severity == "note"
+    assert found(blind, "Control: references").severity == "error", "a value that the check does not find off"
+    assert found(table[table["problem"] == "small"], "Control: references").severity == "note"
+
+
+def test_the_control_tells_a_shuffled_kernel_from_an_exact_one(table, monkeypatch):
+    title = "Control: an exact kernel"
+    check = found(table, title)
+    assert check.severity == "passed" and check.text == (
+        "Of 1 metrics, 1 agree with a known kernel in float32, and 1 disagree with it if its samples are shuffled on "
+        "one side."
+    )
+    every = pd.concat([table, *(table.assign(metric=name) for name in ("norm", "effective_rank", "alignment"))])
+    assert found(every, title).severity == "passed" and "4 agree" in found(every, title).text
+    assert (
+        "3 disagree" in found(every, title).text
+        and "(not norm, the only metric of 0 problems)" in found(every, title).text
+    )
+    alone = found(table.assign(metric="norm"), title)
+    assert alone.severity == "note" and alone.cases == ("other", "small"), "shuffled samples would not be noticed"
+    monkeypatch.setattr(quality, "OFF", dict.fromkeys(quality.OFF, 10.0))
+    assert found(table, title).severity == "error", "a check that finds nothing off"
+
+
+def test_intervals_that_hold_too_often_are_a_warning(table):
+    many = table.assign(seeds=table["seeds"].where(table["kind"] != "stochastic", 400))
+    assert found(many, "Coverage").severity == "passed"
+    wide = many.assign(covered=many["covered"].where(many["passes"] != 64, 1.0))
+    check = found(wide, "Coverage")
+    assert check.severity == "warning" and check.text.endswith("in 0 of 3 cells, and higher in 1.")
+    assert "64 passes: 100 % of 400" in check.cases[0]
+    exact = wide.assign(error=wide["error"].where(wide["passes"] != 64, 1e-7))
+    assert found(exact, "Coverage").severity == "passed", "all intervals of an exact estimate hold"
 
 
 def test_intervals_that_miss_too_often_are_a_warning(table):
