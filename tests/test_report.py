@@ -57,7 +57,11 @@ def test_the_answer_has_every_problem_and_a_hole_where_nothing_is_reached(table)
     small, large = trace["rows"][1], trace["rows"][2]
     best = [found for (found,) in (shown["best"] for shown in small["cells"])]
     assert [found["method"] for found in best] == ["hutchinson", *["naive_jacobian"] * 3]
-    assert large["cells"] == [{"best": [], "hole": "not measured"}] * len(tasks.TOLERANCES) and large["methods"] == ""
+    assert [(shown["best"], shown["hole"]) for shown in large["cells"]] == [([], "not measured")] * len(
+        tasks.TOLERANCES
+    )
+    assert large["methods"] == "" and [shown["span"] for shown in large["cells"]] == [4, 0, 0, 0]
+    assert [shown["span"] for shown in small["cells"]] == [1, 3, 0, 0], "neighbours with the same call are one cell"
     assert "took 60 s" in large["reason"] and small["reason"] == "" and small["sizes"] == "N 4, O 2, P 20"
     assert best[0]["call"].startswith('ntkbench.trace(model, x, method="hutchinson", passes=')
     assert best[1]["call"] == 'ntkbench.trace(model, x, method="naive_jacobian")'
@@ -210,7 +214,8 @@ def test_the_page_of_a_run(table, tmp_path):
     page = report.page([picture], "A run", [tmp_path / "table.csv", tmp_path / "studies" / "some_study.csv"])
     order = [page.index(f'<h2 id="{name}">') for name in ("answer", "cells", "checks", "provenance", "appendix")]
     assert order == sorted(order) and 'id="papers"' not in page and 'id="figures"' not in page
-    assert page.count('class="hole"') == 4 and page.count("<tr><td data-key=") == len(table)
+    assert page.count('class="hole"') == 1 and page.count('<td class="hole" colspan="4">') == 1
+    assert page.count("<tr><td data-key=") == len(table)
     assert "gives &lt;b&gt;nothing&lt;/b&gt;" in page
     text = re.sub(r"<[^>]+>", " ", html.unescape(page))
     assert "study some study" in text and "with uncommitted changes" in text and "bbbbbbbbbb" in text
@@ -224,7 +229,7 @@ def test_the_page_of_a_run(table, tmp_path):
 def test_a_run_without_results_has_a_page(tmp_path):
     pd.DataFrame([cell(status="failed", reason="no")]).to_csv(tmp_path / "table.csv", index=False)
     page = report.page([], "Nothing", [tmp_path / "table.csv"])
-    assert page.count('class="hole"') == len(tasks.TOLERANCES) and '<li class="error">' in page
+    assert page.count('class="hole"') == 1 and '<li class="error">' in page
     assert "<h2" not in report.page([], "No table")
 
 

@@ -158,7 +158,8 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
 
     Returns:
         For each metric its name and rows; a row has the problem, its sizes, and a cell for each tolerance, with the
-        ``best`` methods, that in PyTorch first, and what is missing: ``hole``, empty if there is one in PyTorch.
+        ``best`` methods, that in PyTorch first, and what is missing: ``hole``, empty if there is one in PyTorch. A
+        cell also holds for the ``span - 1`` cells after it, whose span is 0.
     """
     table = table[table["kind"] != "approximate"]
     order = [*BACKENDS, *sorted(set(table["backend"]) - {*BACKENDS})]
@@ -178,7 +179,9 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
                     "problem": problem,
                     "setting": setting,
                     "sizes": ", ".join(known),
-                    "cells": [_cell(won[won["tolerance"] == name], cells_of, name) for name in tasks.TOLERANCES],
+                    "cells": _spanned(
+                        [_cell(won[won["tolerance"] == name], cells_of, name) for name in tasks.TOLERANCES]
+                    ),
                     "methods": _counted(done),
                     "reason": "" if len(done) else _reason(cells_of),
                 }
@@ -194,6 +197,24 @@ def _cell(won: pd.DataFrame, cells_of: pd.DataFrame, tolerance: str) -> dict[str
     own = cells_of[cells_of["backend"] == BACKENDS[0]]
     hole = "" if BACKENDS[0] in set(won["backend"]) else f"{styles.TITLES[BACKENDS[0]]}: {_hole(own, tolerance)}"
     return {"best": [_choice(row, cells_of) for _, row in won.iterrows()], "hole": hole}
+
+
+def _spanned(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of a row with their spans: neighbours with the same calls share the first, of the loosest tolerance."""
+    made: list[dict[str, Any]] = []
+    first: dict[str, Any] = {}
+    for cell in found:
+        if made and _calls(cell) == _calls(first):
+            first["span"] += 1
+            made.append(cell | {"span": 0})
+        else:
+            first = cell | {"span": 1}
+            made.append(first)
+    return made
+
+
+def _calls(cell: dict[str, Any]) -> tuple[object, ...]:
+    return cell["hole"], *((choice["call"], choice["sure"]) for choice in cell["best"])
 
 
 def _hole(cells_of: pd.DataFrame, tolerance: str) -> str:
