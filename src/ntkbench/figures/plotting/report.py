@@ -89,8 +89,8 @@ def page(
     drawn_from = all_figures.of_tables(tables)
     shown = {picture.stem: _figure(picture, figures) for picture in sorted(pictures, key=lambda path: path.stem)}
     for name, figure in shown.items():
-        if address := addresses.get(drawn_from.get(name, Path())):
-            figure["files"] |= {"table": address}
+        if (file := drawn_from.get(name)) in addresses:
+            figure["files"] |= {"table": addresses[file]}
     claimed = [shown.pop(claims.NAME)] if claims.NAME in shown else []
     for figure in claimed:
         judged = {row["figure"] for row in figure["claims"] if row["measured"]}
