@@ -592,6 +592,42 @@ def test_captions_have_at_most_sixty_words_and_titles_are_not_names(name):
     assert re.search(r"\d", drawing.title.split("(")[0]), "a finding has a number"
 
 
+def finding(name, table):
+    """The numbers of a figure's title."""
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*", drawn_from(name, table).title)]
+
+
+def test_titles_of_studies_have_the_tables_numbers():
+    """Titles are findings: each follows a table in which the number is another one."""
+    blog = committed_table("hazelden_blog")
+    shared = (blog["method"] == claims.SHARED) & (blog["m"] == 50)
+    known = blog.assign(error=blog["error"].mask(shared, 0.0123), seconds=blog["seconds"].mask(shared, 0.4))
+    assert finding("hazelden_blog", known)[:3] == [50, 1.2, 400]
+
+    traces = committed_table("hazelden_trace")
+    before, after = (finding("hazelden_trace", rows) for rows in (traces, traces.assign(error=3 * traces["error"])))
+    assert after[:3] == pytest.approx([3 * number for number in before[:3]], rel=0.1)
+
+    quality = committed_table("mohamadi_quality")
+    steeper = quality.assign(difference=quality["difference"] / quality["width"])
+    pairs = zip(finding("mohamadi_quality", steeper)[:2], finding("mohamadi_quality", quality)[:2], strict=True)
+    assert all(new == pytest.approx(old - 1, abs=0.011) for new, old in pairs)
+
+    training = committed_table("along_training")
+    aligned = (training["operator"] == "Theta") & (training["quantity"] == "alignment")
+    known = training.assign(value=training["value"].mask(aligned & (training["gain"] == 1), 0.25))
+    known = known.assign(value=known["value"].mask(aligned & (training["gain"] == 0.5), 0.75))
+    assert finding("along_training", known)[:2] == [0.75, 0.75] and finding("along_training", known).count(0.25) == 2
+
+
+def test_the_map_of_estimators_names_the_one_with_most_places():
+    table = committed_table("estimator_map")
+    best = table["method"] == "hutchinson"
+    drawing = drawn_from("estimator_map", table.assign(error=table["error"].mask(best, 1e-9), passes_spent=1))
+    places = len(drawing.plotted.query("place == 1"))
+    assert "Hutchinson has the least error at " in drawing.title and f"of {places} places" in drawing.title
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.slow
 def test_no_text_is_cut_off_or_below_the_title(name):
