@@ -267,7 +267,7 @@ def test_no_method_surely_wins_over_a_time_that_is_an_upper_bound(table, easy):
         (0.5, "surely pays on 0 of 1 tasks, exact on 0, undecided on 1", "\N{LESS-THAN OR EQUAL TO}2×?", "2.0×?"),
         (
             10.0,
-            "surely pays on 1 of 1 tasks (by up to 10×), exact on 0, undecided on 0",
+            "surely pays on 1 of 1 tasks (by up to 10× or more), exact on 0, undecided on 0",
             "\N{GREATER-THAN OR EQUAL TO}10×",
             "\N{GREATER-THAN OR EQUAL TO}10×",
         ),

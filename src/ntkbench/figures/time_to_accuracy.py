@@ -177,7 +177,9 @@ def _title(pairs: pd.DataFrame) -> str:
         return "Where estimating begins to pay: no task has an exact value and an estimate within 1 %"
     (pays, wins, undecided), sure = _counts(pairs), pairs.loc[pairs["sure"], "ratio"]
     text = f"To 1 %, estimating surely pays on {pays} of {len(pairs)} tasks"
-    text += f" (by up to {labels.rounded(sure.max())}\N{MULTIPLICATION SIGN})" if pays else ""
+    if pays:
+        more = " or more" if pairs.loc[sure.idxmax(), "at_most_estimated"] else ""
+        text += f" (by up to {labels.rounded(sure.max())}\N{MULTIPLICATION SIGN}{more})"
     text += f", exact on {wins}"
     text += f" (by up to {labels.rounded(1 / sure.min())}\N{MULTIPLICATION SIGN})" if wins else ""
     return f"{text}, undecided on {undecided}"
