@@ -155,6 +155,21 @@ def test_the_report_of_a_folder_of_tables(tmp_path):
     )
 
 
+def test_a_report_of_several_folders_takes_a_table_from_the_first_that_has_it(tmp_path):
+    source = pd.read_csv(paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv")
+    for name in ("first", "second"):
+        (tmp_path / name / "studies").mkdir(parents=True)
+        source.assign(machine=name).to_csv(tmp_path / name / "studies" / "novak_flops.csv", index=False)
+    given = [str(tmp_path / name) for name in ("first", "second")]
+    output = tmp_path / "report.html"
+    done = CliRunner().invoke(main, ["report", *given, "--output", str(output), "--alone"])
+    assert done.exit_code == 0 and done.output.splitlines()[:-1] == ["novak_flops: ok"], done.output
+    page = output.read_text(encoding="utf-8")
+    assert "Machine: first." in page and "Machine: second." not in page
+    assert 'href="first/studies/novak_flops.csv"' in page and "second/studies" not in page
+    assert "Verdicts are by these tables: " in page and "first: study novak flops" in page
+
+
 def test_a_page_of_tables_reads_no_others_of_their_folder(tmp_path):
     """The others may be of an earlier run, from which the code or the configuration has changed."""
     studies = tmp_path / "studies"

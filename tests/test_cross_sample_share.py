@@ -127,15 +127,15 @@ def test_the_figure_says_what_the_table_does(table, tmp_path):
     known = table.assign(factor=np.where(table["step"] == 0, 20.0, np.where(table["step"] == 8, 5.0, 10.0)))
     made = figures.draw(NAME, known, tmp_path)
     caption = made[1].read_text()
-    assert "Training multiplies the factor by (geometric mean over runs): MLP 0.25, Vision Transformer 0.25" in caption
-    assert "It is at least 5 in all 12 cases" in caption and "2 runs" in caption and "nan" not in caption
+    assert "Training multiplies it by (mean of 4 runs): MLP 0.25, Vision Transformer 0.25" in caption
+    assert "at least 5 in all 12 cases" in caption and "nan" not in caption
     plotted = pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["norm_ratio"], known["norm_ratio"])
     from ntkbench.figures.plotting import base
 
     with base.style():
         drawing = figure.draw(base.checked_study(known, figure.COLUMNS))
-    assert any("20 times smaller before training, 5 after" in text.get_text() for text in drawing.figure.texts)
+    assert "20 times smaller before training, 5 after 8 steps, at an accuracy of " in drawing.title
 
 
 def test_a_figure_without_measured_variances_or_of_nothing(table, tmp_path):

@@ -5,6 +5,7 @@ The results table is made up from cost models; the tables of studies are the com
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import multiprocessing.context
@@ -22,10 +23,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
-from ntkbench.figures import hazelden_blog, hazelden_speedup, performance_profiles
+from ntkbench.figures import hazelden_blog, hazelden_speedup
 from ntkbench.figures.plotting import base, canvas, claims, labels, report, styles, tasks
-from ntkbench.figures.plotting.speedups import speedups
-from ntkbench.measure import laws
 from ntkbench.paths import REFERENCE
 
 BOTH, TORCH, JAX = ("torch", "jax"), ("torch",), ("jax",)
@@ -116,7 +115,7 @@ def drawn(table, tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_figure_gives_four_files(drawn):
-    assert {"error_against_seconds", "exact_cost", "speedup"} <= set(drawn)
+    assert {"error_against_passes", "exact_cost", "method_map"} <= set(drawn)
     for name, paths in drawn.items():
         assert [path.name for path in paths] == [f"{name}.{kind}" for kind in ("csv", "txt", "png", "pdf")]
         assert all(path.stat().st_size for path in paths)
@@ -131,7 +130,6 @@ def test_plotted_numbers_are_the_tables(drawn, table):
     keys = ["problem", "metric", "method", "backend", "passes"]
     passes = ["passes_spent", *MEASUREMENTS[3:6]]
     for name, columns in {
-        "error_against_seconds": MEASUREMENTS[:6],
         "error_against_passes": passes,
         "exact_cost": MEASUREMENTS[:3],
     }.items():
@@ -142,23 +140,20 @@ def test_plotted_numbers_are_the_tables(drawn, table):
         for column in columns:
             np.testing.assert_array_equal(both[column], both[f"{column}_table"])
     assert set(plotted["metric"]) == {"norm"}
-    zeros = pd.read_csv(drawn["error_against_seconds"][0]).query("error == 0")
+    zeros = pd.read_csv(drawn["error_against_passes"][0]).query("error == 0")
     assert set(zeros["error_drawn"]) == {1e-8}, "an error of zero is not at the floor"
-    assert "are drawn at 1e-08" in drawn["error_against_seconds"][1].read_text()
-    for name, column in (("exact_cost", "status"), ("speedup", "outcome")):
-        assert "timeout" in set(pd.read_csv(drawn[name][0])[column]), "a lost cell is out of sight"
+    assert "below 1e-08 are drawn there" in drawn["error_against_passes"][1].read_text()
+    assert "timeout" in set(pd.read_csv(drawn["exact_cost"][0])["status"]), "a lost cell is out of sight"
 
 
 def test_guide_lines_have_theorys_slopes(table):
     rows = base.checked(table)
-    for name, slopes in {"error_against_seconds": [-0.5], "error_against_passes": [-0.5, -1.0]}.items():
-        drawing = importlib.import_module(f"ntkbench.figures.{name}").draw(rows)
-        panels = [panel for panel in drawing.figure.axes if panel.lines]
-        assert len(panels) == 4
-        for panel in panels:
-            guides = [line for line in panel.lines if line.get_color() == canvas.PALE]
-            ends = [np.log(line.get_xydata()) for line in guides]
-            assert [round((y1 - y0) / (x1 - x0), 9) for (x0, y0), (x1, y1) in ends] == slopes
+    panels = [panel for panel in drawn_from("error_against_passes", rows).figure.axes if panel.lines]
+    assert len(panels) == 4
+    for panel in panels:
+        guides = [line for line in panel.lines if line.get_color() == canvas.PALE]
+        ends = [np.log(line.get_xydata()) for line in guides]
+        assert [round((y1 - y0) / (x1 - x0), 9) for (x0, y0), (x1, y1) in ends] == [-0.5, -1.0]
 
 
 def test_coverage_pools_seeds_and_keeps_low_ranks_apart(table, tmp_path):
@@ -187,9 +182,9 @@ def test_coverage_pools_seeds_and_keeps_low_ranks_apart(table, tmp_path):
 def test_only_problems_with_a_choice_between_error_and_time_get_panels(table, tmp_path):
     exact = table[table["kind"] == "exact"].assign(problem="exact[N=1]")
     lost = table.assign(problem="lost[N=1]", status="skipped", reason="no data", **dict.fromkeys(MEASUREMENTS, np.nan))
-    figures.draw("error_against_seconds", pd.concat([table, exact, lost]), tmp_path)
-    assert set(pd.read_csv(tmp_path / "error_against_seconds.csv")["problem"]) == set(table["problem"])
-    assert "Not measured: lost, N = 1 (" in (tmp_path / "error_against_seconds.txt").read_text()
+    figures.draw("error_against_passes", pd.concat([table, exact, lost]), tmp_path)
+    assert set(pd.read_csv(tmp_path / "error_against_passes.csv")["problem"]) == set(table["problem"])
+    assert "Problems without a measurement: 1." in (tmp_path / "error_against_passes.txt").read_text()
 
 
 def test_slopes_over_n_are_those_of_the_costs_of_one_network(tmp_path):
@@ -204,19 +199,6 @@ def test_slopes_over_n_are_those_of_the_costs_of_one_network(tmp_path):
     assert list(plotted["slope_seconds"].round(6)) == [1.5] * 3
     assert list(plotted["slope_memory"].round(6)) == [2.0] * 3
     assert "Seconds grow as n^1.5 to n^1.5" in (tmp_path / "exact_cost.txt").read_text()
-
-
-def test_speedups_are_at_equal_accuracy(table):
-    here = "problem == 'digits_mlp[N=64]' and metric == 'trace' and backend == 'torch'"
-    case = speedups(base.checked(table)).query(here).set_index(["method", "tolerance"])
-    assert case.loc[("naive_jacobian", "exact"), "speedup_over_naive_jacobian"] == 1
-    assert case.loc[("sum_of_logits", "1 %"), "outcome"] == "not reached"
-    cells = table.query(here).set_index("method")
-    found = laws.fit(cells.loc["hutchpp"]).reached(0.01)
-    reached = case.loc[("hutchpp", "1 %")]
-    assert reached["speedup_over_direct"] == pytest.approx(cells.loc["direct", "seconds"] / found.seconds)
-    assert reached["error"] == pytest.approx(0.01) and reached["seeds"] == 50 * len(BUDGETS)
-    assert reached["seconds_low"] < reached["seconds"] < reached["seconds_high"]
 
 
 def test_a_methods_time_is_that_of_its_law_and_not_of_its_luckiest_budget(table):
@@ -276,7 +258,7 @@ def test_no_method_surely_wins_over_a_time_that_is_an_upper_bound(table, easy):
         rows = base.checked(bounded(table, seconds, easy))
         solved = tasks.solutions(rows, {"1 %": 0.01}).set_index("method")
         assert list(solved.loc[["direct", "hutchinson"], "at_most"]) == [False, easy]
-        choice = report.answer(rows)[0]["rows"][0]["choices"][1]
+        (choice,) = report.answer(rows)[0]["rows"][0]["cells"][1]["best"]
         assert choice["method"] == winner and choice["sure"] == (winner == "hutchinson" or not easy)
         assert choice["seconds"].startswith("at most ") == (winner == "hutchinson" and easy)
 
@@ -284,8 +266,13 @@ def test_no_method_surely_wins_over_a_time_that_is_an_upper_bound(table, easy):
 @pytest.mark.parametrize(
     ("seconds", "title", "factor", "in_map"),
     [
-        (0.5, "exact wins 1 (0 surely)", "\N{LESS-THAN OR EQUAL TO}2×?", "2.0×?"),
-        (10.0, "1 of 1 tasks (1 surely)", "\N{GREATER-THAN OR EQUAL TO}10×", "\N{GREATER-THAN OR EQUAL TO}10×"),
+        (0.5, "surely pays on 0 of 1 tasks, exact on 0, undecided on 1", "\N{LESS-THAN OR EQUAL TO}2×?", "2.0×?"),
+        (
+            10.0,
+            "surely pays on 1 of 1 tasks (by up to 10× or more), exact on 0, undecided on 0",
+            "\N{GREATER-THAN OR EQUAL TO}10×",
+            "\N{GREATER-THAN OR EQUAL TO}10×",
+        ),
     ],
 )
 def test_figures_mark_times_that_are_upper_bounds(table, seconds, title, factor, in_map):
@@ -295,30 +282,61 @@ def test_figures_mark_times_that_are_upper_bounds(table, seconds, title, factor,
     assert [line.get_marker() for line in panel.lines].count("v") == 1
     assert title in drawing.figure.texts[0].get_text() and factor in said_in(drawing)
     assert "Triangles (1)" in drawing.caption and "at most, an upper bound: 1 tasks" in key_of(drawing)
-    assert any("1 of 2 times are upper bounds" in text for text in said_in(drawn_from("performance_profiles", rows)))
     assert in_map in said_in(drawn_from("method_map", rows))
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.5, "undecided on 1"), (10.0, "estimates are surely fastest on 1")])
+def test_only_sure_wins_count_in_the_map(table, seconds, said):
+    """The same task, undecided beside an upper bound of the other family's time, and surely won."""
+    drawing, sure = drawn_from("method_map", bounded(table, seconds, easy=True)), seconds == 10.0
+    assert said in drawing.title and drawing.title.endswith("of 1 tasks") and drawing.title.count(" on 1") == 1
+    panel = drawing.figure.axes[1]
+    (mark,) = [line for line in panel.lines if len(line.get_xdata()) == 1]
+    assert (mark.get_markerfacecolor() == "white") == (not sure)
+    (image,) = panel.images
+    pixels = image.get_array()
+    white, clear = (pixels == 1).all(-1), pixels[..., 3] == 0
+    assert clear.any() and white.any() == (not sure), "what is beyond half a decade is hatched"
+    assert (~white & ~clear).any() == sure, "a region is tinted where a family wins"
+    advice = [text.get_text() for text in drawing.figure.texts]
+    assert f"trace: {'estimate 1' if sure else 'undecided 1'}" in advice
+    assert {"ntkbench.trace(model, x, rtol=0.01)", "ntkbench.trace(model, x, rtol=0.1)"} <= set(advice)
+    assert 'ntkbench.trace(model, x,\n  method="direct")' in advice
+
+
+def test_the_family_is_sure_where_two_of_its_methods_are_equally_fast(table):
+    one = one_task(table, hutchinson="hutchinson")
+    both = pd.concat([one, one.assign(method="one_sided_reverse"), taking(one_task(table, direct="direct"), 1e3)])
+    won = tasks.winners(base.checked(both.assign(calls=20)), {"1 %": 0.01}).iloc[0]
+    assert won["fastest"] < 0.9 and won["fastest_of_kind"] == pytest.approx(1)
+    assert won["lead"] < 1.5 and won["lead_of_kind"] > 100
 
 
 def test_times_at_budgets_that_are_not_too_large_are_no_upper_bounds(table):
     drawing = drawn_from("time_to_accuracy", bounded(table, 0.1, easy=False))
     assert "upper bound" not in key_of(drawing) and "Triangles" not in drawing.caption
-    assert "exact wins 1 (1 surely)" in drawing.figure.texts[0].get_text() and "10×" in said_in(drawing)
+    assert drawing.title.endswith("exact on 1 (by up to 10×), undecided on 0") and "10×" in said_in(drawing)
 
 
-@pytest.mark.parametrize("name", ["error_against_passes", "error_against_seconds"])
-def test_titles_of_errors_are_by_laws_and_without_approximations(table, name):
+def test_titles_of_errors_are_by_laws_and_without_approximations(table):
     """Neither a budget that is lucky nor an approximation that is close by chance has the least cost."""
-    kept = ("direct", "hutchinson", "sum_of_logits")
+    name, kept = "error_against_passes", ("direct", "hutchinson", "sum_of_logits")
     rows = one_task(table, **dict(zip(kept, kept, strict=True))).reset_index(drop=True)
     cost = rows["passes"].fillna(50.0).mask(rows["method"] == "sum_of_logits", 1.0)
     error = (0.2 / rows["passes"] ** 0.5).mask(rows["passes"] == 32, 0.009).fillna(0.005)
-    rows = taking(rows, 1e-3 * cost).assign(passes_spent=cost)
-    rows = rows.assign(error=error, error_q25=0.45 * error, error_q75=1.75 * error)
-    drawing = drawn_from(name, rows)
-    assert drawing.figure.texts[0].get_text().endswith(" to 1 %: exact methods on 1 of 1 tasks")
-    assert "Undecided: 0 of 1" in drawing.caption and "approximations state no error" in drawing.caption
-    far = drawn_from(name, rows[(rows["kind"] != "exact") & ~rows["passes"].isin([32, 512, 2048])])
-    assert far.figure.texts[0].get_text().endswith(": no exact method or estimate is within 1 %")
+    rows = rows.assign(passes_spent=cost, error=error, error_q25=0.45 * error, error_q75=1.75 * error)
+
+    def title(some):
+        return drawn_from(name, some).title
+
+    assert title(rows) == "Fewest passes to 1 %: exact methods on 1, undecided on 0 of 1 tasks"
+    one = rows[rows["method"] == "hutchinson"]
+    assert (
+        title(pd.concat([one, one.assign(method="equal", kind="exact")]))
+        == "Fewest passes to 1 %: undecided on 1 of 1 tasks"
+    )
+    far = rows[(rows["kind"] != "exact") & ~rows["passes"].isin([32, 512, 2048])]
+    assert title(far).endswith(": no exact method or estimate is within 1 %")
 
 
 def said_in(drawing: base.Drawing) -> list[str]:
@@ -450,8 +468,7 @@ def test_only_tasks_with_several_families_are_choices(table):
     contested = chosen[chosen["measured"].str.contains(",") & (chosen["tolerance"] == "1 %")]
     assert set(chosen.loc[chosen["problem"] == "alone[N=1]", "measured"]) == {"exact"}
     assert chosen.loc[chosen["problem"] == "lost[N=1]", "method"].isna().all()
-    title = drawing.figure.texts[0].get_text()
-    assert title.endswith(f" of {contested['method'].notna().sum()} tasks")
+    assert drawing.title.endswith(f" of {contested['method'].notna().sum()} tasks")
 
 
 @pytest.mark.parametrize(("factor", "pays"), [(0.01, False), (100.0, True)])
@@ -461,37 +478,9 @@ def test_an_estimate_pays_where_the_exact_method_takes_longer(table, factor, pay
     slow.loc[slow["kind"] == "exact", seconds] *= factor
     drawing = drawn_from("time_to_accuracy", slow)
     both = drawing.plotted.pivot_table("seconds", tasks.TASK, "kind").dropna(subset=["exact", "stochastic"])
-    won = (both["stochastic"] < both["exact"]).sum()
-    assert len(both) and (won > 0) == pays
-    assert f"pays on {won} of {len(both)} tasks" in drawing.figure.texts[0].get_text()
-
-
-def test_performance_profiles_are_shares_of_tasks(table):
-    """Counted one by one; a method that is just so much slower is within the factor."""
-    solved = tasks.solutions(base.checked(table))
-    ratio = tasks.ratios(solved)
-    factors = np.array([1.0, 2.0, ratio.median(), ratio.max()])
-    made = tasks.shares(solved, factors).set_index(["method", "backend", "factor"])["share"]
-    count = len(solved.drop_duplicates(tasks.TASK))
-    for (method, backend, factor), share in made.items():
-        mine = (solved["method"] == method) & (solved["backend"] == backend)
-        assert share == sum(r <= factor for r in ratio[mine]) / count
-    assert made.xs(1.0, level="factor").sum() == pytest.approx(1) and len(made) > 4 * len(factors)
-    assert not len(tasks.shares(solved.iloc[:0], factors))
-
-
-def test_the_highest_profiles_of_each_tolerance_are_told_apart():
-    """By their mean share, as many in every panel; the plotted numbers say which."""
-    shares = [0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6, 0.4]
-    lines = [("10 %", f"method {i}", "torch", share) for i, share in enumerate(shares)]
-    lines += [("1 %", "method 0", "torch", 0.05), ("1 %", "method 0", "jax", 0.0)]
-    made = pd.DataFrame(lines, columns=["tolerance", "method", "backend", "share"]).sample(frac=1, random_state=0)
-    # A second factor, at which the order of two lines is the other way round but not that of their means.
-    made = pd.concat([made, made.assign(share=made["share"].replace({0.2: 0.29, 0.3: 0.28}))], ignore_index=True)
-    apart = made[performance_profiles.highest(made)]
-    low = {"method 0", "method 5"}
-    assert set(apart.query("tolerance == '10 %'")["method"]) == {f"method {i}" for i in range(8)} - low
-    assert set(apart.query("tolerance == '1 %'")["backend"]) == {"torch", "jax"} and len(apart) == 16
+    assert len(both) and ((both["stochastic"] < both["exact"]).any() == pays)
+    sure, exact, undecided = map(int, re.findall(r"on (\d+)", drawing.title))
+    assert sure + exact + undecided == len(both) and (sure > 0) == pays and (exact > 0) != pays
 
 
 @pytest.mark.slow
@@ -501,18 +490,16 @@ def test_same_table_same_bytes(drawn, table, tmp_path):
     command = [sys.executable, "-m", "ntkbench", "draw", tmp_path / "table.csv", "--title", "all"]
     command += ["--figures", tmp_path / "figures", "--output", tmp_path / "page.html"]
     subprocess.run(command, check=True)
-    for path in drawn["exact_cost"] + drawn["error_against_seconds"]:
+    for path in drawn["exact_cost"] + drawn["error_against_passes"]:
         assert path.read_bytes() == (tmp_path / "figures" / path.name).read_bytes()
-    again = figures.draw("speedup", table, tmp_path)
-    assert [a.read_bytes() for a in again] == [b.read_bytes() for b in drawn["speedup"]]
+    again = figures.draw("method_map", table, tmp_path)
+    assert [a.read_bytes() for a in again] == [b.read_bytes() for b in drawn["method_map"]]
 
 
 def test_devices_do_not_share_panels(table):
     twice = pd.concat([table, table.assign(device="cuda")])
     assert set(base.checked(twice)["setting"]) == {"cpu", "cuda"}
-    assert set(
-        speedups(base.checked(twice)).groupby(["method", "backend", "problem", "metric", "tolerance"]).size()
-    ) == {2}
+    assert set(tasks.solutions(base.checked(twice)).groupby([*tasks.LINE, "tolerance"]).size()) == {1}
 
 
 def linear(colour):
@@ -547,11 +534,11 @@ def test_colours_of_lines_can_be_told_apart(seen):
 
 def test_bad_input_is_named(table, tmp_path):
     with pytest.raises(BadInput, match="machine, seconds_q25"):
-        figures.draw("speedup", table.drop(columns=["machine", "seconds_q25"]), tmp_path)
+        figures.draw("coverage", table.drop(columns=["machine", "seconds_q25"]), tmp_path)
     with pytest.raises(BadInput, match="'error' of the table must hold numbers"):
-        figures.draw("speedup", table.assign(error="much"), tmp_path)
-    with pytest.raises(BadInput, match="did you mean 'speedup'"):
-        figures.draw("speedups", table, tmp_path)
+        figures.draw("coverage", table.assign(error="much"), tmp_path)
+    with pytest.raises(BadInput, match="did you mean 'coverage'"):
+        figures.draw("coverages", table, tmp_path)
 
 
 # --- degenerate tables
@@ -640,10 +627,60 @@ def committed_table(name):
     return pd.read_csv(path, low_memory=False)
 
 
+@functools.cache
+def of_committed_table(name):
+    return drawn_from(name, committed_table(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+def test_captions_have_at_most_sixty_words_and_titles_are_not_names(name):
+    drawing = of_committed_table(name)
+    assert len(drawing.caption.split()) <= 60, drawing.caption
+    assert "Claim (" not in drawing.caption
+    assert re.search(r"\d", drawing.title.split("(")[0]), "a finding has a number"
+
+
+def finding(name, table):
+    """The numbers of a figure's title."""
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*", drawn_from(name, table).title)]
+
+
+def test_titles_of_studies_have_the_tables_numbers():
+    """Titles are findings: each follows a table in which the number is another one."""
+    blog = committed_table("hazelden_blog")
+    shared = (blog["method"] == claims.SHARED) & (blog["m"] == 50)
+    known = blog.assign(error=blog["error"].mask(shared, 0.0123), seconds=blog["seconds"].mask(shared, 0.4))
+    assert finding("hazelden_blog", known)[:3] == [50, 1.2, 400]
+
+    traces = committed_table("hazelden_trace")
+    before, after = (finding("hazelden_trace", rows) for rows in (traces, traces.assign(error=3 * traces["error"])))
+    assert after[:3] == pytest.approx([3 * number for number in before[:3]], rel=0.1)
+
+    quality = committed_table("mohamadi_quality")
+    steeper = quality.assign(difference=quality["difference"] / quality["width"])
+    pairs = zip(finding("mohamadi_quality", steeper)[:2], finding("mohamadi_quality", quality)[:2], strict=True)
+    assert all(new == pytest.approx(old - 1, abs=0.011) for new, old in pairs)
+
+    training = committed_table("along_training")
+    aligned = (training["operator"] == "Theta") & (training["quantity"] == "alignment")
+    known = training.assign(value=training["value"].mask(aligned & (training["gain"] == 1), 0.25))
+    known = known.assign(value=known["value"].mask(aligned & (training["gain"] == 0.5), 0.75))
+    assert finding("along_training", known)[:2] == [0.75, 0.75] and finding("along_training", known).count(0.25) == 2
+
+
+def test_the_map_of_estimators_names_the_one_with_most_places():
+    table = committed_table("estimator_map")
+    best = table["method"] == "hutchinson"
+    drawing = drawn_from("estimator_map", table.assign(error=table["error"].mask(best, 1e-9), passes_spent=1))
+    places = len(drawing.plotted.query("place == 1"))
+    assert "Hutchinson has the least error at " in drawing.title and f"of {places} places" in drawing.title
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.slow
 def test_no_text_is_cut_off_or_below_the_title(name):
-    figure = drawn_from(name, committed_table(name)).figure
+    figure = of_committed_table(name).figure
     renderer = FigureCanvasAgg(figure).get_renderer()
     panels = [panel for panel in figure.axes if panel.get_visible()]
     texts = [*figure.texts[1:], *(text for key in figure.legends for text in key.get_texts())]
@@ -740,7 +777,7 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00,\x80\n\x81")
     table.to_csv(tmp_path / "table.csv", index=False)
     tables = dict.fromkeys([*bodies, "cannot_be_imported", "needs_a_column", "coverage", "exact_cost"], "table.csv")
-    tables |= {"speedup": "empty.csv", "method_map": "binary.csv", "time_to_accuracy": "nowhere.csv"}
+    tables |= {"time_to_error": "empty.csv", "method_map": "binary.csv", "time_to_accuracy": "nowhere.csv"}
 
     made = figures.draw_all({name: tmp_path / table for name, table in tables.items()}, tmp_path / "out")
     assert list(made) == list(tables)
@@ -750,7 +787,7 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
     assert failed["exits"] == "SystemExit: bye" and "cannot_be_imported.py:2" in failed["cannot_be_imported"]
     assert failed["raises"].startswith("ValueError: <b> $x_ ") and "AttributeError" in failed["returns_nothing"]
     assert "lacks columns that this figure needs: nowhere" in failed["needs_a_column"]
-    assert "is empty" in failed["speedup"] and "nowhere.csv" in failed["time_to_accuracy"]
+    assert "is empty" in failed["time_to_error"] and "nowhere.csv" in failed["time_to_accuracy"]
     for name, reason in failed.items():
         assert (tmp_path / "out" / f"{name}.txt").read_text(encoding="utf-8") == (
             f"{labels.name_label(name)}. Could not be drawn: {reason}\n"

@@ -341,8 +341,8 @@ def test_a_name_that_is_taken_is_refused_whatever_is_imported_first(drop, first,
 def test_unknown_names_are_refused_with_the_allowed_ones():
     with pytest.raises(BadInput, match=r"unknown method 'hutch\+\+' \(did you mean 'hutchpp'\?\); allowed: .*direct"):
         methods.get("hutch++")
-    with pytest.raises(BadInput, match="unknown figure 'speedups'"):
-        figures.study_of("speedups")
+    with pytest.raises(BadInput, match="unknown figure 'coverages'"):
+        figures.study_of("coverages")
 
 
 def test_a_name_that_a_torn_file_may_hold_is_unknown_with_the_torn_file_named(drop):

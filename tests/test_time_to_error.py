@@ -358,10 +358,26 @@ def test_the_figure_names_the_fastest_of_each_kind():
         "trace_kernel": "biased",
     }
     said = [text.get_text() for text in drawing.figure.axes[0].texts]
-    assert "sample subset, 20 ms" in said and "Hutch++, 100 ms" in said and "5×" in said
-    assert "5 (4 to 6)" in drawing.caption
-    title = drawing.figure.texts[0].get_text()
-    assert title == "To the same error, the best method here is 5 times as fast as the best published one"
+    assert "sample subset, 20 ms" in said and "Hutch++, 100 ms" in said and "5×" in said and "4 to 6" in said
+    assert drawing.title == (
+        "To the same error, the best method here is 5 times as fast as the best published one: surely faster on 1 of 1 "
+        "tasks, surely slower on 0"
+    )
+    assert "15 calls each" in drawing.figure.texts[1].get_text()
+
+
+def test_the_figure_says_which_methods_are_tied_with_the_fastest():
+    """Ends of intervals that are not known bound nothing."""
+    rows = figure_rows()
+    xtrace = rows["method"] == "xtrace"
+    assert not any("tied" in text.get_text() for text in drawn(rows).figure.axes[0].texts)
+    for end, value in (("ratio_low", 0.24), ("ratio_low", math.nan)):
+        drawing = drawn(rows.assign(**{end: rows[end].mask(xtrace, value)}))
+        assert "sample subset or tied, 20 ms" in [text.get_text() for text in drawing.figure.axes[0].texts]
+        assert drawing.plotted.set_index("method")["tied"].to_dict()["sample_subset"]
+    unknown = drawn(rows.assign(ratio_high=math.nan))
+    assert "? to 6" in [text.get_text() for text in unknown.figure.axes[0].texts]
+    assert "surely faster on 0 of 1 tasks, surely slower on 0" in unknown.title
 
 
 def test_the_rival_of_the_figure_is_the_fastest_published_method_whatever_its_bias():
@@ -370,12 +386,13 @@ def test_the_rival_of_the_figure_is_the_fastest_published_method_whatever_its_bi
     rows["ratio"] = rows["seconds"] / 0.01
     drawing = drawn(rows)
     assert drawing.plotted.set_index("method").loc["sum_of_logits", "role"] == "published"
-    assert drawing.figure.texts[0].get_text().endswith("is 0.5 times as fast as the best published one")
+    assert "is 0.5 times as fast as the best published one" in drawing.title
 
 
 def test_the_figure_says_where_no_published_method_gets_there():
     rows = figure_rows()
     drawing = drawn(rows[~rows["published"]])
-    assert "and no published method" in drawing.caption and "No published method" in drawing.figure.texts[0].get_text()
+    assert "No published method reaches 1 of the goals" in drawing.caption
+    assert drawing.title.startswith("No published method")
     none = drawn(rows[rows["status"] != "ok"])
     assert "too many passes" in none.caption

@@ -282,8 +282,16 @@ def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
     assert f"{count} of {len(estimates)} estimates are measured" in drawing.caption
     assert len(drawing.caption.split()) <= 60
     assert "hollow" in " ".join(text.get_text() for key in drawing.figure.legends for text in key.get_texts())
-    title = " ".join(drawing.figure.texts[0].get_text().split())
-    assert title.startswith("Exact takes the fewest passes in ") and title.endswith("% of all 36")
+    assert drawing.title.startswith("Exact takes the fewest passes to 10 % in ")
+    assert drawing.title.endswith("% of all 36")
+    assert "median" not in drawing.figure.texts[1].get_text(), "errors are root mean squares"
+
+
+@pytest.mark.parametrize(("factor", "extrapolated"), [(1e-9, 0), (1e3, 3)])
+def test_the_title_says_to_which_errors_costs_are_extrapolated(table, factor, extrapolated):
+    with plotting.style():
+        drawing = figure.draw(plotting.checked_study(table.assign(rms=table["rms"] * factor), figure.COLUMNS))
+    assert drawing.title.count(" cases (extrapolated)") == extrapolated and "partly" not in drawing.title
 
 
 @pytest.mark.parametrize("metric", ["trace", "norm"])

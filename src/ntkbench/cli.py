@@ -403,28 +403,31 @@ def draw(tables: tuple[Path, ...], title: str, folder: Path, output: Path) -> No
     epilog="""\b
 Examples:
   ntkbench report results/default
-  ntkbench report results/reference/default --output report.html --alone"""
+  ntkbench report results/reference/default --output report.html --alone
+  ntkbench report results/reference/head_to_head results/reference/default --output report.html --alone"""
 )
-@click.argument("results", type=FOLDER)
-@click.option("--output", type=NEW, help="The page; report.html in RESULTS if not given.")
+@click.argument("results", type=FOLDER, nargs=-1, required=True)
+@click.option("--output", type=NEW, help="The page; report.html in the first of RESULTS if not given.")
 @click.option("--alone", is_flag=True, help="Do not keep a folder of figures beside the page.")
-def report(results: Path, output: Path | None, alone: bool) -> None:
+def report(results: tuple[Path, ...], output: Path | None, alone: bool) -> None:
     """Draw all figures whose tables are in RESULTS, and write the report: one page of HTML.
 
-    RESULTS is a folder with table.csv, or with tables of studies in studies/. Nothing is measured. Figures go to
-    figures/ beside the page, as PNG, PDF and CSV.
+    RESULTS are folders with table.csv, or with tables of studies in studies/; a table is taken from the first folder
+    that has it. Nothing is measured. Figures go to figures/ beside the page, as PNG, PDF and CSV.
     """
     from ntkbench import figures
 
     with _one_line():
-        tables = [file for file in (results / "table.csv", *sorted(results.glob("studies/*.csv"))) if file.exists()]
+        found = [file for folder in results for file in (folder / "table.csv", *sorted(folder.glob("studies/*.csv")))]
+        tables = list({file.name: file for file in reversed(found) if file.exists()}.values())[::-1]
         if not figures.of_tables(tables):
-            raise errors.BadInput(f"{results} has no table to draw a figure from: table.csv, or studies/*.csv")
-        page = results / "report.html" if output is None else output
+            folders = " and ".join(map(str, results))
+            raise errors.BadInput(f"{folders} has no table to draw a figure from: table.csv, or studies/*.csv")
+        page = results[0] / "report.html" if output is None else output
         drawn = page.parent / "figures"
         paths.check_output(page)
         paths.check_output(drawn, folder=True)
-    title = f"ntkbench: report of {results.resolve().name}"
+    title = f"ntkbench: report of {', '.join(folder.resolve().name for folder in results)}"
     with tempfile.TemporaryDirectory() as folder:
         _report(tables, title, Path(folder) if alone else drawn, page, links=not alone)
     click.echo(page)
@@ -441,7 +444,7 @@ def _report(tables: Sequence[Path], title: str, folder: Path, output: Path, *, l
         judged = folder / f"{claims.NAME}.png"
         pictures = [folder / f"{name}.png" for name in made] + [judged] * judged.exists()
         beside = Path(os.path.relpath(folder, output.parent)).as_posix() if links else None
-        paths.write_atomically(output, reports.page(pictures, title, tables, beside))
+        paths.write_atomically(output, reports.page(pictures, title, tables, beside, output.parent))
     for name, outcome in made.items():
         click.echo(f"{name}: {outcome.status} {outcome.reason}".rstrip())
 

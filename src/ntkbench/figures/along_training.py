@@ -53,7 +53,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, grid = canvas.sheet(
         rows,
         len(OPERATORS),
-        title="How training changes the NTK and its factors",
+        title=_title(shown),
         subtitle=f"{_network(shown)}  ·  {base.settings_line(table)}",
         key=[("gain of recurrent weights", of_gains), ("their rank", of_ranks)],
         left=0.95,
@@ -106,17 +106,22 @@ def _caption(shown: pd.DataFrame) -> str:
     one = shown.iloc[0]
     what = "the states" if one["read"] == "state" else "the outputs"
     return (
-        f"The NTK of {what} of a recurrent network ({_network(shown)}; parameters: {one['parameters']}) along "
-        "training, and its factors K (representation, exact) and P P* (dynamics). One line per network. Bars: one "
-        f"standard error of the network's ratio to step 0, from {one['probes']:g} paired probes. Ranks below full: "
-        "recurrent weights truncated to their largest singular values at an unchanged norm. Alignment of Theta with "
-        f"step 0 after training, 1 for lazy learning: {_last_alignments(shown)}."
+        f"The NTK of {what} of a recurrent network (parameters: {one['parameters']}) along training, and its factors "
+        "K (representation, exact) and P P* (dynamics), one line per network. Bars: one standard error of the ratio to "
+        f"step 0, from {one['probes']:g} paired probes. Ranks below full: recurrent weights truncated to their largest "
+        "singular values at an unchanged norm."
     )
 
 
-def _last_alignments(shown: pd.DataFrame) -> str:
-    """For each initialisation, the range over its networks."""
+def _title(shown: pd.DataFrame) -> str:
+    """The initialisations whose Theta is closest to step 0 after training, and farthest from it."""
     rows = shown[(shown["operator"] == "Theta") & (shown["quantity"] == "alignment")].sort_values("step")
     last = rows.groupby(["init", "network"])["value"].last()
-    ranges = {init: (last[init].min(), last[init].max()) for init in shown["init"].unique() if init in last}
-    return "; ".join(f"{init}: {low:.2f} to {high:.2f}" for init, (low, high) in ranges.items()) or "not measured"
+    if not len(last):
+        return "Theta, its representation K and its dynamics P P* along training"
+    middle = last.groupby("init").median()
+    ends = dict.fromkeys((middle.idxmax(), middle.idxmin()))
+    said = " and ".join(
+        f"{last[init].min():.2f} to {last[init].max():.2f} with {labels.short(str(init), 40)}" for init in ends
+    )
+    return f"After training, the alignment of Theta with its start is {said}"

@@ -92,7 +92,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             _coverage_axis(panel, _targets(points))
         panel.set_title(head, loc="left")
         _points(panel, points, column, lines)
-    return base.Drawing(figure, points[KEPT].reset_index(drop=True), _caption(table, points))
+    return base.Drawing(figure, points[KEPT].reset_index(drop=True), _caption(points))
 
 
 def _targets(points: pd.DataFrame) -> dict[bool, tuple[float, float]]:
@@ -190,21 +190,16 @@ def _reading(points: pd.DataFrame) -> list[key.Entry]:
     ]
 
 
-def _caption(table: pd.DataFrame, points: pd.DataFrame) -> str:
+def _caption(points: pd.DataFrame) -> str:
     beyond = int(((points["ratio"] < RATIOS[0]) | (points["ratio"] > RATIOS[1])).sum())
     under = int((points["covered"] < COVERED[0]).sum())
-    exact = counts(cases(table))["exact"].sum()
-    lost = points[points["verdict"].isin(LOST)]
-    names = lost.groupby("title").size().sort_values(ascending=False, kind="stable")
-    said = ", ".join(f"{labels.plain(title)} {count}" for title, count in names.items())
+    lost = points["verdict"].isin(LOST).sum()
     return (
-        "Root-mean-square measured error over root-mean-square stated error (left), and coverage of 95 % intervals "
-        f"(right), over seeds, on {points['problem'].nunique()} networks. Hollow: at least half of the estimates have "
-        "a note, which excuses all methods but auto. Out of range (Wilson's 95 % interval of the coverage disjoint "
-        "from the target, and not excused): "
-        f"{len(lost)} of {len(points)} cases{f' ({said})' * bool(said)}. Not drawn: {exact} cases with only exact "
-        f"answers. At the end of an axis: {beyond} ratios and {under} coverages beyond it. {stopping(table)}"
-    ).rstrip()
+        "Root-mean-square measured over stated error (left), and coverage of 95 % intervals (right), on "
+        f"{points['problem'].nunique()} networks. Out of range: {lost} of {len(points)} cases, whose Wilson interval "
+        "is disjoint from the target; a note at half of the estimates excuses all but auto. Beyond the axes: "
+        f"{beyond} ratios, {under} coverages."
+    )
 
 
 def stopping(table: pd.DataFrame) -> str:

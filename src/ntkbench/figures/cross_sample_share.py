@@ -94,10 +94,6 @@ def _range(values: pd.Series, digits: int = 3) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _runs(rows: pd.DataFrame) -> str:
-    return f"{len(rows)} run" + "s" * (len(rows) != 1)
-
-
 def _ends(plotted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of each network's first step, and of its last."""
     steps = plotted.groupby("network")["step"]
@@ -105,41 +101,27 @@ def _ends(plotted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _title(plotted: pd.DataFrame) -> str:
-    first, last = (_range(rows["factor"], 2) for rows in _ends(plotted))
-    return f"Without cross-sample terms, the variance of a trace is {first} times smaller before training, {last} after"
+    first, last = _ends(plotted)
+    steps, accuracy = _range(last["step"]), _range(last["accuracy"], 2)
+    return (
+        f"Without cross-sample terms, the variance of a trace is {_range(first['factor'], 2)} times smaller before "
+        f"training, {_range(last['factor'], 2)} after {steps} steps, at an accuracy of {accuracy}"
+    )
 
 
 def _caption(plotted: pd.DataFrame) -> str:
     first, last = _ends(plotted)
-    said = []
-    for name, here in plotted.groupby("network", sort=False):
-        before, after = (rows[rows["network"] == name] for rows in (first, last))
-        said.append(
-            f"{here['title'].iloc[0]} {_range(before['factor'])} at step {before['step'].iloc[0]:g} and "
-            f"{_range(after['factor'])} at step {after['step'].iloc[0]:g} (ratio of squared norms "
-            f"{_range(before['norm_ratio'])} and {_range(after['norm_ratio'])}; {_runs(before)})"
-        )
     text = (
-        "Variance of a pooled one-sided trace estimate over that of a per-sample one at equal passes, "
-        "(||Theta||^2 - D) / (sum_b ||Theta_bb||^2 - D) with D = sum_i Theta_ii^2, and the ratio of squared norms "
-        "||Theta||^2 / sum_b ||Theta_bb||^2, at most N. Both are exact, on held-out images, along training by "
-        f"gradient descent on the cross-entropy. Range over runs: {'; '.join(said)}."
+        "Variance of a pooled one-sided trace estimate over that of a per-sample one at equal passes, exact, on "
+        f"held-out images; at least {labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases."
     )
-    seen = plotted[plotted["measured"].notna()]
-    if len(seen):
-        inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()
-        ratios = seen["measured"] / seen["factor"]
-        text += (
-            f" Measured from {labels.range_label(seen['estimates'])} estimates each, the ratio of variances is "
-            f"{_range(ratios, 2)} times the exact one; its 95 % interval contains the latter in {inside} of "
-            f"{len(seen)} cases."
-        )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]
     means = {name: math.exp(part.map(math.log).mean()) for name, part in change.groupby("network", sort=False)}
     titles = plotted.drop_duplicates("network").set_index("network")["title"]
     turned = ", ".join(f"{titles[name]} {labels.rounded(value)}" for name, value in means.items())
-    return (
-        f"{text} Training multiplies the factor by (geometric mean over runs): {turned}. It is at least "
-        f"{labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases: at equal error, a per-sample trace "
-        "estimate takes that many times fewer passes."
-    )
+    text += f" Training multiplies it by (mean of {len(change)} runs): {turned}."
+    seen = plotted[plotted["measured"].notna()]
+    if len(seen):
+        inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()
+        text += f" Measured 95 % intervals contain it in {inside} of {len(seen)} cases."
+    return text

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ntkbench.figures.plotting import base, canvas, claims, curves, labels, sources, styles
 from ntkbench.measure import laws
+from ntkbench.units import seconds_label
 
 TABLE = "hazelden_blog"
 QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q in ("", "_q25", "_q75"))
@@ -34,7 +35,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, grid = canvas.sheet(
         [canvas.Row(2.2, above=0.6, below=0.42) for _ in metrics],
         3,
-        title=f"Estimates against samples (blog post): {labels.name_label(points['problem'].iloc[0])}",
+        title=_title(points),
         subtitle=base.settings_line(points),
         key=[("method", curves.entries(looks.values())), ("how to read", [curves.QUARTILES])],
         gap=0.75,
@@ -58,6 +59,19 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             panel.set(xlabel="passes", ylabel=label)
         canvas.title(panels[0], labels.metric_label(metric), f"exact {exact:.5g}")
     return base.Drawing(figure, points[[*COLUMNS]], CAPTION, _claims(points))
+
+
+def _title(points: pd.DataFrame) -> str:
+    """The error and seconds of shared probes at the post's number, or the network."""
+    network = labels.name_label(points["problem"].iloc[0])
+    shared = points[(points["method"] == claims.SHARED) & (points["m"] == CLAIMED_SAMPLES)]
+    if not len(shared):
+        return f"Estimates against samples (blog post): {network}"
+    row = shared.iloc[0]
+    return (
+        f"{CLAIMED_SAMPLES} shared probes give the alignment within {labels.share_label(row['error'])} in "
+        f"{seconds_label(row['seconds'])} (blog post; {network})"
+    )
 
 
 def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:

@@ -101,8 +101,8 @@ def _caption(plotted: pd.DataFrame) -> str:
     return (
         f"Relative errors for a trained network ({labels.name_label(plotted['problem'].iloc[0])}) against runtime in "
         f"percent of direct, {timed}; medians over reruns with quartiles. Hutch++ takes a separate trace for each of "
-        "Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all three. Panels state the factor that converts to "
-        "percentages of direct in blocks. Crosses: published."
+        "Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all three. Panels state the factor to direct in "
+        "blocks. Crosses: published."
     )
 
 

@@ -20,10 +20,9 @@ BASELINES = {
 }
 NETWORKS = ("mlp", "gru")
 CAPTION = (
-    "Time of an exact trace over that of an estimate with a median error of 1 - accuracy, from a law fitted to all "
-    "numbers of samples, with a 95 % band and without extrapolation. Rows are baselines: Theta column by column, "
-    "one product at a time as in the paper's script or in blocks, and the exact trace by layers, which is not in "
-    "the paper. Crosses: published."
+    "Time of an exact trace over that of an estimate with a median error of 1 - accuracy, by a fitted law with its "
+    "95 % band. Rows are baselines: Theta column by column, one product at a time as in "
+    "the paper's script or in blocks, and the exact trace by layers, not in the paper. Crosses: published."
 )
 ONE_SIDED = ("one_sided_paper_reverse", "one_sided_paper_forward")
 QUARTILE = 0.6745

@@ -38,7 +38,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     figure, grid = canvas.sheet(
         [canvas.Row(2.5, above=0.62, below=0.42) for _ in networks],
         3,
-        title="Estimates of the trace (Hazelden, figures 2 and 3)",
+        title=_title(points),
         subtitle=base.settings_line(points),
         key=[
             ("method", curves.entries(looks.values())),
@@ -55,6 +55,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         for panel, size in zip(panels[1:], ("large", "small"), strict=True):
             _errors(panel, rows[rows["grid"] == size], network, size, looks)
     return base.Drawing(figure, plotted, CAPTION, _claims(points))
+
+
+def _title(points: pd.DataFrame) -> str:
+    """How errors at equal m compare with those published."""
+    errors = next((claim for claim in _at_equal_samples(points) if claim.name.startswith("errors")), None)
+    if errors is None:
+        return "Estimates of the trace (Hazelden, figures 2 and 3)"
+    value, low, high = map(labels.rounded, errors.measured)
+    ends = f" ({low} to {high} over cases)" if low != "nan" else ""
+    return f"At equal m, errors of the trace are {value} times those published{ends} (Hazelden, figures 2 and 3)"
 
 
 def _estimates(panel: Axes, rows: pd.DataFrame, network: str, looks: dict) -> None:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 
 TOLERANCES = {"10 %": "to 10 %", "1 %": "to 1 %", "exact": "exact"}
 QUESTIONS = {"exact": "Do you need it exact?", "1 %": "Is 1 % enough?", "10 %": "Is 10 % enough?"}
+ERRORS = {"1 %": 0.01, "10 %": 0.1}
 CASE = ["metric", "problem", "setting"]
 WIDEST = 2.2
 """Inches of a panel."""
 STEP = 8.0
 """Points between the dots of tasks of the same size."""
 PLURAL = {"exact": "exact", "approximate": "approximations", "stochastic": "estimates"}
+TINT = 0.22
+"""Opacity of a region in the colour of its family."""
+PIXELS = 200
+"""Width and height of the picture of the regions."""
+UNMEASURED: dict[str, Any] = {"facecolor": "none", "edgecolor": canvas.PALE, "hatch": "//////", "linewidth": 0}
+CODE: dict[str, Any] = {"family": "monospace", "fontsize": 8.5}
 
 Line = tuple[str, dict[str, Any], float]
 """Text, its style, and the inches down to the next line."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A row of maps for each metric, a column for each tolerance, and the conclusions in words."""
+    """A row of maps for each metric, a column for each tolerance, and the conclusions in words and code."""
     known = table[table[["n", "O"]].gt(0).all(axis=1)]
     chosen = _choices(known)
     if not chosen["method"].notna().any():
@@ -37,7 +44,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     rows = [(m, s) for m in base.metrics_in(chosen) for s in chosen.loc[chosen["metric"] == m, "setting"].unique()]
     figure, grid = canvas.sheet(
         [
-            canvas.Row(1.0, above=0.33 if i else 0.55, below=0.25 if i == len(rows) - 1 else 0.0)
+            canvas.Row(1.2, above=0.33 if i else 0.55, below=0.25 if i == len(rows) - 1 else 0.0)
             for i in range(len(rows))
         ],
         len(TOLERANCES),
@@ -46,7 +53,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         key=_key(chosen),
         left=1.05,
         gap=0.2,
-        bottom=max(0.3, sum(space for *_, space in advice) - 1.33 * len(rows)),
+        bottom=max(0.3, sum(space for *_, space in advice) - 1.53 * len(rows)),
         widest=WIDEST,
     )
     limits = {axis: canvas.limits(chosen[axis], pad=pad) for axis, pad in (("n", 3.5), ("O", 2.5))}
@@ -69,14 +76,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 def _choices(known: pd.DataFrame) -> pd.DataFrame:
     """The fastest method of each task; without a method if none is within the tolerance.
 
-    ``measured`` names the families measured on the problem and metric, ``lead`` is how much slower the next method is.
+    ``measured`` names the families measured on the problem and metric, and ``sure`` says whether its family is the
+    fastest.
     """
     tried = known.drop_duplicates(CASE)[[*CASE, "n", "O", "P"]]
     tried = tried.merge(pd.DataFrame({"tolerance": list(TOLERANCES)}), how="cross")
     kinds = base.measured(known, "seconds", "error").sort_values("kind").groupby(CASE)["kind"].unique()
     tried = tried.merge(kinds.map(", ".join).rename("measured").reset_index(), how="left", on=CASE)
     won = tasks.winners(known).drop(columns=["n", "O", "P"])
-    return tried.fillna({"measured": ""}).merge(won, how="left", on=tasks.TASK)
+    chosen = tried.fillna({"measured": ""}).merge(won, how="left", on=tasks.TASK)
+    return chosen.assign(sure=chosen["fastest_of_kind"] >= tasks.SURE)
 
 
 def _contested(chosen: pd.DataFrame, tolerance: str) -> pd.DataFrame:
@@ -87,6 +96,7 @@ def _contested(chosen: pd.DataFrame, tolerance: str) -> pd.DataFrame:
 def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]) -> None:
     """Dots in the colour of the family that is the fastest; those of the same size side by side or above each other."""
     panel.set(xscale="log", yscale="log", xlim=limits["n"], ylim=limits["O"])
+    _regions(panel, here, limits)
     canvas.decades(panel.xaxis, *limits["n"])
     canvas.decades(panel.yaxis, *limits["O"], most=4)
     spots: list[tuple[tuple[float, float], str]] = []
@@ -96,11 +106,11 @@ def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]
         for offset, row in zip(offsets, same.itertuples(), strict=True):
             x, y = at + ((offset, 0) if len(same) > 2 else (0, offset))
             contested = "," in row.measured or row.tolerance == "exact"
-            mark = _mark(row.kind, contested)
+            sure = row.sure or row.tolerance == "exact"
+            mark = _mark(row.kind, contested, sure)
             panel.plot(x, y, **mark, transform=panel.figure.dpi_scale_trans, clip_on=False, zorder=3)
-            sure = row.fastest >= tasks.SURE
-            least = "\N{GREATER-THAN OR EQUAL TO}" if sure and row.at_most else ""
-            lead = f"{least}{row.lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if row.lead == row.lead else "only"
+            least, lead = "\N{GREATER-THAN OR EQUAL TO}" if sure and row.at_most else "", row.lead_of_kind
+            lead = f"{least}{lead:#.2g}".rstrip(".") + "\N{MULTIPLICATION SIGN}" if lead == lead else "only"
             shown = contested and row.tolerance != "exact" and isinstance(row.method, str)
             spots.append(((x, y), lead + ("" if sure else "?") if shown else ""))
     taken = [at for at, _ in spots]
@@ -110,54 +120,79 @@ def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]
             tasks.label(panel, words, [(x + side, y), (x - side, y), (x, y + 0.15), (x, y - 0.15)], taken)
 
 
-def _mark(kind: Any, contested: bool) -> dict[str, Any]:
-    """Keywords for a dot: hollow and grey without a winner, small without a rival family."""
+def _regions(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]) -> None:
+    """Half a decade around each task, in the colour of the nearest task's family if that surely wins; else hatched."""
+    (left, right), (low, high) = np.log10(limits["n"]), np.log10(limits["O"])
+    panel.add_patch(Rectangle((0, 0), 1, 1, transform=panel.transAxes, zorder=0, **UNMEASURED))
+    panel.text(0.03, 0.93, "O > n", transform=panel.transAxes, va="top", fontsize=8.5, color=styles.GREY)
+    x, y = np.meshgrid(np.linspace(left, right, PIXELS), np.linspace(low, high, PIXELS))
+    image = np.ones((PIXELS, PIXELS, 4))
+    tasks_at = np.log10(here[["n", "O"]].to_numpy(float))
+    away = np.maximum(abs(x[..., None] - tasks_at[:, 0]), abs(y[..., None] - tasks_at[:, 1]))
+    least = away.min(-1, keepdims=True)
+    image[(least[..., 0] > 0.5) & (y <= x)] = 0
+    counted = here["sure"] & here["measured"].str.contains(",") | (here["tolerance"] == "exact")
+    won = here["kind"].where(counted).to_numpy(object)
+    for kind, look in tasks.FAMILIES.items():
+        here_alone = ((away > least + 1e-9) | (won == kind)).all(-1) & (least[..., 0] <= 0.5) & (y <= x)
+        image[here_alone, :3] = 1 - TINT * (1 - np.array(to_rgb(look.colour)))
+    panel.imshow(image, extent=(0, 1, 0, 1), transform=panel.transAxes, aspect="auto", origin="lower", zorder=0.3)
+    panel.set(xlim=limits["n"], ylim=limits["O"])
+
+
+def _mark(kind: Any, contested: bool, sure: bool = True) -> dict[str, Any]:
+    """Keywords for a dot: a grey cross without a winner, small without a rival family, open where it is not sure."""
     if not isinstance(kind, str):
-        return {"marker": "o", "color": styles.GREY, "markerfacecolor": "none", "markersize": 6, "linestyle": ""}
+        return {"marker": "x", "color": styles.GREY, "markersize": 6, "linestyle": ""}
     look = tasks.FAMILIES.get(kind, styles.Look(kind, kind, kind, styles.GREY, "D"))
     style = look.line("torch") | {"linestyle": ""}
-    return style if contested else style | {"markersize": 0.6 * style["markersize"]}
+    if not contested:
+        return style | {"markersize": 0.6 * style["markersize"]}
+    return style if sure else style | {"markerfacecolor": "white"}
 
 
 def _word(kind: str) -> str:
     return tasks.FAMILIES[kind].title if kind in tasks.FAMILIES else labels.short(kind, 12)
 
 
+def _counts(rows: pd.DataFrame) -> list[str]:
+    """``exact 2``, ``undecided 1``: how many tasks each family surely wins, the most first."""
+    won = [f"{_word(kind)} {count}" for kind, count in rows.loc[rows["sure"], "kind"].value_counts().items()]
+    undecided = int((~rows["sure"]).sum())
+    return won + ([f"undecided {undecided}"] if undecided else [])
+
+
 def _rule(here: pd.DataFrame, name: str) -> str:
-    """Which family wins where in a panel, if the number of outputs decides it."""
+    """Which family surely wins how many tasks of a panel."""
     if name == "exact":
         return f"an exact method on {here['method'].notna().sum()} of {len(here)} tasks"
-    rows = _contested(here, name).sort_values("O")
+    rows = _contested(here, name)
     if not len(rows):
         return "one family measured" if here["method"].notna().any() else "no method reaches it"
-    by_outputs = rows.groupby("O")["kind"].unique()
-    runs = [kind for kind, _ in itertools.groupby(by_outputs.map(lambda kinds: " / ".join(map(_word, kinds))))]
-    if by_outputs.map(len).max() > 1 or len(runs) > 2:
-        return "O alone does not decide"
-    if len(runs) == 1:
-        without = "" if rows["measured"].str.contains("exact").any() else "; no exact value"
-        return f"{runs[0]} {len(rows)} of {len(rows)}{without}"
-    there = by_outputs.index[by_outputs.map(lambda kinds: _word(kinds[0])) == runs[1]]
-    return f"{runs[1]} at O = {labels.range_label(there)}"
+    return ", ".join(_counts(rows))
 
 
 def _key(chosen: pd.DataFrame) -> key.Key:
-    """A heading for each family, and how often it wins."""
+    """A heading for each family with how often it surely wins, the undecided tasks, and what regions mean."""
+    known = [t for t in TOLERANCES if t != "exact"]
     columns: list[tuple[str, list[key.Entry]]] = []
     for kind in [k for k in base.KINDS if k in set(chosen["kind"].dropna())][:3]:
-        counts = [f"{(_contested(chosen, t)['kind'] == kind).sum()} of {len(_contested(chosen, t))} {words}"
-                  for t, words in TOLERANCES.items() if t != "exact"]  # fmt: skip
-        columns.append((f"{_word(kind)} is fastest", [(Line2D([], [], **_mark(kind, True)), ", ".join(counts))]))
-    nobody = int(chosen["method"].isna().sum())
-    if nobody:
-        columns.append(
-            ("nothing within tolerance", [(Line2D([], [], **_mark(None, True)), f"{nobody} of {len(chosen)} tasks")])
-        )
-    return columns or [("fastest", [(Line2D([], [], **_mark("", True)), "other")])]
+        rows = [(t, _contested(chosen, t)) for t in known]
+        said = [f"{(own['sure'] & (own['kind'] == kind)).sum()} of {len(own)} {TOLERANCES[t]}" for t, own in rows]
+        columns.append((f"{_word(kind)} surely fastest", [(Line2D([], [], **_mark(kind, True)), ", ".join(said))]))
+    unsure = ", ".join(f"{(~own['sure']).sum()} {TOLERANCES[t]}" for t in known if len(own := _contested(chosen, t)))
+    reading: list[key.Entry] = []
+    if unsure:
+        reading.append((Line2D([], [], **_mark("", True, False)), f"open: undecided, {unsure}"))
+    if nobody := int(chosen["method"].isna().sum()):
+        reading.append((Line2D([], [], **_mark(None, True)), f"nothing within tolerance: {nobody} of {len(chosen)}"))
+    reading.append((Patch(facecolor=styles.GREY, alpha=TINT), "tint: surely won by one family, half a decade around"))
+    reading.append((Patch(**UNMEASURED), "hatched: not measured"))
+    return [*columns, ("how to read", reading)]
 
 
 def _advice(chosen: pd.DataFrame) -> list[Line]:
-    """Questions with the tasks' answers for each metric, and a line of code."""
+    """Questions with the tasks' answers for each metric, and a line of code for each question."""
     bold: dict[str, Any] = {"fontweight": "bold", "fontsize": 10.5}
     made: list[Line] = []
     for name, question in QUESTIONS.items():
@@ -165,21 +200,26 @@ def _advice(chosen: pd.DataFrame) -> list[Line]:
         tried = chosen[chosen["tolerance"] == name] if name == "exact" else _contested(chosen, name)
         for metric in base.metrics_in(tried):
             own = tried[tried["metric"] == metric]
-            counts = own["kind"].value_counts(sort=False)
-            if not len(counts):
-                continue
-            first = counts.index[counts == counts.max()]
-            words = f"{labels.short(metric.replace('_', ' '), 16)}: {' or '.join(map(_word, first))}"
-            made.append((f"{words} on {counts.max()} of {len(own)}", {"color": styles.GREY}, 0.17))
-            titles = own.loc[own["kind"] == first[0], "title"].value_counts(sort=False)
-            best = ("" if len(titles) == 1 else "e.g. ") + labels.short(titles.idxmax(), 40)
-            made.append((f"  {best if len(first) == 1 else 'the map shows where'}", {"fontsize": 8.5}, 0.19))
+            got = int(own["method"].notna().sum())
+            said = f"on {got} of {len(own)} tasks" if name == "exact" else ", ".join(_counts(own))
+            words = f"{labels.short(metric.replace('_', ' '), 16)}: {said}"
+            made.append((words, {"color": styles.GREY, "fontsize": 8.5}, 0.17))
         if made[-1][0] == question:
-            made.append(("   no comparison", {"color": styles.GREY}, 0.19))
-        made[-1] = (*made[-1][:2], 0.31)
-    metric = next((m for m in base.metrics_in(chosen) if m in ("trace", "norm", "effective_rank")), "trace")
-    code = {"family": "monospace", "fontsize": 8.5, "bbox": {"facecolor": canvas.SHADE, "linewidth": 0, "pad": 3}}
-    return [*made, ("Or let it choose:", bold, 0.25), (f"ntkbench.{metric}(model, x, rtol=0.01)", code, 0.2)]
+            made.append(("no comparison", {"color": styles.GREY}, 0.17))
+        made[-1] = (*made[-1][:2], 0.22)
+        code = _code(tried, name)
+        made.append((code, CODE, 0.3 + 0.15 * code.count("\n")))
+    return made
+
+
+def _code(tried: pd.DataFrame, tolerance: str) -> str:
+    """The call for a tolerance: ``auto``, or the exact method in PyTorch that is fastest on the most tasks."""
+    metric = next((m for m in base.metrics_in(tried) if m in ("norm", "trace", "effective_rank")), "trace")
+    if tolerance in ERRORS:
+        return f"ntkbench.{metric}(model, x, rtol={ERRORS[tolerance]:g})"
+    first = tried.loc[tried["backend"] == "torch", "method"].value_counts()
+    method = labels.short(first.index[0], 30) if len(first) else "structured_derivatives"
+    return f'ntkbench.{metric}(model, x,\n  method="{method}")'
 
 
 def _write(figure: Figure, panel: Axes, lines: list[Line]) -> None:
@@ -195,23 +235,23 @@ def _title(chosen: pd.DataFrame) -> str:
     name = next((t for t in ("1 %", "10 %") if len(_contested(chosen, t))), None)
     if name is None:
         return "Which method? No task has two families of methods to choose from"
-    counts = _contested(chosen, name)["kind"].value_counts()
-    first, *others = (f"{PLURAL.get(kind, _word(kind))} {{}}on {count}" for kind, count in counts.items())
-    verb = "is fastest " if counts.index[0] == "exact" else "are fastest "
-    words = ", ".join([first.format(verb), *(other.format("") for other in others)])
-    return f"Which method? To {name}, {words} of {counts.sum()} tasks"
+    rows = _contested(chosen, name)
+    counts = rows.loc[rows["sure"], "kind"].value_counts()
+    won = [f"{PLURAL.get(kind, _word(kind))} on {count}" for kind, count in counts.items()]
+    undecided = int((~rows["sure"]).sum())
+    if won:
+        verb = "is surely fastest" if counts.index[0] == "exact" else "are surely fastest"
+        won[0] = won[0].replace(" on ", f" {verb} on ")
+    words = ", ".join([*won, f"undecided on {undecided}"])
+    return f"Which method? To {name}, {words} of {len(rows)} tasks"
 
 
 def _caption(chosen: pd.DataFrame, lost: int) -> str:
-    contested = pd.concat([_contested(chosen, t) for t in ("10 %", "1 %")])
-    unsure = int((contested["fastest"] < tasks.SURE).sum())
+    contested = pd.concat([_contested(chosen, t) for t in ERRORS])
     without = int((~contested["measured"].str.contains("exact")).sum())
-    lead = contested["lead"].median()
     return (
-        "Family of the fastest method. Numbers: time of the next method over that of the fastest"
-        + (f" (median {lead:.2g})" if math.isfinite(lead) else "")
-        + f"; ?: fewer than {100 * tasks.SURE:g} % of bootstrap reruns agree, or another method has only an upper "
-        f"bound of its time ({unsure} of {len(contested)}); \N{GREATER-THAN OR EQUAL TO}: the fastest has one. "
-        f"Small: one family measured, not counted. Hollow: no median error is small enough. {without} of "
-        f"{len(contested)} choices lack exact methods." + (f" {lost} cells lack sizes." if lost else "")
+        "Family of the fastest method; numbers: time of the best other family over it. Open with ?: fewer than "
+        f"{100 * tasks.SURE:g} % of bootstrap reruns agree, or another time is an upper bound; "
+        "\N{GREATER-THAN OR EQUAL TO}: the fastest has one. Small: one family measured, not counted. "
+        f"{without} of {len(contested)} choices lack exact methods." + (f" {lost} cells lack sizes." if lost else "")
     )

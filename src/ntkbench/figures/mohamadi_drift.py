@@ -87,9 +87,9 @@ def _title(plotted: pd.DataFrame, titles: pd.Series) -> str:
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     """What is drawn, and which loss brings the pNTK closest to the last layer's kernel."""
     text = (
-        "Relative difference of kernels between samples from Theta along training on scikit-learn's digits (above), "
-        "and of the pNTK from the last layer's kernel (below). Gradients of the cross-entropy sum to zero over logits, "
-        "so weight decay shrinks the readout V along their sum, and the pNTK keeps gradients in the last layer alone."
+        "Kernels between samples against Theta (above) and the last layer's kernel (below). Cross-entropy's gradients "
+        "sum to zero over logits, so weight decay shrinks the readout along their sum, and the pNTK keeps the last "
+        "layer alone."
     )
     ends = _ends(plotted, titles)
     if not ends:
@@ -97,9 +97,9 @@ def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     nearest = next(iter(ends))
     others = [last[f"{TO_LAST}_q25"] for title, last in ends.items() if title != nearest]
     apart = (
-        "its upper quartile is below the lower quartiles of all others"
+        "quartiles apart from all others"
         if ends[nearest][f"{TO_LAST}_q75"] < min(others, default=0)
-        else "the quartiles of others overlap with its own"
+        else "quartiles overlap with others"
     )
     near = labels.interval_label(*(ends[nearest][f"{TO_LAST}{end}"] for end in ("", "_q25", "_q75")))
-    return f"{text} At the last step the pNTK is closest to that kernel with {nearest}, at {near}: {apart}."
+    return f"{text} It ends closest with {nearest}: {near}, {apart}."

@@ -17,10 +17,9 @@ COLUMNS = pntk.COLUMNS
 RATE = -0.5
 """Power of the width that the theorem gives."""
 CAPTION = (
-    "Kernels A between samples that stand for Theta as A ⊗ I, for networks with He initialisation on {data} (O = 10), "
-    "against width (channels, or WideResNet's factor); medians over initialisations with quartiles. The trace kernel "
-    "is the best in the Frobenius norm, the floor of the first row. Kernel regression is on held-out images. "
-    "Condition numbers of the NTK may be at float64's limit."
+    "Kernels A between samples that stand for Theta as A ⊗ I, at He initialisation, on {data}, against "
+    "width (channels, or WideResNet's factor); medians over initialisations with quartiles. The trace kernel is the "
+    "best in the Frobenius norm. Regression is on held-out images; condition numbers may be at float64's limit."
 )
 
 
@@ -38,7 +37,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         table,
         plotted,
         QUANTITIES,
-        title="Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)",
+        title=_title(points),
         key=[("kernel", curves.entries(looks.values())), ("how to read", [curves.QUARTILES, full, guide])],
         above=0.45,
         xlabel="width",
@@ -49,6 +48,17 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         if quantity == "difference":
             canvas.title(panel, family_label(family), _sloped(points[points["family"] == family]))
     return base.Drawing(figure, plotted, CAPTION.format(data=pntk.data(points)), _claims(points))
+
+
+def _title(points: pd.DataFrame) -> str:
+    """With which powers of the width the pNTK's difference from the NTK falls, over the families."""
+    found = [value for _, rows in points.groupby("family") for value, half in [slope(rows, PNTK)] if np.isfinite(half)]
+    if not found:
+        return "Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)"
+    return (
+        f"The pNTK's difference from the NTK changes as width to the power {min(found):.2f} to {max(found):.2f} "
+        f"(theorem: \N{MINUS SIGN}0.5), at initialisation"
+    )
 
 
 def _sloped(points: pd.DataFrame) -> str:

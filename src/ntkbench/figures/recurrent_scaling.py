@@ -24,24 +24,25 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(points):
         return base.nothing(table[[*COLUMNS, "status", "reason"]], labels.why_not(table))
     looks, kinds = curves.looks(points), list(dict.fromkeys(points["kind"]))
+    lines = points.groupby(["kind", "varied", "method"], sort=False)
+    slopes = {case: curves.slope(line[case[1]], line["seconds"]) for case, line in lines if case[1] in SIZES}
     middle = {size: points.loc[points["varied"] != size, size].mode() for size in SIZES}
     said = ", ".join(f"{values.iloc[0]:g} {SIZES[size].split()[0]}" for size, values in middle.items() if len(values))
     figure, grid = canvas.sheet(
         [canvas.Row(2.5, above=0.55, below=0.42) for _ in kinds],
         len(SIZES),
-        title="What NTK metrics of a recurrent network cost against trials, steps and probes",
+        title=_title(slopes),
         subtitle=f"H = {points['H'].iloc[0]:g}, around {said}  ·  {base.settings_line(table)}",
         key=[("method", curves.entries(looks.values())), ("how to read", [curves.QUARTILES])],
         gap=0.25,
         bottom=0.1,
     )
     seconds = points[["seconds", "seconds_q25", "seconds_q75"]].stack()
-    slopes: dict[tuple[str, str, str], tuple[float, float]] = {}
     for panels, kind in zip(grid, kinds, strict=True):
         for panel, (size, label) in zip(panels, SIZES.items(), strict=True):
-            lines = points[(points["kind"] == kind) & (points["varied"] == size)]
-            for method, found in _panel(panel, lines, size, seconds, looks).items():
-                slopes[kind, size, method] = found
+            here = points[(points["kind"] == kind) & (points["varied"] == size)]
+            own = {method: pair for (one, varied, method), pair in slopes.items() if (one, varied) == (kind, size)}
+            _panel(panel, here, size, seconds, looks, own)
             panel.set_xlabel(label)
             panel.tick_params(labelleft=size == "N")
         panels[0].set_ylabel("seconds")
@@ -58,48 +59,61 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _panel(
-    panel: Axes, lines: pd.DataFrame, size: str, seconds: pd.Series, looks: dict[str, styles.Look]
-) -> dict[str, tuple[float, float]]:
-    """Lines over one size, each with its slope at its end; the slopes with half their intervals."""
-    slopes, ends = {}, []
+    panel: Axes,
+    lines: pd.DataFrame,
+    size: str,
+    seconds: pd.Series,
+    looks: dict[str, styles.Look],
+    slopes: dict[str, tuple[float, float]],
+) -> None:
+    """Lines over one size, each with its slope at its end and half of its interval, by method."""
+    ends = []
     curves.logarithmic(panel, lines[size], seconds)
     low, high = panel.get_xlim()
     panel.set_xlim(low, high * (high / low) ** 0.3)  # room for slopes
     for method, line in lines.groupby("method", sort=False):
         line = line.sort_values(size)
         curves.line(panel, line.drop(columns="m", errors="ignore"), size, "seconds", looks[method])
-        slope, half = slopes[method] = curves.slope(line[size], line["seconds"])
+        slope, half = slopes[method]
         if math.isfinite(slope):
             text = f"{slope:.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
             ends.append((line["seconds"].iloc[-1], line[size].iloc[-1], text, looks[method].colour))
     curves.counts(panel, lines[size])
     canvas.label_ends(panel, ends)
-    return slopes
+
+
+def _slopes(slopes: dict[tuple[str, str, str], tuple[float, float]]) -> list[tuple[float, float]]:
+    """The slopes that are expected to be 1, each with half of its 95 % interval."""
+    return [
+        pair
+        for (_, size, method), pair in slopes.items()
+        if math.isfinite(pair[1]) and (method, size) not in NOT_LINEAR
+    ]
+
+
+def _title(slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
+    """How many costs grow faster than a size, by the intervals of their slopes."""
+    linear = _slopes(slopes)
+    if not linear:
+        return "Cost of NTK metrics of a recurrent network against trials, steps and probes"
+    steeper = sum(slope - half > 1 for slope, half in linear)
+    return (
+        f"Metrics of a recurrent network: {steeper} of {len(linear)} costs surely grow faster than trials, steps or "
+        "probes"
+    )
 
 
 def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
-    text = (
-        "Seconds of one estimate against one size with the others fixed, medians with quartiles of interleaved calls; "
-        "slopes are fitted to the logarithms. Shared-probe alignment takes four passes per probe, one-sided traces "
-        "one. The expected slope is 1, or less at small sizes, where the overhead of a call shows; against steps it is "
-        "2 to 3 for the exact trace, which goes back from every step, and less than 1 for the per-sample trace."
-    )
-    known = {key: pair for key, pair in slopes.items() if math.isfinite(pair[1])}
-    linear = [pair for (_, size, method), pair in known.items() if (method, size) not in NOT_LINEAR]
-    if linear:
-        values = [slope for slope, _ in linear]
-        steeper = sum(slope - half > 1 for slope, half in linear)
-        text += (
-            f" Claim: linear in each size. Measured over {len(linear)} lines: a median slope of "
-            f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f}). Conclusion: {steeper} of "
-            "them are steeper than 1 by their 95 % interval."
-        )
+    text = "Seconds of one estimate against one size, medians with quartiles; slopes of logarithms."
+    if linear := [slope for slope, _ in _slopes(slopes)]:
+        middle, ends = np.median(linear), f"{min(linear):.2f} to {max(linear):.2f}"
+        text += f" Expected 1, or less where the overhead of a call shows; median {middle:.2f} ({ends})."
     exact = [
         f"{slope:.2f} ± {half:.2f} ({kind.upper()})"
-        for (kind, size, method), (slope, half) in known.items()
-        if (method, size) == ("recurrent_exact_trace", "T")
+        for (kind, size, method), (slope, half) in slopes.items()
+        if (method, size) == ("recurrent_exact_trace", "T") and math.isfinite(half)
     ]
     if exact:
-        text += f" Exact trace against steps: {', '.join(exact)}."
-    left = table[table["status"] != "ok"]
-    return text + (f" Not measured: {len(left)} points ({labels.why_not(table)})." if len(left) else "")
+        text += f" Exact trace against steps, expected 2 to 3: {', '.join(exact)}."
+    left = int((table["status"] != "ok").sum())
+    return text + (f" Not measured: {left} points." if left else "")

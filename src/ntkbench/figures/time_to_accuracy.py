@@ -156,26 +156,33 @@ def _crossing(pairs: pd.DataFrame) -> float:
     return found if pairs["n"].min() <= found <= pairs["n"].max() else 0.0
 
 
+def _counts(pairs: pd.DataFrame) -> tuple[int, int, int]:
+    """Tasks on which estimating surely pays, on which exact surely wins, and on which neither is sure."""
+    pays, wins = int((pairs["sure"] & pairs["pays"]).sum()), int((pairs["sure"] & ~pairs["pays"]).sum())
+    return pays, wins, len(pairs) - pays - wins
+
+
 def _finding(pairs: pd.DataFrame) -> str:
     if not len(pairs):
         return "no task has both kinds"
-    won = f"estimates win {pairs['pays'].sum()} of {len(pairs)} tasks"
+    pays, wins, undecided = _counts(pairs)
+    won = f"estimates win {pays}, exact {wins}, undecided {undecided}"
     if crossing := _crossing(pairs):
         return f"{won}; crossing at n = {labels.count_label(crossing)}"
-    return f"{won}; no clear crossing in n" if pairs["pays"].nunique() > 1 else won
+    return won
 
 
 def _title(pairs: pd.DataFrame) -> str:
     if not len(pairs):
         return "Where estimating begins to pay: no task has an exact value and an estimate within 1 %"
-    pays, exact = pairs[pairs["pays"]], pairs[~pairs["pays"]]
-    text = f"To 1 %, estimating pays on {len(pays)} of {len(pairs)} tasks"
-    if len(pays):
-        text += f" ({pays['sure'].sum()} surely), by up to {pays['ratio'].max():.2g}\N{MULTIPLICATION SIGN}"
-    if len(exact):
-        text += f"; exact wins {len(exact)} ({exact['sure'].sum()} surely)"
-        text += f", by up to {1 / exact['ratio'].min():.2g}\N{MULTIPLICATION SIGN}"
-    return text
+    (pays, wins, undecided), sure = _counts(pairs), pairs.loc[pairs["sure"], "ratio"]
+    text = f"To 1 %, estimating surely pays on {pays} of {len(pairs)} tasks"
+    if pays:
+        more = " or more" if pairs.loc[sure.idxmax(), "at_most_estimated"] else ""
+        text += f" (by up to {labels.rounded(sure.max())}\N{MULTIPLICATION SIGN}{more})"
+    text += f", exact on {wins}"
+    text += f" (by up to {labels.rounded(1 / sure.min())}\N{MULTIPLICATION SIGN})" if wins else ""
+    return f"{text}, undecided on {undecided}"
 
 
 def _caption(best: pd.DataFrame, known: pd.DataFrame) -> str:
@@ -183,12 +190,9 @@ def _caption(best: pd.DataFrame, known: pd.DataFrame) -> str:
     tried = known.drop_duplicates(tasks.TASK[:3])
     text = (
         "Seconds of the fastest exact method and of the fastest estimate with a median error of 1 %, with 95 % bands; "
-        "? where bands overlap or are not bounded. Approximate methods within 1 % are hollow. "
+        "? where bands overlap or are not bounded. Approximate methods are hollow. "
     )
     if bounds := best["at_most"].sum():
-        text += f"Triangles ({bounds}): at most, as the error at the smallest budget is below a third of 1 %. "
+        text += f"Triangles ({bounds}): upper bounds. "
     unsolved = len(tried) - len(best.drop_duplicates(tasks.TASK))
-    if len(pairs):
-        ratio = pairs["ratio"]
-        text += f"Exact over estimated time: median {ratio.median():.2g} ({ratio.min():.2g} to {ratio.max():.2g}). "
     return text + f"{len(pairs)} of {len(tried)} tasks have both, {unsolved} neither."

@@ -40,7 +40,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(timed):
         return base.nothing(table, labels.why_not(table))
     plotted = pd.concat([_with_roles(rows) for _, rows in timed.groupby(["problem", "metric", "goal"], sort=False)])
-    plotted = plotted[[*COLUMNS, *LATER, "role"]]
+    plotted = plotted[[*COLUMNS, *LATER, "role", "tied"]]
     goals = list(plotted.groupby(["problem", "metric", "goal"], sort=False))
     names = [f"{labels.name_label(problem)}\n{_wanted(metric, goal)}" for (problem, metric, goal), _ in goals]
     named = _named(plotted)
@@ -48,10 +48,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         [canvas.Row(0.72 * len(goals), above=0.3, below=0.3)],
         1,
         title=_title(goals),
-        subtitle=base.settings_line(table),
+        subtitle=f"{base.settings_line(table)}  ·  {labels.range_label(plotted['calls'])} calls each, in turn",
         key=[("fastest of its kind", named[:2]), (" ", named[2:]), ("others", _others(plotted))],
         left=0.3 + canvas.text_width(names, 10),
-        widest=7.6,
+        widest=7.4,
         bottom=0.35,
     )
     _frame(panel, plotted["seconds"], names)
@@ -61,7 +61,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a goal, the fastest of each kind with its role; the others' is empty."""
+    """The rows of a goal, the fastest of each kind with its role; the others' is empty.
+
+    ``tied`` says whether the interval of another method of its kind overlaps with that of the fastest; an unknown end
+    bounds nothing.
+    """
     published = rows["published"].astype(str).str.lower() == "true"
     exact, biased = rows["kind"] == "exact", rows["kind"] == "approximate"
     groups = {
@@ -70,24 +74,27 @@ def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
         "estimated": ~exact & ~biased & ~published,
         "biased": biased & ~published,
     }
-    roles = pd.Series("", index=rows.index)
+    roles, tied = pd.Series("", index=rows.index), pd.Series(False, index=rows.index)
+    low, high = rows["ratio_low"].fillna(0.0), rows["ratio_high"].fillna(math.inf)
     for role, members in groups.items():
         if members.any():
-            roles[rows.loc[members, "seconds"].idxmin()] = role
-    return rows.assign(role=roles)
+            first = rows.loc[members, "seconds"].idxmin()
+            roles[first], others = role, members.drop(first)
+            tied[first] = (others & (low <= high[first]) & (low[first] <= high)).any()
+    return rows.assign(role=roles, tied=tied)
 
 
 def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     low, high = seconds.min(), seconds.max()
     span = math.log10(high / low) or 1.0
-    panel.set(xscale="log", xlim=(low / 10 ** (0.55 * span), high * 10 ** (0.15 * span)), ylim=(len(names) - 0.4, -0.7))
+    panel.set(xscale="log", xlim=(low / 10 ** (0.6 * span), high * 10 ** (0.5 * span)), ylim=(len(names) - 0.4, -0.7))
     canvas.decades(panel.xaxis, *panel.get_xlim())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel("time until the median error is within the goal")
     panel.grid(False)
-    panel.text(1.1, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
+    panel.text(1.12, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
                fontsize=9, color=styles.GREY)  # fmt: skip
 
 
@@ -116,8 +123,9 @@ def _line(panel: Axes, line: int, rows: pd.DataFrame) -> None:
 
 def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd.Series, colour: str) -> None:
     jax = " (JAX)" if row["backend"] == "jax" else ""
+    tied = " or tied" if row["tied"] else ""
     panel.annotate(
-        f"{labels.short(row['title'], 34)}{jax}, {seconds_label(seconds)}",
+        f"{labels.short(row['title'], 34)}{jax}{tied}, {seconds_label(seconds)}",
         (seconds, line),
         xytext=({"right": -2, "left": 2}.get(ha, 0), 7 if above else -7),
         textcoords="offset points",
@@ -129,10 +137,12 @@ def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd
 
 
 def _ratio(panel: Axes, line: int, best: pd.Series) -> None:
-    """How many times as long the published method takes, at the right end of the line."""
-    said = f"{labels.rounded(_times(best))}×"
-    panel.text(1.1, line, said, transform=panel.get_yaxis_transform(), ha="right", va="center", fontweight="bold",
-               fontsize=11, color=ROLES[best["role"]][0])  # fmt: skip
+    """How many times as long the published method takes, with its interval, at the right end of the line."""
+    said, ends = f"{labels.rounded(_times(best))}×", [labels.rounded(end) if math.isfinite(end) else "?"
+                                                     for end in _band(best)]  # fmt: skip
+    where: dict[str, Any] = {"transform": panel.get_yaxis_transform(), "ha": "right"}
+    panel.text(1.12, line, said, **where, va="bottom", fontweight="bold", fontsize=11, color=ROLES[best["role"]][0])
+    panel.text(1.12, line, f"{ends[0]} to {ends[1]}", **where, va="top", fontsize=9, color=styles.GREY)
 
 
 def _best(named: dict[str, pd.Series]) -> pd.Series | None:
@@ -146,6 +156,12 @@ def _times(best: pd.Series) -> float:
     return 1 / best["ratio"] if 0 < best["ratio"] < math.inf else math.nan
 
 
+def _band(best: pd.Series) -> tuple[float, float]:
+    """The ends of the 95 % interval of :func:`_times`; ``nan`` where they are not known."""
+    low, high = (1 / best[end] if best[end] > 0 else math.nan for end in ("ratio_high", "ratio_low"))
+    return low, high
+
+
 def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, pd.Series | None]]:
     """For each goal its name, our fastest method, and the fastest as published."""
     found = []
@@ -157,32 +173,27 @@ def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, 
 
 
 def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
-    times = sorted(_times(best) for _, best, rival in _bests(goals) if rival is not None)
-    times = [each for each in times if math.isfinite(each)]
+    """By what factors the best method here is faster, and on how many tasks surely, by the intervals."""
+    bests = [best for _, best, rival in _bests(goals) if rival is not None and math.isfinite(_times(best))]
     if not any((rows["role"] == "published").any() for _, rows in goals):
         return "No published method reaches any of these errors"
-    if not times:
+    if not bests:
         return "Seconds until a metric reaches a given error"
-    span = labels.rounded(times[0]) if len(times) == 1 else f"{labels.rounded(times[0])} to {labels.rounded(times[-1])}"
-    return f"To the same error, the best method here is {span} times as fast as the best published one"
+    faster, slower = (sum(band[0] > 1 for band in map(_band, bests)), sum(band[1] < 1 for band in map(_band, bests)))
+    return (
+        f"To the same error, the best method here is {labels.span(map(_times, bests))} times as fast as the best "
+        f"published one: surely faster on {faster} of {len(bests)} tasks, surely slower on {slower}"
+    )
 
 
 def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
-    said = []
-    for (problem, metric, goal), best, rival in _bests(goals):
-        case = f"{labels.name_label(problem)}, {_wanted(metric, goal)}"
-        if rival is None or not math.isfinite(_times(best)):
-            said.append(f"{case}: {best['title']}, and no published method")
-            continue
-        low, high = (1 / best[end] if best[end] > 0 else math.nan for end in ("ratio_high", "ratio_low"))
-        times = _times(best)
-        known = math.isfinite(low) or math.isfinite(high)
-        said.append(f"{case}: {labels.interval_label(times, low, high) if known else labels.rounded(times)}")
-    return (
-        "Seconds at the smallest budget whose median error is within the goal, all methods in turn. Time of the "
-        "fastest published method over that of the fastest exact or unbiased one here, with 95 % intervals: "
-        f"{'; '.join(said)}."
+    text = (
+        "Seconds at the smallest budget whose median error is within the goal. Right: time of the fastest published "
+        "method over that of the fastest exact or unbiased one here, with its 95 % interval (?: not known). Or tied: "
+        "the interval of another method overlaps."
     )
+    alone = sum(rival is None for _, _, rival in _bests(goals))
+    return text + (f" No published method reaches {alone} of the goals." if alone else "")
 
 
 def _named(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:

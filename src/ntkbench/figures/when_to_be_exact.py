@@ -61,7 +61,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         [*(canvas.Row(2.5, above=0.55, below=0.4) for _ in metrics), canvas.Row(2.5, above=0.7, below=0.4)],
         len(TOLERANCES),
         title=_title(plotted),
-        subtitle=f"N = {labels.range_label(plotted['N'])} samples  ·  {base.settings_line(table)}",
+        subtitle=f"N = {labels.range_label(plotted['N'])} samples  ·  "
+        + base.settings_line(table).replace("median over", "root mean square over"),
         key=[
             ("fewest passes (left half), least seconds (right)", _families(points)),
             ("how to read", _reading(shares)),
@@ -281,13 +282,16 @@ def _kernels(plotted: pd.DataFrame) -> pd.DataFrame:
 
 
 def _title(plotted: pd.DataFrame) -> str:
-    rows = _kernels(plotted)
-    wins = [(rows.loc[rows["error"] == error, "winner_in_passes"] == "exact").sum() for error in TOLERANCES]
-    *first, last = map(str, wins)
-    of = (rows["error"] == rows["error"].iloc[0]).sum()
+    rows, estimates = _kernels(plotted), plotted[plotted["family"] != "exact"]
+    of, said = (rows["error"] == rows["error"].iloc[0]).sum(), []
+    for error, words in TOLERANCES.items():
+        wins = (rows.loc[rows["error"] == error, "winner_in_passes"] == "exact").sum()
+        tried = estimates.loc[(estimates["error"] == error) & estimates["passes"].notna(), "tried"].astype(bool)
+        how = "" if tried.all() else " (partly extrapolated)" if tried.any() else " (extrapolated)"
+        said.append(f"to {words} in {wins} of {of} cases{how}")
     return (
-        f"Exact takes the fewest passes in {', '.join(first)} and {last} of {of} cases to 10, 1 and 0.1 %; "
-        f"N O rank < 2 / error² predicts this in {100 * _by_rule(rows).mean():.0f} % of all {len(rows)}"
+        f"Exact takes the fewest passes {', '.join(said)}; N O rank < 2 / error² predicts this in "
+        f"{100 * _by_rule(rows).mean():.0f} % of all {len(rows)}"
     )
 
 

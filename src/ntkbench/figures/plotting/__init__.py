@@ -2,16 +2,14 @@
 
 base       the table of a figure, the drawing that it returns, the style and the caption
 files      from a table's file to the files of a figure
-report     the page of a run: the answer, the figures, all cells, checks, provenance
+report     the page of a run: the answer, claims, figures, all cells, checks, provenance
 quality    checks of the results table
 canvas     sheets of panels below a title and a key; what panels have in common
 key        the key of a sheet
 styles     the colour and marker of each method
 labels     formatting of words and numbers
 curves     lines over one quantity, for studies
-errors     error against cost, for the two figures that show it
 tasks      the fastest time for each task and tolerance
-speedups   speed-ups at equal accuracy
 pntk       quantities and panels of the figures of the pNTK
 claims     what papers claim, what was measured here, and the verdict
 verdicts   the figure of all claims of a set of figures

@@ -56,8 +56,7 @@ class Drawing:
     Attributes:
         figure: the drawing itself.
         plotted: the numbers in the figure, and nothing else; goes into the CSV.
-        caption: what the figure shows and by which rules, in about 60 words; a sentence for each claim and the settings
-            are added to it.
+        caption: what the figure shows and by which rules, in 60 words or fewer.
         claims: claims of papers that the figure tests.
     """
 
@@ -65,6 +64,11 @@ class Drawing:
     plotted: pd.DataFrame
     caption: str
     claims: tuple[Claim, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The figure's title, its first text, on one line; empty if it has none."""
+        return " ".join(self.figure.texts[0].get_text().replace(r"\$", "$").split()) if self.figure.texts else ""
 
 
 def checked(table: pd.DataFrame) -> pd.DataFrame:
@@ -161,12 +165,17 @@ def _code(table: pd.DataFrame) -> str:
 
 
 def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None = None) -> str:
-    """The figure's caption with the settings of the table behind it, the results table or that of a study."""
+    """The text beside a figure: its caption, its title, a line for each claim, and the settings of the table behind it.
+
+    The table is the results table, or that of a study.
+    """
     table = _cleaned(table.reindex(columns=[*dict.fromkeys([*table.columns, *PROVENANCE])]))
     cells = table.groupby("status").size()
     cells = ", ".join(f"{cells[s]} {labels.status_label(s)}" for s in sorted(cells.index, key=lambda s: (s != "ok", s)))
     lines = [
-        " ".join([f"{labels.name_label(name)}. {drawing.caption}", *(claim.sentence() for claim in drawing.claims)]),
+        f"{labels.name_label(name)}. {drawing.caption}",
+        *([labels.TITLE + drawing.title] if drawing.title else []),
+        *(claim.sentence() for claim in drawing.claims),
         f"Settings: {settings_line(table) or 'none recorded'}.",
         f"Machine: {'; '.join(sorted(set(table['machine']) - {''})) or 'not recorded'}.",
         *filter(None, [several_machines(table)]),

@@ -166,7 +166,7 @@ class Claim:
         if not math.isnan(self.best[0]):
             measured += f", and {labels.interval_label(*self.best, digits=3)} over {self.best_title}"
         reason = f" ({self.reason})" if self.reason else ""
-        return f"Claim ({self.source}): {self.statement}{measured}: {SAID[self.verdict]}{reason}."
+        return f"{labels.CLAIM}{self.source}): {self.statement}{measured}: {SAID[self.verdict]}{reason}."
 
     def row(self) -> dict[str, Any]:
         """Columns of ``claims.csv``, see :data:`COLUMNS`."""

@@ -79,7 +79,8 @@ def write_claims(
     table = read(folder / f"{claims.NAME}.csv")  # so that the figure shows the written numbers
     with base.style():
         drawing = verdicts.draw(table)
-        caption = f"{labels.name_label(claims.NAME)}. {drawing.caption}\n{verdicts.settings(table)}\n"
+        said = f"{labels.name_label(claims.NAME)}. {drawing.caption}", labels.TITLE + drawing.title
+        caption = "\n".join([*said, verdicts.settings(table)]) + "\n"
         for form in forms:
             data = caption if form == "txt" else _rendered(drawing, form)
             write_atomically(folder / f"{claims.NAME}.{form}", data)

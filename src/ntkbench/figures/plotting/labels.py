@@ -12,6 +12,8 @@ import pandas as pd
 from ntkbench.measure.outcomes import one_line
 from ntkbench.metrics import SYMBOLS
 
+SIGNATURE = ("method_map", "time_to_accuracy", "calibration", "mohamadi_drift")
+"""Figures that a report shows first, in this order, after that of all claims."""
 GROUPS = {
     "claims": "Reproduction of the papers",
     "hazelden": "Hazelden: trace estimation",
@@ -24,6 +26,10 @@ OWN = "The comparison"
 ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
 NOT_DRAWN = "Could not be drawn"
 """Begins the caption of a figure that raised an exception; the report looks for it."""
+TITLE = "Title: "
+"""Begins the line of a caption's file with the figure's title; the report looks for it."""
+CLAIM = "Claim ("
+"""Begins the line of a claim in a caption's file; the report looks for it."""
 
 
 def group(name: str) -> str:

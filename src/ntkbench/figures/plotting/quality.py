@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from ntkbench import metrics
 from ntkbench.figures.plotting import base, labels
 
 ERROR, WARNING, NOTE, PASSED = SEVERITIES = ("error", "warning", "note", "passed")
@@ -24,6 +25,10 @@ NOISY = 0.5
 """Quartile range of the seconds of a cell, relative to their median, above which its timing is noisy."""
 FEWEST = 3
 """Minimum number of timed calls for meaningful quartiles."""
+SHUFFLED = 8, 4, 64
+"""Samples, outputs and parameters of the kernel of the control."""
+ROUNDING = 1e-5
+"""Median error below which an estimate is exact to rounding, so that its intervals may all hold."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def checks(table: pd.DataFrame) -> list[Check]:
     """
     known = [name for name in ("value", "reference", "covered", "calls") if name in table]
     table = table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in known})
-    found = [_missing(table), _exact(table), _control(table), _coverage(table), _timings(table), _code(table)]
+    found = [_missing(table), _exact(table), _control(table), _shuffled(table), _coverage(table), _timings(table)]
+    found.append(_code(table))
     return sorted(found, key=lambda check: SEVERITIES.index(check.severity))
 
 
@@ -98,6 +104,44 @@ def _control(table: pd.DataFrame) -> Check:
     return Check(PASSED if seen == len(exchanged) else ERROR, "Control: references of other problems", text)
 
 
+def _shuffled(table: pd.DataFrame) -> Check:
+    """The same check on a kernel that is known, in float32, and on it with its samples shuffled on one side.
+
+    The norm is the same for both, so that it does not show a kernel of shuffled samples.
+    """
+    title = "Control: an exact kernel and a shuffled one"
+    there = [name for name in base.metrics_in(table) if name in metrics.METRICS]
+    samples, outputs, parameters = SHUFFLED
+    rng = np.random.default_rng(0)
+    jacobians = rng.standard_normal((2, samples * outputs, parameters))
+    jacobians[1] += jacobians[0]
+    theta, theta_f = (jacobian @ jacobian.T for jacobian in jacobians)
+    order = np.arange(samples * outputs).reshape(samples, outputs)[np.roll(np.arange(samples), 1)].ravel()
+    known, right, wrong = (
+        metrics.from_gram(*pair)
+        for pair in (
+            (theta, theta_f),
+            (theta.astype(np.float32), theta_f.astype(np.float32)),
+            (theta[order], theta_f),
+        )
+    )
+    values = [[float(found.metric(name)) for name in there] for found in (right, wrong)]
+    references = pd.Series([float(known.metric(name)) for name in there], dtype=float)
+    agree, caught = (
+        ~_is_off(pd.DataFrame({"value": found, "dtype": "float32"}), references).to_numpy(bool) for found in values
+    )
+    blind = [name for name, same in zip(there, caught, strict=True) if same]
+    kinds = _compared(table).groupby("problem")["metric"].agg(set)
+    unseen = tuple(str(problem) for problem, measured in kinds.items() if measured <= {*blind})
+    text = (
+        f"Of {len(there)} metrics, {agree.sum()} agree with a known kernel in float32, and {(~caught).sum()} disagree "
+        "with it if its samples are shuffled on one side"
+        + (f" (not {', '.join(blind)}, the only metric of {len(unseen)} problems)" if blind else "")
+    )
+    right_kernel = agree.all() and set(blind) <= {"norm"}
+    return Check(ERROR if not right_kernel else NOTE if unseen else PASSED, title, f"{text}.", unseen)
+
+
 def _compared(table: pd.DataFrame) -> pd.DataFrame:
     columns = ["value", "reference", "error"]
     if not set(columns) <= set(table):
@@ -119,21 +163,25 @@ def _coverage(table: pd.DataFrame) -> Check:
         return Check(NOTE, title, "The table has no intervals.")
     hits = (rows["covered"] * rows["seeds"]).round().astype(int)
     limit = UNLIKELY / len(rows)
-    chances = [
-        binomtest(int(hit), int(seeds), CONFIDENCE, "less").pvalue
-        for hit, seeds in zip(hits, rows["seeds"], strict=True)
-    ]
-    low = rows[np.array(chances) < limit]
+    rare = np.array(
+        [
+            binomtest(int(hit), int(seeds), CONFIDENCE).pvalue < limit
+            for hit, seeds in zip(hits, rows["seeds"], strict=True)
+        ]
+    )
+    low = rows[rare & (rows["covered"] < CONFIDENCE)]
+    high = rows[rare & (rows["covered"] > CONFIDENCE) & ~(rows["error"] < ROUNDING)]
     share = hits.sum() / rows["seeds"].sum()
     text = (
-        f"{labels.share_label(share)} of {int(rows['seeds'].sum())} intervals contain the reference. "
-        f"Coverage is lower than chance explains in {len(low)} of {len(rows)} cells."
+        f"{labels.share_label(share)} of {int(rows['seeds'].sum())} intervals contain the reference. Coverage is lower "
+        f"than chance explains in {len(low)} of {len(rows)} cells, and higher in {len(high)}."
     )
     cases = tuple(
         f"{case}: {labels.share_label(covered)} of {seeds:g}"
-        for case, covered, seeds in zip(_cases(low), low["covered"], low["seeds"], strict=True)
+        for out in (low, high)
+        for case, covered, seeds in zip(_cases(out), out["covered"], out["seeds"], strict=True)
     )
-    return Check(WARNING if len(low) else PASSED, title, text, cases)
+    return Check(WARNING if len(low) + len(high) else PASSED, title, text, cases)
 
 
 def _timings(table: pd.DataFrame) -> Check:

@@ -17,8 +17,7 @@ TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 RULE = (
     "A method's time is where a law fitted to all its measured budgets crosses the tolerance, without extrapolation "
     "(errors fall at least as fast as 1 / sqrt(passes), and seconds grow with passes). It is an upper bound "
-    "('at most') if the error at the smallest budget is below a third of the tolerance. Its 95 % band and its number "
-    "of seeds are in the CSV."
+    "('at most') if the error at the smallest budget is below a third of the tolerance."
 )
 """How a method's time is derived, for captions."""
 SURE = 0.95
@@ -120,6 +119,9 @@ def winners(
 ) -> pd.DataFrame:
     """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower.
 
+    ``lead_of_kind`` is the same for methods of other kinds, and ``fastest_of_kind`` is the share of reruns in which a
+    method of this kind is the fastest.
+
     Args:
         table: as for :func:`solutions`, with the other arguments.
         tolerances: as for it.
@@ -127,43 +129,25 @@ def winners(
     """
     solved = solutions(table, tolerances, drift)
     if not len(solved):
-        return solved.assign(lead=pd.Series(dtype=float))
+        return solved.assign(**dict.fromkeys(("lead", "lead_of_kind", "fastest_of_kind"), pd.Series(dtype=float)))
     found = []
     for _, rows in solved.groupby(TASK):
         first = rows.loc[rows["seconds"].idxmin()]
-        others = rows.loc[rows["method"] != first["method"], "seconds"]
-        found.append(first.to_dict() | {"lead": others.min() / first["seconds"]})
+        others, same = rows["method"] != first["method"], rows["kind"] == first["kind"]
+        found.append(
+            first.to_dict()
+            | {
+                "lead": rows.loc[others, "seconds"].min() / first["seconds"],
+                "lead_of_kind": rows.loc[~same, "seconds"].min() / first["seconds"],
+                "fastest_of_kind": rows.loc[same, "fastest"].sum(),
+            }
+        )
     order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
     chosen = pd.DataFrame(found)
     place = chosen["metric"].map(order), chosen["tolerance"].map(list(tolerances).index)
     chosen = chosen.assign(_metric=place[0], _tolerance=place[1])
     chosen = chosen.sort_values(["_metric", "n", "P", "problem", "setting", "_tolerance"])
     return chosen.drop(columns=["_metric", "_tolerance"]).reset_index(drop=True)
-
-
-def ratios(solved: pd.DataFrame) -> pd.Series:
-    """Seconds over those of the fastest on the same task."""
-    return solved["seconds"] / solved.groupby(TASK)["seconds"].transform("min")
-
-
-def shares(solved: pd.DataFrame, factors: np.ndarray) -> pd.DataFrame:
-    """Performance profiles (Dolan and More 2002): the share of tasks solved within a factor of the fastest.
-
-    A task that a method does not solve, or was not measured on, counts as not solved; tasks that nobody solves do not
-    count.
-
-    Returns:
-        one row for each method, backend and factor.
-    """
-    tasks = len(solved.drop_duplicates(TASK))
-    ratio = ratios(solved)
-    columns = ["method", "backend", "title", "kind", "factor", "share", "tasks"]
-    made = []
-    for (method, backend), own in solved.groupby(["method", "backend"]):
-        within = np.searchsorted(np.sort(ratio[own.index]), factors, side="right")
-        named = {"method": method, "backend": backend, "title": own["title"].iloc[0], "kind": own["kind"].iloc[0]}
-        made.append(pd.DataFrame({**named, "factor": factors, "share": within / tasks, "tasks": tasks}))
-    return pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=columns)
 
 
 def label(panel: Axes, words: str, places: Sequence[tuple[float, float]], taken: list[tuple[float, float]]) -> None:

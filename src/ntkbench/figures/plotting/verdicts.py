@@ -143,9 +143,7 @@ def _caption(table: pd.DataFrame) -> str:
     counts = table["verdict"].value_counts()
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
     return (
-        "Each dot is the measured value over a published number or a theoretical exponent, with its interval (95 %, "
-        "quartiles, or the range over cases, see the table). A number is reproduced if the whole interval is in the "
-        "band: a factor of 2 for magnitudes, less for exponents, accuracies and traces. The factor for exponents was "
-        "chosen after the data were seen. Open dots: another network, data set or hardware. Verdicts of all "
-        f"{len(table)} claims: {said}."
+        "Measured value over a published number or a theoretical exponent, with its interval. A number is reproduced "
+        "if the whole interval is in the band: a factor of 2, less for exponents (chosen after the data were seen), "
+        f"accuracies and traces. Open: another network, data set or hardware. All {len(table)} claims: {said}."
     )
