@@ -229,11 +229,11 @@ class _Search:
             return self.tried(name, limit)
         except OthersAreCheaper as stopped:
             self._spent += stopped.passes
-            self.given_up[name] = self._work(step, float(stopped.probes))
+            self.given_up[name] = self._work(methods.stochastic(name), stopped.probes)
             best = min(self.given_up, key=self.given_up.__getitem__)
             cheaper = stopped.cheaper if best == name else best
             self.remarks.append(f"{stopped.passes:g} passes of {name} came first: {cheaper} seemed to be cheaper")
-            return None if best == name else self.tried(best)
+            return self.tried(best) if len(self.given_up) > 1 else None
         except Dearer as error:
             self.remarks.append(f"passed over {name}: {error}")
             self.exact[name] = max(needed, error.passes)
