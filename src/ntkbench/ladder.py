@@ -38,10 +38,8 @@ EXACT = {
         "batched_jacobian",
     ),
 }
-"""Exact methods in the order in which ``method="auto"`` tries them: the first that applies is the cheapest, except that
-the Gram matrix of parameters comes first where it is the smaller one."""
-
-BY_PARAMETERS = "parameter_gram"
+"""Exact methods of ``method="auto"``, tried in the order of their operations (see :func:`work`), and in this one where
+these are equal."""
 
 HEAD, NARROW = "wide_head", 0.5
 """Used if it takes at most this share of the passes of the whole network: its set-up and certificate are separate."""
@@ -57,7 +55,7 @@ better than to this factor."""
 CLOSE = 1.25
 """The same where both are within a tolerance."""
 
-HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
+HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", "parameter_gram", "nt_structured_derivatives")
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
 
 SURELY = 4.0
@@ -438,11 +436,8 @@ def choices(
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
     """The exact methods that apply, the one of the fewest operations first, with their passes if everything fits."""
     ends = len(metrics.parameter_sets(metric))
-    names = list(EXACT[target.backend])
-    if problem.n > problem.P:
-        names.sort(key=lambda name: name != BY_PARAMETERS)
     found = {}
-    for name in names:
+    for name in EXACT[target.backend]:
         method = methods.get(name)
         # The trace uses every row once; other metrics recompute rows for every pair of blocks that does not fit.
         fits = (
