@@ -218,7 +218,7 @@ class _Search:
             found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stopping)
         except ExactIsCheaper as stopped:
             self._spent += stopped.passes
-            why = f"rtol={options.rtol:g} seemed to need more passes than exact values"
+            why = f"rtol={options.rtol:g} seemed to cost more than exact values"
             self.remarks.append(f"{self._spent:g} passes of {name} came first: {why}")
             left -= stopped.passes
             for other in [other for other, passes in self.exact.items() if passes <= left]:
