@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import ladder, methods, problems
+from ntkbench import ladder, methods, operations, problems
 from ntkbench.errors import NtkbenchError
+from ntkbench.methods.base import WORTH, Incremental
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -24,9 +25,10 @@ MARGIN = 1.5
 """Ratio of root mean square errors over a few seeds that counts as a difference."""
 CHEAPER = 1.1
 """Ratio of passes that counts as a difference; methods round budgets down."""
-STEPS = 2.0
-"""The same on the way to a tolerance: probes are added by up to as many as there are, and exact values may come after
-some."""
+STEPS = 1.25
+"""The same on the way to a tolerance, where exact values may come after some probes."""
+EQUAL = 2.5
+"""Ratio of errors at equal passes: nothing is known about the spectrum when a method is chosen."""
 ROUNDING = 1e-9
 
 
@@ -86,11 +88,26 @@ def case(name):
 
 def runs(name, metric, seeds=SEEDS, rtol=None, **wishes):
     kernel, other, exact = case(name)
-    arguments = (other,) if metric == "alignment" else ()
-    found = [getattr(kernel, metric)(*arguments, seed=seed, rtol=rtol, **wishes) for seed in range(seeds)]
+    found = [
+        getattr(kernel, metric)(*arguments(other, metric), seed=seed, rtol=rtol, **wishes) for seed in range(seeds)
+    ]
     errors = np.array([float(each) / exact[metric] - 1 for each in found])
     reached = rtol is None or all(each.relative_width() <= rtol for each in found)
     return Runs(float(np.sqrt(np.mean(errors**2))), float(np.mean([each.passes for each in found])), reached)
+
+
+TARGET = Target(dtype="float64", device="cpu")
+
+
+def arguments(other, metric):
+    return (other,) if metric == "alignment" else ()
+
+
+def cheapest(kernel, other, metric):
+    """The passes of the exact method that takes the fewest."""
+    weights = {key: w.numpy() for key, w in other.items()}
+    problem = dataclasses.replace(kernel.problem, theta_f=weights)
+    return min(ladder.exact_methods(problem, metric, TARGET).values())
 
 
 def dominated(ours, rival, ratio):
@@ -117,28 +134,60 @@ def test_auto_is_never_both_less_accurate_and_costlier_than_another_method(name,
                 assert not dominated(ours, rival, ratio), (rtol, method.name, ours, rival)
 
 
-@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank"])
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
+def test_at_equal_passes_no_other_method_is_much_more_accurate(name, metric):
+    """With a budget that the exact value just exceeds."""
+    if (name, metric) == ("interacting", "trace"):
+        pytest.xfail("sketches with as many columns as half of the parameters have all of this kernel's eigenvectors")
+    kernel, other, _ = case(name)
+    budget = int(cheapest(kernel, other, metric)) - 1
+    ours = runs(name, metric, passes=budget)
+    assert ours.passes <= budget
+    for method in map(methods.get, methods.names()):
+        if method.kind == "stochastic" and "torch" in method.backends:
+            with contextlib.suppress(NtkbenchError):  # it does not serve here
+                rival = runs(name, metric, passes=budget, method=method.name)
+                assert ours.error <= EQUAL * rival.error + ROUNDING, (method.name, ours, rival)
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_default_never_takes_more_passes_than_the_exact_value(name, metric):
+    kernel, other, _ = case(name)
+    found = getattr(kernel, metric)(*arguments(other, metric))
+    assert found.passes <= cheapest(kernel, other, metric)
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
 @pytest.mark.parametrize("rtol", [0.3, 0.05, 0.001])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rtol, metric):
-    kernel, *_ = case(name)
-    cheapest = min(ladder.exact_methods(kernel.problem, metric, Target(dtype="float64", device="cpu")).values())
-    found = getattr(kernel, metric)(rtol=rtol)
+    """A run that turns exact has had its first look, and then as many passes at most as it is worth going on for."""
+    kernel, other, _ = case(name)
+    found = getattr(kernel, metric)(*arguments(other, metric), rtol=rtol)
     assert found.relative_width() <= rtol
-    # A run that turns exact has spent less than the exact value costs before.
-    assert found.passes <= 2 * cheapest + 64
-    if not found.standard_error and found.passes > cheapest:
+    exact = cheapest(kernel, other, metric)
+    looks = [
+        method.cost(metric, method.probes_to_decide(kernel.problem, metric))
+        for method in map(methods.get, ladder._estimators(kernel.problem, metric, TARGET))
+        if isinstance(method, Incremental)
+    ]
+    assert found.passes <= (1 + WORTH) * exact + looks[0]
+    if not found.standard_error and found.passes > exact:
         assert any("came first: rtol=" in note for note in found.notes)
 
 
 def test_an_exact_method_that_turns_out_not_to_apply_leaves_a_reliable_estimate_within_the_budget():
-    """By its sizes the last layer is a wide head of 8 passes: a run is given up for it, and begun again."""
-    model, x = network(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 640), nn.Tanh()), 24, 4)
-    kernel = ntkbench.Kernel(model, x)
+    """By its sizes the last layer is a wide head of 32 passes: a run is given up for it, and begun again."""
+    model, x = network(lambda: nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 640), nn.Tanh()), 24, 4)
+    kernel, given_up = ntkbench.Kernel(model, x), 0
     for seed in range(10):
-        found = kernel.norm(rtol=0.15, passes=60, seed=seed)
-        assert "came first" in " ".join(found.notes) and found.passes <= 60
-        assert found.degrees >= 60
+        found = kernel.norm(rtol=0.05, passes=60, seed=seed)
+        given_up += "came first" in " ".join(found.notes)
+        assert found.passes <= 60 and found.degrees >= 60
+    assert given_up >= 5
 
 
 def test_ten_samples_with_seventy_outputs_are_exact():
@@ -158,7 +207,8 @@ def test_ten_samples_with_seventy_outputs_are_exact():
         (64, 2048, "norm", 0.01, True),
         (64, 2048, "effective_rank", 0.01, True),
         (32, 2048, "norm", 0.01, True),
-        (32, 2048, "alignment", 0.01, True),
+        (32, 2048, "alignment", 0.01, False),
+        (32, 2048, "alignment", 0.005, True),
         (64, 2048, "alignment", 0.1, False),
         (4, 2048, "norm", 0.1, True),
         (4, 2048, "alignment", 0.1, True),
@@ -243,6 +293,35 @@ def test_a_recurrent_network_turns_to_pooled_probes_where_group_statistics_need_
     assert min(exact.values()) > min(ladder.exact_methods(problem, "trace", target).values())
 
 
+def test_a_method_that_was_given_up_is_taken_up_again_where_the_next_one_needs_far_more(monkeypatch):
+    monkeypatch.setattr(ladder, "exact_methods", lambda *_: {})
+    problem = recurrent(8)
+    kernel = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x))
+    assert kernel.norm(rtol=0.03).method == "hutchinson"
+    of_pass = ladder._work_of_pass
+
+    def far_more(problem, method):
+        return of_pass(problem, method) * (1000 if method.name == "hutchinson" else 1)
+
+    monkeypatch.setattr(ladder, "_work_of_pass", far_more)
+    found = kernel.norm(rtol=0.03)
+    assert found.method == "group_u_statistics" and found.relative_width() <= 0.03
+    assert any("of hutchinson came first: group_u_statistics seemed to be cheaper" in note for note in found.notes)
+    assert len(found.notes) == 2, "each is given up once"
+
+
+@pytest.mark.parametrize(("N", "finite"), [(2, True), (64, False)])
+def test_kernels_of_few_samples_with_many_positions_are_worth_few_probes(N, finite):
+    layers = nn.Sequential(nn.Conv1d(4, 64, 3), nn.Tanh(), nn.Conv1d(64, 8, 3))
+    problem = ntkbench.Kernel(layers, torch.randn(N, 4, 20)).problem
+    method = methods.get("structured_block_u_statistics")
+    most = method.worthwhile_probes(problem)
+    assert math.isfinite(most) == finite
+    if finite:
+        below, above = (method.products(problem, "norm", K) / K for K in (most - 1, most))
+        assert below <= 8 * operations.of_pass_by_layers(problem) < above
+
+
 def test_group_statistics_are_taken_up_again_where_nothing_else_works(monkeypatch):
     problem = recurrent(8)
     alone = lambda *_: ["group_u_statistics"]  # noqa: E731
@@ -263,28 +342,49 @@ class Counted(torch.nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("layers", "shape", "reuse"),
+    ("layers", "shape", "multiplications"),
     [
-        (lambda: [torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3)], (5, 30), (1, 1)),
-        (lambda: [torch.nn.Conv1d(4, 8, 3, bias=False)], (2, 4, 22), (20, 20)),
-        (lambda: [torch.nn.Linear(30, 40, bias=False)], (5, 7, 30), (7, 7)),
-        (lambda: [torch.nn.GRU(3, 4, batch_first=True)], (2, 9, 3), (6, 9)),
-        (lambda: [Counted(30, 40)], (5, 7, 30), (1, 1)),
-        (lambda: [torch.nn.Embedding(100, 2)], (5, 7), (1, 1)),
+        (lambda: [nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3)], (5, 30), 5 * (30 * 40 + 40 + 40 * 3 + 3)),
+        (lambda: [nn.Conv1d(4, 8, 3, bias=False)], (2, 4, 22), 2 * 20 * 96),
+        (lambda: [nn.ConvTranspose1d(4, 8, 3, bias=False)], (2, 4, 22), 2 * 22 * 96),
+        (lambda: [nn.Conv1d(4, 8, 3, groups=2, bias=False)], (2, 4, 22), 2 * 20 * 48),
+        (lambda: [nn.Linear(30, 40, bias=False)], (5, 7, 30), 5 * 7 * 1200),
+        (lambda: [Counted(30, 40)], (5, 7, 30), 5 * 1240),
+        (lambda: [nn.Embedding(100, 2)], (5, 7), 5 * 200),
     ],
 )
-def test_weights_are_used_once_at_each_position(layers, shape, reuse):
-    """By the multiplications of a forward pass on shapes, all samples together."""
+def test_multiplications_of_a_forward_pass_are_counted_on_shapes(layers, shape, multiplications):
+    """At least one for each parameter and sample, biases included; exactly those of the weights where they are more."""
     layers = layers()
-    model = layers[0] if len(layers) == 1 else torch.nn.Sequential(*layers)
-    x = torch.zeros(shape, dtype=torch.long) if isinstance(model, torch.nn.Embedding) else torch.randn(shape)
-    call = (lambda m, x: m(x)[0]) if isinstance(model, torch.nn.GRU) else None
-    kernel = ntkbench.Kernel(model, x) if call is None else ntkbench.Kernel(model, x, call=call)
-    assert reuse[0] <= ladder.reuse(kernel.problem) <= reuse[1]
+    model = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    x = torch.zeros(shape, dtype=torch.long) if isinstance(model, nn.Embedding) else torch.randn(shape)
+    problem = ntkbench.Kernel(model, x).problem
+    assert operations.count(problem).multiplications == multiplications
+    assert operations.of_pass(problem) == 4 * multiplications
+
+
+def test_operations_of_kernels_are_those_of_the_cheaper_order_of_summation():
+    layers = nn.Sequential(nn.Linear(30, 40, bias=False), nn.Tanh(), nn.Linear(40, 3, bias=False))
+    problem = ntkbench.Kernel(layers, torch.randn(5, 30)).problem
+    pairwise = 5**2 * (30 + 2**2 * 40 + 40 + 2**2 * 3)
+    assert operations.of_kernel(problem, 2) == pairwise
+    wide = ntkbench.Kernel(nn.Conv1d(1, 2, 3, bias=False), torch.randn(4, 1, 100)).problem
+    assert operations.count(wide).layers == (operations.Layer(1, 2, 3, 98),)
+    explicit = 6 * 4 * 5 * (2 * 98 + 4 * 5)
+    assert operations.of_kernel(wide, 5) == explicit
+    assert operations.by_layers(wide, "alignment", 10) == 2 * explicit
+    assert operations.by_layers(wide, "norm", 10, most=5) == 2 * explicit, "two kernels of five directions each"
+
+
+def test_a_recurrence_uses_its_weights_at_each_step():
+    problem = ntkbench.from_recurrent(nn.GRU(3, 4, batch_first=True), torch.randn(2, 9, 3))
+    assert operations.of_pass(problem) == 6 * 2 * 9 * problem.P
+    assert set(operations.count(problem).layers) == {(1, 12, 3, 9), (1, 12, 4, 9)}
 
 
 def test_a_function_in_jax_counts_as_a_network_that_uses_weights_once():
     import jax.numpy as jnp
 
     problem = ntkbench.from_function(lambda w, x: x @ w["w"], jnp.ones((4, 5, 3)), {"w": jnp.ones((3, 2))})
-    assert ladder.reuse(problem) == 1
+    assert operations.of_pass(problem) == 4 * 4 * problem.P
+    assert operations.of_kernel(problem, 2) == operations.of_rows(8, problem.P)

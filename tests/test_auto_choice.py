@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
+import pandas as pd
 import pytest
 
-from ntkbench import methods
+from ntkbench import methods, paths, readme
 from ntkbench.errors import Unavailable
 from ntkbench.studies import auto_choice
 
@@ -43,6 +45,39 @@ def test_ratios_are_to_the_calls_of_auto(table):
     for _, task in timed.groupby(["problem", "metric"]):
         (fastest,) = task[task["fastest"] == True].index  # noqa: E712 - an object column
         assert task.loc[fastest, "seconds"] == task["seconds"].min()
+
+
+def test_ratios_are_those_of_calls_in_the_same_turn():
+    rows = [{"method": name} for name in ("auto", "slow", "fast", "untimed")]
+    auto_choice._add_ratios(rows, [[2.0, 4.0, 6.0], [4.0, 4.0, 4.0], [1.0, 2.0, 2.0], []])
+    assert "ratio" not in rows[0] and "ratio" not in rows[3]
+    assert [rows[1][key] for key in ("ratio", "ratio_q25", "ratio_q75")] == [1.0, 0.75, 1.25]
+    assert [rows[2][key] for key in ("ratio", "ratio_q25", "ratio_q75")] == [2.0, 2.0, 2.5]
+    assert (rows[1]["fastest"], rows[2]["fastest"]) == (False, True)
+
+
+def test_the_share_of_tasks_on_the_page_is_that_of_the_committed_table():
+    """Counted here from seconds and widths alone, task by task."""
+    table = pd.read_csv(paths.REFERENCE / f"{readme.AUTO_CHOICE}.csv")
+    tasks = within = 0
+    for (_, _, rtol), task in table.groupby(["problem", "metric", "rtol"]):
+        if set(task["status"]) == {"skipped"}:
+            continue
+        tasks += 1
+        auto, others = task[task["method"] == "auto"].iloc[0], task[task["ratio"].notna()]
+        assert (others["relative_width"] <= rtol).all() and "auto" not in set(others["method"])
+        reached = auto["status"] == "ok" and auto["relative_width"] <= rtol
+        if not len(others):
+            within += reached
+            continue
+        fastest = others.loc[others["seconds"].idxmin()]
+        assert fastest["fastest"] == True and others["fastest"].eq(True).sum() == 1  # noqa: E712 - an object column
+        assert fastest["ratio_q25"] <= fastest["ratio"] <= fastest["ratio_q75"]
+        assert 1 / 2 < fastest["ratio"] * fastest["seconds"] / auto["seconds"] < 2, "calls take turns"
+        within += reached and fastest["ratio"] <= readme.CLOSE
+    page = (paths.ROOT / "docs" / "measured.md").read_text()
+    stated = re.search(r"\| all \| (\d+) \| (\d+) \| \d+ \| \d+ \| [\d.]+ \| [\d.]+ \(", page)
+    assert (tasks, within) == tuple(map(int, stated.groups()))
 
 
 def test_what_takes_no_part_has_its_reason(table):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ntkbench
-from ntkbench import cost, errors, methods
+from ntkbench import cost, errors, methods, operations
 from ntkbench.cost import samples, stand_in
 from ntkbench.cost.costs import Cost, Costs
 from ntkbench.cost.pilot import Pilot, pilot
@@ -47,6 +47,7 @@ def test_predicted_passes_and_budgets_are_those_of_an_estimate(problem, predicte
     assert found.passes == pytest.approx(estimate.passes)
     assert (found.budget is None) == (method.kind != "stochastic")
     assert (found.error == 0) == (method.kind == "exact")
+    assert found.operations == method.operations(problem, "trace", found.passes) > 0
 
 
 def test_predicted_bytes_are_the_largest_block_or_what_a_method_says(problem, predicted):
@@ -211,6 +212,51 @@ def test_rates_grow_with_the_size(problem):
         assert 0 < small < large < math.inf
 
 
+class Steps:
+    """A clock that advances by the same time whenever it is read."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@pytest.mark.parametrize("name", ["one_sided_reverse", "direct"])
+def test_seconds_are_those_of_the_products_on_a_clock(problem, monkeypatch, name):
+    """Each product takes one step of the clock: the prediction is a number of steps, whatever the machine does."""
+    clock = Steps(1e-3)
+    for module in ("rates", "stand_in", "predict"):
+        monkeypatch.setattr(importlib.import_module(f"ntkbench.cost.{module}").time, "perf_counter", clock)
+    (found,) = cost.predict(problem, "trace", TARGET, rtol=0.2, names=(name,))
+    sizes = {"one_sided_reverse": [found.passes], "direct": [found.passes / 2] * 2}[name]
+    # Blocks of up to 64 passes are measured, each one step; larger ones take as long for each pass.
+    products = sum(1e-3 * max(1.0, size / 64) for size in sizes)
+    assert products <= found.seconds <= products + 4e-3, "and a few steps of the forward pass and of other work"
+
+
+def test_a_product_that_would_take_too_long_is_not_measured(problem):
+    (j,) = PreparedProblem(problem, TARGET).jacobians("trace")
+    assert len(Rates(j)._measured("vjp")[0]) == 4
+    assert list(Rates(j, lambda passes: passes)._measured("vjp")[0]) == [1]
+
+
+def test_operations_are_those_of_passes_and_of_products(problem):
+    N, n, P = problem.N, problem.n, problem.P
+    assert operations.of_pass(problem) == 4 * N * P
+    exact = methods.get("jacobian_contraction")
+    assert exact.operations(problem, "trace", problem.O) == 4 * N * P * problem.O
+    assert exact.operations(problem, "norm", problem.O) == 4 * N * P * problem.O + n**2 * P
+    assert exact.operations(problem, "alignment", 10) == 4 * N * P * 10 + 2 * n**2 * P
+    pairs = methods.get("block_u_statistics")
+    assert pairs.operations(problem, "norm", 6) == 4 * N * P * 6 + (6 * N) ** 2 * P
+    by_layers = methods.get("structured_derivatives")
+    kernel = sum(N**2 * (D + problem.O**2 * C) for D, C in ((6, 12), (12, 5)))
+    assert by_layers.operations(problem, "norm", problem.O) == 2 * N * P * problem.O + kernel
+    assert methods.get("hutchinson").operations(problem, "norm", 32) == 32 * 4 * N * P
+
+
 def test_a_quadratic_is_extrapolated():
     assert samples.extrapolated([(2, 1 + 8.0), (8, 1 + 128.0), (32, 1 + 2048.0)], 64) == pytest.approx(8193, rel=1e-6)
     assert samples.extrapolated([(2, 5.0), (8, 3.0)], 8) == 3.0
@@ -221,7 +267,7 @@ def test_a_table_has_the_best_first_and_its_code():
         [
             Cost("slow", "exact", 10, 2.0, 2**20, 0.0, 0.0),
             Cost("rough", "stochastic", 64, 0.1, 2**10, 0.2, 0.4, 64),
-            Cost("fast", "stochastic", 640, 1.0, 2**31, 0.004, 0.009, 640, accepts_rtol=True),
+            Cost("fast", "stochastic", 640, 1.0, 2**31, 0.004, 0.009, 640, accepts_rtol=True, operations=2.53e9),
             Cost("biased", "approximate", 1, 0.01, None, 0.001, 0.001),
             Cost("none", "exact", reason="samples interact"),
         ],
@@ -232,8 +278,8 @@ def test_a_table_has_the_best_first_and_its_code():
     assert [each.method for each in costs] == ["fast", "slow", "biased", "rough", "none"]
     assert costs.code('device="cpu"') == 'ntkbench.norm(model, inputs, method="fast", rtol=0.01, device="cpu")'
     lines = repr(costs).splitlines()
-    assert lines[0].split() == ["method", "kind", "passes", "seconds", "memory", "error"]
-    assert lines[1].split() == ["fast", "stochastic", "640", "1", "s", "2", "GiB", "0.4", "%"]
+    assert lines[0].split() == ["method", "kind", "passes", "operations", "seconds", "memory", "error"]
+    assert lines[1].split() == ["fast", "stochastic", "640", "2.5e+09", "1", "s", "2", "GiB", "0.4", "%"]
     assert lines[3].endswith("has a bias") and lines[4].endswith("over rtol=0.01")
     assert lines[5].endswith("samples interact") and lines[6] == "a note"
     surer = Costs([*costs], "norm", 0.01, confidence=0.99)

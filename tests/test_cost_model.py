@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from ntkbench import figures, studies
+from ntkbench import figures, methods, problems, studies
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base
 from ntkbench.studies import cost_model
@@ -26,6 +26,9 @@ def test_a_row_has_what_was_predicted_beside_what_was_measured(table):
     assert set(table["method"]) == set(NAMES) - {"xtrace"}, "xtrace gives no norm"
     assert set(table["status"]) == {"ok"}, table["reason"].tolist()
     assert table["predicted_passes"].tolist() == pytest.approx(table["passes_spent"].tolist())
+    problem = problems.load(SMALL)
+    expected = [methods.get(row.method).operations(problem, "norm", row.passes_spent) for row in table.itertuples()]
+    assert table["predicted_operations"].tolist() == pytest.approx(expected)
 
 
 def test_bytes_are_those_of_the_process_where_they_are_many(table):

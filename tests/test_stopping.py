@@ -15,7 +15,7 @@ from scipy.special import chdtri
 import ntkbench
 from ntkbench import methods
 from ntkbench.estimators.accumulators import ProbeMeans, StratifiedTrace
-from ntkbench.methods.base import ExactIsCheaper, Incremental, stochastic
+from ntkbench.methods.base import ExactIsCheaper, Incremental, Stopping, stochastic
 
 RTOL, SEEDS = 0.1, 1000
 
@@ -76,7 +76,7 @@ def test_a_run_that_is_given_up_for_exact_values_gives_no_estimate():
     """Its error did not decide, even if it is within the tolerance by chance."""
     for seed in range(20):
         with pytest.raises(ExactIsCheaper) as stopped:
-            Drawn(LAWS["normal"], 0.05, 1).estimates(None, ("trace",), 1000, seed, RTOL, exact_passes=20)
+            Drawn(LAWS["normal"], 0.05, 1).estimates(None, ("trace",), 1000, seed, RTOL, stopping=Stopping(20, 20))
         assert stopped.value.passes == 4
 
 
@@ -127,13 +127,15 @@ def test_a_run_is_given_up_where_it_would_take_half_of_the_exact_values_passes(p
     for seed in range(50):
         method = Drawn(LAWS["normal"], deviation, 1)
         try:
-            method.estimates(None, ("trace",), passes, seed, RTOL, exact_passes=40)
+            method.estimates(None, ("trace",), passes, seed, RTOL, stopping=Stopping(40, 40))
         except ExactIsCheaper:
             given_up += 1
     assert given_up > 40 if turns else given_up == 0
     kept = 0
     for seed in range(50):
-        found = Drawn(LAWS["normal"], deviation, 1).estimates(None, ("trace",), 10**4, seed, RTOL, exact_passes=4000)
+        found = Drawn(LAWS["normal"], deviation, 1).estimates(
+            None, ("trace",), 10**4, seed, RTOL, stopping=Stopping(4000, 4000)
+        )
         kept += found["trace"].relative_width() <= RTOL
     assert kept == 50
 

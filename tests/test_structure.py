@@ -18,7 +18,7 @@ FLOORS = (
     ("ambient", "errors", "factory", "modules", "options", "outside", "paths", "progress_bar", "registry", "units"),
     ("estimate", "problem", "metrics"),
     ("operators",),
-    ("layerwise", "estimators"),
+    ("layerwise", "estimators", "operations"),
     ("networks", "data"),
     ("problems",),
     ("methods",),

@@ -130,14 +130,15 @@ def ntk(
 def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr Theta of a network at its current weights, Theta = J J^T with J the Jacobian of all outputs.
 
-    ``method="auto"`` uses an exact method if it takes no more passes than the estimate would, within ``memory``, and an
-    estimator otherwise. The exact methods are
+    ``method="auto"`` uses an exact method if it takes no more passes and not clearly more operations than the estimate
+    would, within ``memory``, and an estimator otherwise. Operations are counted on shapes and nothing is timed, so that
+    the choice is always the same. The exact methods, of which the one of the fewest operations comes first, are
 
     - ``recurrent_exact_trace``, if the network declares its recurrence;
     - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs (plus
       distinct tokens, if the layer is also the embedding);
     - ``structured_derivatives`` and ``jacobian_contraction``, for independent samples, which take O passes;
-    - ``parameter_gram``, which comes first if there are fewer parameters than outputs;
+    - ``parameter_gram``, for few parameters and many outputs;
     - ``batched_jacobian`` and ``naive_jacobian``, for interacting samples, which take min(n, P) and n passes.
 
     The estimators for independent samples are
@@ -152,11 +153,13 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     ``rtol``, and where it does not fit), and ``gram_reverse``. Traces are estimated on the side with fewer dimensions:
     outputs or parameters.
 
-    With ``rtol`` an exact method takes over as soon as the remaining probes would take more than half of its passes. It
-    comes first if the estimate is expected to take as long: if a batch is so small that a reliable standard error takes
-    more passes, if the tolerance is tight, and for traces of small networks.
-    Methods are tried one after another, and one that fails on the network is skipped. ``Estimate.method`` names the
-    method that was used, and ``Estimate.notes`` say why others were not.
+    With ``rtol`` an exact method takes over as soon as the remaining probes would cost more than half as much. It comes
+    first if the estimate is expected to cost as much: if a batch is so small that a reliable standard error takes more
+    passes, if the tolerance is tight, and for traces of small networks. Block U-statistics give way to ``hutchinson``
+    where inner products of gradients would take most of the time, and are taken up again if that turns out to need far
+    more.
+    Methods are tried in turn, and one that fails on the network is skipped. ``Estimate.method`` names the method
+    that was used, and ``Estimate.notes`` says why others were not.
 
     Every method is certified by plain ``backward`` of the unmodified network over the whole batch. A method whose
     gradients differ by more than the square root of the machine epsilon is skipped. ``Estimate.certificate`` is the

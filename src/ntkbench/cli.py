@@ -125,7 +125,7 @@ Examples:
 @_of_a_network
 @click.option("--rtol", type=float, default=0.01, show_default=True, help="Tolerated relative error.")
 def recommend(factory: str, other: str | None, metric: str, rtol: float, **setup: Any) -> None:
-    """Predict passes, seconds, memory and error of each method for a network.
+    """Predict passes, operations, seconds, memory and error of each method for a network.
 
     MODULE:FUNCTION is a function without arguments that returns (model, inputs) or (model, inputs, call), as
     ntkbench.Kernel takes them. Errors and budgets are rough; see ntkbench.recommend.

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import ndtri
 
-from ntkbench import errors, methods, metrics, operators, progress_bar
+from ntkbench import errors, methods, metrics, operations, operators, progress_bar
 from ntkbench.errors import BadInput, Missing, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
-from ntkbench.methods.base import ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, wide
+from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, Stopping, wide
 from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Options, Target
-from ntkbench.problem import Problem, on_shapes
+from ntkbench.problem import Problem
 
 EXACT = {
     "torch": (
@@ -38,26 +38,36 @@ EXACT = {
         "batched_jacobian",
     ),
 }
-"""Exact methods in the order in which ``method="auto"`` tries them: the first that applies is the cheapest, except that
-the Gram matrix of parameters comes first where it is the smaller one."""
-
-BY_PARAMETERS = "parameter_gram"
+"""Exact methods of ``method="auto"``, tried in the order of their operations (see :func:`work`), and in this one where
+these are equal."""
 
 HEAD, NARROW = "wide_head", 0.5
 """Used if it takes at most this share of the passes of the whole network: its set-up and certificate are separate."""
 
-DENSE = 4.0
-"""Operations per second of products of large matrices, relative to those of passes of recurrent networks."""
+DENSE = 2.0
+"""Operations per second of products of large matrices, relative to those of passes; 1 for passes by layers and on
+recurrences."""
 
-HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", BY_PARAMETERS, "nt_structured_derivatives")
+CLEAR = 2.0
+"""Ratio of operations below which an exact value is worth more than an estimate of no fewer passes; rates are not known
+better than to this factor."""
+
+CLOSE = 1.25
+"""The same where both are within a tolerance."""
+
+HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", "parameter_gram", "nt_structured_derivatives")
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
 
-TYPICAL = 2.5
-"""Probes that a tolerance takes, relative to the fewest possible; 2 to 3 in the study ``auto_choice``."""
+SURELY = 4.0
+"""Ratio of operations from which on a method that was given up is taken up again. The numbers of probes that both need
+follow from a first look, each to a factor of 2."""
 
-RUN = 1.5e8
-"""Operations that take as long as a run of a traced network on few numbers, some 2 ms: the calls of its operations. The
-forward pass, about a pass, adds to these."""
+TYPICAL = 2.5
+"""Probes that a tolerance takes, relative to the fewest possible; 2 to 3 in the study ``auto_choice``. The errors of an
+alignment are often smaller, so that this is 1 for it."""
+
+RUN = 2e7
+"""Operations that take as long as what a run of the network takes for each of its layers, however many its probes."""
 
 TOLERANCE_PASSES = 4096
 """Maximum number of passes to a tolerance if no budget is given."""
@@ -96,17 +106,31 @@ FLOOR = "naive_jacobian"
 """Tried last: row by row, results are right even if the backward pass is not linear in its cotangent."""
 
 
+class Cost(NamedTuple):
+    """Cost of a method by counts alone, so that the choice is always the same.
+
+    Attributes:
+        passes: number of passes.
+        work: operations, with those of passes :data:`DENSE` times and with :data:`RUN` for each run.
+    """
+
+    passes: float
+    work: float
+
+
+UNLIMITED = Cost(math.inf, math.inf)
+
+
 class Dearer(errors.NtkbenchError):
     """An exact value costs more than an estimate would, because memory is limited.
 
     Args:
         passes: passes of the exact value.
-        limit: maximum number of passes of an estimate.
         memory: bytes.
     """
 
-    def __init__(self, passes: float, limit: float, memory: int) -> None:
-        super().__init__(f"{passes:g} passes in {memory} bytes of memory, more than the {limit:g} of an estimate")
+    def __init__(self, passes: float, memory: int) -> None:
+        super().__init__(f"{passes:g} passes in {memory} bytes of memory, which take longer than an estimate")
         self.passes = passes
 
 
@@ -148,7 +172,7 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
         if found := search.tried(name, limit):
             return found
     for name in list(search.given_up):  # nothing else worked
-        if found := search.tried(name, math.inf):
+        if found := search.tried(name):
             return found
     reasons = "; ".join(remark.removeprefix("passed over ") for remark in search.remarks)
     raise BadInput(f"no method can compute the {' and '.join(names)} of this network: {reasons}")
@@ -160,7 +184,7 @@ class _Search:
     Attributes:
         exact: remaining exact methods, the cheapest first, with the passes that each takes.
         remarks: why others were not used, and what was tried first.
-        given_up: methods that were given up because other methods cost less.
+        given_up: methods that were given up because other methods cost less, with the operations that each needs.
     """
 
     def __init__(
@@ -172,13 +196,13 @@ class _Search:
         exact = exact_methods(problem, names[-1], target)
         self.exact = {name: passes for name, passes in exact.items() if self._is_within_budget(methods.get(name))}
         self.remarks: list[str] = []
-        self.given_up: list[str] = []
+        self.given_up: dict[str, float] = {}
 
-    def tried(self, name: str, limit: float) -> Estimates | None:
+    def tried(self, name: str, limit: Cost = UNLIMITED) -> Estimates | None:
         """Estimates by a method, or by an exact one if that costs less than a tolerance; ``None`` if it fails.
 
         Args:
-            limit: passes that an exact method may take.
+            limit: what an exact method may cost.
         """
         needed = self.exact.pop(name, math.inf)
         step, options = methods.get(name), self._options
@@ -186,27 +210,28 @@ class _Search:
             options = replace(options, passes=int(_most(options) - self._spent))
         if not set(self._names) <= set(step.metrics) or (options.rtol is not None and not _takes_rtol(step)):
             return None
-        if not self._is_within_budget(step):
+        if not self._is_within_budget(step) or self._is_like_given_up(step):
             return None
         left = _most(options)
-        stop = min((passes for passes in self.exact.values() if passes <= left), default=math.inf)
         try:
-            most = self._most_probes(step)
-            found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stop, most)
+            stopping = self._stopping(step, left)
+            found = _by(self._problem, self._names, self._target, options, self._prepare, step, limit, stopping)
         except ExactIsCheaper as stopped:
             self._spent += stopped.passes
-            why = f"rtol={options.rtol:g} seemed to need more passes than exact values"
+            why = f"rtol={options.rtol:g} seemed to cost more than exact values"
             self.remarks.append(f"{self._spent:g} passes of {name} came first: {why}")
             left -= stopped.passes
             for other in [other for other, passes in self.exact.items() if passes <= left]:
-                if exact := self.tried(other, left):
+                if exact := self.tried(other, Cost(left, math.inf)):
                     return exact
             return self.tried(name, limit)
         except OthersAreCheaper as stopped:
             self._spent += stopped.passes
-            self.given_up.append(name)
-            self.remarks.append(f"{stopped.passes:g} passes of {name} came first: {stopped.cheaper} are cheaper")
-            return None
+            self.given_up[name] = self._work(methods.stochastic(name), stopped.probes)
+            best = min(self.given_up, key=self.given_up.__getitem__)
+            cheaper = stopped.cheaper if best == name else best
+            self.remarks.append(f"{stopped.passes:g} passes of {name} came first: {cheaper} seemed to be cheaper")
+            return self.tried(best) if len(self.given_up) > 1 else None
         except Dearer as error:
             self.remarks.append(f"passed over {name}: {error}")
             self.exact[name] = max(needed, error.passes)
@@ -229,11 +254,46 @@ class _Search:
         needed = (method.passes_needed(self._problem, metric, self._target) for metric in self._names)
         return self._spent + sum(passes or 0.0 for passes in needed) <= self._options.passes
 
-    def _most_probes(self, method: Method) -> float:
-        """Probes beyond which a method is given up; a budget of the user's own is better spent on accurate probes."""
-        if not isinstance(method, Incremental) or self._options.passes is not None or method.name in self.given_up:
-            return math.inf
-        return method.worthwhile_probes(self._problem)
+    def _stopping(self, method: Method, left: float) -> Stopping:
+        """When a method gives up a tolerance.
+
+        Probes are limited to those that are worthwhile, or, once another method was given up, to those that do not cost
+        much more than that one; but a budget of the user's own is better spent on accurate probes.
+
+        Args:
+            left: passes that are left of the budget.
+        """
+        if not isinstance(method, Incremental):
+            return Stopping()
+        problem, metric = self._problem, self._names[-1]
+        of_pass = _work_of_pass(problem, method)
+        exact = next(((name, passes) for name, passes in self.exact.items() if passes <= left), None)
+        passes = cost = most = math.inf
+        if exact is not None:
+            passes = exact[1]
+            # The remaining probes also take a run.
+            share = (1 / WORTH - 1) * _work_of_run(problem, metric)
+            cost = max(0.0, work(problem, metric, methods.get(exact[0]), passes) - share) / of_pass
+        if self._options.passes is None and method.name not in self.given_up:
+            most = method.worthwhile_probes(problem)
+            if self.given_up:
+                most = SURELY * min(self.given_up.values()) / self._work(method, 1.0)
+        return Stopping(passes, cost, most, lambda probes: self._products(method, probes) / of_pass)
+
+    def _is_like_given_up(self, method: Method) -> bool:
+        """Whether a method takes inner products of gradients, as one that was given up for them does."""
+        if not self.given_up or method.name in self.given_up or not isinstance(method, Incremental):
+            return False
+        return method.worthwhile_probes(self._problem) < math.inf
+
+    def _products(self, method: Stochastic, probes: float) -> float:
+        metric = self._names[-1]
+        return method.products(self._problem, metric, probes * method.passes_per_probe(metric))
+
+    def _work(self, method: Stochastic, probes: float) -> float:
+        """Operations of a number of probes, without those of a run."""
+        of_passes = probes * method.passes_per_probe(self._names[-1]) * _work_of_pass(self._problem, method)
+        return of_passes + self._products(method, probes)
 
     def _refused(self, name: str, reason: str) -> None:
         """Note why a method cannot be used; methods with the same reason share a remark."""
@@ -251,8 +311,8 @@ class _Search:
 
 def _steps(
     problem: Problem, metric: str, target: Target, options: Options, exact: dict[str, float]
-) -> Iterator[tuple[str, float]]:
-    """Methods in the order in which they are tried, and the passes that each may take if it is exact.
+) -> Iterator[tuple[str, Cost]]:
+    """Methods in the order in which they are tried, and the cost that each may have if it is exact.
 
     Before each estimator come the exact methods that cost no more than it does, and at the end the others.
 
@@ -261,74 +321,76 @@ def _steps(
             these, or puts it back with more passes.
     """
     for name in _estimators(problem, metric, target):
-        limit = _expected_passes(problem, metric, target, options, methods.stochastic(name))
-        while able := [other for other, needed in exact.items() if needed <= limit]:
+        expected = _expected(problem, metric, target, options, methods.stochastic(name))
+        within = CLOSE if options.rtol is not None else CLEAR
+        limit = Cost(math.inf if options.rtol is not None else expected.passes, within * expected.work)
+        while able := [other for other, needed in exact.items() if _is_within(problem, metric, other, needed, limit)]:
             yield able[0], limit
-        yield name, math.inf
+        yield name, UNLIMITED
     most = _most(options)
     while able := [other for other, needed in exact.items() if needed <= most]:
-        yield able[0], math.inf
+        yield able[0], UNLIMITED
         exact.pop(able[0], None)
     if target.backend == "torch" and metric in methods.get(FLOOR).metrics:
         needed = methods.get(FLOOR).passes_needed(problem, metric, target)
         if needed is not None and needed <= most:
-            yield FLOOR, math.inf
+            yield FLOOR, UNLIMITED
 
 
-def _expected_passes(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> float:
-    """Passes that a method is expected to take; an exact method that takes no more is tried first.
+def _is_within(problem: Problem, metric: str, name: str, passes: float, limit: Cost) -> bool:
+    return passes <= limit.passes and work(problem, metric, methods.get(name), passes) <= limit.work
 
-    To a tolerance these are the passes before the error is first checked. If that is too early, a further run of the
-    network counts as well (see :data:`RUN`), and for a trace, whose exact value takes no products of kernels, always.
-    They are 0 if the method does not apply, and the whole budget if one is given.
+
+def _expected(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> Cost:
+    """Cost that a method is expected to have; an exact method with no larger one is tried first.
+
+    To a tolerance it is that of the passes before the error is first checked. If that is too early, it includes those
+    of a further run; for a trace, whose number of probes is not known, always. The error of few probes is extrapolated
+    as a square root, so that a further run takes more probes than are needed in the end. It is 0 if the method does not
+    apply, and that of the whole budget if one is given.
     """
     if method.unsupported_reason(problem, metric, target) is not None:
-        return 0.0
+        return Cost(0.0, 0.0)
     if options.rtol is None:
-        return default_passes(problem, metric, method) if options.passes is None else options.passes
+        passes = default_passes(problem, metric, method) if options.passes is None else options.passes
+        return Cost(passes, work(problem, metric, method, passes))
     if not isinstance(method, Incremental):
-        return 0.0
+        return Cost(0.0, 0.0)
     quantile = float(ndtri(0.5 + options.confidence / 2))
-    like = "norm" if metric == "alignment" else metric
-    typical = TYPICAL * method.probes_to_reach(problem, like, options.rtol / quantile)
+    if metric == "alignment":
+        typical = method.probes_to_reach(problem, "norm", options.rtol / quantile)
+    else:
+        typical = TYPICAL * method.probes_to_reach(problem, metric, options.rtol / quantile)
     first = method.probes_to_decide(problem, metric)
-    expected = float(method.cost(metric, max(first, math.ceil(typical))))
-    if metric == "trace" or typical > first:
-        expected += _passes_of_a_run(problem, metric)
-    return expected if options.passes is None else min(expected, options.passes)
+    total: float = first
+    if typical > first:
+        total = min(typical**2 / first, 2 * typical)
+    elif metric == "trace":
+        total = first + 1
+    total = max(first, min(total, method.worthwhile_probes(problem)))
+    runs = [float(method.cost(metric, math.ceil(probes))) for probes in (first, total - first) if probes]
+    if options.passes is not None and sum(runs) > options.passes:
+        runs = [float(options.passes)]
+    return Cost(sum(runs), sum(work(problem, metric, method, passes) for passes in runs))
 
 
-def _passes_of_a_run(problem: Problem, metric: str) -> float:
-    """Passes that take as long as what is independent of their number: see :data:`RUN`."""
-    ends = len(metrics.parameter_sets(metric))
-    forward = 2 * problem.N * problem.P * reuse(problem)
-    return ends * (1 + RUN / (forward if metric == "trace" else 2 * forward))
+def work(problem: Problem, metric: str, method: Method, passes: float) -> float:
+    """Operations of a method in one run, as in :class:`Cost`."""
+    own = passes * _work_of_pass(problem, method) + method.products(problem, metric, passes)
+    return own + _work_of_run(problem, metric)
 
 
-def reuse(problem: Problem) -> float:
-    """Multiplications of a forward pass for each parameter and sample, at least 1; 1 also where they are not known.
-
-    It is 1 for an MLP, and the number of positions in an image or a sequence for layers that share weights.
-    """
-    if not problem._reuse:
-        problem._reuse.append(max(1.0, _multiplications(problem) / (problem.N * problem.P)))
-    return problem._reuse[0]
+def _work_of_pass(problem: Problem, method: Method) -> float:
+    if declares(problem.module):
+        return operations.of_pass(problem)
+    return operations.of_pass_by_layers(problem) if method.by_layers else DENSE * operations.of_pass(problem)
 
 
-def _multiplications(problem: Problem) -> float:
-    """Those of matrix products and convolutions in a forward pass of all samples; 0 if they cannot be counted."""
-    if problem.module is None:
+def _work_of_run(problem: Problem, metric: str) -> float:
+    """What is independent of the number of probes; not counted for a recurrence, whose exact trace takes many runs."""
+    if declares(problem.module):
         return 0.0
-    if declares(problem.module):  # without a count of each of its steps
-        return float(problem.N * problem.P * problem.x.shape[1])
-    from torch.utils.flop_counter import FlopCounterMode
-
-    try:
-        with FlopCounterMode(display=False) as counter:
-            on_shapes(problem, problem.module)
-    except Exception:  # a network that runs, but not while its operations are counted
-        return 0.0
-    return counter.get_total_flops() / 2
+    return RUN * operations.ends(metric) * max(1, len(operations.count(problem).layers))
 
 
 def _takes_rtol(method: Method) -> bool:
@@ -372,17 +434,10 @@ def choices(
 
 
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
-    """The exact methods that apply, the cheapest first, with their passes if everything fits in memory.
-
-    On recurrent networks most of the time goes to inner products of rows of J, or of its columns. These count as the
-    number of passes that take the same time.
-    """
+    """The exact methods that apply, the one of the fewest operations first, with their passes if everything fits."""
     ends = len(metrics.parameter_sets(metric))
-    names = list(EXACT[target.backend])
-    if problem.n > problem.P:
-        names.sort(key=lambda name: name != BY_PARAMETERS)
     found = {}
-    for name in names:
+    for name in EXACT[target.backend]:
         method = methods.get(name)
         # The trace uses every row once; other metrics recompute rows for every pair of blocks that does not fit.
         fits = (
@@ -394,17 +449,8 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
             needed = method.passes_needed(problem, metric, target)
             if name == HEAD and needed is not None and needed > NARROW * ends * problem.O:
                 continue
-            passes = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
-            found[name] = passes + _products_in_passes(problem, metric, name)
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def _products_in_passes(problem: Problem, metric: str, name: str) -> float:
-    """The n^2 P or n P^2 multiplications for a kernel, in passes of 6 N T P each; see :data:`DENSE`."""
-    if metric == "trace" or not declares(problem.module):
-        return 0.0
-    rows, kernels = problem.P if name == BY_PARAMETERS else problem.n, 3 if metric == "alignment" else 1
-    return kernels * problem.n * rows / (DENSE * 6 * problem.N * problem.x.shape[1])
+            found[name] = ends * problem.O if needed is None else needed  # neural-tangents' programs count none
+    return dict(sorted(found.items(), key=lambda item: work(problem, metric, methods.get(item[0]), item[1])))
 
 
 def _is_short(problem: Problem, metric: str, target: Target) -> bool:
@@ -587,24 +633,22 @@ def _by(
     options: Options,
     prepare: Prepare,
     method: Method,
-    limit: float = math.inf,
-    stop: float = math.inf,
-    most: float = math.inf,
+    limit: Cost = UNLIMITED,
+    stopping: Stopping | None = None,
 ) -> dict[str, Estimate]:
     """Metrics by one method.
 
     Args:
-        limit: passes that a deterministic method may take in the target's memory.
-        stop: passes of an exact value; a tolerance is given up once it takes more.
-        most: probes beyond which it is given up.
+        limit: what a deterministic method may cost in the target's memory.
+        stopping: when a tolerance is given up.
 
     Raises:
-        Dearer: the method takes more passes than ``limit``.
+        Dearer: the method costs more than ``limit``.
         GivenUp: a tolerance is given up.
         BadInput: it does not apply, or its result is not finite.
         OverMemory: it would need more than the target's memory at once.
     """
-    found = _computed(problem, names, target, options, prepare, method, limit, stop, most)
+    found = _computed(problem, names, target, options, prepare, method, limit, stopping)
     if not _is_large(problem, target, found):
         check_range(problem, names, target)
     return found
@@ -617,9 +661,8 @@ def _computed(
     options: Options,
     prepare: Prepare,
     method: Method,
-    limit: float,
-    stop: float,
-    most: float,
+    limit: Cost,
+    stopping: Stopping | None,
 ) -> dict[str, Estimate]:
     budget = None
     if isinstance(method, Stochastic):
@@ -640,10 +683,10 @@ def _computed(
         if needed > target.memory:
             raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
     prepared = prepare(method)
-    if limit < math.inf:
+    if limit != UNLIMITED:
         planned = max(method.planned_passes(prepared, metric) for metric in names)
-        if planned > limit:
-            raise Dearer(planned, limit, target.memory)
+        if not _is_within(problem, names[-1], method.name, planned, limit):
+            raise Dearer(planned, target.memory)
     total: float | None = budget if options.rtol is None else None
     if not isinstance(method, Stochastic):
         total = _all_passes(problem, names, target, prepared, method)
@@ -653,7 +696,7 @@ def _computed(
         with progress_bar.of_passes(f"{', '.join(names)} by {method.name}", problem.N, total):
             if budget is not None and isinstance(method, Incremental):
                 wanted = (options.seed, options.rtol, options.confidence)
-                found = method.estimates(prepared, names, budget, *wanted, exact_passes=stop, most_probes=most)
+                found = method.estimates(prepared, names, budget, *wanted, stopping or Stopping())
             else:
                 found = {metric: method.estimate(prepared, metric, budgets[metric], options.seed) for metric in names}
                 if budget is not None and len(names) > 1:

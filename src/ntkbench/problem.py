@@ -60,7 +60,7 @@ class Problem:
     other: Problem | None = None
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
     _row_norms: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _reuse: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    _operations: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.other is not None:

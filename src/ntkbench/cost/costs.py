@@ -24,6 +24,8 @@ class Cost:
         within: the relative half-width of its interval, or its bias; ``None`` if it is not known.
         budget: passes to give to a stochastic method; ``None`` for the others.
         accepts_rtol: whether the method takes a tolerance itself.
+        operations: those of the passes and of products of gradients and kernels, counted on shapes; a multiplication
+            with its addition counts as two. ``None`` if the cost is not a number of passes.
         reason: why it does not apply; empty if it does.
     """
 
@@ -36,10 +38,11 @@ class Cost:
     within: float | None = None
     budget: int | None = None
     accepts_rtol: bool = False
+    operations: float | None = None
     reason: str = ""
 
 
-HEADER = ("method", "kind", "passes", "seconds", "memory", "error", "")
+HEADER = ("method", "kind", "passes", "operations", "seconds", "memory", "error", "")
 
 
 class Costs(list[Cost]):
@@ -91,7 +94,7 @@ class Costs(list[Cost]):
 
     def _cells(self, cost: Cost) -> tuple[str, ...]:
         if cost.reason:
-            return cost.method, cost.kind, "", "", "", "", cost.reason
+            return cost.method, cost.kind, "", "", "", "", "", cost.reason
         error = "exact" if cost.kind == "exact" else "unknown"
         if error == "unknown" and cost.error is not None:
             error = percent_label(cost.error)
@@ -99,6 +102,7 @@ class Costs(list[Cost]):
             cost.method,
             cost.kind,
             "" if cost.passes is None else f"{cost.passes:.0f}",
+            "" if cost.operations is None else f"{cost.operations:.1e}",
             "" if cost.seconds is None else seconds_label(cost.seconds),
             "" if cost.bytes is None else bytes_label(cost.bytes),
             error,

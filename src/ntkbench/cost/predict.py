@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ntkbench import errors, methods, metrics
+from ntkbench import errors, methods, metrics, operations
 from ntkbench.cost import samples
 from ntkbench.cost.costs import Cost, Costs
+from ntkbench.cost.machine import speeds
 from ntkbench.cost.pilot import Pilot, pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.cost.stand_in import PreparedStandIn
@@ -156,7 +157,8 @@ class _Work:
         self._ends = len(metrics.parameter_sets(metric))
         self._operators = PreparedProblem(problem, target).jacobians(metric)
         self._j = self._operators[0]
-        self._rates = Rates(self._j)
+        self._machine = speeds(target)
+        self._rates = Rates(self._j, self._prior)
         self._rehearsals = samples.Rehearsals(problem, metric, target)
         self._shape = _reduced(problem)
         self._is_reduced = math.prod(self._shape) < problem.n * problem.P
@@ -212,7 +214,7 @@ class _Work:
         for again in (given is None, False):
             self._check_memory(method, budget)
             passes = method.passes_needed(problem, metric, self._target) if budget is None else budget
-            slow = 0.0 if passes is None else self._rates.seconds("vjp", passes)
+            slow = 0.0 if passes is None else self._prior(passes) or self._rates.seconds("vjp", passes)
             found = self._rehearsals.run(method, budget, slow)
             # Errors average over samples as if these were independent.
             fewer = (found.samples / problem.N) ** 0.5
@@ -260,7 +262,18 @@ class _Work:
             0.0 if exact else width if math.isfinite(width) else None,
             budget,
             isinstance(method, Incremental),
+            None if passes is None else method.operations(problem, self._metric, passes),
         )
+
+    def _prior(self, passes: float) -> float:
+        """Seconds of products by counts and the speeds of the machine, before any are timed; 0 if these are not known.
+
+        A pass reads the weights and writes as many numbers.
+        """
+        if self._machine is None:
+            return 0.0
+        moved = 2 * self._problem.P * self._target.itemsize
+        return self._machine.seconds(passes * operations.of_pass(self._problem), passes * moved)
 
     def _check_memory(self, method: Method, passes: int | None) -> None:
         needed, memory = method.bytes_needed(self._problem, self._metric, self._target, passes), self._target.memory

@@ -14,7 +14,8 @@ GRID = (1, 4, 16, 64)
 """Passes in one product; sizes that take too long are not measured."""
 
 LONG = 0.2
-"""Seconds of a product above which no larger one is measured, and it is not repeated."""
+"""Seconds of a product above which no larger one is measured, and it is not repeated. Products that are expected to
+take longer are not measured, except for the smallest."""
 
 GROUPS = 24
 """Groups of samples whose gradients are measured together."""
@@ -28,10 +29,11 @@ class Rates:
 
     Args:
         jacobian: an operator; its products are certified as usual.
+        prior: seconds of a product of a number of passes that are expected before any is measured; 0 if not known.
     """
 
-    def __init__(self, jacobian: JacobianOperator) -> None:
-        self._j = jacobian
+    def __init__(self, jacobian: JacobianOperator, prior: Callable[[float], float] = lambda passes: 0.0) -> None:
+        self._j, self._prior = jacobian, prior
         self._curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._forward: float | None = None
 
@@ -66,7 +68,7 @@ class Rates:
         points: list[tuple[float, float]] = []
         for wanted in GRID:
             size, product = _product(self._j, kind, wanted)
-            if points and size <= points[-1][0]:
+            if points and (size <= points[-1][0] or self._prior(size) > LONG):
                 break
             _seconds(product)  # certified, and compiled where the backend does that
             found = _seconds(product)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
@@ -34,6 +34,9 @@ class BatchedJacobian(Deterministic):
         held = ends * problem.n * problem.P * target.itemsize
         by_columns = problem.other is None and _by_columns(problem.n, problem.P, held, target.memory)
         return ends * (problem.P if by_columns else problem.n)
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        return operations.of_gram(metric, min(problem.n, problem.P), max(problem.n, problem.P))
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = max(jacobians, key=lambda each: each.P)

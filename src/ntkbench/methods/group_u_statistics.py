@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ntkbench.methods.base.u_statistics import StratifiedUStatistics
-from ntkbench.operators import Array, JacobianOperator, declares
+from ntkbench import operations
+from ntkbench.methods.base.u_statistics import DEAR, StratifiedUStatistics
+from ntkbench.operators import Array, JacobianOperator
 from ntkbench.problem import Problem
-
-DEAR = 8.0
-"""Operations of inner products, relative to those of passes, above which pooled estimators are faster; measured on
-recurrent networks with 4 to 100 trials."""
 
 
 class GroupUStatistics(StratifiedUStatistics):
@@ -43,9 +40,8 @@ class GroupUStatistics(StratifiedUStatistics):
         return min(N, self.max_groups)
 
     def worthwhile_probes(self, problem: Problem) -> float:
-        """K at which inner products, (K g)^2 P multiplications, cost :data:`DEAR` times the passes, 6 K N T P."""
-        steps = problem.x.shape[1] if declares(problem.module) else 1
-        return DEAR * 6 * problem.N * steps / self.groups(problem.N) ** 2
+        """K at which inner products, (K g)^2 P operations, are :data:`DEAR` times those of the passes."""
+        return DEAR * operations.of_pass(problem) / (self.groups(problem.N) ** 2 * problem.P)
 
     def gradients(self, j: JacobianOperator, groups: Sequence[slice], v: Array) -> Array:
         return j.group_gradients(groups, v)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
@@ -29,6 +29,9 @@ class JacobianContraction(Deterministic):
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return problem.O * len(metrics.parameter_sets(metric))
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        return operations.of_gram(metric, problem.n, problem.P)
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         blocks = list(max(jacobians, key=lambda j: j.P).rectangles(1 / 4))

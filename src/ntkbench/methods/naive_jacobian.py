@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.estimators.rows import moments_from_rows
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
@@ -33,6 +33,9 @@ class NaiveJacobian(Deterministic):
             return n * ends
         sizes = [len(block) for block in _blocks(n, problem.P, target.memory, target.itemsize)]
         return ends * sum(size * (len(sizes) - i) for i, size in enumerate(sizes))
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        return operations.of_gram(metric, problem.n, problem.P)
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = max(jacobians, key=lambda j: j.P)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, JacobianOperator, arrays
@@ -47,6 +47,10 @@ class ParameterGram(Deterministic):
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return problem.O * len(metrics.parameter_sets(metric))
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        across = 2 if metric == "alignment" else 0  # J_f^T J, which is not symmetric
+        return operations.of_gram(metric, problem.P, problem.n, across)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         if metric == "trace":

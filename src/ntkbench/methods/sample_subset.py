@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import strata
 from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
@@ -67,6 +67,7 @@ class SampleSubset(Incremental):
     metrics = ("norm", "effective_rank", "alignment")
     needs_independent_samples = True
     prepares = "trace"
+    by_layers = True
     fewest_probes = 1
     first_batch = 1
     order = 1.0
@@ -78,6 +79,10 @@ class SampleSubset(Incremental):
 
     def least_passes(self, problem: Problem, metric: str) -> int:
         return self._passes(problem.N, problem.O, len(metrics.parameter_sets(metric)))
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        share = min(1.0, passes / (problem.O * operations.ends(metric)))  # of the samples
+        return share**2 * operations.by_layers(problem, metric, problem.O * operations.ends(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """The kernels with what they are made from, and the tables of all moments with what they are made from."""

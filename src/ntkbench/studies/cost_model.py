@@ -115,6 +115,7 @@ def _measure(settings: Settings, case: Case, problem: Any, predicted: Any, name:
         **base.sizes(problem()),
         "predicted_passes": found.passes,
         "passes_spent": first.passes,
+        "predicted_operations": found.operations,
         "predicted_seconds": found.seconds,
         **times.columns(),
         "seconds_ratio": found.seconds / seconds,

@@ -3,6 +3,7 @@
 from ntkbench.methods.base.deterministic import Deterministic
 from ntkbench.methods.base.method import KINDS, Method, PreparedProblem
 from ntkbench.methods.base.stochastic import (
+    WORTH,
     Accumulating,
     ExactIsCheaper,
     FixedBudget,
@@ -11,10 +12,12 @@ from ntkbench.methods.base.stochastic import (
     Ledger,
     OthersAreCheaper,
     Stochastic,
+    Stopping,
 )
 
 __all__ = [
     "KINDS",
+    "WORTH",
     "Accumulating",
     "Deterministic",
     "ExactIsCheaper",
@@ -26,4 +29,5 @@ __all__ = [
     "OthersAreCheaper",
     "PreparedProblem",
     "Stochastic",
+    "Stopping",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Ledger, Method, kernel_metrics
@@ -36,6 +36,7 @@ class Layerwise(Method):
     backends = ("torch",)
     needs_independent_samples = True
     prepares = "trace"
+    by_layers = True
     kernel: ClassVar[str] = "full"
     kernel_metrics = metrics.OF_KERNEL
 
@@ -44,6 +45,10 @@ class Layerwise(Method):
 
         directions = problem.O if sample_kernels.get(self.kernel).directions is None else 1
         return directions * len(metrics.parameter_sets(metric))
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        outputs = problem.O * operations.ends(metric)  # passes that are repeated form no products
+        return operations.by_layers(problem, metric, min(passes, outputs))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Both kernels and their product if these are of two networks; otherwise they are computed in blocks.

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.estimate import THETA, Estimate, rounding_bound
 from ntkbench.operators import JacobianOperator, declares, linearise
 from ntkbench.options import Target
@@ -38,6 +38,7 @@ class Method(ABC):
         needs_recurrence: whether it requires a module that declares a recurrence over time.
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
         needs_one_network: whether it aligns only sets of weights of one network, as methods that compare parameters do.
+        by_layers: whether its passes leave out the gradients of weights, and its kernels are sums over layers.
     """
 
     title: ClassVar[str]
@@ -53,6 +54,7 @@ class Method(ABC):
     needs_recurrence: ClassVar[bool] = False
     prepares: ClassVar[str] = "operators"
     needs_one_network: ClassVar[bool] = False
+    by_layers: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -110,6 +112,15 @@ class Method(ABC):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float | None:
         """Passes that a deterministic method takes; ``None`` if its cost is not a number of passes."""
         return None
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        """Operations besides passes, by sizes alone: inner products of gradients, and kernels; 0 if there are few."""
+        return 0.0
+
+    def operations(self, problem: Problem, metric: str, passes: float) -> float:
+        """Operations of a number of passes and of what is done with them; see :mod:`ntkbench.operations`."""
+        of_pass = operations.of_pass_by_layers if self.by_layers else operations.of_pass
+        return passes * of_pass(problem) + self.products(problem, metric, passes)
 
     def planned_passes(self, prepared: Any, metric: str) -> float:
         """Passes that a deterministic method takes once prepared, including recomputed blocks that do not fit in

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.estimate import Estimate, rounding_bound
 from ntkbench.methods.base import Method, kernel_metrics
 from ntkbench.metrics import Moments
@@ -54,6 +54,10 @@ class NeuralTangents(Method):
     ) -> str | None:
         reason = super().unsupported_reason(problem, metric, target, passes)
         return reason or (None if is_installed() else "neural-tangents is not installed")
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        """At most: inner products of rows of J."""
+        return operations.of_gram(metric, problem.n, problem.P)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta (and Theta_f), and its decomposition for metrics of the whole kernel; for the trace N numbers.

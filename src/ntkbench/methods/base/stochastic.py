@@ -6,7 +6,7 @@ import bisect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -214,6 +214,10 @@ class FixedBudget(Stochastic):
             rounding=rounding(jacobians, metric, found),
         )
 
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        """Those of an orthonormal basis of the probes' images, and of its Gram matrix."""
+        return 4 * problem.n * (passes / self.passes_per_probe(metric)) ** 2
+
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         probes = self.probes(metric, self.default_passes if passes is None else passes)
         held = self.gradients_held * problem.P + 2 * problem.n  # the probes and their images have length n
@@ -247,9 +251,41 @@ class ExactIsCheaper(GivenUp):
 
 
 class OthersAreCheaper(GivenUp):
-    """Methods whose cost is linear in the number of probes are cheaper."""
+    """Methods whose cost is linear in the number of probes are cheaper.
+
+    Attributes:
+        probes: number of probes that the tolerance is expected to take, between those of errors that fall as the square
+            root and of errors that fall as fast as they can.
+    """
 
     cheaper = "methods without inner products of gradients"
+
+    def __init__(self, passes: float, probes: float) -> None:
+        """See the attributes."""
+        super().__init__(passes)
+        self.probes = probes
+
+
+def _nothing(probes: float) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a method gives up a tolerance.
+
+    Attributes:
+        exact_passes: passes of exact values.
+        exact_cost: passes of the method that take as long as exact values; the tolerance is given up as soon as the
+            remaining probes cost more than :data:`WORTH` times as many.
+        most_probes: number of probes beyond which it is given up; see :meth:`Incremental.worthwhile_probes`.
+        products: passes of the method that take as long as the products of a number of probes.
+    """
+
+    exact_passes: float = math.inf
+    exact_cost: float = math.inf
+    most_probes: float = math.inf
+    products: Callable[[float], float] = _nothing
 
 
 class Incremental(Stochastic):
@@ -296,9 +332,7 @@ class Incremental(Stochastic):
         seed: int = 0,
         rtol: float | None = None,
         confidence: float = 0.95,
-        *,
-        exact_passes: float = math.inf,
-        most_probes: float = math.inf,
+        stopping: Stopping = Stopping(),
     ) -> dict[str, Estimate]:
         """Several metrics from the same probes. Each estimate has the cost of all of them together.
 
@@ -311,9 +345,7 @@ class Incremental(Stochastic):
                 value to either side. The interval is checked only a few times; see :func:`_growth`. Rounding that takes
                 more than half of the tolerance has a note in place of more probes, which do not reduce it.
             confidence: confidence level of the interval.
-            exact_passes: passes of exact values; a tolerance is given up as soon as the remaining probes cost more than
-                :data:`WORTH` times as many.
-            most_probes: probes beyond which it is given up; see :meth:`worthwhile_probes`.
+            stopping: when the tolerance is given up.
 
         Raises:
             GivenUp: it is given up. The estimates so far are not returned, as their errors did not decide.
@@ -369,11 +401,12 @@ class Incremental(Stochastic):
             progress_bar.say(f", within {100 * width:.2g} %, target {100 * rtol:.2g} %")
             looks.append((drawn, _excess(deciding, rtol, confidence)))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
-            remaining = spent * (needed / drawn - 1)
-            if remaining > WORTH * exact_passes and spent + exact_passes <= passes:
+            remaining = spent * (needed / drawn - 1) + stopping.products(needed - drawn)
+            if needed > stopping.most_probes:
+                slowly = max(needed, drawn * looks[-1][1] ** 2)
+                raise OthersAreCheaper(spent, math.sqrt(needed * slowly) if math.isfinite(slowly) else needed)
+            if remaining > WORTH * stopping.exact_cost and spent + stopping.exact_passes <= passes:
                 raise ExactIsCheaper(spent)
-            if needed > most_probes:
-                raise OthersAreCheaper(spent)
             batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
             if not (width := _deciding(estimate, rtol, confidence).relative_width(confidence)) <= rtol:
@@ -403,7 +436,7 @@ def _rounded(probes: int, first: int) -> int:
 
 
 WORTH = 0.5
-"""Largest share of the passes of exact values that the remaining probes may take. It is below 1, because the number of
+"""Largest share of the cost of exact values that the remaining probes may have. It is below 1, because the number of
 probes that are needed is uncertain and that of an exact value is not."""
 MOST_EXCESS = 1e4
 """Ratio of error to tolerance beyond which larger ratios make no difference."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ntkbench import metrics
+from ntkbench import metrics, operations
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import standard_errors, strata
 from ntkbench.estimators.accumulators import (
@@ -25,7 +26,7 @@ from ntkbench.estimators.accumulators import (
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
-from ntkbench.methods.base.u_statistics import with_notes
+from ntkbench.methods.base.u_statistics import dear, with_notes
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays
 from ntkbench.options import Target
@@ -49,6 +50,7 @@ class StructuredUStatistics(Incremental):
 
     backends = ("torch",)
     needs_independent_samples = True
+    by_layers = True
     first_batch = 4
     order = 1.0
     max_gradients: ClassVar[int] = 1024
@@ -69,6 +71,16 @@ class StructuredUStatistics(Incremental):
 
     def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
         return least_probes(metric, problem.N, problem.n, error)
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        return operations.by_layers(problem, metric, passes, self.max_group / problem.N)
+
+    def worthwhile_probes(self, problem: Problem) -> float:
+        """K from which on kernels of one group take more than :func:`dear` times the operations of the passes."""
+        of_passes = dear(problem.N) * operations.of_pass_by_layers(problem)
+        some = range(1, self.max_group // problem.N + 1)
+        place = bisect.bisect_left(some, True, key=lambda K: operations.of_kernel(problem, K) > K * of_passes)
+        return some[place] if place < len(some) else math.inf
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """The tables of two probes."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ntkbench import operations
 from ntkbench.errors import Unsupported
 from ntkbench.methods.base.method import Method
 from ntkbench.options import Target
@@ -27,6 +28,7 @@ class WideHeadMethod(Method):
     backends = ("torch",)
     needs_independent_samples = True
     prepares = "head"
+    by_layers = True
 
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
@@ -36,6 +38,11 @@ class WideHeadMethod(Method):
         if reason := super().unsupported_reason(problem, metric, target, passes):
             return reason
         return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        """Kernels with one direction for each pass in place of the outputs of a sample."""
+        outputs = problem.O * operations.ends(metric)
+        return operations.by_layers(problem, metric, min(passes, outputs), shorter=True)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """The orthonormal factors of the head's weights, and what their QR factorisation copies."""

@@ -1,0 +1,173 @@
+"""Operations of passes and of products, counted on shapes; nothing is computed and no time is measured.
+
+A multiplication with its addition counts as two operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from ntkbench import metrics
+from ntkbench.operators import declares
+from ntkbench.problem import Problem, on_shapes
+
+
+class Layer(NamedTuple):
+    """Sizes of a matrix product or convolution with a weight.
+
+    Attributes:
+        groups: of a convolution; 1 for a matrix product.
+        C: outputs of a group.
+        D: inputs of a group; for a convolution, times the positions of its filter.
+        S: positions at which each sample uses the weight, such as those of an image or a sequence.
+    """
+
+    groups: float
+    C: float
+    D: float
+    S: float
+
+
+class Count(NamedTuple):
+    """What a forward pass consists of.
+
+    Attributes:
+        multiplications: of matrix products and convolutions, for all samples; at least one for each parameter and
+            sample.
+        layers: those with weights; empty if they cannot be counted.
+    """
+
+    multiplications: float
+    layers: tuple[Layer, ...]
+
+
+def count(problem: Problem) -> Count:
+    """Operations of a network at theta_0, from a forward pass on shapes; it is run once for each problem."""
+    if not problem._operations:
+        problem._operations.append(_counted(problem))
+    found: Count = problem._operations[0]
+    return found
+
+
+def of_pass(problem: Problem) -> float:
+    """Operations of a JVP or VJP: twice those of a forward pass, and three times on a recurrence, which repeats it."""
+    return (6 if declares(problem.module) else 4) * count(problem).multiplications
+
+
+def of_pass_by_layers(problem: Problem) -> float:
+    """Operations of a backward pass that leaves out the gradients of weights."""
+    return 2 * count(problem).multiplications
+
+
+def of_rows(rows: float, columns: float) -> float:
+    """Operations of the inner products of some rows: one triangle of their Gram matrix."""
+    return rows**2 * columns
+
+
+def of_kernel(problem: Problem, directions: float, *, shorter: bool = False) -> float:
+    """Operations of a kernel between a number of directions of each sample, layer by layer; one triangle.
+
+    For each layer they are those of the cheaper order of summation, see :mod:`ntkbench.layerwise.contraction`. A
+    network whose layers cannot be counted counts as rows of J.
+
+    Args:
+        problem: the problem.
+        directions: number of directions of each sample.
+        shorter: whether the last layer has no more outputs than there are directions.
+    """
+    N, K = problem.N, directions
+    if not (layers := count(problem).layers):
+        return of_rows(N * K, problem.P)
+    total = 0.0
+    for groups, outputs, D, S in layers:
+        C = min(outputs, K / S) if shorter and outputs * S == problem.O else outputs
+        pairwise = N**2 * (D + K**2 * C if S <= 1 else S * (S * (D + K * C) + K**2 * C))
+        explicit = C * D * N * K * (2 * S + N * K)
+        total += groups * min(pairwise, explicit)
+    return total
+
+
+def of_diagonal(problem: Problem, directions: float) -> float:
+    """Operations of the diagonal of such a kernel, layer by layer, without those of the passes."""
+    N, K = problem.N, directions
+    total = 0.0
+    for groups, C, D, S in count(problem).layers:
+        positions = N * S**2 * (D + K * C) if S > 1 else 0.0
+        total += 2 * groups * min(N * K * C * D * S, positions + N * (D + K * C))
+    return total
+
+
+def ends(metric: str) -> int:
+    """Number of parameter sets of a metric."""
+    return len(metrics.parameter_sets(metric))
+
+
+def of_gram(metric: str, rows: int, columns: int, across: float = 0.0) -> float:
+    """Operations of Gram matrices at each parameter set of a metric, and of products across; none for the trace."""
+    return 0.0 if metric == "trace" else (ends(metric) + across) * of_rows(rows, columns)
+
+
+def by_layers(problem: Problem, metric: str, passes: float, most: float = math.inf, *, shorter: bool = False) -> float:
+    """Operations of kernels by layers at each parameter set, or of their diagonals for the trace.
+
+    Args:
+        problem: the problem.
+        metric: the metric.
+        passes: one for each direction of a sample and parameter set.
+        most: largest number of directions of one kernel; more of them form kernels of their own.
+        shorter: see :func:`of_kernel`.
+    """
+    directions = passes / ends(metric)
+    if metric == "trace":
+        return of_diagonal(problem, directions)
+    kernels = math.ceil(max(1.0, directions / max(1.0, most)))
+    return ends(metric) * kernels * of_kernel(problem, directions / kernels, shorter=shorter)
+
+
+def _counted(problem: Problem) -> Count:
+    least = float(problem.N * problem.P)
+    recurrent = declares(problem.module)
+    steps = problem.x.shape[1] if recurrent else 1
+    try:
+        total, layers = _on_shapes(problem)
+    except Exception:  # a network that runs, but not while its operations are counted
+        return Count(steps * least, ())
+    if recurrent:  # each step uses the same weights
+        positions: dict[tuple[float, float, float], float] = defaultdict(float)
+        for groups, C, D, S in layers:
+            positions[groups, C, D] += S
+        return Count(steps * least, tuple(Layer(*sizes, S) for sizes, S in positions.items()))
+    return Count(max(least, total), tuple(layers))
+
+
+def _on_shapes(problem: Problem) -> tuple[float, list[Layer]]:
+    """Multiplications of a forward pass, and its products with weights."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if problem.module is None:
+        raise TypeError("no network in torch")
+    aten, layers = torch.ops.aten, list[Layer]()
+
+    def add(groups: float, C: float, D: float, S: float) -> int:
+        layers.append(Layer(groups, C, D, S))
+        return int(2 * problem.N * S * groups * C * D)
+
+    def mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return add(1, b[1], b[0], a[0] / problem.N)
+
+    def addmm(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+        return mm(a, b)
+
+    def convolution(x: Any, w: Any, *more: Any, out_shape: Any, **_: Any) -> int:
+        transposed, groups, positions = more[4], more[6], math.prod(w[2:])
+        if transposed:
+            return add(groups, w[1], w[0] // groups * positions, math.prod(x[2:]))
+        return add(groups, w[0] // groups, w[1] * positions, math.prod(out_shape[2:]))
+
+    own = {aten.mm: mm, aten.addmm: addmm, aten.convolution: convolution}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+        on_shapes(problem, problem.module)
+    return counter.get_total_flops() / 2, layers
