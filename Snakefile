@@ -243,7 +243,7 @@ rule measure:
             cells.of_shard(run_of(wildcards).config, int(wildcards.number))
         ),
     shell:
-        "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
+        "python -m ntkbench measure-shard --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
         "--output {output:q} --log {log.cases:q} > {log[0]:q} 2>&1"
 
 

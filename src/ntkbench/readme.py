@@ -19,7 +19,7 @@ from ntkbench.errors import BadInput, unknown
 from ntkbench.figures import calibration as coverage
 from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
-from ntkbench.units import bytes_label, percent_label, seconds_label
+from ntkbench.units import bytes_label, counted, percent_label, seconds_label
 
 TITLES = {
     "bare matrix products": "the bare matrix products in it",
@@ -134,10 +134,10 @@ def _entrant(row: pd.Series) -> str:
     backend = " in JAX" if row.get("backend") == "jax" else ""
     if row["kind"] != "stochastic":
         return f"`{row['method']}`{backend}, {row['kind']}, {_seconds(row['seconds'])}"
-    passes = "1 pass" if row["passes"] == 1 else f"{row['passes']:g} passes"
+    passes = counted(row["passes"], "pass", "passes")
     if not pd.isna(row.get("passes_low")):
         passes += f" ({row['passes_low']:.0f} to {'?' if pd.isna(row['passes_high']) else round(row['passes_high'])})"
-    return f"`{row['method']}`{backend}, {passes}, {row['seeds']:g} seeds, {_seconds(row['seconds'])}"
+    return f"`{row['method']}`{backend}, {passes}, {counted(row['seeds'], 'seed')}, {_seconds(row['seconds'])}"
 
 
 def products(tables: Tables) -> str:

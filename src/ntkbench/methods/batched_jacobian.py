@@ -26,6 +26,7 @@ class BatchedJacobian(Deterministic):
     title = "batched Jacobian"
     kind = "exact"
     source = "folklore; torch.func.jacrev and jacfwd, jax.jacrev and jacfwd on the whole batch"
+    passes_formula = "n or P"
     backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

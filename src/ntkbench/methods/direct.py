@@ -18,6 +18,7 @@ class Direct(Deterministic):
     title = "direct"
     kind = "exact"
     source = "Hazelden 2025, the exact baseline of its figures"
+    passes_formula = "2 * n"
     backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

@@ -23,6 +23,7 @@ class JacobianContraction(Deterministic):
     title = "Jacobian contraction"
     kind = "exact"
     source = "Novak et al. 2022, section 3; PyTorch's tutorial on neural tangent kernels"
+    passes_formula = "O"
     backends = ("torch",)
     needs_independent_samples = True
 

@@ -32,6 +32,7 @@ class KFAC(Method):
     title = "K-FAC"
     kind = "approximate"
     source = "Martens and Grosse 2015; Grosse and Martens 2016; curvlinops 3 (Dangel et al. 2025)"
+    passes_formula = "O"
     backends = ("torch",)
     needs_independent_samples = True
     needs_one_network = True

@@ -38,6 +38,7 @@ class KFOC(Method):
     title = "KFOC"
     kind = "approximate"
     source = "Schnaus, Lee and Triebel 2021 (Kronecker-factored optimal curvature); Van Loan and Pitsianis 1993"
+    passes_formula = "O"
     backends = ("torch", "jax")
     needs_independent_samples = True
     needs_one_network = True

@@ -24,6 +24,7 @@ class NaiveJacobian(Deterministic):
     title = "naive Jacobian"
     kind = "exact"
     source = "folklore; the loop over torch.autograd.grad"
+    passes_formula = "n"
     backends = ("torch",)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

@@ -23,6 +23,7 @@ class NtkVectorProducts(Deterministic):
     title = "NTK-vector products"
     kind = "exact"
     source = "Novak et al. 2022, section 3"
+    passes_formula = "n + O"
     backends = ("torch",)
     needs_independent_samples = True
 

@@ -28,6 +28,7 @@ class ParameterGram(Deterministic):
     title = "parameter Gram matrix"
     kind = "exact"
     source = "this suite; J^T J is the Gauss-Newton matrix of a squared loss"
+    passes_formula = "O"
     backends = ("torch", "jax")
     needs_independent_samples = True
     needs_one_network = True

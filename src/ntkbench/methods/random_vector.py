@@ -14,4 +14,5 @@ class RandomVector(Layerwise):
     title = "random unit vector"
     kind = "approximate"
     source = "Mohamadi, Bae, Sutherland 2023, a fixed random vector in place of the sum"
+    passes_formula = "1"
     kernel = "random_vector"

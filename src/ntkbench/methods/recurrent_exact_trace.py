@@ -26,6 +26,7 @@ class RecurrentExactTrace(Deterministic):
     title = "recurrent exact trace"
     kind = "exact"
     source = "this suite; per-sample gradients as in Goodfellow 2015 (arXiv 1510.01799)"
+    passes_formula = "O * (T + 1) / (2 * T)"
     backends = ("torch", "jax")
     metrics = ("trace",)
     needs_independent_samples = True

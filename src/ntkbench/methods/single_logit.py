@@ -12,3 +12,4 @@ class SingleLogit(Layerwise):
     kind = "approximate"
     source = "Mohamadi, Bae, Sutherland 2023, the single-logit variant"
     kernel = "single_logit"
+    passes_formula = "1"

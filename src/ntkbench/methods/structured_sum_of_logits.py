@@ -14,4 +14,5 @@ class StructuredSumOfLogits(Layerwise):
     title = "pNTK by layers"
     kind = "approximate"
     source = "this suite; the sum-of-logits pNTK of Mohamadi, Bae, Sutherland 2023"
+    passes_formula = "1"
     kernel = "sum_of_logits"

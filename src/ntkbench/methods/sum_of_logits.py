@@ -26,6 +26,7 @@ class SumOfLogits(Deterministic):
     title = "pNTK (sum of logits)"
     kind = "approximate"
     source = "Mohamadi, Bae, Sutherland 2023, the sum-of-logits pNTK"
+    passes_formula = "1"
     backends = ("torch", "jax")
     needs_independent_samples = True
 

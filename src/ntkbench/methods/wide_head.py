@@ -30,6 +30,7 @@ class WideHead(WideHeadMethod):
     title = "wide head"
     kind = "exact"
     source = "this suite; layer by layer as Novak et al. 2022, section 3"
+    passes_formula = "T * d"
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.methods.base import head, tied_head

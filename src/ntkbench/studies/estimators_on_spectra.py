@@ -21,6 +21,7 @@ from ntkbench.errors import Unavailable
 from ntkbench.measure.seeds import Reruns
 from ntkbench.methods.base import Stochastic
 from ntkbench.studies import base
+from ntkbench.units import counted
 
 if TYPE_CHECKING:
     from ntkbench.operators import JacobianOperator
@@ -126,7 +127,7 @@ def _measure(
 ) -> dict[str, Any]:
     least = method.cost(metric, method.fewest_probes)
     if passes < least:
-        raise Unavailable(f"{metric} takes at least {least} passes")
+        raise Unavailable(f"{metric} takes at least {counted(least, 'pass', 'passes')}")
     made = spectrum()
     found = Reruns(made.truth[metric], settings.dtype)
     found.run(lambda seed: method.estimate(made, metric, passes, seed), range(settings.seeds))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, claims, files, labels, quality, tasks
-from ntkbench.units import bytes_label, percent_label, seconds_label
+from ntkbench.units import bytes_label, counted, percent_label, seconds_label
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PICTURE: dict[str, Any] = {"format": "WEBP", "quality": 86, "method": 4}
@@ -138,11 +138,7 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _counted(methods: int) -> str:
-    return (
-        f"{methods} method{'' if methods == 1 else 's'} that state{'s' if methods == 1 else ''} an error"
-        if methods
-        else ""
-    )
+    return f"{counted(methods, 'method that states', 'methods that state')} an error" if methods else ""
 
 
 def _reason(cells_of: pd.DataFrame) -> str:
@@ -156,7 +152,7 @@ def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
     passes = winner["passes"]
     facts = [
         winner["kind"],
-        "" if passes != passes else f"{passes:.0f} passes",
+        "" if passes != passes else counted(round(passes), "pass", "passes"),
         "" if memory != memory else bytes_label(memory),
         "" if winner["kind"] == "exact" else f"error {percent_label(winner['error'])}",
         "" if winner["lead"] != winner["lead"] else f"next {winner['lead']:.2g} times slower",

@@ -37,6 +37,7 @@ class Layerwise(Method):
     needs_independent_samples = True
     prepares = "trace"
     kernel: ClassVar[str] = "full"
+    passes_formula = "O"
     kernel_metrics = metrics.OF_KERNEL
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
