@@ -13,12 +13,13 @@ import pytest
 
 from ntkbench import figures, methods, outside, paths, problems, registry, studies
 from ntkbench.errors import BadInput, NtkbenchError
+from ntkbench.layerwise import rules
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
 from ntkbench.problems import base
 from ntkbench.registry import BrokenPlugin
 
-PACKAGES = {"method": methods, "problem": problems, "study": studies, "figure": figures}
+PACKAGES = {"method": methods, "problem": problems, "study": studies, "figure": figures, "rule": rules}
 
 METHOD = '''
 """A method."""
@@ -63,7 +64,25 @@ COLUMNS = ("loss",)
 def draw(table):
     return None
 """
-GOOD = {"method": METHOD, "problem": PROBLEM, "study": STUDY, "figure": FIGURE}
+RULE = '''
+"""A weight that multiplies a sample entry by entry."""
+import functools
+import torch
+from ntkbench.layerwise.factors import Products
+from ntkbench.layerwise.rules import Use
+
+def scale(node, position, entries):
+    other = node.args[1 - position]
+    if not isinstance(other, torch.fx.Node) or other.meta["val"].shape[1:] != entries.shape:
+        return None
+    return Use(node, other, entries.reshape(-1, 1, 1), functools.partial(factors))
+
+def factors(x, g):
+    return Products(x.reshape(len(x), -1, 1, 1), g.reshape(*g.shape[:2], -1, 1, 1))
+
+RULES = {torch.ops.aten.mul.Tensor: scale}
+'''
+GOOD = {"method": METHOD, "problem": PROBLEM, "study": STUDY, "figure": FIGURE, "rule": RULE}
 
 EVERYWHERE = [
     # source, line, and what is said of it
@@ -167,6 +186,11 @@ BROKEN = [
     ("figure", but("figure", "draw(table)", "draw()"), 5, "draw must take a table alone"),
     ("figure", FIGURE + "draw = 3\n", 7, "draw must be a function"),
     ("figure", FIGURE + "import no_such_module\n", 7, "cannot be imported"),
+    *(("rule", *case) for case in [*EVERYWHERE, ("x = 1\n", 1, "defines no RULES, a mapping from operations")]),
+    ("rule", RULE + "RULES = {}\n", 18, "defines no RULES"),
+    ("rule", but("rule", "torch.ops.aten.mul.Tensor", "'mul'"), 17, "'mul' is not an operation such as torch.ops"),
+    ("rule", but("rule", "mul.Tensor: scale", "mul.Tensor: 3"), 17, "the rule for aten.mul.Tensor is not a function"),
+    ("rule", but("rule", "aten.mul.Tensor", "aten.mm.default"), 17, "aten.mm.default has a rule of ntkbench"),
 ]
 
 
@@ -244,6 +268,7 @@ def test_a_file_name_must_be_a_name(drop, kind, name):
         ("problem", "load"),
         ("study", "run"),
         ("figure", "plotting"),
+        ("rule", "rule_for"),
     ],
 )
 def test_a_plug_in_hides_nothing_of_its_package(drop, kind, name):
@@ -407,6 +432,7 @@ def folder(tmp_path):
         ("methods", "mine", METHOD),
         ("methods", "hutchpp", METHOD),
         ("problems", "others", OUTSIDE_PROBLEM),
+        ("rules", "scales", RULE),
     ):
         file = tmp_path / "of_mine" / kind / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -543,4 +569,100 @@ def test_a_folder_of_plug_ins_that_is_not_there_is_refused_in_one_line(tmp_path)
         assert done.returncode != 0 and f"there is no folder {tmp_path / 'missing'}" in done.stderr.splitlines()[-1]
     assert len(done.stderr.splitlines()) == 1
     empty = in_a_process("import ntkbench.methods", NTKBENCH_PLUGINS=str(tmp_path))
-    assert "has none of the folders methods, problems, studies, figures" in empty.stderr.splitlines()[-1]
+    assert "has none of the folders methods, problems, studies, figures, rules" in empty.stderr.splitlines()[-1]
+
+
+SCALED = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.out = nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(x * self.w)).sum(1)
+
+def make():
+    return Scaled().double(), torch.linspace(-1, 1, 60, dtype=torch.float64).reshape(3, 4, 5)
+"""
+TRACE = """
+import sys
+import ntkbench
+from ntkbench import registry
+sys.path.insert(0, sys.argv[1])
+import of_rules
+registry.use(sys.argv[2:])
+model, x = of_rules.make()
+print(repr(ntkbench.trace(model, x)))
+"""
+LAYERS = f"""{TRACE}
+engine = ntkbench.Kernel(model, x)._traced().engine
+print(*(layer.parameters[0] for layer in engine.layers if layer.uses))
+"""
+
+
+@pytest.fixture
+def scaled(folder):
+    """A folder with a network whose weight has no rule of ntkbench."""
+    (folder.parent / "of_rules.py").write_text(SCALED, encoding="utf-8")
+    return folder.parent
+
+
+def test_rules_outside_of_the_checkout_are_applied(folder, scaled):
+    without, with_rule = (in_a_process(LAYERS, scaled, *more) for more in ((), (folder,)))
+    assert without.returncode == with_rule.returncode == 0, with_rule.stderr[-2000:]
+    assert without.stdout.splitlines()[-1] == "out.weight"
+    assert with_rule.stdout.splitlines()[-1].split() == ["w", "out.weight"]
+    measure = "import sys; from ntkbench.cli import main; main(sys.argv[1:])"
+    given = ("measure", "of_rules:make", "--method", "structured_derivatives")
+    usual = in_a_process(measure, *given, FROM=str(scaled), PYTHONPATH=os.environ.get("PYTHONPATH", ""))
+    other = in_a_process(measure, "--plugins", folder, *given, FROM=str(scaled))
+    value = usual.stdout.partition(",")[0]
+    assert value.startswith("trace = ") and other.stdout.startswith(value), other.stderr[-2000:]
+    assert "certified to" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("reshape(len(x)", "mul(2).reshape(len(x)", "its gradient differs from that of plain autograd"),
+        (
+            "other = node",
+            "1 / 0; other = node",
+            "rule for aten.mul.Tensor of the plug-in 'scales' failed: ZeroDivision",
+        ),
+        ("x.reshape(len(x), -1, 1, 1)", "x", "passed over structured_derivatives: RuntimeError"),
+        ("    return Use(", "    return 3 or Use(", "returned a int, not a Use"),
+        ("def scale(", "def scale((", "scales.py:8: SyntaxError"),
+    ],
+)
+def test_a_rule_that_is_wrong_gives_no_wrong_value(folder, scaled, old, new, says):
+    assert old in RULE
+    (folder / "rules" / "scales.py").write_text(RULE.replace(old, new), encoding="utf-8")
+    right, done = (in_a_process(TRACE, scaled, *more) for more in ((), (folder,)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.partition(",")[0] == right.stdout.partition(",")[0] and says in done.stdout + done.stderr
+
+
+def test_rules_of_installed_packages_are_applied(folder, scaled):
+    info = folder.parent / "of_mine-1.0.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: of-mine\nVersion: 1.0\n", encoding="utf-8")
+    info.joinpath("entry_points.txt").write_text("[ntkbench.plugins]\nmine = of_mine\n", encoding="utf-8")
+    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    done = in_a_process(LAYERS, scaled, PYTHONPATH=path)
+    assert done.stdout.splitlines()[-1].split() == ["w", "out.weight"], done.stderr[-2000:]
+
+
+def test_rules_count_among_the_sources_of_what_is_measured_with_them(folder):
+    code = """
+    from ntkbench import methods
+    from ntkbench.measure import fingerprints
+    for name in ("structured_derivatives", "hutchinson"):
+        print(*sorted(file.name for file in fingerprints.sources(methods.ROOM.module(name), backend="torch")))
+    """
+    with_rules, without = in_a_process(code, NTKBENCH_PLUGINS=str(folder)).stdout.splitlines()
+    assert "scales.py" in with_rules.split() and "scales.py" not in without.split()

@@ -143,7 +143,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch
     assert 'src="data:image/png;base64,' in page and not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
     for said in (
         "hutchinson",
-        "takes at least 18 passes",
+        "takes at least 12 passes",
         "<td>32</td>",
         "Linear, 8 parameters",
         "at most 4 passes",

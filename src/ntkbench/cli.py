@@ -103,7 +103,7 @@ my_networks.py is in the current folder, and make() in it returns (model, inputs
     "--plugins",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, resolve_path=True),
-    help="A folder with methods/, problems/, studies/ or figures/ of your own.",
+    help="A folder with methods/, problems/, studies/, figures/ or rules/ of your own.",
 )
 def main(plugins: tuple[str, ...]) -> None:
     """Metrics of the finite-width Neural Tangent Kernel: of your own network, and a benchmark of methods."""

@@ -1,4 +1,4 @@
-"""Plug-ins: every ``.py`` file in ``methods/``, ``problems/``, ``studies/`` or ``figures/`` is one, found by its name.
+"""Plug-ins: every ``.py`` file in the folder of a kind, such as ``methods/``, is one, found by its name.
 
 Names are found by reading source, without importing anything. A plug-in is imported alone, when it is requested. A file
 that cannot be used becomes a :class:`Broken` record, and raises an error only if it is requested. Sub-packages
@@ -32,6 +32,7 @@ PACKAGES = {
     "problem": "ntkbench.problems",
     "study": "ntkbench.studies",
     "figure": "ntkbench.figures",
+    "rule": "ntkbench.layerwise.rules",
 }
 """Kinds of plug-ins, and the package with the files of each."""
 

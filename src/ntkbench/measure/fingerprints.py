@@ -43,6 +43,8 @@ LIMITS_OF_FORECASTS = {"times_exact", "patience_s"}
 """The limits that apply to cells whose costs are predicted."""
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
+RULES = registry.PACKAGES["rule"]
+"""Loads all plug-ins with rules by name."""
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 """Every module that declares a recurrence imports this one, and needs the operators in ``RECURRENT``."""
 
@@ -149,6 +151,9 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
         backend: backend whose operators are loaded by name if any operators are.
     """
     reached = _reached(roots)
+    if RULES in reached:
+        roots += tuple(f"{RULES}.{file.stem}" for file in registry.files(RULES))
+        reached = _reached(roots)
     beside: list[Path] = []
     if any(not file.is_relative_to(PACKAGE) for file in reached.values()):
         # A plug-in outside of the package may import any file of its folder.
