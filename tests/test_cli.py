@@ -82,6 +82,13 @@ def trained(): return after, x
 def called(): return before, {"x": x}, lambda model, batch: model(batch["x"])
 def fails(): raise ZeroDivisionError("of a test")
 def leaves(): raise SystemExit(3)
+def stops(): raise BaseException("of a test")
+async def later(): return before, x
+def lazy(): yield before, x
+def unknown_inputs(): return before, x * float("nan")
+def talks():
+    print("from a factory")
+    return before, x
 def alone(): return before
 def four(): return before, x, None, None
 def no_call(): return before, x, "call"
@@ -118,6 +125,12 @@ def here(folder, monkeypatch):
         (["their_networks:value"], "their_networks:value is of type int, not a function"),
         (["their_networks:fails"], "their_networks:fails failed: ZeroDivisionError: of a test"),
         (["their_networks:leaves"], "their_networks:leaves failed: SystemExit: 3"),
+        (["their_networks:stops"], "their_networks:stops failed: BaseException: of a test"),
+        (["their_networks:later"], "must return (model, inputs) or (model, inputs, call), got coroutine"),
+        (["their_networks:lazy"], "must return (model, inputs) or (model, inputs, call), got generator"),
+        (["their_networks:unknown_inputs"], "the model returns nan or infinite outputs for these inputs"),
+        (["their_networks.py:make"], "by its module, not its file: their_networks:make; got 'their_networks.py:make'"),
+        (["./their_networks.py"], "by its module, not its file: their_networks:make; got './their_networks.py'"),
         (["their_networks:alone"], "must return (model, inputs) or (model, inputs, call), got Linear"),
         (["their_networks:four"], "must return (model, inputs) or (model, inputs, call), got tuple of 4"),
         (["their_networks:no_call"], "but its call is of type str"),
@@ -154,6 +167,11 @@ def test_measure_prints_the_estimate_with_its_interval_and_notes(here):
     assert "20 passes did not reach rtol=0.0001" in noted
     other = ("--metric", "alignment", "--other", "their_networks:trained", "--dtype", "float64")
     assert run("their_networks:make", *other).startswith("alignment = ")
+
+
+def test_what_a_factory_prints_is_not_among_the_results(here):
+    found = CliRunner().invoke(main, ["measure", "their_networks:talks"])
+    assert found.stdout.startswith("trace = ") and found.stderr == "from a factory\n"
 
 
 def test_recommend_prints_a_table_and_the_line_to_run(here):
