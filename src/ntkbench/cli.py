@@ -19,6 +19,7 @@ from ntkbench.metrics import METRICS
 from ntkbench.units import aligned, counted
 
 if TYPE_CHECKING:
+    from ntkbench.measure.cells import Cell
     from ntkbench.trials import Trials
 
 
@@ -296,13 +297,26 @@ def check(config_file: Path, predict: bool) -> None:
         seconds = seconds_label(sum(took[step] for step in timed))
         click.echo(f"steps without output: {len(timed)}, {seconds} last time")
     if new:
-        click.echo(f"steps without output, never timed: {', '.join(new)}")
-    if predict:
+        others = timings.elsewhere(step for step in new if step.startswith("study-"))
+        notes = {step: f" ({seconds_label(taken)} in the profile {where})" for step, (taken, where) in others.items()}
+        click.echo(f"steps without output, never timed: {', '.join(step + notes.get(step, '') for step in new)}")
+    if not predict:
+        _warn(run.config, run.cells)
+    else:
         from ntkbench.measure import forecast
 
         with _one_line():
             for line in forecast.summary(run.config, run.cells, lambda label: click.echo(f"... {label}", err=True)):
                 click.echo(line)
+
+
+def _warn(config: Config, cells: Sequence[Cell]) -> None:
+    """Print that a grid takes long, and which cells are over the limits, as far as that is known without running it."""
+    from ntkbench.measure import glance
+
+    with _one_line():
+        for line in glance.warnings(config, cells) if config.source == "measured" else ():
+            click.echo(line)
 
 
 @main.command(
@@ -325,9 +339,12 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     with _one_line():
         errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
-        Config.of_run([config_file])
+        config = Config.of_run([config_file])
         if any(option.startswith("--configfile") for option in more):
             raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
+    from ntkbench.measure import cells
+
+    _warn(config, cells.cells(config))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
     # Snakemake replaces this process, so that it receives interrupts.
     os.execv(sys.executable, [*command, "--configfile", str(config_file)])
