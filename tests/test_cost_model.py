@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from ntkbench import figures, studies
+from ntkbench import figures, paths, problems, studies
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base
+from ntkbench.measure import cells
+from ntkbench.measure.config import Config
 from ntkbench.studies import cost_model
 
 SMALL = "fc_relu[N=8,O=10,width=128,depth=2]"
@@ -54,6 +56,13 @@ def test_bad_cases_are_refused(given, said):
 def test_the_default_cases_are_valid():
     for case in cost_model.CASES:
         cost_model.Case.model_validate(case.model_dump())
+
+
+def test_the_configuration_has_all_problems_and_metrics_of_the_grid():
+    chosen = Config.of_run([paths.ROOT / "config" / "cost_model.yaml"]).study("cost_model").cases
+    grid = cells.cells(Config.of_run([paths.ROOT / "config" / "default.yaml"]))
+    asked = {(problems.check(case.problem), case.metric) for case in chosen}
+    assert {(cell.problem, cell.metric) for cell in grid} <= asked
 
 
 def test_the_title_of_the_figure_is_what_was_found(tmp_path):
