@@ -65,7 +65,7 @@ def picture(trials: Trials) -> Figure:
         canvas.decades(panel.yaxis, bottom, top)
         for one, x, y in drawn:
             colour = COLOURS[one.kind]
-            panel.plot([one.seconds_q25, one.seconds_q75], [y, y], color=colour, linewidth=1.2)
+            panel.plot([one.seconds_q25 or x, one.seconds_q75 or x], [y, y], color=colour, linewidth=1.2)
             panel.plot(x, y, "o", color=colour, markersize=6)
         _label(panel, [(_name(one), COLOURS[one.kind], x, y) for one, x, y in drawn])
         kinds = [kind for kind in COLOURS if kind in {one.kind for one, *_ in drawn}]
@@ -79,8 +79,8 @@ def picture(trials: Trials) -> Figure:
 
 def _label(panel: Axes, dots: Sequence[tuple[str, str, float, float]]) -> None:
     """The name of each dot in its colour, at a free place near it within the panel."""
-    inches = lambda x, y: tuple(float(at) for at in panel.transData.transform((x, y)) / panel.figure.dpi)  # noqa: E731
-    taken = [inches(x, y) for *_, x, y in dots]
+    placed = panel.transData.transform([(x, y) for *_, x, y in dots]) / panel.figure.dpi if dots else []
+    taken = [(float(x), float(y)) for x, y in placed]
     (left, bottom), (right, top) = panel.bbox.get_points() / panel.figure.dpi
     for (name, colour, *_), (x, y) in zip(dots, list(taken), strict=True):
         half = 0.04 * len(name) + 0.05

@@ -378,8 +378,8 @@ class Incremental(Stochastic):
             batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
             if not (width := _deciding(estimate, rtol, confidence).relative_width(confidence)) <= rtol:
-                spent = counted(passes, "pass", "passes")
-                note = f"{spent} did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
+                given = counted(passes, "pass", "passes")
+                note = f"{given} did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
             elif not estimate.relative_width(confidence) <= rtol:
                 note = rounding_note(rtol)
             else:
