@@ -145,7 +145,7 @@ onerror:
     LINES[0].stop(f"ntkbench: some steps failed, see logs/ in {folders}; the results of the others are there")
 
 
-TIMED = "|".join(filter(studies.is_timed, studies.ROOM.found()))
+TIMED = "|".join(filter(studies.is_timed, studies.REGISTRY.found()))
 # How a report shows the files of a folder of figures.
 SHOWN = {
     "patterns": ["{figure}.{form,png|csv}"],

@@ -228,7 +228,7 @@ def drawn(name):
     """A figure of a paper from the committed tables."""
     tables = [figures.table_of(name, paths.REFERENCE / profile) for profile in figures.CLAIMED_FROM]
     with base.style():
-        return files._drawn(figures.ROOM.get(name), files.read(next(table for table in tables if table.exists())))
+        return files._drawn(figures.REGISTRY.get(name), files.read(next(table for table in tables if table.exists())))
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -76,7 +76,7 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
         )
     ]
     files = figures.draw("cost_model", pd.DataFrame(rows), tmp_path)
-    drawing = figures.ROOM.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
+    drawing = figures.REGISTRY.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
     texts = [text.get_text() for text in drawing.figure.texts]
     assert "Predicted seconds: 75 % within a factor of 2, median error a factor of 1.5" in texts
     plotted = pd.read_csv(files[0])
@@ -86,4 +86,4 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
 
 
 def cost_model_columns() -> tuple[str, ...]:
-    return figures.ROOM.get("cost_model").COLUMNS
+    return figures.REGISTRY.get("cost_model").COLUMNS

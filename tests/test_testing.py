@@ -343,7 +343,7 @@ def scaling(times=1.0, fits=True):
 
 
 def check_rule(monkeypatch, given, network):
-    monkeypatch.setitem(rules.ROOM._loaded, "mine", given)
+    monkeypatch.setitem(rules.REGISTRY._loaded, "mine", given)
     monkeypatch.setattr(rules, "RULES", rules.RULES | given)
     testing.check_rule("mine", network, torch.randn(3, 4, 5))
 

@@ -159,12 +159,12 @@ def _plugins() -> tuple[dict[str, int | str], list[Broken]]:
     broken = registry.entry_points()
     for kind in registry.PACKAGES:
         try:
-            room = registry.room(kind)
+            registered = registry.of(kind)
         except ImportError as error:  # an extra is missing
             plugins[kind] = summary(error)
             continue
-        plugins[kind] = len(room.names())
-        broken += room.broken()
+        plugins[kind] = len(registered.names())
+        broken += registered.broken()
     return plugins, broken
 
 

@@ -105,11 +105,11 @@ def as_problems(factories: Mapping[str, str]) -> None:
     Raises:
         BadInput: a name is invalid or taken, or :func:`make` refuses the function; says why.
     """
-    room, texts = registry.room("problem"), dict[str, str]()
+    registered, texts = registry.of("problem"), dict[str, str]()
     for name, factory in factories.items():
-        if name not in room.found():
+        if name not in registered.found():
             texts[name] = _plugin(name, factory)
-        elif f"factories.definition({factory!r}, " not in room.file(name).read_text(encoding="utf-8"):
+        elif f"factories.definition({factory!r}, " not in registered.file(name).read_text(encoding="utf-8"):
             raise BadInput(f"{name} is already a problem; choose another name")
     if texts:  # the others were made by the process that started this one
         folder = paths.cache() / "factories" / hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]

@@ -248,7 +248,7 @@ def one_a_file(source: Source) -> Mapping[str, int]:
     return {source.file.stem: 1}
 
 
-class Room(Generic[T]):
+class Registry(Generic[T]):
     """The plug-ins of one kind."""
 
     def __init__(
@@ -403,9 +403,9 @@ def first_line(plugin: object) -> str:
     return (inspect.getdoc(plugin) or "").partition("\n")[0]
 
 
-def room(kind: str) -> Room[Any]:
+def of(kind: str) -> Registry[Any]:
     """The plug-ins of a kind; imports their package, but no plug-in."""
-    return importlib.import_module(PACKAGES[kind]).ROOM
+    return importlib.import_module(PACKAGES[kind]).REGISTRY
 
 
 def entry_points() -> list[Broken]:
@@ -418,7 +418,7 @@ def entry_points() -> list[Broken]:
 
 def broken() -> list[Broken]:
     """Every plug-in that does not work; imports all of them."""
-    return [*entry_points(), *(one for kind in PACKAGES for one in room(kind).broken())]
+    return [*entry_points(), *(one for kind in PACKAGES for one in of(kind).broken())]
 
 
 outside.add([])  # makes the folders that the environment names absolute

@@ -510,7 +510,7 @@ def check_rule(name: str, network: nn.Module, inputs: Any) -> None:
     """
     from ntkbench.layerwise.kernel import LayerwiseKernel
 
-    rules = registry.room("rule").get(name)
+    rules = registry.of("rule").get(name)
     with _said(f"rule {name!r}"):
         for dtype, memory in (("float64", 2**30), ("float64", 1), ("float32", 2**30)):
             module, x = copy.deepcopy(network).to(_dtype(dtype)), inputs

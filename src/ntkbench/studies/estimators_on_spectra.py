@@ -43,7 +43,7 @@ NAMES = [name for name in NAMES if not methods.get(name).needs_independent_sampl
 """Stochastic methods that need only products with J and J^T."""
 
 TIMED = False
-PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.ROOM.found()))
+PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.REGISTRY.found()))
 
 
 class Settings(base.Settings):

@@ -211,10 +211,10 @@ RULES: dict[Any, Rule] = {
 def _of_plugins(folders: tuple[str, ...]) -> dict[Any, Rule]:
     """The rules of plug-ins, those in these folders included. Plug-ins that are broken are logged and left out."""
     found: dict[Any, Rule] = {}
-    for name in ROOM.names():
-        for operation, rule in ROOM.get(name).items():
+    for name in REGISTRY.names():
+        for operation, rule in REGISTRY.get(name).items():
             found.setdefault(operation, functools.partial(_guarded, name, rule))
-    for broken in ROOM.broken():
+    for broken in REGISTRY.broken():
         logging.getLogger("ntkbench").warning("%s", broken)
     return found
 
@@ -247,4 +247,4 @@ def _checked(source: Source, module: ModuleType, name: str) -> Mapping[Any, Rule
     return rules
 
 
-ROOM: registry.Room[Mapping[Any, Rule]] = registry.Room("rule", _checked)
+REGISTRY: registry.Registry[Mapping[Any, Rule]] = registry.Registry("rule", _checked)
