@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -79,7 +80,8 @@ def picture(trials: Trials) -> Figure:
 
 def _label(panel: Axes, dots: Sequence[tuple[str, str, float, float]]) -> None:
     """The name of each dot in its colour, at a free place near it within the panel."""
-    placed = panel.transData.transform([(x, y) for *_, x, y in dots]) / panel.figure.dpi if dots else []
+    points = np.array([(x, y) for *_, x, y in dots]).reshape(-1, 2)
+    placed = panel.transData.transform(points) / panel.figure.dpi
     taken = [(float(x), float(y)) for x, y in placed]
     (left, bottom), (right, top) = panel.bbox.get_points() / panel.figure.dpi
     for (name, colour, *_), (x, y) in zip(dots, list(taken), strict=True):
