@@ -145,7 +145,7 @@ onerror:
     LINES[0].stop(f"ntkbench: some steps failed, see logs/ in {folders}; the results of the others are there")
 
 
-TIMED = "|".join(filter(studies.is_timed, studies.ROOM.found()))
+TIMED = "|".join(filter(studies.is_timed, studies.REGISTRY.found()))
 # How a report shows the files of a folder of figures.
 SHOWN = {
     "patterns": ["{figure}.{form,png|csv}"],
@@ -243,7 +243,7 @@ rule measure:
             cells.of_shard(run_of(wildcards).config, int(wildcards.number))
         ),
     shell:
-        "python -m ntkbench measure --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
+        "python -m ntkbench measure-shard --config {params.config:q} --shard {wildcards.number} --problems {input:q} "
         "--output {output:q} --log {log.cases:q} > {log[0]:q} 2>&1"
 
 

@@ -228,7 +228,7 @@ def drawn(name):
     """A figure of a paper from the committed tables."""
     tables = [figures.table_of(name, paths.REFERENCE / profile) for profile in figures.CLAIMED_FROM]
     with base.style():
-        return files._drawn(figures.ROOM.get(name), files.read(next(table for table in tables if table.exists())))
+        return files._drawn(figures.REGISTRY.get(name), files.read(next(table for table in tables if table.exists())))
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -247,7 +247,7 @@ def test_captions_are_short_and_have_a_line_for_each_claim(name):
 def test_mnists_test_file_is_not_the_papers_setting():
     table = files.read(paths.REFERENCE / "paper_cpu" / "studies" / "hazelden_metrics.csv")
     with base.style():
-        made = files._drawn(figures.ROOM.get("hazelden_metrics"), table.assign(problem="mnist_mlp[N=128]"))[0].claims
+        made = files._drawn(figures.REGISTRY.get("hazelden_metrics"), table.assign(problem="mnist_mlp[N=128]"))[0].claims
     assert made and {claim.here for claim in made} == {"MNIST MLP, N = 128"} and not any(claim.same for claim in made)
 
 

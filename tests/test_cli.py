@@ -16,7 +16,7 @@ from ntkbench.cli import main
         (["chek", "x"], "No such command 'chek'. (Did you mean"),
         (["table"], "Missing argument 'SHARDS...'"),
         (["timings", "nowhere"], "Directory 'nowhere' does not exist"),
-        (["measure", "--shard", "-1"], "-1 is not in the range x>=0"),
+        (["measure-shard", "--shard", "-1"], "-1 is not in the range x>=0"),
         (["compare-commits"], "Missing argument 'BASE'"),
         (["compare-commits", "no_such_commit"], "'no_such_commit' is not a commit of"),
         (["compare-commits", "HEAD", "--cases", "("], "'(' is not a regular expression"),
@@ -24,7 +24,7 @@ from ntkbench.cli import main
         (["recommend"], "Missing argument 'MODULE:FUNCTION'"),
         (["recommend", "a:b", "--metric", "rank"], "'rank' is not one of 'trace', 'norm'"),
         (["recommend", "a:b", "--memory", "0"], "0 is not in the range x>=1"),
-        (["estimate", "a:b", "--passes", "many"], "'many' is not a valid integer"),
+        (["measure", "a:b", "--passes", "many"], "'many' is not a valid integer"),
     ],
 )
 def test_bad_usage_is_one_line(arguments, said):
@@ -45,7 +45,7 @@ WRITE = {
 @pytest.mark.parametrize("where", ["new", "deeper/new"])
 @pytest.mark.parametrize(("name", "option"), sorted(WRITE))
 def test_a_path_that_cannot_be_written_is_refused_before_anything_else(tmp_path, name, option, where):
-    assert {("compare", "--output"), ("draw", "--figures"), ("measure", "--log"), ("study", "--output")} <= WRITE
+    assert {("compare", "--output"), ("draw", "--figures"), ("measure-shard", "--log"), ("study", "--output")} <= WRITE
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     path = tmp_path / "file" / where
     found = CliRunner().invoke(main, [name, option, str(path)])
@@ -82,6 +82,13 @@ def trained(): return after, x
 def called(): return before, {"x": x}, lambda model, batch: model(batch["x"])
 def fails(): raise ZeroDivisionError("of a test")
 def leaves(): raise SystemExit(3)
+def stops(): raise BaseException("of a test")
+async def later(): return before, x
+def lazy(): yield before, x
+def unknown_inputs(): return before, x * float("nan")
+def talks():
+    print("from a factory")
+    return before, x
 def alone(): return before
 def four(): return before, x, None, None
 def no_call(): return before, x, "call"
@@ -118,6 +125,12 @@ def here(folder, monkeypatch):
         (["their_networks:value"], "their_networks:value is of type int, not a function"),
         (["their_networks:fails"], "their_networks:fails failed: ZeroDivisionError: of a test"),
         (["their_networks:leaves"], "their_networks:leaves failed: SystemExit: 3"),
+        (["their_networks:stops"], "their_networks:stops failed: BaseException: of a test"),
+        (["their_networks:later"], "must return (model, inputs) or (model, inputs, call), got coroutine"),
+        (["their_networks:lazy"], "must return (model, inputs) or (model, inputs, call), got generator"),
+        (["their_networks:unknown_inputs"], "the model returns nan or infinite outputs for these inputs"),
+        (["their_networks.py:make"], "by its module, not its file: their_networks:make; got 'their_networks.py:make'"),
+        (["./their_networks.py"], "by its module, not its file: their_networks:make; got './their_networks.py'"),
         (["their_networks:alone"], "must return (model, inputs) or (model, inputs, call), got Linear"),
         (["their_networks:four"], "must return (model, inputs) or (model, inputs, call), got tuple of 4"),
         (["their_networks:no_call"], "but its call is of type str"),
@@ -132,16 +145,16 @@ def here(folder, monkeypatch):
         (["their_networks:make", "--dtype", "float8"], "float8"),
     ],
 )
-@pytest.mark.parametrize("command", ["recommend", "estimate"])
+@pytest.mark.parametrize("command", ["recommend", "measure"])
 def test_a_bad_factory_is_one_line(here, command, arguments, said):
     found = CliRunner().invoke(main, [command, *arguments])
     assert found.exit_code == 1, found.output
     assert found.output.startswith("ntkbench: ") and said in found.output and found.output.count("\n") == 1
 
 
-def test_estimate_prints_the_estimate_with_its_interval_and_notes(here):
+def test_measure_prints_the_estimate_with_its_interval_and_notes(here):
     def run(*arguments):
-        found = CliRunner().invoke(main, ["estimate", *arguments])
+        found = CliRunner().invoke(main, ["measure", *arguments])
         assert found.exit_code == 0, found.output
         return found.stdout
 
@@ -154,6 +167,11 @@ def test_estimate_prints_the_estimate_with_its_interval_and_notes(here):
     assert "20 passes did not reach rtol=0.0001" in noted
     other = ("--metric", "alignment", "--other", "their_networks:trained", "--dtype", "float64")
     assert run("their_networks:make", *other).startswith("alignment = ")
+
+
+def test_what_a_factory_prints_is_not_among_the_results(here):
+    found = CliRunner().invoke(main, ["measure", "their_networks:talks"])
+    assert found.stdout.startswith("trace = ") and found.stderr == "from a factory\n"
 
 
 def test_recommend_prints_a_table_and_the_line_to_run(here):
@@ -172,10 +190,28 @@ def test_recommend_prints_a_table_and_the_line_to_run(here):
     assert abs(value - ntkbench.trace(model, inputs, call=call, dtype="float64")) < 0.4 * value
 
 
-def test_every_option_has_a_help_text_and_networks_have_examples():
-    for name in ("recommend", "estimate"):
-        command = main.commands[name]
-        assert all(option.help for option in command.params if isinstance(option, click.Option))
+def commands(group, name):
+    """A group and all its commands, those of groups in it included, by name."""
+    yield name, group
+    for each, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{name} {each}")
+
+
+@pytest.mark.parametrize("name", dict(commands(main, "ntkbench")))
+def test_every_option_and_argument_has_a_help_text(name):
+    command = dict(commands(main, "ntkbench"))[name]
+    assert command.help
+    shown = " ".join(command.help.split())
+    for given in command.params:
+        if isinstance(given, click.Option):
+            assert given.help, given.opts
+        else:  # Click has no help for arguments but the command's own
+            said = (given.metavar or given.name.upper()).strip("[].")
+            assert said in shown, f"the help of {name} does not say what {said} is"
+
+
+def test_networks_have_examples():
+    for name in ("recommend", "measure", "compare"):
         assert f"ntkbench {name} my_networks:make" in CliRunner().invoke(main, [name, "--help"]).stdout
     shown = CliRunner().invoke(main, ["--help"]).stdout
     assert "ntkbench recommend my_networks:make" in shown and "study-rows" not in shown

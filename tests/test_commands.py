@@ -73,9 +73,22 @@ def test_the_commands(file):
 
 def test_methods_are_listed_by_what_they_give():
     done = CliRunner().invoke(main, ["list", "--metric", "alignment", "--kind", "exact", "--backend", "jax"])
-    names = [line.split()[1] for line in done.output.splitlines()]
-    assert {line.split()[0] for line in done.output.splitlines()} == {"method"}
+    heading, *lines = done.output.splitlines()
+    assert heading.split() == ["method", "name", "kind", "backends", "metrics", "passes", "title", "[source]"]
+    names = [line.split()[1] for line in lines]
+    assert {line.split()[0] for line in lines} == {"method"}
     assert "nt_structured_derivatives" in names and "recurrent_exact_trace" not in names and "hutchpp" not in names
+
+
+def test_methods_are_listed_with_their_metrics_and_passes():
+    def listed(*given):
+        done = CliRunner().invoke(main, ["list", *given])
+        return {line.split()[1]: " ".join(line.split()) for line in done.output.splitlines() if "method " in line}
+
+    every, norms = listed(), listed("--metric", "norm")
+    assert "torch/jax trace, norm, effective_rank, alignment 6/12/18/36 a probe Hutch++" in every["hutchpp"]
+    assert "exact torch trace, norm, effective_rank, alignment n + O NTK-vector" in every["ntk_vector_products"]
+    assert " norm 12 a probe Hutch++" in norms["hutchpp"] and " trace 1 a probe " in every["one_sided_forward"]
 
 
 def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):

@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from ntkbench import figures, methods, problems, studies
+from ntkbench import figures, methods, paths, problems, studies
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base
+from ntkbench.measure import cells
+from ntkbench.measure.config import Config
 from ntkbench.studies import cost_model
 
 SMALL = "fc_relu[N=8,O=10,width=128,depth=2]"
@@ -59,6 +61,13 @@ def test_the_default_cases_are_valid():
         cost_model.Case.model_validate(case.model_dump())
 
 
+def test_the_configuration_has_all_problems_and_metrics_of_the_grid():
+    chosen = Config.of_run([paths.ROOT / "config" / "cost_model.yaml"]).study("cost_model").cases
+    grid = cells.cells(Config.of_run([paths.ROOT / "config" / "default.yaml"]))
+    asked = {(problems.check(case.problem), case.metric) for case in chosen}
+    assert {(cell.problem, cell.metric) for cell in grid} <= asked
+
+
 def test_the_title_of_the_figure_is_what_was_found(tmp_path):
     rows = [
         {"problem": "p", "metric": "trace", "method": f"m{i}", "title": f"m{i}", "kind": kind, "status": "ok"}
@@ -70,7 +79,7 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
         )
     ]
     files = figures.draw("cost_model", pd.DataFrame(rows), tmp_path)
-    drawing = figures.ROOM.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
+    drawing = figures.REGISTRY.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
     texts = [text.get_text() for text in drawing.figure.texts]
     assert "Predicted seconds: 75 % within a factor of 2, median error a factor of 1.5" in texts
     plotted = pd.read_csv(files[0])
@@ -80,4 +89,4 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
 
 
 def cost_model_columns() -> tuple[str, ...]:
-    return figures.ROOM.get("cost_model").COLUMNS
+    return figures.REGISTRY.get("cost_model").COLUMNS

@@ -131,7 +131,7 @@ def test_the_page_of_methods_has_every_method(methods_page):
     cells = {name: [cell.strip() for cell in row.strip("|").split(" | ")] for name, row in rows.items()}
     passes = "trace 2, norm 2, effective rank 2, alignment 4"
     assert cells["hutchinson"][2:] == ["stochastic", *cells["direct"][3:5], passes, "unbiased", ""]
-    assert cells["direct"][2] == "exact" and cells["direct"][5:] == ["", "none", ""]
+    assert cells["direct"][2] == "exact" and cells["direct"][5:] == ["2 n", "none", ""]
     assert cells["sum_of_logits"][6:] == ["biased", "independent samples"]
     assert cells["shared_probe_alignment"][6] == "", "its text says that it is biased"
     section = text.partition("\n## `xtrace`\n")[2].partition("\n## ")[0]

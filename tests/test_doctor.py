@@ -19,7 +19,7 @@ def found():
 
 
 @pytest.fixture
-def one_room(monkeypatch):
+def one_kind(monkeypatch):
     """Methods alone, so that a diagnosis is quick."""
     monkeypatch.setattr(registry, "PACKAGES", {"method": "ntkbench.methods"})
 
@@ -43,7 +43,7 @@ def test_it_says_what_there_is(found):
     assert torch.required.startswith(">=") and torch.tested and torch.needed_for == ""
 
 
-def test_a_broken_plug_in_is_named_with_file_and_line(one_room, monkeypatch, tmp_path):
+def test_a_broken_plug_in_is_named_with_file_and_line(one_kind, monkeypatch, tmp_path):
     (tmp_path / "torn.py").write_text("x = 1\ndef f(:\n")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     found = doctor.diagnose()
@@ -53,7 +53,7 @@ def test_a_broken_plug_in_is_named_with_file_and_line(one_room, monkeypatch, tmp
 
 @pytest.mark.parametrize("name", ["exact/digits_conv.json", "weights/digits_conv.npz"])
 @pytest.mark.parametrize("spoil", [lambda data: data[:-20], lambda data: b"", lambda data: data.replace(b"1", b"2", 1)])
-def test_a_damaged_file_is_named(one_room, monkeypatch, tmp_path, name, spoil):
+def test_a_damaged_file_is_named(one_kind, monkeypatch, tmp_path, name, spoil):
     file = tmp_path / name
     file.parent.mkdir()
     shutil.copy(paths.REFERENCE / name, file)
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_named(one_room, monkeypatch, tmp_path, name, spoil):
         ("torch", "99.0+cu130", None),
     ],
 )
-def test_versions_are_compared_with_those_that_are_declared(one_room, monkeypatch, name, version, fault):
+def test_versions_are_compared_with_those_that_are_declared(one_kind, monkeypatch, name, version, fault):
     real = importlib.metadata.version
 
     def other(package):
@@ -116,10 +116,10 @@ def test_without_a_checkout_what_is_declared_comes_from_the_installed_package(mo
     assert found.commit is None and "git: none" in found.lines()
 
 
-def test_rooms_and_backends_that_need_what_is_missing_say_so(monkeypatch):
-    monkeypatch.setattr(registry, "PACKAGES", {"method": "ntkbench.methods", "figure": "ntkbench.no_such_room"})
+def test_kinds_and_backends_that_need_what_is_missing_say_so(monkeypatch):
+    monkeypatch.setattr(registry, "PACKAGES", {"method": "ntkbench.methods", "figure": "ntkbench.no_such_package"})
     monkeypatch.setattr(doctor, "BACKENDS", ("torch", "no_such_backend"))
     monkeypatch.setattr(doctor, "Target", lambda backend: type("Target", (), {"backend": backend, "device": "cpu"})())
     found = doctor.diagnose()
-    assert found.plugins["figure"] == "ModuleNotFoundError: No module named 'ntkbench.no_such_room'"
+    assert found.plugins["figure"] == "ModuleNotFoundError: No module named 'ntkbench.no_such_package'"
     assert "No module named" in found.devices["no_such_backend"] and found.faults == []

@@ -184,10 +184,24 @@ def test_a_confidence_level_that_is_none_is_refused(confidence):
 
 def test_one_minus_alignment_is_shown_near_one():
     e = aligned(2.5e-10, 1e-11)
-    assert str(e) == "1, 95 % in [1, 1], 1 - alignment = 2.5e-10, 95 % in [2.31149e-10, 2.70388e-10] (m, 8 passes)"
+    assert str(e) == "1, 95 % within 2.0e-11, 1 - alignment = 2.5e-10, 95 % in [2.31149e-10, 2.70388e-10] (m, 8 passes)"
     assert repr(Estimates(alignment=e)).endswith("\n1 - alignment = 2.5e-10, 95 % in [2.31149e-10, 2.70388e-10]")
     assert "1 - alignment" not in str(aligned(0.02, 1e-3))
     assert Estimate.from_json(e.to_json()) == e
+
+
+def test_exact_values_are_shown_with_their_rounding():
+    """The ends of their intervals have the same digits."""
+    exact = Estimate(12.5, None, 1, "direct", metric="trace", rounding=2e-7)
+    assert str(exact) == "12.5 (direct, 1 pass)"
+    assert repr(exact) == "trace = 12.5, rounding up to 2.5e-06 (direct, 1 pass)"
+    assert "12.5   rounding up to 2.5e-06  1" in repr(Estimates(trace=exact))
+    settled = dataclasses.replace(exact, standard_error=0.0)
+    assert repr(settled) == repr(exact)
+    assert repr(dataclasses.replace(settled, rounding=None)) == "trace = 12.5 (direct, 1 pass)"
+    near = repr(aligned(1e-5, None, rounding=1e-6))
+    assert near == "alignment = 0.99999, rounding up to 4.5e-09, 1 - alignment = 1e-05 (m, 8 passes)"
+    assert "95 % within 9.8e-10" in str(Estimate(12.5, 5e-10, 8, "m"))
 
 
 def test_metrics_of_moments_are_estimates_without_a_standard_error():

@@ -119,7 +119,7 @@ def test_rows_are_measured_again_if_anything_changes_that_the_network_is_made_of
     CHANGES[change](checkpoint)
     assert factory._plugin(name, f"{MINE}:make") != one
     config({name: f"{MINE}:make"}, name)
-    assert registry.room("problem").file(name) in fingerprints.sources(problems.module_of(name))
+    assert registry.of("problem").file(name) in fingerprints.sources(problems.module_of(name))
 
 
 def test_installed_packages_are_not_sources_of_a_network(tmp_path):

@@ -507,3 +507,19 @@ def test_samples_that_are_all_taken_exactly_leave_no_error():
             assert found.standard_error <= 1e-6 * float(found)
             assert float(found) == pytest.approx(float(exact), rel=1e-9)
             assert found.passes <= 16
+
+
+@pytest.mark.parametrize("method", DETERMINISTIC, ids=lambda method: method.name)
+def test_formulas_of_passes_are_those_that_are_needed(method):
+    target = Target(method.backends[0], "float64", "cpu")
+    small = testing.smooth_problem
+    few = (small(), small("other", 4, 3, 5, 3), small("wide_net", hidden=2, outputs=5), testing.recurrent_problem())
+    few = [each for each in few if method.unsupported_reason(each, "trace", target) is None]
+    assert few
+    for problem in few:
+        needed = method.passes_needed(problem, "trace", target)
+        T = problem.x.shape[1] if problem.x.ndim == 3 else 1
+        d = problem.theta_0["2.weight"].shape[1] if "2.weight" in problem.theta_0 else None
+        sizes = {"n": problem.n, "N": problem.N, "O": problem.O, "P": problem.P, "T": T, "d": d}
+        ways = [eval(way, sizes) for way in method.passes_formula.split(" or ") if way]
+        assert needed in ways if needed is not None else not ways, problem.name

@@ -271,7 +271,7 @@ np.testing.assert_allclose(kept, theta.numpy(), rtol=1e-9, atol=1e-12)
 assert ntkbench.from_recurrent(torch.nn.GRU(3, 4), torch.randn(5, 4, 3)).N == 4
 for name in methods.names():
     assert methods.get(name).title
-assert methods.ROOM.broken() == []
+assert methods.REGISTRY.broken() == []
 
 tracker = ntkbench.Tracker(net, x, metrics=["trace"])
 tracker(0)

@@ -162,6 +162,26 @@ def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
     assert lines[3] == r"| `gpt2` | effective rank, 5 % | a \| b |  |  |  |  |  |  |"
 
 
+def test_predicted_costs_are_beside_measured_ones_for_all_rows(tmp_path):
+    rows = [
+        {"kind": kind, "predicted_seconds": 0.1 * ratio, "seconds": 0.1, "predicted_bytes": 4e6, "memory_bytes": held}
+        for kind, ratio, held in (
+            ("exact", 1.25, 4e6),
+            ("exact", 0.8, 1e7),
+            ("stochastic", 4.0, None),
+        )
+    ]
+    rows += [{"kind": "exact", "status": "skipped"}]
+    lines = block_of(tmp_path, "predictions", readme.COST_MODEL, rows)
+    assert lines[2:5] == [
+        "| exact | 2 | 100 % | 25 % | 50 % | 58 % |",
+        "| stochastic | 1 | 0 % | 300 % |  |  |",
+        "| all | 3 | 67 % | 25 % | 50 % | 58 % |",
+    ]
+    without = readme.TABLES["predictions"](readme.Tables(tmp_path / "nowhere"))
+    assert without == "*Not yet measured: `config/cost_model.yaml`.*"
+
+
 def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):
     """Tasks in which it does not reach the tolerance, or which have no rival, count as well."""
     small, large = ({"problem": p, "metric": "effective_rank", "rtol": 0.1, "calls": 9} for p in ("small", "large"))

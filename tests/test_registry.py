@@ -13,12 +13,13 @@ import pytest
 
 from ntkbench import figures, methods, outside, paths, problems, registry, studies
 from ntkbench.errors import BadInput, NtkbenchError
+from ntkbench.layerwise import rules
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
 from ntkbench.problems import base
 from ntkbench.registry import BrokenPlugin
 
-PACKAGES = {"method": methods, "problem": problems, "study": studies, "figure": figures}
+PACKAGES = {"method": methods, "problem": problems, "study": studies, "figure": figures, "rule": rules}
 
 METHOD = '''
 """A method."""
@@ -63,7 +64,25 @@ COLUMNS = ("loss",)
 def draw(table):
     return None
 """
-GOOD = {"method": METHOD, "problem": PROBLEM, "study": STUDY, "figure": FIGURE}
+RULE = '''
+"""A weight that multiplies a sample entry by entry."""
+import functools
+import torch
+from ntkbench.layerwise.factors import Products
+from ntkbench.layerwise.rules import Use
+
+def scale(node, position, entries):
+    other = node.args[1 - position]
+    if not isinstance(other, torch.fx.Node) or other.meta["val"].shape[1:] != entries.shape:
+        return None
+    return Use(node, other, entries.reshape(-1, 1, 1), functools.partial(factors))
+
+def factors(x, g):
+    return Products(x.reshape(len(x), -1, 1, 1), g.reshape(*g.shape[:2], -1, 1, 1))
+
+RULES = {torch.ops.aten.mul.Tensor: scale}
+'''
+GOOD = {"method": METHOD, "problem": PROBLEM, "study": STUDY, "figure": FIGURE, "rule": RULE}
 
 EVERYWHERE = [
     # source, line, and what is said of it
@@ -167,14 +186,19 @@ BROKEN = [
     ("figure", but("figure", "draw(table)", "draw()"), 5, "draw must take a table alone"),
     ("figure", FIGURE + "draw = 3\n", 7, "draw must be a function"),
     ("figure", FIGURE + "import no_such_module\n", 7, "cannot be imported"),
+    *(("rule", *case) for case in [*EVERYWHERE, ("x = 1\n", 1, "defines no RULES, a mapping from operations")]),
+    ("rule", RULE + "RULES = {}\n", 18, "defines no RULES"),
+    ("rule", but("rule", "torch.ops.aten.mul.Tensor", "'mul'"), 17, "'mul' is not an operation such as torch.ops"),
+    ("rule", but("rule", "mul.Tensor: scale", "mul.Tensor: 3"), 17, "the rule for aten.mul.Tensor is not a function"),
+    ("rule", but("rule", "aten.mul.Tensor", "aten.mm.default"), 17, "aten.mm.default has a rule of ntkbench"),
 ]
 
 
 @pytest.fixture
 def drop(tmp_path, monkeypatch):
-    """Put a plug-in file into a room, as long as the test lasts."""
-    rooms = {kind: registry.room(kind) for kind in PACKAGES}
-    loaded = {kind: dict(room._loaded) for kind, room in rooms.items()}
+    """Put a plug-in file into the folder of its kind, as long as the test lasts."""
+    registries = {kind: registry.of(kind) for kind in PACKAGES}
+    loaded = {kind: dict(kept._loaded) for kind, kept in registries.items()}
     before, names = dict(base.REGISTRY), set(sys.modules)
 
     def put(kind, name, source, first=False):
@@ -183,14 +207,14 @@ def drop(tmp_path, monkeypatch):
         file = folder / name
         file.write_bytes(source) if isinstance(source, bytes) else file.write_text(source, encoding="utf-8")
         package = PACKAGES[kind]
-        room = [folder for folder in package.__path__ if folder != str(file.parent)]
-        monkeypatch.setattr(package, "__path__", [str(folder), *room] if first else [*room, str(folder)])
+        kept = [folder for folder in package.__path__ if folder != str(file.parent)]
+        monkeypatch.setattr(package, "__path__", [str(folder), *kept] if first else [*kept, str(folder)])
         return file
 
     yield put
-    for kind, room in rooms.items():
-        room._loaded.clear()
-        room._loaded.update(loaded[kind])
+    for kind, kept in registries.items():
+        kept._loaded.clear()
+        kept._loaded.update(loaded[kind])
     base.REGISTRY.clear()
     base.REGISTRY.update(before)
     for name in set(sys.modules) - names:
@@ -203,36 +227,36 @@ def drop(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_a_dropped_in_plug_in_is_found_and_works(drop, kind):
-    file, room = drop(kind, "mine.py", GOOD[kind]), registry.room(kind)
-    assert "mine" in room.found() and f"{room.package}.mine" not in sys.modules
-    assert room.file("mine") == file and room.module("mine") == f"{room.package}.mine"
-    assert f"{room.package}.mine" not in sys.modules
-    plugin = room.get("mine")
-    assert room.get("mine") is plugin
-    assert "mine" in room.names() and room.broken() == []
+    file, kept = drop(kind, "mine.py", GOOD[kind]), registry.of(kind)
+    assert "mine" in kept.found() and f"{kept.package}.mine" not in sys.modules
+    assert kept.file("mine") == file and kept.module("mine") == f"{kept.package}.mine"
+    assert f"{kept.package}.mine" not in sys.modules
+    plugin = kept.get("mine")
+    assert kept.get("mine") is plugin
+    assert "mine" in kept.names() and kept.broken() == []
 
 
 @pytest.mark.parametrize(("kind", "source", "line", "says"), BROKEN)
 def test_a_broken_plug_in_gives_the_reason_and_affects_no_other(drop, kind, source, line, says):
-    room = registry.room(kind)
-    before = room.names()
+    kept = registry.of(kind)
+    before = kept.names()
     file = drop(kind, "mine.py", source)
-    (broken,) = room.broken()
+    (broken,) = kept.broken()
     assert (broken.kind, broken.name, broken.file, broken.line) == (kind, "mine", file, line), broken
     with pytest.raises(BrokenPlugin, match=says) as caught:
-        room.get("mine")
+        kept.get("mine")
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and f"{file}:{line}: " in message
     assert isinstance(caught.value, NtkbenchError) and caught.value.broken == broken
-    assert room.names() == before
-    assert all(room.get(name) for name in before[:3])
+    assert kept.names() == before
+    assert all(kept.get(name) for name in before[:3])
 
 
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.parametrize("name", ["_mine.py", "my-method.py", "3d.py", "größe.py", "my method.py"])
 def test_a_file_name_must_be_a_name(drop, kind, name):
     drop(kind, name, GOOD[kind])
-    (broken,) = registry.room(kind).broken()
+    (broken,) = registry.of(kind).broken()
     assert "is not a valid plug-in name" in broken.reason and broken.file.name == name
 
 
@@ -244,19 +268,20 @@ def test_a_file_name_must_be_a_name(drop, kind, name):
         ("problem", "load"),
         ("study", "run"),
         ("figure", "plotting"),
+        ("rule", "rule_for"),
     ],
 )
 def test_a_plug_in_hides_nothing_of_its_package(drop, kind, name):
     there = getattr(PACKAGES[kind], name, None)
     drop(kind, f"{name}.py", GOOD[kind])
-    (broken,) = registry.room(kind).broken()
+    (broken,) = registry.of(kind).broken()
     assert broken.reason == f"the name {name!r} is taken by {PACKAGES[kind].__name__}.{name}"
     assert getattr(PACKAGES[kind], name, None) is there
 
 
 def test_one_file_may_hold_a_problem_that_works_and_one_that_does_not(drop):
     drop("problem", "several.py", PROBLEM + "NAMES = ('other',)\n")
-    (broken,) = problems.ROOM.broken()
+    (broken,) = problems.REGISTRY.broken()
     assert (broken.name, broken.line) == ("other", 10)
     assert broken.reason == "other is not a function declared by @problem"
     assert "mine" in problems.names() and "other" not in problems.names()
@@ -268,7 +293,7 @@ def test_files_that_are_not_plug_ins_are_left_alone(drop):
     (folder / "folder.py").mkdir()
     (folder / "inner").mkdir()
     (folder / "inner" / "__init__.py").write_text("(")
-    assert methods.ROOM.broken() == []
+    assert methods.REGISTRY.broken() == []
 
 
 def test_an_unreadable_file_is_broken(drop):
@@ -276,7 +301,7 @@ def test_an_unreadable_file_is_broken(drop):
     folder = drop("method", "dangling.py", METHOD)
     folder.unlink()
     folder.symlink_to(folder.with_name("nowhere"))
-    (broken,) = methods.ROOM.broken()
+    (broken,) = methods.REGISTRY.broken()
     assert broken.name == "dangling" and "cannot be read" in broken.reason
 
 
@@ -295,9 +320,9 @@ def test_a_configuration_of_all_methods_takes_those_that_work(drop, source):
 
 def test_a_repaired_file_works(drop):
     drop("method", "mine.py", "raise ValueError\n")
-    assert [one.name for one in methods.ROOM.broken()] == ["mine"]
+    assert [one.name for one in methods.REGISTRY.broken()] == ["mine"]
     drop("method", "mine.py", METHOD + "# and so it is longer\n")
-    assert methods.ROOM.broken() == [] and methods.get("mine").title == "mine"
+    assert methods.REGISTRY.broken() == [] and methods.get("mine").title == "mine"
 
 
 def test_a_broken_file_runs_once(drop, tmp_path):
@@ -325,13 +350,13 @@ TAKEN = PROBLEM.replace("def mine", "def other") + textwrap.dedent('''
 @pytest.mark.parametrize("order", [("other", "mlp_he"), ("mlp_he", "other")])
 def test_a_name_that_is_taken_is_refused_whatever_is_imported_first(drop, first, order):
     base.REGISTRY.pop("mlp_he", None)
-    problems.ROOM._loaded.pop("mlp_he", None)
+    problems.REGISTRY._loaded.pop("mlp_he", None)
     file = drop("problem", "aaa.py", TAKEN, first=first)
     for name in order:
         problems.get(name)
     assert problems.describe("mlp_he").startswith("The same 15 ReLU layers")
     assert problems.get("mlp_he").__module__ == "ntkbench.problems.mlp" and "other" in problems.names()
-    (broken,) = problems.ROOM.broken()
+    (broken,) = problems.REGISTRY.broken()
     assert (broken.name, broken.file, broken.line) == ("mlp_he", file, 12)
     assert f"the name 'mlp_he' is taken by {paths.ROOT}" in broken.reason and "mlp.py" in broken.reason
     with pytest.raises(BadInput, match="N can be at most 50"):  # nor may it change what sizes there are
@@ -353,28 +378,28 @@ def test_a_name_that_a_torn_file_may_hold_is_unknown_with_the_torn_file_named(dr
 
 FRESH = """
 import sys
-from ntkbench import {room}
+from ntkbench import {kind}
 {work}
-package = "ntkbench.{room}."
+package = "ntkbench.{kind}."
 print(sorted(n.removeprefix(package) for n in sys.modules if n.startswith(package) and ".base" not in n))
 assert not {{"jax", "neural_tangents"}} & set(sys.modules)
 """
 
 
 @pytest.mark.parametrize(
-    ("room", "work", "imported"),
+    ("kind", "work", "imported"),
     [
         ("methods", "methods.get('hutchpp')", ["hutchpp"]),
-        ("methods", "methods.ROOM.found(), methods.ROOM.file('hutchpp')", []),
+        ("methods", "methods.REGISTRY.found(), methods.REGISTRY.file('hutchpp')", []),
         ("problems", "problems.check('digits_conv[N=4]')", ["classifiers"]),
-        ("problems", "problems.ROOM.found(), problems.module_of('rnn_flipflop[N=3]')", []),
+        ("problems", "problems.REGISTRY.found(), problems.module_of('rnn_flipflop[N=3]')", []),
         ("problems", "problems.describe('rnn_flipflop')", ["recurrent"]),
         ("studies", "studies.fields('mohamadi_cost')", ["mohamadi_cost"]),
         ("figures", "figures.names(), figures.study_of('hazelden_trace')", []),
     ],
 )
-def test_a_process_imports_the_plug_ins_that_it_asks_for(room, work, imported):
-    code = FRESH.format(room=room, work=work)
+def test_a_process_imports_the_plug_ins_that_it_asks_for(kind, work, imported):
+    code = FRESH.format(kind=kind, work=work)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [name for name in eval(done.stdout) if not name.startswith("plotting")] == imported
@@ -407,6 +432,7 @@ def folder(tmp_path):
         ("methods", "mine", METHOD),
         ("methods", "hutchpp", METHOD),
         ("problems", "others", OUTSIDE_PROBLEM),
+        ("rules", "scales", RULE),
     ):
         file = tmp_path / "of_mine" / kind / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -430,7 +456,8 @@ from ntkbench import methods, problems, registry
 from ntkbench.measure import fingerprints
 print("mine" in methods.names(), "theirs" in problems.names(), methods.get("hutchpp").kind)
 print(*(f"{one.file} {one.reason}" for one in registry.broken()))
-print(*sorted(file.name for file in fingerprints.sources(methods.ROOM.module("mine"), problems.module_of("theirs"))))
+modules = methods.REGISTRY.module("mine"), problems.module_of("theirs")
+print(*sorted(file.name for file in fingerprints.sources(*modules)))
 """
 
 
@@ -545,4 +572,100 @@ def test_a_folder_of_plug_ins_that_is_not_there_is_refused_in_one_line(tmp_path)
         assert done.returncode != 0 and f"there is no folder {tmp_path / 'missing'}" in done.stderr.splitlines()[-1]
     assert len(done.stderr.splitlines()) == 1
     empty = in_a_process("import ntkbench.methods", NTKBENCH_PLUGINS=str(tmp_path))
-    assert "has none of the folders methods, problems, studies, figures" in empty.stderr.splitlines()[-1]
+    assert "has none of the folders methods, problems, studies, figures, rules" in empty.stderr.splitlines()[-1]
+
+
+SCALED = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.out = nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(x * self.w)).sum(1)
+
+def make():
+    return Scaled().double(), torch.linspace(-1, 1, 60, dtype=torch.float64).reshape(3, 4, 5)
+"""
+TRACE = """
+import sys
+import ntkbench
+from ntkbench import registry
+sys.path.insert(0, sys.argv[1])
+import of_rules
+registry.use(sys.argv[2:])
+model, x = of_rules.make()
+print(repr(ntkbench.trace(model, x)))
+"""
+LAYERS = f"""{TRACE}
+engine = ntkbench.Kernel(model, x)._traced().engine
+print(*(layer.parameters[0] for layer in engine.layers if layer.uses))
+"""
+
+
+@pytest.fixture
+def scaled(folder):
+    """A folder with a network whose weight has no rule of ntkbench."""
+    (folder.parent / "of_rules.py").write_text(SCALED, encoding="utf-8")
+    return folder.parent
+
+
+def test_rules_outside_of_the_checkout_are_applied(folder, scaled):
+    without, with_rule = (in_a_process(LAYERS, scaled, *more) for more in ((), (folder,)))
+    assert without.returncode == with_rule.returncode == 0, with_rule.stderr[-2000:]
+    assert without.stdout.splitlines()[-1] == "out.weight"
+    assert with_rule.stdout.splitlines()[-1].split() == ["w", "out.weight"]
+    measure = "import sys; from ntkbench.cli import main; main(sys.argv[1:])"
+    given = ("measure", "of_rules:make", "--method", "structured_derivatives")
+    usual = in_a_process(measure, *given, FROM=str(scaled), PYTHONPATH=os.environ.get("PYTHONPATH", ""))
+    other = in_a_process(measure, "--plugins", folder, *given, FROM=str(scaled))
+    value = usual.stdout.partition(",")[0]
+    assert value.startswith("trace = ") and other.stdout.startswith(value), other.stderr[-2000:]
+    assert "certified to" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("reshape(len(x)", "mul(2).reshape(len(x)", "its gradient differs from that of plain autograd"),
+        (
+            "other = node",
+            "1 / 0; other = node",
+            "rule for aten.mul.Tensor of the plug-in 'scales' failed: ZeroDivision",
+        ),
+        ("x.reshape(len(x), -1, 1, 1)", "x", "passed over structured_derivatives: RuntimeError"),
+        ("    return Use(", "    return 3 or Use(", "returned a int, not a Use"),
+        ("def scale(", "def scale((", "scales.py:8: SyntaxError"),
+    ],
+)
+def test_a_rule_that_is_wrong_gives_no_wrong_value(folder, scaled, old, new, says):
+    assert old in RULE
+    (folder / "rules" / "scales.py").write_text(RULE.replace(old, new), encoding="utf-8")
+    right, done = (in_a_process(TRACE, scaled, *more) for more in ((), (folder,)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.partition(",")[0] == right.stdout.partition(",")[0] and says in done.stdout + done.stderr
+
+
+def test_rules_of_installed_packages_are_applied(folder, scaled):
+    info = folder.parent / "of_mine-1.0.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: of-mine\nVersion: 1.0\n", encoding="utf-8")
+    info.joinpath("entry_points.txt").write_text("[ntkbench.plugins]\nmine = of_mine\n", encoding="utf-8")
+    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    done = in_a_process(LAYERS, scaled, PYTHONPATH=path)
+    assert done.stdout.splitlines()[-1].split() == ["w", "out.weight"], done.stderr[-2000:]
+
+
+def test_rules_count_among_the_sources_of_what_is_measured_with_them(folder):
+    code = """
+    from ntkbench import methods
+    from ntkbench.measure import fingerprints
+    for name in ("structured_derivatives", "hutchinson"):
+        print(*sorted(file.name for file in fingerprints.sources(methods.REGISTRY.module(name), backend="torch")))
+    """
+    with_rules, without = in_a_process(code, NTKBENCH_PLUGINS=str(folder)).stdout.splitlines()
+    assert "scales.py" in with_rules.split() and "scales.py" not in without.split()

@@ -14,7 +14,7 @@ from ntkbench.registry import PACKAGES
 
 PACKAGE = paths.ROOT / "src" / "ntkbench"
 
-FLOORS = (
+LAYERS = (
     ("ambient", "errors", "factory", "modules", "options", "outside", "paths", "progress_bar", "registry", "units"),
     ("estimate", "problem", "metrics"),
     ("operators",),
@@ -32,7 +32,7 @@ FLOORS = (
     ("cli", "__main__"),
     ("",),  # ntkbench/__init__.py, which offers what is below it
 )
-"""Rooms and top-level modules, from below: each imports from its own floor and from those before it."""
+"""Layers of packages and top-level modules, from below: each imports from its own layer and from those before it."""
 
 UPWARD: set[tuple[str, str]] = set()
 """Known violations, to be mended; what is mended must go from here."""
@@ -53,17 +53,17 @@ def edges() -> set[tuple[str, str]]:
     }
 
 
-def floor(module: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if module.partition(".")[0] in rooms)
+def layer(module: str) -> int:
+    return next(i for i, packages in enumerate(LAYERS) if module.partition(".")[0] in packages)
 
 
-def test_every_room_has_a_floor(edges):
+def test_every_package_has_a_layer(edges):
     files = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in PACKAGE.rglob("*.py")}
-    assert files - {"__init__"} == {room for rooms in FLOORS for room in rooms} - {""}
+    assert files - {"__init__"} == {package for packages in LAYERS for package in packages} - {""}
 
 
-def test_nothing_imports_from_a_room_above(edges):
-    assert {(importer, imported) for importer, imported in edges if floor(imported) > floor(importer)} == UPWARD
+def test_nothing_imports_from_a_layer_above(edges):
+    assert {(importer, imported) for importer, imported in edges if layer(imported) > layer(importer)} == UPWARD
 
 
 def test_imports_have_no_cycles(edges):
@@ -72,17 +72,22 @@ def test_imports_have_no_cycles(edges):
     for importer, imported in left:
         graph.setdefault(importer, set()).add(imported)
     graphlib.TopologicalSorter(graph).prepare()
-    rooms: dict[str, set[str]] = {}
+    packages: dict[str, set[str]] = {}
     for importer, imported in left:
         ends = importer.partition(".")[0], imported.partition(".")[0]
         if ends[0] != ends[1]:
-            rooms.setdefault(ends[0], set()).add(ends[1])
-    graphlib.TopologicalSorter(rooms).prepare()
+            packages.setdefault(ends[0], set()).add(ends[1])
+    graphlib.TopologicalSorter(packages).prepare()
 
 
 def test_no_plug_in_imports_another(edges):
-    rooms = {short(package) for package in PACKAGES.values()}
-    plugins = {f"{room}.{file.stem}" for room in rooms for file in (PACKAGE / room).glob("*.py") if file.stem[0] != "_"}
+    packages = {short(package) for package in PACKAGES.values()}
+    plugins = {
+        f"{package}.{file.stem}"
+        for package in packages
+        for file in (PACKAGE / package).glob("*.py")
+        if file.stem[0] != "_"
+    }
     assert len(plugins) > 60
     own = {(a, b) for a, b in edges if a in plugins and b in plugins and a.partition(".")[0] == b.partition(".")[0]}
     assert own == set()
@@ -90,7 +95,7 @@ def test_no_plug_in_imports_another(edges):
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_an_underscore_is_private_to_its_package(file):
-    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    package = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     modules: dict[str, str] = {}  # names that stand for modules or for what is in them, and where they are from
     foreign = []
     for node in ast.walk(ast.parse(file.read_bytes())):
@@ -99,12 +104,12 @@ def test_an_underscore_is_private_to_its_package(file):
             for alias in node.names:
                 path = f"{node.module}.{alias.name}"
                 modules[alias.asname or alias.name] = path
-                if short(path).split(".")[0] != room:
+                if short(path).split(".")[0] != package:
                     foreign += [path for part in path.split(".") if private(part)]
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and private(node.attr):
             path = modules.get(node.value.id, "")
-            if path and short(path).split(".")[0] != room:
+            if path and short(path).split(".")[0] != package:
                 foreign.append(f"{path}.{node.attr}")
     assert foreign == []
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import written_out
+from torch import nn
 
 from ntkbench import figures, methods, paths, problems, studies, testing
 from ntkbench.errors import BadInput
+from ntkbench.layerwise import rules
+from ntkbench.layerwise.factors import Products
 from ntkbench.methods.base import Method
 
 HONEST = type(methods.get("direct"))
@@ -259,8 +264,6 @@ def test_a_problem_that_breaks_a_promise_is_told_which(monkeypatch, changes, say
 
 
 def test_a_problem_that_draws_from_the_users_randomness_is_told_so(monkeypatch):
-    import torch
-
     with pytest.raises(AssertionError, match="changes torch's random state"):
         problem_with(monkeypatch, recipe=lambda p: torch.rand(1) and "")
 
@@ -314,3 +317,50 @@ def test_a_figure_that_breaks_a_promise_is_told_which(monkeypatch, draw, says):
     monkeypatch.setattr(figures, "draw", drawn)
     with pytest.raises(AssertionError, match=f"^figure 'mine': {says}"):
         testing.check_figure("mine", pd.DataFrame({"a": [1]}))
+
+
+class Scaled(nn.Module):
+    """A weight that multiplies a sample entry by entry, for which ntkbench has no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.out = nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(x * self.w)).sum(1)
+
+
+def scaling(times=1.0, fits=True):
+    def factors(x, g):
+        return Products(times * x.reshape(len(x), -1, 1, 1), g.reshape(*g.shape[:2], -1, 1, 1) if fits else g)
+
+    def scale(node, position, entries):
+        other = node.args[1 - position]
+        same = isinstance(other, torch.fx.Node) and other.meta["val"].shape[1:] == entries.shape
+        return rules.Use(node, other, entries.reshape(-1, 1, 1), functools.partial(factors)) if same else None
+
+    return {torch.ops.aten.mul.Tensor: scale}
+
+
+def check_rule(monkeypatch, given, network):
+    monkeypatch.setitem(rules.REGISTRY._loaded, "mine", given)
+    monkeypatch.setattr(rules, "RULES", rules.RULES | given)
+    testing.check_rule("mine", network, torch.randn(3, 4, 5))
+
+
+def test_a_good_rule_passes(monkeypatch):
+    check_rule(monkeypatch, scaling(), Scaled())
+
+
+@pytest.mark.parametrize(
+    ("given", "network", "says"),
+    [
+        (scaling(2.0), Scaled(), "its gradient differs from that of plain autograd by .*, in float64"),
+        (scaling(1.00001), Scaled(), "differs from that of plain autograd by|is wrong by"),
+        (scaling(fits=False), Scaled(), "RuntimeError|ValueError|IndexError"),
+        (scaling(), nn.Linear(5, 2), "is used for no weight of the network"),
+    ],
+)
+def test_a_rule_that_breaks_a_promise_is_told_which(monkeypatch, given, network, says):
+    with pytest.raises(AssertionError, match=f"^rule 'mine': .*({says})"):
+        check_rule(monkeypatch, given, network)

@@ -1,7 +1,9 @@
 """Methods side by side on a user's network: values, errors, costs, and reasons where there is no value."""
 
 import csv
+import dataclasses
 import io
+import re
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import ntkbench
 from ntkbench import BadInput, trials
 from ntkbench.cli import main
 from ntkbench.estimate import Estimate
+from ntkbench.figures.plotting import comparison
+from ntkbench.trials import Trial, Trials
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
 
@@ -124,3 +128,50 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, monkeypatch
     assert lost.exit_code == 2 and "structured_derivatives" not in lost.output, "nothing is measured for nothing"
     refused = CliRunner().invoke(main, ["compare", "of_trials:make", "--method", "hutchqq"])
     assert refused.exit_code == 1 and len(refused.output.splitlines()) == 1 and "hutchqq" in refused.output
+
+
+def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "of_pages.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(3, 2), torch.ones(4, 3)\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    chosen = ("--method", "structured_derivatives", "--method", "hutchinson", "--method", "hutchpp", "--passes", "4")
+    done = CliRunner().invoke(main, ["compare", "of_pages:make", *chosen, "--calls", "2", "--report", "page.html"])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "ntkbench: methods for the trace of of_pages:make" in page and "2 of 3 methods gave a value" in page
+    assert 'src="data:image/png;base64,' in page and not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+    for said in (
+        "hutchinson",
+        "takes at least 12 passes",
+        "<td>32</td>",
+        "Linear, 8 parameters",
+        "at most 4 passes",
+        "torch 2",
+    ):
+        assert said in page, said
+    lost = CliRunner().invoke(main, ["compare", "of_pages:make", "--report", "of_pages.py/page.html"])
+    assert lost.exit_code == 2 and "hutchinson" not in lost.output, "nothing is measured for nothing"
+
+
+RIGHT = Trial("direct", "direct", "exact", 2.0, 2.0, 2.0, 8, 0.1, 0.1, 0.2, 3, 0.0)
+ROUGH = Trial("hutchinson", "hutchinson", "stochastic", 2.1, 1.9, 2.3, 8, 0.01, 0.01, 0.02, 3, 0.05)
+BIASED = Trial("kfac", "kfac", "approximate", 1.0, None, None, 8, 0.01, 0.01, 0.02, 3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "label", "heights"),
+    [
+        ([RIGHT, ROUGH, BIASED], "relative error", [0.05, 0.5, comparison.LEAST]),
+        ([dataclasses.replace(one, error=None) for one in (ROUGH, BIASED)], "half of the 95 % interval", [0.2 / 2.1]),
+        ([Trial("<b>", reason="no & <i>")], "half of the 95 % interval", []),
+    ],
+)
+def test_the_picture_has_a_dot_for_each_known_error(given, label, heights):
+    figure = comparison.picture(Trials(given, "trace"))
+    (panel,) = figure.axes
+    dots = [line for line in panel.lines if line.get_marker() == "o"]
+    assert [float(line.get_ydata()[0]) for line in dots] == pytest.approx(heights)
+    assert panel.get_ylabel().startswith(label)
+    assert {text.get_text() for text in panel.texts} >= {"hutchinson"} & {one.method for one in given}
+    assert "<i>" not in comparison.page(Trials(given, "trace"), "title", {})

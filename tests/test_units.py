@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ntkbench.units import bytes_label, seconds_label
+from ntkbench.units import bytes_label, counted, seconds_label
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,13 @@ from ntkbench.units import bytes_label, seconds_label
 )
 def test_seconds_have_two_digits_and_no_powers_of_ten(seconds, said):
     assert seconds_label(seconds) == said
+
+
+def test_one_thing_is_named_in_the_singular():
+    assert [counted(count, "pass", "passes") for count in (0, 1, 1.0, 2, 0.5)] == [
+        *("0 passes", "1 pass", "1 pass", "2 passes", "0.5 passes")
+    ]
+    assert counted(1234567, "row") == "1234567 rows" and counted(1, "row") == "1 row"
 
 
 def test_bytes_are_in_binary_units():

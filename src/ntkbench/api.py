@@ -18,7 +18,7 @@ from ntkbench import ladder, metrics, stream
 from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.kernel import Kernel, Setup
-from ntkbench.options import Options, Wishes
+from ntkbench.options import OptionKeywords, Options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-class Keywords(Setup, Wishes, total=False):
+class Keywords(Setup, OptionKeywords, total=False):
     """Keywords of the functions of this module: the set-up of a kernel, and the options of an estimate."""
 
 
@@ -195,7 +195,7 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not available.
     """
-    found: Estimate = _use(model, x, keywords, ("trace",), lambda k, wishes: k.trace(**wishes), streamed=True)
+    found: Estimate = _use(model, x, keywords, ("trace",), lambda k, chosen: k.trace(**chosen), streamed=True)
     return found
 
 
@@ -218,7 +218,7 @@ def norm(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     Raises:
         BadInput, OverMemory, Unavailable: see :func:`trace`.
     """
-    found: Estimate = _use(model, x, keywords, ("norm",), lambda k, wishes: k.norm(**wishes))
+    found: Estimate = _use(model, x, keywords, ("norm",), lambda k, chosen: k.norm(**chosen))
     return found
 
 
@@ -241,7 +241,7 @@ def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate
     Raises:
         BadInput, OverMemory, Unavailable: see :func:`trace`.
     """
-    found: Estimate = _use(model, x, keywords, ("effective_rank",), lambda k, wishes: k.effective_rank(**wishes))
+    found: Estimate = _use(model, x, keywords, ("effective_rank",), lambda k, chosen: k.effective_rank(**chosen))
     return found
 
 
@@ -280,7 +280,7 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")
-    found: Estimate = _use(model_0, x, keywords, ("alignment",), lambda k, wishes: k.alignment(model_f, **wishes))
+    found: Estimate = _use(model_0, x, keywords, ("alignment",), lambda k, chosen: k.alignment(model_f, **chosen))
     return found
 
 
@@ -311,7 +311,7 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
         BadInput, OverMemory, Unavailable: see :func:`trace`.
     """
     names = metrics.METRICS if model_f is not None else tuple(m for m in metrics.METRICS if m != "alignment")
-    found: Estimates = _use(model, x, keywords, names, lambda k, wishes: k.metrics(model_f, **wishes))
+    found: Estimates = _use(model, x, keywords, names, lambda k, chosen: k.metrics(model_f, **chosen))
     return found
 
 
@@ -547,7 +547,7 @@ def compare(
 
 
 SETUP = tuple(Setup.__annotations__)
-WISHES = tuple(field.name for field in dataclasses.fields(Options))
+OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 
 
 def _use(
@@ -555,7 +555,7 @@ def _use(
     inputs: Any,
     keywords: Mapping[str, Any],
     names: tuple[str, ...],
-    use: Callable[[Kernel, Wishes], Any],
+    use: Callable[[Kernel, OptionKeywords], Any],
     own: tuple[str, ...] = ("kernel", "seed", "file"),
     *,
     streamed: bool = False,
@@ -567,13 +567,13 @@ def _use(
         own: keywords of the function itself if no metrics are requested.
         streamed: whether to take the batches of a loader one at a time, if samples do not interact.
     """
-    allowed = (*SETUP, *(WISHES if names else own))
+    allowed = (*SETUP, *(OPTIONS if names else own))
     for key in keywords:
         if key not in allowed:
             raise unknown("keyword", key, allowed)
-    wishes: Any = {key: value for key, value in keywords.items() if key in WISHES}
+    chosen: Any = {key: value for key, value in keywords.items() if key in OPTIONS}
     setup: Any = {key: value for key, value in keywords.items() if key in SETUP}
-    asked = Options(**wishes)
+    asked = Options(**chosen)
     if names:
         ladder.check(names, asked)
     parameters = setup.get("parameters")
@@ -584,5 +584,5 @@ def _use(
     setup.pop("parameters", None)
     if isinstance(parameters, Mapping):
         groups = Kernel(model, inputs, **setup).groups(parameters)
-        return {name: use(kernel, wishes) for name, kernel in groups.items()}
-    return use(Kernel(model, inputs, parameters=parameters, **setup), wishes)
+        return {name: use(kernel, chosen) for name, kernel in groups.items()}
+    return use(Kernel(model, inputs, parameters=parameters, **setup), chosen)

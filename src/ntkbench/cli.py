@@ -8,14 +8,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkbench import errors, paths, registry
 from ntkbench.measure.config import Config
-from ntkbench.methods.base.method import KINDS
+from ntkbench.methods.base import KINDS, Method, Stochastic
 from ntkbench.metrics import METRICS
+from ntkbench.units import aligned, counted
+
+if TYPE_CHECKING:
+    from ntkbench.measure.cells import Cell
+    from ntkbench.trials import Trials
 
 
 class _New(click.Path):
@@ -83,7 +88,7 @@ class OneLine(click.Group):
 EXAMPLES = """\b
 Examples:
   ntkbench recommend my_networks:make --metric norm --rtol 0.01
-  ntkbench estimate my_networks:make --metric norm --rtol 0.01
+  ntkbench measure my_networks:make --metric norm --rtol 0.01
   ntkbench compare my_networks:make --metric norm
   ntkbench list --metric norm
   ntkbench run config/smoke.yaml
@@ -99,7 +104,7 @@ my_networks.py is in the current folder, and make() in it returns (model, inputs
     "--plugins",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, resolve_path=True),
-    help="A folder with methods/, problems/, studies/ or figures/ of your own.",
+    help="A folder with methods/, problems/, studies/, figures/ or rules/ of your own.",
 )
 def main(plugins: tuple[str, ...]) -> None:
     """Metrics of the finite-width Neural Tangent Kernel: of your own network, and a benchmark of methods."""
@@ -144,9 +149,9 @@ def recommend(factory: str, other: str | None, metric: str, rtol: float, **setup
 @main.command(
     epilog="""\b
 Examples:
-  ntkbench estimate my_networks:make
-  ntkbench estimate my_networks:make --metric norm --method hutchpp --passes 240
-  ntkbench estimate my_networks:before --metric alignment --other my_networks:after --rtol 0.05
+  ntkbench measure my_networks:make
+  ntkbench measure my_networks:make --metric norm --method hutchpp --passes 240
+  ntkbench measure my_networks:before --metric alignment --other my_networks:after --rtol 0.05
 """
 )
 @_of_a_network
@@ -155,8 +160,8 @@ Examples:
 @click.option("--rtol", type=float, help="Draw probes until the interval is within this share of the value.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Confidence level of the interval.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probes.")
-def estimate(factory: str, other: str | None, metric: str, **more: Any) -> None:
-    """Compute a metric of a network, with its interval, cost and notes.
+def measure(factory: str, other: str | None, metric: str, **more: Any) -> None:
+    """Measure a metric of a network, and print its value, interval, cost and notes.
 
     MODULE:FUNCTION is as for `ntkbench recommend`.
     """
@@ -174,6 +179,7 @@ def estimate(factory: str, other: str | None, metric: str, **more: Any) -> None:
 Examples:
   ntkbench compare my_networks:make
   ntkbench compare my_networks:make --metric norm --passes 64 --method auto --method hutchpp --output norm.csv
+  ntkbench compare my_networks:make --report methods.html
 """
 )
 @_of_a_network
@@ -182,6 +188,7 @@ Examples:
 @click.option("--rtol", type=float, help="Tolerance, in place of a number of passes.")
 @click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls per method.")
 @click.option("--output", type=NEW, help="CSV file for all numbers.")
+@click.option("--report", type=NEW, help="HTML file for a page with a picture, all numbers and their provenance.")
 def compare(
     factory: str,
     other: str | None,
@@ -191,6 +198,7 @@ def compare(
     rtol: float | None,
     calls: int,
     output: Path | None,
+    report: Path | None,
     **setup: Any,
 ) -> None:
     """Measure values and costs of methods side by side on a network.
@@ -200,12 +208,46 @@ def compare(
     from ntkbench import api
 
     with _one_line():
+        for module in () if report is None else ("jinja2", "matplotlib", "pandas", "PIL"):
+            errors.need(module, "ntkbench compare --report", "'.[pipeline]' (in ntkbench's checkout)")
         (model, *others, inputs), given = _networks(factory, other, metric, setup)
         given |= {"other": others[0] if others else None, "metric": metric, "methods": methods or None}
         found = api.compare(model, inputs, passes=passes, rtol=rtol, calls=calls, **given)
         click.echo(found)
         if output is not None:
             paths.write_atomically(output, found.csv())
+        if report is not None:
+            from ntkbench.figures.plotting import comparison
+
+            title = f"ntkbench: methods for the {metric.replace('_', ' ')} of {factory}"
+            paths.write_atomically(
+                report, comparison.page(found, title, _provenance(found, model, passes, rtol, setup))
+            )
+
+
+def _provenance(
+    found: Trials, model: Any, passes: int | None, rtol: float | None, setup: dict[str, Any]
+) -> dict[str, str]:
+    """What was measured, where and by which code, for the page of a comparison."""
+    import torch
+
+    from ntkbench import trials
+    from ntkbench.measure import provenance
+
+    here, first = provenance.provenance(), next(model.parameters())
+    budget = f"rtol={rtol:g}" if rtol is not None else f"at most {counted(passes or trials.PASSES, 'pass', 'passes')}"
+    dirty = {True: ", with uncommitted changes", False: "", None: ", unknown whether changed"}[here.git_dirty]
+    return {
+        "network": f"{type(model).__name__}, {counted(sum(w.numel() for w in model.parameters()), 'parameter')}",
+        "stochastic methods": budget,
+        "calls": f"{max((one.calls for one in found), default=0)}, after a first one",
+        "device": f"{setup['device'] or first.device}",
+        "dtype": setup["dtype"] or f"{first.dtype}".removeprefix("torch."),
+        "threads": f"{torch.get_num_threads()}",
+        "machine": here.machine,
+        "commit of ntkbench": f"{here.git_sha[:10]}{dirty}",
+        "versions": f"{here.versions}, Python {here.python}",
+    }
 
 
 def _networks(
@@ -235,7 +277,10 @@ def _networks(
 @click.argument("config_file", type=FILE)
 @click.option("--predict", is_flag=True, help="Also predict the time of the grid, from a few passes on each problem.")
 def check(config_file: Path, predict: bool) -> None:
-    """Check a configuration, and say how much is left to measure and how long it took last time."""
+    """Check a configuration, and say how much is left to measure and how long it took last time.
+
+    CONFIG_FILE is the YAML file of a run, such as config/default.yaml.
+    """
     from ntkbench.measure import timings
     from ntkbench.run import Run
     from ntkbench.units import seconds_label
@@ -252,13 +297,26 @@ def check(config_file: Path, predict: bool) -> None:
         seconds = seconds_label(sum(took[step] for step in timed))
         click.echo(f"steps without output: {len(timed)}, {seconds} last time")
     if new:
-        click.echo(f"steps without output, never timed: {', '.join(new)}")
-    if predict:
+        others = timings.elsewhere(step for step in new if step.startswith("study-"))
+        notes = {step: f" ({seconds_label(taken)} in the profile {where})" for step, (taken, where) in others.items()}
+        click.echo(f"steps without output, never timed: {', '.join(step + notes.get(step, '') for step in new)}")
+    if not predict:
+        _warn(run.config, run.cells)
+    else:
         from ntkbench.measure import forecast
 
         with _one_line():
             for line in forecast.summary(run.config, run.cells, lambda label: click.echo(f"... {label}", err=True)):
                 click.echo(line)
+
+
+def _warn(config: Config, cells: Sequence[Cell]) -> None:
+    """Print that a grid takes long, and which cells are over the limits, as far as that is known without running it."""
+    from ntkbench.measure import glance
+
+    with _one_line():
+        for line in glance.warnings(config, cells) if config.source == "measured" else ():
+            click.echo(line)
 
 
 @main.command(
@@ -275,14 +333,18 @@ Examples:
 def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     """Run a study: check its configuration, measure, draw its figures into results/<profile>.
 
-    The same as `snakemake --cores all --configfile CONFIG_FILE`. Options after the file are Snakemake's.
+    CONFIG_FILE is the YAML file of the run. The same as `snakemake --cores all --configfile CONFIG_FILE`;
+    SNAKEMAKE OPTIONS after the file go to Snakemake.
     """
     with _one_line():
         errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
-        Config.of_run([config_file])
+        config = Config.of_run([config_file])
         if any(option.startswith("--configfile") for option in more):
             raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
+    from ntkbench.measure import cells
+
+    _warn(config, cells.cells(config))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
     # Snakemake replaces this process, so that it receives interrupts.
     os.execv(sys.executable, [*command, "--configfile", str(config_file)])
@@ -298,7 +360,8 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
 def pending(config_file: Path, results: Path | None) -> None:
     """Count the cells that a run would measure, by method: those without a valid row.
 
-    With limits.times_exact these include cells that were skipped as too slow, which each run predicts again.
+    CONFIG_FILE is the YAML file of the run. With limits.times_exact these include cells that were skipped as too slow,
+    which each run predicts again.
     """
     from collections import Counter
 
@@ -308,7 +371,7 @@ def pending(config_file: Path, results: Path | None) -> None:
         config = Config.of_run([config_file])
         left = shard.pending(config, results or Path("results") / config.folder)
         total = len(cells.cells(config))
-    click.echo(f"{len(left)} of {total} cells")
+    click.echo(f"{len(left)} of {counted(total, 'cell')}")
     for method, count in sorted(Counter(cell.method for cell in left).items()):
         click.echo(f"{method:32} {count}")
 
@@ -330,11 +393,11 @@ def problems(config_file: Path, output: Path) -> None:
 
 @main.command(hidden=True)
 @CONFIG
-@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the shard.")
 @click.option("--problems", "problems_file", type=FILE, required=True, help="File written by `ntkbench problems`.")
 @click.option("--log", type=NEW, required=True, help="File for the output of asv and the methods.")
 @OUTPUT
-def measure(config_file: Path, shard: int, problems_file: Path, log: Path, output: Path) -> None:
+def measure_shard(config_file: Path, shard: int, problems_file: Path, log: Path, output: Path) -> None:
     """Measure the cells of a shard, one row per cell."""
     from ntkbench.measure import shard as measuring
 
@@ -347,14 +410,14 @@ def measure(config_file: Path, shard: int, problems_file: Path, log: Path, outpu
 @CONFIG
 @OUTPUT
 def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
-    """Combine shards into a table with one row per cell."""
+    """Combine SHARDS, the files of `ntkbench measure-shard`, into a table with one row per cell."""
     from ntkbench.measure import cells, provenance, rows
 
     with _one_line():
         config = Config.read(config_file, here=False)
         combined = rows.combine(map(rows.read, shards), cells.cells(config))
         paths.write_atomically(output, combined.to_csv(index=False, lineterminator="\n"))
-    click.echo(f"{len(combined)} cells: {combined['status'].value_counts().to_dict()}")
+    click.echo(f"{counted(len(combined), 'cell')}: {combined['status'].value_counts().to_dict()}")
     if said := provenance.several_machines(combined):
         click.echo(said)
 
@@ -364,7 +427,7 @@ def table(shards: tuple[Path, ...], config_file: Path, output: Path) -> None:
 @CONFIG
 @OUTPUT
 def study(name: str, config_file: Path, output: Path) -> None:
-    """Measure a study with the settings of the configuration."""
+    """Measure the study NAME with the settings of the configuration."""
     from ntkbench import studies
     from ntkbench.studies.base import runner
 
@@ -377,7 +440,7 @@ def study(name: str, config_file: Path, output: Path) -> None:
 @CONFIG
 @OUTPUT
 def study_rows(name: str, config_file: Path, output: Path) -> None:
-    """Measure the rows of a study that are not in its journal, in this process."""
+    """Measure the rows of the study NAME that are not in its journal, in this process."""
     from ntkbench import studies
     from ntkbench.studies.base import runner
 
@@ -392,7 +455,7 @@ def study_rows(name: str, config_file: Path, output: Path) -> None:
 @click.option("--figures", "folder", type=NEW_FOLDER, required=True, help="Folder for the figures.")
 @OUTPUT
 def draw(tables: tuple[Path, ...], title: str, folder: Path, output: Path) -> None:
-    """Draw the figures of tables, and write the report of these tables alone.
+    """Draw the figures of TABLES, CSV files of the grid or of studies, and write the report of these tables alone.
 
     A figure that cannot be drawn is replaced by the reason.
     """
@@ -472,21 +535,37 @@ Examples:
 @click.option("--kind", type=click.Choice(KINDS), help="Only methods of this kind.")
 @click.option("--backend", type=click.Choice(["torch", "jax"]), help="Only methods that run on this backend.")
 def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
-    """List problems, methods and studies; with a filter, only the methods that match."""
+    """List problems, methods and studies; with a filter, only the methods that match.
+
+    The passes of a stochastic method are per probe, one number or one for each metric. Those of other methods are for
+    one set of weights, with T steps and a last hidden layer of width d; an alignment takes twice as many. Methods of
+    neural-tangents count no passes.
+    """
     from ntkbench import methods, problems, studies
 
     chosen = metric or kind or backend
     for name in [] if chosen else problems.names():
         click.echo(f"problem  {name:32} {problems.describe(name)}")
-    for name in methods.names():
-        method = methods.get(name)
+    rows = [("method   name", "kind", "backends", "metrics", "passes", "title [source]")]
+    for method in map(methods.get, methods.names()):
         if metric not in (None, *method.metrics) or kind not in (None, method.kind):
             continue
         if backend not in (None, *method.backends):
             continue
-        click.echo(f"method   {name:32} {method.kind}, {'/'.join(method.backends)}: {method.title} [{method.source}]")
+        given, backends = method.metrics if metric is None else (metric,), "/".join(method.backends)
+        about = f"{method.title} [{method.source}]"
+        rows.append((f"method   {method.name}", method.kind, backends, ", ".join(given), _passes(method, given), about))
+    click.echo(aligned(rows))
     for name in [] if chosen else studies.names():
         click.echo(f"study    {name:32} {studies.describe(name)}")
+
+
+def _passes(method: Method, metrics: Sequence[str]) -> str:
+    """Passes of a method: per probe, one number or one for each metric; of a deterministic one, a formula."""
+    if not isinstance(method, Stochastic):
+        return method.passes_formula.replace(" * ", " ")
+    each = [f"{method.passes_per_probe(metric)}" for metric in metrics]
+    return f"{each[0] if len(set(each)) == 1 else '/'.join(each)} a probe"
 
 
 @main.command(
@@ -503,7 +582,7 @@ Examples:
 @click.option("--sort", metavar="COLUMN", help="Column to sort the rows by.")
 @click.option("--rows", type=click.IntRange(min=1), default=40, show_default=True, help="Maximum number of rows.")
 def show(file: Path, where: str | None, columns: str | None, sort: str | None, rows: int) -> None:
-    """Print the rows of a results table."""
+    """Print the rows of FILE, a table of results in CSV."""
     from ntkbench.measure import view
 
     with _one_line():
@@ -528,7 +607,10 @@ def doctor() -> None:
 @main.command()
 @click.argument("labels", nargs=-1, required=True, metavar="LABEL...")
 def reference(labels: tuple[str, ...]) -> None:
-    """Compute exact values of problems, train their weights, and write both to results/reference."""
+    """Compute exact values of problems, train their weights, and write both to results/reference.
+
+    LABEL is a problem with or without sizes, such as gru_hazelden[N=4,T=5].
+    """
     from ntkbench.problems.base import reference as exact
 
     with _one_line():
@@ -575,7 +657,10 @@ def claims(check: bool) -> None:
 @main.command()
 @click.argument("results", type=FOLDER)
 def timings(results: Path) -> None:
-    """Show where a run spent its time: seconds of each step, and the part of them inside measured calls."""
+    """Show where a run spent its time: seconds of each step, and the part of them inside measured calls.
+
+    RESULTS is the folder of the run, such as results/default.
+    """
     from ntkbench.measure import timings as spent
 
     with _one_line():
@@ -587,7 +672,10 @@ def timings(results: Path) -> None:
 @click.argument("head", default="HEAD")
 @click.option("--cases", default="", metavar="REGEX", help="Only cases whose names match.")
 def compare_commits(base: str, head: str, cases: str) -> None:
-    """Measure two commits in turn; exit status 1 if HEAD is slower, larger or less accurate than BASE."""
+    """Measure two commits in turn; exit status 1 if HEAD is slower, larger or less accurate than BASE.
+
+    BASE and HEAD are names of commits, as git takes them; HEAD is the current one if it is not given.
+    """
     from ntkbench.measure import compare as comparison
 
     with _one_line():

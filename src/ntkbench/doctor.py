@@ -15,6 +15,7 @@ from ntkbench.errors import NtkbenchError, summary
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problems.base import storage
 from ntkbench.registry import Broken
+from ntkbench.units import counted
 
 UNDECLARED = ("jaxlib", "neural-tangents")
 """Packages that compute but are not declared: one comes with jax, the other requires more than it needs."""
@@ -77,7 +78,7 @@ class Store:
     faults: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.folder}: {self.files} files, {self.size / 2**20:.1f} MiB"
+        return f"{self.folder}: {counted(self.files, 'file')}, {self.size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Diagnosis:
     def lines(self) -> Iterator[str]:
         """Lines of the report; the faults come last."""
         yield f"ntkbench {self.version} in {self.root}, Python {self.python}"
-        state = f"{len(self.changed)} changed files" if self.changed else "clean"
+        state = counted(len(self.changed), "changed file") if self.changed else "clean"
         yield f"git: {self.commit}, {state}" if self.commit else "git: none"
         yield f"cores: {self.cores[0]} of {self.cores[1]}; OMP_NUM_THREADS: {self.threads or 'not set'}"
         yield from (f"{backend}: {device}" for backend, device in self.devices.items())
@@ -158,12 +159,12 @@ def _plugins() -> tuple[dict[str, int | str], list[Broken]]:
     broken = registry.entry_points()
     for kind in registry.PACKAGES:
         try:
-            room = registry.room(kind)
+            registered = registry.of(kind)
         except ImportError as error:  # an extra is missing
             plugins[kind] = summary(error)
             continue
-        plugins[kind] = len(room.names())
-        broken += room.broken()
+        plugins[kind] = len(registered.names())
+        broken += registered.broken()
     return plugins, broken
 
 

@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from ntkbench.errors import BadInput
 from ntkbench.metrics import Moments
 from ntkbench.options import check_confidence
+from ntkbench.units import counted
 
 Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]
 """A monotone map, its derivative and its inverse."""
@@ -366,14 +367,12 @@ class Estimate:
         return format(self.value, spec) if spec else str(self)
 
     def __str__(self) -> str:
-        cost = "" if self.passes is None else f", {self.passes:g} passes"
-        parts = [f"{self.value:.6g}", self._spread(), self._distance_to_one()]
-        return f"{', '.join(filter(None, parts))} ({self.method}{cost})"
+        return self._line(self._spread())
 
     def __repr__(self) -> str:
         certified = "" if self.certificate is None else f", certified to {self.certificate:.1e}"
         notes = "".join(f"\n  {note}" for note in self.notes)
-        return f"{self._of()} = {self}{certified}{notes}"
+        return f"{self._of()} = {self._line(self._spread() or self._rounding())}{certified}{notes}"
 
     def _of(self) -> str:
         """The metric, with the kernel unless it is Theta."""
@@ -386,22 +385,38 @@ class Estimate:
         low, high = RANGES.get(self.metric, (-math.inf, math.inf))
         return min(max(value, low), high)
 
+    def _line(self, error: str) -> str:
+        """Value, error and cost on one line."""
+        cost = "" if self.passes is None else f", {counted(self.passes, 'pass', 'passes')}"
+        return f"{', '.join(filter(None, (f'{self.value:.6g}', error, self._distance_to_one())))} ({self.method}{cost})"
+
     def _spread(self) -> str:
-        """The interval in words; empty for a deterministic method."""
-        if self.standard_error is None:
+        """The interval in words; empty for a value without a standard error, or with one of 0."""
+        return _words(self.value, *self.interval()) if self.standard_error else ""
+
+    def _rounding(self) -> str:
+        """The largest expected rounding error in words, absolute; empty if it is not known."""
+        if self.rounding is None or not math.isfinite(self.value):
             return ""
-        return _words(*self.interval())
+        low, high = self._with_rounding(self.value, self.value) if self.complement is None else self.interval()
+        reach = max(self.value - low, high - self.value)
+        return f"rounding up to {reach:.1e}" if reach else ""
 
     def _distance_to_one(self) -> str:
         """1 - alignment in words where the alignment is close to 1; empty elsewhere."""
         if self.complement is None or self.value < NEAR_ONE:
             return ""
-        return f"1 - alignment = {self.complement:.3g}, {_words(*self.complement_interval())}"
+        error = _words(self.complement, *self.complement_interval()) if self.standard_error else ""
+        return ", ".join(filter(None, (f"1 - alignment = {self.complement:.3g}", error)))
 
 
-def _words(low: float, high: float) -> str:
-    """An interval in words."""
-    return "error unknown" if math.isinf(low) else f"95 % in [{low:.6g}, {high:.6g}]"
+def _words(value: float, low: float, high: float) -> str:
+    """An interval in words; its reach where its ends differ too little from each other to be printed."""
+    if math.isinf(low):
+        return "error unknown"
+    if f"{low:.6g}" == f"{high:.6g}":
+        return f"95 % within {max(value - low, high - value):.1e}"
+    return f"95 % in [{low:.6g}, {high:.6g}]"
 
 
 def _turned(complement: float, angle: float) -> float:
@@ -433,7 +448,7 @@ def _cells(e: Estimate) -> tuple[str, ...]:
     """A row of a table."""
     passes = "" if e.passes is None else f"{e.passes:g}"
     certificate = "" if e.certificate is None else f"{e.certificate:.1e}"
-    interval = e._spread().removeprefix("95 % in ") or "-"
+    interval = e._spread().removeprefix("95 % in ").removeprefix("95 % ") or e._rounding() or "-"
     return e._of(), f"{e.value:.6g}", interval, passes, e.method, certificate
 
 

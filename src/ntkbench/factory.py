@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import inspect
 import json
 import keyword
 import os
@@ -45,7 +47,7 @@ class Made(NamedTuple):
 
 
 def make(name: str, folder: str | None = None) -> Made:
-    """What the function of a name returns.
+    """What the function of a name returns. What it prints goes to standard error, as results go to standard output.
 
     Args:
         name: ``module:function``, with a module of the folder or an installed one.
@@ -58,12 +60,15 @@ def make(name: str, folder: str | None = None) -> Made:
     here = os.getcwd() if folder is None else folder
     _search(here)
     try:
-        module = importlib.import_module(module_name)
+        with contextlib.redirect_stdout(sys.stderr):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise BadInput(f"there is no module {error.name!r} in {here} or among the installed ones") from None
         raise BadInput(f"{module_name} cannot be imported: {summary(error)}") from error
-    except (Exception, SystemExit) as error:  # whatever a user's file does
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's file does
         raise BadInput(f"{module_name} cannot be imported: {summary(error)}") from error
     function = getattr(module, function_name, None)
     if function is None:
@@ -72,9 +77,14 @@ def make(name: str, folder: str | None = None) -> Made:
     if not callable(function):
         raise BadInput(f"{name} is of type {type(function).__name__}, not a function")
     try:
-        made = function()
-    except (Exception, SystemExit) as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            made = function()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise BadInput(f"{name} failed: {summary(error)}") from error
+    if inspect.iscoroutine(made):
+        made.close()  # else Python warns that it was never awaited
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         size = f" of {len(made)}" if isinstance(made, tuple) else ""
         raise BadInput(f"{name} {RETURNS}, got {type(made).__name__}{size}")
@@ -95,11 +105,11 @@ def as_problems(factories: Mapping[str, str]) -> None:
     Raises:
         BadInput: a name is invalid or taken, or :func:`make` refuses the function; says why.
     """
-    room, texts = registry.room("problem"), dict[str, str]()
+    registered, texts = registry.of("problem"), dict[str, str]()
     for name, factory in factories.items():
-        if name not in room.found():
+        if name not in registered.found():
             texts[name] = _plugin(name, factory)
-        elif f"factories.definition({factory!r}, " not in room.file(name).read_text(encoding="utf-8"):
+        elif f"factories.definition({factory!r}, " not in registered.file(name).read_text(encoding="utf-8"):
             raise BadInput(f"{name} is already a problem; choose another name")
     if texts:  # the others were made by the process that started this one
         folder = paths.cache() / "factories" / hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
@@ -132,6 +142,11 @@ def _plugin(name: str, factory: str) -> str:
 
 def _parts(name: str) -> tuple[str, str]:
     module_name, colon, function_name = name.partition(":")
+    if module_name.endswith(".py") or os.sep in module_name:
+        module = Path(module_name).stem
+        raise BadInput(
+            f"a factory is named by its module, not its file: {module}:{function_name or 'make'}; got {name!r}"
+        )
     if not (colon and function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
         raise BadInput(f"a factory is named module:function, such as my_networks:make; got {name!r}")
     return module_name, function_name

@@ -20,7 +20,7 @@ from ntkbench.methods import Method
 from ntkbench.methods.base import Ledger
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
 from ntkbench.operators.ranges import row_ranges
-from ntkbench.options import Options, Target, Wishes
+from ntkbench.options import OptionKeywords, Options, Target
 from ntkbench.problem import Problem, hashed
 from ntkbench.problems.base.source import source
 
@@ -162,19 +162,19 @@ class Kernel:
         p = self.problem
         return f"Kernel({p.name}: N = {p.N}, O = {p.O}, P = {p.P}, {self._target.dtype}, {self._target.backend})"
 
-    def trace(self, **wishes: Unpack[Wishes]) -> Estimate:
+    def trace(self, **keywords: Unpack[OptionKeywords]) -> Estimate:
         """tr Theta; see :func:`ntkbench.trace`."""
-        return self._estimates(("trace",), options.asked(wishes))["trace"]
+        return self._estimates(("trace",), options.asked(keywords))["trace"]
 
-    def norm(self, **wishes: Unpack[Wishes]) -> Estimate:
+    def norm(self, **keywords: Unpack[OptionKeywords]) -> Estimate:
         """||Theta||_F, not its square; see :func:`ntkbench.trace`."""
-        return self._estimates(("norm",), options.asked(wishes))["norm"]
+        return self._estimates(("norm",), options.asked(keywords))["norm"]
 
-    def effective_rank(self, **wishes: Unpack[Wishes]) -> Estimate:
+    def effective_rank(self, **keywords: Unpack[OptionKeywords]) -> Estimate:
         """(tr Theta)^2 / ||Theta||_F^2; see :func:`ntkbench.trace`."""
-        return self._estimates(("effective_rank",), options.asked(wishes))["effective_rank"]
+        return self._estimates(("effective_rank",), options.asked(keywords))["effective_rank"]
 
-    def alignment(self, other: Any, **wishes: Unpack[Wishes]) -> Estimate:
+    def alignment(self, other: Any, **keywords: Unpack[OptionKeywords]) -> Estimate:
         """tr(Theta Theta') / (||Theta||_F ||Theta'||_F) with another kernel Theta'; see :func:`ntkbench.alignment`.
 
         Args:
@@ -183,24 +183,24 @@ class Kernel:
                 outputs, ``[N, O]`` or ``[n]``, for the kernel y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
                 A ⊗ I_O. What ``parameters`` names counts in the other network as well. For y the method must give the
                 norm of Theta itself. A matrix takes all of Theta, block by block, and no method, passes or rtol.
-            wishes: see :class:`ntkbench.options.Options`.
+            keywords: see :class:`ntkbench.options.Options`.
 
         Raises:
             BadInput: there are no such weights, or the two kernels are not of the same outputs; or a target may be
                 either y or a matrix, as N = O; or as for the others.
         """
-        asked = options.asked(wishes)
+        asked = options.asked(keywords)
         ladder.check(("alignment",), asked)
         if _is_array(other):
             return self._alignment_with(self._checked_target(other, asked), asked)["alignment"]
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
-    def metrics(self, other: Any = None, **wishes: Unpack[Wishes]) -> Estimates:
+    def metrics(self, other: Any = None, **keywords: Unpack[OptionKeywords]) -> Estimates:
         """All metrics by name, with ``other`` the alignment too, from the same probes.
 
         ``other`` is as for :meth:`alignment`. See :func:`ntkbench.metrics_of`.
         """
-        asked = options.asked(wishes)
+        asked = options.asked(keywords)
         own = tuple(name for name in metrics.METRICS if name != "alignment")
         if other is None:
             return self._estimates(own, asked)
@@ -296,7 +296,7 @@ class Kernel:
         if names is None:
             served = ladder.choices(kernel.problem, metric, self._target, passes, rtol)
             names = trials.chosen(["auto", *served, *trials.PUBLISHED])
-        use = lambda **wishes: kernel._estimates((metric,), options.asked(wishes))[metric]  # noqa: E731
+        use = lambda **keywords: kernel._estimates((metric,), options.asked(keywords))[metric]  # noqa: E731
         return trials.run({name: trials.entry(use, name, passes=passes, rtol=rtol) for name in names}, metric, calls)
 
     def _check_other(self, metric: str, other: Any) -> None:

@@ -56,7 +56,7 @@ class Target:
         return 4 if self.dtype == "float32" else 8
 
 
-class Wishes(TypedDict, total=False):
+class OptionKeywords(TypedDict, total=False):
     """The attributes of :class:`Options` as keywords."""
 
     method: str
@@ -99,17 +99,17 @@ class Options:
             _check_share("rtol", self.rtol)
 
 
-def asked(wishes: Mapping[str, Any]) -> Options:
+def asked(keywords: Mapping[str, Any]) -> Options:
     """Options from keywords.
 
     Raises:
         BadInput: a keyword does not exist, or as for :class:`Options`.
     """
     allowed = tuple(field.name for field in fields(Options))
-    for key in wishes:
+    for key in keywords:
         if key not in allowed:
             raise unknown("keyword", key, allowed)
-    return Options(**wishes)
+    return Options(**keywords)
 
 
 def seed(value: object) -> int:

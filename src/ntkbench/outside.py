@@ -1,7 +1,7 @@
 """Folders of plug-ins outside ntkbench: those that the environment names, and those of installed packages.
 
-Such a folder has at least one of the folders ``methods/``, ``problems/``, ``studies/`` and ``figures/``. The
-environment variable ``NTKBENCH_PLUGINS`` lists folders; installed packages are named by an entry point in the group
+Such a folder has at least one of the folders ``methods/``, ``problems/``, ``studies/``, ``figures/`` and ``rules/``.
+The environment variable ``NTKBENCH_PLUGINS`` lists folders; installed packages are named by an entry point in the group
 ``ntkbench.plugins``.
 """
 
@@ -21,7 +21,7 @@ VARIABLE = "NTKBENCH_PLUGINS"
 """Environment variable with folders of plug-ins, separated as in ``PATH``."""
 GROUP = "ntkbench.plugins"
 """Group of the entry points whose values are packages with plug-ins."""
-FOLDERS = ("methods", "problems", "studies", "figures")
+FOLDERS = ("methods", "problems", "studies", "figures", "rules")
 """Folders with the plug-ins of each kind."""
 MOST_FILES = 1000
 """Maximum number of Python files in a folder of plug-ins; a folder with more also holds other code."""

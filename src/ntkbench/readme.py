@@ -17,12 +17,13 @@ import pandas as pd
 
 from ntkbench.errors import BadInput, unknown
 from ntkbench.figures import calibration as coverage
+from ntkbench.figures import cost_model as predicted
 from ntkbench.figures import effective_ranks as of_ranks
 from ntkbench.figures import solves as of_solves
 from ntkbench.figures import spectra as of_spectra
 from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
-from ntkbench.units import bytes_label, percent_label, seconds_label
+from ntkbench.units import bytes_label, counted, percent_label, seconds_label
 
 TITLES = {
     "bare matrix products": "the bare matrix products in it",
@@ -76,10 +77,13 @@ class Tables:
 
     def has(self, name: str) -> bool:
         """Whether a table is committed."""
-        return (self._folder / f"{name}.csv").is_file()
+        return self._path(name).exists()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.csv"
 
     def _read(self, name: str) -> pd.DataFrame:
-        path = self._folder / f"{name}.csv"
+        path = self._path(name)
         try:
             return pd.read_csv(path, low_memory=False, encoding="utf-8")
         except OSError as error:
@@ -141,10 +145,10 @@ def _entrant(row: pd.Series) -> str:
     backend = " in JAX" if row.get("backend") == "jax" else ""
     if row["kind"] != "stochastic":
         return f"`{row['method']}`{backend}, {row['kind']}, {_seconds(row['seconds'])}"
-    passes = "1 pass" if row["passes"] == 1 else f"{row['passes']:g} passes"
+    passes = counted(row["passes"], "pass", "passes")
     if not pd.isna(row.get("passes_low")):
         passes += f" ({row['passes_low']:.0f} to {'?' if pd.isna(row['passes_high']) else round(row['passes_high'])})"
-    return f"`{row['method']}`{backend}, {passes}, {row['seeds']:g} seeds, {_seconds(row['seconds'])}"
+    return f"`{row['method']}`{backend}, {passes}, {counted(row['seeds'], 'seed')}, {_seconds(row['seconds'])}"
 
 
 def products(tables: Tables) -> str:
@@ -362,6 +366,34 @@ def _against(row: pd.Series) -> str:
     return f"{TITLES.get(row['rival'], row['rival'])}: {said}"
 
 
+def predictions(tables: Tables) -> str:
+    """Predicted over measured seconds and memory of all rows of ``cost_model``, by the kind of the method.
+
+    The figure computes the same numbers. Without the table, a line says that it is not measured.
+    """
+    if not tables.has(COST_MODEL):
+        return "*Not yet measured: `config/cost_model.yaml`.*"
+    table = tables.read(COST_MODEL)
+    points = predicted.ratios(table)
+    rows = [
+        [
+            kind,
+            f"{len(here)}",
+            percent_label(predicted.within(here["seconds_ratio"])),
+            percent_label(predicted.median_factor(here["seconds_ratio"]) - 1),
+            *(
+                (percent_label(predicted.within(known)), percent_label(predicted.median_factor(known) - 1))
+                if len(known := here["memory_ratio"].dropna())
+                else ("", "")
+            ),
+        ]
+        for kind, here in [*points.groupby("kind", sort=True), ("all", points)]
+    ]
+    near = f"within a factor of {predicted.FACTOR:g}"
+    columns = ["kind", "rows", f"seconds: {near}", "median error", f"memory: {near}", "median error"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
 def real_size(tables: Tables) -> str:
     """First calls of ``auto`` on networks of real size: what they take, and the interval that they give."""
     table = tables.read(REAL_SIZE)
@@ -564,7 +596,8 @@ def _if_measured(config: str, study: str, made: Callable[[pd.DataFrame], str]) -
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
 REAL_SIZE = "language/studies/real_size"
-"""Where the tables of intervals, of choices and of large networks are in ``results/reference/``."""
+COST_MODEL = "cost_model/studies/cost_model"
+"""Where the tables of intervals, choices, large networks and predicted costs are in ``results/reference/``."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
@@ -580,6 +613,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
     "large networks": large_networks,
+    "predictions": predictions,
     "prepared": prepared,
     "products": products,
     "projections": _if_measured("projections", "projections", projections),

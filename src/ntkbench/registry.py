@@ -1,4 +1,4 @@
-"""Plug-ins: every ``.py`` file in ``methods/``, ``problems/``, ``studies/`` or ``figures/`` is one, found by its name.
+"""Plug-ins: every ``.py`` file in the folder of a kind, such as ``methods/``, is one, found by its name.
 
 Names are found by reading source, without importing anything. A plug-in is imported alone, when it is requested. A file
 that cannot be used becomes a :class:`Broken` record, and raises an error only if it is requested. Sub-packages
@@ -32,6 +32,7 @@ PACKAGES = {
     "problem": "ntkbench.problems",
     "study": "ntkbench.studies",
     "figure": "ntkbench.figures",
+    "rule": "ntkbench.layerwise.rules",
 }
 """Kinds of plug-ins, and the package with the files of each."""
 
@@ -247,7 +248,7 @@ def one_a_file(source: Source) -> Mapping[str, int]:
     return {source.file.stem: 1}
 
 
-class Room(Generic[T]):
+class Registry(Generic[T]):
     """The plug-ins of one kind."""
 
     def __init__(
@@ -402,9 +403,9 @@ def first_line(plugin: object) -> str:
     return (inspect.getdoc(plugin) or "").partition("\n")[0]
 
 
-def room(kind: str) -> Room[Any]:
+def of(kind: str) -> Registry[Any]:
     """The plug-ins of a kind; imports their package, but no plug-in."""
-    return importlib.import_module(PACKAGES[kind]).ROOM
+    return importlib.import_module(PACKAGES[kind]).REGISTRY
 
 
 def entry_points() -> list[Broken]:
@@ -417,7 +418,7 @@ def entry_points() -> list[Broken]:
 
 def broken() -> list[Broken]:
     """Every plug-in that does not work; imports all of them."""
-    return [*entry_points(), *(one for kind in PACKAGES for one in room(kind).broken())]
+    return [*entry_points(), *(one for kind in PACKAGES for one in of(kind).broken())]
 
 
 outside.add([])  # makes the folders that the environment names absolute

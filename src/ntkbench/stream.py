@@ -18,7 +18,7 @@ from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.estimators.standard_errors import satterthwaite
 from ntkbench.kernel import Kernel, Setup
-from ntkbench.options import Options, Wishes
+from ntkbench.options import OptionKeywords, Options
 
 
 def applies(model: Any, inputs: Any) -> bool:
@@ -64,7 +64,7 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
         if first.problem.samples_interact:
             first = Kernel(model, concatenated(itertools.chain([head], joined)), **setup)
         kernels = {"": first} if groups is None else first.groups(groups)
-        asked: Wishes = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
+        asked: OptionKeywords = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
         asked |= {"confidence": options.confidence, "seed": options.seed}
         parts = {name: [kernel.trace(**asked)] for name, kernel in kernels.items()}
         sizes = [first.problem.N]

@@ -5,6 +5,7 @@
 >>> testing.check_problem("my_problem")                         # doctest: +SKIP
 >>> testing.check_study("my_study", {"seeds": 2})               # doctest: +SKIP
 >>> testing.check_figure("my_figure", table)                    # doctest: +SKIP
+>>> testing.check_rule("my_rule", network, inputs)              # doctest: +SKIP
 
 They hold for every plug-in that comes with ntkbench. Exact values come from J written out by a loop of plain autograd,
 not from ntkbench's operators.
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkbench import methods, problems, registry
+from ntkbench import errors, methods, problems, registry
 from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.estimators.regression import regression_error
@@ -44,6 +45,7 @@ __all__ = [
     "check_figure",
     "check_method",
     "check_problem",
+    "check_rule",
     "check_study",
     "explicit_jacobian",
     "metrics_of",
@@ -109,12 +111,18 @@ def explicit_jacobian(problem: Problem, end: str = "theta_0") -> np.ndarray:
                 w.copy_(torch.from_numpy(weights[key]))
     theta = [w for key, w in module.named_parameters() if key in weights]
     x = torch.from_numpy(problem.x)
-    outputs = module(x.double() if x.is_floating_point() else x).reshape(-1)
+    return _rows(module, theta, x.double() if x.is_floating_point() else x).numpy()
+
+
+def _rows(module: nn.Module, theta: list[Any], x: Any) -> Any:
+    """J by a loop over outputs of plain autograd, ``[n, P]``."""
+    import torch
+
     rows = []
-    for output in outputs:
+    for output in module(x).reshape(-1):
         grads = torch.autograd.grad(output, theta, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
-    return torch.stack(rows).numpy()
+    return torch.stack(rows)
 
 
 def _own_module(problem: Problem) -> nn.Module:
@@ -478,6 +486,67 @@ def _check_interaction(problem: Problem) -> None:
     apart = np.concatenate([outputs_in_torch(one, "theta_0", "float64") for one in alone])
     interact = bool(np.abs(together - apart).max() > 1e-9 * np.abs(together).max())
     _require(interact == problem.samples_interact, f"samples_interact is {problem.samples_interact}; it is {interact}")
+
+
+# --- rules
+
+
+def check_rule(name: str, network: nn.Module, inputs: Any) -> None:
+    """The contract of a rule for an operation, on a network that uses it.
+
+    - The network has a weight for all uses of which there is a rule, and one of them is by this plug-in.
+    - The kernel, a part of it, its diagonal and its sum over outputs agree with J written out, in float64, in float32,
+      and with memory for one row at a time.
+    - Plain autograd certifies each of them.
+
+    Cost: n backward passes and some layerwise kernels of the network; choose a small one.
+
+    Args:
+        name: of the plug-in.
+        network: a module whose samples do not interact.
+        inputs: a tensor ``[N, ...]`` of at least two samples.
+
+    Raises:
+        BadInput: there is no such plug-in, or it is broken.
+        AssertionError: it breaks the contract; says how.
+    """
+    from ntkbench.layerwise.kernel import LayerwiseKernel
+
+    rules = registry.of("rule").get(name)
+    with _said(f"rule {name!r}"):
+        for dtype, memory in (("float64", 2**30), ("float64", 1), ("float32", 2**30)):
+            module, x = copy.deepcopy(network).to(_dtype(dtype)), inputs
+            if x.is_floating_point():
+                x = x.to(_dtype(dtype))
+            theta = {key: w for key, w in module.named_parameters() if w.requires_grad}
+            values = [w.detach() for w in theta.values()]
+            J = _rows(module, list(theta.values()), x).double()
+            N, O = len(x), len(J) // len(x)  # noqa: E741 - the field's symbol
+            whole = (J @ J.T).view(N, O, N, O)
+            where = f"in {dtype}" + (" with memory for one row at a time" if memory == 1 else "")
+            try:
+                engine = LayerwiseKernel(module, dict(zip(theta, values, strict=True)), x, memory)
+                used = {use.node.target for layer in engine.layers for use in layer.uses}
+                _require(used & set(rules), "is used for no weight of the network")
+                computed = (
+                    ("the kernel", engine.kernel(values, x), whole.reshape(N * O, N * O)),
+                    ("the kernel with one sample", engine.kernel(values, x[:1], x), whole[:1].reshape(O, N * O)),
+                    ("the diagonal", engine.diagonal(values, x), whole.reshape(N * O, N * O).diagonal().view(N, O)),
+                    ("the sum over outputs", engine.kernel(values, x, fold=True), whole.diagonal(0, 1, 3).sum(-1)),
+                )
+            except AssertionError:
+                raise
+            except Exception as error:  # whatever the rule does
+                raise AssertionError(f"{errors.reason(error)}, {where}") from error
+            for what, found, expected in computed:
+                wrong = float((found.double() - expected).abs().max() / whole.abs().max())
+                _require(wrong <= ROUNDING[dtype], f"{what} is wrong by {wrong:.1e} of the largest entry, {where}")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
 
 
 # --- studies and figures

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ntkbench import errors, ladder, metrics, options
-from ntkbench.api import SETUP, WISHES
+from ntkbench.api import OPTIONS, SETUP
 from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate
 from ntkbench.kernel import Kernel
@@ -70,8 +70,8 @@ class Tracker:
         **keywords: Unpack[Keywords],
     ) -> None:
         for key in keywords:
-            if key not in (*SETUP, *WISHES):
-                raise unknown("keyword", key, ("every", "metrics", "log", *SETUP, *WISHES))
+            if key not in (*SETUP, *OPTIONS):
+                raise unknown("keyword", key, ("every", "metrics", "log", *SETUP, *OPTIONS))
         if keywords.get("params") is not None:
             raise BadInput(
                 "a tracker follows a torch.nn.Module; for a JAX function use Kernel(f, x, params=...).at(params)"
@@ -81,8 +81,8 @@ class Tracker:
         self._every = positive("every", every)
         self._names = _checked(metrics)
         self._log = log
-        self._wishes: Any = {key: value for key, value in keywords.items() if key in WISHES}
-        asked = options.asked(self._wishes)
+        self._options: Any = {key: value for key, value in keywords.items() if key in OPTIONS}
+        asked = options.asked(self._options)
         ladder.check(self._names, asked)
         self._kernel = Kernel(model, inputs, **{key: value for key, value in keywords.items() if key in SETUP})  # type: ignore[arg-type]
         self._model = unwrapped(model)
@@ -106,11 +106,13 @@ class Tracker:
         found: dict[str, Estimate] = {}
         if rest := [name for name in self._names if name != "alignment"]:
             every = (
-                kernel.metrics(**self._wishes) if len(rest) > 1 else {rest[0]: getattr(kernel, rest[0])(**self._wishes)}
+                kernel.metrics(**self._options)
+                if len(rest) > 1
+                else {rest[0]: getattr(kernel, rest[0])(**self._options)}
             )
             found = {name: every[name] for name in rest}
         if "alignment" in self._names:
-            found["alignment"] = self._first.alignment(kernel, **self._wishes)
+            found["alignment"] = self._first.alignment(kernel, **self._options)
         self.history.append((step, found))
         if self._log is not None:
             self._log(step, found)

@@ -20,6 +20,12 @@ def percent_label(share: float) -> str:
     return f"{float(f'{100 * share:.2g}'):g} %"
 
 
+def counted(count: float, one: str, several: str = "") -> str:
+    """A number of things with its noun: 1 pass, 2 passes; the plural is that with an s if not given."""
+    number = count if isinstance(count, int) else f"{count:g}"
+    return f"{number} {one if count == 1 else several or f'{one}s'}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines of text, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -13,6 +13,7 @@ import scipy.sparse.linalg
 from ntkbench.errors import BadInput
 from ntkbench.operators import JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
+from ntkbench.units import counted
 
 RANK = 32
 """Maximum rank of the preconditioner; each rank takes two passes."""
@@ -69,7 +70,7 @@ class Solution:
         shape = " x ".join(map(str, self.values.shape))
         said = (
             f"(Theta + {self.ridge:g} I)^-1 y, {shape}: residual {self.residual:.1e} ({self.method}, "
-            f"{self.iterations} iterations, {self.passes:g} passes){certified}"
+            f"{counted(self.iterations, 'iteration')}, {counted(self.passes, 'pass', 'passes')}){certified}"
         )
         return "\n".join([said, *(f"  {note}" for note in self.notes)])
 

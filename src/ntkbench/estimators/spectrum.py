@@ -12,6 +12,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.estimators import lanczos
 from ntkbench.operators import JacobianOperator
 from ntkbench.operators.arrays import asarray_like, to_numpy
+from ntkbench.units import counted
 
 PROBES, STEPS = 8, 25
 """Probes and steps of the density if Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
@@ -129,7 +130,8 @@ class Spectrum:
             ("condition number", condition),
             ("entropy effective rank", str(self.entropy_effective_rank)),
         )
-        head = f"spectrum of Theta, {self.n} x {self.n} ({self.method}, {self.passes:g} passes){certified}"
+        cost = counted(self.passes, "pass", "passes")
+        head = f"spectrum of Theta, {self.n} x {self.n} ({self.method}, {cost}){certified}"
         return "\n".join([head, *(f"  {name:<24}{said}" for name, said in rows), *(f"  {note}" for note in self.notes)])
 
 

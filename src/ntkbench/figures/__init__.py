@@ -26,7 +26,7 @@ from ntkbench.registry import PACKAGES, Fault, Source
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CLAIMED_FROM", "ROOM", "claims", "draw", "draw_all", "names", "study_of"]
+__all__ = ["CLAIMED_FROM", "REGISTRY", "claims", "draw", "draw_all", "names", "study_of"]
 
 CLAIMED_FROM = ("head_to_head", "paper_cpu", "default")
 """Profiles whose committed tables the papers' claims are judged by: for each study, the first of these that has it."""
@@ -37,7 +37,7 @@ Drawn = tuple[outcomes.Outcome, list[dict[str, Any]]]
 
 def names() -> list[str]:
     """The names of all figures without a fault in their source, sorted; no figure is imported."""
-    return ROOM.found()
+    return REGISTRY.found()
 
 
 def study_of(name: str) -> str | None:
@@ -46,7 +46,7 @@ def study_of(name: str) -> str | None:
     Raises:
         BadInput: no such figure, or it is broken.
     """
-    return Source.read(ROOM.file(name)).literal("TABLE")
+    return Source.read(REGISTRY.file(name)).literal("TABLE")
 
 
 def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -62,7 +62,7 @@ def draw(name: str, table: pd.DataFrame, folder: Path) -> list[Path]:
     """
     from ntkbench.figures.plotting import files
 
-    return files.write(name, ROOM.get(name), table, Path(folder))[0]
+    return files.write(name, REGISTRY.get(name), table, Path(folder))[0]
 
 
 def table_of(name: str, folder: Path) -> Path:
@@ -96,7 +96,7 @@ def claims(folders: Iterable[Path] | None = None) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name in names():
         if table := next((path for path in (table_of(name, folder) for folder in folders) if path.exists()), None):
-            rows += files.claimed(name, ROOM.get(name), files.read(table))
+            rows += files.claimed(name, REGISTRY.get(name), files.read(table))
     return claimed.table(rows)
 
 
@@ -144,7 +144,7 @@ def _draw_some(tables: Mapping[str, Path], folder: Path) -> dict[str, Drawn]:
     made: dict[str, Drawn] = {}
     for name, table in tables.items():
         try:
-            _, claimed = files.write(name, ROOM.get(name), read(Path(table)), folder)
+            _, claimed = files.write(name, REGISTRY.get(name), read(Path(table)), folder)
             made[name] = outcomes.Outcome(outcomes.OK), claimed
         except KeyboardInterrupt:
             raise
@@ -181,4 +181,4 @@ def _checked(source: Source, module: ModuleType, name: str) -> ModuleType:
     return module
 
 
-ROOM: registry.Room[ModuleType] = registry.Room("figure", _checked, _find)
+REGISTRY: registry.Registry[ModuleType] = registry.Registry("figure", _checked, _find)

@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.units import counted
 
 TABLE = "cost_model"
 COLUMNS: tuple[str, ...] = ("problem", "metric", "method", "title", "kind", "predicted_seconds", "seconds", "calls")
@@ -27,13 +28,9 @@ FLOOR = 0.5
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A point for each problem, metric and method; predictions on the diagonal are right."""
-    points = base.measured(table, "predicted_seconds", "seconds").copy()
+    points = ratios(table)
     if not len(points):
         return base.nothing(table, labels.why_not(table))
-    points["seconds_ratio"] = points["predicted_seconds"] / points["seconds"]
-    floor = FLOOR * 2**20
-    predicted = points["predicted_bytes"].fillna(0.0).clip(lower=floor)
-    points["memory_ratio"] = predicted / points["memory_bytes"].clip(lower=floor)
     skipped = table["reason"].astype(str).str.contains("is predicted to take").sum() if "reason" in table else 0
     kinds = [kind for kind in COLOURS if kind in set(points["kind"])]
     handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", markersize=5) for kind in kinds]
@@ -53,6 +50,16 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         canvas.heading(panel, heading, offset=6)
     kept = [*COLUMNS, "seconds_ratio", "memory_ratio"]
     return base.Drawing(figure, points[kept].reset_index(drop=True), _caption(points, int(skipped)))
+
+
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """All measured rows with a prediction, with ``seconds_ratio`` and ``memory_ratio``, predicted over measured."""
+    points = base.measured(table, "predicted_seconds", "seconds").copy()
+    points["seconds_ratio"] = points["predicted_seconds"] / points["seconds"]
+    floor = FLOOR * 2**20
+    predicted = points["predicted_bytes"].fillna(0.0).clip(lower=floor)
+    points["memory_ratio"] = predicted / points["memory_bytes"].clip(lower=floor)
+    return points
 
 
 def _panel(panel: Axes, points: pd.DataFrame, predicted: str, measured: str, unit: float, label: str) -> None:
@@ -77,12 +84,12 @@ def _reading(band: Patch) -> list[key.Entry]:
     return [(line, "predicted as measured"), (band, f"within a factor of {FACTOR:g}")]
 
 
-def _within(ratios: pd.Series) -> float:
+def within(ratios: pd.Series) -> float:
     """Share of ratios within the factor."""
     return float(((ratios <= FACTOR) & (ratios >= 1 / FACTOR)).mean())
 
 
-def _median(ratios: pd.Series) -> float:
+def median_factor(ratios: pd.Series) -> float:
     """The median factor by which predictions are off, in either direction."""
     return float(np.exp(np.log(ratios.dropna()).abs().median()))
 
@@ -90,23 +97,24 @@ def _median(ratios: pd.Series) -> float:
 def _finding(points: pd.DataFrame) -> str:
     ratios = points["seconds_ratio"]
     return (
-        f"Predicted seconds: {labels.share_label(_within(ratios))} within a factor of {FACTOR:g}, "
-        f"median error a factor of {labels.rounded(_median(ratios))}"
+        f"Predicted seconds: {labels.share_label(within(ratios))} within a factor of {FACTOR:g}, "
+        f"median error a factor of {labels.rounded(median_factor(ratios))}"
     )
 
 
 def _caption(points: pd.DataFrame, skipped: int) -> str:
     memory = points["memory_ratio"].dropna()
     text = (
-        f"Predicted against measured seconds of an estimate, for {len(points)} cases of problem, metric and method; "
-        f"{labels.share_label(_within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
-        f"prediction is off by a factor of {labels.rounded(_median(points['seconds_ratio']))}."
+        f"Predicted against measured seconds of an estimate, for all {len(points)} cases of "
+        f"{counted(points['problem'].nunique(), 'problem')}, metrics and methods with both; "
+        f"{labels.share_label(within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
+        f"prediction is off by a factor of {labels.rounded(median_factor(points['seconds_ratio']))}."
     )
     if skipped:
         text += f" {skipped} others were predicted to take too long and were not measured."
     if len(memory):
         text += (
-            f" Memory peaks: {labels.share_label(_within(memory))} of {len(memory)} within a factor of {FACTOR:g}; "
+            f" Memory peaks: {labels.share_label(within(memory))} of {len(memory)} within a factor of {FACTOR:g}; "
             f"those below {FLOOR:g} MiB count as {FLOOR:g} MiB."
         )
     return f"{text} Budgets of stochastic methods are those predicted to reach the tolerance."

@@ -3,7 +3,7 @@
 trace.py           one sample's forward pass as a graph of ATen operations
 recording.py       recording it so that its derivative is what autograd computes
 replacements.py    operations whose derivatives are wrong or missing under vmap
-rules.py           the structure of gradients at the operations that use weights
+rules/             the structure of gradients at the operations that use weights
 layers.py          where that graph uses its parameters
 computed.py        weights that are computed from parameters alone, such as normalised ones
 capture.py         inputs and cotangents of all layers, for all samples, layer by layer

@@ -1,6 +1,6 @@
 """Where a graph uses its parameters, and the structure of the gradients there.
 
-Weights with a rule for all their uses (see ``rules.py``) become layers, and so do normalised weights, which are
+Weights with a rule for all their uses (see ``rules/``) become layers, and so do normalised weights, which are
 computed from parameters (see ``computed.py``). For all other parameters (scales, shifts, and weights without a rule)
 the gradient of each output of each sample is computed by automatic differentiation.
 

@@ -90,7 +90,7 @@ def _settings_of(study: str) -> type[Settings]:
     Raises:
         BadInput: no such study.
     """
-    return registry.room("study").get(study).Settings
+    return registry.of("study").get(study).Settings
 
 
 def _known_study(name: str) -> str:

@@ -43,6 +43,8 @@ LIMITS_OF_FORECASTS = {"times_exact", "patience_s"}
 """The limits that apply to cells whose costs are predicted."""
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
+RULES = registry.PACKAGES["rule"]
+"""Loads all plug-ins with rules by name."""
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 """Every module that declares a recurrence imports this one, and needs the operators in ``RECURRENT``."""
 
@@ -64,7 +66,12 @@ def cell(config: Config, cell: Cell) -> str:
 
 def cell_roots(cell: Cell) -> list[str]:
     """Modules that a cell's process imports by itself, and the module that makes its row."""
-    return [*imports(SUITE.stem, SUITE), CELL_ROWS, methods.ROOM.module(cell.method), problems.module_of(cell.problem)]
+    return [
+        *imports(SUITE.stem, SUITE),
+        CELL_ROWS,
+        methods.REGISTRY.module(cell.method),
+        problems.module_of(cell.problem),
+    ]
 
 
 def problem(label: str) -> str:
@@ -77,21 +84,21 @@ def study(config: Config, name: str) -> str:
     """Fingerprint of a study's table: its file, the plug-ins that it names, their data, its settings and packages."""
     settings = config.study(name).model_dump(mode="json")
     files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
-    known = problems.ROOM.found()
+    known = problems.REGISTRY.found()
     words = set(_strings(settings))
     labels = {text for text in words if text.partition("[")[0] in known}
-    own = getattr(registry.room("study").get(name), "DATA", {})
+    own = getattr(registry.of("study").get(name), "DATA", {})
     files |= {here for word in words & set(own) for file in own[word] if (here := file.here())}
     return _hash(files.union(*map(_data_of_problem, labels)), name, settings, packages())
 
 
 def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:
     """A study's module, the modules that it declares to load by name, and the problems and methods in its settings."""
-    room = registry.room("study")
+    studies = registry.of("study")
     named = {text.partition("[")[0] for text in _strings(settings)}
-    rooms = (methods.ROOM, problems.ROOM)
-    chosen = [plugins.module(plugin) for plugins in rooms for plugin in sorted(named & set(plugins.found()))]
-    return [room.module(name), *getattr(room.get(name), "PLUGINS", ()), *chosen]
+    registries = (methods.REGISTRY, problems.REGISTRY)
+    chosen = [plugins.module(plugin) for plugins in registries for plugin in sorted(named & set(plugins.found()))]
+    return [studies.module(name), *getattr(studies.get(name), "PLUGINS", ()), *chosen]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -106,7 +113,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def figure(name: str) -> str:
     """Fingerprint of a figure and of the page that shows it, including published values."""
-    files = sources(registry.room("figure").module(name), REPORT)
+    files = sources(registry.of("figure").module(name), REPORT)
     plotting = PACKAGE / "figures" / "plotting"
     files |= {*plotting.glob("*.mplstyle"), *plotting.glob("*.html")}
     if plotting / "sources.py" in files:
@@ -152,6 +159,9 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
         backend: backend whose operators are loaded by name if any operators are.
     """
     reached = _reached(roots)
+    if RULES in reached:
+        roots += tuple(f"{RULES}.{file.stem}" for file in registry.files(RULES))
+        reached = _reached(roots)
     beside: list[Path] = []
     if any(not file.is_relative_to(PACKAGE) for file in reached.values()):
         # A plug-in outside of the package may import any file of its folder.

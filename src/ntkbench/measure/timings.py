@@ -60,6 +60,18 @@ def expected(results: Path, profile: str, steps: Iterable[str]) -> dict[str, flo
     return {step: took.get(step, GUESS) for step in steps}
 
 
+def elsewhere(steps: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """The longest committed seconds of steps in the runs of any profile, and that profile."""
+    found: dict[str, tuple[float, str]] = {}
+    wanted = set(steps)
+    for file in sorted(paths.REFERENCE.glob(f"*/{COMMITTED}")):
+        table = pd.read_csv(file)
+        for step, taken in zip(table["step"], table["seconds"], strict=True):
+            if step in wanted:
+                found[step] = max(found.get(step, (0.0, "")), (float(taken), file.parent.name))
+    return found
+
+
 def known(results: Path, profile: str) -> dict[str, float]:
     """Seconds of steps in an earlier run into the same folder, else in the committed run of the profile."""
     kept = paths.REFERENCE / profile / COMMITTED

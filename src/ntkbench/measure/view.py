@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ntkbench.errors import BadInput, summary, unknown
+from ntkbench.units import counted
 
 FIRST = (
     "problem",
@@ -68,7 +69,7 @@ def rows_of(
     if sort is not None:
         table = table.sort_values(sort, kind="stable")
     shown = list(columns) if columns else [name for name in FIRST if name in table and table[name].notna().any()]
-    said = f"{len(table)} of {total} rows" + (f", the first {most}" if len(table) > most else "")
+    said = f"{len(table)} of {counted(total, 'row')}" + (f", the first {most}" if len(table) > most else "")
     if not len(table):
         return said
     lines = (

@@ -18,12 +18,12 @@ from ntkbench.metrics import METRICS, OF_KERNEL
 from ntkbench.options import BACKENDS
 from ntkbench.registry import Fault, Source
 
-__all__ = ["ROOM", "Method", "get", "names", "stochastic"]
+__all__ = ["REGISTRY", "Method", "get", "names", "stochastic"]
 
 
 def names() -> list[str]:
     """Names of all methods that work; imports all of them."""
-    return ROOM.names()
+    return REGISTRY.names()
 
 
 def get(name: str) -> Method:
@@ -32,7 +32,7 @@ def get(name: str) -> Method:
     Raises:
         BadInput: there is none, or it is broken.
     """
-    return ROOM.get(name)
+    return REGISTRY.get(name)
 
 
 def stochastic(name: str) -> Stochastic:
@@ -100,4 +100,4 @@ def _check_words(
             raise fault(attribute, str(unknown(what, word, allowed)))
 
 
-ROOM: registry.Room[Method] = registry.Room("method", _checked)
+REGISTRY: registry.Registry[Method] = registry.Registry("method", _checked)

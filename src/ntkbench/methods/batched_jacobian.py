@@ -27,6 +27,7 @@ class BatchedJacobian(Deterministic):
     kind = "exact"
     source = "folklore; torch.func.jacrev and jacfwd, jax.jacrev and jacfwd on the whole batch"
     use_when = "samples interact, and n or P is small"
+    passes_formula = "n or P"
     backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

@@ -47,6 +47,7 @@ class CountSketch(Deterministic):
     needs_one_network = True
     probes: ClassVar[int] = 8
     width: ClassVar[int] = 1024
+    passes_formula = "8"
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         return self.probes * len(metrics.parameter_sets(metric))

@@ -19,6 +19,7 @@ class Direct(Deterministic):
     kind = "exact"
     source = "Hazelden 2025 (arXiv 2511.10796), the exact baseline of its figures"
     use_when = "Theta is a black box, or as a baseline"
+    passes_formula = "2 * n"
     backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

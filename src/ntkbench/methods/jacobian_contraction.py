@@ -24,6 +24,7 @@ class JacobianContraction(Deterministic):
     kind = "exact"
     source = "Novak et al. 2022 (arXiv 2206.08720), section 3; PyTorch's tutorial on neural tangent kernels"
     use_when = "samples do not interact, and the network cannot be traced"
+    passes_formula = "O"
     backends = ("torch",)
     needs_independent_samples = True
 

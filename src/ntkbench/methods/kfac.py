@@ -37,6 +37,7 @@ class KFAC(Method):
         "et al. 2025, arXiv 2501.19183)"
     )
     use_when = "you study K-FAC itself, or have the factors anyway, and a bias is acceptable"
+    passes_formula = "O"
     backends = ("torch",)
     needs_independent_samples = True
     needs_one_network = True

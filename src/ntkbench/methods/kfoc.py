@@ -44,6 +44,7 @@ class KFOC(Method):
         "10.1007/978-94-015-8196-7_17)"
     )
     use_when = "the bias of ``kfac`` is too large, and J fits in the memory of the host"
+    passes_formula = "O"
     backends = ("torch", "jax")
     needs_independent_samples = True
     needs_one_network = True

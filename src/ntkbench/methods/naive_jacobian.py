@@ -25,6 +25,7 @@ class NaiveJacobian(Deterministic):
     kind = "exact"
     source = "folklore; the loop over torch.autograd.grad"
     use_when = "no other method applies, or as a reference"
+    passes_formula = "n"
     backends = ("torch",)
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

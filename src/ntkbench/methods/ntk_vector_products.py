@@ -24,6 +24,7 @@ class NtkVectorProducts(Deterministic):
     kind = "exact"
     source = "Novak et al. 2022 (arXiv 2206.08720), section 3"
     use_when = "neither J nor Theta fits in memory, and the network cannot be traced"
+    passes_formula = "n + O"
     backends = ("torch",)
     needs_independent_samples = True
 

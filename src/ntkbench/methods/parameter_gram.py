@@ -29,6 +29,7 @@ class ParameterGram(Deterministic):
     kind = "exact"
     source = "this suite; J^T J is the Gauss-Newton matrix of a squared loss"
     use_when = "there are fewer parameters than outputs, and J^T J fits in memory"
+    passes_formula = "O"
     backends = ("torch", "jax")
     needs_independent_samples = True
     needs_one_network = True

@@ -16,4 +16,5 @@ class RandomVector(Layerwise):
     computes = "kernel of a random combination ⊗ I_O"
     source = "Mohamadi et al. 2023 (arXiv 2206.12543), a fixed random vector in place of the sum"
     use_when = "you need an N x N kernel in one pass, and no output may be preferred to another"
+    passes_formula = "1"
     kernel = "random_vector"

@@ -27,6 +27,7 @@ class RecurrentExactTrace(Deterministic):
     kind = "exact"
     source = "this suite; per-sample gradients as in Goodfellow 2015 (arXiv 1510.01799)"
     use_when = "the trace of a network that declares its recurrence must be exact"
+    passes_formula = "O * (T + 1) / (2 * T)"
     backends = ("torch", "jax")
     metrics = ("trace",)
     needs_independent_samples = True

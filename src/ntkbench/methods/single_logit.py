@@ -14,3 +14,4 @@ class SingleLogit(Layerwise):
     source = "Mohamadi et al. 2023 (arXiv 2206.12543), the single-logit variant"
     use_when = "you need an N x N kernel in one pass, and outputs are similar to each other"
     kernel = "single_logit"
+    passes_formula = "1"

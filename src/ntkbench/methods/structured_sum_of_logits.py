@@ -16,4 +16,5 @@ class StructuredSumOfLogits(Layerwise):
     computes = "pNTK ⊗ I_O"
     source = "this suite; the sum-of-logits pNTK of Mohamadi et al. 2023 (arXiv 2206.12543)"
     use_when = "you need the pNTK of a network that can be traced, and a bias is acceptable"
+    passes_formula = "1"
     kernel = "sum_of_logits"

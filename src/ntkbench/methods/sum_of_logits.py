@@ -28,6 +28,7 @@ class SumOfLogits(Deterministic):
     computes = "pNTK ⊗ I_O"
     source = "Mohamadi et al. 2023 (arXiv 2206.12543), the sum-of-logits pNTK"
     use_when = "you need the pNTK of a JAX function, or of a network that cannot be traced"
+    passes_formula = "1"
     backends = ("torch", "jax")
     needs_independent_samples = True
 

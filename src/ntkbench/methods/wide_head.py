@@ -31,6 +31,7 @@ class WideHead(WideHeadMethod):
     kind = "exact"
     source = "this suite; layer by layer as Novak et al. 2022 (arXiv 2206.08720), section 3"
     use_when = "the network ends with a linear layer that is much wider than its inputs, as language models do"
+    passes_formula = "T * d"
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         from ntkbench.methods.base import head, tied_head

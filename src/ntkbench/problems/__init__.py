@@ -21,7 +21,7 @@ from ntkbench.problems.base import Definition, problem, weights
 from ntkbench.registry import Fault, Source
 
 __all__ = [
-    "ROOM",
+    "REGISTRY",
     "Definition",
     "Problem",
     "check",
@@ -37,7 +37,7 @@ __all__ = [
 
 def names() -> list[str]:
     """Names of all problems that work; imports all problem files."""
-    return sorted({*ROOM.names(), *base.REGISTRY})
+    return sorted({*REGISTRY.names(), *base.REGISTRY})
 
 
 def get(name: str) -> Callable[..., Definition]:
@@ -47,7 +47,7 @@ def get(name: str) -> Callable[..., Definition]:
         BadInput: there is no such problem, or it is broken.
     """
     if name not in base.REGISTRY:
-        base.REGISTRY[name] = ROOM.get(name)
+        base.REGISTRY[name] = REGISTRY.get(name)
     return base.REGISTRY[name]
 
 
@@ -58,7 +58,7 @@ def describe(name: str) -> str:
 
 def module_of(label: str) -> str:
     """Import name of the file that defines a problem; does not import it."""
-    return ROOM.module(base.parse_label(label)[0])
+    return REGISTRY.module(base.parse_label(label)[0])
 
 
 def check(label: str) -> str:
@@ -185,4 +185,4 @@ def _checked(source: Source, module: ModuleType, name: str) -> Callable[..., Def
     return define
 
 
-ROOM: registry.Room[Callable[..., Definition]] = registry.Room("problem", _checked, _find)
+REGISTRY: registry.Registry[Callable[..., Definition]] = registry.Registry("problem", _checked, _find)

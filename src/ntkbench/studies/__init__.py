@@ -30,12 +30,12 @@ from ntkbench.studies import base
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ROOM", "base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
+__all__ = ["REGISTRY", "base", "describe", "fields", "is_timed", "names", "plugins_of", "run", "settings"]
 
 
 def names() -> list[str]:
     """Names of all studies that work; imports all of them."""
-    return ROOM.names()
+    return REGISTRY.names()
 
 
 def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
@@ -49,22 +49,22 @@ def settings(name: str, given: Mapping[str, Any]) -> base.Settings:
         BadInput: there is no such study, or it is broken.
         pydantic.ValidationError: a setting cannot be used.
     """
-    return ROOM.get(name).Settings.model_validate(dict(given))
+    return REGISTRY.get(name).Settings.model_validate(dict(given))
 
 
 def describe(name: str) -> str:
     """First line of a study's docstring."""
-    return registry.first_line(ROOM.get(name))
+    return registry.first_line(REGISTRY.get(name))
 
 
 def fields(name: str) -> list[str]:
     """Names of a study's settings."""
-    return list(ROOM.get(name).Settings.model_fields)
+    return list(REGISTRY.get(name).Settings.model_fields)
 
 
 def plugins_of(name: str) -> tuple[str, ...]:
     """Modules whose sources a study depends on, its own first."""
-    return (f"{__name__}.{name}", *getattr(ROOM.get(name), "PLUGINS", ()))
+    return (f"{__name__}.{name}", *getattr(REGISTRY.get(name), "PLUGINS", ()))
 
 
 def is_timed(name: str) -> bool:
@@ -75,7 +75,7 @@ def is_timed(name: str) -> bool:
     Raises:
         BadInput: there is no such study, or it is broken.
     """
-    return Source.read(ROOM.file(name)).literal("TIMED") is not False
+    return Source.read(REGISTRY.file(name)).literal("TIMED") is not False
 
 
 def run(name: str, chosen: base.Settings) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def run(name: str, chosen: base.Settings) -> pd.DataFrame:
         name: name of the study.
         chosen: its settings.
     """
-    return ROOM.get(name).run(chosen)
+    return REGISTRY.get(name).run(chosen)
 
 
 def _find(source: Source) -> Mapping[str, int]:
@@ -118,4 +118,4 @@ def _checked(source: Source, module: ModuleType, name: str) -> ModuleType:
     return module
 
 
-ROOM: registry.Room[ModuleType] = registry.Room("study", _checked, _find)
+REGISTRY: registry.Registry[ModuleType] = registry.Registry("study", _checked, _find)

@@ -48,7 +48,7 @@ WAYS = ("default", "passes", "rtol", "matched")
 """The modes; ``matched`` requests the most frequent method of ``rtol`` by its name, with as many passes on average."""
 TARGET_OF_AUTO, TARGET = (0.93, 0.97), (0.90, 0.98)
 """Where the coverage of a 95 % interval should lie: for ``auto``, and for a method requested by name."""
-PLUGINS = tuple(methods.ROOM.module(name) for name in methods.ROOM.found())
+PLUGINS = tuple(methods.REGISTRY.module(name) for name in methods.REGISTRY.found())
 
 
 class Settings(base.Settings):

@@ -22,8 +22,8 @@ from ntkbench.studies import base
 TIMED = True
 PLUGINS = tuple(
     sorted(
-        {methods.ROOM.module(name) for name in methods.ROOM.found()}
-        | {problems.ROOM.module(name) for name in problems.ROOM.found()}
+        {methods.REGISTRY.module(name) for name in methods.REGISTRY.found()}
+        | {problems.REGISTRY.module(name) for name in problems.REGISTRY.found()}
     )
 )
 PASSES = 64

@@ -21,6 +21,7 @@ from ntkbench.errors import Unavailable
 from ntkbench.measure.seeds import Reruns
 from ntkbench.methods.base import Stochastic
 from ntkbench.studies import base
+from ntkbench.units import counted
 
 if TYPE_CHECKING:
     from ntkbench.operators import JacobianOperator
@@ -42,7 +43,7 @@ NAMES = [name for name in NAMES if not methods.get(name).needs_independent_sampl
 """Stochastic methods that need only products with J and J^T."""
 
 TIMED = False
-PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.ROOM.found()))
+PLUGINS = ("ntkbench.operators.dense", *(f"ntkbench.methods.{name}" for name in methods.REGISTRY.found()))
 
 
 class Settings(base.Settings):
@@ -126,7 +127,7 @@ def _measure(
 ) -> dict[str, Any]:
     least = method.cost(metric, method.fewest_probes)
     if passes < least:
-        raise Unavailable(f"{metric} takes at least {least} passes")
+        raise Unavailable(f"{metric} takes at least {counted(least, 'pass', 'passes')}")
     made = spectrum()
     found = Reruns(made.truth[metric], settings.dtype)
     found.run(lambda seed: method.estimate(made, metric, passes, seed), range(settings.seeds))

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 TIMED = True
 PLUGINS = (
-    methods.ROOM.module("structured_derivatives"),
-    *sorted({problems.ROOM.module(name) for name in problems.ROOM.found()}),
+    methods.REGISTRY.module("structured_derivatives"),
+    *sorted({problems.REGISTRY.module(name) for name in problems.REGISTRY.found()}),
 )
 RATIOS = {
     "prepared": ("engine",),

@@ -31,6 +31,7 @@ from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
 from ntkbench.studies import base
+from ntkbench.units import counted
 
 TIMED = True
 PLUGINS = (*base.methods_and_problems(), *base.JAX)
@@ -409,4 +410,4 @@ def _error(found: Reruns) -> float:
 
 
 def _said(passes: int | None) -> str:
-    return "all passes" if passes is None else f"{passes} passes"
+    return "all passes" if passes is None else counted(passes, "pass", "passes")

@@ -34,6 +34,7 @@ from ntkbench.measure.timing import timed
 from ntkbench.problem import Problem
 from ntkbench.studies import base
 from ntkbench.studies.base.prescribed import Kernel
+from ntkbench.units import counted
 
 TIMED = True
 METHODS = {
@@ -155,7 +156,7 @@ def _estimated(
 ) -> dict[str, Any]:
     method = methods.stochastic(name)
     if passes < (least := method.cost(metric, method.fewest_probes)):
-        raise Unavailable(f"{metric} takes at least {least} passes")
+        raise Unavailable(f"{metric} takes at least {counted(least, 'pass', 'passes')}")
     found = Reruns(truth(kernel, metric), settings.dtype)
     # Each row has its own seeds, so that errors of two rows are independent.
     first = zlib.crc32(f"{kernel}, {metric}, {name}, {passes}".encode())

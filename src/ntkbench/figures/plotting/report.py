@@ -20,7 +20,7 @@ from PIL import Image
 from ntkbench import figures as all_figures
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, claims, files, labels, quality, styles, tasks
-from ntkbench.units import bytes_label, percent_label, seconds_label
+from ntkbench.units import bytes_label, counted, percent_label, seconds_label
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PICTURE: dict[str, Any] = {"format": "WEBP", "quality": 86, "method": 4}
@@ -235,7 +235,7 @@ def _counted(done: pd.DataFrame) -> str:
     if not methods:
         return ""
     none = "" if (done["kind"] == "exact").any() else ", none exact"
-    return f"{methods} method{'' if methods == 1 else 's'} that state{'s' if methods == 1 else ''} an error{none}"
+    return f"{counted(methods, 'method that states', 'methods that state')} an error{none}"
 
 
 def _reason(cells_of: pd.DataFrame) -> str:
@@ -248,7 +248,7 @@ def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
     band = [seconds_label(winner[end]) for end in ("seconds_low", "seconds_high") if winner[end] == winner[end]]
     facts = [
         winner["kind"],
-        "" if passes != passes else f"{passes:.0f} passes",
+        "" if passes != passes else counted(round(passes), "pass", "passes"),
         "" if memory != memory else bytes_label(memory),
         "" if winner["kind"] == "exact" else f"error {percent_label(winner['error'])}",
         f"{' to '.join(band)} (95 %)" if len(band) == 2 and not winner["at_most"] else "",

@@ -38,6 +38,7 @@ class Layerwise(Method):
     prepares = "trace"
     by_layers = True
     kernel: ClassVar[str] = "full"
+    passes_formula = "O"
     kernel_metrics = metrics.OF_KERNEL
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:

@@ -39,6 +39,9 @@ class Method(ABC):
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
         needs_one_network: whether it aligns only sets of weights of one network, as methods that compare parameters do.
         by_layers: whether its passes leave out the gradients of weights, and its kernels are sums over layers.
+        passes_formula: passes of a deterministic method for one set of weights, in n, N, O, P, the number of steps T,
+            and the width d of the last hidden layer, with ``or`` between those of its ways; an alignment has two sets.
+            Empty if the cost is not a number of passes.
     """
 
     title: ClassVar[str]
@@ -55,6 +58,7 @@ class Method(ABC):
     prepares: ClassVar[str] = "operators"
     needs_one_network: ClassVar[bool] = False
     by_layers: ClassVar[bool] = False
+    passes_formula: ClassVar[str] = ""
 
     @property
     def name(self) -> str:

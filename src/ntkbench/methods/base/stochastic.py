@@ -21,6 +21,7 @@ from ntkbench.methods.base.method import Method, PreparedProblem, certificate, n
 from ntkbench.operators import JacobianOperator, Rng
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.units import counted
 
 
 class Stochastic(Method):
@@ -147,7 +148,7 @@ class Stochastic(Method):
 
 
 def _takes(metric: str, least: int) -> str:
-    return f"{metric} takes at least {least} passes"
+    return f"{metric} takes at least {counted(least, 'pass', 'passes')}"
 
 
 def _does_not_differ(problem: Problem) -> bool:
@@ -240,7 +241,7 @@ class GivenUp(NtkbenchError):
 
     def __init__(self, passes: float) -> None:
         """See the attributes."""
-        super().__init__(f"after {passes:g} passes {self.cheaper} are cheaper")
+        super().__init__(f"after {counted(passes, 'pass', 'passes')} {self.cheaper} are cheaper")
         self.passes = passes
 
 
@@ -410,7 +411,8 @@ class Incremental(Stochastic):
             batch = min(most - drawn, _rounded(max(fewest, further), self.first_batch))
         for name, estimate in found.items():
             if not (width := _deciding(estimate, rtol, confidence).relative_width(confidence)) <= rtol:
-                note = f"{passes} passes did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
+                given = counted(passes, "pass", "passes")
+                note = f"{given} did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
             elif not estimate.relative_width(confidence) <= rtol:
                 note = rounding_note(rtol)
             else:

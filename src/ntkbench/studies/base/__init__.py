@@ -16,7 +16,7 @@ from ntkbench.measure.settings import Settings as Settings
 from ntkbench.methods import Method
 from ntkbench.options import Target
 from ntkbench.problem import Problem
-from ntkbench.registry import Room
+from ntkbench.registry import Registry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,8 +172,8 @@ JAX = ("ntkbench.operators.jax", "ntkbench.operators.recurrent.jax")
 
 def methods_and_problems() -> tuple[str, ...]:
     """Modules of all methods and problems, for studies that load them by names in their settings."""
-    rooms: tuple[Room[Any], ...] = (methods.ROOM, problems.ROOM)
-    return tuple(sorted({room.module(name) for room in rooms for name in room.found()}))
+    registries: tuple[Registry[Any], ...] = (methods.REGISTRY, problems.REGISTRY)
+    return tuple(sorted({each.module(name) for each in registries for name in each.found()}))
 
 
 def preparing(problem: Problem, target: Target) -> Callable[[Method], Any]:

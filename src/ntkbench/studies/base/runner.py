@@ -21,6 +21,7 @@ from ntkbench.measure.outcomes import Outcome
 from ntkbench.measure.progress import Progress
 from ntkbench.measure.provenance import provenance
 from ntkbench.measure.settings import Settings
+from ntkbench.units import counted
 
 
 def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
@@ -118,7 +119,7 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
         table = [Outcome(outcomes.FAILED, "its settings leave nothing to measure").columns()]
     _write(config, name, output, table)
     paths.write_atomically(_measured(output), f"{rows.seconds}\n")
-    outcomes.say(f"{name}: {len(table)} rows")
+    outcomes.say(f"{name}: {counted(len(table), 'row')}")
 
 
 def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) -> None:

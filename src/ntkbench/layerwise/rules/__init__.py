@@ -2,23 +2,30 @@
 
 Three rules (matrix products, convolutions, table lookups) cover the weights of nearly all networks: linear layers on
 vectors and sequences, attention, recurrent layers and cells, grouped, depthwise and transposed convolutions,
-embeddings, weights tied between layers or used at many time steps. To add a rule, add an entry to :data:`RULES`.
+embeddings, weights tied between layers or used at many time steps. To add rules, drop a file here, or into ``rules/``
+of a folder of plug-ins, with a mapping ``RULES`` from operations to functions like those of :data:`RULES`.
+:func:`ntkbench.testing.check_rule` checks them.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from ntkbench import outside, registry
+from ntkbench.errors import Unsupported, summary
 from ntkbench.layerwise.factors import Lookups, Products
 from ntkbench.layerwise.trace import aten
+from ntkbench.registry import Fault, Source
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,12 @@ class Use:
 
 
 def rule_for(node: fx.Node, argument: fx.Node, entries: Tensor) -> Use | None:
-    """The rule for a use; ``None`` if there is none."""
-    rule = RULES.get(node.target)
+    """The rule for a use; ``None`` if there is none.
+
+    Raises:
+        Unsupported: the rule of a plug-in fails.
+    """
+    rule = RULES.get(node.target) or _of_plugins(tuple(outside.folders("rules"))).get(node.target)
     position = [i for i, value in enumerate(node.args) if value is argument]
     return rule(node, position[0], entries) if rule and len(position) == 1 else None
 
@@ -183,7 +194,10 @@ def _lookup_factors(numbers: Tensor, g: Tensor, *, padding: int) -> Lookups:
     return Lookups(numbers.flatten(1).masked_fill(numbers.flatten(1) == padding, -1), g)
 
 
-RULES: dict[Any, Callable[[fx.Node, int, Tensor], Use | None]] = {
+Rule = Callable[[fx.Node, int, Tensor], Use | None]
+"""From an operation, the position of the weight among its arguments and the indices of its entries to the use."""
+
+RULES: dict[Any, Rule] = {
     aten.mm.default: _product,
     aten.addmm.default: _product,
     aten.bmm.default: _product,
@@ -191,3 +205,46 @@ RULES: dict[Any, Callable[[fx.Node, int, Tensor], Use | None]] = {
     aten.convolution.default: _convolution,
     aten.embedding.default: _lookup,
 }
+
+
+@functools.cache
+def _of_plugins(folders: tuple[str, ...]) -> dict[Any, Rule]:
+    """The rules of plug-ins, those in these folders included. Plug-ins that are broken are logged and left out."""
+    found: dict[Any, Rule] = {}
+    for name in REGISTRY.names():
+        for operation, rule in REGISTRY.get(name).items():
+            found.setdefault(operation, functools.partial(_guarded, name, rule))
+    for broken in REGISTRY.broken():
+        logging.getLogger("ntkbench").warning("%s", broken)
+    return found
+
+
+def _guarded(name: str, rule: Rule, node: fx.Node, position: int, entries: Tensor) -> Use | None:
+    """The use by the rule of a plug-in, which may fail in any way."""
+    try:
+        use = rule(node, position, entries)
+    except Exception as error:
+        raise Unsupported(f"the rule for {node.target} of the plug-in {name!r} failed: {summary(error)}") from error
+    if use is None or (isinstance(use, Use) and isinstance(use.factors, functools.partial)):
+        return use
+    if isinstance(use, Use) and callable(use.factors):
+        return replace(use, factors=functools.partial(use.factors))
+    raise Unsupported(f"the rule for {node.target} of the plug-in {name!r} returned a {type(use).__name__}, not a Use")
+
+
+def _checked(source: Source, module: ModuleType, name: str) -> Mapping[Any, Rule]:
+    rules = getattr(module, "RULES", None)
+    line = source.line("RULES")
+    if not isinstance(rules, Mapping) or not rules:
+        raise Fault("defines no RULES, a mapping from operations to rules", line)
+    for operation, rule in rules.items():
+        if not isinstance(operation, torch._ops.OpOverload):
+            raise Fault(f"RULES: {operation!r} is not an operation such as torch.ops.aten.mul.Tensor", line)
+        if not callable(rule):
+            raise Fault(f"RULES: the rule for {operation} is not a function", line)
+        if operation in RULES:
+            raise Fault(f"RULES: {operation} has a rule of ntkbench", line)
+    return rules
+
+
+REGISTRY: registry.Registry[Mapping[Any, Rule]] = registry.Registry("rule", _checked)
