@@ -247,7 +247,8 @@ def test_captions_are_short_and_have_a_line_for_each_claim(name):
 def test_mnists_test_file_is_not_the_papers_setting():
     table = files.read(paths.REFERENCE / "paper_cpu" / "studies" / "hazelden_metrics.csv")
     with base.style():
-        made = files._drawn(figures.REGISTRY.get("hazelden_metrics"), table.assign(problem="mnist_mlp[N=128]"))[0].claims
+        figure = figures.REGISTRY.get("hazelden_metrics")
+        made = files._drawn(figure, table.assign(problem="mnist_mlp[N=128]"))[0].claims
     assert made and {claim.here for claim in made} == {"MNIST MLP, N = 128"} and not any(claim.same for claim in made)
 
 

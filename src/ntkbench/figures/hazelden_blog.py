@@ -64,12 +64,13 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 def _title(points: pd.DataFrame) -> str:
     """The error and seconds of shared probes at the post's number, or the network."""
     network = labels.name_label(points["problem"].iloc[0])
-    shared = points[(points["method"] == claims.SHARED) & (points["m"] == CLAIMED_SAMPLES)]
+    samples = float(sources.values("hazelden_blog").set_index("quantity")["value"]["samples"])
+    shared = points[(points["method"] == claims.SHARED) & (points["m"] == samples)]
     if not len(shared):
         return f"Estimates against samples (blog post): {network}"
     row = shared.iloc[0]
     return (
-        f"{CLAIMED_SAMPLES} shared probes give the alignment within {labels.share_label(row['error'])} in "
+        f"{samples:g} shared probes give the alignment within {labels.share_label(row['error'])} in "
         f"{seconds_label(row['seconds'])} (blog post; {network})"
     )
 
