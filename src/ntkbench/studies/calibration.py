@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -48,6 +49,8 @@ WAYS = ("default", "passes", "rtol", "matched")
 """The modes; ``matched`` requests the most frequent method of ``rtol`` by its name, with as many passes on average."""
 TARGET_OF_AUTO, TARGET = (0.93, 0.97), (0.90, 0.98)
 """Where the coverage of a 95 % interval should lie: for ``auto``, and for a method requested by name."""
+ABOUT_ERRORS = re.compile(r"\b(error|interval)s?\b")
+"""In notes about errors and intervals."""
 PLUGINS = tuple(methods.ROOM.module(name) for name in methods.ROOM.found())
 
 
@@ -178,8 +181,9 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     from ``covered_low`` to ``covered_high``. ``bias`` and ``rmse`` are mean and root mean square of the relative
     errors, ``stated`` is the root mean square of the relative standard errors, 0 if an estimate states none, and
     ``ratio`` is ``rmse / stated``. ``intervals`` is the number of estimates that are not exact. ``noted`` is the share
-    of all estimates that have a note, and ``notes`` the most frequent one. ``by`` lists the methods that ran, and
-    ``mostly`` is the most frequent one.
+    of all estimates that have a note about their error or interval, and ``notes`` the most frequent note of any kind.
+    ``by`` lists the methods that ran, and ``mostly`` is the most frequent one. The target is for intervals: exact
+    estimates, which always contain the value, raise it for the verdict.
 
     Args:
         method: the requested method.
@@ -190,6 +194,7 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     rounding = ROUNDING * float(np.finfo(found.dtype).eps) * abs(found.exact)
     exact = [(e.standard_error or 0.0) <= rounding and e.covers(found.exact, found.dtype) for e in found.estimates]
     notes = collections.Counter("; ".join(e.notes) for e in found.estimates if e.notes)
+    noted = [any(ABOUT_ERRORS.search(note) for note in e.notes) for e in found.estimates]
     ran = collections.Counter(e.method for e in found.estimates)
     shared = {
         **found.columns(),
@@ -197,7 +202,7 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
         "by": ", ".join(sorted(ran)),
         "mostly": ran.most_common(1)[0][0],
         "exact": _mean(exact),
-        "noted": sum(notes.values()) / len(exact),
+        "noted": _mean(noted),
         "notes": notes.most_common(1)[0][0] if notes else "",
     }
     least, most = TARGET_OF_AUTO if method == AUTO else TARGET
@@ -222,7 +227,12 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
         "stated": size,
         "ratio": rmse / size if size else None,
         "width": float(np.median([e.relative_width() for e in found.estimates])),
-        "verdict": _verdict(interval.low, interval.high, least, most, method != AUTO and shared["noted"] >= 0.5),
+        "verdict": _verdict(
+            interval.low,
+            interval.high,
+            *(shared["exact"] + (1 - shared["exact"]) * target for target in (least, most)),
+            method != AUTO and shared["noted"] >= 0.5,
+        ),
     }
 
 
