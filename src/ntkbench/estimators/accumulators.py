@@ -470,9 +470,9 @@ def delta_method(
     # The variance of a small difference of moments is known up to the rounding of their covariances.
     rounding = np.finfo(np.float64).eps * (abs(gradient) @ (abs(moments.single) + moments.double) @ abs(gradient))
     value = found.metric(metric)
-    slope = _on_scale(metric, found)[1]
+    slope = on_scale(metric, found)[1]
     if math.isfinite(slope):
-        error = moments.standard_error(slope * gradient, lambda means: _on_scale(metric, of(means))[0]) / slope
+        error = moments.standard_error(slope * gradient, lambda means: on_scale(metric, of(means))[0]) / slope
     else:
         error = moments.standard_error(gradient)
     error = max(error, math.sqrt(rounding))
@@ -486,7 +486,7 @@ def delta_method(
     return PointEstimate(value, error if degrees > 0 else math.nan, degrees)
 
 
-def _on_scale(metric: str, moments: Moments) -> tuple[float, float]:
+def on_scale(metric: str, moments: Moments) -> tuple[float, float]:
     """A metric on the scale on which its errors are symmetric, and the slope of that scale; ``nan`` outside of it."""
     if metric != "trace" and (not moments.square > 0 or moments.square_f <= 0):
         return math.nan, math.nan

@@ -1,11 +1,10 @@
 """Samples of fixed size with unequal probabilities: conditional Poisson sampling (Hajek 1964).
 
-Independent draws with probabilities p_b are repeated until their number is s. The inclusion probabilities are close to
-p_b where these add up to s. With odds w_b = p_b / (1 - p_b) and r_s = s / sum_b w_b (1 - pi_b^(s-1)), those of samples
-of size s follow from those of smaller ones (Chen, Dempster, Liu 1994):
-
-    pi_b^(s) = r_s w_b (1 - pi_b^(s-1)),
-    pi_bc^(s) = r_s r_(s-1) w_b w_c (1 - pi_b^(s-2) - pi_c^(s-2) + pi_bc^(s-2)).
+Independent draws with probabilities p_b are repeated until their number is s. The inclusion probabilities, close to p_b
+where these add up to s, follow from the number S of units that independent draws give: pi_b = p_b P(S_(-b) = s - 1) /
+P(S = s) without unit b, and pi_bc = p_b p_c P(S_(-b, -c) = s - 2) / P(S = s) without units b and c. Probabilities of S
+are Fourier coefficients of its characteristic function, the product of 1 - p_b + p_b exp(i t) over the units
+(Fernandez, Williams 2010), in which leaving a unit out is a division.
 """
 
 from __future__ import annotations
@@ -47,17 +46,23 @@ class Design:
         """Inclusion probabilities of units that were drawn, ``[size]``, and of pairs of them, ``[size, size]``."""
         if self.size == len(self.others):
             return np.ones(self.size), np.ones((self.size, self.size))
-        odds = self.probabilities / (1 - self.probabilities)
-        single, ratios = [np.zeros(len(odds))], [0.0]
-        for s in range(1, self.size + 1):
-            rest = odds * (1 - single[-1])
-            ratios.append(s / rest.sum())
-            single.append(ratios[-1] * rest)
-        pair, outer = np.zeros((self.size,) * 2), np.outer(odds[drawn], odds[drawn])
-        for s in range(2 + self.size % 2, self.size + 1, 2):
-            before = single[s - 2][drawn]
-            pair = ratios[s] * ratios[s - 1] * outer * (1 - before[:, None] - before + pair)
-        return single[-1][drawn], pair
+        p, size = self.probabilities, self.size
+        # An odd number of angles leaves out the only one at which a factor may be zero.
+        count = 2 * (min(len(p), WINDOW * (size + WINDOW)) // 2) + 3
+        turn = np.exp(2j * np.pi * np.arange(count) / count)
+        logs = sum(np.log1p(part * (turn[:, None] - 1)).sum(1) for part in np.array_split(p, -(-len(p) // CHUNK)))
+        each = 1 + p[drawn] * (turn[:, None] - 1)
+        of_size = np.exp(logs) * turn**-size
+        all_drawn = of_size.sum().real
+        single = p[drawn] * (of_size * turn @ (1 / each)).real / all_drawn
+        without = (1 / each).T * (of_size * turn**2) @ (1 / each)
+        return single, np.outer(p[drawn], p[drawn]) * without.real / all_drawn
+
+
+WINDOW = 8
+"""Number of draws, over s plus this number, that is never exceeded: the probability is below 1e-30."""
+CHUNK = 1024
+"""Units whose factors are held at a time."""
 
 
 def design(sizes: np.ndarray, size: int, least: int) -> Design:

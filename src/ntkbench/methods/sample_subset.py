@@ -12,7 +12,7 @@ import numpy as np
 from ntkbench import metrics
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import sampling, strata
-from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
+from ntkbench.estimators.accumulators import FEWER, Accumulator, moment_products, on_scale, required_moments
 from ntkbench.estimators.standard_errors import PointEstimate, degrees_of_variance
 from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
@@ -48,9 +48,9 @@ class SampleSubset(Incremental):
     estimates its trace, for 1 pass at each parameter set, if that leaves ``min_samples``; otherwise probabilities are
     equal. When the subset grows, the kernel of the larger subset is recomputed, within the budget.
 
-    The standard error is that of the linearised metric, with finite-population corrections 1 - pi. Its degrees of
-    freedom are those of a sample variance, fewer where the samples' effects have heavy tails. Holds (S O)^2 numbers for
-    each parameter set.
+    The standard error is that of Hajek 1964 for the metric's jackknife values, with the finite-population corrections
+    1 - pi_b. Its degrees of freedom are those of a sample variance, fewer where the samples' effects have heavy tails.
+    Holds (S O)^2 numbers for each parameter set.
 
     Attributes:
         min_samples: minimum of S, or N if that is smaller; the variance between samples can be estimated from 4 on.
@@ -234,44 +234,46 @@ class _Subset(Accumulator):
         value = float(moments.metric(metric))
         if count + S == self._N:
             return PointEstimate(value, 0.0)
-        # To first order, the metric is a sum over pairs and a sum over samples.
+        names = [*self._moments, "trace"]
+        # By how much each moment changes with each sample drawn, relative to a weighted mean (Hajek 1964).
+        singles = np.array([*own, self._traces[count:]]) / self._single
+        pairs = np.array([*(self._of_pairs(table).sum(1) for table in rest), np.zeros(S)])
+        left = 1 - self._single
+        effects = S * (singles + 2 * pairs)
+        effects -= (effects @ left / left.sum())[:, None]
+        error, degrees = self._scatter(metric, moments, names, effects, left)
+        return PointEstimate(value, error, degrees)
+
+    def _scatter(
+        self, metric: str, moments: Moments, names: Sequence[str], effects: np.ndarray, left: np.ndarray
+    ) -> tuple[float, float]:
+        """Standard error from effects of the S samples drawn on each moment, and its degrees of freedom.
+
+        The effects are those on the metric itself, from its values without each sample (the jackknife), and not on its
+        linear part. They count the interaction of pairs of samples up to twice (Efron and Stein 1981), which makes the
+        error slightly too large where that matters. Few values of a heavy-tailed effect do not show its tails, so that
+        their degrees of freedom are reduced further (:data:`ntkbench.estimators.accumulators.FEWER`).
+
+        Args:
+            metric: the metric.
+            moments: estimates of its moments.
+            names: of the moments.
+            effects: of each sample, ``[moments, S]``, about their mean.
+            left: 1 - pi_b of each sample, ``[S]``.
+        """
+        S = len(left)
         gradient = moments.gradient(metric)
-        weights = [getattr(gradient, name) for name in self._moments]
-        by_pair = S * (S - 1) * self._of_pairs(sum(w * r for w, r in zip(weights, rest, strict=True)))
-        by_sample = sum(w * o for w, o in zip(weights, own, strict=True)) + gradient.trace * self._traces[count:]
-        return PointEstimate(value, *_standard_error(by_pair, S * by_sample / self._single, self._single, self._pair))
+        linear = sum(getattr(gradient, name) * row for name, row in zip(names, effects, strict=True))
+        value, slope = on_scale(metric, moments)
 
+        def without(changes: np.ndarray) -> float:
+            changed = {name: getattr(moments, name) - c / (S - 1) for name, c in zip(names, changes, strict=True)}
+            return on_scale(metric, Moments(**changed))[0]
 
-def _standard_error(
-    by_pair: np.ndarray, by_sample: np.ndarray, single: np.ndarray, pair: np.ndarray
-) -> tuple[float, float]:
-    """Standard error of mean_(b != c) H_bc + mean_b D_b over S samples drawn, and its degrees of freedom.
-
-    With Hoeffding's decomposition H_bc = mean + alpha_b + alpha_c + gamma_bc, a sample contributes L_b = 2 alpha_b +
-    D_b, with the correction 1 - pi_b, and a pair contributes gamma_bc, with the correction 1 - pi_bc. For samples this
-    is the variance of Hajek 1964, about the mean of L with the weights 1 - pi_b; with equal probabilities S / N it is
-    that of simple random sampling. The scatter of the estimates of L includes the variance of gamma, which is
-    subtracted.
-
-    Args:
-        by_pair: H, ``[S, S]``; the diagonal is ignored.
-        by_sample: D, ``[S]``.
-        single: inclusion probabilities pi_b, ``[S]``.
-        pair: inclusion probabilities pi_bc, ``[S, S]``; the diagonal is ignored.
-    """
-    S = len(by_sample)
-    off = by_pair - np.diag(by_pair.diagonal())
-    means = off.sum(1) / (S - 1)
-    alpha = (S - 1) / (S - 2) * (means - means.mean())
-    gamma = off - means.mean() - alpha[:, None] - alpha
-    np.fill_diagonal(gamma, 0.0)
-    of_pairs = (gamma**2).sum() / (S * (S - 3))
-    left = 1 - single
-    effects = 2 * means + by_sample
-    effects = effects - (left * effects).sum() / left.sum()
-    scatter = (left * effects**2).sum() / (S - 1)
-    of_samples = scatter - 4 * left.mean() * of_pairs / (S - 1)
-    left_of_pairs = ((1 - pair) * gamma**2).sum() / (S * (S - 3))
-    variance = of_samples / S + 2 * left_of_pairs / (S * (S - 1))
-    # The difference may be negative.
-    return math.sqrt(max(variance, scatter / S / 4)), float(degrees_of_variance(np.sqrt(left) * effects))
+        found = (S - 1) * (value - np.array([without(column) for column in effects.T])) / slope
+        if not np.isfinite(found).all():
+            found = linear
+        found = found - found @ left / left.sum()
+        scatter = float(left @ found**2) / (S - 1)
+        degrees = float(degrees_of_variance(np.sqrt(left) * found))
+        return math.sqrt(scatter / S), degrees * (FEWER if degrees < (S - 1) / 2 else 1)

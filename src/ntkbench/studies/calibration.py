@@ -42,6 +42,8 @@ PROBLEMS = {
     "imbalanced": "small_mlp[inputs=imbalanced]",
     "heavy-tailed": "small_mlp[inputs=heavy_tailed]",
     "one outlier": "small_mlp[inputs=one_outlier]",
+    "many samples": "many_samples",
+    "wide head": "small_wide_head",
     "transformer": "reversing_transformer",
     "recurrent": "gru_flipflop[H=12,N=12,T=6]",
 }
@@ -183,7 +185,8 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     ``ratio`` is ``rmse / stated``. ``intervals`` is the number of estimates that are not exact. ``noted`` is the share
     of all estimates that have a note about their error or interval, and ``notes`` the most frequent note of any kind.
     ``by`` lists the methods that ran, and ``mostly`` is the most frequent one. The target is for intervals: exact
-    estimates, which always contain the value, raise it for the verdict.
+    estimates, which always contain the value, raise it for the verdict. Intervals are too wide only if they are so
+    without the bound on rounding that they include.
 
     Args:
         method: the requested method.
@@ -213,7 +216,9 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     stated = np.array([e.standard_error or 0.0 for e in found.estimates]) / abs(found.exact)
     stated = stated[np.isfinite(stated)]
     hits = sum(known or _contains(e, found.exact) for e, known in zip(found.estimates, exact, strict=True))
-    interval = binomtest(hits, len(exact)).proportion_ci(method="wilson")
+    bare = [replace(e, rounding=None) for e in found.estimates]
+    narrow = sum(known or _contains(e, found.exact) for e, known in zip(bare, exact, strict=True))
+    interval, without = (binomtest(count, len(exact)).proportion_ci(method="wilson") for count in (hits, narrow))
     rmse = math.sqrt(_mean(errors**2))
     size = math.sqrt(_mean(stated**2)) if len(stated) else None
     return {
@@ -228,7 +233,7 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
         "ratio": rmse / size if size else None,
         "width": float(np.median([e.relative_width() for e in found.estimates])),
         "verdict": _verdict(
-            interval.low,
+            without.low,
             interval.high,
             *(shared["exact"] + (1 - shared["exact"]) * target for target in (least, most)),
             method != AUTO and shared["noted"] >= 0.5,
@@ -237,7 +242,7 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
 
 
 def _contains(estimate: Estimate, exact: float) -> bool:
-    """Whether the interval contains a value, without an allowance for rounding: errors may be as small."""
+    """Whether the interval contains a value, without an allowance for rounding beyond its own."""
     low, high = estimate.interval()
     return low <= exact <= high
 
@@ -247,7 +252,14 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def _verdict(low: float, high: float, least: float, most: float, excused: bool) -> str:
-    """``in range`` unless the interval ``[low, high]`` of the coverage and its target are disjoint."""
+    """``in range`` unless the interval ``[low, high]`` of the coverage and its target are disjoint.
+
+    Args:
+        low: lower end for intervals without rounding.
+        high: upper end for intervals as they are.
+        least, most: the target.
+        excused: whether the estimates have notes.
+    """
     if high >= least and low <= most:
         return "in range"
     return "noted" if excused else "below" if high < least else "above"
