@@ -180,17 +180,22 @@ class MomentEstimates:
     def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
         """Second-order bias of a smooth function of the moments, tr(H C) / 2 with Hessian H and their covariance C.
 
+        The part of C for which there are too few probes is taken as :data:`OF_BOUND` of its bound.
+
         Args:
             function: function of the moments, ``[m]``.
             step: step of the second differences along the eigenvectors of C, relative to the moments.
         """
+        covariance = self.single + self.double + OF_BOUND * self.bound
         scale = np.where(self.means == 0, 1.0, np.abs(self.means))
-        variances, directions = np.linalg.eigh((self.single + self.double) / np.outer(scale, scale))
+        variances, directions = np.linalg.eigh(covariance / np.outer(scale, scale))
         steps = step * scale * directions.T
         around = [function(self.means + s) - 2 * function(self.means) + function(self.means - s) for s in steps]
         return float(variances @ around) / (2 * step**2)
 
 
+OF_BOUND = 2 / 3
+"""Variance of the square of a normal variable, relative to its second moment."""
 HEAVY = 0.1
 """Share of the variance from which on a stratum's part is that of the jackknife."""
 
