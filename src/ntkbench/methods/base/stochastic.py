@@ -190,6 +190,10 @@ class FixedBudget(Stochastic):
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         """The metric from a nominal number of probes."""
 
+    def remarks(self, error: float, degrees: float, probes: int) -> tuple[str, ...]:
+        """Notes on the interval of an estimate."""
+        return self.too_few(error, degrees)
+
     def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
         jacobians = prepared.jacobians(metric)
         probes = self.probes(metric, self.affordable(prepared, (metric,), passes))
@@ -207,7 +211,7 @@ class FixedBudget(Stochastic):
             error,
             spent,
             self.name,
-            (*notes(jacobians), *self.too_few(error, degrees)),
+            (*notes(jacobians), *self.remarks(error, degrees, probes)),
             metric,
             degrees,
             found,
