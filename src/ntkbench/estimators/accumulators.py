@@ -209,6 +209,8 @@ class UStatistics(Accumulator):
         max_vectors: maximum number of vectors in a group. The Gram matrix of more vectors costs much more than the
             vectors themselves and gains little.
         stratum: name of a stratum in notes, in the singular.
+        beside: rows of J that are known beside the probes, ``[r, D]`` for each operator, of samples on which the probes
+            do not depend. Not if vectors are processed in chunks.
     """
 
     def __init__(
@@ -224,10 +226,11 @@ class UStatistics(Accumulator):
         min_group: int = MIN_GROUP,
         max_vectors: int = 2048,
         stratum: str = "sample",
+        beside: Sequence[Array] = (),
     ) -> None:
         self._names, self._strata, self._jacobians = tuple(moments), strata, jacobians
         self._sign, self._vectors, self._kernel = sign, vectors, kernel or shared_probe_kernel
-        self._min_group, self._max_vectors, self._stratum = min_group, max_vectors, stratum
+        self._min_group, self._max_vectors, self._stratum, self._beside = min_group, max_vectors, stratum, beside
         self._bytes = PairBytes(strata, len(jacobians), len(moments) - self._has_trace, jacobians[0].itemsize, dim)
         memory = jacobians[0].memory
         self.max_group = max(min_group, self._bytes.most_probes(memory, max_vectors // strata))
@@ -350,7 +353,13 @@ class UStatistics(Accumulator):
         self._held: list[Sequence[Array]] = []
         self._table: list[np.ndarray] = []
         self._traces: list[np.ndarray] = []
+        self._singles: list[np.ndarray] = []
         self._count = 0
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether vectors are processed in chunks, as all of them do not fit in memory."""
+        return len(self._chunks) > 1
 
     def _blocks(self, k: int) -> Iterator[Sequence[Array]]:
         """The vectors of all strata, of blocks of new probes that fit in memory."""
@@ -384,6 +393,10 @@ class UStatistics(Accumulator):
         else:
             self._table = own
         self._held.append(new)
+        if self._beside:
+            one, other = ([w.reshape(1, -1, w.shape[-1]) for w in vectors] for vectors in (self._beside, new))
+            sums = [table.sum((0, 1, 3)) for table in self._tables(one, other)]
+            self._singles.append(2 * np.reshape(sums, (len(sums), k, self._strata)).swapaxes(1, 2))
         if self._has_trace:
             self._traces.append(_squared_norms(new[0]))
 
@@ -398,11 +411,21 @@ class UStatistics(Accumulator):
         step = max(1, self._max_vectors // (4 * self._count))
         for start in range(0, self._strata if self._table else 0, step):
             sums.add(start, 0, [t[start : start + step] for t in self._table])
+        if self._singles:
+            sums.add_singles(np.concatenate(self._singles, axis=2))
         return sums.moments(np.concatenate(self._traces).T if self._has_trace else None)
 
     def moments(self) -> MomentEstimates:
         """The moments, in the order of their names, from all probes so far."""
-        return MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._count else []))
+        found = MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._count else []))
+        return found.plus(self._known) if self._beside else found
+
+    @functools.cached_property
+    def _known(self) -> list[float]:
+        """The moments of the rows beside the probes."""
+        rows = [w.reshape(1, -1, w.shape[-1]) for w in self._beside]
+        sums = [float(table.sum()) for table in self._tables(rows, rows)]
+        return [float(_squared_norms(rows[0]).sum()), *sums] if self._has_trace else sums
 
     def estimate(self, metric: str) -> PointEstimate:
         single = self._jacobians[0].n == self._strata
