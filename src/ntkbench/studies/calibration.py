@@ -216,6 +216,7 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
     stated = np.array([e.standard_error or 0.0 for e in found.estimates]) / abs(found.exact)
     stated = stated[np.isfinite(stated)]
     hits = sum(known or _contains(e, found.exact) for e, known in zip(found.estimates, exact, strict=True))
+    of_exact = sum(exact) / len(exact)
     bare = [replace(e, rounding=None) for e in found.estimates]
     narrow = sum(known or _contains(e, found.exact) for e, known in zip(bare, exact, strict=True))
     interval, without = (binomtest(count, len(exact)).proportion_ci(method="wilson") for count in (hits, narrow))
@@ -235,7 +236,8 @@ def columns(method: str, found: Reruns) -> dict[str, Any]:
         "verdict": _verdict(
             without.low,
             interval.high,
-            *(shared["exact"] + (1 - shared["exact"]) * target for target in (least, most)),
+            of_exact + (1 - of_exact) * least,
+            of_exact + (1 - of_exact) * most,
             method != AUTO and shared["noted"] >= 0.5,
         ),
     }

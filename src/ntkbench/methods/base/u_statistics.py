@@ -342,9 +342,10 @@ class OutliersApart(Accumulator):
         max_exact: int,
     ) -> None:
         self._N, self._O, self._made, self._shares, self._rows = N, O, made, shares, rows
-        self._max_exact, self._drawn, self._decided, self._choice = max_exact, 0, False, Choice()
+        self._max_exact, self._drawn, self._choice = max_exact, 0, Choice()
         self._inner = made(np.arange(0), ())
         self.least = self._inner.least
+        self._found: np.ndarray | None = None
         self._left = 0.0
 
     @property
@@ -358,21 +359,22 @@ class OutliersApart(Accumulator):
     def extend(self, probes: int) -> None:
         passes = probes + self._left
         worth = self._N > strata.UNEVEN and self._max_exact > 0 and self._drawn + probes >= LEAST_WITH_PILOT
-        if worth and not self._decided and probes > 1 + self.least and not self._inner.in_chunks:
-            self._decided = True
-            passes -= 1
-            found = strata.choose(
-                self._shares(),
+        if worth and not self._choice and probes > 1 + self.least and not self._inner.in_chunks:
+            if self._found is None:
+                self._found = self._shares()
+                passes -= 1
+            chosen = strata.choose(
+                self._found,
                 passes,
                 lambda k: k + self._O,
                 max_probes=probes,
                 max_exact=self._max_exact,
                 drawn=self._drawn,
             )
-            if found:
-                self._choice = replace(found, of="the trace")
-                passes -= len(found) * self._O / self._N
-                self._inner = self._made(found.exact, self._rows(found.exact))
+            if chosen:
+                self._choice = replace(chosen, of="the trace")
+                passes -= len(chosen) * self._O / self._N
+                self._inner = self._made(chosen.exact, self._rows(chosen.exact))
         self._drawn += int(passes)
         self._left = passes - int(passes)
         self._inner.extend(int(passes))
