@@ -52,9 +52,16 @@ def test_inputs_are_skewed_as_they_say_at_both_ends_of_training(end):
     assert shares("small_mlp[inputs=one_outlier]", end)[0] > 0.8
     heavy = shares("small_mlp[inputs=heavy_tailed]", end)
     assert 0.2 < heavy[0] < 0.5 and heavy[0] > 5 * np.median(heavy)
-    x = problems.load("small_mlp[inputs=imbalanced]").x
-    distances = np.linalg.norm(x - np.median(x, axis=0), axis=1)
-    assert np.sort(distances)[-1] > 5 * np.sort(distances)[-2]
+    for label, count in {"small_mlp[inputs=imbalanced]": 1, "many_samples": 4}.items():
+        x = problems.load(label).x
+        distances = np.sort(np.linalg.norm(x - np.median(x, axis=0), axis=1))
+        assert distances[-count] > 5 * distances[-count - 1]
+
+
+def test_auto_estimates_by_the_head_where_it_is_wide():
+    subject = study.Subject(settings(), study.PROBLEMS["wide head"])
+    assert subject.estimate("norm", study.Options(passes=40)).method == "wide_head_u_statistics"
+    assert subject.estimate("norm", study.Options()).method == "wide_head"
 
 
 def test_the_trained_transformer_reverses_sequences():
@@ -192,14 +199,40 @@ def test_an_error_that_is_not_known_leaves_the_stated_ones_as_they_are():
         ("auto", 298, (), "above"),
         ("hutchpp", 267, (), "in range"),
         ("hutchpp", 250, (), "below"),
-        ("hutchpp", 250, ("few probes",), "noted"),
-        ("auto", 250, ("few probes",), "below"),
+        ("hutchpp", 250, ("a short interval",), "noted"),
+        ("auto", 250, ("a short interval",), "below"),
         ("hutchpp", 300, (), "above"),
     ],
 )
 def test_a_verdict_needs_more_than_chance_and_a_note_excuses_a_method_asked_for_by_name(method, hits, notes, verdict):
     found = estimates(*[(10.0, 1.0)] * hits, *[(20.0, 1.0)] * (300 - hits), notes=notes)
     assert study.columns(method, found)["verdict"] == verdict
+
+
+def test_only_notes_about_errors_and_intervals_excuse():
+    missed = [(10.0, 1.0)] * 250 + [(20.0, 1.0)] * 50
+    for note, verdict in {
+        "embedding.weight written out: no rule": "below",
+        "the interval assumes that effects are normal": "noted",
+        "the error may be underestimated": "noted",
+    }.items():
+        made = study.columns("hutchpp", estimates(*missed, notes=(note,)))
+        assert (made["verdict"], made["noted"], made["notes"]) == (verdict, float(verdict == "noted"), note)
+
+
+def test_exact_estimates_raise_the_target():
+    """Of 300 estimates 270 are exact; the intervals of the others all contain the value, or 20 of 30 do."""
+    exact, hits, misses = [(10.0, None)] * 270, [(10.0, 1.0)] * 30, [(20.0, 1.0)] * 10
+    assert study.columns("hutchpp", estimates(*exact, *hits))["verdict"] == "in range"
+    assert study.columns("hutchpp", estimates(*exact, *hits[:20], *misses))["verdict"] == "below"
+    assert study.columns("hutchpp", estimates(*hits * 10))["verdict"] == "above"
+
+
+def test_intervals_are_too_wide_only_without_their_rounding():
+    found = estimates(*[(10.0, 1.0)] * 280, *[(13.0, 1.0)] * 20)
+    found.estimates = [dataclasses.replace(e, rounding=0.2) for e in found.estimates]
+    made = study.columns("hutchpp", found)
+    assert made["covered"] == 1.0 and made["verdict"] == "in range"
 
 
 @pytest.mark.parametrize(
@@ -264,21 +297,40 @@ def test_the_figure_and_the_page_count_the_same_cases(tmp_path):
 
 # --- coverage at a reduced size
 
-KNOWN = {("heavy-tailed", "effective_rank", "passes")}
-"""Cases of ``auto`` that are still out of range. What is mended leaves this set; nothing is added to it."""
+CHOSEN = [
+    ("ordinary", ["trace", "effective_rank"], "passes"),
+    ("ordinary", ["alignment"], "rtol"),
+    ("heavy-tailed", ["trace", "effective_rank", "alignment"], "passes"),
+    ("one outlier", ["norm", "alignment"], "passes"),
+    ("one outlier", ["alignment"], "rtol"),
+    ("wide head", ["norm", "alignment"], "passes"),
+]
 
 
-@pytest.mark.parametrize("problem", ["ordinary", "heavy-tailed"])
+@pytest.mark.parametrize(("problem", "metrics", "way"), CHOSEN)
 @pytest.mark.slow
-def test_intervals_of_auto_keep_their_coverage(problem):
+def test_intervals_of_auto_keep_their_coverage(problem, metrics, way):
     chosen = settings(
-        problems={problem: study.PROBLEMS[problem]},
-        metrics=["trace", "effective_rank"],
-        methods=["auto"],
-        ways=["default", "passes"],
-        seeds=100,
+        problems={problem: study.PROBLEMS[problem]}, metrics=metrics, methods=["auto"], ways=[way], seeds=100
     )
     found = study.run(chosen)
-    assert set(found["status"]) == {"ok"} and not (found["exact"] == 1).any()
-    out = found[found["verdict"] != "in range"]
-    assert set(out[["problem", "metric", "way"]].itertuples(index=False, name=None)) <= KNOWN, out.to_string()
+    assert set(found["status"]) == {"ok"}
+    out = found[~found["verdict"].isin(["in range", "exact"])]
+    assert out.empty, out.to_string()
+    estimated = found[found["verdict"] != "exact"]
+    assert (estimated["ratio"] < 1.5).all(), estimated.to_string()  # no few huge misses
+
+
+@pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
+@pytest.mark.slow
+def test_subsets_of_many_samples_are_covered_or_say_so(metric):
+    chosen = settings(
+        problems={"many samples": study.PROBLEMS["many samples"]},
+        metrics=[metric],
+        methods=["sample_subset"],
+        ways=["passes", "rtol"],
+        seeds=60,
+    )
+    found = study.run(chosen)
+    assert set(found["status"]) == {"ok"}
+    assert set(found["verdict"]) <= {"in range", "noted", "exact"}, found.to_string()

@@ -215,10 +215,11 @@ def coverage(name: str, metric: str, prepared: Any, exact: float, passes: int, s
 
 @pytest.mark.parametrize("spectrum", ["spike", "1/i", "0.7^i", "linear"])
 @pytest.mark.parametrize("passes", [8, 24])
-def test_the_effective_rank_of_gram_matrices_is_covered_on_steep_spectra(spectrum, passes):
+@pytest.mark.parametrize("name", ["gram_reverse", "gram_forward"])
+def test_the_effective_rank_of_gram_matrices_is_covered_on_steep_spectra(name, spectrum, passes):
     """The weight of large eigenvalues cancels in ratios over the same pairs; the delta method covered 0.6 to 0.8."""
     found = coverage(
-        "gram_reverse",
+        name,
         "effective_rank",
         Ends(jacobian(spectrum)),
         truth("effective_rank", spectrum),
@@ -272,7 +273,7 @@ def test_leave_one_out_alignments_of_few_probes_are_covered(spectrum, probes):
 @pytest.mark.parametrize("rtol", [0.03, 0.01])
 def test_the_adaptive_sketch_covers_at_a_tolerance(spectrum, rtol):
     prepared, exact = Ends(jacobian(spectrum)), truth("trace", spectrum)
-    assert 0.88 <= coverage("hutchpp_adaptive", "trace", prepared, exact, 4096, 300, rtol=rtol) <= 0.985
+    assert 0.92 <= coverage("hutchpp_adaptive", "trace", prepared, exact, 4096, 300, rtol=rtol) <= 0.985
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import array_api_compat
 import numpy as np
 
 from ntkbench.errors import OverMemory
+from ntkbench.estimate import SCALES
 from ntkbench.estimators import standard_errors, strata
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.metrics import MOMENTS, Moments
@@ -38,6 +39,11 @@ class Accumulator(ABC):
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user on how the probes were drawn."""
         return ()
+
+    @property
+    def uneven(self) -> bool:
+        """Whether few strata have most of what is estimated, and none of them is taken exactly."""
+        return False
 
     @abstractmethod
     def extend(self, probes: int) -> None:
@@ -203,6 +209,8 @@ class UStatistics(Accumulator):
         max_vectors: maximum number of vectors in a group. The Gram matrix of more vectors costs much more than the
             vectors themselves and gains little.
         stratum: name of a stratum in notes, in the singular.
+        beside: rows of J that are known beside the probes, ``[r, D]`` for each operator, of samples on which the probes
+            do not depend. Not if vectors are processed in chunks.
     """
 
     def __init__(
@@ -218,10 +226,11 @@ class UStatistics(Accumulator):
         min_group: int = MIN_GROUP,
         max_vectors: int = 2048,
         stratum: str = "sample",
+        beside: Sequence[Array] = (),
     ) -> None:
         self._names, self._strata, self._jacobians = tuple(moments), strata, jacobians
         self._sign, self._vectors, self._kernel = sign, vectors, kernel or shared_probe_kernel
-        self._min_group, self._max_vectors, self._stratum = min_group, max_vectors, stratum
+        self._min_group, self._max_vectors, self._stratum, self._beside = min_group, max_vectors, stratum, beside
         self._bytes = PairBytes(strata, len(jacobians), len(moments) - self._has_trace, jacobians[0].itemsize, dim)
         memory = jacobians[0].memory
         self.max_group = max(min_group, self._bytes.most_probes(memory, max_vectors // strata))
@@ -249,10 +258,12 @@ class UStatistics(Accumulator):
 
     @property
     def notes(self) -> tuple[str, ...]:
+        return strata.Choice(uneven=self.uneven).notes(self._stratum)
+
+    @property
+    def uneven(self) -> bool:
         tables = self._table or self._strata_sums
-        if not tables:
-            return ()
-        return strata.Choice(uneven=strata.are_uneven(strata.shares(tables))).notes(self._stratum)
+        return bool(tables) and strata.are_uneven(strata.shares(tables))
 
     @property
     def recompute_factor(self) -> float:
@@ -342,7 +353,13 @@ class UStatistics(Accumulator):
         self._held: list[Sequence[Array]] = []
         self._table: list[np.ndarray] = []
         self._traces: list[np.ndarray] = []
+        self._singles: list[np.ndarray] = []
         self._count = 0
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether vectors are processed in chunks, as all of them do not fit in memory."""
+        return len(self._chunks) > 1
 
     def _blocks(self, k: int) -> Iterator[Sequence[Array]]:
         """The vectors of all strata, of blocks of new probes that fit in memory."""
@@ -376,6 +393,10 @@ class UStatistics(Accumulator):
         else:
             self._table = own
         self._held.append(new)
+        if self._beside:
+            one, other = ([w.reshape(1, -1, w.shape[-1]) for w in vectors] for vectors in (self._beside, new))
+            sums = [table.sum((0, 1, 3)) for table in self._tables(one, other)]
+            self._singles.append(2 * np.reshape(sums, (len(sums), k, self._strata)).swapaxes(1, 2))
         if self._has_trace:
             self._traces.append(_squared_norms(new[0]))
 
@@ -390,14 +411,25 @@ class UStatistics(Accumulator):
         step = max(1, self._max_vectors // (4 * self._count))
         for start in range(0, self._strata if self._table else 0, step):
             sums.add(start, 0, [t[start : start + step] for t in self._table])
+        if self._singles:
+            sums.add_singles(np.concatenate(self._singles, axis=2))
         return sums.moments(np.concatenate(self._traces).T if self._has_trace else None)
 
     def moments(self) -> MomentEstimates:
         """The moments, in the order of their names, from all probes so far."""
-        return MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._count else []))
+        found = MomentEstimates.pooled(self._closed + ([(self._count, self._open())] if self._count else []))
+        return found.plus(self._known) if self._beside else found
+
+    @functools.cached_property
+    def _known(self) -> list[float]:
+        """The moments of the rows beside the probes."""
+        rows = [w.reshape(1, -1, w.shape[-1]) for w in self._beside]
+        sums = [float(table.sum()) for table in self._tables(rows, rows)]
+        return [float(_squared_norms(rows[0]).sum()), *sums] if self._has_trace else sums
 
     def estimate(self, metric: str) -> PointEstimate:
-        return delta_method(metric, self._names, self.moments(), single=self._jacobians[0].n == self._strata)
+        single = self._jacobians[0].n == self._strata
+        return delta_method(metric, self._names, self.moments(), single=single, uneven=self.uneven)
 
     def complement(self) -> float | None:
         return complement(dict(zip(self._names, self.moments().means.tolist(), strict=True)))
@@ -427,8 +459,19 @@ def least_probes(metric: str, strata: int, n: int, error: float) -> float:
     return 0.0 if scale is None else PairSums.least_probes(strata, n / strata, scale * error)
 
 
-def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates, *, single: bool = False) -> PointEstimate:
-    """A metric from estimates of its moments, with a standard error by the delta method.
+FEWER = 0.5
+"""Share of the degrees of freedom that counts where strata are uneven.
+
+A few probes of the stratum that has most of the variance hardly show the tails of their distribution, so that their
+degrees of freedom are overestimated. With 20 probes, 93 % of the 95 % intervals contained the alignment of two uneven
+batches of 12 samples; with half of the degrees, 95 to 96 % did.
+"""
+
+
+def delta_method(
+    metric: str, names: Sequence[str], moments: MomentEstimates, *, single: bool = False, uneven: bool = False
+) -> PointEstimate:
+    """A metric from estimates of its moments, with a standard error as in :class:`MomentEstimates`.
 
     The second-order bias of the effective rank is subtracted, up to half of its value: beyond that the expansion is
     unreliable. The biases of the norm and of the alignment are small compared with their errors and are kept.
@@ -438,6 +481,7 @@ def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates, *,
         names: names of the moments.
         moments: their estimates.
         single: whether a probe has one sign in each stratum, on which nothing depends.
+        uneven: whether few strata have most of ||Theta||_F^2; see :data:`FEWER`.
     """
 
     def of(means: np.ndarray) -> Moments:
@@ -448,15 +492,34 @@ def delta_method(metric: str, names: Sequence[str], moments: MomentEstimates, *,
     gradient = np.array([getattr(slopes, name) for name in names])
     # The variance of a small difference of moments is known up to the rounding of their covariances.
     rounding = np.finfo(np.float64).eps * (abs(gradient) @ (abs(moments.single) + moments.double) @ abs(gradient))
-    error = max(moments.standard_error(gradient), math.sqrt(rounding))
     value = found.metric(metric)
+    slope = on_scale(metric, found)[1]
+    if math.isfinite(slope):
+        error = moments.standard_error(slope * gradient, lambda means: on_scale(metric, of(means))[0]) / slope
+    else:
+        error = moments.standard_error(gradient)
+    error = max(error, math.sqrt(rounding))
     if metric == "effective_rank":
         bias = moments.second_order_bias(lambda means: of(means).metric(metric))
         value -= min(max(bias, -value / 2), value / 2)
     if single:
         return PointEstimate(value, 0.0)
     # Ratios of the moments of a single pair do not vary at all.
-    return PointEstimate(value, error if moments.degrees > 0 else math.nan, moments.degrees)
+    degrees = moments.degrees * (FEWER if uneven else 1)
+    return PointEstimate(value, error if degrees > 0 else math.nan, degrees)
+
+
+def on_scale(metric: str, moments: Moments) -> tuple[float, float]:
+    """A metric on the scale on which its errors are symmetric, and the slope of that scale; ``nan`` outside of it."""
+    if metric != "trace" and (not moments.square > 0 or moments.square_f <= 0):
+        return math.nan, math.nan
+    if metric == "alignment" and 0 < (c := moments.complement) < 2:
+        return math.log((2 - c) / c) / 2, 1 / (c * (2 - c))  # atanh of 1 - c, with the digits of c
+    value = moments.metric(metric)
+    transform, slope, _ = SCALES[metric]
+    if not (-1 < value < 1 if metric == "alignment" else value > 0):
+        return math.nan, math.nan
+    return transform(value), slope(value)
 
 
 def shared_probe_kernel(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:

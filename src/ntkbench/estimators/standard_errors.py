@@ -110,6 +110,8 @@ class MomentEstimates:
         double: covariance due to the interaction of pairs of probes, ``[m, m]``.
         bound: upper bound on the covariance of the part for which there are too few probes, ``[m, m]``.
         degrees: degrees of freedom of the covariance.
+        left_out: by how much each estimate changes without one of the K probes of one of N strata, ``[m, N, K]`` for
+            each independent group of probes; empty if that is not known.
     """
 
     means: np.ndarray
@@ -117,6 +119,7 @@ class MomentEstimates:
     double: np.ndarray
     bound: np.ndarray
     degrees: float
+    left_out: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def nothing(cls, moments: int) -> MomentEstimates:
@@ -134,30 +137,73 @@ class MomentEstimates:
             return sum(weight * getattr(group, name) for weight, (_, group) in zip(weights, groups, strict=True))
 
         single, double, bound = (weighted(part, shares**2) for part in ("single", "double", "bound"))
-        return cls(weighted("means", shares), single, double, bound, sum(group.degrees for _, group in groups))
+        left_out = [share * part for share, (_, group) in zip(shares, groups, strict=True) for part in group.left_out]
+        degrees = sum(group.degrees for _, group in groups)
+        return cls(weighted("means", shares), single, double, bound, degrees, tuple(left_out))
 
     def plus(self, exact: ArrayLike) -> MomentEstimates:
         """The estimates with known numbers ``[m]`` added."""
         return replace(self, means=self.means + np.asarray(exact, dtype=np.float64))
 
-    def standard_error(self, gradient: np.ndarray) -> float:
-        """Standard error of a function of the moments with this gradient ``[m]``, by the delta method."""
+    def standard_error(self, gradient: np.ndarray, function: Callable[[np.ndarray], float] | None = None) -> float:
+        """Standard error of a function of the moments, by the delta method and, if it is given, by the jackknife.
+
+        Where few strata have most of the variance, the function is not linear over the spread of their probes, and the
+        delta method underestimates the variance: by a third for alignments of 12 samples, one of them 100 times the
+        others, and 20 probes. There the variance due to single probes is that of the function itself without each
+        probe of those strata in turn, the stratified jackknife.
+
+        Args:
+            gradient: gradient of the function, ``[m]``.
+            function: the function; ``nan`` outside of its domain.
+        """
         single, double, bound = (float(gradient @ part @ gradient) for part in (self.single, self.double, self.bound))
+        if function is not None:
+            single += self._beyond_linear(gradient, function)
         # A small ``single`` is often estimated as negative. Clipping it at zero would bias the sum upwards.
         return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
 
+    def _beyond_linear(self, gradient: np.ndarray, function: Callable[[np.ndarray], float]) -> float:
+        """By how much the jackknife variance of a function exceeds that of its linear part, in the heaviest strata."""
+        value, excess = function(self.means), 0.0
+        linear = [np.einsum("m,mbk->bk", gradient, part) for part in self.left_out]
+        total = sum(map(_jackknife_variance, linear))
+        for part, first in zip(self.left_out, linear, strict=True):
+            for b in range(part.shape[1]):
+                if (variance := _jackknife_variance(first[b])) <= HEAVY * total:
+                    continue
+                changes = np.array([function(self.means + change) - value for change in part[:, b].T])
+                if np.isfinite(changes).all():
+                    excess += _jackknife_variance(changes) - variance
+        return excess
+
     def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
         """Second-order bias of a smooth function of the moments, tr(H C) / 2 with Hessian H and their covariance C.
+
+        The part of C for which there are too few probes is taken as :data:`OF_BOUND` of its bound.
 
         Args:
             function: function of the moments, ``[m]``.
             step: step of the second differences along the eigenvectors of C, relative to the moments.
         """
+        covariance = self.single + self.double + OF_BOUND * self.bound
         scale = np.where(self.means == 0, 1.0, np.abs(self.means))
-        variances, directions = np.linalg.eigh((self.single + self.double) / np.outer(scale, scale))
+        variances, directions = np.linalg.eigh(covariance / np.outer(scale, scale))
         steps = step * scale * directions.T
         around = [function(self.means + s) - 2 * function(self.means) + function(self.means - s) for s in steps]
         return float(variances @ around) / (2 * step**2)
+
+
+OF_BOUND = 2 / 3
+"""Variance of the square of a normal variable, relative to its second moment."""
+HEAVY = 0.1
+"""Share of the variance from which on a stratum's part is that of the jackknife."""
+
+
+def _jackknife_variance(changes: np.ndarray) -> float:
+    """Variance of an estimate from its changes without each of K probes in turn, ``[..., K]``, summed over strata."""
+    K = changes.shape[-1]
+    return float((K - 1) * changes.var(-1).sum())
 
 
 class PairSums:
@@ -265,7 +311,8 @@ class PairSums:
         degrees = min(map(satterthwaite, (effects**2).sum(2), degrees_of_variance(effects)))
         if N == 1 and K < 4:  # all that is known comes from the K (K - 1) / 2 pairs of one block
             degrees = min(degrees, K * (K - 1) / 2 - 1)
-        return MomentEstimates(means, (_outer(effects) / (K - 1) - noise) / K, double, bound, degrees)
+        single = (_outer(effects) / (K - 1) - noise) / K
+        return MomentEstimates(means, single, double, bound, degrees, (-effects / (K - 1),))
 
 
 def _outer(y: np.ndarray) -> np.ndarray:

@@ -40,14 +40,12 @@ class Choice:
         Args:
             stratum: what a stratum is, in the singular.
         """
+        if not self.uneven:
+            return ()
         if count := len(self):
             of_all = f"with about {100 * self.share:.0f} % of {self.of}"
             return (f"{count} {stratum}{'s' if count > 1 else ''} {of_all} taken exactly",)
-        if self.uneven:
-            return (
-                f"few {stratum}s have most of {self.of}, and none is taken exactly: the error may be underestimated",
-            )
-        return ()
+        return (f"few {stratum}s have most of {self.of}, and none is taken exactly: the error may be underestimated",)
 
 
 def shares(tables: Sequence[np.ndarray]) -> np.ndarray:
@@ -108,28 +106,3 @@ def choose(
                 best, count = predicted, number
     exact = np.sort(order[:count])
     return Choice(exact, float(shares[exact].sum()), uneven)
-
-
-def choose_certain(shares: np.ndarray, size: int, least_drawn: int) -> Choice:
-    """The strata to include in every sample of strata, so that the predicted variance is least.
-
-    With h of N strata certain, m of the others are drawn without replacement. The variance of an estimated total is
-    about proportional to (N - h)^2 (1 / m - 1 / (N - h)) V, with the variance V of the shares of those that are not
-    certain. Even strata are all drawn.
-
-    Args:
-        shares: shares of the strata, ``[N]``.
-        size: size of the sample, including certain strata; less than N.
-        least_drawn: minimum number of strata that are drawn; half of the sample if that is smaller, and 4 in any case.
-    """
-    N = len(shares)
-    order = np.argsort(-shares, kind="stable")
-    uneven = are_uneven(shares)
-    most = size - max(4, min(least_drawn, -(-size // 2))) if uneven else 0
-
-    def predicted(h: int) -> float:
-        return float((N - h) ** 2 * (1 / (size - h) - 1 / (N - h)) * shares[order[h:]].var())
-
-    best = min(range(1, most + 1), key=predicted, default=0)
-    exact = np.sort(order[:best]) if best and predicted(best) * GAIN < predicted(0) else order[:0]
-    return Choice(exact, float(shares[exact].sum()), uneven, "the trace")

@@ -18,6 +18,9 @@ class BlockUStatistics(StratifiedUStatistics):
     the hundreds. One probe is N independent vectors that form N (N - 1) / 2 pairs. Where Theta_bc is close to a
     multiple of the identity, as in wide networks, two probes estimate the norm to within about 1/N.
 
+    If few samples have most of the trace, they are taken exactly, and the others by probes
+    (:class:`ntkbench.methods.base.u_statistics.OutliersApart`).
+
     The variance and its estimate are those of :class:`ntkbench.estimators.standard_errors.PairSums`. Memory is bounded
     as in :class:`ntkbench.estimators.accumulators.UStatistics`.
     """

@@ -22,6 +22,9 @@ class GroupUStatistics(StratifiedUStatistics):
     more. If the gradient of one sample takes a small part of a pass, as in recurrent networks, this reaches a given
     error in a fraction of the time of either.
 
+    If few samples have most of the trace, they are taken exactly, and the others in groups
+    (:class:`ntkbench.methods.base.u_statistics.OutliersApart`).
+
     1 pass per probe, 2 for alignment. If only the trace is requested, it is that of ``per_sample_trace``. The variance,
     its estimate and the memory are those of ``block_u_statistics``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,7 +28,11 @@ class NystromLOO(FixedBudget):
     that of Hutchinson for E instead of Theta, so it falls with the tail of the spectrum. If the spectrum does not
     decay, it is that of Hutchinson with fewer probes. Exact once k exceeds the ranks of Theta and Theta_f. The standard
     error is that of the linearised metric, with the covariance of the leave-one-out estimates (see
-    :func:`ntkbench.estimators.deflation.leave_one_out`). Holds 3k gradients for each parameter set.
+    :func:`ntkbench.estimators.deflation.leave_one_out`). That covariance has few degrees of freedom, whatever k is, so
+    that intervals of many probes are conservative, which a note says. Holds 3k gradients for each parameter set.
+
+    Attributes:
+        many: number of probes from which on an estimate has a note if its degrees of freedom are less than a quarter.
     """
 
     title = "leave-one-out Nystrom"
@@ -37,6 +42,13 @@ class NystromLOO(FixedBudget):
     backends = ("torch", "jax")
     metrics = ("norm", "effective_rank", "alignment")
     gradients_held = 4
+    many: ClassVar[int] = 24
+
+    def remarks(self, error: float, degrees: float, probes: int) -> tuple[str, ...]:
+        if not error > 0 or probes < self.many or degrees >= probes / 4:
+            return super().remarks(error, degrees, probes)
+        counted = f"{deflation.COVARIANCE_DEGREES} degrees of freedom"
+        return (f"conservative interval: the covariance of leave-one-out estimates counts with only {counted}",)
 
     def passes_per_probe(self, metric: str) -> int:
         return 8 if metric == "alignment" else 3

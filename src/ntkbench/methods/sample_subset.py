@@ -11,8 +11,8 @@ import numpy as np
 
 from ntkbench import metrics, operations
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import strata
-from ntkbench.estimators.accumulators import Accumulator, moment_products, required_moments
+from ntkbench.estimators import sampling, strata
+from ntkbench.estimators.accumulators import FEWER, Accumulator, moment_products, on_scale, required_moments
 from ntkbench.estimators.standard_errors import PointEstimate, degrees_of_variance
 from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
@@ -35,20 +35,21 @@ ROUNDING = 1e-9
 class SampleSubset(Incremental):
     """Blocks Theta_bc between S of N samples, drawn without replacement, by layers as in ``structured_derivatives``.
 
-    ||Theta||_F^2 = E [N (N - 1) / (S (S - 1)) sum_(b != c) ||Theta_bc||_F^2 + N / S sum_b ||Theta_bb||_F^2] over the
-    samples drawn, tr(Theta Theta_f) likewise, and tr Theta = E N / S sum_b tr Theta_bb. All are unbiased; the square
-    root and the ratios are biased at order 1/S. S O / N passes, and as many at theta_f, or more if the kernel of the
-    subset is computed in blocks because it does not fit in memory: then S is smaller. The variance comes from the
-    choice of samples alone. It is small if samples are alike, and smaller for ratios, which vary little between
-    subsets. A few dozen samples often suffice for effective rank and alignment. Exact once S = N.
+    ||Theta||_F^2 = E [sum_(b != c) ||Theta_bc||_F^2 / pi_bc + sum_b ||Theta_bb||_F^2 / pi_b] over the samples drawn,
+    with the probabilities pi_b and pi_bc that samples and pairs of them are drawn (Horvitz and Thompson 1952),
+    tr(Theta Theta_f) likewise, and tr Theta = E sum_b tr Theta_bb / pi_b. All are unbiased; the square root and the
+    ratios are biased at order 1/S. S O / N passes, and as many at theta_f, or more if the kernel of the subset is
+    computed in blocks because it does not fit in memory: then S is smaller. The variance comes from the choice of
+    samples alone. It is smaller for ratios, which vary little between subsets. A few dozen samples often suffice for
+    effective rank and alignment. Exact once S = N.
 
-    If few samples have most of the trace, they are part of every subset, with inclusion probability 1 in the estimator
-    of Horvitz and Thompson 1952, and the others are drawn. One random probe of each sample's own block identifies them,
-    for 1 pass at each parameter set, if that leaves ``min_samples``. When the subset grows, the kernel of the larger
-    subset is recomputed, within the budget.
+    Probabilities are about proportional to the traces of the samples' own blocks, and the samples with the largest ones
+    are part of every subset (:mod:`ntkbench.estimators.sampling`). One random probe of each sample's own block
+    estimates its trace, for 1 pass at each parameter set, if that leaves ``min_samples``; otherwise probabilities are
+    equal. When the subset grows, the kernel of the larger subset is recomputed, within the budget.
 
-    The standard error is that of the linearised metric, with the finite-population correction 1 - S / N of the samples
-    drawn. Its degrees of freedom are those of a sample variance, fewer where the samples' effects have heavy tails.
+    The standard error is that of Hajek 1964 for the metric's jackknife values, with the finite-population corrections
+    1 - pi_b. Its degrees of freedom are those of a sample variance, fewer where the samples' effects have heavy tails.
     Holds (S O)^2 numbers for each parameter set.
 
     Attributes:
@@ -59,7 +60,7 @@ class SampleSubset(Incremental):
     title = "sample subset"
     source = (
         "this suite; U-statistics of Hoeffding 1948 (doi 10.1214/aoms/1177730196); Horvitz and Thompson 1952 (doi "
-        "10.1080/01621459.1952.10483446); Novak et al. 2022 (arXiv 2206.08720)"
+        "10.1080/01621459.1952.10483446); Hajek 1964 (doi 10.1214/aoms/1177700375); Novak et al. 2022 (arXiv 2206.08720)"
     )
     use_when = "you need effective rank or alignment of many samples with similar diagonal blocks"
     variance = "that of the choice of samples, with the factor 1 - S / N"
@@ -129,12 +130,13 @@ class _Subset(Accumulator):
 
         self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
         self._min_samples, self._max_entries = min_samples, max_entries
-        self._order = np.random.default_rng(seed).permutation(self._N)
+        self._draws = np.random.default_rng(seed)
         self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
         self._moments = [name for name in required_moments([*names, "norm"]) if name != "trace"]
         # Sums over the entries of each block, [S, S] for each moment, and traces of the blocks on the diagonal.
         self._tables = [np.zeros((0, 0)) for _ in self._moments]
         self._traces = np.zeros(0)
+        self._single, self._pair = np.zeros(0), np.zeros((0, 0))  # inclusion probabilities of those drawn
         self._shares: np.ndarray | None = None
         self._choice = Choice()
         self._passes = 0.0
@@ -165,10 +167,12 @@ class _Subset(Accumulator):
         if size <= held:
             return
         self._passes -= self.cost(size)
-        if self._shares is not None:
-            self._choice = strata.choose_certain(self._shares, size, self._min_samples)
-        drawn = self._order[~np.isin(self._order, self._choice.exact)][: size - len(self._choice)]
-        samples = np.concatenate([self._choice.exact, drawn])
+        shares = np.full(N, 1 / N) if self._shares is None else self._shares
+        chosen = sampling.design(shares, size, max(4, min(self._min_samples, -(-size // 2))))
+        certain, drawn = chosen.certain, chosen.draw(self._draws)
+        self._choice = Choice(certain, float(shares[certain].sum()), strata.are_uneven(shares), "the trace")
+        self._single, self._pair = chosen.inclusion(drawn)
+        samples = np.concatenate([certain, chosen.others[drawn]])
         thetas = [self._kernel(end, samples) for end in self._ends]
         traces = thetas[0].reshape(size * self._O, -1).diagonal().reshape(size, -1).sum(1)
         self._traces = arrays.to_numpy(traces, np.float64)
@@ -211,19 +215,17 @@ class _Subset(Accumulator):
     def _estimated(self) -> Moments:
         """Moments of all samples' kernel."""
         count = len(self._choice)
-        one, pairs = self._weights()
         sums = [
-            table[:count, :count].sum() + one * own.sum() + pairs * (rest.sum() - rest.trace())
+            table[:count, :count].sum() + (own / self._single).sum() + self._of_pairs(rest).sum()
             for table, own, rest in zip(self._tables, *self._drawn(), strict=True)
         ]
-        trace = self._traces[:count].sum() + one * self._traces[count:].sum()
+        trace = self._traces[:count].sum() + (self._traces[count:] / self._single).sum()
         return Moments(trace=float(trace), **dict(zip(self._moments, map(float, sums), strict=True)))
 
-    def _weights(self) -> tuple[float, float]:
-        """Numbers of samples, and of pairs of them, that one of those drawn represents."""
-        count = len(self._choice)
-        N, S = self._N - count, len(self._traces) - count
-        return N / max(S, 1), N * (N - 1) / (S * (S - 1)) if S > 1 else 0.0
+    def _of_pairs(self, table: np.ndarray) -> np.ndarray:
+        """Terms of pairs of samples drawn, over the probabilities of the pairs, ``[S, S]`` with a zero diagonal."""
+        off = ~np.eye(len(table), dtype=bool)
+        return np.divide(table, self._pair, out=np.zeros_like(table), where=off)
 
     def _drawn(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Terms of each sample drawn by itself, ``[S]``, and of pairs of samples drawn, ``[S, S]``, by moment."""
@@ -237,42 +239,51 @@ class _Subset(Accumulator):
 
     def estimate(self, metric: str) -> PointEstimate:
         count, moments = len(self._choice), self._estimated()
-        N, S = self._N - count, len(self._traces) - count  # of which S are drawn
+        S = len(self._traces) - count  # drawn
         own, rest = self._drawn()
         value = float(moments.metric(metric))
-        if S == N:
+        if count + S == self._N:
             return PointEstimate(value, 0.0)
-        # To first order, the metric is a sum over pairs and a sum over samples.
+        names = [*self._moments, "trace"]
+        # By how much each moment changes with each sample drawn, relative to a weighted mean (Hajek 1964).
+        singles = np.array([*own, self._traces[count:]]) / self._single
+        pairs = np.array([*(self._of_pairs(table).sum(1) for table in rest), np.zeros(S)])
+        left = 1 - self._single
+        effects = S * (singles + 2 * pairs)
+        effects -= (effects @ left / left.sum())[:, None]
+        error, degrees = self._scatter(metric, moments, names, effects, left)
+        return PointEstimate(value, error, degrees)
+
+    def _scatter(
+        self, metric: str, moments: Moments, names: Sequence[str], effects: np.ndarray, left: np.ndarray
+    ) -> tuple[float, float]:
+        """Standard error from effects of the S samples drawn on each moment, and its degrees of freedom.
+
+        The effects are those on the metric itself, from its values without each sample (the jackknife), and not on its
+        linear part. They count the interaction of pairs of samples up to twice (Efron and Stein 1981), which makes the
+        error slightly too large where that matters. Few values of a heavy-tailed effect do not show its tails, so that
+        their degrees of freedom are reduced further (:data:`ntkbench.estimators.accumulators.FEWER`).
+
+        Args:
+            metric: the metric.
+            moments: estimates of its moments.
+            names: of the moments.
+            effects: of each sample, ``[moments, S]``, about their mean.
+            left: 1 - pi_b of each sample, ``[S]``.
+        """
+        S = len(left)
         gradient = moments.gradient(metric)
-        weights = [getattr(gradient, name) for name in self._moments]
-        by_pair = N * (N - 1) * sum(w * r for w, r in zip(weights, rest, strict=True))
-        by_sample = N * (sum(w * o for w, o in zip(weights, own, strict=True)) + gradient.trace * self._traces[count:])
-        return PointEstimate(value, *_standard_error(by_pair, by_sample, N))
+        linear = sum(getattr(gradient, name) * row for name, row in zip(names, effects, strict=True))
+        value, slope = on_scale(metric, moments)
 
+        def without(changes: np.ndarray) -> float:
+            changed = {name: getattr(moments, name) - c / (S - 1) for name, c in zip(names, changes, strict=True)}
+            return on_scale(metric, Moments(**changed))[0]
 
-def _standard_error(by_pair: np.ndarray, by_sample: np.ndarray, N: int) -> tuple[float, float]:
-    """Standard error of mean_(b != c) H_bc + mean_b D_b over S of a population of N, and its degrees of freedom.
-
-    With Hoeffding's decomposition H_bc = mean + alpha_b + alpha_c + gamma_bc, a sample contributes
-    L_b = 2 alpha_b + D_b, with the correction 1 - S / N, and a pair contributes gamma_bc, with the correction
-    1 - S (S - 1) / (N (N - 1)). The scatter of the estimates of L includes the variance of gamma, which is subtracted.
-
-    Args:
-        by_pair: H, ``[S, S]``; the diagonal is ignored.
-        by_sample: D, ``[S]``.
-        N: size of the population.
-    """
-    S = len(by_sample)
-    off = by_pair - np.diag(by_pair.diagonal())
-    means = off.sum(1) / (S - 1)
-    alpha = (S - 1) / (S - 2) * (means - means.mean())
-    gamma = off - means.mean() - alpha[:, None] - alpha
-    np.fill_diagonal(gamma, 0.0)
-    of_pairs = (gamma**2).sum() / (S * (S - 3))
-    effects = 2 * means + by_sample
-    scatter = effects.var(ddof=1)
-    of_samples = scatter - 4 * of_pairs / (S - 1)
-    pairs, all_pairs, share = S * (S - 1), N * (N - 1), (1 - S / N) / S
-    variance = share * of_samples + (1 - pairs / all_pairs) * 2 * of_pairs / pairs
-    # The difference may be negative.
-    return math.sqrt(max(variance, share * scatter / 4)), float(degrees_of_variance(effects))
+        found = (S - 1) * (value - np.array([without(column) for column in effects.T])) / slope
+        if not np.isfinite(found).all():
+            found = linear
+        found = found - found @ left / left.sum()
+        scatter = float(left @ found**2) / (S - 1)
+        degrees = float(degrees_of_variance(np.sqrt(left) * found))
+        return math.sqrt(scatter / S), degrees * (FEWER if degrees < (S - 1) / 2 else 1)

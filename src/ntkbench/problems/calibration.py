@@ -1,6 +1,6 @@
-"""Small networks on which intervals are compared with exact values: an MLP on skewed inputs, and a transformer.
+"""Small networks on which intervals are compared with exact values: MLPs on skewed inputs, and a transformer.
 
-The MLP has 272 outputs per sample, more than ``method="auto"`` computes exactly when no budget is given. A ReLU
+``small_mlp`` has 272 outputs per sample, more than ``method="auto"`` computes exactly when no budget is given. A ReLU
 follows its last layer, so it has no wide head.
 """
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 12
 INPUTS, HIDDEN, OUTPUTS = 8, 8, 272
+MANY = (48, 64)
+HEAD = (48, 128)
 TOKENS, LENGTH, WIDTH, SEQUENCES = 8, 9, 8, 256
 
 
@@ -28,12 +30,7 @@ def small_mlp(
     A ReLU follows each layer, including the last. Trained by 10 full-batch steps towards fixed standard normal targets.
     """
     import torch
-    from torch import nn
 
-    from ntkbench.networks import fully_connected
-    from ntkbench.networks.initialisation import seeded
-
-    module = seeded(functools.partial(fully_connected.network, [INPUTS, HIDDEN, HIDDEN, OUTPUTS], relu_at_end=True), 0)
     draw = torch.Generator().manual_seed(1)
     x, centre = (torch.randn(shape, generator=draw) for shape in ((SAMPLES, INPUTS), (INPUTS,)))
     quantiles = (torch.randperm(SAMPLES, generator=draw) + 0.5) / SAMPLES
@@ -45,8 +42,42 @@ def small_mlp(
         x *= torch.tan(quantiles * torch.pi / 2)[:, None]  # quantiles of the absolute value of a Cauchy variable
     elif inputs == "one_outlier":
         x[4] *= 100
-    recipe = training.Adam(x, targets, nn.functional.mse_loss, batch=SAMPLES, epochs=10, lr=1e-3)
-    forward = functools.partial(fully_connected.forward, relu_at_end=True)
+    return _mlp([INPUTS, HIDDEN, HIDDEN, OUTPUTS], x, targets, N, relu_at_end=True)
+
+
+@problem
+def many_samples(N: int = MANY[0]) -> Definition:
+    """8-8-8-64 ReLU MLP on 48 inputs, of which all but one in twelve are nearly alike; otherwise as ``small_mlp``."""
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    x, centre = (torch.randn(shape, generator=draw) for shape in ((MANY[0], INPUTS), (INPUTS,)))
+    alike = torch.arange(MANY[0]) % SAMPLES != 4
+    x[alike] = centre + 0.05 * x[alike]
+    targets = torch.randn(MANY, generator=draw, dtype=torch.float64)
+    return _mlp([INPUTS, HIDDEN, HIDDEN, MANY[1]], x, targets, N, relu_at_end=True)
+
+
+@problem
+def small_wide_head(N: int = SAMPLES) -> Definition:
+    """8-8-48-128 ReLU MLP with a linear last layer, a wide head, on 12 normal inputs; trained as ``small_mlp``."""
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn((SAMPLES, INPUTS), generator=draw)
+    targets = torch.randn((SAMPLES, HEAD[1]), generator=draw, dtype=torch.float64)
+    return _mlp([INPUTS, HIDDEN, *HEAD], x, targets, N, relu_at_end=False)
+
+
+def _mlp(sizes: list[int], x: Tensor, targets: Tensor, N: int, *, relu_at_end: bool) -> Definition:
+    from torch import nn
+
+    from ntkbench.networks import fully_connected
+    from ntkbench.networks.initialisation import seeded
+
+    module = seeded(functools.partial(fully_connected.network, sizes, relu_at_end=relu_at_end), 0)
+    recipe = training.Adam(x, targets, nn.functional.mse_loss, batch=len(x), epochs=10, lr=1e-3)
+    forward = functools.partial(fully_connected.forward, relu_at_end=relu_at_end)
     return Definition(module, x[:N].numpy().copy(), recipe, jax_forward=forward)
 
 

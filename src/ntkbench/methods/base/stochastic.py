@@ -191,6 +191,10 @@ class FixedBudget(Stochastic):
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         """The metric from a nominal number of probes."""
 
+    def remarks(self, error: float, degrees: float, probes: int) -> tuple[str, ...]:
+        """Notes on the interval of an estimate."""
+        return self.too_few(error, degrees)
+
     def spend(self, prepared: PreparedProblem, metric: str, passes: int, seed: int) -> Estimate:
         jacobians = prepared.jacobians(metric)
         probes = self.probes(metric, self.affordable(prepared, (metric,), passes))
@@ -208,7 +212,7 @@ class FixedBudget(Stochastic):
             error,
             spent,
             self.name,
-            (*notes(jacobians), *self.too_few(error, degrees)),
+            (*notes(jacobians), *self.remarks(error, degrees, probes)),
             metric,
             degrees,
             found,
@@ -393,7 +397,8 @@ class Incremental(Stochastic):
                 return found
             least = LEAST_DEGREES / (2 if looks else 1)
             deciding = [_deciding(each, rtol, confidence) for each in found.values()]
-            further = math.ceil(drawn * (_growth(deciding, rtol, confidence, most / drawn, least) - 1))
+            far = math.inf if accumulator.uneven else FAR_WITHIN
+            further = math.ceil(drawn * (_growth(deciding, rtol, confidence, most / drawn, least, far) - 1))
             if not further:
                 found = {name: _widened(estimate, least) for name, estimate in found.items()}
             if not further or drawn == most:
@@ -496,12 +501,15 @@ degrees of freedom, and its mean is too small.
 EXPECTED_DEGREES = 1.5 * LEAST_DEGREES
 """Degrees of freedom that a second look should have."""
 FAR_WITHIN = 10
-"""An interval that is this many times narrower than the tolerance decides with any degrees of freedom."""
+"""An interval that is this many times narrower than the tolerance decides with any degrees of freedom, unless few
+strata have most of what is estimated: their first probes may agree by chance."""
 SAFETY = 0.9
 """Probability that a variance is at most the one allowed for in the last step to a tolerance."""
 
 
-def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: float, least: float) -> float:
+def _growth(
+    found: Collection[Estimate], rtol: float, confidence: float, most: float, least: float, far: float = FAR_WITHIN
+) -> float:
     """The factor by which to multiply the probes before the next check of the errors; 1 to stop.
 
     A rule that stops as soon as the estimated error is small stops where the error is underestimated, especially with
@@ -515,13 +523,14 @@ def _growth(found: Collection[Estimate], rtol: float, confidence: float, most: f
         rtol, confidence: the tolerance, and the confidence level of its interval.
         most: the largest factor.
         least: degrees of freedom of a reliable error.
+        far: as :data:`FAR_WITHIN`.
     """
 
     def needed(safety: float | None) -> float:
         return _first(1.25, 1.05, most, lambda factor: _is_within(found, factor, safety, rtol, confidence))
 
     widest = max(e.relative_width(confidence) for e in found)
-    if (degrees := min(e.degrees for e in found)) < least and not widest * FAR_WITHIN <= rtol:
+    if (degrees := min(e.degrees for e in found)) < least and not widest * far <= rtol:
         return max(2.0, EXPECTED_DEGREES / max(degrees, 1.0))
     if widest <= rtol:
         return 1.0

@@ -164,6 +164,10 @@ class GroupedUStatistics(Accumulator):
     def notes(self) -> tuple[str, ...]:
         return replace(self._choice, of=self._of).notes("sample")
 
+    @property
+    def uneven(self) -> bool:
+        return self._choice.uneven and not self._choice
+
     def extend(self, probes: int) -> None:
         if self._names == ("trace",):
             end = self._ends[0]
@@ -197,7 +201,7 @@ class GroupedUStatistics(Accumulator):
         if self._names == ("trace",):
             found = standard_errors.stratified_mean(np.concatenate(self._traces))
             return found._replace(value=found.value + self._known[0])
-        return delta_method(metric, self._names, self._moments(), single=self._O == 1)
+        return delta_method(metric, self._names, self._moments(), single=self._O == 1, uneven=self.uneven)
 
     def complement(self) -> float | None:
         if self._names == ("trace",):

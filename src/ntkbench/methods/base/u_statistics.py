@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
+import array_api_compat
 import numpy as np
 
 from ntkbench import metrics, operations
+from ntkbench.estimators import strata
 from ntkbench.estimators.accumulators import (
     Accumulator,
     Kernel,
@@ -24,6 +27,7 @@ from ntkbench.estimators.accumulators import (
     with_squared_trace,
 )
 from ntkbench.estimators.standard_errors import MomentEstimates, PointEstimate
+from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, Ledger
@@ -301,11 +305,118 @@ class StratifiedUStatistics(Accumulating):
 
         dim, stratum = max(each.P for each in jacobians), "sample" if count == j.N else "group"
         moments = required_moments(names)
-        return UStatistics(moments, count, dim, jacobians, lambda k: rng.sign(k, j.n), gradients, stratum=stratum)
+
+        def made(exact: np.ndarray, rows: Sequence[Array]) -> UStatistics:
+            def sign(k: int) -> Array:
+                u = rng.sign(k, j.n)
+                return u * _elsewhere(exact, j, u) if len(exact) else u
+
+            return UStatistics(moments, count, dim, jacobians, sign, gradients, stratum=stratum, beside=rows)
+
+        def rows(exact: np.ndarray) -> list[Array]:
+            units = [j.basis(b * j.O, (b + 1) * j.O).reshape(j.O, j.N, j.O)[:, b : b + 1] for b in exact.tolist()]
+            xp = array_api_compat.array_namespace(units[0])
+            parts = [slice(b, b + 1) for b in exact.tolist()]
+            return [
+                xp.concat([self.gradients(each, [part], v)[:, 0] for part, v in zip(parts, units, strict=True)])
+                for each in jacobians
+            ]
+
+        def shares() -> np.ndarray:
+            u = rng.sign(1, j.n).reshape(1, j.N, j.O)
+            traces = [arrays.to_numpy(each.sample_squares(u), np.float64)[0] for each in jacobians]
+            return np.mean([found / (found.sum() or 1.0) for found in traces], axis=0)
+
+        most = j.memory // (ROWS * len(jacobians) * j.O * dim * j.itemsize)
+        return OutliersApart(j.N, j.O, made, shares, rows, min(j.N // 2, most))
 
     def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         accumulator, ledger = super().begin(prepared, names, seed)
         return accumulator, with_notes(ledger, accumulator)
+
+
+ROWS = 8
+"""Smallest ratio of the memory to the rows of samples that are taken exactly."""
+
+
+def _elsewhere(exact: np.ndarray, j: JacobianOperator, like: Array) -> Array:
+    """``[n]``, 0 for the outputs of some samples and 1 for all others."""
+    xp = array_api_compat.array_namespace(like)
+    kept = np.repeat(~np.isin(np.arange(j.N), exact), j.O)
+    return xp.asarray(kept, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+class OutliersApart(Accumulator):
+    """U-statistics, with the samples that have most of the trace taken exactly if there are few of them.
+
+    From :data:`LEAST_WITH_PILOT` probes on, one is spent on the samples' shares of the trace. An exact sample takes
+    O / N of a pass, once. Probes that were drawn before are discarded if there are exact samples.
+
+    Args:
+        N: samples.
+        O: outputs of a sample.
+        made: U-statistics of all samples but some, from their indices and rows of J.
+        shares: shares of the trace by one probe, ``[N]``.
+        rows: rows of J of some samples, for each operator.
+        max_exact: maximum number of exact samples.
+    """
+
+    def __init__(
+        self,
+        N: int,
+        O: int,  # noqa: E741 - the field's symbol
+        made: Callable[[np.ndarray, Sequence[Array]], UStatistics],
+        shares: Callable[[], np.ndarray],
+        rows: Callable[[np.ndarray], list[Array]],
+        max_exact: int,
+    ) -> None:
+        self._N, self._O, self._made, self._shares, self._rows = N, O, made, shares, rows
+        self._max_exact, self._drawn, self._choice = max_exact, 0, Choice()
+        self._inner = made(np.arange(0), ())
+        self.least = self._inner.least
+        self._found: np.ndarray | None = None
+        self._left = 0.0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self._choice.notes("sample"), *self._inner.notes) if self._choice else self._inner.notes
+
+    @property
+    def uneven(self) -> bool:
+        return self._inner.uneven
+
+    def extend(self, probes: int) -> None:
+        passes = probes + self._left
+        worth = self._N > strata.UNEVEN and self._max_exact > 0 and self._drawn + probes >= LEAST_WITH_PILOT
+        if worth and not self._choice and probes > 1 + self.least and not self._inner.in_chunks:
+            if self._found is None:
+                self._found = self._shares()
+                passes -= 1
+            chosen = strata.choose(
+                self._found,
+                passes,
+                lambda k: k + self._O,
+                max_probes=probes,
+                max_exact=self._max_exact,
+                drawn=self._drawn,
+            )
+            if chosen:
+                self._choice = replace(chosen, of="the trace")
+                passes -= len(chosen) * self._O / self._N
+                self._inner = self._made(chosen.exact, self._rows(chosen.exact))
+        self._drawn += int(passes)
+        self._left = passes - int(passes)
+        self._inner.extend(int(passes))
+
+    def estimate(self, metric: str) -> PointEstimate:
+        return self._inner.estimate(metric)
+
+    def complement(self) -> float | None:
+        return self._inner.complement()
+
+
+LEAST_WITH_PILOT = 8
+"""Number of probes from which on one is spent on the choice of exact samples."""
 
 
 def _least_bytes(

@@ -1,0 +1,97 @@
+"""Samples of fixed size with unequal probabilities: conditional Poisson sampling (Hajek 1964).
+
+Independent draws with probabilities p_b are repeated until their number is s. The inclusion probabilities, close to p_b
+where these add up to s, follow from the number S of units that independent draws give: pi_b = p_b P(S_(-b) = s - 1) /
+P(S = s) without unit b, and pi_bc = p_b p_c P(S_(-b, -c) = s - 2) / P(S = s) without units b and c. Probabilities of S
+are Fourier coefficients of its characteristic function, the product of 1 - p_b + p_b exp(i t) over the units
+(Fernandez, Williams 2010), in which leaving a unit out is a division.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+UNIFORM = 0.1
+"""Share of the probabilities that is equal, in case a size is estimated far too small."""
+MOST = 0.95
+"""Largest probability of a unit that is not certain to be drawn."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """How to draw s of N units.
+
+    Attributes:
+        certain: units that are always drawn, in ascending order.
+        others: the remaining units, in ascending order.
+        size: number of the others that are drawn.
+        probabilities: p of the others.
+    """
+
+    certain: np.ndarray
+    others: np.ndarray
+    size: int
+    probabilities: np.ndarray
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices into ``others``, ``[size]`` in ascending order."""
+        while True:
+            (drawn,) = np.nonzero(rng.random(len(self.others)) < self.probabilities)
+            if len(drawn) == self.size:
+                return drawn
+
+    def inclusion(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inclusion probabilities of units that were drawn, ``[size]``, and of pairs of them, ``[size, size]``."""
+        if self.size == len(self.others):
+            return np.ones(self.size), np.ones((self.size, self.size))
+        p, size = self.probabilities, self.size
+        # An odd number of angles leaves out the only one at which a factor may be zero.
+        count = 2 * (min(len(p), WINDOW * (size + WINDOW)) // 2) + 3
+        turn = np.exp(2j * np.pi * np.arange(count) / count)
+        logs = sum(np.log1p(part * (turn[:, None] - 1)).sum(1) for part in np.array_split(p, -(-len(p) // CHUNK)))
+        each = 1 + p[drawn] * (turn[:, None] - 1)
+        of_size = np.exp(logs) * turn**-size
+        all_drawn = of_size.sum().real
+        single = p[drawn] * (of_size * turn @ (1 / each)).real / all_drawn
+        without = (1 / each).T * (of_size * turn**2) @ (1 / each)
+        return single, np.outer(p[drawn], p[drawn]) * without.real / all_drawn
+
+
+WINDOW = 8
+"""Number of draws, over s plus this number, that is never exceeded: the probability is below 1e-30."""
+CHUNK = 1024
+"""Units whose factors are held at a time."""
+
+
+def design(sizes: np.ndarray, size: int, least: int) -> Design:
+    """Probabilities proportional to sizes, except for a small equal part.
+
+    Units whose probability would be 1 or more are certain to be drawn, if enough others are.
+
+    Args:
+        sizes: one for each unit, ``[N]``, not negative.
+        size: number of units to draw.
+        least: smallest number of units whose draw is random, unless all are drawn.
+    """
+    N, total = len(sizes), float(sizes.sum())
+    weights = (1 - UNIFORM) * sizes / total + UNIFORM / N if total > 0 else np.full(N, 1 / N)
+    order = np.argsort(-weights, kind="stable")
+    left = np.append(np.cumsum(weights[order[::-1]])[::-1], 0.0)
+    h = 0
+    while h < size - least and size < N and (size - h) * weights[order[h]] >= left[h]:
+        h += 1
+    # Of the others, the first m would also have large probabilities.
+    m = 0
+    while m < size - h and (size - h - m) * weights[order[h + m]] > MOST * left[h + m]:
+        m += 1
+    p = np.empty(N)
+    p[order[h : h + m]] = MOST
+    if h + m < N:
+        rest = order[h + m :]
+        p[rest] = (size - h - m) * weights[rest] / left[h + m]
+    others = np.sort(order[h:])
+    if len(others) == size - h:
+        p[others] = 1.0
+    return Design(np.sort(order[:h]), others, size - h, p[others])
