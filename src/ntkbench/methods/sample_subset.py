@@ -60,7 +60,8 @@ class SampleSubset(Incremental):
     title = "sample subset"
     source = (
         "this suite; U-statistics of Hoeffding 1948 (doi 10.1214/aoms/1177730196); Horvitz and Thompson 1952 (doi "
-        "10.1080/01621459.1952.10483446); Hajek 1964 (doi 10.1214/aoms/1177700375); Novak et al. 2022 (arXiv 2206.08720)"
+        "10.1080/01621459.1952.10483446); Hajek 1964 (doi 10.1214/aoms/1177700375); Novak et al. 2022 (arXiv "
+        "2206.08720)"
     )
     use_when = "you need effective rank or alignment of many samples with similar diagonal blocks"
     variance = "that of the choice of samples, with the factor 1 - S / N"
