@@ -362,7 +362,7 @@ def real_size(tables: Tables) -> str:
     for _, row in table.iterrows():
         asked = [f"`{row['problem']}`", f"{row['metric'].replace('_', ' ')}, {percent_label(row['rtol'])}"]
         if row["status"] != "ok":
-            rows.append([*asked, _cell(str(row["reason"])), "", "", "", "", "", ""])
+            rows.append([*asked, _cell(str(row["reason"])), *[""] * 7])
             continue
         rows.append(
             [
@@ -372,10 +372,93 @@ def real_size(tables: Tables) -> str:
                 f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})",
                 seconds_label(row["seconds"]),
                 f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+                _goal_of(row),
             ]
         )
     columns = ["problem", "metric, tolerance", "method", "n", "P", "passes", "value (95 % interval)", "time"]
-    return _markdown([*columns, "memory, of `memory=` and weights"], rows) + _provenance(table)
+    return _markdown([*columns, "memory, of `memory=` and weights", "goal"], rows) + _provenance(table)
+
+
+def _goal_of(row: pd.Series) -> str:
+    """The limits of a case's goal, and whether they are kept; empty without a goal."""
+    if pd.isna(row["goal_met"]):
+        return ""
+    limits = f"{seconds_label(row['most_seconds'])}, {bytes_label(row['most_bytes'])}"
+    return f"{limits}: {'reached' if row['goal_met'] else 'missed'}"
+
+
+def kernels_in_files(tables: Tables) -> str:
+    """Kernels written to files, killed and resumed: their sizes, and what both processes take."""
+    table = tables.read(KERNEL_IN_FILE)
+    rows = []
+    for _, row in table.iterrows():
+        if row["status"] != "ok":
+            rows.append([f"`{row['problem']}`", _cell(str(row["reason"])), *[""] * 5])
+            continue
+        rows.append(
+            [
+                f"`{row['problem']}`",
+                f"{row['n']:,.0f}",
+                bytes_label(row["file_bytes"]),
+                f"{row['kept']:g} of {row['parts']:g}",
+                seconds_label(row["seconds"]),
+                f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+                f"{row['difference']:.1g}",
+            ]
+        )
+    columns = ["problem", "n", "file", "parts kept at the kill", "time", "memory, of `memory=` and weights"]
+    return _markdown([*columns, "difference from memory"], rows) + _provenance(table)
+
+
+def distillation(tables: Tables) -> str:
+    """Quantities of students by weight of the regulariser, with differences from no regulariser and verdicts."""
+    table = tables.read(DISTILLATION)
+    rows = []
+    for _, row in table.iterrows():
+        if row["status"] != "ok":
+            rows.append([f"{row['weight']:g}", _cell(str(row["reason"])), *[""] * 4])
+            continue
+        difference = f"{row['difference']:+.2g} ({row['difference_low']:+.2g} to {row['difference_high']:+.2g})"
+        is_reference = row["verdict"] == "reference"
+        rows.append(
+            [
+                f"{row['weight']:g}",
+                row["quantity"],
+                f"{row['value']:.3g} ({row['low']:.3g} to {row['high']:.3g})",
+                "" if is_reference else difference,
+                row["verdict"],
+                f"{row['seeds']:g}",
+            ]
+        )
+    columns = ["weight", "quantity", "mean (95 %)", "difference from weight 0 (95 %)", "verdict", "students"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def language_training(tables: Tables) -> str:
+    """Metrics of a transformer's NTK, of its parts and of its factors, at the last step that was measured."""
+    table = tables.read(LANGUAGE_TRAINING)
+    found = table[table["status"] == "ok"]
+    last = found[found["step"] == found["step"].max()]
+    rows = []
+    for part, metrics in last.groupby("part", sort=False):
+        of = metrics.set_index("metric")
+        aligned = of.loc["alignment"]
+        rows.append(
+            [
+                {"P": "P P*"}.get(str(part), str(part)),
+                f"{aligned['parameters']:,.0f}",
+                f"{aligned['value']:.2g} ({aligned['low']:.2g} to {aligned['high']:.2g})",
+                *(
+                    f"{of.loc[metric, 'ratio']:.2g} ± {1.96 * of.loc[metric, 'ratio_standard_error']:.1g}"
+                    for metric in ("effective_rank", "trace", "norm")
+                ),
+            ]
+        )
+    columns = ["part", "parameters", "alignment with step 0 (95 %)"]
+    columns += [f"{metric}, as a multiple of step 0" for metric in ("effective rank", "trace", "norm")]
+    one = last.iloc[0]
+    said = f"\n\n`{one['problem']}` after {one['step']:g} steps, at a loss of {one['loss']:.3g} nats per token."
+    return _markdown(columns, rows) + said + _provenance(table)
 
 
 def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
@@ -439,8 +522,10 @@ def _listed(values: Iterable[object]) -> str:
 
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
-REAL_SIZE = "language/studies/real_size"
-"""Where the tables of intervals, of choices and of large networks are in ``results/reference/``."""
+DISTILLATION, KERNEL_IN_FILE, LANGUAGE_TRAINING, REAL_SIZE = (
+    f"language/studies/{name}" for name in ("distillation", "kernel_in_file", "language_training", "real_size")
+)
+"""Where the tables of intervals, of choices, of language models and of large networks are in ``results/reference/``."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
@@ -452,8 +537,11 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "certificates": certificates,
     "choices": choices,
     "claims": claims,
+    "distillation": distillation,
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
+    "kernels in files": kernels_in_files,
+    "language training": language_training,
     "large networks": large_networks,
     "prepared": prepared,
     "products": products,
