@@ -157,7 +157,7 @@ def kernels(tables: Tables) -> str:
     rows = [
         [
             f"`{row['problem']}`" + NAMED.get(row["subject"], ""),
-            TITLES.get(row["rival"], row["rival"]),
+            TITLES.get(row["rival"], row["rival"]) + _timed_share(row),
             *_seconds_of_both(row),
             *_times(row),
             "" if pd.isna(row["memory_ratio"]) else f"{row['memory_ratio']:.2g}",
@@ -166,6 +166,12 @@ def kernels(tables: Tables) -> str:
     ]
     columns = ["problem", "against", "ours", "theirs", *RATIO, "memory, ours / theirs, one call each"]
     return _markdown(columns, rows) + _provenance(table)
+
+
+def _timed_share(row: pd.Series) -> str:
+    """What is said of a rival whose seconds are scaled up from a share of its passes."""
+    share = row.get("share", 1.0)
+    return f", scaled up from {100 * share:g} % of them" if share < 1 else ""
 
 
 def certificates(tables: Tables) -> str:

@@ -114,11 +114,11 @@ def _caption(shown: pd.DataFrame) -> str:
     for part in dict.fromkeys(shown["part"]):
         row = _last(shown, "alignment", part)
         said.append(f"{FACTORS.get(part, part)} {labels.interval_label(row['value'], row['low'], row['high'])}")
+    first, last = (labels.rounded(losses.iloc[i], 3) for i in (0, -1))
     return (
         f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, for all parameters "
-        "and for parts of them, whose kernels add up to the whole. Theta of the parameters whose gradients have factors "
-        "is P K P*: K, the representation, is exact, and P P*, the dynamics, is estimated. The loss of a batch, in nats "
-        f"per token, goes from {labels.rounded(losses.iloc[0], 3)} to {labels.rounded(losses.iloc[-1], 3)}. Bars: 95 % "
-        f"intervals from {shown['probes'].max():g} probes, for this network alone. Final alignment with the kernel at "
-        f"step 0: {'; '.join(said)}."
+        "and for parts of them, whose kernels add up to the whole. Theta of parameters whose gradients have factors is "
+        "P K P*: K, the representation, is exact, and P P*, the dynamics, is estimated. The loss of a batch, in nats "
+        f"per token, goes from {first} to {last}. Bars: 95 % intervals from {shown['probes'].max():g} probes, for this "
+        f"network alone. Final alignment with the kernel at step 0: {'; '.join(said)}."
     )
