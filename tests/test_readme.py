@@ -158,6 +158,41 @@ def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
     assert lines[4].endswith("2.5 GiB |  |") and lines[5].endswith("| 10 min, 8 GiB: missed |")
 
 
+def test_goals_of_ratios_name_who_reaches_and_who_misses_them(tmp_path):
+    case = {"metric": "", "seconds": 1.0, "rival_seconds": 1.0, "calls": 1}
+    rows = [
+        case | {"problem": "a", "subject": "64 VJPs", "rival": "bare matrix products", "ratio": 1.2},
+        case | {"problem": "b", "subject": "64 JVPs", "rival": "bare matrix products", "ratio": 1.34},
+        case | {"problem": "b", "subject": "64 JVPs", "rival": "64 JVPs by torch.func", "ratio": 9.0},
+        case | {"problem": "rnn", "subject": "alignment by 50 probes", "rival": "x by torch.func", "ratio": 0.1},
+    ]
+    lines = block_of(tmp_path, "products", readme.HEAD_TO_HEAD["side_by_side"], rows)
+    assert lines[7:12] == [
+        "Goals (ratio, ours / theirs):",
+        "",
+        "- 64 products against their bare matrix products, at most 1.2: reached: `a` (64 VJPs) 1.2; missed: "
+        "`b` (64 JVPs) 1.3",
+        "- 64 JVPs with a tangent for each trial against shared ones, at most 1.5: not measured yet",
+        "- alignment of the GRU against torch.func, at most 0.4: not measured yet",
+    ]
+
+
+def test_seconds_scaled_up_from_a_share_are_labelled(tmp_path):
+    row = {"problem": "a", "metric": "trace", "subject": "wide_head", "rival": "naive_jacobian", "share": 0.002}
+    row |= {"seconds": 1.0, "rival_seconds": 100.0, "ratio": 0.01, "memory_ratio": None, "calls": 3}
+    lines = block_of(tmp_path, "kernels", readme.HEAD_TO_HEAD["side_by_side"], [row])
+    assert "| a backward pass for each output, scaled up from 0.2 % of them |" in lines[2]
+
+
+def test_only_some_tables_may_be_missing(tmp_path):
+    tables = readme.Tables(tmp_path)
+    page = "<!-- table: {} -->\n*Not measured yet.*\n<!-- end -->"
+    for name in readme.PENDING:
+        assert readme.written(page.format(name), tables) == (page.format(name), [])
+    with pytest.raises(BadInput, match="the pages need the table"):
+        readme.written(page.format("products"), tables)
+
+
 def test_kernels_in_files_say_what_they_take(tmp_path):
     found = {"problem": "fc", "n": 50_000, "file_bytes": 10 * 2**30, "parts": 20, "kept": 7, "seconds": 90.0}
     found |= {"memory_bytes": 2**30, "allowed_bytes": 2**30, "weights_bytes": 0, "difference": 2e-7}

@@ -61,7 +61,7 @@ def test_a_share_of_the_rows_is_scaled_up_and_has_no_difference(monkeypatch):
     case = {"problem": SMALL, "rivals": ["naive_jacobian"], "metric": "trace", "share": 0.5}
     (row,) = run(case).to_dict("records")
     assert (row["status"], row["share"]) == ("ok", 0.5), row["reason"]
-    times, half = seen[0]
+    _, half = seen[0]
     assert row["rival_seconds"] == pytest.approx(2 * pd.Series(half).median())
     assert pd.isna(row["difference"]) and pd.isna(row["rival_memory_bytes"]) and row["memory_bytes"] == 6
     settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu"})

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -36,7 +37,7 @@ NAMED = {"structured_sum_of_logits": " (pNTK)", "wide_head": " (trace alone)"}
 AUTO = "auto"
 CLOSE = 1.5
 """``auto`` is about as fast as the fastest method if it takes at most this many times its seconds."""
-PAGES = ("README.md", "docs/measured.md", "docs/papers.md")
+PAGES = ("README.md", "docs/large.md", "docs/measured.md", "docs/papers.md")
 """The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:table|value):")
@@ -53,7 +54,8 @@ def update(root: Path, *, check: bool = False) -> list[str]:
         the names of the blocks that were out of date, in their order.
 
     Raises:
-        BadInput: a block has an unknown name or no end, or a table is not there; no page is then written.
+        BadInput: a block has an unknown name or no end, or a table that is not in :data:`PENDING` is not there; no page
+            is then written.
     """
     tables = Tables(root / "results" / "reference")
     pages = [root / page for page in PAGES]
@@ -76,7 +78,11 @@ class Tables:
         try:
             return pd.read_csv(path, low_memory=False, encoding="utf-8")
         except OSError as error:
-            raise BadInput(f"the pages need the table {path}: {error.strerror}") from None
+            raise Absent(f"the pages need the table {path}: {error.strerror}") from None
+
+
+class Absent(BadInput):
+    """A table that is not there."""
 
 
 def written(text: str, tables: Tables) -> tuple[str, list[str]]:
@@ -88,7 +94,13 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
         known = TABLES if kind == "table" else VALUES
         if name not in known:
             raise unknown(f"{kind} of a page", name, known)
-        new = f"\n{known[name](tables)}\n" if kind == "table" else known[name](tables)
+        try:
+            made = known[name](tables)
+        except Absent:
+            if name not in PENDING:
+                raise
+            made = "*Not measured yet.*"
+        new = f"\n{made}\n" if kind == "table" else made
         stale.extend([name] if new != old else [])
         return f"<!-- {kind}: {name} -->{new}<!-- end -->"
 
@@ -148,7 +160,7 @@ def products(tables: Tables) -> str:
         for _, row in table.iterrows()
     ]
     columns = ["problem", "ours", "against", "seconds, ours", "seconds, theirs", *RATIO]
-    return _markdown(columns, rows) + _provenance(table)
+    return _markdown(columns, rows) + _goals(table, PRODUCT_GOALS) + _provenance(table)
 
 
 def kernels(tables: Tables) -> str:
@@ -165,7 +177,77 @@ def kernels(tables: Tables) -> str:
         for _, row in table.iterrows()
     ]
     columns = ["problem", "against", "ours", "theirs", *RATIO, "memory, ours / theirs, one call each"]
-    return _markdown(columns, rows) + _provenance(table)
+    return _markdown(columns, rows) + _goals(table, KERNEL_GOALS) + _provenance(table)
+
+
+class Goal(NamedTuple):
+    """A ratio that comparisons of ``side_by_side`` should not exceed.
+
+    Attributes:
+        says: what is compared.
+        most: the largest ratio.
+        subject, rival, problem: patterns of the compared rows.
+        column: the ratio, of seconds or of memory.
+    """
+
+    says: str
+    most: float
+    subject: str
+    rival: str
+    problem: str = ".*"
+    column: str = "ratio"
+
+
+PRODUCT_GOALS = (
+    Goal("64 products against their bare matrix products", 1.2, "64 [JV]+Ps", "bare matrix products"),
+    Goal("64 JVPs with a tangent for each trial against shared ones", 1.5, "64 JVPs, a tangent.*", "64 JVPs"),
+    Goal("alignment of the GRU against torch.func", 0.4, "alignment by 50 probes", ".* by torch.func", "gru.*"),
+)
+KERNEL_GOALS = (
+    Goal("kernel of n = 5,120 against its bare matrix products", 1.2, "structured_derivatives", "bare matrix products"),
+    Goal(
+        "Theta of ResNet-18, N = 32, against neural-tangents",
+        1.0,
+        "structured_derivatives",
+        "nt_.*",
+        r"resnet18\[N=32\]",
+    ),
+    Goal(
+        "its memory against neural-tangents",
+        1 / 3,
+        "structured_derivatives",
+        "nt_.*",
+        r"resnet18\[N=32\]",
+        "memory_ratio",
+    ),
+    Goal("trace by the wide head against a backward pass for each output", 0.1, "wide_head", "naive_jacobian"),
+    Goal("pNTK by layers against gradients", 1.0, "structured_sum_of_logits", "sum_of_logits"),
+)
+"""Goals below the tables of products and of kernels."""
+
+
+def _goals(table: pd.DataFrame, goals: Sequence[Goal]) -> str:
+    """For each goal the problems that reach it and those that miss it, with their ratios."""
+    lines = []
+    for goal in goals:
+        is_meant = pd.Series(True, index=table.index)
+        for column, pattern in (("subject", goal.subject), ("rival", goal.rival), ("problem", goal.problem)):
+            is_meant &= table[column].str.fullmatch(pattern)
+        rows = table[is_meant]
+        known = rows[rows[goal.column].notna()]
+        reached = known[goal.column] <= goal.most
+        said = [
+            f"{word} {', '.join(_ratio_of(row, goal) for _, row in known[of].iterrows())}"
+            for word, of in (("reached:", reached), ("missed:", ~reached))
+            if of.any()
+        ]
+        lines.append(f"- {goal.says}, at most {goal.most:.2g}: {'; '.join(said) or 'not measured yet'}")
+    return "\n\nGoals (ratio, ours / theirs):\n\n" + "\n".join(lines)
+
+
+def _ratio_of(row: pd.Series, goal: Goal) -> str:
+    kind = f" ({row['subject']})" if "[" in goal.subject else ""
+    return f"`{row['problem']}`{kind} {row[goal.column]:.2g}"
 
 
 def _timed_share(row: pd.Series) -> str:
@@ -532,6 +614,8 @@ DISTILLATION, KERNEL_IN_FILE, LANGUAGE_TRAINING, REAL_SIZE = (
     f"language/studies/{name}" for name in ("distillation", "kernel_in_file", "language_training", "real_size")
 )
 """Where the tables of intervals, of choices, of language models and of large networks are in ``results/reference/``."""
+PENDING = {"distillation", "kernels in files", "language training", "real size"}
+"""Blocks of pages whose tables may not be there yet."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")

@@ -67,9 +67,9 @@ def _caption(points: pd.DataFrame, compared: pd.DataFrame) -> str:
         for _, row in compared.iterrows()
     ]
     return (
-        "A narrow network trained on the outputs of a wide one. A weight times 1 - alignment of their kernels is added to "
-        "the loss. Quantities are of held-out digits. Points: mean difference from students of the same seeds "
+        "A narrow network trained on the outputs of a wide one. A weight times 1 - alignment of their kernels is added "
+        "to the loss. Quantities are of held-out digits. Points: mean difference from students of the same seeds "
         f"without the regulariser; bars: its 95 % interval over {points['seeds'].max():g} students of one teacher, not "
-        "corrected for several comparisons. The regulariser is made to raise the alignment; the question is whether the "
-        f"other quantities improve. Differences: {'; '.join(said)}."
+        "corrected for several comparisons. The regulariser is made to raise the alignment; the question is whether "
+        f"the other quantities improve. Differences: {'; '.join(said)}."
     )
