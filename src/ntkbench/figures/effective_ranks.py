@@ -115,6 +115,8 @@ def _caption(points: pd.DataFrame) -> str:
         "BatchNorm in eval mode; for single logits, the median with the range. BatchNorm's statistics are those of "
         "training, those of these images, or means of 0 and variances of 1, as without statistics."
     )
+    if points["problem"].str.contains("_cifar").any():
+        text += " Images of CIFAR-10 are JPEG copies."
     for problem, here in points.groupby("problem", sort=False):
         said = []
         for (weights, statistics), rows in here.groupby(["weights", "statistics"], sort=False):

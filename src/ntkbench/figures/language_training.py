@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -54,7 +55,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             line = line.sort_values("step")
             bars = [line["value"] - line["low"], line["high"] - line["value"]]
             width = 1.8 if part == WHOLE else 1.1
-            style = {"color": colours[part], "linestyle": DASHES.get(part, "-")}
+            style: dict[str, Any] = {"color": colours[part], "linestyle": DASHES.get(part, "-")}
             panel.errorbar(line["step"], line["value"], bars, linewidth=width, elinewidth=0.9, **style)
         _axes(panel, lines, last, metric)
         panel.set_ylabel(label)
@@ -68,7 +69,7 @@ def _key(parts: Sequence[str], colours: Mapping[str, str]) -> Key:
     found: dict[str, list[tuple[Line2D, str]]] = {}
     for part in parts:
         block, _, inside = part.partition(", ")
-        style = {"color": colours[part], "linestyle": DASHES.get(part, "-")}
+        style: dict[str, Any] = {"color": colours[part], "linestyle": DASHES.get(part, "-")}
         entry = Line2D([], [], **style), FACTORS.get(part, labels.short(inside or part))
         heading = "factors" if part in FACTORS else labels.short(block) if inside else "parameters"
         found.setdefault(heading, []).append(entry)

@@ -20,8 +20,8 @@ import pandas as pd
 import psutil
 from pydantic import Field, PositiveFloat
 
-import ntkbench
 from ntkbench import problems
+from ntkbench.api import ntk
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import outcomes, timing, watchdog
 from ntkbench.measure.schema import ProblemLabel
@@ -143,9 +143,7 @@ def _write(there: Connection, settings: Settings, label: str, file: str) -> None
         problem, target = problems.load(label), settings.target()
         network = load(copied(problem.network), {**problem.weights("theta_0"), **problem.fixed("theta_0")})
         x = torch.from_numpy(problem.x)
-        kernel = functools.partial(
-            ntkbench.ntk, network, device=target.device, dtype=target.dtype, memory=target.memory
-        )
+        kernel = functools.partial(ntk, network, device=target.device, dtype=target.dtype, memory=target.memory)
         made: list[Any] = []
         there.send(psutil.Process(os.getpid()).memory_info().rss)
         start = time.perf_counter()

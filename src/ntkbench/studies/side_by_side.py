@@ -154,6 +154,7 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
 
         sizes = base.sizes(problems.load(c.problem))
         value, call = first().first, subject()
+        rival_call: Callable[[], Any]
         if c.share < 1:
             rival_call = _some_rows(settings, c.problem, c.share)
         else:
