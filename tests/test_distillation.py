@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 import ntkbench
-from ntkbench import studies
+from ntkbench import figures, studies, testing
 from ntkbench.networks.initialisation import seeded
 from ntkbench.studies import distillation as study
 from ntkbench.studies.base import distilling
@@ -82,3 +83,21 @@ def test_the_study_compares_the_same_students_with_and_without():
 def test_weights_begin_without_the_regulariser():
     with pytest.raises(ValidationError, match="must begin with 0"):
         studies.settings("distillation", TINY | {"weights": [1, 2]})
+
+
+def test_the_figure_has_a_difference_for_each_weight_and_quantity(tmp_path):
+    row = {"status": "ok", "reason": "", "device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0" * 10}
+    row |= {"git_dirty": False, "machine": "a laptop", "seeds": 6, "value": 0.5, "low": 0.4, "high": 0.6}
+    same = {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "verdict": "reference"}
+    moved = {"difference": -0.1, "difference_low": -0.15, "difference_high": -0.05}
+    rows = [row | same | {"weight": 0.0, "quantity": quantity} for quantity in study.BETTER]
+    for weight in (0.1, 1.0):
+        for quantity, sign in study.BETTER.items():
+            said = study.verdict(sign, moved["difference_low"], moved["difference_high"])
+            rows.append(row | moved | {"weight": weight, "quantity": quantity, "verdict": said})
+    table = pd.DataFrame(rows)
+    testing.check_figure("distillation", table)
+    made = figures.draw("distillation", table, tmp_path)
+    caption = made[1].read_text()
+    assert "loss at weight 0.1 -0.1 (better)" in caption and "accuracy at weight 1 -0.1 (worse)" in caption
+    np.testing.assert_allclose(pd.read_csv(made[0])["difference"], table["difference"])

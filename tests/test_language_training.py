@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import ntkbench
 from ntkbench import figures, problems, studies
 from ntkbench.data import tasks
 from ntkbench.errors import Unavailable
@@ -49,8 +51,8 @@ def jacobian(module: torch.nn.Module, x: np.ndarray) -> dict[str, torch.Tensor]:
 def test_every_step_and_part_is_right(table):
     """Against Theta written out at the weights that the recipe gives, after as many steps."""
     assert (table["status"] == "ok").all(), table["reason"].unique()
-    assert list(dict.fromkeys(table["part"])) == [study.WHOLE, *PARTS]
-    assert len(table) == 3 * 7 * 4 and not table.duplicated(["step", "part", "metric"]).any()
+    assert list(dict.fromkeys(table["part"])) == [study.WHOLE, *PARTS, *study.FACTORS]
+    assert len(table) == 3 * 9 * 4 and not table.duplicated(["step", "part", "metric"]).any()
     definition = problems.define(TINY["problems"][0])
     at, part = {}, definition.part
     for step, loss in definition.training.course(definition.module):
@@ -60,7 +62,7 @@ def test_every_step_and_part_is_right(table):
                     w.copy_(definition.module.get_parameter(name))
             at[step] = loss, jacobian(part, definition.x)
     u = autodiff.linearise(problem_of(definition), "theta_0", Target("torch", "float64", "cpu")).rng(0).sign(40, 22)
-    for name in dict.fromkeys(table["part"]):
+    for name in (study.WHOLE, *PARTS):
         names = list(at[0][1]) if name == study.WHOLE else study.parts(at[0][1])[name]
         probes = paired.SharedProbes(u)
         for step, (loss, J) in at.items():
@@ -77,6 +79,32 @@ def test_every_step_and_part_is_right(table):
                 )
                 assert abs(one.value - exact) < 5 * one.standard_error + 1e-9
                 assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_the_factors_are_those_of_the_network_at_each_step(table):
+    """K against the kernels API at the weights of a step, and P P* within its interval of the exact one."""
+    definition = problems.define(TINY["problems"][0])
+    part, kernels = definition.part, {}
+    for step, _ in definition.training.course(definition.module):
+        if step in TINY["steps"]:
+            with torch.no_grad():
+                for name, w in part.double().named_parameters():
+                    w.copy_(definition.module.get_parameter(name))
+            kernels[step] = copy.deepcopy(part)
+    x = torch.from_numpy(definition.x)
+    for step, network in kernels.items():
+        rows = table[table["step"] == step].set_index(["part", "metric"])
+        found = ntkbench.Kernel(network, x, dtype="float64").factors(probes=definition.x.size * 100)
+        for metric in ("trace", "norm", "effective_rank"):
+            assert rows.loc[("K", metric), "value"] == pytest.approx(found.K[metric].value)
+            row = rows.loc[("P", metric)]
+            width = max(row["high"] - row["low"], 1e-9 * row["value"])
+            assert abs(row["value"] - found.P[metric].value) < 2 * width
+    ratio = table[(table["part"] == "K") & (table["step"] == 3)].set_index("metric")
+    first = table[(table["part"] == "K") & (table["step"] == 0)].set_index("metric")
+    np.testing.assert_allclose(ratio["ratio"], ratio["value"] / first["value"])
+    assert (first["ratio"] == 1).all() and first.loc["alignment", "value"] == pytest.approx(1)
+    assert 0 < ratio.loc["alignment", "value"] < 1
 
 
 def problem_of(definition) -> Problem:

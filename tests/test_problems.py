@@ -14,8 +14,10 @@ import torch
 
 import ntkbench
 from ntkbench import paths, problems, testing
-from ntkbench.data import tasks
+from ntkbench.data import images, tasks, text
 from ntkbench.errors import BadInput, Corrupt, DidNotTrain, Unavailable
+from ntkbench.modules import copied
+from ntkbench.modules import load as load_values
 from ntkbench.networks import recurrent
 from ntkbench.problem import Problem
 from ntkbench.problems import base
@@ -55,6 +57,34 @@ def test_sizes_are_those_stated(name, sizes, load):
     assert problem.n == N * O == {"mlp_hazelden": 3200, "gru_hazelden": 48_000, "digits_mlp": 5120}.get(name, N * O)
     assert problem.P == sum(w.size for w in problem.theta_f.values()) == P
     assert len(problem.x) == N
+
+
+def trained(label: str) -> torch.nn.Module:
+    """The network of a problem at its trained weights; skips where its data are missing."""
+    try:
+        problem = problems.load(label)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    return load_values(copied(problem.network), {**problem.weights("theta_f"), **problem.fixed("theta_f")}).eval()
+
+
+@pytest.mark.slow
+def test_the_small_transformer_has_the_stated_loss():
+    network = trained("transformer_small")
+    tokens, following = (torch.from_numpy(pieces) for pieces in text.windows(text.characters()[1], 64))
+    with torch.no_grad():
+        loss = training.next_token(network(tokens[:400]), following[:400])
+    assert float(loss) == pytest.approx(2.1, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("label", "stated"), [("vit_cifar", 0.45), ("resnet18_cifar", 0.41)])
+def test_networks_on_images_have_the_stated_accuracy(label, stated):
+    network = trained(label)
+    pixels, labels = (torch.from_numpy(array) for array in images.cifar10("test"))
+    with torch.no_grad():
+        chosen = torch.cat([network(some).argmax(1) for some in pixels.split(200)])
+    assert float((chosen == labels).double().mean()) == pytest.approx(stated, abs=0.006)
 
 
 def test_described_before_anything_else_was_asked():

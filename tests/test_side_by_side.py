@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ntkbench import problems, studies
 from ntkbench.measure import timing
+from ntkbench.operators import linearise
 from ntkbench.options import Target
 from ntkbench.studies import side_by_side
 from ntkbench.studies.base.bare_products import bare_products
@@ -50,6 +51,33 @@ def test_a_row_has_ratio_memory_and_agreement(table):
     bare = table.loc["structured_derivatives", BARE]
     assert pd.isna(bare["difference"]) and pd.isna(bare["rival_memory_bytes"]) and bare["ratio"] > 0
     assert bare["memory_bytes"] == row["memory_bytes"], "the subject's memory is measured once"
+
+
+def test_a_share_of_the_rows_is_scaled_up_and_has_no_difference(monkeypatch):
+    seen = []
+    in_turn = timing.in_turn
+    monkeypatch.setattr(timing, "in_turn", lambda calls, rounds: seen.append(in_turn(calls, rounds)) or seen[-1])
+    monkeypatch.setattr(side_by_side, "_peak_memory", lambda *_: 6)
+    case = {"problem": SMALL, "rivals": ["naive_jacobian"], "metric": "trace", "share": 0.5}
+    (row,) = run(case).to_dict("records")
+    assert (row["status"], row["share"]) == ("ok", 0.5), row["reason"]
+    _, half = seen[0]
+    assert row["rival_seconds"] == pytest.approx(2 * pd.Series(half).median())
+    assert pd.isna(row["difference"]) and pd.isna(row["rival_memory_bytes"]) and row["memory_bytes"] == 6
+    settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu"})
+    whole = side_by_side._call(settings, "naive_jacobian", SMALL, "trace")()
+    assert side_by_side._some_rows(settings, SMALL, 1.0)() == pytest.approx(whole, rel=1e-6)
+    assert 0 < side_by_side._some_rows(settings, SMALL, 0.5)() < whole
+    with pytest.raises(ValidationError, match="only timed for naive_jacobian"):
+        run(case | {"metric": "norm"})
+
+
+def test_a_tangent_for_each_trial_gives_the_products_of_each_trial():
+    problem, target = problems.load(RNN), Target("torch", "float64", "cpu")
+    found = COMPUTATIONS["64 JVPs, a tangent for each trial"](problem, target)()
+    j = linearise(problem, "theta_0", target)
+    w = j.rng(0).sign(64 * j.N, j.P)[-1:]
+    assert found == pytest.approx(float(j.jvp(w)[0, -1]))
 
 
 def test_blocks_of_products_are_held_against_their_matrix_products(table):

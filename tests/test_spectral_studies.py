@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -118,7 +119,7 @@ def test_the_figure_of_spectra_says_what_it_shows(spectral, tmp_path):
     said = (tmp_path / "spectra.txt").read_text()
     rows = spectral[(spectral["method"] == "spectrum") & (spectral["passes"] == 128)].set_index("quantity")
     assert len(said.splitlines()[0].split()) < 65 and "Where Θ fits, decompose it" in said
-    page = readme.spectra(spectral)
+    page = readme.spectra(SimpleNamespace(read=lambda _: spectral))
     (line,) = (line for line in page.splitlines() if "| ntkbench.spectrum |" in line)
     assert percent_label(rows.loc["log_determinant", "error"]) in line
     assert f"{rows.loc['density', 'error']:.2g} decades" in line
@@ -190,7 +191,9 @@ def test_the_figure_of_solutions_says_who_wins(solved, tmp_path):
     assert (
         "in 2 of 4 cases; use the factor elsewhere, where it is in 2." in said and len(said.split("\n")[0].split()) < 75
     )
-    assert "| products |" in readme.solves(slow) and "| factor |" in readme.solves(slow)
+    assert "| products |" in readme.solves(SimpleNamespace(read=lambda _: slow)) and "| factor |" in readme.solves(
+        SimpleNamespace(read=lambda _: slow)
+    )
     unreached = slow.assign(residual=slow["residual"].where(slow["method"] == "cholesky", 1.0))
     assert (solves_figure.fastest(unreached)["ratio"] == 0).all() and len(solves_figure.fastest(unreached)) == 4
     figures.draw("solves", unreached, tmp_path)
@@ -277,7 +280,7 @@ def test_the_figure_of_effective_ranks_says_what_it_shows(ranks, tmp_path):
     row = good[(good["weights"] == "initial") & (good["statistics"] == "calibrated")].set_index("kernel").loc["theta"]
     of_theta = good[good["kernel"] == "theta"]["effective_rank"]
     assert f"Θ, all outputs {labels.span(of_theta)}" in said
-    page = readme.effective_ranks(ranks)
+    page = readme.effective_ranks(SimpleNamespace(read=lambda _: ranks))
     assert any(f"| initial | of these images | {row['effective_rank']:.3g} |" in line for line in page.splitlines())
     assert len(pd.read_csv(tmp_path / "effective_ranks.csv")) == len(good)
     testing.check_figure("effective_ranks", ranks)

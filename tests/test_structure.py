@@ -141,7 +141,8 @@ POSIX = {
 
 HANDLED = {
     ("src/ntkbench/ambient.py", "get_context"): "falls back",
-    ("src/ntkbench/studies/side_by_side.py", "get_context"): "spawns, which every system does",
+    ("src/ntkbench/studies/kernel_in_file.py", "get_context"): "spawns, which every system does",
+    ("src/ntkbench/studies/side_by_side.py", "get_context"): "the same",
     ("src/ntkbench/measure/compare.py", "killpg"): "refuses a system without fork before",
     ("src/ntkbench/measure/compare.py", "SIGKILL"): "the same",
     ("benchmarks/side.py", "fork"): "is started by the former",

@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,8 @@ from ntkbench import methods, operators, testing
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimators import projections
 from ntkbench.methods.base import Method, projected
+from ntkbench.networks import residual
+from ntkbench.networks.initialisation import seeded
 from ntkbench.operators import arrays
 from ntkbench.operators.explicit_kernel import explicit_kernel
 from ntkbench.options import Target
@@ -85,6 +88,38 @@ def test_no_array_of_a_method_is_larger_than_the_memory(method, sizes):
             continue
         assert largest.nbytes <= memory, f"{metric}: {largest.operation} makes {largest.nbytes} bytes"
         assert held <= memory + OVERHEAD, f"{metric}: NumPy holds {held} bytes"
+
+
+def test_live_bytes_are_those_that_are_held_at_one_time():
+    given = torch.ones(1000)
+    with LiveBytes() as live:
+        one = given * 2
+        other = one + 1
+        del one
+        other = other * 3
+        given.add_(1)
+    assert (live.now, live.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize("name", ["sum_of_logits", "structured_sum_of_logits"])
+@pytest.mark.parametrize(
+    "metric", ["trace", pytest.param("norm", marks=pytest.mark.slow), pytest.param("alignment", marks=pytest.mark.slow)]
+)
+def test_all_that_a_pntk_of_a_deep_network_holds_is_within_the_memory(name, metric):
+    """With weights for each end, and with all that is made for a certificate: the samples together save 500 kB."""
+    net = seeded(lambda: residual.network(18, 10, 2).eval(), 0)
+    theta = {key: w.detach().double().numpy() for key, w in net.named_parameters()}
+    theta_f = {key: 1.01 * w for key, w in theta.items()}
+    x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
+    problem, method = Problem("deep", net, x, theta, theta_f), methods.get(name)
+    memory = 450_000
+    target = Target("torch", "float32", "cpu", memory)
+    ready = method.prepare(problem, target)
+    with LiveBytes() as live:
+        method.estimate(ready, metric)
+    ends = 2 if metric == "alignment" else 1
+    assert live.peak <= memory + ends * 4 * problem.P
+    assert live.peak > memory / 4, "the memory limits something"
 
 
 @pytest.mark.parametrize("independent", [True, False])

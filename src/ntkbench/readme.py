@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -40,7 +41,7 @@ NAMED = {"structured_sum_of_logits": " (pNTK)", "wide_head": " (trace alone)"}
 AUTO = "auto"
 CLOSE = 1.5
 """``auto`` is about as fast as the fastest method if it takes at most this many times its seconds."""
-PAGES = ("README.md", "docs/measured.md", "docs/papers.md")
+PAGES = ("README.md", "docs/large.md", "docs/measured.md", "docs/papers.md")
 """The pages with measured numbers, relative to the checkout."""
 _BLOCK = re.compile(r"<!-- (table|value): ([^>]*?) -->(.*?)<!-- end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:table|value):")
@@ -57,7 +58,8 @@ def update(root: Path, *, check: bool = False) -> list[str]:
         the names of the blocks that were out of date, in their order.
 
     Raises:
-        BadInput: a block has an unknown name or no end, or a table is not there; no page is then written.
+        BadInput: a block has an unknown name or no end, or a table that is not in :data:`PENDING` is not there; no page
+            is then written.
     """
     tables = Tables(root / "results" / "reference")
     pages = [root / page for page in PAGES]
@@ -87,7 +89,11 @@ class Tables:
         try:
             return pd.read_csv(path, low_memory=False, encoding="utf-8")
         except OSError as error:
-            raise BadInput(f"the pages need the table {path}: {error.strerror}") from None
+            raise Absent(f"the pages need the table {path}: {error.strerror}") from None
+
+
+class Absent(BadInput):
+    """A table that is not there."""
 
 
 def written(text: str, tables: Tables) -> tuple[str, list[str]]:
@@ -99,7 +105,13 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
         known = TABLES if kind == "table" else VALUES
         if name not in known:
             raise unknown(f"{kind} of a page", name, known)
-        new = f"\n{known[name](tables)}\n" if kind == "table" else known[name](tables)
+        try:
+            made = known[name](tables)
+        except Absent:
+            if name not in PENDING:
+                raise
+            made = f"*Not measured yet: `config/{PENDING[name]}.yaml` writes this table.*"
+        new = f"\n{made}\n" if kind == "table" else made
         stale.extend([name] if new != old else [])
         return f"<!-- {kind}: {name} -->{new}<!-- end -->"
 
@@ -159,7 +171,7 @@ def products(tables: Tables) -> str:
         for _, row in table.iterrows()
     ]
     columns = ["problem", "ours", "against", "seconds, ours", "seconds, theirs", *RATIO]
-    return _markdown(columns, rows) + _provenance(table)
+    return _markdown(columns, rows) + _goals(table, PRODUCT_GOALS) + _provenance(table)
 
 
 def kernels(tables: Tables) -> str:
@@ -168,7 +180,7 @@ def kernels(tables: Tables) -> str:
     rows = [
         [
             f"`{row['problem']}`" + NAMED.get(row["subject"], ""),
-            TITLES.get(row["rival"], row["rival"]),
+            TITLES.get(row["rival"], row["rival"]) + _timed_share(row),
             *_seconds_of_both(row),
             *_times(row),
             "" if pd.isna(row["memory_ratio"]) else f"{row['memory_ratio']:.2g}",
@@ -176,7 +188,83 @@ def kernels(tables: Tables) -> str:
         for _, row in table.iterrows()
     ]
     columns = ["problem", "against", "ours", "theirs", *RATIO, "memory, ours / theirs, one call each"]
-    return _markdown(columns, rows) + _provenance(table)
+    return _markdown(columns, rows) + _goals(table, KERNEL_GOALS) + _provenance(table)
+
+
+class Goal(NamedTuple):
+    """A ratio that comparisons of ``side_by_side`` should not exceed.
+
+    Attributes:
+        says: what is compared.
+        most: the largest ratio.
+        subject, rival, problem: patterns of the compared rows.
+        column: the ratio, of seconds or of memory.
+    """
+
+    says: str
+    most: float
+    subject: str
+    rival: str
+    problem: str = ".*"
+    column: str = "ratio"
+
+
+PRODUCT_GOALS = (
+    Goal("64 products against their bare matrix products", 1.2, "64 [JV]+Ps", "bare matrix products"),
+    Goal("64 JVPs with a tangent for each trial against shared ones", 1.5, "64 JVPs, a tangent.*", "64 JVPs"),
+    Goal("alignment of the GRU against torch.func", 0.4, "alignment by 50 probes", ".* by torch.func", "gru.*"),
+)
+KERNEL_GOALS = (
+    Goal("kernel of n = 5,120 against its bare matrix products", 1.2, "structured_derivatives", "bare matrix products"),
+    Goal(
+        "Theta of ResNet-18, N = 32, against neural-tangents",
+        1.0,
+        "structured_derivatives",
+        "nt_.*",
+        r"resnet18\[N=32\]",
+    ),
+    Goal(
+        "its memory against neural-tangents",
+        1 / 3,
+        "structured_derivatives",
+        "nt_.*",
+        r"resnet18\[N=32\]",
+        "memory_ratio",
+    ),
+    Goal("trace by the wide head against a backward pass for each output", 0.1, "wide_head", "naive_jacobian"),
+    Goal("pNTK by layers against gradients", 1.0, "structured_sum_of_logits", "sum_of_logits"),
+)
+"""Goals below the tables of products and of kernels."""
+
+
+def _goals(table: pd.DataFrame, goals: Sequence[Goal]) -> str:
+    """For each goal the problems that reach it and those that miss it, with their ratios."""
+    lines = []
+    for goal in goals:
+        is_meant = pd.Series(True, index=table.index)
+        for column, pattern in (("subject", goal.subject), ("rival", goal.rival), ("problem", goal.problem)):
+            is_meant &= table[column].str.fullmatch(pattern)
+        rows = table[is_meant]
+        known = rows[rows[goal.column].notna()]
+        reached = known[goal.column] <= goal.most
+        said = [
+            f"{word} {', '.join(_ratio_of(row, goal) for _, row in known[of].iterrows())}"
+            for word, of in (("reached:", reached), ("missed:", ~reached))
+            if of.any()
+        ]
+        lines.append(f"- {goal.says}, at most {goal.most:.2g}: {'; '.join(said) or 'not measured yet'}")
+    return "\n\nGoals (ratio, ours / theirs):\n\n" + "\n".join(lines)
+
+
+def _ratio_of(row: pd.Series, goal: Goal) -> str:
+    kind = f" ({row['subject']})" if "[" in goal.subject else ""
+    return f"`{row['problem']}`{kind} {row[goal.column]:.2g}"
+
+
+def _timed_share(row: pd.Series) -> str:
+    """What is said of a rival whose seconds are scaled up from a share of its passes."""
+    share = row.get("share", 1.0)
+    return f", scaled up from {100 * share:g} % of them" if share < 1 else ""
 
 
 def certificates(tables: Tables) -> str:
@@ -369,10 +457,8 @@ def _against(row: pd.Series) -> str:
 def predictions(tables: Tables) -> str:
     """Predicted over measured seconds and memory of all rows of ``cost_model``, by the kind of the method.
 
-    The figure computes the same numbers. Without the table, a line says that it is not measured.
+    The figure computes the same numbers.
     """
-    if not tables.has(COST_MODEL):
-        return "*Not yet measured: `config/cost_model.yaml`.*"
     table = tables.read(COST_MODEL)
     points = predicted.ratios(table)
     rows = [
@@ -401,7 +487,7 @@ def real_size(tables: Tables) -> str:
     for _, row in table.iterrows():
         asked = [f"`{row['problem']}`", f"{row['metric'].replace('_', ' ')}, {percent_label(row['rtol'])}"]
         if row["status"] != "ok":
-            rows.append([*asked, _cell(str(row["reason"])), "", "", "", "", "", ""])
+            rows.append([*asked, _cell(str(row["reason"])), *[""] * 7])
             continue
         rows.append(
             [
@@ -411,10 +497,93 @@ def real_size(tables: Tables) -> str:
                 f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})",
                 seconds_label(row["seconds"]),
                 f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+                _goal_of(row),
             ]
         )
     columns = ["problem", "metric, tolerance", "method", "n", "P", "passes", "value (95 % interval)", "time"]
-    return _markdown([*columns, "memory, of `memory=` and weights"], rows) + _provenance(table)
+    return _markdown([*columns, "memory, of `memory=` and weights", "goal"], rows) + _provenance(table)
+
+
+def _goal_of(row: pd.Series) -> str:
+    """The limits of a case's goal, and whether they are kept; empty without a goal."""
+    if pd.isna(row["goal_met"]):
+        return ""
+    limits = f"{seconds_label(row['most_seconds'])}, {bytes_label(row['most_bytes'])}"
+    return f"{limits}: {'reached' if row['goal_met'] else 'missed'}"
+
+
+def kernels_in_files(tables: Tables) -> str:
+    """Kernels written to files, killed and resumed: their sizes, and what both processes take."""
+    table = tables.read(KERNEL_IN_FILE)
+    rows = []
+    for _, row in table.iterrows():
+        if row["status"] != "ok":
+            rows.append([f"`{row['problem']}`", _cell(str(row["reason"])), *[""] * 5])
+            continue
+        rows.append(
+            [
+                f"`{row['problem']}`",
+                f"{row['n']:,.0f}",
+                bytes_label(row["file_bytes"]),
+                f"{row['kept']:g} of {row['parts']:g}",
+                seconds_label(row["seconds"]),
+                f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+                f"{row['difference']:.1g}",
+            ]
+        )
+    columns = ["problem", "n", "file", "parts kept at the kill", "time", "memory, of `memory=` and weights"]
+    return _markdown([*columns, "difference from memory"], rows) + _provenance(table)
+
+
+def distillation(tables: Tables) -> str:
+    """Quantities of students by weight of the regulariser, with differences from no regulariser and verdicts."""
+    table = tables.read(DISTILLATION)
+    rows = []
+    for _, row in table.iterrows():
+        if row["status"] != "ok":
+            rows.append([f"{row['weight']:g}", _cell(str(row["reason"])), *[""] * 4])
+            continue
+        difference = f"{row['difference']:+.2g} ({row['difference_low']:+.2g} to {row['difference_high']:+.2g})"
+        is_reference = row["verdict"] == "reference"
+        rows.append(
+            [
+                f"{row['weight']:g}",
+                row["quantity"],
+                f"{row['value']:.3g} ({row['low']:.3g} to {row['high']:.3g})",
+                "" if is_reference else difference,
+                row["verdict"],
+                f"{row['seeds']:g}",
+            ]
+        )
+    columns = ["weight", "quantity", "mean (95 %)", "difference from weight 0 (95 %)", "verdict", "students"]
+    return _markdown(columns, rows) + _provenance(table)
+
+
+def language_training(tables: Tables) -> str:
+    """Metrics of a transformer's NTK, of its parts and of its factors, at the last step that was measured."""
+    table = tables.read(LANGUAGE_TRAINING)
+    found = table[table["status"] == "ok"]
+    last = found[found["step"] == found["step"].max()]
+    rows = []
+    for part, metrics in last.groupby("part", sort=False):
+        of = metrics.set_index("metric")
+        aligned = of.loc["alignment"]
+        rows.append(
+            [
+                {"P": "P P*"}.get(str(part), str(part)),
+                f"{aligned['parameters']:,.0f}",
+                f"{aligned['value']:.2g} ({aligned['low']:.2g} to {aligned['high']:.2g})",
+                *(
+                    f"{of.loc[metric, 'ratio']:.2g} ± {1.96 * of.loc[metric, 'ratio_standard_error']:.1g}"
+                    for metric in ("effective_rank", "trace", "norm")
+                ),
+            ]
+        )
+    columns = ["part", "parameters", "alignment with step 0 (95 %)"]
+    columns += [f"{metric}, as a multiple of step 0" for metric in ("effective rank", "trace", "norm")]
+    one = last.iloc[0]
+    said = f"\n\n`{one['problem']}` after {one['step']:g} steps, at a loss of {one['loss']:.3g} nats per token."
+    return _markdown(columns, rows) + said + _provenance(table)
 
 
 def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
@@ -476,8 +645,9 @@ def _listed(values: Iterable[object]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
-def projections(table: pd.DataFrame) -> str:
+def projections(tables: Tables) -> str:
     """Errors of projections, estimators and kernels with the most features or passes, biases, seconds and bytes."""
+    table = tables.read(PROJECTIONS)
     rows = []
     for (problem, _), here in table.groupby(["problem", "method"], sort=False):
         good = here[here["status"] == "ok"]
@@ -516,8 +686,9 @@ def _with_ends(row: pd.Series, name: str) -> str:
     return f"{percent_label(row[name])} ({low} to {high})"
 
 
-def spectra(table: pd.DataFrame) -> str:
+def spectra(tables: Tables) -> str:
     """Median errors of spectral quantities by each method with its most passes."""
+    table = tables.read(SPECTRA)
     rows = []
     for (problem, method), here in table.groupby(["problem", "method"], sort=False):
         good = here[here["status"] == "ok"]
@@ -539,8 +710,9 @@ def spectra(table: pd.DataFrame) -> str:
     return _markdown(["problem", "method", "passes", "time", *named], rows) + _provenance(table)
 
 
-def solves(table: pd.DataFrame) -> str:
+def solves(tables: Tables) -> str:
     """Seconds of solutions to the smallest residual, and which of factor and products is certainly faster."""
+    table = tables.read(SOLVES)
     good = table[(table["status"] == "ok") & (table["residual"] <= of_solves.SLACK * table["rtol"])]
     cases = ["problem", "share", "rtol"]
     faster = of_solves.fastest(good).set_index(cases)["winner"]
@@ -564,8 +736,9 @@ def solves(table: pd.DataFrame) -> str:
     return said + _markdown(columns, rows) + _provenance(table)
 
 
-def effective_ranks(table: pd.DataFrame) -> str:
+def effective_ranks(tables: Tables) -> str:
     """Effective ranks of each kernel by weights and statistics of BatchNorm."""
+    table = tables.read(EFFECTIVE_RANKS)
     good, rows = table[table["status"] == "ok"], []
     for (problem, weights, statistics), here in good.groupby(["problem", "weights", "statistics"], sort=False):
         by = here.set_index("kernel")
@@ -581,23 +754,27 @@ def effective_ranks(table: pd.DataFrame) -> str:
     return _markdown(columns, rows) + _provenance(table)
 
 
-def _if_measured(config: str, study: str, made: Callable[[pd.DataFrame], str]) -> Callable[[Tables], str]:
-    """A block from the table of a study of a configuration; a sentence in its place until that is committed."""
-
-    def block(tables: Tables) -> str:
-        name = f"{config}/studies/{study}"
-        if not tables.has(name):
-            return f"*Not measured yet: `config/{config}.yaml` writes this table.*"
-        return made(tables.read(name))
-
-    return block
-
-
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
-REAL_SIZE = "language/studies/real_size"
 COST_MODEL = "cost_model/studies/cost_model"
-"""Where the tables of intervals, choices, large networks and predicted costs are in ``results/reference/``."""
+DISTILLATION, KERNEL_IN_FILE, LANGUAGE_TRAINING, REAL_SIZE = (
+    f"language/studies/{name}" for name in ("distillation", "kernel_in_file", "language_training", "real_size")
+)
+PROJECTIONS = "projections/studies/projections"
+EFFECTIVE_RANKS, SOLVES, SPECTRA = (f"spectra/studies/{name}" for name in ("effective_ranks", "solves", "spectra"))
+"""Where the tables of studies are in ``results/reference/``."""
+PENDING = {
+    "distillation": "language",
+    "effective ranks": "spectra",
+    "kernels in files": "language",
+    "language training": "language",
+    "predictions": "cost_model",
+    "projections": "projections",
+    "real size": "language",
+    "solves": "spectra",
+    "spectra": "spectra",
+}
+"""Blocks of pages whose tables may not be there yet, and the configurations that write them."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
@@ -609,17 +786,20 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "certificates": certificates,
     "choices": choices,
     "claims": claims,
-    "effective ranks": _if_measured("spectra", "effective_ranks", effective_ranks),
+    "distillation": distillation,
+    "effective ranks": effective_ranks,
     "fastest estimators": fastest_estimators,
     "kernels": kernels,
+    "kernels in files": kernels_in_files,
+    "language training": language_training,
     "large networks": large_networks,
     "predictions": predictions,
     "prepared": prepared,
     "products": products,
-    "projections": _if_measured("projections", "projections", projections),
+    "projections": projections,
     "real size": real_size,
-    "solves": _if_measured("spectra", "solves", solves),
-    "spectra": _if_measured("spectra", "spectra", spectra),
+    "solves": solves,
+    "spectra": spectra,
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
     "claims reproduced": lambda tables: _reproduced(tables.read("claims")),

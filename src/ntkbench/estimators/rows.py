@@ -20,8 +20,9 @@ def moments_from_rows(
     """The moments that a metric depends on, from blocks of rows of J.
 
     The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
-    is computed. The blocks are kept if all of them fit in the memory of the operators; otherwise they are recomputed
-    for every pair. Their products take at most a quarter of the memory at a time, however many rows blocks have.
+    is computed. The blocks are kept if all of them fit in half of the memory of the operators, since making one may
+    take the rest; otherwise they are recomputed for every pair. Their products take at most a quarter of the memory at
+    a time, however many rows blocks have.
 
     Args:
         metric: name of the metric.
@@ -37,7 +38,7 @@ def moments_from_rows(
         return sums.moments()
 
     j = jacobians[0]
-    keep = sum((count or j.n) * each.P * j.itemsize for each in jacobians) <= j.memory
+    keep = sum((count or j.n) * each.P * j.itemsize for each in jacobians) <= j.memory / 2
     kept: dict[int, list[Array]] = {}
 
     def computed(i: int) -> list[Array]:

@@ -115,8 +115,9 @@ def _caption(points: pd.DataFrame) -> str:
         rows = points[points["kernel"] == kernel]
         if len(rows):
             said.append(f"{words} {labels.span([*rows['effective_rank_low'], *rows['effective_rank_high']])}")
+    copies = " Images of CIFAR-10 are JPEG copies." if points["problem"].str.contains("_cifar").any() else ""
     return (
         "Effective rank (tr A)^2 / ||A||_F^2 of Theta, n x n, and of kernels between samples, N x N, with BatchNorm in "
         "eval mode; for single logits, the median with the range. Ranges over networks, weights and statistics, which "
-        f"must be named with a rank: {'; '.join(said)}."
+        f"must be named with a rank: {'; '.join(said)}.{copies}"
     )

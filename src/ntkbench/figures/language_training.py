@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -23,6 +24,8 @@ METRICS = {
     "norm": "Frobenius norm",
 }
 WHOLE = "all parameters"
+FACTORS = {"K": "K", "P": "P P*"}
+DASHES = {"K": "--", "P": ":"}
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -32,8 +35,9 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     if not len(shown):
         return base.nothing(table[list(COLUMNS)], labels.why_not(table))
     parts = list(dict.fromkeys(shown["part"]))
-    others = [part for part in parts if part != WHOLE]
-    colours = {part: styles.COLOURS[i % len(styles.COLOURS)] for i, part in enumerate(others)} | {WHOLE: styles.BLACK}
+    others = [part for part in parts if part not in (WHOLE, *FACTORS)]
+    colours = {part: styles.COLOURS[i % len(styles.COLOURS)] for i, part in enumerate(others)}
+    colours |= dict.fromkeys((WHOLE, *FACTORS), styles.BLACK)
     figure, grid = canvas.sheet(
         [canvas.Row(2.4, above=0.35, below=0.3)] * 2,
         2,
@@ -51,7 +55,8 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             line = line.sort_values("step")
             bars = [line["value"] - line["low"], line["high"] - line["value"]]
             width = 1.8 if part == WHOLE else 1.1
-            panel.errorbar(line["step"], line["value"], bars, color=colours[part], linewidth=width, elinewidth=0.9)
+            style: dict[str, Any] = {"color": colours[part], "linestyle": DASHES.get(part, "-")}
+            panel.errorbar(line["step"], line["value"], bars, linewidth=width, elinewidth=0.9, **style)
         _axes(panel, lines, last, metric)
         panel.set_ylabel(label)
     for panel in grid[1]:
@@ -60,12 +65,14 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _key(parts: Sequence[str], colours: Mapping[str, str]) -> Key:
-    """A heading for each block, and one for the parameters outside of blocks."""
+    """A heading for each block, one for the parameters outside of blocks, and one for the factors."""
     found: dict[str, list[tuple[Line2D, str]]] = {}
     for part in parts:
         block, _, inside = part.partition(", ")
-        entry = Line2D([], [], color=colours[part]), labels.short(inside or part)
-        found.setdefault(labels.short(block) if inside else "parameters", []).append(entry)
+        style: dict[str, Any] = {"color": colours[part], "linestyle": DASHES.get(part, "-")}
+        entry = Line2D([], [], **style), FACTORS.get(part, labels.short(inside or part))
+        heading = "factors" if part in FACTORS else labels.short(block) if inside else "parameters"
+        found.setdefault(heading, []).append(entry)
     return list(found.items())
 
 
@@ -107,11 +114,12 @@ def _caption(shown: pd.DataFrame) -> str:
     said = []
     for part in dict.fromkeys(shown["part"]):
         row = _last(shown, "alignment", part)
-        said.append(f"{part} {labels.interval_label(row['value'], row['low'], row['high'])}")
+        said.append(f"{FACTORS.get(part, part)} {labels.interval_label(row['value'], row['low'], row['high'])}")
+    first, last = (labels.rounded(losses.iloc[i], 3) for i in (0, -1))
     return (
         f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, for all parameters "
-        "and for parts of them, whose kernels add up to the whole. The loss of a batch, in nats per token, goes from "
-        f"{labels.rounded(losses.iloc[0], 3)} to {labels.rounded(losses.iloc[-1], 3)}. Bars: 95 % intervals from "
-        f"{shown['probes'].max():g} probes, for this network alone. Final alignment with the kernel at step 0: "
-        f"{'; '.join(said)}."
+        "and for parts of them, whose kernels add up to the whole. Theta of parameters whose gradients have factors is "
+        "P K P*: K, the representation, is exact, and P P*, the dynamics, is estimated. The loss of a batch, in nats "
+        f"per token, goes from {first} to {last}. Bars: 95 % intervals from {shown['probes'].max():g} probes, for this "
+        f"network alone. Final alignment with the kernel at step 0: {'; '.join(said)}."
     )

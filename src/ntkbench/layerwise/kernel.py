@@ -22,7 +22,7 @@ from ntkbench.layerwise.rules import Use
 from ntkbench.layerwise.trace import SampleGraph, trace
 from ntkbench.layerwise.tuning import Tuning
 from ntkbench.operators import arrays, certificate
-from ntkbench.operators.plain import PlainNetwork, flat
+from ntkbench.operators.plain import PlainNetwork
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ class LayerwiseKernel:
             found = torch.autograd.grad(f, leaves, v, materialize_grads=True, allow_unused=True)
         plain = self._plain()
         plain.load(parameters)
-        return certificate.distance(flat(list(found)), flat(plain.gradient(x[None], v)))
+        return certificate.distance_of_parts(zip(found, plain.gradient(x[None], v), strict=True))
 
     def certain(self, compute: Callable[[], T]) -> T:
         """``compute()``; if it fails with the trace of another network, once more with a trace of this network."""

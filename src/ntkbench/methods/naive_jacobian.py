@@ -16,7 +16,8 @@ from ntkbench.problem import Problem
 
 
 class NaiveJacobian(Deterministic):
-    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set if J fits in memory.
+    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set if J fits in half of the
+    memory.
 
     Blocks of rows that do not fit are recomputed for every pair of blocks.
     """
@@ -30,7 +31,7 @@ class NaiveJacobian(Deterministic):
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         n, ends = problem.n, len(metrics.parameter_sets(metric))
-        if metric == "trace" or ends * n * problem.P * target.itemsize <= target.memory:
+        if metric == "trace" or ends * n * problem.P * target.itemsize <= target.memory / 2:
             return n * ends
         sizes = [len(block) for block in _blocks(n, problem.P, target.memory, target.itemsize)]
         return ends * sum(size * (len(sizes) - i) for i, size in enumerate(sizes))

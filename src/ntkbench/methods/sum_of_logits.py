@@ -37,7 +37,9 @@ class SumOfLogits(Deterministic):
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = max(jacobians, key=lambda j: j.P)
-        size = max(1, j.memory // (4 * (j.bytes_per_probe() // j.N + j.P * j.itemsize)))
+        # Two blocks of rows at each end, one that is being made, and its parts by parameter.
+        row = j.bytes_per_probe() // j.N + j.P * j.itemsize
+        size = max(1, (j.memory - j.bytes_of_certificates()) // ((2 + 2 * len(jacobians)) * row))
         blocks = [slice(i, min(i + size, j.N)) for i in range(0, j.N, size)]
 
         def gradients(jacobian: JacobianOperator, samples: slice) -> Array:

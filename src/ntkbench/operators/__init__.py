@@ -60,18 +60,19 @@ def linearise(
     return j
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Array], Array]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Array]:
     """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the unmodified network.
 
     It is torch's ``backward`` of the module, for every backend, or ``jax.vjp`` if there is no module: over
-    the whole batch, without vmap, jit or a trace.
+    the whole batch, without vmap, jit or a trace. The function takes the memory of a pass as a second argument: a batch
+    that takes more is then split in torch, if samples do not interact.
 
     Args:
         problem, weights, target: as for :func:`linearise`.
         names: names of the parameters, in the order of their entries.
     """
     backend = _backend("jax" if problem.module is None else "torch")
-    found: Callable[[Array], Array] = backend.plain_gradient(problem, weights, target, names)
+    found: Callable[..., Array] = backend.plain_gradient(problem, weights, target, names)
     return found
 
 

@@ -356,7 +356,7 @@ class JacobianOperator(ABC):
 
         def difference(found: Array, reference: Reference) -> float:
             image = mix.reshape(-1) @ found.reshape(k * self.N, -1)
-            return certificate.distance(image, reference.fixed_gradient(combined))
+            return certificate.distance(image, reference.fixed_gradient(combined, self.memory))
 
         spent = self._sample_passes
         found = self._certified("sample_vjp", lambda: self._sample_vjp(slice(0, self.N), v), difference, k)
@@ -368,13 +368,15 @@ class JacobianOperator(ABC):
 
         def product() -> Array:
             assert self.reference is not None  # _certified_alone asks for it
-            v = _halves(self.reference.cotangent(self.basis(0, 1), self.n)[0]).reshape(2, self.N, self.O)
-            size = max(1, min(self.memory, self.chunk_bytes.sample_squares) // (2 * self._bytes_per_sample_row()))
+            v = self.reference.cotangent(self.basis(0, 1), self.n, self.memory)[0]
+            v = _halves(v).reshape(2, self.N, self.O)
+            memory = min(self.memory - self.bytes_of_certificates(), self.chunk_bytes.sample_squares)
+            size = max(1, memory // (2 * self._bytes_per_sample_row()))
             parts = (slice(start, min(start + size, self.N)) for start in range(0, self.N, size))
             return sum(self._sample_vjp(part, v[:, part]).sum((0, 1)) for part in parts)
 
         def difference(found: Array, reference: Reference) -> float:
-            return certificate.distance(found, reference.cotangent(found, self.n)[1])
+            return certificate.distance(found, reference.cotangent(found, self.n, self.memory)[1])
 
         self._certified_alone("sample_vjp", product, difference)
 
@@ -428,6 +430,10 @@ class JacobianOperator(ABC):
     def _bytes_per_square(self) -> int:
         """Bytes held to compute the squared norm of one sample's gradient."""
         return self._bytes_per_sample_row()
+
+    def bytes_of_certificates(self) -> int:
+        """Bytes of parameters and gradients that certificates of one or two operators hold beside their products."""
+        return 8 * self.P * self.itemsize
 
     def _split(self, rows: Array) -> Iterator[Array]:
         start = 0

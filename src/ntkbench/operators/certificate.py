@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import array_api_compat
 import numpy as np
@@ -77,37 +77,41 @@ class Reference:
         settled: kinds of product whose method is known, so that their cost is.
 
     Args:
-        gradient: makes the function from v ``[n]``, an array of the operator, to J^T v ``[P]``, an array of any
-            library with the parameters in the operator's order; called at the first use.
+        gradient: makes the function from v ``[n]``, an array of the operator, and the memory of one pass, to J^T v
+            ``[P]``, an array of any library with the parameters in the operator's order; called at the first use.
     """
 
-    def __init__(self, gradient: Callable[[], Callable[[Array], Array]]) -> None:
+    def __init__(self, gradient: Callable[[], Callable[[Array, int | None], Array]]) -> None:
         self.differences: dict[str, float] = {}
         self.settled: set[str] = set()
         self._gradient = functools.cache(gradient)
-        self._fixed: tuple[Array, Array] | None = None
+        self._fixed: dict[bool, tuple[Array, Array]] = {}
 
     def forget(self) -> None:
         """Compare all products again when they are next used."""
         self.differences.clear()
-        self._fixed = None
+        self._fixed.clear()
 
-    def gradient(self, v: Array) -> Array:
-        """J^T v for v ``[n]``, as an array like v; 1 pass."""
-        found = self._gradient()(v)
+    def gradient(self, v: Array, memory: int | None = None) -> Array:
+        """J^T v for v ``[n]``, as an array like v; 1 pass.
+
+        Args:
+            v: cotangent.
+            memory: bytes that a pass may take. The batch is split if it takes more, and its samples must not interact.
+        """
+        found = self._gradient()(v, memory)
         return found if isinstance(found, type(v)) else arrays.asarray_like(arrays.to_numpy(found), v)
 
-    def fixed_gradient(self, v: Array) -> Array:
+    def fixed_gradient(self, v: Array, memory: int | None = None) -> Array:
         """J^T v for v ``[n]`` without zeros, which :meth:`cotangent` returns from now on; 1 pass."""
-        self._fixed = v, self.gradient(v)
-        return self._fixed[1]
+        self._fixed[memory is None] = v, self.gradient(v, memory)
+        return self._fixed[memory is None][1]
 
-    def cotangent(self, like: Array, n: int) -> tuple[Array, Array]:
+    def cotangent(self, like: Array, n: int, memory: int | None = None) -> tuple[Array, Array]:
         """A fixed random cotangent ``[n]`` and its gradient ``[P]``, which is computed once; 1 pass."""
-        if self._fixed is None:
-            v = random_signs(n, like)
-            self._fixed = v, self.gradient(v)
-        return self._fixed
+        if (memory is None) not in self._fixed:
+            self.fixed_gradient(random_signs(n, like), memory)
+        return self._fixed[memory is None]
 
 
 def random_signs(size: int, like: Array, seed: int = 20260101) -> Array:
@@ -123,9 +127,18 @@ def random_weights(size: int, like: Array) -> Array:
 
 def distance(found: Array, expected: Array) -> float:
     """||found - expected|| relative to ||expected||; 0 if both are zero, ``inf`` if either is not finite."""
-    xp = array_api_compat.array_namespace(found)
-    off, norm = (float(xp.linalg.vector_norm(a)) for a in (found - expected, expected))
-    return ratio(off, norm)
+    return distance_of_parts([(found, expected)])
+
+
+def distance_of_parts(pairs: Iterable[tuple[Array, Array]]) -> float:
+    """:func:`distance` of vectors in parts, such as gradients by parameter; no larger array is made."""
+    squares = [0.0, 0.0]
+    for found, expected in pairs:
+        xp = array_api_compat.array_namespace(found)
+        for i, part in enumerate((found - expected, expected)):
+            norm = float(xp.linalg.vector_norm(part))
+            squares[i] += norm * norm
+    return ratio(math.sqrt(squares[0]), math.sqrt(squares[1]))
 
 
 def ratio(off: float, norm: float) -> float:

@@ -49,11 +49,9 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
     return whole, {key: put(w) for key, w in problem.weights(weights).items()}, put(problem.x)
 
 
-def plain_gradient(
-    problem: Problem, weights: str, target: Target, names: Sequence[str]
-) -> Callable[[arrays.Array], jax.Array]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., jax.Array]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which runs again for each v."""
-    return lambda v: plain_pullback(problem, weights, target, names)(v)
+    return lambda v, memory=None: plain_pullback(problem, weights, target, names)(v)
 
 
 def plain_pullback(

@@ -45,18 +45,19 @@ class PlainNetwork:
         Args:
             x: inputs ``[N, ...]``.
             v: cotangent with ``N O`` entries, sample-major.
-            memory: bytes of the values that autograd saves. A batch that takes more is split into parts of at least two
-                samples; its samples must not interact.
+            memory: bytes of the values that autograd saves, and of this network's parameters and their gradients. A
+                batch that takes more is split into parts of at least two samples; its samples must not interact.
         """
-        samples = len(x) if memory is None or len(x) < 3 else max(2, memory // max(1, self._saved_bytes(x[:1])))
-        if samples >= len(x):
-            return self._backward(*self._called(x), v, retain=False)
-        v, total = v.reshape(len(x), -1), [torch.zeros_like(leaf) for leaf in self._leaves]
+        samples = len(x)
+        if memory is not None and samples > 2:
+            own = 2 * sum(leaf.nbytes for leaf in self._leaves)
+            samples = max(2, (memory - own) // max(1, self._saved_bytes(x[:1])))
+        self._clear()
+        v = v.reshape(len(x), -1)
         for start in range(0, len(x), samples):
             where = slice(start, start + samples)
-            for sum_, g in zip(total, self._backward(*self._called(x[where]), v[where], retain=False), strict=True):
-                sum_ += g
-        return total
+            self._accumulate(*self._called(x[where]), v[where], retain=False)
+        return self._accumulated()
 
     def _saved_bytes(self, x: Tensor) -> int:
         """Bytes of the values that autograd saves of a forward pass, without the parameters."""
@@ -73,11 +74,14 @@ class PlainNetwork:
         @torch.enable_grad()
         def pull(v: Tensor) -> list[Tensor]:
             nonlocal made
+            self._clear()
             try:
-                return self._backward(*made, v, retain=True)
+                self._accumulate(*made, v, retain=True)
             except RuntimeError:  # a graph that can be used once
+                self._clear()
                 made = self._called(x)
-                return self._backward(*made, v, retain=True)
+                self._accumulate(*made, v, retain=True)
+            return self._accumulated()
 
         return pull
 
@@ -113,12 +117,19 @@ class PlainNetwork:
         into = [w for w in found if id(w) not in shared]
         return outputs, None if len(into) == len(found) else into
 
-    def _backward(self, outputs: Tensor, into: list[Tensor] | None, v: Tensor, *, retain: bool) -> list[Tensor]:
+    def _clear(self) -> None:
         for leaf in self._leaves:
             leaf.grad = None
+
+    def _accumulate(self, outputs: Tensor, into: list[Tensor] | None, v: Tensor, *, retain: bool) -> None:
+        """Add to the gradients that the leaves hold."""
         if outputs.requires_grad and (into is None or into):
             outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain, inputs=into)
+
+    def _accumulated(self) -> list[Tensor]:
+        """The gradients that the leaves hold, which they hold no longer."""
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+        self._clear()
         return [g.to_dense() if g.is_sparse else g for g in found]
 
 

@@ -49,7 +49,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     return module, parameters, x
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[[Any], Tensor]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Tensor]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
     _, parameters, x = network(problem, weights, target)
     # Not a copy of the module that products call: a transform may leave its own tensors in that one's attributes.
@@ -57,9 +57,9 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
     values = {name: parameters[name] for name in names}
     plain = PlainNetwork(load(module, problem.fixed(weights)), values, owned=True)
 
-    def gradient(v: Any) -> Tensor:
+    def gradient(v: Any, memory: int | None = None) -> Tensor:
         v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(x.device)
-        return flat(plain.gradient(x, v))
+        return flat(plain.gradient(x, v, memory))
 
     return gradient
 
@@ -300,10 +300,18 @@ class TorchJacobian(JacobianOperator):
         # Twice what autograd saves of a forward pass (values and cotangents), three gradients (a sum, its next term and
         # the flat copy), and two vectors of outputs (the probe, and its image).
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
-        saved = saved_bytes(lambda: self._forward(leaves, self._x))
+        saved = self._saved_bytes(lambda x: self._forward(leaves, x))
         if saved is None:  # a network that accepts no other parameters than its own
             saved = saved_bytes(lambda: self._plain.pullback(self._x)) or 0
         return 2 * saved + (3 * self.P + 2 * self.n) * self.itemsize
+
+    def _saved_bytes(self, forward: Callable[[Tensor], Tensor]) -> int | None:
+        """Bytes that autograd saves, extrapolated from two samples, since those of all may not fit in memory."""
+        if self.N > 2:
+            one, two = (saved_bytes(lambda k=k: forward(self._x[:k])) for k in (1, 2))  # type: ignore[misc]
+            if one is not None and two is not None and two >= one:
+                return one + (self.N - 1) * (two - one)
+        return saved_bytes(lambda: forward(self._x))
 
     def _unflat(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([w.numel() for w in self._parameters.values()])

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ntkbench.errors import BadInput
 from ntkbench.problems.base import Definition, problem, training
 
 if TYPE_CHECKING:
@@ -41,12 +42,17 @@ def conv_relu(N: int = 64, O: int = 10, width: int = 64) -> Definition:  # noqa:
 
 
 @problem(any_size=True)
-def resnet18(N: int = 8, O: int = 10, width: int = 64) -> Definition:  # noqa: E741
-    """ResNet18 for 32x32 inputs (3x3 stem, no max pooling), BatchNorm in eval mode with its initial statistics."""
+def resnet18(N: int = 8, O: int = 10, width: int = 64, depth: int = 18) -> Definition:  # noqa: E741
+    """ResNet18, or a deeper one, for 32x32 inputs (3x3 stem, no max pooling).
+
+    BatchNorm is in eval mode with its initial statistics. Depths are 18, 34, 50, 101, 152 and 200.
+    """
     from ntkbench.networks import residual
 
-    make = functools.partial(residual.network, 18, O, width)
-    forward = functools.partial(residual.forward, *residual.RESNETS[18], False)
+    if depth not in residual.RESNETS:
+        raise BadInput(f"depth must be one of {', '.join(map(str, residual.RESNETS))}; got {depth}")
+    make = functools.partial(residual.network, depth, O, width)
+    forward = functools.partial(residual.forward, *residual.RESNETS[depth], False)
     return _on_normal_inputs(make, (N, 3, SIDE, SIDE), O, forward)
 
 

@@ -1,15 +1,21 @@
-"""The NTK of a small decoder-only transformer along its training: as a whole, and by layer.
+"""The NTK of a small decoder-only transformer along its training: as a whole, by layer, and of its factors K and P.
 
 Trace, norm, effective rank, and alignment with the kernel before training, at some steps of the problem's training
 recipe. Parts of the parameters are the embeddings, the attention and the perceptron of each block, each with its norm,
 and the readout; their kernels add up to the whole. All kernels are estimated with the same probes at all steps, so that
 ratios to the first step have paired standard errors. A step takes one VJP per probe, and one JVP per probe and part.
+
+Theta without the parameters that have no factors is P K P* (see :mod:`ntkbench.methods.base.factors`). K, the
+representation, is exact and takes a forward pass. The metrics of P P*, the dynamics, are from as many other probes,
+with new ones at each step, and one pass each at both steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +27,7 @@ from ntkbench.errors import BadInput, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import paired
 from ntkbench.measure.schema import ProblemLabel
+from ntkbench.metrics import METRICS
 from ntkbench.operators import linearise
 from ntkbench.problem import Problem, split
 from ntkbench.problems.base import Definition, training
@@ -29,6 +36,8 @@ from ntkbench.studies import base
 TIMED = False
 PLUGINS = ("ntkbench.problems.language",)
 WHOLE = "all parameters"
+FACTORS = ("K", "P")
+"""Names of the factors in the column ``part``; P stands for P P*."""
 LAYERS = {"embedding": "embedding", "position": "embedding", "norm": "readout", "head": "readout"}
 """Modules outside the blocks, and the parts that they belong to; other modules are separate parts."""
 SUBLAYERS = {"norm1": "attention", "attention": "attention", "norm2": "MLP", "mlp": "MLP"}
@@ -41,13 +50,13 @@ class Settings(base.Settings):
     Attributes:
         problems: labels of problems that are trained by Adam; the first one with available data is used.
         steps: training steps after which the network is measured, from 0 on.
-        probes: number of probes, the same for all kernels.
+        probes: number of probes, the same for all kernels of parts of the parameters.
     """
 
     problems: list[ProblemLabel] = Field(
         default=["transformer_small[N=4,T=16]", "transformer_flipflop[N=16]"], min_length=1
     )
-    steps: list[NonNegativeInt] = Field(default=[0, 1, 3, 10, 30, 100, 300], min_length=2)
+    steps: list[NonNegativeInt] = Field(default=[0, 1, 3, 10, 30, 100, 300, 1000, 1500], min_length=2)
     probes: int = Field(default=100, ge=2)
 
     @field_validator("steps")
@@ -59,7 +68,7 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each step, part of the parameters and metric; one with the reason for a failed step."""
+    """One row for each step, part of the parameters or factor, and metric; one with the reason for a failed step."""
     course = base.Once(lambda: Course(settings))
     named = " or ".join(settings.problems)
     return base.table(
@@ -95,6 +104,8 @@ class Course:
         j = linearise(self._problem(), "theta_0", settings.target())
         self._probes = j.rng(0).sign(settings.probes, j.n)
         self._seen = {part: paired.SharedProbes(self._probes) for part in (WHOLE, *self._parts)}
+        self._first: dict[str, Estimate] = {}
+        self._start = self._problem()
         self._metrics()
 
     def look(self, step: int) -> list[dict[str, Any]]:
@@ -134,11 +145,30 @@ class Course:
             images[part], sizes[part] = j.jvp(w), sum(problem.theta_0[name].size for name in names)
         images = {WHOLE: sum(images.values()), **images}
         shared = {"problem": self._label, **base.sizes(problem), "loss": self._at[1], "probes": len(self._probes)}
-        return [
-            shared | {"part": part, "parameters": sizes[part]} | _columns(one, len(self._probes))
+        rows = [
+            {"part": part, "parameters": sizes[part], **_columns(one, len(self._probes))}
             for part, image in images.items()
             for one in self._seen[part].compare(image)
         ]
+        return [shared | row for row in (*rows, *self._factors(problem))]
+
+    def _factors(self, problem: Problem) -> list[dict[str, Any]]:
+        """Rows of K and P P* at the current weights; the alignment is with those at step 0."""
+        from ntkbench.methods.base import factors
+        from ntkbench.methods.base.layerwise import TracedProblem
+
+        both = dataclasses.replace(problem, theta_f=self._start.theta_0, fixed_f=self._start.fixed_0)
+        found = factors.of_layers(
+            TracedProblem(both, self._settings.target()), list(METRICS), self._settings.probes, self._at[0]
+        )
+        left_out = sum(problem.theta_0[name].size for name in found.left_out)
+        rows = []
+        for part, estimates in (("K", found.K), ("P", found.P)):
+            for metric, one in estimates.items():
+                first = self._first.setdefault(f"{part} {metric}", one)
+                row = {"part": part, "parameters": problem.P - left_out, "metric": metric, "value": one.value}
+                rows.append(row | dict(zip(("low", "high"), one.interval(), strict=True)) | _ratio(one, first))
+        return rows
 
 
 def _columns(one: paired.Comparison, probes: int) -> dict[str, Any]:
@@ -147,6 +177,13 @@ def _columns(one: paired.Comparison, probes: int) -> dict[str, Any]:
     low, high = found.interval()
     ratio = {"ratio": one.ratio, "ratio_standard_error": one.ratio_standard_error}
     return {"metric": one.quantity, "value": one.value, "low": low, "high": high, **ratio}
+
+
+def _ratio(one: Estimate, first: Estimate) -> dict[str, Any]:
+    """The ratio to an independent estimate at step 0; 1 there."""
+    ratio = one.value / first.value
+    relative = (0.0 if one is first else (each.standard_error or 0.0) / each.value for each in (one, first))
+    return {"ratio": ratio, "ratio_standard_error": ratio * math.hypot(*relative)}
 
 
 def _first_available(labels: Sequence[str]) -> tuple[str, Definition]:

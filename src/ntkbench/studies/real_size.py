@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveFloat
 
-from ntkbench import ladder, operators, problems
+from ntkbench import ladder, metrics, operators, problems
 from ntkbench.estimate import Estimate
 from ntkbench.measure import timing
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
@@ -30,21 +30,25 @@ class Case(Strict):
     Attributes:
         problem, metric: what is asked for.
         rtol: to which relative tolerance.
+        most_seconds, most_bytes: limits of a goal that this call should reach, if there is one.
     """
 
     problem: ProblemLabel
     metric: MetricName = "trace"
     rtol: PositiveFloat = Field(default=0.05, lt=1)
+    most_seconds: PositiveFloat | None = None
+    most_bytes: PositiveFloat | None = None
 
 
-def _case(problem: str, metric: str, rtol: float) -> Case:
+def _case(problem: str, metric: str, rtol: float, **more: Any) -> Case:
     # Not validated while this file is imported: that would import all problems.
-    return Case.model_construct(problem=problem, metric=metric, rtol=rtol)
+    return Case.model_construct(problem=problem, metric=metric, rtol=rtol, **more)
 
 
 CASES = [
-    _case("gpt2_small", "trace", 0.05),
+    _case("gpt2_small", "trace", 0.05, most_seconds=600, most_bytes=8 * 2**30),
     _case("gpt2_small[head=untied]", "trace", 0.05),
+    _case("gpt2_small[read=states]", "trace", 0.05),
     _case("transformer_small", "trace", 0.01),
     _case("transformer_small", "alignment", 0.02),
     _case("resnet20_cifar[N=200]", "trace", 0.01),
@@ -66,8 +70,10 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each case.
 
     ``seconds`` and ``memory_bytes`` are those of one call; memory is its increase of the process's peak.
-    ``allowed_bytes`` is the value of ``memory=``, and ``weights_bytes`` the size of the parameters. ``low`` and
-    ``high`` are the ends of the 95 % interval.
+    ``allowed_bytes`` is the value of ``memory=``, and ``weights_bytes`` the size of the parameters, at both sets of
+    weights for an alignment; ``within_allowed`` tells whether the memory is no more than both together. ``goal_met``
+    tells whether a case with a goal states its tolerance within the limits of time and memory. ``low`` and ``high`` are
+    the ends of the 95 % interval.
     """
     return base.table(
         base.row(case.model_dump(), functools.partial(_measure, settings, case)) for case in settings.cases
@@ -90,6 +96,8 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
     peak = timing.peak_bytes(call)
     ((seconds, estimate),) = found
     low, high = estimate.interval()
+    memory = operators.device_memory(target) or peak
+    weights = problem.P * target.itemsize * len(metrics.parameter_sets(case.metric))
     return {
         **base.sizes(problem),
         "by": estimate.method,
@@ -100,9 +108,18 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
         "passes_spent": estimate.passes,
         "certificate": estimate.certificate,
         "seconds": seconds,
-        "memory_bytes": operators.device_memory(target) or peak,
+        "memory_bytes": memory,
         "allowed_bytes": target.memory,
-        "weights_bytes": problem.P * target.itemsize,
+        "weights_bytes": weights,
+        "within_allowed": None if memory is None else memory <= target.memory + weights,
+        "goal_met": _meets(case, estimate.relative_width(), seconds, memory),
         "notes": "; ".join(estimate.notes),
         "calls": 1,
     }
+
+
+def _meets(case: Case, width: float, seconds: float, memory: int | None) -> bool | None:
+    """Whether a goal is met; ``None`` without one, or if the memory is not known."""
+    if case.most_seconds is None or case.most_bytes is None or memory is None:
+        return None
+    return width <= case.rtol and seconds <= case.most_seconds and memory <= case.most_bytes

@@ -15,13 +15,14 @@ from typing import Any
 
 import pandas as pd
 import psutil
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ntkbench import methods, operators, problems
 from ntkbench.errors import BadInput, NtkbenchError, Unavailable
 from ntkbench.measure import outcomes, timing, watchdog
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.measure.seeds import relative_error
+from ntkbench.metrics import squared_norm
 from ntkbench.studies import base
 from ntkbench.studies.base.computations import COMPUTATIONS
 
@@ -41,6 +42,8 @@ class Comparison(Strict):
         subject: a method or computation.
         calls: calls of each, in place of the study's.
         metric: the metric that methods compute; the norm uses all of Theta.
+        share: share of the rows of J that ``naive_jacobian`` is timed for, as a rival in a trace; its seconds are
+            divided by it.
     """
 
     problem: ProblemLabel
@@ -48,12 +51,15 @@ class Comparison(Strict):
     subject: str = "structured_derivatives"
     calls: PositiveInt | None = None
     metric: MetricName = "norm"
+    share: PositiveFloat = Field(default=1.0, le=1)
 
     @model_validator(mode="after")
     def _computations_exist(self) -> Comparison:
         kinds = [name in COMPUTATIONS for name in (self.subject, *self.rivals) if name != BARE]
         if self.subject == BARE or len(set(kinds)) > 1:
             raise BadInput("methods are compared with methods, and computations with computations")
+        if self.share < 1 and (self.rivals, self.metric) != (["naive_jacobian"], "trace"):
+            raise BadInput("a share of the rows of J is only timed for naive_jacobian and the trace")
         if not kinds[0]:
             for name in (self.subject, *self.rivals):
                 name == BARE or methods.get(name)
@@ -92,13 +98,28 @@ COMPARISONS = [
     _methods("conv_relu", NEURAL_TANGENTS[1:], calls=1),
     _methods("resnet18", NEURAL_TANGENTS[:1], calls=5),
     _methods("resnet18", NEURAL_TANGENTS[1:], calls=1),
+    _methods("resnet18[N=32]", NEURAL_TANGENTS[:1], calls=3),
     _methods("digits_conv[N=8]", [NEURAL_TANGENTS[0], "jacobian_contraction"], calls=100),
     _methods("digits_conv[N=64]", [NEURAL_TANGENTS[0], "jacobian_contraction"]),
     _methods("mlp_hazelden[N=2]", [NEURAL_TANGENTS[0]], calls=100),
     _methods("mlp_hazelden[N=2]", ["jacobian_contraction"]),
     # A vocabulary of 2,048 at 8 positions: 16,384 backward passes in place of 512.
     _methods("transformer_tiny[N=1,T=8,V=2048,d=64]", ["naive_jacobian"], subject="wide_head", calls=1, metric="trace"),
+    # A vocabulary of 4,096 at 32 positions: 131,072 backward passes, of which 262 are timed.
+    _methods(
+        "transformer_tiny[N=1,T=32,V=4096,d=64]",
+        ["naive_jacobian"],
+        subject="wide_head",
+        calls=3,
+        metric="trace",
+        share=0.002,
+    ),
     _methods("resnet18[N=64]", ["sum_of_logits"], subject="structured_sum_of_logits", calls=3),
+    _methods("resnet18[N=4,depth=152]", ["sum_of_logits"], subject="structured_sum_of_logits", calls=3),
+    _methods("resnet18[N=16,depth=101]", ["sum_of_logits"], subject="structured_sum_of_logits", calls=1),
+    Comparison.model_construct(
+        problem="gru_hazelden", subject="64 JVPs, a tangent for each trial", rivals=["64 JVPs"], calls=5
+    ),
     *(c for problem in ("mlp_hazelden", "digits_mlp", "digits_conv[N=64]", "gru_hazelden") for c in _blocks(problem)),
     *(c for kind in ("rnn", "gru") for c in _recurrent(f"{kind}_flipflop[H=128,N=100]")),
 ]
@@ -133,10 +154,16 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
 
         sizes = base.sizes(problems.load(c.problem))
         value, call = first().first, subject()
-        rival_call = bare_products(call) if rival == BARE else call_of(rival)
+        rival_call: Callable[[], Any]
+        if c.share < 1:
+            rival_call = _some_rows(settings, c.problem, c.share)
+        else:
+            rival_call = bare_products(call) if rival == BARE else call_of(rival)
         rival_first = timing.timed(rival_call, 0)
         times, rival_times = timing.in_turn([call, rival_call], c.calls or settings.calls)
-        peak, rival_peak = memory(), None if rival == BARE else _peak_memory(settings, rival, c.problem, c.metric)
+        rival_times = [seconds / c.share for seconds in rival_times]
+        alike = rival != BARE and c.share == 1
+        peak, rival_peak = memory(), _peak_memory(settings, rival, c.problem, c.metric) if alike else None
         return {
             **sizes,
             **timing.quartiles("seconds", times),
@@ -148,7 +175,8 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
             "memory_bytes": peak,
             "rival_memory_bytes": rival_peak,
             "memory_ratio": peak / rival_peak if peak and rival_peak else None,
-            "difference": None if rival == BARE else relative_error(value, rival_first.first),
+            "share": c.share,
+            "difference": relative_error(value, rival_first.first) if alike else None,
         }
 
     for rival in c.rivals:
@@ -167,6 +195,14 @@ def _call(settings: Settings, name: str, label: str, metric: str) -> Callable[[]
         raise Unavailable(reason)
     prepared = method.prepare(problem, target)
     return lambda: float(method.estimate(prepared, metric))
+
+
+def _some_rows(settings: Settings, label: str, share: float) -> Callable[[], float]:
+    """A share of the backward passes of a trace by rows of J, evenly spaced among the outputs."""
+    j = operators.linearise(problems.load(label), "theta_0", settings.target())
+    count = max(1, round(share * j.n))
+    rows = [j.n * i // count for i in range(count)]
+    return lambda: sum(float(squared_norm(j.row(i))) for i in rows)
 
 
 def _peak_memory(settings: Settings, name: str, label: str, metric: str) -> int | None:

@@ -160,7 +160,7 @@ class HeadedNetwork:
         Raises:
             Uncertified: they differ.
         """
-        from ntkbench.operators.plain import PlainNetwork, flat
+        from ntkbench.operators.plain import PlainNetwork
 
         names, memory = list(self._parameters), self._target.memory
         like = self._parameters[names[0]]
@@ -172,7 +172,7 @@ class HeadedNetwork:
         found = dict(zip(parameters, inner, strict=True))
         for name, whole in {self._weight: c.T @ self._hidden.to(c.dtype), self._bias: c.sum(0)}.items():
             found[name] = Q @ found[name] + (whole - Q @ (Q.T @ whole)) if name in found else whole
-        off = certificate.distance(flat([found[name] for name in names]), flat(plain))
+        off = certificate.distance_of_parts(zip((found[name] for name in names), plain, strict=True))
         certificate.check(off, arrays.epsilon(like))
         return off
 

@@ -44,7 +44,7 @@ from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks
 from ntkbench.metrics import Moments
 from ntkbench.modules import copied, load
 from ntkbench.operators import arrays, certificate, torch_network
-from ntkbench.operators.plain import PlainNetwork, flat
+from ntkbench.operators.plain import PlainNetwork
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -294,7 +294,7 @@ class TiedNetwork:
         of_head = {whole.weight: c.T @ self._h.to(c.dtype), whole.bias: c.sum(0)}
         for name in of_head.keys() & found.keys():
             found[name] = basis.up(found[name]) + basis.outside(of_head[name])
-        off = certificate.distance(flat([found[name] for name in whole.parameters]), flat(plain))
+        off = certificate.distance_of_parts(zip((found[name] for name in whole.parameters), plain, strict=True))
         certificate.check(off, arrays.epsilon(c))
         return off
 

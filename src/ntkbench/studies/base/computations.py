@@ -23,6 +23,13 @@ def _block(
     return lambda: float(getattr(j, product)(rows)[-1, -1])
 
 
+def _block_by_trial(problem: Problem, target: Target) -> Callable[[], float]:
+    """As many JVPs, each with a tangent of its own for each trial."""
+    j = linearise(problem, "theta_0", target)
+    tangents = j.rng(0).sign(BLOCK * j.N, j.P).reshape(BLOCK, j.N, j.P)
+    return lambda: float(j.sample_jvp(slice(0, j.N), tangents)[-1, -1, -1])
+
+
 def _by_torch_func(problem: Problem, weights: str, target: Target) -> JacobianOperator:
     """J by automatic differentiation, even if the network has explicit derivatives."""
     from ntkbench.operators import torch as autodiff
@@ -67,6 +74,7 @@ def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], f
 COMPUTATIONS: dict[str, Callable[[Problem, Target], Callable[[], float]]] = {
     "64 VJPs": functools.partial(_block, product="vjp", linearised=linearise),
     "64 JVPs": functools.partial(_block, product="jvp", linearised=linearise),
+    "64 JVPs, a tangent for each trial": _block_by_trial,
     "64 VJPs by torch.func": functools.partial(_block, product="vjp", linearised=_by_torch_func),
     "64 JVPs by torch.func": functools.partial(_block, product="jvp", linearised=_by_torch_func),
     "alignment by 50 probes": _alignment,
