@@ -39,7 +39,8 @@ class SumOfLogits(Deterministic):
         j = max(jacobians, key=lambda j: j.P)
         # Two blocks of rows at each end, one that is being made, and its parts by parameter.
         row = j.bytes_per_probe() // j.N + j.P * j.itemsize
-        size = max(1, (j.memory - j.bytes_of_certificates()) // ((2 + 2 * len(jacobians)) * row))
+        memory = j.memory - len(jacobians) * j.bytes_of_certificates()
+        size = max(1, memory // ((2 + 2 * len(jacobians)) * row))
         blocks = [slice(i, min(i + size, j.N)) for i in range(0, j.N, size)]
 
         def gradients(jacobian: JacobianOperator, samples: slice) -> Array:

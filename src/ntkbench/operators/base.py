@@ -432,7 +432,7 @@ class JacobianOperator(ABC):
         return self._bytes_per_sample_row()
 
     def bytes_of_certificates(self) -> int:
-        """Bytes of parameters and gradients that certificates of one or two operators hold beside their products."""
+        """Bytes of parameters and gradients that certificates hold beside products, generously."""
         return 8 * self.P * self.itemsize
 
     def _split(self, rows: Array) -> Iterator[Array]:
