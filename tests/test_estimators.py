@@ -284,13 +284,14 @@ def test_as_many_groups_as_samples_are_block_u_statistics_and_one_is_a_gram_matr
         monkeypatch.setattr(GroupUStatistics, "max_groups", groups)
         # Gram matrices have an effective rank of their own.
         for metric in ("norm", "alignment") if name == "gram_reverse" else ("norm", "effective_rank", "alignment"):
+            passes = 12 if metric == "alignment" else 6  # with 8 probes, one is spent on the shares of the samples
             one, other = (
-                methods.get(each).estimate(prepared(each, "wide"), metric, 12, 3)
+                methods.get(each).estimate(prepared(each, "wide"), metric, passes, 3)
                 for each in ("group_u_statistics", name)
             )
             assert one.value == pytest.approx(other.value, rel=1e-9)
             assert one.standard_error == pytest.approx(other.standard_error, rel=1e-6)
-            assert one.passes == pytest.approx(other.passes) == 12
+            assert one.passes == pytest.approx(other.passes) == passes
 
 
 @pytest.mark.slow
@@ -431,7 +432,7 @@ def test_a_subset_of_samples_stands_for_all_of_them(metric):
     found = [method.estimate(ready, metric, 5 * ends, seed) for seed in range(200)]
     assert {e.passes for e in found} == {5 * ends}  # 20 of 40 samples in 8 outputs, and a probe
     values, errors = np.array([(e.value, e.standard_error) for e in found]).T
-    assert (errors**2).mean() == pytest.approx(values.var(ddof=1), rel=0.3)
+    assert 0.7 < (errors**2).mean() / values.var(ddof=1) < 1.5  # the jackknife is conservative
     if metric == "norm":
         z = ((values**2).mean() - exact**2) / ((values**2).std(ddof=1) / math.sqrt(200))
         assert abs(z) < 4

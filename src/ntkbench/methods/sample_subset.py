@@ -150,6 +150,11 @@ class _Subset(Accumulator):
         few = f"only {left_out} of {self._N} samples left out: the interval assumes that their effects are normal"
         return (*self._choice.notes("sample"), *([few] if left_out < self._min_samples else []))
 
+    @property
+    def uneven(self) -> bool:
+        """Whether any sample is left out: samples drawn that are nearly alike do not show those that are not."""
+        return len(self._traces) < self._N
+
     def extend(self, probes: int) -> None:
         self._passes += probes
         N, held, ends = self._N, len(self._traces), len(self._ends)
