@@ -193,8 +193,6 @@ def test_the_figure_of_solutions_says_who_wins(solved, tmp_path):
     )
     page = readme.solves(SimpleNamespace(read=lambda _: slow))
     assert "| products |" in page and "| factor |" in page
-        SimpleNamespace(read=lambda _: slow)
-    )
     unreached = slow.assign(residual=slow["residual"].where(slow["method"] == "cholesky", 1.0))
     assert (solves_figure.fastest(unreached)["ratio"] == 0).all() and len(solves_figure.fastest(unreached)) == 4
     figures.draw("solves", unreached, tmp_path)
