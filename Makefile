@@ -41,7 +41,7 @@ coverage: $(READY)
 # What pip installs, with its declared dependencies alone, in a temporary environment outside of the checkout: the versions
 # that are pinned, with each Python of PYTHONS that is on this machine, or the lowest versions that are allowed.
 package: VERSIONS := requirements.txt
-package: PYTHONS := $(PYTHON) python3.12 python3.13
+package: PYTHONS := python3.11 python3.12 python3.13
 floors: VERSIONS := requirements-floors.txt
 floors: PYTHONS := $(PYTHON)
 package floors:

@@ -134,14 +134,24 @@ def test_auto_is_never_both_less_accurate_and_costlier_than_another_method(name,
                 assert not dominated(ours, rival, ratio), (rtol, method.name, ours, rival)
 
 
-@pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
-@pytest.mark.parametrize("name", NETWORKS)
+SKETCHED = pytest.mark.xfail(
+    strict=True, reason="sketches with as many columns as half of the parameters have all of this kernel's eigenvectors"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        pytest.param(name, metric, marks=SKETCHED if (name, metric) == ("interacting", "trace") else ())
+        for name in NETWORKS
+        for metric in ("trace", "norm", "effective_rank", "alignment")
+    ],
+)
 @pytest.mark.slow
 def test_at_equal_passes_no_other_method_is_much_more_accurate(name, metric):
     """With a budget that the exact value just exceeds."""
-    if (name, metric) == ("interacting", "trace"):
-        pytest.xfail("sketches with as many columns as half of the parameters have all of this kernel's eigenvectors")
     kernel, other, _ = case(name)
+    compared = 0
     budget = int(cheapest(kernel, other, metric)) - 1
     ours = runs(name, metric, passes=budget)
     assert ours.passes <= budget
@@ -149,7 +159,9 @@ def test_at_equal_passes_no_other_method_is_much_more_accurate(name, metric):
         if method.kind == "stochastic" and "torch" in method.backends:
             with contextlib.suppress(NtkbenchError):  # it does not serve here
                 rival = runs(name, metric, passes=budget, method=method.name)
+                compared += 1
                 assert ours.error <= EQUAL * rival.error + ROUNDING, (method.name, ours, rival)
+    assert compared > 1
 
 
 @pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])

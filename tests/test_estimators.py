@@ -216,9 +216,11 @@ def test_probes_without_an_image_do_not_show_that_theta_is_zero(name):
                 if found.standard_error == 0:
                     assert found.value == pytest.approx(exact[metric], rel=1e-6), (metric, probes, seed)
         if isinstance(method, Incremental) and not method.unsupported_reason(problem, metric, target, 4096):
+            missed = 0
             for seed in range(24):
                 found = method.estimates(method.prepare(problem, target), (metric,), 4096, seed, 0.5)[metric]
-                assert abs(found.value - exact[metric]) <= exact[metric]
+                missed += abs(found.value - exact[metric]) > 0.5 * exact[metric]
+            assert missed <= 4  # of 24, where one is expected
     if not tried:
         pytest.skip("does not apply to one sample with two outputs")
 

@@ -77,10 +77,6 @@ class Tables:
         self._folder = folder
         self.read = functools.cache(self._read)
 
-    def has(self, name: str) -> bool:
-        """Whether a table is committed."""
-        return self._path(name).exists()
-
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.csv"
 
@@ -258,7 +254,10 @@ def _goals(table: pd.DataFrame, goals: Sequence[Goal]) -> str:
 
 def _ratio_of(row: pd.Series, goal: Goal) -> str:
     kind = f" ({row['subject']})" if "[" in goal.subject else ""
-    return f"`{row['problem']}`{kind} {row[goal.column]:.2g}"
+    rounded = f"{row[goal.column]:.2g}"
+    if (float(rounded) <= goal.most) != (row[goal.column] <= goal.most):  # the verdict is that of all digits
+        rounded = f"{row[goal.column]:.3g}"
+    return f"`{row['problem']}`{kind} {rounded}"
 
 
 def _timed_share(row: pd.Series) -> str:
@@ -563,6 +562,8 @@ def language_training(tables: Tables) -> str:
     """Metrics of a transformer's NTK, of its parts and of its factors, at the last step that was measured."""
     table = tables.read(LANGUAGE_TRAINING)
     found = table[table["status"] == "ok"]
+    if not len(found):
+        return f"*Not measured: {_cell(str(table['reason'].iloc[0]))}.*"
     last = found[found["step"] == found["step"].max()]
     rows = []
     for part, metrics in last.groupby("part", sort=False):

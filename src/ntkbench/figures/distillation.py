@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         panel.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{weights[round(place)]:g}"))
         canvas.title(panel, labels.short(quantity), "")
     grid[0][0].set_ylabel("difference")
-    return base.Drawing(figure, points[list(COLUMNS)], _caption(points, compared))
+    return base.Drawing(figure, points[list(COLUMNS)], _caption(points))
 
 
 def _title(compared: pd.DataFrame) -> str:
@@ -61,15 +61,9 @@ def _title(compared: pd.DataFrame) -> str:
     return f"Alignment as a regulariser of distillation: of {len(others)} other differences {' and '.join(counts)}"
 
 
-def _caption(points: pd.DataFrame, compared: pd.DataFrame) -> str:
-    said = [
-        f"{row['quantity']} at weight {row['weight']:g} {row['difference']:+.2g} ({row['verdict']})"
-        for _, row in compared.iterrows()
-    ]
+def _caption(points: pd.DataFrame) -> str:
     return (
-        "A narrow network trained on the outputs of a wide one. A weight times 1 - alignment of their kernels is added "
-        "to the loss. Quantities are of held-out digits. Points: mean difference from students of the same seeds "
-        f"without the regulariser; bars: its 95 % interval over {points['seeds'].max():g} students of one teacher, not "
-        "corrected for several comparisons. The regulariser is made to raise the alignment; the question is whether "
-        f"the other quantities improve. Differences: {'; '.join(said)}."
+        "A narrow network trained on the outputs of a wide one, with a weight times 1 - alignment of their kernels in "
+        "the loss. Points: mean difference on held-out digits from students of the same seeds without it; bars: 95 % "
+        f"intervals over {points['seeds'].max():g} students of one teacher, not corrected for several comparisons."
     )

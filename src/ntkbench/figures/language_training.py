@@ -111,15 +111,9 @@ def _title(shown: pd.DataFrame) -> str:
 
 def _caption(shown: pd.DataFrame) -> str:
     losses = shown.sort_values("step")["loss"]
-    said = []
-    for part in dict.fromkeys(shown["part"]):
-        row = _last(shown, "alignment", part)
-        said.append(f"{FACTORS.get(part, part)} {labels.interval_label(row['value'], row['low'], row['high'])}")
     first, last = (labels.rounded(losses.iloc[i], 3) for i in (0, -1))
     return (
-        f"The NTK of the logits of a decoder-only transformer ({_sizes(shown)}) along its training, for all parameters "
-        "and for parts of them, whose kernels add up to the whole. Theta of parameters whose gradients have factors is "
-        "P K P*: K, the representation, is exact, and P P*, the dynamics, is estimated. The loss of a batch, in nats "
-        f"per token, goes from {first} to {last}. Bars: 95 % intervals from {shown['probes'].max():g} probes, for this "
-        f"network alone. Final alignment with the kernel at step 0: {'; '.join(said)}."
+        f"NTK of a transformer's logits ({_sizes(shown)}) along its training, whole and by parts, which add up to it. "
+        "Factors of Theta = P K P*: K is exact, P P* estimated. The loss falls from "
+        f"{first} to {last} nats per token. Bars: 95 % intervals from {shown['probes'].max():g} probes."
     )

@@ -196,7 +196,8 @@ def _notebook(same: pd.DataFrame, there: pd.DataFrame, method: str) -> claims.Cl
     rows = base.measured(same, "seconds").drop_duplicates("method").set_index("method")
     both = {method, THEIRS} <= set(rows.index)
     lost = same[same["method"].isin([method, THEIRS]) & (same["status"] != "ok")]
-    note = "" if both else f"not timed here: {lost['reason'].iloc[0] if len(lost) else 'the study leaves it out'}"
+    why = lost["reason"].iloc[0] if len(lost) else "this table does not have the network"
+    note = "" if both else f"not timed here: {why}"
     title = OTHERS[method]
     return claims.Claim(
         source="neural-tangents' notebook",

@@ -48,7 +48,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         [canvas.Row(0.72 * len(goals), above=0.3, below=0.3)],
         1,
         title=_title(goals),
-        subtitle=f"{base.settings_line(table)}  ·  {labels.range_label(plotted['calls'])} calls each, in turn",
+        subtitle=f"{base.settings_line(table)}  ·  {labels.range_label(plotted['calls'])} calls each, interleaved",
         key=[("fastest of its kind", named[:2]), (" ", named[2:]), ("others", _others(plotted))],
         left=0.3 + canvas.text_width(names, 10),
         widest=7.4,
@@ -188,7 +188,7 @@ def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
 
 def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     text = (
-        "Seconds at the smallest budget whose median error is within the goal. Right: time of the fastest published "
+        "Seconds at the budget where a law fitted to median errors reaches the goal. Right: time of the fastest published "
         "method over that of the fastest exact or unbiased one here, with its 95 % interval (?: not known). Or tied: "
         "the interval of another method overlaps."
     )

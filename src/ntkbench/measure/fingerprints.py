@@ -115,7 +115,7 @@ def figure(name: str) -> str:
     """Fingerprint of a figure and of the page that shows it, including published values."""
     files = sources(registry.of("figure").module(name), REPORT)
     plotting = PACKAGE / "figures" / "plotting"
-    files |= {*plotting.glob("*.mplstyle"), *plotting.glob("*.html")}
+    files |= {*plotting.glob("*.mplstyle"), plotting / "report.html"}
     if plotting / "sources.py" in files:
         files |= set(paths.PUBLISHED.glob("*.csv"))
     return _hash(files, name)

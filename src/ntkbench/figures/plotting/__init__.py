@@ -3,6 +3,7 @@
 base       the table of a figure, the drawing that it returns, the style and the caption
 files      from a table's file to the files of a figure
 report     the page of a run: the answer, claims, figures, all cells, checks, provenance
+comparison the page of a comparison of methods on one network
 quality    checks of the results table
 canvas     sheets of panels below a title and a key; what panels have in common
 key        the key of a sheet
