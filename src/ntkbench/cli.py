@@ -233,15 +233,18 @@ def _provenance(
 
     from ntkbench import trials
     from ntkbench.measure import provenance
+    from ntkbench.operators.torch import place
+    from ntkbench.options import Target
 
-    here, first = provenance.provenance(), next(model.parameters())
+    here, first = provenance.provenance(), next(model.parameters(), torch.empty(0))
+    device = first.device if setup["device"] is None else place(Target(device=setup["device"]))
     budget = f"rtol={rtol:g}" if rtol is not None else f"at most {counted(passes or trials.PASSES, 'pass', 'passes')}"
     dirty = {True: ", with uncommitted changes", False: "", None: ", unknown whether changed"}[here.git_dirty]
     return {
         "network": f"{type(model).__name__}, {counted(sum(w.numel() for w in model.parameters()), 'parameter')}",
         "stochastic methods": budget,
         "calls": f"{max((one.calls for one in found), default=0)}, after a first one",
-        "device": f"{setup['device'] or first.device}",
+        "device": f"{device}",
         "dtype": setup["dtype"] or f"{first.dtype}".removeprefix("torch."),
         "threads": f"{torch.get_num_threads()}",
         "machine": here.machine,

@@ -188,9 +188,9 @@ def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
 
 def _caption(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     text = (
-        "Seconds at the budget where a law fitted to median errors reaches the goal. Right: time of the fastest published "
-        "method over that of the fastest exact or unbiased one here, with its 95 % interval (?: not known). Or tied: "
-        "the interval of another method overlaps."
+        "Seconds at the budget where a law fitted to median errors reaches the goal. Right: time of the fastest "
+        "published method over that of the fastest exact or unbiased one here, with its 95 % interval (?: not known). "
+        "Or tied: the interval of another method overlaps."
     )
     alone = sum(rival is None for _, _, rival in _bests(goals))
     return text + (f" No published method reaches {alone} of the goals." if alone else "")
