@@ -1,4 +1,4 @@
-"""The committed report in a real browser: narrow, dark, printed, sorted and filtered; skipped where there is none."""
+"""A report in a real browser: narrow, dark, printed, sorted and filtered; skipped where there is none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 
+import pandas as pd
 import pytest
 
-from ntkbench import paths
+from ntkbench import figures, paths
+from ntkbench.figures.plotting import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PAGE = paths.REFERENCE / "report.html"
+TABLE = paths.REFERENCE / "default" / "table.csv"
 PROBE = """<script>
 addEventListener("load", () => {
   const rows = () => [...document.querySelectorAll("#table tbody tr")];
@@ -51,11 +53,19 @@ def browse(folder, *options):
     return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", timeout=300).stdout
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report of the committed grid, as it is written today, with some figures."""
+    folder = tmp_path_factory.mktemp("report")
+    names = ("exact_cost", "method_map", "time_to_accuracy")
+    made = [figures.draw(name, pd.read_csv(TABLE, low_memory=False), folder)[2] for name in names]
+    return report.page(made, "A run", [TABLE], figures=None)
+
+
 @pytest.fixture(scope="module", params=["light", "dark"])
-def seen(request, tmp_path_factory):
+def seen(request, page, tmp_path_factory):
     """What the page says of itself in a frame of 390 pixels, and how the browser is set."""
     folder = tmp_path_factory.mktemp(request.param)
-    page = PAGE.read_text(encoding="utf-8")
     (folder / "page.html").write_text(page.replace(' loading="lazy"', "").replace("</body>", PROBE), encoding="utf-8")
     (folder / "frame.html").write_text(FRAME, encoding="utf-8")
     scheme = ["--force-dark-mode"] if request.param == "dark" else []
@@ -94,9 +104,10 @@ def test_cells_are_filtered_and_sorted(seen):
         assert not any(keys[len(numbers) :]), "what is missing comes last"
 
 
-def test_the_page_prints(tmp_path):
-    browse(tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", PAGE.as_uri())
+def test_the_page_prints(page, tmp_path):
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    browse(tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "page.html").as_uri())
     data = (tmp_path / "page.pdf").read_bytes()
-    pictures = PAGE.read_text(encoding="utf-8").count("<img ")
+    pictures = page.count("<img ")
     assert data.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", data)) > pictures / 2
     assert len(re.findall(rb"/Subtype\s*/Image\b", data)) >= pictures > 0
