@@ -443,7 +443,7 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
         fits = (
             metric == "trace"
             or name in HOLDS_NO_ROWS
-            or (ends * problem.n * problem.P * target.itemsize <= target.memory)
+            or (ends * problem.n * problem.P * target.itemsize <= target.memory / 2)
         )
         if fits and method.unsupported_reason(problem, metric, target) is None:
             needed = method.passes_needed(problem, metric, target)

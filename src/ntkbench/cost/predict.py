@@ -214,7 +214,9 @@ class _Work:
         for again in (given is None, False):
             self._check_memory(method, budget)
             passes = method.passes_needed(problem, metric, self._target) if budget is None else budget
-            slow = 0.0 if passes is None else self._prior(passes) or self._rates.seconds("vjp", passes)
+            slow = 0.0 if passes is None else self._prior(passes)
+            if passes is not None and slow <= samples.PATIENCE:  # the prior does not count calls of small operations
+                slow = max(slow, self._rates.seconds("vjp", passes))
             found = self._rehearsals.run(method, budget, slow)
             # Errors average over samples as if these were independent.
             fewer = (found.samples / problem.N) ** 0.5

@@ -148,6 +148,11 @@ class PairBytes:
     itemsize: int
     dim: int = 0
 
+    @property
+    def entry(self) -> int:
+        """Bytes of an entry of the tables of all moments, with the copies that are made on the way."""
+        return self.operators * (2 * self.itemsize + 8) + 3 * 8 * self.moments
+
     def vectors(self, probes: int, strata: int) -> int:
         """Bytes of vectors, and of the blocks that they are copied from."""
         return 2 * self.operators * strata * self.dim * self.itemsize * probes * bool(self.moments)
@@ -158,8 +163,7 @@ class PairBytes:
         Inner products of vectors are copied once, and again in float64. Their products are copied where probes are
         added, and where they are summed. :class:`PairSums` takes up to five copies of the strata's own pairs.
         """
-        entry = self.operators * (2 * self.itemsize + 8) + 3 * 8 * self.moments
-        return (entry * rows**2 + 5 * 8 * self.moments * self.strata * probes**2) * bool(self.moments)
+        return (self.entry * rows**2 + 5 * 8 * self.moments * self.strata * probes**2) * bool(self.moments)
 
     def whole(self, probes: int) -> int:
         """Bytes of probes all of whose vectors and tables are kept."""
@@ -394,9 +398,8 @@ class UStatistics(Accumulator):
             self._table = own
         self._held.append(new)
         if self._beside:
-            one, other = ([w.reshape(1, -1, w.shape[-1]) for w in vectors] for vectors in (self._beside, new))
-            sums = [table.sum((0, 1, 3)) for table in self._tables(one, other)]
-            self._singles.append(2 * np.reshape(sums, (len(sums), k, self._strata)).swapaxes(1, 2))
+            sums = self._sums_beside([w.reshape(1, -1, w.shape[-1]) for w in new])
+            self._singles.append(2 * sums.reshape(len(sums), k, self._strata).swapaxes(1, 2))
         if self._has_trace:
             self._traces.append(_squared_norms(new[0]))
 
@@ -423,13 +426,27 @@ class UStatistics(Accumulator):
     @functools.cached_property
     def _known(self) -> list[float]:
         """The moments of the rows beside the probes."""
-        rows = [w.reshape(1, -1, w.shape[-1]) for w in self._beside]
-        sums = [float(table.sum()) for table in self._tables(rows, rows)]
-        return [float(_squared_norms(rows[0]).sum()), *sums] if self._has_trace else sums
+        sums = self._sums_beside([w[None] for w in self._beside]).sum(1).tolist()
+        return [float(_squared_norms(self._beside[0]).sum()), *sums] if self._has_trace else sums
+
+    def _sums_beside(self, vectors: Sequence[Array]) -> np.ndarray:
+        """The kernel of each of some vectors, ``[1, k, D]``, summed over the rows beside the probes, ``[moments, k]``.
+
+        Tables take a quarter of the memory at a time.
+        """
+        rows, k = self._beside[0].shape[0], vectors[0].shape[1]
+        size = max(1, self._jacobians[0].memory // (4 * self._bytes.entry * k))
+        total = np.zeros((self._bytes.moments, k))
+        for start in range(0, rows, size):
+            part = [w[None, start : start + size] for w in self._beside]
+            total += np.array([table.sum((0, 1, 3)) for table in self._tables(part, vectors)])
+        return total
 
     def estimate(self, metric: str) -> PointEstimate:
         single = self._jacobians[0].n == self._strata
-        return delta_method(metric, self._names, self.moments(), single=single, uneven=self.uneven)
+        # Few probes also tell little of the strata that are left where others are taken exactly.
+        uneven = self.uneven or (len(self._beside) > 0 and self._count < FEW_BESIDE)
+        return delta_method(metric, self._names, self.moments(), single=single, uneven=uneven)
 
     def complement(self) -> float | None:
         return complement(dict(zip(self._names, self.moments().means.tolist(), strict=True)))
@@ -459,6 +476,8 @@ def least_probes(metric: str, strata: int, n: int, error: float) -> float:
     return 0.0 if scale is None else PairSums.least_probes(strata, n / strata, scale * error)
 
 
+FEW_BESIDE = 8
+"""Number of probes beside exact samples from which on degrees of freedom are not reduced by :data:`FEWER`."""
 FEWER = 0.5
 """Share of the degrees of freedom that counts where strata are uneven.
 
@@ -493,6 +512,8 @@ def delta_method(
     # The variance of a small difference of moments is known up to the rounding of their covariances.
     rounding = np.finfo(np.float64).eps * (abs(gradient) @ (abs(moments.single) + moments.double) @ abs(gradient))
     value = found.metric(metric)
+    if single:
+        return PointEstimate(value, 0.0)
     slope = on_scale(metric, found)[1]
     if math.isfinite(slope):
         error = moments.standard_error(slope * gradient, lambda means: on_scale(metric, of(means))[0]) / slope
@@ -502,8 +523,6 @@ def delta_method(
     if metric == "effective_rank":
         bias = moments.second_order_bias(lambda means: of(means).metric(metric))
         value -= min(max(bias, -value / 2), value / 2)
-    if single:
-        return PointEstimate(value, 0.0)
     # Ratios of the moments of a single pair do not vary at all.
     degrees = moments.degrees * (FEWER if uneven else 1)
     return PointEstimate(value, error if degrees > 0 else math.nan, degrees)

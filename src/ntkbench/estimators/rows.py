@@ -10,6 +10,25 @@ from ntkbench.metrics import Moments
 from ntkbench.operators import Array, JacobianOperator, arrays
 
 
+def is_kept(held: float, memory: float) -> bool:
+    """Whether :func:`moments_from_rows` keeps rows of ``held`` bytes, since making one block may take the rest."""
+    return held <= memory / 2
+
+
+def rows_computed(metric: str, sizes: Sequence[int], held: float, memory: float) -> int:
+    """Number of rows that :func:`moments_from_rows` computes at each parameter set.
+
+    Args:
+        metric: name of the metric.
+        sizes: rows of each block.
+        held: bytes of all rows at all parameter sets.
+        memory: bytes.
+    """
+    if metric == "trace" or is_kept(held, memory):
+        return sum(sizes)
+    return sum(size * (len(sizes) - i) for i, size in enumerate(sizes))
+
+
 def moments_from_rows(
     metric: str,
     jacobians: Sequence[JacobianOperator],
@@ -38,7 +57,7 @@ def moments_from_rows(
         return sums.moments()
 
     j = jacobians[0]
-    keep = sum((count or j.n) * each.P * j.itemsize for each in jacobians) <= j.memory / 2
+    keep = is_kept(sum((count or j.n) * each.P * j.itemsize for each in jacobians), j.memory)
     kept: dict[int, list[Array]] = {}
 
     def computed(i: int) -> list[Array]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
 
 UNIFORM = 0.1
 """Share of the probabilities that is equal, in case a size is estimated far too small."""
@@ -36,7 +38,7 @@ class Design:
     probabilities: np.ndarray
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices into ``others``, ``[size]`` in ascending order."""
+        """Indices into ``others``, ``[size]`` in ascending order. The number that is drawn is the likeliest one."""
         while True:
             (drawn,) = np.nonzero(rng.random(len(self.others)) < self.probabilities)
             if len(drawn) == self.size:
@@ -44,25 +46,27 @@ class Design:
 
     def inclusion(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inclusion probabilities of units that were drawn, ``[size]``, and of pairs of them, ``[size, size]``."""
-        if self.size == len(self.others):
-            return np.ones(self.size), np.ones((self.size, self.size))
-        p, size = self.probabilities, self.size
-        # An odd number of angles leaves out the only one at which a factor may be zero.
-        count = 2 * (min(len(p), WINDOW * (size + WINDOW)) // 2) + 3
-        turn = np.exp(2j * np.pi * np.arange(count) / count)
-        logs = sum(np.log1p(part * (turn[:, None] - 1)).sum(1) for part in np.array_split(p, -(-len(p) // CHUNK)))
-        each = 1 + p[drawn] * (turn[:, None] - 1)
-        of_size = np.exp(logs) * turn**-size
-        all_drawn = of_size.sum().real
-        single = p[drawn] * (of_size * turn @ (1 / each)).real / all_drawn
-        without = (1 / each).T * (of_size * turn**2) @ (1 / each)
-        return single, np.outer(p[drawn], p[drawn]) * without.real / all_drawn
+        p, s, N = self.probabilities, self.size, len(self.others)
+        if np.ptp(p) == 0:
+            return np.full(s, s / N), np.full((s, s), s * (s - 1) / (N * max(1, N - 1)) if s < N else 1.0)
+        # An odd number of angles leaves out the only one at which a factor may be zero. Those of conjugates are equal.
+        half = min(N, WINDOW * (s + WINDOW)) // 2 + 1
+        total, single, pairs = 0.0, np.zeros(s), np.zeros((s, s))
+        for angles in np.array_split(np.arange(half + 1), -(-(half + 1) // CHUNK)):
+            turn = np.exp(2j * np.pi * angles / (2 * half + 1))
+            logs = sum(np.log1p(part * (turn[:, None] - 1)).sum(1) for part in np.array_split(p, -(-N // CHUNK)))
+            of_size = np.where(angles > 0, 2, 1) * np.exp(logs) * turn**-s
+            without = 1 / (1 + p[drawn] * (turn[:, None] - 1))
+            total += of_size.sum().real
+            single += (of_size * turn @ without).real
+            pairs += ((without.T * (of_size * turn**2)) @ without).real
+        return p[drawn] * single / total, np.outer(p[drawn], p[drawn]) * pairs / total
 
 
 WINDOW = 8
 """Number of draws, over s plus this number, that is never exceeded: the probability is below 1e-30."""
-CHUNK = 1024
-"""Units whose factors are held at a time."""
+CHUNK = 256
+"""Angles, and units whose factors are held, at a time."""
 
 
 def design(sizes: np.ndarray, size: int, least: int) -> Design:
@@ -93,5 +97,15 @@ def design(sizes: np.ndarray, size: int, least: int) -> Design:
         p[rest] = (size - h - m) * weights[rest] / left[h + m]
     others = np.sort(order[h:])
     if len(others) == size - h:
-        p[others] = 1.0
-    return Design(np.sort(order[:h]), others, size - h, p[others])
+        return Design(np.sort(order[:h]), others, size - h, np.ones(len(others)))
+    return Design(np.sort(order[:h]), others, size - h, _tilted(p[others], size - h))
+
+
+def _tilted(p: np.ndarray, size: int) -> np.ndarray:
+    """Probabilities of the same draws given their number, whose sum is that number, so that it is the likeliest."""
+    if np.ptp(p) == 0:
+        return np.full(len(p), size / len(p))
+    logits = np.log(p / (1 - p))
+    shift = brentq(lambda shift: expit(logits + shift).sum() - size, -logits.max() - 40, -logits.min() + 40)
+    found: np.ndarray = expit(logits + shift)
+    return found

@@ -167,14 +167,13 @@ class MomentEstimates:
         """By how much the jackknife variance of a function exceeds that of its linear part, in the heaviest strata."""
         value, excess = function(self.means), 0.0
         linear = [np.einsum("m,mbk->bk", gradient, part) for part in self.left_out]
-        total = sum(map(_jackknife_variance, linear))
+        shares = sum((_jackknife_variances(part) for part in linear), np.zeros(len(linear[0]) if linear else 0))
+        (heavy,) = np.nonzero(shares > HEAVY * shares.sum())
         for part, first in zip(self.left_out, linear, strict=True):
-            for b in range(part.shape[1]):
-                if (variance := _jackknife_variance(first[b])) <= HEAVY * total:
-                    continue
+            for b in heavy:
                 changes = np.array([function(self.means + change) - value for change in part[:, b].T])
                 if np.isfinite(changes).all():
-                    excess += _jackknife_variance(changes) - variance
+                    excess += float(_jackknife_variances(changes) - _jackknife_variances(first[b]))
         return excess
 
     def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
@@ -200,10 +199,10 @@ HEAVY = 0.1
 """Share of the variance from which on a stratum's part is that of the jackknife."""
 
 
-def _jackknife_variance(changes: np.ndarray) -> float:
-    """Variance of an estimate from its changes without each of K probes in turn, ``[..., K]``, summed over strata."""
-    K = changes.shape[-1]
-    return float((K - 1) * changes.var(-1).sum())
+def _jackknife_variances(changes: np.ndarray) -> np.ndarray:
+    """Variances of an estimate due to each stratum, from its changes without each of K probes in turn, ``[..., K]``."""
+    found: np.ndarray = (changes.shape[-1] - 1) * changes.var(-1)
+    return found
 
 
 class PairSums:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import array_api_compat
 
 from ntkbench import metrics, operations
-from ntkbench.estimators.rows import moments_from_rows
+from ntkbench.estimators.rows import moments_from_rows, rows_computed
 from ntkbench.methods.base import Deterministic
+from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator, arrays
 from ntkbench.options import Target
@@ -39,15 +40,35 @@ class BatchedJacobian(Deterministic):
     def products(self, problem: Problem, metric: str, passes: float) -> float:
         return operations.of_gram(metric, min(problem.n, problem.P), max(problem.n, problem.P))
 
+    def planned_passes(self, prepared: PreparedProblem, metric: str) -> float:
+        jacobians = prepared.jacobians(metric)
+        if _is_by_columns(jacobians):
+            return float(sum(j.P for j in jacobians))
+        sizes = [block.stop - block.start for block in _blocks(jacobians)]
+        return len(jacobians) * rows_computed(metric, sizes, _held(jacobians), jacobians[0].memory)
+
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        j = max(jacobians, key=lambda each: each.P)
-        held = sum(each.n * each.P * each.itemsize for each in jacobians)
-        if jacobians[-1].names == jacobians[0].names and _by_columns(j.n, j.P, held, j.memory):
+        if _is_by_columns(jacobians):
             return _moments_from_columns(metric, jacobians)
-        # A quarter of the memory for a block, as two blocks of each J are held at a time, and for its unit vectors.
-        most = max(1, j.memory // (4 * max(j.P, j.n) * j.itemsize))
-        blocks = arrays.chunks(j.n, max(len(j.blocks(j.n)), -(-j.n // most)))
+        blocks = _blocks(jacobians)
         return moments_from_rows(metric, jacobians, blocks, lambda each, b: each.vjp(each.basis(b.start, b.stop)))
+
+
+def _held(jacobians: Sequence[JacobianOperator]) -> int:
+    """Bytes of J at all parameter sets."""
+    return sum(j.n * j.P * j.itemsize for j in jacobians)
+
+
+def _is_by_columns(jacobians: Sequence[JacobianOperator]) -> bool:
+    j = max(jacobians, key=lambda each: each.P)
+    return jacobians[-1].names == jacobians[0].names and _by_columns(j.n, j.P, _held(jacobians), j.memory)
+
+
+def _blocks(jacobians: Sequence[JacobianOperator]) -> list[slice]:
+    """Rows of a quarter of the memory, as two blocks of each J are held at a time, and so for their unit vectors."""
+    j = max(jacobians, key=lambda each: each.P)
+    most = max(1, j.memory // (4 * max(j.P, j.n) * j.itemsize))
+    return arrays.chunks(j.n, max(len(j.blocks(j.n)), -(-j.n // most)))
 
 
 def _by_columns(n: int, P: int, held: int, memory: int) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ntkbench import metrics, operations
-from ntkbench.estimators.rows import moments_from_rows
+from ntkbench.estimators.rows import moments_from_rows, rows_computed
 from ntkbench.methods.base import Deterministic
+from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
 from ntkbench.options import Target
@@ -34,6 +35,17 @@ class JacobianContraction(Deterministic):
     def products(self, problem: Problem, metric: str, passes: float) -> float:
         return operations.of_gram(metric, problem.n, problem.P)
 
+    def planned_passes(self, prepared: PreparedProblem, metric: str) -> float:
+        jacobians = prepared.jacobians(metric)
+        sizes = [(a.stop - a.start) * (b.stop - b.start) for a, b in _blocks(jacobians)]
+        held = sum(j.n * j.P * j.itemsize for j in jacobians)
+        return len(jacobians) * rows_computed(metric, sizes, held, jacobians[0].memory) / jacobians[0].N
+
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
-        blocks = list(max(jacobians, key=lambda j: j.P).rectangles(1 / 4))
+        blocks = _blocks(jacobians)
         return moments_from_rows(metric, jacobians, blocks, lambda j, block: j.sample_rows(*block))
+
+
+def _blocks(jacobians: Sequence[JacobianOperator]) -> list[tuple[slice, slice]]:
+    """Samples and outputs whose rows take a quarter of the memory, as two blocks of each J are held at a time."""
+    return list(max(jacobians, key=lambda j: j.P).rectangles(1 / 4))

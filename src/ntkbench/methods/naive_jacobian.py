@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import array_api_compat
 
 from ntkbench import metrics, operations
-from ntkbench.estimators.rows import moments_from_rows
+from ntkbench.estimators.rows import moments_from_rows, rows_computed
 from ntkbench.methods.base import Deterministic
 from ntkbench.metrics import Moments
 from ntkbench.operators import Array, JacobianOperator
@@ -31,10 +31,8 @@ class NaiveJacobian(Deterministic):
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         n, ends = problem.n, len(metrics.parameter_sets(metric))
-        if metric == "trace" or ends * n * problem.P * target.itemsize <= target.memory / 2:
-            return n * ends
         sizes = [len(block) for block in _blocks(n, problem.P, target.memory, target.itemsize)]
-        return ends * sum(size * (len(sizes) - i) for i, size in enumerate(sizes))
+        return ends * rows_computed(metric, sizes, ends * n * problem.P * target.itemsize, target.memory)
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
         return operations.of_gram(metric, problem.n, problem.P)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
 
 
+ALIKE = 100
+"""Relative error, in units of the rounding of a number, up to which samples that were drawn count as alike."""
 ROUNDING = 1e-9
 """Passes by which a sum of fractions of passes may be off."""
 
@@ -72,6 +74,7 @@ class SampleSubset(Incremental):
     by_layers = True
     fewest_probes = 1
     first_batch = 1
+    few_degrees = 20
     order = 1.0
     min_samples: ClassVar[int] = 8
     max_entries: ClassVar[int] = 2**20
@@ -90,7 +93,8 @@ class SampleSubset(Incremental):
         """The kernels with what they are made from, and the tables of all moments with what they are made from."""
         samples = _samples(problem, metric, self.default_passes if passes is None else passes)
         kernels = 2 * len(metrics.parameter_sets(metric)) * problem.O**2 * target.itemsize
-        return samples**2 * (kernels + 2 * (len(required_moments([metric])) + 2) * 8)
+        probabilities = 6 * 8  # of pairs, and what they are made from
+        return samples**2 * (kernels + 2 * (len(required_moments([metric])) + 2) * 8 + probabilities)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
         """See :meth:`ntkbench.methods.base.layerwise.Layerwise.prepare`."""
@@ -127,12 +131,15 @@ class _Subset(Accumulator):
     def __init__(
         self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int, min_samples: int, max_entries: int
     ) -> None:
+        import torch
+
         from ntkbench.operators.torch import TorchRng
 
         self._ends, self._N, self._O = ends, len(ends[0].x), ends[0].engine.O
         self._min_samples, self._max_entries = min_samples, max_entries
         self._draws = np.random.default_rng(seed)
-        self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
+        dtype = ends[0].parameters[0].dtype
+        self._rng, self._epsilon = TorchRng(seed, dtype, ends[0].x.device), torch.finfo(dtype).eps
         self._moments = [name for name in required_moments([*names, "norm"]) if name != "trace"]
         # Sums over the entries of each block, [S, S] for each moment, and traces of the blocks on the diagonal.
         self._tables = [np.zeros((0, 0)) for _ in self._moments]
@@ -176,12 +183,13 @@ class _Subset(Accumulator):
         shares = np.full(N, 1 / N) if self._shares is None else self._shares
         chosen = sampling.design(shares, size, max(4, min(self._min_samples, -(-size // 2))))
         certain, drawn = chosen.certain, chosen.draw(self._draws)
-        self._choice = Choice(certain, float(shares[certain].sum()), strata.are_uneven(shares), "the trace")
         self._single, self._pair = chosen.inclusion(drawn)
         samples = np.concatenate([certain, chosen.others[drawn]])
         thetas = [self._kernel(end, samples) for end in self._ends]
         traces = thetas[0].reshape(size * self._O, -1).diagonal().reshape(size, -1).sum(1)
         self._traces = arrays.to_numpy(traces, np.float64)
+        known = self._traces / (self._traces.sum() or 1.0) if self._shares is None else shares
+        self._choice = Choice(certain, float(shares[certain].sum()), strata.are_uneven(known), "the trace")
         step = max(1, self._max_entries // (size * self._O**2))
         tables = [self._sums([theta[i : i + step] for theta in thetas]) for i in range(0, size, step)]
         self._tables = [np.concatenate(rows) for rows in zip(*tables, strict=True)]
@@ -258,6 +266,8 @@ class _Subset(Accumulator):
         effects = S * (singles + 2 * pairs)
         effects -= (effects @ left / left.sum())[:, None]
         error, degrees = self._scatter(metric, moments, names, effects, left)
+        if error <= ALIKE * self._epsilon * abs(value):  # samples that are alike do not show those that were not drawn
+            return PointEstimate(value, math.nan, 0.0)
         return PointEstimate(value, error, degrees)
 
     def _scatter(

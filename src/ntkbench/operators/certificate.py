@@ -132,13 +132,12 @@ def distance(found: Array, expected: Array) -> float:
 
 def distance_of_parts(pairs: Iterable[tuple[Array, Array]]) -> float:
     """:func:`distance` of vectors in parts, such as gradients by parameter; no larger array is made."""
-    squares = [0.0, 0.0]
+    norms = [0.0, 0.0]
     for found, expected in pairs:
         xp = array_api_compat.array_namespace(found)
         for i, part in enumerate((found - expected, expected)):
-            norm = float(xp.linalg.vector_norm(part))
-            squares[i] += norm * norm
-    return ratio(math.sqrt(squares[0]), math.sqrt(squares[1]))
+            norms[i] = math.hypot(norms[i], float(xp.linalg.vector_norm(part)))
+    return ratio(*norms)
 
 
 def ratio(off: float, norm: float) -> float:

@@ -306,11 +306,15 @@ class TorchJacobian(JacobianOperator):
         return 2 * saved + (3 * self.P + 2 * self.n) * self.itemsize
 
     def _saved_bytes(self, forward: Callable[[Tensor], Tensor]) -> int | None:
-        """Bytes that autograd saves, extrapolated from two samples, since those of all may not fit in memory."""
-        if self.N > 2:
-            one, two = (saved_bytes(lambda k=k: forward(self._x[:k])) for k in (1, 2))  # type: ignore[misc]
-            if one is not None and two is not None and two >= one:
-                return one + (self.N - 1) * (two - one)
+        """Bytes that autograd saves; those of many samples may not fit in memory, and are extrapolated from three.
+
+        They grow as a square where samples interact, as in attention over the batch.
+        """
+        if self.N > 3:
+            one, two, three = (saved_bytes(lambda k=k: forward(self._x[:k])) for k in (1, 2, 3))  # type: ignore[misc]
+            if one is not None and two is not None and three is not None and two >= one:
+                steps = self.N - 1
+                return one + steps * (two - one) + max(0, three - 2 * two + one) * steps * (steps - 1) // 2
         return saved_bytes(lambda: forward(self._x))
 
     def _unflat(self, flat: Tensor) -> dict[str, Tensor]:

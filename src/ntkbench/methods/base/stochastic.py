@@ -154,7 +154,9 @@ def _takes(metric: str, least: int) -> str:
 def _does_not_differ(problem: Problem) -> bool:
     """Whether the two networks of an alignment have the same parameters."""
     start, end = problem.theta_0, problem.theta_f
-    return end is not None and all(np.array_equal(start[name], end[name]) for name in start)
+    if problem.other is not None or end is None:
+        return False
+    return all(np.array_equal(start[name], end[name]) for name in start)
 
 
 def check_enough(names: Sequence[str], probes: int) -> None:
@@ -407,7 +409,7 @@ class Incremental(Stochastic):
             progress_bar.say(f", within {100 * width:.2g} %, target {100 * rtol:.2g} %")
             looks.append((drawn, _excess(deciding, rtol, confidence)))
             needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
-            remaining = spent * (needed / drawn - 1) + stopping.products(needed - drawn)
+            remaining = spent * (needed / drawn - 1) + stopping.products(needed) - stopping.products(drawn)
             if needed > stopping.most_probes:
                 slowly = max(needed, drawn * looks[-1][1] ** 2)
                 raise OthersAreCheaper(spent, math.sqrt(needed * slowly) if math.isfinite(slowly) else needed)
