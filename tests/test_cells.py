@@ -37,7 +37,7 @@ def test_spellings_of_one_problem_are_one_cell():
 
 def test_all_means_every_method_and_every_metric_that_it_gives():
     found = cells.cells(config(grid=[BLOCK | {"methods": "all", "metrics": "all"}]))
-    assert {cell.method for cell in found} == set(methods.names())
+    assert {cell.method for cell in found} == {name for name in methods.names() if methods.get(name).metrics}
     for name in methods.names():
         assert {cell.metric for cell in found if cell.method == name} == set(methods.get(name).metrics)
 

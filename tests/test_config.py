@@ -214,7 +214,7 @@ def test_other_profiles_are_not(name):
         ("mohamadi_quality", {"widths": {"fc": [8, 8]}}, ["8 is given twice"]),
         ("mohamadi_quality", {"widths": {"vgg": [8]}}, ["widths.vgg", "'resnet18'"]),
         ("mohamadi_quality", {"steps": [1, 2]}, ["steps: [1, 2]"]),
-        ("mohamadi_quality", {"train": 1286}, ["train: 1286"]),
+        ("mohamadi_quality", {"train": 1286}, ["train: digits has 1285 training images; got 1286"]),
         ("mohamadi_drift", {"steps": 3, "looks": 5}, ["looks: 5"]),
         ("novak_images", {"side": 100}, ["side 100", "S/16"]),
         ("novak_images", {"depths": [], "wide_factors": [], "transformers": [], "mixers": []}, ["are all empty"]),

@@ -40,6 +40,7 @@ def cases() -> list[Case]:
         ("sum_of_logits effective_rank digits_conv[N=4]", "torch", "ok"),
         ("ntkbench.ntk transformer", "torch", "ok"),
         ("ntkbench.metrics_of BatchNorm in train mode", "torch", "ok"),
+        ("block_lanczos largest_eigenvalue digits_conv[N=4]", "torch", "ok"),
         ("out of memory", "torch", "ok"),
         ("out of memory", "jax", "ok"),
         ("allocator's peak", "torch", "skipped"),

@@ -204,7 +204,7 @@ def test_from_rows_of_jacobian_in_any_blocks_kept_or_not(tiny, truth, cuts, memo
 
 def test_whether_rows_are_kept_goes_by_the_rows_there_are(tiny, truth):
     """A kernel of fewer rows than J, such as the pNTK, is kept where J would not fit."""
-    j = linearise(tiny, "theta_0", Target(dtype="float64", device="cpu", memory=2 * tiny.P * 8))
+    j = linearise(tiny, "theta_0", Target(dtype="float64", device="cpu", memory=4 * tiny.P * 8))
     for count, times in ((2, 2), (None, 3)):
         asked = []
         moments_from_rows(

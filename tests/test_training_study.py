@@ -167,7 +167,7 @@ def test_the_figure_draws_what_the_study_found(table, tmp_path):
     np.testing.assert_allclose(
         plotted["bar"] / plotted["value"], shown["ratio_standard_error"] / shown["ratio"], rtol=1e-9, atol=1e-15
     )
-    assert "match to sample" in made[1].read_text()
+    assert "along training" in made[1].read_text()
     untrained = table.head(1).assign(status="failed", reason="DidNotTrain: no", value=np.nan)
     assert (
         "Nothing to show: 1 failed: DidNotTrain: no"

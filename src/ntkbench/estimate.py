@@ -399,8 +399,8 @@ class Estimate:
         if self.rounding is None or not math.isfinite(self.value):
             return ""
         low, high = self._with_rounding(self.value, self.value) if self.complement is None else self.interval()
-        reach = max(self.value - low, high - self.value)
-        return f"rounding up to {reach:.1e}" if reach else ""
+        rounding = max(self.value - low, high - self.value)
+        return f"rounding up to {rounding:.1e}" if rounding else ""
 
     def _distance_to_one(self) -> str:
         """1 - alignment in words where the alignment is close to 1; empty elsewhere."""

@@ -39,6 +39,13 @@ def copied(module: nn.Module, role: str = "the model") -> nn.Module:
     return made
 
 
+def beside(module: nn.Module) -> nn.Module:
+    """A copy that shares parameters and buffers, so that what a call leaves in other attributes is not kept."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    with _OrdinaryTensors(), torch.no_grad():
+        return copy.deepcopy(module, shared)
+
+
 def cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
     """Bring a module to a real precision, in place; complex tensors become complex ones of that precision."""
 

@@ -297,18 +297,23 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
 
 
 def on_shapes(problem: Problem, module: nn.Module) -> Tensor:
-    """Outputs without values of a problem's module, from a forward pass on shapes, which computes nothing."""
+    """Outputs without values of a problem's module, from a forward pass on shapes, which computes nothing.
+
+    The precision is torch's default. The module keeps nothing of the call.
+    """
     import torch
 
-    from ntkbench.modules import with_values
+    from ntkbench.modules import beside, with_values
 
-    weights, x = problem.theta_0, problem.x
+    def empty(like: Tensor) -> Tensor:
+        dtype = torch.get_default_dtype() if like.is_floating_point() else like.dtype
+        return torch.empty(like.shape, dtype=dtype, device="meta")
+
+    module, weights, x = beside(module), problem.theta_0, problem.x
     arrays = {key: torch.empty(w.shape, device="meta") for key, w in weights.items()}
     fixed = (*module.named_buffers(), *((key, w) for key, w in module.named_parameters() if key not in arrays))
-    arrays |= {key: torch.empty_like(b, device="meta") for key, b in fixed}
-    inputs = torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device="meta")
-    inputs = inputs.float() if inputs.is_floating_point() else inputs
-    return with_values(module, arrays, (inputs,))
+    arrays |= {key: empty(b) for key, b in fixed}
+    return with_values(module, arrays, (empty(torch.from_numpy(x)),))
 
 
 def split(network: nn.Module, weights: Weights) -> tuple[Weights, Weights]:

@@ -14,7 +14,6 @@ import ast
 import contextlib
 import functools
 import importlib
-import importlib.util
 import inspect
 import os
 import sys
@@ -188,8 +187,8 @@ def _folders(package: str) -> list[str]:
     module = sys.modules.get(package)
     if module is not None:
         return list(module.__path__)
-    spec = importlib.util.find_spec(package)
-    return list(dict.fromkeys([*((spec and spec.submodule_search_locations) or ()), *_outside(package)]))
+    own = Path(__file__).parent.joinpath(*package.split(".")[1:])  # find_spec would import the packages above it
+    return list(dict.fromkeys([str(own), *_outside(package)]))
 
 
 def use(folders: Sequence[str]) -> None:

@@ -45,18 +45,19 @@ class Design:
                 return drawn
 
     def inclusion(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inclusion probabilities of units that were drawn, ``[size]``, and of pairs of them, ``[size, size]``."""
-        p, s, N = self.probabilities, self.size, len(self.others)
+        """Inclusion probabilities of k of the others, those drawn or more, ``[k]``, and of pairs, ``[k, k]``."""
+        p, s, N, k = self.probabilities, self.size, len(self.others), len(drawn)
         if np.ptp(p) == 0:
-            return np.full(s, s / N), np.full((s, s), s * (s - 1) / (N * max(1, N - 1)) if s < N else 1.0)
+            return np.full(k, s / N), np.full((k, k), s * (s - 1) / (N * (N - 1)) if s < N else 1.0)
         # An odd number of angles leaves out the only one at which a factor may be zero. Those of conjugates are equal.
         half = min(N, WINDOW * (s + WINDOW)) // 2 + 1
-        total, single, pairs = 0.0, np.zeros(s), np.zeros((s, s))
+        total, single, pairs = 0.0, np.zeros(k), np.zeros((k, k))
         for angles in np.array_split(np.arange(half + 1), -(-(half + 1) // CHUNK)):
             turn = np.exp(2j * np.pi * angles / (2 * half + 1))
-            logs = sum(np.log1p(part * (turn[:, None] - 1)).sum(1) for part in np.array_split(p, -(-N // CHUNK)))
+            off = turn[:, None] - 1
+            logs = sum(np.log1p(part * off).sum(1) for part in np.array_split(p, -(-N // CHUNK)))
             of_size = np.where(angles > 0, 2, 1) * np.exp(logs) * turn**-s
-            without = 1 / (1 + p[drawn] * (turn[:, None] - 1))
+            without = 1 / (1 + p[drawn] * off)
             total += of_size.sum().real
             single += (of_size * turn @ without).real
             pairs += ((without.T * (of_size * turn**2)) @ without).real

@@ -34,8 +34,8 @@ class BlockLanczos(Stochastic):
 
     title = "block Lanczos"
     source = (
-        "Cullum and Donath 1974 (doi 10.1109/CDC.1974.270490); Golub and Underwood 1977; quadrature: Ubaru, Chen and "
-        "Saad 2017, algorithm 1 (doi 10.1137/16M1104974)"
+        "Cullum and Donath 1974 (doi 10.1109/CDC.1974.270490); quadrature: Ubaru, Chen and Saad 2017, algorithm 1 (doi "
+        "10.1137/16M1104974)"
     )
     use_when = "you need the largest eigenvalue or the entropy effective rank, and Theta does not fit in memory"
     variance = "of the entropy: that of z^T f(Theta) z over the probes z, divided by their number"
