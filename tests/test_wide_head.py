@@ -13,7 +13,7 @@ from conftest import mostly_slow
 from torch import nn
 
 import ntkbench
-from ntkbench import BadInput, OverMemory, methods, metrics
+from ntkbench import BadInput, OverMemory, methods, metrics, problems
 from ntkbench.methods.base import gram, tied_head
 from ntkbench.metrics import METRICS
 from ntkbench.operators.certificate import Uncertified
@@ -62,6 +62,62 @@ def deficient() -> nn.Module:
 def vectors(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Embedding(V, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), *layers)
 
+
+class Own(nn.Module):
+    """A head with parameters of its own, which is applied by a function of hidden vectors, weight and bias."""
+
+    def __init__(self, apply, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(V, D)
+        self.hidden = nn.Linear(D, D)
+        self.apply_head = apply
+        self.W = nn.Parameter(torch.randn(shape))
+        self.b = nn.Parameter(torch.randn(max(shape))) if bias else None
+
+    def forward(self, tokens):
+        return self.apply_head(self.hidden(self.table(tokens)).tanh(), self.W, self.b)
+
+
+class Conv1D(nn.Module):
+    """A linear layer with the weight and the sizes of that in Hugging Face's GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf = V
+        self.weight = nn.Parameter(torch.randn(D, V))
+        self.bias = nn.Parameter(torch.randn(V))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class InList(nn.Module):
+    """A head whose weight is in a list of parameters, read at some positions by their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(V, D), nn.Linear(D, D)
+        self.heads = nn.ParameterList([torch.randn(V, D)])
+
+    def forward(self, tokens):
+        logits = nn.functional.linear(self.hidden(self.table(tokens)).tanh(), self.heads[0])
+        return logits[:, torch.tensor([2, 0, 2])]
+
+
+OWN = {
+    "linear": lambda: Own(nn.functional.linear, V, D),
+    "linear with a bias": lambda: Own(nn.functional.linear, V, D, bias=True),
+    "product": lambda: Own(lambda h, W, b: h @ W, D, V),
+    "product with a bias": lambda: Own(lambda h, W, b: h @ W + b, D, V, bias=True),
+    "bias first": lambda: Own(lambda h, W, b: b + h @ W.T, V, D, bias=True),
+    "einsum": lambda: Own(lambda h, W, b: torch.einsum("btd,vd->btv", h, W), V, D),
+    "einsum, weight first": lambda: Own(lambda h, W, b: torch.einsum("dv,btd->btv", W, h), D, V),
+    "einsum with a bias": lambda: Own(lambda h, W, b: torch.einsum("btd,dv->btv", h, W) + b, D, V, bias=True),
+    "product of a batch": lambda: Own(lambda h, W, b: torch.bmm(h, W.expand(len(h), -1, -1)), D, V),
+    "Conv1D": lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D), nn.Tanh(), Conv1D()),
+    "in a list": InList,
+}
+"""Heads that are no linear layer of torch.nn."""
 
 HEADED = {
     "logits": Language,
@@ -118,6 +174,72 @@ def test_all_metrics(kind, memory):
             assert found.passes == width * {"trace": 1, "alignment": 3}.get(metric, 1)
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_heads_that_are_no_linear_layer_are_found(kind):
+    """The exact value by ``auto``, an alignment, and the kernel that estimators run on, against plain autograd."""
+    (model, other), target = two(OWN[kind]), Target("torch", "float64", "cpu")
+    thetas = explicit(model), explicit(other)
+    found = ntkbench.norm(model, TOKENS, dtype="float64")
+    assert found.method == "wide_head" and found.passes == found.passes // D * D < T * V
+    plain = ntkbench.norm(model, TOKENS, dtype="float64", method="naive_jacobian")
+    assert found.value == pytest.approx(plain.value, rel=1e-10)
+    assert found.value == pytest.approx(exact("norm", *thetas), rel=1e-10)
+    problem = from_module(model, TOKENS, model_f=other, dtype="float64")
+    prepared = methods.get("wide_head").prepare(problem, target)
+    assert methods.get("wide_head").estimate(prepared, "alignment").value == pytest.approx(
+        exact("alignment", *thetas), rel=1e-10
+    )
+    (short,) = prepared.short.networks("norm")
+    gram_of = short.engine.kernel(short.parameters, short.x).reshape(2 * (len(short.x) * short.engine.O,))
+    assert prepared.short.certificate("norm") < 1e-10
+    assert metrics.from_gram(gram_of).plus(prepared.short.known("norm")).metric("norm") == pytest.approx(
+        exact("norm", *thetas), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("chosen", ["hidden.* table.*", "hidden.* b", "W table.*", "W b"])
+def test_heads_of_which_some_parameters_count(chosen):
+    model = seeded(OWN["product with a bias"]).eval()
+    found = ntkbench.norm(model, TOKENS, parameters=chosen.split(), dtype="float64")
+    for key, w in model.named_parameters():
+        w.requires_grad_(any(fnmatch.fnmatch(key, pattern) for pattern in chosen.split()))
+    assert (found.method == "wide_head") == (chosen != "W b")  # then nothing in front of the head counts
+    assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
+
+
+PRODUCT, WEIGHT = "not the unchanged results of its last linear layer", "the weight of its last product"
+NOT_HEADS = {
+    "a function behind it": (lambda h, W, b: (h @ W).tanh(), f"{PRODUCT}, but of aten.tanh"),
+    "a factor": (lambda h, W, b: 2 * (h @ W), f"{PRODUCT}, but of aten.mul"),
+    "a multiple of the bias": (lambda h, W, b: torch.add(h @ W, b, alpha=2), f"{PRODUCT}, but of aten.add"),
+    "two summands": (lambda h, W, b: h @ W + b + b.mean(), "more than a bias is added"),
+    "what is added depends on x": (lambda h, W, b: h @ W + h.sum(-1, keepdim=True), "is no bias"),
+    "a bias in another order": (lambda h, W, b: h @ W + b.flip(0), "is no bias"),
+    "a bias that is rearranged": (lambda h, W, b: h @ W + b.view(2, 5).T.reshape(10), "the bias .* is rearranged"),
+    "a bias that is used twice": (lambda h, W, b: (h * b.mean()) @ W + b, "no bias that is used once"),
+    "a weight that is used twice": (lambda h, W, b: (h * W.mean()) @ W, f"{WEIGHT} is not .* used more than once"),
+    "a weight that is computed": (lambda h, W, b: h @ W.softmax(0), f"{WEIGHT} is not a parameter"),
+    "a weight in another order": (lambda h, W, b: h @ W.T.reshape(W.shape), f"{WEIGHT}, W, is rearranged"),
+    "a gradient that stops": (lambda h, W, b: h @ W.detach(), f"{WEIGHT} is not a parameter"),
+    "outputs in another order": (lambda h, W, b: (h @ W).transpose(1, 2), f"{PRODUCT}$"),
+    "positions that depend on x": (lambda h, W, b: (h @ W).take_along_dim(h[..., :1].argsort(1), 1), PRODUCT),
+}
+"""Last operations, and what is said of them."""
+
+
+@pytest.mark.parametrize("kind", NOT_HEADS)
+def test_other_last_operations_are_not_heads(kind):
+    """The exact value is computed by another method."""
+    apply, says = NOT_HEADS[kind]
+    model = seeded(lambda: Own(apply, D, 10, bias=True)).eval()
+    problem = from_module(model, TOKENS, dtype="float64")
+    with pytest.raises(BadInput, match=says):
+        methods.get("wide_head").prepare(problem, Target("torch", "float64", "cpu"))
+    found = ntkbench.norm(model, TOKENS, dtype="float64")
+    assert found.method != "wide_head"
+    assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
+
+
 def test_auto_takes_it_where_it_takes_fewer_passes():
     model = seeded(Language).eval()
     found = ntkbench.norm(model, TOKENS, dtype="float64")
@@ -129,22 +251,84 @@ def softmax() -> nn.Module:
     return nn.Sequential(Language(), nn.LogSoftmax(-1))
 
 
-def twice() -> nn.Module:
-    layer = nn.Linear(6, 6)
-    return vectors(layer, nn.Tanh(), nn.Linear(6, 9), nn.Linear(9, 6), layer)
+class Detached(Language):
+    """Its outputs are those of the head, and their gradient is not."""
+
+    def forward(self, tokens):
+        hidden = self.block(self.table(tokens))
+        return self.lm_head(hidden + (hidden.detach() - hidden) / 2)
+
+
+class Lying(Language):
+    """Its hidden vectors do not depend on the size of the head, but their gradient does."""
+
+    def forward(self, tokens):
+        hidden = self.block(self.table(tokens))
+        return self.lm_head(hidden + len(self.lm_head.weight) * (hidden - hidden.detach()))
+
+
+class LyingBehind(Language):
+    """A copy of the head's results, with another gradient."""
+
+    def forward(self, tokens):
+        logits = super().forward(tokens)
+        return logits.detach() + 2 * (logits - logits.detach())
+
+
+class Twice(Language):
+    """The head's results are also its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.Linear(V, D)
+
+    def forward(self, tokens):
+        hidden = self.block(self.table(tokens))
+        return self.lm_head(hidden + self.back(self.lm_head(hidden).tanh()))
+
+
+class Regularised(Language):
+    """The weight of the head is used in front of it as well."""
+
+    def forward(self, tokens):
+        return self.lm_head(self.block(self.table(tokens)) * self.lm_head.weight.square().sum())
+
+
+class Viewed(Language):
+    """A module in front of the head's holds its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.V = V
+
+    def forward(self, tokens):
+        return super().forward(tokens).reshape(-1, T, self.V)
+
+
+class Sized(Language):
+    """Hidden vectors depend on the size of the head."""
+
+    def forward(self, tokens):
+        return self.lm_head(self.block(self.table(tokens)) / len(self.lm_head.weight))
 
 
 REFUSED = {
-    "unchanged": softmax,
-    "no wider": lambda: vectors(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)),
-    "not the unchanged results of": lambda: nn.Sequential(Language(), Sliced()),
-    "used more than once": twice,
+    "not the unchanged results of its last linear layer, but of aten._log_softmax": softmax,
+    "no linear layer or embedding of the network is wider": lambda: vectors(
+        nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)
+    ),
+    "not the unchanged results of its last linear layer;": lambda: nn.Sequential(Language(), Sliced()),
+    "not the unchanged results of its last linear layer, but of aten.detach": LyingBehind,
+    "used more than once": Twice,
+    "or is used more than once": Regularised,
+    "cannot be replaced by a shorter one": Viewed,
+    "the inputs of that layer differ": Sized,
 }
 
 
 class Sliced(nn.Module):
     def forward(self, x):
-        return x[:, :, :10]
+        return x.flatten(1)[:, 1 : 1 + 3 * V]
 
 
 @pytest.mark.parametrize("says", REFUSED)
@@ -153,10 +337,10 @@ def test_networks_without_a_wide_head_are_refused_in_one_line_and_computed_other
     problem = from_module(model, TOKENS, dtype="float64")
     target = Target("torch", "float64", "cpu")
     method = methods.get("wide_head")
-    reason = method.unsupported_reason(problem, "norm", target)
-    if reason is None:
-        with pytest.raises(BadInput, match=says):
-            method.prepare(problem, target)
+    with pytest.raises(BadInput, match=says):
+        if reason := method.unsupported_reason(problem, "norm", target):
+            raise BadInput(reason)
+        method.prepare(problem, target)
     found = ntkbench.norm(model, TOKENS, dtype="float64")
     assert found.method != "wide_head"
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
@@ -192,26 +376,6 @@ class Function(nn.Module):
 
     def forward(self, x):
         return self.function(x)
-
-
-class Detached(Language):
-    """Its outputs are those of the head, and their gradient is not."""
-
-    def forward(self, tokens):
-        hidden = self.block(self.table(tokens))
-        return self.lm_head(hidden + (hidden.detach() - hidden) / 2)
-
-
-class Lying(nn.Module):
-    """A copy of the head's results, with another gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = Language()
-
-    def forward(self, tokens):
-        logits = self.model(tokens)
-        return logits.detach() + 2 * (logits - logits.detach())
 
 
 def test_gradients_that_stop_in_front_of_the_head_are_followed():
@@ -333,6 +497,14 @@ def test_passes_are_those_of_the_head_where_outputs_are_flattened():
     method, target = methods.get("wide_head"), Target("torch", "float64", "cpu")
     found = method.estimate(method.prepare(problem, target), "norm")
     assert method.passes_needed(problem, "norm", target) == found.passes == 4 * 8
+
+
+def test_wide_weights_in_front_of_the_last_product_are_no_heads():
+    """Neither network is traced to see that: 8 and 32 divide the outputs."""
+    narrow = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 4), nn.Flatten())
+    for problem in (from_module(narrow, torch.randn(3, 4, 1)), problems.load("rnn_flipflop")):
+        reason = methods.get("wide_head").unsupported_reason(problem, "norm", Target("torch", "float64", "cpu"))
+        assert reason is not None and "no linear layer or embedding" in reason
 
 
 def two(make):

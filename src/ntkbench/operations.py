@@ -37,10 +37,13 @@ class Count(NamedTuple):
         multiplications: of matrix products and convolutions, for all samples; at least one for each parameter and
             sample.
         layers: those with weights; empty if they cannot be counted.
+        last: rows and columns of the two factors of the last matrix product; empty if the last product is a
+            convolution, ``None`` if it is not known.
     """
 
     multiplications: float
     layers: tuple[Layer, ...]
+    last: tuple[tuple[int, int], ...] | None = None
 
 
 def count(problem: Problem) -> Count:
@@ -131,7 +134,7 @@ def _counted(problem: Problem) -> Count:
     recurrent = declares(problem.module)
     steps = problem.x.shape[1] if recurrent else 1
     try:
-        total, layers = _on_shapes(problem)
+        total, layers, last = _on_shapes(problem)
     except Exception:  # a network that runs, but not while its operations are counted
         return Count(steps * least, ())
     if recurrent:  # each step uses the same weights
@@ -139,35 +142,45 @@ def _counted(problem: Problem) -> Count:
         for groups, C, D, S in layers:
             positions[groups, C, D] += S
         return Count(steps * least, tuple(Layer(*sizes, S) for sizes, S in positions.items()))
-    return Count(max(least, total), tuple(layers))
+    return Count(max(least, total), tuple(layers), last)
 
 
-def _on_shapes(problem: Problem) -> tuple[float, list[Layer]]:
-    """Multiplications of a forward pass, and its products with weights."""
+def _on_shapes(problem: Problem) -> tuple[float, list[Layer], tuple[tuple[int, int], ...]]:
+    """Multiplications of a forward pass, its products with weights, and the factors of its last product."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     if problem.module is None:
         raise TypeError("no network in torch")
-    aten, layers = torch.ops.aten, list[Layer]()
+    aten, layers, last = torch.ops.aten, list[Layer](), tuple[tuple[int, int], ...]()
 
     def add(groups: float, C: float, D: float, S: float) -> int:
         layers.append(Layer(groups, C, D, S))
         return int(2 * problem.N * S * groups * C * D)
 
+    def factors(*shapes: Any) -> None:
+        nonlocal last
+        last = tuple((shape[-2], shape[-1]) for shape in shapes)
+
     def mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        factors(a, b)
         return add(1, b[1], b[0], a[0] / problem.N)
+
+    def bmm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        factors(a, b)
+        return int(2 * math.prod(a) * b[-1])
 
     def addmm(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
         return mm(a, b)
 
     def convolution(x: Any, w: Any, *more: Any, out_shape: Any, **_: Any) -> int:
+        factors()
         transposed, groups, positions = more[4], more[6], math.prod(w[2:])
         if transposed:
             return add(groups, w[1], w[0] // groups * positions, math.prod(x[2:]))
         return add(groups, w[0] // groups, w[1] * positions, math.prod(out_shape[2:]))
 
-    own = {aten.mm: mm, aten.addmm: addmm, aten.convolution: convolution}
+    own = {aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.convolution: convolution}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         on_shapes(problem, problem.module)
-    return counter.get_total_flops() / 2, layers
+    return counter.get_total_flops() / 2, layers, last

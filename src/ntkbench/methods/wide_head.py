@@ -21,10 +21,10 @@ class WideHead(WideHeadMethod):
     T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
     If the weight of the head is also that of the embedding, and m distinct tokens occur, these are T (m + d) passes and
     N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. The weight must be
-    used exactly twice, as embedding and as head. Running the network, or its graph, shows that the results of the layer
-    are the outputs. Plain autograd certifies it: a gradient of the network is compared with that of its replacement, in
-    2 passes at each set of weights. The method is for language models, whose vocabulary is far wider than their hidden
-    states.
+    used exactly twice, as embedding and as head. The last operations of the network's graph show that the results of
+    the layer are the outputs. Plain autograd certifies it: a gradient of the network is compared with that of its
+    replacement, in 2 passes at each set of weights. The method is for language models, whose vocabulary is far wider
+    than their hidden states.
     """
 
     title = "wide head"

@@ -28,13 +28,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ntkbench import metrics
-from ntkbench.errors import Unsupported
+from ntkbench import metrics, operations
+from ntkbench.errors import Unsupported, summary
 from ntkbench.methods.base.gram import Gram, moments_of_grams
 from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
@@ -46,25 +46,34 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ntkbench.layerwise.blocks import Block
+    from ntkbench.layerwise.last_product import LastProduct
 
 
-def candidates(problem: Problem) -> list[nn.Linear]:
-    """Layers of a network that may be its wide head, by their sizes; other parameters must count as well.
+def candidates(problem: Problem) -> list[tuple[int, int]]:
+    """V and d of the weights that may be that of a network's wide head, by the sizes of the last matrix product.
 
-    A layer that shares its weight with another layer is excluded; see :mod:`ntkbench.methods.base.tied_head`.
+    If that is not known, they are the sizes of its linear layers. Other parameters must count as well. A weight with
+    several names is excluded; see :mod:`ntkbench.methods.base.tied_head`.
     """
     from torch import nn
 
     if problem.module is None:
         return []
-    found = []
+    found, last = [], operations.count(problem).last
     used = collections.Counter(id(w) for _, w in problem.module.named_parameters(remove_duplicate=False))
     for name, layer in problem.module.named_modules():
-        own = {f"{name}.{key}".lstrip(".") for key in ("weight", "bias")}
-        wide = type(layer) is nn.Linear and layer.in_features < layer.out_features
-        alone = wide and used[id(layer.weight)] == 1
-        if alone and problem.O % layer.out_features == 0 and set(problem.theta_0) - own:
-            found.append(layer)
+        own = dict(layer.named_parameters(name, recurse=False))
+        for key, w in own.items():
+            if w.ndim != 2 or used[id(w)] > 1 or isinstance(layer, nn.Embedding):
+                continue
+            d, V = sorted(w.shape)
+            if last is None:
+                fits = isinstance(layer, nn.Linear) and w.shape == (V, d)
+            else:
+                fits = last[:1] == ((V, d),) or last[1:] == ((d, V),)
+            in_front = set(problem.theta_0) - {key, *(other for other, b in own.items() if b.shape == (V,))}
+            if fits and d < V and problem.O % V == 0 and in_front:
+                found.append((V, d))
     return found
 
 
@@ -72,6 +81,7 @@ class HeadedNetwork:
     """A network at one set of weights, split in front of its wide head.
 
     Attributes:
+        layer: the head.
         T, d, V: positions of a sample, inputs of the head, and its outputs.
         W: the head's weight, ``[V, d]``.
         G: see :class:`Gram`.
@@ -80,6 +90,7 @@ class HeadedNetwork:
         problem: the problem of the network.
         which: ``"theta_0"`` or ``"theta_f"``.
         target: where to compute.
+        layer: the head, if it is known; ``None`` to read it from the graph.
 
     Raises:
         Unsupported: the network does not end with a linear layer that is wider than its inputs and used once, or no
@@ -87,22 +98,25 @@ class HeadedNetwork:
         Unavailable: the device is not present.
     """
 
-    def __init__(self, problem: Problem, which: str, target: Target) -> None:
+    def __init__(self, problem: Problem, which: str, target: Target, layer: LastProduct | None = None) -> None:
         from ntkbench.modules import copied, load
 
         self._problem, self._which, self._target = problem, which, target
         module, self._parameters, self._x = torch_network(problem, which, target)
         self._module = load(copied(module), self._parameters)
-        self._name, layer, self._positions = _head(self._module, self._x)
-        self._weight, self._bias = f"{self._name}.weight", f"{self._name}.bias"
-        self.V, self.d = layer.out_features, layer.in_features
-        self.T = problem.O // self.V
-        self.W = layer.weight.detach()
-        if not set(self._parameters) - {self._weight, self._bias}:
+        self.layer = layer or _last_layer(self._module, self._x)
+        self.V, self.d, self.T = self.layer.V, self.layer.d, problem.O // self.layer.V
+        own = dict(self._module.named_parameters())
+        self.W = self._turned(own[self.layer.weight].detach())
+        if not set(self._parameters) - {self.layer.weight, self.layer.bias}:
             raise Unsupported("no parameter in front of its last linear layer counts")
         self._traced: list[TracedProblem] = []
-        self._hidden = self._inputs_of_head()
+        self._hidden = self._inputs_of_head(own[self.layer.bias].detach() if self.layer.bias else 0)
         self.G = self._gram()
+
+    def _turned(self, t: Tensor) -> Tensor:
+        """From a weight as the module holds it to ``[V, d]``, and back."""
+        return t.T if self.layer.turned else t
 
     @functools.cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -170,8 +184,11 @@ class HeadedNetwork:
         module, parameters, x = torch_network(other, "theta_0", self._target)
         inner = PlainNetwork(module, parameters).gradient(x, c @ Q, memory)
         found = dict(zip(parameters, inner, strict=True))
-        for name, whole in {self._weight: c.T @ self._hidden.to(c.dtype), self._bias: c.sum(0)}.items():
-            found[name] = Q @ found[name] + (whole - Q @ (Q.T @ whole)) if name in found else whole
+        for name, whole in {self.layer.weight: c.T @ self._hidden.to(c.dtype), self.layer.bias: c.sum(0)}.items():
+            turned = self._turned if name == self.layer.weight else lambda t: t
+            if name in found:
+                whole = Q @ turned(found[name]) + (whole - Q @ (Q.T @ whole))
+            found[name] = turned(whole)
         off = certificate.distance_of_parts(zip((found[name] for name in names), plain, strict=True))
         certificate.check(off, arrays.epsilon(like))
         return off
@@ -184,30 +201,32 @@ class HeadedNetwork:
     def _with_head(self, matrix: Tensor, *, counted: bool = False) -> Problem:
         """The problem at only this set of weights, with another head.
 
+        Integers of the layer's module that are V, such as its number of outputs, become r.
+
         Args:
             matrix: ``[r, d]``.
-            counted: whether its parameters count as those of the head do. It then also has the head's bias, set to
-                zero, since no gradient depends on its value.
+            counted: whether its parameters count as those of the head do. Its bias is zero, since no gradient depends
+                on its value.
         """
         from torch import nn
 
         from ntkbench.modules import copied
 
         owner, _ = self._problem.end(self._which)
-        module = copied(owner.network)
-        parent, _, leaf = self._name.rpartition(".")
-        layer = module.get_submodule(self._name)
-        bias = counted and layer.bias is not None
-        short = nn.Linear(self.d, len(matrix), bias=bias)
-        values = {self._weight: matrix.cpu().numpy()}
-        if bias:
-            values[self._bias] = np.zeros(len(matrix))
-        for key, parameter in short.named_parameters():
-            parameter.requires_grad_(counted and getattr(layer, key).requires_grad)
-        setattr(module.get_submodule(parent), leaf, short)
-        of_head = (self._weight, self._bias)
-        theta = {key: w for key, w in self._problem.weights(self._which).items() if key not in of_head}
-        fixed = {key: w for key, w in self._problem.fixed(self._which).items() if key not in of_head}
+        module, r = copied(owner.network), len(matrix)
+        values = {self.layer.weight: self._turned(matrix).cpu().numpy()}
+        if self.layer.bias:
+            values[self.layer.bias] = np.zeros(r)
+        for name, value in values.items():
+            parent, _, leaf = name.rpartition(".")
+            layer = module.get_submodule(parent)
+            old = layer.get_parameter(leaf)
+            made = nn.Parameter(old.new_empty(value.shape), counted and old.requires_grad)
+            setattr(layer, leaf, made)
+            sizes = {key: r for key, size in vars(layer).items() if type(size) is int and size == self.V}
+            vars(layer).update(sizes)
+        theta = {key: w for key, w in self._problem.weights(self._which).items() if key not in values}
+        fixed = {key: w for key, w in self._problem.fixed(self._which).items() if key not in values}
         own = {key: w for key, w in values.items() if counted and key in self._parameters}
         return dataclasses.replace(
             owner,
@@ -218,79 +237,50 @@ class HeadedNetwork:
             fixed_f={},
             other=None,
             jax_forward=None,
-            _shape=[(self._problem.N, self.T * len(matrix))],
+            _shape=[(self._problem.N, self.T * r)],
         )
 
-    def _inputs_of_head(self) -> Tensor:
-        """``[N T, d]`` in float64; the network itself may have more outputs than fit in memory."""
+    def _inputs_of_head(self, bias: Tensor | int) -> Tensor:
+        """``[N T, d]`` in float64, the outputs of the network with the identity as its head and without a bias.
+
+        The network itself runs on one sample, since all outputs together may not fit in memory.
+
+        Raises:
+            Unsupported: the network with another head fails, or its results give other outputs of the first sample.
+        """
         import torch
 
-        from ntkbench.modules import copied, load
+        from ntkbench.modules import called, copied, load
 
-        short = self._with_head(self.W.new_zeros(1, self.d))
+        short = self._with_head(torch.eye(self.d))
         module, parameters, x = torch_network(short, "theta_0", self._target)
         module = load(copied(module), parameters)
-        seen: list[Tensor] = []
-        module.get_submodule(self._name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with torch.no_grad():
-            module(x)
-        return seen[-1].reshape(len(x), -1, self.d)[:, self._positions].reshape(-1, self.d).double()
+            try:
+                hidden = called(module, x).reshape(len(x), self.T, self.d)
+            except Exception as error:  # the network may depend on the size of its head in any way
+                reason = f"its last linear layer cannot be replaced by a shorter one: {summary(error)}"
+                raise Unsupported(reason) from error
+            outputs = called(self._module, self._x[:1]).reshape(self.T, self.V)
+            made = hidden[0] @ self.W.T + bias
+        if not certificate.distance(made, outputs) <= certificate.tolerance(arrays.epsilon(outputs)):
+            raise Unsupported("with a shorter last linear layer, the inputs of that layer differ")
+        return hidden.flatten(0, 1).double()
 
     def _gram(self) -> Gram:
-        return Gram(self._hidden * (self._weight in self._parameters), self._bias in self._parameters)
+        return Gram(self._hidden * (self.layer.weight in self._parameters), self.layer.bias in self._parameters)
 
 
-def _head(module: nn.Module, x: Tensor) -> tuple[str, nn.Linear, Tensor]:
-    """The linear layer whose results are the outputs of a network: its name, itself, and the positions that count.
-
-    It is the layer that is called last. Its results on two samples are replaced by indices of positions and of outputs,
-    which shows which of them are the outputs; the certificate covers the gradients of all samples.
-    """
-    import torch
-    from torch import nn
-
-    x, calls = x[:2], []
-    layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    note = lambda name: lambda _, __, made: calls.append((name, made.shape))  # noqa: E731
-    _outputs(module, x, {layer: note(name) for name, layer in layers.items()})
-    if not calls:
-        raise Unsupported("the network has no linear layer")
-    name, shape = calls[-1]
-    layer, V = layers[name], shape[-1]
-    used = collections.Counter(id(w) for _, w in module.named_parameters(remove_duplicate=False))
-    if layer.in_features >= V:
-        raise Unsupported(f"its last linear layer, {name}, is no wider than its inputs")
-    if [each for each, _ in calls].count(name) > 1 or any(used[id(w)] > 1 for w in layer.parameters()):
-        raise Unsupported(f"its last linear layer, {name}, is used more than once")
-    numbers = torch.arange(shape[:-1].numel(), device=x.device).reshape(*shape[:-1], 1)
-    give = lambda values: lambda _, __, made: values.expand(shape).to(made)  # noqa: E731
-    positions = _outputs(module, x, {layer: give(numbers)})
-    # Of both signs and unsorted, so that a ReLU or a sort behind the layer is detected.
-    expected = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(x.device) - V // 2
-    units = _outputs(module, x, {layer: give(expected)})
-    of_sample = len(numbers.reshape(-1)) // len(x)
-    fits = positions.numel() % (len(x) * V) == 0 and bool((units.reshape(-1, V) == expected.to(units)).all())
-    if fits:
-        rows = positions.reshape(len(x), -1, V) - of_sample * torch.arange(len(x)).to(positions)[:, None, None]
-        found = rows[0, :, 0].long()
-        fits = bool((rows == found[:, None]).all()) and bool((found >= 0).all()) and bool((found < of_sample).all())
-    if not fits:
-        raise Unsupported(f"its outputs are not the unchanged results of its last linear layer, {name}")
-    return name, layer, found
-
-
-def _outputs(module: nn.Module, x: Tensor, hooks: Mapping[nn.Module, Callable[..., Any]]) -> Tensor:
-    """The outputs of a network with hooks on some of its layers."""
+def _last_layer(module: nn.Module, x: Tensor) -> LastProduct:
+    """The wide linear layer that a network ends with, from its trace with all weights as parameters."""
     import torch
 
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
-    try:
-        with torch.no_grad():
-            made: Tensor = module(x)
-            return made
-    finally:
-        for handle in handles:
-            handle.remove()
+    from ntkbench.layerwise.last_product import last_product
+    from ntkbench.layerwise.trace import trace
+
+    weights = {name: w for name, w in module.named_parameters() if w.is_floating_point()}
+    graph = trace(module, weights, x)
+    return last_product(graph, graph.bind(module, torch.device("cpu")))
 
 
 class HeadedProblem:
@@ -320,7 +310,9 @@ class HeadedProblem:
         names = metrics.parameter_sets(metric)
         for name in names:
             if name not in self._ends:
-                self._ends[name] = HeadedNetwork(self._problem, name, self._target)
+                own = self._problem.end(name)[0] is self._problem
+                layer = self._ends["theta_0"].layer if own else None
+                self._ends[name] = HeadedNetwork(self._problem, name, self._target, layer)
         found = [self._ends[name] for name in names]
         if len({(end.T, end.d, end.V) for end in found}) > 1:
             raise Unsupported("the two networks have heads of different sizes")
@@ -479,7 +471,7 @@ class _Sums:
 def passes(problem: Problem, metric: str) -> dict[int, float]:
     """Passes that the moments take, by a candidate's V: T d of g at each set of weights, and those of e."""
     found: dict[int, float] = {}
-    for layer in candidates(problem):
-        needed = problem.O / layer.out_features * layer.in_features * (3 if metric == "alignment" else 1)
-        found[layer.out_features] = min(needed, found.get(layer.out_features, needed))
+    for V, d in candidates(problem):
+        needed = problem.O / V * d * (3 if metric == "alignment" else 1)
+        found[V] = min(needed, found.get(V, needed))
     return found

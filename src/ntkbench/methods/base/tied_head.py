@@ -31,14 +31,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ntkbench import metrics
 from ntkbench.errors import Unsupported
+from ntkbench.layerwise import last_product
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.layers import Layer
 from ntkbench.layerwise.rules import Use
-from ntkbench.layerwise.trace import MOVEMENTS, aten
+from ntkbench.layerwise.trace import aten
 from ntkbench.methods.base.gram import Gram, moments_of_grams
 from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
 from ntkbench.metrics import Moments
@@ -266,9 +267,9 @@ class TiedNetwork:
         (self.inner,) = self._traced.ends("trace")
         engine = self.inner.engine
         use = self._head(engine)
-        positions = _positions(engine.trace.graph.graph, use.node, basis.shape[1])
-        if positions is None:
-            raise Unsupported(f"its outputs are not the unchanged products with its embedding, {whole.table}")
+        product = last_product.numbers(use.node.meta["val"].shape)
+        entries = last_product.moved(last_product.output(engine.trace.graph.graph), {use.node: product})
+        positions = last_product.rows(entries, basis.shape[1])
         (h,) = engine.operands([use], self.inner.parameters, self.inner.x)
         self._h = h[:, positions.to(h.device)].flatten(0, 1).double()
         self.G = Gram(self._h, whole.bias in whole.parameters)
@@ -316,26 +317,6 @@ class TiedNetwork:
 
 
 PRODUCTS = (aten.mm.default, aten.addmm.default)
-
-
-def _positions(graph: fx.Graph, product: fx.Node, r: int) -> Tensor | None:
-    """Rows of a product ``[rows, r]`` that are the outputs of a sample, in their order; ``None`` if these are not."""
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    path, node = [], output.args[0]
-    while node is not product:
-        if node.target not in MOVEMENTS:
-            return None
-        path.append(node)
-        (node,) = node.all_input_nodes
-    shape = product.meta["val"].shape
-    found = torch.arange(shape.numel(), device="cpu").reshape(shape)
-    for node in reversed(path):
-        found = node.target(found, *node.args[1:], **node.kwargs)
-    if found.numel() % r:
-        return None
-    rows = found.reshape(-1, r)
-    whole = (rows[:, 0] % r == 0).all() and (rows == rows[:, :1] + torch.arange(r, device="cpu")).all()
-    return rows[:, 0] // r if whole else None
 
 
 class TiedProblem:

@@ -51,8 +51,8 @@ class WideHeadMethod(Method):
 
         ends = len(metrics.parameter_sets(metric))
         sizes: dict[int, float] = {}
-        for layer in head.candidates(problem):
-            sizes[layer.out_features] = layer.in_features * layer.out_features
+        for V, d in head.candidates(problem):
+            sizes[V] = V * d
         for name in tied_head.tables(problem):
             assert problem.module is not None
             V, d = problem.module.get_parameter(f"{name}.weight").shape
@@ -89,7 +89,7 @@ def share(problem: Problem, metric: str) -> float:
     from ntkbench.methods.base import head, tied_head
 
     ends = len(metrics.parameter_sets(metric))
-    found: dict[int, float] = {layer.out_features: ends * layer.in_features for layer in head.candidates(problem)}
+    found: dict[int, float] = {V: ends * d for V, d in head.candidates(problem)}
     for V, passes in tied_head.passes(problem, metric).items() if tied_head.tables(problem) else ():
         found[V] = min(found.get(V, math.inf), passes * V / (ends * problem.O))
     return min(1.0, for_head(problem, {V: r / V for V, r in found.items()}) or 1.0)
