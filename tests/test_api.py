@@ -550,3 +550,12 @@ def test_an_unknown_name_comes_with_the_closest_and_the_allowed_names():
         "unknown fruit 'aple' (did you mean 'apple'?); allowed: apple, pear"
     )
     assert str(unknown("fruit", 7, ["pear"])) == "unknown fruit 7; allowed: pear"
+
+
+@pytest.mark.parametrize("method", ["gram_reverse", "hutchinson", "block_u_statistics"])
+def test_equal_networks_may_name_their_parameters_differently(method):
+    model = nn.Linear(3, 2)
+    other = nn.Sequential(nn.Linear(3, 2))
+    other[0].load_state_dict(model.state_dict())
+    found = ntkbench.alignment(model, other, torch.randn(6, 3), method=method, passes=8)
+    assert found.value == pytest.approx(1, abs=1e-5)

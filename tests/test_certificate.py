@@ -13,7 +13,7 @@ import ntkbench
 from ntkbench import methods
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.operators import linearise
-from ntkbench.operators.certificate import Uncertified, distance, ratio
+from ntkbench.operators.certificate import Uncertified, distance, distance_of_parts, ratio
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.options import Target
 from ntkbench.problems.base.module import from_module
@@ -281,3 +281,9 @@ def test_a_plain_gradient_in_parts_is_that_of_the_whole_batch(N):
         sizes.clear()
         torch.testing.assert_close(plain.gradient(x, v, memory), whole)
         assert max(sizes) == largest
+
+
+def test_tiny_gradients_that_are_wrong_are_not_certified():
+    """Their squares underflow."""
+    expected = torch.full((3,), 1e-170, dtype=torch.float64)
+    assert distance_of_parts([(2 * expected, expected)]) == pytest.approx(1)

@@ -517,3 +517,27 @@ def test_default_budgets_bound_the_number_of_gradients(monkeypatch):
         monkeypatch.setattr(type(method), "max_gradients", 100)
         assert method.default_max_passes(problem) == 16
     assert methods.get("hutchinson").default_max_passes(problem) is None
+
+
+def test_samples_that_are_alike_do_not_show_those_that_were_not_drawn():
+    """10 of 200 samples differ from the others, and most subsets have none of them."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 50), torch.zeros(200, 3)
+    x[:190, 0], x[190:, 1] = 1, 1
+    exact = float(ntkbench.effective_rank(model, x))
+    unknown = 0
+    for seed in range(8):
+        found = ntkbench.effective_rank(model, x, method="sample_subset", passes=4, seed=seed)
+        low, high = found.interval()
+        assert math.isnan(found.standard_error) or low <= exact <= high, seed
+        unknown += math.isnan(found.standard_error)
+    assert unknown
+
+
+def test_a_subset_without_a_pilot_says_that_its_samples_are_uneven():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    x = torch.randn(40, 8) * torch.exp(2.5 * torch.randn(40, 1))
+    found = ntkbench.norm(model, x, method="sample_subset", passes=1)
+    assert any("error may be underestimated" in note for note in found.notes)
+    assert any("few probes" in note for note in found.notes)

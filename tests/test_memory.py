@@ -111,3 +111,51 @@ def test_many_samples_are_left_to_chunks_of_tables():
     assert found.method == "block_u_statistics"
     assert any(note.startswith("passed over structured_block_u_statistics: ") for note in found.notes)
     assert float(found) == pytest.approx(float(exact), rel=0.05)
+
+
+@pytest.mark.parametrize("share", [1.1, 1.5, 1.9, 4.0])
+@pytest.mark.parametrize("method", ["auto", "batched_jacobian"])
+def test_rows_that_are_recomputed_count_before_they_are_spent(method, share):
+    """J fits in the memory, but not in half of it: a budget is kept or refused."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 4))
+    model, x = model.double().train(), torch.randn(20, 6, dtype=torch.float64)
+    n, P = 80, sum(w.numel() for w in model.parameters())
+    budget = {"passes": 80} if method == "auto" else {}
+    try:
+        found = ntkbench.norm(model, x, method=method, memory=int(share * n * P * 8), **budget)
+    except ntkbench.BadInput:
+        return
+    if method == "auto":
+        assert found.passes <= 80
+    elif share == 4.0:
+        assert found.passes == n
+    else:
+        problem = ntkbench.from_module(model, x, dtype="float64")
+        target = Target("torch", "float64", "cpu", int(share * n * P * 8))
+        chosen = methods.get(method)
+        assert found.passes <= chosen.planned_passes(chosen.prepare(problem, target), "norm") and found.passes > n
+
+
+class AcrossTheBatch(nn.Module):
+    """Attention between all samples, whose weights are as many as pairs of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.layer(x))
+        return torch.softmax(h @ h.T, dim=-1) @ h
+
+
+def test_what_autograd_saves_of_interacting_samples_grows_as_a_square():
+    from ntkbench.operators import linearise
+    from ntkbench.operators.torch import saved_bytes
+
+    model, x = AcrossTheBatch(), torch.randn(300, 4)
+    problem = ntkbench.from_module(model, x)
+    j = linearise(problem, "theta_0", Target("torch", "float32", "cpu", 2**30))
+    saved = saved_bytes(lambda: model(x))
+    assert saved > 300 * 300 * 4
+    assert j.bytes_per_probe() >= 2 * saved

@@ -76,3 +76,23 @@ def test_large_units_are_certain_and_a_complete_sample_has_no_chance():
 def test_units_without_a_size_are_drawn_as_well(sizes):
     design = sampling.design(sizes, 5, 4)
     assert len(design.certain) + len(design.draw(np.random.default_rng(0))) == 5
+
+
+@pytest.mark.parametrize(("N", "size"), [(1000, 999), (1000, 990), (2000, 1990), (2000, 8)])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_any_number_of_units_is_drawn_soon(N, size, spread):
+    """The number is the likeliest one, also where nearly all units are drawn."""
+    design, rng = sampling.design(np.exp(spread * np.random.default_rng(0).standard_normal(N)), size, 8), Counted()
+    assert len(np.unique(design.draw(rng))) == design.size and rng.draws < 2000
+    assert design.probabilities.sum() == pytest.approx(design.size, rel=1e-9)
+
+
+class Counted:
+    """Uniform numbers, and how often they were drawn."""
+
+    def __init__(self) -> None:
+        self.draws, self._rng = 0, np.random.default_rng(1)
+
+    def random(self, size: int) -> np.ndarray:
+        self.draws += 1
+        return self._rng.random(size)

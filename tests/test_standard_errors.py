@@ -256,3 +256,19 @@ def test_orthonormal_probes_have_no_error_once_they_are_a_basis():
     alone = standard_errors.mean(np.array([3.0]))
     assert math.isnan(standard_errors.finite_population(alone, 1, 12).standard_error)
     assert standard_errors.finite_population(alone, 1, 1) == (3.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 20])
+def test_a_heavy_stratum_is_found_however_many_groups_its_probes_are_in(groups):
+    """The jackknife of a square exceeds its linear part by as much in one group as in many."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(groups):
+        changes = np.zeros((1, 3, 40 // groups))
+        changes[0, 0] = 0.5 * rng.standard_normal(40 // groups)
+        none = np.zeros((1, 1))
+        found = standard_errors.MomentEstimates(np.ones(1), none + 0.1, none, none, 5.0, (changes,))
+        made.append((40 // groups, found))
+    pooled = standard_errors.MomentEstimates.pooled(made)
+    linear = pooled.standard_error(np.array([2.0]))
+    assert pooled.standard_error(np.array([2.0]), lambda m: float(m[0] ** 3)) != pytest.approx(linear, rel=1e-6)

@@ -164,7 +164,10 @@ class MomentEstimates:
         return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
 
     def _beyond_linear(self, gradient: np.ndarray, function: Callable[[np.ndarray], float]) -> float:
-        """By how much the jackknife variance of a function exceeds that of its linear part, in the heaviest strata."""
+        """By how much the jackknife variance of a function exceeds that of its linear part, in the heaviest strata.
+
+        It is 0 if the jackknife's is smaller: that of few probes with few different values may be far too small.
+        """
         value, excess = function(self.means), 0.0
         linear = [np.einsum("m,mbk->bk", gradient, part) for part in self.left_out]
         shares = sum((_jackknife_variances(part) for part in linear), np.zeros(len(linear[0]) if linear else 0))
@@ -174,7 +177,7 @@ class MomentEstimates:
                 changes = np.array([function(self.means + change) - value for change in part[:, b].T])
                 if np.isfinite(changes).all():
                     excess += float(_jackknife_variances(changes) - _jackknife_variances(first[b]))
-        return excess
+        return max(excess, 0.0)
 
     def second_order_bias(self, function: Callable[[np.ndarray], float], *, step: float = 1e-3) -> float:
         """Second-order bias of a smooth function of the moments, tr(H C) / 2 with Hessian H and their covariance C.

@@ -134,10 +134,18 @@ def distance_of_parts(pairs: Iterable[tuple[Array, Array]]) -> float:
     """:func:`distance` of vectors in parts, such as gradients by parameter; no larger array is made."""
     norms = [0.0, 0.0]
     for found, expected in pairs:
-        xp = array_api_compat.array_namespace(found)
         for i, part in enumerate((found - expected, expected)):
-            norms[i] = math.hypot(norms[i], float(xp.linalg.vector_norm(part)))
+            norms[i] = math.hypot(norms[i], _norm(part))
     return ratio(*norms)
+
+
+def _norm(x: Array) -> float:
+    """Euclidean norm, also of numbers whose squares underflow."""
+    xp = array_api_compat.array_namespace(x)
+    norm = float(xp.linalg.vector_norm(x))
+    if norm == 0 and math.prod(x.shape) and (largest := float(xp.max(xp.abs(x)))):
+        norm = largest * float(xp.linalg.vector_norm(x / largest))
+    return norm
 
 
 def ratio(off: float, norm: float) -> float:
