@@ -247,9 +247,18 @@ def test_the_error_of_a_heavy_stratum_is_the_jackknife_and_that_of_even_ones_lin
         return float(np.log(means[0]))
 
     heavy = estimates(np.array([50.0, *[1.0] * 20]))
-    changes = np.array([logarithm(heavy.means + c) for c in heavy.left_out[0][:, 0].T])
-    rest = error(heavy, None) ** 2 - 7 * (heavy.left_out[0][0, 0] / heavy.means[0]).var()
-    assert error(heavy, logarithm) == pytest.approx(np.sqrt(7 * changes.var() + rest), rel=1e-9)
+
+    def mirrored(means: np.ndarray) -> float:
+        """A function of the same slope and the opposite curvature."""
+        return -logarithm(2 * heavy.means - means)
+
+    linear, larger = (heavy.left_out[0][0, 0] / heavy.means[0]).var(), 0
+    rest = error(heavy, None) ** 2 - 7 * linear
+    for function in (logarithm, mirrored):
+        found = np.array([function(heavy.means + c) for c in heavy.left_out[0][:, 0].T]).var()
+        larger += found > linear
+        assert error(heavy, function) == pytest.approx(np.sqrt(7 * max(found, linear) + rest), rel=1e-9)
+    assert larger == 1
     even = estimates(np.ones(40))
     assert error(even, logarithm) == pytest.approx(error(even, None), rel=1e-12)
     assert error(heavy, lambda means: np.nan) == error(heavy, None)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ALIKE = 100
 """Relative error, in units of the rounding of a number, up to which samples that were drawn count as alike."""
+FEW = 20
+"""Number of samples with unknown shares of the trace from which on those drawn show whether the batch is uneven."""
 ROUNDING = 1e-9
 """Passes by which a sum of fractions of passes may be off."""
 
@@ -74,7 +76,6 @@ class SampleSubset(Incremental):
     by_layers = True
     fewest_probes = 1
     first_batch = 1
-    few_degrees = 20
     order = 1.0
     min_samples: ClassVar[int] = 8
     max_entries: ClassVar[int] = 2**20
@@ -154,8 +155,13 @@ class _Subset(Accumulator):
         left_out = self._N - len(self._traces)
         if not left_out:
             return ()
-        few = f"only {left_out} of {self._N} samples left out: the interval assumes that their effects are normal"
-        return (*self._choice.notes("sample"), *([few] if left_out < self._min_samples else []))
+        notes = list(self._choice.notes("sample"))
+        if left_out < self._min_samples:
+            notes.append(f"only {left_out} of {self._N} samples left out: the interval assumes that effects are normal")
+        if self._shares is None and not self._choice.uneven and len(self._traces) < FEW:
+            said = "too few to show whether the batch is uneven: the error may be underestimated if it is"
+            notes.append(f"{len(self._traces)} of {self._N} samples drawn, {said}")
+        return tuple(notes)
 
     @property
     def uneven(self) -> bool:
