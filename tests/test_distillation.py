@@ -99,5 +99,6 @@ def test_the_figure_has_a_difference_for_each_weight_and_quantity(tmp_path):
     testing.check_figure("distillation", table)
     made = figures.draw("distillation", table, tmp_path)
     caption = made[1].read_text()
-    assert "loss at weight 0.1 -0.1 (better)" in caption and "accuracy at weight 1 -0.1 (worse)" in caption
+    others = table[(table["weight"] > 0) & (table["quantity"] != "alignment")]["verdict"].value_counts()
+    assert f"{others['better']} better and {others['worse']} worse" in caption and "over 6 students" in caption
     np.testing.assert_allclose(pd.read_csv(made[0])["difference"], table["difference"])

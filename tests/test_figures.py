@@ -604,6 +604,7 @@ def degenerate(table):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*identical", "ignore:Attempt to set non-positive")
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
 @pytest.mark.slow
 def test_every_figure_draws_degenerate_tables(name, source):
     """What cannot be drawn may be refused in one line, and nothing else may be raised."""

@@ -324,7 +324,7 @@ def test_paths_with_spaces_and_another_folder(tmp_path):
     method.write_text(method.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
     run("figures", "--touch", "--cores", "1")
     assert "Nothing to be done" in run("figures", "--dry-run")
-    assert ntkbench(root, "pending", config, "--results", results).stdout.startswith("1 of 1 cells")
+    assert ntkbench(root, "pending", config, "--results", results).stdout.startswith("1 of 1 cell\n")
 
 
 def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ def _shown(rows: pd.DataFrame) -> str:
 def _shift(rows: pd.DataFrame) -> float:
     """The script's baseline over that in blocks, seconds for one metric; ``nan`` if one was not timed."""
     seconds = rows.groupby("baseline")["baseline_seconds"].first()
-    return float(seconds.get("direct_one_by_one", np.nan) / seconds.get("direct", np.nan))
+    blocks = float(seconds.get("direct", np.nan))
+    return float(seconds.get("direct_one_by_one", np.nan)) / blocks if blocks else math.nan
 
 
 def _title(plotted: pd.DataFrame) -> str:

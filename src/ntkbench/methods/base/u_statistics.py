@@ -406,6 +406,15 @@ class OutliersApart(Accumulator):
         self._left = passes - int(passes)
         self._inner.extend(int(passes))
 
+    @property
+    def recompute_factor(self) -> float:
+        """See :attr:`ntkbench.estimators.accumulators.UStatistics.recompute_factor`."""
+        return self._inner.recompute_factor
+
+    def moments(self) -> MomentEstimates:
+        """See :meth:`ntkbench.estimators.accumulators.UStatistics.moments`."""
+        return self._inner.moments()
+
     def estimate(self, metric: str) -> PointEstimate:
         return self._inner.estimate(metric)
 
