@@ -109,8 +109,8 @@ def test_methods_keep_their_contract(method, backend, metric):
 @pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
 @pytest.mark.slow
 def test_standard_errors_are_calibrated(method, metric):
-    # A subset of samples is the more exact the more of them it has, and soon has all.
-    passes = {"alignment": 6}.get(metric, 3) if method.name == "sample_subset" else None
+    # A subset of samples is the more exact the more of them it has, and soon has all; a pass goes to their shares.
+    passes = {"alignment": 8}.get(metric, 4) if method.name == "sample_subset" else None
     testing.check_calibration(method.name, metric, passes=passes, seeds=SEEDS_OF_ERRORS)
 
 

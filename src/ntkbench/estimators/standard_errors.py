@@ -166,14 +166,15 @@ class MomentEstimates:
     def _beyond_linear(self, gradient: np.ndarray, function: Callable[[np.ndarray], float]) -> float:
         """By how much the jackknife variance of a function exceeds that of its linear part, in the heaviest strata.
 
-        It is 0 if the jackknife's is smaller: that of few probes with few different values may be far too small.
+        It is 0 if the jackknife's is smaller, as that of few probes with few different values may be far too small; and
+        for a single stratum, whose pairs of probes the jackknife would count twice.
         """
         value, excess = function(self.means), 0.0
         linear = [np.einsum("m,mbk->bk", gradient, part) for part in self.left_out]
         shares = sum((_jackknife_variances(part) for part in linear), np.zeros(len(linear[0]) if linear else 0))
         (heavy,) = np.nonzero(shares > HEAVY * shares.sum())
         for part, first in zip(self.left_out, linear, strict=True):
-            for b in heavy:
+            for b in heavy if part.shape[1] > 1 else ():
                 changes = np.array([function(self.means + change) - value for change in part[:, b].T])
                 if np.isfinite(changes).all():
                     excess += float(_jackknife_variances(changes) - _jackknife_variances(first[b]))

@@ -50,6 +50,8 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
         made = json.loads(json.dumps(made, default=journals.plain))  # the same as a row from the journal
     except (Exception, SystemExit) as error:  # the other rows are kept
         made = {**case, **outcomes.of_exception(error).columns()}
+    if made["status"] != outcomes.OK:  # memory may be known of what was not run
+        made = {name: value for name, value in made.items() if name not in COUNTS}
     seconds = time.perf_counter() - start
     if kept:
         made |= kept.whence
