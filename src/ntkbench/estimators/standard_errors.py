@@ -151,7 +151,7 @@ class MomentEstimates:
         Where few strata have most of the variance, the function is not linear over the spread of their probes, and the
         delta method underestimates the variance: by a third for alignments of 12 samples, one of them 100 times the
         others, and 20 probes. There the variance due to single probes is that of the function itself without each
-        probe of those strata in turn, the stratified jackknife.
+        probe of those strata in turn, the stratified jackknife, if this is larger.
 
         Args:
             gradient: gradient of the function, ``[m]``.
